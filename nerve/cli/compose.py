@@ -1,0 +1,60 @@
+"""Where Hydra finds configuration, and what its interpolations may compute."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nerve.results.identity import EXCLUDED, config_id, new_run_id
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _shipped(folder: str) -> Path:
+    """`folder` inside the installed package, or beside the package in a checkout."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+CONF = _shipped("conf")
+SWEEPS = _shipped("sweeps")
+
+
+class SweepsSearchPath(SearchPathPlugin):
+    """Lets `--config-name` find the files of sweeps/."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="nerve", path=f"file://{SWEEPS}")
+
+
+def register() -> None:
+    """Registers the search path and the resolvers `run_id` and `config_id`; may be called again."""
+    Plugins.instance().register(SweepsSearchPath)
+    OmegaConf.register_new_resolver("run_id", new_run_id, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def identity(config: DictConfig) -> str:
+    """`config_id` of a configuration, without resolving what does not count."""
+    counted = OmegaConf.masked_copy(config, [key for key in config if key not in EXCLUDED])
+    with open_dict(counted):
+        for key in EXCLUDED:
+            parent, _, leaf = key.rpartition(".")
+            node = OmegaConf.select(counted, parent) if parent else counted
+            if isinstance(node, DictConfig):
+                node.pop(leaf, None)
+    return config_id(resolved(counted))
+
+
+def _config_id_of_root(*, _root_: DictConfig) -> str:
+    return identity(_root_)

@@ -1,0 +1,223 @@
+"""One run, from its configuration to its run directory."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from nerve.cli.compose import resolved
+from nerve.cli.progress import RunProgressBar
+from nerve.cli.summary import print_summary
+from nerve.errors import StoreError
+from nerve.heartbeat import Heartbeat
+from nerve.logger import StoreLogger
+from nerve.models import build_model
+from nerve.module import ImageClassifier, LanguageModel, TrainedModel
+from nerve.monitor import SpectralMonitor
+from nerve.optim import Part, Schedule, build_optimizer
+from nerve.probe import find_ffns
+from nerve.results.record import RunRecord
+from nerve.results.store import RunStore
+from nerve.values import from_mapping, require, require_choice
+
+SAMPLES_PER_DIMENSION = 8
+"""`monitor.n_tokens=auto` measures this many tokens a dimension of the widest FFN (N/D)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a kind of model is trained on: its Lightning module, and what the data must tell it."""
+
+    module: type[TrainedModel]
+    facts: tuple[str, ...]
+    unit: str
+
+
+TASKS = {
+    "gpt": Task(LanguageModel, ("vocab_size",), "tokens"),
+    "mixer": Task(ImageClassifier, ("image_size", "n_channels", "n_classes"), "images"),
+}
+
+
+def run_experiment(config: DictConfig, hydra_config: DictConfig) -> float:
+    """Trains, measures and records one run in Hydra's output directory.
+
+    Returns:
+        The final validation loss, nats a target.
+
+    Raises:
+        NerveError: for what the user can mend; the run is recorded as failed.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    directory = Path(hydra_config.runtime.output_dir)
+    record = _begin(config, hydra_config, directory)
+    try:
+        return _run(config, directory, record)
+    except BaseException as error:
+        # Lightning turns Ctrl-C into SystemExit.
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        record.finish("interrupted" if interrupted else "failed", error=error)
+        raise
+
+
+def _begin(config: DictConfig, hydra_config: DictConfig, directory: Path) -> RunRecord:
+    if (directory / "run.json").exists():
+        earlier = RunRecord.load(directory)
+        raise StoreError(
+            f"A run needs a directory of its own; {directory} holds run {earlier.run_id} "
+            f"({earlier.run_status}). Choose another with hydra.run.dir=…, or delete that one."
+        )
+    values = resolved(config)
+    record = RunRecord.create(
+        directory,
+        values,
+        run_id=OmegaConf.create({"id": "${run_id:}"}).id,
+        sweep=directory.parent.name if hydra_config.mode == RunMode.MULTIRUN else None,
+        seed=values["seed"],
+    )
+    for name, content in (
+        ("config", config),
+        ("hydra", OmegaConf.create({"hydra": hydra_config})),
+        ("overrides", hydra_config.overrides.task),
+    ):
+        path = directory / ".hydra" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        OmegaConf.save(content, path)
+    return record
+
+
+def _run(config: DictConfig, directory: Path, record: RunRecord) -> float:
+    values = resolved(config)
+    if values["threads"] is not None:
+        torch.set_num_threads(values["threads"])
+    require_choice("model.kind", values["model"]["kind"], TASKS)
+    task = TASKS[values["model"]["kind"]]
+    L.seed_everything(values["seed"], verbose=False)
+
+    data = _build_data(config, values)
+    model = build_model(
+        values, seed=values["seed"], **{fact: getattr(data, fact) for fact in task.facts}
+    )
+    module = task.module(
+        model,
+        lambda built: build_optimizer(built, _parts(config)),
+        from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule"),
+    )
+    store = RunStore(directory, record.run_id)
+    measured = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
+    monitor = SpectralMonitor(store, **measured)
+    trainer = _build_trainer(config, store, [monitor, Heartbeat(record)], task.unit)
+    record.update(
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        fingerprints=data.fingerprints,
+        unigram_loss=getattr(data, "unigram_loss", None),
+        device=str(trainer.strategy.root_device),
+    )
+    began = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        store.flush(trainer.global_step)
+        store.compact()
+    seconds = time.perf_counter() - began
+    final = {
+        **_final_losses(monitor.val_loss, data),
+        "train_seconds": seconds,
+        "measuring_seconds": monitor.seconds,
+    }
+    record.finish("done", step=trainer.global_step, final=final)
+    print_summary(monitor.latest, _facts(final), directory)
+    return final["val_loss"]
+
+
+def _build_data(config: DictConfig, values: dict[str, Any]) -> Any:
+    """The data module, prepared: the model needs facts that only the data knows."""
+    trainer = values["trainer"]
+    for key in ("max_steps", "accumulate_grad_batches"):
+        require(
+            isinstance(trainer[key], int) and trainer[key] > 0,
+            f"trainer.{key} must be a positive whole number; got {trainer[key]!r}.",
+        )
+    n_batches = trainer["max_steps"] * trainer["accumulate_grad_batches"]
+    sizes: dict[str, int] = {"n_train_batches": n_batches}
+    if values["model"]["kind"] == "gpt":
+        sizes["n_heldout_tokens"] = _n_tokens(values)
+    data = instantiate(config.data, **sizes, seed=values["seed"])
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def _n_tokens(values: dict[str, Any]) -> int:
+    """`monitor.n_tokens`, with `auto` worked out from the widest FFN of the model."""
+    asked = values["monitor"]["n_tokens"]
+    if asked != "auto":
+        require(
+            isinstance(asked, int) and asked > 0,
+            f"monitor.n_tokens must be auto or a positive whole number; got {asked!r}.",
+        )
+        return int(asked)
+    with torch.device("meta"):
+        skeleton = build_model(values, seed=0, vocab_size=1)
+    return SAMPLES_PER_DIMENSION * max(_width(ffn.post) for ffn in find_ffns(skeleton))
+
+
+def _width(down: nn.Module) -> int:
+    width = down.in_features
+    assert isinstance(width, int)
+    return width
+
+
+def _parts(config: DictConfig) -> dict[str, Part]:
+    built = instantiate(config.optimizer.parts)
+    return {str(name): Part(tuple(part.roles), part.build) for name, part in built.items()}
+
+
+def _build_trainer(
+    config: DictConfig, store: RunStore, callbacks: list[L.Callback], unit: str
+) -> L.Trainer:
+    loggers = [StoreLogger(store), *(instantiate(logger) for logger in config.logger.values())]
+    callbacks += [instantiate(callback) for callback in config.callbacks.values()]
+    if config.trainer.enable_progress_bar:
+        callbacks.append(RunProgressBar(unit))
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(store.directory),
+        max_epochs=-1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return trainer
+
+
+def _final_losses(val_loss: float | None, data: Any) -> dict[str, float]:
+    assert val_loss is not None
+    final = {"val_loss": val_loss}
+    if hasattr(data, "n_heldout_bytes"):
+        bits = val_loss * data.n_heldout_tokens / math.log(2)
+        final["bits_per_byte"] = bits / data.n_heldout_bytes
+    return final
+
+
+def _facts(final: dict[str, float]) -> dict[str, str]:
+    loss = f"{final['val_loss']:.3f} nats a target"
+    if "bits_per_byte" in final:
+        loss += f", {final['bits_per_byte']:.3f} bits a byte"
+    share = final["measuring_seconds"] / final["train_seconds"]
+    return {
+        "validation loss": loss,
+        "time": f"{final['train_seconds']:.1f} s, of which measuring and validating "
+        f"{final['measuring_seconds']:.1f} s ({share:.1%})",
+    }

@@ -1,0 +1,51 @@
+"""The progress bar of a run: steps, loss, tokens a second."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+
+class RunProgressBar(TQDMProgressBar):
+    """One bar over the training batches; validation, which the loss beside it reports, shows none.
+
+    Args:
+        unit: what the rate counts (`tokens`, `images`).
+    """
+
+    def __init__(self, unit: str) -> None:
+        # A terminal is redrawn often; a file (a cluster job's log) gets a line now and then.
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+        self._unit = unit
+        self._n_targets = 0
+        self._seconds = 0.0
+        self._batch_began = 0.0
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._batch_began = time.perf_counter()
+        super().on_train_batch_start(trainer, *args, **kwargs)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._seconds += time.perf_counter() - self._batch_began
+        self._n_targets += outputs["n_targets"] * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if self._seconds:
+            metrics[f"{self._unit}/s"] = f"{self._n_targets / self._seconds:,.0f}"
+        return metrics

@@ -1,0 +1,62 @@
+"""What a run shows when it ends."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js")
+
+
+def print_summary(
+    rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str], directory: Path
+) -> None:
+    """Prints the last measurement layer by layer, the run's figures, and how to load it.
+
+    Args:
+        rows: the rows of the last measurement, as in the `metrics` table.
+        facts: figures of the run, label to text.
+        directory: the run directory.
+    """
+    console = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
+    if rows:
+        console.print(_layer_table(rows))
+    for label, text in facts.items():
+        console.print(f"{label}: {text}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"run directory: {directory}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"FFN spectra at step {first['step']} ({first['n_samples']:,} samples a layer)",
+        caption="SE in nats, PR in dimensions, PR gain = post/pre, JS in nats",
+    )
+    one_a_layer = len({row["ffn"] for row in rows}) == 1
+    table.add_column("layer" if one_a_layer else "layer, FFN")
+    for name in (*_COLUMNS, "pr_gain"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        label = str(row["layer"]) if one_a_layer else f"{row['layer']} {row['ffn']}"
+        gain = (
+            row["pr_post"] / row["pr_pre"] if None not in (row["pr_pre"], row["pr_post"]) else None
+        )
+        table.add_row(label, *(_figure(row[name]) for name in _COLUMNS), _figure(gain))
+        if row["status"] != "ok":
+            table.add_row("", f"[italic]{row['status']}[/italic]")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

@@ -1,0 +1,203 @@
+"""A corpus: a named, ordered and re-readable collection of documents, and Python source as one."""
+
+import hashlib
+import os
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from nerve.errors import DataError
+
+ROOTS: dict[str, Callable[[], str]] = {
+    "stdlib": lambda: sysconfig.get_path("stdlib"),
+    "site-packages": lambda: sysconfig.get_path("purelib"),
+}
+"""Special words for the roots of `python_source`."""
+
+_EXCLUDED_FOLDERS = (
+    *("site-packages", "dist-packages", "__pycache__", ".*"),
+    *("test", "tests", "idle_test", "lib2to3"),
+    "config-*",  # the build of this interpreter: other on each machine
+)
+_EXCLUDED_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py")
+
+
+class Document(NamedTuple):
+    """One text with the name by which messages and the fingerprint know it."""
+
+    name: str
+    text: str
+
+
+class DocumentHash(NamedTuple):
+    """What the split needs to know of a document: the SHA-256 of its text and its UTF-8 size."""
+
+    digest: bytes
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named, ordered, deterministic collection of documents.
+
+    Args:
+        name: for messages and the run's record.
+        read: gives the documents; called once for each pass, each time with the same result.
+        request: where set, it names the contents for the token cache's key without reading them
+            (a dataset of a hub, which should not be fetched again at each start).
+    """
+
+    name: str
+    read: Callable[[], Iterable[Document]]
+    request: str | None = None
+
+    def documents(self) -> Iterator[Document]:
+        """The documents in order, without those that hold nothing but white space."""
+        return (document for document in self.read() if document.text.strip())
+
+    @cached_property
+    def hashes(self) -> tuple[DocumentHash, ...]:
+        """One hash a document, in order.
+
+        Raises:
+            DataError: if there is no document, or if one holds text that UTF-8 cannot express.
+        """
+        return tuple(hashed for _, hashed in self._named_hashes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over the names and the contents of all documents."""
+        total = hashlib.sha256()
+        for name, hashed in self._named_hashes:
+            total.update(name.encode() + b"\0" + hashed.digest)
+        return total.hexdigest()[:16]
+
+    @property
+    def key(self) -> str:
+        """What names the contents in the key of the token cache."""
+        return self.fingerprint if self.request is None else self.request
+
+    @cached_property
+    def _named_hashes(self) -> list[tuple[str, DocumentHash]]:
+        found = []
+        for name, text in self.documents():
+            try:
+                encoded = text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"A document must be valid Unicode; {name!r} of the corpus {self.name!r} holds "
+                    f"half of a surrogate pair at character {error.start}. Remove or repair it."
+                ) from error
+            found.append((name, DocumentHash(hashlib.sha256(encoded).digest(), len(encoded))))
+        if not found:
+            raise DataError(
+                f"A corpus must hold at least one document with text; {self.name!r} has none. "
+                "Name files or folders that hold text."
+            )
+        return found
+
+
+def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> frozenset[bytes]:
+    """The digests of the documents that make up the validation split.
+
+    Documents are taken in the order of their digests, which is as good as random but depends on
+    nothing other than their contents, until they hold `val_fraction` of the bytes. So the split
+    is the same for every seed and machine, copies of a document never straddle it, and the share
+    is reached even where documents differ in size by orders of magnitude.
+
+    Raises:
+        DataError: if that leaves no document for training.
+    """
+    sizes: dict[bytes, int] = {}
+    for digest, n_bytes in hashes:
+        sizes[digest] = sizes.get(digest, 0) + n_bytes
+    wanted = val_fraction * sum(sizes.values())
+    chosen: set[bytes] = set()
+    taken = 0
+    for digest in sorted(sizes):
+        if taken >= wanted:
+            break
+        chosen.add(digest)
+        taken += sizes[digest]
+    if len(chosen) == len(sizes):
+        raise DataError(
+            f"A corpus must have documents for both splits; {len(sizes)} different documents at "
+            f"val_fraction = {val_fraction} leave none for training. Add documents or lower it."
+        )
+    return frozenset(chosen)
+
+
+def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Corpus:
+    """The `*.py` files below `roots`, by default of the running interpreter's standard library.
+
+    Tests, installed packages, hidden folders, lib2to3 and files that differ with the build of the
+    interpreter are left out, so two machines with the same Python version have the same corpus.
+    Names are relative to their root. Files are decoded by their PEP 263 cookie; those that Python
+    could not decode either are left out with a warning.
+
+    Args:
+        roots: folders, or the words "stdlib" and "site-packages" for the environment's own.
+
+    Raises:
+        DataError: for a root that is no folder, and if there is no file below the roots.
+    """
+    given = ["stdlib"] if roots is None else [roots] if isinstance(roots, str | Path) else [*roots]
+    folders = [Path(ROOTS[str(root)]() if str(root) in ROOTS else root) for root in given]
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(
+                f"A root of python_source must be a folder or one of {', '.join(ROOTS)}; got "
+                f"{str(folder)!r}, which is none. Check the path."
+            )
+    files = [(folder, path) for folder in folders for path in _python_files(folder)]
+    if not files:
+        raise DataError(
+            f"python_source found no *.py file below {', '.join(map(str, folders))} (folders of "
+            "tests, packages and hidden ones are left out). Name a folder that holds source files."
+        )
+    return Corpus("python_source:" + ",".join(map(str, given)), lambda: _read_python(files))
+
+
+def _python_files(root: Path) -> list[Path]:
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _matches(name, _EXCLUDED_FOLDERS)]
+        found += [
+            Path(folder, name)
+            for name in names
+            if name.endswith(".py") and not _matches(name, _EXCLUDED_FILES)
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _read_python(files: Iterable[tuple[Path, Path]]) -> Iterator[Document]:
+    undecodable = []
+    for root, path in files:
+        try:
+            with tokenize.open(path) as file:
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):  # a bad cookie is a SyntaxError
+            undecodable.append(str(path))
+            continue
+        except OSError as error:
+            raise DataError(
+                f"Every file of a corpus must be readable; {path} is not ({error.strerror}). "
+                "Grant access or leave its folder out of the roots."
+            ) from error
+        yield Document(path.relative_to(root).as_posix(), text)
+    if undecodable:
+        warnings.warn(
+            f"{len(undecodable)} Python files that cannot be decoded are left out of the corpus, "
+            f"the first being {undecodable[0]}",
+            stacklevel=2,
+        )

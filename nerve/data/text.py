@@ -1,0 +1,217 @@
+"""Windows of a tokenized corpus as batches for a language model."""
+
+import hashlib
+import math
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nerve.data.base import Batch, BatchDataModule
+from nerve.data.cache import TokenCache, cached_tokens
+from nerve.data.corpus import Corpus
+from nerve.data.order import BatchLoader, HeldOutBatches, ShuffledOrder
+from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
+from nerve.errors import DataError
+from nerve.values import require
+
+
+class TextDataModule(BatchDataModule):
+    """Batches `(inputs, targets)`, both int64 `[batch, seq_len]`, targets one token later.
+
+    The tokens of a split are one stream, cut into windows of seq_len + 1 tokens that share one
+    token each, so every token but the first is a target once an epoch. The held-out set is made
+    of windows spread evenly over the validation stream; it depends on the corpus, the tokenizer,
+    `seq_len`, `n_heldout_tokens` and `val_fraction`, never on `seed`.
+
+    Call `prepare_data()` and `setup()` to learn `vocab_size` before a model is built; both may be
+    called again.
+
+    Args:
+        corpus: the documents.
+        seq_len: tokens a sequence.
+        batch_size: sequences a batch, over all processes.
+        n_train_batches: length of the training loader.
+        n_heldout_tokens: held-out target tokens, rounded up to whole sequences.
+        seed: decides the order of training only.
+        vocab_size: tokens of the byte-level BPE that is trained on the training split.
+        tokenizer: a tokenizer.json to use in its place.
+        val_fraction: share of the corpus's bytes that is kept for validation, in whole documents.
+        cache_dir: where token caches lie; None is NERVE_CACHE, else the user's cache folder.
+
+    Raises:
+        ConfigError, DataError: for values out of range.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        batch_size: int,
+        n_train_batches: int,
+        n_heldout_tokens: int,
+        seed: int,
+        vocab_size: int = 1024,
+        tokenizer: str | Path | None = None,
+        val_fraction: float = 0.05,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, n_train_batches=n_train_batches, seed=seed)
+        require(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}.")
+        require(
+            n_heldout_tokens >= 1,
+            f"data.n_heldout_tokens must be at least 1; got {n_heldout_tokens}.",
+        )
+        require(
+            0 < val_fraction < 1,
+            f"data.val_fraction must be above 0 and below 1; got {val_fraction}.",
+        )
+        self.corpus = corpus
+        self.seq_len = seq_len
+        self.n_heldout_sequences = math.ceil(n_heldout_tokens / seq_len)
+        self._spec = TokenizerSpec(vocab_size, None if tokenizer is None else Path(tokenizer))
+        self._val_fraction = val_fraction
+        self._cache_dir = cache_dir
+        self._cache: TokenCache | None = None
+
+    def prepare_data(self) -> None:
+        """Builds the token cache if there is none.
+
+        Raises:
+            DataError: if the corpus cannot be read, or has too few tokens for `seq_len` and
+                `n_heldout_tokens`.
+        """
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the token cache, and builds it if another machine's `prepare_data` did not."""
+        if self._cache is not None:
+            return
+        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_dir)
+        self._check_lengths(cache)
+        self._cache = cache
+
+    def train_dataloader(self) -> BatchLoader[Batch]:
+        """`n_train_batches` shuffled batches; the loader's state resumes exactly."""
+        return self._train_loader(self._fetch_train, self._order)
+
+    def val_dataloader(self) -> HeldOutBatches[Batch]:
+        """The held-out sequences, in the same batches each time; the last may be smaller."""
+        return self._heldout_batches(self._fetch_heldout, self.n_heldout_sequences)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that an embedding needs; a small corpus may give fewer than were asked for."""
+        return self._tokens.meta.vocab_size
+
+    @property
+    def n_heldout_tokens(self) -> int:
+        """Target tokens of the held-out set."""
+        return self.n_heldout_sequences * self.seq_len
+
+    @cached_property
+    def n_heldout_bytes(self) -> int:
+        """Bytes of text that the held-out targets stand for; a document separator counts 0.
+
+        Bits per byte of text = loss · n_heldout_tokens / (ln 2 · n_heldout_bytes), with the loss
+        in nats a token. Unlike the loss it can be compared between tokenizers.
+        """
+        return int(token_byte_lengths(self._tokens.tokenizer)[self._heldout_windows[:, 1:]].sum())
+
+    @cached_property
+    def unigram_loss(self) -> float:
+        """Nats a token, on the held-out targets, of the training split's unigram distribution.
+
+        Each count is raised by one (Laplace), so that it is finite. A model whose loss stays
+        above it has learnt nothing from context.
+        """
+        counts = self._tokens.train_counts + 1.0
+        log_probabilities = np.log(counts) - np.log(counts.sum())
+        return float(-log_probabilities[self._heldout_windows[:, 1:]].mean())
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What must be the same for losses to be compared: corpus, tokenizer and held-out set."""
+        heldout = hashlib.sha256(self._heldout_windows.astype("<i8").tobytes())
+        heldout.update(str(self._heldout_windows.shape).encode())
+        return {
+            "corpus": self._tokens.meta.corpus_fingerprint,
+            "tokenizer": self._tokens.meta.tokenizer_fingerprint,
+            "heldout": heldout.hexdigest()[:16],
+        }
+
+    def describe(self) -> dict[str, int | float | str]:
+        """Counts for a person and for the run's record."""
+        meta = self._tokens.meta
+        n_train_windows = _n_windows(meta.n_train_tokens, self.seq_len)
+        return {
+            "corpus": meta.corpus,
+            "n_documents": meta.n_documents,
+            "n_bytes": meta.n_bytes,
+            "vocab_size": meta.vocab_size,
+            "n_train_tokens": meta.n_train_tokens,
+            "n_val_tokens": meta.n_val_tokens,
+            "n_train_sequences": n_train_windows,
+            "n_train_epochs": self.n_train_batches * self.batch_size / n_train_windows,
+            "n_heldout_tokens": self.n_heldout_tokens,
+            "n_heldout_bytes": self.n_heldout_bytes,
+            "unigram_loss": self.unigram_loss,
+        }
+
+    @property
+    def _tokens(self) -> TokenCache:
+        if self._cache is None:
+            raise DataError("The data must be set up first. Call setup().")
+        return self._cache
+
+    @cached_property
+    def _order(self) -> ShuffledOrder:
+        n_windows = _n_windows(len(self._tokens.train), self.seq_len)
+        return ShuffledOrder(n_windows, self.batch_size, self.seed)
+
+    @cached_property
+    def _heldout_windows(self) -> np.ndarray:
+        """Token ids, int64 `[n_heldout_sequences, seq_len + 1]`."""
+        n_windows = _n_windows(len(self._tokens.val), self.seq_len)
+        spread = np.arange(self.n_heldout_sequences) * n_windows // self.n_heldout_sequences
+        return _windows(self._tokens.val, spread, self.seq_len)
+
+    def _fetch_train(self, indices: np.ndarray) -> Batch:
+        return _inputs_and_targets(_windows(self._tokens.train, indices, self.seq_len))
+
+    def _fetch_heldout(self, indices: np.ndarray) -> Batch:
+        return _inputs_and_targets(self._heldout_windows[indices])
+
+    def _check_lengths(self, cache: TokenCache) -> None:
+        for split, tokens in (("training", cache.train), ("validation", cache.val)):
+            if len(tokens) < self.seq_len + 1:
+                raise DataError(
+                    f"The {split} split must hold at least one window of seq_len + 1 = "
+                    f"{self.seq_len + 1} tokens; that of {self.corpus.name} has {len(tokens)}. "
+                    "Lower model.seq_len, give more text, or change data.val_fraction."
+                )
+        available = _n_windows(len(cache.val), self.seq_len) * self.seq_len
+        if self.n_heldout_tokens > available:
+            raise DataError(
+                f"data.n_heldout_tokens must not exceed the validation split; got "
+                f"{self.n_heldout_tokens} (whole sequences of {self.seq_len}), of {available} that "
+                f"{self.corpus.name} has. Lower data.n_heldout_tokens or raise data.val_fraction "
+                f"(now {self._val_fraction})."
+            )
+
+
+def _n_windows(n_tokens: int, seq_len: int) -> int:
+    return (n_tokens - 1) // seq_len
+
+
+def _windows(tokens: np.ndarray, indices: np.ndarray, seq_len: int) -> np.ndarray:
+    """The windows `indices` of a stream, int64 `[len(indices), seq_len + 1]`."""
+    return tokens[indices[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
+
+
+def _inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    tokens = torch.from_numpy(windows)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -1,0 +1,5 @@
+"""Networks, assembled from the layers in `nerve.nn` and initialised."""
+
+from nerve.models.build import MODELS, build_model
+
+__all__ = ["MODELS", "build_model"]

@@ -1,0 +1,56 @@
+"""From the resolved configuration to a network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nerve.models.gpt import GPT
+from nerve.models.mixer import Mixer, Mixing
+from nerve.nn.activation import Activation
+from nerve.nn.ffn import FFNDesign
+from nerve.nn.normalization import Normalization
+from nerve.nn.position import Position
+from nerve.values import from_mapping, require, require_choice
+
+MODELS: dict[str, type[GPT] | type[Mixer]] = {"gpt": GPT, "mixer": Mixer}
+
+FACTORS: dict[str, type] = {
+    "normalization": Normalization,
+    "activation": Activation,
+    "position": Position,
+    "ffn": FFNDesign,
+}
+"""The configuration group of each design factor of a network, and the values it becomes."""
+
+_SUBGROUPS: dict[str, type] = {"token_mixing": Mixing, "channel_mixing": Mixing}
+
+
+def build_model(values: Mapping[str, Any], *, seed: int, **facts: int) -> GPT | Mixer:
+    """The network that `values` describe, initialised from `seed`.
+
+    Args:
+        values: the resolved configuration; its groups `model` and those of `FACTORS` are read.
+        seed: decides the initial weights.
+        facts: what the data gives: `vocab_size`, or `image_size`, `n_channels` and `n_classes`.
+
+    Raises:
+        ConfigError: for an unknown name, a value out of range, a combination that cannot be built,
+            or data that does not give what the model needs.
+    """
+    kind = values["model"].get("kind")
+    require_choice("model.kind", kind, MODELS)
+    network = MODELS[kind]
+    require(
+        set(facts) == set(network.FACTS),
+        f"model.kind={kind} needs data that gives {', '.join(network.FACTS)}; the chosen "
+        f"data gives {', '.join(facts)}. Choose another data group or another model.",
+    )
+    model = {
+        key: from_mapping(_SUBGROUPS[key], value, f"model.{key}") if key in _SUBGROUPS else value
+        for key, value in values["model"].items()
+        if key != "kind"
+    }
+    factors: dict[str, Any] = {
+        name: from_mapping(cls, values[name], name) for name, cls in FACTORS.items()
+    }
+    config: Any = from_mapping(network.Config, {**model, **facts, **factors}, "model")
+    return network(config, seed=seed)

@@ -1,0 +1,180 @@
+"""The decoder-only Transformer: GPT-2, LLaMA and what lies between, by its factors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nerve.models.initialisation import initialise
+from nerve.nn.activation import Activation
+from nerve.nn.attention import CausalSelfAttention
+from nerve.nn.ffn import FeedForward, FFNDesign
+from nerve.nn.normalization import Normalization
+from nerve.nn.position import AttentionPosition, Position
+from nerve.nn.residual import WIRINGS
+from nerve.values import require
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What defines a GPT, apart from its weights.
+
+    Attributes:
+        n_layers, d_model, n_heads: depth, width of the stream, attention heads.
+        seq_len: the longest sequence.
+        vocab_size: tokens that the embedding and the head know.
+        dropout: on the embeddings, the attention weights and each sublayer's output, in [0, 1).
+        tie_embeddings: whether the head is the embedding matrix itself.
+        attention_bias: whether the attention's projections add a bias.
+        init_std: of the initial weights.
+        scale_residual_init: divides it by √(2 n_layers) for the matrices that write into the
+            residual stream (Radford et al. 2019).
+        normalization, activation, position, ffn: the design factors.
+
+    Raises:
+        ConfigError: for a value out of range, or values that contradict each other.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    seq_len: int
+    vocab_size: int
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    attention_bias: bool = True
+    init_std: float = 0.02
+    scale_residual_init: bool = True
+    normalization: Normalization = field(default_factory=Normalization)
+    activation: Activation = field(default_factory=Activation)
+    position: Position = field(default_factory=Position)
+    ffn: FFNDesign = field(default_factory=FFNDesign)
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "seq_len", "vocab_size"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value >= 1,
+                f"model.{name} must be a whole number of at least 1; got {value!r}.",
+            )
+        require(
+            self.d_model % self.n_heads == 0,
+            "model.d_model must be a multiple of model.n_heads; "
+            f"got model.d_model={self.d_model} and model.n_heads={self.n_heads}.",
+        )
+        require(
+            0 <= self.dropout < 1,
+            f"model.dropout must lie in [0, 1); got {self.dropout}.",
+        )
+        require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
+
+
+class GPTBlock(nn.Module):
+    """Causal self-attention and a feed-forward network on the residual stream."""
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        layer: int,
+        placement: str,
+        act: nn.Module,
+        position: AttentionPosition,
+    ) -> None:
+        super().__init__()
+        d_model = config.d_model
+        self.attention_norm = config.normalization.build(d_model)
+        self.attention = CausalSelfAttention(
+            d_model,
+            config.n_heads,
+            position,
+            bias=config.attention_bias,
+            dropout=config.dropout,
+        )
+        self.ffn_norm = config.normalization.build(d_model)
+        self.ffn = FeedForward(
+            d_model,
+            config.ffn.hidden_width(d_model),
+            act,
+            gated=config.ffn.gated,
+            bias=config.ffn.bias,
+            constraint=config.ffn.constraint,
+            dropout=config.dropout,
+            layer=layer,
+        )
+        self.wire_attention, self.wire_ffn = WIRINGS[placement]
+
+    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        x = self.wire_attention(x, self.attention_norm, self.attention)
+        return self.wire_ffn(x, self.ffn_norm, self.ffn)
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer (Radford et al. 2019), tokens to logits.
+
+    Args:
+        config: what defines it.
+        seed: decides the initial weights, together with the name of each matrix; the global random
+            state is neither read nor changed.
+
+    Raises:
+        ConfigError: where the values of the configuration contradict each other.
+    """
+
+    Config: ClassVar = GPTConfig
+    FACTS: ClassVar = ("vocab_size",)
+
+    # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
+    @torch.random.fork_rng(devices=[])
+    def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        n_layers, d_model = config.n_layers, config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, d_model)
+        self.position = config.position.at_input(config.seq_len, d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        in_attention = config.position.in_attention(
+            config.seq_len, d_model // config.n_heads, config.n_heads
+        )
+        placements = config.normalization.placements(n_layers)
+        acts = config.activation.build(n_layers)
+        self.blocks = nn.ModuleList(
+            GPTBlock(config, layer, placements[layer], acts[layer], in_attention)
+            for layer in range(n_layers)
+        )
+        self.norm = config.normalization.build_final(d_model)
+        self.head = nn.Linear(d_model, config.vocab_size, bias=False)
+        initialise(
+            self,
+            seed=seed,
+            std=config.init_std,
+            residual_outputs=list(self._residual_outputs()),
+            residual_scale=(2 * n_layers) ** -0.5 if config.scale_residual_init else 1.0,
+        )
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _residual_outputs(self) -> Iterator[nn.Linear]:
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                yield module.out
+            elif isinstance(module, FeedForward):
+                yield module.down
+
+    def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the token after each one.
+
+        Raises:
+            ConfigError: for a sequence that is longer than `seq_len`.
+        """
+        require(
+            tokens.shape[1] <= self.config.seq_len,
+            f"model.seq_len={self.config.seq_len} is the longest sequence that the model takes; "
+            f"got one of {tokens.shape[1]} tokens. Raise model.seq_len or shorten the sequences.",
+        )
+        x = self.dropout(self.position(self.embedding(tokens)))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))

@@ -1,0 +1,119 @@
+"""Lightning modules: loss, logging, optimizer and schedule. What is measured is not their concern."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nerve.errors import DivergedError
+from nerve.optim import Schedule
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TrainedModel(L.LightningModule):
+    """Trains a model that maps the first part of a batch to logits for the second.
+
+    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns the
+    mean `loss` and `n_targets`, the number of targets that it is a mean of.
+
+    Args:
+        model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
+        build_optimizer: makes the optimizer for the model.
+        schedule: learning-rate schedule over the trainer's `max_steps`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[nn.Module], Optimizer],
+        schedule: Schedule,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._build_optimizer = build_optimizer
+        self._schedule = schedule
+        self._first_bad_step: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        loss, targets = self._loss(batch)[0], batch[1]
+        self._note_divergence(loss.detach())
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return {"loss": loss, "n_targets": targets.numel()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        loss, logits = self._loss(batch)
+        n_targets = batch[1].numel()
+        self.log("val_loss", loss, prog_bar=True, batch_size=n_targets, sync_dist=True)
+        self._log_validation(logits, batch[1])
+        return {"loss": loss, "n_targets": n_targets}
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning labels validation by the batches before the last update; we count updates.
+        self.log("step", float(self.global_step))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Reading the flag waits for the device, so it is read when logging waits anyway.
+        if self.device.type == "cpu" or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            self._raise_if_diverged()
+
+    def on_validation_start(self) -> None:
+        self._raise_if_diverged()
+
+    def on_train_end(self) -> None:
+        self._raise_if_diverged()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._build_optimizer(self.model)
+        scheduler = self._schedule.scheduler(optimizer, int(self.trainer.max_steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        logits = self(inputs)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten()), logits
+
+    def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
+        """Logs what a task reports beside the loss."""
+
+    def _note_divergence(self, loss: Tensor) -> None:
+        step = torch.full((), self.global_step, dtype=torch.int64, device=loss.device)
+        bad = torch.where(torch.isfinite(loss), torch.iinfo(torch.int64).max, step)
+        first = self._first_bad_step
+        self._first_bad_step = bad if first is None else torch.minimum(first, bad)
+
+    def _raise_if_diverged(self) -> None:
+        if self._first_bad_step is None:
+            return
+        step = int(self._first_bad_step)
+        if step <= self.global_step:
+            raise DivergedError(
+                f"The training loss must stay finite; it became NaN or infinite at step {step}. "
+                "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
+            )
+
+
+class LanguageModel(TrainedModel):
+    """Next-token prediction: inputs `[batch, seq]`, targets `[batch, seq]`, both token ids."""
+
+
+class ImageClassifier(TrainedModel):
+    """Image classification: inputs `[batch, channels, height, width]`, targets `[batch]` labels.
+
+    Logs `val_accuracy`, a fraction, beside the losses.
+    """
+
+    def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
+        correct = (logits.argmax(-1) == targets).float().mean()
+        self.log("val_accuracy", correct, prog_bar=True, batch_size=len(targets), sync_dist=True)

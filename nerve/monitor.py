@@ -1,0 +1,237 @@
+"""The Lightning callback that measures FFN spectra while a model trains, and writes them to a store."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from nerve.errors import MeasurementError
+from nerve.measurement import FFNSpectra, Measurement
+from nerve.optim import hidden_lr
+from nerve.probe import FFN, find_ffns
+from nerve.results.store import RunStore
+from nerve.values import require, require_choice
+
+Source = Literal["heldout", "train"]
+
+LARGEST_D_FF_FOR_SPECTRA = 1024
+"""Up to this width `spectra="auto"` stores the eigenvalues themselves (4 KiB a layer and site)."""
+
+
+class SpectralMonitor(L.Callback):
+    """Measures every FFN at steps 0, k, 2k, … and the last, and writes one row an FFN.
+
+    A row labelled step s holds the features computed with the weights after s optimizer steps, and the
+    validation loss of the same weights. The monitor sets Lightning's validation cadence to its own.
+    `validation_step` and `training_step` must return a mapping with the mean `loss` and `n_targets`.
+    Measuring draws no random numbers and leaves weights, gradients and modes untouched.
+
+    Args:
+        store: where rows go; flushed after each measurement.
+        every_n_steps: optimizer steps from one measurement to the next.
+        source: `heldout` takes the features of the validation batches, in eval mode: one forward pass
+            gives the loss and the spectra. `train` takes those of every micro-batch of the training
+            step that follows, in train mode; the last step has no row then.
+        spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        *,
+        every_n_steps: int = 25,
+        source: Source = "heldout",
+        spectra: bool | Literal["auto"] = "auto",
+    ) -> None:
+        require(
+            isinstance(every_n_steps, int) and every_n_steps > 0,
+            f"monitor.every_n_steps must be a positive whole number; got {every_n_steps!r}.",
+        )
+        require_choice("monitor.source", source, ("heldout", "train"))
+        require(
+            spectra in (True, False, "auto"),
+            f"monitor.spectra must be true, false or auto; got {spectra!r}.",
+        )
+        self.store = store
+        self.every_n_steps = every_n_steps
+        self.source = source
+        self.spectra = spectra
+        self.latest: list[dict[str, Any]] = []
+        """The rows of the last measurement."""
+        self.val_loss: float | None = None
+        """The last validation loss, nats a target."""
+        self.seconds = 0.0
+        """Wall time spent measuring and validating."""
+        self._ffns: list[FFN] = []
+        self._measurement: Measurement | None = None
+        self._validation = _WeightedMean()
+        self._training = _WeightedMean()
+        self._tokens_seen = 0
+        self._due: dict[str, Any] | None = None
+        self._began = 0.0
+
+    # The cadence
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._ffns = find_ffns(pl_module)
+        trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
+        trainer.check_val_every_n_epoch = None
+        trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss, n_targets = _step_outputs(outputs)
+        # Lightning reports the loss as it was divided for gradient accumulation.
+        self._training.add(loss * trainer.accumulate_grad_batches, n_targets)
+        self._tokens_seen += n_targets * trainer.world_size
+        if self._due is not None and trainer.global_step > self._due["step"]:
+            self._finish_measurement()
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # validates now, also when the cadence does not fall here
+
+    # Validation: the loss of every measured step, and the features where the source is held-out data
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._began = time.perf_counter()
+        self._validation = _WeightedMean()
+        if self.source == "heldout":
+            self._begin_forward()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validation.add(*_step_outputs(outputs))
+        if self._measurement is not None:
+            self._measurement.finish_forward()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.val_loss = self._validation.value()
+        self._due = {
+            "step": trainer.global_step,
+            "tokens_seen": self._tokens_seen,
+            "train_loss": self._training.value(),
+            "val_loss": self.val_loss,
+            "lr": hidden_lr(trainer.optimizers[0]),
+        }
+        self._training = _WeightedMean()
+        if self.source == "heldout":
+            self._end_forward()
+            self._finish_measurement()
+        self.seconds += time.perf_counter() - self._began
+
+    # Training: the features of a whole training step where the source is training data
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._due is not None:
+            self._begin_forward()
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        # Detached before the backward pass: activation checkpointing runs the forward again there.
+        if self._due is not None and self._measurement is not None:
+            self._measurement.finish_forward()
+            self._end_forward()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._end_forward()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._due = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens_seen": self._tokens_seen, "training": self._training.state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._tokens_seen = state_dict["tokens_seen"]
+        self._training = _WeightedMean(*state_dict["training"])
+
+    def _begin_forward(self) -> None:
+        if self._measurement is None:
+            self._measurement = Measurement(self._ffns)
+        self._measurement.attach()
+
+    def _end_forward(self) -> None:
+        if self._measurement is not None:
+            self._measurement.detach()
+
+    def _finish_measurement(self) -> None:
+        if self._measurement is None or self._due is None:
+            raise MeasurementError("A measurement ended that had not begun.")
+        step = self._due["step"]
+        measured = self._measurement.spectra()
+        self.latest = [{**self._due, **spectra.row()} for spectra in measured]
+        self.store.append_metrics(self.latest)
+        for spectra in measured:
+            if self._stores_spectra(spectra):
+                self.store.append_spectra(_spectra_rows(step, spectra))
+        self.store.flush(step)
+        self._measurement, self._due = None, None
+
+    def _stores_spectra(self, spectra: FFNSpectra) -> bool:
+        if self.spectra == "auto":
+            return spectra.d_ff <= LARGEST_D_FF_FOR_SPECTRA
+        return self.spectra
+
+
+def _spectra_rows(step: int, spectra: FFNSpectra) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "layer": spectra.layer,
+            "ffn": spectra.ffn,
+            "site": site,
+            "eigenvalues": spectrum.cpu().numpy(),
+        }
+        for site, spectrum in (("pre", spectra.pre), ("post", spectra.post))
+    ]
+
+
+def _step_outputs(outputs: Any) -> tuple[Tensor, int]:
+    if not isinstance(outputs, Mapping) or not {"loss", "n_targets"} <= outputs.keys():
+        raise MeasurementError(
+            "training_step and validation_step must return a mapping with loss and n_targets (the "
+            f"number of targets that the loss is a mean of); got {type(outputs).__name__}."
+        )
+    return outputs["loss"].detach(), int(outputs["n_targets"])
+
+
+class _WeightedMean:
+    """Mean of losses weighted by their targets, summed in float64 without waiting for the device."""
+
+    def __init__(self, total: Tensor | float = 0.0, weight: int = 0) -> None:
+        self._total = total
+        self._weight = weight
+
+    def add(self, loss: Tensor, n_targets: int) -> None:
+        self._total = self._total + loss.double() * n_targets
+        self._weight += n_targets
+
+    def value(self) -> float | None:
+        return float(self._total) / self._weight if self._weight else None
+
+    def state(self) -> tuple[float, int]:
+        return float(self._total), self._weight

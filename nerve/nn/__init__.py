@@ -1,0 +1,1 @@
+"""Layers: the design factors as values, and the modules that they build."""

@@ -1,0 +1,100 @@
+"""The activation factor: the nonlinearity of the FFNs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nerve.values import require, require_choice
+
+
+class ReLUSquared(nn.Module):
+    """max(x, 0)² (So et al. 2021, Primer)."""
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return F.relu(x).square()
+
+
+class LearnableLeakyReLU(nn.Module):
+    """x where x > 0, slope · x elsewhere, with a slope that is trained.
+
+    Args:
+        slope: the parameter itself, shape [1]; modules that are given the same one share it.
+    """
+
+    def __init__(self, slope: nn.Parameter) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return F.prelu(x, self.slope)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The nonlinearity of every FFN.
+
+    Attributes:
+        name: a key of `ACTIVATIONS`.
+        negative_slope: of the leaky ones, in [0, 1]; where the learnable one starts.
+        shared: the learnable slope is one parameter for all layers, instead of one a layer.
+
+    Raises:
+        ConfigError: for an unknown name, or an option that the activation does not have.
+    """
+
+    name: str = "gelu"
+    negative_slope: float = 0.01
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("activation.name", self.name, ACTIVATIONS)
+        require(
+            0 <= self.negative_slope <= 1,
+            f"activation.negative_slope must lie in [0, 1]; got {self.negative_slope}.",
+        )
+        leaky = self.name in ("leaky_relu", "learnable_leaky_relu")
+        require(
+            leaky or self.negative_slope == Activation.negative_slope,
+            f"activation.negative_slope={self.negative_slope} has no effect with "
+            f"activation.name={self.name}. Use activation.name=leaky_relu.",
+        )
+        require(
+            self.name == "learnable_leaky_relu" or not self.shared,
+            f"activation.shared=true has no effect with activation.name={self.name}, which has "
+            "nothing to share. Use activation.name=learnable_leaky_relu.",
+        )
+
+    def build(self, n_layers: int) -> list[nn.Module]:
+        """One module for each of `n_layers` layers, so that each can be hooked by itself."""
+        return ACTIVATIONS[self.name](self, n_layers)
+
+
+def _separate(make: Callable[[], nn.Module]) -> Callable[[Activation, int], list[nn.Module]]:
+    return lambda _, n_layers: [make() for _ in range(n_layers)]
+
+
+def _leaky_relu(activation: Activation, n_layers: int) -> list[nn.Module]:
+    return [nn.LeakyReLU(activation.negative_slope) for _ in range(n_layers)]
+
+
+def _learnable_leaky_relu(activation: Activation, n_layers: int) -> list[nn.Module]:
+    def slopes(n: int) -> list[nn.Parameter]:
+        return [nn.Parameter(torch.tensor([float(activation.negative_slope)])) for _ in range(n)]
+
+    each = slopes(1) * n_layers if activation.shared else slopes(n_layers)
+    return [LearnableLeakyReLU(slope) for slope in each]
+
+
+ACTIVATIONS: dict[str, Callable[[Activation, int], list[nn.Module]]] = {
+    "gelu": _separate(nn.GELU),
+    "relu": _separate(nn.ReLU),
+    "leaky_relu": _leaky_relu,
+    "learnable_leaky_relu": _learnable_leaky_relu,
+    "silu": _separate(nn.SiLU),
+    "relu_squared": _separate(ReLUSquared),
+    "identity": _separate(nn.Identity),
+}

@@ -1,0 +1,91 @@
+"""Constraints on the geometry of the FFN's weights, as parametrizations of `torch.nn.utils`.
+
+A constrained weight is a function of the parameters that the optimizer moves, so that every step of
+any optimizer keeps the constraint. Assigning to `linear.weight` goes through the inverse.
+
+- `weight_norm`: each row is g · v/||v||, its length a parameter apart from its direction (Salimans
+  and Kingma 2016).
+- `spectral_norm`: W/σ(W), the largest singular value is 1 (Miyato et al. 2018), as estimated by
+  power iteration: each read in training mode iterates, one in evaluation mode does not.
+- `hyperspherical`: each row is v/||v||, on the unit sphere (Liu et al. 2017).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+
+Weight = Float[Tensor, "d_out d_in"]
+
+# Largest σ among the weights that a GPT of d_model 128 used in its first 20 AdamW steps at lr 3e-3,
+# and after them, by iterations (4 seeds): 1: 1.68, 1.15; 5: 1.22, 1.0015; 10: 1.12, 1.0003;
+# 20: 1.03, 1.00001; 40: 1.02, 1.00000. The first steps turn the leading direction around.
+N_POWER_ITERATIONS = 20
+
+
+class UnitRows(nn.Module):
+    """row / ||row||, its own inverse on the sphere."""
+
+    def forward(self, weight: Weight) -> Weight:
+        return F.normalize(weight, dim=1)
+
+    def right_inverse(self, weight: Weight) -> Weight:
+        return F.normalize(weight, dim=1)
+
+
+def _none(linear: nn.Linear) -> None:
+    return
+
+
+def _hyperspherical(linear: nn.Linear) -> None:
+    parametrize.register_parametrization(linear, "weight", UnitRows())
+
+
+CONSTRAINTS: dict[str, Callable[[nn.Linear], object]] = {
+    "none": _none,
+    "weight_norm": partial(parametrizations.weight_norm, name="weight", dim=0),
+    "spectral_norm": partial(
+        parametrizations.spectral_norm, name="weight", n_power_iterations=N_POWER_ITERATIONS
+    ),
+    "hyperspherical": _hyperspherical,
+}
+
+
+def constrain(linear: nn.Linear, constraint: str) -> nn.Linear:
+    """`linear` itself, its weight from now on held to `constraint`, a key of `CONSTRAINTS`."""
+    CONSTRAINTS[constraint](linear)
+    return linear
+
+
+@torch.no_grad()
+def assign(linear: nn.Linear, weight: Weight) -> None:
+    """Sets the weight of `linear`, constrained or not, to the projection of `weight`.
+
+    The power iteration of a spectral norm starts from the leading singular vectors of `weight`
+    (float64), so the constraint holds from the first forward pass on.
+    """
+    if not parametrize.is_parametrized(linear, "weight"):
+        linear.weight.copy_(weight)
+        return
+    linear.weight = weight
+    buffers = dict(linear.named_buffers())
+    if "parametrizations.weight.0._u" in buffers:
+        left, right = _leading_singular_vectors(weight)
+        buffers["parametrizations.weight.0._u"].copy_(left)
+        buffers["parametrizations.weight.0._v"].copy_(right)
+
+
+def _leading_singular_vectors(
+    weight: Weight,
+) -> tuple[Float[Tensor, " d_out"], Float[Tensor, " d_in"]]:
+    """By way of the smaller Gram matrix, several times faster than a full decomposition."""
+    if weight.shape[0] < weight.shape[1]:
+        right, left = _leading_singular_vectors(weight.T)
+        return left, right
+    tall = weight.double()
+    right = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -1]
+    return F.normalize(tall @ right, dim=0), right

@@ -1,0 +1,148 @@
+"""The feed-forward network, plain or gated: the module whose features are measured."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nerve.nn.constraint import CONSTRAINTS, constrain
+from nerve.values import require, require_choice
+
+Width = int | float | str
+
+
+@dataclass(frozen=True)
+class FFNDesign:
+    """The shape of the feed-forward networks.
+
+    Attributes:
+        width: d_ff / d_model, a number or a fraction such as `"8/3"`.
+        d_ff: the hidden width itself; exactly one of `width` and `d_ff` is set.
+        gated: whether the activation's output is multiplied by a second projection of the input.
+        bias: whether the matrices add a bias.
+        constraint: a key of `CONSTRAINTS`, applied to every matrix.
+
+    Raises:
+        ConfigError: for a bad value, or for `width` and `d_ff` together.
+    """
+
+    width: Width | None = 4
+    d_ff: int | None = None
+    gated: bool = False
+    bias: bool = True
+    constraint: str = "none"
+
+    def __post_init__(self) -> None:
+        require_choice("ffn.constraint", self.constraint, CONSTRAINTS)
+        require(
+            self.width is not None or self.d_ff is not None,
+            "One of ffn.width and ffn.d_ff must be set; both are null.",
+        )
+        check_width(self.width, self.d_ff, "ffn")
+
+    def hidden_width(self, d_model: int) -> int:
+        """d_ff in a network of width `d_model`.
+
+        Raises:
+            ConfigError: where `width` times `d_model` is not whole.
+        """
+        return hidden_width(self.width, self.d_ff, d_model, "ffn")
+
+
+def check_width(width: Width | None, d_ff: int | None, group: str) -> None:
+    """Raises `ConfigError` for a bad `width` or `d_ff`, or both set, naming the keys of `group`."""
+    require(
+        width is None or d_ff is None,
+        f"{group}.width={width} and {group}.d_ff={d_ff} are two ways to say one thing. "
+        f"Set {group}.width=null to give {group}.d_ff, or leave {group}.d_ff out.",
+    )
+    require(
+        d_ff is None or (isinstance(d_ff, int) and d_ff > 0),
+        f"{group}.d_ff must be a whole number of at least 1; got {d_ff!r}.",
+    )
+    require(
+        width is None or _fraction(width) > 0,
+        f"{group}.width must be a positive number or a fraction such as 8/3; got {width!r}.",
+    )
+
+
+def hidden_width(width: Width | None, d_ff: int | None, d_model: int, group: str) -> int:
+    """`d_ff`, or else `width` · `d_model`, exactly.
+
+    Raises:
+        ConfigError: where the product is not whole, naming the keys of `group`.
+    """
+    if width is None:
+        assert d_ff is not None
+        return d_ff
+    product = _fraction(width) * d_model
+    require(
+        product.denominator == 1,
+        f"{group}.width times model.d_model must be whole; got {group}.width={width} and "
+        f"model.d_model={d_model}, product {float(product):.2f}. Set {group}.width=null and "
+        f"{group}.d_ff={round(product)}, or choose another width.",
+    )
+    return int(product)
+
+
+def _fraction(width: Width) -> Fraction:
+    """`width` read as it is written, so 0.1 is one tenth; 0 where it is no number at all."""
+    try:
+        return Fraction(str(width))
+    except (ValueError, ZeroDivisionError):
+        return Fraction(0)
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) (Shazeer 2020).
+
+    It names what a probe needs: `layer`, `name`, `pre` and `post`.
+
+    Args:
+        d_in: width of the input and of the output.
+        d_ff: hidden width, the number of features.
+        act: the nonlinearity.
+        gated, bias, constraint: as in `FFNDesign`.
+        dropout: on the output, in training.
+        layer: depth of the block, from 0.
+        name: which FFN of its block: `ffn`, `token_mixing` or `channel_mixing`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_ff: int,
+        act: nn.Module,
+        *,
+        gated: bool = False,
+        bias: bool = True,
+        constraint: str = "none",
+        dropout: float = 0.0,
+        layer: int = 0,
+        name: str = "ffn",
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = name
+        self.up = constrain(nn.Linear(d_in, d_ff, bias=bias), constraint)
+        self.gate = constrain(nn.Linear(d_in, d_ff, bias=bias), constraint) if gated else None
+        self.act = act
+        self.down = constrain(nn.Linear(d_ff, d_in, bias=bias), constraint)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def pre(self) -> nn.Linear:
+        """The matrix whose output is the pre-activation."""
+        return self.up if self.gate is None else self.gate
+
+    @property
+    def post(self) -> nn.Linear:
+        """The matrix whose input is the post-activation."""
+        return self.down
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        hidden = self.act(self.pre(x))
+        if self.gate is not None:
+            hidden = hidden * self.up(x)
+        return self.dropout(self.down(hidden))

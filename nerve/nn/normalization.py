@@ -1,0 +1,83 @@
+"""The normalization factor: which norm, and on which side of each sublayer."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nerve.nn.residual import WIRINGS
+from nerve.values import require, require_choice
+
+NORMS: dict[str, type[nn.Module]] = {
+    "layernorm": nn.LayerNorm,
+    "rmsnorm": nn.RMSNorm,
+    "none": nn.Identity,
+}
+
+PLACEMENTS = (*WIRINGS, "mix")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Which norm a network uses, and where its blocks apply it.
+
+    Attributes:
+        kind: `layernorm`, `rmsnorm`, or `none`, which makes the norms of the blocks the identity.
+        placement: `pre` is x + f(norm(x)); `post` is norm(x + f(x)) (Vaswani et al. 2017); `mix` is
+            `post` in the first `n_post_layers` layers and `pre` in the others (Li et al. 2024,
+            Mix-LN); `pre_residual_after_norm` is `pre` whose first sublayer takes its residual
+            after the norm, h + f(h) with h = norm(x), as in NerVE's released code.
+        n_post_layers: used by `mix` alone.
+        final: a norm between the last block and the head; a LayerNorm where `kind` is `none`.
+        eps: added to the variance (LayerNorm) or to the mean square (RMSNorm).
+
+    Raises:
+        ConfigError: for an unknown name, or values that contradict each other.
+    """
+
+    kind: str = "layernorm"
+    placement: str = "pre"
+    n_post_layers: int = 0
+    final: bool = True
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require_choice("normalization.kind", self.kind, NORMS)
+        require_choice("normalization.placement", self.placement, PLACEMENTS)
+        require(
+            self.kind != "none" or self.placement == "pre",
+            "normalization.kind=none cannot be combined with "
+            f"normalization.placement={self.placement}: there is no norm to place. "
+            "Use normalization.placement=pre, or another kind.",
+        )
+        require(
+            (self.placement == "mix") == (self.n_post_layers != 0),
+            "normalization.n_post_layers counts the PostLN layers of normalization.placement=mix, "
+            "at least 1 there and 0 elsewhere; got "
+            f"n_post_layers={self.n_post_layers} with placement={self.placement}.",
+        )
+        require(self.eps > 0, f"normalization.eps must be positive; got {self.eps}.")
+
+    def placements(self, n_layers: int) -> list[str]:
+        """The wiring of each layer, a key of `WIRINGS`, in order of depth.
+
+        Raises:
+            ConfigError: where `mix` would leave no PreLN layer.
+        """
+        if self.placement != "mix":
+            return [self.placement] * n_layers
+        require(
+            0 < self.n_post_layers < n_layers,
+            "normalization.n_post_layers must lie between 1 and model.n_layers - 1, so that both "
+            f"placements occur; got {self.n_post_layers} of model.n_layers={n_layers}.",
+        )
+        return ["post"] * self.n_post_layers + ["pre"] * (n_layers - self.n_post_layers)
+
+    def build(self, d_model: int) -> nn.Module:
+        """One norm of a block, over the last dimension."""
+        return NORMS[self.kind](d_model, eps=self.eps)
+
+    def build_final(self, d_model: int) -> nn.Module:
+        """The norm before the head."""
+        if not self.final:
+            return nn.Identity()
+        return nn.LayerNorm(d_model, eps=self.eps) if self.kind == "none" else self.build(d_model)

@@ -1,0 +1,174 @@
+"""The position factor: how the network knows the order of its tokens.
+
+An encoding acts at one of two places: on the embeddings at the input (`learned`, `sinusoidal`), or
+within every attention layer (`rope` on queries and keys, `alibi` on the scores).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nerve.values import require, require_choice
+
+Heads = Float[Tensor, "batch n_heads seq d_head"]
+
+
+class LearnedPosition(nn.Module):
+    """Adds a trained vector for each position to the embeddings (Radford et al. 2019, GPT-2)."""
+
+    def __init__(self, seq_len: int, d_model: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(seq_len, d_model)
+
+    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        return x + self.embedding.weight[: x.shape[1]]
+
+
+class SinusoidalPosition(nn.Module):
+    """Adds sin(t / 10000^(2i/d)) at feature 2i and its cosine at 2i + 1 (Vaswani et al. 2017)."""
+
+    table: Tensor
+
+    def __init__(self, seq_len: int, d_model: int) -> None:
+        super().__init__()
+        require(
+            d_model % 2 == 0,
+            "position.name=sinusoidal pairs features, so model.d_model must be even; "
+            f"got {d_model}.",
+        )
+        angles = _angles(seq_len, d_model, theta=10_000.0)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        return x + self.table[: x.shape[1]].to(x.dtype)
+
+
+class AttentionPosition(nn.Module):
+    """What attention layers share of an encoding; this base class leaves them without any."""
+
+    def rotate(self, queries: Heads, keys: Heads) -> tuple[Heads, Heads]:
+        """Queries and keys as the scores shall see them."""
+        return queries, keys
+
+    def bias(self, seq_len: int) -> Float[Tensor, "n_heads seq seq"] | None:
+        """What is added to the scores, -inf where a key lies in the future; None: nothing."""
+        return None
+
+
+class RotaryPosition(AttentionPosition):
+    """Rotates each query and key by its position, so that scores depend on distances alone.
+
+    Feature i is paired with feature i + d_head/2, and the pair turned by t · theta^(-2i/d_head)
+    (Su et al. 2021, equation 15; the pairing of GPT-NeoX and LLaMA).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, seq_len: int, d_head: int, theta: float) -> None:
+        super().__init__()
+        require(
+            d_head % 2 == 0,
+            "position.name=rope pairs features, so model.d_model / model.n_heads must be even; "
+            f"got {d_head}.",
+        )
+        angles = _angles(seq_len, d_head, theta)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def rotate(self, queries: Heads, keys: Heads) -> tuple[Heads, Heads]:
+        return self._turned(queries), self._turned(keys)
+
+    def _turned(self, x: Heads) -> Heads:
+        seq = x.shape[-2]
+        cos, sin = self.cos[:seq], self.sin[:seq]
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return turned.to(x.dtype)
+
+
+class ALiBi(AttentionPosition):
+    """Subtracts slope · distance from the scores, a slope for each head (Press et al. 2022)."""
+
+    scores: Tensor
+
+    def __init__(self, seq_len: int, n_heads: int) -> None:
+        super().__init__()
+        steps = torch.arange(seq_len)
+        distances = (steps[:, None] - steps[None, :]).float()
+        scores = -torch.tensor(alibi_slopes(n_heads))[:, None, None] * distances
+        self.register_buffer(
+            "scores", scores.masked_fill(distances < 0, -math.inf), persistent=False
+        )
+
+    def bias(self, seq_len: int) -> Float[Tensor, "n_heads seq seq"] | None:
+        return self.scores[:, :seq_len, :seq_len]
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """2^(-8h/n) for head h = 1 … n, where n is a power of two.
+
+    Other head counts take the slopes of the next lower power of two n, and the remaining heads
+    every other slope of 2n, beginning with its first (the ALiBi authors' rule).
+    """
+    lower = 2 ** int(math.log2(n_heads))
+    slopes = [2.0 ** (-8 * head / lower) for head in range(1, lower + 1)]
+    between = [2.0 ** (-8 * head / (2 * lower)) for head in range(1, 2 * lower + 1, 2)]
+    return slopes + between[: n_heads - lower]
+
+
+def _angles(seq_len: int, d: int, theta: float) -> Float[Tensor, "seq half"]:
+    """Position t times the frequency theta^(-2i/d) of pair i."""
+    frequencies = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    return torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies).float()
+
+
+POSITIONS: dict[str, type[nn.Module]] = {
+    "learned": LearnedPosition,
+    "rope": RotaryPosition,
+    "sinusoidal": SinusoidalPosition,
+    "alibi": ALiBi,
+    "none": AttentionPosition,
+}
+
+
+@dataclass(frozen=True)
+class Position:
+    """How positions enter the network.
+
+    Attributes:
+        name: a key of `POSITIONS`; with `none` a decoder has the causal mask alone.
+        theta: the base of RoPE's frequencies.
+
+    Raises:
+        ConfigError: for an unknown name, or a theta that has no effect.
+    """
+
+    name: str = "learned"
+    theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        require_choice("position.name", self.name, POSITIONS)
+        require(self.theta > 1, f"position.theta must be above 1; got {self.theta}.")
+        require(
+            self.name == "rope" or self.theta == Position.theta,
+            f"position.theta={self.theta} has no effect with position.name={self.name}. "
+            "Use position.name=rope.",
+        )
+
+    def at_input(self, seq_len: int, d_model: int) -> nn.Module:
+        """The module that the embeddings [batch, seq, d_model] go through."""
+        encoding = POSITIONS[self.name]
+        if issubclass(encoding, AttentionPosition):
+            return nn.Identity()
+        return encoding(seq_len, d_model)
+
+    def in_attention(self, seq_len: int, d_head: int, n_heads: int) -> AttentionPosition:
+        """The module that all attention layers share; it has no parameters."""
+        if self.name == "rope":
+            return RotaryPosition(seq_len, d_head, self.theta)
+        return ALiBi(seq_len, n_heads) if self.name == "alibi" else AttentionPosition()

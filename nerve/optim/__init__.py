@@ -1,0 +1,23 @@
+"""Optimizers and schedules: parameter roles, several optimizers as one, Dion, learning rates."""
+
+from nerve.optim.combined import CombinedOptimizer
+from nerve.optim.dion import Dion
+from nerve.optim.param_groups import (
+    Part,
+    Role,
+    build_optimizer,
+    hidden_lr,
+    parameter_roles,
+)
+from nerve.optim.schedule import Schedule
+
+__all__ = [
+    "CombinedOptimizer",
+    "Dion",
+    "Part",
+    "Role",
+    "Schedule",
+    "build_optimizer",
+    "hidden_lr",
+    "parameter_roles",
+]

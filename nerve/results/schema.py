@@ -1,0 +1,152 @@
+"""The columns of the three Parquet datasets of a run, and rows checked against them."""
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nerve.errors import StoreError
+
+SCHEMA_VERSION = 1
+VERSION_KEY = b"nerve_schema_version"
+
+
+def _schema(*columns: pa.Field) -> pa.Schema:
+    return pa.schema(columns, metadata={VERSION_KEY: str(SCHEMA_VERSION)})
+
+
+def _always(name: str, kind: pa.DataType) -> pa.Field:
+    """A column that every row must fill."""
+    return pa.field(name, kind, nullable=False)
+
+
+def _measured(*names: str) -> list[pa.Field]:
+    """Columns that are null where nothing valid could be measured."""
+    return [pa.field(name, pa.float64()) for name in names]
+
+
+METRICS = _schema(
+    _always("run_id", pa.string()),
+    _always("step", pa.int64()),
+    _always("tokens_seen", pa.int64()),
+    _always("layer", pa.int16()),
+    _always("ffn", pa.string()),
+    _always("n_samples", pa.int64()),
+    _always("d_ff", pa.int32()),
+    _always("d_in", pa.int32()),
+    *_measured("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"),
+    *_measured("variance_pre", "variance_post", "pr_pre_corrected", "pr_post_corrected"),
+    *_measured("train_loss", "val_loss", "lr"),
+    pa.field("precision", pa.string()),
+    _always("status", pa.string()),
+)
+"""One row a measured FFN and step. `variance_*` is the trace of the covariance, `lr` that of the
+hidden weights, `status` is "ok" or why metrics are null, `precision` the way the covariance took.
+"""
+
+SPECTRA = _schema(
+    _always("run_id", pa.string()),
+    _always("step", pa.int64()),
+    _always("layer", pa.int16()),
+    _always("ffn", pa.string()),
+    _always("site", pa.string()),
+    # "element" is the name that Parquet itself prescribes for the items of a list.
+    _always("eigenvalues", pa.list_(pa.field("element", pa.float32()))),
+)
+"""One row a measured FFN, step and site (pre | post)."""
+
+SCALARS = _schema(
+    _always("run_id", pa.string()),
+    _always("step", pa.int64()),
+    _always("name", pa.string()),
+    pa.field("value", pa.float64()),
+)
+"""One row a logged value."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of parts: its name, its columns, and the columns that tell rows apart."""
+
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+
+
+DATASETS = {
+    "metrics": Dataset("metrics", METRICS, ("run_id", "step", "layer", "ffn")),
+    "spectra": Dataset("spectra", SPECTRA, ("run_id", "step", "layer", "ffn", "site")),
+    "scalars": Dataset("scalars", SCALARS, ("run_id", "step", "name")),
+}
+
+
+def table_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]], run_id: str) -> pa.Table:
+    """Rows as a table of exactly the dataset's schema; NaN becomes null.
+
+    `run_id` fills that column; a row may leave it and every nullable column out.
+
+    Raises:
+        StoreError: for a row with an unknown column, without a required one, of another run, or
+            with a value that its column cannot hold exactly; the column is named.
+    """
+    rows = list(rows)
+    required = [field.name for field in dataset.schema if not field.nullable]
+    for row in rows:
+        unknown = sorted(row.keys() - set(dataset.schema.names))
+        if unknown:
+            raise StoreError(
+                f"A row of {dataset.name} has the columns {', '.join(dataset.schema.names)}; got "
+                f"also {', '.join(map(str, unknown))}. Leave these out, or log them as scalars."
+            )
+        missing = [name for name in required if name != "run_id" and row.get(name) is None]
+        if missing:
+            raise StoreError(
+                f"A row of {dataset.name} needs {', '.join(required)}; {', '.join(missing)} is "
+                f"missing or None in {dict(row)!r:.300}. Give it a value."
+            )
+        if row.get("run_id", run_id) != run_id:
+            raise StoreError(
+                f"A store holds the rows of one run; this is {run_id!r} and a row of "
+                f"{dataset.name} has run_id {row['run_id']!r}. Open the other run's own store."
+            )
+    columns = {
+        field.name: [run_id] * len(rows)
+        if field.name == "run_id"
+        else [row.get(field.name) for row in rows]
+        for field in dataset.schema
+    }
+    arrays = [_column(dataset, field, columns[field.name]) for field in dataset.schema]
+    return pa.Table.from_arrays(arrays, schema=dataset.schema)
+
+
+def _column(dataset: Dataset, field: pa.Field, values: list[Any]) -> pa.Array:
+    try:
+        if pa.types.is_integer(field.type):
+            # Arrow alone would cut 1.5 down to 1.
+            return pa.array([operator.index(value) for value in values], field.type)
+        if pa.types.is_list(field.type):
+            return pa.array([_eigenvalues(value) for value in values], field.type)
+        if field.name == "site" and not set(values) <= {"pre", "post"}:
+            raise ValueError(f"a site is pre or post, got {sorted(set(values))}")
+        array = pa.array(values, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise StoreError(
+            f"{dataset.name}.{field.name} holds {field.type}; a row's value does not fit: {error}. "
+            "Convert it before it is stored."
+        ) from error
+    if pa.types.is_floating(field.type):
+        return pc.if_else(pc.is_nan(array), pa.scalar(None, field.type), array)
+    return array
+
+
+def _eigenvalues(value: Any) -> np.ndarray:
+    array = np.asarray(value, dtype=np.float32)
+    if array.ndim != 1 or np.isnan(array).any():
+        raise ValueError(
+            f"a spectrum is one row of numbers, got shape {array.shape} or a NaN in it"
+        )
+    return array

@@ -1,0 +1,23 @@
+"""From features to spectral metrics: covariance, eigenvalues, metrics. Tensors in, tensors out."""
+
+from nerve.spectra.covariance import StreamingCovariance
+from nerve.spectra.eigenvalues import eigenvalues, gram_eigenvalues, projected_eigenvalues
+from nerve.spectra.metrics import (
+    corrected_participation_ratio,
+    eigenvalue_early_enrichment,
+    jensen_shannon,
+    participation_ratio,
+    spectral_entropy,
+)
+
+__all__ = [
+    "StreamingCovariance",
+    "corrected_participation_ratio",
+    "eigenvalue_early_enrichment",
+    "eigenvalues",
+    "gram_eigenvalues",
+    "jensen_shannon",
+    "participation_ratio",
+    "projected_eigenvalues",
+    "spectral_entropy",
+]

@@ -1,0 +1,94 @@
+"""What an eigenvalue spectrum says: how many directions the features use, and how evenly.
+
+All take eigenvalues as they are, `[*batch, dim]`, in any order and any units, and use the shares
+`p = lambda / sum(lambda)` in float64. There is no additive constant anywhere, so that the results
+do not depend on the scale of the features. A spectrum that has no shares (zero variance, an entry
+that is negative or not finite, no entry at all) gives NaN, never a number.
+
+Source: NerVE (Jha & Reagen, ICLR 2026, arXiv 2603.06922).
+"""
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+
+def spectral_entropy(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch"]:
+    """Spectral entropy `SE = -sum(p ln p)`, with `0 ln 0 = 0`, in nats.
+
+    In [0, ln dim]: 0 if one direction holds all variance, ln dim for a flat spectrum. `exp(SE)` is
+    an effective number of directions in which small eigenvalues count for more than in the
+    participation ratio. Source: NerVE's SE.
+    """
+    return torch.special.entr(_shares(eigenvalues)).sum(-1)
+
+
+def participation_ratio(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch"]:
+    """Participation ratio `PR = sum(lambda)^2 / sum(lambda^2) = 1 / sum(p^2)`, in directions.
+
+    In [1, dim]: 1 if one direction holds all variance, dim for a flat spectrum. Source: NerVE's PR.
+    """
+    return _shares(eigenvalues).square().sum(-1).reciprocal()
+
+
+def corrected_participation_ratio(
+    participation_ratio: Float[Tensor, "*batch"], n_samples: int
+) -> Float64[Tensor, "*batch"]:
+    """The participation ratio without the bias of a finite sample, `1 / (1/PR - 1/N)`.
+
+    A covariance of N samples reads `1/PR_measured ~ 1/PR + 1/N` if they are independent; those of
+    one sequence are not, and the correction is then too small. NaN where it cannot be trusted:
+    below two samples a direction, `N < 2 PR`, which covers wherever `1/PR - 1/N` is not positive.
+    In [1, N]. Source: ours.
+    """
+    measured = participation_ratio.double()
+    corrected = measured / (1 - measured / max(n_samples, 1))
+    return torch.where(n_samples >= 2 * measured, corrected, torch.nan)
+
+
+def eigenvalue_early_enrichment(
+    eigenvalues: Float[Tensor, "*batch dim"],
+) -> Float64[Tensor, "*batch"]:
+    """Eigenvalue early enrichment `EEE = (2/dim) sum_k (S_k - k/dim)`, `S_k` the k largest shares.
+
+    How far the cumulative spectrum lies above that of a flat one; exactly the Gini coefficient of
+    the eigenvalues. In [0, 1 - 1/dim]: 0 for a flat spectrum, 1 - 1/dim if one direction holds all
+    variance. Source: NerVE's EEE.
+    """
+    p = _shares(eigenvalues)
+    dim = p.shape[-1]
+    # The sum over k, taken per share: p_i is in S_k for the dim - i + 1 values of k from i on.
+    rank = torch.arange(1, dim + 1, dtype=p.dtype, device=p.device)
+    enrichment = (p * ((dim + 1 - 2 * rank) / dim)).sum(-1)
+    return enrichment.clamp(min=0)
+
+
+def jensen_shannon(
+    pre: Float[Tensor, "*batch dim"], post: Float[Tensor, "*batch dim"]
+) -> Float64[Tensor, "*batch"]:
+    """Jensen-Shannon divergence of two spectra, the k-th largest share against the k-th, in nats.
+
+    `JS = KL(p || m) / 2 + KL(q || m) / 2` with `m = (p + q) / 2`, p and q the sorted shares of
+    `pre` and `post`. Symmetric. In [0, ln 2), 0 for equal shapes; ln 2 is never reached, since both
+    peak first. One direction against a flat spectrum gives, with D = dim,
+    `[ln(2D/(D+1)) + ln(2/(D+1))/D + (1 - 1/D) ln 2] / 2`. Source: NerVE's JS.
+    """
+    p, q = _shares(pre), _shares(post)
+    total = p + q
+    # p = m (1 + d) and q = m (1 - d): terms that are none below 0 and exactly 0 at p = q, where
+    # p ln(p/m) and q ln(q/m) would cancel.
+    d = torch.where(total > 0, (p - q) / total, total * 0)
+    divergence = torch.special.xlog1py(1 + d, d) + torch.special.xlog1py(1 - d, -d)
+    return (total / 4 * divergence).sum(-1).clamp(min=0)
+
+
+def _shares(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch dim"]:
+    """`lambda / sum(lambda)`, the largest first; NaN throughout where that is not defined."""
+    values = eigenvalues.detach().double().sort(-1, descending=True).values
+    if values.shape[-1] == 0:
+        return values.new_full((*values.shape[:-1], 1), torch.nan)
+    # By the largest first: neither the sum nor a later square can then over- or underflow.
+    relative = values / values[..., :1]
+    valid = values.isfinite() & (values >= 0)
+    defined = valid.all(-1, keepdim=True) & (values[..., :1] > 0)
+    return torch.where(defined, relative / relative.sum(-1, keepdim=True), torch.nan)

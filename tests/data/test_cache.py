@@ -1,0 +1,234 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nerve.data import cache as cache_module
+from nerve.data.cache import TokenCache, cache_root, cached_tokens
+from nerve.data.corpus import Corpus, validation_digests
+from nerve.data.tokenizer import TokenizerSpec, separator_id, train_tokenizer
+from nerve.errors import DataError
+
+SPEC = TokenizerSpec(vocab_size=300)
+
+
+@pytest.fixture
+def opened(small_corpus, tmp_path) -> TokenCache:
+    return cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+
+
+def fail_to_build(*_):
+    raise AssertionError("built again")
+
+
+def entries(root: Path) -> list[str]:
+    return [path.name for path in root.iterdir()]
+
+
+def test_the_streams_are_the_documents_of_their_split_in_order_each_with_a_separator(
+    opened, small_corpus
+):
+    validation = validation_digests(small_corpus.hashes, 0.2)
+    tokenizer, separator = opened.tokenizer, separator_id(opened.tokenizer)
+    for tokens, in_validation in ((opened.train, False), (opened.val, True)):
+        documents = np.split(tokens, np.flatnonzero(tokens == separator) + 1)
+        texts = [tokenizer.decode(document[:-1].tolist()) for document in documents[:-1]]
+        assert texts == [
+            document.text
+            for document, (digest, _) in zip(
+                small_corpus.documents(), small_corpus.hashes, strict=True
+            )
+            if (digest in validation) == in_validation
+        ]
+        assert len(documents[-1]) == 0
+
+
+def test_the_tokenizer_is_trained_on_the_training_split_only(opened, small_corpus):
+    validation = validation_digests(small_corpus.hashes, 0.2)
+    texts = [
+        document.text
+        for document, (digest, _) in zip(small_corpus.documents(), small_corpus.hashes, strict=True)
+        if digest not in validation
+    ]
+    assert train_tokenizer(texts, 300).to_str() == opened.tokenizer.to_str()
+
+
+def test_the_counts_are_those_of_the_tokens_and_the_texts(opened, small_texts):
+    expected = np.bincount(opened.train, minlength=opened.meta.vocab_size)
+    np.testing.assert_array_equal(opened.train_counts, expected)
+    assert opened.meta.n_documents == len(small_texts)
+    assert opened.meta.n_bytes == sum(len(text.encode()) for text in small_texts)
+    assert opened.meta.n_train_tokens == len(opened.train)
+    assert opened.meta.n_val_tokens == len(opened.val)
+
+
+def test_a_second_call_opens_what_the_first_built(opened, small_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_build", fail_to_build)
+    again = cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert again.meta == opened.meta
+    np.testing.assert_array_equal(again.train, opened.train)
+    np.testing.assert_array_equal(again.val, opened.val)
+
+
+def test_corpus_tokenizer_and_split_each_have_an_entry_of_their_own(
+    opened, small_corpus, make_corpus, tmp_path
+):
+    cached_tokens(small_corpus, TokenizerSpec(vocab_size=301), 0.2, tmp_path)
+    cached_tokens(small_corpus, SPEC, 0.3, tmp_path)
+    cached_tokens(make_corpus(["one", "two"]), SPEC, 0.2, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    opened.tokenizer.save(str(path))
+    cached_tokens(small_corpus, TokenizerSpec(path=path), 0.2, tmp_path)
+    path.unlink()
+    assert len(entries(tmp_path)) == 5
+
+
+def test_tokens_are_read_only_maps(opened):
+    assert isinstance(opened.train, np.memmap)
+    assert opened.train.dtype == np.uint16
+    with pytest.raises(ValueError, match="read-only"):
+        opened.train[0] = 1
+
+
+def test_a_vocabulary_past_16_bits_is_stored_in_32(opened, small_corpus, tmp_path):
+    specification = json.loads(opened.tokenizer.to_str())
+    specification["model"]["vocab"]["ĠhugeĠ"] = 70_000
+    path = tmp_path / "huge.json"
+    path.write_text(json.dumps(specification))
+    entry = cached_tokens(small_corpus, TokenizerSpec(path=path), 0.2, tmp_path)
+    assert entry.train.dtype == np.uint32
+    np.testing.assert_array_equal(entry.train, opened.train)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def cut_vocabulary(path: Path) -> None:
+    specification = json.loads(path.read_text())
+    last = max(specification["model"]["vocab"], key=specification["model"]["vocab"].get)
+    del specification["model"]["vocab"][last]
+    specification["model"]["merges"].pop()
+    path.write_text(json.dumps(specification))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train.tokens", truncate),
+        ("val.tokens", Path.unlink),
+        ("counts.npy", truncate),
+        ("meta.json", Path.unlink),
+        ("meta.json", truncate),
+        ("meta.json", lambda path: path.write_text('{"corpus": "only"}')),
+        ("tokenizer.json", cut_vocabulary),
+        ("tokenizer.json", truncate),
+    ],
+)
+def test_a_damaged_entry_is_built_again(opened, small_corpus, tmp_path, name, damage):
+    before = {path.name: path.read_bytes() for path in opened.path.iterdir()}
+    damage(opened.path / name)
+    again = cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert {path.name: path.read_bytes() for path in again.path.iterdir()} == before
+    assert entries(tmp_path) == [opened.path.name]
+
+
+def test_a_build_that_fails_leaves_no_entry(small_corpus, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_write_tokens", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert entries(tmp_path) == []
+    assert len(cached_tokens(small_corpus, SPEC, 0.2, tmp_path).train) > 0
+
+
+def test_a_damaged_entry_that_another_process_repaired_meanwhile_is_kept(
+    opened, small_corpus, tmp_path, monkeypatch
+):
+    truncate(opened.path / "train.tokens")
+    build = cache_module._build
+
+    def build_after_another(building, *arguments):
+        build(building, *arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "_build", build)
+            cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+        (opened.path / "mark").touch()
+
+    monkeypatch.setattr(cache_module, "_build", build_after_another)
+    cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert (opened.path / "mark").exists()
+    assert entries(tmp_path) == [opened.path.name]
+
+
+BUILD_WITH_ANOTHER = """
+import sys, time
+from pathlib import Path
+from nerve.data import cache
+from nerve.data.corpus import Corpus, Document
+from nerve.data.tokenizer import TokenizerSpec
+
+root, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+publish = cache._publish
+
+def publish_with_the_other(building, path):
+    (root / me).touch()
+    deadline = time.monotonic() + 60
+    while not (root / other).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    publish(building, path)
+
+cache._publish = publish_with_the_other
+documents = [Document(str(i), f"document {i} " * 50) for i in range(20)]
+entry = cache.cached_tokens(Corpus("c", lambda: documents), TokenizerSpec(300), 0.2, root / "cache")
+print(entry.train.sum(), entry.meta.tokenizer_fingerprint)
+"""
+
+
+def test_two_processes_that_build_at_once_leave_one_good_entry(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD_WITH_ANOTHER, str(tmp_path), *names],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for names in (("a", "b"), ("b", "a"))
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0] == outputs[1]
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_the_root_is_the_argument_else_the_environment_else_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NERVE_CACHE", "/n")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("HOME", "/h")
+    assert cache_root(tmp_path) == tmp_path
+    assert cache_root() == Path("/n")
+    monkeypatch.delenv("NERVE_CACHE")
+    assert cache_root() == Path("/x/nerve")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_root() == Path("/h/.cache/nerve")
+
+
+def test_a_root_that_cannot_be_written_is_an_error_that_names_it(small_corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"must be writable; .*file/cache.*NERVE_CACHE"):
+        cached_tokens(small_corpus, SPEC, 0.2, tmp_path / "file" / "cache")
+
+
+def test_an_unreadable_corpus_is_reported_as_such_not_as_a_cache_failure(tmp_path):
+    def read():
+        raise DataError("the corpus is at fault")
+
+    with pytest.raises(DataError, match="the corpus is at fault"):
+        cached_tokens(Corpus("c", read), SPEC, 0.2, tmp_path)

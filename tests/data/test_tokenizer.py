@@ -1,0 +1,143 @@
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from nerve.data.tokenizer import (
+    SEPARATORS,
+    TokenizerSpec,
+    load_tokenizer,
+    separator_id,
+    token_byte_lengths,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocab_size,
+)
+from nerve.errors import DataError
+
+TEXTS = ["def forward(self, x):\n    return self.down(self.act(self.up(x)))\n" * 5, "λ₁ ≥ λ₂"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS, 290)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_training_is_deterministic(tokenizer):
+    assert train_tokenizer(TEXTS, 290).to_str() == tokenizer.to_str()
+
+
+def test_any_text_is_encoded_without_loss(tokenizer):
+    text = "".join(map(chr, range(1, 0x3000))) + "🎲\r\n\t  x"
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_the_vocabulary_is_the_asked_size_or_smaller_if_the_text_has_too_few_pairs(tokenizer):
+    assert vocab_size(tokenizer) == 290
+    assert vocab_size(train_tokenizer(["abc"], 1024)) < 265
+
+
+def test_byte_lengths_of_a_text_add_up_to_its_utf8_size(tokenizer):
+    for text in [*TEXTS, "naïve 🎲\n\n\tx  y", "\x00\x7f\xa0"]:
+        assert token_byte_lengths(tokenizer)[encode(tokenizer, text)].sum() == len(text.encode())
+
+
+def test_byte_lengths_are_those_of_each_tokens_own_bytes(tokenizer):
+    lengths = token_byte_lengths(tokenizer)
+    merged = tokenizer.token_to_id("self")
+    assert lengths[merged] == 4
+    assert lengths[separator_id(tokenizer)] == 0
+    assert np.sum(lengths == 1) == 256
+
+
+def test_the_separator_written_in_a_text_is_mere_text(tokenizer):
+    ids = encode(tokenizer, f"a{SEPARATORS[0]}b")
+    assert separator_id(tokenizer) not in ids
+    assert tokenizer.decode(ids) == f"a{SEPARATORS[0]}b"
+
+
+def test_a_tokenizer_that_was_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert encode(loaded, f"{TEXTS[0]}{SEPARATORS[0]}") == encode(
+        tokenizer, f"{TEXTS[0]}{SEPARATORS[0]}"
+    )
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_fingerprint_tells_tokenizers_apart(tokenizer):
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(train_tokenizer(TEXTS, 289))
+
+
+def test_truncation_and_padding_of_a_file_are_switched_off(tokenizer, tmp_path):
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=500)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    ids = encode(load_tokenizer(tmp_path / "tokenizer.json"), TEXTS[0])
+    assert ids == encode(tokenizer, TEXTS[0])
+    assert 4 < len(ids) < 500
+
+
+def test_an_added_ordinary_token_counts_its_own_bytes(tokenizer):
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_tokens(["λλ"])
+    assert token_byte_lengths(extended)[extended.token_to_id("λλ")] == 4
+
+
+def test_a_vocabulary_with_holes_counts_to_its_largest_id(tokenizer, tmp_path):
+    specification = json.loads(tokenizer.to_str())
+    specification["model"]["vocab"]["Ġhole"] = 400
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(specification))
+    assert vocab_size(load_tokenizer(path)) == 401
+    assert token_byte_lengths(load_tokenizer(path)).shape == (401,)
+
+
+def test_a_file_that_is_no_tokenizer_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match=r"other.json is not"):
+        load_tokenizer(tmp_path / "other.json")
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_an_error(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, SEPARATORS[0]: 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(DataError, match=r"byte-level .*words.json is not"):
+        load_tokenizer(tmp_path / "words.json")
+
+
+def test_a_tokenizer_without_separator_is_an_error_with_the_names_that_are_known(
+    tokenizer, tmp_path
+):
+    renamed = tokenizer.to_str().replace(SEPARATORS[0], "<|other|>")
+    (tmp_path / "renamed.json").write_text(renamed)
+    with pytest.raises(DataError, match=r"one of <\|endoftext\|>, .*</s>"):
+        load_tokenizer(tmp_path / "renamed.json")
+
+
+def test_a_vocabulary_below_the_bytes_and_a_separator_is_an_error():
+    with pytest.raises(DataError, match=r"at least 257.*got 256"):
+        TokenizerSpec(256)
+    assert vocab_size(TokenizerSpec(257).build(TEXTS)) == 257
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(DataError, match=r"no file '.*absent.json'"):
+        TokenizerSpec(path=tmp_path / "absent.json")
+
+
+def test_the_key_follows_the_contents_of_a_file_not_its_name(tokenizer, tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        tokenizer.save(str(path))
+    assert TokenizerSpec(path=paths[0]).key == TokenizerSpec(path=paths[1]).key
+    paths[1].write_text(paths[1].read_text() + " ")
+    assert TokenizerSpec(path=paths[0]).key != TokenizerSpec(path=paths[1]).key
+    assert TokenizerSpec(1024).key != TokenizerSpec(1025).key
