@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.errors import MeasurementError
 from nerve.probe import FFN, Probe, Site, find_ffns
@@ -18,6 +19,7 @@ from nerve.spectra import (
     eigenvalues,
     jensen_shannon,
     participation_ratio,
+    projected_eigenvalues,
     spectral_entropy,
 )
 
@@ -93,11 +95,16 @@ class Measurement:
 
     Args:
         ffns: the FFNs to measure.
+        shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
+            W C_x Wᵀ, where that is as exact and cheaper (see `_takes_shortcut`).
     """
 
-    def __init__(self, ffns: Sequence[FFN]) -> None:
+    def __init__(self, ffns: Sequence[FFN], *, shortcut: bool = True) -> None:
         self._probe = Probe(ffns, self._accumulate)
+        self._shortcut = shortcut
+        self._inputs: dict[int, Tensor] = {}
         self._d_in: dict[int, int] = {}
+        self._weights: dict[int, Tensor] = {}
         self._covariances: dict[tuple[int, Site], StreamingCovariance] = {}
 
     def attach(self) -> None:
@@ -122,40 +129,78 @@ class Measurement:
         return [self._spectra_of(index, ffn) for index, ffn in enumerate(self._probe.ffns)]
 
     def _accumulate(self, index: int, site: Site, features: Tensor) -> None:
-        width = features.shape[-1]
         if site == "input":
-            self._d_in[index] = width
-            return
+            self._inputs[index] = features
+        elif site == "pre":
+            inputs = self._inputs.pop(index)
+            if index not in self._d_in:
+                self._d_in[index] = inputs.shape[-1]
+                module = self._probe.ffns[index].pre
+                if self._shortcut and _takes_shortcut(module, inputs, features):
+                    # A copy: the optimizer may step before the problems are solved.
+                    self._weights[index] = module.weight.detach().clone()
+            if index in self._weights:
+                self._update(index, "input", inputs, product="float64")
+            else:
+                self._update(index, "pre", features)
+        else:
+            self._update(index, "post", features)
+
+    def _update(
+        self, index: int, site: Site, features: Tensor, product: str | None = None
+    ) -> None:
         covariance = self._covariances.get((index, site))
         if covariance is None:
-            covariance = StreamingCovariance(width, device=features.device)
+            covariance = StreamingCovariance(
+                features.shape[-1], device=features.device, product=product
+            )
             self._covariances[index, site] = covariance
         covariance.update(features)
 
     def _spectra_of(self, index: int, ffn: FFN) -> FFNSpectra:
         where = f"{ffn.name} in layer {ffn.layer}"
-        if (index, "pre") not in self._covariances:
+        if (index, "post") not in self._covariances:
             raise MeasurementError(
                 f"A measurement needs at least one forward pass; {where} saw none. "
                 "Give at least one batch."
             )
-        pre, post = self._covariances[index, "pre"], self._covariances[index, "post"]
-        if (pre.n_samples, pre.dim) != (post.n_samples, post.dim):
+        weight, post = self._weights.get(index), self._covariances[index, "post"]
+        before = self._covariances[index, "pre" if weight is None else "input"]
+        d_ff = before.dim if weight is None else weight.shape[0]
+        if (before.n_samples, d_ff) != (post.n_samples, post.dim):
             raise MeasurementError(
                 "Features before and after a nonlinearity must be of the same samples and width; "
-                f"{where} has {pre.n_samples} × {pre.dim} before and {post.n_samples} × {post.dim} "
+                f"{where} has {before.n_samples} × {d_ff} before and {post.n_samples} × {post.dim} "
                 "after. Check which modules its description names."
             )
+        covariance = before.covariance()
         return FFNSpectra(
             layer=ffn.layer,
             ffn=ffn.name,
-            n_samples=pre.n_samples,
+            n_samples=post.n_samples,
             d_in=self._d_in[index],
-            d_ff=pre.dim,
-            pre=eigenvalues(pre.covariance()),
+            d_ff=d_ff,
+            pre=(
+                eigenvalues(covariance)
+                if weight is None
+                else projected_eigenvalues(weight, covariance)
+            ),
             post=eigenvalues(post.covariance()),
             precision=post.precision,
         )
+
+
+def _takes_shortcut(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether the outputs are W x + b of a weight that can be read, wider than x, and not rounded
+    to 16 bits on the way (which the shortcut would leave out). A parametrized weight in training is
+    another at each reading (spectral norm iterates)."""
+    return (
+        type(module).forward is nn.Linear.forward
+        and outputs.shape[-1] > inputs.shape[-1]
+        and inputs.dtype == outputs.dtype
+        and outputs.dtype in (torch.float32, torch.float64)
+        and not (module.training and is_parametrized(module))
+    )
 
 
 def measure(
@@ -164,6 +209,7 @@ def measure(
     *,
     ffns: Sequence[FFN] | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
+    shortcut: bool = True,
 ) -> pd.DataFrame:
     """Measures the FFNs of any torch model over batches; neither Lightning nor Hydra is needed.
 
@@ -176,6 +222,8 @@ def measure(
         ffns: descriptions of the FFNs, for a model whose modules do not fulfil `nerve.probe.FFN`.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
+        shortcut: whether pre may be computed from the covariance of the FFN's input where that is
+            as exact and cheaper; False always takes the features themselves.
 
     Returns:
         One row an FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats), participation
@@ -188,7 +236,7 @@ def measure(
     """
     run = forward or _call
     modes = {module: module.training for module in model.modules()}
-    measurement = Measurement(find_ffns(model) if ffns is None else ffns)
+    measurement = Measurement(find_ffns(model) if ffns is None else ffns, shortcut=shortcut)
     model.eval()
     measurement.attach()
     try:

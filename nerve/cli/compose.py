@@ -5,9 +5,12 @@ from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nerve.errors import ConfigError, NerveError
 from nerve.results.identity import EXCLUDED, config_id, new_run_id
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,9 +34,14 @@ class SweepsSearchPath(SearchPathPlugin):
 
 
 def register() -> None:
-    """Registers the search path and the resolvers `run_id` and `config_id`; may be called again."""
+    """Registers the search path and the resolvers, for one start of a command.
+
+    `${run_id:}` is one new id, for the directory and the record of a single run; `${config_id:}`
+    the id of the configuration around it, for the directories of a sweep's cells.
+    """
     Plugins.instance().register(SweepsSearchPath)
-    OmegaConf.register_new_resolver("run_id", new_run_id, use_cache=True, replace=True)
+    run_id = new_run_id()
+    OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
     OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)
 
 
@@ -42,6 +50,20 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """Instantiates what `_target_` names, with errors that the user can mend.
+
+    Raises:
+        NerveError: as the target raised it, or `ConfigError` where it could not be called.
+    """
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, NerveError):
+            raise error.__cause__ from error
+        raise ConfigError(str(error)) from error
 
 
 def identity(config: DictConfig) -> str:

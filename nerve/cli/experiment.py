@@ -10,11 +10,10 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from nerve.cli.compose import resolved
+from nerve.cli.compose import build, resolved
 from nerve.cli.progress import RunProgressBar
 from nerve.cli.summary import print_summary
 from nerve.errors import StoreError
@@ -77,11 +76,12 @@ def _begin(config: DictConfig, hydra_config: DictConfig, directory: Path) -> Run
             f"({earlier.run_status}). Choose another with hydra.run.dir=…, or delete that one."
         )
     values = resolved(config)
+    is_cell = hydra_config.mode == RunMode.MULTIRUN
     record = RunRecord.create(
         directory,
         values,
-        run_id=OmegaConf.create({"id": "${run_id:}"}).id,
-        sweep=directory.parent.name if hydra_config.mode == RunMode.MULTIRUN else None,
+        run_id=None if is_cell else OmegaConf.create({"id": "${run_id:}"}).id,
+        sweep=directory.parent.name if is_cell else None,
         seed=values["seed"],
     )
     for name, content in (
@@ -151,7 +151,7 @@ def _build_data(config: DictConfig, values: dict[str, Any]) -> Any:
     sizes: dict[str, int] = {"n_train_batches": n_batches}
     if values["model"]["kind"] == "gpt":
         sizes["n_heldout_tokens"] = _n_tokens(values)
-    data = instantiate(config.data, **sizes, seed=values["seed"])
+    data = build(config.data, **sizes, seed=values["seed"])
     data.prepare_data()
     data.setup("fit")
     return data
@@ -178,19 +178,20 @@ def _width(down: nn.Module) -> int:
 
 
 def _parts(config: DictConfig) -> dict[str, Part]:
-    built = instantiate(config.optimizer.parts)
+    built = build(config.optimizer.parts)
     return {str(name): Part(tuple(part.roles), part.build) for name, part in built.items()}
 
 
 def _build_trainer(
     config: DictConfig, store: RunStore, callbacks: list[L.Callback], unit: str
 ) -> L.Trainer:
-    loggers = [StoreLogger(store), *(instantiate(logger) for logger in config.logger.values())]
-    callbacks += [instantiate(callback) for callback in config.callbacks.values()]
+    loggers = [StoreLogger(store), *(build(logger) for logger in config.logger.values())]
+    callbacks += [build(callback) for callback in config.callbacks.values()]
     if config.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(unit))
-    trainer: L.Trainer = instantiate(
+    trainer: L.Trainer = build(
         config.trainer,
+        log_every_n_steps=min(config.trainer.log_every_n_steps, config.trainer.max_steps),
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(store.directory),

@@ -148,7 +148,7 @@ class TextDataModule(BatchDataModule):
         meta = self._tokens.meta
         n_train_windows = _n_windows(meta.n_train_tokens, self.seq_len)
         return {
-            "corpus": meta.corpus,
+            "corpus": self.corpus.name,
             "n_documents": meta.n_documents,
             "n_bytes": meta.n_bytes,
             "vocab_size": meta.vocab_size,

@@ -54,21 +54,19 @@ class GPTConfig:
     ffn: FFNDesign = field(default_factory=FFNDesign)
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_heads", "seq_len", "vocab_size"):
-            value = getattr(self, name)
+        sizes = ("model.n_layers", "model.d_model", "model.n_heads", "model.seq_len")
+        for key in (*sizes, "data.vocab_size"):
+            value = getattr(self, key.split(".")[1])
             require(
                 isinstance(value, int) and value >= 1,
-                f"model.{name} must be a whole number of at least 1; got {value!r}.",
+                f"{key} must be a whole number of at least 1; got {value!r}.",
             )
         require(
             self.d_model % self.n_heads == 0,
             "model.d_model must be a multiple of model.n_heads; "
             f"got model.d_model={self.d_model} and model.n_heads={self.n_heads}.",
         )
-        require(
-            0 <= self.dropout < 1,
-            f"model.dropout must lie in [0, 1); got {self.dropout}.",
-        )
+        require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
         require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
 
 
@@ -125,6 +123,7 @@ class GPT(nn.Module):
 
     Config: ClassVar = GPTConfig
     FACTS: ClassVar = ("vocab_size",)
+    """The fields of `Config` that the data gives."""
 
     # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
     @torch.random.fork_rng(devices=[])

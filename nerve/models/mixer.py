@@ -65,8 +65,8 @@ class MixerConfig:
     channel_mixing: Mixing = field(default_factory=Mixing)
 
     def __post_init__(self) -> None:
-        counts = ("n_layers", "d_model", "patch_size", "n_classes")
-        for key in (*(f"model.{name}" for name in counts), "data.image_size", "data.n_channels"):
+        sizes = ("model.n_layers", "model.d_model", "model.patch_size")
+        for key in (*sizes, "data.image_size", "data.n_channels", "data.n_classes"):
             value = getattr(self, key.split(".")[1])
             require(
                 isinstance(value, int) and value >= 1,
@@ -181,6 +181,7 @@ class Mixer(nn.Module):
 
     Config: ClassVar = MixerConfig
     FACTS: ClassVar = ("image_size", "n_channels", "n_classes")
+    """The fields of `Config` that the data gives."""
 
     # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
     @torch.random.fork_rng(devices=[])

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nerve.nn.position import AttentionPosition
-from nerve.values import require
 
 
 class CausalSelfAttention(nn.Module):
@@ -13,13 +12,10 @@ class CausalSelfAttention(nn.Module):
 
     Args:
         d_model: width of the stream.
-        n_heads: heads of d_head = d_model / n_heads features each.
+        n_heads: heads of d_head = d_model / n_heads features each; divides d_model.
         bias: whether the two projections add a bias.
         dropout: on the attention weights and on the output, in training.
         position: shared by all layers; rotates q and k, or biases the scores.
-
-    Raises:
-        ConfigError: where the heads do not divide d_model.
     """
 
     def __init__(
@@ -32,11 +28,6 @@ class CausalSelfAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        require(
-            d_model % n_heads == 0,
-            "model.d_model must be a multiple of model.n_heads; "
-            f"got model.d_model={d_model} and model.n_heads={n_heads}.",
-        )
         self.n_heads = n_heads
         self.position = position
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)

@@ -54,8 +54,8 @@ def check_width(width: Width | None, d_ff: int | None, group: str) -> None:
     """Raises `ConfigError` for a bad `width` or `d_ff`, or both set, naming the keys of `group`."""
     require(
         width is None or d_ff is None,
-        f"{group}.width={width} and {group}.d_ff={d_ff} are two ways to say one thing. "
-        f"Set {group}.width=null to give {group}.d_ff, or leave {group}.d_ff out.",
+        f"{group}.width={width} and {group}.d_ff={d_ff} say one thing twice. "
+        "Set one of them to null.",
     )
     require(
         d_ff is None or (isinstance(d_ff, int) and d_ff > 0),

@@ -54,7 +54,7 @@ class AttentionPosition(nn.Module):
         """Queries and keys as the scores shall see them."""
         return queries, keys
 
-    def bias(self, seq_len: int) -> Float[Tensor, "n_heads seq seq"] | None:
+    def bias(self, seq_len: int) -> Float[Tensor, "1 n_heads seq seq"] | None:
         """What is added to the scores, -inf where a key lies in the future; None: nothing."""
         return None
 
@@ -100,13 +100,12 @@ class ALiBi(AttentionPosition):
         super().__init__()
         steps = torch.arange(seq_len)
         distances = (steps[:, None] - steps[None, :]).float()
-        scores = -torch.tensor(alibi_slopes(n_heads))[:, None, None] * distances
-        self.register_buffer(
-            "scores", scores.masked_fill(distances < 0, -math.inf), persistent=False
-        )
+        scores = -torch.tensor(alibi_slopes(n_heads))[None, :, None, None] * distances
+        scores = scores.masked_fill(distances < 0, -math.inf)
+        self.register_buffer("scores", scores, persistent=False)
 
-    def bias(self, seq_len: int) -> Float[Tensor, "n_heads seq seq"] | None:
-        return self.scores[:, :seq_len, :seq_len]
+    def bias(self, seq_len: int) -> Float[Tensor, "1 n_heads seq seq"] | None:
+        return self.scores[..., :seq_len, :seq_len]
 
 
 def alibi_slopes(n_heads: int) -> list[float]:

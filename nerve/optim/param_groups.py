@@ -48,12 +48,9 @@ class Part:
     build: Callable[[list[dict[str, Any]]], Optimizer]
 
     def __post_init__(self) -> None:
-        require(
-            len(self.roles) > 0,
-            "a part of optimizer.parts needs at least one role; got none.",
-        )
+        require(len(self.roles) > 0, "a part of optimizer.parts needs at least one role; got none.")
         for role in self.roles:
-            require_choice("a role of optimizer.parts", role, [str(known) for known in Role])
+            require_choice("a role of optimizer.parts", role, list(Role))
         object.__setattr__(self, "roles", tuple(str(role) for role in self.roles))
 
 
@@ -99,8 +96,8 @@ def _role(model: nn.Module, name: str) -> Role:
 def build_optimizer(model: nn.Module, parts: Mapping[str, Part]) -> Optimizer:
     """The optimizer whose parts together update every parameter of `model` exactly once.
 
-    Each part gets one parameter group a role that it claims, with the role's name under `role` and,
-    for `vector`, a weight decay of 0. One part gives that optimizer itself, several a
+    Each part gets one parameter group for each role that it claims, with the role's name under
+    `role` and, for `vector`, a weight decay of 0. One part gives that optimizer itself, several a
     `CombinedOptimizer`.
 
     Args:

@@ -103,7 +103,7 @@ def _frame(records: list[RunRecord]) -> pd.DataFrame:
 
 def _row(record: RunRecord) -> dict[str, Any]:
     values = {name: value for name, value in vars(record).items() if name != "config"}
-    values["directory"] = str(record.directory)
+    values |= {"directory": str(record.directory), "job": record.job or {}}
     if record.error is not None:
         values["error"] = ": ".join(str(text) for text in record.error.values())
     leaves = dict(_leaves(record.config))

@@ -145,8 +145,8 @@ def _column(dataset: Dataset, field: pa.Field, values: list[Any]) -> pa.Array:
 
 def _eigenvalues(value: Any) -> np.ndarray:
     array = np.asarray(value, dtype=np.float32)
-    if array.ndim != 1 or np.isnan(array).any():
-        raise ValueError(
-            f"a spectrum is one row of numbers, got shape {array.shape} or a NaN in it"
-        )
+    if array.ndim != 1:
+        raise ValueError(f"a spectrum has one dimension, got shape {array.shape}")
+    if np.isnan(array).any():
+        raise ValueError("a spectrum that holds NaN is no measurement")
     return array

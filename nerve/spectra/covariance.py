@@ -23,8 +23,8 @@ class StreamingCovariance:
       over- or underflows in the product;
     - the product is taken in chunks of rows that are summed in float64.
 
-    The error of an entry, relative to the two standard deviations, is that of the product: about
-    1e-7 for `float32`, 1e-6 for `float16x2`, 1e-15 for `float64`. No update waits for the device,
+    The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
+    a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`. No update waits for the device,
     and none records an autograd graph.
 
     Args:

@@ -82,8 +82,9 @@ def jensen_shannon(
     return (total / 4 * divergence).sum(-1).clamp(min=0)
 
 
-def _shares(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch dim"]:
-    """`lambda / sum(lambda)`, the largest first; NaN throughout where that is not defined."""
+def _shares(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch shares"]:
+    """`lambda / sum(lambda)`, the largest first; NaN throughout where that is not defined, and one
+    NaN for no eigenvalues."""
     values = eigenvalues.detach().double().sort(-1, descending=True).values
     if values.shape[-1] == 0:
         return values.new_full((*values.shape[:-1], 1), torch.nan)

@@ -10,9 +10,6 @@ from nerve.data.base import BatchDataModule
 from nerve.data.order import ShuffledOrder
 from nerve.errors import ConfigError
 
-# Lightning itself uses what newer versions of PyTorch deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
 N_STEPS = 10
 
 

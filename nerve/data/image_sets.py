@@ -1,0 +1,153 @@
+"""Labelled images in memory: scikit-learn's digits and CIFAR-100 from its Python archive."""
+
+import gzip
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nerve.data.extras import import_extra
+from nerve.errors import DataError
+
+_CIFAR_FOLDER = "cifar-100-python"
+_CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_LOADABLE: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,  # by the name that NumPy 1 gave it
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+}
+
+
+class LabelledImages(NamedTuple):
+    """`images` uint8 `[n, channels, height, width]` and `labels` int64 `[n]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A named set of labelled images with a fixed split.
+
+    Args:
+        name: for messages and the run's record.
+        n_classes: labels are 0 to `n_classes` - 1.
+        flips: whether a mirrored image is as good as the original (not so for digits).
+        read: gives the training and the test images.
+    """
+
+    name: str
+    n_classes: int
+    flips: bool
+    read: Callable[[], tuple[LabelledImages, LabelledImages]]
+
+
+def digits() -> ImageSet:
+    """1,797 handwritten digits of 8 × 8 pixels, 0 to 16 (Alpaydin & Kaynak 1998), 10 classes.
+
+    Every fifth image of each class is held out, so that the test set has all classes in equal
+    shares and is the same for every seed. Reading needs scikit-learn, which ships the images.
+    """
+    return ImageSet("digits", n_classes=10, flips=False, read=_read_digits)
+
+
+def cifar100(path: str | Path) -> ImageSet:
+    """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32 × 32 pixels, 100 fine classes.
+
+    Args:
+        path: `cifar-100-python.tar.gz` as its authors publish it, or the folder in it. What its
+            pickles may load is limited to NumPy arrays and plain containers.
+    """
+    return ImageSet("cifar100", n_classes=100, flips=True, read=lambda: _read_cifar100(Path(path)))
+
+
+def _read_digits() -> tuple[LabelledImages, LabelledImages]:
+    datasets = import_extra("sklearn.datasets", "images", "The data set digits")
+    bunch = datasets.load_digits()
+    images = bunch.images.astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.int64)
+    rank_in_class = np.zeros(len(labels), dtype=np.int64)
+    for label in range(10):
+        rank_in_class[labels == label] = np.arange(np.sum(labels == label))
+    test = rank_in_class % 5 == 0
+    return LabelledImages(images[~test], labels[~test]), LabelledImages(images[test], labels[test])
+
+
+def _read_cifar100(path: Path) -> tuple[LabelledImages, LabelledImages]:
+    files = _cifar_folder(path) if path.is_dir() else _cifar_archive(path)
+    return _cifar_images(files["train"], path), _cifar_images(files["test"], path)
+
+
+def _cifar_folder(path: Path) -> dict[str, bytes]:
+    try:
+        return {name: (path / name).read_bytes() for name in ("train", "test")}
+    except OSError as error:
+        raise DataError(
+            f"The folder of CIFAR-100 must hold the files train and test; {path} does not "
+            f"({error.strerror}: {error.filename}). Name the folder {_CIFAR_FOLDER}, or the "
+            "archive itself."
+        ) from error
+
+
+def _cifar_archive(path: Path) -> dict[str, bytes]:
+    try:
+        # Decompressed to its end, where the checksum is: tarfile alone would stop before it.
+        unpacked = io.BytesIO(gzip.decompress(path.read_bytes()))
+        with tarfile.open(fileobj=unpacked) as archive:
+            files = {}
+            for name in ("train", "test"):
+                member = archive.extractfile(f"{_CIFAR_FOLDER}/{name}")
+                if member is None:
+                    raise KeyError(f"{_CIFAR_FOLDER}/{name} is no file")
+                files[name] = member.read()
+            return files
+    except FileNotFoundError as error:
+        raise DataError(
+            f"CIFAR-100 must be given as its archive; there is no file {path}. Download it from "
+            f"{_CIFAR_URL}"
+        ) from error
+    except KeyError as error:
+        raise DataError(
+            f"The archive of CIFAR-100 must hold {_CIFAR_FOLDER}/train and .../test; {path} does "
+            f"not ({error.args[0]}). It is another file: download {_CIFAR_URL}"
+        ) from error
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise DataError(
+            f"The archive of CIFAR-100 must be whole; {path} is damaged or cut off ({error}). "
+            f"Download it again from {_CIFAR_URL}"
+        ) from error
+
+
+def _cifar_images(pickled: bytes, path: Path) -> LabelledImages:
+    try:
+        content = _ArrayUnpickler(io.BytesIO(pickled), encoding="bytes").load()
+        data, labels = content[b"data"], np.asarray(content[b"fine_labels"], dtype=np.int64)
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3 * 32 * 32):
+            raise ValueError(f"data is {data.dtype} {data.shape} for {len(labels)} labels")
+        if labels.min() < 0 or labels.max() > 99:
+            raise ValueError(f"labels reach from {labels.min()} to {labels.max()}")
+    except Exception as error:  # what a damaged pickle raises can be anything
+        raise DataError(
+            "The files of CIFAR-100 must hold uint8 images of 3 × 32 × 32 with fine labels 0 to "
+            f"99; one in {path} does not ({type(error).__name__}: {error}). It is damaged or "
+            f"another data set: download {_CIFAR_URL}"
+        ) from error
+    return LabelledImages(data.reshape(-1, 3, 32, 32), labels)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads NumPy arrays, bytes and containers; anything else, and so any code, is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _LOADABLE:
+            raise pickle.UnpicklingError(f"{module}.{name} may not be loaded")
+        return _LOADABLE[module, name]

@@ -1,0 +1,248 @@
+"""`nerve-run`, as a user calls it: what a run leaves, and what it says of bad input."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nerve
+from nerve.cli.run import main
+
+METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A few real modules, so that a run takes seconds."""
+    folder = tmp_path_factory.mktemp("corpus")
+    library = Path(os.__file__).parent
+    for path in sorted([*library.glob("json/*.py"), *library.glob("email/*.py")]):
+        (folder / f"{path.parent.name}_{path.name}").write_text(path.read_text())
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus) -> list[str]:
+    return [
+        f"data.corpus.roots=[{corpus}]",
+        "data.vocab_size=300",
+        "data.batch_size=4",
+        "data.val_fraction=0.2",
+        "model.n_layers=2",
+        "model.d_model=32",
+        "model.n_heads=2",
+        "model.seq_len=32",
+        "trainer.max_steps=5",
+        "trainer.enable_progress_bar=false",
+        "monitor.every_n_steps=2",
+        "threads=1",
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Calls the command in an empty directory; gives exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nerve-run", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        status = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def only_run(directory: Path) -> Path:
+    (record,) = directory.glob("**/run.json")
+    return record.parent
+
+
+def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
+    status, out, _ = run(*tiny)
+    assert status == 0
+    directory = only_run(tmp_path / "outputs")
+    metrics = nerve.load_metrics(directory, factors=["activation.name", "ffn.width"])
+    assert sorted(metrics.step.unique()) == [0, 2, 4, 5]
+    assert len(metrics) == 4 * 2
+    assert (metrics.status == "ok").all()
+    assert set(metrics["activation.name"]) == {"gelu"}
+    assert (metrics.n_samples == 8 * 128).all()  # monitor.n_tokens=auto: 8 · d_ff
+    assert ((metrics.d_ff == 128) & (metrics.d_in == 32)).all()
+    assert len(nerve.load_spectra(directory)) == 2 * len(metrics)
+    assert {"train_loss", "val_loss"} <= set(nerve.load_scalars(directory).name)
+    assert (directory / "logs" / "metrics.csv").exists()
+    for name in ("metrics", "spectra", "scalars"):
+        assert len(list((directory / name).iterdir())) == 1  # compacted
+    assert {path.name for path in (directory / ".hydra").iterdir()} == {
+        "config.yaml",
+        "hydra.yaml",
+        "overrides.yaml",
+    }
+
+    runs = nerve.load_runs(tmp_path / "outputs")
+    record = runs.iloc[0]
+    last = metrics[metrics.step == 5].iloc[0]
+    assert (record.run_status, record["trainer.max_steps"], record.step) == ("done", 5, 5)
+    assert record["final.val_loss"] == last.val_loss
+    assert record.run_id in directory.name
+    assert record.n_parameters == 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
+
+    # What the user sees at the end.
+    assert f"validation loss: {last.val_loss:.3f} nats a target" in out
+    bits = re.search(r"([\d.]+) bits a byte", out)
+    assert bits
+    assert float(bits[1]) == pytest.approx(record["final.bits_per_byte"], abs=5e-4)
+    assert str(directory) in out
+    (line,) = re.findall(r"in a notebook: (.*)", out)
+    frame: dict = {}
+    exec(line, frame)
+    pd.testing.assert_frame_equal(frame["metrics"], nerve.load_metrics(directory))
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(run, tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(*tiny, f"seed={seed}", f"hydra.run.dir={name}")[0] == 0
+    a, b, c = (nerve.load_metrics(tmp_path / name)[METRICS] for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any(axis=None)
+    runs = nerve.load_runs(tmp_path).set_index("directory")
+    held = runs["fingerprints.heldout"]
+    assert held.nunique() == 1  # the held-out set does not depend on the seed
+    assert runs.config_id.nunique() == 2
+
+
+def test_training_tokens_can_be_measured_instead(run, tiny, tmp_path):
+    assert run(*tiny, "monitor.source=train", "logger=none")[0] == 0
+    metrics = nerve.load_metrics(tmp_path)
+    assert sorted(metrics.step.unique()) == [0, 2, 4]
+    assert (metrics.n_samples == 4 * 32).all()
+    assert nerve.load_runs(tmp_path)["final.val_loss"].notna().all()
+
+
+def test_a_multirun_gives_each_cell_a_directory_named_by_its_configuration(run, tiny, tmp_path):
+    status, _, _ = run("-m", *tiny, "activation=gelu,relu", "logger=none")
+    assert status == 0
+    runs = nerve.load_runs(tmp_path / "outputs" / "multirun")
+    assert set(runs["activation.name"]) == {"gelu", "relu"}
+    assert set(runs.sweep) == {"multirun"}
+    assert [Path(d).name for d in runs.directory] == runs.config_id.tolist()
+
+
+def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):
+    for name, override in (("a", "threads=1"), ("b", "logger=none")):
+        assert run(*tiny, override, f"hydra.run.dir={name}")[0] == 0
+    assert nerve.load_runs(tmp_path).config_id.nunique() == 1
+
+
+BAD = [
+    (["activatoin=relu"], ["activatoin"]),
+    (["optimizer.lrr=1"], ["lrr", "not in struct"]),
+    (["activation=gelo"], ["activation/gelo", "gelu"]),
+    (["activation.name=gelo"], ["activation.name must be one of", "Did you mean 'gelu'"]),
+    (
+        ["normalization=normfree", "normalization.placement=post"],
+        ["normalization.kind=none", "normalization.placement=post"],
+    ),
+    (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
+    (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
+    (["ffn.d_ff=64"], ["ffn.width=4", "ffn.d_ff=64"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps must be a positive whole number; got 0"]),
+    (["monitor.source=validation"], ["monitor.source must be one of heldout, train"]),
+    (["monitor.every_n_steps=-1"], ["monitor.every_n_steps", "-1"]),
+    (["monitor.n_tokens=lots"], ["monitor.n_tokens", "lots"]),
+    (["monitor.n_tokens=10000000"], ["10000000", "validation split"]),
+    (["model.seq_len=1000000"], ["model.seq_len", "1000001"]),
+    (["data.corpus.roots=[/nowhere]"], ["/nowhere"]),
+    (["data.corpus.roots=[{empty}]"], ["{empty}"]),
+    (["optimizer.schedule.name=cosinus"], ["optimizer.schedule.name", "cosine"]),
+    (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
+    (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda v: " ".join(v)[:40])
+def test_bad_input_gets_one_message_before_training(run, tiny, tmp_path, overrides, expected):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fill = [text.replace("{empty}", str(empty)) for text in overrides]
+    status, out, err = run(*tiny, *fill)
+    assert status == 1
+    assert err.startswith("nerve-run: ")
+    assert "Traceback" not in err + out
+    for text in expected:
+        assert text.replace("{empty}", str(empty)) in err
+    for record in tmp_path.glob("**/run.json"):
+        values = json.loads(record.read_text())
+        assert values["run_status"] == "failed"
+        assert values["error"]["message"] in err
+
+
+def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
+    assert run(*tiny, "hydra.run.dir=mine")[0] == 0
+    before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+    status, _, err = run(*tiny, "hydra.run.dir=mine", "seed=3")
+    assert status == 1
+    assert "holds run" in err
+    assert "(done)" in err
+    assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_its_rows(run, tiny, tmp_path):
+    status, _, err = run(*tiny, "optimizer.lr=1e30", "trainer.gradient_clip_val=null")
+    assert status == 1
+    step = int(re.search(r"NaN or infinite at step (\d+)", err)[1])
+    with pytest.warns(UserWarning) if step == 0 else _nothing():
+        runs = nerve.load_runs(tmp_path)
+        metrics = nerve.load_metrics(tmp_path)
+    assert runs.run_status.tolist() == ["failed"]
+    assert f"step {step}" in runs.error[0]
+    assert 0 in metrics.step.tolist()
+    assert metrics.step.max() <= step
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+
+def test_help_and_the_composed_values_are_shown_without_loading_torch(tmp_path):
+    for arguments in (["--help"], ["--cfg", "job"]):
+        code = (
+            "import sys; from nerve.cli.run import main\n"
+            f"sys.argv = ['nerve-run', *{arguments}]\n"
+            "try: main()\nfinally: assert 'torch' not in sys.modules"
+        )
+        began = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert "every_n_steps: 25" in result.stdout
+        assert time.perf_counter() - began < 30  # a hang, not the speed of a busy machine
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rows_say_what_chance_would_lose(run, tiny, tmp_path):
+    """An untrained model knows less than the unigram distribution; both stand in the record."""
+    assert run(*tiny)[0] == 0
+    record = nerve.load_runs(tmp_path).iloc[0]
+    first = nerve.load_metrics(tmp_path).sort_values("step").val_loss.iloc[0]
+    assert record.unigram_loss < first
+    assert first == pytest.approx(math.log(300), rel=0.05)

@@ -1,0 +1,82 @@
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from nerve.data.hub import hub_dataset
+from nerve.errors import ConfigError, DataError
+
+ROWS = [{"content": f"row {i}", "id": i} for i in range(5)]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[dict]:
+    """Puts a `datasets` in place that serves `ROWS` and records how it is called."""
+    calls = []
+
+    def load_dataset(path, name=None, *, split=None, revision=None, streaming=False):
+        calls.append(
+            {"path": path, "name": name, "split": split, "revision": revision, "stream": streaming}
+        )
+        if path == "absent":
+            raise FileNotFoundError("no such dataset")
+        return iter(ROWS)
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+def test_the_first_rows_are_streamed_once_with_the_arguments_given(calls):
+    corpus = hub_dataset(
+        "org/set", n_documents=3, name="en", split="test", text_column="content", revision="abc"
+    )
+    assert calls == []
+    for _ in range(2):
+        assert [document.text for document in corpus.documents()] == ["row 0", "row 1", "row 2"]
+    expected = {"path": "org/set", "name": "en", "split": "test", "revision": "abc", "stream": True}
+    assert calls == [expected]
+
+
+def test_the_request_names_the_contents_and_each_argument_changes_it(calls):
+    base = {"path": "a", "n_documents": 3}
+    changes = [{}, {"path": "b"}, {"n_documents": 4}, {"name": "en"}, {"split": "test"}]
+    changes += [{"text_column": "content"}, {"revision": "abc"}]
+    keys = [hub_dataset(**(base | change)).key for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert hub_dataset(**base).key == keys[0]
+    assert calls == []
+
+
+def test_a_dataset_that_cannot_be_read_is_an_error_with_what_was_asked_for(calls):
+    with pytest.raises(DataError, match=r"'absent'.*FileNotFoundError: no such dataset.*network"):
+        list(hub_dataset("absent", n_documents=3).documents())
+
+
+def test_a_missing_column_is_an_error_with_the_columns_that_there_are(calls):
+    with pytest.raises(DataError, match="no texts in 'text'; its columns are 'content', 'id'"):
+        list(hub_dataset("a", n_documents=3).documents())
+
+
+def test_without_the_package_the_error_tells_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r'package datasets.*pip install "nerve\[hub\]"'):
+        list(hub_dataset("a", n_documents=3).documents())
+
+
+def test_fewer_documents_than_splits_is_an_error():
+    with pytest.raises(ConfigError, match="at least 2; got 1"):
+        hub_dataset("a", n_documents=1)
+
+
+def test_the_real_package_reads_a_folder_in_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    pytest.importorskip("datasets")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    corpus = hub_dataset(str(folder), n_documents=4, text_column="content")
+    assert [document.text for document in corpus.documents()] == [f"row {i}" for i in range(4)]

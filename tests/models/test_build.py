@@ -1,0 +1,198 @@
+"""From configuration to network: the presets' sizes, the closed form, and errors that name keys."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nerve.errors import ConfigError
+from nerve.models import MODELS, build_model
+from nerve.models.gpt import GPT
+from nerve.models.mixer import Mixer
+
+CONF = Path(__file__).parents[2] / "conf"
+
+GPT_VALUES: dict[str, Any] = {
+    "model": {"kind": "gpt", "n_layers": 2, "d_model": 8, "n_heads": 2, "seq_len": 6},
+    "normalization": {"kind": "rmsnorm"},
+    "activation": {"name": "relu"},
+    "position": {"name": "rope"},
+    "ffn": {"width": 2, "gated": True},
+}
+MIXER_VALUES: dict[str, Any] = {
+    **GPT_VALUES,
+    "model": {
+        "kind": "mixer",
+        "n_layers": 2,
+        "d_model": 8,
+        "patch_size": 2,
+        "token_mixing": {"activation": "silu", "width": None, "d_ff": 5},
+        "channel_mixing": {"activation": None, "width": None, "d_ff": None},
+    },
+    "position": {"name": "none"},
+}
+IMAGES = {"image_size": 4, "n_channels": 1, "n_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def _conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The groups that a network is built from, as the command line composes them."""
+    config = compose("config", overrides=list(overrides))
+    groups = ("model", "normalization", "activation", "position", "ffn")
+    return {name: OmegaConf.to_container(config[name], resolve=True) for name in groups}
+
+
+def n_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def closed_form(values: dict[str, Any], vocab_size: int) -> int:
+    """Parameters of a GPT, counted on paper."""
+    model, ffn = values["model"], values["ffn"]
+    d, n_layers = model["d_model"], model["n_layers"]
+    d_ff = ffn["d_ff"] or ffn["width"] * d
+    norm = {"layernorm": 2 * d, "rmsnorm": d}[values["normalization"]["kind"]]
+    attention = 4 * d * d + 4 * d * model["attention_bias"]
+    n_ups = 2 if ffn["gated"] else 1
+    feed_forward = (n_ups + 1) * d * d_ff + (n_ups * d_ff + d) * ffn["bias"]
+    positions = model["seq_len"] * d * (values["position"]["name"] == "learned")
+    embeddings = vocab_size * d * (1 if model["tie_embeddings"] else 2)
+    return embeddings + positions + n_layers * (attention + feed_forward + 2 * norm) + norm
+
+
+@pytest.mark.usefixtures("_conf")
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "millions"),
+    [
+        ("gpt_tiny", 1024, 0.9),
+        ("gpt_mini", 1024, 2.9),
+        ("gpt2_125m", 50257, 124.4),
+        ("gpt2_350m", 50257, 354.8),
+        ("llama_71m", 32000, 70.6),
+        ("llama_130m", 32000, 134.1),
+        ("llama_1b", 32000, 1339.1),
+    ],
+)
+def test_gpt_presets_have_the_sizes_that_they_announce(
+    preset: str, vocab_size: int, millions: float
+) -> None:
+    values = composed(f"model={preset}")
+    with torch.device("meta"):
+        model = build_model(values, seed=0, vocab_size=vocab_size)
+    assert n_parameters(model) == closed_form(values, vocab_size)
+    assert round(n_parameters(model) / 1e6, 1) == millions
+
+
+@pytest.mark.usefixtures("_conf")
+def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
+    with torch.device("meta"):
+        b16 = build_model(
+            composed("model=mixer_b16"), seed=0, image_size=224, n_channels=3, n_classes=1000
+        )
+        tiny = build_model(
+            composed("model=mixer_tiny"), seed=0, image_size=8, n_channels=1, n_classes=10
+        )
+    assert round(n_parameters(b16) / 1e6, 1) == 59.9
+    assert round(n_parameters(tiny) / 1e6, 2) == 0.14
+    assert b16.blocks[0].token_mixing.up.weight.shape == (384, 196)
+    assert b16.blocks[0].channel_mixing.up.weight.shape == (3072, 768)
+
+
+@pytest.mark.usefixtures("_conf")
+def test_the_command_line_beats_the_factors_of_a_preset() -> None:
+    preset = composed("model=llama_71m")
+    assert preset["normalization"]["kind"] == "rmsnorm"
+    assert (preset["activation"]["name"], preset["position"]["name"]) == ("silu", "rope")
+    values = composed("normalization=postln", "activation=relu", "model=llama_71m", "ffn.bias=true")
+    assert (values["normalization"]["kind"], values["normalization"]["placement"]) == (
+        "layernorm",
+        "post",
+    )
+    assert (values["activation"]["name"], values["position"]["name"]) == ("relu", "rope")
+    assert values["ffn"]["bias"] is True
+
+
+@pytest.mark.usefixtures("_conf")
+def test_every_option_of_every_factor_builds() -> None:
+    """The groups are gone through side by side, the shorter ones over again."""
+    groups = ("normalization", "activation", "position", "ffn")
+    options = {group: [file.stem for file in (CONF / group).glob("*.yaml")] for group in groups}
+    for i in range(max(len(names) for names in options.values())):
+        values = composed(*(f"{group}={names[i % len(names)]}" for group, names in options.items()))
+        with torch.device("meta"):
+            build_model(values, seed=0, vocab_size=64)
+
+
+def test_values_reach_the_network() -> None:
+    model = build_model(GPT_VALUES, seed=0, vocab_size=11)
+    assert isinstance(model, GPT)
+    assert model.config.ffn.gated
+    assert model.config.normalization.kind == "rmsnorm"
+    assert model(torch.zeros(1, 6, dtype=torch.long)).shape == (1, 6, 11)
+    mixer = build_model(MIXER_VALUES, seed=0, **IMAGES)
+    assert isinstance(mixer, Mixer)
+    assert isinstance(mixer.blocks[1].token_mixing.act, torch.nn.SiLU)
+    assert isinstance(mixer.blocks[1].channel_mixing.act, torch.nn.ReLU)
+    assert mixer.blocks[0].token_mixing.up.weight.shape == (5, 4)
+    assert mixer(torch.zeros(2, 1, 4, 4)).shape == (2, 3)
+
+
+def test_the_seed_reaches_the_weights() -> None:
+    first, again, other = (build_model(GPT_VALUES, seed=s, vocab_size=11) for s in (1, 1, 2))
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_the_configuration_is_not_changed() -> None:
+    for values, facts in ((GPT_VALUES, {"vocab_size": 11}), (MIXER_VALUES, IMAGES)):
+        before = deepcopy(values)
+        build_model(values, seed=0, **facts)
+        assert values == before
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        ("model", {"kind": "gtp"}, r"model\.kind must be one of gpt, mixer; got 'gtp'"),
+        ("model", {"n_layer": 2}, r"a key of model must be .*Did you mean 'n_layers'"),
+        ("model", {"patch_size": 2}, r"a key of model must be one of .*got 'patch_size'"),
+        ("ffn", {"widht": 2}, r"a key of ffn must be .*Did you mean 'width'"),
+        ("normalization", {"placement": "before"}, r"normalization\.placement must be one of"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(group: str, values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model({**GPT_VALUES, group: {**GPT_VALUES[group], **values}}, seed=0, vocab_size=11)
+
+
+def test_a_bad_key_of_a_mixing_is_named_with_its_place() -> None:
+    values = deepcopy(MIXER_VALUES)
+    values["model"]["token_mixing"]["gated"] = True
+    with pytest.raises(ConfigError, match=r"a key of model\.token_mixing must be one of .*'gated'"):
+        build_model(values, seed=0, **IMAGES)
+
+
+def test_data_that_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.kind=gpt .*vocab_size.*gives image_size"):
+        build_model(GPT_VALUES, seed=0, **IMAGES)
+    with pytest.raises(ConfigError, match=r"model\.kind=mixer .*n_classes.*gives vocab_size"):
+        build_model(MIXER_VALUES, seed=0, vocab_size=11)
+
+
+def test_every_kind_has_a_preset() -> None:
+    kinds = {
+        OmegaConf.select(OmegaConf.load(file), "kind")
+        or OmegaConf.select(OmegaConf.load(file), "model.kind")
+        for file in (CONF / "model").glob("*.yaml")
+    }
+    assert kinds == set(MODELS)

@@ -1,0 +1,162 @@
+"""Eigenvalues against NumPy, the two shortcuts against the direct problem, and what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nerve.errors import MeasurementError
+from nerve.spectra import eigenvalues, gram_eigenvalues, projected_eigenvalues
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def with_spectrum(spectrum: Tensor, *, seed: int = 0) -> Tensor:
+    rotation, _ = torch.linalg.qr(normal(len(spectrum), len(spectrum), seed=seed))
+    matrix = (rotation * spectrum) @ rotation.T
+    return (matrix + matrix.T) / 2
+
+
+def relative_to_largest(measured: Tensor, expected: Tensor) -> float:
+    return ((measured.cpu() - expected.cpu()).abs().max() / expected.max()).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_known_spectrum_comes_back_sorted_in_float64(device):
+    spectrum = torch.tensor([3.0, 0.5, 7.0, 0.0, 1e-9], dtype=torch.float64)
+    measured = eigenvalues(with_spectrum(spectrum).to(device))
+    assert measured.dtype == torch.float64
+    torch.testing.assert_close(
+        measured.cpu(), spectrum.sort(descending=True).values, rtol=0, atol=1e-14
+    )
+    assert (measured >= 0).all()
+
+
+def test_a_batch_agrees_with_numpy_matrix_by_matrix():
+    x = normal(2, 3, 40, 8)
+    covariances = x.mT @ x
+    measured = eigenvalues(covariances)
+    assert measured.shape == (2, 3, 8)
+    expected = np.linalg.eigvalsh(covariances.numpy())[..., ::-1]
+    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-8, 1.0, 1e8, 1e150])
+def test_the_scale_of_the_covariance_does_not_matter(scale):
+    covariance = with_spectrum(torch.logspace(0, -6, 12, dtype=torch.float64))
+    measured = eigenvalues(covariance * scale) / scale
+    assert relative_to_largest(measured, eigenvalues(covariance)) <= 1e-14
+
+
+def test_negative_rounding_becomes_zero():
+    measured = eigenvalues(with_spectrum(torch.tensor([1.0, 1.0, -1e-6]).double()))
+    assert measured[-1] == 0
+
+
+def test_a_materially_negative_eigenvalue_is_an_error_that_names_it():
+    with pytest.raises(MeasurementError, match=r"got -0\.01, -0\.00503 of the trace"):
+        eigenvalues(torch.diag(torch.tensor([1.0, 1.0, -0.01], dtype=torch.float64)))
+
+
+def test_a_negative_matrix_in_a_batch_is_an_error():
+    with pytest.raises(MeasurementError, match="got -1,"):
+        eigenvalues(torch.stack([torch.eye(3), -torch.eye(3)]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_only_the_matrix_that_is_not_finite_gives_nan(value):
+    batch = torch.eye(3).repeat(2, 1, 1)
+    batch[0, 1, 1] = value
+    measured = eigenvalues(batch)
+    assert measured[0].isnan().all()
+    assert torch.equal(measured[1], torch.ones(3, dtype=torch.float64))
+
+
+def test_zero_variance_is_all_zeros():
+    assert eigenvalues(torch.zeros(4, 4)).count_nonzero() == 0
+
+
+def test_no_graph_is_kept_and_the_input_is_left_as_it_is():
+    covariance = torch.eye(3, requires_grad=True)
+    assert not eigenvalues(covariance).requires_grad
+    assert torch.equal(covariance.detach(), torch.eye(3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [2, 10, 32])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_the_gram_matrix_has_the_spectrum_of_the_covariance(device, n, mean):
+    x = normal(n, 32) + mean
+    measured = gram_eigenvalues(x.to(device))
+    assert measured.shape == (32,)
+    assert relative_to_largest(measured, eigenvalues(torch.cov(x.T))) <= 1e-12
+    assert measured[n:].count_nonzero() == 0
+
+
+def test_the_gram_matrix_takes_samples_in_any_arrangement():
+    x = normal(12, 32)
+    assert torch.equal(gram_eigenvalues(x.reshape(3, 4, 32)), gram_eigenvalues(x))
+
+
+def test_the_gram_matrix_of_too_few_or_broken_samples_is_nan():
+    broken = normal(4, 8)
+    broken[1, 2] = torch.nan
+    for x in (normal(0, 8), normal(1, 8), broken):
+        measured = gram_eigenvalues(x)
+        assert measured.shape == (8,)
+        assert measured.isnan().all()
+
+
+def test_the_gram_matrix_of_more_samples_than_features_is_refused():
+    with pytest.raises(MeasurementError, match="got 9 samples of 8 features"):
+        gram_eigenvalues(normal(9, 8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        torch.ones(24).double(),
+        torch.logspace(0, -10, 24).double(),
+        torch.cat([torch.arange(1, 17), torch.zeros(8)]).double(),
+    ],
+    ids=["flat", "condition 1e10", "rank 16 of 24"],
+)
+@pytest.mark.parametrize("d_ff", [12, 24, 96])
+def test_projecting_the_input_covariance_equals_the_direct_problem(device, spectrum, d_ff):
+    """To 2e-10 of the largest eigenvalue, for wide, square and narrow layers."""
+    weight, covariance = normal(d_ff, 24, seed=5), with_spectrum(spectrum)
+    measured = projected_eigenvalues(weight.to(device), covariance.to(device))
+    direct = weight @ covariance @ weight.T
+    expected = np.linalg.eigvalsh(((direct + direct.T) / 2).numpy())[::-1].copy()
+    assert measured.shape == (d_ff,)
+    assert relative_to_largest(measured, torch.from_numpy(expected)) <= 2e-10
+
+
+def test_projected_eigenvalues_are_those_of_the_features_whatever_the_bias():
+    x, weight, bias = normal(500, 16), normal(64, 16, seed=1), normal(64, seed=2) * 100
+    features = x @ weight.T + bias
+    measured = projected_eigenvalues(weight, torch.cov(x.T))
+    assert relative_to_largest(measured, eigenvalues(torch.cov(features.T))) <= 2e-10
+    assert measured[16:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("d_ff", [2, 8])
+def test_projection_of_what_is_not_finite_is_nan(d_ff):
+    weight, covariance = normal(d_ff, 4), torch.eye(4).double()
+    broken = weight.clone()
+    broken[0, 0] = torch.inf
+    assert projected_eigenvalues(broken, covariance).isnan().all()
+    assert projected_eigenvalues(weight, covariance * torch.nan).isnan().all()
+
+
+@pytest.mark.parametrize("d_ff", [4, 8])
+def test_projection_refuses_what_is_no_covariance(d_ff):
+    covariance = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1]))
+    with pytest.raises(MeasurementError, match="cannot be negative"):
+        projected_eigenvalues(torch.eye(d_ff, 4), covariance)

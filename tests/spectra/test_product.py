@@ -1,0 +1,132 @@
+"""Products keep every digit of their type whatever the user has set, and leave it set."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nerve.spectra import StreamingCovariance
+from nerve.spectra.product import PRODUCTS, default_product, exact_products
+
+CUDA = torch.backends.cuda.matmul
+BACKENDS = (CUDA, torch.backends.mkldnn.matmul)
+SETTINGS: dict[str, Callable[[], None]] = {
+    "defaults": lambda: None,
+    "precision high": lambda: torch.set_float32_matmul_precision("high"),
+    "precision medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(CUDA, "allow_tf32", True),
+    "everywhere tf32": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "cuda tf32": lambda: setattr(CUDA, "fp32_precision", "tf32"),
+    "cpu bf16": lambda: setattr(BACKENDS[1], "fp32_precision", "bf16"),
+    "float16 sums": lambda: setattr(CUDA, "allow_fp16_accumulation", True),
+}
+
+
+def settings() -> tuple[object, ...]:
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to name one once the newer switches are in use
+        overall = None
+    per_backend = tuple(backend.fp32_precision for backend in BACKENDS)
+    return overall, *per_backend, torch.backends.fp32_precision, CUDA.allow_fp16_accumulation
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for backend in BACKENDS:
+        backend.fp32_precision = "none"
+    CUDA.allow_fp16_accumulation = False
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What was in force while the product was taken."""
+    states: list[tuple[object, ...]] = []
+    product = PRODUCTS["float32"]
+
+    def spy(total: Tensor, y: Tensor) -> None:
+        precisions = [backend.fp32_precision for backend in BACKENDS]
+        states.append((*precisions, CUDA.allow_fp16_accumulation, (y.T @ y).dtype))
+        product.add(total, y)
+
+    monkeypatch.setitem(PRODUCTS, "float32", replace(product, add=spy))
+    return states
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_reduced_precision_is_off_during_an_update_and_back_after_it(setting, seen):
+    SETTINGS[setting]()
+    before = settings()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        StreamingCovariance(4).update(torch.ones(3, 4))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [("ieee", "ieee", False, torch.float32)]
+    assert settings() == before
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_come_back_after_an_error(setting):
+    SETTINGS[setting]()
+    before = settings()
+    with pytest.raises(ZeroDivisionError), exact_products(torch.device("cpu")):
+        _ = 1 / 0
+    assert settings() == before
+
+
+def test_an_inherited_setting_stays_inherited():
+    torch.backends.fp32_precision = "tf32"
+    with exact_products(torch.device("cpu")):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert [backend.fp32_precision for backend in BACKENDS] == ["ieee", "ieee"]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_add_a_matrix_whose_symmetric_part_is_the_gram_matrix(name):
+    product = PRODUCTS[name]
+    y = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(product.dtype)
+    total = torch.eye(6, dtype=torch.float64)
+    product.add(total, y)
+    expected = torch.eye(6, dtype=torch.float64) + y.double().T @ y.double()
+    torch.testing.assert_close((total + total.T) / 2, expected, rtol=0, atol=1e-6 * 50)
+
+
+def test_tensor_cores_are_for_sixteen_bit_features_on_a_gpu_only():
+    cpu = torch.device("cpu")
+    assert default_product(torch.bfloat16, cpu) == "float32"
+    assert default_product(torch.float32, cpu) == "float32"
+    assert default_product(torch.float64, cpu) == "float64"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.bfloat16, "float16x2"),
+        (torch.float16, "float16x2"),
+        (torch.float32, "float32"),
+        (torch.float64, "float64"),
+    ],
+)
+def test_the_default_on_a_gpu(dtype, name):
+    assert default_product(dtype, torch.device("cuda")) == name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 1e-5)])
+def test_a_gpu_product_keeps_its_digits_whatever_the_settings(setting, dtype, tolerance):
+    """TF32 would be off by several 1e-5, float16 sums by 1e-3."""
+    x = torch.randn(4096, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    x = x.to(dtype)
+    SETTINGS[setting]()
+    streaming = StreamingCovariance(256, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        streaming.update(x)
+    expected = torch.cov(x.double().T)
+    torch.testing.assert_close(streaming.covariance(), expected, rtol=0, atol=tolerance)

@@ -1,0 +1,284 @@
+"""The callback measures the right weights on the right tokens, and changes nothing."""
+
+import copy
+from functools import partial
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import nerve
+from nerve.errors import ConfigError, DivergedError, MeasurementError
+from nerve.logger import StoreLogger
+from nerve.models import build_model
+from nerve.module import LanguageModel
+from nerve.monitor import SpectralMonitor
+from nerve.optim import Part, Schedule, build_optimizer
+from nerve.results import RunRecord, RunStore
+
+VOCAB, SEQ, BATCH = 13, 8, 4
+METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
+
+
+def make_module(lr: float = 1e-2, **groups) -> LanguageModel:
+    values = {
+        "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
+        "normalization": {},
+        "activation": {"name": "gelu"},
+        "position": {"name": "learned"},
+        "ffn": {"width": 2},
+    }
+    for group, changes in groups.items():
+        values[group] = values[group] | changes
+    parts = {"main": Part(("hidden", "embedding", "head", "vector"), partial(torch.optim.AdamW, lr=lr))}
+    return LanguageModel(
+        build_model(values, seed=0, vocab_size=VOCAB),
+        lambda model: build_optimizer(model, parts),
+        Schedule("constant", warmup=0.2, cooldown=0.0),
+    )
+
+
+class Batches(tuple):
+    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
+
+
+def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (n, BATCH, SEQ + 1), generator=generator)
+    return [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+def fit(directory, module, train, heldout, *, callbacks=(), accumulate=1, **monitor):
+    """Trains with a monitor; gives it and the rows that it stored."""
+    store = RunStore(directory, "run")
+    RunRecord.create(directory, {}, run_id="run")
+    callback = SpectralMonitor(store, **monitor)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=len(train) // accumulate,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[callback, *callbacks],
+        logger=StoreLogger(store),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, Batches(train), Batches(heldout))
+    store.flush(trainer.global_step)
+    return callback, nerve.load_metrics(directory)
+
+
+class KeepWeights(L.Callback):
+    """Copies of the weights after every number of optimizer steps."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_start(self, trainer, module):
+        self._keep(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self._keep(trainer, module)
+
+    def _keep(self, trainer, module):
+        self.after[trainer.global_step] = copy.deepcopy(module.model.state_dict())
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_a_row_holds_the_features_of_the_weights_after_that_many_steps(tmp_path, source):
+    module, kept = make_module(), KeepWeights()
+    train, heldout = batches(7), batches(3, seed=1)
+    _, rows = fit(
+        tmp_path, module, train, heldout, callbacks=[kept], every_n_steps=2, source=source
+    )
+    steps = [0, 2, 4, 6, 7] if source == "heldout" else [0, 2, 4, 6]
+    assert sorted(rows.step.unique()) == steps
+    for step in steps:
+        module.model.load_state_dict(kept.after[step])
+        inputs = [x for x, _ in heldout] if source == "heldout" else [train[step][0]]
+        by_hand = nerve.measure(module.model, inputs)
+        stored = rows[rows.step == step].sort_values("layer")
+        np.testing.assert_array_equal(stored[METRICS], by_hand[METRICS])
+        np.testing.assert_array_equal(stored.n_samples, by_hand.n_samples)
+
+
+def test_loss_and_tokens_stand_in_the_row_of_their_step(tmp_path):
+    module, kept = make_module(), KeepWeights()
+    train, heldout = batches(4), batches(3, seed=1)
+    _, rows = fit(tmp_path, module, train, heldout, callbacks=[kept], every_n_steps=2)
+    def loss(step: int, batch) -> float:
+        module.model.load_state_dict(kept.after[step])
+        with torch.no_grad():
+            logits = module(batch[0])
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()))
+
+    for step in (0, 2, 4):
+        val_loss = np.mean([loss(step, batch) for batch in heldout])
+        row = rows[rows.step == step].iloc[0]
+        assert row.val_loss == pytest.approx(val_loss, rel=1e-6)
+        assert row.tokens_seen == step * BATCH * SEQ
+        if step:
+            mean = np.mean([loss(s, train[s]) for s in (step - 2, step - 1)])
+            assert row.train_loss == pytest.approx(mean, rel=1e-6)
+    assert pd.isna(rows[rows.step == 0].train_loss).all()
+    # What the next update would use: constant after one warm-up step; over at the end.
+    assert rows.groupby("step").lr.first().tolist() == pytest.approx([1e-2, 1e-2, 0.0])
+
+
+def test_both_sources_agree_on_the_same_tokens(tmp_path):
+    """Held-out data that is the training batch: only the mode of the model differs."""
+    batch = batches(1)
+    _, heldout = fit(tmp_path / "a", make_module(), batch * 5, batch, every_n_steps=1)
+    _, train = fit(
+        tmp_path / "b", make_module(), batch * 5, batch, every_n_steps=1, source="train"
+    )
+    assert sorted(train.step.unique()) == [0, 1, 2, 3, 4]
+    same = heldout[heldout.step < 5]
+    np.testing.assert_array_equal(same[METRICS], train[METRICS])
+    np.testing.assert_array_equal(same[["val_loss", "lr"]], train[["val_loss", "lr"]])
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_accumulated_micro_batches_make_one_measurement(tmp_path, source):
+    module, kept = make_module(), KeepWeights()
+    train = batches(8)
+    _, rows = fit(
+        tmp_path,
+        module,
+        train,
+        batches(2, seed=1),
+        callbacks=[kept],
+        accumulate=2,
+        every_n_steps=3,
+        source=source,
+    )
+    assert sorted(rows.step.unique()) == ([0, 3, 4] if source == "heldout" else [0, 3])
+    assert (rows.n_samples == 2 * BATCH * SEQ).all()
+    assert rows[rows.step == 3].tokens_seen.iloc[0] == 6 * BATCH * SEQ
+    if source == "train":
+        module.model.load_state_dict(kept.after[3])
+        by_hand = nerve.measure(module.model, [x for x, _ in train[6:8]])
+        np.testing.assert_array_equal(rows[rows.step == 3][METRICS], by_hand[METRICS])
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"model": {"dropout": 0.2}},
+        {"ffn": {"constraint": "spectral_norm"}},
+        {"ffn": {"constraint": "weight_norm", "gated": True}},
+        {"ffn": {"constraint": "hyperspherical"}},
+    ],
+    ids=lambda groups: "-".join(str(v) for changes in groups.values() for v in changes.values()),
+)
+def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path, groups, source):
+    def weights(monitored: bool):
+        torch.manual_seed(0)
+        module, train = make_module(**groups), batches(20)
+        if monitored:
+            fit(tmp_path, module, train, batches(2, seed=1), every_n_steps=3, source=source)
+        else:
+            L.Trainer(
+                accelerator="cpu",
+                max_steps=20,
+                max_epochs=-1,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(module, Batches(train), Batches(train))
+        return module.model.state_dict()
+
+    alone, watched = weights(False), weights(True)
+    assert all(torch.equal(alone[name], watched[name]) for name in alone)
+
+
+def test_spectra_are_stored_where_asked_for(tmp_path):
+    _, rows = fit(tmp_path, make_module(), batches(2), batches(2), every_n_steps=2, spectra=True)
+    spectra = nerve.load_spectra(tmp_path)
+    assert len(spectra) == 2 * len(rows)
+    row = rows.iloc[0]
+    stored = spectra[(spectra.step == row.step) & (spectra.layer == row.layer)]
+    pre = stored[stored.site == "pre"].eigenvalues.iloc[0].astype(np.float64)
+    assert (np.diff(pre) <= 0).all()
+    assert pre.sum() ** 2 / np.square(pre).sum() == pytest.approx(row.pr_pre, rel=1e-5)
+    fit(tmp_path / "none", make_module(), batches(2), batches(2), every_n_steps=2, spectra=False)
+    assert not list((tmp_path / "none" / "spectra").glob("*.parquet"))
+
+
+def test_scalars_carry_the_step_of_the_weights(tmp_path):
+    """Training loss s and validation loss s are those of the weights after s steps."""
+    _, rows = fit(tmp_path, make_module(), batches(4), batches(2, seed=1), every_n_steps=2)
+    scalars = nerve.load_scalars(tmp_path)
+    train = scalars[scalars.name == "train_loss"].set_index("step").value
+    val = scalars[scalars.name == "val_loss"].set_index("step").value
+    assert train.index.tolist() == [0, 1, 2, 3]
+    assert val.index.tolist() == [2, 4]
+    expected = rows.groupby("step").val_loss.first()
+    np.testing.assert_allclose(val, expected[val.index], rtol=1e-6)
+    means = rows.groupby("step").train_loss.first()
+    np.testing.assert_allclose([train[:2].mean(), train[2:].mean()], means[[2, 4]], rtol=1e-6)
+
+
+def test_several_fits_in_one_process(tmp_path):
+    first = fit(tmp_path / "a", make_module(), batches(3), batches(2), every_n_steps=1)[1]
+    second = fit(tmp_path / "b", make_module(), batches(3), batches(2), every_n_steps=1)[1]
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_rows(tmp_path):
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == 3:
+                torch.nn.init.constant_(module.model.head.weight, float("inf"))
+
+    with pytest.raises(DivergedError, match="at step 3"):
+        fit(
+            tmp_path,
+            make_module(),
+            batches(6),
+            batches(2),
+            callbacks=[Poison()],
+            every_n_steps=1,
+        )
+    rows = nerve.load_metrics(tmp_path)
+    assert sorted(rows.step.unique()) == [0, 1, 2, 3]
+    assert (rows.status == "ok").all()
+
+
+def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
+    module = make_module()
+    module.model.blocks.append(module.model.blocks[0])
+    with pytest.raises(MeasurementError, match="appeared 2 times"):
+        fit(tmp_path, module, batches(2), batches(1), every_n_steps=1, source="train")
+    assert not module.model.blocks[0].ffn.up._forward_hooks
+
+
+def test_steps_must_say_how_many_targets_they_had(tmp_path):
+    class Silent(LanguageModel):
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step(batch, batch_idx)["loss"]
+
+    module = make_module()
+    silent = Silent(module.model, module._build_optimizer, module._schedule)
+    with pytest.raises(MeasurementError, match="must return a mapping with loss and n_targets"):
+        fit(tmp_path, silent, batches(2), batches(1), every_n_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"every_n_steps": 0}, "monitor.every_n_steps must be a positive whole number; got 0"),
+        ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
+        ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
+    ],
+)
+def test_bad_values_are_refused_before_training(tmp_path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        SpectralMonitor(RunStore(tmp_path, "run"), **values)
