@@ -1,31 +1,29 @@
 """NerVE: how FFN nonlinearities reshape the eigenspectrum of their features while a model trains.
 
-The names below are imported when first used: reading stored runs needs neither torch nor Lightning.
+Reading stored runs needs neither torch nor Lightning: names are imported when first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nerve.lazy import lazy
 
 if TYPE_CHECKING:
     from nerve.measurement import measure
-    from nerve.results import load_metrics, load_runs, load_scalars, load_spectra
-
-_HOMES = {
-    "load_metrics": "nerve.results",
-    "load_runs": "nerve.results",
-    "load_scalars": "nerve.results",
-    "load_spectra": "nerve.results",
-    "measure": "nerve.measurement",
-}
+    from nerve.results.runs import load_metrics, load_runs, load_scalars, load_spectra
 
 __all__ = ["load_metrics", "load_runs", "load_scalars", "load_spectra", "measure"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nerve' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "load_metrics": "nerve.results.runs",
+        "load_runs": "nerve.results.runs",
+        "load_scalars": "nerve.results.runs",
+        "load_spectra": "nerve.results.runs",
+        "measure": "nerve.measurement",
+    },
+)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *__all__]

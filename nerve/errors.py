@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each message gives the rule, what was received and the likely mend."""
+"""Errors that a user can mend. A message gives the rule, what was received and the likely mend."""
 
 
 class NerveError(Exception):
@@ -18,7 +18,7 @@ class StoreError(NerveError):
 
 
 class MeasurementError(NerveError):
-    """Features that were captured wrongly, not at all or twice; or a spectrum that cannot be one."""
+    """Features captured wrongly, not at all or twice; or a spectrum that cannot be one."""
 
 
 class DivergedError(NerveError):

@@ -13,8 +13,8 @@ from nerve.results.store import RunStore
 class StoreLogger(Logger):
     """Appends what Lightning logs to the `scalars` table: one row a name and step.
 
-    A training scalar labelled step s was computed with the weights after s optimizer steps, as in the
-    `metrics` table.
+    A training scalar labelled step s was computed with the weights after s optimizer steps, as in
+    the `metrics` table.
 
     Args:
         store: where rows go; whoever owns it flushes it.
@@ -33,7 +33,9 @@ class StoreLogger(Logger):
         return self._store.run_id
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to do: run.json holds the whole configuration."""
 
     @rank_zero_only

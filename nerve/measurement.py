@@ -137,6 +137,7 @@ class Measurement:
                 self._d_in[index] = inputs.shape[-1]
                 module = self._probe.ffns[index].pre
                 if self._shortcut and _takes_shortcut(module, inputs, features):
+                    assert isinstance(module.weight, Tensor)
                     # A copy: the optimizer may step before the problems are solved.
                     self._weights[index] = module.weight.detach().clone()
             if index in self._weights:
@@ -146,9 +147,7 @@ class Measurement:
         else:
             self._update(index, "post", features)
 
-    def _update(
-        self, index: int, site: Site, features: Tensor, product: str | None = None
-    ) -> None:
+    def _update(self, index: int, site: Site, features: Tensor, product: str | None = None) -> None:
         covariance = self._covariances.get((index, site))
         if covariance is None:
             covariance = StreamingCovariance(
@@ -226,13 +225,14 @@ def measure(
             as exact and cheaper; False always takes the features themselves.
 
     Returns:
-        One row an FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats), participation
-        ratio (pr), eigenvalue early enrichment (eee), total variance and corrected pr, each _pre and
-        _post; Jensen-Shannon divergence (js, nats); precision and status. NaN where nothing can be
-        measured, status says why.
+        One row an FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
+        participation ratio (pr), eigenvalue early enrichment (eee), total variance and corrected
+        pr, each _pre and _post; Jensen-Shannon divergence (js, nats); precision and status. NaN
+        where nothing can be measured, status says why.
 
     Raises:
-        MeasurementError: for a model without FFNs, no batches, or wrong, missing or doubled features.
+        MeasurementError: for a model without FFNs, no batches, or wrong, missing or doubled
+            features.
     """
     run = forward or _call
     modes = {module: module.training for module in model.modules()}

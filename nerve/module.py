@@ -1,4 +1,4 @@
-"""Lightning modules: loss, logging, optimizer and schedule. What is measured is not their concern."""
+"""Lightning modules: loss, logging, optimizer and schedule; measuring is not their concern."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,15 @@ from nerve.optim import Schedule
 
 Batch = tuple[Tensor, Tensor]
 
+CHECK_EVERY_N_BATCHES = 50
+"""How often a diverged loss is looked for on a GPU; on the CPU after every batch."""
+
 
 class TrainedModel(L.LightningModule):
     """Trains a model that maps the first part of a batch to logits for the second.
 
-    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns the
-    mean `loss` and `n_targets`, the number of targets that it is a mean of.
+    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns
+    the mean `loss` and `n_targets`, the number of targets that it is a mean of.
 
     Args:
         model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
@@ -61,8 +64,8 @@ class TrainedModel(L.LightningModule):
         self.log("step", float(self.global_step))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Reading the flag waits for the device, so it is read when logging waits anyway.
-        if self.device.type == "cpu" or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        # Reading the flag waits for the device.
+        if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:
             self._raise_if_diverged()
 
     def on_validation_start(self) -> None:

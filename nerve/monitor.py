@@ -1,4 +1,4 @@
-"""The Lightning callback that measures FFN spectra while a model trains, and writes them to a store."""
+"""The Lightning callback that measures FFN spectra while a model trains, and stores them."""
 
 import math
 import time
@@ -25,17 +25,17 @@ LARGEST_D_FF_FOR_SPECTRA = 1024
 class SpectralMonitor(L.Callback):
     """Measures every FFN at steps 0, k, 2k, … and the last, and writes one row an FFN.
 
-    A row labelled step s holds the features computed with the weights after s optimizer steps, and the
-    validation loss of the same weights. The monitor sets Lightning's validation cadence to its own.
-    `validation_step` and `training_step` must return a mapping with the mean `loss` and `n_targets`.
-    Measuring draws no random numbers and leaves weights, gradients and modes untouched.
+    A row labelled step s holds the features computed with the weights after s optimizer steps, and
+    the validation loss of the same weights. The monitor sets Lightning's validation cadence to its
+    own. `validation_step` and `training_step` must return a mapping with the mean `loss` and
+    `n_targets`. Measuring draws no random numbers and leaves weights, gradients and modes untouched.
 
     Args:
         store: where rows go; flushed after each measurement.
         every_n_steps: optimizer steps from one measurement to the next.
-        source: `heldout` takes the features of the validation batches, in eval mode: one forward pass
-            gives the loss and the spectra. `train` takes those of every micro-batch of the training
-            step that follows, in train mode; the last step has no row then.
+        source: `heldout` takes the features of the validation batches, in eval mode: one forward
+            pass gives the loss and the spectra. `train` takes those of every micro-batch of the
+            training step that follows, in train mode; the last step has no row then.
         spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
     """
 
@@ -85,7 +85,12 @@ class SpectralMonitor(L.Callback):
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         loss, n_targets = _step_outputs(outputs)
         # Lightning reports the loss as it was divided for gradient accumulation.
@@ -96,7 +101,7 @@ class SpectralMonitor(L.Callback):
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 
-    # Validation: the loss of every measured step, and the features where the source is held-out data
+    # Validation: the loss of every measured step; the features where the source is held-out data
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -220,7 +225,7 @@ def _step_outputs(outputs: Any) -> tuple[Tensor, int]:
 
 
 class _WeightedMean:
-    """Mean of losses weighted by their targets, summed in float64 without waiting for the device."""
+    """Mean of losses weighted by their targets, in float64, without waiting for the device."""
 
     def __init__(self, total: Tensor | float = 0.0, weight: int = 0) -> None:
         self._total = total

@@ -20,7 +20,7 @@ Site = Literal["input", "pre", "post"]
 
 @runtime_checkable
 class FFN(Protocol):
-    """What the measurement must know of an FFN: its place, and the two modules around the nonlinearity.
+    """What the measurement must know of an FFN: its place, and the modules around its nonlinearity.
 
     A module of a model fulfils it by having these attributes; for a model that has not, pass
     `FFNAdapter`s.
@@ -71,7 +71,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     doubled = [key for key, n in Counter((f.layer, f.name) for f in found).items() if n > 1]
     if doubled:
         raise MeasurementError(
-            f"Layer and name must tell the FFNs apart; (layer, name) = {doubled[0]} stands for several."
+            f"Layer and name must tell FFNs apart; (layer, name) = {doubled[0]} stands for several."
         )
     return sorted(found, key=lambda ffn: ffn.layer)
 
@@ -81,8 +81,8 @@ class Probe:
 
     Args:
         ffns: the FFNs to tap.
-        receive: called with the FFN's index in `ffns`, the site and the features `[..., width]`, each
-            time they appear; in the order input, pre, post for each FFN.
+        receive: called with the FFN's index in `ffns`, the site and the features `[..., width]`,
+            each time they appear; in the order input, pre, post for each FFN.
     """
 
     def __init__(self, ffns: Sequence[FFN], receive: Callable[[int, Site, Tensor], None]) -> None:
@@ -114,7 +114,7 @@ class Probe:
         """
         for index, ffn in enumerate(self.ffns):
             for site in ("pre", "post"):
-                times = self._seen[index, site]  # type: ignore[index]
+                times = self._seen[index, site]
                 if times != 1:
                     raise MeasurementError(
                         f"Each FFN must run exactly once in a measured forward pass; {site} of "

@@ -26,7 +26,7 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
-    """Builds the dataclass `cls` from `values`; an unknown or a missing key is named with its group.
+    """Builds the dataclass `cls` from `values`; an unknown or missing key is named with its group.
 
     Args:
         cls: a dataclass that validates its own fields in `__post_init__`.

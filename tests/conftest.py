@@ -1,4 +1,4 @@
-"""What all tests share: shapes are checked as the annotations say, and no user's cache is touched."""
+"""What all tests share: shapes are checked as annotated, and no user's cache is touched."""
 
 import os
 

@@ -65,13 +65,19 @@ def test_imports_point_down_the_walk(path):
             wrong = {name for name in imported for other in forbidden if within(name, other)}
             assert not wrong, f"{module} must not import {wrong}"
     if not within(module, "nerve.cli"):
-        wrong = {n for n in imported if within(n, "hydra") or within(n, "omegaconf") or within(n, "nerve.cli")}
+        wrong = {
+            n
+            for n in imported
+            if within(n, "hydra") or within(n, "omegaconf") or within(n, "nerve.cli")
+        }
         assert not wrong, f"only nerve.cli knows Hydra; {module} imports {wrong}"
 
 
 def loaded_by(code: str) -> set[str]:
     code += "; import sys; print(*sorted(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     return {name.partition(".")[0] for name in result.stdout.split()}
 
 

@@ -1,4 +1,4 @@
-"""`nerve.measure` equals float64 NumPy on features taken by hand, and leaves the model as it was."""
+"""`nerve.measure` equals float64 NumPy on features taken by hand, and changes no model."""
 
 import copy
 import math
@@ -94,7 +94,9 @@ def test_a_dead_layer_has_no_metrics_after_it_and_says_so(model):
 def test_what_cannot_be_measured_is_null_with_a_reason(model, batch, status):
     row = nerve.measure(model, [batch], ffns=model.ffns()).iloc[0]
     assert row.status == status
-    assert pd.isna(row[["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]]).all()
+    assert pd.isna(
+        row[["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]]
+    ).all()
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -32,7 +32,9 @@ def make_module(lr: float = 1e-2, **groups) -> LanguageModel:
     }
     for group, changes in groups.items():
         values[group] = values[group] | changes
-    parts = {"main": Part(("hidden", "embedding", "head", "vector"), partial(torch.optim.AdamW, lr=lr))}
+    parts = {
+        "main": Part(("hidden", "embedding", "head", "vector"), partial(torch.optim.AdamW, lr=lr))
+    }
     return LanguageModel(
         build_model(values, seed=0, vocab_size=VOCAB),
         lambda model: build_optimizer(model, parts),
@@ -110,6 +112,7 @@ def test_loss_and_tokens_stand_in_the_row_of_their_step(tmp_path):
     module, kept = make_module(), KeepWeights()
     train, heldout = batches(4), batches(3, seed=1)
     _, rows = fit(tmp_path, module, train, heldout, callbacks=[kept], every_n_steps=2)
+
     def loss(step: int, batch) -> float:
         module.model.load_state_dict(kept.after[step])
         with torch.no_grad():
@@ -133,9 +136,7 @@ def test_both_sources_agree_on_the_same_tokens(tmp_path):
     """Held-out data that is the training batch: only the mode of the model differs."""
     batch = batches(1)
     _, heldout = fit(tmp_path / "a", make_module(), batch * 5, batch, every_n_steps=1)
-    _, train = fit(
-        tmp_path / "b", make_module(), batch * 5, batch, every_n_steps=1, source="train"
-    )
+    _, train = fit(tmp_path / "b", make_module(), batch * 5, batch, every_n_steps=1, source="train")
     assert sorted(train.step.unique()) == [0, 1, 2, 3, 4]
     same = heldout[heldout.step < 5]
     np.testing.assert_array_equal(same[METRICS], train[METRICS])

@@ -68,7 +68,7 @@ def build(node: Any, **arguments: Any) -> Any:
 
 def identity(config: DictConfig) -> str:
     """`config_id` of a configuration, without resolving what does not count."""
-    counted = OmegaConf.masked_copy(config, [key for key in config if key not in EXCLUDED])
+    counted = OmegaConf.masked_copy(config, [str(key) for key in config if key not in EXCLUDED])
     with open_dict(counted):
         for key in EXCLUDED:
             parent, _, leaf = key.rpartition(".")

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from hydra.conf import HydraConf
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -19,7 +20,7 @@ from nerve.cli.summary import print_summary
 from nerve.errors import StoreError
 from nerve.heartbeat import Heartbeat
 from nerve.logger import StoreLogger
-from nerve.models import build_model
+from nerve.models import MODELS, build_model
 from nerve.module import ImageClassifier, LanguageModel, TrainedModel
 from nerve.monitor import SpectralMonitor
 from nerve.optim import Part, Schedule, build_optimizer
@@ -32,22 +33,14 @@ SAMPLES_PER_DIMENSION = 8
 """`monitor.n_tokens=auto` measures this many tokens a dimension of the widest FFN (N/D)."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a kind of model is trained on: its Lightning module, and what the data must tell it."""
-
-    module: type[TrainedModel]
-    facts: tuple[str, ...]
-    unit: str
-
-
-TASKS = {
-    "gpt": Task(LanguageModel, ("vocab_size",), "tokens"),
-    "mixer": Task(ImageClassifier, ("image_size", "n_channels", "n_classes"), "images"),
+TASKS: dict[str, tuple[type[TrainedModel], str]] = {
+    "gpt": (LanguageModel, "tokens"),
+    "mixer": (ImageClassifier, "images"),
 }
+"""The kind of a model to the Lightning module that trains it, and what its batches count."""
 
 
-def run_experiment(config: DictConfig, hydra_config: DictConfig) -> float:
+def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     """Trains, measures and records one run in Hydra's output directory.
 
     Returns:
@@ -57,6 +50,7 @@ def run_experiment(config: DictConfig, hydra_config: DictConfig) -> float:
         NerveError: for what the user can mend; the run is recorded as failed.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning's
     directory = Path(hydra_config.runtime.output_dir)
     record = _begin(config, hydra_config, directory)
     try:
@@ -68,7 +62,7 @@ def run_experiment(config: DictConfig, hydra_config: DictConfig) -> float:
         raise
 
 
-def _begin(config: DictConfig, hydra_config: DictConfig, directory: Path) -> RunRecord:
+def _begin(config: DictConfig, hydra_config: HydraConf, directory: Path) -> RunRecord:
     if (directory / "run.json").exists():
         earlier = RunRecord.load(directory)
         raise StoreError(
@@ -100,14 +94,14 @@ def _run(config: DictConfig, directory: Path, record: RunRecord) -> float:
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
     require_choice("model.kind", values["model"]["kind"], TASKS)
-    task = TASKS[values["model"]["kind"]]
+    kind = values["model"]["kind"]
+    trained_model, unit = TASKS[kind]
     L.seed_everything(values["seed"], verbose=False)
 
     data = _build_data(config, values)
-    model = build_model(
-        values, seed=values["seed"], **{fact: getattr(data, fact) for fact in task.facts}
-    )
-    module = task.module(
+    facts = {fact: getattr(data, fact) for fact in MODELS[kind].FACTS if hasattr(data, fact)}
+    model = build_model(values, seed=values["seed"], **facts)
+    module = trained_model(
         model,
         lambda built: build_optimizer(built, _parts(config)),
         from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule"),
@@ -115,7 +109,7 @@ def _run(config: DictConfig, directory: Path, record: RunRecord) -> float:
     store = RunStore(directory, record.run_id)
     measured = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
     monitor = SpectralMonitor(store, **measured)
-    trainer = _build_trainer(config, store, [monitor, Heartbeat(record)], task.unit)
+    trainer = _build_trainer(config, store, [monitor, Heartbeat(record)], unit)
     record.update(
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         fingerprints=data.fingerprints,

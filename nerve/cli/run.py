@@ -30,7 +30,9 @@ def main() -> None:
     def job(config: DictConfig) -> float | None:
         nonlocal started
         started = True
-        from nerve.cli.experiment import run_experiment  # torch and Lightning take seconds to import
+        from nerve.cli.experiment import (
+            run_experiment,
+        )  # torch and Lightning take seconds to import
 
         try:
             return run_experiment(config, HydraConfig.get())

@@ -108,7 +108,7 @@ class BatchLoader(Generic[Batch]):
             self._position = 0
         while self._position < self._n_batches:
             batch = self._fetch(self._order.indices(self._position)[self._rows])
-            pass
+            self._position += 1  # before `yield`: the state must not depend on who holds the batch
             yield batch
 
     def state_dict(self) -> dict[str, int]:

@@ -3,13 +3,18 @@
 Nothing here imports torch, Lightning or Hydra, so that a notebook or a report starts at once.
 """
 
-from nerve.results.find import FingerprintWarning, IncompleteWarning, find_runs
-from nerve.results.identity import config_id, new_run_id
-from nerve.results.parts import DamagedPartWarning
-from nerve.results.record import DamagedRecordWarning, RunRecord
-from nerve.results.runs import load_metrics, load_runs, load_scalars, load_spectra
-from nerve.results.schema import METRICS, SCALARS, SPECTRA
-from nerve.results.store import RunStore
+from typing import TYPE_CHECKING
+
+from nerve.lazy import lazy
+
+if TYPE_CHECKING:
+    from nerve.results.find import FingerprintWarning, IncompleteWarning, find_runs
+    from nerve.results.identity import config_id, new_run_id
+    from nerve.results.parts import DamagedPartWarning
+    from nerve.results.record import DamagedRecordWarning, RunRecord
+    from nerve.results.runs import load_metrics, load_runs, load_scalars, load_spectra
+    from nerve.results.schema import METRICS, SCALARS, SPECTRA
+    from nerve.results.store import RunStore
 
 __all__ = [
     "METRICS",
@@ -29,3 +34,29 @@ __all__ = [
     "load_spectra",
     "new_run_id",
 ]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "DamagedPartWarning": "nerve.results.parts",
+        "DamagedRecordWarning": "nerve.results.record",
+        "FingerprintWarning": "nerve.results.find",
+        "IncompleteWarning": "nerve.results.find",
+        "METRICS": "nerve.results.schema",
+        "RunRecord": "nerve.results.record",
+        "RunStore": "nerve.results.store",
+        "SCALARS": "nerve.results.schema",
+        "SPECTRA": "nerve.results.schema",
+        "config_id": "nerve.results.identity",
+        "find_runs": "nerve.results.find",
+        "load_metrics": "nerve.results.runs",
+        "load_runs": "nerve.results.runs",
+        "load_scalars": "nerve.results.runs",
+        "load_spectra": "nerve.results.runs",
+        "new_run_id": "nerve.results.identity",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

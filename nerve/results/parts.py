@@ -103,7 +103,12 @@ def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
 
 def write_part(path: Path, table: pa.Table) -> None:
     """Writes `table` at `path` atomically. Raises `StoreError` when the file system refuses."""
-    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
+    # Measured numbers hardly repeat: a dictionary of them would be larger and slower to read.
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    write_atomically(
+        path,
+        lambda file: pq.write_table(table, file, compression="zstd", use_dictionary=texts),
+    )
 
 
 def warn_damaged(damaged: Iterable[DamagedPartError]) -> None:

@@ -88,7 +88,7 @@ def test_flushing_a_step_twice_keeps_both_and_prefers_the_newer(store, row):
 
 
 def test_late_rows_do_not_go_before_the_last_part(store, row):
-    """A row measured again wins over the one in a later part: no part before the last is written."""
+    """A row measured again wins, because no part before the last is ever written."""
     fill(store, row, steps=(10, 20))
     store.compact()
     store.append_metrics([row(10, 0, se_pre=9.0)])
