@@ -28,7 +28,8 @@ class SpectralMonitor(L.Callback):
     A row labelled step s holds the features computed with the weights after s optimizer steps, and
     the validation loss of the same weights. The monitor sets Lightning's validation cadence to its
     own. `validation_step` and `training_step` must return a mapping with the mean `loss` and
-    `n_targets`. Measuring draws no random numbers and leaves weights, gradients and modes untouched.
+    `n_targets`. Measuring draws no random numbers and leaves weights, gradients and modes as they
+    are.
 
     Args:
         store: where rows go; flushed after each measurement.
