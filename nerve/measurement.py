@@ -1,12 +1,15 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -106,18 +109,53 @@ class Measurement:
         self._d_in: dict[int, int] = {}
         self._weights: dict[int, Tensor] = {}
         self._covariances: dict[tuple[int, Site], StreamingCovariance] = {}
+        self._eager = ExitStack()
 
     def attach(self) -> None:
-        """Starts measuring forward passes."""
+        """Starts measuring forward passes. A compiled model runs eagerly until `detach()`: compiled
+        code knows no hooks. What was compiled is kept."""
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled without it
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         self._probe.attach()
 
     def detach(self) -> None:
         """Stops measuring; allowed at any time."""
         self._probe.detach()
+        self._eager.close()
 
     def finish_forward(self) -> None:
         """Ends one forward pass; raises `MeasurementError` for missing or doubled features."""
         self._probe.finish_forward()
+
+    def all_reduce(self) -> None:
+        """Makes the measurement that of all processes' samples together, in each of them.
+
+        Every process must call it; one may have measured nothing.
+        """
+        mine = (self._d_in, list(self._weights), {k: c.dim for k, c in self._covariances.items()})
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        for d_in, _, dims in everyone:
+            self._d_in |= d_in
+            for (index, site), dim in dims.items():
+                self._covariance(index, site, dim, _device(self._probe.ffns[index]))
+        for key in sorted(self._covariances):
+            self._covariances[key].all_reduce()
+        self._share_weights([set(weights) for _, weights, _ in everyone])
+
+    def _share_weights(self, holders: list[set[int]]) -> None:
+        """Gives weights of the shortcut to the processes that saw no forward pass."""
+        for index in sorted(set.union(*holders)):
+            if all(index in holder for holder in holders):
+                continue
+            weight = self._weights.get(index)
+            if weight is None:
+                post = self._covariances[index, "post"]
+                parameter = next(self._probe.ffns[index].pre.parameters())
+                weight = parameter.new_empty(post.dim, self._d_in[index])
+            owner = next(rank for rank, holder in enumerate(holders) if index in holder)
+            dist.broadcast(weight, src=owner)
+            self._weights[index] = weight
 
     def spectra(self) -> list[FFNSpectra]:
         """Solves the eigenvalue problems: one `FFNSpectra` for each FFN, in the order given.
@@ -141,20 +179,25 @@ class Measurement:
                     # A copy: the optimizer may step before the problems are solved.
                     self._weights[index] = module.weight.detach().clone()
             if index in self._weights:
-                self._update(index, "input", inputs, product="float64")
+                self._update(index, "input", inputs)
             else:
                 self._update(index, "pre", features)
         else:
             self._update(index, "post", features)
 
-    def _update(self, index: int, site: Site, features: Tensor, product: str | None = None) -> None:
-        covariance = self._covariances.get((index, site))
-        if covariance is None:
-            covariance = StreamingCovariance(
-                features.shape[-1], device=features.device, product=product
-            )
-            self._covariances[index, site] = covariance
+    def _update(self, index: int, site: Site, features: Tensor) -> None:
+        covariance = self._covariance(index, site, features.shape[-1], features.device)
         covariance.update(features)
+
+    def _covariance(
+        self, index: int, site: Site, dim: int, device: torch.device
+    ) -> StreamingCovariance:
+        key = (index, site)
+        if key not in self._covariances:
+            # The input's problem is small, and its rounding would be magnified by the weight.
+            product = "float64" if site == "input" else None
+            self._covariances[key] = StreamingCovariance(dim, device=device, product=product)
+        return self._covariances[key]
 
     def _spectra_of(self, index: int, ffn: FFN) -> FFNSpectra:
         where = f"{ffn.name} in layer {ffn.layer}"
@@ -187,6 +230,10 @@ class Measurement:
             post=eigenvalues(post.covariance()),
             precision=post.precision,
         )
+
+
+def _device(ffn: FFN) -> torch.device:
+    return next(ffn.pre.parameters()).device
 
 
 def _takes_shortcut(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool:

@@ -2,10 +2,12 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -32,7 +34,8 @@ class SpectralMonitor(L.Callback):
     are.
 
     Args:
-        store: where rows go; flushed after each measurement.
+        store: where rows go; flushed after each measurement. None in a process that is not the one
+            that writes: of several processes, rank 0.
         every_n_steps: optimizer steps from one measurement to the next.
         source: `heldout` takes the features of the validation batches, in eval mode: one forward
             pass gives the loss and the spectra. `train` takes those of every micro-batch of the
@@ -42,7 +45,7 @@ class SpectralMonitor(L.Callback):
 
     def __init__(
         self,
-        store: RunStore,
+        store: RunStore | None,
         *,
         every_n_steps: int = 25,
         source: Source = "heldout",
@@ -98,6 +101,8 @@ class SpectralMonitor(L.Callback):
         self._training.add(loss * trainer.accumulate_grad_batches, n_targets)
         self._tokens_seen += n_targets * trainer.world_size
         if self._due is not None and trainer.global_step > self._due["step"]:
+            if self._measurement is not None and trainer.world_size > 1:
+                self._measurement.all_reduce()
             self._finish_measurement()
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
@@ -109,8 +114,8 @@ class SpectralMonitor(L.Callback):
             return
         self._began = time.perf_counter()
         self._validation = _WeightedMean()
-        if self.source == "heldout":
-            self._begin_forward()
+        if self.source == "heldout" and self.store is not None:
+            self._begin_forward()  # every process evaluates the whole held-out set
 
     def on_validation_batch_end(
         self,
@@ -134,7 +139,7 @@ class SpectralMonitor(L.Callback):
         self._due = {
             "step": trainer.global_step,
             "tokens_seen": self._tokens_seen,
-            "train_loss": self._training.value(),
+            "train_loss": self._training.value(over_processes=trainer.world_size > 1),
             "val_loss": self.val_loss,
             "lr": hidden_lr(trainer.optimizers[0]),
         }
@@ -185,17 +190,20 @@ class SpectralMonitor(L.Callback):
             self._measurement.detach()
 
     def _finish_measurement(self) -> None:
-        if self._measurement is None or self._due is None:
-            raise MeasurementError("A measurement ended that had not begun.")
-        step = self._due["step"]
-        measured = self._measurement.spectra()
-        self.latest = [{**self._due, **spectra.row()} for spectra in measured]
-        self.store.append_metrics(self.latest)
+        measurement, due = self._measurement, self._due
+        self._measurement, self._due = None, None
+        if measurement is not None and due is not None and self.store is not None:
+            self._write(due, measurement.spectra(), self.store)
+
+    def _write(
+        self, due: Mapping[str, Any], measured: Sequence[FFNSpectra], store: RunStore
+    ) -> None:
+        self.latest = [{**due, **spectra.row()} for spectra in measured]
+        store.append_metrics(self.latest)
         for spectra in measured:
             if self._stores_spectra(spectra):
-                self.store.append_spectra(_spectra_rows(step, spectra))
-        self.store.flush(step)
-        self._measurement, self._due = None, None
+                store.append_spectra(_spectra_rows(due["step"], spectra))
+        store.flush(due["step"])
 
     def _stores_spectra(self, spectra: FFNSpectra) -> bool:
         if self.spectra == "auto":
@@ -236,8 +244,14 @@ class _WeightedMean:
         self._total = self._total + loss.double() * n_targets
         self._weight += n_targets
 
-    def value(self) -> float | None:
-        return float(self._total) / self._weight if self._weight else None
+    def value(self, *, over_processes: bool = False) -> float | None:
+        """The mean, of all processes' losses together if asked for; None without any."""
+        if not self._weight:
+            return None
+        sums = torch.as_tensor(self._total).new_tensor([float(self._total), self._weight])
+        if over_processes:
+            dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
 
     def state(self) -> tuple[float, int]:
         return float(self._total), self._weight

@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from hydra.conf import HydraConf
 from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -52,6 +54,9 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning's
     directory = Path(hydra_config.runtime.output_dir)
+    # Of several processes, rank 0 records; it started the others with its directory.
+    if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+        return _run(config, directory, None)
     record = _begin(config, hydra_config, directory)
     try:
         return _run(config, directory, record)
@@ -89,7 +94,7 @@ def _begin(config: DictConfig, hydra_config: HydraConf, directory: Path) -> RunR
     return record
 
 
-def _run(config: DictConfig, directory: Path, record: RunRecord) -> float:
+def _run(config: DictConfig, directory: Path, record: RunRecord | None) -> float:
     values = resolved(config)
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
@@ -106,30 +111,35 @@ def _run(config: DictConfig, directory: Path, record: RunRecord) -> float:
         lambda built: build_optimizer(built, _parts(config)),
         from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule"),
     )
-    store = RunStore(directory, record.run_id)
+    if config.compile:
+        model.compile()
+    store = RunStore(directory, record.run_id) if record else None
     measured = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
     monitor = SpectralMonitor(store, **measured)
-    trainer = _build_trainer(config, store, [monitor, Heartbeat(record)], unit)
-    record.update(
-        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        fingerprints=data.fingerprints,
-        unigram_loss=getattr(data, "unigram_loss", None),
-        device=str(trainer.strategy.root_device),
-    )
+    callbacks = [monitor, *([Heartbeat(record)] if record else [])]
+    trainer = _build_trainer(config, directory, store, callbacks, unit)
+    if record:
+        record.update(
+            n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            fingerprints=data.fingerprints,
+            unigram_loss=getattr(data, "unigram_loss", None),
+            device=str(trainer.strategy.root_device),
+        )
     began = time.perf_counter()
     try:
         trainer.fit(module, datamodule=data)
     finally:
-        store.flush(trainer.global_step)
-        store.compact()
-    seconds = time.perf_counter() - began
+        if store:
+            store.flush(trainer.global_step)
+            store.compact()
     final = {
         **_final_losses(monitor.val_loss, data),
-        "train_seconds": seconds,
+        "train_seconds": time.perf_counter() - began,
         "measuring_seconds": monitor.seconds,
     }
-    record.finish("done", step=trainer.global_step, final=final)
-    print_summary(monitor.latest, _facts(final), directory)
+    if record:
+        record.finish("done", step=trainer.global_step, final=final)
+        print_summary(monitor.latest, _facts(final), directory)
     return final["val_loss"]
 
 
@@ -177,9 +187,15 @@ def _parts(config: DictConfig) -> dict[str, Part]:
 
 
 def _build_trainer(
-    config: DictConfig, store: RunStore, callbacks: list[L.Callback], unit: str
+    config: DictConfig,
+    directory: Path,
+    store: RunStore | None,
+    callbacks: list[L.Callback],
+    unit: str,
 ) -> L.Trainer:
-    loggers = [StoreLogger(store), *(build(logger) for logger in config.logger.values())]
+    loggers: list[Logger] = [build(logger) for logger in config.logger.values()]
+    if store:
+        loggers.insert(0, StoreLogger(store))
     callbacks += [build(callback) for callback in config.callbacks.values()]
     if config.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(unit))
@@ -188,7 +204,7 @@ def _build_trainer(
         log_every_n_steps=min(config.trainer.log_every_n_steps, config.trainer.max_steps),
         callbacks=callbacks,
         logger=loggers,
-        default_root_dir=str(store.directory),
+        default_root_dir=str(directory),
         max_epochs=-1,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -57,7 +57,7 @@ class Dion(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 0.02,
         momentum: float = 0.95,
-        rank_fraction: float = 0.25,
+        rank_fraction: float = 0.5,
         weight_decay: float = 0.01,
     ) -> None:
         defaults = {

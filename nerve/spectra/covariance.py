@@ -1,6 +1,7 @@
 """The covariance of features that arrive in batches, accurate at any scale and any mean."""
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
@@ -100,6 +101,24 @@ class StreamingCovariance:
         self._taken |= other._taken
         with torch.inference_mode(False), torch.no_grad():
             self._merge(*(part.to(self.device) for part in (other._n, other._mean, other._m2)))
+
+    def all_reduce(self) -> None:
+        """Adds the samples of all processes of the default group, in each of them.
+
+        Every process must call it, on accumulators of one `dim`; one may have seen no samples.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            n, total, mean = self._n.clone(), self._n, self._mean * self._n
+            dist.all_reduce(total)
+            dist.all_reduce(mean)
+            mean /= total.clamp(min=1)
+            delta = self._mean - mean
+            self._m2.addr_(delta * n, delta)
+            dist.all_reduce(self._m2)
+            self._mean = mean
+            taken = n.new_tensor([name in self._taken for name in PRODUCTS])
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+            self._taken = {name for name, any_ in zip(PRODUCTS, taken, strict=True) if any_}
 
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of

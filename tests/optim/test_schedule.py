@@ -61,6 +61,11 @@ def test_constant_holds_one_until_its_cooldown():
     assert multipliers(schedule, 10) == pytest.approx(expected, abs=1e-15)
 
 
+def test_a_cooldown_that_rounds_into_the_warmup_begins_after_it():
+    """Halves of three steps both round to two; the warm-up has them."""
+    assert multipliers(Schedule("constant", warmup=0.5, cooldown=0.5), 3) == [0.5, 1.0, 1.0]
+
+
 def test_constant_without_cooldown_stays_at_one():
     assert set(multipliers(Schedule("constant", cooldown=0.0), 9)) == {1.0}
 

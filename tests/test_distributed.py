@@ -1,0 +1,108 @@
+"""Several processes measure what one would: counts, means and scatter merge exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import nerve
+from nerve.measurement import Measurement
+from nerve.probe import FFNAdapter
+
+WORLD = 2
+NUMBERS = ["n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)).double()
+
+
+def ffns(model: nn.Sequential) -> list[FFNAdapter]:
+    return [FFNAdapter(0, "ffn", model[0], model[2])]
+
+
+def data() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    return x * torch.linspace(1, 3, 300, dtype=torch.float64)[:, None] + 100
+
+
+def measure_a_shard(rank: int, bounds: list[int], shortcut: bool, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    model = make_model()
+    measurement = Measurement(ffns(model), shortcut=shortcut)
+    shard = data()[bounds[rank] : bounds[rank + 1]]
+    measurement.attach()
+    for batch in shard.split(70):
+        if len(batch):
+            model(batch)
+            measurement.finish_forward()
+    measurement.detach()
+    measurement.all_reduce()
+    row = measurement.spectra()[0].row()
+    Path(folder, f"{rank}.json").write_text(json.dumps(row))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("bounds", [[0, 150, 300], [0, 299, 300], [0, 300, 300], [0, 0, 300]])
+def test_two_processes_equal_one_over_the_union(tmp_path, bounds, shortcut):
+    """Even, uneven and empty shards, in float64, to 1e-10; and both processes know the result."""
+    mp.spawn(measure_a_shard, args=(bounds, shortcut, str(tmp_path)), nprocs=WORLD)
+    model = make_model()
+    one = nerve.measure(model, [data()], ffns=ffns(model), shortcut=shortcut)
+    for rank in range(WORLD):
+        row = pd.DataFrame([json.loads((tmp_path / f"{rank}.json").read_text())])
+        np.testing.assert_allclose(row[NUMBERS], one[NUMBERS], rtol=1e-10)
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source):
+    """float32 gradients are summed in another order, so rows agree to 1e-5, step 0 to 1e-6."""
+    library = Path(os.__file__).parent
+    common = [
+        f"data.corpus.roots=[{library / 'json'},{library / 'email'}]",
+        "data.val_fraction=0.2",
+        "data.vocab_size=300",
+        "model.n_layers=2",
+        "model.d_model=32",
+        "model.n_heads=2",
+        "model.seq_len=32",
+        "trainer.max_steps=4",
+        "trainer.enable_progress_bar=false",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "monitor.every_n_steps=2",
+        f"monitor.source={source}",
+        "threads=1",
+        "logger=none",
+    ]
+    for name, extra in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+        command = [sys.executable, "-m", "nerve.cli.run", *common, *extra]
+        result = subprocess.run(
+            [*command, f"hydra.run.dir={tmp_path / name}"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr
+    one, two = (nerve.load_metrics(tmp_path / name) for name in ("one", "two"))
+    assert one.step.tolist() == two.step.tolist()
+    columns = [*NUMBERS, "tokens_seen", "train_loss", "val_loss", "lr"]
+    np.testing.assert_allclose(two[columns], one[columns], rtol=1e-5, atol=1e-7)
+    first = one.step == 0
+    # JS is near 0 there, a difference of numbers near 1.
+    np.testing.assert_allclose(two[first][NUMBERS], one[first][NUMBERS], rtol=1e-6, atol=1e-8)
+    assert nerve.load_runs(tmp_path / "two").run_status.tolist() == ["done"]
