@@ -99,7 +99,7 @@ def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
     assert (record.run_status, record["trainer.max_steps"], record.step) == ("done", 5, 5)
     assert record["final.val_loss"] == last.val_loss
     assert record.run_id in directory.name
-    assert record.n_parameters == 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
+    assert record.n_parameters == 2 * 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
 
     # What the user sees at the end.
     assert f"validation loss: {last.val_loss:.3f} nats a target" in out

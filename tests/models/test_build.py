@@ -74,8 +74,8 @@ def closed_form(values: dict[str, Any], vocab_size: int) -> int:
 @pytest.mark.parametrize(
     ("preset", "vocab_size", "millions"),
     [
-        ("gpt_tiny", 1024, 0.9),
-        ("gpt_mini", 1024, 2.9),
+        ("gpt_tiny", 1024, 1.1),
+        ("gpt_mini", 1024, 3.1),
         ("gpt2_125m", 50257, 124.4),
         ("gpt2_350m", 50257, 354.8),
         ("llama_71m", 32000, 70.6),
