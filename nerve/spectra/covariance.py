@@ -12,6 +12,11 @@ from nerve.spectra.product import PRODUCTS, Product, default_product, exact_prod
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
 
+# Uncentred products are for features whose mean carries no more power than their variance, and that
+# are not so small that products vanish.
+_LARGEST_MEAN = 1.0
+_LEAST_SQUARE = 1e-30
+
 
 class StreamingCovariance:
     """Sample covariance `C = (X - mean)^T (X - mean) / (N - 1)` over any number of updates.
@@ -19,22 +24,24 @@ class StreamingCovariance:
     Holds the number of samples, their mean (float64, `[dim]`) and the sum of squares about it
     (float64, `[dim, dim]`) on `device`, merged by Chan's formula. Within an update:
 
-    - features are centred before they are multiplied, so that a large mean costs no digits;
+    - features are centred before they are multiplied wherever a mean could cost digits;
     - each column is scaled by a power of two, which is exact, so that no scale of the features
       over- or underflows in the product;
     - the product is taken in chunks of rows that are summed in float64.
 
     The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
-    a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`. No update waits for the device,
-    and none records an autograd graph.
+    a few 1e-6 for `float32` and the 16-bit ones, 1e-15 for `float64`. No update records an autograd
+    graph, and only those of `bfloat16` and `float16` wait for the device: these products take the
+    features uncentred, and where the mean turns out to be too large for that, the update is done
+    again with `float16x2`.
 
     Args:
         dim: number of features.
         device: where the state lives and the products are taken; features from elsewhere are moved
             there. It must have float64. By default the CPU.
         product: how the products are taken, a name of `nerve.spectra.product.PRODUCTS`. By default
-            `float64` for float64 features, `float16x2` for bfloat16 and float16 features on an
-            NVIDIA GPU, and `float32` for all others.
+            `float64` for float64 features and, on an NVIDIA GPU, float32 ones; `bfloat16` and
+            `float16` for such features on an NVIDIA GPU; and `float32` for all others.
 
     Raises:
         MeasurementError: for a `dim` below 1 or an unknown `product`.
@@ -80,12 +87,17 @@ class StreamingCovariance:
         if x.numel() == 0:
             return
         name = self._product or default_product(x.dtype, self.device)
-        self._taken.add(name)
         with torch.inference_mode(False), torch.no_grad(), exact_products(self.device):
             x = x.detach().to(self.device).reshape(-1, self.dim)
             if mask is not None:
                 mask = mask.to(self.device).reshape(-1)
-            self._merge(*_moments(x, mask, PRODUCTS[name]))
+            moments = None
+            if not PRODUCTS[name].centred:
+                if x.dtype == PRODUCTS[name].dtype:
+                    moments = _raw_moments(x, mask, PRODUCTS[name])
+                name = name if moments else "float16x2"
+            self._merge(*(moments or _moments(x, mask, PRODUCTS[name])))
+            self._taken.add(name)
 
     def merge(self, other: "StreamingCovariance") -> None:
         """Adds all samples that `other` has seen; `other` is left as it is.
@@ -135,8 +147,7 @@ class StreamingCovariance:
 
     @property
     def precision(self) -> str:
-        """How the products were taken: `float16x2`, `float32` or `float64`, the coarsest of them if
-        updates differed.
+        """How the products were taken, the coarsest way if updates differed (see `product`).
 
         Raises:
             MeasurementError: before the first update.
@@ -169,6 +180,32 @@ class StreamingCovariance:
         self._m2.add_(m2).addr_(delta * (self._n * n / total), delta)
         self._mean.add_(delta * (n / total))
         self._n.add_(n)
+
+
+def _raw_moments(
+    x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"] | None, product: Product
+) -> tuple[Float64[Tensor, ""], Float64[Tensor, " dim"], Float64[Tensor, "dim dim"]] | None:
+    """As `_moments`, from products of the samples as they are: one pass over them.
+
+    `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
+    covariance loses the digits by which they exceed the variance. None where that, or the scale of
+    the features, would cost more than a trifle; to know it is to wait for the device once.
+    """
+    n = torch.full((), len(x), dtype=torch.float64, device=x.device)
+    if mask is not None:
+        n, x = mask.sum(dtype=torch.float64), x.masked_fill(~mask[:, None], 0)
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    m2 = torch.diag(total)
+    for rows in x.split(product.n_rows):
+        total += rows.sum(0, dtype=torch.float32)
+        product.add(m2, rows)
+    mean = total / n.clamp(min=1)
+    squares = m2.trace()
+    of_mean = n * mean.dot(mean)
+    fits = (of_mean <= _LARGEST_MEAN * (squares - of_mean)) & (squares > _LEAST_SQUARE * n)
+    if not (fits & squares.isfinite()):
+        return None
+    return n, mean, m2.addr_(mean * n, mean, alpha=-1)
 
 
 def _moments(

@@ -300,7 +300,10 @@ def test_precision_names_the_coarsest_product_taken():
     ("action", "message"),
     [
         (lambda: StreamingCovariance(0), "dim = 0"),
-        (lambda: StreamingCovariance(4, product="tf32"), "float16x2, float32, float64.*'tf32'"),
+        (
+            lambda: StreamingCovariance(4, product="tf32"),
+            "bfloat16, float16, float16x2, float32, float64.*'tf32'",
+        ),
         (lambda: StreamingCovariance(4).update(torch.ones(3, 5)), r"dimension of 4.*\(3, 5\)"),
         (lambda: StreamingCovariance(4).merge(StreamingCovariance(5)), "4 and 5"),
     ],
@@ -317,7 +320,7 @@ def test_a_mask_of_another_shape_is_named(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("mean", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean):
     generator = torch.Generator("cuda").manual_seed(0)
@@ -328,17 +331,18 @@ def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean):
     x = (x / x.std(0) + mean).to(dtype)
     measured, expected = StreamingCovariance(3072, device="cuda"), torch.cov(x.double().T)
     measured.update(x)
-    assert measured.precision == "float16x2"
+    assert measured.precision == (str(dtype)[6:] if mean < 1 else "float16x2")
     assert_same_spectrum(measured.covariance(), expected, entropy=1e-5, ratio=1e-5)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_update_does_not_wait_for_the_device(dtype, masked):
+def test_an_update_with_centred_products_does_not_wait_for_the_device(dtype, masked):
     x = draw().to("cuda", dtype)
     mask = torch.arange(len(x), device="cuda") % 3 > 0 if masked else None
-    streaming = StreamingCovariance(DIM, device="cuda")
+    product = "float16x2" if dtype == torch.bfloat16 else None
+    streaming = StreamingCovariance(DIM, device="cuda", product=product)
     streaming.update(x, mask)  # libraries are set up in the first call
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -348,3 +352,39 @@ def test_an_update_does_not_wait_for_the_device(dtype, masked):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert covariance.isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("mean", "scale", "taken"),
+    [
+        (0.0, 1.0, "raw"),
+        (0.3, 1.0, "raw"),
+        (10.0, 1.0, "float16x2"),
+        (0.0, 1e-3, "raw"),
+        (0.0, 1e-18, "float16x2"),
+    ],
+)
+def test_uncentred_products_give_way_where_they_would_lose_digits(
+    dtype, mean, scale, taken, masked
+):
+    """The arithmetic of the tensor cores' path, products in float32, within 1e-5 either way."""
+    if dtype == torch.float16 and scale < 1e-6:
+        pytest.skip("float16 has no such numbers")
+    x = draw()
+    x = ((x / x.std() + mean) * scale).to(dtype)
+    mask = torch.arange(len(x)) % 3 > 0 if masked else None
+    if mask is not None:
+        x[~mask] = torch.nan
+    name = str(dtype).removeprefix("torch.")
+    streaming = StreamingCovariance(DIM, product=name)
+    streaming.update(x, mask)
+    expected = oracle(x if mask is None else x[mask])
+    assert streaming.precision == (name if taken == "raw" else taken)
+    assert_same_spectrum(streaming.covariance(), expected, entropy=1e-5, ratio=1e-5)
+
+
+def test_blocks_of_the_triangle_make_the_whole_product():
+    x = torch.randn(40, 1026, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(covariance_of(x), torch.cov(x.T), rtol=1e-12, atol=1e-12)

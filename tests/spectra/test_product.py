@@ -107,9 +107,9 @@ def test_tensor_cores_are_for_sixteen_bit_features_on_a_gpu_only():
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        (torch.bfloat16, "float16x2"),
-        (torch.float16, "float16x2"),
-        (torch.float32, "float32"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.float16, "float16"),
+        (torch.float32, "float64"),
         (torch.float64, "float64"),
     ],
 )
