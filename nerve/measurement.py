@@ -3,10 +3,8 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -15,79 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.errors import MeasurementError
 from nerve.probe import FFN, Probe, Site, find_ffns
-from nerve.spectra import (
-    StreamingCovariance,
-    corrected_participation_ratio,
-    eigenvalue_early_enrichment,
-    eigenvalues,
-    jensen_shannon,
-    participation_ratio,
-    projected_eigenvalues,
-    spectral_entropy,
-)
-
-
-@dataclass(frozen=True)
-class FFNSpectra:
-    """What one measurement says of one FFN.
-
-    Attributes:
-        layer: index of the block, from 0.
-        ffn: which FFN of the block.
-        n_samples: tokens (or patches, or channels) measured; the same before and after.
-        d_in: width of the FFN's input; bounds the rank before the nonlinearity.
-        d_ff: hidden width, the number of eigenvalues.
-        pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
-        post: eigenvalues after it, likewise.
-        precision: how the products of the covariance were taken.
-    """
-
-    layer: int
-    ffn: str
-    n_samples: int
-    d_in: int
-    d_ff: int
-    pre: Tensor
-    post: Tensor
-    precision: str
-
-    @property
-    def status(self) -> str:
-        """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
-        the last two with `_pre` or `_post` where it is one side alone."""
-        if self.n_samples < 2:
-            return "too_few_samples"
-        for reason, holds in (
-            ("non_finite", lambda spectrum: not bool(torch.isfinite(spectrum).all())),
-            ("zero_variance", lambda spectrum: not bool(spectrum.sum() > 0)),
-        ):
-            pre, post = holds(self.pre), holds(self.post)
-            if pre or post:
-                return reason if pre and post else f"{reason}_{'pre' if pre else 'post'}"
-        return "ok"
-
-    def row(self) -> dict[str, Any]:
-        """The measurement as columns of the `metrics` table; None where nothing can be measured."""
-        metrics: dict[str, float] = {"js": float(jensen_shannon(self.pre, self.post))}
-        for site, spectrum in (("pre", self.pre), ("post", self.post)):
-            ratio = participation_ratio(spectrum)
-            metrics[f"se_{site}"] = float(spectral_entropy(spectrum))
-            metrics[f"pr_{site}"] = float(ratio)
-            metrics[f"eee_{site}"] = float(eigenvalue_early_enrichment(spectrum))
-            metrics[f"variance_{site}"] = float(spectrum.sum())
-            metrics[f"pr_{site}_corrected"] = float(
-                corrected_participation_ratio(ratio, self.n_samples)
-            )
-        return {
-            "layer": self.layer,
-            "ffn": self.ffn,
-            "n_samples": self.n_samples,
-            "d_ff": self.d_ff,
-            "d_in": self.d_in,
-            **{name: value if np.isfinite(value) else None for name, value in metrics.items()},
-            "precision": self.precision,
-            "status": self.status,
-        }
+from nerve.problem import FFNProblem, FFNSpectra
+from nerve.spectra import StreamingCovariance
 
 
 class Measurement:
@@ -157,14 +84,18 @@ class Measurement:
             dist.broadcast(weight, src=owner)
             self._weights[index] = weight
 
-    def spectra(self) -> list[FFNSpectra]:
-        """Solves the eigenvalue problems: one `FFNSpectra` for each FFN, in the order given.
+    def problems(self) -> list[FFNProblem]:
+        """What is left to solve: one problem for each FFN, in the order given.
 
         Raises:
             MeasurementError: if nothing was measured, or if the features of an FFN before and after
                 its nonlinearity are not of the same samples and width.
         """
-        return [self._spectra_of(index, ffn) for index, ffn in enumerate(self._probe.ffns)]
+        return [self._problem_of(index, ffn) for index, ffn in enumerate(self._probe.ffns)]
+
+    def spectra(self) -> list[FFNSpectra]:
+        """Solves the problems, one after the other. Raises as `problems`."""
+        return [problem.solve() for problem in self.problems()]
 
     def _accumulate(self, index: int, site: Site, features: Tensor) -> None:
         if site == "input":
@@ -199,7 +130,7 @@ class Measurement:
             self._covariances[key] = StreamingCovariance(dim, device=device, product=product)
         return self._covariances[key]
 
-    def _spectra_of(self, index: int, ffn: FFN) -> FFNSpectra:
+    def _problem_of(self, index: int, ffn: FFN) -> FFNProblem:
         where = f"{ffn.name} in layer {ffn.layer}"
         if (index, "post") not in self._covariances:
             raise MeasurementError(
@@ -215,20 +146,15 @@ class Measurement:
                 f"{where} has {before.n_samples} × {d_ff} before and {post.n_samples} × {post.dim} "
                 "after. Check which modules its description names."
             )
-        covariance = before.covariance()
-        return FFNSpectra(
+        return FFNProblem(
             layer=ffn.layer,
             ffn=ffn.name,
-            n_samples=post.n_samples,
             d_in=self._d_in[index],
-            d_ff=d_ff,
-            pre=(
-                eigenvalues(covariance)
-                if weight is None
-                else projected_eigenvalues(weight, covariance)
-            ),
-            post=eigenvalues(post.covariance()),
             precision=post.precision,
+            n_samples=post.n_samples,
+            before=before.covariance(),
+            post=post.covariance(),
+            weight=weight,
         )
 
 

@@ -1,8 +1,9 @@
 """The Lightning callback that measures FFN spectra while a model trains, and stores them."""
 
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -12,11 +13,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measurement import FFNSpectra, Measurement
+from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
 from nerve.probe import FFN, find_ffns
+from nerve.problem import FFNSpectra
 from nerve.results.store import RunStore
+from nerve.solver import Solved, Solver
 from nerve.values import require, require_choice
+
+log = logging.getLogger(__name__)
 
 Source = Literal["heldout", "train"]
 
@@ -77,6 +82,7 @@ class SpectralMonitor(L.Callback):
         self._tokens_seen = 0
         self._due: dict[str, Any] | None = None
         self._began = 0.0
+        self._solver: Solver | None = None
 
     # The cadence
 
@@ -87,6 +93,11 @@ class SpectralMonitor(L.Callback):
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
+        if self.store is not None:
+            device = trainer.strategy.root_device
+            self._solver = Solver(device)
+            where = f"{self._solver.n_workers} threads of the host beside training"
+            log.info("spectra are solved by %s", where if self._solver.n_workers else f"{device}")
 
     def on_train_batch_end(
         self,
@@ -104,6 +115,8 @@ class SpectralMonitor(L.Callback):
             if self._measurement is not None and trainer.world_size > 1:
                 self._measurement.all_reduce()
             self._finish_measurement()
+        if self._solver is not None:
+            self._write(self._solver.finished())
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 
@@ -169,9 +182,19 @@ class SpectralMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._end_forward()
+        self._drain()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._due = None
+        self._drain()
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self._drain()  # no checkpoint goes before the rows up to its step
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._solver is not None:
+            self._solver.close()
+            self._solver = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens_seen": self._tokens_seen, "training": self._training.state()}
@@ -192,18 +215,24 @@ class SpectralMonitor(L.Callback):
     def _finish_measurement(self) -> None:
         measurement, due = self._measurement, self._due
         self._measurement, self._due = None, None
-        if measurement is not None and due is not None and self.store is not None:
-            self._write(due, measurement.spectra(), self.store)
+        if measurement is not None and due is not None and self._solver is not None:
+            self._write(self._solver.submit(due, measurement.problems()))
 
-    def _write(
-        self, due: Mapping[str, Any], measured: Sequence[FFNSpectra], store: RunStore
-    ) -> None:
-        self.latest = [{**due, **spectra.row()} for spectra in measured]
-        store.append_metrics(self.latest)
-        for spectra in measured:
-            if self._stores_spectra(spectra):
-                store.append_spectra(_spectra_rows(due["step"], spectra))
-        store.flush(due["step"])
+    def _write(self, solved: Iterable[Solved]) -> None:
+        if self.store is None:
+            return
+        for measured in solved:
+            step = measured.labels["step"]
+            self.latest = [measured.labels | spectra.row() for spectra in measured.spectra]
+            self.store.append_metrics(self.latest)
+            for spectra in measured.spectra:
+                if self._stores_spectra(spectra):
+                    self.store.append_spectra(_spectra_rows(step, spectra))
+            self.store.flush(step)
+
+    def _drain(self) -> None:
+        if self._solver is not None:
+            self._write(self._solver.drain())
 
     def _stores_spectra(self, spectra: FFNSpectra) -> bool:
         if self.spectra == "auto":

@@ -1,0 +1,140 @@
+"""The eigenvalue problems that a measurement leaves, and the spectra that solve them."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nerve.spectra import (
+    corrected_participation_ratio,
+    eigenvalue_early_enrichment,
+    eigenvalues,
+    jensen_shannon,
+    participation_ratio,
+    projected_eigenvalues,
+    spectral_entropy,
+)
+
+
+@dataclass(frozen=True)
+class FFNSpectra:
+    """What one measurement says of one FFN.
+
+    Attributes:
+        layer: index of the block, from 0.
+        ffn: which FFN of the block.
+        n_samples: tokens (or patches, or channels) measured; the same before and after.
+        d_in: width of the FFN's input; bounds the rank before the nonlinearity.
+        d_ff: hidden width, the number of eigenvalues.
+        pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
+        post: eigenvalues after it, likewise.
+        precision: how the products of the covariance were taken.
+    """
+
+    layer: int
+    ffn: str
+    n_samples: int
+    d_in: int
+    d_ff: int
+    pre: Tensor
+    post: Tensor
+    precision: str
+
+    @property
+    def status(self) -> str:
+        """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
+        the last two with `_pre` or `_post` where it is one side alone."""
+        if self.n_samples < 2:
+            return "too_few_samples"
+        for reason, holds in (
+            ("non_finite", lambda spectrum: not bool(torch.isfinite(spectrum).all())),
+            ("zero_variance", lambda spectrum: not bool(spectrum.sum() > 0)),
+        ):
+            pre, post = holds(self.pre), holds(self.post)
+            if pre or post:
+                return reason if pre and post else f"{reason}_{'pre' if pre else 'post'}"
+        return "ok"
+
+    def row(self) -> dict[str, Any]:
+        """The measurement as columns of the `metrics` table; None where nothing can be measured."""
+        metrics: dict[str, float] = {"js": float(jensen_shannon(self.pre, self.post))}
+        for site, spectrum in (("pre", self.pre), ("post", self.post)):
+            ratio = participation_ratio(spectrum)
+            metrics[f"se_{site}"] = float(spectral_entropy(spectrum))
+            metrics[f"pr_{site}"] = float(ratio)
+            metrics[f"eee_{site}"] = float(eigenvalue_early_enrichment(spectrum))
+            metrics[f"variance_{site}"] = float(spectrum.sum())
+            metrics[f"pr_{site}_corrected"] = float(
+                corrected_participation_ratio(ratio, self.n_samples)
+            )
+        return {
+            "layer": self.layer,
+            "ffn": self.ffn,
+            "n_samples": self.n_samples,
+            "d_ff": self.d_ff,
+            "d_in": self.d_in,
+            **{name: value if np.isfinite(value) else None for name, value in metrics.items()},
+            "precision": self.precision,
+            "status": self.status,
+        }
+
+
+@dataclass(frozen=True)
+class FFNProblem:
+    """The covariances of one FFN's features; `solve` gives their spectra.
+
+    Attributes:
+        layer, ffn, n_samples, d_in, precision: as in `FFNSpectra`.
+        before: covariance of pre, float64 `[d_ff, d_ff]`; or, with `weight`, of the FFN's input,
+            `[d_in, d_in]`.
+        post: covariance of post, float64 `[d_ff, d_ff]`.
+        weight: W of pre = W x + b, `[d_ff, d_in]`, where `before` is that of x.
+        copied: what to wait for before the tensors may be read on the host.
+    """
+
+    layer: int
+    ffn: str
+    n_samples: int
+    d_in: int
+    precision: str
+    before: Tensor
+    post: Tensor
+    weight: Tensor | None = None
+    copied: torch.cuda.Event | None = None
+
+    def to_host(self, stream: torch.cuda.Stream) -> "FFNProblem":
+        """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        copies: dict[str, Any] = {}
+        with torch.cuda.stream(stream):
+            for name in (field.name for field in fields(self)):
+                tensor = getattr(self, name)
+                if isinstance(tensor, Tensor):
+                    copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                    copies[name].copy_(tensor, non_blocking=True)
+                    tensor.record_stream(stream)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        return replace(self, **copies, copied=copied)
+
+    def solve(self) -> FFNSpectra:
+        """Solves the problems where the tensors lie."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        pre = (
+            eigenvalues(self.before)
+            if self.weight is None
+            else projected_eigenvalues(self.weight, self.before)
+        )
+        return FFNSpectra(
+            layer=self.layer,
+            ffn=self.ffn,
+            n_samples=self.n_samples,
+            d_in=self.d_in,
+            d_ff=len(self.post),
+            pre=pre.cpu(),
+            post=eigenvalues(self.post).cpu(),
+            precision=self.precision,
+        )

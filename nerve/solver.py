@@ -1,0 +1,133 @@
+"""Solves the problems of measurements beside training, and gives their spectra in order."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nerve.errors import MeasurementError
+from nerve.problem import FFNProblem, FFNSpectra
+
+LEAST_WORKERS = 4
+"""With fewer spare cores than this a GPU solves its own problems sooner than the host would."""
+
+MOST_PENDING = 2
+"""Measurements that may wait for their solution; one more waits for the oldest of them."""
+
+Labels = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A measurement's labels (its step, losses, …) and the spectra of its FFNs."""
+
+    labels: Labels
+    spectra: list[FFNSpectra]
+
+
+class Solver:
+    """Takes a measurement's problems and gives their solutions, in the order of measurements.
+
+    Problems of a GPU are copied to the host beside its work and solved there, one thread a problem,
+    while training goes on. Without spare cores, or on the CPU, whose cores train, they are solved
+    where they lie, at once.
+
+    Args:
+        device: where the model trains.
+        n_workers: threads; by default `spare_workers(device)`, 0 solves in place.
+    """
+
+    def __init__(self, device: torch.device, n_workers: int | None = None) -> None:
+        self.n_workers = spare_workers(device) if n_workers is None else n_workers
+        self._pending: deque[tuple[Labels, list[tuple[FFNProblem, Future[FFNSpectra]]]]] = deque()
+        self._pool = _single_threaded(self.n_workers) if self.n_workers else None
+        self._stream = torch.cuda.Stream(device) if self._pool and device.type == "cuda" else None
+
+    def submit(self, labels: Labels, problems: Sequence[FFNProblem]) -> Iterator[Solved]:
+        """Takes a measurement; gives what is solved by then, having waited if too much is pending.
+
+        Raises:
+            MeasurementError: for a problem that could not be solved, with its layer and step.
+        """
+        waiting = []
+        for problem in problems:
+            on_host = problem.to_host(self._stream) if self._stream else problem
+            waiting.append((on_host, self._start(on_host)))
+        self._pending.append((labels, waiting))
+        while len(self._pending) > (MOST_PENDING if self._pool else 0):
+            yield self._oldest()
+        yield from self.finished()
+
+    def finished(self) -> Iterator[Solved]:
+        """Gives the measurements that are solved, without waiting. Raises as `submit`."""
+        while self._pending and all(future.done() for _, future in self._pending[0][1]):
+            yield self._oldest()
+
+    def drain(self) -> Iterator[Solved]:
+        """Waits for all measurements, and gives them. Raises as `submit`."""
+        while self._pending:
+            yield self._oldest()
+
+    def close(self) -> None:
+        """Ends the threads; what is still pending is dropped."""
+        self._pending.clear()
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _start(self, problem: FFNProblem) -> Future[FFNSpectra]:
+        if self._pool:
+            return self._pool.submit(problem.solve)
+        future: Future[FFNSpectra] = Future()
+        try:
+            future.set_result(problem.solve())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _oldest(self) -> Solved:
+        labels, waiting = self._pending.popleft()
+        spectra = []
+        for problem, future in waiting:
+            try:
+                spectra.append(future.result())
+            except Exception as error:
+                raise MeasurementError(
+                    f"The spectra of {problem.ffn} in layer {problem.layer} at step "
+                    f"{labels.get('step')} could not be solved: {error}"
+                ) from error
+        return Solved(labels, spectra)
+
+
+def spare_workers(device: torch.device) -> int:
+    """Threads that can solve beside training on `device`: all cores of this process but one, shared
+    with the other processes of the host; 0 where that is too few, or where the cores train."""
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return cores - 1 if cores > LEAST_WORKERS else 0
+
+
+def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
+    """A pool whose threads each use one core in torch.
+
+    The number of threads that torch sets in a thread is that thread's own, and the default of
+    threads to come; it is set back for those.
+    """
+    n_threads = torch.get_num_threads()
+    started = threading.Barrier(n_workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)
+    for _ in range(n_workers):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(n_threads)
+    return pool
