@@ -1,0 +1,88 @@
+"""One FFN layer on the CPU: the spectra before and after the nonlinearity, against the direct way.
+
+The direct way takes the full covariance of both sides and solves both d_ff × d_ff problems. The two
+run in alternation; medians and spread are printed, with the largest differences of the metrics.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from nerve.measurement import Measurement
+from nerve.probe import FFNAdapter
+from nerve.problem import FFNSpectra
+from nerve.spectra import participation_ratio, spectral_entropy
+
+
+def ours(up: nn.Linear, down: nn.Linear, x: Tensor) -> FFNSpectra:
+    measurement = Measurement([FFNAdapter(0, "ffn", up, down)])
+    measurement.attach()
+    down(nn.functional.gelu(up(x)))
+    measurement.finish_forward()
+    measurement.detach()
+    return measurement.spectra()[0]
+
+
+def direct(pre: Tensor, post: Tensor) -> list[Tensor]:
+    spectra = []
+    for features in (pre, post):
+        x = features - features.mean(0)
+        spectra.append(torch.linalg.eigvalsh((x.T @ x / (len(x) - 1)).double()).clamp(min=0))
+    return spectra
+
+
+def exact(features: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(torch.cov(features.double().T)).clamp(min=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--d-ff", type=int, default=3072)
+    parser.add_argument("--samples", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(args.samples, args.d_model, generator=generator)
+    x = nn.functional.layer_norm(x * torch.arange(1, args.d_model + 1) ** -0.5, (args.d_model,))
+    up, down = nn.Linear(args.d_model, args.d_ff), nn.Linear(args.d_ff, args.d_model)
+    torch.nn.init.normal_(up.weight, std=0.05, generator=generator)
+    with torch.no_grad():
+        pre = up(x)
+        post = nn.functional.gelu(pre)
+        times: dict[str, list[float]] = {"direct": [], "ours": [], "forward": []}
+        for _ in range(args.repeats):
+            began = time.perf_counter()
+            direct(pre, post)
+            times["direct"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            down(nn.functional.gelu(up(x)))
+            times["forward"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            spectra = ours(up, down, x)
+            times["ours"].append(time.perf_counter() - began)
+        for name, values in times.items():
+            low, high = min(values), max(values)
+            print(f"{name:8} {statistics.median(values):6.2f} s ({low:.2f} to {high:.2f})")
+        cost = statistics.median(
+            a - b for a, b in zip(times["ours"], times["forward"], strict=True)
+        )
+        ratio = statistics.median(
+            d / (o - f)
+            for d, o, f in zip(times["direct"], times["ours"], times["forward"], strict=True)
+        )
+        print(f"ours without the forward pass: {cost:.2f} s, {ratio:.2f} times cheaper")
+        for site, features, spectrum in (("pre", pre, spectra.pre), ("post", post, spectra.post)):
+            reference = exact(features)
+            entropy = float((spectral_entropy(spectrum) - spectral_entropy(reference)).abs())
+            pr = float((participation_ratio(spectrum) / participation_ratio(reference) - 1).abs())
+            print(f"{site}: SE off by {entropy:.1e} nats, PR by {pr:.1e}, against float64")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What measuring costs a GPT-2 125M in training: stall, overhead, memory, and the buffered way.
+
+Every figure comes from one process: a plain loop over the compiled model, Lightning with the monitor
+installed, Lightning with the monitor measuring the training batch, and the buffered way (features
+copied to the host, and back for covariance and eigenvalues). Prints a table.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nerve.models import build_model
+from nerve.module import LanguageModel
+from nerve.monitor import SpectralMonitor
+from nerve.optim import Part, Schedule, build_optimizer
+from nerve.probe import Probe, find_ffns
+from nerve.results import RunStore
+
+VOCAB = 50304
+
+
+class Tokens:
+    """`n` batches of the same random tokens: what they say costs nothing."""
+
+    def __init__(self, n: int, batch: int, seq_len: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(VOCAB, (batch, seq_len + 1), generator=generator).to(device)
+        self._batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([self._batch] * self._n)
+
+
+class Clock(L.Callback):
+    """Marks the end of every training step on the device's own time line."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+
+    def on_train_batch_end(self, *args: object) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def milliseconds(self) -> list[float]:
+        """Of each step from the second on."""
+        torch.cuda.synchronize()
+        pairs = zip(self._events, self._events[1:], strict=False)
+        return [before.elapsed_time(after) for before, after in pairs]
+
+
+def make_model(args: argparse.Namespace) -> torch.nn.Module:
+    values = {
+        "model": {
+            "kind": "gpt",
+            "n_layers": args.layers,
+            "d_model": args.d_model,
+            "n_heads": args.d_model // 64,
+            "seq_len": args.seq_len,
+        },
+        "normalization": {},
+        "activation": {"name": "gelu"},
+        "position": {"name": "learned"},
+        "ffn": {"width": 4},
+    }
+    model = build_model(values, seed=0, vocab_size=VOCAB).to(args.device)
+    model.compile()
+    return model
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    roles = ("hidden", "embedding", "head", "vector")
+    build = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    return build_optimizer(model, {"main": Part(roles, build)})
+
+
+def plain_loop(args: argparse.Namespace) -> list[float]:
+    """The same model, optimizer, precision and clipping without Lightning; ms of each step."""
+    model, clock = make_model(args), Clock()
+    optimizer = optimizer_of(model)
+    for inputs, targets in Tokens(args.steps, args.batch, args.seq_len, args.device):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(inputs)
+            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        clock.on_train_batch_end()
+    return clock.milliseconds()
+
+
+def lightning_run(args: argparse.Namespace, every_n_steps: int) -> tuple[list[float], int]:
+    """Lightning with the monitor; ms of each step, and the peak of device memory in bytes."""
+    clock = Clock()
+    module = LanguageModel(make_model(args), optimizer_of, Schedule("constant", cooldown=0.0))
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as directory:
+        monitor = SpectralMonitor(
+            RunStore(directory, "run"), every_n_steps=every_n_steps, source="train", spectra=False
+        )
+        trainer = L.Trainer(
+            accelerator="gpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_steps=args.steps,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            callbacks=[monitor, clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        train = Tokens(args.steps, args.batch, args.seq_len, args.device)
+        trainer.fit(module, train, Tokens(1, 8, args.seq_len, args.device))
+    return clock.milliseconds(), torch.cuda.max_memory_allocated()
+
+
+def buffered(args: argparse.Namespace) -> float:
+    """Seconds of one measurement that keeps all features: to the host, and back one at a time."""
+    model = make_model(args)
+    kept: dict[tuple[int, str], Tensor] = {}
+
+    def keep(index: int, site: str, features: Tensor) -> None:
+        if site != "input":
+            kept[index, site] = features.detach().float().cpu()
+
+    (inputs, _), *_ = Tokens(1, args.batch, args.seq_len, args.device)
+    probe = Probe(find_ffns(model), keep)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    probe.attach()
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast("cuda", dtype=torch.bfloat16),
+    ):
+        model(inputs)
+    probe.detach()
+    for features in kept.values():
+        x = features.flatten(0, -2).to(args.device)
+        x = x - x.mean(0)
+        torch.linalg.eigvalsh(x.T @ x / (len(x) - 1))
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def stalls(times: list[float], every: int, typical: float) -> list[float]:
+    """For each measurement, the ms by which the steps up to the next one exceed typical ones.
+
+    Each step counts only for what it takes beyond twice the spread of typical steps.
+    """
+    spread = statistics.median(abs(t - typical) for t in times)
+    excess = [t - typical if abs(t - typical) > 4 * spread else 0.0 for t in times]
+    starts = range(every - 2, len(times) - every // 2, every)  # times[i] is that of step i + 1
+    return [sum(excess[start : start + every - 2]) for start in starts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=512, help="sequences a step")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=330)
+    parser.add_argument("--every", type=int, default=100, help="steps between measurements")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO)
+    torch.set_float32_matmul_precision("high")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
+
+    plain = statistics.median(plain_loop(args)[20:])
+    print(f"plain loop, compiled, bf16:        {plain:8.1f} ms a step", flush=True)
+    idle_times, idle_peak = lightning_run(args, every_n_steps=10**9)
+    idle = statistics.median(idle_times[20:])
+    print(
+        f"Lightning, monitor not measuring:  {idle:8.1f} ms a step, {plain / idle:.3f} of the speed"
+    )
+    times, peak = lightning_run(args, args.every)
+    typical = statistics.median(times[20:])
+    found = stalls(times, args.every, typical)
+    stall = statistics.median(found)
+    print(f"Lightning, every {args.every} steps:         {typical:8.1f} ms a step between")
+    print(
+        f"stall of a measurement:            {stall:8.1f} ms ({stall / typical:.2f} steps); {found}"
+    )
+    print(f"overhead at every 100 steps:       {stall / typical / 100:8.2%}")
+    print(f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}")
+    print(
+        f"device memory: {idle_peak / 2**30:.1f} → {peak / 2**30:.1f} GiB ({peak / idle_peak - 1:+.1%})"
+    )
+    around = [round(t) for t in times[args.every - 5 : args.every + 35]]
+    print(f"steps around the measurement, ms: {around}", flush=True)
+    seconds = buffered(args)
+    print(
+        f"buffered way:                      {seconds:8.1f} s, {1000 * seconds / stall:.0f} times more"
+    )
+
+
+if __name__ == "__main__":
+    main()
