@@ -1,8 +1,8 @@
 """What measuring costs a GPT-2 125M in training: stall, overhead, memory, and the buffered way.
 
-Every figure comes from one process: a plain loop over the compiled model, Lightning with the monitor
-installed, Lightning with the monitor measuring the training batch, and the buffered way (features
-copied to the host, and back for covariance and eigenvalues). Prints a table.
+Every figure comes from one process: a plain loop over the compiled model, Lightning with the
+monitor installed, Lightning with the monitor measuring the training batch, and the buffered way
+(features copied to the host, and back for covariance and eigenvalues).
 """
 
 import argparse
@@ -77,14 +77,12 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
         "position": {"name": "learned"},
         "ffn": {"width": 4},
     }
-    model = build_model(values, seed=0, vocab_size=VOCAB).to(args.device)
-    model.compile()
-    return model
+    return build_model(values, seed=0, vocab_size=VOCAB).to(args.device)
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     roles = ("hidden", "embedding", "head", "vector")
-    build = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    build = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95))
     return build_optimizer(model, {"main": Part(roles, build)})
 
 
@@ -92,10 +90,14 @@ def plain_loop(args: argparse.Namespace) -> list[float]:
     """The same model, optimizer, precision and clipping without Lightning; ms of each step."""
     model, clock = make_model(args), Clock()
     optimizer = optimizer_of(model)
+
+    @torch.compile
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
     for inputs, targets in Tokens(args.steps, args.batch, args.seq_len, args.device):
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            logits = model(inputs)
-            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+            loss = loss_of(inputs, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,7 +109,8 @@ def plain_loop(args: argparse.Namespace) -> list[float]:
 def lightning_run(args: argparse.Namespace, every_n_steps: int) -> tuple[list[float], int]:
     """Lightning with the monitor; ms of each step, and the peak of device memory in bytes."""
     clock = Clock()
-    module = LanguageModel(make_model(args), optimizer_of, Schedule("constant", cooldown=0.0))
+    schedule = Schedule("constant", cooldown=0.0)
+    module = LanguageModel(make_model(args), optimizer_of, schedule, compile=True)
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as directory:
         monitor = SpectralMonitor(
@@ -147,7 +150,6 @@ def buffered(args: argparse.Namespace) -> float:
     probe.attach()
     with (
         torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
         torch.autocast("cuda", dtype=torch.bfloat16),
     ):
         model(inputs)
@@ -204,14 +206,14 @@ def main() -> None:
     )
     print(f"overhead at every 100 steps:       {stall / typical / 100:8.2%}")
     print(f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}")
-    print(
-        f"device memory: {idle_peak / 2**30:.1f} → {peak / 2**30:.1f} GiB ({peak / idle_peak - 1:+.1%})"
-    )
+    gib = 2**30
+    more = peak / idle_peak - 1
+    print(f"device memory: {idle_peak / gib:.1f} to {peak / gib:.1f} GiB ({more:+.1%})")
     around = [round(t) for t in times[args.every - 5 : args.every + 35]]
     print(f"steps around the measurement, ms: {around}", flush=True)
     seconds = buffered(args)
     print(
-        f"buffered way:                      {seconds:8.1f} s, {1000 * seconds / stall:.0f} times more"
+        f"buffered way:                      {seconds:8.1f} s, {1000 * seconds / stall:.0f} times"
     )
 
 

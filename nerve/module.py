@@ -28,6 +28,8 @@ class TrainedModel(L.LightningModule):
         model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
         build_optimizer: makes the optimizer for the model.
         schedule: learning-rate schedule over the trainer's `max_steps`.
+        compile: whether training runs model and loss as one compiled graph; validation does not,
+            whose last batch may be of another size.
     """
 
     def __init__(
@@ -35,19 +37,22 @@ class TrainedModel(L.LightningModule):
         model: nn.Module,
         build_optimizer: Callable[[nn.Module], Optimizer],
         schedule: Schedule,
+        *,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self._build_optimizer = build_optimizer
         self._schedule = schedule
         self._first_bad_step: Tensor | None = None
+        self._training_loss = torch.compile(self._loss) if compile else self._loss
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        loss, targets = self._loss(batch)[0], batch[1]
+        loss, targets = self._training_loss(batch)[0], batch[1]
         self._note_divergence(loss.detach())
         self.log("train_loss", loss.detach(), prog_bar=True)
         return {"loss": loss, "n_targets": targets.numel()}
@@ -55,6 +60,7 @@ class TrainedModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         loss, logits = self._loss(batch)
         n_targets = batch[1].numel()
+        self._note_divergence(loss)
         self.log("val_loss", loss, prog_bar=True, batch_size=n_targets, sync_dist=True)
         self._log_validation(logits, batch[1])
         return {"loss": loss, "n_targets": n_targets}
@@ -62,6 +68,7 @@ class TrainedModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Lightning labels validation by the batches before the last update; we count updates.
         self.log("step", float(self.global_step))
+        self._raise_if_diverged()  # after the last update no training loss would show it
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Reading the flag waits for the device.
@@ -102,7 +109,7 @@ class TrainedModel(L.LightningModule):
         step = int(self._first_bad_step)
         if step <= self.global_step:
             raise DivergedError(
-                f"The training loss must stay finite; it became NaN or infinite at step {step}. "
+                f"The loss must stay finite; it became NaN or infinite at step {step}. "
                 "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
             )
 

@@ -122,6 +122,7 @@ def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
     started = threading.Barrier(n_workers + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # the first call in a thread takes over the default, and once only
         torch.set_num_threads(1)
         started.wait()
 

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import jaxtyping
 import lightning as L
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ VOCAB, SEQ, BATCH = 13, 8, 4
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
 
 
-def make_module(lr: float = 1e-2, **groups) -> LanguageModel:
+def make_module(lr: float = 1e-2, compile: bool = False, **groups) -> LanguageModel:
     values = {
         "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
         "normalization": {},
@@ -39,6 +40,7 @@ def make_module(lr: float = 1e-2, **groups) -> LanguageModel:
         build_model(values, seed=0, vocab_size=VOCAB),
         lambda model: build_optimizer(model, parts),
         Schedule("constant", warmup=0.2, cooldown=0.0),
+        compile=compile,
     )
 
 
@@ -225,6 +227,26 @@ def test_scalars_carry_the_step_of_the_weights(tmp_path):
     np.testing.assert_allclose(val, expected[val.index], rtol=1e-6)
     means = rows.groupby("step").train_loss.first()
     np.testing.assert_allclose([train[:2].mean(), train[2:].mean()], means[[2, 4]], rtol=1e-6)
+
+
+def test_a_compiled_step_is_measured_eagerly_and_keeps_its_graph(tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks cannot be compiled
+    rows = {}
+    for name in ("compiled", "eager"):
+        module = make_module(compile=name == "compiled")
+        values = {"every_n_steps": 3, "source": "train"}
+        rows[name] = fit(tmp_path / name, module, batches(8), batches(2, seed=1), **values)[1]
+    assert sorted(rows["compiled"].step.unique()) == [0, 3, 6]
+    np.testing.assert_allclose(rows["compiled"][METRICS], rows["eager"][METRICS], rtol=1e-5)
+    # Compiled before and after measured steps: one graph in all, never made again.
+    assert len(graphs) == 1
 
 
 def test_several_fits_in_one_process(tmp_path):

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra.conf import HydraConf
 from hydra.types import RunMode
+from hydra.utils import get_class
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +20,7 @@ from torch import nn
 from nerve.cli.compose import build, resolved
 from nerve.cli.progress import RunProgressBar
 from nerve.cli.summary import print_summary
-from nerve.errors import StoreError
+from nerve.errors import ConfigError, StoreError
 from nerve.heartbeat import Heartbeat
 from nerve.logger import StoreLogger
 from nerve.models import MODELS, build_model
@@ -51,6 +52,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     Raises:
         NerveError: for what the user can mend; the run is recorded as failed.
     """
+    _check(config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning's
     directory = Path(hydra_config.runtime.output_dir)
@@ -65,6 +67,34 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         record.finish("interrupted" if interrupted else "failed", error=error)
         raise
+
+
+def _check(config: DictConfig) -> None:
+    """Refuses what cannot be resolved or built, and would say so only in words of the code."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    require(
+        not missing,
+        f"Values without a default must be given; {', '.join(missing)} is missing. "
+        f"Add {' '.join(f'{key}=…' for key in missing)}.",
+    )
+    kind, target = config.model.kind, config.data.get("_target_")
+    require_choice("model.kind", kind, TASKS)
+    try:
+        data = get_class(target)
+    except Exception as error:  # an import runs code that may raise anything
+        raise ConfigError(f"data._target_ must name a class; got {target!r}: {error}") from error
+    suited = [
+        other
+        for other, network in MODELS.items()
+        if all(hasattr(data, fact) for fact in network.FACTS)
+    ]
+    # Data that says of no model that it suits it is asked again once it is set up.
+    require(
+        kind in suited or not suited,
+        f"Data and model must suit each other; model.kind={kind} cannot be trained on "
+        f"{data.__name__}, which is for model.kind={' or '.join(suited)}. Choose another data "
+        "group or another model.",
+    )
 
 
 def _begin(config: DictConfig, hydra_config: HydraConf, directory: Path) -> RunRecord:
@@ -98,7 +128,6 @@ def _run(config: DictConfig, directory: Path, record: RunRecord | None) -> float
     values = resolved(config)
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
-    require_choice("model.kind", values["model"]["kind"], TASKS)
     kind = values["model"]["kind"]
     trained_model, unit = TASKS[kind]
     L.seed_everything(values["seed"], verbose=False)
@@ -110,9 +139,8 @@ def _run(config: DictConfig, directory: Path, record: RunRecord | None) -> float
         model,
         lambda built: build_optimizer(built, _parts(config)),
         from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule"),
+        compile=values["compile"],
     )
-    if config.compile:
-        model.compile()
     store = RunStore(directory, record.run_id) if record else None
     measured = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
     monitor = SpectralMonitor(store, **measured)
@@ -133,7 +161,7 @@ def _run(config: DictConfig, directory: Path, record: RunRecord | None) -> float
             store.flush(trainer.global_step)
             store.compact()
     final = {
-        **_final_losses(monitor.val_loss, data),
+        **_final_scores(trainer, monitor.val_loss, data),
         "train_seconds": time.perf_counter() - began,
         "measuring_seconds": monitor.seconds,
     }
@@ -213,9 +241,12 @@ def _build_trainer(
     return trainer
 
 
-def _final_losses(val_loss: float | None, data: Any) -> dict[str, float]:
+def _final_scores(trainer: L.Trainer, val_loss: float | None, data: Any) -> dict[str, float]:
+    """What the last validation found; it follows the last step."""
     assert val_loss is not None
     final = {"val_loss": val_loss}
+    if "val_accuracy" in trainer.callback_metrics:
+        final["val_accuracy"] = float(trainer.callback_metrics["val_accuracy"])
     if hasattr(data, "n_heldout_bytes"):
         bits = val_loss * data.n_heldout_tokens / math.log(2)
         final["bits_per_byte"] = bits / data.n_heldout_bytes
@@ -226,9 +257,11 @@ def _facts(final: dict[str, float]) -> dict[str, str]:
     loss = f"{final['val_loss']:.3f} nats a target"
     if "bits_per_byte" in final:
         loss += f", {final['bits_per_byte']:.3f} bits a byte"
+    facts = {"validation loss": loss}
+    if "val_accuracy" in final:
+        facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"
     share = final["measuring_seconds"] / final["train_seconds"]
-    return {
-        "validation loss": loss,
+    return facts | {
         "time": f"{final['train_seconds']:.1f} s, of which measuring and validating "
         f"{final['measuring_seconds']:.1f} s ({share:.1%})",
     }

@@ -28,7 +28,11 @@ class LearnedPosition(nn.Module):
 
 
 class SinusoidalPosition(nn.Module):
-    """Adds sin(t / 10000^(2i/d)) at feature 2i and its cosine at 2i + 1 (Vaswani et al. 2017)."""
+    """Adds sin(t / 10000^(2i/d)) at feature 2i and its cosine at 2i + 1 (Vaswani et al. 2017).
+
+    Embeddings are multiplied by √d_model first, as there: beside waves of amplitude 1 they would
+    hardly be seen at their initial size.
+    """
 
     table: Tensor
 
@@ -44,7 +48,7 @@ class SinusoidalPosition(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
-        return x + self.table[: x.shape[1]].to(x.dtype)
+        return x * x.shape[-1] ** 0.5 + self.table[: x.shape[1]].to(x.dtype)
 
 
 class AttentionPosition(nn.Module):

@@ -36,6 +36,11 @@ def test_sinusoidal_follows_its_formula() -> None:
             assert added[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
+def test_sinusoidal_waves_do_not_drown_the_embeddings() -> None:
+    position, x = SinusoidalPosition(seq_len=8, d_model=6), torch.randn(1, 8, 6)
+    torch.testing.assert_close(position(x) - position(torch.zeros(1, 8, 6)), x * math.sqrt(6))
+
+
 def test_rope_is_the_multiplication_of_feature_pairs_by_a_phase() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 2, 3, 20, 8, generator=generator)

@@ -1,0 +1,319 @@
+"""The sweeps: what their headers say, and every cell of every one at both scales.
+
+The commands in a header are the ones that are tested: each is composed as the command line would,
+cell by cell, and each cell is built and trained for two steps.
+"""
+
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+import nerve
+from nerve.cli.compose import CONF, SWEEPS, build, identity, register
+from nerve.cli.run import main
+from nerve.models import build_model
+from nerve.optim import Part, Schedule, build_optimizer
+from nerve.probe import find_ffns
+from nerve.values import from_mapping
+
+NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+SCALES = ("cpu", "gpu")
+QUESTIONS = {
+    *("activation", "normfree", "ffn_constraint", "norm_placement", "ffn_width", "position"),
+    *("gated", "optimizer", "mixer_activation", "mixer_optimizer", "llama_scale"),
+}
+
+every_sweep = pytest.mark.parametrize("name", NAMES)
+every_scale = pytest.mark.parametrize("scale", SCALES)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One command of a header, composed.
+
+    Attributes:
+        hydra: what Hydra would start the sweep with.
+        cells: the configuration of each cell, without the axis `seed`.
+        seeds: the values of that axis.
+    """
+
+    hydra: DictConfig
+    cells: tuple[DictConfig, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def n_runs(self) -> int:
+        return len(self.cells) * len(self.seeds)
+
+
+@contextmanager
+def hydra_at_conf() -> Iterator[None]:
+    """What the command line starts with."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def header(name: str) -> list[str]:
+    """The comment that the file opens with, line by line, without `#`."""
+    lines = (SWEEPS / f"{name}.yaml").read_text().splitlines()
+    return [line[1:].strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines)]
+
+
+def commands(name: str) -> list[list[str]]:
+    """The arguments of the commands in the header: that for the CPU, that for the GPU."""
+    calls = [re.sub(r"^Run:\s*", "", line) for line in header(name)]
+    return [shlex.split(call)[1:] for call in calls if call.startswith("nerve-run ")]
+
+
+@cache
+def composed(name: str, scale: str) -> Sweep:
+    config_name, *overrides = commands(name)[SCALES.index(scale)]
+    assert config_name == f"--config-name={name}"
+    with hydra_at_conf():
+        hydra = compose(name, overrides, return_hydra_config=True).hydra
+        axes = grid(hydra.sweeper.params)
+        seeds = axes.pop("seed", ["seed=0"])
+        cells = [compose(name, [*overrides, *cell]) for cell in itertools.product(*axes.values())]
+    return Sweep(hydra, tuple(cells), tuple(int(seed.partition("=")[2]) for seed in seeds))
+
+
+def grid(params: Mapping[str, str]) -> dict[str, list[str]]:
+    """Each axis of `hydra.sweeper.params` as the overrides that it goes through."""
+    given = [f"{key}={values}" for key, values in params.items()]
+    axes = zip(params, OverridesParser.create().parse_overrides(given), strict=True)
+    return {
+        key: [f"{key}={value}" for value in axis.sweep_string_iterator()]
+        if axis.is_sweep_override()
+        else [f"{key}={axis.get_value_element_as_str()}"]
+        for key, axis in axes
+    }
+
+
+def values_of(cell: DictConfig) -> dict[str, Any]:
+    """Plain values, without the logger, whose paths only a running job knows."""
+    counted = OmegaConf.masked_copy(cell, [str(key) for key in cell if key != "logger"])
+    values = OmegaConf.to_container(counted, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def facts_of(values: Mapping[str, Any], *, vocab_size: int, image_size: int) -> dict[str, int]:
+    if values["model"]["kind"] == "gpt":
+        return {"vocab_size": vocab_size}
+    return {"image_size": image_size, "n_channels": 1, "n_classes": 10}
+
+
+def on_meta(values: Mapping[str, Any]) -> torch.nn.Module:
+    """The network at its full size, without its weights."""
+    facts = facts_of(
+        values, vocab_size=values["data"].get("vocab_size"), image_size=8 * patch_size(values)
+    )
+    with torch.device("meta"):
+        return build_model(values, seed=0, **facts)
+
+
+def patch_size(values: Mapping[str, Any]) -> int:
+    return int(values["model"].get("patch_size", 1))
+
+
+def optimizer_of(cell: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    parts = build(cell.optimizer.parts)
+    return build_optimizer(
+        model, {str(name): Part(tuple(part.roles), part.build) for name, part in parts.items()}
+    )
+
+
+def shrunk(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    """The design at sizes that two steps on a CPU take; those meant for a CPU keep their width."""
+    small = deepcopy(dict(values))
+    if small["model"]["kind"] == "gpt":
+        small["model"]["seq_len"] = 8
+    if scale == "gpu":
+        small["model"] |= {"n_layers": 4, "d_model": 48}
+        if small["model"]["kind"] == "gpt":
+            small["model"]["n_heads"] = 4
+        if small["ffn"]["d_ff"] is not None:
+            small["ffn"]["d_ff"] = 128
+    return small
+
+
+def train_two_steps(cell: DictConfig, values: Mapping[str, Any]) -> None:
+    """Trains on noise; each parameter that gets a gradient must move and stay finite."""
+    size = 2 * patch_size(values)
+    model = build_model(values, seed=0, **facts_of(values, vocab_size=32, image_size=size))
+    optimizer = optimizer_of(cell, model)
+    schedule = from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule")
+    scheduler = schedule.scheduler(optimizer, 2)
+    noise = torch.Generator().manual_seed(0)
+    if values["model"]["kind"] == "gpt":
+        inputs = torch.randint(32, (2, 8), generator=noise)
+    else:
+        inputs = torch.randn((4, 1, size, size), generator=noise)
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    moved_by_gradient = set()
+    for _ in range(2):
+        logits = model(inputs)
+        targets = torch.zeros(logits.shape[:-1], dtype=torch.long)
+        F.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
+        for name, tensor in model.named_parameters():
+            if tensor.grad is not None and tensor.grad.any():
+                moved_by_gradient.add(name)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    after = dict(model.named_parameters())
+    assert moved_by_gradient
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    still = {name for name in moved_by_gradient if torch.equal(before[name], after[name])}
+    assert not still, f"{still} got gradients and did not move"
+
+
+def test_there_is_one_sweep_a_question():
+    assert set(NAMES) == QUESTIONS
+
+
+@every_sweep
+def test_a_header_says_claim_commands_cost_and_what_to_expect(name):
+    lines = header(name)
+    text = "\n".join(lines)
+    assert lines[0].endswith("?"), "the first line is the question"
+    assert re.search(r"^Claims? \d+", text, re.MULTILINE)
+    for part in ("Run:", "Cost:", "Expect:"):
+        assert re.search(rf"^{part}\s+\S", text, re.MULTILINE), part
+    on_cpu, on_gpu = commands(name)
+    assert on_cpu == [f"--config-name={name}"]
+    assert on_gpu[:2] == [f"--config-name={name}", "scale=gpu"]
+
+
+@every_sweep
+def test_the_cost_counts_the_runs_and_the_steps(name):
+    counted = re.findall(r"(\d+) runs of ([\d,]+) steps", " ".join(header(name)))
+    assert len(counted) == len(SCALES)
+    for scale, (n_runs, n_steps) in zip(SCALES, counted, strict=True):
+        sweep = composed(name, scale)
+        assert sweep.n_runs == int(n_runs)
+        assert {cell.trainer.max_steps for cell in sweep.cells} == {int(n_steps.replace(",", ""))}
+
+
+@every_sweep
+@every_scale
+def test_a_sweep_is_a_multirun_with_a_directory_of_its_own(name, scale):
+    hydra = composed(name, scale).hydra
+    assert hydra.mode.name == "MULTIRUN"
+    assert hydra.sweep.dir == f"outputs/{name}" + ("_gpu" if scale == "gpu" else "")
+
+
+@every_sweep
+def test_no_two_cells_of_both_scales_define_the_same_result(name):
+    sweeps = [composed(name, scale) for scale in SCALES]
+    ids = {identity(cell) for sweep in sweeps for cell in sweep.cells}
+    assert len(ids) == sum(len(sweep.cells) for sweep in sweeps)
+    for sweep in sweeps:
+        assert len(set(sweep.seeds)) == len(sweep.seeds)
+
+
+@every_sweep
+@every_scale
+def test_every_cell_builds_at_its_full_size_and_is_measured_on_the_same_tokens(
+    name, scale, monkeypatch
+):
+    # Without values there is nothing to iterate on, and on the meta device it takes seconds.
+    monkeypatch.setattr(_SpectralNorm, "_power_method", lambda self, weight, n_iterations: None)
+    n_tokens, widths = set(), set()
+    for cell in composed(name, scale).cells:
+        model = on_meta(values_of(cell))
+        optimizer_of(cell, model)
+        widths |= {ffn.post.in_features for ffn in find_ffns(model)}
+        n_tokens.add(cell.monitor.n_tokens)
+        if scale == "gpu":
+            assert sum(parameter.numel() for parameter in model.parameters()) > 50e6
+    if cell.model.kind == "gpt" and len(widths) > 1:
+        assert len(n_tokens) == 1
+        assert n_tokens.pop() >= 8 * max(widths)
+
+
+@every_sweep
+@every_scale
+def test_every_cell_takes_two_training_steps(name, scale):
+    for cell in composed(name, scale).cells:
+        train_two_steps(cell, shrunk(values_of(cell), scale))
+
+
+@every_sweep
+def test_the_gpu_scale_changes_sizes_and_keeps_the_question(name):
+    on_cpu, on_gpu = (composed(name, scale) for scale in SCALES)
+    assert list(on_cpu.hydra.sweeper.params) == list(on_gpu.hydra.sweeper.params)
+    assert len(on_cpu.cells) == len(on_gpu.cells)
+    for cell in on_cpu.cells:
+        assert (cell.trainer.accelerator, cell.compile) == ("cpu", False)
+    for cell in on_gpu.cells:
+        assert (cell.trainer.accelerator, cell.compile) == ("gpu", True)
+        if cell.model.kind == "gpt":
+            n_sequences = cell.data.batch_size * cell.trainer.accumulate_grad_batches
+            assert n_sequences * cell.model.seq_len == 2**16
+
+
+def test_the_data_of_every_sweep_can_be_opened():
+    sweeps = [composed(name, scale) for name in NAMES for scale in SCALES]
+    nodes = {OmegaConf.to_yaml(sweep.cells[0].data): sweep.cells[0] for sweep in sweeps}
+    for cell in nodes.values():
+        sizes = {"n_train_batches": 1, "seed": 0}
+        if cell.model.kind == "gpt":
+            sizes["n_heldout_tokens"] = 1
+        build(cell.data, **sizes)
+
+
+def test_a_cell_without_the_archive_that_it_needs_names_the_key():
+    with hydra_at_conf():
+        cell = compose("mixer_optimizer", ["scale=gpu"])
+    assert OmegaConf.missing_keys(cell.data) == {"data.images.path"}
+
+
+def test_an_optimizer_brings_its_own_learning_rate_at_both_scales():
+    on_cpu, on_gpu = (
+        {cell.optimizer.name: cell.optimizer.lr for cell in composed("optimizer", scale).cells}
+        for scale in SCALES
+    )
+    assert on_cpu == on_gpu
+    assert len(set(on_cpu.values())) > 2
+
+
+def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for path in sorted((Path(shlex.__file__).parent / "json").glob("*.py")):
+        (corpus / path.name).write_text(path.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    tiny = [
+        f"data.corpus.roots=[{corpus}]",
+        *("data.vocab_size=300", "data.batch_size=4", "data.val_fraction=0.3"),
+        *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.seq_len=16"),
+        *("trainer.max_steps=2", "trainer.enable_progress_bar=false", "threads=1"),
+    ]
+    narrowed = ["activation=gelu,identity", "seed=3"]
+    monkeypatch.setattr(sys, "argv", ["nerve-run", "--config-name=activation", *narrowed, *tiny])
+    main()
+    runs = nerve.load_runs(tmp_path / "outputs" / "activation")
+    assert set(runs["activation.name"]) == {"gelu", "identity"}
+    assert set(runs.seed) == {3}
+    assert set(runs.sweep) == {"activation"}
+    assert [Path(directory).name for directory in runs.directory] == runs.config_id.tolist()
+    assert "HYDRA" not in capsys.readouterr().err
