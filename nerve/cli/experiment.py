@@ -70,13 +70,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
 
 
 def _check(config: DictConfig) -> None:
-    """Refuses what cannot be resolved or built, and would say so only in words of the code."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    require(
-        not missing,
-        f"Values without a default must be given; {', '.join(missing)} is missing. "
-        f"Add {' '.join(f'{key}=…' for key in missing)}.",
-    )
+    """Refuses what cannot be resolved: data of the other kind, and values that were not given."""
     kind, target = config.model.kind, config.data.get("_target_")
     require_choice("model.kind", kind, TASKS)
     try:
@@ -94,6 +88,12 @@ def _check(config: DictConfig) -> None:
         f"Data and model must suit each other; model.kind={kind} cannot be trained on "
         f"{data.__name__}, which is for model.kind={' or '.join(suited)}. Choose another data "
         "group or another model.",
+    )
+    missing = sorted(OmegaConf.missing_keys(config))
+    require(
+        not missing,
+        f"Values without a default must be given; {', '.join(missing)} is missing. "
+        f"Add {' '.join(f'{key}=…' for key in missing)}.",
     )
 
 

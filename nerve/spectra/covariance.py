@@ -12,9 +12,9 @@ from nerve.spectra.product import PRODUCTS, Product, default_product, exact_prod
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
 
-# Uncentred products are for features whose mean carries no more power than their variance, and that
-# are not so small that products vanish.
-_LARGEST_MEAN = 1.0
+# Uncentred products are for features whose mean carries at most a quarter of the power of their
+# variance, which keeps SE within 1e-5, and that are not so small that products vanish.
+_LARGEST_MEAN = 0.25
 _LEAST_SQUARE = 1e-30
 
 

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 
 import nerve
-from nerve.cli.run import main
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
@@ -45,25 +44,6 @@ def tiny(corpus) -> list[str]:
         "monitor.every_n_steps=2",
         "threads=1",
     ]
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Calls the command in an empty directory; gives exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nerve-run", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        status = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def only_run(directory: Path) -> Path:

@@ -320,7 +320,7 @@ def test_a_mask_of_another_shape_is_named(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 10.0, 100.0])
+@pytest.mark.parametrize("mean", [0.0, 0.45, 0.9, 10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean):
     generator = torch.Generator("cuda").manual_seed(0)
@@ -331,11 +331,12 @@ def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean):
     x = (x / x.std(0) + mean).to(dtype)
     measured, expected = StreamingCovariance(3072, device="cuda"), torch.cov(x.double().T)
     measured.update(x)
-    assert measured.precision == (str(dtype)[6:] if mean < 1 else "float16x2")
+    assert measured.precision == (str(dtype)[6:] if mean < 0.5 else "float16x2")
     assert_same_spectrum(measured.covariance(), expected, entropy=1e-5, ratio=1e-5)
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_update_with_centred_products_does_not_wait_for_the_device(dtype, masked):
