@@ -7,6 +7,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from nerve.errors import DivergedError
@@ -80,6 +81,19 @@ class TrainedModel(L.LightningModule):
 
     def on_train_end(self) -> None:
         self._raise_if_diverged()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        sharded = self.trainer.model
+        if isinstance(sharded, FullyShardedDataParallel) and gradient_clip_val is not None:
+            # Each process holds a shard: only the wrapper knows the norm of all gradients.
+            sharded.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._build_optimizer(self.model)

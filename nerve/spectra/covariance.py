@@ -31,17 +31,17 @@ class StreamingCovariance:
 
     The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
     a few 1e-6 for `float32` and the 16-bit ones, 1e-15 for `float64`. No update records an autograd
-    graph, and only those of `bfloat16` and `float16` wait for the device: these products take the
-    features uncentred, and where the mean turns out to be too large for that, the update is done
-    again with `float16x2`.
+    graph, and only those of `bfloat16` wait for the device: these products take the features
+    uncentred, and where the mean turns out to be too large for that, the update is done again with
+    `float16x2`.
 
     Args:
         dim: number of features.
         device: where the state lives and the products are taken; features from elsewhere are moved
             there. It must have float64. By default the CPU.
         product: how the products are taken, a name of `nerve.spectra.product.PRODUCTS`. By default
-            `float64` for float64 features and, on an NVIDIA GPU, float32 ones; `bfloat16` and
-            `float16` for such features on an NVIDIA GPU; and `float32` for all others.
+            `float64` for float64 features and, on an NVIDIA GPU, float32 ones; `bfloat16` for
+            bfloat16 and `float16x2` for float16 features on an NVIDIA GPU; `float32` for others.
 
     Raises:
         MeasurementError: for a `dim` below 1 or an unknown `product`.

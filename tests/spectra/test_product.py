@@ -108,7 +108,7 @@ def test_tensor_cores_are_for_sixteen_bit_features_on_a_gpu_only():
     ("dtype", "name"),
     [
         (torch.bfloat16, "bfloat16"),
-        (torch.float16, "float16"),
+        (torch.float16, "float16x2"),
         (torch.float32, "float64"),
         (torch.float64, "float64"),
     ],
