@@ -22,6 +22,8 @@ SMALL = [
     "trainer.max_steps=5",
     "trainer.enable_progress_bar=false",
     "monitor.every_n_steps=2",
+    "model.token_mixing.width=0.5",
+    "ffn.width=4",
     "threads=1",
 ]
 
