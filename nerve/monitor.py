@@ -96,8 +96,8 @@ class SpectralMonitor(L.Callback):
         if self.store is not None:
             device = trainer.strategy.root_device
             self._solver = Solver(device)
-            where = f"{self._solver.n_workers} threads of the host beside training"
-            log.info("spectra are solved by %s", where if self._solver.n_workers else f"{device}")
+            threads = f"{self._solver.n_workers} threads of the host, beside training"
+            log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
 
     def on_train_batch_end(
         self,

@@ -37,8 +37,10 @@ def print_summary(
 
 def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     first = rows[0]
+    n_samples = sorted({row["n_samples"] for row in rows})
     table = Table(
-        title=f"FFN spectra at step {first['step']} ({first['n_samples']:,} samples a layer)",
+        title=f"FFN spectra at step {first['step']} "
+        f"({' or '.join(f'{n:,}' for n in n_samples)} samples each)",
         caption="SE in nats, PR in dimensions, PR gain = post/pre, JS in nats",
     )
     one_a_layer = len({row["ffn"] for row in rows}) == 1
