@@ -17,5 +17,5 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"{purpose} needs the package {module.partition('.')[0]}, which cannot be imported "
-            f'({error}). Install it with: pip install "nerve[{extra}]"'
+            f'({error}). In the checkout of nerve: pip install -c constraints.txt -e ".[{extra}]"'
         ) from error

@@ -62,7 +62,7 @@ def test_a_missing_column_is_an_error_with_the_columns_that_there_are(calls):
 
 def test_without_the_package_the_error_tells_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r'package datasets.*pip install "nerve\[hub\]"'):
+    with pytest.raises(DataError, match=r'package datasets.*pip install .*"\.\[hub\]"'):
         list(hub_dataset("a", n_documents=3).documents())
 
 

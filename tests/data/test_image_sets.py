@@ -85,7 +85,7 @@ def test_digits_keep_every_image_with_its_label():
 
 def test_without_scikit_learn_the_error_tells_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r'package sklearn.*pip install "nerve\[images\]"'):
+    with pytest.raises(DataError, match=r'package sklearn.*pip install .*"\.\[images\]"'):
         digits().read()
 
 
