@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub as a corpus, through the package `datasets`."""
+"""Datasets of the Hugging Face hub, as a corpus or as images, through the package `datasets`."""
 
 import json
 from collections.abc import Iterator
@@ -6,8 +6,11 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from nerve.data.corpus import Corpus, Document
 from nerve.data.extras import import_extra
+from nerve.data.image_sets import ImageSet, LabelledImages
 from nerve.errors import DataError
 from nerve.values import require
 
@@ -50,6 +53,44 @@ def hub_dataset(
 
     request = {**arguments, "text_column": text_column, "n_documents": n_documents}
     return Corpus(f"hub:{path}", read, request=f"hub:{json.dumps(request, sort_keys=True)}")
+
+
+def hub_images(
+    path: str,
+    *,
+    n_classes: int,
+    image_column: str = "image",
+    label_column: str = "label",
+    flips: bool = True,
+    revision: str | None = None,
+) -> ImageSet:
+    """The splits `train` and `test` of a dataset of labelled images, which is kept in memory.
+
+    Args:
+        path: the dataset's name on the hub, or a folder of data files.
+        n_classes: labels are 0 to `n_classes` - 1.
+        image_column: the column of images, all of one size and with red, green and blue.
+        label_column: the column of labels.
+        flips: whether a mirrored image is as good as the original.
+        revision: a commit, tag or branch of the dataset.
+    """
+
+    def split_of(split: str) -> LabelledImages:
+        rows = list(_stream({"path": path, "split": split, "revision": revision}))
+        for column in (image_column, label_column):
+            if not rows or column not in rows[0]:
+                raise DataError(
+                    f"Split {split} of {path!r} must have rows with a column {column!r}; its "
+                    f"columns are {', '.join(map(repr, rows[0] if rows else ()))}. Set "
+                    "image_column and label_column to those that it has."
+                )
+        images = np.stack([np.asarray(row[image_column], dtype=np.uint8) for row in rows])
+        labels = np.array([row[label_column] for row in rows], dtype=np.int64)
+        return LabelledImages(images.transpose(0, 3, 1, 2), labels)
+
+    return ImageSet(
+        f"hub:{path}", n_classes, flips, read=lambda: (split_of("train"), split_of("test"))
+    )
 
 
 def _stream(arguments: dict[str, str | None]) -> Iterator[dict[str, Any]]:

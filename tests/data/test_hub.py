@@ -2,9 +2,10 @@ import json
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 
-from nerve.data.hub import hub_dataset
+from nerve.data.hub import hub_dataset, hub_images
 from nerve.errors import ConfigError, DataError
 
 ROWS = [{"content": f"row {i}", "id": i} for i in range(5)]
@@ -80,3 +81,20 @@ def test_the_real_package_reads_a_folder_in_the_same_way(tmp_path, monkeypatch):
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     corpus = hub_dataset(str(folder), n_documents=4, text_column="content")
     assert [document.text for document in corpus.documents()] == [f"row {i}" for i in range(4)]
+
+
+def test_images_of_the_hub_become_channels_first_with_their_labels(calls, monkeypatch):
+    pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    rows = [{"img": image.tolist(), "fine_label": i} for i, image in enumerate(pixels)]
+    monkeypatch.setitem(globals(), "ROWS", rows)
+    images = hub_images("a", n_classes=2, image_column="img", label_column="fine_label")
+    assert calls == []
+    train, test = images.read()
+    assert [call["split"] for call in calls] == ["train", "test"]
+    np.testing.assert_array_equal(train.images, pixels.transpose(0, 3, 1, 2))
+    assert test.labels.tolist() == [0, 1]
+
+
+def test_images_without_the_columns_named_are_an_error_with_those_there_are(calls):
+    with pytest.raises(DataError, match="column 'image'; its columns are 'content', 'id'"):
+        hub_images("a", n_classes=2).read()
