@@ -175,6 +175,7 @@ def test_the_weight_is_that_of_the_forward_pass(model):
     measurement.attach()
     model(x)
     measurement.finish_forward()
+    measurement.detach()
     with torch.no_grad():
         model.up.weight.zero_()
     assert measurement.spectra()[0].row()["pr_pre"] == expected.pr_pre[0]

@@ -108,7 +108,7 @@ def test_a_run_leaves_two_rows_a_block_and_the_accuracy(run, trained, tmp_path):
 def test_digits_are_learned_and_claim_1_holds_in_every_ffn(run):
     """Variance is spread by each nonlinearity: SE and PR rise, EEE falls. 80 steps of the preset;
     its own number of steps reaches .98."""
-    quiet = ["trainer.enable_progress_bar=false", "threads=1", "logger=none"]
+    quiet = ["monitor.every_n_steps=80", "trainer.enable_progress_bar=false", "logger=none"]
     status, _, _ = run("model=mixer_tiny", "trainer.max_steps=80", "hydra.run.dir=mine", *quiet)
     assert status == 0
     assert nerve.load_runs("mine")["final.val_accuracy"][0] > 0.9
