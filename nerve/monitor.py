@@ -250,6 +250,7 @@ def _spectra_rows(step: int, spectra: FFNSpectra) -> list[dict[str, Any]]:
             "eigenvalues": spectrum.cpu().numpy(),
         }
         for site, spectrum in (("pre", spectra.pre), ("post", spectra.post))
+        if spectrum.isfinite().all()  # else nothing was measured, as the row's status says
     ]
 
 

@@ -249,6 +249,31 @@ def test_a_compiled_step_is_measured_eagerly_and_keeps_its_graph(tmp_path, monke
     assert len(graphs) == 1
 
 
+def test_features_that_are_not_finite_are_null_with_a_status(tmp_path):
+    class Poison(L.Callback):
+        def on_validation_start(self, trainer, module):
+            if trainer.global_step == 2:
+                torch.nn.init.constant_(module.model.blocks[1].ffn.up.weight, float("inf"))
+
+    with pytest.raises(DivergedError):
+        fit(
+            tmp_path,
+            make_module(),
+            batches(3),
+            batches(2),
+            callbacks=[Poison()],
+            every_n_steps=1,
+            spectra=True,
+        )
+    rows = nerve.load_metrics(tmp_path)
+    broken = rows[(rows.step == 2) & (rows.layer == 1)].iloc[0]
+    assert broken.status == "non_finite"
+    assert np.isnan(broken.pr_post)
+    spectra = nerve.load_spectra(tmp_path)
+    assert len(spectra[(spectra.step == 1) & (spectra.layer == 1)]) == 2
+    assert not len(spectra[(spectra.step == 2) & (spectra.layer == 1)])
+
+
 def test_several_fits_in_one_process(tmp_path):
     first = fit(tmp_path / "a", make_module(), batches(3), batches(2), every_n_steps=1)[1]
     second = fit(tmp_path / "b", make_module(), batches(3), batches(2), every_n_steps=1)[1]

@@ -130,6 +130,10 @@ def _run(config: DictConfig, directory: Path, record: RunRecord | None) -> float
         torch.set_num_threads(values["threads"])
     kind = values["model"]["kind"]
     trained_model, unit = TASKS[kind]
+    require(
+        isinstance(values["seed"], int) and 0 <= values["seed"] < 2**32,
+        f"seed must be a whole number from 0 to 2**32 - 1; got {values['seed']!r}.",
+    )
     L.seed_everything(values["seed"], verbose=False)
 
     data = _build_data(config, values)

@@ -18,7 +18,7 @@ class RunProgressBar(TQDMProgressBar):
 
     def __init__(self, unit: str) -> None:
         # A terminal is redrawn often; a file (a cluster job's log) gets a line now and then.
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 50)
         self._unit = unit
         self._n_targets = 0
         self._seconds = 0.0

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from nerve.data.order import BatchLoader, HeldOutBatches, Order, rank_batch_size
+from nerve.values import require
 
 Batch = tuple[Tensor, Tensor]
 Fetch = Callable[[np.ndarray], Batch]
@@ -22,6 +23,10 @@ class BatchDataModule(LightningDataModule):
 
     def __init__(self, *, batch_size: int, n_train_batches: int, seed: int) -> None:
         super().__init__()
+        require(
+            isinstance(batch_size, int) and batch_size >= 1,
+            f"data.batch_size must be a whole number of at least 1; got {batch_size!r}.",
+        )
         self.batch_size = batch_size
         self.n_train_batches = n_train_batches
         self.seed = seed
