@@ -141,19 +141,20 @@ def buffered(args: argparse.Namespace) -> float:
 
     def keep(index: int, site: str, features: Tensor) -> None:
         if site != "input":
-            kept[index, site] = features.detach().float().cpu()
+            kept[index, site] = features.float().cpu()
 
     (inputs, _), *_ = Tokens(1, args.batch, args.seq_len, args.device)
-    probe = Probe(find_ffns(model), keep)
+    probe = Probe(find_ffns(model))
+    probe.install()
     torch.cuda.synchronize()
     began = time.perf_counter()
-    probe.attach()
+    probe.start(keep)
     with (
         torch.no_grad(),
         torch.autocast("cuda", dtype=torch.bfloat16),
     ):
         model(inputs)
-    probe.detach()
+    probe.remove()
     for features in kept.values():
         x = features.flatten(0, -2).to(args.device)
         x = x - x.mean(0)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pandas as pd
@@ -20,35 +20,38 @@ from nerve.spectra import StreamingCovariance
 class Measurement:
     """Accumulates the covariances of every FFN's features over forward passes.
 
-    Between `attach()` and `detach()` each forward pass of the model is measured; `finish_forward()`
+    Between `start()` and `stop()` each forward pass of the model is measured; `finish_forward()`
     must follow each of them.
 
     Args:
-        ffns: the FFNs to measure.
+        probe: taps the FFNs to measure; installed by the caller.
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
             W C_x Wᵀ, where that is as exact and cheaper (see `_takes_shortcut`).
     """
 
-    def __init__(self, ffns: Sequence[FFN], *, shortcut: bool = True) -> None:
-        self._probe = Probe(ffns, self._accumulate)
+    def __init__(self, probe: Probe, *, shortcut: bool = True) -> None:
+        self._probe = probe
         self._shortcut = shortcut
+        self._mask: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
         self._d_in: dict[int, int] = {}
         self._weights: dict[int, Tensor] = {}
         self._covariances: dict[tuple[int, Site], StreamingCovariance] = {}
-        self._eager = ExitStack()
 
-    def attach(self) -> None:
-        """Starts measuring forward passes. A compiled model runs eagerly until `detach()`: compiled
-        code knows no hooks. What was compiled is kept."""
-        if "torch._dynamo" in sys.modules:  # nothing can be compiled without it
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        self._probe.attach()
+    def start(self, mask: Tensor | None = None) -> None:
+        """Measures forward passes from now on.
 
-    def detach(self) -> None:
+        Args:
+            mask: bool, True for the samples that count (False: padding), in the shape of the
+                features without their last dimension.
+        """
+        self._mask = mask
+        self._probe.start(self._accumulate)
+
+    def stop(self) -> None:
         """Stops measuring; allowed at any time."""
-        self._probe.detach()
-        self._eager.close()
+        self._probe.stop()
+        self._inputs.clear()
 
     def finish_forward(self) -> None:
         """Ends one forward pass; raises `MeasurementError` for missing or doubled features."""
@@ -118,7 +121,7 @@ class Measurement:
 
     def _update(self, index: int, site: Site, features: Tensor) -> None:
         covariance = self._covariance(index, site, features.shape[-1], features.device)
-        covariance.update(features)
+        covariance.update(features, self._mask)
 
     def _covariance(
         self, index: int, site: Site, dim: int, device: torch.device
@@ -181,19 +184,23 @@ def measure(
     *,
     ffns: Sequence[FFN] | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
+    mask: Callable[[Any], Tensor | None] | None = None,
     shortcut: bool = True,
 ) -> pd.DataFrame:
     """Measures the FFNs of any torch model over batches; neither Lightning nor Hydra is needed.
 
-    The model runs in eval mode without gradients, and is left as it was: weights, modes, hooks and
-    random states.
+    The model runs in eval mode without gradients, uncompiled, and is left as it was: weights,
+    modes, hooks, compiled code and random states.
 
     Args:
         model: the model, on the device of the batches.
         batches: what `forward` takes; all of them make one measurement.
-        ffns: descriptions of the FFNs, for a model whose modules do not fulfil `nerve.probe.FFN`.
+        ffns: descriptions of the FFNs, for a model whose modules do not fulfil `nerve.probe.FFN`,
+            or those to measure of them.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
+        mask: gives a batch's mask `[*samples]`, True (or 1) for the samples that count; by default
+            the `attention_mask` of a mapping that has one. None counts all.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper; False always takes the features themselves.
 
@@ -207,23 +214,36 @@ def measure(
         MeasurementError: for a model without FFNs, no batches, or wrong, missing or doubled
             features.
     """
-    run = forward or _call
+    run, mask_of = forward or _call, mask or _attention_mask
     modes = {module: module.training for module in model.modules()}
-    measurement = Measurement(find_ffns(model) if ffns is None else ffns, shortcut=shortcut)
+    probe = Probe(find_ffns(model) if ffns is None else ffns)
+    measurement = Measurement(probe, shortcut=shortcut)
     model.eval()
-    measurement.attach()
+    probe.install()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _uncompiled():
             for batch in batches:
+                samples = mask_of(batch)
+                measurement.start(samples if samples is None else samples.bool())
                 run(model, batch)
                 measurement.finish_forward()
     finally:
-        measurement.detach()
+        probe.remove()
         for module, training in modes.items():
             module.training = training
     rows = pd.DataFrame([spectra.row() for spectra in measurement.spectra()])
     return rows.astype({name: float for name in rows if rows[name].isna().all()})
 
 
+def _uncompiled() -> AbstractContextManager[object]:
+    """Code that was compiled before knows no probe; without its compiler nothing is compiled."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
 def _call(model: nn.Module, batch: Any) -> object:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _attention_mask(batch: Any) -> Tensor | None:
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -46,14 +46,14 @@ class TrainedModel(L.LightningModule):
         self._build_optimizer = build_optimizer
         self._schedule = schedule
         self._first_bad_step: Tensor | None = None
-        self._training_loss = torch.compile(self._loss) if compile else self._loss
+        self._training_loss = torch.compile(self._mean_loss) if compile else self._mean_loss
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        loss, targets = self._training_loss(batch)[0], batch[1]
+        loss, targets = self._training_loss(batch), batch[1]
         self._note_divergence(loss.detach())
         self.log("train_loss", loss.detach(), prog_bar=True)
         return {"loss": loss, "n_targets": targets.numel()}
@@ -102,6 +102,10 @@ class TrainedModel(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _mean_loss(self, batch: Batch) -> Tensor:
+        """The loss alone: compiled code would have to keep the logits if it gave them too."""
+        return self._loss(batch)[0]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = batch

@@ -2,8 +2,9 @@
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
-from nerve.probe import FFN, find_ffns
+from nerve.probe import Probe, find_ffns
 from nerve.problem import FFNSpectra
 from nerve.results.store import RunStore
 from nerve.solver import Solved, Solver
@@ -46,6 +47,12 @@ class SpectralMonitor(L.Callback):
             pass gives the loss and the spectra. `train` takes those of every micro-batch of the
             training step that follows, in train mode; the last step has no row then.
         spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
+        layers: the layers to measure; None for all.
+        shortcut: whether pre may be computed from the covariance of the FFN's input where that is
+            as exact and cheaper.
+
+    A module that pads its batches says which samples count with a method `padding_mask(batch)`:
+    bool, True for those that do, in the shape of the features without their last dimension.
     """
 
     def __init__(
@@ -55,6 +62,8 @@ class SpectralMonitor(L.Callback):
         every_n_steps: int = 25,
         source: Source = "heldout",
         spectra: bool | Literal["auto"] = "auto",
+        layers: Sequence[int] | None = None,
+        shortcut: bool = True,
     ) -> None:
         require(
             isinstance(every_n_steps, int) and every_n_steps > 0,
@@ -65,17 +74,27 @@ class SpectralMonitor(L.Callback):
             spectra in (True, False, "auto"),
             f"monitor.spectra must be true, false or auto; got {spectra!r}.",
         )
+        require(
+            layers is None or (isinstance(layers, Sequence) and not isinstance(layers, str)),
+            f"monitor.layers must be null (all) or a list of layers, [0,3]; got {layers!r}.",
+        )
+        require(
+            isinstance(shortcut, bool),
+            f"monitor.shortcut must be true or false; got {shortcut!r}.",
+        )
         self.store = store
         self.every_n_steps = every_n_steps
         self.source = source
         self.spectra = spectra
+        self.layers = layers
+        self.shortcut = shortcut
         self.latest: list[dict[str, Any]] = []
         """The rows of the last measurement."""
         self.val_loss: float | None = None
         """The last validation loss, nats a target."""
         self.seconds = 0.0
         """Wall time spent measuring and validating."""
-        self._ffns: list[FFN] = []
+        self._probe: Probe | None = None
         self._measurement: Measurement | None = None
         self._validation = _WeightedMean()
         self._training = _WeightedMean()
@@ -89,7 +108,10 @@ class SpectralMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._ffns = find_ffns(pl_module)
+        self._probe = Probe(find_ffns(pl_module, self.layers))
+        self._probe.install()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # code that was compiled before knows no probe
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
@@ -127,8 +149,19 @@ class SpectralMonitor(L.Callback):
             return
         self._began = time.perf_counter()
         self._validation = _WeightedMean()
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         if self.source == "heldout" and self.store is not None:
-            self._begin_forward()  # every process evaluates the whole held-out set
+            self._start(pl_module, batch)  # every process evaluates the whole held-out set
 
     def on_validation_batch_end(
         self,
@@ -144,6 +177,7 @@ class SpectralMonitor(L.Callback):
         self._validation.add(*_step_outputs(outputs))
         if self._measurement is not None:
             self._measurement.finish_forward()
+            self._measurement.stop()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -158,7 +192,6 @@ class SpectralMonitor(L.Callback):
         }
         self._training = _WeightedMean()
         if self.source == "heldout":
-            self._end_forward()
             self._finish_measurement()
         self.seconds += time.perf_counter() - self._began
 
@@ -168,21 +201,23 @@ class SpectralMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._due is not None:
-            self._begin_forward()
+            self._start(pl_module, batch)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        # Detached before the backward pass: activation checkpointing runs the forward again there.
+        # Stopped before the backward pass: activation checkpointing runs the forward again there.
         if self._due is not None and self._measurement is not None:
             self._measurement.finish_forward()
-            self._end_forward()
+            self._measurement.stop()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._end_forward()
+        if self._probe is not None:
+            self._probe.stop()
         self._drain()
+        self._close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._due = None
@@ -192,9 +227,15 @@ class SpectralMonitor(L.Callback):
         self._drain()  # no checkpoint goes before the rows up to its step
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._solver is not None:
             self._solver.close()
             self._solver = None
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens_seen": self._tokens_seen, "training": self._training.state()}
@@ -203,14 +244,12 @@ class SpectralMonitor(L.Callback):
         self._tokens_seen = state_dict["tokens_seen"]
         self._training = _WeightedMean(*state_dict["training"])
 
-    def _begin_forward(self) -> None:
+    def _start(self, pl_module: L.LightningModule, batch: Any) -> None:
         if self._measurement is None:
-            self._measurement = Measurement(self._ffns)
-        self._measurement.attach()
-
-    def _end_forward(self) -> None:
-        if self._measurement is not None:
-            self._measurement.detach()
+            assert self._probe is not None
+            self._measurement = Measurement(self._probe, shortcut=self.shortcut)
+        mask_of = getattr(pl_module, "padding_mask", None)
+        self._measurement.start(None if mask_of is None else mask_of(batch))
 
     def _finish_measurement(self) -> None:
         measurement, due = self._measurement, self._due

@@ -16,7 +16,7 @@ from torch import nn
 
 import nerve
 from nerve.measurement import Measurement
-from nerve.probe import FFNAdapter
+from nerve.probe import FFNAdapter, Probe
 
 WORLD = 2
 NUMBERS = ["n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
@@ -42,14 +42,16 @@ def measure_a_shard(rank: int, bounds: list[int], shortcut: bool, folder: str) -
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
     )
     model = make_model()
-    measurement = Measurement(ffns(model), shortcut=shortcut)
+    probe = Probe(ffns(model))
+    probe.install()
+    measurement = Measurement(probe, shortcut=shortcut)
     shard = data()[bounds[rank] : bounds[rank + 1]]
-    measurement.attach()
+    measurement.start()
     for batch in shard.split(70):
         if len(batch):
             model(batch)
             measurement.finish_forward()
-    measurement.detach()
+    measurement.stop()
     measurement.all_reduce()
     row = measurement.spectra()[0].row()
     Path(folder, f"{rank}.json").write_text(json.dumps(row))

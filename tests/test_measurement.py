@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import nerve
 from nerve.errors import MeasurementError
 from nerve.measurement import Measurement
-from nerve.probe import FFNAdapter
+from nerve.probe import FFNAdapter, Probe
 
 
 class Model(nn.Module):
@@ -158,12 +158,14 @@ def test_a_weight_that_changes_when_it_is_read_is_not_read_again():
     model = Parametrized(spectral_norm).train()
     x = torch.randn(50, 6)
     watched, alone = copy.deepcopy(model), model
-    measurement = Measurement(watched.ffns())
-    measurement.attach()
+    probe = Probe(watched.ffns())
+    probe.install()
+    measurement = Measurement(probe)
+    measurement.start()
     for _ in range(3):
         torch.testing.assert_close(watched(x), alone(x), rtol=0, atol=0)
         measurement.finish_forward()
-    measurement.detach()
+    probe.remove()
     assert all(torch.equal(a, b) for a, b in zip(watched.buffers(), alone.buffers(), strict=True))
 
 
@@ -171,11 +173,13 @@ def test_the_weight_is_that_of_the_forward_pass(model):
     """An optimizer may step between the forward pass and the solution."""
     x = torch.randn(50, 6)
     expected = nerve.measure(model, [x], ffns=model.ffns())
-    measurement = Measurement(model.ffns())
-    measurement.attach()
+    probe = Probe(model.ffns())
+    probe.install()
+    measurement = Measurement(probe)
+    measurement.start()
     model(x)
     measurement.finish_forward()
-    measurement.detach()
+    probe.remove()
     with torch.no_grad():
         model.up.weight.zero_()
     assert measurement.spectra()[0].row()["pr_pre"] == expected.pr_pre[0]

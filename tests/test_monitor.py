@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import ConfigError, DivergedError, MeasurementError
@@ -54,7 +55,9 @@ def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(t[:, :-1], t[:, 1:]) for t in tokens]
 
 
-def fit(directory, module, train, heldout, *, callbacks=(), accumulate=1, **monitor):
+def fit(
+    directory, module, train, heldout, *, callbacks=(), accumulate=1, precision=None, **monitor
+):
     """Trains with a monitor; gives it and the rows that it stored."""
     store = RunStore(directory, "run")
     RunRecord.create(directory, {}, run_id="run")
@@ -63,6 +66,7 @@ def fit(directory, module, train, heldout, *, callbacks=(), accumulate=1, **moni
         accelerator="cpu",
         max_steps=len(train) // accumulate,
         max_epochs=-1,
+        precision=precision,
         accumulate_grad_batches=accumulate,
         callbacks=[callback, *callbacks],
         logger=StoreLogger(store),
@@ -229,24 +233,139 @@ def test_scalars_carry_the_step_of_the_weights(tmp_path):
     np.testing.assert_allclose([train[:2].mean(), train[2:].mean()], means[[2, 4]], rtol=1e-6)
 
 
-def test_a_compiled_step_is_measured_eagerly_and_keeps_its_graph(tmp_path, monkeypatch):
-    graphs = []
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compiles as far as AOTAutograd goes, and keeps the graphs that were made."""
+    made = []
 
     def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
+        made.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks cannot be compiled
-    rows = {}
-    for name in ("compiled", "eager"):
-        module = make_module(compile=name == "compiled")
-        values = {"every_n_steps": 3, "source": "train"}
+    return made
+
+
+def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp_path, graphs):
+    """One graph with the taps and one without, each made once, however often steps alternate."""
+    rows, weights = {}, {}
+    for name, every in (("compiled", 3), ("eager", 3), ("never", 100)):
+        module = make_module(compile=name != "eager")
+        values = {"every_n_steps": every, "source": "train"}
+        graphs.clear()
         rows[name] = fit(tmp_path / name, module, batches(8), batches(2, seed=1), **values)[1]
+        weights[name] = module.model.state_dict()
+        taps = [any("nerve.tap" in str(n.target) for n in g.graph.nodes) for g in graphs]
+        assert sorted(taps) == ([] if name == "eager" else [False, True])
     assert sorted(rows["compiled"].step.unique()) == [0, 3, 6]
     np.testing.assert_allclose(rows["compiled"][METRICS], rows["eager"][METRICS], rtol=1e-5)
-    # Compiled before and after measured steps: one graph in all, never made again.
-    assert len(graphs) == 1
+    assert all(
+        torch.equal(weights["never"][key], weights["compiled"][key]) for key in weights["never"]
+    )
+
+
+def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
+    """Code that was compiled without a probe is compiled again, for this fit and for the next."""
+    module, rows = make_module(compile=True), []
+    module._training_loss(batches(1)[0]).backward()
+    module.zero_grad()
+    state = copy.deepcopy(module.model.state_dict())
+    for name in ("a", "b"):
+        module.model.load_state_dict(state)
+        values = {"every_n_steps": 2, "source": "train"}
+        rows.append(fit(tmp_path / name, module, batches(4), batches(1), **values)[1])
+    assert sorted(rows[0].step.unique()) == [0, 2]
+    np.testing.assert_allclose(rows[0][METRICS], rows[1][METRICS], rtol=1e-6)
+
+
+def test_recomputed_activations_are_not_counted_again(tmp_path):
+    """Activation checkpointing runs the FFNs' forward again in the backward pass."""
+    rows = {}
+    for name in ("kept", "recomputed"):
+        module = make_module()
+        runs = []
+        for block in module.model.blocks:
+            block.ffn.register_forward_pre_hook(lambda *_: runs.append(0))
+            if name == "recomputed":
+                forward = block.ffn.forward
+                block.ffn.forward = partial(checkpoint, forward, use_reentrant=False)
+                block.ffn.up.register_forward_pre_hook(lambda *_: runs.append(1))
+        values = {"every_n_steps": 2, "source": "train"}
+        rows[name] = fit(tmp_path / name, module, batches(4), batches(1), **values)[1]
+    assert sum(runs) > 4 * 2 + 2, "nothing was computed again"
+    assert (rows["recomputed"].n_samples == BATCH * SEQ).all()
+    np.testing.assert_array_equal(rows["kept"][METRICS], rows["recomputed"][METRICS])
+
+
+def test_mixed_precision_measures_the_features_as_they_are_and_without_autocast(tmp_path):
+    """bfloat16 features, and the spectra that float64 NumPy gives of them."""
+    module, taken = make_module(), {}
+    heldout = batches(2, seed=1)
+    down = module.model.blocks[1].ffn.post
+    down.register_forward_pre_hook(lambda _, x: taken.setdefault("post", []).append(x[0].detach()))
+    _, rows = fit(tmp_path, module, batches(1), heldout, every_n_steps=9, precision="bf16-mixed")
+    features = torch.cat([x.flatten(0, 1) for x in taken["post"][:2]])
+    assert features.dtype == torch.bfloat16
+    spectrum = np.linalg.eigvalsh(np.cov(features.double().numpy().T))
+    row = rows[(rows.step == 0) & (rows.layer == 1)].iloc[0]
+    assert row.pr_post == pytest.approx(spectrum.sum() ** 2 / (spectrum**2).sum(), rel=1e-5)
+    assert row.variance_post == pytest.approx(spectrum.sum(), rel=1e-5)
+
+
+def test_a_last_batch_of_another_size_counts_with_its_own_samples(tmp_path):
+    heldout = batches(2, seed=1)
+    heldout[1] = tuple(part[:1] for part in heldout[1])
+    module = make_module()
+    by_hand = nerve.measure(module.model, [x for x, _ in heldout])
+    _, rows = fit(tmp_path, module, batches(1), heldout, every_n_steps=9)
+    first = rows[rows.step == 0]
+    assert (first.n_samples == (BATCH + 1) * SEQ).all()
+    np.testing.assert_array_equal(first[METRICS], by_hand[METRICS])
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_padding_is_left_out(tmp_path, source):
+    """Whatever stands in the padding, the spectra are those of the other tokens."""
+
+    class Padded(LanguageModel):
+        def padding_mask(self, batch):
+            return batch[0] > 0
+
+    module, heldout = make_module(), batches(2, seed=1)
+    padded = Padded(module.model, module._build_optimizer, module._schedule)
+    inputs = [x for x, _ in heldout]
+    by_hand = nerve.measure(module.model, inputs, mask=lambda x: x > 0)
+    whole = nerve.measure(module.model, inputs)
+    _, rows = fit(tmp_path, padded, heldout, heldout, every_n_steps=9, source=source)
+    first = rows[rows.step == 0]
+    expected = by_hand if source == "heldout" else None
+    if expected is None:
+        module = make_module()
+        expected = nerve.measure(module.model, inputs[:1], mask=lambda x: x > 0)
+    np.testing.assert_array_equal(first.n_samples, expected.n_samples)
+    np.testing.assert_array_equal(first[METRICS], expected[METRICS])
+    assert (expected.pr_post < whole.pr_post).all()
+
+
+def test_chosen_layers_are_measured_and_no_others(tmp_path):
+    _, every = fit(tmp_path / "all", make_module(), batches(2), batches(1), every_n_steps=2)
+    _, one = fit(
+        tmp_path / "one", make_module(), batches(2), batches(1), every_n_steps=2, layers=[1]
+    )
+    same = every[every.layer == 1]
+    np.testing.assert_array_equal(one[["layer", *METRICS]], same[["layer", *METRICS]])
+    with pytest.raises(MeasurementError, match="as 0, 1 have; got 2"):
+        fit(tmp_path / "no", make_module(), batches(2), batches(1), every_n_steps=2, layers=[1, 2])
+
+
+def test_without_the_shortcut_the_features_themselves_are_taken(tmp_path):
+    values = {"every_n_steps": 2}
+    _, short = fit(tmp_path / "s", make_module(), batches(2), batches(4), **values)
+    _, long = fit(tmp_path / "l", make_module(), batches(2), batches(4), shortcut=False, **values)
+    np.testing.assert_allclose(short.pr_pre, long.pr_pre, rtol=1e-6)
+    np.testing.assert_allclose(short[METRICS], long[METRICS], rtol=1e-6, atol=1e-6)
+    assert not np.array_equal(short.se_pre, long.se_pre)
 
 
 def test_features_that_are_not_finite_are_null_with_a_status(tmp_path):
@@ -324,6 +443,8 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
     [
         ({"every_n_steps": 0}, "monitor.every_n_steps must be a positive whole number; got 0"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
+        ({"layers": "all"}, "monitor.layers must be null .all. or a list of layers"),
+        ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
     ],
 )

@@ -32,16 +32,14 @@ class Foreign(nn.Module):
 
 def tap(model: nn.Module, x: torch.Tensor, ffns=None):
     taken: dict = {}
-    probe = Probe(
-        find_ffns(model) if ffns is None else ffns,
-        lambda index, site, features: taken.__setitem__((index, site), features.detach().clone()),
-    )
-    probe.attach()
+    probe = Probe(find_ffns(model) if ffns is None else ffns)
+    probe.install()
+    probe.start(lambda index, site, features: taken.__setitem__((index, site), features.clone()))
     try:
         model(x)
         probe.finish_forward()
     finally:
-        probe.detach()
+        probe.remove()
     return taken
 
 
