@@ -153,10 +153,11 @@ class Measurement:
             layer=ffn.layer,
             ffn=ffn.name,
             d_in=self._d_in[index],
+            d_ff=d_ff,
             precision=post.precision,
             n_samples=post.n_samples,
-            before=before.covariance(),
-            post=post.covariance(),
+            before=before.eigenproblem() if weight is None else before.scatter(),
+            post=post.eigenproblem(),
             weight=weight,
         )
 

@@ -18,6 +18,7 @@ from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
 from nerve.probe import Probe, find_ffns
 from nerve.problem import FFNSpectra
+from nerve.processes import gathered, rank
 from nerve.results.store import RunStore
 from nerve.solver import Solved, Solver
 from nerve.values import require, require_choice
@@ -41,7 +42,7 @@ class SpectralMonitor(L.Callback):
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that is not the one
-            that writes: of several processes, rank 0.
+            that writes: of several processes, rank 0. All of them share the solving.
         every_n_steps: optimizer steps from one measurement to the next.
         source: `heldout` takes the features of the validation batches, in eval mode: one forward
             pass gives the loss and the spectra. `train` takes those of every micro-batch of the
@@ -115,11 +116,10 @@ class SpectralMonitor(L.Callback):
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
-        if self.store is not None:
-            device = trainer.strategy.root_device
-            self._solver = Solver(device)
-            threads = f"{self._solver.n_workers} threads of the host, beside training"
-            log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
+        device = trainer.strategy.root_device
+        self._solver = Solver(device)
+        threads = f"{self._solver.n_workers} threads of the host, beside training"
+        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
 
     def on_train_batch_end(
         self,
@@ -160,7 +160,7 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self.source == "heldout" and self.store is not None:
+        if self.source == "heldout":
             self._start(pl_module, batch)  # every process evaluates the whole held-out set
 
     def on_validation_batch_end(
@@ -216,15 +216,13 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         if self._probe is not None:
             self._probe.stop()
-        self._drain()
+        if trainer.world_size == 1:  # else the others may never come to exchange their spectra
+            self._drain()
         self._close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._due = None
         self._drain()
-
-    def on_save_checkpoint(self, *args: Any) -> None:
-        self._drain()  # no checkpoint goes before the rows up to its step
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
@@ -238,11 +236,23 @@ class SpectralMonitor(L.Callback):
             self._probe = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens_seen": self._tokens_seen, "training": self._training.state()}
+        self._drain()  # no checkpoint goes before the rows up to its step
+        return {
+            "tokens_seen": self._tokens_seen,
+            "training": gathered(self._training.state()),
+            "due": self._due,
+            "latest": self.latest,
+            "val_loss": self.val_loss,
+            "seconds": self.seconds,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._tokens_seen = state_dict["tokens_seen"]
-        self._training = _WeightedMean(*state_dict["training"])
+        self._training = _WeightedMean(*state_dict["training"][rank()])
+        self._due = state_dict["due"]
+        self.latest = state_dict["latest"]
+        self.val_loss = state_dict["val_loss"]
+        self.seconds = state_dict["seconds"]
 
     def _start(self, pl_module: L.LightningModule, batch: Any) -> None:
         if self._measurement is None:
@@ -258,9 +268,9 @@ class SpectralMonitor(L.Callback):
             self._write(self._solver.submit(due, measurement.problems()))
 
     def _write(self, solved: Iterable[Solved]) -> None:
-        if self.store is None:
-            return
-        for measured in solved:
+        for measured in solved:  # in every process: it is where they exchange their spectra
+            if self.store is None:
+                continue
             step = measured.labels["step"]
             self.latest = [measured.labels | spectra.row() for spectra in measured.spectra]
             self.store.append_metrics(self.latest)

@@ -1,5 +1,6 @@
 """The eigenvalue problems that a measurement leaves, and the spectra that solve them."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -83,13 +84,16 @@ class FFNSpectra:
 
 @dataclass(frozen=True)
 class FFNProblem:
-    """The covariances of one FFN's features; `solve` gives their spectra.
+    """What a measurement accumulated of one FFN's features; `solve` gives their spectra.
+
+    Of each matrix the lower triangle counts. Its eigenvalues are (N - 1) times those of a
+    covariance; those that are not there are 0.
 
     Attributes:
-        layer, ffn, n_samples, d_in, precision: as in `FFNSpectra`.
-        before: covariance of pre, float64 `[d_ff, d_ff]`; or, with `weight`, of the FFN's input,
+        layer, ffn, n_samples, d_in, d_ff, precision: as in `FFNSpectra`.
+        before: float64 `[k, k]`, k <= d_ff, of pre; or, with `weight`, of the FFN's input,
             `[d_in, d_in]`.
-        post: covariance of post, float64 `[d_ff, d_ff]`.
+        post: float64 `[k, k]`, of post.
         weight: W of pre = W x + b, `[d_ff, d_in]`, where `before` is that of x.
         copied: what to wait for before the tensors may be read on the host.
     """
@@ -98,6 +102,7 @@ class FFNProblem:
     ffn: str
     n_samples: int
     d_in: int
+    d_ff: int
     precision: str
     before: Tensor
     post: Tensor
@@ -123,8 +128,9 @@ class FFNProblem:
         """Solves the problems where the tensors lie."""
         if self.copied is not None:
             self.copied.synchronize()
+        degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
         pre = (
-            eigenvalues(self.before)
+            eigenvalues(self.before, self.d_ff)
             if self.weight is None
             else projected_eigenvalues(self.weight, self.before)
         )
@@ -133,8 +139,8 @@ class FFNProblem:
             ffn=self.ffn,
             n_samples=self.n_samples,
             d_in=self.d_in,
-            d_ff=len(self.post),
-            pre=pre.cpu(),
-            post=eigenvalues(self.post).cpu(),
+            d_ff=self.d_ff,
+            pre=pre.cpu() / degrees,
+            post=eigenvalues(self.post, self.d_ff).cpu() / degrees,
             precision=self.precision,
         )

@@ -1,5 +1,6 @@
 """Solves the problems of measurements beside training, and gives their spectra in order."""
 
+import itertools
 import os
 import threading
 from collections import deque
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nerve.errors import MeasurementError
 from nerve.problem import FFNProblem, FFNSpectra
@@ -37,6 +39,10 @@ class Solver:
     while training goes on. Without spare cores, or on the CPU, whose cores train, they are solved
     where they lie, at once.
 
+    Of several processes that submit the same measurements, each solves its share; process 0 gets
+    all spectra, the others their own. They exchange them in `submit` and `drain`, which every
+    process must call alike.
+
     Args:
         device: where the model trains.
         n_workers: threads; by default `spare_workers(device)`, 0 solves in place.
@@ -47,6 +53,10 @@ class Solver:
         self._pending: deque[tuple[Labels, list[tuple[FFNProblem, Future[FFNSpectra]]]]] = deque()
         self._pool = _single_threaded(self.n_workers) if self.n_workers else None
         self._stream = torch.cuda.Stream(device) if self._pool and device.type == "cuda" else None
+        grouped = dist.is_available() and dist.is_initialized()
+        self._rank, self._n_processes = (
+            (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        )
 
     def submit(self, labels: Labels, problems: Sequence[FFNProblem]) -> Iterator[Solved]:
         """Takes a measurement; gives what is solved by then, having waited if too much is pending.
@@ -55,7 +65,7 @@ class Solver:
             MeasurementError: for a problem that could not be solved, with its layer and step.
         """
         waiting = []
-        for problem in problems:
+        for problem in problems[self._rank :: self._n_processes]:
             on_host = problem.to_host(self._stream) if self._stream else problem
             waiting.append((on_host, self._start(on_host)))
         self._pending.append((labels, waiting))
@@ -64,8 +74,13 @@ class Solver:
         yield from self.finished()
 
     def finished(self) -> Iterator[Solved]:
-        """Gives the measurements that are solved, without waiting. Raises as `submit`."""
-        while self._pending and all(future.done() for _, future in self._pending[0][1]):
+        """Gives the measurements that are solved, without waiting; nothing where other processes
+        would have to be waited for. Raises as `submit`."""
+        while (
+            self._n_processes == 1
+            and self._pending
+            and all(future.done() for _, future in self._pending[0][1])
+        ):
             yield self._oldest()
 
     def drain(self) -> Iterator[Solved]:
@@ -91,16 +106,38 @@ class Solver:
 
     def _oldest(self) -> Solved:
         labels, waiting = self._pending.popleft()
-        spectra = []
+        spectra: list[FFNSpectra] = []
+        error: MeasurementError | None = None
         for problem, future in waiting:
             try:
                 spectra.append(future.result())
-            except Exception as error:
-                raise MeasurementError(
+            except Exception as cause:
+                error = MeasurementError(
                     f"The spectra of {problem.ffn} in layer {problem.layer} at step "
-                    f"{labels.get('step')} could not be solved: {error}"
-                ) from error
+                    f"{labels.get('step')} could not be solved: {cause}"
+                )
+                error.__cause__ = cause
+        if self._n_processes > 1:
+            spectra, error = self._shared(spectra, error)
+        if error is not None:
+            raise error
         return Solved(labels, spectra)
+
+    def _shared(
+        self, mine: list[FFNSpectra], error: MeasurementError | None
+    ) -> tuple[list[FFNSpectra], MeasurementError | None]:
+        """The spectra of all processes in the order of the problems, in process 0; and the first
+        error of any process, in each of them."""
+        told = [None if error is None else str(error)] * self._n_processes
+        dist.all_gather_object(told, told[0])
+        shares: list[Any] | None = [None] * self._n_processes if self._rank == 0 else None
+        dist.gather_object(mine, shares)
+        if error is None:
+            error = next((MeasurementError(text) for text in told if text is not None), None)
+        if shares is None:
+            return mine, error
+        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*shares))
+        return [spectra for spectra in in_turns if spectra is not None], error
 
 
 def spare_workers(device: torch.device) -> int:

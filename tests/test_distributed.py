@@ -15,8 +15,11 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import nerve
+from nerve.errors import MeasurementError
 from nerve.measurement import Measurement
 from nerve.probe import FFNAdapter, Probe
+from nerve.problem import FFNProblem
+from nerve.solver import Solver
 
 WORLD = 2
 NUMBERS = ["n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
@@ -68,6 +71,41 @@ def test_two_processes_equal_one_over_the_union(tmp_path, bounds, shortcut):
     for rank in range(WORLD):
         row = pd.DataFrame([json.loads((tmp_path / f"{rank}.json").read_text())])
         np.testing.assert_allclose(row[NUMBERS], one[NUMBERS], rtol=1e-10)
+
+
+def solve_a_share(rank: int, broken: int | None, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    solver = Solver(torch.device("cpu"))
+    solved, errors = [], []
+    for step in range(2):
+        problems = [make_problem(layer, broken == layer) for layer in range(3)]
+        try:
+            solved += solver.submit({"step": step}, problems)
+        except MeasurementError as error:
+            errors.append(str(error))
+    told = {"layers": [[s.layer for s in item.spectra] for item in solved], "errors": errors}
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def make_problem(layer: int, broken: bool) -> FFNProblem:
+    scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
+    return FFNProblem(layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter)
+
+
+@pytest.mark.parametrize("broken", [None, 1])
+def test_processes_share_the_problems_and_the_errors(tmp_path, broken):
+    """Process 0 gets all spectra in order, process 1 solved layer 1; its error reaches both."""
+    mp.spawn(solve_a_share, args=(broken, str(tmp_path)), nprocs=WORLD)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    if broken is None:
+        assert [t["layers"] for t in told] == [[[0, 1, 2]] * 2, [[1]] * 2]
+        assert not told[0]["errors"] + told[1]["errors"]
+    else:
+        for step in range(2):
+            assert all(f"layer 1 at step {step} could not" in t["errors"][step] for t in told)
 
 
 @pytest.mark.parametrize("source", ["heldout", "train"])

@@ -14,8 +14,9 @@ CPU = torch.device("cpu")
 
 
 def make_problem(layer: int, scale: float = 1.0) -> FFNProblem:
-    covariance = scale * torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
-    return FFNProblem(layer, "ffn", 10, 4, "float64", before=covariance, post=covariance)
+    """Its covariances have the eigenvalues 1 to 4 times `scale`."""
+    scatter = 9 * scale * torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
+    return FFNProblem(layer, "ffn", 10, 4, 4, "float64", before=scatter, post=scatter)
 
 
 class Held(FFNProblem):

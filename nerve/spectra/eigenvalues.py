@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nerve.errors import MeasurementError
+from nerve.spectra.product import add_lower
 
 # A covariance entry is trusted to 1e-5 of its two standard deviations, |E_ij| <= 1e-5 s_i s_j, so
 # that no eigenvalue moves by more than |E|_F <= 1e-5 sum(s_i^2) = 1e-5 trace. (float64's own share
@@ -13,7 +14,9 @@ from nerve.errors import MeasurementError
 NEGATIVE_TOLERANCE = 1e-5
 
 
-def eigenvalues(covariance: Float[Tensor, "*batch dim dim"]) -> Float64[Tensor, "*batch dim"]:
+def eigenvalues(
+    covariance: Float[Tensor, "*batch n n"], dim: int | None = None
+) -> Float64[Tensor, "*batch dim"]:
     """Eigenvalues of symmetric, positive semi-definite matrices, the largest first.
 
     Negative ones that are rounding, down to -1e-5 of the trace, become 0. A matrix with an entry
@@ -21,6 +24,7 @@ def eigenvalues(covariance: Float[Tensor, "*batch dim dim"]) -> Float64[Tensor, 
 
     Args:
         covariance: only the lower triangle is read; any floating type, taken to float64.
+        dim: how many to return, with zeros after those of the matrix. By default those alone.
 
     Returns:
         float64, in the units of the covariance, descending, each at least 0.
@@ -29,12 +33,15 @@ def eigenvalues(covariance: Float[Tensor, "*batch dim dim"]) -> Float64[Tensor, 
         MeasurementError: for an eigenvalue below -1e-5 of the trace.
     """
     with torch.no_grad():
-        covariance = covariance.double()
-        finite = covariance.isfinite().all(-1).all(-1)
-        # LAPACK refuses NaN, for the whole batch.
-        clean = torch.where(finite[..., None, None], covariance, 0)
-        values = torch.linalg.eigvalsh(clean).flip(-1)
-        values = _without_negatives(values, clean.diagonal(dim1=-2, dim2=-1).sum(-1))
+        matrix = covariance.double()
+        # The largest magnitude is NaN or infinite if any is.
+        finite = matrix.tril().abs_().amax((-2, -1)).isfinite()
+        if not finite.all():  # LAPACK refuses NaN, for the whole batch.
+            matrix = torch.where(finite[..., None, None], matrix, 0)
+        values = torch.linalg.eigvalsh(matrix).flip(-1)
+        values = _without_negatives(values, matrix.diagonal(dim1=-2, dim2=-1).sum(-1))
+        if dim is not None:
+            values = pad(values, (0, dim - values.shape[-1]))
         return torch.where(finite[..., None], values, torch.nan)
 
 
@@ -55,19 +62,27 @@ def gram_eigenvalues(x: Float[Tensor, "*samples dim"]) -> Float64[Tensor, " dim"
         MeasurementError: if there are more samples than features.
     """
     dim = x.shape[-1]
+    x = x.reshape(-1, dim)
+    n = x.shape[0]
+    if n > dim:
+        raise MeasurementError(
+            f"The Gram matrix needs no more samples than features; got {n} samples of {dim} "
+            "features. Use eigenvalues(covariance)."
+        )
+    if n < 2:
+        return torch.full((dim,), torch.nan, dtype=torch.float64, device=x.device)
+    return eigenvalues(gram(x) / (n - 1), dim)
+
+
+def gram(x: Float[Tensor, "n dim"]) -> Float64[Tensor, "n n"]:
+    """`(X - mean) (X - mean)^T` of at least one sample, in float64: the lower triangle alone."""
     with torch.no_grad():
-        x = x.reshape(-1, dim).double()
-        n = x.shape[0]
-        if n > dim:
-            raise MeasurementError(
-                f"The Gram matrix needs no more samples than features; got {n} samples of {dim} "
-                "features. Use eigenvalues(covariance)."
-            )
-        if n < 2:
-            return torch.full((dim,), torch.nan, dtype=torch.float64, device=x.device)
-        x = x - x.mean(0)
-        values = eigenvalues(x @ x.T / (n - 1))
-        return _zero_padded(values, dim)
+        x = x.double()
+        # Equal values have no variance at all: rounding must not push their mean off them.
+        x = x - x.mean(0).clamp(x.amin(0), x.amax(0))
+        total = x.new_zeros(len(x), len(x))
+        add_lower(total, x.T, x.T)
+        return total
 
 
 def projected_eigenvalues(
@@ -75,37 +90,34 @@ def projected_eigenvalues(
 ) -> Float64[Tensor, " d_ff"]:
     """Eigenvalues of `W C W^T`: the covariance of `u = W x + b` from that of `x`.
 
-    With `C = R R^T`, `W C W^T = (W R) (W R)^T` has the same nonzero eigenvalues as the d_in x d_in
-    matrix `(W R)^T (W R)`. R comes from the eigenvectors of C, `R = V sqrt(lambda)`, which exists
-    and is stable when C is singular (behind a LayerNorm it always is), as a Cholesky factor is not.
-    All in float64: relative to the largest, within 2e-10 of the d_ff x d_ff problem.
+    With `W = Q R`, `W C W^T = Q (R C R^T) Q^T` has the same nonzero eigenvalues as the d_in x d_in
+    matrix `R C R^T`. R exists and is stable for every W, and C may be singular, which behind a
+    LayerNorm it always is. All in float64: relative to the largest, within 2e-10 of the d_ff x d_ff
+    problem.
 
     Args:
         weight: the weight of the layer, as the forward that is measured used it.
-        input_covariance: covariance of the layer's input.
+        input_covariance: covariance of the layer's input; only the lower triangle is read.
 
     Returns:
-        float64, descending, padded with zeros to `d_ff`; NaN if either argument is not finite.
+        float64, in the units of the covariance, descending, padded with zeros to `d_ff`; NaN if
+        either argument is not finite.
 
     Raises:
-        MeasurementError: if `input_covariance` has a materially negative eigenvalue.
+        MeasurementError: if `W C W^T` has a materially negative eigenvalue.
     """
     d_ff, d_in = weight.shape
     with torch.no_grad():
-        weight, covariance = weight.double(), input_covariance.double()
-        if d_ff <= d_in:
-            return eigenvalues(weight @ covariance @ weight.T)
-        if not (weight.isfinite().all() & covariance.isfinite().all()):
-            return torch.full((d_ff,), torch.nan, dtype=torch.float64, device=weight.device)
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * _without_negatives(values, covariance.trace()).sqrt()
-        projected = weight @ root
-        return _zero_padded(eigenvalues(projected.T @ projected), d_ff)
+        factor = weight.double()
+        if d_ff > d_in:
+            factor = torch.linalg.qr(factor, mode="r").R
+        covariance = mirrored(input_covariance.double())
+        return eigenvalues(factor @ covariance @ factor.T, d_ff)
 
 
-def _zero_padded(values: Float64[Tensor, " n"], dim: int) -> Float64[Tensor, " dim"]:
-    """`values` and zeros to make `dim`; all NaN if `values` are."""
-    return torch.where(values.isnan().any(), torch.nan, pad(values, (0, dim - values.shape[0])))
+def mirrored(lower: Float64[Tensor, "dim dim"]) -> Float64[Tensor, "dim dim"]:
+    """The symmetric matrix whose lower triangle is that of `lower`."""
+    return lower.tril() + lower.tril(-1).T
 
 
 def _without_negatives(

@@ -1,11 +1,15 @@
 """The streaming covariance against float64 NumPy, at every mean, scale, type and order."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import permutations
+from threading import Barrier
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nerve.errors import MeasurementError
@@ -115,8 +119,8 @@ def test_metrics_do_not_depend_on_the_scale_of_the_features(exponent):
 
 
 @pytest.mark.parametrize("product", ["float32", "float16x2"])
-@pytest.mark.parametrize("scale", [1e-28, 1e28])
-def test_squares_may_leave_the_range_of_float32(product, scale):
+@pytest.mark.parametrize("scale", [1e-28, 1e28, 3e37])
+def test_squares_and_sums_may_leave_the_range_of_float32(product, scale):
     x = (draw() * scale).float()
     assert entry_error(covariance_of(x, product=product), oracle(x)) <= 1e-6
 
@@ -382,6 +386,170 @@ def test_uncentred_products_give_way_where_they_would_lose_digits(mean, scale, t
     expected = oracle(x if mask is None else x[mask])
     assert streaming.precision == taken
     assert_same_spectrum(streaming.covariance(), expected, entropy=1e-5, ratio=1e-5)
+
+
+def scatter_of(parts: list[Tensor], dim: int = DIM) -> Tensor:
+    """What the lower triangle must hold, in float64 NumPy."""
+    x = torch.cat([part.double().reshape(-1, dim) for part in parts])
+    return (oracle(x) * (len(x) - 1)).tril() if len(x) > 1 else torch.zeros(dim, dim).double()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("sizes", [[2], [300], [5, 900, 30, 400]])
+def test_the_lower_triangle_of_the_scatter_is_n_minus_1_covariances(device, product, sizes):
+    parts = [(draw(n, seed=n) + 3 * i).to(device, torch.bfloat16) for i, n in enumerate(sizes)]
+    streaming = StreamingCovariance(DIM, device=device, product=product)
+    for part in parts:
+        streaming.update(part)
+    expected = scatter_of([part.cpu() for part in parts])
+    assert entry_error(streaming.scatter().tril().cpu(), expected) <= 1e-5
+    mirrored = streaming.covariance() * (sum(sizes) - 1)
+    torch.testing.assert_close(mirrored.tril(), streaming.scatter().tril(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("product", [None, *PRODUCTS])
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("feature", [0, 7, DIM - 1])
+def test_features_that_are_not_finite_show_in_the_lower_triangle(value, product, n, feature):
+    streaming = StreamingCovariance(DIM, product=product)
+    x = draw(n)
+    x[5, feature] = value
+    streaming.update(x)
+    assert eigenvalues(streaming.eigenproblem()).isnan().all()
+    assert eigenvalues(streaming.scatter()).isnan().all()
+    streaming.update(draw())
+    assert eigenvalues(streaming.eigenproblem()).isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-5)]
+)
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize("n", [2, 3, 11, DIM - 1, DIM, DIM + 1, 2 * DIM, 1500])
+def test_the_eigenproblem_has_the_spectrum_of_the_covariance(device, dtype, tolerance, mean, n):
+    """N x N while there are no more samples than features, dim x dim from there on."""
+    x = (draw(n) / draw().std(0) + mean).to(device, dtype)
+    streaming = StreamingCovariance(DIM, device=device)
+    for part in x.split([1, n - 1]):
+        streaming.update(part)
+    matrix = streaming.eigenproblem()
+    assert matrix.shape == ((n, n) if n <= DIM else (DIM, DIM))
+    measured = eigenvalues(matrix, DIM).cpu() / (n - 1)
+    expected = torch.from_numpy(np.linalg.eigvalsh(oracle(x).numpy())[::-1].copy())
+    assert ((measured - expected).abs().max() / expected.max()).item() <= tolerance
+    direct = eigenvalues(streaming.covariance()).cpu()
+    assert ((direct - expected).abs().max() / expected.max()).item() <= tolerance
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_the_spectrum_of_fewer_than_two_samples_is_zero(n):
+    streaming = StreamingCovariance(DIM)
+    streaming.update(draw()[:n])
+    assert eigenvalues(streaming.eigenproblem(), DIM).tolist() == [0] * DIM
+    assert streaming.scatter().tril().count_nonzero() == 0
+
+
+def test_held_samples_are_copies_in_their_own_types_and_solved_in_float64():
+    """Of different types, some masked, and overwritten after the update, as by an in-place ReLU."""
+    streaming, expected = StreamingCovariance(DIM), []
+    for dtype, n in ((torch.float32, 5), (torch.bfloat16, 4), (torch.float64, 6)):
+        x = (draw(n, seed=n) + 20).to(dtype)
+        mask = torch.arange(n) != 2
+        expected.append(x[mask].double())
+        x[2] = torch.nan
+        streaming.update(x, mask)
+        x.zero_()
+    assert streaming.n_samples == 12
+    assert streaming.precision == "float64"
+    measured = eigenvalues(streaming.eigenproblem(), DIM)
+    want = eigenvalues(scatter_of(expected))
+    torch.testing.assert_close(measured, want, rtol=0, atol=1e-13 * float(want[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_dead_layer_that_is_held_has_exactly_no_variance(dtype):
+    streaming = StreamingCovariance(DIM)
+    for n in (3, 8):
+        streaming.update(torch.full((n, DIM), 0.1, dtype=dtype))
+    assert eigenvalues(streaming.eigenproblem(), DIM).count_nonzero() == 0
+
+
+def test_a_named_product_is_taken_at_once():
+    streaming = StreamingCovariance(DIM, product="float16x2")
+    streaming.update(draw(5))
+    assert streaming.eigenproblem().shape == (DIM, DIM)
+    assert streaming.precision == "float16x2"
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 8), (3, 5, 20), (3, 5, 100), (0, 40, 2), (60, 1, 50)])
+def test_merges_in_any_order_are_one_accumulator(sizes):
+    """Some of them hold samples and some moments; each is left as it was."""
+    parts = [draw(n, seed=i) + 10 * i for i, n in enumerate(sizes)]
+    accumulators = []
+    for part in parts:
+        accumulators.append(StreamingCovariance(DIM))
+        accumulators[-1].update(part)
+    before = [accumulator.eigenproblem().clone() for accumulator in accumulators]
+    expected = scatter_of(parts)
+    want = eigenvalues(expected)
+    for order in permutations(accumulators):
+        merged = StreamingCovariance(DIM)
+        for accumulator in order:
+            merged.merge(accumulator)
+        assert merged.n_samples == sum(sizes)
+        measured = eigenvalues(merged.eigenproblem(), DIM)
+        torch.testing.assert_close(measured, want, rtol=0, atol=1e-12 * float(want[0]))
+        assert entry_error(merged.scatter().tril(), expected) <= 1e-12
+    for accumulator, seen in zip(accumulators, before, strict=True):
+        assert torch.equal(accumulator.eigenproblem(), seen)
+
+
+@pytest.mark.parametrize("n", [4, 100])
+def test_merging_with_itself_doubles_the_samples(n):
+    x = draw(n) + 3
+    streaming = StreamingCovariance(DIM)
+    streaming.update(x)
+    streaming.merge(streaming)
+    assert streaming.n_samples == 2 * n
+    assert entry_error(streaming.scatter().tril(), scatter_of([x, x])) <= 1e-12
+
+
+@pytest.fixture
+def group_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads in place of processes: what each gives to `all_reduce`, all get together."""
+    barrier, given = Barrier(3, timeout=20), list[Tensor]()
+
+    def all_reduce(tensor: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+        given.append(tensor.clone())
+        barrier.wait()
+        together = torch.stack(given)
+        tensor.copy_(together.sum(0) if op == dist.ReduceOp.SUM else together.amax(0))
+        if barrier.wait() == 0:
+            given.clear()
+        barrier.wait()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+
+
+@pytest.mark.usefixtures("group_of_three")
+@pytest.mark.parametrize("sizes", [(3, 5, 8), (0, 12, 700), (100, 300, 50)])
+def test_all_reduce_makes_each_that_of_all_samples(sizes):
+    parts = [draw(n, seed=i) + 10 * i for i, n in enumerate(sizes)]
+    accumulators = [StreamingCovariance(DIM) for _ in parts]
+    for accumulator, part in zip(accumulators, parts, strict=True):
+        accumulator.update(part)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(StreamingCovariance.all_reduce, accumulators))
+    for accumulator in accumulators:
+        assert accumulator.n_samples == sum(sizes)
+        assert accumulator.precision == "float64"
+        assert entry_error(accumulator.scatter().tril(), scatter_of(parts)) <= 1e-12
+        accumulator.update(draw(50, seed=9))
+        expected = scatter_of([*parts, draw(50, seed=9)])
+        assert entry_error(accumulator.scatter().tril(), expected) <= 1e-12
 
 
 def test_blocks_of_the_triangle_make_the_whole_product():

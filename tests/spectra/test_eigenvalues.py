@@ -77,6 +77,32 @@ def test_only_the_matrix_that_is_not_finite_gives_nan(value):
     assert torch.equal(measured[1], torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300, -7.0])
+def test_only_the_lower_triangle_is_read(device, value):
+    spectrum = torch.logspace(0, -6, 12, dtype=torch.float64)
+    clean = with_spectrum(spectrum)
+    above = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    measured = eigenvalues(clean.masked_fill(above, value).to(device))
+    assert relative_to_largest(measured, spectrum) <= 1e-14
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [(0, 0), (11, 0), (7, 6), (11, 11)])
+def test_an_entry_of_the_lower_triangle_that_is_not_finite_gives_nan(device, value, place):
+    covariance = with_spectrum(torch.ones(12).double())
+    covariance[place] = value
+    assert eigenvalues(covariance.to(device)).isnan().all()
+
+
+def test_zeros_are_appended_to_the_width_asked_for():
+    batch = torch.stack([torch.eye(3), torch.eye(3) * torch.nan])
+    measured = eigenvalues(batch, 5)
+    assert measured[0].tolist() == [1, 1, 1, 0, 0]
+    assert measured[1].isnan().all()
+
+
 def test_zero_variance_is_all_zeros():
     assert eigenvalues(torch.zeros(4, 4)).count_nonzero() == 0
 
@@ -138,6 +164,28 @@ def test_projecting_the_input_covariance_equals_the_direct_problem(device, spect
     assert relative_to_largest(measured, torch.from_numpy(expected)) <= 2e-10
 
 
+@pytest.mark.parametrize("d_ff", [6, 24, 96])
+def test_projection_reads_the_lower_triangle_of_the_input_covariance_alone(d_ff):
+    weight, covariance = (
+        normal(d_ff, 24, seed=5),
+        with_spectrum(torch.logspace(0, -10, 24).double()),
+    )
+    broken = covariance.masked_fill(torch.ones(24, 24).triu(1) > 0, torch.nan)
+    expected = projected_eigenvalues(weight, covariance)
+    assert torch.equal(projected_eigenvalues(weight, broken), expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 11])
+def test_projection_by_a_weight_that_lacks_rank(rank):
+    """Collapsed and dead layers, too: W = 0 has no factor but zero."""
+    weight = normal(64, rank, seed=5) @ normal(rank, 24, seed=6)
+    covariance = with_spectrum(torch.logspace(0, -10, 24).double())
+    measured = projected_eigenvalues(weight, covariance)
+    expected = torch.linalg.eigvalsh(weight @ covariance @ weight.T).flip(0)
+    torch.testing.assert_close(measured, expected, rtol=0, atol=2e-10 * float(expected.amax()))
+
+
 def test_projected_eigenvalues_are_those_of_the_features_whatever_the_bias():
     x, weight, bias = normal(500, 16), normal(64, 16, seed=1), normal(64, seed=2) * 100
     features = x @ weight.T + bias
@@ -146,13 +194,27 @@ def test_projected_eigenvalues_are_those_of_the_features_whatever_the_bias():
     assert measured[16:].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("d_ff", [2, 8])
-def test_projection_of_what_is_not_finite_is_nan(d_ff):
-    weight, covariance = normal(d_ff, 4), torch.eye(4).double()
-    broken = weight.clone()
-    broken[0, 0] = torch.inf
-    assert projected_eigenvalues(broken, covariance).isnan().all()
-    assert projected_eigenvalues(weight, covariance * torch.nan).isnan().all()
+def test_projection_of_what_is_not_finite_is_nan(device, value, d_ff):
+    weight, covariance = normal(d_ff, 4).to(device), torch.eye(4).double().to(device)
+    for row in range(d_ff):
+        for column in range(4):
+            broken = weight.clone()
+            broken[row, column] = value
+            assert projected_eigenvalues(broken, covariance).isnan().all()
+    for place in zip(*torch.tril_indices(4, 4).tolist(), strict=True):
+        broken = covariance.clone()
+        broken[place] = value
+        assert projected_eigenvalues(weight, broken).isnan().all()
+
+
+def test_equal_samples_have_exactly_no_variance_in_the_gram_matrix():
+    """In float64 the mean of seven times 0.1 is not 0.1."""
+    same = torch.full((7, 8), 0.1, dtype=torch.float64)
+    assert (same - same.mean(0)).count_nonzero() > 0
+    assert gram_eigenvalues(same).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("d_ff", [4, 8])

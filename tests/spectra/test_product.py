@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nerve.spectra import StreamingCovariance
-from nerve.spectra.product import PRODUCTS, default_product, exact_products
+from nerve.spectra.product import PRODUCTS, add_lower, default_product, exact_products
 
 CUDA = torch.backends.cuda.matmul
 BACKENDS = (CUDA, torch.backends.mkldnn.matmul)
@@ -63,7 +63,7 @@ def test_reduced_precision_is_off_during_an_update_and_back_after_it(setting, se
     SETTINGS[setting]()
     before = settings()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        StreamingCovariance(4).update(torch.ones(3, 4))
+        StreamingCovariance(4).update(torch.ones(5, 4))
         assert torch.is_autocast_enabled("cpu")
     assert seen == [("ieee", "ieee", False, torch.float32)]
     assert settings() == before
@@ -87,13 +87,25 @@ def test_an_inherited_setting_stays_inherited():
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_add_a_matrix_whose_symmetric_part_is_the_gram_matrix(name):
+@pytest.mark.parametrize("dim", [1, 6, 400, 1537])
+def test_products_add_the_gram_matrix_to_the_lower_triangle(name, dim):
+    """In one block of columns, and in several of which the last is narrower."""
     product = PRODUCTS[name]
-    y = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(product.dtype)
-    total = torch.eye(6, dtype=torch.float64)
+    y = torch.randn(50, dim, generator=torch.Generator().manual_seed(0)).to(product.dtype)
+    total = torch.eye(dim, dtype=torch.float64)
     product.add(total, y)
-    expected = torch.eye(6, dtype=torch.float64) + y.double().T @ y.double()
-    torch.testing.assert_close((total + total.T) / 2, expected, rtol=0, atol=1e-6 * 50)
+    expected = torch.eye(dim, dtype=torch.float64) + y.double().T @ y.double()
+    torch.testing.assert_close(total.tril(), expected.tril(), rtol=0, atol=1e-6 * 50)
+
+
+def test_add_lower_takes_two_matrices():
+    a, b = (
+        torch.randn(30, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    total = torch.zeros(500, 500, dtype=torch.float64)
+    add_lower(total, a, b)
+    torch.testing.assert_close(total.tril(), (a.T @ b).tril(), rtol=1e-12, atol=1e-12)
 
 
 def test_tensor_cores_are_for_sixteen_bit_features_on_a_gpu_only():
