@@ -1,8 +1,8 @@
 """What measuring costs a GPT-2 125M in training: stall, overhead, memory, and the buffered way.
 
-Every figure comes from one process: a plain loop over the compiled model, Lightning with the
-monitor installed, Lightning with the monitor measuring the training batch, and the buffered way
-(features copied to the host, and back for covariance and eigenvalues).
+Every figure comes from one process: plain loops over a compiled GPT-2 written by hand and over the
+model of nerve, Lightning without the monitor, with it installed, and with it measuring the training
+batch, and the buffered way (features copied to the host, and back for covariance and eigenvalues).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from functools import partial
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nerve.models import build_model
 from nerve.module import LanguageModel
@@ -63,7 +63,7 @@ class Clock(L.Callback):
         return [before.elapsed_time(after) for before, after in pairs]
 
 
-def make_model(args: argparse.Namespace) -> torch.nn.Module:
+def make_model(args: argparse.Namespace) -> nn.Module:
     values = {
         "model": {
             "kind": "gpt",
@@ -80,16 +80,16 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return build_model(values, seed=0, vocab_size=VOCAB).to(args.device)
 
 
-def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     roles = ("hidden", "embedding", "head", "vector")
-    build = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95))
+    build = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), fused=True)
     return build_optimizer(model, {"main": Part(roles, build)})
 
 
-def plain_loop(args: argparse.Namespace) -> list[float]:
-    """The same model, optimizer, precision and clipping without Lightning; ms of each step."""
-    model, clock = make_model(args), Clock()
-    optimizer = optimizer_of(model)
+def plain_loop(args: argparse.Namespace, model: nn.Module) -> list[float]:
+    """The same optimizer, precision and clipping without Lightning; ms of each step."""
+    clock = Clock()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     @torch.compile
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -100,22 +100,65 @@ def plain_loop(args: argparse.Namespace) -> list[float]:
             loss = loss_of(inputs, targets)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         clock.on_train_batch_end()
     return clock.milliseconds()
 
 
-def lightning_run(args: argparse.Namespace, every_n_steps: int) -> tuple[list[float], int]:
-    """Lightning with the monitor; ms of each step, and the peak of device memory in bytes."""
+class PlainGPT2(nn.Module):
+    """GPT-2 as one writes it without any factor to choose: what the speed is held against."""
+
+    def __init__(self, d_model: int, n_layers: int, seq_len: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCAB, d_model)
+        self.positions = nn.Embedding(seq_len, d_model)
+        self.blocks = nn.ModuleList(PlainBlock(d_model) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, VOCAB, bias=False)
+        self.head.weight = self.tokens.weight
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class PlainBlock(nn.Module):
+    """Causal attention with heads of 64, then the FFN."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.before_attention, self.before_ffn = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.before_attention(x)).unflatten(-1, (3, -1, 64)).transpose(1, 3)
+        q, k, v = heads.unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.before_ffn(x))))
+
+
+def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> tuple[list[float], int]:
+    """Lightning, with the monitor if given a cadence; ms of each step, and the peak of device
+    memory in bytes."""
     clock = Clock()
     schedule = Schedule("constant", cooldown=0.0)
     module = LanguageModel(make_model(args), optimizer_of, schedule, compile=True)
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as directory:
-        monitor = SpectralMonitor(
-            RunStore(directory, "run"), every_n_steps=every_n_steps, source="train", spectra=False
-        )
+        callbacks: list[L.Callback] = [clock]
+        if every_n_steps is not None:
+            store = RunStore(directory, "run")
+            callbacks[:0] = [
+                SpectralMonitor(store, every_n_steps=every_n_steps, source="train", spectra=False)
+            ]
         trainer = L.Trainer(
             accelerator="gpu",
             devices=1,
@@ -123,7 +166,8 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int) -> tuple[list[fl
             max_steps=args.steps,
             max_epochs=-1,
             gradient_clip_val=1.0,
-            callbacks=[monitor, clock],
+            callbacks=callbacks,
+            limit_val_batches=1 if len(callbacks) > 1 else 0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -190,12 +234,19 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
 
-    plain = statistics.median(plain_loop(args)[20:])
-    print(f"plain loop, compiled, bf16:        {plain:8.1f} ms a step", flush=True)
-    idle_times, idle_peak = lightning_run(args, every_n_steps=10**9)
-    idle = statistics.median(idle_times[20:])
+    by_hand = PlainGPT2(args.d_model, args.layers, args.seq_len).to(args.device)
+    hand = statistics.median(plain_loop(args, by_hand)[20:])
+    del by_hand
+    print(f"plain loop, GPT-2 written by hand: {hand:8.1f} ms a step", flush=True)
+    plain = statistics.median(plain_loop(args, make_model(args))[20:])
+    print(f"plain loop, the model of nerve:    {plain:8.1f} ms a step", flush=True)
+    bare_times, bare_peak = lightning_run(args, None)
+    bare = statistics.median(bare_times[20:])
+    print(f"Lightning without the monitor:     {bare:8.1f} ms a step", flush=True)
+    idle = statistics.median(lightning_run(args, 10**9)[0][20:])
     print(
-        f"Lightning, monitor not measuring:  {idle:8.1f} ms a step, {plain / idle:.3f} of the speed"
+        f"Lightning, monitor not measuring:  {idle:8.1f} ms a step: {bare / idle:.3f} of the speed"
+        f" without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the other's"
     )
     times, peak = lightning_run(args, args.every)
     typical = statistics.median(times[20:])
@@ -208,8 +259,8 @@ def main() -> None:
     print(f"overhead at every 100 steps:       {stall / typical / 100:8.2%}")
     print(f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}")
     gib = 2**30
-    more = peak / idle_peak - 1
-    print(f"device memory: {idle_peak / gib:.1f} to {peak / gib:.1f} GiB ({more:+.1%})")
+    more = peak / bare_peak - 1
+    print(f"device memory: {bare_peak / gib:.1f} to {peak / gib:.1f} GiB ({more:+.1%})")
     around = [round(t) for t in times[args.every - 5 : args.every + 35]]
     print(f"steps around the measurement, ms: {around}", flush=True)
     seconds = buffered(args)

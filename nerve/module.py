@@ -89,11 +89,15 @@ class TrainedModel(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         sharded = self.trainer.model
-        if isinstance(sharded, FullyShardedDataParallel) and gradient_clip_val is not None:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if gradient_clip_val is None or scaled or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif isinstance(sharded, FullyShardedDataParallel):
             # Each process holds a shard: only the wrapper knows the norm of all gradients.
             sharded.clip_grad_norm_(gradient_clip_val)
         else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            # Lightning's own way refuses a fused optimizer, also where no scaler is in its way.
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._build_optimizer(self.model)
