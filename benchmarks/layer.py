@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from nerve.measurement import Measurement
-from nerve.probe import FFNAdapter
+from nerve.probe import FFNAdapter, Probe
 from nerve.problem import FFNSpectra
 from nerve.spectra import participation_ratio, spectral_entropy
 
 
-def ours(up: nn.Linear, down: nn.Linear, x: Tensor) -> FFNSpectra:
-    measurement = Measurement([FFNAdapter(0, "ffn", up, down)])
-    measurement.attach()
+def ours(probe: Probe, up: nn.Linear, down: nn.Linear, x: Tensor) -> FFNSpectra:
+    measurement = Measurement(probe)
+    measurement.start()
     down(nn.functional.gelu(up(x)))
     measurement.finish_forward()
-    measurement.detach()
+    measurement.stop()
     return measurement.spectra()[0]
 
 
@@ -55,7 +55,9 @@ def main() -> None:
     with torch.no_grad():
         pre = up(x)
         post = nn.functional.gelu(pre)
-        times: dict[str, list[float]] = {"direct": [], "ours": [], "forward": []}
+        probe = Probe([FFNAdapter(0, "ffn", up, down)])
+        probe.install()
+        times: dict[str, list[float]] = {"direct": [], "forward": [], "ours": []}
         for _ in range(args.repeats):
             began = time.perf_counter()
             direct(pre, post)
@@ -64,19 +66,19 @@ def main() -> None:
             down(nn.functional.gelu(up(x)))
             times["forward"].append(time.perf_counter() - began)
             began = time.perf_counter()
-            spectra = ours(up, down, x)
+            spectra = ours(probe, up, down, x)
             times["ours"].append(time.perf_counter() - began)
-        for name, values in times.items():
-            low, high = min(values), max(values)
-            print(f"{name:8} {statistics.median(values):6.2f} s ({low:.2f} to {high:.2f})")
-        cost = statistics.median(
-            a - b for a, b in zip(times["ours"], times["forward"], strict=True)
+        times["ours"] = [o - f for o, f in zip(times["ours"], times["forward"], strict=True)]
+        ratios = [d / o for d, o in zip(times["direct"], times["ours"], strict=True)]
+        for name, note in (("direct", ""), ("ours", ", without the forward pass")):
+            low, high = min(times[name]), max(times[name])
+            print(
+                f"{name:6} {statistics.median(times[name]):.2f} s ({low:.2f} to {high:.2f}){note}"
+            )
+        print(
+            f"{statistics.median(ratios):.2f} times cheaper "
+            f"({min(ratios):.2f} to {max(ratios):.2f}, pair by pair)"
         )
-        ratio = statistics.median(
-            d / (o - f)
-            for d, o, f in zip(times["direct"], times["ours"], times["forward"], strict=True)
-        )
-        print(f"ours without the forward pass: {cost:.2f} s, {ratio:.2f} times cheaper")
         for site, features, spectrum in (("pre", pre, spectra.pre), ("post", post, spectra.post)):
             reference = exact(features)
             entropy = float((spectral_entropy(spectrum) - spectral_entropy(reference)).abs())

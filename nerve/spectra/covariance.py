@@ -23,14 +23,13 @@ class StreamingCovariance:
     - the product is taken in chunks of rows that are summed in float64.
 
     Until more than `dim` samples have come, copies of the samples are held in place of moments: no
-    more numbers, and `eigenproblem` is smaller for them. It is so where no `product` is named; on
-    a GPU, samples with a mask are not held, since to drop what it excludes is to wait for it.
+    more numbers, and `eigenproblem` is smaller for them. It is so where no `product` is named.
 
     The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
     a few 1e-6 for `float32` and the 16-bit ones, 1e-15 for `float64`. No update records an autograd
-    graph, and only those of `bfloat16` wait for the device: these products take the features
-    uncentred, and where the mean turns out to be too large for that, the update is done again with
-    `float16x2`.
+    graph, and only those with a mask or of `bfloat16` wait for the device: these products take the
+    features uncentred, and where the mean turns out to be too large for that, the update is done
+    again with `float16x2`.
 
     Args:
         dim: number of features.
@@ -83,14 +82,12 @@ class StreamingCovariance:
         with torch.inference_mode(False), torch.no_grad():
             x = x.detach().to(self.device).reshape(-1, self.dim)
             if mask is not None:
-                mask = mask.to(self.device).reshape(-1)
-                if self.device.type == "cpu":
-                    x, mask = x[mask], None
-            if self._may_hold(x, mask):
+                x = x[mask.to(self.device).reshape(-1)]
+            if self._may_hold(x):
                 self._held.append(x.clone())
             else:
                 self._fold()
-                self._add(x, mask)
+                self._add(x)
 
     def merge(self, other: "StreamingCovariance") -> None:
         """Adds all samples that `other` has seen; `other` is left as it is.
@@ -109,7 +106,8 @@ class StreamingCovariance:
             if other._moments is not None:
                 self._fold()
                 self._taken |= other._taken
-                self._merge(Moments(*(x.to(self.device, copy=True) for x in other._moments)))
+                n, *parts = other._moments
+                self._merge(Moments(n, *(part.to(self.device, copy=True) for part in parts)))
 
     def all_reduce(self) -> None:
         """Adds the samples of all processes of the default group, in each of them.
@@ -118,15 +116,15 @@ class StreamingCovariance:
         """
         with torch.inference_mode(False), torch.no_grad():
             n, mean, scatter = self._all_moments()
-            total, weighted = n.clone(), mean * n
+            total, weighted = mean.new_tensor(n), mean * n
             dist.all_reduce(total)
             dist.all_reduce(weighted)
             common = weighted / total.clamp(min=1)
             delta = mean - common
             scatter.addr_(delta * n, delta)
             dist.all_reduce(scatter)
-            self._moments = Moments(total, common, scatter)
-            taken = n.new_tensor([name in self._taken for name in PRODUCTS])
+            self._moments = Moments(int(total), common, scatter)
+            taken = mean.new_tensor([name in self._taken for name in PRODUCTS])
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             self._taken = {name for name, any_ in zip(PRODUCTS, taken, strict=True) if any_}
 
@@ -135,7 +133,7 @@ class StreamingCovariance:
         a sample was not finite."""
         with torch.inference_mode(False), torch.no_grad():
             n, _, scatter = self._all_moments()
-            covariance = mirrored(scatter) / torch.where(n >= 2, n - 1, torch.nan)
+            covariance = mirrored(scatter) / (n - 1 if n >= 2 else torch.nan)
             return torch.where(covariance.isfinite().all(), covariance, torch.nan)
 
     def scatter(self) -> Float64[Tensor, "dim dim"]:
@@ -159,9 +157,8 @@ class StreamingCovariance:
 
     @property
     def n_samples(self) -> int:
-        """Samples that counted so far. Waits for the device."""
-        n = 0 if self._moments is None else int(self._moments.n.item())
-        return n + self._n_held
+        """Samples that counted so far."""
+        return self._n_held + (0 if self._moments is None else self._moments.n)
 
     @property
     def precision(self) -> str:
@@ -194,8 +191,8 @@ class StreamingCovariance:
     def _n_held(self) -> int:
         return sum(len(samples) for samples in self._held)
 
-    def _may_hold(self, x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"] | None) -> bool:
-        fresh = self._moments is None and self._product is None and mask is None
+    def _may_hold(self, x: Float[Tensor, "n dim"]) -> bool:
+        fresh = self._moments is None and self._product is None
         return fresh and self._n_held + len(x) <= self.dim
 
     def _fold(self) -> None:
@@ -203,20 +200,20 @@ class StreamingCovariance:
         if self._held:
             samples = torch.cat(self._held)
             self._held.clear()
-            self._add(samples, None)
+            self._add(samples)
 
-    def _add(self, x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"] | None) -> None:
+    def _add(self, x: Float[Tensor, "n dim"]) -> None:
         name = self._product or default_product(x.dtype, self.device)
         if len(x):
-            moments, name = moments_of(x, mask, name)
+            moments, name = moments_of(x, name)
             self._merge(moments)
         self._taken.add(name)
 
     def _all_moments(self) -> Moments:
         self._fold()
         if self._moments is None:
-            n = torch.zeros((), dtype=torch.float64, device=self.device)
-            self._moments = Moments(n, n.new_zeros(self.dim), n.new_zeros(self.dim, self.dim))
+            mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+            self._moments = Moments(0, mean, torch.diag(mean))
         return self._moments
 
     def _merge(self, other: Moments) -> None:
@@ -225,8 +222,8 @@ class StreamingCovariance:
             self._moments = other
             return
         n, mean, scatter = self._moments
-        total = (n + other.n).clamp(min=1)
+        total = n + other.n
         delta = other.mean - mean
         scatter.add_(other.scatter).addr_(delta * (n * other.n / total), delta)
         mean.add_(delta * (other.n / total))
-        n.add_(other.n)
+        self._moments = Moments(total, mean, scatter)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nerve.spectra.product import PRODUCTS, Product, exact_products
@@ -12,9 +12,9 @@ from nerve.spectra.product import PRODUCTS, Product, exact_products
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
 
-# Uncentred products are for features whose mean carries at most a quarter of the power of their
-# variance, which keeps SE within 1e-5, and that are not so small that products vanish.
-_LARGEST_MEAN = 0.25
+# Uncentred products are for features whose mean carries at most the power of their variance, which
+# keeps SE within 1e-5, and that are not so small that products vanish.
+_LARGEST_MEAN = 1.0
 _LEAST_SQUARE = 1e-30
 
 
@@ -24,44 +24,38 @@ class Moments(NamedTuple):
     Of the sum of squares, the scatter matrix, the lower triangle alone is valid.
     """
 
-    n: Float64[Tensor, ""]
+    n: int
     mean: Float64[Tensor, " dim"]
     scatter: Float64[Tensor, "dim dim"]
 
 
-def moments_of(
-    x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"] | None, product: str
-) -> tuple[Moments, str]:
-    """The moments of the samples `x`, at least one, that `mask` selects, and the name of the
-    product that took them: `float16x2` where an uncentred one would lose digits."""
+def moments_of(x: Float[Tensor, "n dim"], product: str) -> tuple[Moments, str]:
+    """The moments of the samples `x`, at least one, and the name of the product that took them:
+    `float16x2` where an uncentred one would lose digits."""
     with exact_products(x.device):
         if not PRODUCTS[product].centred:
             if x.dtype == PRODUCTS[product].dtype:
-                raw = _raw_moments(x, mask, PRODUCTS[product])
+                raw = _raw_moments(x, PRODUCTS[product])
                 if raw is not None:
                     return raw, product
             product = "float16x2"
-        return _centred_moments(x, mask, PRODUCTS[product]), product
+        return _centred_moments(x, PRODUCTS[product]), product
 
 
-def _raw_moments(
-    x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"] | None, product: Product
-) -> Moments | None:
+def _raw_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments | None:
     """As `_centred_moments`, from products of the samples as they are: one pass over them.
 
     `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
     covariance loses the digits by which they exceed the variance. None where that, or the scale of
     the features, would cost more than a trifle; to know it is to wait for the device once.
     """
-    n = torch.full((), len(x), dtype=torch.float64, device=x.device)
-    if mask is not None:
-        n, x = mask.sum(dtype=torch.float64), x.masked_fill(~mask[:, None], 0)
+    n = len(x)
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     m2 = torch.diag(total)
     for rows in x.split(product.n_rows):
         total += rows.sum(0, dtype=torch.float32)
         product.add(m2, rows)
-    mean = total / n.clamp(min=1)
+    mean = total / n
     squares = m2.trace()
     of_mean = n * mean.dot(mean)
     fits = (of_mean <= _LARGEST_MEAN * (squares - of_mean)) & (squares > _LEAST_SQUARE * n)
@@ -70,20 +64,14 @@ def _raw_moments(
     return Moments(n, mean, m2.addr_(mean * n, mean, alpha=-1))
 
 
-def _centred_moments(
-    x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"] | None, product: Product
-) -> Moments:
-    """Number, mean and sum of squares about the mean of the samples `x` that `mask` selects.
+def _centred_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
+    """Number, mean and sum of squares about the mean of the samples `x`.
 
     The samples are shifted by their mean, rounded to the working type. Each difference then has all
     digits of that type, however large the mean; and what is left of the mean is measured on the
     shifted samples and taken out in float64.
     """
-    if mask is None:
-        n = torch.full((), x.shape[0], dtype=torch.float64, device=x.device)
-    else:
-        n = mask.sum(dtype=torch.float64)
-        x = _fill_unmasked(x, mask)
+    n = len(x)
     shift, scale = _shift_and_scale(x, product)
     rest = torch.zeros_like(shift, dtype=torch.float64)
     m2 = torch.diag(rest)
@@ -91,11 +79,9 @@ def _centred_moments(
         rows = slice(start, start + product.n_rows)
         # (x - shift) * scale in one kernel, without a copy of x in the wider type.
         y = torch.addcmul(-shift * scale, x[rows], scale).to(product.dtype)
-        if mask is not None:
-            y.masked_fill_(~mask[rows, None], 0)
         rest += y.sum(0)
         product.add(m2, y)
-    rest /= n.clamp(min=1)
+    rest /= n
     m2.addr_(rest * n, rest, alpha=-1)
     unscale = scale.double().reciprocal()
     return Moments(n, shift + rest * unscale, m2.mul_(unscale).mul_(unscale[:, None]))
@@ -104,7 +90,8 @@ def _centred_moments(
 def _shift_and_scale(
     x: Float[Tensor, "n dim"], product: Product
 ) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
-    """About the mean of each column, and the power of two that takes its range to `_SCALED_EXPONENT`."""
+    """About the mean of each column, and the power of two that takes its range to
+    `_SCALED_EXPONENT`."""
     dtype = torch.promote_types(x.dtype, product.dtype)
     low, high = x.amin(0).to(dtype), x.amax(0).to(dtype)
     # A sum may overflow where its terms do not; the middle of the range then lies near enough.
@@ -115,13 +102,3 @@ def _shift_and_scale(
     shift = mean.clamp(low, high)
     exponent = torch.frexp(high.double() - low.double()).exponent.clamp(-100, 128)
     return shift, torch.ldexp(torch.ones_like(shift), _SCALED_EXPONENT - exponent)
-
-
-def _fill_unmasked(x: Float[Tensor, "n dim"], mask: Bool[Tensor, " n"]) -> Float[Tensor, "n dim"]:
-    """`x` with the first sample that counts in place of those that don't, or zeros if none counts.
-
-    They are to be zeroed once centred, and must not stretch the range until then. To select rows by
-    the mask would be to wait for the device to tell how many they are.
-    """
-    first = x.index_select(0, mask.to(torch.uint8).argmax(0, keepdim=True))
-    return torch.where(mask[:, None], x, torch.where(mask.any(), first, 0))

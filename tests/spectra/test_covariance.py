@@ -324,18 +324,20 @@ def test_a_mask_of_another_shape_is_named(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("mean", [0.0, 0.45, 0.9, 10.0, 100.0])
+@pytest.mark.parametrize("rank", [768, 3072])
+@pytest.mark.parametrize("mean", [0.0, 0.45, 0.95, 1.5, 10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean):
+def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean, rank):
+    """Also where most eigenvalues are nearly 0, as before the nonlinearity."""
     generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(65536, 3072, device="cuda", generator=generator)
-    spectrum = torch.arange(1, 3073, device="cuda") ** -0.5
+    x = torch.randn(65536, rank, device="cuda", generator=generator)
+    spectrum = torch.arange(1, rank + 1, device="cuda") ** -0.5
     rotation, _ = torch.linalg.qr(torch.randn(3072, 3072, device="cuda", generator=generator))
-    x = (x * spectrum) @ rotation
+    x = (x * spectrum) @ rotation[:rank]
     x = (x / x.std(0) + mean).to(dtype)
     measured, expected = StreamingCovariance(3072, device="cuda"), torch.cov(x.double().T)
     measured.update(x)
-    raw = dtype == torch.bfloat16 and mean < 0.5
+    raw = dtype == torch.bfloat16 and mean < 1
     assert measured.precision == ("bfloat16" if raw else "float16x2")
     assert_same_spectrum(measured.covariance(), expected, entropy=1e-5, ratio=1e-5)
 
@@ -343,19 +345,17 @@ def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean):
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
-def test_an_update_with_centred_products_does_not_wait_for_the_device(dtype, masked):
+def test_an_update_with_centred_products_does_not_wait_for_the_device(dtype):
     x = draw().to("cuda", dtype)
-    mask = torch.arange(len(x), device="cuda") % 3 > 0 if masked else None
     product = "float16x2" if dtype == torch.bfloat16 else None
     streaming = StreamingCovariance(DIM, device="cuda", product=product)
     for _ in range(2):  # libraries are set up in the first calls
-        streaming.update(x, mask)
+        streaming.update(x)
         streaming.merge(streaming)
         streaming.covariance()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        streaming.update(x, mask)
+        streaming.update(x)
         streaming.merge(streaming)
         covariance = streaming.covariance()
     finally:
