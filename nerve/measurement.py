@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.errors import MeasurementError
-from nerve.probe import FFN, Probe, Site, find_ffns
+from nerve.probe import FFN, Probe, find_ffns
 from nerve.problem import FFNProblem, FFNSpectra
 from nerve.spectra import StreamingCovariance
+
+Site = Literal["input", "pre", "post"]
+"""What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
 
 
 class Measurement:
@@ -33,7 +36,6 @@ class Measurement:
         self._probe = probe
         self._shortcut = shortcut
         self._mask: Tensor | None = None
-        self._inputs: dict[int, Tensor] = {}
         self._d_in: dict[int, int] = {}
         self._weights: dict[int, Tensor] = {}
         self._covariances: dict[tuple[int, Site], StreamingCovariance] = {}
@@ -51,7 +53,6 @@ class Measurement:
     def stop(self) -> None:
         """Stops measuring; allowed at any time."""
         self._probe.stop()
-        self._inputs.clear()
 
     def finish_forward(self) -> None:
         """Ends one forward pass; raises `MeasurementError` for missing or doubled features."""
@@ -100,24 +101,19 @@ class Measurement:
         """Solves the problems, one after the other. Raises as `problems`."""
         return [problem.solve() for problem in self.problems()]
 
-    def _accumulate(self, index: int, site: Site, features: Tensor) -> None:
-        if site == "input":
-            self._inputs[index] = features
-        elif site == "pre":
-            inputs = self._inputs.pop(index)
-            if index not in self._d_in:
-                self._d_in[index] = inputs.shape[-1]
-                module = self._probe.ffns[index].pre
-                if self._shortcut and _takes_shortcut(module, inputs, features):
-                    assert isinstance(module.weight, Tensor)
-                    # A copy: the optimizer may step before the problems are solved.
-                    self._weights[index] = module.weight.detach().clone()
-            if index in self._weights:
-                self._update(index, "input", inputs)
-            else:
-                self._update(index, "pre", features)
+    def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
+        if index not in self._d_in:
+            self._d_in[index] = inputs.shape[-1]
+            module = self._probe.ffns[index].pre
+            if self._shortcut and _takes_shortcut(module, inputs, pre):
+                assert isinstance(module.weight, Tensor)
+                # A copy: the optimizer may step before the problems are solved.
+                self._weights[index] = module.weight.detach().clone()
+        if index in self._weights:
+            self._update(index, "input", inputs)
         else:
-            self._update(index, "post", features)
+            self._update(index, "pre", pre)
+        self._update(index, "post", post)
 
     def _update(self, index: int, site: Site, features: Tensor) -> None:
         covariance = self._covariance(index, site, features.shape[-1], features.device)

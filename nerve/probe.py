@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,10 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-
-Site = Literal["input", "pre", "post"]
-"""Where features are tapped: what the FFN gets, before and after its nonlinearity."""
-
 
 @runtime_checkable
 class FFN(Protocol):
@@ -93,8 +89,9 @@ def find_ffns(model: nn.Module, layers: Collection[int] | None = None) -> list[F
     return sorted(chosen, key=lambda ffn: ffn.layer)
 
 
-Receive = Callable[[int, Site, Tensor], None]
-"""Takes an FFN's index, the site and the features `[..., width]`, detached."""
+Receive = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]`, and what
+there is before and after its nonlinearity `[*samples, d_ff]`."""
 
 
 class Probe:
@@ -111,7 +108,9 @@ class Probe:
     def __init__(self, ffns: Sequence[FFN]) -> None:
         self.ffns = ffns
         self._receive: Receive | None = None
-        self._seen: Counter[tuple[int, Site]] = Counter()
+        # An FFN's input, pre, and a sample of pre as it was, until its nonlinearity is through.
+        self._before: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._times: Counter[int] = Counter()
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
         self._number = next(_numbers)
@@ -122,8 +121,8 @@ class Probe:
         """Puts the hooks in place."""
         for index, ffn in enumerate(self.ffns):
             self._handles += [
-                ffn.pre.register_forward_hook(self._tap_pre(index)),
-                ffn.post.register_forward_pre_hook(self._tap_post(index)),
+                ffn.pre.register_forward_hook(self._hook_pre(index)),
+                ffn.post.register_forward_pre_hook(self._hook_post(index)),
             ]
 
     def remove(self) -> None:
@@ -134,77 +133,99 @@ class Probe:
         self._handles.clear()
 
     def start(self, receive: Receive) -> None:
-        """From now on calls `receive` with features as they appear; in the order input, pre, post
-        for each FFN."""
+        """From now on calls `receive` once for each FFN that runs."""
         self._receive = receive
 
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
-        self._seen.clear()
+        self._before.clear()
+        self._times.clear()
 
     def finish_forward(self) -> None:
-        """Ends one forward pass: every FFN must have shown its features exactly once.
+        """Ends one forward pass: every FFN must have run exactly once.
 
         Raises:
             MeasurementError: for an FFN that did not run, or ran more than once.
         """
-        sites: tuple[Site, ...] = ("pre", "post")
         for index in range(len(self.ffns)):
-            for site in sites:
-                times = self._seen[index, site]
-                if times != 1:
-                    raise MeasurementError(
-                        "Each FFN must run exactly once in a measured forward pass; "
-                        f"{self._named(index, site)} appeared {times} times. Compiled models must "
-                        "be measured through the module that was compiled."
-                    )
-        self._seen.clear()
+            if self._times[index] != 1:
+                raise MeasurementError(
+                    "Each FFN must run exactly once in a measured forward pass; "
+                    f"{self._named(index)} appeared {self._times[index]} times. Compiled models "
+                    "must be measured through the module that was compiled."
+                )
+        self._times.clear()
 
-    def take(self, index: int, site: Site, features: Tensor) -> None:
-        """What the taps call with features; nothing happens while stopped."""
+    def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
+        """What the taps call with features, and a sample of pre as it was when it appeared;
+        nothing happens while stopped.
+
+        Raises:
+            MeasurementError: for features that are not those of the FFN.
+        """
         if self._receive is None:
             return
         if any(isinstance(parameter, DTensor) for parameter in self.ffns[index].pre.parameters()):
-            raise self._split(index, site)  # the features are a slice, which no type shows
-        self._seen[index, site] += 1
-        self._receive(index, site, features)
+            raise self._split(index)  # the features are a slice, which no type shows
+        if not torch.allclose(_sample(pre), sample, rtol=0, atol=0, equal_nan=True):
+            raise MeasurementError(
+                "A nonlinearity must leave its input as it is; that of "
+                f"{self._named(index)} overwrites it. Use one with inplace=False."
+            )
+        self._times[index] += 1
+        self._receive(index, inputs, pre, post)
 
-    def _show(self, index: int, site: Site, features: Any) -> None:
+    # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
+    # make compiled code keep more for the backward pass than it keeps without.
+
+    def _hook_pre(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if self._receive is not None:
+                before = self._checked(index, "input", inputs[0] if inputs else None)
+                pre = self._checked(index, "pre", output)
+                self._before[index] = (before, pre, _sample(pre).clone())
+
+        return hook
+
+    def _hook_post(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self._receive is not None:
+                if index not in self._before:
+                    raise MeasurementError(
+                        f"Post must follow pre; of {self._named(index)} it comes first. Check "
+                        "which modules its description names."
+                    )
+                before, pre, sample = self._before.pop(index)
+                post = self._checked(index, "post", inputs[0] if inputs else None)
+                _tap(before, pre, post, sample, self._order, self._number, index)
+
+        return hook
+
+    def _checked(self, index: int, site: str, features: Any) -> Tensor:
         if isinstance(features, DTensor):
-            raise self._split(index, site)
+            raise self._split(index)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise MeasurementError(
-                f"Features must be one tensor of floats; {self._named(index, site)} is "
+                f"Features must be one tensor of floats; {site} of {self._named(index)} is "
                 f"{type(features).__name__}. Give the modules whose output (pre) and first "
                 "positional input (post) are the features."
             )
-        _tap(features.detach(), self._order, self._number, index, site)
+        return features.detach()
 
-    def _split(self, index: int, site: Site) -> MeasurementError:
+    def _split(self, index: int) -> MeasurementError:
         return MeasurementError(
-            "Features must be whole, since the spectra of slices do not add up; "
-            f"{self._named(index, site)} is split over processes by tensor parallelism. Train with "
+            "Features must be whole, since the spectra of slices do not add up; those of "
+            f"{self._named(index)} are split over processes by tensor parallelism. Train with "
             "data parallelism or FSDP."
         )
 
-    def _named(self, index: int, site: Site) -> str:
-        return f"{site} of {self.ffns[index].name} in layer {self.ffns[index].layer}"
+    def _named(self, index: int) -> str:
+        return f"{self.ffns[index].name} in layer {self.ffns[index].layer}"
 
-    def _tap_pre(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._receive is not None:
-                self._show(index, "input", inputs[0] if inputs else None)
-                self._show(index, "pre", output)
 
-        return hook
-
-    def _tap_post(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._receive is not None:
-                self._show(index, "post", inputs[0] if inputs else None)
-
-        return hook
+def _sample(features: Tensor) -> Tensor:
+    return features.reshape(-1, features.shape[-1])[:1]
 
 
 _numbers = count()
@@ -212,14 +233,18 @@ _probes: WeakValueDictionary[int, Probe] = WeakValueDictionary()
 
 
 @torch.library.custom_op("nerve::tap", mutates_args={"order"})
-def _tap(features: Tensor, order: Tensor, probe: int, index: int, site: str) -> None:
+def _tap(
+    inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor, order: Tensor, probe: int, index: int
+) -> None:
     """Gives features to a probe: an operator, so that compiled code holds it as it is.
 
     It is said to change `order`, so that the compiler neither drops nor reorders it.
     """
-    _probes[probe].take(index, site, features)  # type: ignore[arg-type]
+    _probes[probe].take(index, inputs, pre, post, sample)
 
 
 @_tap.register_fake
-def _(features: Tensor, order: Tensor, probe: int, index: int, site: str) -> None:
+def _(
+    inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor, order: Tensor, probe: int, index: int
+) -> None:
     """Tracing taps nothing."""

@@ -132,8 +132,22 @@ def test_no_batches_are_refused(model):
 
 
 def test_features_of_other_samples_are_refused(model):
+    model.down = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 4)), nn.Linear(4, 6))
+    ffns = [FFNAdapter(0, "ffn", model.up, model.down[2])]
     with pytest.raises(MeasurementError, match="same samples and width"):
+        nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
+
+
+def test_modules_in_the_wrong_order_are_refused(model):
+    with pytest.raises(MeasurementError, match="Post must follow pre; of ffn in layer 0"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=[FFNAdapter(0, "ffn", model.up, model.up)])
+
+
+def test_a_nonlinearity_that_overwrites_its_input_is_refused(model):
+    """What pre was is gone when both sides are taken; better no number than a wrong one."""
+    overwriting = nn.Sequential(model.up, nn.ReLU(inplace=True), model.down)
+    with pytest.raises(MeasurementError, match=r"overwrites it\. Use one with inplace=False"):
+        nerve.measure(overwriting, [torch.randn(9, 6)], ffns=model.ffns())
 
 
 class Parametrized(Model):

@@ -34,7 +34,12 @@ def tap(model: nn.Module, x: torch.Tensor, ffns=None):
     taken: dict = {}
     probe = Probe(find_ffns(model) if ffns is None else ffns)
     probe.install()
-    probe.start(lambda index, site, features: taken.__setitem__((index, site), features.clone()))
+
+    def receive(index, *features):
+        for site, tensor in zip(("input", "pre", "post"), features, strict=True):
+            taken[index, site] = tensor.clone()
+
+    probe.start(receive)
     try:
         model(x)
         probe.finish_forward()
