@@ -7,6 +7,7 @@ batch, and the buffered way (features copied to the host, and back for covarianc
 
 import argparse
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -61,6 +62,11 @@ class Clock(L.Callback):
         torch.cuda.synchronize()
         pairs = zip(self._events, self._events[1:], strict=False)
         return [before.elapsed_time(after) for before, after in pairs]
+
+
+def rank() -> int:
+    """Of this process among those that Lightning starts, one a GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:
@@ -155,13 +161,15 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> tuple[
     with tempfile.TemporaryDirectory() as directory:
         callbacks: list[L.Callback] = [clock]
         if every_n_steps is not None:
-            store = RunStore(directory, "run")
+            store = RunStore(directory, "run") if rank() == 0 else None
             callbacks[:0] = [
                 SpectralMonitor(store, every_n_steps=every_n_steps, source="train", spectra=False)
             ]
         trainer = L.Trainer(
             accelerator="gpu",
-            devices=1,
+            devices=args.devices,
+            strategy="ddp" if args.devices > 1 else "auto",
+            use_distributed_sampler=False,
             precision="bf16-mixed",
             max_steps=args.steps,
             max_epochs=-1,
@@ -181,11 +189,10 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> tuple[
 def buffered(args: argparse.Namespace) -> float:
     """Seconds of one measurement that keeps all features: to the host, and back one at a time."""
     model = make_model(args)
-    kept: dict[tuple[int, str], Tensor] = {}
+    kept: list[Tensor] = []
 
-    def keep(index: int, site: str, features: Tensor) -> None:
-        if site != "input":
-            kept[index, site] = features.float().cpu()
+    def keep(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
+        kept.extend([pre.float().cpu(), post.float().cpu()])
 
     (inputs, _), *_ = Tokens(1, args.batch, args.seq_len, args.device)
     probe = Probe(find_ffns(model))
@@ -199,7 +206,7 @@ def buffered(args: argparse.Namespace) -> float:
     ):
         model(inputs)
     probe.remove()
-    for features in kept.values():
+    for features in kept:
         x = features.flatten(0, -2).to(args.device)
         x = x - x.mean(0)
         torch.linalg.eigvalsh(x.T @ x / (len(x) - 1))
@@ -218,55 +225,70 @@ def stalls(times: list[float], every: int, typical: float) -> list[float]:
     return [sum(excess[start : start + every - 2]) for start in starts]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--batch", type=int, default=512, help="sequences a step")
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=330)
-    parser.add_argument("--every", type=int, default=100, help="steps between measurements")
-    parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO)
-    torch.set_float32_matmul_precision("high")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
-
+def compare_loops(args: argparse.Namespace) -> None:
+    """Plain loops, and what Lightning and a monitor that does not measure add to them."""
     by_hand = PlainGPT2(args.d_model, args.layers, args.seq_len).to(args.device)
     hand = statistics.median(plain_loop(args, by_hand)[20:])
     del by_hand
     print(f"plain loop, GPT-2 written by hand: {hand:8.1f} ms a step", flush=True)
     plain = statistics.median(plain_loop(args, make_model(args))[20:])
     print(f"plain loop, the model of nerve:    {plain:8.1f} ms a step", flush=True)
-    bare_times, bare_peak = lightning_run(args, None)
-    bare = statistics.median(bare_times[20:])
+    bare = statistics.median(lightning_run(args, None)[0][20:])
     print(f"Lightning without the monitor:     {bare:8.1f} ms a step", flush=True)
     idle = statistics.median(lightning_run(args, 10**9)[0][20:])
     print(
         f"Lightning, monitor not measuring:  {idle:8.1f} ms a step: {bare / idle:.3f} of the speed"
         f" without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the other's"
     )
+
+
+def measure_stall(args: argparse.Namespace) -> tuple[list[str], float]:
+    """What measuring adds to training: lines to print, and the stall of a measurement in ms."""
+    bare_peak = lightning_run(args, None)[1]
     times, peak = lightning_run(args, args.every)
     typical = statistics.median(times[20:])
     found = stalls(times, args.every, typical)
     stall = statistics.median(found)
-    print(f"Lightning, every {args.every} steps:         {typical:8.1f} ms a step between")
-    print(
-        f"stall of a measurement:            {stall:8.1f} ms ({stall / typical:.2f} steps); {found}"
-    )
-    print(f"overhead at every 100 steps:       {stall / typical / 100:8.2%}")
-    print(f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}")
+    each = ", ".join(f"{ms:.0f}" for ms in found)
+    around = [round(t) for t in times[args.every - 5 : args.every + 25]]
     gib = 2**30
-    more = peak / bare_peak - 1
-    print(f"device memory: {bare_peak / gib:.1f} to {peak / gib:.1f} GiB ({more:+.1%})")
-    around = [round(t) for t in times[args.every - 5 : args.every + 35]]
-    print(f"steps around the measurement, ms: {around}", flush=True)
-    seconds = buffered(args)
-    print(
-        f"buffered way:                      {seconds:8.1f} s, {1000 * seconds / stall:.0f} times"
-    )
+    return [
+        f"Lightning, every {args.every} steps:         {typical:8.1f} ms a step between",
+        f"stall of a measurement:            {stall:8.1f} ms ({stall / typical:.2f} steps); {each}",
+        f"overhead at every 100 steps:       {stall / typical / 100:8.2%}",
+        f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}",
+        f"device memory: {bare_peak / gib:.1f} GiB without the monitor, {peak / gib:.1f} with it "
+        f"({peak / bare_peak - 1:+.1%})",
+        f"steps around the measurement, ms: {around}",
+    ], stall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=512, help="sequences a step and GPU")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=330)
+    parser.add_argument("--every", type=int, default=100, help="steps between measurements")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs; of several, the stall alone")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING)
+    torch.set_float32_matmul_precision("high")
+    torch.cuda.set_device(rank())
+    if rank() == 0:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
+    if args.devices == 1:
+        compare_loops(args)
+    lines, stall = measure_stall(args)
+    if rank() == 0:
+        print("\n".join(lines), flush=True)
+    if args.devices == 1:
+        seconds = buffered(args)
+        print(f"buffered way: {seconds:.1f} s, {1000 * seconds / stall:.0f} times the stall")
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ def by_size(device: str, solver: Solver) -> None:
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
         print(
             f"  d_ff {d_ff:5} N {n_batches * ROWS:9,} layers {n_layers:3}: blocked {blocked:7.1f} "
-            f"ms, solved after {solved:6.2f} s; device +{device_mib:5.0f} MiB (with the features of a "
-            f"layer), host's peak so far {host_gib:.1f} GiB",
+            f"ms, solved after {solved:6.2f} s; device +{device_mib:5.0f} MiB (with features of a layer), "
+            f"host's peak so far {host_gib:.1f} GiB",
             flush=True,
         )
 

@@ -34,15 +34,13 @@ class SweepsSearchPath(SearchPathPlugin):
 
 
 def register() -> None:
-    """Registers the search path and the resolvers, for one start of a command.
+    """Registers the search path and the resolver of ids, for one start of a command.
 
-    `${run_id:}` is one new id, for the directory and the record of a single run; `${config_id:}`
-    the id of the configuration around it, for the directories of a sweep's cells.
+    `${run_id:}` is one new id, for the directory and the record of a single run.
     """
     Plugins.instance().register(SweepsSearchPath)
     run_id = new_run_id()
     OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
-    OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -80,3 +78,8 @@ def identity(config: DictConfig) -> str:
 
 def _config_id_of_root(*, _root_: DictConfig) -> str:
     return identity(_root_)
+
+
+# `${config_id:}`, the id of the configuration around it, names the directory of a sweep's cell; the
+# job of a cluster asks for it before it calls anything of ours.
+OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)

@@ -30,6 +30,12 @@ class RunProgressBar(TQDMProgressBar):
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
 
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        # Lightning sets these when an epoch starts; a resumed run starts in the middle of one.
+        self.train_progress_bar.total = trainer.num_training_batches
+        self.train_progress_bar.set_description("training")
+
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("training")

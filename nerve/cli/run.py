@@ -8,11 +8,19 @@ from typing import NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nerve.cli.cell import run_cell
 from nerve.cli.compose import CONF, register
+from nerve.cli.outcome import SweepError
+from nerve.cli.resume import prepare_resume
+from nerve.cli.sweep import register_sweeper
 from nerve.errors import NerveError
+
+EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
+"""Configurations that other packages bring, and the extra that installs them."""
 
 
 def main() -> None:
@@ -21,12 +29,12 @@ def main() -> None:
     Set HYDRA_FULL_ERROR=1 to see tracebacks instead.
     """
     register()
+    register_sweeper()
     show_tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
     started = False
     failures: list[NerveError] = []
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(config: DictConfig) -> float | None:
         nonlocal started
         started = True
@@ -34,19 +42,30 @@ def main() -> None:
             run_experiment,
         )  # torch and Lightning take seconds to import
 
+        hydra_config = HydraConfig.get()
+        is_cell = hydra_config.mode == RunMode.MULTIRUN
         try:
-            return run_experiment(config, HydraConfig.get())
+            return (run_cell if is_cell else run_experiment)(config, hydra_config)
         except NerveError as error:
             if show_tracebacks:
                 raise
-            failures.append(error)  # the other cells of a sweep go on
+            failures.append(error)
             return None
 
     try:
-        job()
+        config_name = prepare_resume(sys.argv[1:]) or "config"
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except SweepError as error:
+        _fail(str(error), error.exit_status)
+    except NerveError as error:
+        if show_tracebacks:
+            raise
+        _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, Exception) else ""
-        _fail(f"{error}{cause}")
+        extra = EXTRAS.get(getattr(error, "missing_cfg_file", None) or "")
+        hint = f'\nIt comes with an extra: pip install -e ".[{extra}]"' if extra else ""
+        _fail(f"{error}{cause}{hint}")
     except OSError as error:
         if started or show_tracebacks:
             raise
@@ -58,9 +77,9 @@ def main() -> None:
         _fail("\nnerve-run: ".join(str(failure) for failure in failures))
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, exit_status: int = 1) -> NoReturn:
     print(f"nerve-run: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(exit_status)
 
 
 if __name__ == "__main__":

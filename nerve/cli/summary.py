@@ -1,12 +1,12 @@
 """What a run shows when it ends."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from nerve.cli.text import console, figure, say
 
 _COLUMNS = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js")
 
@@ -21,18 +21,12 @@ def print_summary(
         facts: figures of the run, label to text.
         directory: the run directory.
     """
-    console = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
     if rows:
-        console.print(_layer_table(rows))
+        console().print(_layer_table(rows))
     for label, text in facts.items():
-        console.print(f"{label}: {text}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"run directory: {directory}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        say(f"{label}: {text}")
+    say(f"run directory: {directory}")
+    say(f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})")
 
 
 def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -52,13 +46,7 @@ def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         gain = (
             row["pr_post"] / row["pr_pre"] if None not in (row["pr_pre"], row["pr_post"]) else None
         )
-        table.add_row(label, *(_figure(row[name]) for name in _COLUMNS), _figure(gain))
+        table.add_row(label, *(figure(row[name]) for name in _COLUMNS), figure(gain))
         if row["status"] != "ok":
             table.add_row("", f"[italic]{row['status']}[/italic]")
     return table
-
-
-def _figure(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

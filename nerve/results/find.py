@@ -57,7 +57,8 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
     """The records of the runs under `path`.
 
     A run id that is found twice (a copied directory) counts once: the copy that got further stays.
-    Left-out copies, damaged records and differing fingerprints are named in warnings.
+    Left-out copies, damaged records, records of a newer nerve and differing fingerprints are named
+    in warnings.
 
     Raises:
         StoreError: when there is no run, or none whose record can be read.
@@ -70,12 +71,16 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
         except DamagedRecordError as error:
             _warn(f"Left out: {error}", DamagedRecordWarning)
             continue
+        except StoreError as error:
+            _warn(f"Left out: {error}", IncompleteWarning)
+            continue
         other = records.get(record.run_id)
         if other is not None:
             record, other = sorted([record, other], key=_progress, reverse=True)
+            same = "copies of one run" if record.started == other.started else "two runs of one id"
             _warn(
-                f"Run {record.run_id} is in two directories: {record.directory} counts, the copy "
-                f"{other.directory} is left out.",
+                f"Run {record.run_id} is in two directories ({same}): {record.directory} counts, "
+                f"{other.directory} is left out. Move one of them away.",
                 IncompleteWarning,
             )
         records[record.run_id] = record

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 EXCLUDED = (
+    "checkpoint",
     "hydra",
     "launcher",
     "logger",
     "resume",
+    "retry",
     "sweep",
     "output_dir",
     "threads",
@@ -40,6 +42,12 @@ def config_id(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The dotted keys that count for `config_id` and differ, in the order of their names."""
+    mine, its = _leaves(_canonical(config, ""), ""), _leaves(_canonical(other, ""), "")
+    return sorted(key for key in mine | its if mine.get(key, ...) != its.get(key, ...))
+
+
 def new_run_id() -> str:
     """Eight hex digits from the system's randomness, so that no seed can make two runs one."""
     return secrets.token_hex(4)
@@ -60,3 +68,12 @@ def _canonical(value: Any, path: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value)
+
+
+def _leaves(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= _leaves(item, f"{path}.{key}".lstrip("."))
+    return leaves

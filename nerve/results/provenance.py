@@ -1,5 +1,6 @@
 """What code a run used: the versions of the packages that decide numbers, and the commit."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,18 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")
+
+
+def cluster_job() -> dict[str, str] | None:
+    """SLURM's names for the job that this process is part of; None outside of one."""
+    names = {
+        "id": "SLURM_JOB_ID",
+        "array_id": "SLURM_ARRAY_JOB_ID",
+        "array_task": "SLURM_ARRAY_TASK_ID",
+        "restarts": "SLURM_RESTART_COUNT",
+    }
+    job = {name: os.environ[variable] for name, variable in names.items() if variable in os.environ}
+    return {"scheduler": "slurm", **job} if "id" in job else None
 
 
 def _git(checkout: Path, *arguments: str) -> str:

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from nerve.errors import ConfigError
+from nerve.errors import ConfigError, StoreError
 from nerve.results.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.results.parts import read_parts, warn_damaged
+from nerve.results.identity import config_id
+from nerve.results.parts import DamagedPartError, read_parts, warn_damaged
 from nerve.results.record import RunRecord
 from nerve.results.schema import DATASETS, Dataset
 
@@ -29,7 +30,8 @@ TIMES = ("started", "heartbeat", "ended")
 def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
     """One row a run under `path`.
 
-    Columns: `run_id, config_id, sweep, directory, run_status, error ("Type: message"), step,
+    Columns: `run_id, config_id, design_id` (as `config_id`, but without the seed: runs that differ
+    in nothing else share it), `sweep, directory, run_status, error ("Type: message"), step,
     restarts, seed, n_parameters, unigram_loss`, the times (UTC), `host, device, git_commit`, the
     entries of `final.*, fingerprints.*, versions.*, job.*`, and every leaf of the configuration by
     its dotted name (`normalization.kind`, `ffn.width`; a list as its JSON text). What a run does
@@ -44,8 +46,11 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
 def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row a measured FFN and step, joined with `run_status` and the `factors` of its run.
 
-    Derived columns, missing where what they derive from is:
+    `n_damaged_parts` counts the parts of its run that could not be read. Derived columns, missing
+    where what they derive from is:
 
+    - `exp_se_pre`, `exp_se_post` = exp(SE) in [1, D], the number of directions that a flat spectrum
+      of this entropy has; never below PR
     - `pr_gain = pr_post / pr_pre`, `delta_eee = eee_post - eee_pre`
     - `se_pre_normalized`, `se_post_normalized` = SE / ln D in [0, 1]; `pr_pre_fraction`,
       `pr_post_fraction` = PR / D in [1/D, 1], with D = `d_ff`
@@ -81,17 +86,31 @@ def _load(
     runs = _frame(records)
     _check_factors(factors, runs, dataset)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reads = list(pool.map(lambda record: read_parts(record.directory, dataset), records))
+        reads = list(pool.map(lambda record: _read(record, dataset), records))
     tables = [table for table, _ in reads]
-    warn_damaged([error for _, damaged in reads for error in damaged])
+    unread = [error for _, errors in reads for error in errors]
+    warn_damaged(error for error in unread if isinstance(error, DamagedPartError))
+    for error in unread:
+        if not isinstance(error, DamagedPartError):
+            warnings.warn(f"Left out: {error}", IncompleteWarning, stacklevel=3)
+    runs = runs.assign(n_damaged_parts=[len(errors) for _, errors in reads])
     empty = [record.run_id for record, table in zip(records, tables, strict=True) if not len(table)]
     if empty:
         message = f"Runs without {dataset.name}: {listed(empty)}."
         warnings.warn(message, IncompleteWarning, stacklevel=3)
     frame = pa.concat_tables(tables).to_pandas()
     rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    joined = {name: runs[name].array.take(rows) for name in dict.fromkeys(["run_status", *factors])}
+    names = dict.fromkeys(["run_status", "n_damaged_parts", *factors])
+    joined = {name: runs[name].array.take(rows) for name in names}
     return pd.concat([frame, pd.DataFrame(joined, index=frame.index)], axis=1)
+
+
+def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
+    """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
+    try:
+        return read_parts(record.directory, dataset)
+    except StoreError as error:
+        return dataset.schema.empty_table(), [error]
 
 
 def _frame(records: list[RunRecord]) -> pd.DataFrame:
@@ -106,6 +125,8 @@ def _row(record: RunRecord) -> dict[str, Any]:
     values |= {"directory": str(record.directory), "job": record.job or {}}
     if record.error is not None:
         values["error"] = ": ".join(str(text) for text in record.error.values())
+    design = {key: value for key, value in record.config.items() if key != "seed"}
+    values["design_id"] = config_id(design)
     leaves = dict(_leaves(record.config))
     # A key of the configuration cannot take the name of what the record itself says (seed).
     return {**leaves, **dict(_leaves(values))}
@@ -138,6 +159,8 @@ def _derived(metrics: pd.DataFrame) -> pd.DataFrame:
     flat_entropy = np.log(d_ff.where(d_ff > 1))
     n_directions = metrics["n_samples"] - 1
     return metrics.assign(
+        exp_se_pre=np.exp(metrics["se_pre"]),
+        exp_se_post=np.exp(metrics["se_post"]),
         pr_gain=metrics["pr_post"] / metrics["pr_pre"],
         delta_eee=metrics["eee_post"] - metrics["eee_pre"],
         se_pre_normalized=metrics["se_pre"] / flat_entropy,

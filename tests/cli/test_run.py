@@ -113,13 +113,25 @@ def test_training_tokens_can_be_measured_instead(run, tiny, tmp_path):
     assert nerve.load_runs(tmp_path)["final.val_loss"].notna().all()
 
 
-def test_a_multirun_gives_each_cell_a_directory_named_by_its_configuration(run, tiny, tmp_path):
-    status, _, _ = run("-m", *tiny, "activation=gelu,relu", "logger=none")
+def test_a_cell_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
+    """Its process of its own changes no bit; called again, the command starts none."""
+    design = [*tiny, "activation=relu", "logger=none"]
+    assert run(*design, "hydra.run.dir=single")[0] == 0
+    status, out, _ = run("-m", *design)
     assert status == 0
-    runs = nerve.load_runs(tmp_path / "outputs" / "multirun")
-    assert set(runs["activation.name"]) == {"gelu", "relu"}
-    assert set(runs.sweep) == {"multirun"}
-    assert [Path(d).name for d in runs.directory] == runs.config_id.tolist()
+    assert "sweep outputs/multirun: 1 cell, 1 new; 1 to run" in out
+    (single,) = nerve.load_runs("single").itertuples()
+    (cell,) = nerve.load_runs("outputs/multirun").itertuples()
+    assert (cell.sweep, cell.config_id) == ("multirun", single.config_id)
+    assert Path(cell.directory).name == cell.config_id
+    np.testing.assert_array_equal(
+        nerve.load_metrics("single")[METRICS], nerve.load_metrics("outputs/multirun")[METRICS]
+    )
+    before = Path(cell.directory, "run.json").read_bytes()
+    status, out, _ = run("-m", *design)
+    assert status == 0
+    assert "1 cell, 1 done; 0 to run" in out
+    assert before == Path(cell.directory, "run.json").read_bytes()
 
 
 def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):

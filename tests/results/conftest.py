@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from nerve.results import RunRecord, RunStore
+from nerve.results import RunRecord, RunStore, load_metrics, load_runs
 
 CONFIG = {
     "normalization": {"kind": "layernorm", "placement": "pre"},
@@ -75,5 +76,39 @@ def make_run() -> Callable[..., RunRecord]:
             store.append_scalars([{"step": step, "name": "train_loss", "value": 4.0 - step / 10}])
             store.flush(step)
         return record
+
+    return make
+
+
+@pytest.fixture
+def tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
+    """Stores runs and loads them again: `tables({...}, {...})` gives metrics and runs.
+
+    A run is a mapping with `rows` (what differs from `metrics_row`), and where they matter `run_id,
+    seed, config` (leaves by dotted name), `run_status, error`, and other fields of its record.
+    """
+    # What takes time and is tested elsewhere: where the code comes from, and what a crash survives.
+    monkeypatch.setattr("nerve.results.record.git_commit", lambda: None)
+    monkeypatch.setattr("nerve.results.record.package_versions", dict)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+    def make(*specs: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        for i, spec in enumerate(specs):
+            values = {"run_id": f"run{i}", "seed": 0, "unigram_loss": 7.0, "config": {}} | spec
+            rows, leaves = values.pop("rows"), values.pop("config")
+            run_status, error = values.pop("run_status", "done"), values.pop("error", None)
+            final = values.pop("final", {})
+            config: dict[str, Any] = {"seed": values["seed"]}
+            for name, value in leaves.items():
+                group, _, key = name.partition(".")
+                config.setdefault(group, {})[key] = value
+            record = RunRecord.create(tmp_path / values["run_id"], config, **values)
+            store = RunStore(record.directory, record.run_id)
+            store.append_metrics(metrics_row(**row) for row in rows)
+            store.flush(0)
+            record.finish(run_status, error, final=final)
+        return load_metrics(tmp_path), load_runs(tmp_path)
 
     return make

@@ -86,6 +86,29 @@ def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
     assert str(tree / "copy_of_a" / "c1") in text
 
 
+def test_a_copy_is_told_from_another_run_of_the_same_id(tree, make_run):
+    """A copy started when its original did; two runs that a caller gave one id did not."""
+    shutil.copytree(tree / "single", tree / "copy")
+    with pytest.warns(IncompleteWarning, match=r"\(copies of one run\).*Move one of them away"):
+        load_records(tree)
+    record = RunRecord.load(tree / "copy")
+    (tree / "copy" / "run.json").unlink()
+    make_run(tree / "other", steps=(), run_id=record.run_id)
+    path = tree / "other" / "run.json"
+    path.write_text(
+        path.read_text().replace(f'"started": "{record.started[:4]}', '"started": "1999')
+    )
+    with pytest.warns(IncompleteWarning, match=r"\(two runs of one id\)"):
+        load_records(tree)
+
+
+def test_a_record_of_a_newer_nerve_is_left_out_and_named(tree):
+    path = tree / "single" / "run.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.warns(IncompleteWarning, match=r"Left out: .*single.* has version 2"):
+        assert len(load_records(tree)) == 4
+
+
 def test_differing_fingerprints_are_named(tmp_path, make_run):
     """Once for what differs, with the runs; a run without a fingerprint is not a difference."""
     same = {"tokenizer": "t", "heldout": "h"}

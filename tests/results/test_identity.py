@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nerve.results import config_id, new_run_id
-from nerve.results.identity import EXCLUDED
+from nerve.results.identity import EXCLUDED, differences
 
 CONFIG = {
     "model": {"d_model": 128, "n_layers": 4, "dropout": 0.0},
@@ -74,3 +74,24 @@ def test_run_ids_do_not_follow_a_seed():
     first = {new_run_id() for _ in range(100)}
     random.seed(0)
     assert len(first | {new_run_id() for _ in range(100)}) == 200
+
+
+def test_differences_are_the_keys_that_make_another_result():
+    other = {
+        "model": {"d_model": 64, "n_layers": 4.0},
+        "optimizer": {"lr": 3e-3, "betas": [0.9, 0.99]},
+        "data": {"batch_size": 16, "cache_dir": "/somewhere"},
+        "seed": 1,
+        "threads": 2,
+        "note": {"a": {"b": 1}},
+        "empty": {},
+    }
+    assert differences(CONFIG, other) == [
+        "empty",
+        "model.d_model",
+        "model.dropout",
+        "note.a.b",
+        "optimizer.betas",
+    ]
+    assert differences(CONFIG, {**CONFIG, "retry": True, "checkpoint": {"every_n_steps": 1}}) == []
+    assert bool(differences(CONFIG, other)) == (config_id(CONFIG) != config_id(other))

@@ -36,3 +36,16 @@ def test_a_repository_without_a_commit_has_none(tmp_path, monkeypatch):
     subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "nerve" / "results" / "p.py"))
     assert provenance.git_commit() is None
+
+
+def test_a_job_of_slurm_has_the_names_that_slurm_gave_it(monkeypatch):
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    assert provenance.cluster_job() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert provenance.cluster_job() == {"scheduler": "slurm", "id": "17"}
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    job = {"scheduler": "slurm", "id": "17", "array_id": "15", "array_task": "2", "restarts": "1"}
+    assert provenance.cluster_job() == job

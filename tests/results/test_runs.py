@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from nerve.errors import ConfigError, StoreError
@@ -61,6 +62,20 @@ def test_one_row_a_run_with_a_column_for_each_leaf(sweep, tmp_path):
     assert {"host", "device", "n_parameters", "versions.python", "sweep"} <= set(runs.columns)
 
 
+def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
+    """Also where seeds or excluded values such as threads differ; not where a factor does."""
+    configs = [
+        {"ffn": {"width": 4}, "seed": 0},
+        {"ffn": {"width": 4}, "seed": 1, "threads": 2},
+        {"ffn": {"width": 8}, "seed": 0},
+    ]
+    for i, config in enumerate(configs):
+        make_run(tmp_path / str(i), config, steps=())
+    runs = load_runs(tmp_path)
+    assert runs["config_id"].nunique() == 3
+    assert runs["design_id"][0] == runs["design_id"][1] != runs["design_id"][2]
+
+
 def test_metrics_of_a_run_a_sweep_and_several_paths(sweep, tmp_path):
     assert len(load_metrics(tmp_path / "sweep" / "a")) == 4
     assert len(load_metrics(tmp_path)) == 12
@@ -83,6 +98,8 @@ def test_derived_columns_are_their_formulas(tmp_path, make_run):
     """By hand for SE 1 → 1.5, PR 2 → 5, EEE .75 → .25 with D = 8, d_in = 4, N = 100."""
     make_run(tmp_path)
     first = load_metrics(tmp_path).iloc[0]
+    assert first["exp_se_pre"] == pytest.approx(2.718281828459045, rel=1e-15)
+    assert first["exp_se_post"] == pytest.approx(4.4816890703380645, rel=1e-15)
     assert first["pr_gain"] == 2.5
     assert first["delta_eee"] == -0.5
     assert first["se_pre_normalized"] == pytest.approx(1 / 2.0794415416798357, rel=1e-15)
@@ -150,7 +167,7 @@ def test_a_run_without_rows_is_named(tmp_path, make_run):
     assert len(metrics) == 4
     with pytest.warns(IncompleteWarning, match="without spectra"):
         spectra = load_spectra(tmp_path, factors=["seed"])
-    assert list(spectra.columns)[-3:] == ["eigenvalues", "run_status", "seed"]
+    assert list(spectra.columns)[-3:] == ["run_status", "n_damaged_parts", "seed"]
     assert len(spectra) == 0
 
 
@@ -160,6 +177,29 @@ def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
     with pytest.warns(DamagedPartWarning, match=str(part)) as caught:
         metrics = load_metrics(tmp_path)
     assert len(metrics) == 10
+    assert caught[0].filename == __file__
+
+
+def test_parts_that_could_not_be_read_are_counted(sweep, tmp_path):
+    for part in (tmp_path / "sweep" / "b" / "metrics").iterdir():
+        damaged = part
+    damaged.write_bytes(b"PAR1")
+    with pytest.warns(DamagedPartWarning):
+        metrics = load_metrics(tmp_path)
+    counts = metrics.groupby("run_id", sort=False)["n_damaged_parts"].unique().str[0]
+    assert list(counts) == [0, 1, 0]
+
+
+def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
+    """One run of a later version does not keep years of others from being read."""
+    part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
+    table = pq.read_table(part)
+    pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "2"}), part)
+    with pytest.warns(IncompleteWarning) as caught:
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 8
+    assert [str(w.message).split(":")[0] for w in caught] == ["Left out", "Runs without metrics"]
+    assert f"{part} has version 2. Install" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
