@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nerve.measurement import Measurement
 from nerve.probe import FFNAdapter, Probe
 from nerve.problem import FFNSpectra
-from nerve.solver import Solver
+from nerve.solver import Solver, spare_workers
 from nerve.spectra import eigenvalues, participation_ratio, spectral_entropy
 
 ROWS = 65_536
@@ -146,8 +146,8 @@ def by_size(device: str, solver: Solver) -> None:
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
         print(
             f"  d_ff {d_ff:5} N {n_batches * ROWS:9,} layers {n_layers:3}: blocked {blocked:7.1f} "
-            f"ms, solved after {solved:6.2f} s; device +{device_mib:5.0f} MiB (with features of a layer), "
-            f"host's peak so far {host_gib:.1f} GiB",
+            f"ms, solved after {solved:6.2f} s; device +{device_mib:5.0f} MiB (with a layer's "
+            f"features), host's peak so far {host_gib:.1f} GiB",
             flush=True,
         )
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="a CUDA device")
     device = parser.parse_args().device
-    solver = Solver(torch.device(device))
+    solver = Solver(torch.device(device), spare_workers(torch.device(device)))
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, {solver.n_workers} threads solve")
     by_type(device, solver)

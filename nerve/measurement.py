@@ -58,8 +58,9 @@ class Measurement:
         """Ends one forward pass; raises `MeasurementError` for missing or doubled features."""
         self._probe.finish_forward()
 
-    def all_reduce(self) -> None:
-        """Makes the measurement that of all processes' samples together, in each of them.
+    def reduce(self) -> None:
+        """Makes the measurement that of all processes' samples together: each process then has the
+        problems of its share.
 
         Every process must call it; one may have measured nothing.
         """
@@ -70,8 +71,8 @@ class Measurement:
             self._d_in |= d_in
             for (index, site), dim in dims.items():
                 self._covariance(index, site, dim, _device(self._probe.ffns[index]))
-        for key in sorted(self._covariances):
-            self._covariances[key].all_reduce()
+        for index, site in sorted(self._covariances):
+            self._covariances[index, site].reduce(to=index % len(everyone))
         self._share_weights([set(weights) for _, weights, _ in everyone])
 
     def _share_weights(self, holders: list[set[int]]) -> None:
@@ -88,14 +89,19 @@ class Measurement:
             dist.broadcast(weight, src=owner)
             self._weights[index] = weight
 
-    def problems(self) -> list[FFNProblem]:
+    def problems(self, share: int = 0, n_shares: int = 1) -> list[FFNProblem]:
         """What is left to solve: one problem for each FFN, in the order given.
+
+        Args:
+            share, n_shares: of several processes, which one takes its share: every `n_shares`-th
+                problem, from number `share` on.
 
         Raises:
             MeasurementError: if nothing was measured, or if the features of an FFN before and after
                 its nonlinearity are not of the same samples and width.
         """
-        return [self._problem_of(index, ffn) for index, ffn in enumerate(self._probe.ffns)]
+        numbered = list(enumerate(self._probe.ffns))
+        return [self._problem_of(index, ffn) for index, ffn in numbered[share::n_shares]]
 
     def spectra(self) -> list[FFNSpectra]:
         """Solves the problems, one after the other. Raises as `problems`."""

@@ -20,7 +20,7 @@ from nerve.probe import Probe, find_ffns
 from nerve.problem import FFNSpectra
 from nerve.processes import gathered, rank
 from nerve.results.store import RunStore
-from nerve.solver import Solved, Solver
+from nerve.solver import Solved, Solver, spare_workers
 from nerve.values import require, require_choice
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class SpectralMonitor(L.Callback):
         """The last validation loss, nats a target."""
         self.seconds = 0.0
         """Wall time spent measuring and validating."""
+        self._share = (0, 1)
         self._probe: Probe | None = None
         self._measurement: Measurement | None = None
         self._validation = _WeightedMean()
@@ -117,7 +118,8 @@ class SpectralMonitor(L.Callback):
         trainer.check_val_every_n_epoch = None
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
         device = trainer.strategy.root_device
-        self._solver = Solver(device)
+        self._share = (trainer.global_rank, trainer.world_size)
+        self._solver = Solver(device, spare_workers(device, trainer.num_devices))
         threads = f"{self._solver.n_workers} threads of the host, beside training"
         log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
 
@@ -135,7 +137,7 @@ class SpectralMonitor(L.Callback):
         self._tokens_seen += n_targets * trainer.world_size
         if self._due is not None and trainer.global_step > self._due["step"]:
             if self._measurement is not None and trainer.world_size > 1:
-                self._measurement.all_reduce()
+                self._measurement.reduce()
             self._finish_measurement()
         if self._solver is not None:
             self._write(self._solver.finished())
@@ -265,7 +267,7 @@ class SpectralMonitor(L.Callback):
         measurement, due = self._measurement, self._due
         self._measurement, self._due = None, None
         if measurement is not None and due is not None and self._solver is not None:
-            self._write(self._solver.submit(due, measurement.problems()))
+            self._write(self._solver.submit(due, measurement.problems(*self._share)))
 
     def _write(self, solved: Iterable[Solved]) -> None:
         for measured in solved:  # in every process: it is where they exchange their spectra

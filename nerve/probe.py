@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
 
+
 @runtime_checkable
 class FFN(Protocol):
     """What the measurement must know of an FFN: its place, and the modules around its nonlinearity.

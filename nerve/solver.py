@@ -39,17 +39,17 @@ class Solver:
     while training goes on. Without spare cores, or on the CPU, whose cores train, they are solved
     where they lie, at once.
 
-    Of several processes that submit the same measurements, each solves its share; process 0 gets
-    all spectra, the others their own. They exchange them in `submit` and `drain`, which every
-    process must call alike.
+    Of several processes each submits its share of a measurement's problems: process r of n every
+    n-th, from number r on. Process 0 gets the spectra of all, the others their own. They exchange
+    them in `submit` and `drain`, which every process must call alike.
 
     Args:
         device: where the model trains.
-        n_workers: threads; by default `spare_workers(device)`, 0 solves in place.
+        n_workers: threads; 0 solves in place.
     """
 
-    def __init__(self, device: torch.device, n_workers: int | None = None) -> None:
-        self.n_workers = spare_workers(device) if n_workers is None else n_workers
+    def __init__(self, device: torch.device, n_workers: int = 0) -> None:
+        self.n_workers = n_workers
         self._pending: deque[tuple[Labels, list[tuple[FFNProblem, Future[FFNSpectra]]]]] = deque()
         self._pool = _single_threaded(self.n_workers) if self.n_workers else None
         self._stream = torch.cuda.Stream(device) if self._pool and device.type == "cuda" else None
@@ -65,7 +65,7 @@ class Solver:
             MeasurementError: for a problem that could not be solved, with its layer and step.
         """
         waiting = []
-        for problem in problems[self._rank :: self._n_processes]:
+        for problem in problems:
             on_host = problem.to_host(self._stream) if self._stream else problem
             waiting.append((on_host, self._start(on_host)))
         self._pending.append((labels, waiting))
@@ -140,12 +140,13 @@ class Solver:
         return [spectra for spectra in in_turns if spectra is not None], error
 
 
-def spare_workers(device: torch.device) -> int:
-    """Threads that can solve beside training on `device`: all cores of this process but one, shared
-    with the other processes of the host; 0 where that is too few, or where the cores train."""
+def spare_workers(device: torch.device, n_processes: int = 1) -> int:
+    """Threads that can solve beside training on `device`: the cores of this process, shared with
+    the other training processes of the host, but one; 0 where that is too few, or where the cores
+    train."""
     if device.type != "cuda":
         return 0
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // n_processes
     return cores - 1 if cores > LEAST_WORKERS else 0
 
 

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import nerve
 from nerve.errors import MeasurementError
@@ -27,11 +30,12 @@ NUMBERS = ["n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "ee
 
 def make_model() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)).double()
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)]
+    return nn.Sequential(*layers, nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)).double()
 
 
 def ffns(model: nn.Sequential) -> list[FFNAdapter]:
-    return [FFNAdapter(0, "ffn", model[0], model[2])]
+    return [FFNAdapter(0, "ffn", model[0], model[2]), FFNAdapter(1, "ffn", model[3], model[5])]
 
 
 def data() -> torch.Tensor:
@@ -55,22 +59,36 @@ def measure_a_shard(rank: int, bounds: list[int], shortcut: bool, folder: str) -
             model(batch)
             measurement.finish_forward()
     measurement.stop()
-    measurement.all_reduce()
-    row = measurement.spectra()[0].row()
-    Path(folder, f"{rank}.json").write_text(json.dumps(row))
+    measurement.reduce()
+    (problem,) = measurement.problems(rank, WORLD)
+    Path(folder, f"{rank}.json").write_text(json.dumps(problem.solve().row()))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("bounds", [[0, 150, 300], [0, 299, 300], [0, 300, 300], [0, 0, 300]])
 def test_two_processes_equal_one_over_the_union(tmp_path, bounds, shortcut):
-    """Even, uneven and empty shards, in float64, to 1e-10; and both processes know the result."""
+    """Even, uneven and empty shards, in float64, to 1e-10; each process has one of the FFNs."""
     mp.spawn(measure_a_shard, args=(bounds, shortcut, str(tmp_path)), nprocs=WORLD)
     model = make_model()
     one = nerve.measure(model, [data()], ffns=ffns(model), shortcut=shortcut)
-    for rank in range(WORLD):
-        row = pd.DataFrame([json.loads((tmp_path / f"{rank}.json").read_text())])
-        np.testing.assert_allclose(row[NUMBERS], one[NUMBERS], rtol=1e-10)
+    rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    np.testing.assert_allclose(pd.DataFrame(rows)[NUMBERS], one[NUMBERS], rtol=1e-10)
+    assert [row["layer"] for row in rows] == [0, 1]
+
+
+def test_features_split_by_tensor_parallelism_are_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for whole, output in ((False, None), (True, Replicate())):
+            model = make_model()
+            split = ColwiseParallel(output_layouts=output, use_local_output=not whole)
+            parallelize_module(model[0], mesh, split)
+            with pytest.raises(MeasurementError, match="ffn in layer 0 are split over processes"):
+                nerve.measure(model, [data()], ffns=ffns(model)[:1])
+    finally:
+        dist.destroy_process_group()
 
 
 def solve_a_share(rank: int, broken: int | None, folder: str) -> None:
@@ -80,7 +98,7 @@ def solve_a_share(rank: int, broken: int | None, folder: str) -> None:
     solver = Solver(torch.device("cpu"))
     solved, errors = [], []
     for step in range(2):
-        problems = [make_problem(layer, broken == layer) for layer in range(3)]
+        problems = [make_problem(layer, broken == layer) for layer in range(rank, 3, WORLD)]
         try:
             solved += solver.submit({"step": step}, problems)
         except MeasurementError as error:

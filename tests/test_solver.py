@@ -98,10 +98,7 @@ def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():
 
 def test_cores_that_train_have_none_to_spare(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert spare_workers(CPU) == 0
     assert spare_workers(torch.device("cuda")) == 15
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert spare_workers(torch.device("cuda")) == 7
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert spare_workers(torch.device("cuda")) == 0
+    assert spare_workers(torch.device("cuda"), n_processes=2) == 7
+    assert spare_workers(torch.device("cuda"), n_processes=4) == 0

@@ -109,24 +109,24 @@ class StreamingCovariance:
                 n, *parts = other._moments
                 self._merge(Moments(n, *(part.to(self.device, copy=True) for part in parts)))
 
-    def all_reduce(self) -> None:
-        """Adds the samples of all processes of the default group, in each of them.
+    def reduce(self, to: int) -> None:
+        """Adds the samples of all processes of the default group, in process `to`.
 
-        Every process must call it, on accumulators of one `dim`; one may have seen no samples.
+        Every process must call it, on accumulators of one `dim`; one may have seen no samples. What
+        the other processes hold afterwards means nothing, but for `n_samples` and `precision`.
         """
         with torch.inference_mode(False), torch.no_grad():
             n, mean, scatter = self._all_moments()
-            total, weighted = mean.new_tensor(n), mean * n
-            dist.all_reduce(total)
+            taken = mean.new_tensor([n, *(name in self._taken for name in PRODUCTS)])
+            weighted = torch.cat([taken, mean * n])
             dist.all_reduce(weighted)
-            common = weighted / total.clamp(min=1)
+            total, *taken = weighted[: len(taken)].tolist()
+            common = weighted[1 + len(taken) :] / max(total, 1)
             delta = mean - common
             scatter.addr_(delta * n, delta)
-            dist.all_reduce(scatter)
+            dist.reduce(scatter, to)
             self._moments = Moments(int(total), common, scatter)
-            taken = mean.new_tensor([name in self._taken for name in PRODUCTS])
-            dist.all_reduce(taken, dist.ReduceOp.MAX)
-            self._taken = {name for name, any_ in zip(PRODUCTS, taken, strict=True) if any_}
+            self._taken = {name for name, n_any in zip(PRODUCTS, taken, strict=True) if n_any}
 
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import permutations
-from threading import Barrier
+from threading import Barrier, local
 
 import jaxtyping
 import numpy as np
@@ -518,38 +518,51 @@ def test_merging_with_itself_doubles_the_samples(n):
 
 
 @pytest.fixture
-def group_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three threads in place of processes: what each gives to `all_reduce`, all get together."""
-    barrier, given = Barrier(3, timeout=20), list[Tensor]()
+def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
+    """Three threads in place of processes: what each gives to a sum, all get together; of one that
+    goes to a single process, the others keep nothing that is of use."""
+    barrier, given, me = Barrier(3, timeout=20), list[Tensor](), local()
 
-    def all_reduce(tensor: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+    def all_reduce(tensor: Tensor) -> None:
         given.append(tensor.clone())
         barrier.wait()
-        together = torch.stack(given)
-        tensor.copy_(together.sum(0) if op == dist.ReduceOp.SUM else together.amax(0))
+        tensor.copy_(torch.stack(given).sum(0))
         if barrier.wait() == 0:
             given.clear()
         barrier.wait()
 
+    def reduce(tensor: Tensor, to: int) -> None:
+        all_reduce(tensor)
+        if me.rank != to:
+            tensor.fill_(torch.nan)
+
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "reduce", reduce)
+    return me
 
 
-@pytest.mark.usefixtures("group_of_three")
+@pytest.mark.parametrize("to", [0, 2])
 @pytest.mark.parametrize("sizes", [(3, 5, 8), (0, 12, 700), (100, 300, 50)])
-def test_all_reduce_makes_each_that_of_all_samples(sizes):
+def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
     parts = [draw(n, seed=i) + 10 * i for i, n in enumerate(sizes)]
     accumulators = [StreamingCovariance(DIM) for _ in parts]
     for accumulator, part in zip(accumulators, parts, strict=True):
         accumulator.update(part)
+
+    def reduce(rank: int) -> None:
+        group_of_three.rank = rank
+        accumulators[rank].reduce(to)
+
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(StreamingCovariance.all_reduce, accumulators))
+        list(pool.map(reduce, range(3)))
     for accumulator in accumulators:
         assert accumulator.n_samples == sum(sizes)
         assert accumulator.precision == "float64"
-        assert entry_error(accumulator.scatter().tril(), scatter_of(parts)) <= 1e-12
-        accumulator.update(draw(50, seed=9))
-        expected = scatter_of([*parts, draw(50, seed=9)])
-        assert entry_error(accumulator.scatter().tril(), expected) <= 1e-12
+    receiver = accumulators[to]
+    assert entry_error(receiver.scatter().tril(), scatter_of(parts)) <= 1e-12
+    receiver.update(draw(50, seed=9))
+    expected = scatter_of([*parts, draw(50, seed=9)])
+    assert entry_error(receiver.scatter().tril(), expected) <= 1e-12
 
 
 def test_blocks_of_the_triangle_make_the_whole_product():

@@ -1,0 +1,133 @@
+"""The files that a run can be resumed from, and a model be loaded from.
+
+They appear whole or not at all, and hold only tensors, numbers, text and containers of these:
+nothing that is read from a run directory can run code.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins import CheckpointIO
+from torch import nn
+
+from nerve.errors import StoreError
+from nerve.models import build_model
+from nerve.results.atomic import refusals_named, write_atomically
+from nerve.results.record import RunRecord
+from nerve.values import require_choice
+
+Which = Literal["best", "last"]
+FOLDER = "checkpoints"
+_MODULE = "model."
+
+
+def checkpoint_path(directory: str | os.PathLike[str], which: Which) -> Path:
+    """Where a run keeps its last checkpoint, or its weights of the lowest validation loss."""
+    require_choice("a checkpoint", which, ("best", "last"))
+    return Path(directory) / FOLDER / f"{which}.ckpt"
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Puts `content` at `path` atomically and durably.
+
+    Raises:
+        StoreError: when the file system refuses; what was at `path` is then untouched.
+    """
+    with refusals_named(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save(dict(content), file))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` wrote, with all tensors on the CPU.
+
+    Raises:
+        StoreError: when there is no such file, it is damaged, or it holds more than data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        error: Exception = TypeError(f"it holds {type(content).__name__}")
+    except Exception as refused:  # the unpickler raises whatever damaged bytes lead it to
+        error = refused
+    raise StoreError(
+        f"{path} must be a checkpoint that this project wrote; it cannot be read: {error}. "
+        "Restore it, or delete it: a run without a last checkpoint starts from its beginning."
+    ) from error
+
+
+def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`."""
+    if "state_dict" not in checkpoint:
+        return dict(checkpoint)
+    states = checkpoint["state_dict"]
+    return {
+        "model": {name.removeprefix(_MODULE): states[name] for name in states},
+        "facts": checkpoint["facts"],
+        "step": checkpoint["global_step"],
+    }
+
+
+def drop_all_but_weights(path: Path) -> None:
+    """Leaves of a checkpoint what a run that is done still needs, a third of it with AdamW."""
+    write_checkpoint(path, weights_of(read_checkpoint(path)))
+
+
+def load_model(directory: str | os.PathLike[str], which: Which = "best") -> nn.Module:
+    """The model of a run, on the CPU and in eval mode.
+
+    Args:
+        directory: the run directory.
+        which: `best` has the weights of the lowest validation loss, `last` those of the last
+            checkpoint; of a run that is done, its final ones.
+
+    Raises:
+        StoreError: when there is no such run or checkpoint, or it is damaged.
+    """
+    record = RunRecord.load(directory)
+    weights = weights_of(read_checkpoint(checkpoint_path(directory, which)))
+    model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
+    model.load_state_dict(weights["model"])
+    return model.eval()
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's way to checkpoints: holds what it is given to save until `write` is called.
+
+    A state is taken where Lightning can resume from it, and written where all rows up to its step
+    are known.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Path, dict[str, Any]] | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is something to write."""
+        return self._held is not None
+
+    def write(self) -> None:
+        """Writes what is held. Raises as `write_checkpoint`; it is then still held."""
+        if self._held is not None:
+            write_checkpoint(*self._held)
+            self._held = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        self._held = (Path(path), checkpoint)
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""The parts of a run, built from its configuration: data, model, trainer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import get_class
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from nerve.checkpoint import CheckpointFiles
+from nerve.cli.compose import build
+from nerve.cli.progress import RunProgressBar
+from nerve.errors import ConfigError
+from nerve.logger import StoreLogger
+from nerve.models import MODELS, build_model
+from nerve.module import ImageClassifier, LanguageModel, TrainedModel
+from nerve.optim import Part, Schedule, build_optimizer
+from nerve.probe import find_ffns
+from nerve.results.store import RunStore
+from nerve.values import from_mapping, require, require_choice
+
+SAMPLES_PER_DIMENSION = 8
+"""`monitor.n_tokens=auto` measures this many tokens a dimension of the widest FFN (N/D)."""
+
+TASKS: dict[str, tuple[type[TrainedModel], str]] = {
+    "gpt": (LanguageModel, "tokens"),
+    "mixer": (ImageClassifier, "images"),
+}
+"""The kind of a model to the Lightning module that trains it, and what its batches count."""
+
+
+def check(config: DictConfig) -> None:
+    """Refuses what cannot be resolved: data of the other kind, and values that were not given."""
+    kind, target = config.model.kind, config.data.get("_target_")
+    require_choice("model.kind", kind, TASKS)
+    try:
+        data = get_class(target)
+    except Exception as error:  # an import runs code that may raise anything
+        raise ConfigError(f"data._target_ must name a class; got {target!r}: {error}") from error
+    suited = [
+        other
+        for other, network in MODELS.items()
+        if all(hasattr(data, fact) for fact in network.FACTS)
+    ]
+    # Data that says of no model that it suits it is asked again once it is set up.
+    require(
+        kind in suited or not suited,
+        f"Data and model must suit each other; model.kind={kind} cannot be trained on "
+        f"{data.__name__}, which is for model.kind={' or '.join(suited)}. Choose another data "
+        "group or another model.",
+    )
+    missing = sorted(OmegaConf.missing_keys(config))
+    require(
+        not missing,
+        f"Values without a default must be given; {', '.join(missing)} is missing. "
+        f"Add {' '.join(f'{key}=…' for key in missing)}.",
+    )
+
+
+def build_data(config: DictConfig, values: dict[str, Any]) -> Any:
+    """The data module, prepared: the model needs facts that only the data knows."""
+    trainer = values["trainer"]
+    for key in ("max_steps", "accumulate_grad_batches"):
+        require(
+            isinstance(trainer[key], int) and trainer[key] > 0,
+            f"trainer.{key} must be a positive whole number; got {trainer[key]!r}.",
+        )
+    n_batches = trainer["max_steps"] * trainer["accumulate_grad_batches"]
+    sizes: dict[str, int] = {"n_train_batches": n_batches}
+    if values["model"]["kind"] == "gpt":
+        sizes["n_heldout_tokens"] = _n_tokens(values)
+    data = build(config.data, **sizes, seed=values["seed"])
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def _n_tokens(values: dict[str, Any]) -> int:
+    """`monitor.n_tokens`, with `auto` worked out from the widest FFN of the model."""
+    asked = values["monitor"]["n_tokens"]
+    if asked != "auto":
+        require(
+            isinstance(asked, int) and asked > 0,
+            f"monitor.n_tokens must be auto or a positive whole number; got {asked!r}.",
+        )
+        return int(asked)
+    with torch.device("meta"):
+        skeleton = build_model(values, seed=0, vocab_size=1)
+    return SAMPLES_PER_DIMENSION * max(_width(ffn.post) for ffn in find_ffns(skeleton))
+
+
+def _width(down: nn.Module) -> int:
+    width = down.in_features
+    assert isinstance(width, int)
+    return width
+
+
+def facts_of(data: Any, kind: str) -> dict[str, Any]:
+    """What a model of that kind must know of the data, such as `vocab_size`."""
+    return {fact: getattr(data, fact) for fact in MODELS[kind].FACTS if hasattr(data, fact)}
+
+
+def build_module(
+    config: DictConfig, values: Mapping[str, Any], facts: Mapping[str, Any]
+) -> TrainedModel:
+    """The model, with its loss, optimizer and schedule."""
+    trained_model, _ = TASKS[values["model"]["kind"]]
+    return trained_model(
+        build_model(values, seed=values["seed"], **facts),
+        lambda model: build_optimizer(model, _parts(config)),
+        from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule"),
+        compile=values["compile"],
+    )
+
+
+def _parts(config: DictConfig) -> dict[str, Part]:
+    built = build(config.optimizer.parts)
+    return {str(name): Part(tuple(part.roles), part.build) for name, part in built.items()}
+
+
+def build_trainer(
+    config: DictConfig,
+    directory: Path,
+    store: RunStore | None,
+    callbacks: list[L.Callback],
+    files: CheckpointFiles,
+) -> L.Trainer:
+    """The trainer, with the loggers and callbacks of the configuration beside those given."""
+    loggers: list[Logger] = [build(logger) for logger in config.logger.values()]
+    if store:
+        loggers.insert(0, StoreLogger(store))
+    callbacks = callbacks + [build(callback) for callback in config.callbacks.values()]
+    if config.trainer.enable_progress_bar:
+        callbacks.append(RunProgressBar(TASKS[config.model.kind][1]))
+    plugins: list[Any] = [files]
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing would act beside ours, and beside submitit's.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    trainer: L.Trainer = build(
+        config.trainer,
+        log_every_n_steps=min(config.trainer.log_every_n_steps, config.trainer.max_steps),
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=plugins,
+        default_root_dir=str(directory),
+        max_epochs=-1,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return trainer

@@ -1,0 +1,136 @@
+"""The cells of a sweep: each composed, with its directory and what that holds already."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from nerve.cli.compose import resolved
+from nerve.errors import ConfigError, StoreError
+from nerve.results.identity import differences
+from nerve.results.record import RECORD_NAME, RunRecord
+from nerve.results.state import RunState, run_state
+
+
+@dataclass
+class Cell:
+    """One point of a grid.
+
+    Attributes:
+        number: its place in the grid, from 0.
+        overrides: what sets it apart on the command line, and what all share.
+        config: composed, with Hydra's own node.
+        directory: of its run; where that cannot be told, the sweep's.
+        found: what the directory held before the sweep.
+        twin: the number of an earlier cell that defines the same result.
+        refusal: why it cannot be run.
+        trouble: why it could not be started, or its end not be recorded.
+    """
+
+    number: int
+    overrides: Sequence[str]
+    config: DictConfig
+    directory: Path
+    found: RunState = RunState.NEW
+    twin: int | None = None
+    refusal: str | None = None
+    trouble: str | None = None
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether the sweep is to run it."""
+        if self.twin is not None or self.refusal is not None:
+            return False
+        if self.found == RunState.FAILED:
+            return bool(self.config.retry)
+        return self.found not in (RunState.DONE, RunState.ALIVE)
+
+    def values(self) -> dict[str, Any]:
+        """The resolved configuration, without Hydra's own node."""
+        HydraConfig.instance().set_config(self.config)
+        keys = [str(key) for key in self.config if key != "hydra"]
+        return resolved(OmegaConf.masked_copy(self.config, keys))
+
+
+def compose_grid(
+    loader: ConfigLoader, config: DictConfig, grid: Sequence[Sequence[str]]
+) -> list[Cell]:
+    """The cells of a grid, in its order.
+
+    Args:
+        loader: Hydra's.
+        config: the sweep's own configuration.
+        grid: the overrides of each cell.
+
+    Raises:
+        ConfigError: for overrides that cannot be composed, such as a misspelt option.
+    """
+    cells: list[Cell] = []
+    first: dict[Path, Cell] = {}
+    for number, overrides in enumerate(grid):
+        try:
+            composed = loader.load_sweep_config(config, list(overrides))
+        except HydraException as error:
+            cause = f"\n{error.__cause__}" if error.__cause__ else ""
+            raise ConfigError(
+                f"cell {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; nothing "
+                f"was started. {error}{cause}"
+            ) from error
+        with open_dict(composed.hydra):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        cell = Cell(number, overrides, composed, Path(str(composed.hydra.sweep.dir)))
+        try:
+            _place(cell)
+            twin = first.setdefault(cell.directory, cell)
+            if twin is not cell:
+                cell.twin = twin.number
+        except OmegaConfBaseException as error:
+            cell.refusal = _unresolved(composed, error)
+        except StoreError as error:
+            cell.refusal = str(error)
+        cells.append(cell)
+    return cells
+
+
+def _place(cell: Cell) -> None:
+    """Finds the cell's directory, as Hydra would, and what it holds."""
+    hydra = cell.config.hydra
+    HydraConfig.instance().set_config(cell.config)
+    subdir = str(hydra.sweep.subdir)
+    cell.directory /= subdir
+    OmegaConf.set_readonly(hydra, False)
+    with open_dict(hydra):
+        hydra.sweep.subdir = subdir
+        hydra.runtime.output_dir = os.path.abspath(cell.directory)
+    values = cell.values()
+    cell.found = run_state(cell.directory)
+    if (cell.directory / RECORD_NAME).exists():
+        record = RunRecord.load(cell.directory)
+        different = differences(record.config, values)
+        if different:
+            raise StoreError(
+                f"A directory holds one run; {cell.directory} holds run {record.run_id} with other "
+                f"values of {', '.join(different)}. Choose another hydra.sweep.dir, or delete that "
+                "one."
+            )
+
+
+def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:
+    text = str(error)
+    chosen = [
+        f"{group}={option}"
+        for group, option in config.hydra.runtime.choices.items()
+        if f"{group}." in text
+    ]
+    where = f", which {error.full_key} refers to" if error.full_key else ""
+    return (
+        f"The values of a cell must be there and fit together; {text.splitlines()[0]}{where}. "
+        f"Choose groups that suit each other, or give the value; chosen: {', '.join(chosen)}."
+    )

@@ -1,0 +1,187 @@
+"""What a sweep says of its cells: before, while they run, and at the end."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.table import Table
+
+from nerve.cli.grid import Cell
+from nerve.cli.text import console, figure, say
+from nerve.errors import NerveError, StoreError
+from nerve.results.record import RECORD_NAME, RunRecord
+from nerve.results.state import RunState, run_state
+
+FOUND = {
+    RunState.NEW: "new",
+    RunState.INTERRUPTED: "interrupted",
+    RunState.DEAD: "killed",
+    RunState.FAILED: "failed",
+    RunState.DONE: "done",
+    RunState.ALIVE: "at work elsewhere",
+}
+DEED = {
+    RunState.NEW: "run",
+    RunState.INTERRUPTED: "resumed",
+    RunState.DEAD: "resumed",
+    RunState.FAILED: "retried",
+}
+SHOWN = 8
+"""Cells that share a reason and are named; more are counted."""
+
+
+class SweepError(NerveError):
+    """A sweep ended with cells that are not done; the message says which and why.
+
+    Attributes:
+        exit_status: of the command.
+    """
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class Report:
+    """Tells a sweep's user about its cells. What became of each is read from its directory.
+
+    Args:
+        folder: of the sweep.
+        cells: all of the grid.
+    """
+
+    def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
+        self._folder = folder
+        self._cells = cells
+        self._labels = _labels(cells)
+        self._starts = [_n_starts(cell) for cell in cells]
+        self._n_to_do = sum(cell.is_to_do for cell in cells)
+        self._n_started = 0
+
+    def begin(self) -> None:
+        """Says how many cells there are, and what was found of them."""
+        kinds = Counter(
+            "refused"
+            if cell.refusal is not None
+            else "doubled"
+            if cell.twin is not None
+            else FOUND[cell.found]
+            for cell in self._cells
+        )
+        found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        say(f"sweep {self._folder}: {_cells(len(self._cells))}, {found}; {self._n_to_do} to run")
+
+    def starting(self, cell: Cell) -> None:
+        """Says that a cell starts."""
+        self._n_started += 1
+        say(
+            f"[{self._n_started}/{self._n_to_do}] {self._labels[cell.number]} "
+            f"({DEED[cell.found]} in {cell.directory})"
+        )
+
+    def ended(self, cell: Cell) -> None:
+        """Says how a cell ended."""
+        state, record, reason = _ending(cell)
+        loss = f", validation loss {figure(record.final.get('val_loss'))}" if record else ""
+        said = f"done{loss}" if state == RunState.DONE else reason
+        say(f"{self._labels[cell.number]}: {said}")
+
+    def end(self, signum: int | None = None, errors: Sequence[Exception] = ()) -> None:
+        """Prints the summary.
+
+        Args:
+            signum: the signal that asked the sweep to stop, if any.
+            errors: what a launcher raised.
+
+        Raises:
+            SweepError: unless all cells are done.
+        """
+        table = Table(title=f"sweep {self._folder}", title_justify="left")
+        for name in ("", "cell", "this time", "state", "step", "val loss", "directory"):
+            right = name in ("", "step", "val loss")
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        reasons: dict[str, list[Cell]] = {}
+        for cell in self._cells:
+            state, record, reason = _ending(cell)
+            known = record is not None and cell.twin is None and cell.refusal is None
+            table.add_row(
+                str(cell.number),
+                self._labels[cell.number],
+                self._deed(cell),
+                state,
+                f"{record.step}/{record.config['trainer']['max_steps']}"
+                if record and known
+                else "",
+                figure(record.final.get("val_loss")) if record and known else "",
+                cell.directory.name if cell.refusal is None else "",
+            )
+            if cell.twin is None and state != RunState.DONE:
+                reasons.setdefault(reason, []).append(cell)
+        console().print(table)
+        if reasons or signum is not None:
+            self._raise(reasons, signum, errors)
+
+    def _deed(self, cell: Cell) -> str:
+        if cell.refusal is not None:
+            return "refused"
+        if cell.twin is not None:
+            return f"same as {cell.twin}"
+        if not cell.is_to_do:
+            return "skipped"
+        started = _n_starts(cell) > self._starts[cell.number]
+        return DEED[cell.found] if started else "not started"
+
+    def _raise(
+        self, reasons: dict[str, list[Cell]], signum: int | None, errors: Sequence[Exception]
+    ) -> NoReturn:
+        n_missing = sum(map(len, reasons.values()))
+        lines = [f"{n_missing} of {_cells(len(self._cells))} in {self._folder} are not done."]
+        for reason, cells in reasons.items():
+            names = [f"{cell.number} ({self._labels[cell.number]})" for cell in cells[:SHOWN]]
+            more = f" and {len(cells) - SHOWN} more" if len(cells) > SHOWN else ""
+            lines.append(f"  {', '.join(names)}{more}: {reason}")
+        lines += [f"  the launcher: {error}" for error in errors]
+        lines.append(
+            "The same command goes on with what is not done; retry=true includes what failed."
+        )
+        raise SweepError("\n".join(lines), 1 if signum is None else 128 + signum)
+
+
+def _ending(cell: Cell) -> tuple[str, RunRecord | None, str]:
+    """A cell's state, its record, and why it is not done."""
+    if cell.refusal is not None:
+        return "", None, cell.refusal
+    try:
+        state = run_state(cell.directory)
+        if state == RunState.NEW:
+            return state, None, cell.trouble or "not started"
+        record = RunRecord.load(cell.directory)
+    except StoreError as error:
+        return "unreadable", None, str(error)
+    why = ": ".join((record.error or {}).values())
+    return state, record, f"{FOUND[state]}: {why}" if why else FOUND[state]
+
+
+def _n_starts(cell: Cell) -> int:
+    """How often a process has begun to work in the cell's directory."""
+    if cell.refusal is not None or not (cell.directory / RECORD_NAME).exists():
+        return 0
+    try:
+        return RunRecord.load(cell.directory).restarts + 1
+    except StoreError:
+        return 0
+
+
+def _labels(cells: Sequence[Cell]) -> list[str]:
+    """What sets each cell apart: its overrides that not all of them have."""
+    counts = Counter(override for cell in cells for override in set(cell.overrides))
+    return [
+        " ".join(override for override in cell.overrides if counts[override] < len(cells))
+        or "the only one"
+        for cell in cells
+    ]
+
+
+def _cells(n: int) -> str:
+    return "1 cell" if n == 1 else f"{n} cells"

@@ -1,0 +1,102 @@
+"""`nerve-report`: figures, tables and a page about runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from nerve.errors import NerveError
+
+DESCRIPTION = """\
+Writes a folder about the runs under PATH: index.html (one file that opens without a network),
+figures/ as PNG and SVG, tables/ as CSV and Parquet.
+
+One run gets its own figures: overview, PR gain and ΔEEE over depth, spectra, training curves.
+Several runs are compared: curves and layers by each factor that varies, loss against metrics,
+correlations within and across runs, at the last step and at equal loss. Runs that failed, are
+unfinished or never learned are named and left out of figures and statistics.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `nerve-report`. Errors that the user can mend are shown as one message."""
+    asked = _parser().parse_args(arguments)
+    from nerve.results.report import write_report  # pandas and matplotlib take a second to import
+
+    try:
+        with _progress() as progress:
+            index = write_report(
+                asked.paths,
+                asked.output,
+                window=asked.window,
+                steps=asked.steps,
+                progress=progress,
+            )
+    except NerveError as error:
+        _fail(str(error))
+    print(f"report: {index}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nerve-report",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "paths", metavar="PATH", nargs="+", help="a run, a sweep, or a folder of outputs"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FOLDER", help="default: report beside the first path"
+    )
+    parser.add_argument(
+        "--window",
+        default="after_warmup",
+        help="steps of the correlations in titles and summaries: all, after_warmup (default), or "
+        "differences (of the changes from one measured step to the next)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_steps,
+        default=(),
+        metavar="S,S,…",
+        help="steps whose spectra are drawn, for one run; default: four from first to last",
+    )
+    return parser
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"steps are whole numbers with commas between, such as 0,100,400; got {text!r}"
+        ) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal; elsewhere a line a step, so that a log says where it is."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    description = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), description)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"nerve-report: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`nerve-run resume=<run directory>`: the saved configuration of a run in the place of `config`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from nerve.cli.compose import CONF
+from nerve.errors import StoreError
+from nerve.results.identity import EXCLUDED
+from nerve.values import require
+
+CONFIG_NAME = "resumed"
+"""The primary config that `prepare_resume` puts where Hydra finds it."""
+
+
+def prepare_resume(arguments: Sequence[str]) -> str | None:
+    """The name of the primary config for a command line with `resume=…`; None for one without.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: for values beside `resume` that would make it another run.
+        StoreError: for a directory that holds no run.
+    """
+    overrides = _overrides(arguments)
+    asked = [override.value() for override in overrides if override.key_or_group == "resume"]
+    if not asked or asked[-1] is None:
+        return None
+    directory = Path(str(asked[-1]))
+    defining = [
+        str(override.input_line)
+        for override in overrides
+        if not override.is_hydra_override() and not _is_free(override.key_or_group)
+    ]
+    require(
+        not defining,
+        f"A resumed run keeps what defines its result; got {' '.join(defining)} beside "
+        f"resume={directory}. Leave it out, or start a new run; {_free_keys()} may be given.",
+    )
+    named = any(
+        argument.startswith(("--config-name", "-cn", "--multirun", "-m")) for argument in arguments
+    )
+    require(
+        not named,
+        f"One run is resumed, with its own configuration; got resume={directory} beside --multirun "
+        "or --config-name. Leave that out; a sweep resumes by itself what was interrupted.",
+    )
+    _store(directory, chooses_logger=any(o.key_or_group == "logger" for o in overrides))
+    return CONFIG_NAME
+
+
+def _overrides(arguments: Sequence[str]) -> list[Override]:
+    """The overrides among the arguments; what cannot be parsed is left for Hydra to refuse."""
+    try:
+        return list(OverridesParser.create().parse_overrides(_positional(arguments)))
+    except HydraException:
+        return []
+
+
+def _positional(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if "=" in argument and argument[0] != "-"]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in EXCLUDED)
+
+
+def _free_keys() -> str:
+    keys = ("threads", "logger", "checkpoint", "retry")
+    return ", ".join(key for key in keys if _is_free(key))
+
+
+def _store(directory: Path, chooses_logger: bool) -> None:
+    saved = directory / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise StoreError(
+            f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
+            "does not. Give what nerve-run printed as the run directory."
+        )
+    values = OmegaConf.to_container(OmegaConf.load(saved))
+    assert isinstance(values, dict)
+    primary = OmegaConf.load(CONF / "config.yaml")
+    defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]
+    if chooses_logger:
+        values.pop("logger")
+        defaults.insert(0, {"logger": "csv"})  # overrides must come last
+    hydra = OmegaConf.merge(primary.hydra, {"run": {"dir": str(directory)}})
+    node = {"defaults": [*defaults, "_self_"], **values, "hydra": hydra}
+    ConfigStore.instance().store(name=CONFIG_NAME, node=node)

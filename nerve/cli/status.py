@@ -1,0 +1,182 @@
+"""`nerve-status PATH…`: where each run stands, read from what it has left on disk."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from nerve.cli.text import console, duration, figure, say
+from nerve.errors import StoreError
+from nerve.results.find import find_runs
+from nerve.results.lock import LOCK_NAME
+from nerve.results.parts import list_parts, part_step, read_part
+from nerve.results.record import RunRecord
+from nerve.results.schema import DATASETS
+from nerve.results.state import RunState, run_state
+
+SLOW_S = 60.0
+"""A run whose process lives is slow when its heartbeat, due every ten seconds, is older."""
+
+ORDER = ("running", "slow", "done", "interrupted", "dead", "failed", "unreadable")
+METRICS = DATASETS["metrics"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        directory: of the run.
+        overrides: of its command line.
+        state: running, slow (its process lives and has not been heard of for a minute), done,
+            interrupted (stopped, and saved), dead (its process is gone without a word), failed, or
+            unreadable.
+        record: None where it cannot be read.
+        val_loss: the last that is known.
+        left_s: seconds of training left; None where nothing trains, or too little is known.
+        silent_s: seconds since the last sign of life; None once it has ended.
+        reason: why it ended, or cannot be read.
+    """
+
+    directory: Path
+    overrides: tuple[str, ...]
+    state: str
+    record: RunRecord | None = None
+    val_loss: float | None = None
+    left_s: float | None = None
+    silent_s: float | None = None
+    reason: str = ""
+
+
+def main() -> None:
+    """Entry point of `nerve-status`."""
+    parser = argparse.ArgumentParser(
+        prog="nerve-status",
+        description="Shows where each run stands: state, step, loss, time left, host, job.",
+        epilog="slow: its process lives, but has not been heard of for a minute. "
+        "dead: its process is gone without a word; starting it again resumes it.",
+    )
+    parser.add_argument(
+        "path",
+        nargs="*",
+        default=["outputs"],
+        help="a run, a sweep, or a tree of outputs (default: outputs)",
+    )
+    try:
+        statuses = [status_of(directory) for directory in find_runs(parser.parse_args().path)]
+    except StoreError as error:
+        print(f"nerve-status: {error}", file=sys.stderr)
+        sys.exit(1)
+    show(statuses)
+
+
+def status_of(directory: Path) -> Status:
+    """Where the run in `directory` stands now; a record that cannot be read is a state, too."""
+    overrides = _overrides(directory)
+    try:
+        state, record = run_state(directory), RunRecord.load(directory)
+    except StoreError as error:
+        return Status(directory, overrides, "unreadable", reason=str(error))
+    silent_s = (datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)).total_seconds()
+    is_alive = state == RunState.ALIVE
+    return Status(
+        directory,
+        overrides,
+        ("slow" if silent_s > SLOW_S else "running") if is_alive else str(state),
+        record,
+        record.final.get("val_loss", _last_val_loss(directory)),
+        _left_s(record, silent_s) if is_alive else None,
+        silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
+        ": ".join((record.error or {}).values()),
+    )
+
+
+def show(statuses: Sequence[Status]) -> None:
+    """Prints one row a run, how many there are of each state, and why runs ended early."""
+    counts = Counter(override for status in statuses for override in set(status.overrides))
+    labels = {
+        status.directory: " ".join(o for o in status.overrides if counts[o] < len(statuses))
+        for status in statuses
+    }
+    ordered = sorted(statuses, key=lambda s: (s.directory.parent, labels[s.directory], s.directory))
+    table = Table()
+    for name in ("run", "of its own", "state", "step", "val loss", "left", "last sign", "host"):
+        right = name in ("step", "val loss", "left", "last sign")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    table.add_column("job", overflow="fold")
+    for status in ordered:
+        record = status.record
+        table.add_row(
+            str(status.directory),
+            labels[status.directory],
+            status.state,
+            f"{record.step}/{record.config['trainer']['max_steps']}" if record else "",
+            figure(status.val_loss),
+            "" if status.left_s is None else duration(status.left_s),
+            "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
+            (record.host or "") if record else "",
+            _job(record) if record else "",
+        )
+    console().print(table)
+    states = Counter(status.state for status in statuses)
+    found = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
+    say(f"{len(statuses)} run{'s' if len(statuses) > 1 else ''}: {found}")
+    for status in ordered:
+        if status.reason and status.state != "running":
+            say(f"{status.directory} {status.state}: {status.reason}")
+
+
+def _overrides(directory: Path) -> tuple[str, ...]:
+    saved = directory / ".hydra" / "overrides.yaml"
+    return tuple(map(str, OmegaConf.load(saved))) if saved.is_file() else ()
+
+
+def _last_val_loss(directory: Path) -> float | None:
+    """Of the newest part of the metrics that has one."""
+    for path in reversed(list_parts(directory, METRICS)):
+        try:
+            losses = [loss for loss in read_part(path, METRICS)["val_loss"].to_pylist() if loss]
+        except (StoreError, FileNotFoundError):
+            continue
+        if losses:
+            return float(losses[-1])
+    return None
+
+
+def _left_s(record: RunRecord, silent_s: float) -> float | None:
+    """From the pace since the first part that this process of the run wrote."""
+    began = (record.directory / LOCK_NAME).stat().st_mtime
+    written = [(path.stat().st_mtime, part_step(path)) for path in _parts(record.directory)]
+    since, first = min(
+        ((time, step) for time, step in written if time >= began), default=(began, None)
+    )
+    if first is None:
+        if record.restarts:
+            return None  # it is not known at which step it went on
+        first = 0
+    heard = datetime.fromisoformat(record.heartbeat).timestamp()
+    if record.step <= first or heard <= since:
+        return None
+    a_step = (heard - since) / (record.step - first)
+    return max(0.0, a_step * (record.config["trainer"]["max_steps"] - record.step) - silent_s)
+
+
+def _parts(directory: Path) -> list[Path]:
+    return [path for dataset in DATASETS.values() for path in list_parts(directory, dataset)]
+
+
+def _job(record: RunRecord) -> str:
+    job = record.job or {}
+    if "array_id" in job:
+        return f"{job['array_id']}_{job['array_task']}"
+    return str(job.get("id", ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A sweep: every cell of a grid composed, what is left to do run, and all of them accounted for."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from nerve.cli.cluster import SentJobs
+from nerve.cli.compose import resolved
+from nerve.cli.devices import check_devices
+from nerve.cli.grid import Cell, compose_grid
+from nerve.cli.local import run_here
+from nerve.cli.outcome import Report
+from nerve.errors import ConfigError, NerveError
+from nerve.results.atomic import refusals_named
+from nerve.values import require
+
+NAME = "hydra_plugins.nerve.CellSweeper"
+"""What `_target_` calls the sweeper: Hydra makes plugins of such names only."""
+
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+
+
+def register_sweeper() -> None:
+    """Makes `CellSweeper` known to Hydra."""
+    Plugins.instance().class_name_to_class[NAME] = CellSweeper
+
+
+class CellSweeper(Sweeper):
+    """Hydra's sweeper of grids, which runs only what has not been run.
+
+    Each cell is composed first, so that its directory is known, and what that holds decides: runs
+    that are done, at work or the same as another cell are left out, interrupted ones go on, failed
+    ones are left unless `retry` is set. How the cells ended is read from their directories.
+
+    On this machine each cell runs in a process of its own. The launchers `basic` and `joblib`,
+    which would run cells in processes that they share, are asked only how many run at once; any
+    other launcher gets the cells that are left to do.
+
+    Args:
+        max_batch_size: how many cells another launcher gets at once; None for all.
+        params: axis to values, as on the command line, which goes before.
+        timeout_min: how many minutes a cell on this machine may take; None for no limit.
+
+    Raises:
+        ConfigError: for a time limit that is not positive.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: Mapping[str, str] | None = None,
+        timeout_min: float | None = None,
+    ) -> None:
+        require(
+            timeout_min is None or timeout_min > 0,
+            f"hydra.sweeper.timeout_min must be null or a positive number; got {timeout_min!r}.",
+        )
+        self._max_batch_size = max_batch_size
+        self._params = dict(params or {})
+        self._timeout_s = None if timeout_min is None else 60 * timeout_min
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config = config
+        self.hydra_context = hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs what is left to do of the grid.
+
+        Raises:
+            SweepError: when it ends with cells that are not done, after the summary.
+            ConfigError: for what a sweep cannot do, and for a cell that cannot be composed; nothing
+                is started then.
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        if self.config.resume is not None:
+            raise ConfigError(
+                f"A sweep resumes what was interrupted by itself; got resume={self.config.resume}. "
+                "Leave resume out, or go on with that one run without --multirun."
+            )
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        given = [f"{key}={values}" for key, values in self._params.items()]
+        overrides = parser.parse_overrides([*given, *arguments])
+        (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        cells = compose_grid(loader, self.config, grid)
+        launcher = resolved(self.config.hydra.launcher)
+        for cell in cells:
+            _refuse_devices(cell, launcher)
+        folder = Path(str(self.config.hydra.sweep.dir))
+        with refusals_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+        report = Report(folder, cells)
+        report.begin()
+        to_do = [cell for cell in cells if cell.is_to_do]
+        n_at_once = _n_at_once(launcher)
+        if n_at_once is not None:
+            signum = run_here(to_do, n_at_once, self._timeout_s, report.starting, report.ended)
+            report.end(signum)
+        else:
+            report.end(*self._hand_over(to_do, SentJobs(launcher)))
+
+    def _hand_over(
+        self, cells: Sequence[Cell], jobs: SentJobs
+    ) -> tuple[int | None, list[Exception]]:
+        """Gives the cells to the launcher; a signal that asked to stop, and what it raised."""
+        assert self.launcher is not None
+        # The directory in so many words: another machine need not find the same one.
+        overrides = [
+            [*cell.overrides, f"hydra.sweep.subdir={_quoted(cell.config.hydra.sweep.subdir)}"]
+            for cell in cells
+        ]
+        errors: list[Exception] = []
+        size = self._max_batch_size or max(1, len(cells))
+        for number in range(0, len(cells), size):
+            batch = overrides[number : number + size]
+            try:
+                try:
+                    self.launcher.launch(batch, initial_job_idx=number)
+                except Exception as error:  # submitit's, when a job is killed
+                    errors.append(error)
+                    jobs.wait()
+            except KeyboardInterrupt:
+                errors.append(NerveError("no longer waited for; what it has sent goes on"))
+                return signal.SIGINT, errors
+        return None, errors
+
+
+def _refuse_devices(cell: Cell, launcher: Mapping[str, Any]) -> None:
+    if cell.is_to_do:
+        try:
+            check_devices(cell.config.trainer, launcher)
+        except ConfigError as error:
+            cell.refusal = str(error)
+
+
+def _n_at_once(launcher: Mapping[str, Any]) -> int | None:
+    """How many cells run side by side on this machine; None where the launcher runs them."""
+    if launcher["_target_"] == BASIC:
+        return 1
+    if launcher["_target_"] != JOBLIB:
+        return None
+    from joblib import effective_n_jobs  # type: ignore[import-untyped]
+
+    return int(effective_n_jobs(launcher["n_jobs"]))
+
+
+def _quoted(text: str) -> str:
+    """As a value of the command line, whatever signs it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

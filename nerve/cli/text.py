@@ -1,0 +1,37 @@
+"""How the commands print."""
+
+import math
+import sys
+
+from rich.console import Console
+
+WIDTH = 120
+"""Columns where the output is no terminal."""
+
+
+def console() -> Console:
+    """Where tables go: stdout as it is now."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False)
+
+
+def say(line: str) -> None:
+    """Prints a line as it is, at once: processes that write to the same terminal come after it."""
+    print(line, flush=True)
+
+
+def figure(value: float | None) -> str:
+    """A number in three significant places or three decimals; – where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 42 s, 7 min 5 s, 3 h 20 min, 2 d 4 h."""
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    left, parts = round(seconds), []
+    for name, size in units:
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2]) or "0 s"

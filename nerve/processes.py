@@ -1,0 +1,34 @@
+"""What the processes of one run tell each other; a run of one process has only itself to ask."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's place among them, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's `value`, in the order of their ranks; all of them must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def highest(value: int, device: torch.device) -> int:
+    """The highest of every process's `value`; all of them must call it.
+
+    Args:
+        value: this process's.
+        device: where the processes exchange tensors.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)

@@ -1,0 +1,117 @@
+"""Which configuration values tell runs apart, which are the same in all, and which go together."""
+
+from dataclasses import dataclass, fields
+
+import pandas as pd
+
+from nerve.results.compare import COUNTS, NUMBERS
+from nerve.results.identity import EXCLUDED
+from nerve.results.record import RunRecord
+from nerve.results.schema import METRICS
+from nerve.results.style import level_text
+
+DESIGN_FACTORS = (
+    "normalization.kind",
+    "normalization.placement",
+    "activation.name",
+    "position.name",
+    "ffn.width",
+    "ffn.gated",
+    "ffn.constraint",
+    "optimizer.name",
+    "optimizer.lr",
+)
+"""The values that runs are first told apart by."""
+
+RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
+RECORDED_GROUPS = ("final", "fingerprints", "versions", "job")
+TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What tells runs apart.
+
+    Args:
+        varying: columns of `load_runs`, design factors first, no two of which split the runs alike.
+        together: for some of `varying`, the further columns that it determines.
+        constant: design factors that have one value, and which.
+    """
+
+    varying: tuple[str, ...]
+    together: dict[str, tuple[str, ...]]
+    constant: dict[str, str]
+
+
+def find_factors(runs: pd.DataFrame) -> Factors:
+    """The configuration leaves of `load_runs` sorted into what varies, follows, and stays.
+
+    The seed, leaves that change no result (`EXCLUDED`), targets of instantiation (`_target_`) and
+    leaves with the name of a result are no factors. A leaf follows another where both split the
+    runs alike, or where the other is a name (`optimizer.name`) that fixes it and that several
+    designs share: its levels could not be told from the other's.
+    """
+    leaves = [name for name in runs.columns if _is_leaf(str(name))]
+    ordered = [name for name in DESIGN_FACTORS if name in leaves]
+    ordered += [name for name in leaves if name not in DESIGN_FACTORS]
+    levels = {name: levels_of(runs[name]) for name in ordered}
+    varying: list[str] = []
+    together: dict[str, list[str]] = {}
+    for name in ordered:
+        if levels[name].nunique() < 2:
+            continue
+        owner = next((other for other in varying if _follows(runs, levels, name, other)), None)
+        if owner is None:
+            varying.append(name)
+        else:
+            together.setdefault(owner, []).append(name)
+    constant = {
+        name: levels[name].iloc[0]
+        for name in DESIGN_FACTORS
+        if name in levels and levels[name].nunique() == 1
+    }
+    return Factors(
+        tuple(varying), {name: tuple(others) for name, others in together.items()}, constant
+    )
+
+
+def levels_of(values: pd.Series) -> pd.Series:
+    """The values of a factor as text; a missing one is a level of its own."""
+    return values.astype(object).map(level_text)
+
+
+def describe_ties(factors: Factors, n_shown: int = 6) -> list[str]:
+    """Sentences on what varies only together, and so cannot be told apart."""
+    sentences = []
+    for name, others in factors.together.items():
+        more = f" and {len(others) - n_shown} more" if len(others) > n_shown else ""
+        sentences.append(
+            f"Goes together with {name} and cannot be told from it: "
+            f"{', '.join(others[:n_shown])}{more}."
+        )
+    return sentences
+
+
+def _is_leaf(name: str) -> bool:
+    parts = name.split(".")
+    return (
+        name not in RECORDED
+        and name not in TAKEN
+        and parts[0] not in RECORDED_GROUPS
+        and not any(name == other or name.startswith(f"{other}.") for other in EXCLUDED)
+        and not any(part.startswith("_") for part in parts)
+    )
+
+
+def _follows(runs: pd.DataFrame, levels: dict[str, pd.Series], name: str, other: str) -> bool:
+    n_both = len(set(zip(levels[name], levels[other], strict=True)))
+    n_other = levels[other].nunique()
+    if n_both > n_other:
+        return False
+    return n_both == levels[name].nunique() or (
+        _is_name(runs[other]) and n_other < runs["design_id"].nunique()
+    )
+
+
+def _is_name(values: pd.Series) -> bool:
+    return all(isinstance(value, str) for value in values.dropna())

@@ -1,0 +1,114 @@
+"""What the comparisons share: columns asked for, rows joined with their runs, means over layers."""
+
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+
+import numpy as np
+import pandas as pd
+
+from nerve.errors import ConfigError
+
+AT_STEP = ("tokens_seen", "train_loss", "val_loss")
+"""Columns of `load_metrics` that all rows of a run and step share."""
+
+
+def require_columns(frame: pd.DataFrame, names: Sequence[str], source: str) -> None:
+    """Raises `ConfigError` with near names unless `frame`, rows of `source`, has all `names`."""
+    for name in names:
+        if name not in frame.columns:
+            columns = [str(column) for column in frame.columns]
+            near = ", ".join(get_close_matches(name, columns, n=5)) or "none"
+            raise ConfigError(
+                f"This takes rows of {source}, which need the column {name}; it is not there. Near "
+                f"names: {near}."
+            )
+
+
+def require_factors(factors: Sequence[str], runs: pd.DataFrame, taken: Collection[str]) -> None:
+    """Raises `ConfigError` for factors that `runs` does not have, or whose name is `taken`."""
+    require_columns(runs, factors, "load_runs")
+    doubled = [name for name in factors if name in taken]
+    if doubled:
+        raise ConfigError(
+            f"A factor is a column of load_runs that the result does not have already; got "
+            f"{', '.join(doubled)}. Leave it out."
+        )
+
+
+def rows_of(rows: pd.DataFrame, runs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+    """The `rows` whose run is in `runs`, and where it stands there."""
+    positions = pd.Index(runs["run_id"]).get_indexer(pd.Index(rows["run_id"]))
+    kept = positions >= 0
+    return (rows, positions) if kept.all() else (rows[kept], positions[kept])
+
+
+def join_runs(rows: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
+    """`rows` behind the columns that `described` has of their runs; other runs' are left out."""
+    rows, positions = rows_of(rows, described)
+    own = described.take(positions).reset_index(drop=True)
+    return pd.concat([own, rows.drop(columns="run_id").reset_index(drop=True)], axis=1)
+
+
+def average_layers(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """One row a run, FFN and step: the means of `names` over the layers where they were measured.
+
+    Columns: `run_id, ffn, step, n_layers` (rows), `n_null` (of them with a status other than "ok"),
+    `AT_STEP`, `names`.
+    """
+    keys = ["run_id", "ffn", "step"]
+    rows = metrics[[*keys, *AT_STEP, *names]].assign(n_null=metrics["status"] != "ok")
+    groups = rows.groupby(keys, sort=False, observed=True)
+    columns = {
+        "n_layers": groups.size(),
+        "n_null": groups["n_null"].sum(),
+        **{name: groups[name].first() for name in AT_STEP},
+        **{name: groups[name].mean() for name in names},
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
+def group_points(points: pd.DataFrame, by: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame]:
+    """Groups of points, none of which pools different data or FFNs.
+
+    A run without metrics has no FFN: it counts in `n_flagged` of every group of its values of `by`,
+    and has a group of its own only where there is no other.
+
+    Returns:
+        The group of each point, -1 for a run that counts with others, and one row a group with
+        `by, data, ffn, n_flagged`.
+    """
+    keys = [*dict.fromkeys([*by, "data", "ffn"])]
+    ffn_known = points["ffn"].notna().to_numpy()
+    part = number_rows(points, by)
+    n_parts = part.max(initial=-1) + 1
+    has_known = np.bincount(part[ffn_known], minlength=n_parts) > 0
+    own = ffn_known | ~has_known[part]
+    codes = np.full(len(points), -1)
+    codes[own] = number_rows(points[own], keys)
+    n_groups = codes.max(initial=-1) + 1
+
+    flagged = (points["flag"] != "ok").to_numpy()
+    n_flagged = np.bincount(codes[own & flagged], minlength=n_groups)
+    first = np.zeros(n_groups, dtype=np.intp)
+    first[codes[own][::-1]] = np.flatnonzero(own)[::-1]
+    n_flagged += np.bincount(part[~own], minlength=n_parts)[part[first]]
+    groups = points[keys].take(first).reset_index(drop=True)
+    return codes, groups.assign(n_flagged=n_flagged)
+
+
+def number_rows(frame: pd.DataFrame, by: Sequence[str]) -> np.ndarray:
+    """Numbers the distinct values of the columns `by` in the order of their appearance."""
+    if not len(by):
+        return np.zeros(len(frame), dtype=np.intp)
+    return frame.groupby([*by], sort=False, dropna=False, observed=True).ngroup().to_numpy()
+
+
+def count_distinct(codes: np.ndarray, values: pd.Series, n_groups: int) -> np.ndarray:
+    """How many different values each group has, missing ones aside; a code of -1 is of no group."""
+    kept = pd.Series(values.to_numpy()[codes >= 0]).groupby(codes[codes >= 0])
+    return kept.nunique().reindex(range(n_groups), fill_value=0).to_numpy()
+
+
+def interleave(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The first rows of all tables, then the second rows, and so on."""
+    return pd.concat(tables).sort_index(kind="stable").reset_index(drop=True)

@@ -1,0 +1,114 @@
+"""One process a run directory: a lock that the system takes back when its holder dies."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from nerve.errors import StoreError
+from nerve.results.atomic import refusals_named
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+PATIENCE_S = 1.0
+"""How long a start tries again: whoever only asks for the state holds the lock for an instant."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class RunIsBusyError(StoreError):
+    """Another process is at work in the run directory; the message names its host and pid."""
+
+
+class RunLock:
+    """The right to write in a run directory, held from construction to `release` or death.
+
+    The lock is `flock` on `<directory>/.lock`: no kill and no power cut leaves it behind, and on
+    NFS it holds across hosts. The file stays; it names its last holder. On a file system without
+    locks a warning says so, and the run goes on unguarded.
+
+    Args:
+        directory: the run directory; made if it is not there.
+
+    Raises:
+        RunIsBusyError: when another process holds it.
+        StoreError: when the directory cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        path = Path(directory) / LOCK_NAME
+        with refusals_named(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open
+        try:
+            self._take(path)
+        except BaseException:
+            self._file.close()
+            raise
+        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        with refusals_named(path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(holder))
+            self._file.flush()
+
+    def release(self) -> None:
+        """Lets others in; may be called again."""
+        self._file.close()
+
+    def _take(self, path: Path) -> None:
+        patient_until = time.monotonic() + PATIENCE_S
+        while not _flock(self._file.fileno(), fcntl.LOCK_EX):
+            if time.monotonic() > patient_until:
+                raise RunIsBusyError(
+                    f"One process at a time runs in a directory; {path.parent} is in use by "
+                    f"{_named(holder(path.parent))}. Let that one finish or stop it; this run has "
+                    "nothing to do."
+                )
+            time.sleep(0.05)
+
+
+def is_locked(directory: str | os.PathLike[str]) -> bool:
+    """Whether a live process holds the lock of a run directory; False where there is none."""
+    try:
+        descriptor = os.open(Path(directory) / LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _flock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """`host` and `pid` of the process that took the lock last; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((Path(directory) / LOCK_NAME).read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    """Tries to lock an open file; whether nobody else holds it. True where there are no locks."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("this file system has no locks: nothing keeps two processes from one run")
+    return True
+
+
+def _named(process: dict[str, Any]) -> str:
+    if not process:
+        return "another process"
+    return f"process {process.get('pid')} on host {process.get('host')}"

@@ -1,0 +1,103 @@
+"""Signals that ask a run to stop: noticed at once, obeyed once the run has saved."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+log = logging.getLogger(__name__)
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop: a user, a batch system before it preempts or reaches the time limit."""
+
+SLURM_KILLS_WITHIN_S = 600.0
+"""How long a job of SLURM waits after SIGTERM for the kill that follows."""
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop by a signal. `code` is the exit status that shells expect."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signal_name = signal.Signals(signum).name
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal_name}"
+
+
+class StopSignals:
+    """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
+
+    Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
+    program asks for `received` when it can stop. A second Ctrl-C ends at once, as
+    KeyboardInterrupt. Outside the main thread, where Python lets nobody handle signals, nothing is
+    installed.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
+            self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self._received)
+
+    def install(self) -> None:
+        """Handles the signals here, also those that someone else has taken over since."""
+        for signum in self._before:
+            signal.signal(signum, self._note)
+
+    def defer(self) -> None:
+        """From now on signals are only noted; also those that someone else has taken over since."""
+        self._deferred = True
+        self.install()
+
+    def stop(self) -> NoReturn:
+        """Ends training: raises `Interrupted`, also where another process got the signal."""
+        raise Interrupted(self._received[0] if self._received else signal.SIGTERM)
+
+    def hand_on(self) -> None:
+        """Lets what handled the noted signals before have them, now that all is saved.
+
+        submitit's handler counts the timeout, gives the job back to SLURM, and exits. SLURM itself
+        requeues a preempted job only if it is still there when its time of grace ends: after
+        SIGTERM its jobs wait to be killed.
+        """
+        for signum in self._received:
+            handler = self._before.get(signum)
+            if callable(handler) and handler is not signal.default_int_handler:
+                handler(signum, None)
+        if signal.SIGTERM in self._received and "SLURM_JOB_ID" in os.environ:
+            log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
+            time.sleep(SLURM_KILLS_WITHIN_S)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in self._received:
+            raise KeyboardInterrupt
+        if signum not in self._received:
+            self._received.append(signum)
+        if not self._deferred:
+            raise Interrupted(signum)
+        more = "; once more ends at once" if signum == signal.SIGINT else ""
+        text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
+        os.write(2, text.encode())  # a stream may be in the middle of a write of its own

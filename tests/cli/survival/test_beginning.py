@@ -1,0 +1,217 @@
+"""What `nerve-run` does with a directory that a run has used before."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+
+import nerve
+from nerve.checkpoint import checkpoint_path
+from nerve.module import TrainedModel
+from nerve.results import RunRecord
+from nerve.results.lock import RunLock
+from nerve.results.state import RunState, run_state
+
+LIBRARY = Path(os.__file__).parent
+
+
+@pytest.fixture
+def tiny(small) -> list[str]:
+    return [*small, "trainer.max_steps=4", "hydra.run.dir=mine"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Every file of the run and when it was written."""
+
+    def look() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    return look
+
+
+def test_a_run_that_is_done_says_so_and_does_nothing(run, tiny, files):
+    assert run(*tiny)[0] == 0
+    before = files()
+    status, out, err = run(*tiny, "threads=2", "checkpoint.every_n_steps=1")
+    assert (status, err) == (0, "")
+    loss = RunRecord.load("mine").final["val_loss"]
+    assert f"is finished: validation loss {loss:.3f}; there is nothing to do" in out
+    assert files() == before
+
+
+def test_other_values_are_refused_with_their_names(run, tiny, files):
+    assert run(*tiny)[0] == 0
+    before = files()
+    status, _, err = run(*tiny, "optimizer.lr=0.01", "model.d_model=32")
+    assert status == 1
+    assert "optimizer.lr (0.003, now 0.01)" in err
+    assert "model.d_model (16, now 32)" in err
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)]
+)
+def test_an_interrupted_run_says_how_to_go_on_and_does(run, tiny, stop_at, go_on, signum, status):
+    stop_at(1, signum)
+    ended, out, err = run(*tiny)
+    go_on()
+    assert (ended, err) == (status, "")
+    assert f"nerve-run resume={Path('mine').resolve()}" in out
+    record = RunRecord.load("mine")
+    assert (record.run_status, record.step) == ("interrupted", 2)
+    assert record.error == {
+        "type": "Interrupted",
+        "message": f"stopped by {signal.Signals(signum).name}",
+    }
+    ended, out, _ = run(*tiny)
+    assert ended == 0
+    assert f"run {record.run_id} goes on" in out
+    again = RunRecord.load("mine")
+    assert (again.run_status, again.restarts, again.error) == ("done", 1, None)
+    assert (again.run_id, again.started) == (record.run_id, record.started)
+    assert again.final["train_seconds"] > again.final["measuring_seconds"] > 0
+
+
+def test_a_second_ctrl_c_ends_in_the_middle_of_a_step_and_the_run_goes_on_from_its_checkpoint(
+    run, tiny, stop_at, go_on, assert_same
+):
+    """The first comes in the first micro-batch of step 3, the second in the next one."""
+    arguments = [*tiny, "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=1"]
+    assert run(*arguments, "hydra.run.dir=whole")[0] == 0
+    stop_at(4, signal.SIGINT, from_then_on=True)
+    assert run(*arguments)[0] == 1
+    record = RunRecord.load("mine")
+    assert (record.run_status, record.step) == ("interrupted", 2)
+    go_on()
+    assert run(*arguments)[0] == 0
+    assert_same("whole", "mine")
+
+
+def test_what_handled_the_signal_before_has_it_once_all_is_saved(run, tiny, stop_at):
+    """As in a job of submitit, whose handler gives the job back to SLURM and exits."""
+    seen = []
+
+    def requeue(signum, frame):
+        record = RunRecord.load("mine")
+        seen.append((record.run_status, record.step, checkpoint_path("mine", "last").exists()))
+        sys.exit(-1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        stop_at(2, signal.SIGUSR2)
+        status, _, _ = run(*tiny)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (status, seen) == (-1, [("interrupted", 3, True)])
+
+
+def test_a_failed_run_is_started_again_only_when_asked(
+    run, tiny, stop_at, go_on, monkeypatch, files
+):
+    stop_at(3, nerve.errors.DataError("the batch is rotten"))
+    assert run(*tiny, "checkpoint.every_n_steps=1")[0] == 1
+    go_on()
+    before = files()
+    status, _, err = run(*tiny)
+    assert status == 1
+    assert "failed with DataError: the batch is rotten" in err
+    assert "retry=true" in err
+    assert {path: time for path, time in files().items() if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+    seen = []
+    monkeypatch.setattr(TrainedModel, "on_train_batch_start", lambda *args: seen.append(args[-1]))
+    assert run(*tiny, "retry=true")[0] == 0
+    assert seen == [3]  # from its last checkpoint
+    assert RunRecord.load("mine").run_status == "done"
+
+
+def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, tiny, stop_at, go_on):
+    stop_at(3, nerve.errors.DataError("the batch is rotten"))
+    assert run(*tiny)[0] == 1
+    go_on()
+    assert nerve.load_metrics("mine").step.max() == 2
+    assert not checkpoint_path("mine", "last").exists()
+    assert run(*tiny, "retry=true")[0] == 0
+    rows = nerve.load_metrics("mine")
+    assert rows.step.unique().tolist() == [0, 2, 4]
+
+
+def test_a_run_that_another_process_runs_is_left_to_it(run, tiny, files):
+    lock = RunLock("mine")
+    before = files()
+    status, _, err = run(*tiny)
+    lock.release()
+    assert status == 1
+    assert f"in use by process {os.getpid()}" in err
+    assert files() == before
+
+
+def test_other_data_than_at_the_start_are_refused(run, tiny, stop_at, go_on, tmp_path):
+    """The configuration is the same, but the folder that it names has changed."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for path in (LIBRARY / "json").glob("*.py"):
+        (corpus / path.name).write_text(path.read_text())
+    arguments = [*tiny, f"data.corpus.roots=[{corpus}]"]
+    stop_at(1, signal.SIGTERM)
+    assert run(*arguments)[0] == 143
+    go_on()
+    (corpus / "scanner.py").write_text("changed = True\n" * 100)
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert "goes on with the data that it began with" in err
+    assert "corpus" in err
+
+
+def test_a_damaged_checkpoint_is_named(run, tiny, stop_at, go_on):
+    stop_at(1, signal.SIGTERM)
+    assert run(*tiny)[0] == 143
+    go_on()
+    path = checkpoint_path("mine", "last")
+    path.write_bytes(path.read_bytes()[:1000])
+    status, _, err = run(*tiny)
+    assert status == 1
+    assert "last.ckpt" in err
+    assert "Restore it, or delete it" in err
+    path.unlink()
+    assert run(*tiny, "retry=true")[0] == 0
+
+
+def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
+    """Started at the same moment, from a shell, with the same directory."""
+    long = ["trainer.max_steps=400", "monitor.every_n_steps=400"]  # the other waits for a second
+    command = [sys.executable, "-m", "nerve.cli.run", *tiny, *long]
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    both = [
+        subprocess.Popen(
+            command, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, env=environment
+        )
+        for _ in range(2)
+    ]
+    outcomes = [(*process.communicate(timeout=200), process.returncode) for process in both]
+    assert sorted(status for _, _, status in outcomes) == [0, 1], outcomes
+    pids = {process.returncode: process.pid for process in both}
+    (loser,) = (err for _, err, status in outcomes if status == 1)
+    assert loser.startswith("nerve-run: ")
+    assert f"in use by process {pids[0]}" in loser
+    record = RunRecord.load(tmp_path / "mine")
+    assert (record.run_status, record.restarts) == ("done", 0)
+    assert run_state(tmp_path / "mine") == RunState.DONE
+
+
+def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_at, go_on):
+    bar = [*tiny, "trainer.enable_progress_bar=true"]
+    stop_at(1, signal.SIGTERM)
+    assert run(*bar)[0] == 143
+    go_on()
+    status, out, _ = run(*bar)
+    assert status == 0
+    assert re.search(r"training: .* 4/4 ", out)

@@ -1,0 +1,102 @@
+"""`nerve-report`, as a user calls it."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nerve.cli.report import main
+from nerve.results import RunRecord, RunStore
+
+Report = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Report:
+    """Calls `nerve-report` in an empty directory; gives exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = 0
+        try:
+            main(arguments)
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunRecord:
+    """A run that failed before anything was measured, with one logged value."""
+    record = RunRecord.create(tmp_path / "outputs" / "a", {"seed": 0}, seed=0)
+    store = RunStore(record.directory, record.run_id)
+    store.append_scalars([{"step": 1, "name": "train_loss", "value": 5.0}])
+    store.flush(1)
+    record.finish("failed", ValueError("no memory"))
+    return record
+
+
+def test_a_report_beside_the_path_with_progress(report, run, tmp_path):
+    status, out, err = report("outputs/a")
+    assert status == 0
+    assert out == f"report: {tmp_path}/outputs/report/index.html\n"
+    assert (tmp_path / "outputs" / "report" / "index.html").is_file()
+    lines = err.splitlines()
+    assert lines[0] == "0/3 reading runs"
+    assert any("drawing training" in line for line in lines)
+    done, total = lines[-1].split()[0].split("/")
+    assert done == total
+
+
+def test_the_folder_can_be_chosen(report, run, tmp_path):
+    assert report("outputs", "-o", "there/page", "--window", "all", "--steps", "0,10")[0] == 0
+    assert (tmp_path / "there" / "page" / "index.html").is_file()
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nerve-report: Runs are read from directories; there is none at nowhere."),
+        (["empty"], "nerve-report: A run directory holds run.json; none was found under empty."),
+        (["outputs", "-o", "empty/../outputs"], "outputs holds something else."),
+        (["outputs", "--window", "warmup"], "window must be one of all, after_warmup, differences"),
+    ],
+)
+def test_mistakes_are_one_message(report, run, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    status, out, err = report(*arguments)
+    assert status == 1
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_steps_must_be_numbers(report, run):
+    status, _, err = report("outputs", "--steps", "first")
+    assert status == 2
+    assert "steps are whole numbers with commas between, such as 0,100,400; got 'first'" in err
+
+
+def test_help_is_fast_and_loads_nothing_heavy():
+    """40 ms; pandas and matplotlib alone take a second."""
+    code = (
+        "import sys; from nerve.cli.report import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print({'pandas', 'matplotlib', 'torch', 'hydra'} & set(sys.modules))"
+    )
+    began = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - began < 2
+    assert "usage: nerve-report" in result.stdout
+    assert result.stdout.splitlines()[-1] == "set()"

@@ -1,0 +1,187 @@
+"""`nerve-status`: what it says of runs in every state, from their directories alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from nerve.cli.status import main, status_of
+from nerve.cli.text import duration
+from nerve.results.lock import LOCK_NAME, RunLock
+from nerve.results.record import RECORD_NAME, RunRecord
+from nerve.results.store import RunStore
+
+ROW = {
+    "layer": 0,
+    "ffn": "ffn",
+    "tokens_seen": 0,
+    "n_samples": 8,
+    "d_ff": 4,
+    "d_in": 2,
+    "status": "ok",
+}
+NewRun = Callable[..., RunRecord]
+
+
+@pytest.fixture
+def new_run(tmp_path, monkeypatch) -> NewRun:
+    """Makes a run of 100 steps that began just now, with the `overrides` of its command line."""
+    monkeypatch.chdir(tmp_path)
+
+    def create(name: str, *overrides: str, **values) -> RunRecord:
+        record = RunRecord.create(f"sweep/{name}", {"trainer": {"max_steps": 100}}, **values)
+        if overrides:
+            (record.directory / ".hydra").mkdir()
+            (record.directory / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+        return record
+
+    return create
+
+
+@pytest.fixture
+def at_work() -> Iterator[Callable[[RunRecord], None]]:
+    """Takes the locks of runs, as their processes would."""
+    locks: list[RunLock] = []
+    yield lambda record: locks.append(RunLock(record.directory))
+    for lock in locks:
+        lock.release()
+
+
+def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
+    """Makes the last sign of life that old."""
+    record.update(step=step)
+    path = record.directory / RECORD_NAME
+    then = datetime.now(UTC) - timedelta(seconds=seconds_ago)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"heartbeat": then.isoformat()}))
+
+
+@pytest.fixture
+def status(monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
+    """Calls `nerve-status`; gives the rows of its table, blanks made one, and the lines below."""
+
+    def call(*paths: str) -> tuple[list[str], str]:
+        monkeypatch.setattr(sys, "argv", ["nerve-status", *paths])
+        main()
+        out = capsys.readouterr().out
+        rows = [re.sub(r"[ │]+", " ", line).strip() for line in out.splitlines() if "│" in line]
+        return rows, out.rpartition("┘")[2]
+
+    return call
+
+
+def test_every_state_is_told_from_the_others(new_run, at_work, status):
+    """A dead run and a slow one have both been silent for long; a process holds the lock of one."""
+    for name in ("running", "slow"):
+        at_work(new_run(name))
+    heard(RunRecord.load("sweep/slow"), 300, step=7)
+    heard(new_run("dead"), 300, step=8)
+    new_run("done").finish("done", step=100, final={"val_loss": 1.25})
+    new_run("failed", job={"id": "7"}).finish("failed", error=ValueError("no such value"))
+    new_run("interrupted", job={"id": "9", "array_id": "8", "array_task": "3"}).finish(
+        "interrupted", step=50
+    )
+    new_run("unreadable")
+    Path("sweep/unreadable", RECORD_NAME).write_text("{")
+    rows, below = status("sweep")
+    host = os.uname().nodename
+    assert rows == [
+        f"sweep/dead dead 8/100 – 5 min ago {host}",
+        f"sweep/done done 100/100 1.250 {host}",
+        f"sweep/failed failed 0/100 – {host} 7",
+        f"sweep/interrupted interrupted 50/100 – {host} 8_3",
+        f"sweep/running running 0/100 – {rows[4].split()[4]} s ago {host}",
+        f"sweep/slow slow 7/100 – 5 min ago {host}",
+        "sweep/unreadable unreadable –",
+    ]
+    assert "7 runs: 1 running, 1 slow, 1 done, 1 interrupted, 1 dead, 1 failed, 1 unread" in below
+    assert "sweep/failed failed: ValueError: no such value" in below
+    assert "sweep/unreadable/run.json is not the record of a run" in below
+
+
+def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
+    for name, seed in (("c", 1), ("a", 2), ("b", 0)):
+        new_run(name, "model.n_layers=2", f"seed={seed}").finish("done", final={"val_loss": seed})
+    rows, _ = status("sweep")
+    assert [row.split()[:2] for row in rows] == [
+        ["sweep/b", "seed=0"],
+        ["sweep/c", "seed=1"],
+        ["sweep/a", "seed=2"],
+    ]
+
+
+def test_several_paths_are_shown_together_and_outputs_is_the_default(new_run, status):
+    for name in ("a", "b", "c"):
+        new_run(name)
+    assert len(status("sweep/a", "sweep/b")[0]) == 2
+    os.rename("sweep", "outputs")
+    assert len(status()[0]) == 3
+
+
+def test_time_left_follows_the_pace_of_this_process(new_run, at_work):
+    """20 steps in the 40 s since the part of step 10 leave 70 steps at 2 s, 5 s of them past. What
+    was written before the process began, at another pace, does not count."""
+    record = new_run("resumed", restarts=1)
+    store = RunStore(record.directory, record.run_id)
+    for step, loss in ((5, 3.0), (10, 2.5)):
+        store.append_metrics([ROW | {"step": step, "val_loss": loss}])
+        store.flush(step)
+    at_work(record)
+    now = time.time()
+    earlier, later = sorted((record.directory / "metrics").iterdir())
+    for path, seconds_ago in (
+        (earlier, 9000),
+        (record.directory / LOCK_NAME, 60),
+        (later, 45),
+    ):
+        os.utime(path, (now - seconds_ago, now - seconds_ago))
+    heard(record, 5, step=30)
+    shown = status_of(record.directory)
+    assert shown.left_s == pytest.approx(135, abs=2)
+    assert shown.val_loss == 2.5
+    assert shown.state == "running"
+
+
+def test_time_left_is_unknown_before_there_is_a_pace(new_run, at_work):
+    fresh, resumed = new_run("fresh"), new_run("resumed", restarts=2)
+    for record in (fresh, resumed):
+        at_work(record)
+    heard(resumed, 0, step=30)
+    assert status_of(fresh.directory).left_s is None
+    assert status_of(resumed.directory).left_s is None
+
+
+def test_where_there_is_no_run_one_message_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nerve-status", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.startswith("nerve-status: A run directory holds run.json")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.6, "1 min"),
+        (425, "7 min 5 s"),
+        (12_000, "3 h 20 min"),
+        (187_300, "2 d 4 h"),
+    ],
+)
+def test_durations_have_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_neither_torch_nor_hydra_is_loaded():
+    code = "import sys, nerve.cli.status; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())

@@ -1,0 +1,310 @@
+"""Sweeps: each cell runs once, what befalls one costs only itself, and all are accounted for.
+
+Cells are processes as they always are; their training is a stand-in (stand_in.py), so that each
+takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps.py.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+
+from nerve.cli import local
+from nerve.results.lock import RunLock
+from nerve.results.record import RunRecord
+from nerve.results.state import RunState, run_state
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+FOLDER = Path("outputs/multirun")
+Sweep = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sweep(run, monkeypatch) -> Sweep:
+    """Calls `nerve-run -m`; gives exit status, stdout and stderr, blanks made one."""
+    monkeypatch.setattr(local, "COMMAND", [sys.executable, "-P", str(STAND_IN)])
+    befalls({})
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status, out, err = run("-m", *arguments)
+        assert "Traceback" not in out + err
+        return status, re.sub(r"[ │┃]+", " ", out), err
+
+    return call
+
+
+def befalls(deeds: dict[int, str]) -> None:
+    """What happens to the cells of these seeds from now on."""
+    Path("deeds.json").write_text(json.dumps(deeds))
+
+
+def records() -> dict[int, RunRecord]:
+    """The record of each seed's run."""
+    found = map(RunRecord.load, sorted(path.parent for path in FOLDER.glob("*/run.json")))
+    return {record.seed: record for record in found}
+
+
+def statuses() -> dict[int, str]:
+    return {seed: record.run_status for seed, record in sorted(records().items())}
+
+
+def n_starts(seed: int) -> int:
+    return len((records()[seed].directory / "starts").read_text().splitlines())
+
+
+def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(sweep):
+    assert sweep("seed=0,1")[0] == 0
+    files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".yaml")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    status, out, _ = sweep("seed=0,1")
+    assert status == 0
+    assert "2 cells, 2 done; 0 to run" in out
+    assert "0 seed=0 skipped done 400/400 0.500" in out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other cells of them
+    assert status == 0
+    assert "3 cells, 2 done, 1 new; 1 to run" in out
+    assert "2 seed=2 run done 400/400 2.500" in out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert statuses() == {0: "done", 1: "done", 2: "done"}
+    assert {record.sweep for record in records().values()} == {"multirun"}
+    assert {record.directory.name for record in records().values()} == {
+        record.config_id for record in records().values()
+    }
+
+
+def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
+    assert sweep("seed=0,1,2")[0] == 0
+    for seed, run_status in ((0, "interrupted"), (1, "running")):
+        records()[seed].update(run_status=run_status, final={})
+    status, out, _ = sweep("seed=0,1,2")
+    assert status == 0
+    assert "3 cells, 1 interrupted, 1 killed, 1 done; 2 to run" in out
+    for line in ("0 seed=0 resumed done", "1 seed=1 resumed done", "2 seed=2 skipped done"):
+        assert line in out
+    assert {seed: record.restarts for seed, record in records().items()} == {0: 1, 1: 1, 2: 0}
+    assert [n_starts(seed) for seed in (0, 1, 2)] == [2, 2, 1]
+
+
+def test_a_cell_that_another_process_is_at_work_on_is_left_to_it(sweep):
+    assert sweep("seed=0")[0] == 0
+    record = records()[0]
+    record.update(run_status="running")
+    lock = RunLock(record.directory)
+    status, out, err = sweep("seed=0,1")
+    lock.release()
+    assert status == 1
+    assert "0 seed=0 skipped alive" in out
+    assert "1 seed=1 run done" in out
+    assert "0 (seed=0): at work elsewhere" in err
+    assert n_starts(0) == 1
+
+
+MISHAPS = {
+    "raise": ("failed", "RuntimeError: no luck"),
+    "refuse": ("failed", "ConfigError: seed must be lucky"),
+    "vanish": ("failed", "exit status 3"),
+    "be killed": ("interrupted", "killed (SIGKILL)"),
+}
+
+
+@pytest.mark.parametrize("deed", MISHAPS)
+def test_a_mishap_costs_one_cell_and_is_named(sweep, deed):
+    run_status, reason = MISHAPS[deed]
+    befalls({0: deed})
+    status, out, err = sweep("seed=0,1")
+    assert status == 1
+    assert statuses() == {0: run_status, 1: "done"}
+    assert f"0 seed=0 run {run_status}" in out
+    assert "1 seed=1 run done" in out
+    assert "1 of 2 cells in outputs/multirun are not done" in err
+    assert f"0 (seed=0): {run_status}" in err
+    assert reason in err
+    assert reason.partition(": ")[2] in records()[0].error["message"]
+
+
+def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
+    befalls({0: "raise"})
+    assert sweep("seed=0,1")[0] == 1
+    befalls({})
+    status, out, err = sweep("seed=0,1")
+    assert status == 1
+    assert "0 seed=0 skipped failed" in out
+    assert "RuntimeError: no luck" in err
+    assert "retry=true" in err
+    assert n_starts(0) == 1
+    status, out, _ = sweep("seed=0,1", "retry=true")
+    assert status == 0
+    assert "0 seed=0 retried done" in out
+    assert "1 seed=1 skipped done" in out
+    assert (n_starts(0), n_starts(1)) == (2, 1)
+
+
+@pytest.mark.parametrize(("deed", "told"), [("hang", ""), ("hang deaf", "did not end within")])
+def test_a_cell_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed, told):
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    befalls({0: deed})
+    began = time.monotonic()
+    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0.1")
+    assert time.monotonic() - began < 40
+    assert status == 1
+    assert statuses() == {0: "interrupted", 1: "done"}
+    assert "hydra.sweeper.timeout_min gives a cell no longer" in err
+    assert told in err
+    assert run_state(records()[0].directory) == RunState.INTERRUPTED
+    assert records()[0].error["type"] == ("KilledError" if told else "TimeLimitError")
+
+
+def test_a_time_limit_must_be_positive(sweep):
+    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0")
+    assert status == 1
+    assert "hydra.sweeper.timeout_min must be null or a positive number; got 0" in err
+
+
+def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
+    """Each waits for the other to start. Each has its share of the cores, and a log of its own."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    befalls({0: "meet", 1: "meet"})
+    status, out, _ = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert status == 0, out
+    assert statuses() == {0: "done", 1: "done"}
+    for record in records().values():
+        assert (record.directory / "starts").read_text().split()[1] == "3"
+        assert (record.directory / local.LOG_NAME).exists()
+
+
+def test_cells_that_define_the_same_result_are_run_once(sweep):
+    status, out, _ = sweep("seed=0,1,0", "activation=gelu")
+    assert status == 0
+    assert "3 cells, 2 new, 1 doubled; 2 to run" in out
+    assert "2 seed=0 same as 0 done" in out
+    assert n_starts(0) == 1
+
+
+def test_ctrl_c_stops_the_cell_at_work_and_starts_no_other(sweep):
+    befalls({0: "stop the sweep"})
+    status, out, err = sweep("seed=0,1")
+    assert status == 128 + signal.SIGINT
+    assert statuses() == {0: "interrupted"}
+    assert "0 seed=0 run interrupted" in out
+    assert "1 seed=1 not started new" in out
+    assert "2 of 2 cells" in err
+    befalls({})
+    assert sweep("seed=0,1")[0] == 0
+    assert [n_starts(seed) for seed in (0, 1)] == [2, 1]
+
+
+def test_a_cell_stops_when_the_sweep_is_killed(sweep, tmp_path):
+    befalls({0: "hang"})
+    code = (
+        "import sys; from nerve.cli import local, run\n"
+        f"local.COMMAND = [sys.executable, '-P', {str(STAND_IN)!r}]\n"
+        "sys.argv = ['nerve-run', '-m', 'seed=0,1']; run.main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as command:
+        wait_for(lambda: list(FOLDER.glob("*/starts")))
+        assert run_state(records()[0].directory) == RunState.ALIVE
+        command.kill()
+    wait_for(lambda: statuses() == {0: "interrupted"})
+
+
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_cell_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
+    status, out, err = sweep("model=gpt_tiny,mixer_tiny", "data=python_source")
+    assert status == 1
+    assert "2 cells, 1 new, 1 refused; 1 to run" in out
+    assert "0 model=gpt_tiny run done" in out
+    assert "1 model=mixer_tiny refused" in out
+    assert "'model.seq_len' not found, which data.seq_len refers to" in err
+    assert {"model=mixer_tiny", "data=python_source"} <= set(re.split(r"[,.; ]+", err))
+
+
+def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
+    status, _, err = sweep("activation=gelu,gelo")
+    assert status == 1
+    assert "activation/gelo" in err
+    assert "cell 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
+    assert not FOLDER.exists()
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(sweep, monkeypatch):
+    Plugins.instance()  # which registers what is installed
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "joblib.yaml")
+    status, _, err = sweep("seed=0,1", "hydra/launcher=joblib")
+    assert status == 1
+    assert 'pip install -e ".[joblib]"' in err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(sweep):
+    status, _, err = sweep("seed=0,1", "hydra.sweep.dir=/proc/nerve")
+    assert status == 1
+    assert err.startswith("nerve-run: A run must be able to write in its directory; /proc/nerve")
+
+
+def test_cells_that_would_start_further_processes_are_refused(sweep):
+    status, out, err = sweep("trainer.devices=1,2", "seed=0")
+    assert status == 1
+    assert "0 trainer.devices=1 run done" in out
+    assert "trainer.strategy=auto with trainer.devices=2 starts others" in err
+
+
+def test_the_directories_are_those_that_hydra_is_told(sweep):
+    chosen = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=${hydra.job.num}_${seed}"]
+    assert sweep("seed=3,4", *chosen)[0] == 0
+    assert sorted(path.parent.name for path in Path("mine").glob("*/run.json")) == ["0_3", "1_4"]
+    assert Path("mine/1_4/starts").read_text().split()[0] == "1"  # hydra.job.num
+    status, out, _ = sweep("seed=3,4", *chosen)
+    assert status == 0
+    assert "2 cells, 2 done; 0 to run" in out
+    status, _, err = sweep("seed=3,4", "activation=relu", *chosen)
+    assert status == 1
+    assert "mine/0_3 holds run" in err
+    assert "activation.name" in err
+
+
+class GivesUp(Launcher):
+    """Takes the cells, and raises as submitit's launcher does when a job is killed."""
+
+    received: list[list[str]]
+
+    def setup(self, *, hydra_context, task_function, config) -> None: ...
+
+    def launch(self, job_overrides, initial_job_idx):
+        GivesUp.received += [list(overrides) for overrides in job_overrides]
+        raise RuntimeError(f"job {initial_job_idx} is gone")
+
+
+def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sweep, monkeypatch):
+    assert sweep("seed=1")[0] == 0
+    GivesUp.received = []
+    name = "hydra_plugins.gives_up.GivesUp"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, GivesUp)
+    where = [f"hydra.launcher._target_={name}", "hydra.sweeper.max_batch_size=1"]
+    status, out, err = sweep("seed=0,1,2", *where)
+    assert status == 1
+    subdirs = [overrides.pop() for overrides in GivesUp.received]
+    assert [overrides[0] for overrides in GivesUp.received] == ["seed=0", "seed=2"]
+    assert all(re.fullmatch(r"hydra\.sweep\.subdir='[0-9a-f]{12}'", text) for text in subdirs)
+    assert "1 seed=1 skipped done" in out
+    assert "0 (seed=0), 2 (seed=2): not started" in err
+    assert "the launcher: job 0 is gone" in err
+    assert "the launcher: job 1 is gone" in err
+    status, out, _ = sweep("seed=1", *where)
+    assert status == 0

@@ -1,0 +1,136 @@
+"""`nerve-run` as a user calls it, sending runs to a cluster or keeping them here."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+import nerve
+from nerve.results.find import find_runs
+from nerve.results.record import RunRecord
+
+from .cluster import DYING_WITH_US, Cluster
+
+SITE = Path(__file__).parent / "site"
+COMMAND = Path(sys.executable).with_name("nerve-run")
+SEEDS = (0, 1, 2, 3)
+LIBRARY = Path(os.__file__).parent
+TINY = (
+    f"data.corpus.roots=[{LIBRARY / 'json'},{LIBRARY / 'email'}]",
+    *("data.val_fraction=0.2", "data.vocab_size=300", "data.batch_size=4"),
+    *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.seq_len=32"),
+    *("trainer.max_steps=150", "trainer.enable_progress_bar=false", "monitor.every_n_steps=50"),
+    *("checkpoint.every_n_steps=20", "logger=none", "threads=1"),
+)
+"""A run of about two seconds, if nothing holds it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of training: the step that it began from, its job and its process."""
+
+    step: int
+    job: str
+    pid: int
+
+
+class Sweep:
+    """`nerve-run` in a folder of its own, sending runs that brake.py holds until `release`."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self._output = folder / "output.txt"
+        self._braking = folder / "brake"
+        self._braking.mkdir(parents=True)
+        self._command: subprocess.Popen[bytes] | None = None
+
+    @property
+    def output(self) -> str:
+        """What the command that was sent last has printed."""
+        return self._output.read_text()
+
+    @property
+    def everything(self) -> str:
+        """What the command and all jobs have printed."""
+        return "\n".join([self.output, *self.logs()])
+
+    def brake(self, unlucky: int | None = None) -> str:
+        """The override that holds the runs; the one of the seed `unlucky` raises."""
+        unlucky_seed = "null" if unlucky is None else unlucky
+        return (
+            f"+callbacks.brake={{_target_:brake.Brake,folder:{self._braking},"
+            f"seed:${{seed}},unlucky:{unlucky_seed}}}"
+        )
+
+    def send(self, *overrides: str, where: str = "site") -> None:
+        """Starts the command; `where` is the launcher."""
+        launcher = [f"hydra/launcher={where}"] if where else []
+        path = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with open(self._output, "w") as output:
+            self._command = subprocess.Popen(
+                [
+                    *DYING_WITH_US,
+                    COMMAND,
+                    "-m",
+                    f"--config-dir={SITE}",
+                    *launcher,
+                    *TINY,
+                    *overrides,
+                ],
+                env={**self.cluster.environment, "PYTHONPATH": os.pathsep.join(path)},
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def finish(self) -> int:
+        """Waits for the command to end; its exit status."""
+        assert self._command is not None
+        return self._command.wait(timeout=200)
+
+    def abandon(self) -> None:
+        """Ends the command, if it is still there; its jobs stay."""
+        if self._command is not None:
+            self._command.kill()
+            self._command.wait()
+
+    def release(self) -> None:
+        """From now on runs go at full speed."""
+        (self._braking / "release").touch()
+
+    def starts(self, seed: int) -> list[Start]:
+        """The starts of one run, in their order."""
+        file = self._braking / str(seed)
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [Start(int(step), job, int(pid)) for step, job, pid in map(str.split, lines)]
+
+    def wait_for_start(self, seed: int, number: int = 1) -> Start:
+        """The start of that number, as soon as its run is held."""
+
+        def found() -> list[Start]:
+            assert self._command is not None
+            assert self._command.poll() is None, self.everything
+            return self.starts(seed)[number - 1 : number]
+
+        return self.cluster.wait(f"start {number} of seed {seed}", found)[0]
+
+    def records(self) -> dict[int, RunRecord]:
+        """The record of each seed's run."""
+        records = map(RunRecord.load, find_runs(self.folder / "outputs"))
+        return {record.seed: record for record in records if record.seed is not None}
+
+    def logs(self) -> list[str]:
+        """What each job has printed."""
+        return [path.read_text() for path in self.folder.glob("outputs/multirun/.submitit/*/*.out")]
+
+    def rows(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Metrics and spectra of one run, without what names the run."""
+        directory = self.records()[seed].directory
+        metrics, spectra = nerve.load_metrics(directory), nerve.load_spectra(directory)
+        names = ["run_id", "run_status"]
+        return metrics.drop(columns=names), spectra.drop(columns=names)

@@ -1,0 +1,35 @@
+"""The values of conf/hydra/launcher/slurm.yaml, without a cluster."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from nerve.cli.compose import CONF, register
+
+
+def launcher(*overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", ["hydra/launcher=slurm", *overrides], return_hydra_config=True)
+        return config.hydra.launcher
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_each_device_gets_a_process(devices):
+    assert launcher(f"trainer.devices={devices}").tasks_per_node == devices
+
+
+def test_srun_is_given_the_cpus_that_the_job_asks_for():
+    asked = launcher("hydra.launcher.cpus_per_task=12").additional_parameters
+    assert asked.export == "ALL,SRUN_CPUS_PER_TASK=12"
+
+
+def test_jobs_may_be_requeued_and_other_options_of_sbatch_are_added():
+    asked = launcher("+hydra.launcher.additional_parameters.mail-type=END").additional_parameters
+    assert asked.requeue is True
+    assert asked["mail-type"] == "END"
+
+
+def test_the_files_of_submitit_are_hidden_in_the_sweep():
+    folder = launcher("hydra.sweep.dir=outputs/mine").submitit_folder
+    assert folder == "outputs/mine/.submitit/%j"

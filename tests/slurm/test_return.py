@@ -1,0 +1,99 @@
+"""Runs that Slurm takes off their nodes: preempted, requeued, out of time. They come back."""
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def out_of_time(cluster, new_sweep, local):
+    """A run of a minute at most, which is warned 15 s before, and may run out of time once.
+
+    Slurm looks at time limits every half minute; meanwhile the others go on.
+    """
+    sweep = new_sweep("time")
+    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=15"]
+    where = "hydra.launcher.partition=apart"
+    sweep.send("seed=0", sweep.brake(), where, *limit, "hydra.launcher.max_num_timeout=1")
+    return sweep
+
+
+@pytest.fixture(scope="module")
+def taken_away(cluster, new_sweep, local, out_of_time):
+    """Seed 0 on a node of its own is requeued; on the other, preemption kills seed 1 at once, and
+    warns seeds 2 and 3.
+    """
+    sweeps = {}
+    for partition, other_node, seeds in (
+        ("main", "n1", "seed=0"),
+        ("spare", "n0", "seed=1"),
+        ("graceful", "n0", "seed=2,3"),
+    ):
+        sweep = new_sweep(partition)
+        where = [f"hydra.launcher.partition={partition}", f"hydra.launcher.exclude={other_node}"]
+        sweep.send(seeds, sweep.brake(), *where)
+        sweeps |= {int(seed): sweep for seed in seeds.removeprefix("seed=").split(",")}
+    first = [sweep.wait_for_start(seed) for seed, sweep in sweeps.items()]
+    cluster.call("scontrol", "requeue", first[0].job)
+    node = ["--nodelist=n1", "--exclusive", "--output=/dev/null"]
+    cluster.call("sbatch", "--partition=main", *node, "--wrap=sleep 1")
+    for seed, sweep in sweeps.items():
+        sweep.wait_for_start(seed, number=2)
+    for sweep in sweeps.values():
+        sweep.release()
+    for sweep in sweeps.values():
+        assert sweep.finish() == 0, sweep.everything
+    return sweeps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_requeued_or_preempted_run_ends_as_if_nothing_had_been(
+    taken_away, seed, assert_same_rows
+):
+    record = taken_away[seed].records()[seed]
+    assert (record.run_status, record.step) == ("done", 150)
+    assert_same_rows(taken_away[seed], seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, seed):
+    sweep = taken_away[seed]
+    first, second = sweep.starts(seed)
+    assert first.step == 0
+    assert second.step > 20, "it had saved when it was told to go; the last regular time at 20"
+    assert second.job == first.job
+    record = sweep.records()[seed]
+    assert record.restarts == 1
+    assert record.job["restarts"] == "1"
+    runs = sweep.folder.glob("outputs/multirun/*/run.json")
+    assert len(list(runs)) == len(sweep.records())
+
+
+def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_time):
+    sweep = out_of_time
+    assert sweep.finish() == 1
+    assert "Job not requeued because: timed-out too many times." in sweep.logs()[0]
+    first, second = sweep.starts(0)
+    assert second.job == first.job
+    assert second.step > 20, "it had saved when it was warned"
+    record = sweep.records()[0]
+    assert (record.run_status, record.restarts) == ("interrupted", 1)
+    assert record.step < 150
+    state = cluster.wait("the end of the job", lambda: _ended(cluster.job(first.job)["JobState"]))
+    assert state == "COMPLETED", "it is not queued again"
+
+
+def test_sent_again_it_ends_as_if_it_had_had_the_time(out_of_time, assert_same_rows):
+    sweep = out_of_time
+    last = sweep.starts(0)[-1]
+    sweep.release()
+    sweep.send("seed=0", sweep.brake())
+    assert sweep.finish() == 0, sweep.everything
+    record = sweep.records()[0]
+    assert (record.run_status, record.restarts) == ("done", 2)
+    assert sweep.starts(0)[-1].step > last.step
+    assert_same_rows(sweep, 0)
+
+
+def _ended(state: str) -> str | None:
+    return None if state in ("RUNNING", "COMPLETING") else state
