@@ -1,4 +1,4 @@
-"""Lightning loggers that go on where a resumed run does: the run's store, and a CSV file."""
+"""Lightning loggers that go on where a resumed run does: the run's store, a CSV file, wandb."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.results.atomic import refusals_named, write_atomically
@@ -30,11 +31,11 @@ class StoreLogger(Logger):
 
     @property
     def name(self) -> str:
-        return "scalars"
+        return ""  # ModelCheckpoint puts its files below name and version: into checkpoints/
 
     @property
     def version(self) -> str:
-        return self._store.run_id
+        return ""
 
     @rank_zero_only
     def log_hyperparams(
@@ -54,20 +55,22 @@ class StoreLogger(Logger):
 class CSVLogger(Logger):
     """Keeps `metrics.csv`: a row for each call that logs, a column for each name.
 
-    A file that is there already is gone on with. A resumed run logs the steps past its checkpoint
-    again; such a row takes the place of the one of the same step and names.
+    New rows are appended; where there is a new column, too, the file is written anew. A file that
+    is there already is gone on with. A resumed run logs the steps past its checkpoint again; such a
+    row takes the place of the one of the same step and names.
 
     Args:
         directory: where the file lies.
-        every_n_rows: how many rows may wait in memory.
     """
 
-    def __init__(self, directory: str | Path, every_n_rows: int = 100) -> None:
+    def __init__(self, directory: str | Path) -> None:
         super().__init__()
         self._path = Path(directory) / "metrics.csv"
-        self._every_n_rows = every_n_rows
-        self._rows: dict[tuple[str, ...], dict[str, str]] | None = None
-        self._n_waiting = 0
+        self._rows: dict[tuple[str, ...], dict[str, str]] = {}
+        self._columns: list[str] = []
+        self._waiting: list[dict[str, str]] = []
+        self._is_read = False
+        self._is_stale = False
 
     @property
     def name(self) -> str:
@@ -85,43 +88,35 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._read()
         row = {"step": str(step or 0)}
         row |= {name: repr(float(value)) for name, value in metrics.items() if name != "step"}
-        self._known()[_key(row)] = row
-        self._n_waiting += 1
-        if self._n_waiting >= self._every_n_rows:
-            self.save()
+        key = _key(row)
+        self._is_stale |= key in self._rows or not row.keys() <= set(self._columns)
+        self._rows[key] = row
+        self._waiting.append(row)
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the file anew, atomically, if rows are waiting."""
-        if not self._n_waiting:
+        """Writes the rows that are waiting. Lightning calls it after each row.
+
+        Raises:
+            StoreError: when the file system refuses.
+        """
+        if not self._waiting:
             return
-        rows = self._known().values()
-        names = sorted({name for row in rows for name in row} - {"step"})
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, ["step", *names])
-        writer.writeheader()
-        writer.writerows(rows)
-        with refusals_named(self._path.parent):
+        with refusals_named(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
-        self._n_waiting = 0
+            if self._is_stale:
+                self._columns = sorted({name for row in self._rows.values() for name in row})
+                self._columns.remove("step")
+                self._columns.insert(0, "step")
+                text = self._text([dict(zip(self._columns, self._columns)), *self._rows.values()])
+                write_atomically(self._path, lambda file: file.write(text))
+            else:
+                with open(self._path, "ab") as file:
+                    file.write(self._text(self._waiting))
+        self._waiting, self._is_stale = [], False
 
     def finalize(self, status: str) -> None:
         self.save()
-
-    def _known(self) -> dict[tuple[str, ...], dict[str, str]]:
-        """All rows, those of an earlier piece of the run included."""
-        if self._rows is None:
-            self._rows = {}
-            if self._path.exists():
-                with open(self._path, newline="", encoding="utf-8") as file:
-                    for row in csv.DictReader(file):
-                        present = {name: value for name, value in row.items() if value}
-                        self._rows[_key(present)] = present
-        return self._rows
-
-
-def _key(row: Mapping[str, str]) -> tuple[str, ...]:
-    return (row["step"], *sorted(row))

@@ -10,15 +10,18 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nerve.errors import MeasurementError
+from nerve.logger import StoreLogger
 from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
 from nerve.probe import Probe, find_ffns
 from nerve.problem import FFNSpectra
 from nerve.processes import gathered, rank
+from nerve.results.means import logged_values, mean_values
 from nerve.results.store import RunStore
 from nerve.solver import Solved, Solver, spare_workers
 from nerve.values import require, require_choice
@@ -39,6 +42,12 @@ class SpectralMonitor(L.Callback):
     own. `validation_step` and `training_step` must return a mapping with the mean `loss` and
     `n_targets`. Measuring draws no random numbers and leaves weights, gradients and modes as they
     are.
+
+    The trainer's loggers get each measurement with its own step, which may be some steps ago:
+    `ffn/03/pr_post` is that of layer 3, `ffn/mean/pr_post` the mean over layers. Callbacks such as
+    `EarlyStopping` and `ModelCheckpoint` can monitor that mean, or `pr_post`, the mean over all
+    FFNs, of the last measurement that is solved when validation ends: that of the same step on the
+    CPU, up to two measurements ago on a GPU; with `source="train"` at best the one before.
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that is not the one
@@ -104,6 +113,7 @@ class SpectralMonitor(L.Callback):
         self._due: dict[str, Any] | None = None
         self._began = 0.0
         self._solver: Solver | None = None
+        self._loggers: list[Logger] = []
 
     # The cadence
 
@@ -117,6 +127,8 @@ class SpectralMonitor(L.Callback):
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
+        # The store has the rows themselves.
+        self._loggers = [each for each in trainer.loggers if not isinstance(each, StoreLogger)]
         device = trainer.strategy.root_device
         self._share = (trainer.global_rank, trainer.world_size)
         self._solver = Solver(device, spare_workers(device, trainer.num_devices))
@@ -195,6 +207,8 @@ class SpectralMonitor(L.Callback):
         self._training = _WeightedMean()
         if self.source == "heldout":
             self._finish_measurement()
+        if not trainer.sanity_checking:
+            pl_module.log_dict(self._means(trainer), logger=False, sync_dist=True)
         self.seconds += time.perf_counter() - self._began
 
     # Training: the features of a whole training step where the source is training data
@@ -280,6 +294,17 @@ class SpectralMonitor(L.Callback):
                 if self._stores_spectra(spectra):
                     self.store.append_spectra(_spectra_rows(step, spectra))
             self.store.flush(step)
+            for logger in self._loggers:
+                logger.log_metrics(logged_values(self.latest), step)
+                logger.save()
+
+    def _means(self, trainer: L.Trainer) -> dict[str, float]:
+        """Those of the last measurement that is solved, in every process."""
+        means = trainer.strategy.broadcast(mean_values(self.latest))
+        if not means:  # the first one is waited for: a callback may monitor it
+            self._drain()
+            means = trainer.strategy.broadcast(mean_values(self.latest))
+        return means
 
     def _drain(self) -> None:
         if self._solver is not None:

@@ -12,6 +12,7 @@ EXCLUDED = (
     "hydra",
     "launcher",
     "logger",
+    "objective",
     "resume",
     "retry",
     "sweep",
