@@ -1,6 +1,7 @@
 """The parts of a run, built from its configuration: data, model, trainer."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from nerve.checkpoint import CheckpointFiles
 from nerve.cli.compose import build
+from nerve.cli.objective import check_objective
 from nerve.cli.progress import RunProgressBar
 from nerve.errors import ConfigError
 from nerve.logger import StoreLogger
@@ -34,8 +36,13 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
 """The kind of a model to the Lightning module that trains it, and what its batches count."""
 
 
+LOGGERS = ("tensorboard", "wandb")
+"""Options of `logger` that need a package; it has their name, and so has the extra with it."""
+
+
 def check(config: DictConfig) -> None:
-    """Refuses what cannot be resolved: data of the other kind, and values that were not given."""
+    """Refuses what can be told before anything is built: data of the other kind, values that were
+    not given, an objective that no run will have, a logger that is not installed."""
     kind, target = config.model.kind, config.data.get("_target_")
     require_choice("model.kind", kind, TASKS)
     try:
@@ -60,6 +67,13 @@ def check(config: DictConfig) -> None:
         f"Values without a default must be given; {', '.join(missing)} is missing. "
         f"Add {' '.join(f'{key}=…' for key in missing)}.",
     )
+    check_objective(config.objective, kind)
+    for name in config.logger:
+        require(
+            name not in LOGGERS or find_spec(name) is not None,
+            f"A logger's package must be installed; logger={name} needs {name}, which is not. In "
+            f'the checkout of nerve: pip install -c constraints.txt -e ".[{name}]"',
+        )
 
 
 def build_data(config: DictConfig, values: dict[str, Any]) -> Any:
@@ -153,3 +167,19 @@ def build_trainer(
         use_distributed_sampler=False,
     )
     return trainer
+
+
+def log_configuration(trainer: L.Trainer, values: dict[str, Any]) -> None:
+    """Gives the loggers the configuration, which starts those that write elsewhere.
+
+    Raises:
+        ConfigError: when one cannot start, for want of a login, say.
+    """
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(values)
+        except Exception as error:  # it may be about anything
+            raise ConfigError(
+                f"A logger must be able to start; {type(logger).__name__} could not: {error}. Mend "
+                "that, or choose another with logger=csv."
+            ) from error

@@ -35,13 +35,23 @@ def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
     )
 
 
-def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
-    n_devices, n_nodes = _number(trainer), trainer.get("num_nodes", 1)
+def check_counted(trainer: Mapping[str, Any]) -> None:
+    """Refuses a job of SLURM of unknown size.
+
+    Raises:
+        ConfigError: for `trainer.devices` that is no number.
+    """
     require(
-        n_devices is not None,
+        _number(trainer) is not None,
         "A job of SLURM is sent with the number of its devices; got "
         f"trainer.devices={trainer['devices']}. Give a number, the same for all cells.",
     )
+
+
+def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
+    check_counted(trainer)
+    n_devices, n_nodes = _number(trainer), trainer.get("num_nodes", 1)
+    assert n_devices is not None
     for key, expected, of in (
         ("tasks_per_node", n_devices, f"trainer.devices={trainer['devices']}"),
         ("nodes", n_nodes, f"trainer.num_nodes={n_nodes}"),

@@ -14,9 +14,17 @@ from omegaconf import DictConfig
 
 from nerve.checkpoint import CheckpointFiles, checkpoint_path, drop_all_but_weights
 from nerve.checkpointing import Cadence, Checkpointing
-from nerve.cli.assembly import build_data, build_module, build_trainer, check, facts_of
+from nerve.cli.assembly import (
+    build_data,
+    build_module,
+    build_trainer,
+    check,
+    facts_of,
+    log_configuration,
+)
 from nerve.cli.beginning import begin, final_loss
 from nerve.cli.compose import resolved
+from nerve.cli.objective import objective_of
 from nerve.cli.summary import print_summary
 from nerve.errors import DataError, StoreError
 from nerve.heartbeat import Heartbeat
@@ -39,7 +47,8 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     unless `retry` is set.
 
     Returns:
-        The final validation loss, nats a target.
+        What `objective` names, by default the final validation loss in nats a target. Of several
+        processes only the one that records the run knows more than the loss.
 
     Raises:
         NerveError: for what the user can mend; a run that had begun is recorded as failed.
@@ -50,22 +59,20 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
     directory = Path(hydra_config.runtime.output_dir)
-    loss = final_loss(directory, config)
-    if loss is not None:
-        return loss
+    if final_loss(directory, config) is not None:
+        return objective_of(directory, config.objective)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
         if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
             return _follow(config, directory, signals)
         lock = RunLock(directory)
         try:
-            loss = final_loss(directory, config)  # it may have been done just now
-            if loss is not None:
-                return loss
-            record = begin(directory, config, hydra_config)
-            return _lead(config, directory, record, signals)
+            if final_loss(directory, config) is None:  # else it has been done just now
+                record = begin(directory, config, hydra_config)
+                _lead(config, directory, record, signals)
         finally:
             lock.release()
+    return objective_of(directory, config.objective)
 
 
 def _follow(config: DictConfig, directory: Path, signals: StopSignals) -> float:
@@ -78,10 +85,10 @@ def _follow(config: DictConfig, directory: Path, signals: StopSignals) -> float:
         raise SystemExit(0) from interrupted
 
 
-def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopSignals) -> float:
+def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopSignals) -> None:
     """The run in the process that records how it ends."""
     try:
-        loss = _run(config, directory, record, signals)
+        _run(config, directory, record, signals)
     except BaseException as error:
         # Lightning turns Ctrl-C into SystemExit.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -96,7 +103,6 @@ def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopS
     if signals.received:  # while it ended: nothing is left to save, but the command must stop
         signals.hand_on()
         signals.stop()
-    return loss
 
 
 def _run(
@@ -131,6 +137,7 @@ def _run(
             unigram_loss=getattr(data, "unigram_loss", None),
             device=str(trainer.strategy.root_device),
         )
+    log_configuration(trainer, values)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     finally:

@@ -18,6 +18,7 @@ from nerve.cli.outcome import SweepError
 from nerve.cli.resume import prepare_resume
 from nerve.cli.sweep import register_sweeper
 from nerve.errors import NerveError
+from nerve.values import require
 
 EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
 """Configurations that other packages bring, and the extra that installs them."""
@@ -45,6 +46,12 @@ def main() -> None:
         hydra_config = HydraConfig.get()
         is_cell = hydra_config.mode == RunMode.MULTIRUN
         try:
+            launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
+            require(
+                is_cell or launcher == "basic",
+                f"A launcher runs the cells of a sweep; hydra/launcher={launcher} would be passed "
+                "over and the run be made here. Add -m.",
+            )
             return (run_cell if is_cell else run_experiment)(config, hydra_config)
         except NerveError as error:
             if show_tracebacks:

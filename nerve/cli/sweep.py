@@ -8,13 +8,14 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from nerve.cli.cluster import SentJobs
+from nerve.cli.cluster import SUBMITIT_SLURM, SentJobs
 from nerve.cli.compose import resolved
-from nerve.cli.devices import check_devices
+from nerve.cli.devices import check_counted, check_devices
 from nerve.cli.grid import Cell, compose_grid
 from nerve.cli.local import run_here
 from nerve.cli.outcome import Report
@@ -73,6 +74,8 @@ class CellSweeper(Sweeper):
     ) -> None:
         self.config = config
         self.hydra_context = hydra_context
+        if OmegaConf.select(config, "hydra.launcher._target_") == SUBMITIT_SLURM:
+            check_counted(config.trainer)  # its launcher is not made of anything but a number
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -131,7 +134,8 @@ class CellSweeper(Sweeper):
             batch = overrides[number : number + size]
             try:
                 try:
-                    self.launcher.launch(batch, initial_job_idx=number)
+                    returns = self.launcher.launch(batch, initial_job_idx=number)
+                    errors += [job._return_value for job in returns if _has_failed(job)]
                 except Exception as error:  # submitit's, when a job is killed
                     errors.append(error)
                     jobs.wait()
@@ -158,6 +162,10 @@ def _n_at_once(launcher: Mapping[str, Any]) -> int | None:
     from joblib import effective_n_jobs  # type: ignore[import-untyped]
 
     return int(effective_n_jobs(launcher["n_jobs"]))
+
+
+def _has_failed(job: JobReturn) -> bool:
+    return job.status == JobStatus.FAILED and isinstance(job._return_value, Exception)
 
 
 def _quoted(text: str) -> str:

@@ -164,6 +164,7 @@ BAD = [
     (["data.corpus.roots=[{empty}]"], ["{empty}"]),
     (["optimizer.schedule.name=cosinus"], ["optimizer.schedule.name", "cosine"]),
     (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
+    (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
     (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
 ]
 

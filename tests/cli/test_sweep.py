@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
 from nerve.cli import local
@@ -277,6 +278,31 @@ def test_the_directories_are_those_that_hydra_is_told(sweep):
     assert status == 1
     assert "mine/0_3 holds run" in err
     assert "activation.name" in err
+
+
+def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_made(sweep):
+    status, _, err = sweep("seed=0", "hydra/launcher=slurm", "trainer.devices=auto")
+    assert status == 1
+    assert "sent with the number of its devices; got trainer.devices=auto" in err
+
+
+class Returns(Launcher):
+    """Returns what the cells raised, as submitit's launcher does."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None: ...
+
+    def launch(self, job_overrides, initial_job_idx):
+        error = RuntimeError("no module named torch there")
+        return [JobReturn(status=JobStatus.FAILED, _return_value=error) for _ in job_overrides]
+
+
+def test_what_cells_raised_elsewhere_is_said(sweep, monkeypatch):
+    name = "hydra_plugins.returns.Returns"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Returns)
+    status, _, err = sweep("seed=0", f"hydra.launcher._target_={name}")
+    assert status == 1
+    assert "0 (the only one): not started" in err
+    assert "the launcher: no module named torch there" in err
 
 
 class GivesUp(Launcher):

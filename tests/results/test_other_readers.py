@@ -1,0 +1,118 @@
+"""DuckDB and Polars read what runs stored: the README's two queries, and every column as it is."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+import pytest
+
+from nerve.results import RunRecord, RunStore
+from nerve.results.parts import read_parts
+from nerve.results.schema import DATASETS
+
+README = Path(__file__).parents[2] / "README.md"
+EIGENVALUES = np.arange(12, 0, -1, dtype=np.float32)
+
+
+def example(language: str, word: str) -> str:
+    """The one code block of the README in that language that has the word."""
+    blocks = re.findall(
+        rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE
+    )
+    (block,) = [block for block in blocks if word in block]
+    return block
+
+
+@pytest.fixture
+def outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Callable[..., dict[str, Any]]
+) -> Path:
+    """Two designs of two seeds in a sweep, and a failed run, below the current directory.
+
+    At their last step both layers' PR gains are 1 + seed + layer with GELU, ten times that with
+    ReLU. One run was killed while it was compacted, another while it wrote.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name, factor in (("gelu", 1), ("relu", 10)):
+        for seed in (0, 1):
+            record = RunRecord.create(
+                Path("outputs", "sweep", f"{name}-{seed}"),
+                {"activation": {"name": name}, "normalization": {"kind": "none"}, "seed": seed},
+                f"{name}{seed}",
+                seed=seed,
+            )
+            store = RunStore(record.directory, record.run_id)
+            for step in (0, 10):
+                for layer in range(2):
+                    gain = factor * (1 + seed + layer) if step else 99
+                    loss = 4.0 + seed - factor / 100
+                    values = {"pr_pre": 2.0, "pr_post": 2.0 * gain, "val_loss": loss}
+                    store.append_metrics([row(step, layer, **values)])
+                    for site in ("pre", "post"):
+                        spectrum = EIGENVALUES if site == "pre" else np.ones(16, np.float32)
+                        values = {"layer": layer, "ffn": "ffn", "site": site}
+                        store.append_spectra([{"step": step, **values, "eigenvalues": spectrum}])
+                store.append_scalars([{"step": step, "name": "train_loss", "value": None}])
+                store.flush(step)
+            record.finish("done", step=10)
+    failed = RunRecord.create("outputs/failed", {"activation": {"name": "gelu"}, "seed": 0})
+    store = RunStore(failed.directory, failed.run_id)
+    store.append_metrics([row(0, 0, se_pre=None, status="dead")])
+    store.flush(0)
+    failed.finish("failed", ValueError("no memory"), step=0)
+    interrupt_compaction(tmp_path / "outputs" / "sweep" / "gelu-0", "gelu0")
+    part = next((tmp_path / "outputs" / "sweep" / "relu-0" / "metrics").glob("*.parquet"))
+    part.with_name(f".{part.name}.0a1b2c3d.tmp").write_bytes(part.read_bytes()[:100])
+    return tmp_path / "outputs"
+
+
+def interrupt_compaction(directory: Path, run_id: str) -> None:
+    """Leaves the parts of a run as a kill does between their compaction and their removal."""
+    parts = {path: path.read_bytes() for path in directory.glob("*/*.parquet")}
+    RunStore(directory, run_id).compact()
+    removed = {path: part for path, part in parts.items() if not path.exists()}
+    assert len(removed) == len(DATASETS)
+    for path, part in removed.items():
+        path.write_bytes(part)
+
+
+def test_the_duckdb_query_of_the_readme(outputs):
+    """Means over both seeds and layers: (1 + 2 + 2 + 3) / 4, and ten times that."""
+    found = duckdb.sql(example("sql", "read_parquet")).fetchall()
+    assert found == [
+        ("relu", "none", 2, pytest.approx(4.4), 20.0),
+        ("gelu", "none", 2, pytest.approx(4.49), 2.0),
+    ]
+
+
+def test_the_polars_query_of_the_readme(outputs):
+    """Eight of twelve eigenvalues 12, 11, … hold 68/78 of their sum, eight of sixteen ones half."""
+    names: dict[str, Any] = {}
+    exec(example("python", "polars"), names)
+    found = names["share"]
+    assert found.columns == ["run_id", "layer", "ffn", "site", "share"]
+    assert found["run_id"].to_list() == np.repeat(["gelu0", "gelu1", "relu0", "relu1"], 4).tolist()
+    assert found["layer"].to_list() == [0, 0, 1, 1] * 4
+    assert found["site"].to_list() == ["post", "pre"] * 8
+    np.testing.assert_allclose(found["share"], [1 / 2, 68 / 78] * 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+@pytest.mark.parametrize("run", ["gelu-0", "relu-0"])
+def test_both_read_every_column_and_value_that_our_own_reader_reads(outputs, run, name):
+    """Without doubled rows, and cast to the schema, for both have other names for some types."""
+    directory, dataset = outputs / "sweep" / run, DATASETS[name]
+    expected, damaged = read_parts(directory, dataset)
+    assert not damaged
+    order = [(key, "ascending") for key in dataset.key]
+    pattern = f"{directory}/{name}/*.parquet"
+    for found in (
+        pl.read_parquet(pattern).unique().to_arrow(),
+        duckdb.sql(f"SELECT DISTINCT * FROM read_parquet('{pattern}')").to_arrow_table(),
+    ):
+        assert found.schema.names == dataset.schema.names
+        assert found.cast(dataset.schema).sort_by(order).equals(expected.sort_by(order))
