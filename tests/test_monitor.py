@@ -1,6 +1,7 @@
 """The callback measures the right weights on the right tokens, and changes nothing."""
 
 import copy
+import time
 from functools import partial
 
 import jaxtyping
@@ -9,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import Logger
 from torch.utils.checkpoint import checkpoint
 
 import nerve
@@ -18,7 +21,9 @@ from nerve.models import build_model
 from nerve.module import LanguageModel
 from nerve.monitor import SpectralMonitor
 from nerve.optim import Part, Schedule, build_optimizer
+from nerve.problem import FFNProblem
 from nerve.results import RunRecord, RunStore
+from nerve.results.means import logged_values, mean_values
 
 VOCAB, SEQ, BATCH = 13, 8, 4
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
@@ -56,7 +61,16 @@ def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def fit(
-    directory, module, train, heldout, *, callbacks=(), accumulate=1, precision=None, **monitor
+    directory,
+    module,
+    train,
+    heldout,
+    *,
+    callbacks=(),
+    loggers=(),
+    accumulate=1,
+    precision=None,
+    **monitor,
 ):
     """Trains with a monitor; gives it and the rows that it stored."""
     store = RunStore(directory, "run")
@@ -69,7 +83,7 @@ def fit(
         precision=precision,
         accumulate_grad_batches=accumulate,
         callbacks=[callback, *callbacks],
-        logger=StoreLogger(store),
+        logger=[StoreLogger(store), *loggers],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -449,3 +463,117 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
 def test_bad_values_are_refused_before_training(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
         SpectralMonitor(RunStore(tmp_path, "run"), **values)
+
+
+class Recorder(Logger):
+    """Keeps what it is given, each measurement with the step at which training was."""
+
+    name, version = "recorder", ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.measured: list[tuple[int, dict[str, float]]] = []
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        measured = any("/" in name for name in metrics)
+        (self.measured if measured else self.logged).append((step, dict(metrics)))
+
+
+class Watch(L.Callback):
+    """What callbacks can monitor when validation ends, by step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self.seen[trainer.global_step] = numbers
+
+
+def by_step(rows, values_of) -> dict[int, dict[str, float]]:
+    return {step: values_of(part.to_dict("records")) for step, part in rows.groupby("step")}
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_loggers_get_each_measurement_with_its_step_and_the_store_has_it_once(tmp_path, source):
+    recorder = Recorder()
+    values = {"every_n_steps": 2, "source": source}
+    data = batches(5), batches(2, seed=1)
+    _, rows = fit(tmp_path, make_module(), *data, loggers=[recorder], **values)
+    expected = by_step(rows, logged_values)
+    assert dict(recorder.measured) == expected
+    assert [step for step, _ in recorder.measured] == sorted(expected)
+    assert {"ffn/00/pr_post", "ffn/01/pr_post", "ffn/mean/pr_post"} <= expected[2].keys()
+    # What Lightning itself logs is as it would be without the measurements.
+    assert set(nerve.load_scalars(tmp_path).name) == {"train_loss", "val_loss"}
+    assert set().union(*(names for _, names in recorder.logged)) <= {
+        *("train_loss", "val_loss", "epoch")
+    }
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_callbacks_can_monitor_means_over_layers(tmp_path, source):
+    """Those of the same step; of training data they are those of the step before."""
+    watch = Watch()
+    values = {"every_n_steps": 2, "source": source}
+    data = batches(6), batches(2, seed=1)
+    _, rows = fit(tmp_path, make_module(), *data, callbacks=[watch], **values)
+    means = by_step(rows, mean_values)
+    assert list(watch.seen) == [2, 4, 6]
+    for step, seen in watch.seen.items():
+        there = means[step if source == "heldout" else step - 2]
+        assert {"pr_post", "ffn/mean/pr_post"} <= there.keys()
+        assert {name: seen[name] for name in there} == pytest.approx(there, rel=1e-6)
+
+
+def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_path, monkeypatch):
+    """Solving takes longer than training does from one measurement to the next."""
+    solve = FFNProblem.solve
+
+    def late(problem):
+        time.sleep(0.03)
+        return solve(problem)
+
+    monkeypatch.setattr(FFNProblem, "solve", late)
+    monkeypatch.setattr("nerve.monitor.spare_workers", lambda *args: 1)
+    recorder, watch = Recorder(), Watch()
+    data = batches(6), batches(1, seed=1)
+    extra = {"loggers": [recorder], "callbacks": [watch]}
+    _, rows = fit(tmp_path, make_module(), *data, every_n_steps=1, **extra)
+    assert recorder.measured == list(by_step(rows, logged_values).items())
+    means = {step: means["pr_post"] for step, means in by_step(rows, mean_values).items()}
+    lags = []
+    for step, seen in watch.seen.items():
+        near = [lag for lag in range(3) if step >= lag]
+        lags += [
+            lag for lag in near if seen["pr_post"] == pytest.approx(means[step - lag], rel=1e-6)
+        ]
+    assert len(lags) == 6
+    assert max(lags) == 2
+
+
+@pytest.mark.parametrize("monitor", ["pr_post", "ffn/mean/se_pre", "val_loss"])
+def test_training_can_be_stopped_early_by_a_mean_over_layers(tmp_path, monitor):
+    stop = EarlyStopping(monitor, mode="min", patience=0, min_delta=1e9)
+    data = batches(9), batches(2, seed=1)
+    _, rows = fit(tmp_path, make_module(), *data, callbacks=[stop], every_n_steps=2)
+    assert (stop.stopped_epoch, rows.step.max()) == (0, 4)  # 4 is not better than 2 by so much
+    column = monitor.rpartition("/")[2]
+    assert float(stop.best_score) == pytest.approx(rows[rows.step == 2][column].mean(), rel=1e-6)
+
+
+def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):
+    """No layer has anything to measure: the FFNs' inputs are 0."""
+    module, recorder, watch = make_module(activation={"name": "relu"}), Recorder(), Watch()
+    for block in module.model.blocks:
+        torch.nn.init.zeros_(block.ffn.up.weight)
+        block.ffn.up.requires_grad_(False)
+    extra = {"loggers": [recorder], "callbacks": [watch]}
+    fit(tmp_path, module, batches(2), batches(1), every_n_steps=2, **extra)
+    assert np.isnan(watch.seen[2]["pr_post"])
+    assert all(not values for _, values in recorder.logged if "val_loss" not in values)
