@@ -126,7 +126,7 @@ class CSVLogger(Logger):
         if not self._path.exists():
             return []
         whole, _, _ = self._path.read_text(encoding="utf-8").rpartition("\n")  # but half a row
-        reader = csv.DictReader(whole.splitlines())
+        reader = csv.DictReader(io.StringIO(whole))
         return [{name: value for name, value in row.items() if value} for row in reader]
 
 

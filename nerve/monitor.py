@@ -294,8 +294,9 @@ class SpectralMonitor(L.Callback):
                 if self._stores_spectra(spectra):
                     self.store.append_spectra(_spectra_rows(step, spectra))
             self.store.flush(step)
-            for logger in self._loggers:
-                logger.log_metrics(logged_values(self.latest), step)
+            values = logged_values(self.latest)
+            for logger in self._loggers if values else ():
+                logger.log_metrics(values, step)
                 logger.save()
 
     def _means(self, trainer: L.Trainer) -> dict[str, float]:

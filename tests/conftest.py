@@ -1,10 +1,27 @@
-"""What all tests share: shapes are checked as annotated, and no user's cache is touched."""
+"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
 
+import itertools
+import logging
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+SWEEP = (
+    "threads=1",
+    "trainer.max_steps=50",
+    "trainer.enable_progress_bar=false",
+    "monitor.every_n_steps=10",
+    "model.n_layers=2",
+    "model.d_model=32",
+    "model.n_heads=2",
+    "model.seq_len=32",
+    "data.batch_size=32",
+    "optimizer.lr=2e-2",
+)
 
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
@@ -15,6 +32,27 @@ torch.set_num_threads(1)  # tiny tensors; and several tests start processes of t
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["NERVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 activations × 2 normalizations × 2 seeds, trained on the default data for 50 steps."""
+    from nerve.cli.run import main  # after the import hook
+
+    folder = tmp_path_factory.mktemp("sweep")
+    handlers, level = logging.root.handlers.copy(), logging.root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for cell in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
+            names = ("activation", "normalization", "seed")
+            factors = [f"{name}={value}" for name, value in zip(names, cell, strict=True)]
+            directory = f"hydra.run.dir=runs/{'-'.join(map(str, cell))}"
+            patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
+            main()
+    # Hydra's handlers write to what was stdout meanwhile.
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    return folder / "runs"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,12 @@
-"""The CSV file has each row once, however often the run was resumed."""
+"""The CSV file has each row once, however often the run was resumed; wandb has one run for each."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
+import nerve.logger
+from nerve.errors import StoreError
 from nerve.logger import CSVLogger
 
 
@@ -25,11 +27,53 @@ def test_a_row_holds_what_one_call_logged(tmp_path):
     ]
 
 
-def test_rows_are_written_when_so_many_wait(tmp_path):
-    logger = CSVLogger(tmp_path, every_n_rows=2)
-    for step in range(5):
-        logger.log_metrics({"loss": step}, step)
-    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
+def test_rows_are_appended_and_a_new_column_has_the_file_written_anew(tmp_path, monkeypatch):
+    """At any moment the file has all that was saved; a name with a comma stays one column."""
+    anew = []
+    write = nerve.logger.write_atomically
+    monkeypatch.setattr(
+        nerve.logger, "write_atomically", lambda *args: anew.append(len(anew)) or write(*args)
+    )
+    logger, logged = CSVLogger(tmp_path), []
+    for step in range(6):
+        values = {"loss": step / 3} | ({"a,b": 0.5} if step >= 3 else {})
+        logger.log_metrics(values, step)
+        logger.save()
+        logged.append({"step": str(step)} | {name: repr(value) for name, value in values.items()})
+        names = {name for row in logged for name in row}
+        assert rows(tmp_path) == [dict.fromkeys(names, "") | row for row in logged]
+    assert len(anew) == 2
+    logger.save()
+    assert len(rows(tmp_path)) == 6
+
+
+def test_a_row_that_was_cut_short_is_dropped_and_a_refused_one_is_not(tmp_path, monkeypatch):
+    """A process dies in the middle of a row; the disk is full in the middle of another."""
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"loss": 0.25}, 0)
+    first.save()
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text() + "1,0.2")
+    second = CSVLogger(tmp_path)
+    second.log_metrics({"loss": 0.5}, 1)
+    second.save()
+
+    def full(path, *args):
+        with open(path, "a") as file:
+            file.write("2,0.")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nerve.logger, "open", full, raising=False)
+        second.log_metrics({"loss": 0.75}, 2)
+        with pytest.raises(StoreError, match="No space left on device"):
+            second.save()
+    second.save()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        ("0", "0.25"),
+        ("1", "0.5"),
+        ("2", "0.75"),
+    ]
 
 
 @pytest.mark.parametrize("resumed_at", [0, 2, 5])

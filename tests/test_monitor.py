@@ -511,7 +511,7 @@ def test_loggers_get_each_measurement_with_its_step_and_the_store_has_it_once(tm
     assert {"ffn/00/pr_post", "ffn/01/pr_post", "ffn/mean/pr_post"} <= expected[2].keys()
     # What Lightning itself logs is as it would be without the measurements.
     assert set(nerve.load_scalars(tmp_path).name) == {"train_loss", "val_loss"}
-    assert set().union(*(names for _, names in recorder.logged)) <= {
+    assert {name for _, values in recorder.logged for name in values} == {
         *("train_loss", "val_loss", "epoch")
     }
 
@@ -536,7 +536,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
     solve = FFNProblem.solve
 
     def late(problem):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return solve(problem)
 
     monkeypatch.setattr(FFNProblem, "solve", late)
@@ -554,7 +554,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
             lag for lag in near if seen["pr_post"] == pytest.approx(means[step - lag], rel=1e-6)
         ]
     assert len(lags) == 6
-    assert max(lags) == 2
+    assert 1 <= max(lags)  # else nothing was late
 
 
 @pytest.mark.parametrize("monitor", ["pr_post", "ffn/mean/se_pre", "val_loss"])
@@ -576,4 +576,6 @@ def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):
     extra = {"loggers": [recorder], "callbacks": [watch]}
     fit(tmp_path, module, batches(2), batches(1), every_n_steps=2, **extra)
     assert np.isnan(watch.seen[2]["pr_post"])
-    assert all(not values for _, values in recorder.logged if "val_loss" not in values)
+    assert recorder.logged
+    assert all("train_loss" in values or "val_loss" in values for _, values in recorder.logged)
+    assert not recorder.measured

@@ -1,10 +1,8 @@
 """The page in a browser: figures render, tables sort and filter, nothing is asked of a network."""
 
-import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 import nerve
-from nerve.cli.run import main
 from nerve.results import RunRecord, RunStore
 from nerve.results.page import PageFigure, PageTable, render, to_json
 from nerve.results.report import write_report
 
 HOSTILE = "<script>alert(1)</script>"
-SWEEP = (
-    "threads=1",
-    "trainer.max_steps=50",
-    "trainer.enable_progress_bar=false",
-    "monitor.every_n_steps=25",
-    "model.n_layers=2",
-    "model.d_model=32",
-    "model.n_heads=2",
-    "model.seq_len=32",
-    "data.batch_size=32",
-    "optimizer.lr=2e-2",
-)
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -68,20 +53,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on 2 activations × 2 normalizations × 2 seeds, trained on the default data."""
-    folder = tmp_path_factory.mktemp("sweep")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for cell in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
-            factors = [
-                f"{name}={value}"
-                for name, value in zip(("activation", "normalization", "seed"), cell, strict=True)
-            ]
-            directory = f"hydra.run.dir=runs/{'-'.join(map(str, cell))}"
-            patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
-            main()
-    return write_report(folder / "runs")
+def sweep(trained_runs: Path) -> Path:
+    """The report on 2 activations × 2 normalizations × 2 seeds."""
+    return write_report(trained_runs)
 
 
 def opened(browser: webdriver.Chrome, index: Path) -> webdriver.Chrome:

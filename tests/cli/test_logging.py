@@ -1,0 +1,183 @@
+"""What people look at beside the tables: the loggers of a run, and callbacks that monitor it."""
+
+import csv
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import nerve
+from nerve.cli import assembly
+from nerve.results import RunRecord
+from nerve.results.means import MEASURED
+
+TINY = [
+    f"data.corpus.roots=[{Path(json.__file__).parent}]",
+    "data.vocab_size=300",
+    "data.batch_size=4",
+    "data.val_fraction=0.2",
+    "model.n_layers=2",
+    "model.d_model=16",
+    "model.n_heads=2",
+    "model.seq_len=16",
+    "trainer.max_steps=5",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "monitor.every_n_steps=2",
+    "threads=1",
+    "hydra.run.dir=it",
+]
+STEPS = [0, 2, 4, 5]
+
+
+def measured(name: str, directory: str = "it") -> dict[int, float]:
+    """A name of the loggers, step by step, from the stored rows."""
+    ffn, layer, column = name.split("/")
+    rows = nerve.load_metrics(directory).query(f"ffn == {ffn!r}")
+    if layer != "mean":
+        rows = rows[rows.layer == int(layer)]
+    return rows.groupby("step")[column].mean().to_dict()
+
+
+def test_the_csv_file_has_a_column_for_each_metric_of_each_layer(run):
+    assert run(*TINY)[0] == 0
+    with open("it/logs/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for metric in MEASURED:
+        for name in (f"ffn/00/{metric}", f"ffn/01/{metric}", f"ffn/mean/{metric}"):
+            column = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+            assert list(column) == STEPS
+            assert column == pytest.approx(measured(name), rel=1e-15)
+    assert len([row for row in rows if row["train_loss"]]) == 5
+    assert not [name for name in nerve.load_scalars("it").name if "/" in name]
+
+
+def test_tensorboard_shows_layers_losses_and_the_configuration(run):
+    """Read back from the event file; two kinds of FFN in a Mixer."""
+    mixer = ["model=mixer_tiny", "data.batch_size=8", *TINY[4:6], *TINY[8:]]
+    status, _, err = run(*mixer, "logger=[csv,tensorboard]")
+    assert (status, err) == (0, "")
+    assert Path("it/logs/metrics.csv").exists()
+    events = EventAccumulator("it/logs/tensorboard").Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"train_loss", "val_loss", "val_accuracy"} <= names
+    for name in ("token_mixing/00/se_pre", "channel_mixing/01/pr_post", "token_mixing/mean/js"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert list(shown) == STEPS
+        assert shown == pytest.approx(measured(name), rel=1e-6)
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"normalization/kind" in content
+    assert b"layernorm" in content
+
+
+def logged_records(file: bytes) -> Iterator[bytes]:
+    """The records of a file of wandb, LevelDB's log format after seven bytes: blocks of 32 KiB with
+    pieces of records, each behind its checksum, length, and whether it is all (1) or the last (4).
+    """
+    position, record = 7, b""
+    while position < len(file):
+        left = 2**15 - position % 2**15
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", file, position)
+        position += 7 + length
+        record += file[position - length : position]
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_a_wandb_run_has_the_values_and_the_configuration_of_its_run(run, monkeypatch):
+    """Read back from the file that wandb would upload; the next run in the process has its own."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("it", "other"):
+        assert run(*TINY, "logger=wandb", f"hydra.run.dir={name}")[0] == 0
+        assert wandb.run is None
+        run_id = RunRecord.load(name).run_id
+        (path,) = Path(name).glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
+        records = [Record.FromString(data) for data in logged_records(path.read_bytes())]
+        (begun,) = (record.run for record in records if record.HasField("run"))
+        assert (begun.run_id, begun.project) == (run_id, "nerve")
+        config = {}
+        for record in records:
+            for part in (record.run.config, record.config):
+                config |= {item.key: json.loads(item.value_json) for item in part.update}
+        assert config["model"]["d_model"] == 16
+        shown = {}
+        for record in records:
+            items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+            if "ffn/01/pr_post" in items:
+                shown[json.loads(items["trainer/global_step"])] = json.loads(
+                    items["ffn/01/pr_post"]
+                )
+        assert shown == pytest.approx(measured("ffn/01/pr_post", name), rel=1e-15)
+        assert list(shown) == STEPS
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_a_logger_that_is_not_installed_is_named_with_its_extra(run, monkeypatch, logger):
+    monkeypatch.setitem(sys.modules, logger, None)
+    status, _, err = run(*TINY, f"logger=[csv,{logger}]")
+    assert status == 1
+    assert f"logger={logger} needs {logger}, which is not" in err
+    assert f'pip install -c constraints.txt -e ".[{logger}]"' in err
+    assert not Path("it/run.json").exists()
+
+
+def test_a_logger_that_cannot_start_fails_the_run_with_its_reason(run, monkeypatch):
+    class Refusing(assembly.StoreLogger):
+        def log_hyperparams(self, *args):
+            raise ConnectionError("no login")
+
+    monkeypatch.setattr(assembly, "StoreLogger", Refusing)
+    status, _, err = run(*TINY)
+    assert status == 1
+    assert "Refusing could not: no login" in err
+    assert RunRecord.load("it").run_status == "failed"
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "pr_post"])
+def test_a_run_that_is_stopped_early_is_done(run, monitor):
+    stop = [
+        "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping",
+        f"+callbacks.stop.monitor={monitor}",
+        "+callbacks.stop.min_delta=1000",
+        "+callbacks.stop.patience=1",
+    ]
+    status, _, err = run(*TINY, *stop)
+    assert (status, err) == (0, "")
+    record, metrics = RunRecord.load("it"), nerve.load_metrics("it")
+    assert (record.run_status, record.step, metrics.step.max()) == ("done", 4, 4)
+    assert record.final["val_loss"] == metrics[metrics.step == 4].val_loss.iloc[0]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
+    """Beside the run's own checkpoints, and they are those of that step."""
+    keep = [
+        "+callbacks.keep._target_=lightning.pytorch.callbacks.ModelCheckpoint",
+        "+callbacks.keep.monitor=pr_post",
+        f"+callbacks.keep.mode={mode}",
+        "+callbacks.keep.filename=chosen",
+    ]
+    status, _, err = run(*TINY, *keep)
+    assert (status, err) == (0, "")
+    means = nerve.load_metrics("it").query("step > 0").groupby("step").pr_post.mean()
+    chosen = torch.load("it/checkpoints/chosen.ckpt", weights_only=True)
+    assert chosen["global_step"] == (means.idxmin() if mode == "min" else means.idxmax())
+
+
+def test_what_is_unknown_to_a_callback_is_said_by_lightning(run):
+    stop = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
+    with pytest.raises(RuntimeError, match=r"pr_past.*pr_post"):
+        run(*TINY, stop, "+callbacks.stop.monitor=pr_past")
