@@ -113,6 +113,11 @@ def test_training_tokens_can_be_measured_instead(run, tiny, tmp_path):
     assert nerve.load_runs(tmp_path)["final.val_loss"].notna().all()
 
 
+def test_one_layer_can_be_measured_alone(run, tiny, tmp_path):
+    assert run(*tiny, "monitor.layers=[1]", "monitor.shortcut=false")[0] == 0
+    assert nerve.load_metrics(tmp_path).layer.unique().tolist() == [1]
+
+
 def test_a_cell_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
     """Its process of its own changes no bit; called again, the command starts none."""
     design = [*tiny, "activation=relu", "logger=none"]
@@ -157,6 +162,7 @@ BAD = [
     (["monitor.every_n_steps=-1"], ["monitor.every_n_steps", "-1"]),
     (["seed=-1"], ["seed must be a whole number", "-1"]),
     (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
+    (["monitor.layers=[0,7]"], ["Layers to measure must have FFNs, as 0, 1 have; got 7"]),
     (["monitor.n_tokens=lots"], ["monitor.n_tokens", "lots"]),
     (["monitor.n_tokens=10000000"], ["10000000", "validation split"]),
     (["model.seq_len=1000000"], ["model.seq_len", "1000001"]),
