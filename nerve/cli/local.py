@@ -88,7 +88,7 @@ def run_here(
     Args:
         cells: not yet at work, each in a directory of its own.
         n_at_once: how many run side by side. Of several, each writes to output.log in its directory
-            and gets its share of the CPU cores.
+            and gets its share of the CPU cores, and one of the GPUs in turn.
         timeout_s: how long a cell may take; then it is asked to stop.
         starting: called with each cell before it starts.
         ended: called with each cell once it has ended.
@@ -97,13 +97,15 @@ def run_here(
         The signal that asked to stop, if any.
     """
     waiting, running = deque(cells), list["_Process"]()
+    places = deque(range(n_at_once))
     with StopRequests() as requests:
         while running or (waiting and not requests.received):
             while waiting and len(running) < n_at_once and not requests.received:
                 cell = waiting.popleft()
                 starting(cell)
                 try:
-                    running.append(_Process(cell, n_at_once, timeout_s))
+                    running.append(_Process(cell, places[0], n_at_once, timeout_s))
+                    places.popleft()
                 except OSError as error:
                     cell.trouble = f"its process could not be started: {error}"
                     ended(cell)
@@ -111,22 +113,24 @@ def run_here(
             for process in running.copy():
                 if process.has_ended(len(requests.received)):
                     running.remove(process)
+                    places.append(process.place)
                     ended(process.cell)
     return requests.received[0] if requests.received else None
 
 
 class _Process:
-    """A cell at work."""
+    """A cell at work, in one of the places for those that run at once."""
 
-    def __init__(self, cell: Cell, n_at_once: int, timeout_s: float | None) -> None:
+    def __init__(self, cell: Cell, place: int, n_at_once: int, timeout_s: float | None) -> None:
         self.cell = cell
+        self.place = place
         self._timeout_s = timeout_s
         self._began = time.monotonic()
         self._requests = 0
         self._to_be_killed_at: float | None = None
         self._error: NerveError | None = None
         self._n_starts = _n_starts(_record_in(cell.directory))
-        self._popen = _start(cell, n_at_once)
+        self._popen = _start(cell, place, n_at_once)
 
     def has_ended(self, requests: int) -> bool:
         """Whether the cell has ended; if not, and it ought to, it is told so.
@@ -203,13 +207,16 @@ def _n_starts(record: RunRecord | None) -> int:
     return record.restarts + 1 if record else 0
 
 
-def _start(cell: Cell, n_at_once: int) -> "subprocess.Popen[bytes]":
+def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     with contextlib.ExitStack() as stack:
         log = None
         if n_at_once > 1:
             n_threads = max(1, (os.cpu_count() or 1) // n_at_once)
             environment.setdefault("OMP_NUM_THREADS", str(n_threads))
+            gpus = _gpus()
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
             cell.directory.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(open(cell.directory / LOG_NAME, "ab"))
         popen = subprocess.Popen(
@@ -225,6 +232,15 @@ def _start(cell: Cell, n_at_once: int) -> "subprocess.Popen[bytes]":
         popen.stdin.write(encoded(cell.config))
         popen.stdin.flush()
     return popen
+
+
+def _gpus() -> list[str]:
+    """What CUDA may see here, by the names that it goes by; found without the seconds that torch
+    takes to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def _error(status: int) -> NerveError:

@@ -31,7 +31,8 @@ def run_experiment(config: Any, hydra_config: Any) -> float:
     try:
         record = begin(directory, config, hydra_config)
         with open(directory / "starts", "a") as starts:
-            starts.write(f"{hydra_config.job.num} {os.environ.get('OMP_NUM_THREADS')}\n")
+            share = (os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"))
+            print(hydra_config.job.num, *share, file=starts)
         try:
             befall(deed, directory)
         except (Exception, KeyboardInterrupt) as error:

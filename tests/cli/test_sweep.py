@@ -173,9 +173,10 @@ def test_a_time_limit_must_be_positive(sweep):
 
 
 def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
-    """Each waits for the other to start. Each has its share of the cores, and a log of its own."""
+    """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     befalls({0: "meet", 1: "meet"})
     status, out, _ = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert status == 0, out
@@ -183,6 +184,8 @@ def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
     for record in records().values():
         assert (record.directory / "starts").read_text().split()[1] == "3"
         assert (record.directory / local.LOG_NAME).exists()
+    starts = [(record.directory / "starts").read_text().split() for record in records().values()]
+    assert sorted(gpu for _, _, gpu in starts) == ["4", "7"]
 
 
 def test_cells_that_define_the_same_result_are_run_once(sweep):
