@@ -99,27 +99,27 @@ class CheckpointFiles(CheckpointIO):
     """Lightning's way to checkpoints: holds what it is given to save until `write` is called.
 
     A state is taken where Lightning can resume from it, and written where all rows up to its step
-    are known.
+    are known. Further callbacks may save to files of their own.
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Path, dict[str, Any]] | None = None
+        self._held: dict[Path, dict[str, Any]] = {}
 
     @property
     def holds(self) -> bool:
         """Whether there is something to write."""
-        return self._held is not None
+        return bool(self._held)
 
     def write(self) -> None:
-        """Writes what is held. Raises as `write_checkpoint`; it is then still held."""
-        if self._held is not None:
-            write_checkpoint(*self._held)
-            self._held = None
+        """Writes what is held. Raises as `write_checkpoint`; what is not written is still held."""
+        for path in list(self._held):
+            write_checkpoint(path, self._held[path])
+            del self._held[path]
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        self._held = (Path(path), checkpoint)
+        self._held[Path(path)] = checkpoint
 
     def load_checkpoint(
         self,
@@ -130,4 +130,5 @@ class CheckpointFiles(CheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
+        self._held.pop(Path(path), None)
         Path(path).unlink(missing_ok=True)

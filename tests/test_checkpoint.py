@@ -94,6 +94,16 @@ def test_what_is_saved_is_held_until_it_is_written(tmp_path):
     assert not path.exists()
 
 
+def test_files_of_further_callbacks_are_written_too_unless_they_are_taken_back(tmp_path):
+    files, paths = CheckpointFiles(), [tmp_path / f"{name}.ckpt" for name in "abc"]
+    for path in paths:
+        files.save_checkpoint({"at": path.name}, path)
+    files.remove_checkpoint(paths[1])
+    files.write()
+    assert [path.exists() for path in paths] == [True, False, True]
+    assert files.load_checkpoint(paths[0]) == {"at": "a.ckpt"}
+
+
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
     """torch's format and a bare pickle, each with an object that would make a directory."""
     target = tmp_path / "made"

@@ -96,7 +96,7 @@ def steps_saved(monkeypatch) -> list[int]:
 
     def noting(files):
         if files.holds:
-            steps.append(files._held[1]["global_step"])
+            steps.extend(held["global_step"] for held in files._held.values())
         write(files)
 
     monkeypatch.setattr(CheckpointFiles, "write", noting)
