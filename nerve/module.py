@@ -68,7 +68,7 @@ class TrainedModel(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Lightning labels validation by the batches before the last update; we count updates.
-        self.log("step", float(self.global_step))
+        self.log("step", float(self.global_step), sync_dist=True)
         self._raise_if_diverged()  # after the last update no training loss would show it
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

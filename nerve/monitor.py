@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -25,6 +24,7 @@ from nerve.results.means import logged_values, mean_values
 from nerve.results.store import RunStore
 from nerve.solver import Solved, Solver, spare_workers
 from nerve.values import require, require_choice
+from nerve.weighted_mean import WeightedMean
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ class SpectralMonitor(L.Callback):
         self._share = (0, 1)
         self._probe: Probe | None = None
         self._measurement: Measurement | None = None
-        self._validation = _WeightedMean()
-        self._training = _WeightedMean()
+        self._validation = WeightedMean()
+        self._training = WeightedMean()
         self._tokens_seen = 0
         self._due: dict[str, Any] | None = None
         self._began = 0.0
@@ -162,7 +162,7 @@ class SpectralMonitor(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._began = time.perf_counter()
-        self._validation = _WeightedMean()
+        self._validation = WeightedMean()
 
     def on_validation_batch_start(
         self,
@@ -204,7 +204,7 @@ class SpectralMonitor(L.Callback):
             "val_loss": self.val_loss,
             "lr": hidden_lr(trainer.optimizers[0]),
         }
-        self._training = _WeightedMean()
+        self._training = WeightedMean()
         if self.source == "heldout":
             self._finish_measurement()
         if not trainer.sanity_checking:
@@ -264,7 +264,7 @@ class SpectralMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._tokens_seen = state_dict["tokens_seen"]
-        self._training = _WeightedMean(*state_dict["training"][rank()])
+        self._training = WeightedMean(*state_dict["training"][rank()])
         self._due = state_dict["due"]
         self.latest = state_dict["latest"]
         self.val_loss = state_dict["val_loss"]
@@ -338,27 +338,3 @@ def _step_outputs(outputs: Any) -> tuple[Tensor, int]:
             f"number of targets that the loss is a mean of); got {type(outputs).__name__}."
         )
     return outputs["loss"].detach(), int(outputs["n_targets"])
-
-
-class _WeightedMean:
-    """Mean of losses weighted by their targets, in float64, without waiting for the device."""
-
-    def __init__(self, total: Tensor | float = 0.0, weight: int = 0) -> None:
-        self._total = total
-        self._weight = weight
-
-    def add(self, loss: Tensor, n_targets: int) -> None:
-        self._total = self._total + loss.double() * n_targets
-        self._weight += n_targets
-
-    def value(self, *, over_processes: bool = False) -> float | None:
-        """The mean, of all processes' losses together if asked for; None without any."""
-        if not self._weight:
-            return None
-        sums = torch.as_tensor(self._total).new_tensor([float(self._total), self._weight])
-        if over_processes:
-            dist.all_reduce(sums)
-        return float(sums[0] / sums[1])
-
-    def state(self) -> tuple[float, int]:
-        return float(self._total), self._weight

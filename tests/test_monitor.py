@@ -554,7 +554,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
             lag for lag in near if seen["pr_post"] == pytest.approx(means[step - lag], rel=1e-6)
         ]
     assert len(lags) == 6
-    assert 1 <= max(lags)  # else nothing was late
+    assert max(lags) >= 1  # else nothing was late
 
 
 @pytest.mark.parametrize("monitor", ["pr_post", "ffn/mean/se_pre", "val_loss"])

@@ -180,6 +180,6 @@ def log_configuration(trainer: L.Trainer, values: dict[str, Any]) -> None:
             logger.log_hyperparams(values)
         except Exception as error:  # it may be about anything
             raise ConfigError(
-                f"A logger must be able to start; {type(logger).__name__} could not: {error}. Mend "
-                "that, or choose another with logger=csv."
+                f"A logger must be able to start; {type(logger).__name__} could not: "
+                f"{str(error).rstrip('.')}. Mend that, or choose another with logger=csv."
             ) from error

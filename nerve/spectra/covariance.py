@@ -117,16 +117,17 @@ class StreamingCovariance:
         """
         with torch.inference_mode(False), torch.no_grad():
             n, mean, scatter = self._all_moments()
-            taken = mean.new_tensor([n, *(name in self._taken for name in PRODUCTS)])
-            weighted = torch.cat([taken, mean * n])
-            dist.all_reduce(weighted)
-            total, *taken = weighted[: len(taken)].tolist()
-            common = weighted[1 + len(taken) :] / max(total, 1)
+            counts = mean.new_tensor([n, *(name in self._taken for name in PRODUCTS)])
+            sums = torch.cat([counts, mean * n])
+            dist.all_reduce(sums)
+            counts, weighted = sums[: len(counts)], sums[len(counts) :]
+            total, *taken = counts.tolist()
+            common = weighted / max(total, 1)
             delta = mean - common
             scatter.addr_(delta * n, delta)
             dist.reduce(scatter, to)
             self._moments = Moments(int(total), common, scatter)
-            self._taken = {name for name, n_any in zip(PRODUCTS, taken, strict=True) if n_any}
+            self._taken = {name for name, n_taken in zip(PRODUCTS, taken, strict=True) if n_taken}
 
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of

@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nerve
+from nerve.checkpoint import checkpoint_path, read_checkpoint
 from nerve.cli import assembly
 from nerve.results import RunRecord
 from nerve.results.means import MEASURED
@@ -35,7 +37,7 @@ TINY = [
 STEPS = [0, 2, 4, 5]
 
 
-def measured(name: str, directory: str = "it") -> dict[int, float]:
+def measured(name: str, directory: str | Path = "it") -> dict[int, float]:
     """A name of the loggers, step by step, from the stored rows."""
     ffn, layer, column = name.split("/")
     rows = nerve.load_metrics(directory).query(f"ffn == {ffn!r}")
@@ -175,6 +177,23 @@ def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
     means = nerve.load_metrics("it").query("step > 0").groupby("step").pr_post.mean()
     chosen = torch.load("it/checkpoints/chosen.ckpt", weights_only=True)
     assert chosen["global_step"] == (means.idxmin() if mode == "min" else means.idxmax())
+    assert read_checkpoint(checkpoint_path("it", "last"))["step"] == 5
+
+
+def test_processes_monitor_the_same_means(tmp_path):
+    """Only one of the two has the rows, and both must stop; else the other would wait for ever."""
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *TINY]
+    two += ["trainer.precision=32-true", "objective=ffn/mean/js", "logger=tensorboard"]
+    stop = ["callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
+    stop += ["callbacks.stop.monitor=js", "callbacks.stop.stopping_threshold=1"]
+    command = [sys.executable, "-m", "nerve.cli.run", *two, *(f"+{value}" for value in stop)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    directory = tmp_path / "it"
+    assert nerve.load_metrics(directory).step.unique().tolist() == [0, 2]
+    events = EventAccumulator(str(directory / "logs" / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("ffn/mean/js")}
+    assert shown == pytest.approx(measured("ffn/mean/js", directory), rel=1e-6)
 
 
 def test_what_is_unknown_to_a_callback_is_said_by_lightning(run):
