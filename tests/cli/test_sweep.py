@@ -34,6 +34,8 @@ Sweep = Callable[..., tuple[int, str, str]]
 def sweep(run, monkeypatch) -> Sweep:
     """Calls `nerve-run -m`; gives exit status, stdout and stderr, blanks made one."""
     monkeypatch.setattr(local, "COMMAND", [sys.executable, "-P", str(STAND_IN)])
+    # A shell that starts the tests in its background has them ignore Ctrl-C, and so would a sweep.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     befalls({})
 
     def call(*arguments: str) -> tuple[int, str, str]:
