@@ -109,8 +109,15 @@ def _run(
     config: DictConfig, directory: Path, record: RunRecord | None, signals: StopSignals
 ) -> float:
     values = resolved(config)
-    if values["threads"] is not None:
-        torch.set_num_threads(values["threads"])
+    for key in ("compile", "retry"):
+        require(isinstance(values[key], bool), f"{key} must be true or false; got {values[key]!r}.")
+    threads = values["threads"]
+    require(
+        threads is None or (isinstance(threads, int) and threads > 0),
+        f"threads must be null or a positive whole number; got {threads!r}.",
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
     require(
         isinstance(values["seed"], int) and 0 <= values["seed"] < 2**32,
         f"seed must be a whole number from 0 to 2**32 - 1; got {values['seed']!r}.",

@@ -63,7 +63,7 @@ class TextDataModule(BatchDataModule):
         require(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}.")
         require(
             n_heldout_tokens >= 1,
-            f"data.n_heldout_tokens must be at least 1; got {n_heldout_tokens}.",
+            f"monitor.n_tokens must be at least 1; got {n_heldout_tokens}.",
         )
         require(
             0 < val_fraction < 1,
@@ -196,9 +196,9 @@ class TextDataModule(BatchDataModule):
         available = _n_windows(len(cache.val), self.seq_len) * self.seq_len
         if self.n_heldout_tokens > available:
             raise DataError(
-                f"data.n_heldout_tokens must not exceed the validation split; got "
+                f"monitor.n_tokens must not exceed the validation split; got "
                 f"{self.n_heldout_tokens} (whole sequences of {self.seq_len}), of {available} that "
-                f"{self.corpus.name} has. Lower data.n_heldout_tokens or raise data.val_fraction "
+                f"{self.corpus.name} has. Lower monitor.n_tokens or raise data.val_fraction "
                 f"(now {self._val_fraction})."
             )
 

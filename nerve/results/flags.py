@@ -25,6 +25,7 @@ FLAGS = (
     "no loss",
     "incomplete",
     "untrained",
+    "repeat",
 )
 """What `flag_runs` says of a run; only `ok` ones enter statistics over runs unless asked for."""
 
@@ -44,6 +45,8 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
       - `no loss`: no row has a validation loss
       - `incomplete`: parts of its metrics are damaged and were left out
       - `untrained`: its validation loss was never below the limit
+      - `repeat`: an earlier run that is `ok` has its configuration, seed and data, so that it is no
+        further sample
 
       The limit is `unigram_loss`; where none is stored, the loss of its first measured step.
 
@@ -82,7 +85,8 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     frame.insert(place, "flag", _flags(frame, stopped))
     reasons = [_reason(run, error) for run, error in zip(frame.itertuples(), errors, strict=True)]
     frame.insert(place + 1, "reason", reasons)
-    return frame.assign(data=_data(runs), heldout=_texts(runs, "fingerprints.heldout"))
+    frame = frame.assign(data=_data(runs), heldout=_texts(runs, "fingerprints.heldout"))
+    return _repeats_flagged(frame)
 
 
 def describe_runs(
@@ -139,6 +143,19 @@ def _flags(frame: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
     }
     conditions = {name: np.asarray(value, dtype=bool) for name, value in conditions.items()}
     return np.select([*conditions.values()], [*conditions], "ok").astype(object)
+
+
+def _repeats_flagged(frame: pd.DataFrame) -> pd.DataFrame:
+    sample = ["config_id", "data", "heldout"]
+    fine = frame[(frame["flag"] == "ok") & frame["config_id"].notna()]
+    first = fine.groupby(sample, dropna=False)["run_id"].transform("first")
+    again = first.index[first != fine["run_id"]]
+    frame.loc[again, "flag"] = "repeat"
+    frame.loc[again, "reason"] = [
+        f"It repeats run {run_id}: the same configuration and seed on the same data."
+        for run_id in first[again]
+    ]
+    return frame
 
 
 def _reason(run: Any, error: str) -> str:

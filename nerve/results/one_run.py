@@ -58,6 +58,7 @@ def content_of_run(
         )
     if len(metrics) and spectra.empty:
         content.notes.append("No spectra were stored (monitor.spectra), so none are drawn.")
+    content.notes += _unmeasured(spectra, steps)
     if len(metrics) or len(scalars):
         content.drawings.append(_training(metrics, scalars, run))
     content.tables += _tables(run, metrics, within, runs)
@@ -90,6 +91,17 @@ def _fact(value: Any) -> str:
     if isinstance(value, str):
         return value
     return f"{int(value):,}" if float(value).is_integer() else f"{value:,.5g}"
+
+
+def _unmeasured(spectra: pd.DataFrame, steps: Sequence[int]) -> list[str]:
+    stored = spectra["step"].unique().tolist()
+    missing = [f"{step:,}" for step in steps if step not in stored]
+    if not missing or not stored:
+        return []
+    return [
+        f"No spectra were stored at {'step' if len(missing) == 1 else 'steps'} "
+        f"{', '.join(missing)}; the nearest stored ones are drawn."
+    ]
 
 
 def _drawings(

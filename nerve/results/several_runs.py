@@ -36,7 +36,8 @@ def content_of_runs(runs: pd.DataFrame, metrics: pd.DataFrame, window: str, titl
         title: of the page.
     """
     flags = flag_runs(metrics, runs)
-    factors = find_factors(runs)
+    is_ok = (flags["flag"] == "ok").to_numpy()
+    factors = find_factors(runs[is_ok] if is_ok.any() else runs)
     points = final_metrics(metrics, runs, factors.varying)
     designs = average_seeds(points)
     content = Content(title=title, facts=_facts(runs, flags, factors))

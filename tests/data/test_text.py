@@ -159,7 +159,7 @@ def test_asking_before_setup_is_an_error_that_says_so(small_corpus):
     ("changes", "message"),
     [
         ({"seq_len": 0}, "seq_len must be at least 1; got 0"),
-        ({"n_heldout_tokens": 0}, "data.n_heldout_tokens must be at least 1; got 0"),
+        ({"n_heldout_tokens": 0}, "monitor.n_tokens must be at least 1; got 0"),
         ({"val_fraction": 1.0}, "data.val_fraction must be above 0 and below 1; got 1.0"),
         ({"val_fraction": 0}, "data.val_fraction must be above 0 and below 1; got 0"),
     ],

@@ -96,7 +96,7 @@ def tables(
 
     def make(*specs: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
         for i, spec in enumerate(specs):
-            values = {"run_id": f"run{i}", "seed": 0, "unigram_loss": 7.0, "config": {}} | spec
+            values = {"run_id": f"run{i}", "seed": i, "unigram_loss": 7.0, "config": {}} | spec
             rows, leaves = values.pop("rows"), values.pop("config")
             run_status, error = values.pop("run_status", "done"), values.pop("error", None)
             final = values.pop("final", {})

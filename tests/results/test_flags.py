@@ -145,3 +145,20 @@ def test_a_frame_without_its_columns_is_refused(tables):
         flag_runs(metrics.drop(columns="val_loss"), runs)
     with pytest.raises(ConfigError, match="rows of load_runs, which need the column run_status"):
         flag_runs(metrics, runs.rename(columns={"run_status": "status"}))
+
+
+@pytest.mark.filterwarnings("ignore::nerve.results.FingerprintWarning")
+def test_a_run_made_again_is_no_further_seed(tables):
+    """The same configuration and seed on the same data count once; a failed one takes no place."""
+    again = {"rows": losses(8, 6), "seed": 4, "fingerprints": {"heldout": "a"}}
+    specs = [
+        again | {"run_status": "failed"},
+        again,
+        again,
+        again | {"seed": 5},
+        again | {"fingerprints": {"heldout": "b"}},
+        again,
+    ]
+    flags = flag_runs(*tables(*specs))
+    assert list(flags["flag"]) == ["failed", "ok", "repeat", "ok", "ok", "repeat"]
+    assert flags["reason"][5].startswith("It repeats run run1: the same configuration and seed")

@@ -116,6 +116,8 @@ def test_one_run_has_its_own_figures_and_tables_in_files_and_page(make, tmp_path
     assert set(shown) == {"layers", "within", "within_by_layer", "run"}
     facts = dict(data["facts"])
     assert (facts["flag"], facts["final validation loss (nats)"]) == ("ok", "4")
+    missed = note(gather(tmp_path / "runs", steps=(0, 7)), "the nearest stored ones are drawn")
+    assert missed.startswith("No spectra were stored at step 7;")
 
 
 def test_captions_say_sampling_rank_limits_and_seeds(make, tmp_path):

@@ -95,7 +95,7 @@ def test_flagged_and_dead_runs_are_counted(tables):
 
 def test_groups(tables):
     specs = [
-        width(d, d**exponent, config={"activation.name": name})
+        width(d, d**exponent, config={"activation.name": name, "ffn.d_ff": d})
         for name, exponent in (("gelu", 0.5), ("relu", 1.0))
         for d in (64, 128, 256)
     ]
