@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nerve.cli.text import console, figure, say
@@ -36,6 +37,9 @@ def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         title=f"FFN spectra at step {first['step']} "
         f"({' or '.join(f'{n:,}' for n in n_samples)} samples each)",
         caption="SE in nats, PR in dimensions, PR gain = post/pre, JS in nats",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # fits into 80 columns
+        pad_edge=False,
     )
     one_a_layer = len({row["ffn"] for row in rows}) == 1
     table.add_column("layer" if one_a_layer else "layer, FFN")

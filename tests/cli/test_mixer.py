@@ -101,7 +101,7 @@ def test_a_run_leaves_two_rows_a_block_and_the_accuracy(run, trained, tmp_path):
     assert accuracies[5] == pytest.approx(accuracy, rel=1e-6)
 
     assert f"validation accuracy: {accuracy:.4f}" in out
-    assert re.search(r"0 token_mixing\s+│.*\n.*0 channel_mixing", out)
+    assert re.search(r"0 token_mixing\s+\d.*\n.*0 channel_mixing\s+\d", out)
     assert re.search(r"images/s=[\d,]+", out)
 
 
