@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,9 @@ from nerve.problem import FFNProblem, FFNSpectra
 
 LEAST_WORKERS = 4
 """With fewer spare cores than this a GPU solves its own problems sooner than the host would."""
+
+NICENESS = 10
+"""How far the priority of the workers lies below that of training, which starts the GPU's work."""
 
 MOST_PENDING = 2
 """Measurements that may wait for their solution; one more waits for the oldest of them."""
@@ -151,7 +155,7 @@ def spare_workers(device: torch.device, n_processes: int = 1) -> int:
 
 
 def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
-    """A pool whose threads each use one core in torch.
+    """A pool whose threads each use one core in torch, and give way to those that train.
 
     The number of threads that torch sets in a thread is that thread's own, and the default of
     threads to come; it is set back for those.
@@ -162,6 +166,8 @@ def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
     def start() -> None:
         torch.get_num_threads()  # the first call in a thread takes over the default, and once only
         torch.set_num_threads(1)
+        if sys.platform == "linux":  # where a priority is that of a thread
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICENESS)
         started.wait()
 
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)

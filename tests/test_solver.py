@@ -1,5 +1,7 @@
 """Problems are solved in order, errors name their place, and nothing pending is lost."""
 
+import os
+import sys
 import threading
 from dataclasses import replace
 
@@ -8,7 +10,7 @@ import torch
 
 from nerve.errors import MeasurementError
 from nerve.problem import FFNProblem, FFNSpectra
-from nerve.solver import MOST_PENDING, Solver, spare_workers
+from nerve.solver import MOST_PENDING, NICENESS, Solver, spare_workers
 
 CPU = torch.device("cpu")
 
@@ -94,6 +96,19 @@ def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():
         solver.close()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_threads_of_the_pool_give_way_to_those_that_train():
+    solver = Solver(CPU, n_workers=2)
+    assert solver._pool is not None
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    of_worker = solver._pool.submit(
+        lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    ).result()
+    assert of_worker == min(19, mine + NICENESS)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+    solver.close()
 
 
 def test_cores_that_train_have_none_to_spare(monkeypatch):

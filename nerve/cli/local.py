@@ -213,7 +213,8 @@ def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
         log = None
         if n_at_once > 1:
             n_threads = max(1, (os.cpu_count() or 1) // n_at_once)
-            environment.setdefault("OMP_NUM_THREADS", str(n_threads))
+            for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+                environment.setdefault(pool, str(n_threads))
             gpus = _gpus()
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]

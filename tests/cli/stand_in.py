@@ -19,6 +19,9 @@ from nerve.errors import ConfigError
 from nerve.results.lock import RunLock
 
 
+SHARE = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
 def run_experiment(config: Any, hydra_config: Any) -> float:
     directory = Path(hydra_config.runtime.output_dir)
     deed = json.loads(Path("deeds.json").read_text()).get(str(config.seed), "train")
@@ -31,7 +34,7 @@ def run_experiment(config: Any, hydra_config: Any) -> float:
     try:
         record = begin(directory, config, hydra_config)
         with open(directory / "starts", "a") as starts:
-            share = (os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"))
+            share = (os.environ.get(name) for name in SHARE)
             print(hydra_config.job.num, *share, file=starts)
         try:
             befall(deed, directory)
