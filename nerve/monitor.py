@@ -122,7 +122,8 @@ class SpectralMonitor(L.Callback):
             return
         self._probe = Probe(find_ffns(pl_module, self.layers))
         self._probe.install()
-        if "torch._dynamo" in sys.modules:
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is not None and compiler.utils.counters["frames"]:
             torch.compiler.reset()  # code that was compiled before knows no probe
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None

@@ -19,8 +19,8 @@ from nerve.problem import FFNProblem, FFNSpectra
 LEAST_WORKERS = 4
 """With fewer spare cores than this a GPU solves its own problems sooner than the host would."""
 
-NICENESS = 10
-"""How far the priority of the workers lies below that of training, which starts the GPU's work."""
+NICENESS = 19
+"""Priority of the workers, the lowest: training starts the GPU's work and must not wait for them."""
 
 MOST_PENDING = 2
 """Measurements that may wait for their solution; one more waits for the oldest of them."""
@@ -167,7 +167,7 @@ def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # the first call in a thread takes over the default, and once only
         torch.set_num_threads(1)
         if sys.platform == "linux":  # where a priority is that of a thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         started.wait()
 
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)
