@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nerve.cores import allowed, share_among_cells
 from nerve.errors import MeasurementError
 from nerve.problem import FFNProblem, FFNSpectra
 
@@ -20,7 +21,7 @@ LEAST_WORKERS = 4
 """With fewer spare cores than this a GPU solves its own problems sooner than the host would."""
 
 NICENESS = 19
-"""Priority of the workers, the lowest: training starts the GPU's work and must not wait for them."""
+"""Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
 
 MOST_PENDING = 2
 """Measurements that may wait for their solution; one more waits for the oldest of them."""
@@ -146,11 +147,17 @@ class Solver:
 
 def spare_workers(device: torch.device, n_processes: int = 1) -> int:
     """Threads that can solve beside training on `device`: the cores of this process, shared with
-    the other training processes of the host, but one; 0 where that is too few, or where the cores
-    train."""
+    the other training processes of the host, but one.
+
+    0 where the cores train, or are so few that a GPU, with nothing else to do, is sooner done. A
+    cell that runs beside others has at least one: what it takes from the GPU, it takes from them.
+    """
     if device.type != "cuda":
         return 0
-    cores = len(os.sched_getaffinity(0)) // n_processes
+    share = share_among_cells()
+    if share is not None:
+        return max(1, share // n_processes - 1)
+    cores = allowed() // n_processes
     return cores - 1 if cores > LEAST_WORKERS else 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nerve.cores import SHARE
 from nerve.errors import MeasurementError
 from nerve.problem import FFNProblem, FFNSpectra
 from nerve.solver import MOST_PENDING, NICENESS, Solver, spare_workers
@@ -117,3 +118,10 @@ def test_cores_that_train_have_none_to_spare(monkeypatch):
     assert spare_workers(torch.device("cuda")) == 15
     assert spare_workers(torch.device("cuda"), n_processes=2) == 7
     assert spare_workers(torch.device("cuda"), n_processes=4) == 0
+
+
+def test_a_cell_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
+    for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
+        monkeypatch.setenv(SHARE, share)
+        assert spare_workers(torch.device("cuda")) == n_workers
+        assert spare_workers(CPU) == 0

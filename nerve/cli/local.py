@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from nerve import cores
 from nerve.cli.cell import encoded, record_end
 from nerve.cli.grid import Cell
 from nerve.errors import NerveError, StoreError
@@ -213,6 +214,7 @@ def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
         log = None
         if n_at_once > 1:
             n_threads = max(1, (os.cpu_count() or 1) // n_at_once)
+            environment[cores.SHARE] = str(n_threads)
             for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
                 environment.setdefault(pool, str(n_threads))
             gpus = _gpus()

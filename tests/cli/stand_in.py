@@ -18,8 +18,7 @@ from nerve.cli.beginning import begin, final_loss
 from nerve.errors import ConfigError
 from nerve.results.lock import RunLock
 
-
-SHARE = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "CUDA_VISIBLE_DEVICES")
+POOLS = ("NERVE_CORES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 def run_experiment(config: Any, hydra_config: Any) -> float:
@@ -34,7 +33,7 @@ def run_experiment(config: Any, hydra_config: Any) -> float:
     try:
         record = begin(directory, config, hydra_config)
         with open(directory / "starts", "a") as starts:
-            share = (os.environ.get(name) for name in SHARE)
+            share = (os.environ.get(name) for name in (*POOLS, "CUDA_VISIBLE_DEVICES"))
             print(hydra_config.job.num, *share, file=starts)
         try:
             befall(deed, directory)

@@ -185,7 +185,7 @@ def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
     assert status == 0, out
     assert statuses() == {0: "done", 1: "done"}
     for record in records().values():
-        assert (record.directory / "starts").read_text().split()[1:3] == ["3", "3"]
+        assert (record.directory / "starts").read_text().split()[1:4] == ["3", "3", "3"]
         assert (record.directory / local.LOG_NAME).exists()
     starts = [(record.directory / "starts").read_text().split() for record in records().values()]
     assert sorted(gpu for *_, gpu in starts) == ["4", "7"]

@@ -112,7 +112,9 @@ def test_on_a_gpu_a_resumed_run_has_the_rows_of_an_undisturbed_one(
     keys = ["step", "layer", "tokens_seen", "n_samples"]
     assert whole[keys].to_numpy().tolist() == pieces[keys].to_numpy().tolist()
     for name in ("se_pre", "se_post", "train_loss", "val_loss"):
-        assert pieces[name].to_numpy() == pytest.approx(whole[name].to_numpy(), rel=1e-3)
+        assert pieces[name].to_numpy() == pytest.approx(
+            whole[name].to_numpy(), rel=1e-3, nan_ok=True
+        )
     for which in ("best", "last"):
         a, b = (nerve.load_model(tmp_path / name, which) for name in ("whole", "pieces"))
         for one, other in zip(a.parameters(), b.parameters(), strict=True):

@@ -1,0 +1,17 @@
+"""The cores that a process may count on; light, because a sweep that starts cells needs it, too."""
+
+import os
+
+SHARE = "NERVE_CORES"
+"""The environment variable that says how many of the cores are those of a cell beside others."""
+
+
+def share_among_cells() -> int | None:
+    """Cores of this process, where it is one of several cells that run side by side."""
+    share = os.environ.get(SHARE)
+    return None if share is None else int(share)
+
+
+def allowed() -> int:
+    """Cores that the system lets this process use."""
+    return len(os.sched_getaffinity(0))
