@@ -243,7 +243,7 @@ def test_every_cell_builds_at_its_full_size_and_is_measured_on_the_same_tokens(
         widths |= {ffn.post.in_features for ffn in find_ffns(model)}
         n_tokens.add(cell.monitor.n_tokens)
         if scale == "gpu":
-            assert sum(parameter.numel() for parameter in model.parameters()) > 50e6
+            assert sum(parameter.numel() for parameter in model.parameters()) > 20e6
     if cell.model.kind == "gpt" and len(widths) > 1:
         assert len(n_tokens) == 1
         assert n_tokens.pop() >= 8 * max(widths)
@@ -260,14 +260,18 @@ def test_every_cell_takes_two_training_steps(name, scale):
 def test_the_gpu_scale_changes_sizes_and_keeps_the_question(name):
     on_cpu, on_gpu = (composed(name, scale) for scale in SCALES)
     assert list(on_cpu.hydra.sweeper.params) == list(on_gpu.hydra.sweeper.params)
-    assert len(on_cpu.cells) == len(on_gpu.cells)
+    if name == "optimizer":  # without the two that are too slow there
+        names = [[cell.optimizer.name for cell in sweep.cells] for sweep in (on_cpu, on_gpu)]
+        assert names[1] == [each for each in names[0] if each not in ("soap", "shampoo")]
+    else:
+        assert len(on_cpu.cells) == len(on_gpu.cells)
     for cell in on_cpu.cells:
         assert (cell.trainer.accelerator, cell.compile) == ("cpu", False)
     for cell in on_gpu.cells:
         assert (cell.trainer.accelerator, cell.compile) == ("gpu", True)
         if cell.model.kind == "gpt":
             n_sequences = cell.data.batch_size * cell.trainer.accumulate_grad_batches
-            assert n_sequences * cell.model.seq_len == 2**16
+            assert n_sequences * cell.model.seq_len == (2**16 if "llama" in name else 2**14)
 
 
 def test_the_data_of_every_sweep_can_be_opened():
@@ -286,13 +290,11 @@ def test_a_cell_without_the_archive_that_it_needs_names_the_key():
     assert OmegaConf.missing_keys(cell.data) == {"data.images.path"}
 
 
-def test_an_optimizer_brings_its_own_learning_rate_at_both_scales():
-    on_cpu, on_gpu = (
-        {cell.optimizer.name: cell.optimizer.lr for cell in composed("optimizer", scale).cells}
-        for scale in SCALES
-    )
-    assert on_cpu == on_gpu
-    assert len(set(on_cpu.values())) > 2
+@every_scale
+def test_each_optimizer_has_a_learning_rate_of_its_own(scale):
+    rates = {cell.optimizer.name: cell.optimizer.lr for cell in composed("optimizer", scale).cells}
+    assert len(rates) >= 5
+    assert len(set(rates.values())) > 2
 
 
 def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):
