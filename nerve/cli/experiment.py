@@ -142,7 +142,7 @@ def _run(
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
-            device=str(trainer.strategy.root_device),
+            device=_named(trainer.strategy.root_device),
         )
     log_configuration(trainer, values)
     try:
@@ -165,6 +165,13 @@ def _run(
             log.warning("the last checkpoint stays as large as it is: %s", refused)
         print_summary(monitor.latest, _facts(final), directory)
     return final["val_loss"]
+
+
+def _named(device: torch.device) -> str:
+    """A device as run.json has it: a GPU with what it is."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def _prepare(directory: Path, record: RunRecord, store: RunStore, data: Any) -> None:

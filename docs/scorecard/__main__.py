@@ -1,0 +1,30 @@
+"""Recomputes the study from its runs: the tables of docs/findings.md and docs/figures.
+
+python docs/scorecard
+"""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from evidence import Evidence
+from figures import draw
+from page import blocks, fill
+
+DOCS = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Rewrites what is generated; text written by hand stays as it is."""
+    parser = ArgumentParser(prog="python docs/scorecard", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--runs", type=Path, default=DOCS / "runs", help="a folder of runs for each sweep"
+    )
+    runs = parser.parse_args().runs
+    page = DOCS / "findings.md"
+    page.write_text(fill(page.read_text("utf-8"), blocks(Evidence(runs))), "utf-8")
+    for path in [page, *draw(runs, DOCS / "figures")]:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Claims 4 and 5: do the metrics follow the loss, within a run and across widths?"""
+
+import numpy as np
+import pandas as pd
+from evidence import Evidence, Sweep
+from judgement import Check, Finding, Table, outcome
+from wording import coefficient, interval, label, number
+
+from nerve import average_seeds, correlate_across_runs, correlate_within_runs
+
+FOUR = ("se_pre", "se_post", "pr_pre", "pr_post")
+PRELN = "layernorm gelu"
+NORMFREE = "none relu"
+DESIGNS = {PRELN: "PreLN GELU", NORMFREE: "norm-free ReLU"}
+WITHIN = {
+    "se_pre": "-0.98 to -0.99",
+    "se_post": "-0.84 to -0.87",
+    "pr_pre": "-0.97 to -0.99",
+    "pr_post": "-0.85 to -0.95",
+}
+ACROSS = {
+    PRELN: {"se_pre": "-0.99", "se_post": "-1.00", "pr_pre": "-0.99", "pr_post": "-1.00"},
+    NORMFREE: {"se_pre": "0.03", "se_post": "-0.99", "pr_pre": "-0.55", "pr_post": "-0.94"},
+}
+LATE_LIMIT = -0.8
+CHANGES_LIMIT = -0.5
+ACROSS_LIMIT = -0.9
+
+
+def within_runs(evidence: Evidence) -> Finding:
+    """Claim 4: r of metric and loss over the steps of a run, in three windows."""
+    sweep = _designs(evidence)
+    table = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=FOUR)
+    table = table[table["flag"] == "ok"]
+    own = table[table["level"] == PRELN]
+    late = own[own["window"] == "after_warmup"].groupby("metric")["pearson"]
+    medians = late.median().reindex(FOUR).dropna()
+    changes = own[own["window"] == "differences"].groupby("metric")["pearson"].median()
+    changes = changes.reindex(FOUR).dropna()
+    checks = [
+        Check(
+            f"{label(name)}: median r after warm-up ≤ {LATE_LIMIT}",
+            WITHIN[name],
+            _median(late.get_group(name)) if name in medians else "–",
+            outcome(medians[name] <= LATE_LIMIT) if name in medians else "not run",
+        )
+        for name in FOUR
+    ]
+    checks.append(
+        Check(
+            f"first differences: median r ≤ {CHANGES_LIMIT} for each of the four",
+            "–",
+            ", ".join(f"{label(name)} {value:.2f}" for name, value in changes.items()) or "–",
+            outcome((changes <= CHANGES_LIMIT).all()) if len(changes) else "not run",
+        )
+    )
+    measured = ", ".join(f"{label(name)} {value:.2f}" for name, value in medians.items())
+    only = sweep.where(sweep.runs["level"] == PRELN)
+    return Finding.of(f"median r: {measured}", only, checks, [_windows(table)])
+
+
+def across_widths(evidence: Evidence) -> Finding:
+    """Claim 5: r of final metric and final loss over widths, with 95% intervals."""
+    sweep = _designs(evidence)
+    designs = average_seeds(sweep.points)
+    table = correlate_across_runs(designs, ["level"], names=FOUR)
+    table = table.set_index(["level", "metric"])
+    checks = [_across(table, PRELN, name) for name in FOUR]
+    checks += [_across(table, NORMFREE, name) for name in ("se_post", "pr_post")]
+    pre = [_row(table, NORMFREE, name) for name in ("se_pre", "pr_pre")]
+    decided = all(np.isfinite(row["pearson"]) for row in pre)
+    checks.append(
+        Check(
+            f"norm-free ReLU: r of SE_pre and of PR_pre > {ACROSS_LIMIT}",
+            ", ".join(ACROSS[NORMFREE][name] for name in ("se_pre", "pr_pre")),
+            ", ".join(_with_interval(row) for row in pre),
+            outcome(all(row["pearson"] > ACROSS_LIMIT for row in pre)) if decided else "not run",
+        )
+    )
+    measured = "; ".join(
+        f"{DESIGNS[level]} "
+        + ", ".join(
+            f"{label(name)} {coefficient(_row(table, level, name)['pearson'])}" for name in FOUR
+        )
+        for level in DESIGNS
+    )
+    return Finding.of(f"r: {measured}", sweep, checks, [_by_width(designs)])
+
+
+def _designs(evidence: Evidence) -> Sweep:
+    sweep = evidence.sweep("ffn_width_gpu").by("normalization.kind", "activation.name")
+    return sweep.where(sweep.runs["level"].isin(DESIGNS))
+
+
+def _median(values: pd.Series) -> str:
+    return f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})"
+
+
+def _windows(table: pd.DataFrame) -> Table:
+    windows = list(dict.fromkeys(table["window"]))
+    cells = table.groupby(["level", "metric", "window"])["pearson"]
+    rows = [
+        [
+            DESIGNS[level],
+            label(name),
+            *(_median(cells.get_group((level, name, window))) for window in windows),
+        ]
+        for level in DESIGNS
+        for name in FOUR
+        if (level, name, windows[0]) in cells.groups
+    ]
+    n_runs = table.groupby("level")["run_id"].nunique()
+    counts = ", ".join(
+        f"{n_runs[level]} of {DESIGNS[level]}" for level in DESIGNS if level in n_runs
+    )
+    return Table(
+        "r of metric (mean over layers) and validation loss over the measured steps of a run: "
+        f"median (lowest to highest) over runs, {counts}",
+        ["design", "metric", *map(label, windows)],
+        rows,
+    )
+
+
+def _row(table: pd.DataFrame, level: str, name: str) -> dict[str, float]:
+    if (level, name) not in table.index:
+        return dict.fromkeys(("pearson", "pearson_low", "pearson_high"), np.nan)
+    return table.loc[(level, name)].to_dict()
+
+
+def _with_interval(row: dict[str, float]) -> str:
+    return interval(row["pearson"], row["pearson_low"], row["pearson_high"])
+
+
+def _across(table: pd.DataFrame, level: str, name: str) -> Check:
+    row = _row(table, level, name)
+    return Check(
+        f"{DESIGNS[level]}: r of {label(name)} ≤ {ACROSS_LIMIT}",
+        ACROSS[level][name],
+        _with_interval(row),
+        outcome(row["pearson"] <= ACROSS_LIMIT) if np.isfinite(row["pearson"]) else "not run",
+    )
+
+
+def _by_width(designs: pd.DataFrame) -> Table:
+    rows = [
+        [
+            DESIGNS[design["level"]],
+            f"{float(design['ffn.width']):g}",
+            number(design["val_loss"], 4),
+            *(number(design[name]) for name in FOUR),
+        ]
+        for _, design in designs.sort_values(["level", "ffn.width"]).iterrows()
+    ]
+    return Table(
+        "At the last step, metrics as means over layers",
+        ["design", "width", "loss", *map(label, FOUR)],
+        rows,
+    )

@@ -1,0 +1,171 @@
+"""The runs of the study: each sweep loaded once, its designs, and what its layers came to.
+
+A design is named by its `level`, the text of the configuration values that a question is about.
+Flagged runs are in `runs` and `points` alone: no mean and no sample here has them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nerve import (
+    depth_means,
+    final_metrics,
+    flag_runs,
+    load_metrics,
+    load_runs,
+    metrics_by_depth,
+)
+from nerve.results.style import level_text
+
+NAMES = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "pr_gain")
+FACTORS = (
+    "level",
+    "folder",
+    "model.d_model",
+    "ffn.width",
+    "optimizer.lr",
+    "optimizer.schedule.warmup",
+    "final.val_accuracy",
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs of one question.
+
+    Attributes:
+        runs: rows of `load_runs`; the column `level`, where there is one, names the design, and
+            `folder` the sweep.
+        metrics: rows of `load_metrics`; those of other runs are passed over.
+    """
+
+    runs: pd.DataFrame
+    metrics: pd.DataFrame
+
+    def where(self, kept: pd.Series) -> "Sweep":
+        """The runs for which `kept` is true."""
+        return Sweep(self.runs[kept], self.metrics)
+
+    def by(self, *columns: str) -> "Sweep":
+        """The same runs with the values of these columns as their `level`."""
+        texts = [self.runs[name].map(level_text) for name in columns]
+        level = texts[0].str.cat(texts[1:], sep=" ") if len(texts) > 1 else texts[0]
+        return Sweep(self.runs.assign(level=level), self.metrics)
+
+    @cached_property
+    def flags(self) -> pd.DataFrame:
+        """Which runs can be compared, and why others cannot."""
+        return flag_runs(self.metrics, self.runs)
+
+    @cached_property
+    def points(self) -> pd.DataFrame:
+        """Means over layers at the last step, flagged runs among them."""
+        return final_metrics(self.metrics, self.runs, self._factors)
+
+    @cached_property
+    def ok(self) -> pd.DataFrame:
+        """Those of `points` that can be compared."""
+        return self.points[self.points["flag"] == "ok"]
+
+    @cached_property
+    def means(self) -> pd.DataFrame:
+        """Means over all layers and over the middle third at every step."""
+        rows = depth_means(self.metrics, self.runs, self._factors, names=NAMES)
+        return rows[rows["flag"] == "ok"]
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """Those of `means` that are over all layers."""
+        return self.means[self.means["region"] == "all"]
+
+    @cached_property
+    def all_layers(self) -> pd.DataFrame:
+        """Every layer at every step."""
+        rows = metrics_by_depth(self.metrics, self.runs, self._factors, names=NAMES)
+        return rows[rows["flag"] == "ok"]
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """Every layer at the last step."""
+        return last_step(self.all_layers)
+
+    def final(self, name: str, level: str, ffn: str = "ffn") -> np.ndarray:
+        """One value a seed of a design: the layers' mean of a metric, or the loss, at the end."""
+        rows = self.ok[(self.ok["level"] == level) & (self.ok["ffn"] == ffn)]
+        return rows.sort_values("seed")[name].to_numpy(float)
+
+    def middle(self, name: str, level: str) -> np.ndarray:
+        """As `final`, the mean over the middle third of the layers."""
+        rows = last_step(self.means)
+        rows = rows[(rows["level"] == level) & (rows["region"] == "middle")]
+        return rows.sort_values("seed")[name].to_numpy(float)
+
+    def by_layer(self, name: str, level: str) -> pd.DataFrame:
+        """A metric of a design at the end, one row a seed and one column a layer."""
+        rows = self.layers[self.layers["level"] == level]
+        return rows.pivot(index="seed", columns="layer", values=name)
+
+    def scale(self) -> str:
+        """Size and length of the runs that can be compared: `12 × 512, 1,000 steps`."""
+        runs = self.compared
+        size = f"{span(runs['model.n_layers'])} × {span(runs['model.d_model'])}"
+        return f"{size}, {span(runs['step'])} steps"
+
+    def seeds(self) -> str:
+        """How many seeds a design has: `3`, or `1 to 3`."""
+        return span(self.compared.groupby("design_id")["seed"].nunique())
+
+    @property
+    def compared(self) -> pd.DataFrame:
+        """Those of `runs` that can be compared."""
+        return self.runs[self.runs["run_id"].isin(self.ok["run_id"])]
+
+    @property
+    def _factors(self) -> list[str]:
+        return [name for name in FACTORS if name in self.runs.columns]
+
+
+class Evidence:
+    """The sweeps below a folder, each loaded when it is first asked for.
+
+    Args:
+        root: holds a folder of runs for each sweep.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._loaded: dict[tuple[str, ...], Sweep] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The sweeps that have a run."""
+        return sorted({path.parent.parent.name for path in self.root.glob("*/*/run.json")})
+
+    def sweep(self, *names: str) -> Sweep:
+        """The runs of these sweeps together."""
+        if names not in self._loaded:
+            folders = [self.root / name for name in names]
+            runs = load_runs(folders)
+            runs["folder"] = [Path(directory).parent.name for directory in runs["directory"]]
+            self._loaded[names] = Sweep(runs, load_metrics(folders))
+        return self._loaded[names]
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether each of these sweeps has a run that can be compared."""
+        return all(name in self.names and len(self.sweep(name).ok) for name in names)
+
+
+def last_step(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each run's last step."""
+    return rows[rows["step"] == rows.groupby("run_id", observed=True)["step"].transform("max")]
+
+
+def span(values: pd.Series) -> str:
+    """Lowest and highest of whole numbers, once where they are one."""
+    low, high = f"{values.min():,.0f}", f"{values.max():,.0f}"
+    return low if low == high else f"{low} to {high}"

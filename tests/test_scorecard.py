@@ -1,0 +1,348 @@
+"""The study in docs: its page says what its runs say, by rules that hold on cases made by hand."""
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from nerve.results import RunRecord, RunStore
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUNS = DOCS / "runs"
+PAGE = DOCS / "findings.md"
+FOUR = ["se_pre", "se_post", "pr_pre", "pr_post"]
+PRELN_GELU = {"normalization.kind": "layernorm", "activation.name": "gelu"}
+
+
+@pytest.fixture(scope="module")
+def scorecard() -> Iterator[SimpleNamespace]:
+    """The files of docs/scorecard, which import each other by plain names, forgotten afterwards."""
+    folder = DOCS / "scorecard"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        names = ("claims", "evidence", "judgement", "page")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name, module in list(sys.modules.items()):
+        if folder in Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return PAGE.read_text("utf-8")
+
+
+def rows_of(sweep: str, **where: Any) -> pd.DataFrame:
+    """The rows of a sweep's runs below their unigram loss, read without nerve.
+
+    Args:
+        where: configuration values by dotted name with `__` for the dot; as columns they have dots.
+    """
+    wanted = {name.replace("__", "."): value for name, value in where.items()}
+    frames = []
+    for path in sorted(RUNS.glob(f"{sweep}/*/run.json")):
+        record = json.loads(path.read_text())
+        leaves = pd.json_normalize(record["config"]).iloc[0]
+        if any(leaves[name] != value for name, value in wanted.items()):
+            continue
+        tables = [pq.read_table(part).to_pandas() for part in path.parent.glob("metrics/*.parquet")]
+        frame = pd.concat(tables).sort_values(["step", "layer"])
+        limit = record["unigram_loss"] or frame["val_loss"].iloc[0]
+        if record["run_status"] == "done" and frame["val_loss"].iloc[-1] < limit:
+            more = {name: leaves[name] for name in ("ffn.width", "optimizer.lr")}
+            more["warm_steps"] = leaves["optimizer.schedule.warmup"] * leaves["trainer.max_steps"]
+            more |= {"seed": record["seed"], "accuracy": record["final"].get("val_accuracy")}
+            frames.append(frame.assign(**more))
+    return pd.concat(frames)
+
+
+def at_end(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["step"] == rows.groupby("run_id")["step"].transform("max")]
+
+
+def block(text: str, name: str) -> str:
+    return text.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
+
+
+def cells(block: str, *starts: str) -> list[str]:
+    """The further cells of the row of a block whose first cells begin so."""
+    found = []
+    for line in block.splitlines():
+        row = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if len(row) > len(starts) and all(map(str.startswith, row, starts)):
+            found.append(row[len(starts) :])
+    assert len(found) == 1, (starts, found)
+    return found[0]
+
+
+def says(text: str, values: Sequence[float]) -> bool:
+    """Whether a text has just these numbers, each rounded to the digits that it shows.
+
+    One number stands for all: the mean of seeds that do not differ in the digits shown.
+    """
+    shown = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    shown = shown * len(values) if len(shown) == 1 else shown
+    digits = [len(number.partition(".")[2]) for number in shown]
+    return len(shown) == len(values) and all(
+        abs(float(number.replace(",", "")) - value) <= 0.5 * 10**-places + 1e-9
+        for number, places, value in zip(shown, digits, values, strict=True)
+    )
+
+
+def mean_and_range(values: Sequence[float]) -> list[float]:
+    return [float(np.mean(values)), min(values), max(values)]
+
+
+def test_the_page_is_what_its_runs_give(scorecard, text):
+    """Nothing changes when the blocks are computed again from the committed runs."""
+    contents = scorecard.page.blocks(scorecard.evidence.Evidence(RUNS))
+    assert scorecard.page.fill(text, contents) == text
+
+
+def test_every_claim_has_its_section_and_its_figure(scorecard, text):
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## Claim")]
+    assert headings == [scorecard.page.heading(claim) for claim in scorecard.claims.CLAIMS]
+    links = re.findall(r"\((figures/[^)]*)\)", text)
+    assert links
+    assert all((DOCS / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize(("name", "activation"), [("GELU", "gelu"), ("ReLU", "relu")])
+def test_claim_1_has_the_means_over_layers_and_seeds(text, name, activation):
+    rows = at_end(
+        rows_of("activation_gpu", activation__name=activation, model__d_model=512)
+    ).groupby("layer")
+    shown = cells(block(text, "claim 1"), name, "d_model 512")
+    for cell, metric in zip(shown, ("se", "pr", "eee"), strict=True):
+        pre, post = (rows[f"{metric}_{site}"].mean().to_numpy() for site in ("pre", "post"))
+        expected = [pre.mean(), pre.std(ddof=1), post.mean(), post.std(ddof=1)]
+        assert says(cell.replace(" → ", " ; "), expected), (cell, expected)
+
+
+def test_claim_2_has_the_losses_of_both_activations(text):
+    expected = []
+    for activation in ("gelu", "relu"):
+        rows = at_end(rows_of("activation_gpu", activation__name=activation, model__d_model=512))
+        losses = rows.groupby("seed")["val_loss"].first()
+        assert len(losses) == 3
+        expected += mean_and_range(losses)
+    assert says(cells(block(text, "claim 2"), "loss: GELU < ReLU")[1], expected)
+
+
+@pytest.mark.parametrize("metric", FOUR)
+def test_claim_4_has_the_correlations_within_runs_in_three_windows(text, metric):
+    where = {name.replace(".", "__"): value for name, value in PRELN_GELU.items()}
+    windows: dict[str, list[float]] = {"all": [], "late": [], "changes": []}
+    for _, run in rows_of("ffn_width_gpu", **where).groupby("run_id"):
+        points = run.groupby("step")[[metric, "val_loss"]].mean()
+        late = points[points.index >= run["warm_steps"].iloc[0]]
+        for name, series in (("all", points), ("late", late), ("changes", late.diff().dropna())):
+            windows[name].append(np.corrcoef(series[metric], series["val_loss"])[0, 1])
+    short = f"{metric[:2].upper()}_{metric[3:]}"
+    shown = cells(block(text, "claim 4"), "PreLN GELU", short)
+    for cell, values in zip(shown, windows.values(), strict=True):
+        expected = [float(np.median(values)), min(values), max(values)]
+        assert says(cell, expected), (cell, expected)
+
+
+@pytest.mark.parametrize("metric", FOUR)
+def test_claim_5_has_the_correlations_across_widths_with_their_intervals(text, metric):
+    where = {name.replace(".", "__"): value for name, value in PRELN_GELU.items()}
+    rows = at_end(rows_of("ffn_width_gpu", **where))
+    points = rows.groupby("ffn.width")[[metric, "val_loss"]].mean()
+    r = np.corrcoef(points[metric], points["val_loss"])[0, 1]
+    half = 1.959963984540054 / math.sqrt(len(points) - 3)
+    expected = [r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)]
+    short = f"{metric[:2].upper()}_{metric[3:]}"
+    assert says(cells(block(text, "claim 5"), f"PreLN GELU: r of {short}")[1], expected)
+
+
+def test_claim_10_has_the_middle_and_the_last_third_of_twelve_layers(text):
+    rows = at_end(rows_of("position_gpu", position__name="rope"))
+    shown = cells(block(text, "claim 10"), "RoPE")
+    for cell, layers in ((shown[2], range(4, 8)), (shown[3], range(8, 12))):
+        seeds = rows[rows["layer"].isin(layers)].groupby("seed")["pr_post"].mean()
+        assert says(cell, mean_and_range(seeds)), cell
+
+
+def test_claim_11_takes_the_rate_with_the_lowest_loss_at_seed_0(text):
+    rows = at_end(rows_of("optimizer_gpu", optimizer__name="muon"))
+    first = rows[rows["seed"] == 0]
+    rate = first.loc[first["val_loss"] == first["val_loss"].min(), "optimizer.lr"].iloc[0]
+    best = rows[rows["optimizer.lr"] == rate]
+    gains = (best["pr_post"] / best["pr_pre"]).groupby(best["seed"]).max()
+    shown = cells(block(text, "claim 11").partition("At the best rate")[2], "Muon", f"{rate:g}")
+    losses = best.groupby("seed")["val_loss"].first()
+    assert says(shown[0], mean_and_range(np.exp(losses)))
+    assert says(shown[1], mean_and_range(gains))
+
+
+def test_claim_13_has_the_accuracies_of_its_cells(text):
+    rows = rows_of(
+        "mixer_activation",
+        model__token_mixing__activation="relu",
+        model__channel_mixing__activation="gelu",
+    )
+    accuracies = 100 * rows.groupby("seed")["accuracy"].first()
+    assert says(cells(block(text, "claim 13"), "ReLU", "GELU")[1], mean_and_range(accuracies))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (["yes", "yes"], "reproduced"),
+        (["yes", "no"], "reproduced in part"),
+        (["yes", "one seed"], "reproduced in part"),
+        (["yes", "not run"], "reproduced in part"),
+        (["no", "no"], "not reproduced"),
+        (["no", "one seed"], "not reproduced"),
+        (["one seed", "one seed"], "not testable at this scale"),
+        (["one seed", "not run"], "not testable at this scale"),
+        (["not run", "not run"], "not run"),
+        ([], "not run"),
+    ],
+)
+def test_a_verdict_follows_from_the_outcomes_of_the_checks(scorecard, outcomes, expected):
+    assert scorecard.judgement.verdict(outcomes) == expected
+
+
+@pytest.mark.parametrize(
+    ("greater", "less", "expected"),
+    [
+        ([4.0, 5.0, 6.0], [1.0, 2.0, 3.0], "yes"),
+        ([4.0, 5.0, 6.0], [1.0, 2.0, 4.0], "no"),  # a tie is no difference
+        ([2.0, 5.0, 6.0], [1.0, 2.5, 3.0], "no"),  # the means differ, the ranges overlap
+        ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], "no"),
+        ([4.0, 5.0], [1.0, 2.0, 3.0], "yes"),
+        ([9.0], [1.0, 2.0, 3.0], "one seed"),
+        ([1.0], [9.0], "one seed"),
+        ([], [1.0, 2.0, 3.0], "not run"),
+        ([1.0], [], "not run"),
+    ],
+)
+def test_beyond_seed_noise_is_ranges_that_do_not_overlap(scorecard, greater, less, expected):
+    assert scorecard.judgement.beyond_noise(greater, less) == expected
+
+
+def test_the_effect_of_a_factor_and_its_standard_error(scorecard):
+    """Cells 1 ± 1, 3 ± 1, 5 ± 1, 9 ± 1 of two seeds each: s² = 2, error √2/2 · √(4/2) = 1."""
+    mixer = sys.modules["claims.mixer"]
+    means = {("gelu", "gelu"): 1, ("relu", "gelu"): 3, ("gelu", "relu"): 5, ("relu", "relu"): 9}
+    cells = {cell: np.array([mean - 1.0, mean + 1.0]) for cell, mean in means.items()}
+    assert mixer.effect(cells, 0) == pytest.approx(((1 + 5) / 2 - (3 + 9) / 2, 1.0))
+    assert mixer.effect(cells, 1) == pytest.approx(((1 + 3) / 2 - (5 + 9) / 2, 1.0))
+
+
+def test_a_series_has_settled_when_it_never_again_leaves_a_tenth_around_its_end(scorecard):
+    """20, 95, 80, 105, 100: at 95 it is near, leaves again at 80, and has settled at 105."""
+    settling_steps = sys.modules["claims.nonlinearity"].settling_steps
+    curve = {"step": range(0, 50, 10), "pr_post": [20.0, 95.0, 80.0, 105.0, 100.0]}
+    sweep = SimpleNamespace(curves=pd.DataFrame({**curve, "level": "gelu", "seed": 0}))
+    assert settling_steps(sweep, "gelu") == [30.0]
+
+
+def test_time_at_work_counts_runs_side_by_side_once_and_pauses_not_at_all(scorecard):
+    times = pd.to_datetime(["2026-01-01T00:00:00Z"] * 4)
+    started = pd.Series(times + pd.to_timedelta([0, 10, 20, 100], unit="s"))
+    ended = pd.Series(times + pd.to_timedelta([50, 30, 60, 110], unit="s"))
+    assert scorecard.page.seconds_at_work(started, ended) == 60 + 10
+
+
+ROW = {
+    "tokens_seen": 640,
+    "ffn": "ffn",
+    "n_samples": 100,
+    "d_ff": 8,
+    "d_in": 4,
+    "se_pre": 1.0,
+    "se_post": 1.5,
+    "pr_pre": 2.0,
+    "eee_pre": 0.75,
+    "eee_post": 0.25,
+    "js": 0.125,
+    "variance_pre": 3.0,
+    "variance_post": 1.0,
+    "pr_pre_corrected": 2.0625,
+    "pr_post_corrected": 5.25,
+    "train_loss": 4.0,
+    "lr": 0.001,
+    "precision": "float32",
+    "status": "ok",
+}
+
+
+def make_run(root: Path, activation: str, seed: int, loss: float, pr_post: float) -> str:
+    """A run of two layers and steps in a sweep `activation_gpu`; gives its id."""
+    config = {
+        "activation": {"name": activation},
+        "model": {"n_layers": 2, "d_model": 512},
+        "monitor": {"every_n_steps": 10},
+        "seed": seed,
+    }
+    directory = root / "activation_gpu" / f"{activation}{seed}"
+    record = RunRecord.create(
+        directory, config, sweep="activation_gpu", seed=seed, n_parameters=10, unigram_loss=6.0
+    )
+    record.step = 10
+    store = RunStore(directory, record.run_id)
+    store.append_metrics(
+        ROW | {"step": step, "layer": layer, "pr_post": pr_post, "val_loss": loss if step else 7.0}
+        for step in (0, 10)
+        for layer in range(2)
+    )
+    store.flush(10)
+    record.finish("done", None, final={"train_seconds": 10.0, "measuring_seconds": 1.0})
+    return record.run_id
+
+
+def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, monkeypatch):
+    """PR_post 5 and 7 of two seeds; the third, 1000, never got below the loss of 6."""
+    monkeypatch.setattr("nerve.results.record.git_commit", lambda: None)
+    monkeypatch.setattr("nerve.results.record.package_versions", dict)
+    for seed, (loss, pr_post) in enumerate([(3.0, 5.0), (3.1, 7.0), (6.5, 1000.0)]):
+        make_run(tmp_path, "gelu", seed, loss, pr_post)
+    contents = scorecard.page.blocks(scorecard.evidence.Evidence(tmp_path))
+    assert cells(contents["claim 2"], "GELU", "512")[1] == "6.00 (5.00 to 7.00)"
+    assert "1,000" not in contents["claim 2"]
+    assert cells(contents["runs"], "activation_gpu")[:2] == ["3", "1"]
+    named = [line for line in contents["runs"].splitlines() if line.startswith("- ")]
+    assert len(named) == 1
+    assert "seed 2: untrained. The validation loss 6.5 at best is not below" in named[0]
+    # ReLU is not there, and neither are the other sweeps.
+    assert cells(contents["claim 2"], "PR_post, mean over layers")[-1] == "not run"
+    assert contents["claim 4"] == "Not run."
+    assert "**not run**" in cells(contents["scorecard"], "[4]")
+
+
+def test_only_what_is_between_its_marks_is_replaced(scorecard):
+    fill = scorecard.page.fill
+    page = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\n<!-- end -->\nafter\n"
+    filled = fill(page, {"a": "new", "b": "\\1"})
+    assert filled == (
+        "before\n<!-- a -->\n\nnew\n\n<!-- end -->\n"
+        "between\n<!-- b -->\n\n\\1\n\n<!-- end -->\nafter\n"
+    )
+    assert fill(filled, {"a": "new", "b": "\\1"}) == filled
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "no marks\n",
+        "<!-- a -->\nits end is missing\n<!-- b -->\n<!-- end -->\n",
+        "<!-- a -->\n<!-- end -->\n<!-- a -->\n<!-- end -->\n",
+    ],
+)
+def test_a_page_without_the_marks_of_a_block_is_refused(scorecard, page):
+    with pytest.raises(ValueError, match=r"needs the marks <!-- a --> and <!-- end --> once"):
+        scorecard.page.fill(page, {"a": "new"})

@@ -1,0 +1,76 @@
+"""The figures of the study are drawn from its committed runs alone, and flagged runs stay out."""
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUNS = DOCS / "runs"
+Draw = Callable[[Path, Path], list[Path]]
+
+
+@pytest.fixture(scope="module")
+def draw() -> Iterator[Draw]:
+    """`draw`, found as `python docs/scorecard` finds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(DOCS / "scorecard"), *sys.path])
+        yield importlib.import_module("figures").draw
+
+
+@pytest.fixture(scope="module")
+def drawn(draw: Draw, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """All figures of the committed runs."""
+    return draw(RUNS, tmp_path_factory.mktemp("drawn"))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder of runs that holds one sweep, to be changed."""
+    shutil.copytree(RUNS / "position_gpu", tmp_path / "runs" / "position_gpu")
+    return tmp_path / "runs"
+
+
+def mark_failed(record: Path) -> None:
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"run_status": "failed"}))
+
+
+def test_every_committed_figure_is_drawn_from_the_committed_runs(drawn):
+    """The same names as in docs/figures, each an image with ink on less than half of it."""
+    assert {path.name for path in drawn} == {path.name for path in DOCS.glob("figures/*.png")}
+    for path in drawn:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert pixels.shape[1] > 1200, path.name
+        assert 0.01 < (pixels < 200).mean() < 0.5, path.name
+
+
+def test_one_sweep_alone_gives_its_figure_and_the_same_bytes(draw, drawn, runs, tmp_path):
+    (alone,) = draw(runs, tmp_path / "alone")
+    assert alone.name == "position.png"
+    (again,) = [path for path in drawn if path.name == alone.name]
+    assert alone.read_bytes() == again.read_bytes()
+
+
+def test_a_failed_run_is_drawn_as_if_it_were_not_there(draw, drawn, runs, tmp_path):
+    """Marking a run as failed gives the image without it, which is another than that with it."""
+    record = min(runs.glob("position_gpu/*/run.json"))
+    mark_failed(record)
+    (failed,) = draw(runs, tmp_path / "failed")
+    shutil.rmtree(record.parent)
+    (without_it,) = draw(runs, tmp_path / "without")
+    (with_it,) = [path for path in drawn if path.name == failed.name]
+    assert failed.read_bytes() == without_it.read_bytes()
+    assert failed.read_bytes() != with_it.read_bytes()
+
+
+def test_a_question_whose_runs_all_failed_has_no_figure(draw, runs, tmp_path):
+    for record in runs.glob("position_gpu/*/run.json"):
+        mark_failed(record)
+    assert draw(runs, tmp_path / "none") == []
