@@ -22,7 +22,17 @@ from nerve import (
 )
 from nerve.results.style import level_text
 
-NAMES = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "pr_gain")
+NAMES = (
+    "se_pre",
+    "se_post",
+    "pr_pre",
+    "pr_post",
+    "eee_pre",
+    "eee_post",
+    "js",
+    "pr_gain",
+    "variance_pre",
+)
 FACTORS = (
     "level",
     "folder",

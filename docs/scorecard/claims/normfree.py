@@ -54,9 +54,16 @@ def inertia(evidence: Evidence) -> Finding:
     rows = [
         [label(name), *(number(value) for value in profile)] for name, profile in profiles.items()
     ]
+    rows += [
+        [f"SD of u, {name}", *(number(value) for value in _deviation(sweep, name))]
+        for name in (gelu, "norm-free ReLU", "PreLN GELU")
+    ]
     layers = [str(layer) for layer in profiles["js"].index]
     table = Table(
-        "Norm-free GELU by layer at the last step, mean over seeds", ["layer", *layers], rows
+        "Norm-free GELU by layer at the last step, mean over seeds; SD of u: √(Σλ / d_ff), how far "
+        "the inputs of the nonlinearity spread",
+        ["layer", *layers],
+        rows,
     )
     return Finding.of(
         f"in layers 0 to 6 EEE_post {_range(eee)}, JS {_range(js)}, PR gain {_range(gain)}; "
@@ -166,6 +173,12 @@ def _named(sweep: Sweep) -> Sweep:
     norms = sweep.runs["normalization.kind"].map(NORMS)
     names = sweep.runs["activation.name"].map(label)
     return Sweep(sweep.runs.assign(level=norms + " " + names), sweep.metrics)
+
+
+def _deviation(sweep: Sweep, level: str) -> pd.Series:
+    """√(Σλ / d_ff) before the nonlinearity by layer, the mean over seeds."""
+    (d_ff,) = sweep.ok["d_ff"].unique()
+    return np.sqrt(sweep.by_layer("variance_pre", level) / d_ff).mean()
 
 
 def _extreme(criterion: str, paper: str, values: pd.Series, holds: pd.Series, side: str) -> Check:

@@ -1,5 +1,7 @@
 """Claims 4 and 5: do the metrics follow the loss, within a run and across widths?"""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from evidence import Evidence, Sweep
@@ -12,6 +14,7 @@ FOUR = ("se_pre", "se_post", "pr_pre", "pr_post")
 PRELN = "layernorm gelu"
 NORMFREE = "none relu"
 DESIGNS = {PRELN: "PreLN GELU", NORMFREE: "norm-free ReLU"}
+ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU", "identity": "identity, the control"}
 WITHIN = {
     "se_pre": "-0.98 to -0.99",
     "se_post": "-0.84 to -0.87",
@@ -30,8 +33,7 @@ ACROSS_LIMIT = -0.9
 def within_runs(evidence: Evidence) -> Finding:
     """Claim 4: r of metric and loss over the steps of a run, in three windows."""
     sweep = _designs(evidence)
-    table = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=FOUR)
-    table = table[table["flag"] == "ok"]
+    table = _within(sweep)
     own = table[table["level"] == PRELN]
     late = own[own["window"] == "after_warmup"].groupby("metric")["pearson"]
     medians = late.median().reindex(FOUR).dropna()
@@ -56,7 +58,12 @@ def within_runs(evidence: Evidence) -> Finding:
     )
     measured = ", ".join(f"{label(name)} {value:.2f}" for name, value in medians.items())
     only = sweep.where(sweep.runs["level"] == PRELN)
-    return Finding.of(f"median r: {measured}", only, checks, [_windows(table)])
+    tables = [_windows(table, DESIGNS)]
+    if evidence.has(["activation_gpu"]):
+        activations = evidence.sweep("activation_gpu")
+        same_size = activations.where(activations.runs["model.d_model"] == 512)
+        tables.append(_windows(_within(same_size.by("activation.name")), ACTIVATIONS))
+    return Finding.of(f"median r: {measured}", only, checks, tables)
 
 
 def across_widths(evidence: Evidence) -> Finding:
@@ -96,22 +103,27 @@ def _median(values: pd.Series) -> str:
     return f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})"
 
 
-def _windows(table: pd.DataFrame) -> Table:
+def _within(sweep: Sweep) -> pd.DataFrame:
+    table = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=FOUR)
+    return table[table["flag"] == "ok"]
+
+
+def _windows(table: pd.DataFrame, designs: Mapping[str, str]) -> Table:
     windows = list(dict.fromkeys(table["window"]))
     cells = table.groupby(["level", "metric", "window"])["pearson"]
     rows = [
         [
-            DESIGNS[level],
+            design,
             label(name),
             *(_median(cells.get_group((level, name, window))) for window in windows),
         ]
-        for level in DESIGNS
+        for level, design in designs.items()
         for name in FOUR
         if (level, name, windows[0]) in cells.groups
     ]
     n_runs = table.groupby("level")["run_id"].nunique()
     counts = ", ".join(
-        f"{n_runs[level]} of {DESIGNS[level]}" for level in DESIGNS if level in n_runs
+        f"{n_runs[level]} of {design}" for level, design in designs.items() if level in n_runs
     )
     return Table(
         "r of metric (mean over layers) and validation loss over the measured steps of a run: "
