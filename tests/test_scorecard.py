@@ -158,7 +158,7 @@ def test_claim_4_has_the_correlations_within_runs_in_three_windows(text, metric)
 @pytest.mark.parametrize("metric", FOUR)
 def test_claim_5_has_the_correlations_across_widths_with_their_intervals(text, metric):
     where = {name.replace(".", "__"): value for name, value in PRELN_GELU.items()}
-    rows = at_end(rows_of("ffn_width_gpu", **where))
+    rows = at_end(rows_of("ffn_width", **where))
     points = rows.groupby("ffn.width")[[metric, "val_loss"]].mean()
     r = np.corrcoef(points[metric], points["val_loss"])[0, 1]
     half = 1.959963984540054 / math.sqrt(len(points) - 3)

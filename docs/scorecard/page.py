@@ -102,11 +102,21 @@ def _beside(table: Table) -> str:
 
 def _runs(evidence: Evidence) -> str:
     sweeps = {name: evidence.sweep(name) for name in evidence.names}
-    header = ["sweep", "runs", "flagged", "steps", "tokens a run", "tokens in all", "wall time"]
+    header = [
+        "sweep",
+        "runs",
+        "flagged",
+        "steps",
+        "tokens a run",
+        "tokens in all",
+        "wall time",
+        "tokens/s",
+    ]
     header += ["training, summed", "measuring", "parameters", "device", "versions", "commit"]
     table = markdown(header, [[name, *_about(sweep)] for name, sweep in sweeps.items()])
     note = (
-        "A Mixer's tokens are images. Wall time: while at least one run of the sweep was at work. "
+        "A Mixer's tokens are images. Wall time: while at least one run of the sweep was at work, "
+        "beside runs of other sweeps but for activation_gpu; tokens/s: of all runs in that time. "
         "Measuring, with validation, is a share of the training. A + after a commit: with changes."
     )
     flagged = [line for name, sweep in sweeps.items() for line in _flagged(name, sweep)]
@@ -117,6 +127,7 @@ def _runs(evidence: Evidence) -> str:
 def _about(sweep: Sweep) -> list[str]:
     runs = sweep.runs
     tokens = sweep.metrics.groupby("run_id", observed=True)["tokens_seen"].max()
+    at_work = seconds_at_work(runs["started"], runs["ended"])
     training, measuring = (
         runs[f"final.{name}_seconds"].sum() if f"final.{name}_seconds" in runs else 0.0
         for name in ("train", "measuring")
@@ -130,7 +141,8 @@ def _about(sweep: Sweep) -> list[str]:
         span(runs["step"]),
         span(tokens) if len(tokens) else MISSING,
         f"{tokens.sum():,}",
-        _duration(seconds_at_work(runs["started"], runs["ended"])),
+        _duration(at_work),
+        f"{tokens.sum() / at_work:,.0f}" if at_work else MISSING,
         _duration(training),
         percent(measuring / training) if training else MISSING,
         span(runs["n_parameters"]),

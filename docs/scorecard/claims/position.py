@@ -9,7 +9,7 @@ from wording import interval, label, mean, mean_perplexity, number, perplexity, 
 from nerve import fit_width_scaling
 
 PLACEMENTS = ("pre", "mix", "post")
-RATE = 5e-4
+RATE = 1e-3
 """At which all placements are compared."""
 
 WIDTHS = (8, 4)
@@ -20,7 +20,7 @@ POSITIONS = ("rope", "learned", "none")
 
 def norm_placement(evidence: Evidence) -> Finding:
     """Claim 9: PR_post of the placements at width 8, and its exponent over d_ff."""
-    everything = evidence.sweep("norm_placement_gpu").by("normalization.placement", "ffn.width")
+    everything = evidence.sweep("norm_placement").by("normalization.placement", "ffn.width")
     sweep = everything.where(everything.runs["optimizer.lr"] == RATE)
     checks = [
         _at_both_widths(sweep, "pre", "mix", "1822, 233"),
@@ -31,9 +31,11 @@ def norm_placement(evidence: Evidence) -> Finding:
         f"{label(place)} {mean(sweep.final('pr_post', f'{place} {WIDTHS[0]}'))}"
         for place in PLACEMENTS
     )
-    return Finding.of(
-        f"PR_post at width {WIDTHS[0]}: {measured}", sweep, checks, [_placements(everything)]
-    )
+    tables = [_placements(everything)]
+    if evidence.has(["norm_placement_gpu"]):
+        larger = evidence.sweep("norm_placement_gpu")
+        tables.append(_placements(larger.by("normalization.placement", "ffn.width")))
+    return Finding.of(f"PR_post at width {WIDTHS[0]}: {measured}", sweep, checks, tables)
 
 
 def position(evidence: Evidence) -> Finding:
@@ -159,7 +161,8 @@ def _placements(everything: Sweep) -> Table:
     ]
     header = ["placement", "width", "learning rate", "warm-up", "seed", "loss", "PR_post"]
     return Table(
-        "Every run, also those that cannot be compared (flag); warm-up as a share of the steps",
+        f"Every run of {everything.scale()}, also those that cannot be compared (flag); warm-up as "
+        "a share of the steps",
         [*header, "PR_post / d_ff", "flag"],
         rows,
     )

@@ -32,7 +32,7 @@ ACROSS_LIMIT = -0.9
 
 def within_runs(evidence: Evidence) -> Finding:
     """Claim 4: r of metric and loss over the steps of a run, in three windows."""
-    sweep = _designs(evidence)
+    sweep = _designs(evidence.sweep("ffn_width_gpu"))
     table = _within(sweep)
     own = table[table["level"] == PRELN]
     late = own[own["window"] == "after_warmup"].groupby("metric")["pearson"]
@@ -68,7 +68,7 @@ def within_runs(evidence: Evidence) -> Finding:
 
 def across_widths(evidence: Evidence) -> Finding:
     """Claim 5: r of final metric and final loss over widths, with 95% intervals."""
-    sweep = _designs(evidence)
+    sweep = _designs(evidence.sweep("ffn_width"))
     designs = average_seeds(sweep.points)
     table = correlate_across_runs(designs, ["level"], names=FOUR)
     table = table.set_index(["level", "metric"])
@@ -91,11 +91,14 @@ def across_widths(evidence: Evidence) -> Finding:
         )
         for level in DESIGNS
     )
-    return Finding.of(f"r: {measured}", sweep, checks, [_by_width(designs)])
+    tables = [_by_width(sweep)]
+    if evidence.has(["ffn_width_gpu"]):
+        tables.append(_by_width(_designs(evidence.sweep("ffn_width_gpu"))))
+    return Finding.of(f"r: {measured}", sweep, checks, tables)
 
 
-def _designs(evidence: Evidence) -> Sweep:
-    sweep = evidence.sweep("ffn_width_gpu").by("normalization.kind", "activation.name")
+def _designs(sweep: Sweep) -> Sweep:
+    sweep = sweep.by("normalization.kind", "activation.name")
     return sweep.where(sweep.runs["level"].isin(DESIGNS))
 
 
@@ -153,7 +156,8 @@ def _across(table: pd.DataFrame, level: str, name: str) -> Check:
     )
 
 
-def _by_width(designs: pd.DataFrame) -> Table:
+def _by_width(sweep: Sweep) -> Table:
+    designs = average_seeds(sweep.points)
     rows = [
         [
             DESIGNS[design["level"]],
@@ -164,7 +168,7 @@ def _by_width(designs: pd.DataFrame) -> Table:
         for _, design in designs.sort_values(["level", "ffn.width"]).iterrows()
     ]
     return Table(
-        "At the last step, metrics as means over layers",
+        f"{sweep.scale()}, at the last step, metrics as means over layers",
         ["design", "width", "loss", *map(label, FOUR)],
         rows,
     )
