@@ -23,15 +23,8 @@ from nerve import (
 from nerve.results.style import level_text
 
 NAMES = (
-    "se_pre",
-    "se_post",
-    "pr_pre",
-    "pr_post",
-    "eee_pre",
-    "eee_post",
-    "js",
-    "pr_gain",
-    "variance_pre",
+    *("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "pr_gain"),
+    *("variance_pre", "variance_post"),
 )
 FACTORS = (
     "level",

@@ -54,6 +54,9 @@ def inertia(evidence: Evidence) -> Finding:
     rows = [
         [label(name), *(number(value) for value in profile)] for name, profile in profiles.items()
     ]
+    variances = [sweep.by_layer(f"variance_{site}", gelu) for site in ("post", "pre")]
+    ratio = (variances[0] / variances[1]).mean()
+    rows.append(["variance after / before", *(number(value) for value in ratio)])
     rows += [
         [f"SD of u, {name}", *(number(value) for value in _deviation(sweep, name))]
         for name in (gelu, "norm-free ReLU", "PreLN GELU")
