@@ -153,7 +153,7 @@ def lower_loss(
 
 
 def counted(criterion: str, paper: str, holds: Sequence[bool] | pd.Series) -> Check:
-    """A check that must hold in every case, of which there must be two; says in how many it does."""
+    """A check that must hold in every case, at least two of them; says in how many it does."""
     if not len(holds):
         return Check(criterion, paper, "–", "not run")
     n_held = sum(bool(case) for case in holds)
