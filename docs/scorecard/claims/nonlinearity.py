@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from evidence import Evidence, Sweep
 from judgement import NOT_RUN, Check, Finding, Table, above, counted, lower_loss, outcome
-from wording import label, mean, mean_perplexity, number, over_layers, perplexity, spread
+from wording import label, loss, mean, mean_perplexity, number, over_layers, perplexity, spread
 
 SHIFTS = (("se", ">"), ("pr", ">"), ("eee", "<"))
 """Post against pre."""
@@ -30,14 +30,10 @@ def reinjection(evidence: Evidence) -> Finding:
     at_start = sweep.all_layers
     at_start = at_start[at_start["level"].isin(PAPER_SHIFTS) & (at_start["step"] == 0)]
     counts = [("step 0", at_start), ("last step", nonlinear)]
-    if evidence.has(["gated_gpu"]):
-        gated = evidence.sweep("gated_gpu")
-        gated = gated.where(gated.runs["ffn.gated"].astype(bool))
-        gated = gated.by("activation.name", "ffn.width")
-        counts += [
-            (f"gated, {label(level.split()[0])}, width {level.split()[1]}, last step", rows)
-            for level, rows in gated.layers.groupby("level")
-        ]
+    gated = evidence.sweep("gated") if evidence.has(["gated"]) else None
+    if gated is not None:
+        own = gated.where(gated.runs["ffn.gated"].astype(bool))
+        counts.append((f"gated, {own.scale()}", own.layers))
     tables = [
         _shifts(sizes),
         Table(
@@ -49,11 +45,35 @@ def reinjection(evidence: Evidence) -> Finding:
             ],
         ),
     ]
+    if gated is not None:
+        tables.append(_gated_and_plain(gated))
     measured = "; ".join(
         f"{label(level)} {', '.join(_shift(sweep, level, name) for name, _ in SHIFTS)}"
         for level in PAPER_SHIFTS
     )
     return Finding.of(measured, sweep, checks, tables)
+
+
+def _gated_and_plain(sweep: Sweep) -> Table:
+    gated = sweep.runs["ffn.gated"].map({True: "gated", False: "plain"})
+    sweep = Sweep(sweep.runs.assign(gated=gated), sweep.metrics)
+    sweep = sweep.by("gated", "activation.name", "ffn.width")
+    rows = [
+        [
+            design,
+            label(activation),
+            width,
+            loss(sweep.final("val_loss", level)),
+            *(spread(sweep.final(name, level)) for name in ("pr_pre", "pr_post", "js")),
+        ]
+        for level in sorted(set(sweep.ok["level"]))
+        for design, activation, width in [level.split()]
+    ]
+    return Table(
+        f"Gated and plain FFNs, {sweep.scale()}: mean (lowest to highest seed)",
+        ["FFN", "activation", "width", "loss", "PR_pre", "PR_post", "JS"],
+        rows,
+    )
 
 
 def gelu_and_relu(evidence: Evidence) -> Finding:
