@@ -149,8 +149,8 @@ def spare_workers(device: torch.device, n_processes: int = 1) -> int:
     """Threads that can solve beside training on `device`: the cores of this process, shared with
     the other training processes of the host, but one.
 
-    0 where the cores train, or are so few that a GPU, with nothing else to do, is sooner done. A
-    cell that runs beside others has at least one: what it takes from the GPU, it takes from them.
+    0 where the cores train, or are so few that a GPU of its own is sooner done. A cell of a sweep
+    that runs beside others has at least one: on a GPU that they share it would hold them up.
     """
     if device.type != "cuda":
         return 0

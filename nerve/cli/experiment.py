@@ -142,7 +142,7 @@ def _run(
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
-            device=_named(trainer.strategy.root_device),
+            device=_device_name(trainer.strategy.root_device),
         )
     log_configuration(trainer, values)
     try:
@@ -167,7 +167,7 @@ def _run(
     return final["val_loss"]
 
 
-def _named(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     """A device as run.json has it: a GPU with what it is."""
     if device.type != "cuda":
         return str(device)
