@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from subprocess import PIPE
 
@@ -185,10 +186,27 @@ def test_a_damaged_checkpoint_is_named(run, tiny, stop_at, go_on):
     assert run(*tiny, "retry=true")[0] == 0
 
 
+HELD = """
+import time
+from pathlib import Path
+
+import lightning as L
+
+
+class Held(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        given_up = time.monotonic() + 120
+        while not Path("one_has_ended").exists() and time.monotonic() < given_up:
+            time.sleep(0.05)
+"""
+
+
 def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
-    """Started at the same moment, from a shell, with the same directory."""
-    long = ["trainer.max_steps=400", "monitor.every_n_steps=400"]  # the other waits for a second
-    command = [sys.executable, "-m", "nerve.cli.run", *tiny, *long]
+    """Started at the same moment, from a shell, with the same directory. The one that runs does not
+    end before the other, however late that begins."""
+    (tmp_path / "held.py").write_text(HELD)
+    held = "+callbacks.held._target_=held.Held"
+    command = [sys.executable, "-m", "nerve.cli.run", *tiny, held]
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     both = [
         subprocess.Popen(
@@ -196,6 +214,9 @@ def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
         )
         for _ in range(2)
     ]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.05)
+    (tmp_path / "one_has_ended").touch()
     outcomes = [(*process.communicate(timeout=200), process.returncode) for process in both]
     assert sorted(status for _, _, status in outcomes) == [0, 1], outcomes
     pids = {process.returncode: process.pid for process in both}
