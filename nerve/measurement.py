@@ -8,6 +8,11 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import torch.distributed as dist
+
+# Before any process group exists: its functions have the group as default argument. Imported later
+# (torch.compile's modules do so), they keep its threads alive into the end of the interpreter,
+# where a thread that lets go of a tensor aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
