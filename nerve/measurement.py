@@ -1,6 +1,7 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from nerve.errors import MeasurementError
 from nerve.probe import FFN, Probe, find_ffns
 from nerve.problem import FFNProblem, FFNSpectra
 from nerve.spectra import StreamingCovariance
+from nerve.spectra.covariance import Tally
 
 Site = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
@@ -69,15 +71,19 @@ class Measurement:
 
         Every process must call it; one may have measured nothing.
         """
-        mine = (self._d_in, list(self._weights), {k: c.dim for k, c in self._covariances.items()})
+        seen = {key: (c.dim, c.tally()) for key, c in self._covariances.items()}
+        mine = (self._d_in, list(self._weights), seen)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        for d_in, _, dims in everyone:
+        tallies: dict[tuple[int, Site], list[Tally]] = defaultdict(list)
+        for d_in, _, theirs in everyone:
             self._d_in |= d_in
-            for (index, site), dim in dims.items():
+            for (index, site), (dim, tally) in theirs.items():
                 self._covariance(index, site, dim, _device(self._probe.ffns[index]))
-        for index, site in sorted(self._covariances):
-            self._covariances[index, site].reduce(to=index % len(everyone))
+                tallies[index, site].append(tally)
+        for index, site in sorted(tallies):
+            covariance = self._covariances[index, site]
+            covariance.reduce(index % len(everyone), tallies[index, site])
         self._share_weights([set(weights) for _, weights, _ in everyone])
 
     def _share_weights(self, holders: list[set[int]]) -> None:

@@ -1,5 +1,8 @@
 """The covariance of features that arrive in batches, accurate at any scale and any mean."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64
@@ -9,6 +12,13 @@ from nerve.errors import MeasurementError
 from nerve.spectra.eigenvalues import gram, mirrored
 from nerve.spectra.moments import Moments, moments_of
 from nerve.spectra.product import PRODUCTS, default_product
+
+
+class Tally(NamedTuple):
+    """What a covariance has seen: how many samples, and which products took them."""
+
+    n: int
+    products: tuple[str, ...]
 
 
 class StreamingCovariance:
@@ -109,25 +119,33 @@ class StreamingCovariance:
                 n, *parts = other._moments
                 self._merge(Moments(n, *(part.to(self.device, copy=True) for part in parts)))
 
-    def reduce(self, to: int) -> None:
+    def tally(self) -> Tally:
+        """What it has seen so far, in numbers that the host knows."""
+        self._fold()
+        n = 0 if self._moments is None else self._moments.n
+        return Tally(n, tuple(name for name in PRODUCTS if name in self._taken))
+
+    def reduce(self, to: int, tallies: Sequence[Tally]) -> None:
         """Adds the samples of all processes of the default group, in process `to`.
 
         Every process must call it, on accumulators of one `dim`; one may have seen no samples. What
-        the other processes hold afterwards means nothing, but for `n_samples` and `precision`.
+        the other processes hold afterwards means nothing, but for `n_samples` and `precision`. No
+        process waits for its device.
+
+        Args:
+            to: the process that gets all samples.
+            tallies: every process's own, in any order.
         """
         with torch.inference_mode(False), torch.no_grad():
             n, mean, scatter = self._all_moments()
-            counts = mean.new_tensor([n, *(name in self._taken for name in PRODUCTS)])
-            sums = torch.cat([counts, mean * n])
-            dist.all_reduce(sums)
-            counts, weighted = sums[: len(counts)], sums[len(counts) :]
-            total, *taken = counts.tolist()
-            common = weighted / max(total, 1)
+            total = sum(tally.n for tally in tallies)
+            common = mean * (n / max(total, 1))
+            dist.all_reduce(common)
             delta = mean - common
             scatter.addr_(delta * n, delta)
             dist.reduce(scatter, to)
-            self._moments = Moments(int(total), common, scatter)
-            self._taken = {name for name, n_taken in zip(PRODUCTS, taken, strict=True) if n_taken}
+            self._moments = Moments(total, common, scatter)
+            self._taken = {name for tally in tallies for name in tally.products}
 
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of

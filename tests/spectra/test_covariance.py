@@ -549,9 +549,11 @@ def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
     for accumulator, part in zip(accumulators, parts, strict=True):
         accumulator.update(part)
 
+    tallies = [accumulator.tally() for accumulator in accumulators]
+
     def reduce(rank: int) -> None:
         group_of_three.rank = rank
-        accumulators[rank].reduce(to)
+        accumulators[rank].reduce(to, tallies)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(reduce, range(3)))
