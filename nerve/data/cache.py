@@ -12,6 +12,8 @@ contents, the tokenizer, the split and the format, so that an entry never goes s
 
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 import tempfile
@@ -31,6 +33,9 @@ from nerve.data.tokenizer import (
     vocab_size,
 )
 from nerve.errors import DataError
+from nerve.flock import flock, flock_within
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -81,9 +86,10 @@ def cached_tokens(
 ) -> TokenCache:
     """Opens the entry of a corpus, a tokenizer and a split, and builds it where there is none.
 
-    It is built in a folder beside its final place and moved there in one step: an interrupted
-    build leaves no entry, and of several processes that build at once the first to finish gives
-    the entry to all. An entry that is damaged is built again.
+    One process builds at a time, those that come meanwhile wait for it. An entry is built in a
+    folder beside its final place and moved there in one step: an interrupted build leaves none, and
+    where the file system has no locks, the first of several processes to finish gives its entry to
+    all. An entry that is damaged is built again.
 
     Raises:
         DataError: if the corpus cannot be read, tokenized or split, or the folder not written.
@@ -94,12 +100,18 @@ def cached_tokens(
         return entry
     try:
         root.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-        try:
-            _build(building, corpus, spec, val_fraction)
-            _publish(building, path)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        with open(root / ".lock", "a", encoding="utf-8") as lock:
+            if not flock(lock.fileno()):
+                log.info("another process writes to the token cache %s: waiting for it", root)
+                flock_within(lock.fileno(), math.inf)
+            if (entry := _open(path)) is not None:
+                return entry
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
+            try:
+                _build(building, corpus, spec, val_fraction)
+                _publish(building, path)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"The token cache must be writable; {root} gave: {error}. Set data.cache_dir or the "

@@ -1,26 +1,19 @@
 """One process a run directory: a lock that the system takes back when its holder dies."""
 
 import contextlib
-import errno
-import fcntl
 import json
-import logging
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 from nerve.errors import StoreError
+from nerve.flock import flock, flock_within
 from nerve.results.atomic import refusals_named
-
-log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 PATIENCE_S = 1.0
 """How long a start tries again: whoever only asks for the state holds the lock for an instant."""
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunIsBusyError(StoreError):
@@ -63,15 +56,12 @@ class RunLock:
         self._file.close()
 
     def _take(self, path: Path) -> None:
-        patient_until = time.monotonic() + PATIENCE_S
-        while not _flock(self._file.fileno(), fcntl.LOCK_EX):
-            if time.monotonic() > patient_until:
-                raise RunIsBusyError(
-                    f"One process at a time runs in a directory; {path.parent} is in use by "
-                    f"{_named(holder(path.parent))}. Let that one finish or stop it; this run has "
-                    "nothing to do."
-                )
-            time.sleep(0.05)
+        if not flock_within(self._file.fileno(), PATIENCE_S):
+            raise RunIsBusyError(
+                f"One process at a time runs in a directory; {path.parent} is in use by "
+                f"{_named(holder(path.parent))}. Let that one finish or stop it; this run has "
+                "nothing to do."
+            )
 
 
 def is_locked(directory: str | os.PathLike[str]) -> bool:
@@ -81,7 +71,7 @@ def is_locked(directory: str | os.PathLike[str]) -> bool:
     except OSError:
         return False
     try:
-        return not _flock(descriptor, fcntl.LOCK_SH)
+        return not flock(descriptor, shared=True)
     finally:
         os.close(descriptor)
 
@@ -93,19 +83,6 @@ def holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
-
-
-def _flock(descriptor: int, kind: int) -> bool:
-    """Tries to lock an open file; whether nobody else holds it. True where there are no locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        log.warning("this file system has no locks: nothing keeps two processes from one run")
-    return True
 
 
 def _named(process: dict[str, Any]) -> str:

@@ -1,6 +1,11 @@
+import errno
+import fcntl
 import json
+import logging
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +30,11 @@ def fail_to_build(*_):
 
 
 def entries(root: Path) -> list[str]:
-    return [path.name for path in root.iterdir()]
+    return [path.name for path in root.iterdir() if path.name != ".lock"]
+
+
+def without_locks(*_):
+    raise OSError(errno.ENOLCK, "no locks here")
 
 
 def test_the_streams_are_the_documents_of_their_split_in_order_each_with_a_separator(
@@ -151,6 +160,7 @@ def test_a_build_that_fails_leaves_no_entry(small_corpus, tmp_path, monkeypatch)
 def test_a_damaged_entry_that_another_process_repaired_meanwhile_is_kept(
     opened, small_corpus, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(fcntl, "flock", without_locks)  # else they would wait for each other
     truncate(opened.path / "train.tokens")
     build = cache_module._build
 
@@ -167,8 +177,34 @@ def test_a_damaged_entry_that_another_process_repaired_meanwhile_is_kept(
     assert entries(tmp_path) == [opened.path.name]
 
 
+def test_who_comes_while_another_builds_waits_and_takes_its_entry(
+    small_corpus, tmp_path, monkeypatch, caplog
+):
+    build, built = cache_module._build, []
+
+    def build_once_another_waits(building, *arguments):
+        built.append(building)
+        while "waiting for it" not in caplog.text:
+            time.sleep(0.01)
+        build(building, *arguments)
+
+    def get() -> TokenCache:
+        return cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+
+    monkeypatch.setattr(cache_module, "_build", build_once_another_waits)
+    caplog.set_level(logging.INFO)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(get)
+        while not built:
+            time.sleep(0.01)
+        second = pool.submit(get)
+        entries_got = [first.result(timeout=60), second.result(timeout=60)]
+    assert len(built) == 1
+    np.testing.assert_array_equal(entries_got[0].train, entries_got[1].train)
+
+
 BUILD_WITH_ANOTHER = """
-import sys, time
+import errno, fcntl, sys, time
 from pathlib import Path
 from nerve.data import cache
 from nerve.data.corpus import Corpus, Document
@@ -176,6 +212,9 @@ from nerve.data.tokenizer import TokenizerSpec
 
 root, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 publish = cache._publish
+
+def without_locks(*_):
+    raise OSError(errno.ENOLCK, "no locks here")
 
 def publish_with_the_other(building, path):
     (root / me).touch()
@@ -185,6 +224,7 @@ def publish_with_the_other(building, path):
         time.sleep(0.001)
     publish(building, path)
 
+fcntl.flock = without_locks
 cache._publish = publish_with_the_other
 documents = [Document(str(i), f"document {i} " * 50) for i in range(20)]
 entry = cache.cached_tokens(Corpus("c", lambda: documents), TokenizerSpec(300), 0.2, root / "cache")
@@ -192,7 +232,7 @@ print(entry.train.sum(), entry.meta.tokenizer_fingerprint)
 """
 
 
-def test_two_processes_that_build_at_once_leave_one_good_entry(tmp_path):
+def test_without_locks_two_processes_that_build_at_once_leave_one_good_entry(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", BUILD_WITH_ANOTHER, str(tmp_path), *names],
