@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from nerve.checkpoint import CheckpointFiles, checkpoint_path, weights_of, write_checkpoint
-from nerve.processes import gathered, highest, rank
+from nerve.processes import gathered, highest, own_part
 from nerve.randomness import random_states, set_random_states
 from nerve.results.store import RunStore
 from nerve.signals import StopSignals
@@ -132,7 +132,7 @@ class Checkpointing(Checkpoint):
 
     def on_train_start(self, *args: Any) -> None:
         if self._random:
-            set_random_states(self._random[rank()])
+            set_random_states(own_part(self._random))
         self._signals.defer()
 
     # A state is taken at the end of a step or of the validation that falls on it, where Lightning

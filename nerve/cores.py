@@ -14,4 +14,6 @@ def share_among_cells() -> int | None:
 
 def allowed() -> int:
     """Cores that the system lets this process use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS does not say

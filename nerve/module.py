@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from nerve.errors import DivergedError
 from nerve.optim import Schedule
+from nerve.randomness import part_from_other_processes
 
 Batch = tuple[Tensor, Tensor]
 
@@ -47,6 +48,9 @@ class TrainedModel(L.LightningModule):
         self._schedule = schedule
         self._first_bad_step: Tensor | None = None
         self._training_loss = torch.compile(self._mean_loss) if compile else self._mean_loss
+
+    def on_fit_start(self) -> None:
+        part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)

@@ -19,7 +19,7 @@ from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
 from nerve.probe import Probe, find_ffns
 from nerve.problem import FFNSpectra
-from nerve.processes import gathered, rank
+from nerve.processes import gathered, own_part
 from nerve.results.means import logged_values, mean_values
 from nerve.results.store import RunStore
 from nerve.solver import Solved, Solver, spare_workers
@@ -265,7 +265,7 @@ class SpectralMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._tokens_seen = state_dict["tokens_seen"]
-        self._training = WeightedMean(*state_dict["training"][rank()])
+        self._training = WeightedMean(*own_part(state_dict["training"]))
         self._due = state_dict["due"]
         self.latest = state_dict["latest"]
         self.val_loss = state_dict["val_loss"]

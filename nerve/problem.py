@@ -31,7 +31,7 @@ class FFNSpectra:
         d_ff: hidden width, the number of eigenvalues.
         pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
         post: eigenvalues after it, likewise.
-        precision: how the products of the covariance were taken.
+        precision: how the products of the covariances were taken; the coarser way of the two.
     """
 
     layer: int

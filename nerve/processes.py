@@ -1,9 +1,12 @@
 """What the processes of one run tell each other; a run of one process has only itself to ask."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from nerve.errors import StoreError
 
 
 def rank() -> int:
@@ -18,6 +21,22 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def own_part(parts: Sequence[Any]) -> Any:
+    """Of what every process once gathered, this one's.
+
+    Raises:
+        StoreError: where there were more or fewer processes then.
+    """
+    n_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if len(parts) != n_processes:
+        raise StoreError(
+            f"A run goes on with as many processes as it began with; its checkpoint is of "
+            f"{len(parts)}, now there are {n_processes}. Set trainer.devices={len(parts)} (and "
+            "trainer.num_nodes=1), or as many nodes and devices as that makes."
+        )
+    return parts[rank()]
 
 
 def highest(value: int, device: torch.device) -> int:

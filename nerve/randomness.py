@@ -8,6 +8,16 @@ import numpy as np
 import torch
 
 
+def part_from_other_processes(rank: int) -> None:
+    """Lets torch draw other numbers in process `rank` of a run than in those that were seeded as it
+    was, for dropout masks of its own. Process 0 goes on as a process alone would.
+    """
+    if rank:
+        # Hashed: the CPU's generator reads the lower 32 bits alone.
+        (seed,) = np.random.SeedSequence([torch.initial_seed(), rank]).generate_state(1)
+        torch.manual_seed(int(seed))
+
+
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, as numbers and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state()

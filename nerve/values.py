@@ -1,13 +1,23 @@
 """Plain configuration mappings to frozen dataclasses, with errors that name the key."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from nerve.errors import ConfigError
 
 T = TypeVar("T")
+
+KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    NoneType: "null",
+}
+"""Types of values, as messages name them."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -25,21 +35,41 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
     raise ConfigError(f"{key} must be one of {', '.join(options)}; got {value!r}.{hint}")
 
 
+def require_type(key: str, value: object, *kinds: type) -> None:
+    """Raises `ConfigError` unless `value` is of one of `kinds`, of which a key of `KINDS` has a
+    meaning here: a whole number is a number, but true is neither."""
+    if any(_is_of(value, kind) for kind in kinds):
+        return
+    named = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
+    raise ConfigError(f"{key} must be {named}; got {value!r}.")
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
-    """Builds the dataclass `cls` from `values`; an unknown or missing key is named with its group.
+    """Builds the dataclass `cls` from `values`; an unknown or missing key and a value of another
+    type than the field's are named with their group.
 
     Args:
-        cls: a dataclass that validates its own fields in `__post_init__`.
+        cls: a dataclass that validates the values of its own fields in `__post_init__`.
         values: the group's values; values may be dataclasses already.
         group: the configuration group, for messages (`"ffn"` gives `ffn.width`).
 
     Raises:
-        ConfigError: for a key that `cls` does not have, or one that it requires and is not there.
+        ConfigError: for a key that `cls` does not have, one that it requires and is not there, or a
+            value that is not of the field's type.
     """
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         require_choice(f"a key of {group}", key, sorted(known))
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{group} is incomplete: {error}; got {sorted(values)}.") from error
+    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    require(not missing, f"{group} lacks {', '.join(missing)}; got {', '.join(sorted(values))}.")
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        require_type(f"{group}.{key}", value, *(get_args(hints[key]) or [hints[key]]))
+    return cls(**values)
+
+
+def _is_of(value: object, kind: type) -> bool:
+    if kind is float:
+        kind = int | float  # type: ignore[assignment]
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

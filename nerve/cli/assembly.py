@@ -88,6 +88,12 @@ def build_data(config: DictConfig, values: dict[str, Any]) -> Any:
     sizes: dict[str, int] = {"n_train_batches": n_batches}
     if values["model"]["kind"] == "gpt":
         sizes["n_heldout_tokens"] = _n_tokens(values)
+    else:
+        require(
+            values["monitor"]["n_tokens"] == "auto",
+            "monitor.n_tokens counts held-out tokens of text; with images it must be auto, got "
+            f"{values['monitor']['n_tokens']!r}. Set data.n_heldout, the held-out images.",
+        )
     data = build(config.data, **sizes, seed=values["seed"])
     data.prepare_data()
     data.setup("fit")

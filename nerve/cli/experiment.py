@@ -90,12 +90,8 @@ def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopS
     try:
         _run(config, directory, record, signals)
     except BaseException as error:
-        # Lightning turns Ctrl-C into SystemExit.
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        try:
-            record.finish("interrupted" if interrupted else "failed", error=error)
-        except StoreError as refused:
-            log.error("run.json cannot say how the run ended: %s", refused)
+        if record.run_status != "done":  # else what came after it went wrong, not the run
+            _record_end(record, error)
         if isinstance(error, Interrupted):
             log.warning("%s; to go on: nerve-run resume=%s", error, directory)
             signals.hand_on()
@@ -103,6 +99,15 @@ def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopS
     if signals.received:  # while it ended: nothing is left to save, but the command must stop
         signals.hand_on()
         signals.stop()
+
+
+def _record_end(record: RunRecord, error: BaseException) -> None:
+    # Lightning turns Ctrl-C into SystemExit.
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    try:
+        record.finish("interrupted" if interrupted else "failed", error=error)
+    except StoreError as refused:
+        log.error("run.json cannot say how the run ended: %s", refused)
 
 
 def _run(

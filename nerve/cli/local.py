@@ -213,7 +213,7 @@ def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
     with contextlib.ExitStack() as stack:
         log = None
         if n_at_once > 1:
-            n_threads = max(1, (os.cpu_count() or 1) // n_at_once)
+            n_threads = max(1, cores.allowed() // n_at_once)
             environment[cores.SHARE] = str(n_threads)
             for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
                 environment.setdefault(pool, str(n_threads))

@@ -148,7 +148,9 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
         DataError: for a root that is no folder, and if there is no file below the roots.
     """
     given = ["stdlib"] if roots is None else [roots] if isinstance(roots, str | Path) else [*roots]
-    folders = [Path(ROOTS[str(root)]() if str(root) in ROOTS else root) for root in given]
+    folders = [
+        Path(ROOTS[str(root)]() if str(root) in ROOTS else root).expanduser() for root in given
+    ]
     for folder in folders:
         if not folder.is_dir():
             raise DataError(

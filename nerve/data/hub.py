@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ def hub_dataset(
 ) -> Corpus:
     """The first `n_documents` rows of a dataset, streamed once, when the token cache is built.
 
-    Later starts find the cache by these arguments and need no network. To be sure that two
-    machines get the same rows, give a commit as `revision`; the run's record holds a fingerprint
-    of the rows themselves in any case.
+    Later starts find the cache by these arguments and need no network; that of a folder, whose
+    files may change, by the rows themselves. To be sure that two machines get the same rows, give a
+    commit as `revision`; the run's record holds a fingerprint of the rows in any case.
 
     Args:
         path: the dataset's name on the hub, or a folder of data files.
@@ -51,6 +52,8 @@ def hub_dataset(
             Document(f"{path}:{i}", _text(row, text_column, path)) for i, row in enumerate(rows)
         ]
 
+    if Path(path).is_dir():
+        return Corpus(f"hub:{path}", read)
     request = {**arguments, "text_column": text_column, "n_documents": n_documents}
     return Corpus(f"hub:{path}", read, request=f"hub:{json.dumps(request, sort_keys=True)}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import cached_property
+from types import NoneType
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from nerve.data.base import Batch, BatchDataModule
 from nerve.data.image_sets import ImageSet, LabelledImages
 from nerve.data.order import BatchLoader, HeldOutBatches, Order, ShuffledOrder, random_bits
 from nerve.errors import DataError
-from nerve.values import require
+from nerve.values import require, require_type
 
 
 class FlippedOrder:
@@ -65,6 +66,7 @@ class ImageDataModule(BatchDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, n_train_batches=n_train_batches, seed=seed)
         for key, value in (("n_heldout", n_heldout), ("image_size", image_size)):
+            require_type(f"data.{key}", value, int, NoneType)
             require(
                 value is None or value >= 1, f"data.{key} must be null or at least 1; got {value}."
             )

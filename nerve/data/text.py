@@ -15,7 +15,7 @@ from nerve.data.corpus import Corpus
 from nerve.data.order import BatchLoader, HeldOutBatches, ShuffledOrder
 from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
 from nerve.errors import DataError
-from nerve.values import require
+from nerve.values import require, require_type
 
 
 class TextDataModule(BatchDataModule):
@@ -60,6 +60,7 @@ class TextDataModule(BatchDataModule):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, n_train_batches=n_train_batches, seed=seed)
+        require_type("data.val_fraction", val_fraction, float)
         require(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}.")
         require(
             n_heldout_tokens >= 1,

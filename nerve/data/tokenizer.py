@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nerve.errors import DataError
+from nerve.values import require_type
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens that end a document, by preference; a trained tokenizer has the first."""
@@ -26,13 +27,15 @@ class TokenizerSpec:
         path: a tokenizer.json (of a byte-level model) that is used in its place.
 
     Raises:
-        DataError: for a `vocab_size` below 257 and for a file that is none.
+        ConfigError: for a `vocab_size` that is no whole number.
+        DataError: for one below 257 and for a file that is none.
     """
 
     vocab_size: int = 1024
     path: Path | None = None
 
     def __post_init__(self) -> None:
+        require_type("data.vocab_size", self.vocab_size, int)
         if self.vocab_size <= N_BYTES:
             raise DataError(
                 f"vocab_size must be at least {N_BYTES + 1}, one token for each byte and the "

@@ -26,7 +26,8 @@ def metrics_by_depth(
     - `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag` (see
       `flag_runs`)
     - `ffn, step, layer`
-    - `depth`: of the layer's centre, (layer + ½)/L, in (0, 1); the last layer in `metrics` is L - 1
+    - `depth`: of the layer's centre, (layer + ½)/L, in (0, 1); L is the model's, `model.n_layers`,
+      or where `runs` does not say, 1 + the last layer in `metrics`
     - `middle`: whether the layer is in the middle third, depth in [⅓, ⅔]; of two layers both are
     - `tokens_seen, train_loss, val_loss, status`, the metrics `names`
 
@@ -43,7 +44,7 @@ def metrics_by_depth(
     metrics, _ = rows_of(metrics, runs)
     rows = join_runs(metrics[["run_id", "ffn", "step", "layer"]], described)
     layer = rows["layer"].astype(int)
-    n_layers = 1 + layer.groupby([rows["run_id"], rows["ffn"]], observed=True).transform("max")
+    n_layers = _n_layers(rows, runs)
     rows["depth"] = (layer + 0.5) / n_layers
     # |depth - ½| ≤ ⅙ in whole numbers; two layers are both next to the middle.
     rows["middle"] = 3 * (2 * layer + 1 - n_layers).abs() <= np.maximum(n_layers, 3)
@@ -76,6 +77,15 @@ def depth_means(
         means.insert(3, "region", region)
         regions.append(means)
     return join_runs(pd.concat(regions), described)
+
+
+def _n_layers(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
+    ffns = [rows["run_id"], rows["ffn"]]
+    measured = 1 + rows["layer"].astype(int).groupby(ffns, observed=True).transform("max")
+    if "model.n_layers" not in runs:
+        return measured
+    known = pd.to_numeric(runs.set_index("run_id")["model.n_layers"], errors="coerce")
+    return rows["run_id"].map(known).astype(float).fillna(measured).astype(int)
 
 
 def _described(

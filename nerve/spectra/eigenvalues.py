@@ -3,7 +3,6 @@
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nerve.errors import MeasurementError
 from nerve.spectra.product import add_lower
@@ -41,7 +40,7 @@ def eigenvalues(
         values = torch.linalg.eigvalsh(matrix).flip(-1)
         values = _without_negatives(values, matrix.diagonal(dim1=-2, dim2=-1).sum(-1))
         if dim is not None:
-            values = pad(values, (0, dim - values.shape[-1]))
+            values = torch.constant_pad_nd(values, (0, dim - values.shape[-1]))
         return torch.where(finite[..., None], values, torch.nan)
 
 

@@ -5,7 +5,6 @@ takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
+from nerve import cores
 from nerve.cli import local
 from nerve.results.lock import RunLock
 from nerve.results.record import RunRecord
@@ -178,7 +178,7 @@ def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
     """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
     for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delenv(pool, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(cores, "allowed", lambda: 6)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     befalls({0: "meet", 1: "meet"})
     status, out, _ = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

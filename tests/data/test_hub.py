@@ -51,6 +51,19 @@ def test_the_request_names_the_contents_and_each_argument_changes_it(calls):
     assert calls == []
 
 
+def test_the_cache_of_a_folder_follows_its_files(calls, monkeypatch, tmp_path):
+    """Its rows name it, not the path, which another working directory may have as well."""
+    keys = []
+    for content in ("alpha", "omega"):
+        rows = [{"text": f"{content} {i}"} for i in range(3)]
+        monkeypatch.setitem(globals(), "ROWS", rows)
+        (tmp_path / content / "data").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / content)
+        keys.append(hub_dataset("data", n_documents=3).key)
+        assert hub_dataset("data", n_documents=3).key == keys[-1]
+    assert keys[0] != keys[1]
+
+
 def test_a_dataset_that_cannot_be_read_is_an_error_with_what_was_asked_for(calls):
     with pytest.raises(DataError, match=r"'absent'.*FileNotFoundError: no such dataset.*network"):
         list(hub_dataset("absent", n_documents=3).documents())

@@ -156,6 +156,12 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     assert status == 128 + signal.SIGTERM, output
     record = RunRecord.load(tmp_path / "pieces")
     assert (record.run_status, record.step) == ("interrupted", 3)
+    states = read_checkpoint(checkpoint_path(tmp_path / "pieces", "last"))["callbacks"]
+    masks = []
+    for random in states["Checkpointing"]["random"]:
+        torch.set_rng_state(random["torch"])
+        masks.append(torch.rand(4))
+    assert not torch.equal(*masks)  # what they drop out
     status, output = launch("pieces", "")
     assert status == 0, output
     assert_same("whole", "pieces")
