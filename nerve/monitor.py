@@ -17,7 +17,7 @@ from nerve.errors import MeasurementError
 from nerve.logger import StoreLogger
 from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
-from nerve.probe import Probe, find_ffns
+from nerve.probe import FFN, Probe, find_ffns
 from nerve.problem import FFNSpectra
 from nerve.processes import gathered, own_part
 from nerve.results.means import logged_values, mean_values
@@ -58,6 +58,8 @@ class SpectralMonitor(L.Callback):
             training step that follows, in train mode; the last step has no row then.
         spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
         layers: the layers to measure; None for all.
+        ffns: the FFNs of a model whose modules do not fulfil the protocol `FFN`; None to look for
+            them in the module that is trained.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper.
 
@@ -73,6 +75,7 @@ class SpectralMonitor(L.Callback):
         source: Source = "heldout",
         spectra: bool | Literal["auto"] = "auto",
         layers: Sequence[int] | None = None,
+        ffns: Sequence[FFN] | None = None,
         shortcut: bool = True,
     ) -> None:
         require(
@@ -89,6 +92,11 @@ class SpectralMonitor(L.Callback):
             f"monitor.layers must be null (all) or a list of layers, [0,3]; got {layers!r}.",
         )
         require(
+            ffns is None or layers is None,
+            "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
+            "those of the other layers.",
+        )
+        require(
             isinstance(shortcut, bool),
             f"monitor.shortcut must be true or false; got {shortcut!r}.",
         )
@@ -97,6 +105,7 @@ class SpectralMonitor(L.Callback):
         self.source = source
         self.spectra = spectra
         self.layers = layers
+        self.ffns = ffns
         self.shortcut = shortcut
         self.latest: list[dict[str, Any]] = []
         """The rows of the last measurement."""
@@ -120,7 +129,7 @@ class SpectralMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._probe = Probe(find_ffns(pl_module, self.layers))
+        self._probe = Probe(find_ffns(pl_module, self.layers) if self.ffns is None else self.ffns)
         self._probe.install()
         compiler = sys.modules.get("torch._dynamo")
         if compiler is not None and compiler.utils.counters["frames"]:

@@ -14,6 +14,7 @@ import nerve
 from nerve.errors import MeasurementError
 from nerve.measurement import Measurement
 from nerve.probe import FFNAdapter, Probe
+from nerve.spectra import covariance
 
 
 class Model(nn.Module):
@@ -64,6 +65,21 @@ def test_one_row_an_ffn_with_the_values_of_float64_numpy(model, shortcut):
             assert row[f"{name}_{site}"] == pytest.approx(value, rel=rel)
         pr = row[f"pr_{site}"]
         assert row[f"pr_{site}_corrected"] == pytest.approx(1 / (1 / pr - 1 / 107))
+
+
+def test_the_precision_is_that_of_the_coarser_side(monkeypatch):
+    """As on a GPU: bfloat16 before the nonlinearity; after it the mean is too large for that."""
+    monkeypatch.setattr(covariance, "default_product", lambda dtype, device: "bfloat16")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Sigmoid(), nn.Linear(16, 6)).bfloat16()
+    ffns = [FFNAdapter(0, "ffn", model[0], model[2])]
+    x = torch.randn(200, 6, dtype=torch.bfloat16)
+    taken = [covariance.StreamingCovariance(16) for _ in range(2)]
+    with torch.no_grad():
+        taken[0].update(model[0](x))
+        taken[1].update(model[:2](x))
+    assert [each.precision for each in taken] == ["bfloat16", "float16x2"]
+    assert nerve.measure(model, [x], ffns=ffns, shortcut=False).precision.tolist() == ["bfloat16"]
 
 
 def test_how_tokens_fall_into_batches_does_not_matter(model):

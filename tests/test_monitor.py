@@ -21,6 +21,7 @@ from nerve.models import build_model
 from nerve.module import LanguageModel
 from nerve.monitor import SpectralMonitor
 from nerve.optim import Part, Schedule, build_optimizer
+from nerve.probe import FFNAdapter
 from nerve.problem import FFNProblem
 from nerve.results import RunRecord, RunStore
 from nerve.results.means import logged_values, mean_values
@@ -371,6 +372,35 @@ def test_chosen_layers_are_measured_and_no_others(tmp_path):
         fit(tmp_path / "no", make_module(), batches(2), batches(1), every_n_steps=2, layers=[1, 2])
 
 
+class Foreign(L.LightningModule):
+    """A model that knows nothing of nerve, with an optimizer that does not either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.proj = torch.nn.Linear(VOCAB, 24), torch.nn.Linear(24, VOCAB)
+
+    def training_step(self, batch, batch_idx):
+        inputs = torch.nn.functional.one_hot(batch[0], VOCAB).float()
+        logits = self.proj(torch.relu(self.fc(inputs)))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+        return {"loss": loss, "n_targets": batch[1].numel()}
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_a_model_of_ones_own_is_described_and_its_run_read_as_any_other(tmp_path):
+    """As in the README."""
+    module = Foreign()
+    described = [FFNAdapter(0, "ffn", module.fc, module.proj)]
+    _, rows = fit(tmp_path, module, batches(4), batches(2, seed=1), every_n_steps=2, ffns=described)
+    assert rows["step"].tolist() == [0, 2, 4]
+    assert set(rows["lr"]) == {0.01}
+    assert set(rows["d_ff"]) == {24}
+
+
 def test_without_the_shortcut_the_features_themselves_are_taken(tmp_path):
     values = {"every_n_steps": 2}
     _, short = fit(tmp_path / "s", make_module(), batches(2), batches(4), **values)
@@ -457,6 +487,7 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
         ({"layers": "all"}, "monitor.layers must be null .all. or a list of layers"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
+        ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
     ],
 )

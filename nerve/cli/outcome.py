@@ -110,9 +110,7 @@ class Report:
                 self._labels[cell.number],
                 self._deed(cell),
                 state,
-                f"{record.step}/{record.config['trainer']['max_steps']}"
-                if record and known
-                else "",
+                record.progress if record and known else "",
                 figure(record.final.get("val_loss")) if record and known else "",
                 cell.directory.name if cell.refusal is None else "",
             )

@@ -116,7 +116,7 @@ def show(statuses: Sequence[Status]) -> None:
             str(status.directory),
             labels[status.directory],
             status.state,
-            f"{record.step}/{record.config['trainer']['max_steps']}" if record else "",
+            record.progress if record else "",
             figure(status.val_loss),
             "" if status.left_s is None else duration(status.left_s),
             "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
@@ -161,10 +161,10 @@ def _left_s(record: RunRecord, silent_s: float) -> float | None:
             return None  # it is not known at which step it went on
         first = 0
     heard = datetime.fromisoformat(record.heartbeat).timestamp()
-    if record.step <= first or heard <= since:
+    if record.max_steps is None or record.step <= first or heard <= since:
         return None
     a_step = (heard - since) / (record.step - first)
-    return max(0.0, a_step * (record.config["trainer"]["max_steps"] - record.step) - silent_s)
+    return max(0.0, a_step * (record.max_steps - record.step) - silent_s)
 
 
 def _parts(directory: Path) -> list[Path]:

@@ -33,7 +33,9 @@ def text_files(paths: str | Path | Sequence[str | Path], *, text_column: str = "
             errors, which name the file and the line or column, come when the corpus is used.
     """
     given = [paths] if isinstance(paths, str | Path) else [*paths]
-    files = sorted({Path(file).absolute() for path in given for file in _matches(os.path.expanduser(path))})
+    files = sorted(
+        {Path(file).absolute() for path in given for file in _matches(os.path.expanduser(path))}
+    )
     for file in files:
         if file.suffix not in READERS:
             raise DataError(

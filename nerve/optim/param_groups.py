@@ -145,17 +145,13 @@ def _require_one_claim(roles: Mapping[str, Role], parts: Mapping[str, Part]) -> 
             )
 
 
-def hidden_lr(optimizer: Optimizer) -> float:
+def hidden_lr(optimizer: Optimizer) -> float | None:
     """The present learning rate of the hidden weights, as the schedule left it.
 
-    Raises:
-        ConfigError: when no parameter group has the role `hidden`.
+    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
+    not make, where groups have no roles, that of all groups. None where they have several.
     """
-    for group in optimizer.param_groups:
-        if group.get("role") == Role.HIDDEN:
-            return float(group["lr"])
-    raise ConfigError(
-        "the learning rate of the hidden weights needs a parameter group with the role 'hidden'; "
-        f"got {[group.get('role') for group in optimizer.param_groups]}. Build the optimizer with "
-        "nerve.optim.build_optimizer."
-    )
+    groups = optimizer.param_groups
+    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
+    rates = {float(group["lr"]) for group in hidden or groups}
+    return rates.pop() if len(rates) == 1 else None

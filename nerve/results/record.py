@@ -137,6 +137,17 @@ class RunRecord:
             raise _damaged(path, error) from error
         return record
 
+    @property
+    def max_steps(self) -> int | None:
+        """The last step, where the configuration has `trainer.max_steps`."""
+        trainer = self.config.get("trainer")
+        return trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+
+    @property
+    def progress(self) -> str:
+        """How far the run is, for people: `40/400`."""
+        return str(self.step) if self.max_steps is None else f"{self.step}/{self.max_steps}"
+
     def update(self, **changes: Any) -> None:
         """Sets fields and writes the record; every update is also a heartbeat.
 

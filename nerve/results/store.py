@@ -77,7 +77,8 @@ class RunStore:
         """Writes each dataset's waiting rows, durably, to the part of `step`.
 
         A part of that step that is there already is merged, its rows giving way to new ones of the
-        same key. Rows past `step`, or parts past it, move the name up to the latest of them.
+        same key. Rows past `step`, or parts past it, move the name up to the latest of them; so
+        does a damaged part of that name, which stays as it is.
 
         Raises:
             StoreError: when the disk is full or refuses; rows that were not written keep waiting,
@@ -89,10 +90,8 @@ class RunStore:
                 continue
             latest = max(pc.max(table["step"]).as_py() for table in tables if len(table))
             parts = list_parts(self.directory, dataset)
-            path = part_path(self.directory, dataset, max(step, latest, *map(part_step, parts)))
-            if path.exists():
-                tables = [read_part(path, dataset), *tables]
-            write_part(path, joined(tables, dataset))
+            path, earlier = self._part(dataset, max(step, latest, *map(part_step, parts)))
+            write_part(path, joined([*earlier, *tables], dataset))
             self._buffers[dataset.name] = []
 
     def compact(self) -> None:
@@ -144,12 +143,21 @@ class RunStore:
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         self._buffers[name].append(table_of(DATASETS[name], rows, self.run_id))
 
+    def _part(self, dataset: Dataset, step: int) -> tuple[Path, list[pa.Table]]:
+        """The part of `step`, or the next that is not damaged, and its rows if it is there."""
+        while True:
+            path = part_path(self.directory, dataset, step)
+            try:
+                return path, [read_part(path, dataset)] if path.exists() else []
+            except DamagedPartError:
+                step += 1
+
     def _replace(self, dataset: Dataset, step: int, late: dict[Path, pa.Table]) -> None:
         """Moves what is kept of the parts `late` into the part of `step`."""
-        target = part_path(self.directory, dataset, step)
         if any(len(kept) for kept in late.values()):
-            earlier = [read_part(target, dataset)] if target.exists() and target not in late else []
-            write_part(target, joined([*earlier, *late.values()], dataset))
+            target, earlier = self._part(dataset, step)
+            kept = [*([] if target in late else earlier), *late.values()]
+            write_part(target, joined(kept, dataset))
             late.pop(target, None)
         _remove(late)
 

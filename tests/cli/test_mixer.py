@@ -163,6 +163,9 @@ def test_cifar_is_read_from_the_path_given(run, tmp_path):
 BAD = [
     (["model.patch_size=3"], ["data.image_size=8", "model.patch_size=3"]),
     (["data.n_heldout=365"], ["data.n_heldout", "365", "364"]),
+    (["data.n_heldout=abc"], ["data.n_heldout must be a whole number or null; got 'abc'"]),
+    (["monitor.n_tokens=512"], ["monitor.n_tokens counts held-out tokens", "got 512"]),
+    (["model.token_mixing.width=[1]"], ["model.token_mixing.width must be a whole number or a"]),
     (["model=gpt_tiny", "data=digits"], ["model.kind=gpt", "ImageDataModule", "kind=mixer"]),
     (["data=python_source"], ["model.kind=mixer", "TextDataModule", "kind=gpt"]),
     (["data=cifar100"], ["data.images.path is missing", "data.images.path=…"]),

@@ -1,5 +1,6 @@
 """`nerve-run`, as a user calls it: what a run leaves, and what it says of bad input."""
 
+import errno
 import json
 import math
 import os
@@ -170,6 +171,17 @@ BAD = [
     (["model.seq_len=1000000"], ["model.seq_len", "1000001"]),
     (["data.corpus.roots=[/nowhere]"], ["/nowhere"]),
     (["data.corpus.roots=[{empty}]"], ["{empty}"]),
+    (["ffn.bias=no"], ["ffn.bias must be true or false; got 'no'"]),
+    (["model.tie_embeddings=off"], ["model.tie_embeddings must be true or false; got 'off'"]),
+    (["model.dropout=abc"], ["model.dropout must be a number; got 'abc'"]),
+    (["model.n_layers=true"], ["model.n_layers must be a whole number; got True"]),
+    (["~model.n_layers"], ["model lacks n_layers; got"]),
+    (
+        ["normalization=mixln", "normalization.n_post_layers=1.5"],
+        ["normalization.n_post_layers must be a whole number; got 1.5"],
+    ),
+    (["data.val_fraction=abc"], ["data.val_fraction must be a number; got 'abc'"]),
+    (["data.vocab_size=abc"], ["data.vocab_size must be a whole number; got 'abc'"]),
     (["optimizer.schedule.name=cosinus"], ["optimizer.schedule.name", "cosine"]),
     (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
@@ -202,6 +214,22 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
     assert "holds run" in err
     assert "(done)" in err
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+
+
+def test_a_run_is_done_although_its_summary_could_not_be_printed(run, tiny, monkeypatch):
+    """A full disk under the log, or a pipe that nobody reads."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nerve.cli.experiment.print_summary", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            run(*tiny, "hydra.run.dir=mine")
+    assert nerve.load_runs("mine").run_status.tolist() == ["done"]
+    status, out, _ = run("resume=mine")
+    assert status == 0
+    assert "done" in out
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_its_rows(run, tiny, tmp_path):

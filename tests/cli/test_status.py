@@ -157,6 +157,14 @@ def test_time_left_is_unknown_before_there_is_a_pace(new_run, at_work):
     assert status_of(resumed.directory).left_s is None
 
 
+def test_a_run_of_other_code_has_no_last_step(tmp_path, monkeypatch, status):
+    monkeypatch.chdir(tmp_path)
+    RunRecord.create("own", {"lr": 0.1}).finish("done", step=7)
+    rows, below = status("own")
+    assert " done 7 " in rows[-1]
+    assert "1 run: 1 done" in below
+
+
 def test_where_there_is_no_run_one_message_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:

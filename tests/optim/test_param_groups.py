@@ -196,7 +196,7 @@ def test_hidden_lr_follows_the_schedule_of_the_hidden_part():
     assert hidden_lr(optimizer) == 0.02 * 0.75
 
 
-def test_hidden_lr_needs_a_hidden_group():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ConfigError, match="role 'hidden'"):
-        hidden_lr(optimizer)
+def test_hidden_lr_of_groups_without_roles_is_the_one_that_they_share():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.1, 0.2)]
+    assert hidden_lr(torch.optim.SGD(groups[:2])) == 0.1
+    assert hidden_lr(torch.optim.SGD(groups)) is None

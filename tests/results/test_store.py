@@ -192,14 +192,33 @@ def test_a_damaged_part_is_left_alone_and_named(store, row):
     assert len(names(store)) == 3
 
 
-def test_a_damaged_part_is_not_overwritten(store, row):
+def test_a_damaged_part_is_not_overwritten_and_rows_go_beside_it(store, row):
     fill(store, row, steps=(10,))
     part = store.directory / "metrics" / names(store)[0]
     part.write_bytes(b"")
-    store.append_metrics([row(10, 5)])
-    with pytest.raises(StoreError, match="part-000000000010"):
-        store.flush(10)
+    for step in (10, 11, 12):
+        store.append_metrics([row(step, 5)])
+        store.flush(step)
     assert part.read_bytes() == b""
+    assert names(store)[1:] == ["part-000000000011.parquet", "part-000000000012.parquet"]
+    table, damaged = read_parts(store.directory, DATASETS["metrics"])
+    assert table["step"].to_pylist() == [10, 11, 12]
+    assert len(damaged) == 1
+
+
+def test_a_resumed_run_goes_on_beside_a_damaged_part_of_its_own_step(store, row):
+    """Rows of step 20 that came with a later part are kept, in the part after the damaged one."""
+    fill(store, row, steps=(0, 10, 20))
+    store.append_metrics([row(20, 2), row(40)])
+    store.flush(40)
+    part = store.directory / "metrics" / "part-000000000020.parquet"
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.warns(DamagedPartWarning, match="part-000000000020"):
+        store.truncate_after(20)
+    fill(RunStore(store.directory, store.run_id), row, steps=(30,))
+    table, damaged = read_parts(store.directory, DATASETS["metrics"])
+    assert table["step"].to_pylist() == [0, 0, 10, 10, 20, 30, 30]
+    assert len(damaged) == 1
 
 
 @pytest.mark.parametrize("where", ["os.replace", "os.fsync", "pyarrow.parquet.write_table"])
