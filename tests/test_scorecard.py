@@ -243,6 +243,26 @@ def test_the_effect_of_a_factor_and_its_standard_error(scorecard):
     assert mixer.effect(cells, 1) == pytest.approx(((1 + 3) / 2 - (5 + 9) / 2, 1.0))
 
 
+def test_one_seed_of_one_design_leaves_a_check_of_several_undecided(scorecard):
+    """However many seeds the other designs have."""
+    cells = {(a, b): [1.0, 1.1, 1.2] for a in ("gelu", "relu") for b in ("gelu", "relu")}
+    cells["gelu", "gelu"] = [9.0, 9.1]
+    mixer, normfree = sys.modules["claims.mixer"], sys.modules["claims.normfree"]
+    gelu, relu, leaky = normfree._names("norm-free")
+    losses = {gelu: [3.0, 3.1], relu: [1.0, 1.1, 1.2], leaky: [2.0, 2.1]}
+
+    def outcomes() -> list[str]:
+        sweep = SimpleNamespace(final=lambda metric, level: np.array(losses[level]))
+        effect = mixer._larger_effect("PR", "", cells)
+        return [effect.holds, normfree._both_below(sweep).holds]
+
+    assert outcomes() == ["no", "yes"]  # both factors have the same effect
+    cells["gelu", "gelu"], losses[leaky] = [9.0], [2.0]
+    assert outcomes() == ["one seed", "one seed"]
+    cells["gelu", "gelu"], losses[leaky] = [], []
+    assert outcomes() == ["not run", "not run"]
+
+
 def test_a_series_has_settled_when_it_never_again_leaves_a_tenth_around_its_end(scorecard):
     """20, 95, 80, 105, 100: at 95 it is near, leaves again at 80, and has settled at 105."""
     settling_steps = sys.modules["claims.nonlinearity"].settling_steps

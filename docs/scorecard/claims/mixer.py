@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 from evidence import Evidence
-from judgement import Check, Finding, Table, above, outcome
+from judgement import Check, Finding, Table, above, decided
 from wording import Values, label, loss, mean, number, spread
 
 from claims.nonlinearity import shift_checks
@@ -138,10 +138,8 @@ def _larger_effect(quantity: str, paper: str, cells: Mapping[tuple[str, str], Va
         f"token {number(token)} ± {number(token_error, 2)}, "
         f"channel {number(channel)} ± {number(channel_error, 2)}"
     )
-    if not np.isfinite(channel_error):
-        return Check(criterion, paper, measured, "one seed")
-    holds = abs(channel) > max(abs(token), 2 * channel_error)
-    return Check(criterion, paper, measured, outcome(holds))
+    larger = abs(channel) > max(abs(token), 2 * channel_error)
+    return Check(criterion, paper, measured, decided(cells.values(), larger))
 
 
 def _percents(values: Values) -> str:
