@@ -89,7 +89,14 @@ def load_model(directory: str | os.PathLike[str], which: Which = "best") -> nn.M
         StoreError: when there is no such run or checkpoint, or it is damaged.
     """
     record = RunRecord.load(directory)
-    weights = weights_of(read_checkpoint(checkpoint_path(directory, which)))
+    path = checkpoint_path(directory, which)
+    if not path.exists():
+        raise StoreError(
+            f"A model is loaded from a checkpoint; run {record.run_id} in {record.directory} has "
+            f"no {path.name} (the run is {record.run_status}, at step {record.step}). Let it reach "
+            "its first checkpoint, or take another run."
+        )
+    weights = weights_of(read_checkpoint(path))
     model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
     model.load_state_dict(weights["model"])
     return model.eval()

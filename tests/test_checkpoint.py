@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_wherever_it_is_cut(tmp_path):
 
 def test_no_checkpoint_and_another_name_are_named(tmp_path):
     RunRecord.create(tmp_path, CONFIG)
-    with pytest.raises(StoreError, match=r"best\.ckpt"):
+    with pytest.raises(StoreError, match=r"has no best\.ckpt \(the run is running, at step 0\)"):
         nerve.load_model(tmp_path)
     with pytest.raises(ConfigError, match="must be one of best, last"):
         nerve.load_model(tmp_path, "first")

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.utils import get_class
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
@@ -21,10 +23,11 @@ from nerve.errors import ConfigError
 from nerve.logger import StoreLogger
 from nerve.models import MODELS, build_model
 from nerve.module import ImageClassifier, LanguageModel, TrainedModel
+from nerve.monitor import SpectralMonitor
 from nerve.optim import Part, Schedule, build_optimizer
 from nerve.probe import find_ffns
 from nerve.results.store import RunStore
-from nerve.values import from_mapping, require, require_choice
+from nerve.values import from_mapping, require, require_choice, require_type
 
 SAMPLES_PER_DIMENSION = 8
 """`monitor.n_tokens=auto` measures this many tokens a dimension of the widest FFN (N/D)."""
@@ -68,12 +71,32 @@ def check(config: DictConfig) -> None:
         f"Add {' '.join(f'{key}=…' for key in missing)}.",
     )
     check_objective(config.objective, kind)
+    _check_numbers(config)
+    require_type("trainer.enable_progress_bar", config.trainer.enable_progress_bar, bool)
+    require(
+        config.trainer.accelerator not in ("gpu", "cuda") or _has_gpu(),
+        f"trainer.accelerator={config.trainer.accelerator} needs a GPU; torch {torch.__version__} "
+        "finds none that it can use. Take trainer=cpu, or install torch for this machine's GPU.",
+    )
     for name in config.logger:
         require(
             name not in LOGGERS or find_spec(name) is not None,
             f"A logger's package must be installed; logger={name} needs {name}, which is not. In "
             f'the checkout of nerve: pip install -c constraints.txt -e ".[{name}]"',
         )
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """What optimizers would refuse in words of their own, once the data has been loaded."""
+    for key in ("lr", "rest_lr", "weight_decay"):
+        if key in config.optimizer:
+            value = config.optimizer[key]
+            require_type(f"optimizer.{key}", value, float)
+            require(value >= 0, f"optimizer.{key} must be at least 0; got {value!r}.")
+
+
+def _has_gpu() -> bool:
+    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
 def build_data(config: DictConfig, values: dict[str, Any]) -> Any:
@@ -173,6 +196,15 @@ def build_trainer(
         use_distributed_sampler=False,
     )
     return trainer
+
+
+def build_monitor(store: RunStore | None, values: Mapping[str, Any]) -> SpectralMonitor:
+    """The monitor of the configuration; `store` as there."""
+    asked = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
+    options = [name for name in signature(SpectralMonitor).parameters if name != "store"]
+    for key in asked:
+        require_choice("a key of monitor", key, options)
+    return SpectralMonitor(store, **asked)
 
 
 def log_configuration(trainer: L.Trainer, values: dict[str, Any]) -> None:

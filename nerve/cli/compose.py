@@ -61,7 +61,10 @@ def build(node: Any, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, NerveError):
             raise error.__cause__ from error
-        raise ConfigError(str(error)) from error
+        text, _, key = str(error).partition("\nfull_key: ")
+        cause = error.__cause__
+        reason = text if cause is None else f"{type(cause).__name__}: {cause}"
+        raise ConfigError(f"{key or 'An object'} cannot be built: {reason}") from error
 
 
 def identity(config: DictConfig) -> str:

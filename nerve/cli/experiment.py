@@ -17,6 +17,7 @@ from nerve.checkpointing import Cadence, Checkpointing
 from nerve.cli.assembly import (
     build_data,
     build_module,
+    build_monitor,
     build_trainer,
     check,
     facts_of,
@@ -28,7 +29,6 @@ from nerve.cli.objective import objective_of
 from nerve.cli.summary import print_summary
 from nerve.errors import DataError, StoreError
 from nerve.heartbeat import Heartbeat
-from nerve.monitor import SpectralMonitor
 from nerve.results.atomic import remove_temporaries
 from nerve.results.lock import RunLock
 from nerve.results.record import RunRecord
@@ -134,8 +134,7 @@ def _run(
     facts = facts_of(data, values["model"]["kind"])
     module = build_module(config, values, facts)
     store = RunStore(directory, record.run_id) if record else None
-    measured = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
-    monitor = SpectralMonitor(store, **measured)
+    monitor = build_monitor(store, values)
     files = CheckpointFiles()
     saving = Checkpointing(files, directory, cadence, signals, store, facts)
     callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]

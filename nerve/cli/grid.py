@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.compose import resolved
+from nerve.cli.overrides import told
 from nerve.errors import ConfigError, StoreError
 from nerve.results.identity import differences
 from nerve.results.record import RECORD_NAME, RunRecord
@@ -78,10 +79,9 @@ def compose_grid(
         try:
             composed = loader.load_sweep_config(config, list(overrides))
         except HydraException as error:
-            cause = f"\n{error.__cause__}" if error.__cause__ else ""
             raise ConfigError(
                 f"cell {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; nothing "
-                f"was started. {error}{cause}"
+                f"was started. {told(error)}"
             ) from error
         with open_dict(composed.hydra):
             composed.hydra.job.id = composed.hydra.job.num = number

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from nerve.cli.compose import CONF
+from nerve.cli.overrides import overrides_of
 from nerve.errors import StoreError
 from nerve.results.identity import EXCLUDED
 from nerve.values import require
@@ -28,7 +26,7 @@ def prepare_resume(arguments: Sequence[str]) -> str | None:
         ConfigError: for values beside `resume` that would make it another run.
         StoreError: for a directory that holds no run.
     """
-    overrides = _overrides(arguments)
+    overrides = overrides_of(arguments)
     asked = [override.value() for override in overrides if override.key_or_group == "resume"]
     if not asked or asked[-1] is None:
         return None
@@ -53,18 +51,6 @@ def prepare_resume(arguments: Sequence[str]) -> str | None:
     )
     _store(directory, chooses_logger=any(o.key_or_group == "logger" for o in overrides))
     return CONFIG_NAME
-
-
-def _overrides(arguments: Sequence[str]) -> list[Override]:
-    """The overrides among the arguments; what cannot be parsed is left for Hydra to refuse."""
-    try:
-        return list(OverridesParser.create().parse_overrides(_positional(arguments)))
-    except HydraException:
-        return []
-
-
-def _positional(arguments: Sequence[str]) -> list[str]:
-    return [argument for argument in arguments if "=" in argument and argument[0] != "-"]
 
 
 def _is_free(key: str) -> bool:

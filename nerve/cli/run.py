@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nerve.cli.cell import run_cell
 from nerve.cli.compose import CONF, register
 from nerve.cli.outcome import SweepError
+from nerve.cli.overrides import check_added, told
 from nerve.cli.resume import prepare_resume
 from nerve.cli.sweep import register_sweeper
 from nerve.errors import NerveError
@@ -56,10 +58,13 @@ def main() -> None:
         except NerveError as error:
             if show_tracebacks:
                 raise
+            with suppress(OSError):  # the directory that Hydra made, where nothing is in it
+                Path(hydra_config.runtime.output_dir).rmdir()
             failures.append(error)
             return None
 
     try:
+        check_added(sys.argv[1:])
         config_name = prepare_resume(sys.argv[1:]) or "config"
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except SweepError as error:
@@ -69,10 +74,13 @@ def main() -> None:
             raise
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, Exception) else ""
         extra = EXTRAS.get(getattr(error, "missing_cfg_file", None) or "")
         hint = f'\nIt comes with an extra: pip install -e ".[{extra}]"' if extra else ""
-        _fail(f"{error}{cause}{hint}")
+        _fail(f"{told(error)}{hint}")
+    except ValueError as error:  # so Hydra refuses options that exclude each other
+        if started or show_tracebacks or not str(error).startswith("Only one of --"):
+            raise
+        _fail(str(error))
     except OSError as error:
         if started or show_tracebacks:
             raise

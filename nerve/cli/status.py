@@ -85,13 +85,17 @@ def status_of(directory: Path) -> Status:
         return Status(directory, overrides, "unreadable", reason=str(error))
     silent_s = (datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)).total_seconds()
     is_alive = state == RunState.ALIVE
+    left_s = _left_s(record, silent_s) if is_alive else None
+    # What is measured is written at once, the step in the record with the heartbeat.
+    measured = [part_step(path) for path in list_parts(directory, METRICS)]
+    record.step = max(record.step, *measured) if measured else record.step
     return Status(
         directory,
         overrides,
         ("slow" if silent_s > SLOW_S else "running") if is_alive else str(state),
         record,
         record.final.get("val_loss", _last_val_loss(directory)),
-        _left_s(record, silent_s) if is_alive else None,
+        left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
         ": ".join((record.error or {}).values()),
     )

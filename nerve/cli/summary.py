@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from nerve.cli.text import console, figure, say
 
@@ -52,5 +53,5 @@ def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         )
         table.add_row(label, *(figure(row[name]) for name in _COLUMNS), figure(gain))
         if row["status"] != "ok":
-            table.add_row("", f"[italic]{row['status']}[/italic]")
+            table.add_row("", Text(row["status"], style="italic"))
     return table

@@ -10,8 +10,8 @@ WIDTH = 120
 
 
 def console() -> Console:
-    """Where tables go: stdout as it is now."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False)
+    """Where tables go: stdout as it is now. Brackets are text, as in an override with a list."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False, markup=False)
 
 
 def say(line: str) -> None:

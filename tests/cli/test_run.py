@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 import nerve
+from nerve.cli.compose import SWEEPS
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
@@ -148,7 +149,20 @@ def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):
 
 BAD = [
     (["activatoin=relu"], ["activatoin"]),
-    (["optimizer.lrr=1"], ["lrr", "not in struct"]),
+    (["optimizer.lrr=1"], ["no value 'optimizer.lrr'. Did you mean 'optimizer.lr'?"]),
+    (["activaton=relu"], ["no value 'activaton'. Did you mean 'activation'?"]),
+    (["hydra.swep.dir=x"], ["no value 'hydra.swep.dir'. Did you mean 'hydra.sweep.dir'?"]),
+    (["+activaton=relu"], ["+activaton adds a value that nothing", "mean 'activation'?"]),
+    (["+optimizer.beta1=0.5"], ["+optimizer.beta1 adds a value that nothing reads. nerve-run"]),
+    (["+activation=relu"], ["activation has an option already; choose another with activation=…"]),
+    (["+monitor.every=8"], ["a key of monitor must be one of every_n_steps", "got 'every'"]),
+    (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
+    (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
+    (["optimizer.lr=abc"], ["optimizer.lr must be a number; got 'abc'"]),
+    (["optimizer.lr=-1"], ["optimizer.lr must be at least 0; got -1"]),
+    (["optimizer=muon", "optimizer.rest_lr=x"], ["optimizer.rest_lr must be a number; got 'x'"]),
+    (["trainer.enable_progress_bar=maybe"], ["trainer.enable_progress_bar must be true or false"]),
+    (["trainer.precision=7"], ["trainer cannot be built: ValueError: Precision 7 is invalid"]),
     (["activation=gelo"], ["activation/gelo", "gelu"]),
     (["activation.name=gelo"], ["activation.name must be one of", "Did you mean 'gelu'"]),
     (
@@ -259,6 +273,25 @@ def test_help_and_the_composed_values_are_shown_without_loading_torch(tmp_path):
         assert "every_n_steps: 25" in result.stdout
         assert time.perf_counter() - began < 30  # a hang, not the speed of a busy machine
     assert not list(tmp_path.iterdir())
+
+
+def test_the_help_names_every_sweep(run):
+    _, out, _ = run("--help")
+    listed = re.search(r"Sweeps \(--config-name=…\): (.*?)\.\n", out, re.DOTALL)[1]
+    assert re.split(r",\s+", listed) == sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def test_what_is_refused_before_it_begins_leaves_no_directory(run, tiny, tmp_path):
+    assert run(*tiny, "objective=pr_pots")[0] == 1
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
+    monkeypatch.setattr("nerve.cli.assembly._has_gpu", lambda: False)
+    status, _, err = run(*tiny, "trainer=gpu")
+    assert status == 1
+    assert "trainer.accelerator=gpu needs a GPU" in err
+    assert "Take trainer=cpu" in err
 
 
 def test_the_rows_say_what_chance_would_lose(run, tiny, tmp_path):

@@ -116,6 +116,28 @@ def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
     ]
 
 
+def test_brackets_of_an_override_are_shown_as_they_are(new_run, status):
+    """Rich would take [stdlib] for a style and stumble over [/data]."""
+    for name, roots in (("a", "[stdlib]"), ("b", "[/data/code]")):
+        new_run(name, f"data.corpus.roots={roots}").finish("done")
+    rows, _ = status("sweep")
+    shown = [row.split()[1] for row in rows]
+    assert sorted(shown) == ["data.corpus.roots=[/data/code]", "data.corpus.roots=[stdlib]"]
+
+
+def test_the_step_is_that_of_the_last_measurement_where_it_is_ahead_of_the_heartbeat(
+    new_run, at_work
+):
+    record = new_run("a")
+    at_work(record)
+    store = RunStore(record.directory, record.run_id)
+    store.append_metrics([ROW | {"step": 40, "val_loss": 2.5}])
+    store.flush(40)
+    heard(record, 0, step=1)
+    shown = status_of(record.directory)
+    assert (shown.record.progress, shown.val_loss) == ("40/100", 2.5)
+
+
 def test_several_paths_are_shown_together_and_outputs_is_the_default(new_run, status):
     for name in ("a", "b", "c"):
         new_run(name)

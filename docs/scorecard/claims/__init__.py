@@ -42,7 +42,6 @@ CLAIMS = (
         "-0.95",
         ("ffn_width_gpu",),
         within_runs,
-        "width",
     ),
     Claim(
         5,
