@@ -92,6 +92,7 @@ class Checkpointing(Checkpoint):
         self._began = time.perf_counter()
         self._seconds_before = 0.0
         self._random: list[dict[str, Any]] = []
+        self._had_stopped = False
         self._best: _Snapshot | None = None
         self._lowest: float | None = None
 
@@ -120,19 +121,23 @@ class Checkpointing(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["facts"] = self._facts
+        checkpoint["should_stop"] = trainer.should_stop  # as early stopping has decided
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._store:
             self._store.truncate_after(checkpoint["global_step"])
+        self._had_stopped = checkpoint.get("should_stop", False)
 
     def on_sanity_check_start(self, *args: Any) -> None:
         self._signals.install()  # Lightning has just put its own handlers in their place
 
-    def on_train_start(self, *args: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         if self._random:
             set_random_states(own_part(self._random))
+        if self._had_stopped:
+            trainer.should_stop = True
         self._signals.defer()
 
     # A state is taken at the end of a step or of the validation that falls on it, where Lightning

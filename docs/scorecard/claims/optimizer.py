@@ -49,9 +49,14 @@ def repair_and_refinement(evidence: Evidence) -> Finding:
     )
     tables = [
         _table_of_rates(sweep, rates),
-        _table_of_best(best, rates),
+        _table_of_best(best, rates, "At the best rate"),
         _table_at_loss(*at_loss),
     ]
+    if evidence.has(["optimizer"]):
+        small = evidence.sweep("optimizer").by("optimizer.name")
+        small_rates = best_rates(small)
+        title = f"{small.scale()}, at the rates of conf/optimizer, Adafactor's the best of five"
+        tables.append(_table_of_best(at_rates(small, small_rates), small_rates, title))
     return Finding.of(measured, _three(best), checks, tables)
 
 
@@ -190,7 +195,7 @@ def _table_of_rates(sweep: Sweep, rates: dict[str, float]) -> Table:
     )
 
 
-def _table_of_best(best: Sweep, rates: dict[str, float]) -> Table:
+def _table_of_best(best: Sweep, rates: dict[str, float], title: str) -> Table:
     order = sorted(rates, key=lambda level: best.final("val_loss", level).mean())
     rows = [
         [
@@ -206,7 +211,7 @@ def _table_of_best(best: Sweep, rates: dict[str, float]) -> Table:
     ]
     header = ["optimizer", "rate", "perplexity", "largest PR gain", "EEE_post"]
     return Table(
-        "At the best rate: mean (lowest to highest seed)",
+        f"{title}: mean (lowest to highest seed)",
         [*header, "PR_pre, first half", "seeds"],
         rows,
     )

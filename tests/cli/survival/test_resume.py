@@ -86,6 +86,23 @@ def test_a_run_that_saved_its_last_step_and_died_only_has_to_say_that_it_is_done
     assert_same("whole", "pieces")
 
 
+def test_a_run_that_stopped_early_and_died_does_not_train_on(experiment, assert_same, monkeypatch):
+    stop = ["+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
+    stop += ["+callbacks.stop.monitor=val_loss", "+callbacks.stop.stopping_threshold=1e9"]
+    experiment("whole", *stop)
+    assert RunRecord.load("whole").step == 2  # of 5: the first validation in training stops it
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            experiment("pieces", *stop)
+    experiment("pieces", *stop)
+    assert_same("whole", "pieces")
+
+
 def test_the_cadence_of_checkpoints_changes_nothing(experiment, assert_same, tmp_path):
     experiment("whole")
     experiment("often", "checkpoint.every_n_steps=1")
