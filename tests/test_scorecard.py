@@ -175,13 +175,18 @@ def test_claim_10_has_the_middle_and_the_last_third_of_twelve_layers(text):
         assert says(cell, mean_and_range(seeds)), cell
 
 
-def test_claim_11_takes_the_rate_with_the_lowest_loss_at_seed_0(text):
-    rows = at_end(rows_of("optimizer_gpu", optimizer__name="muon"))
+@pytest.mark.parametrize(
+    ("sweep", "name", "title"),
+    [("optimizer_gpu", "muon", "At the best rate"), ("optimizer", "adafactor", "6 × 128")],
+)
+def test_claim_11_takes_the_rate_with_the_lowest_loss_at_seed_0(text, sweep, name, title):
+    rows = at_end(rows_of(sweep, optimizer__name=name))
     first = rows[rows["seed"] == 0]
     rate = first.loc[first["val_loss"] == first["val_loss"].min(), "optimizer.lr"].iloc[0]
     best = rows[rows["optimizer.lr"] == rate]
     gains = (best["pr_post"] / best["pr_pre"]).groupby(best["seed"]).max()
-    shown = cells(block(text, "claim 11").partition("At the best rate")[2], "Muon", f"{rate:g}")
+    table = block(text, "claim 11").partition(f"\n{title}")[2].partition("|\n\n")[0]
+    shown = cells(table, name.capitalize(), f"{rate:g}")
     losses = best.groupby("seed")["val_loss"].first()
     assert says(shown[0], mean_and_range(np.exp(losses)))
     assert says(shown[1], mean_and_range(gains))
