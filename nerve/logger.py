@@ -108,7 +108,7 @@ class CSVLogger(Logger):
             self._columns, self._waiting = columns, []
 
     def finalize(self, status: str) -> None:
-        if self._columns or self._waiting:
+        if self._waiting or self._path.exists():  # of a piece that was killed before it came here
             self._write_anew()
 
     def _write_anew(self) -> None:

@@ -4,12 +4,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -18,20 +17,17 @@ from nerve.logger import StoreLogger
 from nerve.measurement import Measurement
 from nerve.optim import hidden_lr
 from nerve.probe import FFN, Probe, find_ffns
-from nerve.problem import FFNSpectra
 from nerve.processes import gathered, own_part
-from nerve.results.means import logged_values, mean_values
+from nerve.recorder import Recorder
+from nerve.results.means import mean_values
 from nerve.results.store import RunStore
-from nerve.solver import Solved, Solver, spare_workers
+from nerve.solver import Solver, spare_workers
 from nerve.values import require, require_choice
 from nerve.weighted_mean import WeightedMean
 
 log = logging.getLogger(__name__)
 
 Source = Literal["heldout", "train"]
-
-LARGEST_D_FF_FOR_SPECTRA = 1024
-"""Up to this width `spectra="auto"` stores the eigenvalues themselves (4 KiB a layer and site)."""
 
 
 class SpectralMonitor(L.Callback):
@@ -107,8 +103,6 @@ class SpectralMonitor(L.Callback):
         self.layers = layers
         self.ffns = ffns
         self.shortcut = shortcut
-        self.latest: list[dict[str, Any]] = []
-        """The rows of the last measurement."""
         self.val_loss: float | None = None
         """The last validation loss, nats a target."""
         self.seconds = 0.0
@@ -121,8 +115,12 @@ class SpectralMonitor(L.Callback):
         self._tokens_seen = 0
         self._due: dict[str, Any] | None = None
         self._began = 0.0
-        self._solver: Solver | None = None
-        self._loggers: list[Logger] = []
+        self._recorder: Recorder | None = None
+
+    @property
+    def latest(self) -> list[dict[str, Any]]:
+        """The rows of the last measurement that is solved."""
+        return self._recorder.latest if self._recorder else []
 
     # The cadence
 
@@ -137,13 +135,14 @@ class SpectralMonitor(L.Callback):
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None
         trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
-        # The store has the rows themselves.
-        self._loggers = [each for each in trainer.loggers if not isinstance(each, StoreLogger)]
         device = trainer.strategy.root_device
         self._share = (trainer.global_rank, trainer.world_size)
-        self._solver = Solver(device, spare_workers(device, trainer.num_devices))
-        threads = f"{self._solver.n_workers} threads of the host, beside training"
-        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
+        solver = Solver(device, spare_workers(device, trainer.num_devices))
+        threads = f"{solver.n_workers} threads of the host, beside training"
+        log.info("spectra are solved on %s", threads if solver.n_workers else device)
+        # The store has the rows themselves.
+        loggers = [each for each in trainer.loggers if not isinstance(each, StoreLogger)]
+        self._recorder = Recorder(solver, self.store, loggers, self.spectra)
 
     def on_train_batch_end(
         self,
@@ -161,8 +160,8 @@ class SpectralMonitor(L.Callback):
             if self._measurement is not None and trainer.world_size > 1:
                 self._measurement.reduce()
             self._finish_measurement()
-        if self._solver is not None:
-            self._write(self._solver.finished())
+        assert self._recorder is not None
+        self._recorder.collect()
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 
@@ -254,9 +253,8 @@ class SpectralMonitor(L.Callback):
         self._close()
 
     def _close(self) -> None:
-        if self._solver is not None:
-            self._solver.close()
-            self._solver = None
+        if self._recorder is not None:
+            self._recorder.close()
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
@@ -276,7 +274,8 @@ class SpectralMonitor(L.Callback):
         self._tokens_seen = state_dict["tokens_seen"]
         self._training = WeightedMean(*own_part(state_dict["training"]))
         self._due = state_dict["due"]
-        self.latest = state_dict["latest"]
+        if self._recorder is not None:
+            self._recorder.latest = state_dict["latest"]
         self.val_loss = state_dict["val_loss"]
         self.seconds = state_dict["seconds"]
 
@@ -290,24 +289,9 @@ class SpectralMonitor(L.Callback):
     def _finish_measurement(self) -> None:
         measurement, due = self._measurement, self._due
         self._measurement, self._due = None, None
-        if measurement is not None and due is not None and self._solver is not None:
-            self._write(self._solver.submit(due, measurement.problems(*self._share)))
-
-    def _write(self, solved: Iterable[Solved]) -> None:
-        for measured in solved:  # in every process: it is where they exchange their spectra
-            if self.store is None:
-                continue
-            step = measured.labels["step"]
-            self.latest = [measured.labels | spectra.row() for spectra in measured.spectra]
-            self.store.append_metrics(self.latest)
-            for spectra in measured.spectra:
-                if self._stores_spectra(spectra):
-                    self.store.append_spectra(_spectra_rows(step, spectra))
-            self.store.flush(step)
-            values = logged_values(self.latest)
-            for logger in self._loggers if values else ():
-                logger.log_metrics(values, step)
-                logger.save()
+        if measurement is not None and due is not None:
+            assert self._recorder is not None
+            self._recorder.submit(due, measurement.problems(*self._share))
 
     def _means(self, trainer: L.Trainer) -> dict[str, float]:
         """Those of the last measurement that is solved, in every process."""
@@ -318,27 +302,8 @@ class SpectralMonitor(L.Callback):
         return means
 
     def _drain(self) -> None:
-        if self._solver is not None:
-            self._write(self._solver.drain())
-
-    def _stores_spectra(self, spectra: FFNSpectra) -> bool:
-        if self.spectra == "auto":
-            return spectra.d_ff <= LARGEST_D_FF_FOR_SPECTRA
-        return self.spectra
-
-
-def _spectra_rows(step: int, spectra: FFNSpectra) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": step,
-            "layer": spectra.layer,
-            "ffn": spectra.ffn,
-            "site": site,
-            "eigenvalues": spectrum.cpu().numpy(),
-        }
-        for site, spectrum in (("pre", spectra.pre), ("post", spectra.post))
-        if spectrum.isfinite().all()  # else nothing was measured, as the row's status says
-    ]
+        if self._recorder is not None:
+            self._recorder.drain()
 
 
 def _step_outputs(outputs: Any) -> tuple[Tensor, int]:

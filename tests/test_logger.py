@@ -90,3 +90,22 @@ def test_a_resumed_run_replaces_what_it_logs_again(tmp_path, resumed_at):
     assert [(row["step"], float(row["loss"])) for row in rows(tmp_path)] == [
         (str(step), 1 / (step + 1)) for step in range(8)
     ]
+
+
+def test_a_last_piece_that_has_nothing_to_log_leaves_each_row_once(tmp_path):
+    """The piece before it logged steps again, saved its last step, and was killed."""
+    first = CSVLogger(tmp_path)
+    for step in range(3):
+        first.log_metrics({"loss": 1.5}, step)
+    first.save()
+    second = CSVLogger(tmp_path)
+    for step in (1, 2):
+        second.log_metrics({"loss": 2.5}, step)
+        second.save()
+    assert len(rows(tmp_path)) == 4
+    CSVLogger(tmp_path).finalize("success")
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        ("0", "1.5"),
+        ("1", "2.5"),
+        ("2", "2.5"),
+    ]
