@@ -6,6 +6,7 @@ one that started it is gone.
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from nerve.cli.compose import register, resolved
+from nerve.cli.compose import identity, register, resolved
 from nerve.errors import NerveError, StoreError
 from nerve.results.provenance import cluster_job
 from nerve.results.record import RECORD_NAME, RunRecord
@@ -49,6 +50,7 @@ def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
     """`run_experiment` for a cell, which leaves a record also if it fails before it begins."""
     from nerve.cli.experiment import run_experiment  # torch and Lightning take seconds to import
 
+    _check_unchanged(config, Path(hydra_config.runtime.output_dir))
     try:
         return run_experiment(config, hydra_config)
     except StoreError:
@@ -59,6 +61,17 @@ def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
         if first and not (directory / RECORD_NAME).exists():
             record_end(directory, resolved(config), "failed", error)
         raise
+
+
+def _check_unchanged(config: DictConfig, directory: Path) -> None:
+    """A job of a cluster composes its configuration again, perhaps hours after it was sent."""
+    now = identity(config)
+    if re.fullmatch("[0-9a-f]{12}", directory.name) and directory.name != now:
+        raise StoreError(
+            f"A cell runs with the values that it was sent with; {directory} is that of "
+            f"configuration {directory.name}, and the files of configuration now give {now}. Put "
+            "them back as they were, or call the sweep again for cells with the new values."
+        )
 
 
 def record_end(

@@ -61,6 +61,8 @@ def main() -> None:
             with suppress(OSError):  # the directory that Hydra made, where nothing is in it
                 Path(hydra_config.runtime.output_dir).rmdir()
             failures.append(error)
+            if is_cell:  # a job of a cluster, in whose log this belongs
+                print(f"nerve-run: {error}", file=sys.stderr, flush=True)
             return None
 
     try:

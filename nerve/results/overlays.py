@@ -4,7 +4,8 @@ Each function takes rows of the comparisons, of one FFN of the layers and of run
 compared, and gives a matplotlib `Figure`. Seeds of one design are one line: their mean, with a band
 from the lowest to the highest where there are two or more. Of more than 40 designs only each
 level's median is drawn, with a band from the 10th to the 90th percentile of the designs; of more
-than 40 levels without bands.
+than 40 lines without bands. Each `data` has medians of its own, at the steps or layers that most of
+its designs have: others come and go along a line, which would rise and fall with them.
 """
 
 from collections.abc import Sequence
@@ -135,15 +136,18 @@ def _styled(
     # One design on other data is another line.
     design = rows["design_id"].str.cat(rows["data"].fillna(""), sep=" ")
     many = design.nunique() > MAX_LINES
+    if many:
+        combination = "data " + rows["data"].fillna("unknown").astype(str)
+        combinations = sorted(combination.unique())
     dashes = dict.fromkeys(combinations, DASHES[0])
-    if not many and 1 < len(combinations) <= len(DASHES):
+    if 1 < len(combinations) <= len(DASHES):
         dashes = dict(zip(combinations, DASHES, strict=False))
         entries += [
             key(plain(text), color=FLAGGED_COLOUR, linestyle=dash) for text, dash in dashes.items()
         ]
     styled = rows.assign(
         design=design,
-        line=levels if many else design,
+        line=levels.str.cat(combination, sep=" ") if many else design,
         colour=levels.map(colours),
         dash=combination.map(dashes),
     )
@@ -184,7 +188,10 @@ def _summaries(rows: pd.DataFrame, x: str, names: Sequence[str]) -> tuple[pd.Dat
     if (rows["line"] == rows["design"]).all():
         seeds = rows.groupby(["line", x])[list(names)]
         return seeds.mean(), seeds.min(), seeds.max()
-    designs = rows.groupby(["line", "design", x])[list(names)].mean().groupby(level=["line", x])
+    points = rows.groupby(["line", x, "design"])[list(names)].mean()
+    n_designs = points[names[0]].groupby(level=["line", x]).transform("size")
+    is_common = n_designs == n_designs.groupby(level="line").transform("max")
+    designs = points[is_common].groupby(level=["line", x])
     return designs.median(), designs.quantile(0.1), designs.quantile(0.9)
 
 

@@ -83,7 +83,8 @@ def _flagged(flags: pd.DataFrame) -> list[str]:
     bad = flags[flags["flag"] != "ok"]
     return [
         f"{len(rows)} of {len(flags)} runs flagged “{flag}”, in no figure and no statistic: "
-        f"{listed(list(rows['run_id']))}. {rows['reason'].iloc[0]}"
+        f"{listed(list(rows['run_id']))}. {'' if rows['reason'].nunique() == 1 else 'The first: '}"
+        f"{rows['reason'].iloc[0]}"
         for flag, rows in bad.groupby("flag", sort=False)
     ]
 
@@ -175,6 +176,8 @@ def _factor_drawings(
     compared = designs[designs["n_seeds"] > 0]
     for i, (data, points) in enumerate(compared.groupby("data", dropna=False, sort=False)):
         which = f", data {data}" if compared["data"].nunique(dropna=False) > 1 else ""
+        same_data = means["data"].isna() if pd.isna(data) else means["data"] == data
+        own = metrics[metrics["run_id"].isin(means.loc[same_data, "run_id"])]
         colour = shown[0] if shown and shown[0] in points.columns else None
         drawings.append(
             Drawing(
@@ -182,7 +185,7 @@ def _factor_drawings(
                 f"Final validation loss against the metrics at the last measured step{which}. One "
                 f"point a design: mean over its seeds, bars ± SD (of up to {overlays.MAX_LINES} "
                 f"designs). r: Pearson with its 95% interval "
-                f"(Fisher), ρ: Spearman, n: designs. {limits(metrics)} {seeds(points)}",
+                f"(Fisher), ρ: Spearman, n: designs. {limits(own)} {seeds(points)}",
                 partial(
                     overlays.loss_against_metrics,
                     points,
@@ -198,7 +201,7 @@ def _factor_drawings(
 def _lines(means: pd.DataFrame) -> str:
     if means["design_id"].nunique() > overlays.MAX_LINES:
         return (
-            "Lines: median of the designs of a level; bands: 10th to 90th percentile, of up to "
-            f"{overlays.MAX_LINES} levels."
+            "Lines: median of the designs of a level on the same data, where most of them were "
+            f"measured; bands: 10th to 90th percentile, of up to {overlays.MAX_LINES} lines."
         )
     return "Lines: mean over the seeds of a design; bands: lowest to highest."

@@ -3,7 +3,9 @@
 Figures are made with matplotlib's objects alone; pyplot and its global state are never touched.
 """
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -188,8 +190,16 @@ def level_keys(colours: dict[str, Any], **style: Any) -> list[Line2D]:
 def _rank(level: Any) -> tuple[int, float, str]:
     if level is None:
         return 2, 0.0, ""
-    return (0, float(level), "") if _is_number(level) else (1, 0.0, str(level))
+    return (0, float(_number(level)), "") if _is_number(level) else (1, 0.0, str(level))
 
 
 def _is_number(level: Any) -> bool:
+    """Whether it is one, or a fraction as a width may be written: `8/3`."""
+    level = _number(level)
     return isinstance(level, int | float | np.number) and not isinstance(level, bool | np.bool_)
+
+
+def _number(level: Any) -> Any:
+    if isinstance(level, str) and re.fullmatch(r"\d+/[1-9]\d*", level):
+        return float(Fraction(level))
+    return level

@@ -320,7 +320,7 @@ class GivesUp(Launcher):
 
     def launch(self, job_overrides, initial_job_idx):
         GivesUp.received += [list(overrides) for overrides in job_overrides]
-        raise RuntimeError(f"job {initial_job_idx} is gone")
+        raise RuntimeError(f"job {initial_job_idx} is gone\nand this was its whole log")
 
 
 def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sweep, monkeypatch):
@@ -337,6 +337,7 @@ def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sw
     assert "1 seed=1 skipped done" in out
     assert "0 (seed=0), 2 (seed=2): not started" in err
     assert "the launcher: job 0 is gone" in err
+    assert "whole log" not in err
     assert "the launcher: job 1 is gone" in err
     status, out, _ = sweep("seed=1", *where)
     assert status == 0

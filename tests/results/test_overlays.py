@@ -96,6 +96,26 @@ def test_of_many_designs_the_median_of_each_level_is_drawn():
     assert band.max() == pytest.approx(1 + np.quantile(np.arange(0, 60, 2), 0.9))
 
 
+def test_a_median_is_of_the_same_designs_all_along_its_line():
+    """40 designs end at step 10; others, ten times as high, have a step 5 and go on to step 20. On
+    other data there is another line."""
+    many = curves(80, (0,))
+    few = curves(4, (0,)).replace({"step": {0: 5, 10: 20}})
+    few["design_id"] += " longer"
+    few[["val_loss", "pr_post"]] *= 10
+    other = curves(2, (0,), data="other")
+    frame = pd.concat([many, few, other])
+    figure = overlays.curves_by_factor(frame, "activation.name", [], "t")
+    lines = figure.axes[0].lines
+    assert len(lines) == 4
+    for line, height in zip(lines, (40, 41, 1, 2), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), [0, 10])
+        np.testing.assert_allclose(line.get_ydata(), height)
+    assert len({line.get_linestyle() for line in lines}) == 2
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["gelu", "relu", "data d", "data other"]
+
+
 def test_layers_at_the_last_step():
     figure = overlays.layers_by_factor(layers(), "activation.name", [], "t")
     assert [panel.get_title() for panel in figure.axes] == ["PR pre", "PR post", "PR gain"]

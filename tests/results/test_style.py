@@ -113,7 +113,7 @@ def test_the_legend_is_below_all_panels(n_rows):
 def test_levels_are_ordered_and_written_as_on_the_command_line():
     values = pd.Series([10, 2.0, "8/3", None, True, "a", 2], dtype=object)
     levels = ordered_levels(values)
-    assert [level_text(level) for level in levels] == ["2", "10", "8/3", "true", "a", "not set"]
+    assert [level_text(level) for level in levels] == ["2", "8/3", "10", "true", "a", "not set"]
     assert level_text(3e-3) == "0.003"
     assert level_text(np.float64(4)) == "4"
     assert level_text(float("nan")) == "not set"
