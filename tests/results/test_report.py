@@ -131,6 +131,17 @@ def test_captions_say_sampling_rank_limits_and_seeds(make, tmp_path):
         assert "One run, one seed." in drawing.caption
 
 
+def test_a_figure_of_one_corpus_says_the_sampling_of_its_runs(make, tmp_path):
+    make("a", "gelu")
+    make("b", "relu")
+    make("c", "gelu", corpus="other", n_samples=50)
+    make("d", "relu", corpus="other", n_samples=50)
+    captions = {each.name: each.caption for each in gather(tmp_path / "runs").drawings}
+    assert "N = 50 to 100 samples" in captions["curves_by_activation.name"]
+    found = {captions[name].partition("N = ")[2].split()[0] for name in ("loss_0", "loss_1")}
+    assert found == {"50", "100"}
+
+
 def test_several_runs_are_compared_by_what_varies(make, tmp_path):
     for activation in ("gelu", "relu"):
         for seed in (0, 1):
