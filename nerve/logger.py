@@ -107,6 +107,7 @@ class CSVLogger(Logger):
                 file.write(_text(columns, self._waiting))
             self._columns, self._waiting = columns, []
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._waiting or self._path.exists():  # of a piece that was killed before it came here
             self._write_anew()

@@ -33,8 +33,8 @@ def own_part(parts: Sequence[Any]) -> Any:
     if len(parts) != n_processes:
         raise StoreError(
             f"A run goes on with as many processes as it began with; its checkpoint is of "
-            f"{len(parts)}, now there are {n_processes}. Set trainer.devices={len(parts)} (and "
-            "trainer.num_nodes=1), or as many nodes and devices as that makes."
+            f"{len(parts)}, now there are {n_processes}. Start it where it gets {len(parts)}: "
+            "CUDA_VISIBLE_DEVICES or the tasks of the job decide that."
         )
     return parts[rank()]
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -70,6 +71,5 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
 
 
 def _is_of(value: object, kind: type) -> bool:
-    if kind is float:
-        kind = int | float  # type: ignore[assignment]
+    kind = {int: Integral, float: Real}.get(kind, kind)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -28,7 +28,7 @@ def test_one_process_hears_itself():
 
 @pytest.mark.parametrize("n_processes", [0, 2])
 def test_what_another_number_of_processes_gathered_is_refused(n_processes):
-    told = f"its checkpoint is of {n_processes}, now there are 1. Set trainer.devices"
+    told = f"its checkpoint is of {n_processes}, now there are 1. Start it where it gets"
     with pytest.raises(StoreError, match=told):
         own_part(["x"] * n_processes)
 

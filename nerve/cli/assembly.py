@@ -39,6 +39,20 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
 """The kind of a model to the Lightning module that trains it, and what its batches count."""
 
 
+_NOT_VALUES = ("store", "ffns")
+"""Arguments of the monitor that no configuration gives."""
+
+_OPTIMIZER_NUMBERS = (
+    "lr",
+    "rest_lr",
+    "weight_decay",
+    "rest_weight_decay",
+    "momentum",
+    "rank_fraction",
+    "matrix_eps",
+    "precondition_frequency",
+)
+
 LOGGERS = ("tensorboard", "wandb")
 """Options of `logger` that need a package; it has their name, and so has the extra with it."""
 
@@ -72,12 +86,10 @@ def check(config: DictConfig) -> None:
     )
     check_objective(config.objective, kind)
     _check_numbers(config)
+    options = [name for name in signature(SpectralMonitor).parameters if name not in _NOT_VALUES]
+    for key in config.monitor:
+        require_choice("a key of monitor", key, [*options, "n_tokens"])
     require_type("trainer.enable_progress_bar", config.trainer.enable_progress_bar, bool)
-    require(
-        config.trainer.accelerator not in ("gpu", "cuda") or _has_gpu(),
-        f"trainer.accelerator={config.trainer.accelerator} needs a GPU; torch {torch.__version__} "
-        "finds none that it can use. Take trainer=cpu, or install torch for this machine's GPU.",
-    )
     for name in config.logger:
         require(
             name not in LOGGERS or find_spec(name) is not None,
@@ -86,9 +98,19 @@ def check(config: DictConfig) -> None:
         )
 
 
+def check_machine(config: DictConfig) -> None:
+    """Refuses a run that this machine has no device for."""
+    accelerator = config.trainer.get("accelerator")
+    require(
+        accelerator not in ("gpu", "cuda") or _has_gpu(),
+        f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
+        "it can use. Take trainer=cpu, or install torch for this machine's GPU.",
+    )
+
+
 def _check_numbers(config: DictConfig) -> None:
     """What optimizers would refuse in words of their own, once the data has been loaded."""
-    for key in ("lr", "rest_lr", "weight_decay"):
+    for key in _OPTIMIZER_NUMBERS:
         if key in config.optimizer:
             value = config.optimizer[key]
             require_type(f"optimizer.{key}", value, float)
@@ -201,9 +223,6 @@ def build_trainer(
 def build_monitor(store: RunStore | None, values: Mapping[str, Any]) -> SpectralMonitor:
     """The monitor of the configuration; `store` as there."""
     asked = {key: value for key, value in values["monitor"].items() if key != "n_tokens"}
-    options = [name for name in signature(SpectralMonitor).parameters if name != "store"]
-    for key in asked:
-        require_choice("a key of monitor", key, options)
     return SpectralMonitor(store, **asked)
 
 

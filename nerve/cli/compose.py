@@ -69,6 +69,17 @@ def build(node: Any, **arguments: Any) -> Any:
 
 def identity(config: DictConfig) -> str:
     """`config_id` of a configuration, without resolving what does not count."""
+    return config_id(resolved(_counted(config)))
+
+
+def depends_on_place(config: DictConfig) -> bool:
+    """Whether values that count are other ones where a job runs than where it was sent."""
+    text = OmegaConf.to_yaml(_counted(config))
+    return any(f"${{{resolver}:" in text for resolver in ("hydra", "oc.env"))
+
+
+def _counted(config: DictConfig) -> DictConfig:
+    """What `config_id` counts, interpolations as such."""
     counted = OmegaConf.masked_copy(config, [str(key) for key in config if key not in EXCLUDED])
     with open_dict(counted):
         for key in EXCLUDED:
@@ -76,7 +87,7 @@ def identity(config: DictConfig) -> str:
             node = OmegaConf.select(counted, parent) if parent else counted
             if isinstance(node, DictConfig):
                 node.pop(leaf, None)
-    return config_id(resolved(counted))
+    return counted
 
 
 def _config_id_of_root(*, _root_: DictConfig) -> str:

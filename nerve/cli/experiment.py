@@ -20,6 +20,7 @@ from nerve.cli.assembly import (
     build_monitor,
     build_trainer,
     check,
+    check_machine,
     facts_of,
     log_configuration,
 )
@@ -61,6 +62,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     directory = Path(hydra_config.runtime.output_dir)
     if final_loss(directory, config) is not None:
         return objective_of(directory, config.objective)
+    check_machine(config)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
         if rank_zero_only.rank > 0:  # type: ignore[attr-defined]

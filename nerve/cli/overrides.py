@@ -1,7 +1,7 @@
 """The overrides of a command line: which are read, and what is said of those that are not."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from nerve.cli.compose import CONF, SWEEPS
 from nerve.values import require
 
-OWN_CONFIG = ("--config-dir", "-cd", "--config-path", "-cp")
-"""Options with which a user brings configuration files, which may read values of their own."""
+_OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
+"""How arguments begin with which a user brings configuration files of his own."""
 
 
 def overrides_of(arguments: Sequence[str]) -> list[Override]:
@@ -30,16 +30,18 @@ def overrides_of(arguments: Sequence[str]) -> list[Override]:
 def check_added(arguments: Sequence[str]) -> None:
     """Refuses values that `+` would add where nothing reads them.
 
-    Groups whose values are built into something refuse what is wrong themselves.
+    Only what is certain: a value that another one may refer to, or a user's own file, is let pass,
+    and so is one that some option of `optimizer` has. Groups whose values are built into something
+    refuse what is wrong themselves.
 
     Raises:
         ConfigError: for such a value, with the one that was likely meant.
     """
     added = [each for each in overrides_of(arguments) if each.is_add() or each.is_force_add()]
-    if not added or any(argument.startswith(OWN_CONFIG) for argument in arguments):
+    if not added or has_own_files(arguments) or any("${" in argument for argument in arguments):
         return
     known = _known_keys()
-    roots = {key.split(".")[0] for key in known}
+    roots = {key.split(".")[0] for key in known} | {path.name for path in SWEEPS.iterdir()}
     for override in added:
         key = override.key_or_group
         root, _, rest = key.partition(".")
@@ -51,45 +53,57 @@ def check_added(arguments: Sequence[str]) -> None:
         require(read, f"+{key} adds a value that nothing reads.{_meant(key, known)}")
 
 
+def has_own_files(arguments: Sequence[str]) -> bool:
+    """Whether a command line names configuration files beside those that are shipped."""
+    return any(argument.startswith(_OWN_FILES) for argument in arguments)
+
+
 def told(error: Exception) -> str:
     """What an error of Hydra or OmegaConf says, for one who need not know either."""
     text = str(error)
     if found := re.match(r"Could not override '([^']+)'", text):
-        key = found[1]
-        return f"There is no value {key!r}.{_meant(key, _known_keys())}"
+        key, known = found[1], _known_keys()
+        if key in known:
+            return f"The options chosen have no value {key!r}; that is one of {known[key]}."
+        return f"There is no value {key!r}.{_meant(key, known)}"
     if found := re.match(r"Multiple values for ([^.]+)\.", text):
         return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
-    if found := re.match(r"Cannot find primary config '([^']+)'", text):
-        names = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
-        close = get_close_matches(found[1], names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        return f"--config-name must be one of {', '.join(names)}; got {found[1]!r}.{hint}"
     cause = f"\n{error.__cause__}" if isinstance(error.__cause__, Exception) else ""
     return text.split("\nConfig search path:")[0].rstrip() + cause
 
 
-def _meant(key: str, known: Sequence[str]) -> str:
+def no_such_sweep(name: str) -> str:
+    """What to say of a `--config-name` that is no shipped sweep."""
+    names = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    close = get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"--config-name must be one of {', '.join(names)}; got {name!r}.{hint}"
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
     parent, _, leaf = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
     if siblings:
         close = [f"{parent}.{name}".strip(".") for name in get_close_matches(leaf, siblings, n=1)]
     else:
-        close = get_close_matches(key, known, n=1)
+        close = get_close_matches(key, list(known), n=1)
     return (f" Did you mean {close[0]!r}?" if close else "") + " nerve-run --cfg job shows all."
 
 
-def _known_keys() -> list[str]:
-    """The values of all groups' options, and the groups themselves, by their full names."""
-    keys: list[str] = []
-    for path in CONF.rglob("*.yaml"):
-        group = path.parent.relative_to(CONF).as_posix().replace("/", ".").strip(".")
-        if group.split(".")[0] == "hydra":
+def _known_keys() -> dict[str, str]:
+    """The values of all groups' options by their full names, each with an option that has it; and
+    the groups themselves."""
+    keys: dict[str, str] = {}
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix().strip(".")
+        if group.startswith("hydra"):
             continue
         is_global = "@package _global_" in path.read_text(encoding="utf-8")
         prefix = "" if is_global or not group else f"{group}."
-        keys += [group] if group else []
-        keys += [f"{prefix}{key}" for key in _flat(_loaded(path)) if key != "defaults"]
-    return sorted(set(keys))
+        names = [f"{prefix}{key}" for key in _flat(_loaded(path)) if key != "defaults"]
+        for name in [*names, *([group] if group else [])]:
+            keys.setdefault(name, f"{group}={path.stem}")
+    return keys
 
 
 def _loaded(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """`nerve-run`: composes a configuration and runs it."""
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nerve.cli.cell import run_cell
 from nerve.cli.compose import CONF, register
 from nerve.cli.outcome import SweepError
-from nerve.cli.overrides import check_added, told
+from nerve.cli.overrides import check_added, has_own_files, no_such_sweep, told
 from nerve.cli.resume import prepare_resume
 from nerve.cli.sweep import register_sweeper
 from nerve.errors import NerveError
@@ -58,8 +59,9 @@ def main() -> None:
         except NerveError as error:
             if show_tracebacks:
                 raise
-            with suppress(OSError):  # the directory that Hydra made, where nothing is in it
-                Path(hydra_config.runtime.output_dir).rmdir()
+            if not any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+                with suppress(OSError):  # the directory that Hydra made, where nothing is in it
+                    Path(hydra_config.runtime.output_dir).rmdir()
             failures.append(error)
             if is_cell:  # a job of a cluster, in whose log this belongs
                 print(f"nerve-run: {error}", file=sys.stderr, flush=True)
@@ -78,6 +80,9 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         extra = EXTRAS.get(getattr(error, "missing_cfg_file", None) or "")
         hint = f'\nIt comes with an extra: pip install -e ".[{extra}]"' if extra else ""
+        missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
+        if missing and not has_own_files(sys.argv[1:]):
+            _fail(no_such_sweep(missing[1]))
         _fail(f"{told(error)}{hint}")
     except ValueError as error:  # so Hydra refuses options that exclude each other
         if started or show_tracebacks or not str(error).startswith("Only one of --"):

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,10 +87,10 @@ def cached_tokens(
 ) -> TokenCache:
     """Opens the entry of a corpus, a tokenizer and a split, and builds it where there is none.
 
-    One process builds at a time, those that come meanwhile wait for it. An entry is built in a
-    folder beside its final place and moved there in one step: an interrupted build leaves none, and
-    where the file system has no locks, the first of several processes to finish gives its entry to
-    all. An entry that is damaged is built again.
+    One process builds it, those that come meanwhile wait. It is built in a folder beside its final
+    place and moved there in one step: an interrupted build leaves no entry, and where there are no
+    locks, the first of several processes to finish gives its entry to all. An entry that is damaged
+    is built again.
 
     Raises:
         DataError: if the corpus cannot be read, tokenized or split, or the folder not written.
@@ -100,10 +101,7 @@ def cached_tokens(
         return entry
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".lock", "a", encoding="utf-8") as lock:
-            if not flock(lock.fileno()):
-                log.info("another process writes to the token cache %s: waiting for it", root)
-                flock_within(lock.fileno(), math.inf)
+        with _alone(path):
             if (entry := _open(path)) is not None:
                 return entry
             building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
@@ -124,6 +122,21 @@ def cached_tokens(
             "set NERVE_CACHE to another."
         )
     return entry
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other process builds the entry at `path`, and keeps others waiting."""
+    try:
+        lock = open(path.with_name(f".{path.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115
+    except PermissionError:  # that of another user, in a folder that all may write to
+        yield
+        return
+    with lock:
+        if not flock(lock.fileno()):
+            log.info("another process builds the token cache %s: waiting for it", path)
+            flock_within(lock.fileno(), math.inf)
+        yield
 
 
 def _key(corpus: Corpus, spec: TokenizerSpec, val_fraction: float) -> str:

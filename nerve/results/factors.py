@@ -20,8 +20,15 @@ DESIGN_FACTORS = (
     "ffn.constraint",
     "optimizer.name",
     "optimizer.lr",
+    "model.kind",
+    "model.n_layers",
+    "model.d_model",
+    "model.seq_len",
+    "data.batch_size",
+    "data.vocab_size",
+    "trainer.max_steps",
 )
-"""The values that runs are first told apart by."""
+"""The values that runs are first told apart by, and that are named where all have the same."""
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
 RECORDED_GROUPS = ("final", "fingerprints", "versions", "job")

@@ -121,7 +121,8 @@ class StreamingCovariance:
 
     def tally(self) -> Tally:
         """What it has seen so far, in numbers that the host knows."""
-        self._fold()
+        with torch.inference_mode(False), torch.no_grad():
+            self._fold()
         n = 0 if self._moments is None else self._moments.n
         return Tally(n, tuple(name for name in PRODUCTS if name in self._taken))
 

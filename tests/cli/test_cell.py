@@ -19,6 +19,7 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
     tmp_path, monkeypatch
 ):
     """Its directory has the id of what was sent; one with a name of its own says nothing."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr("nerve.cli.experiment.run_experiment", lambda *_: 1.5)
     register()
@@ -36,6 +37,8 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
         sent = identity(compose("config", ["seed=3"]))
     assert run(sent, "seed=3") == 1.5
     assert run("mine", "seed=4") == 1.5
+    placed = "+callbacks.ck.dirpath=${hydra:runtime.output_dir}/ck"  # not known when it is sent
+    assert run(sent, "seed=3", placed) == 1.5
     with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
         run(sent, "seed=3", "optimizer.lr=0.5")
     assert not list(tmp_path.iterdir())

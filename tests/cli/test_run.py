@@ -16,6 +16,7 @@ import pytest
 
 import nerve
 from nerve.cli.compose import SWEEPS
+from nerve.cli.overrides import check_added
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
@@ -150,11 +151,15 @@ def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):
 BAD = [
     (["activatoin=relu"], ["activatoin"]),
     (["optimizer.lrr=1"], ["no value 'optimizer.lrr'. Did you mean 'optimizer.lr'?"]),
+    (["optimizer.nesterov=1"], ["There is no value 'optimizer.nesterov'. nerve-run --cfg job"]),
+    (["optimizer.momentum=0.9"], ["options chosen have no value 'optimizer.momentum'", "=dion."]),
     (["activaton=relu"], ["no value 'activaton'. Did you mean 'activation'?"]),
     (["hydra.swep.dir=x"], ["no value 'hydra.swep.dir'. Did you mean 'hydra.sweep.dir'?"]),
     (["+activaton=relu"], ["+activaton adds a value that nothing", "mean 'activation'?"]),
     (["+optimizer.beta1=0.5"], ["+optimizer.beta1 adds a value that nothing reads. nerve-run"]),
     (["+activation=relu"], ["activation has an option already; choose another with activation=…"]),
+    (["+monitor.ffns=[a]"], ["a key of monitor must be one of every_n_steps", "got 'ffns'"]),
+    (["optimizer=muon", "optimizer.momentum=x"], ["optimizer.momentum must be a number; got"]),
     (["+monitor.every=8"], ["a key of monitor must be one of every_n_steps", "got 'every'"]),
     (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
     (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
@@ -281,9 +286,36 @@ def test_the_help_names_every_sweep(run):
     assert re.split(r",\s+", listed) == sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 
-def test_what_is_refused_before_it_begins_leaves_no_directory(run, tiny, tmp_path):
+def test_what_is_refused_before_it_begins_leaves_no_directory_but_the_users_own(
+    run, tiny, tmp_path
+):
     assert run(*tiny, "objective=pr_pots")[0] == 1
     assert not list((tmp_path / "outputs").iterdir())
+    (tmp_path / "mine").mkdir()
+    assert run(*tiny, "objective=pr_pots", "hydra.run.dir=mine")[0] == 1
+    assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["+x=0.1", "optimizer.lr=${x}"],
+        ["+optimizer.beta1=0.8", "optimizer.parts.main.build.betas=[${optimizer.beta1},0.95]"],
+        ["hydra.searchpath=[file:///nowhere]", "+mine=1"],
+        ["+scale=gpu"],
+        ["++optimizer.lr=0.1"],
+        ["+optimizer.parts.main.build.amsgrad=true"],
+        ["+callbacks.stop._target_=x"],
+    ],
+)
+def test_values_that_something_may_read_can_be_added(arguments):
+    check_added(arguments)
+
+
+def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_path):
+    (tmp_path / "my").mkdir()
+    _, _, err = run("--config-dir=my", "--config-name=onw")
+    assert err.startswith("nerve-run: Cannot find primary config 'onw'")
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):

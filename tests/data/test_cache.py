@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +31,14 @@ def fail_to_build(*_):
 
 
 def entries(root: Path) -> list[str]:
-    return [path.name for path in root.iterdir() if path.name != ".lock"]
+    return [path.name for path in root.iterdir() if path.suffix != ".lock"]
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def without_locks(*_):
@@ -184,8 +192,7 @@ def test_who_comes_while_another_builds_waits_and_takes_its_entry(
 
     def build_once_another_waits(building, *arguments):
         built.append(building)
-        while "waiting for it" not in caplog.text:
-            time.sleep(0.01)
+        wait_until(lambda: "waiting for it" in caplog.text)
         build(building, *arguments)
 
     def get() -> TokenCache:
@@ -195,8 +202,7 @@ def test_who_comes_while_another_builds_waits_and_takes_its_entry(
     caplog.set_level(logging.INFO)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(get)
-        while not built:
-            time.sleep(0.01)
+        wait_until(lambda: built)
         second = pool.submit(get)
         entries_got = [first.result(timeout=60), second.result(timeout=60)]
     assert len(built) == 1

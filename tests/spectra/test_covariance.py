@@ -567,6 +567,16 @@ def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
     assert entry_error(receiver.scatter().tril(), expected) <= 1e-12
 
 
+def test_a_tally_in_inference_mode_leaves_a_state_that_can_be_added_to():
+    x = draw(40, seed=3)
+    accumulator = StreamingCovariance(DIM)
+    accumulator.update(x[:3])
+    with torch.inference_mode():
+        assert accumulator.tally().n == 3
+    accumulator.update(x[3:])
+    assert entry_error(accumulator.scatter().tril(), scatter_of([x])) <= 1e-12
+
+
 def test_blocks_of_the_triangle_make_the_whole_product():
     x = torch.randn(40, 1026, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(covariance_of(x), torch.cov(x.T), rtol=1e-12, atol=1e-12)
