@@ -52,6 +52,7 @@ _OPTIMIZER_NUMBERS = (
     "matrix_eps",
     "precondition_frequency",
 )
+"""Values of the optimizers in conf/optimizer, all of them numbers."""
 
 LOGGERS = ("tensorboard", "wandb")
 """Options of `logger` that need a package; it has their name, and so has the extra with it."""

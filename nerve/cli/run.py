@@ -59,9 +59,7 @@ def main() -> None:
         except NerveError as error:
             if show_tracebacks:
                 raise
-            if not any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
-                with suppress(OSError):  # the directory that Hydra made, where nothing is in it
-                    Path(hydra_config.runtime.output_dir).rmdir()
+            _remove_if_empty(Path(hydra_config.runtime.output_dir))
             failures.append(error)
             if is_cell:  # a job of a cluster, in whose log this belongs
                 print(f"nerve-run: {error}", file=sys.stderr, flush=True)
@@ -78,12 +76,7 @@ def main() -> None:
             raise
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        extra = EXTRAS.get(getattr(error, "missing_cfg_file", None) or "")
-        hint = f'\nIt comes with an extra: pip install -e ".[{extra}]"' if extra else ""
-        missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
-        if missing and not has_own_files(sys.argv[1:]):
-            _fail(no_such_sweep(missing[1]))
-        _fail(f"{told(error)}{hint}")
+        _fail(_told(error))
     except ValueError as error:  # so Hydra refuses options that exclude each other
         if started or show_tracebacks or not str(error).startswith("Only one of --"):
             raise
@@ -97,6 +90,24 @@ def main() -> None:
         )
     if failures:
         _fail("\nnerve-run: ".join(str(failure) for failure in failures))
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Removes the directory that Hydra made for a run that never began; one that the user named
+    may be his own."""
+    if not any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+        with suppress(OSError):
+            directory.rmdir()
+
+
+def _told(error: Exception) -> str:
+    """The message for what could not be composed."""
+    missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
+    if missing and not has_own_files(sys.argv[1:]):
+        return no_such_sweep(missing[1])
+    extra = EXTRAS.get(getattr(error, "missing_cfg_file", None) or "")
+    hint = f'\nIt comes with an extra: pip install -e ".[{extra}]"' if extra else ""
+    return told(error) + hint
 
 
 def _fail(message: str, exit_status: int = 1) -> NoReturn:
