@@ -22,7 +22,7 @@ from nerve.probe import FFN, Probe, find_ffns
 from nerve.problem import FFNProblem, FFNSpectra
 from nerve.spectra import StreamingCovariance
 from nerve.spectra.covariance import Tally
-from nerve.spectra.product import PRODUCTS
+from nerve.spectra.product import coarsest
 
 Site = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
@@ -168,7 +168,7 @@ class Measurement:
             ffn=ffn.name,
             d_in=self._d_in[index],
             d_ff=d_ff,
-            precision=min(before.precision, post.precision, key=list(PRODUCTS).index),
+            precision=coarsest([before.precision, post.precision]),
             n_samples=post.n_samples,
             before=before.eigenproblem() if weight is None else before.scatter(),
             post=post.eigenproblem(),

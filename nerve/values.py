@@ -37,8 +37,8 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
 
 
 def require_type(key: str, value: object, *kinds: type) -> None:
-    """Raises `ConfigError` unless `value` is of one of `kinds`, of which a key of `KINDS` has a
-    meaning here: a whole number is a number, but true is neither."""
+    """Raises `ConfigError` unless `value` is of one of `kinds`. A whole number is a number, too;
+    true is neither."""
     if any(_is_of(value, kind) for kind in kinds):
         return
     named = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)

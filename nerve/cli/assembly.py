@@ -90,6 +90,11 @@ def check(config: DictConfig) -> None:
     options = [name for name in signature(SpectralMonitor).parameters if name not in _NOT_VALUES]
     for key in config.monitor:
         require_choice("a key of monitor", key, [*options, "n_tokens"])
+    require(
+        kind == "gpt" or config.monitor.n_tokens == "auto",
+        "monitor.n_tokens counts held-out tokens of text; with images it must be auto, got "
+        f"{config.monitor.n_tokens!r}. Set data.n_heldout, the held-out images.",
+    )
     require_type("trainer.enable_progress_bar", config.trainer.enable_progress_bar, bool)
     for name in config.logger:
         require(
@@ -134,12 +139,6 @@ def build_data(config: DictConfig, values: dict[str, Any]) -> Any:
     sizes: dict[str, int] = {"n_train_batches": n_batches}
     if values["model"]["kind"] == "gpt":
         sizes["n_heldout_tokens"] = _n_tokens(values)
-    else:
-        require(
-            values["monitor"]["n_tokens"] == "auto",
-            "monitor.n_tokens counts held-out tokens of text; with images it must be auto, got "
-            f"{values['monitor']['n_tokens']!r}. Set data.n_heldout, the held-out images.",
-        )
     data = build(config.data, **sizes, seed=values["seed"])
     data.prepare_data()
     data.setup("fit")

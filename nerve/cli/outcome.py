@@ -139,8 +139,9 @@ class Report:
             names = [f"{cell.number} ({self._labels[cell.number]})" for cell in cells[:SHOWN]]
             more = f" and {len(cells) - SHOWN} more" if len(cells) > SHOWN else ""
             lines.append(f"  {', '.join(names)}{more}: {reason}")
-        # submitit's message goes on with the whole log of the job, whose path is in its first line.
-        lines += [f"  the launcher: {str(error).splitlines()[0]}" for error in errors if str(error)]
+        for error in errors:
+            # submitit's message goes on with the whole log of the job; its first line has the path.
+            lines.append(f"  the launcher: {(str(error) or repr(error)).splitlines()[0]}")
         lines.append(
             "The same command goes on with what is not done; retry=true includes what failed."
         )

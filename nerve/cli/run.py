@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -49,12 +50,7 @@ def main() -> None:
         hydra_config = HydraConfig.get()
         is_cell = hydra_config.mode == RunMode.MULTIRUN
         try:
-            launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
-            require(
-                is_cell or launcher == "basic",
-                f"A launcher runs the cells of a sweep; hydra/launcher={launcher} would be passed "
-                "over and the run be made here. Add -m.",
-            )
+            _check_launcher(hydra_config, is_cell)
             return (run_cell if is_cell else run_experiment)(config, hydra_config)
         except NerveError as error:
             if show_tracebacks:
@@ -90,6 +86,15 @@ def main() -> None:
         )
     if failures:
         _fail("\nnerve-run: ".join(str(failure) for failure in failures))
+
+
+def _check_launcher(hydra_config: HydraConf, is_cell: bool) -> None:
+    launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
+    require(
+        is_cell or launcher == "basic",
+        f"A launcher runs the cells of a sweep; hydra/launcher={launcher} would be passed over and "
+        "the run be made here. Add -m.",
+    )
 
 
 def _remove_if_empty(directory: Path) -> None:

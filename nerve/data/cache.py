@@ -128,7 +128,7 @@ def cached_tokens(
 def _alone(path: Path) -> Iterator[None]:
     """Waits until no other process builds the entry at `path`, and keeps others waiting."""
     try:
-        lock = open(path.with_name(f".{path.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115
+        lock = open(path.with_name(f".{path.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115 - held open
     except PermissionError:  # that of another user, in a folder that all may write to
         yield
         return

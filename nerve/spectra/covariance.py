@@ -11,14 +11,14 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.spectra.eigenvalues import gram, mirrored
 from nerve.spectra.moments import Moments, moments_of
-from nerve.spectra.product import PRODUCTS, default_product
+from nerve.spectra.product import PRODUCTS, coarsest, default_product
 
 
 class Tally(NamedTuple):
     """What a covariance has seen: how many samples, and which products took them."""
 
     n: int
-    products: tuple[str, ...]
+    products: frozenset[str]
 
 
 class StreamingCovariance:
@@ -124,7 +124,7 @@ class StreamingCovariance:
         with torch.inference_mode(False), torch.no_grad():
             self._fold()
         n = 0 if self._moments is None else self._moments.n
-        return Tally(n, tuple(name for name in PRODUCTS if name in self._taken))
+        return Tally(n, frozenset(self._taken))
 
     def reduce(self, to: int, tallies: Sequence[Tally]) -> None:
         """Adds the samples of all processes of the default group, in process `to`.
@@ -146,7 +146,7 @@ class StreamingCovariance:
             scatter.addr_(delta * n, delta)
             dist.reduce(scatter, to)
             self._moments = Moments(total, common, scatter)
-            self._taken = {name for tally in tallies for name in tally.products}
+            self._taken = set().union(*(tally.products for tally in tallies))
 
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of
@@ -190,10 +190,11 @@ class StreamingCovariance:
         """
         if self._held:
             return "float64"
-        for name in PRODUCTS:
-            if name in self._taken:
-                return name
-        raise MeasurementError("A covariance has a precision from its first update on; got none.")
+        if not self._taken:
+            raise MeasurementError(
+                "A covariance has a precision from its first update on; got none."
+            )
+        return coarsest(self._taken)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():

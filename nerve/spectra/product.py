@@ -1,6 +1,6 @@
 """How `y^T y` of centred features is taken: in which precision, and how exactly."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -107,6 +107,11 @@ PRODUCTS: dict[str, Product] = {
     "float32": Product(torch.float32, 2048, _add_product),
     "float64": Product(torch.float64, 4096, _add_product),
 }
+
+
+def coarsest(names: Iterable[str]) -> str:
+    """Of the names of products that were used together, the one that bounds what is exact."""
+    return min(names, key=list(PRODUCTS).index)
 
 
 def default_product(dtype: torch.dtype, device: torch.device) -> str:
