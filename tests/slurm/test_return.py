@@ -1,21 +1,47 @@
 """Runs that Slurm takes off their nodes: preempted, requeued, out of time. They come back."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 pytestmark = pytest.mark.slurm
 
+WARNED_S = 90
+
 
 @pytest.fixture(scope="module")
 def out_of_time(cluster, new_sweep, local):
-    """A run of a minute at most, which is warned 15 s before, and may run out of time once.
-
-    Slurm looks at time limits every half minute; meanwhile the others go on.
-    """
+    """A run that runs out of time twice, and may do so once; meanwhile the others go on."""
     sweep = new_sweep("time")
-    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=15"]
     where = "hydra.launcher.partition=apart"
-    sweep.send("seed=0", sweep.brake(), where, *limit, "hydra.launcher.max_num_timeout=1")
+    warning = f"hydra.launcher.signal_delay_s={WARNED_S}"
+    sweep.send("seed=0", sweep.brake(), where, warning, "hydra.launcher.max_num_timeout=1")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield pool.submit(_let_run_out_of_time, cluster, sweep)
+
+
+def _let_run_out_of_time(cluster, sweep):
+    """Shortens the job's limit each time that it trains, however long that took to begin.
+
+    Slurm looks at time limits every half minute, and warns whoever would else be warned too late:
+    with the limit less than two minutes ahead, and WARNED_S of one and a half, at its next look.
+    """
+    job = sweep.wait_for_start(0).job
+    _set_limit(cluster, job, _minutes_so_far(cluster, job) + 2)
+    cluster.wait("the requeue", lambda: cluster.job(job)["Restarts"] == "1")
+    _set_limit(cluster, job, 10)
+    sweep.wait_for_start(0, number=2)
+    _set_limit(cluster, job, _minutes_so_far(cluster, job) + 2)
     return sweep
+
+
+def _set_limit(cluster, job, minutes):
+    cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+
+def _minutes_so_far(cluster, job):
+    hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+    return 60 * hours + minutes
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +96,7 @@ def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, 
 
 
 def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_time):
-    sweep = out_of_time
+    sweep = out_of_time.result()
     assert sweep.finish() == 1
     assert "Job not requeued because: timed-out too many times." in sweep.logs()[0]
     first, second = sweep.starts(0)
@@ -84,7 +110,7 @@ def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_ti
 
 
 def test_sent_again_it_ends_as_if_it_had_had_the_time(out_of_time, assert_same_rows):
-    sweep = out_of_time
+    sweep = out_of_time.result()
     last = sweep.starts(0)[-1]
     sweep.release()
     sweep.send("seed=0", sweep.brake())
