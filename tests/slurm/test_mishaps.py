@@ -12,15 +12,20 @@ from nerve.results.state import run_state
 
 pytestmark = pytest.mark.slurm
 
-KILLED, CANCELLED, UNLUCKY, UNDISTURBED = range(4)
+KILLED, CANCELLED, UNLUCKY, UNDISTURBED, WITHDRAWN, WAITING = range(6)
+GRID = "seed=0,1,2,3,4,5"
 
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """Four cells: one ends, one is killed as by a lack of memory, one cancelled, one raises."""
+    """Two cells end; one is killed as by a lack of memory, one is cancelled, one raises, and one is
+    cancelled while another waits with it: SLURM then keeps nothing of it.
+    """
     sent = new_sweep("mishaps")
-    sent.send("seed=0,1,2,3", sent.brake(unlucky=UNLUCKY))
-    os.kill(sent.wait_for_start(KILLED).pid, signal.SIGKILL)
+    sent.send(GRID, sent.brake(unlucky=UNLUCKY), "hydra.launcher.array_parallelism=4")
+    killed = sent.wait_for_start(KILLED)
+    cluster.call("scancel", f"{killed.job.partition('_')[0]}_{WITHDRAWN}")
+    os.kill(killed.pid, signal.SIGKILL)
     cluster.call("scancel", sent.wait_for_start(CANCELLED).job)
     sent.wait_for_start(UNDISTURBED)
     sent.wait_for_start(UNLUCKY)
@@ -39,16 +44,18 @@ def status(sweep):
         (KILLED, "killed"),
         (CANCELLED, "interrupted: Interrupted: stopped by SIGTERM"),
         (UNLUCKY, "failed: RuntimeError: this run has no luck"),
+        (WITHDRAWN, "not started"),
     ],
 )
 def test_the_launcher_returns_and_names_every_cell_that_is_not_done(sweep, status, seed, why):
     assert status == 1, sweep.everything
-    assert "3 of 4 cells" in sweep.output
+    assert "4 of 6 cells" in sweep.output
     assert f"  {seed} (seed={seed}): {why}\n" in sweep.output
 
 
 def test_the_others_are_kept(sweep, status, assert_same_rows):
     assert sweep.records()[UNDISTURBED].run_status == "done"
+    assert sweep.records()[WAITING].run_status == "done"
     assert_same_rows(sweep, UNDISTURBED)
 
 
@@ -63,7 +70,7 @@ def test_each_record_says_how_its_run_ended(sweep, status):
 @pytest.fixture(scope="module")
 def sent_again(sweep, status):
     """The same command."""
-    sweep.send("seed=0,1,2,3", sweep.brake(unlucky=UNLUCKY))
+    sweep.send(GRID, sweep.brake(unlucky=UNLUCKY))
     sweep.finish()
     return sweep
 
@@ -81,8 +88,8 @@ def test_sent_again_a_killed_or_cancelled_run_ends_as_if_nothing_had_been(
 def test_sent_again_only_what_is_left_to_do_is_queued(sent_again):
     scripts = sent_again.folder.glob("outputs/multirun/.submitit/*/*.sh")
     sizes = sorted(re.search(r"--array=0-(\d)", path.read_text())[1] for path in scripts)
-    assert sizes == ["1", "3"]  # the last index of each array
-    assert "1 killed, 1 interrupted, 1 failed, 1 done; 2 to run" in sent_again.output
+    assert sizes == ["2", "5"]  # the last index of each array
+    assert "1 killed, 1 interrupted, 1 failed, 2 done, 1 new; 3 to run" in sent_again.output
 
 
 def test_sent_again_what_failed_is_left_as_it_is(sent_again):
