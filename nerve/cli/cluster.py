@@ -9,10 +9,11 @@ from typing import Any
 SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 _SUBMITTED = "_submitted.pkl"
+_QUEUED = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
 
 
 class SentJobs:
-    """The jobs that a launcher sends from now on.
+    """The jobs that a launcher sends from now on, and those sent before that are to be followed.
 
     submitit's launcher raises at the first job that was killed, while others may still be waiting
     or at work; and it would wait for ever for a task of an array that was cancelled while it was
@@ -29,25 +30,51 @@ class SentJobs:
             self._folder = Path(launcher["submitit_folder"])
             self._n_tasks = launcher["nodes"] * launcher["tasks_per_node"]
             _look_for_cancelled_tasks()
-        self._before = self._ids()
+        before = self._files()
+        self._followed: set[str] = set()
+        self._others = before.keys()
+        queue = (_queue(_QUEUED) if before else None) or set()
+        self._queued = {
+            override: job_id
+            for job_id in before.keys() & queue
+            for override in _overrides(before[job_id])
+        }
+
+    def follow(self, override: str) -> bool:
+        """Whether a job with that override was in the queue at first; if so, it is waited for."""
+        job_id = self._queued.get(override)
+        if job_id is not None:
+            self._followed.add(job_id)
+        return job_id is not None
 
     def wait(self) -> None:
         """Returns once none of them is queued or at work."""
-        sent = self._ids() - self._before
-        if not sent or self._folder is None:
+        jobs = (self._files().keys() - self._others) | self._followed
+        if not jobs or self._folder is None:
             return
         import submitit
 
-        for job_id in sorted(sent):
+        for job_id in sorted(jobs):
             submitit.SlurmJob(self._folder, job_id, tasks=list(range(self._n_tasks))).wait()
 
-    def _ids(self) -> set[str]:
-        """Of all jobs that this sweep has sent so far: submitit keeps a file of each."""
+    def _files(self) -> dict[str, Path]:
+        """What submitit keeps of each job that this sweep has sent so far, by the job's id."""
         if self._folder is None:
-            return set()
+            return {}
         pattern = f"{self._folder.name.replace('%j', '*')}/*{_SUBMITTED}"
         files = self._folder.parent.glob(pattern)
-        return {path.name.removesuffix(_SUBMITTED) for path in files}
+        return {path.name.removesuffix(_SUBMITTED): path for path in files}
+
+
+def _overrides(file: Path) -> list[str]:
+    """Those that the launcher gave to a job; none if they cannot be told."""
+    from submitit.core.utils import DelayedSubmission
+
+    try:
+        overrides: list[str] = DelayedSubmission.load(file).args[0]
+    except Exception:  # a pickle of another version of anything; what is sent twice runs once
+        return []
+    return overrides
 
 
 def _look_for_cancelled_tasks() -> None:
@@ -62,18 +89,21 @@ def _look_for_cancelled_tasks() -> None:
         def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
             info: dict[str, dict[str, str]] = super().read_info(string)
             forgotten = (self._info_dict.keys() - self._finished) - info.keys()
-            for job_id in _gone(forgotten):
-                info[job_id] = {"JobID": job_id, "State": "CANCELLED"}
+            queue = _queue("all") if forgotten else None
+            if queue is not None:
+                for job_id in forgotten - queue:
+                    info[job_id] = {"JobID": job_id, "State": "CANCELLED"}
             return info
 
     SlurmJob.watcher = Watcher(delay_s=SlurmJob.watcher._delay_s)
 
 
-def _gone(job_ids: set[str]) -> set[str]:
-    """Those that the queue does not have; none as long as it does not answer."""
-    if not job_ids:
-        return set()
-    mine = ["--array", "--states=all", f"--user={os.getuid()}"]
+def _queue(states: str) -> set[str] | None:
+    """This user's jobs that SLURM knows in one of these states; None if it does not answer."""
+    mine = ["--array", f"--states={states}", f"--user={os.getuid()}"]
     command = ["squeue", "--noheader", "--format=%i", *mine]
-    queue = subprocess.run(command, capture_output=True, text=True)
-    return job_ids - set(queue.stdout.split()) if queue.returncode == 0 else set()
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no SLURM here
+        return None
+    return set(answer.stdout.split()) if answer.returncode == 0 else None

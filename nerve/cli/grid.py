@@ -30,6 +30,7 @@ class Cell:
         config: composed, with Hydra's own node.
         directory: of its run; where that cannot be told, the sweep's.
         found: what the directory held before the sweep.
+        sent: whether a job that an earlier command has sent for it is queued or at work.
         twin: the number of an earlier cell that defines the same result.
         refusal: why it cannot be run.
         trouble: why it could not be started, or its end not be recorded.
@@ -40,6 +41,7 @@ class Cell:
     config: DictConfig
     directory: Path
     found: RunState = RunState.NEW
+    sent: bool = False
     twin: int | None = None
     refusal: str | None = None
     trouble: str | None = None
@@ -47,7 +49,7 @@ class Cell:
     @property
     def is_to_do(self) -> bool:
         """Whether the sweep is to run it."""
-        if self.twin is not None or self.refusal is not None:
+        if self.twin is not None or self.refusal is not None or self.sent:
             return False
         if self.found == RunState.FAILED:
             return bool(self.config.retry)

@@ -66,6 +66,8 @@ class Report:
             if cell.refusal is not None
             else "doubled"
             if cell.twin is not None
+            else "sent before"
+            if cell.sent
             else FOUND[cell.found]
             for cell in self._cells
         )
@@ -125,6 +127,8 @@ class Report:
             return "refused"
         if cell.twin is not None:
             return f"same as {cell.twin}"
+        if cell.sent:
+            return "waited for"
         if not cell.is_to_do:
             return "skipped"
         started = _n_starts(cell) > self._starts[cell.number]

@@ -21,6 +21,7 @@ from nerve.cli.local import run_here
 from nerve.cli.outcome import Report
 from nerve.errors import ConfigError, NerveError
 from nerve.results.atomic import refusals_named
+from nerve.results.state import RunState
 from nerve.values import require
 
 NAME = "hydra_plugins.nerve.CellSweeper"
@@ -108,6 +109,10 @@ class CellSweeper(Sweeper):
         with refusals_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
+        jobs = SentJobs(launcher)
+        for cell in cells:
+            is_open = cell.is_to_do or cell.found == RunState.ALIVE
+            cell.sent = is_open and jobs.follow(_place(cell))
         report = Report(folder, cells)
         report.begin()
         to_do = [cell for cell in cells if cell.is_to_do]
@@ -116,32 +121,29 @@ class CellSweeper(Sweeper):
             signum = run_here(to_do, n_at_once, self._timeout_s, report.starting, report.ended)
             report.end(signum)
         else:
-            report.end(*self._hand_over(to_do, SentJobs(launcher)))
+            report.end(*self._hand_over(to_do, jobs))
 
     def _hand_over(
         self, cells: Sequence[Cell], jobs: SentJobs
     ) -> tuple[int | None, list[Exception]]:
         """Gives the cells to the launcher; a signal that asked to stop, and what it raised."""
         assert self.launcher is not None
-        # The directory in so many words: another machine need not find the same one.
-        overrides = [
-            [*cell.overrides, f"hydra.sweep.subdir={_quoted(cell.config.hydra.sweep.subdir)}"]
-            for cell in cells
-        ]
+        overrides = [[*cell.overrides, _place(cell)] for cell in cells]
         errors: list[Exception] = []
         size = self._max_batch_size or max(1, len(cells))
-        for number in range(0, len(cells), size):
-            batch = overrides[number : number + size]
-            try:
+        try:
+            for number in range(0, len(cells), size):
+                batch = overrides[number : number + size]
                 try:
                     returns = self.launcher.launch(batch, initial_job_idx=number)
                     errors += [job._return_value for job in returns if _has_failed(job)]
                 except Exception as error:  # submitit's, when a job is killed
                     errors.append(error)
                     jobs.wait()
-            except KeyboardInterrupt:
-                errors.append(NerveError("no longer waited for; what it has sent goes on"))
-                return signal.SIGINT, errors
+            jobs.wait()
+        except KeyboardInterrupt:
+            errors.append(NerveError("no longer waited for; what it has sent goes on"))
+            return signal.SIGINT, errors
         return None, errors
 
 
@@ -151,6 +153,11 @@ def _refuse_devices(cell: Cell, launcher: Mapping[str, Any]) -> None:
             check_devices(cell.config.trainer, launcher)
         except ConfigError as error:
             cell.refusal = str(error)
+
+
+def _place(cell: Cell) -> str:
+    """The override that names the cell's directory: another machine need not find the same."""
+    return f"hydra.sweep.subdir={_quoted(cell.config.hydra.sweep.subdir)}"
 
 
 def _n_at_once(launcher: Mapping[str, Any]) -> int | None:

@@ -1,5 +1,6 @@
 """Runs that Slurm takes off their nodes: preempted, requeued, out of time. They come back."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -93,6 +94,35 @@ def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, 
     assert record.job["restarts"] == "1"
     runs = sweep.folder.glob("outputs/multirun/*/run.json")
     assert len(list(runs)) == len(sweep.records())
+
+
+@pytest.fixture(scope="module")
+def lost_sight_of(cluster, new_sweep, local):
+    """A command that is killed while one of its runs is at work and another queued, sent again with
+    one run more.
+    """
+    sweep = new_sweep("lost")
+    sweep.send("seed=0,1", sweep.brake(), "hydra.launcher.array_parallelism=1")
+    sweep.wait_for_start(0)
+    sweep.abandon()
+    sweep.send("seed=0,1,2", sweep.brake())
+    sweep.wait_for_start(2)
+    sweep.release()
+    return sweep
+
+
+def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
+    lost_sight_of, assert_same_rows
+):
+    sweep = lost_sight_of
+    assert sweep.finish() == 0, sweep.everything
+    assert "3 cells, 2 sent before, 1 new; 1 to run" in sweep.output
+    assert re.findall("waited for|run(?= +│ done)", sweep.output) == ["waited for"] * 2 + ["run"]
+    sent = sweep.folder.glob("outputs/multirun/.submitit/*/*_submitted.pkl")
+    assert len(list(sent)) == 3
+    for seed in range(3):
+        assert sweep.records()[seed].restarts == 0
+        assert_same_rows(sweep, seed)
 
 
 def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_time):
