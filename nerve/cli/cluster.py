@@ -1,64 +1,71 @@
-"""Jobs of SLURM that submitit has sent, followed to their end also where its launcher gives up."""
+"""The jobs of a sweep in SLURM's queue, which alone says whether one still waits or is at work."""
 
 import os
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
+
+from nerve.errors import NerveError
 
 SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 _SUBMITTED = "_submitted.pkl"
-_QUEUED = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+_LONGEST_PAUSE_S = 60
 
 
 class SentJobs:
-    """The jobs that a launcher sends from now on, and those sent before that are to be followed.
+    """The jobs that a sweep has sent to SLURM through submitit's launcher, by any command so far.
 
     submitit's launcher raises at the first job that was killed, while others may still be waiting
-    or at work; and it would wait for ever for a task of an array that was cancelled while it was
-    queued, which it is kept from here.
+    or at work. And it asks the accounting, which not every cluster keeps, and where a task of an
+    array leaves nothing if it is cancelled while it is queued: it is made to ask the queue instead.
 
     Args:
-        launcher: the values of `hydra.launcher`; jobs of another launcher than submitit's for SLURM
-            are not known.
+        launcher: the values of `hydra.launcher`; jobs of another launcher are not known.
     """
 
     def __init__(self, launcher: Mapping[str, Any]) -> None:
         self._folder: Path | None = None
         if launcher["_target_"] == SUBMITIT_SLURM:
             self._folder = Path(launcher["submitit_folder"])
-            self._n_tasks = launcher["nodes"] * launcher["tasks_per_node"]
-            _look_for_cancelled_tasks()
-        before = self._files()
-        self._followed: set[str] = set()
-        self._others = before.keys()
-        queue = (_queue(_QUEUED) if before else None) or set()
-        self._queued = {
+            _make_submitit_ask_the_queue()
+        self._overrides: dict[str, list[str]] = {}
+
+    def open(self) -> dict[str, str]:
+        """The ids of those that are queued or at work, by each override that they were given.
+
+        Raises:
+            NerveError: if SLURM does not answer.
+        """
+        files = self._files()
+        if not files:
+            return {}
+        queue = _ask_the_queue()
+        for job_id in files.keys() & queue - self._overrides.keys():
+            self._overrides[job_id] = _overrides(files[job_id])
+        return {
             override: job_id
-            for job_id in before.keys() & queue
-            for override in _overrides(before[job_id])
+            for job_id in files.keys() & queue
+            for override in self._overrides[job_id]
         }
 
-    def follow(self, override: str) -> bool:
-        """Whether a job with that override was in the queue at first; if so, it is waited for."""
-        job_id = self._queued.get(override)
-        if job_id is not None:
-            self._followed.add(job_id)
-        return job_id is not None
+    def wait(self, overrides: Set[str]) -> None:
+        """Returns once no job that was given one of these overrides is queued or at work."""
+        pause = 1.0
+        while overrides and self._may_be_open(overrides):
+            time.sleep(pause)
+            pause = min(1.1 * pause, float(_LONGEST_PAUSE_S))
 
-    def wait(self) -> None:
-        """Returns once none of them is queued or at work."""
-        jobs = (self._files().keys() - self._others) | self._followed
-        if not jobs or self._folder is None:
-            return
-        import submitit
-
-        for job_id in sorted(jobs):
-            submitit.SlurmJob(self._folder, job_id, tasks=list(range(self._n_tasks))).wait()
+    def _may_be_open(self, overrides: Set[str]) -> bool:
+        try:
+            return bool(overrides & self.open().keys())
+        except NerveError:  # it will answer again
+            return True
 
     def _files(self) -> dict[str, Path]:
-        """What submitit keeps of each job that this sweep has sent so far, by the job's id."""
+        """What submitit keeps of each job, by the job's id."""
         if self._folder is None:
             return {}
         pattern = f"{self._folder.name.replace('%j', '*')}/*{_SUBMITTED}"
@@ -77,33 +84,42 @@ def _overrides(file: Path) -> list[str]:
     return overrides
 
 
-def _look_for_cancelled_tasks() -> None:
-    """Makes submitit look into the queue for what the accounting no longer knows.
-
-    Of a task of an array that is cancelled while it is queued SLURM keeps nothing: it is no longer
-    among those of the array that wait. What submitit last read of it, "pending", would stay.
-    """
+def _make_submitit_ask_the_queue() -> None:
+    """Lets submitit, in this process, take a job for ended once the queue does not have it."""
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
     class Watcher(SlurmInfoWatcher):
+        def _make_command(self) -> list[str]:
+            return _squeue()
+
         def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-            info: dict[str, dict[str, str]] = super().read_info(string)
-            forgotten = (self._info_dict.keys() - self._finished) - info.keys()
-            queue = _queue("all") if forgotten else None
-            if queue is not None:
-                for job_id in forgotten - queue:
-                    info[job_id] = {"JobID": job_id, "State": "CANCELLED"}
-            return info
+            text = string if isinstance(string, str) else string.decode()
+            queue = text.split()
+            return {
+                job_id: {"State": "RUNNING" if job_id in queue else "ENDED"}
+                for job_id in self._registered - self._finished
+            }
 
-    SlurmJob.watcher = Watcher(delay_s=SlurmJob.watcher._delay_s)
+    SlurmJob.watcher = Watcher(delay_s=_LONGEST_PAUSE_S)
 
 
-def _queue(states: str) -> set[str] | None:
-    """This user's jobs that SLURM knows in one of these states; None if it does not answer."""
-    mine = ["--array", f"--states={states}", f"--user={os.getuid()}"]
-    command = ["squeue", "--noheader", "--format=%i", *mine]
+def _ask_the_queue() -> set[str]:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no SLURM here
-        return None
-    return set(answer.stdout.split()) if answer.returncode == 0 else None
+        answer = subprocess.run(_squeue(), capture_output=True, text=True, check=True)
+    except subprocess.CalledProcessError as error:
+        raise NerveError(
+            "What a sweep has sent to SLURM must be known before it sends more; squeue says: "
+            f"{error.stderr.strip() or error}. Nothing was sent; try again, on a machine of the "
+            "cluster."
+        ) from error
+    return set(answer.stdout.split())
+
+
+def _squeue() -> list[str]:
+    """The command that prints the id of each job of this user that is queued or at work.
+
+    Those that are just being requeued, suspended or held are among them.
+    """
+    filters = [f"--unset={name}" for name in os.environ if name.startswith("SQUEUE_")]
+    mine = ["--all", "--array", f"--user={os.getuid()}"]
+    return ["env", *filters, "squeue", "--noheader", "--format=%i", *mine]

@@ -30,7 +30,7 @@ class Cell:
         config: composed, with Hydra's own node.
         directory: of its run; where that cannot be told, the sweep's.
         found: what the directory held before the sweep.
-        sent: whether a job that an earlier command has sent for it is queued or at work.
+        job: that an earlier command has sent for it and that is queued or at work.
         twin: the number of an earlier cell that defines the same result.
         refusal: why it cannot be run.
         trouble: why it could not be started, or its end not be recorded.
@@ -41,7 +41,7 @@ class Cell:
     config: DictConfig
     directory: Path
     found: RunState = RunState.NEW
-    sent: bool = False
+    job: str | None = None
     twin: int | None = None
     refusal: str | None = None
     trouble: str | None = None
@@ -49,7 +49,7 @@ class Cell:
     @property
     def is_to_do(self) -> bool:
         """Whether the sweep is to run it."""
-        if self.twin is not None or self.refusal is not None or self.sent:
+        if self.twin is not None or self.refusal is not None or self.job is not None:
             return False
         if self.found == RunState.FAILED:
             return bool(self.config.retry)
@@ -111,8 +111,17 @@ def _place(cell: Cell) -> None:
     with open_dict(hydra):
         hydra.sweep.subdir = subdir
         hydra.runtime.output_dir = os.path.abspath(cell.directory)
-    values = cell.values()
     cell.found = run_state(cell.directory)
+    check_values(cell)
+
+
+def check_values(cell: Cell) -> None:
+    """Checks that the run in the cell's directory, if there is one, is the cell's.
+
+    Raises:
+        StoreError: if it has other values, or cannot be read.
+    """
+    values = cell.values()
     if (cell.directory / RECORD_NAME).exists():
         record = RunRecord.load(cell.directory)
         different = differences(record.config, values)

@@ -28,7 +28,7 @@ DEED = {
     RunState.FAILED: "retried",
 }
 SHOWN = 8
-"""Cells that share a reason and are named; more are counted."""
+"""Cells or jobs that are named in one line; more are counted."""
 
 
 class SweepError(NerveError):
@@ -67,12 +67,15 @@ class Report:
             else "doubled"
             if cell.twin is not None
             else "sent before"
-            if cell.sent
+            if cell.job is not None
             else FOUND[cell.found]
             for cell in self._cells
         )
         found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         say(f"sweep {self._folder}: {_cells(len(self._cells))}, {found}; {self._n_to_do} to run")
+        jobs = [cell.job for cell in self._cells if cell.job is not None]
+        if jobs:
+            say(f"waiting also for {_some(jobs)}, with the values of hydra.launcher of their time")
 
     def starting(self, cell: Cell) -> None:
         """Says that a cell starts."""
@@ -127,7 +130,7 @@ class Report:
             return "refused"
         if cell.twin is not None:
             return f"same as {cell.twin}"
-        if cell.sent:
+        if cell.job is not None:
             return "waited for"
         if not cell.is_to_do:
             return "skipped"
@@ -140,9 +143,8 @@ class Report:
         n_missing = sum(map(len, reasons.values()))
         lines = [f"{n_missing} of {_cells(len(self._cells))} in {self._folder} are not done."]
         for reason, cells in reasons.items():
-            names = [f"{cell.number} ({self._labels[cell.number]})" for cell in cells[:SHOWN]]
-            more = f" and {len(cells) - SHOWN} more" if len(cells) > SHOWN else ""
-            lines.append(f"  {', '.join(names)}{more}: {reason}")
+            names = [f"{cell.number} ({self._labels[cell.number]})" for cell in cells]
+            lines.append(f"  {_some(names)}: {reason}")
         for error in errors:
             # submitit's message goes on with the whole log of the job; its first line has the path.
             lines.append(f"  the launcher: {(str(error) or repr(error)).splitlines()[0]}")
@@ -185,6 +187,11 @@ def _labels(cells: Sequence[Cell]) -> list[str]:
         or "the only one"
         for cell in cells
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _cells(n: int) -> str:

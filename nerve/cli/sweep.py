@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from nerve.cli.cluster import SUBMITIT_SLURM, SentJobs
 from nerve.cli.compose import resolved
 from nerve.cli.devices import check_counted, check_devices
-from nerve.cli.grid import Cell, compose_grid
+from nerve.cli.grid import Cell, check_values, compose_grid
 from nerve.cli.local import run_here
 from nerve.cli.outcome import Report
-from nerve.errors import ConfigError, NerveError
+from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.results.atomic import refusals_named
 from nerve.results.state import RunState
 from nerve.values import require
@@ -110,9 +110,10 @@ class CellSweeper(Sweeper):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
         jobs = SentJobs(launcher)
+        open_jobs = jobs.open()
         for cell in cells:
-            is_open = cell.is_to_do or cell.found == RunState.ALIVE
-            cell.sent = is_open and jobs.follow(_place(cell))
+            if cell.is_to_do or cell.found == RunState.ALIVE:
+                cell.job = open_jobs.get(_place(cell))
         report = Report(folder, cells)
         report.begin()
         to_do = [cell for cell in cells if cell.is_to_do]
@@ -121,26 +122,33 @@ class CellSweeper(Sweeper):
             signum = run_here(to_do, n_at_once, self._timeout_s, report.starting, report.ended)
             report.end(signum)
         else:
-            report.end(*self._hand_over(to_do, jobs))
+            sent = [cell for cell in cells if cell.job is not None]
+            ended = self._hand_over(to_do, sent, jobs)
+            for cell in [*to_do, *sent]:
+                _refuse_other_values(cell)
+            report.end(*ended)
 
     def _hand_over(
-        self, cells: Sequence[Cell], jobs: SentJobs
+        self, cells: Sequence[Cell], sent: Sequence[Cell], jobs: SentJobs
     ) -> tuple[int | None, list[Exception]]:
-        """Gives the cells to the launcher; a signal that asked to stop, and what it raised."""
+        """Gives cells to the launcher and waits for them and for those that were sent before.
+
+        Returns a signal that asked to stop, and what the launcher raised.
+        """
         assert self.launcher is not None
-        overrides = [[*cell.overrides, _place(cell)] for cell in cells]
         errors: list[Exception] = []
         size = self._max_batch_size or max(1, len(cells))
         try:
             for number in range(0, len(cells), size):
-                batch = overrides[number : number + size]
+                batch = cells[number : number + size]
+                overrides = [[*cell.overrides, _place(cell)] for cell in batch]
                 try:
-                    returns = self.launcher.launch(batch, initial_job_idx=number)
+                    returns = self.launcher.launch(overrides, initial_job_idx=number)
                     errors += [job._return_value for job in returns if _has_failed(job)]
                 except Exception as error:  # submitit's, when a job is killed
                     errors.append(error)
-                    jobs.wait()
-            jobs.wait()
+                    jobs.wait({_place(cell) for cell in batch})
+            jobs.wait({_place(cell) for cell in sent})
         except KeyboardInterrupt:
             errors.append(NerveError("no longer waited for; what it has sent goes on"))
             return signal.SIGINT, errors
@@ -153,6 +161,13 @@ def _refuse_devices(cell: Cell, launcher: Mapping[str, Any]) -> None:
             check_devices(cell.config.trainer, launcher)
         except ConfigError as error:
             cell.refusal = str(error)
+
+
+def _refuse_other_values(cell: Cell) -> None:
+    try:
+        check_values(cell)
+    except StoreError as error:
+        cell.refusal = str(error)
 
 
 def _place(cell: Cell) -> str:

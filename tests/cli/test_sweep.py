@@ -6,6 +6,7 @@ takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,3 +342,24 @@ def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sw
     assert "the launcher: job 1 is gone" in err
     status, out, _ = sweep("seed=1", *where)
     assert status == 0
+
+
+class ComesTooLate(Launcher):
+    """Finds that another command's job has ended in the directory meanwhile."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None: ...
+
+    def launch(self, job_overrides, initial_job_idx):
+        shutil.copytree("other/chosen", "mine/chosen")
+        raise RuntimeError("the job refused")
+
+
+def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_cells(sweep, monkeypatch):
+    assert sweep("seed=3", "hydra.sweep.dir=other", "hydra.sweep.subdir=chosen")[0] == 0
+    name = "hydra_plugins.comes_too_late.ComesTooLate"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, ComesTooLate)
+    mine = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=chosen", f"hydra.launcher._target_={name}"]
+    status, _, err = sweep("seed=3", "activation=relu", *mine)
+    assert status == 1
+    assert "mine/chosen holds run" in err
+    assert "activation.name" in err

@@ -117,6 +117,7 @@ def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
     sweep = lost_sight_of
     assert sweep.finish() == 0, sweep.everything
     assert "3 cells, 2 sent before, 1 new; 1 to run" in sweep.output
+    assert re.search(r"waiting also for \d+_0, \d+_1", sweep.output)
     assert re.findall("waited for|run(?= +│ done)", sweep.output) == ["waited for"] * 2 + ["run"]
     sent = sweep.folder.glob("outputs/multirun/.submitit/*/*_submitted.pkl")
     assert len(list(sent)) == 3

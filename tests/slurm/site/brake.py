@@ -20,7 +20,7 @@ class Brake(L.Callback):
     Args:
         folder: where these files are.
         seed: of this run.
-        unlucky: the seed whose run raises when it would be held.
+        unlucky: the seed whose run raises when it is released.
     """
 
     def __init__(self, folder: str, seed: int, unlucky: int | None = None) -> None:
@@ -39,10 +39,10 @@ class Brake(L.Callback):
             with open(self._folder / str(self._seed), "a") as file:
                 file.write(f"{self._began_at} {_job()} {os.getpid()}\n")
             self._began_at = None
-        if self._seed == self._unlucky:
-            raise RuntimeError("this run has no luck")
         if not (self._folder / "release").exists():
             time.sleep(PAUSE_S)
+        elif self._seed == self._unlucky:
+            raise RuntimeError("this run has no luck")
 
 
 def _job() -> str:
