@@ -1,18 +1,24 @@
 """The jobs of a sweep in SLURM's queue, which alone says whether one still waits or is at work."""
 
+import logging
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from nerve.cli.text import say
 from nerve.errors import NerveError
 
 SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
+log = logging.getLogger(__name__)
+
 _SUBMITTED = "_submitted.pkl"
 _LONGEST_PAUSE_S = 60
+_LONGEST_ENDING_S = 120
+_ENDING = "CG"
 
 
 class SentJobs:
@@ -24,14 +30,17 @@ class SentJobs:
 
     Args:
         launcher: the values of `hydra.launcher`; jobs of another launcher are not known.
+        folder: of the sweep.
     """
 
-    def __init__(self, launcher: Mapping[str, Any]) -> None:
-        self._folder: Path | None = None
+    def __init__(self, launcher: Mapping[str, Any], folder: Path) -> None:
+        self._folder = os.path.abspath(folder)
+        self._overrides: dict[str, Sequence[str]] = {}
+        self._files: Path | None = None
         if launcher["_target_"] == SUBMITIT_SLURM:
-            self._folder = Path(launcher["submitit_folder"])
-            _make_submitit_ask_the_queue()
-        self._overrides: dict[str, list[str]] = {}
+            self._files = Path(launcher["submitit_folder"])
+            self._squeue = _squeue(launcher)
+            _make_submitit_ask_the_queue(self._squeue)
 
     def open(self) -> dict[str, str]:
         """The ids of those that are queued or at work, by each override that they were given.
@@ -39,17 +48,29 @@ class SentJobs:
         Raises:
             NerveError: if SLURM does not answer.
         """
-        files = self._files()
-        if not files:
-            return {}
-        queue = _ask_the_queue()
-        for job_id in files.keys() & queue - self._overrides.keys():
-            self._overrides[job_id] = _overrides(files[job_id])
         return {
-            override: job_id
-            for job_id in files.keys() & queue
-            for override in self._overrides[job_id]
+            override: job_id for job_id in self._queue() for override in self._overrides[job_id]
         }
+
+    def settle(self) -> None:
+        """Returns once SLURM is not about to end one, or after two minutes.
+
+        A run that was told to go stays until it is killed, as SLURM requeues a job only then; in
+        the meantime none can tell whether its job comes back.
+        """
+        until = time.monotonic() + _LONGEST_ENDING_S
+        said = False
+        while (ending := self._ending()) and time.monotonic() < until:
+            if not said:
+                say(f"SLURM is ending {', '.join(sorted(ending))}; waiting to see what comes back")
+            said = True
+            time.sleep(1.0)
+
+    def _ending(self) -> list[str]:
+        try:
+            return [job_id for job_id, state in self._queue().items() if state == _ENDING]
+        except NerveError:  # whoever needs an answer asks again
+            return []
 
     def wait(self, overrides: Set[str]) -> None:
         """Returns once no job that was given one of these overrides is queued or at work."""
@@ -61,40 +82,58 @@ class SentJobs:
     def _may_be_open(self, overrides: Set[str]) -> bool:
         try:
             return bool(overrides & self.open().keys())
-        except NerveError:  # it will answer again
+        except NerveError as error:
+            log.warning("%s", error)
             return True
 
-    def _files(self) -> dict[str, Path]:
-        """What submitit keeps of each job, by the job's id."""
-        if self._folder is None:
+    def _queue(self) -> dict[str, str]:
+        """The states of the jobs of the sweep that the queue has, by their ids."""
+        files = self._submitted()
+        known = files.keys() | self._overrides.keys()
+        if not known:
             return {}
-        pattern = f"{self._folder.name.replace('%j', '*')}/*{_SUBMITTED}"
-        files = self._folder.parent.glob(pattern)
+        queue = _ask(self._squeue)
+        for job_id in files.keys() & queue.keys() - self._overrides.keys():
+            submission = _load(files[job_id])
+            if submission is not None:
+                self._overrides[job_id] = self._given(submission)
+        return {job_id: queue[job_id] for job_id in self._overrides.keys() & queue.keys()}
+
+    def _submitted(self) -> dict[str, Path]:
+        """What submitit keeps of each job, by the job's id."""
+        if self._files is None:
+            return {}
+        pattern = f"{self._files.name.replace('%j', '*')}/*{_SUBMITTED}"
+        files = self._files.parent.glob(pattern)
         return {path.name.removesuffix(_SUBMITTED): path for path in files}
 
+    def _given(self, submission: Any) -> Sequence[str]:
+        """The overrides of a cell; none, if it is one of another sweep that shares the files."""
+        hydra = submission.function.config.hydra
+        same = os.path.join(hydra.runtime.cwd, hydra.sweep.dir) == self._folder
+        return submission.args[0] if same else ()
 
-def _overrides(file: Path) -> list[str]:
-    """Those that the launcher gave to a job; none if they cannot be told."""
+
+def _load(file: Path) -> Any | None:
+    """What submitit was given to call; None if it cannot be told: what is sent twice runs once."""
     from submitit.core.utils import DelayedSubmission
 
     try:
-        overrides: list[str] = DelayedSubmission.load(file).args[0]
-    except Exception:  # a pickle of another version of anything; what is sent twice runs once
-        return []
-    return overrides
+        return DelayedSubmission.load(file)
+    except Exception:  # a pickle of another version of anything
+        return None
 
 
-def _make_submitit_ask_the_queue() -> None:
+def _make_submitit_ask_the_queue(squeue: list[str]) -> None:
     """Lets submitit, in this process, take a job for ended once the queue does not have it."""
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
     class Watcher(SlurmInfoWatcher):
         def _make_command(self) -> list[str]:
-            return _squeue()
+            return squeue
 
         def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-            text = string if isinstance(string, str) else string.decode()
-            queue = text.split()
+            queue = _parsed(string if isinstance(string, str) else string.decode())
             return {
                 job_id: {"State": "RUNNING" if job_id in queue else "ENDED"}
                 for job_id in self._registered - self._finished
@@ -103,23 +142,31 @@ def _make_submitit_ask_the_queue() -> None:
     SlurmJob.watcher = Watcher(delay_s=_LONGEST_PAUSE_S)
 
 
-def _ask_the_queue() -> set[str]:
+def _ask(squeue: list[str]) -> dict[str, str]:
     try:
-        answer = subprocess.run(_squeue(), capture_output=True, text=True, check=True)
+        answer = subprocess.run(squeue, capture_output=True, text=True, check=True)
     except subprocess.CalledProcessError as error:
         raise NerveError(
-            "What a sweep has sent to SLURM must be known before it sends more; squeue says: "
-            f"{error.stderr.strip() or error}. Nothing was sent; try again, on a machine of the "
-            "cluster."
+            "What becomes of the jobs that a sweep has sent is asked of squeue, on a machine of "
+            f"the cluster; it says: {error.stderr.strip() or error}. Try again."
         ) from error
-    return set(answer.stdout.split())
+    return _parsed(answer.stdout)
 
 
-def _squeue() -> list[str]:
-    """The command that prints the id of each job of this user that is queued or at work.
+def _parsed(answer: str) -> dict[str, str]:
+    """The short state of each job."""
+    lines = (line.split() for line in answer.splitlines())
+    return {line[0]: line[1] for line in lines if len(line) == 2}
+
+
+def _squeue(launcher: Mapping[str, Any]) -> list[str]:
+    """The command that prints id and state of each job of this user that is queued or at work.
 
     Those that are just being requeued, suspended or held are among them.
     """
     filters = [f"--unset={name}" for name in os.environ if name.startswith("SQUEUE_")]
     mine = ["--all", "--array", f"--user={os.getuid()}"]
-    return ["env", *filters, "squeue", "--noheader", "--format=%i", *mine]
+    where = (launcher.get("additional_parameters") or {}).get("clusters")
+    where = where or os.environ.get("SBATCH_CLUSTERS")
+    clusters = [f"--clusters={where}"] if where else []
+    return ["env", *filters, "squeue", "--noheader", "--format=%i %t", *mine, *clusters]

@@ -1,6 +1,7 @@
 """A sweep: every cell of a grid composed, what is left to do run, and all of them accounted for."""
 
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.cluster import SUBMITIT_SLURM, SentJobs
-from nerve.cli.compose import resolved
+from nerve.cli.compose import depends_on_place, resolved
 from nerve.cli.devices import check_counted, check_devices
 from nerve.cli.grid import Cell, check_values, compose_grid
 from nerve.cli.local import run_here
 from nerve.cli.outcome import Report
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.results.atomic import refusals_named
-from nerve.results.state import RunState
+from nerve.results.state import FRESH, RunState, run_state
 from nerve.values import require
 
 NAME = "hydra_plugins.nerve.CellSweeper"
@@ -41,11 +42,13 @@ class CellSweeper(Sweeper):
 
     Each cell is composed first, so that its directory is known, and what that holds decides: runs
     that are done, at work or the same as another cell are left out, interrupted ones go on, failed
-    ones are left unless `retry` is set. How the cells ended is read from their directories.
+    ones are left unless `retry` is set. Those that an earlier command has sent to a cluster, and
+    whose jobs are queued or at work, are waited for. How the cells ended is read from their
+    directories.
 
     On this machine each cell runs in a process of its own. The launchers `basic` and `joblib`,
     which would run cells in processes that they share, are asked only how many run at once; any
-    other launcher gets the cells that are left to do.
+    other launcher gets the cells that are left to do and not yet sent.
 
     Args:
         max_batch_size: how many cells another launcher gets at once; None for all.
@@ -88,6 +91,8 @@ class CellSweeper(Sweeper):
             SweepError: when it ends with cells that are not done, after the summary.
             ConfigError: for what a sweep cannot do, and for a cell that cannot be composed; nothing
                 is started then.
+            NerveError: when SLURM does not say what became of the jobs that were sent before;
+                nothing is started then.
         """
         assert self.config is not None
         assert self.hydra_context is not None
@@ -101,19 +106,17 @@ class CellSweeper(Sweeper):
         given = [f"{key}={values}" for key, values in self._params.items()]
         overrides = parser.parse_overrides([*given, *arguments])
         (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        cells = compose_grid(loader, self.config, grid)
         launcher = resolved(self.config.hydra.launcher)
+        folder = Path(str(self.config.hydra.sweep.dir))
+        jobs = SentJobs(launcher, folder)
+        jobs.settle()
+        cells = compose_grid(loader, self.config, grid)
         for cell in cells:
             _refuse_devices(cell, launcher)
-        folder = Path(str(self.config.hydra.sweep.dir))
         with refusals_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
-        jobs = SentJobs(launcher)
-        open_jobs = jobs.open()
-        for cell in cells:
-            if cell.is_to_do or cell.found == RunState.ALIVE:
-                cell.job = open_jobs.get(_place(cell))
+        _find_jobs(cells, jobs)
         report = Report(folder, cells)
         report.begin()
         to_do = [cell for cell in cells if cell.is_to_do]
@@ -123,10 +126,10 @@ class CellSweeper(Sweeper):
             report.end(signum)
         else:
             sent = [cell for cell in cells if cell.job is not None]
-            ended = self._hand_over(to_do, sent, jobs)
+            signum, errors = self._hand_over(to_do, sent, jobs)
             for cell in [*to_do, *sent]:
                 _refuse_other_values(cell)
-            report.end(*ended)
+            report.end(signum, errors)
 
     def _hand_over(
         self, cells: Sequence[Cell], sent: Sequence[Cell], jobs: SentJobs
@@ -149,6 +152,7 @@ class CellSweeper(Sweeper):
                     errors.append(error)
                     jobs.wait({_place(cell) for cell in batch})
             jobs.wait({_place(cell) for cell in sent})
+            _wait_for_silence([*cells, *sent])
         except KeyboardInterrupt:
             errors.append(NerveError("no longer waited for; what it has sent goes on"))
             return signal.SIGINT, errors
@@ -163,7 +167,37 @@ def _refuse_devices(cell: Cell, launcher: Mapping[str, Any]) -> None:
             cell.refusal = str(error)
 
 
+def _find_jobs(cells: Sequence[Cell], jobs: SentJobs) -> None:
+    """Finds the jobs that an earlier command has sent for cells and that will still run them."""
+    ended = (RunState.DONE, RunState.FAILED)
+    waiting = [
+        cell
+        for cell in cells
+        if cell.twin is None and cell.refusal is None and cell.found not in ended
+    ]
+    open_jobs = jobs.open() if waiting else {}
+    for cell in waiting:
+        cell.job = open_jobs.get(_place(cell))
+
+
+def _wait_for_silence(cells: Sequence[Cell]) -> None:
+    """For a minute a run whose node was lost looks alive: its heart has just beaten."""
+    until = time.monotonic() + FRESH.total_seconds()
+    while time.monotonic() < until and any(map(_is_alive, cells)):
+        time.sleep(1.0)
+
+
+def _is_alive(cell: Cell) -> bool:
+    try:
+        return run_state(cell.directory) == RunState.ALIVE
+    except StoreError:
+        return False
+
+
 def _refuse_other_values(cell: Cell) -> None:
+    """A job of another cell may have come first, where directories are chosen by hand."""
+    if depends_on_place(cell.config):
+        return
     try:
         check_values(cell)
     except StoreError as error:

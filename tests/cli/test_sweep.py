@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from nerve import cores
 from nerve.cli import local
 from nerve.results.lock import RunLock
 from nerve.results.record import RunRecord
-from nerve.results.state import RunState, run_state
+from nerve.results.state import FRESH, RunState, run_state
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 FOLDER = Path("outputs/multirun")
@@ -344,22 +345,55 @@ def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sw
     assert status == 0
 
 
-class ComesTooLate(Launcher):
-    """Finds that another command's job has ended in the directory meanwhile."""
+class FindsARun(Launcher):
+    """Meanwhile the directory of the cell has got the run that is in `other`."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
     def launch(self, job_overrides, initial_job_idx):
         shutil.copytree("other/chosen", "mine/chosen")
-        raise RuntimeError("the job refused")
+        raise RuntimeError("the job was killed")
 
 
-def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_cells(sweep, monkeypatch):
-    assert sweep("seed=3", "hydra.sweep.dir=other", "hydra.sweep.subdir=chosen")[0] == 0
-    name = "hydra_plugins.comes_too_late.ComesTooLate"
-    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, ComesTooLate)
-    mine = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=chosen", f"hydra.launcher._target_={name}"]
-    status, _, err = sweep("seed=3", "activation=relu", *mine)
+@pytest.fixture
+def finds_a_run(sweep, monkeypatch):
+    """A sweep of one cell whose launcher is `FindsARun`, after one into `other`."""
+    name = "hydra_plugins.finds_a_run.FindsARun"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, FindsARun)
+
+    def call(first: list[str], second: list[str], between: Callable[[], None]):
+        chosen = ["seed=3", "hydra.sweep.subdir=chosen"]
+        assert sweep(*chosen, "hydra.sweep.dir=other", *first)[0] == 0
+        between()
+        return sweep(*chosen, "hydra.sweep.dir=mine", f"hydra.launcher._target_={name}", *second)
+
+    return call
+
+
+def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_cells(finds_a_run):
+    status, _, err = finds_a_run([], ["activation=relu"], lambda: None)
     assert status == 1
     assert "mine/chosen holds run" in err
     assert "activation.name" in err
+
+
+def test_values_that_depend_on_the_machine_may_be_others_there(finds_a_run, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/there")
+    place = ["data.corpus.roots=[${oc.env:SCRATCH}/code]"]
+    status, out, err = finds_a_run(place, place, lambda: monkeypatch.setenv("SCRATCH", "/here"))
+    assert status == 0, err
+    assert "0 the only one run done" in out
+
+
+def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(finds_a_run):
+    """It is seen once the heartbeat is old: here, in two seconds."""
+
+    def lose_the_node() -> None:
+        beat = datetime.now(UTC) - FRESH + timedelta(seconds=2)
+        record = RunRecord.load("other/chosen")
+        heartbeat = beat.isoformat(timespec="seconds")
+        record.update(run_status="running", host="elsewhere", heartbeat=heartbeat)
+
+    status, _, err = finds_a_run([], [], lose_the_node)
+    assert status == 1
+    assert "0 (the only one): killed" in err

@@ -98,15 +98,18 @@ def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, 
 
 @pytest.fixture(scope="module")
 def lost_sight_of(cluster, new_sweep, local):
-    """A command that is killed while one of its runs is at work and another queued, sent again with
-    one run more.
+    """A command is killed while one of its runs is being cancelled, one at work and one queued, and
+    is sent again with one run more.
     """
     sweep = new_sweep("lost")
-    sweep.send("seed=0,1", sweep.brake(), "hydra.launcher.array_parallelism=1")
-    sweep.wait_for_start(0)
+    where = "+hydra.launcher.additional_parameters.clusters=nerve"
+    sweep.send("seed=0,1,2", sweep.brake(), where, "hydra.launcher.array_parallelism=2")
+    cancelled = sweep.wait_for_start(0)
+    sweep.wait_for_start(1)
+    cluster.call("scancel", cancelled.job)
     sweep.abandon()
-    sweep.send("seed=0,1,2", sweep.brake())
-    sweep.wait_for_start(2)
+    sweep.send("seed=0,1,2,3", sweep.brake(), where)
+    sweep.wait_for_start(0, number=2)
     sweep.release()
     return sweep
 
@@ -116,13 +119,14 @@ def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
 ):
     sweep = lost_sight_of
     assert sweep.finish() == 0, sweep.everything
-    assert "3 cells, 2 sent before, 1 new; 1 to run" in sweep.output
-    assert re.search(r"waiting also for \d+_0, \d+_1", sweep.output)
-    assert re.findall("waited for|run(?= +│ done)", sweep.output) == ["waited for"] * 2 + ["run"]
+    assert "4 cells, 1 interrupted, 2 sent before, 1 new; 2 to run" in sweep.output
+    assert re.search(r"waiting also for \d+_1, \d+_2", sweep.output)
+    deeds = re.findall("waited for|resumed|run(?= +│ done)", sweep.output)
+    assert deeds == ["resumed", "waited for", "waited for", "run"]
     sent = sweep.folder.glob("outputs/multirun/.submitit/*/*_submitted.pkl")
-    assert len(list(sent)) == 3
-    for seed in range(3):
-        assert sweep.records()[seed].restarts == 0
+    assert len(list(sent)) == 5
+    for seed in range(4):
+        assert sweep.records()[seed].restarts == (1 if seed == 0 else 0)
         assert_same_rows(sweep, seed)
 
 
