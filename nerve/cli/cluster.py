@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmL
 log = logging.getLogger(__name__)
 
 _SUBMITTED = "_submitted.pkl"
-_LONGEST_PAUSE_S = 60
+_LONGEST_PAUSE_S = 60  # from one question to the queue to the next
 _LONGEST_ENDING_S = 120
-_ENDING = "CG"
+_ENDING = "CG"  # completing: its processes are being ended, or have just been
 
 
 class SentJobs:
@@ -35,7 +35,7 @@ class SentJobs:
 
     def __init__(self, launcher: Mapping[str, Any], folder: Path) -> None:
         self._folder = os.path.abspath(folder)
-        self._overrides: dict[str, Sequence[str]] = {}
+        self._overrides: dict[str, list[str]] = {}
         self._files: Path | None = None
         if launcher["_target_"] == SUBMITIT_SLURM:
             self._files = Path(launcher["submitit_folder"])
@@ -77,7 +77,7 @@ class SentJobs:
         pause = 1.0
         while overrides and self._may_be_open(overrides):
             time.sleep(pause)
-            pause = min(1.1 * pause, float(_LONGEST_PAUSE_S))
+            pause = min(1.1 * pause, _LONGEST_PAUSE_S)
 
     def _may_be_open(self, overrides: Set[str]) -> bool:
         try:
@@ -94,9 +94,11 @@ class SentJobs:
             return {}
         queue = _ask(self._squeue)
         for job_id in files.keys() & queue.keys() - self._overrides.keys():
-            submission = _load(files[job_id])
-            if submission is not None:
-                self._overrides[job_id] = self._given(submission)
+            given = _load(files[job_id])
+            if given is not None:
+                folder, overrides = given
+                # Sweeps may share the place of these files.
+                self._overrides[job_id] = overrides if folder == self._folder else []
         return {job_id: queue[job_id] for job_id in self._overrides.keys() & queue.keys()}
 
     def _submitted(self) -> dict[str, Path]:
@@ -107,19 +109,19 @@ class SentJobs:
         files = self._files.parent.glob(pattern)
         return {path.name.removesuffix(_SUBMITTED): path for path in files}
 
-    def _given(self, submission: Any) -> Sequence[str]:
-        """The overrides of a cell; none, if it is one of another sweep that shares the files."""
-        hydra = submission.function.config.hydra
-        same = os.path.join(hydra.runtime.cwd, hydra.sweep.dir) == self._folder
-        return submission.args[0] if same else ()
 
+def _load(file: Path) -> tuple[str, list[str]] | None:
+    """The folder of the sweep that a job belongs to, and the overrides that it was given.
 
-def _load(file: Path) -> Any | None:
-    """What submitit was given to call; None if it cannot be told: what is sent twice runs once."""
+    None if they cannot be told: what is sent twice runs once.
+    """
     from submitit.core.utils import DelayedSubmission
 
     try:
-        return DelayedSubmission.load(file)
+        submission: Any = DelayedSubmission.load(file)
+        hydra = submission.function.config.hydra
+        folder = os.path.abspath(os.path.join(hydra.runtime.cwd, hydra.sweep.dir))
+        return folder, list(submission.args[0])
     except Exception:  # a pickle of another version of anything
         return None
 

@@ -16,7 +16,7 @@ class SentLauncher:
     """What submitit keeps of Hydra's launcher, as far as it counts here."""
 
     def __init__(self, folder: Path) -> None:
-        hydra = {"runtime": {"cwd": str(folder.parent)}, "sweep": {"dir": folder.name}}
+        hydra = {"runtime": {"cwd": str(folder.parent)}, "sweep": {"dir": f"./{folder.name}"}}
         self.config = OmegaConf.create({"hydra": hydra})
 
     def __call__(self) -> None: ...
@@ -116,8 +116,9 @@ def test_what_slurm_is_ending_is_awaited_before_anything_is_decided(
 
 def test_whether_jobs_are_ending_may_stay_unknown(jobs, queue):
     """A sweep of which all is done needs no SLURM."""
-    queue("no socket")
+    calls = queue("no socket")
     jobs.settle()
+    assert len(calls.read_text().splitlines()) == 1
 
 
 def test_a_job_that_does_not_end_is_awaited_for_two_minutes(jobs, queue, monkeypatch):
