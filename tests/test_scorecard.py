@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from nerve.results import RunRecord, RunStore
 
@@ -21,7 +22,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 RUNS = DOCS / "runs"
 PAGE = DOCS / "findings.md"
 FOUR = ["se_pre", "se_post", "pr_pre", "pr_post"]
-PRELN_GELU = {"normalization.kind": "layernorm", "activation.name": "gelu"}
+COMPARED = {
+    "PreLN GELU": {"normalization__kind": "layernorm", "activation__name": "gelu"},
+    "norm-free ReLU": {
+        "normalization__kind": "none",
+        "activation__name": "relu",
+        "optimizer__lr": 5e-4,
+    },
+}
+"""The designs of claims 4 and 5."""
 
 
 @pytest.fixture(scope="module")
@@ -140,31 +149,70 @@ def test_claim_2_has_the_losses_of_both_activations(text):
 
 
 @pytest.mark.parametrize("metric", FOUR)
-def test_claim_4_has_the_correlations_within_runs_in_three_windows(text, metric):
-    where = {name.replace(".", "__"): value for name, value in PRELN_GELU.items()}
+@pytest.mark.parametrize("design", COMPARED)
+def test_claim_4_has_the_correlations_within_runs_in_three_windows(text, metric, design):
     windows: dict[str, list[float]] = {"all": [], "late": [], "changes": []}
-    for _, run in rows_of("ffn_width_gpu", **where).groupby("run_id"):
+    for _, run in rows_of("ffn_width_gpu", **COMPARED[design]).groupby("run_id"):
         points = run.groupby("step")[[metric, "val_loss"]].mean()
         late = points[points.index >= run["warm_steps"].iloc[0]]
         for name, series in (("all", points), ("late", late), ("changes", late.diff().dropna())):
             windows[name].append(np.corrcoef(series[metric], series["val_loss"])[0, 1])
     short = f"{metric[:2].upper()}_{metric[3:]}"
-    shown = cells(block(text, "claim 4"), "PreLN GELU", short)
+    shown = cells(block(text, "claim 4"), design, short)
     for cell, values in zip(shown, windows.values(), strict=True):
         expected = [float(np.median(values)), min(values), max(values)]
         assert says(cell, expected), (cell, expected)
 
 
 @pytest.mark.parametrize("metric", FOUR)
-def test_claim_5_has_the_correlations_across_widths_with_their_intervals(text, metric):
-    where = {name.replace(".", "__"): value for name, value in PRELN_GELU.items()}
-    rows = at_end(rows_of("ffn_width", **where))
+@pytest.mark.parametrize("design", COMPARED)
+def test_claim_5_has_the_correlations_across_widths_with_their_intervals(text, metric, design):
+    rows = at_end(rows_of("ffn_width_gpu", **COMPARED[design]))
     points = rows.groupby("ffn.width")[[metric, "val_loss"]].mean()
     r = np.corrcoef(points[metric], points["val_loss"])[0, 1]
     half = 1.959963984540054 / math.sqrt(len(points) - 3)
     expected = [r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)]
     short = f"{metric[:2].upper()}_{metric[3:]}"
-    assert says(cells(block(text, "claim 5"), f"PreLN GELU: r of {short}")[1], expected)
+    rate = f"{rows['optimizer.lr'].iloc[0]:g}"
+    shown = cells(block(text, "claim 5"), design, rate, short)
+    assert says(shown[0], expected)
+    assert says(shown[1], [points.corr("spearman").iloc[0, 1]])
+    assert shown[2] == "8"
+    checked = [row for row in block(text, "claim 5").splitlines() if f"{design}: r of " in row]
+    assert all(shown[0] in row for row in checked if short in row)
+
+
+@pytest.mark.parametrize("constraint", ["spectral_norm", "weight_norm", "hyperspherical", "none"])
+def test_claim_8_has_the_loss_and_the_flatness_of_each_constraint(text, constraint):
+    sweep = "normfree_gpu" if constraint == "none" else "ffn_constraint_gpu"
+    norm_free = {"normalization__kind": "none", "activation__name": "gelu"}
+    seeds = at_end(rows_of(sweep, ffn__constraint=constraint, **norm_free)).groupby("seed")
+    losses, flatness = seeds["val_loss"].first(), seeds["eee_post"].mean()
+    shown = cells(block(text, "claim 8"), constraint.replace("_", " "), "")
+    loss = cells(block(text, "claim 8"), constraint.replace("_", " "))[0]
+    assert says(loss, mean_and_range(losses))
+    assert says(shown[0], mean_and_range(flatness))
+    assert shown[-1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [("pre", "PreLN"), ("mix", "MixLN"), ("post", "PostLN")]
+)
+def test_claim_9_has_the_exponents_of_the_widths(text, place, name):
+    setting = {"optimizer__lr": 5e-4, "optimizer__schedule__warmup": 0.2}
+    rows = at_end(rows_of("norm_placement_gpu", normalization__placement=place, **setting))
+    means = rows.groupby(["ffn.width", "seed"])["pr_post"].mean()
+    logs = np.log(means).groupby("ffn.width").mean()
+    assert list(logs.index) == [1, 2, 4, 8]
+    fit = stats.linregress(np.log(logs.index), logs)
+    half = stats.t.ppf(0.975, 2) * fit.stderr
+    expected = [fit.slope, fit.slope - half, fit.slope + half]
+    measured = cells(block(text, "claim 9"), "exponent of PR_post over d_ff")[1]
+    (own,) = [part for part in re.split(r", (?=[A-Z])", measured) if part.startswith(name)]
+    assert says(own, expected)
+    assert says(
+        cells(block(text, "claim 9"), name, "8", "0.0005", "0.2", "0")[1], [means[8].iloc[0]]
+    )
 
 
 def test_claim_10_has_the_middle_and_the_last_third_of_twelve_layers(text):

@@ -35,6 +35,7 @@ from nerve.values import from_mapping
 
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 SCALES = ("cpu", "gpu")
+RUNS = SWEEPS.parent / "docs/runs"
 QUESTIONS = {
     *("activation", "normfree", "ffn_constraint", "norm_placement", "ffn_width", "position"),
     *("gated", "optimizer", "mixer_activation", "mixer_optimizer", "llama_scale"),
@@ -303,16 +304,33 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(scale):
 
 def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
     losses: dict[str, dict[float, float]] = {}
-    for path in (SWEEPS.parent / "docs/runs/optimizer_gpu").glob("*/run.json"):
+    for path in (RUNS / "optimizer_gpu").glob("*/run.json"):
         run = json.loads(path.read_text())
         if run["seed"] == 0:
             of_rates = losses.setdefault(run["config"]["optimizer"]["name"], {})
             of_rates[run["config"]["optimizer"]["lr"]] = run["final"]["val_loss"]
     rates = {cell.optimizer.name: cell.optimizer.lr for cell in composed("optimizer", "gpu").cells}
-    assert {"adamw", "sgd", "muon", "dion"} <= set(losses)
+    assert set(losses) == set(rates)
     for name, of_rates in losses.items():
         assert len(of_rates) >= 3
         assert rates[name] == min(of_rates, key=of_rates.__getitem__)
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RUNS.iterdir()))
+def test_the_runs_of_the_study_are_those_that_the_commands_in_the_headers_start(folder):
+    """Every cell of the sweep is there, so that a copy of the folder leaves nothing to run."""
+    name = folder.removesuffix("_gpu")
+    if name not in NAMES:
+        assert folder == "normfree_rates_gpu", "a sweep of its own has a file of its own"
+        return
+    sweep = composed(name, "gpu" if folder.endswith("_gpu") else "cpu")
+    wanted = set()
+    for cell, seed in itertools.product(sweep.cells, sweep.seeds):
+        with_seed = deepcopy(cell)
+        with_seed.seed = seed
+        wanted.add(identity(with_seed))
+    assert len(wanted) == sweep.n_runs
+    assert wanted <= {path.parent.name for path in (RUNS / folder).glob("*/run.json")}
 
 
 def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from claims.width import at_their_rates
 from evidence import Evidence, Sweep
 from figures_by_factor import constraint, mixer, normfree, optimizer, placement, position
 from matplotlib.axes import Axes
@@ -65,10 +66,10 @@ def draw(runs: Path, folder: Path) -> list[Path]:
         "overview": (overview, ["activation_gpu"]),
         "activation": (activation, ["activation_gpu"]),
         "depth": (depth, ["activation_gpu"]),
-        "width": (width, ["ffn_width"]),
+        "width": (width, ["ffn_width_gpu"]),
         "normfree": (normfree, ["normfree_gpu"]),
-        "constraint": (constraint, ["ffn_constraint", "normfree"]),
-        "placement": (placement, ["norm_placement"]),
+        "constraint": (constraint, ["ffn_constraint_gpu", "normfree_gpu"]),
+        "placement": (placement, ["norm_placement_gpu"]),
         "position": (position, ["position_gpu"]),
         "optimizer": (optimizer, ["optimizer_gpu"]),
         "mixer": (mixer, ["mixer_activation", "mixer_optimizer"]),
@@ -139,7 +140,7 @@ def depth(sweep: Sweep) -> Figure:
 
 def width(sweep: Sweep) -> Figure:
     """Final metrics against final loss over widths; below, correlations over steps in each run."""
-    sweep = sweep.by("normalization.kind", "activation.name")
+    sweep = at_their_rates(sweep)
     title = "Metrics and loss: above across widths, below within runs"
     figure, axes = panels(2, 4, title, f"GPT, {caption(sweep)}; numbers: ffn.width", height=2.6)
     across = correlate_across_runs(sweep.points, ["level"], names=RELATED)

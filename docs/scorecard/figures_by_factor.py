@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from claims.mixer import best_rates as best_mixer_rates
 from claims.optimizer import best_rates
+from claims.position import in_setting
 from evidence import Sweep, last_step
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from panels import (
     OLIVE,
     ORANGE,
     PINK,
+    POINT,
     SKY,
     WINE,
     Styles,
@@ -107,32 +109,29 @@ def constraint(sweep: Sweep) -> Figure:
 
 def placement(sweep: Sweep) -> Figure:
     """PR_post (mean over layers) and loss over d_ff, with the power law of each placement."""
-    sweep = sweep.by("normalization.placement", "optimizer.lr")
-    rates = sorted(sweep.points["optimizer.lr"].unique())
-    looks = {
-        f"{place} {rate:g}": {**look, "marker": "o", "markersize": 4, "linestyle": dash}
-        for rate, dash in zip(rates, DASHES, strict=False)
-        for place, look in PLACEMENTS.items()
-    }
-    styles = present(looks, sweep.ok)
+    everything = sweep.by("normalization.placement")
+    sweep = in_setting(everything)
+    styles = present(PLACEMENTS, sweep.ok)
     title = "PR post over the width of the FFN, by placement of the norm"
     figure, axes = panels(1, 2, title, f"GPT, {caption(sweep)}", width=8.4, height=2.9)
     for panel, name in zip(axes, ("pr_post", "val_loss"), strict=True):
         for level, style in styles.items():
-            own = sweep.ok[sweep.ok["level"] == level].sort_values("d_ff")
-            panel.plot(own["d_ff"], own[name], **style)
+            own = sweep.ok[sweep.ok["level"] == level]
+            panel.plot(own["d_ff"], own[name], **{**POINT, **style})
+            mean = own.groupby("d_ff")[name].mean()
+            panel.plot(mean.index, mean, **style)
         _widths(panel, sweep.points["d_ff"].dropna())
         panel.set_ylabel(axis_label(name), fontsize=8)
         panel.set_title(f"{short_name(name)}, last step", fontsize=8)
-    scale_by_ratio(axes[0], sweep.points["pr_post"].dropna())
-    more = _flagged(axes[0], sweep.points)
+    more = _flagged(axes[0], everything.points)
+    scale_by_ratio(axes[0], everything.points["pr_post"].dropna())
     axes[0].margins(x=0.15, y=0.1)
     fits = fit_width_scaling(sweep.points, ["level"], names=["pr_post"])
     exponents = fits.set_index("level")["exponent"]
     names = {}
     for level, style in styles.items():
         law = "" if pd.isna(exponents[level]) else f": exponent {exponents[level]:.2f}"
-        names[f"{level.replace(' ', ', lr ')}{law}"] = style
+        names[f"{level}{law}"] = style
     legend(figure, names, *more, n_columns=3)
     return figure
 

@@ -116,7 +116,7 @@ def _runs(evidence: Evidence) -> str:
     table = markdown(header, [[name, *_about(sweep)] for name, sweep in sweeps.items()])
     note = (
         "A Mixer's tokens are images. Wall time: while at least one run of the sweep was at work, "
-        "beside runs of other sweeps but for activation_gpu; tokens/s: of all runs in that time. "
+        "mostly beside runs of other sweeps; tokens/s: of all runs in that time. "
         "Measuring, with validation, is a share of the training. A + after a commit: with changes."
     )
     flagged = [line for name, sweep in sweeps.items() for line in _flagged(name, sweep)]

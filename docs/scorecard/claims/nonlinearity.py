@@ -30,7 +30,7 @@ def reinjection(evidence: Evidence) -> Finding:
     at_start = sweep.all_layers
     at_start = at_start[at_start["level"].isin(PAPER_SHIFTS) & (at_start["step"] == 0)]
     counts = [("step 0", at_start), ("last step", nonlinear)]
-    gated = evidence.sweep("gated") if evidence.has(["gated"]) else None
+    gated = evidence.sweep("gated_gpu") if evidence.has(["gated_gpu"]) else None
     if gated is not None:
         own = gated.where(gated.runs["ffn.gated"].astype(bool))
         counts.append((f"gated, {own.scale()}", own.layers))

@@ -121,7 +121,7 @@ def overcompensation(evidence: Evidence) -> Finding:
 
 def constraints(evidence: Evidence) -> Finding:
     """Claim 8: the order of losses, and whether that of EEE_post is the same."""
-    sweep = evidence.sweep("ffn_constraint", "normfree")
+    sweep = evidence.sweep("ffn_constraint_gpu", "normfree_gpu")
     runs = sweep.runs
     norm_free_gelu = (runs["normalization.kind"] == "none") & (runs["activation.name"] == "gelu")
     sweep = sweep.where(norm_free_gelu).by("ffn.constraint")

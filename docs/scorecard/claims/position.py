@@ -9,8 +9,8 @@ from wording import interval, label, mean, mean_perplexity, number, perplexity, 
 from nerve import fit_width_scaling
 
 PLACEMENTS = ("pre", "mix", "post")
-RATE = 1e-3
-"""At which all placements are compared."""
+SETTING = {"optimizer.lr": 5e-4, "optimizer.schedule.warmup": 0.2}
+"""In which all placements are compared."""
 
 WIDTHS = (8, 4)
 """Where one seed decides: the widest, if the next agrees."""
@@ -20,8 +20,8 @@ POSITIONS = ("rope", "learned", "none")
 
 def norm_placement(evidence: Evidence) -> Finding:
     """Claim 9: PR_post of the placements at width 8, and its exponent over d_ff."""
-    everything = evidence.sweep("norm_placement").by("normalization.placement", "ffn.width")
-    sweep = everything.where(everything.runs["optimizer.lr"] == RATE)
+    everything = evidence.sweep("norm_placement_gpu").by("normalization.placement", "ffn.width")
+    sweep = in_setting(everything)
     checks = [
         _at_both_widths(sweep, "pre", "mix", "1822, 233"),
         _at_both_widths(sweep, "mix", "post", "233, 71"),
@@ -32,9 +32,9 @@ def norm_placement(evidence: Evidence) -> Finding:
         for place in PLACEMENTS
     )
     tables = [_placements(everything)]
-    if evidence.has(["norm_placement_gpu"]):
-        larger = evidence.sweep("norm_placement_gpu")
-        tables.append(_placements(larger.by("normalization.placement", "ffn.width")))
+    if evidence.has(["norm_placement"]):
+        smaller = evidence.sweep("norm_placement")
+        tables.append(_placements(smaller.by("normalization.placement", "ffn.width")))
     return Finding.of(f"PR_post at width {WIDTHS[0]}: {measured}", sweep, checks, tables)
 
 
@@ -83,6 +83,11 @@ def position(evidence: Evidence) -> Finding:
         f"{label(level)} {mean_perplexity(own['loss'])}" for level, own in samples.items()
     )
     return Finding.of(f"perplexity {measured}", sweep, checks, [table])
+
+
+def in_setting(sweep: Sweep) -> Sweep:
+    """The runs in which the placements are compared."""
+    return sweep.where((sweep.runs[list(SETTING)] == SETTING).all(axis=1))
 
 
 def _at_both_widths(sweep: Sweep, greater: str, less: str, paper: str) -> Check:

@@ -14,6 +14,9 @@ FOUR = ("se_pre", "se_post", "pr_pre", "pr_post")
 PRELN = "layernorm gelu"
 NORMFREE = "none relu"
 DESIGNS = {PRELN: "PreLN GELU", NORMFREE: "norm-free ReLU"}
+RATES = {PRELN: 1e-3, NORMFREE: 5e-4}
+"""The highest rate at which a design trains at each of the eight widths."""
+
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU", "identity": "identity, the control"}
 WITHIN = {
     "se_pre": "-0.98 to -0.99",
@@ -32,7 +35,7 @@ ACROSS_LIMIT = -0.9
 
 def within_runs(evidence: Evidence) -> Finding:
     """Claim 4: r of metric and loss over the steps of a run, in three windows."""
-    sweep = _designs(evidence.sweep("ffn_width_gpu"))
+    sweep = at_their_rates(evidence.sweep("ffn_width_gpu"))
     table = _within(sweep)
     own = table[table["level"] == PRELN]
     late = own[own["window"] == "after_warmup"].groupby("metric")["pearson"]
@@ -68,10 +71,12 @@ def within_runs(evidence: Evidence) -> Finding:
 
 def across_widths(evidence: Evidence) -> Finding:
     """Claim 5: r of final metric and final loss over widths, with 95% intervals."""
-    sweep = _designs(evidence.sweep("ffn_width"))
-    designs = average_seeds(sweep.points)
-    table = correlate_across_runs(designs, ["level"], names=FOUR)
-    table = table.set_index(["level", "metric"])
+    everything = _named(evidence.sweep("ffn_width_gpu"))
+    sweep = at_their_rates(everything)
+    designs = average_seeds(everything.points)
+    all_rates = correlate_across_runs(designs, ["level", "optimizer.lr"], names=FOUR)
+    compared = all_rates["optimizer.lr"] == all_rates["level"].map(RATES)
+    table = all_rates[compared].set_index(["level", "metric"])
     checks = [_across(table, PRELN, name) for name in FOUR]
     checks += [_across(table, NORMFREE, name) for name in ("se_post", "pr_post")]
     pre = [_row(table, NORMFREE, name) for name in ("se_pre", "pr_pre")]
@@ -91,15 +96,18 @@ def across_widths(evidence: Evidence) -> Finding:
         )
         for level in DESIGNS
     )
-    tables = [_by_width(sweep)]
-    if evidence.has(["ffn_width_gpu"]):
-        tables.append(_by_width(_designs(evidence.sweep("ffn_width_gpu"))))
+    tables = [_coefficients(all_rates), _by_width(everything)]
     return Finding.of(f"r: {measured}", sweep, checks, tables)
 
 
-def _designs(sweep: Sweep) -> Sweep:
-    sweep = sweep.by("normalization.kind", "activation.name")
-    return sweep.where(sweep.runs["level"].isin(DESIGNS))
+def at_their_rates(sweep: Sweep) -> Sweep:
+    """The runs that are compared, with their design as level."""
+    sweep = _named(sweep)
+    return sweep.where(sweep.runs["optimizer.lr"] == sweep.runs["level"].map(RATES))
+
+
+def _named(sweep: Sweep) -> Sweep:
+    return sweep.by("normalization.kind", "activation.name")
 
 
 def _median(values: pd.Series) -> str:
@@ -156,19 +164,41 @@ def _across(table: pd.DataFrame, level: str, name: str) -> Check:
     )
 
 
-def _by_width(sweep: Sweep) -> Table:
-    designs = average_seeds(sweep.points)
+def _coefficients(table: pd.DataFrame) -> Table:
     rows = [
         [
-            DESIGNS[design["level"]],
-            f"{float(design['ffn.width']):g}",
-            number(design["val_loss"], 4),
-            *(number(design[name]) for name in FOUR),
+            DESIGNS[row["level"]],
+            f"{row['optimizer.lr']:g}",
+            label(row["metric"]),
+            _with_interval(row),
+            coefficient(row["spearman"]),
+            str(row["n"]),
         ]
-        for _, design in designs.sort_values(["level", "ffn.width"]).iterrows()
+        for row in table.to_dict("records")
     ]
     return Table(
-        f"{sweep.scale()}, at the last step, metrics as means over layers",
-        ["design", "width", "loss", *map(label, FOUR)],
+        "Correlation of final metric and final loss over the widths that can be compared",
+        ["design", "learning rate", "metric", "Pearson's r", "Spearman's r", "widths"],
+        rows,
+    )
+
+
+def _by_width(sweep: Sweep) -> Table:
+    order = ["level", "optimizer.lr", "ffn.width"]
+    rows = [
+        [
+            DESIGNS[run["level"]],
+            f"{run['optimizer.lr']:g}",
+            f"{float(run['ffn.width']):g}",
+            number(run["val_loss"], 4),
+            *(number(run[name]) for name in FOUR),
+            run["flag"],
+        ]
+        for _, run in sweep.points.sort_values(order).iterrows()
+    ]
+    return Table(
+        "Every run at its last step, also those that cannot be compared (flag), metrics as means "
+        "over layers",
+        ["design", "learning rate", "width", "loss", *map(label, FOUR), "flag"],
         rows,
     )
