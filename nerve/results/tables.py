@@ -42,13 +42,15 @@ def comparison_tables(
         *_correlations(runs, metrics, points, designs, factors, window),
         _table_of_layers(runs, metrics, factors),
     ]
-    if designs.loc[designs["n_seeds"] > 0, "d_ff"].nunique() > 1:
-        by = [name for name in factors.varying if name not in WIDTHS]
+    by = [name for name in factors.varying if name not in WIDTHS]
+    fits = fit_width_scaling(points, by)
+    fits = fits[fits["n"] > 1]
+    if len(fits):
         caption = (
             "Dimensions used against the width of the FFN: metric = coefficient · d_ff^exponent, "
             "with the 95% interval of the exponent; n counts widths."
         )
-        tables.append(Table("scaling", caption, fit_width_scaling(points, by)))
+        tables.append(Table("scaling", caption, fits))
     return tables
 
 
@@ -58,7 +60,8 @@ def _table_of_runs(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) ->
     own = runs.drop(columns=judged.columns, errors="ignore")
     return Table(
         "runs",
-        "One row a run: its factors, how it ended and its loss.",
+        "One row a run: its factors, how it ended and its loss; data stands for its corpus and "
+        "tokenizer.",
         pd.concat([own, judged], axis=1),
         [
             *("run_id", "sweep", "flag", *factors.varying, "seed", "final_loss", "min_loss"),

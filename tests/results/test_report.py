@@ -284,9 +284,12 @@ def test_both_ffns_of_a_block_have_figures(make, tmp_path, row):
 def test_widths_are_fitted_where_there_are_two(make, tmp_path):
     for width in (1, 2, 4):
         make(str(width), config={"ffn": {"width": width}}, d_ff=4 * width)
+    relu = {"ffn": {"width": 4}, "activation": {"name": "relu"}}
+    make("relu", config=relu, d_ff=16)  # of one width: no line
     content = gather(tmp_path / "runs")
     scaling = table(content, "scaling")
     assert set(scaling["n"]) == {3}
+    assert set(scaling["activation.name"]) == {"gelu"}
     assert "curves_by_ffn.width" in drawings(content)
 
 
