@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims.width import at_their_rates
+from claims.width import RATES, at_their_rates
 from evidence import Evidence, Sweep
 from figures_by_factor import constraint, mixer, normfree, optimizer, placement, position
 from matplotlib.axes import Axes
@@ -156,11 +156,16 @@ def width(sweep: Sweep) -> Figure:
                 above.annotate(f" {end['ffn.width']:g}", (end["val_loss"], end[name]), fontsize=7)
         scatter(above, sweep.ok, "val_loss", name, styles)
         scale_by_ratio(above, sweep.ok[name])
-        texts = ", ".join(_signed(across[level, name]) for level in styles)
-        above.set_title(f"{short_name(name)}, last step\nr over widths {texts}", fontsize=8)
+        texts = ", ".join(
+            f"{DESIGN_NAMES[level].split()[0]} {_signed(across[level, name])}" for level in styles
+        )
+        above.set_title(f"{short_name(name)}, last step\nr: {texts}", fontsize=8)
         _windows(below, within[within["metric"] == name], styles)
         below.set_title(f"{short_name(name)}, over steps", fontsize=8)
-    names = {DESIGN_NAMES[level]: {**POINT, **style} for level, style in styles.items()}
+    names = {
+        f"{DESIGN_NAMES[level]}, lr {RATES[level]:g}": {**POINT, **style}
+        for level, style in styles.items()
+    }
     legend(figure, names)
     return figure
 

@@ -109,24 +109,24 @@ def constraint(sweep: Sweep) -> Figure:
 
 def placement(sweep: Sweep) -> Figure:
     """PR_post (mean over layers) and loss over d_ff, with the power law of each placement."""
-    everything = sweep.by("normalization.placement")
-    sweep = in_setting(everything)
-    styles = present(PLACEMENTS, sweep.ok)
+    compared = in_setting(sweep).by("normalization.placement")
+    styles = present(PLACEMENTS, compared.ok)
     title = "PR post over the width of the FFN, by placement of the norm"
-    figure, axes = panels(1, 2, title, f"GPT, {caption(sweep)}", width=8.4, height=2.9)
+    figure, axes = panels(1, 2, title, f"GPT, {caption(compared)}", width=8.4, height=2.9)
     for panel, name in zip(axes, ("pr_post", "val_loss"), strict=True):
         for level, style in styles.items():
-            own = sweep.ok[sweep.ok["level"] == level]
+            own = compared.ok[compared.ok["level"] == level]
             panel.plot(own["d_ff"], own[name], **{**POINT, **style})
             mean = own.groupby("d_ff")[name].mean()
             panel.plot(mean.index, mean, **style)
-        _widths(panel, sweep.points["d_ff"].dropna())
+        _widths(panel, compared.points["d_ff"].dropna())
         panel.set_ylabel(axis_label(name), fontsize=8)
         panel.set_title(f"{short_name(name)}, last step", fontsize=8)
-    more = _flagged(axes[0], everything.points)
-    scale_by_ratio(axes[0], everything.points["pr_post"].dropna())
+    warm_up = "optimizer.schedule.warmup"
+    more = _flagged(axes[0], sweep.by("normalization.placement", warm_up).points)
+    scale_by_ratio(axes[0], sweep.points["pr_post"].dropna())
     axes[0].margins(x=0.15, y=0.1)
-    fits = fit_width_scaling(sweep.points, ["level"], names=["pr_post"])
+    fits = fit_width_scaling(compared.points, ["level"], names=["pr_post"])
     exponents = fits.set_index("level")["exponent"]
     names = {}
     for level, style in styles.items():
@@ -261,7 +261,7 @@ def _flagged(panel: Axes, points: pd.DataFrame) -> list[Line2D]:
             fontsize=7,
             color=FLAGGED_COLOUR,
         )
-    return [key("flagged, left panel only", **cross)]
+    return [key("flagged, with its warm-up; left panel only", **cross)]
 
 
 def _at_rates(rows: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:

@@ -25,6 +25,7 @@ LABELS = {
     "pre": "PreLN",
     "post": "PostLN",
     "mix": "MixLN",
+    "pre_residual_after_norm": "residual after the norm",
     "weight_norm": "weight norm",
     "spectral_norm": "spectral norm",
     "layernorm": "PreLN",

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from evidence import Evidence, Sweep
 from judgement import Check, Finding, Outcome, Table, above, lower_loss, outcome
-from wording import interval, label, mean, mean_perplexity, number, perplexity, spread
+from wording import interval, label, loss, mean, mean_perplexity, number, perplexity, spread
 
 from nerve import fit_width_scaling
 
@@ -35,6 +35,8 @@ def norm_placement(evidence: Evidence) -> Finding:
     if evidence.has(["norm_placement"]):
         smaller = evidence.sweep("norm_placement")
         tables.append(_placements(smaller.by("normalization.placement", "ffn.width")))
+    if evidence.has(["residual"]):
+        tables.append(_residual(evidence.sweep("residual").by("normalization.placement")))
     return Finding.of(f"PR_post at width {WIDTHS[0]}: {measured}", sweep, checks, tables)
 
 
@@ -169,6 +171,24 @@ def _placements(everything: Sweep) -> Table:
         f"Every run of {everything.scale()}, also those that cannot be compared (flag); warm-up as "
         "a share of the steps",
         [*header, "PR_post / d_ff", "flag"],
+        rows,
+    )
+
+
+def _residual(sweep: Sweep) -> Table:
+    names = ("pr_pre", "pr_post", "se_pre", "se_post", "js")
+    rows = [
+        [
+            label(level),
+            loss(sweep.final("val_loss", level)),
+            *(spread(sweep.final(name, level)) for name in names),
+            str(len(sweep.final("val_loss", level))),
+        ]
+        for level in ("pre", "pre_residual_after_norm")
+    ]
+    return Table(
+        f"Where the residual is taken, {sweep.scale()}, at 3e-3: mean (lowest to highest seed)",
+        ["placement", "loss", *map(label, names), "seeds"],
         rows,
     )
 

@@ -15,7 +15,7 @@ PRELN = "layernorm gelu"
 NORMFREE = "none relu"
 DESIGNS = {PRELN: "PreLN GELU", NORMFREE: "norm-free ReLU"}
 RATES = {PRELN: 1e-3, NORMFREE: 5e-4}
-"""The highest rate at which a design trains at each of the eight widths."""
+"""At which a design is compared: that of the sweep, or a lower one where that lost widths."""
 
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU", "identity": "identity, the control"}
 WITHIN = {
@@ -66,6 +66,7 @@ def within_runs(evidence: Evidence) -> Finding:
         activations = evidence.sweep("activation_gpu")
         same_size = activations.where(activations.runs["model.d_model"] == 512)
         tables.append(_windows(_within(same_size.by("activation.name")), ACTIVATIONS))
+    tables.append(_in_how_many(evidence))
     return Finding.of(f"median r: {measured}", only, checks, tables)
 
 
@@ -140,6 +141,25 @@ def _windows(table: pd.DataFrame, designs: Mapping[str, str]) -> Table:
         "r of metric (mean over layers) and validation loss over the measured steps of a run: "
         f"median (lowest to highest) over runs, {counts}",
         ["design", "metric", *map(label, windows)],
+        rows,
+    )
+
+
+def _in_how_many(evidence: Evidence) -> Table:
+    """Of every sweep of GPTs."""
+    rows = []
+    for name in evidence.names:
+        sweep = evidence.sweep(name)
+        if not evidence.has([name]) or set(sweep.runs["model.kind"]) != {"gpt"}:
+            continue
+        table = correlate_within_runs(sweep.metrics, sweep.runs, names=FOUR)
+        table = table[(table["flag"] == "ok") & (table["window"] == "after_warmup")]
+        follow = table.pivot(index="run_id", columns="metric", values="pearson") <= LATE_LIMIT
+        counts = [*(follow[metric].sum() for metric in FOUR), follow.all(axis=1).sum()]
+        rows.append([name, sweep.scale(), str(len(follow)), *map(str, counts)])
+    return Table(
+        f"In how many runs r after the warm-up is ≤ {LATE_LIMIT}",
+        ["sweep", "scale", "runs", *map(label, FOUR), "all four"],
         rows,
     )
 
