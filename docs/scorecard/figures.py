@@ -156,10 +156,11 @@ def width(sweep: Sweep) -> Figure:
                 above.annotate(f" {end['ffn.width']:g}", (end["val_loss"], end[name]), fontsize=7)
         scatter(above, sweep.ok, "val_loss", name, styles)
         scale_by_ratio(above, sweep.ok[name])
-        texts = ", ".join(
-            f"{DESIGN_NAMES[level].split()[0]} {_signed(across[level, name])}" for level in styles
+        texts = ",\n".join(
+            f"r of {DESIGN_NAMES[level].split()[0]} {_signed(across[level, name])}"
+            for level in styles
         )
-        above.set_title(f"{short_name(name)}, last step\nr: {texts}", fontsize=8)
+        above.set_title(f"{short_name(name)}, last step\n{texts}", fontsize=8)
         _windows(below, within[within["metric"] == name], styles)
         below.set_title(f"{short_name(name)}, over steps", fontsize=8)
     names = {
