@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.errors import MeasurementError
-from nerve.probe import FFN, Probe, find_ffns
+from nerve.probe import FFN, Probe, find_ffns, is_tap
 from nerve.problem import FFNProblem, FFNSpectra
 from nerve.spectra import StreamingCovariance
 from nerve.spectra.covariance import Tally
@@ -182,10 +182,13 @@ def _device(ffn: FFN) -> torch.device:
 
 def _takes_shortcut(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool:
     """Whether the outputs are W x + b of a weight that can be read, wider than x, and not rounded
-    to 16 bits on the way (which the shortcut would leave out). A parametrized weight in training is
-    another at each reading (spectral norm iterates)."""
+    to 16 bits on the way (which the shortcut would leave out). A forward of the module's own or a
+    hook may change them (an adapter, an ablation); a parametrized weight in training is another at
+    each reading (spectral norm iterates)."""
     return (
         type(module).forward is nn.Linear.forward
+        and "forward" not in vars(module)
+        and all(is_tap(hook) for hook in module._forward_hooks.values())
         and outputs.shape[-1] > inputs.shape[-1]
         and inputs.dtype == outputs.dtype
         and outputs.dtype in (torch.float32, torch.float64)

@@ -65,19 +65,13 @@ def find_ffns(model: nn.Module, layers: Collection[int] | None = None) -> list[F
         layers: the layers to take; None for all.
 
     Raises:
-        MeasurementError: if there is none, if two share layer and name, or if one of `layers` has
-            none.
+        MeasurementError: if there is none, or if one of `layers` has none.
     """
     found: list[FFN] = [module for module in model.modules() if isinstance(module, FFN)]
     if not found:
         raise MeasurementError(
             f"A model to measure needs FFNs with attributes layer, name, pre and post; "
             f"{type(model).__name__} has none. Describe them with nerve.probe.FFNAdapter."
-        )
-    doubled = [key for key, n in Counter((f.layer, f.name) for f in found).items() if n > 1]
-    if doubled:
-        raise MeasurementError(
-            f"Layer and name must tell FFNs apart; (layer, name) = {doubled[0]} stands for several."
         )
     known = sorted({ffn.layer for ffn in found})
     unknown = sorted(set(layers or ()) - set(known))
@@ -89,6 +83,9 @@ def find_ffns(model: nn.Module, layers: Collection[int] | None = None) -> list[F
     chosen = [ffn for ffn in found if layers is None or ffn.layer in layers]
     return sorted(chosen, key=lambda ffn: ffn.layer)
 
+
+SAMPLES = 8
+"""How many samples of features are compared, at least, to see that a nonlinearity left them."""
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]`, and what
@@ -104,9 +101,20 @@ class Probe:
 
     Args:
         ffns: the FFNs to tap.
+
+    Raises:
+        MeasurementError: if there is none, or if two share layer and name.
     """
 
     def __init__(self, ffns: Sequence[FFN]) -> None:
+        if not ffns:
+            raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
+        doubled = [key for key, n in Counter((f.layer, f.name) for f in ffns).items() if n > 1]
+        if doubled:
+            raise MeasurementError(
+                "Layer and name must tell FFNs apart; (layer, name) = "
+                f"{doubled[0]} stands for several."
+            )
         self.ffns = ffns
         self._receive: Receive | None = None
         # An FFN's input, pre, and a sample of pre as it was, until its nonlinearity is through.
@@ -225,8 +233,15 @@ class Probe:
         return f"{self.ffns[index].name} in layer {self.ffns[index].layer}"
 
 
+def is_tap(hook: object) -> bool:
+    """Whether a hook of a module is a probe's, which looks at features and leaves them."""
+    return getattr(hook, "__module__", None) == __name__
+
+
 def _sample(features: Tensor) -> Tensor:
-    return features.reshape(-1, features.shape[-1])[:1]
+    """Some of the samples, from all over them."""
+    rows = features.reshape(-1, features.shape[-1])
+    return rows[:: max(1, len(rows) // SAMPLES)]
 
 
 _numbers = count()

@@ -166,6 +166,48 @@ def test_a_nonlinearity_that_overwrites_its_input_is_refused(model):
         nerve.measure(overwriting, [torch.randn(9, 6)], ffns=model.ffns())
 
 
+def test_an_overwritten_input_shows_in_any_sample():
+    """The first one may have no value that the nonlinearity changes."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(inplace=True), nn.Linear(16, 6))
+    x = torch.randn(64, 6)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16, 6).abs() + 0.1)
+        model[0].bias.zero_()
+    x[0] = 1.0
+    assert (model[0](x[:1]) > 0).all()
+    ffns = [FFNAdapter(0, "ffn", model[0], model[2])]
+    with pytest.raises(MeasurementError, match="overwrites it"):
+        nerve.measure(model, [x], ffns=ffns, shortcut=False)
+
+
+def test_batches_without_samples_measure_nothing(model):
+    """A status says so, as for one sample."""
+    (row,) = nerve.measure(model, [torch.zeros(0, 6)], ffns=model.ffns()).to_dict("records")
+    assert (row["n_samples"], row["status"]) == (0, "too_few_samples")
+
+
+def adapted(up: nn.Linear, change: torch.Tensor) -> None:
+    """As libraries of adapters do that replace a module's forward."""
+    inner = up.forward
+    up.forward = lambda x: inner(x) + x @ change
+
+
+def steered(up: nn.Linear, change: torch.Tensor) -> None:
+    up.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ change)
+
+
+@pytest.mark.parametrize("alter", [adapted, steered])
+def test_what_alters_the_output_of_up_is_measured(model, alter):
+    """The shortcut knows the weight alone, and must not be taken then."""
+    x = torch.randn(200, 6)
+    plain = nerve.measure(model, [x], ffns=model.ffns())
+    alter(model.up, 5 * torch.randn(6, model.up.out_features))
+    altered = nerve.measure(model, [x], ffns=model.ffns())
+    features = nerve.measure(model, [x], ffns=model.ffns(), shortcut=False)
+    pd.testing.assert_frame_equal(altered, features)
+    assert altered["variance_pre"].item() > 2 * plain["variance_pre"].item()
+
+
 class Parametrized(Model):
     def __init__(self, constrain) -> None:
         super().__init__()

@@ -93,7 +93,13 @@ def test_two_ffns_of_one_name_and_layer_are_refused():
     model = build_model(VALUES, seed=0, vocab_size=11)
     model.blocks[1].ffn.layer = 0
     with pytest.raises(MeasurementError, match="stands for several"):
-        find_ffns(model)
+        Probe(find_ffns(model))
+
+
+def test_no_ffns_are_refused():
+    """A list that a filter left empty would train on and measure nothing."""
+    with pytest.raises(MeasurementError, match="at least one FFN; got an empty list"):
+        Probe([])
 
 
 @pytest.mark.parametrize("times", [0, 2])

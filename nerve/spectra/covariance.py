@@ -36,7 +36,8 @@ class StreamingCovariance:
     more numbers, and `eigenproblem` is smaller for them. It is so where no `product` is named.
 
     The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
-    a few 1e-6 for `float32` and the 16-bit ones, 1e-15 for `float64`. No update records an autograd
+    a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`; for `bfloat16` relative to the
+    whole variance, so that entries of columns far below the loudest one can be off. No update records an autograd
     graph, and only those with a mask or of `bfloat16` wait for the device: these products take the
     features uncentred, and where the mean turns out to be too large for that, the update is done
     again with `float16x2`.
@@ -87,8 +88,6 @@ class StreamingCovariance:
                 the samples.
         """
         self._check(x, mask)
-        if x.numel() == 0:
-            return
         with torch.inference_mode(False), torch.no_grad():
             x = x.detach().to(self.device).reshape(-1, self.dim)
             if mask is not None:
