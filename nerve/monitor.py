@@ -10,7 +10,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler
 
 from nerve.errors import MeasurementError
 from nerve.logger import StoreLogger
@@ -108,14 +112,21 @@ class SpectralMonitor(L.Callback):
         self.seconds = 0.0
         """Wall time spent measuring and validating."""
         self._share = (0, 1)
+        self._sharded = False
         self._probe: Probe | None = None
+        self._began = 0.0
+        self._recorder: Recorder | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """What a fit from step 0 starts with."""
+        self.val_loss = None
+        self.seconds = 0.0
         self._measurement: Measurement | None = None
         self._validation = WeightedMean()
         self._training = WeightedMean()
         self._tokens_seen = 0
         self._due: dict[str, Any] | None = None
-        self._began = 0.0
-        self._recorder: Recorder | None = None
 
     @property
     def latest(self) -> list[dict[str, Any]]:
@@ -132,9 +143,12 @@ class SpectralMonitor(L.Callback):
         compiler = sys.modules.get("torch._dynamo")
         if compiler is not None and compiler.utils.counters["frames"]:
             torch.compiler.reset()  # code that was compiled before knows no probe
+        if trainer.global_step == 0:  # else a trainer goes on, and its last step has its row
+            self._reset()
         trainer.val_check_interval = self.every_n_steps * trainer.accumulate_grad_batches
         trainer.check_val_every_n_epoch = None
-        trainer.num_sanity_val_steps = math.inf  # the validation before training is that of step 0
+        # The validation before training is that of step 0.
+        trainer.num_sanity_val_steps = 0 if trainer.global_step else math.inf
         device = trainer.strategy.root_device
         self._share = (trainer.global_rank, trainer.world_size)
         solver = Solver(device, spare_workers(device, trainer.num_devices))
@@ -143,6 +157,16 @@ class SpectralMonitor(L.Callback):
         # The store has the rows themselves.
         loggers = [each for each in trainer.loggers if not isinstance(each, StoreLogger)]
         self._recorder = Recorder(solver, self.store, loggers, self.spectra)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if trainer.max_epochs != 1 and math.isfinite(batches) and batches % window:
+            rank_zero_warn(
+                f"An epoch should be whole steps of accumulate_grad_batches={window} batches; it "
+                f"has {batches}, so that measurements fall beside the cadence, and with "
+                f"source='train' miss micro-batches. Take "
+                f"limit_train_batches={batches - batches % window}."
+            )
 
     def on_train_batch_end(
         self,
@@ -157,12 +181,10 @@ class SpectralMonitor(L.Callback):
         self._training.add(loss * trainer.accumulate_grad_batches, n_targets)
         self._tokens_seen += n_targets * trainer.world_size
         if self._due is not None and trainer.global_step > self._due["step"]:
-            if self._measurement is not None and trainer.world_size > 1:
-                self._measurement.reduce()
-            self._finish_measurement()
+            self._finish_measurement(of_all=trainer.world_size > 1)
         assert self._recorder is not None
         self._recorder.collect()
-        if trainer.global_step == trainer.max_steps:
+        if trainer.global_step == _last_step(trainer):
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 
     # Validation: the loss of every measured step; the features where the source is held-out data
@@ -172,6 +194,8 @@ class SpectralMonitor(L.Callback):
             return
         self._began = time.perf_counter()
         self._validation = WeightedMean()
+        loaders = tree_leaves(trainer.val_dataloaders)
+        self._sharded = trainer.world_size > 1 and any(map(_splits, loaders))
 
     def on_validation_batch_start(
         self,
@@ -184,7 +208,7 @@ class SpectralMonitor(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if self.source == "heldout":
-            self._start(pl_module, batch)  # every process evaluates the whole held-out set
+            self._start(pl_module, batch)
 
     def on_validation_batch_end(
         self,
@@ -205,7 +229,7 @@ class SpectralMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self.val_loss = self._validation.value()
+        self.val_loss = self._validation.value(over_processes=self._sharded)
         self._due = {
             "step": trainer.global_step,
             "tokens_seen": self._tokens_seen,
@@ -215,7 +239,7 @@ class SpectralMonitor(L.Callback):
         }
         self._training = WeightedMean()
         if self.source == "heldout":
-            self._finish_measurement()
+            self._finish_measurement(of_all=self._sharded)
         if not trainer.sanity_checking:
             pl_module.log_dict(self._means(trainer), logger=False, sync_dist=True)
         self.seconds += time.perf_counter() - self._began
@@ -258,6 +282,7 @@ class SpectralMonitor(L.Callback):
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
+        self._measurement = None  # of a fit that was cut off
 
     def state_dict(self) -> dict[str, Any]:
         self._drain()  # no checkpoint goes before the rows up to its step
@@ -286,11 +311,14 @@ class SpectralMonitor(L.Callback):
         mask_of = getattr(pl_module, "padding_mask", None)
         self._measurement.start(None if mask_of is None else mask_of(batch))
 
-    def _finish_measurement(self) -> None:
+    def _finish_measurement(self, *, of_all: bool) -> None:
+        """Hands the measurement on; that of all processes where each saw a part of the samples."""
         measurement, due = self._measurement, self._due
         self._measurement, self._due = None, None
         if measurement is not None and due is not None:
             assert self._recorder is not None
+            if of_all:
+                measurement.reduce()
             self._recorder.submit(due, measurement.problems(*self._share))
 
     def _means(self, trainer: L.Trainer) -> dict[str, float]:
@@ -304,6 +332,20 @@ class SpectralMonitor(L.Callback):
     def _drain(self) -> None:
         if self._recorder is not None:
             self._recorder.drain()
+
+
+def _last_step(trainer: L.Trainer) -> float:
+    """The optimizer step that ends the fit, infinite where none does."""
+    try:
+        return trainer.estimated_stepping_batches
+    except MisconfigurationException:  # of accumulation that changes from epoch to epoch
+        return trainer.max_steps
+
+
+def _splits(loader: Any) -> bool:
+    """Whether a loader gives each process a part of the data, as Lightning makes it by itself;
+    those of nerve give each all of the held-out set."""
+    return isinstance(getattr(loader, "sampler", None), DistributedSampler)
 
 
 def _step_outputs(outputs: Any) -> tuple[Tensor, int]:

@@ -192,3 +192,70 @@ def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source):
     # JS is near 0 there, a difference of numbers near 1.
     np.testing.assert_allclose(two[first][NUMBERS], one[first][NUMBERS], rtol=1e-6, atol=1e-8)
     assert nerve.load_runs(tmp_path / "two").run_status.tolist() == ["done"]
+
+
+OWN_MODEL = """
+import sys
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from nerve.monitor import SpectralMonitor
+from nerve.probe import FFNAdapter
+from nerve.results import RunRecord, RunStore
+
+directory, n_devices = sys.argv[1], int(sys.argv[2])
+
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(6, 16), torch.nn.Linear(16, 6)
+
+    def training_step(self, batch, batch_idx):
+        loss = ((self.down(torch.relu(self.up(batch[0]))) - batch[0]) ** 2).mean()
+        return {"loss": loss, "n_targets": len(batch[0])}
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+model = Model().double()
+x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+trainer = L.Trainer(
+    accelerator="cpu",
+    devices=n_devices,
+    strategy="ddp" if n_devices > 1 else "auto",
+    precision="64-true",
+    max_steps=2,
+    max_epochs=-1,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+store = None
+if trainer.global_rank == 0:
+    store = RunStore(directory, RunRecord.create(directory, {"devices": n_devices}).run_id)
+described = [FFNAdapter(0, "ffn", model.up, model.down)]
+trainer.callbacks.append(SpectralMonitor(store, every_n_steps=1, ffns=described))
+loader = DataLoader(TensorDataset(x), batch_size=8 // n_devices)
+trainer.fit(model, loader, DataLoader(TensorDataset(x), batch_size=8))
+"""
+
+
+def test_held_out_data_that_lightning_splits_over_processes_are_measured_together(tmp_path):
+    """An ordinary DataLoader: each process evaluates half of it."""
+    script = tmp_path / "own_model.py"
+    script.write_text(OWN_MODEL)
+    for n_devices in (1, 2):
+        command = [sys.executable, str(script), str(tmp_path / f"run{n_devices}"), str(n_devices)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr
+    one, two = (nerve.load_metrics(tmp_path / f"run{n}") for n in (1, 2))
+    assert two["n_samples"].tolist() == [64, 64, 64]
+    # Later steps have trained on batches that were drawn in another order.
+    columns = [*NUMBERS, "val_loss"]
+    np.testing.assert_allclose(two[columns][:1], one[columns][:1], rtol=1e-9)

@@ -379,6 +379,9 @@ class Foreign(L.LightningModule):
         super().__init__()
         self.fc, self.proj = torch.nn.Linear(VOCAB, 24), torch.nn.Linear(24, VOCAB)
 
+    def ffns(self) -> list[FFNAdapter]:
+        return [FFNAdapter(0, "ffn", self.fc, self.proj)]
+
     def training_step(self, batch, batch_idx):
         inputs = torch.nn.functional.one_hot(batch[0], VOCAB).float()
         logits = self.proj(torch.relu(self.fc(inputs)))
@@ -394,8 +397,8 @@ class Foreign(L.LightningModule):
 def test_a_model_of_ones_own_is_described_and_its_run_read_as_any_other(tmp_path):
     """As in the README."""
     module = Foreign()
-    described = [FFNAdapter(0, "ffn", module.fc, module.proj)]
-    _, rows = fit(tmp_path, module, batches(4), batches(2, seed=1), every_n_steps=2, ffns=described)
+    train, heldout = batches(4), batches(2, seed=1)
+    _, rows = fit(tmp_path, module, train, heldout, every_n_steps=2, ffns=module.ffns())
     assert rows["step"].tolist() == [0, 2, 4]
     assert set(rows["lr"]) == {0.01}
     assert set(rows["d_ff"]) == {24}
@@ -439,6 +442,76 @@ def test_several_fits_in_one_process(tmp_path):
     first = fit(tmp_path / "a", make_module(), batches(3), batches(2), every_n_steps=1)[1]
     second = fit(tmp_path / "b", make_module(), batches(3), batches(2), every_n_steps=1)[1]
     pd.testing.assert_frame_equal(first, second)
+
+
+def fit_again(callback, module, train, heldout, *, trainer=None, **options) -> L.Trainer:
+    """Another fit with the same monitor, in a trainer of its own or going on with one."""
+    if trainer is None:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )
+    trainer.fit(module, Batches(train), Batches(heldout))
+    return trainer
+
+
+def test_a_monitor_that_fits_again_starts_from_nothing(tmp_path):
+    """Also after an exception in the middle of a measurement."""
+
+    class Fails(LanguageModel):
+        fails_at = 2
+
+        def validation_step(self, batch, batch_idx):
+            if self.trainer.global_step == self.fails_at and batch_idx == 1:
+                raise RuntimeError("out of memory, say")
+            return super().validation_step(batch, batch_idx)
+
+    train, heldout = batches(4), batches(2, seed=1)
+    expected = fit(tmp_path / "a", make_module(), train, heldout, every_n_steps=2)[1]
+    module = make_module()
+    module.__class__ = Fails
+    store = RunStore(tmp_path / "b", RunRecord.create(tmp_path / "b", {}, run_id="run").run_id)
+    callback = SpectralMonitor(store, every_n_steps=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit_again(callback, module, train, heldout, max_steps=4, max_epochs=-1)
+    fit_again(callback, make_module(), train, heldout, max_steps=4, max_epochs=-1)
+    pd.testing.assert_frame_equal(nerve.load_metrics(tmp_path / "b"), expected)
+
+
+def test_a_trainer_that_goes_on_keeps_the_row_that_it_had_come_to(tmp_path):
+    train, heldout = batches(4), batches(2, seed=1)
+    store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
+    callback, module = SpectralMonitor(store, every_n_steps=2), make_module()
+    trainer = fit_again(callback, module, train, heldout, max_steps=4, max_epochs=-1)
+    before = nerve.load_metrics(tmp_path)
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    fit_again(callback, module, train, heldout, trainer=trainer)
+    rows = nerve.load_metrics(tmp_path)
+    pd.testing.assert_frame_equal(rows[: len(before)], before)
+    assert rows["step"].tolist() == [step for step in (0, 2, 4, 6, 8) for _ in range(2)]
+    assert rows["tokens_seen"].tolist() == (rows["step"] * BATCH * SEQ).tolist()
+
+
+def test_the_last_step_of_a_number_of_epochs_is_measured(tmp_path):
+    store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
+    module = Foreign()
+    callback = SpectralMonitor(store, every_n_steps=4, ffns=module.ffns())
+    fit_again(callback, module, batches(5), batches(2, seed=1), max_epochs=2)
+    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 4, 8, 10]
+
+
+def test_epochs_that_end_within_a_window_of_accumulation_are_warned_of(tmp_path):
+    store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
+    module = Foreign()
+    callback = SpectralMonitor(store, every_n_steps=2, ffns=module.ffns())
+    windows = {"max_epochs": 2, "accumulate_grad_batches": 2}
+    with pytest.warns(UserWarning, match=r"whole steps .*=2 .* it has 5.*limit_train_batches=4\."):
+        fit_again(callback, module, batches(5), batches(2, seed=1), **windows)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_rows(tmp_path):

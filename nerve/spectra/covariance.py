@@ -37,10 +37,10 @@ class StreamingCovariance:
 
     The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
     a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`; for `bfloat16` relative to the
-    whole variance, so that entries of columns far below the loudest one can be off. No update records an autograd
-    graph, and only those with a mask or of `bfloat16` wait for the device: these products take the
-    features uncentred, and where the mean turns out to be too large for that, the update is done
-    again with `float16x2`.
+    whole variance, so that entries of columns far below the loudest one can be off. No update
+    records an autograd graph, and only those with a mask or of `bfloat16` wait for the device:
+    these products take the features uncentred, and where the mean turns out to be too large for
+    that, the update is done again with `float16x2`.
 
     Args:
         dim: number of features.
