@@ -73,10 +73,11 @@ def compose_grid(
         grid: the overrides of each cell.
 
     Raises:
-        ConfigError: for overrides that cannot be composed, such as a misspelt option.
+        ConfigError: for overrides that cannot be composed, such as a misspelt option, and for cells
+            of different results that would share a directory.
     """
     cells: list[Cell] = []
-    first: dict[Path, Cell] = {}
+    first: dict[Path, tuple[Cell, dict[str, Any]]] = {}
     for number, overrides in enumerate(grid):
         try:
             composed = loader.load_sweep_config(config, list(overrides))
@@ -90,9 +91,13 @@ def compose_grid(
         cell = Cell(number, overrides, composed, Path(str(composed.hydra.sweep.dir)))
         try:
             _place(cell)
-            twin = first.setdefault(cell.directory, cell)
-            if twin is not cell:
-                cell.twin = twin.number
+            values = cell.values()
+            other, its_values = first.setdefault(cell.directory, (cell, values))
+            if other is not cell:
+                _check_same(cell, other, differences(values, its_values))
+                cell.twin = other.number
+            cell.found = run_state(cell.directory)
+            check_values(cell)
         except OmegaConfBaseException as error:
             cell.refusal = _unresolved(composed, error)
         except StoreError as error:
@@ -102,7 +107,7 @@ def compose_grid(
 
 
 def _place(cell: Cell) -> None:
-    """Finds the cell's directory, as Hydra would, and what it holds."""
+    """Finds the cell's directory, as Hydra would."""
     hydra = cell.config.hydra
     HydraConfig.instance().set_config(cell.config)
     subdir = str(hydra.sweep.subdir)
@@ -111,8 +116,17 @@ def _place(cell: Cell) -> None:
     with open_dict(hydra):
         hydra.sweep.subdir = subdir
         hydra.runtime.output_dir = os.path.abspath(cell.directory)
-    cell.found = run_state(cell.directory)
-    check_values(cell)
+
+
+def _check_same(cell: Cell, other: Cell, different: Sequence[str]) -> None:
+    """Refuses the sweep where a directory that was chosen by hand is that of two results."""
+    if different:
+        names = [f"{each.number} ({' '.join(each.overrides)})" for each in (other, cell)]
+        raise ConfigError(
+            f"A directory holds one run; cells {' and '.join(names)} would share {cell.directory} "
+            f"with different values of {', '.join(different)}; nothing was started. Put what "
+            "varies into hydra.sweep.subdir, or leave that out: each cell then has its own."
+        )
 
 
 def check_values(cell: Cell) -> None:

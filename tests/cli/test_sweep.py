@@ -288,6 +288,27 @@ def test_the_directories_are_those_that_hydra_is_told(sweep):
     assert "activation.name" in err
 
 
+@pytest.mark.parametrize("is_run_before", [False, True])
+def test_cells_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
+    """Else one of them would count as the other, which is done, and never run."""
+    chosen = "hydra.sweep.subdir=${activation.name}"
+    if is_run_before:
+        assert sweep("seed=0", "activation=relu", chosen)[0] == 0
+    status, _, err = sweep("seed=0,1", "activation=relu", chosen)
+    assert status == 1
+    assert "cells 0 (seed=0 activation=relu) and 1 (seed=1 activation=relu) would share" in err
+    assert f"{FOLDER}/relu with different values of seed; nothing was started" in err
+    assert "hydra.sweep.subdir" in err
+    assert statuses() == ({0: "done"} if is_run_before else {})
+
+
+def test_cells_of_one_result_in_a_chosen_directory_are_run_once(sweep):
+    status, out, _ = sweep("seed=0", "threads=1,2", "hydra.sweep.subdir=${activation.name}")
+    assert status == 0
+    assert "2 cells, 1 new, 1 doubled; 1 to run" in out
+    assert n_starts(0) == 1
+
+
 def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_made(sweep):
     status, _, err = sweep("seed=0", "hydra/launcher=slurm", "trainer.devices=auto")
     assert status == 1
