@@ -155,8 +155,11 @@ def _last_val_loss(directory: Path) -> float | None:
 
 def _left_s(record: RunRecord, silent_s: float) -> float | None:
     """From the pace since the first part that this process of the run wrote."""
-    began = (record.directory / LOCK_NAME).stat().st_mtime
-    written = [(path.stat().st_mtime, part_step(path)) for path in _parts(record.directory)]
+    try:
+        began = (record.directory / LOCK_NAME).stat().st_mtime
+        written = [(path.stat().st_mtime, part_step(path)) for path in _parts(record.directory)]
+    except FileNotFoundError:
+        return None  # a run without a lock, or its parts have just been compacted
     since, first = min(
         ((time, step) for time, step in written if time >= began), default=(began, None)
     )

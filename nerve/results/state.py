@@ -7,11 +7,11 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 
-from nerve.results.lock import RunIsBusyError, is_locked
+from nerve.results.lock import LOCK_NAME, RunIsBusyError, is_locked
 from nerve.results.record import RECORD_NAME, RunRecord
 
 FRESH = timedelta(seconds=60)
-"""A running run of another host whose heartbeat is younger than this counts as alive."""
+"""A running run whose heartbeat is younger than this counts as alive where no lock can tell."""
 
 
 class RunState(StrEnum):
@@ -37,8 +37,9 @@ class RunState(StrEnum):
 def run_state(directory: str | os.PathLike[str]) -> RunState:
     """Where the run in `directory` stands; a directory that is not there is `new`.
 
-    The lock decides between alive and dead. A lock may not reach across hosts on every file system:
-    a run of another host is alive, too, while its heartbeat is younger than a minute.
+    The lock decides between alive and dead. A lock may not reach across hosts on every file system,
+    and code of one's own may take none: a run of another host, or without a lock file, is alive,
+    too, while its heartbeat is younger than a minute.
 
     Raises:
         StoreError: as `RunRecord.load`, for a record that is damaged or of a newer nerve.
@@ -50,7 +51,7 @@ def run_state(directory: str | os.PathLike[str]) -> RunState:
     record = RunRecord.load(directory)
     if record.run_status == "done":
         return RunState.DONE
-    if locked or (record.run_status == "running" and _beats_elsewhere(record)):
+    if locked or (record.run_status == "running" and _beats_without_lock(record)):
         return RunState.ALIVE
     if record.run_status == "running":
         return RunState.DEAD
@@ -67,7 +68,7 @@ def wait_for_silence(directory: str | os.PathLike[str]) -> None:
         RunIsBusyError: when the heart beats on.
     """
     first = record = RunRecord.load(directory)
-    while record.run_status == "running" and _beats_elsewhere(record):
+    while record.run_status == "running" and _beats_without_lock(record):
         if record.heartbeat != first.heartbeat:
             raise RunIsBusyError(
                 f"One process at a time runs in a directory; {directory} is in use on host "
@@ -77,7 +78,8 @@ def wait_for_silence(directory: str | os.PathLike[str]) -> None:
         record = RunRecord.load(directory)
 
 
-def _beats_elsewhere(record: RunRecord) -> bool:
-    if record.host == socket.gethostname():
+def _beats_without_lock(record: RunRecord) -> bool:
+    """Whether the heartbeat is fresh, of a run that a lock on this host says nothing of."""
+    if record.host == socket.gethostname() and (record.directory / LOCK_NAME).exists():
         return False
     return datetime.now(UTC) - datetime.fromisoformat(record.heartbeat) < FRESH

@@ -179,6 +179,19 @@ def test_time_left_is_unknown_before_there_is_a_pace(new_run, at_work):
     assert status_of(resumed.directory).left_s is None
 
 
+def test_a_run_without_a_lock_is_shown_with_no_time_left(new_run, status):
+    """Recorded by code of one's own, or copied from another host without its dotfiles."""
+    heard(new_run("own"), 5, step=30)
+    heard(new_run("copied", host="elsewhere"), 5, step=30)
+    assert status_of(Path("sweep/own")).left_s is None
+    rows, below = status("sweep")
+    assert [row.split()[:3] for row in rows] == [
+        ["sweep/copied", "running", "30/100"],
+        ["sweep/own", "running", "30/100"],
+    ]
+    assert "2 runs: 2 running" in below
+
+
 def test_a_run_of_other_code_has_no_last_step(tmp_path, monkeypatch, status):
     monkeypatch.chdir(tmp_path)
     RunRecord.create("own", {"lr": 0.1}).finish("done", step=7)

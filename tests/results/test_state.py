@@ -48,12 +48,21 @@ def test_a_running_run_is_alive_while_its_lock_is_held_and_dead_without(tmp_path
 
 def test_a_run_of_another_host_is_alive_while_its_heart_beats(tmp_path):
     """Locks may not reach across hosts; on this host the lock alone decides."""
+    RunLock(tmp_path).release()
     record = RunRecord.create(tmp_path, {})
     on_host(record, "elsewhere", timedelta(0))
     assert run_state(tmp_path) == RunState.ALIVE
     on_host(record, "elsewhere", FRESH + timedelta(seconds=1))
     assert run_state(tmp_path) == RunState.DEAD
     on_host(record, socket.gethostname(), timedelta(0))
+    assert run_state(tmp_path) == RunState.DEAD
+
+
+def test_a_run_that_never_took_a_lock_is_alive_while_its_heart_beats(tmp_path):
+    """As one that code of the user's own records."""
+    record = RunRecord.create(tmp_path, {})
+    assert run_state(tmp_path) == RunState.ALIVE
+    on_host(record, socket.gethostname(), FRESH + timedelta(seconds=1))
     assert run_state(tmp_path) == RunState.DEAD
 
 
