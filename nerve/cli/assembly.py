@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import lightning as L
@@ -87,6 +88,7 @@ def check(config: DictConfig) -> None:
     )
     check_objective(config.objective, kind)
     _check_numbers(config)
+    _check_trainer(config.trainer)
     options = [name for name in signature(SpectralMonitor).parameters if name not in _NOT_VALUES]
     for key in config.monitor:
         require_choice("a key of monitor", key, [*options, "n_tokens"])
@@ -121,6 +123,25 @@ def _check_numbers(config: DictConfig) -> None:
             value = config.optimizer[key]
             require_type(f"optimizer.{key}", value, float)
             require(value >= 0, f"optimizer.{key} must be at least 0; got {value!r}.")
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    """What Lightning would take, or fail on in words of its own, once the data has been loaded."""
+    clip = trainer.get("gradient_clip_val")
+    require_type("trainer.gradient_clip_val", clip, float, NoneType)
+    require(
+        clip is None or clip >= 0,
+        f"trainer.gradient_clip_val must be null or at least 0; got {clip!r}.",
+    )
+    every = trainer.get("log_every_n_steps")
+    require_type("trainer.log_every_n_steps", every, int)
+    require(every >= 0, f"trainer.log_every_n_steps must be at least 0; got {every!r}.")
+    limit = trainer.get("limit_val_batches")
+    require(
+        limit != 0,
+        f"A run must validate, as its result is the loss; got trainer.limit_val_batches={limit!r}. "
+        "Leave it out; for less to validate on set monitor.n_tokens (images: data.n_heldout).",
+    )
 
 
 def _has_gpu() -> bool:
