@@ -17,6 +17,20 @@ from nerve.values import require
 _OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
 """How arguments begin with which a user brings configuration files of his own."""
 
+_SET_BY_THE_RUN = {
+    "trainer.callbacks": "callbacks.<name> adds one",
+    "trainer.check_val_every_n_epoch": "monitor.every_n_steps sets the validation",
+    "trainer.default_root_dir": "hydra.run.dir sets the directory",
+    "trainer.enable_model_summary": "the run turns it off",
+    "trainer.logger": "the group logger sets the loggers",
+    "trainer.max_epochs": "trainer.max_steps sets the end of training",
+    "trainer.num_sanity_val_steps": "the validation of step 0 takes that place",
+    "trainer.plugins": "the run sets them, for its checkpoints",
+    "trainer.use_distributed_sampler": "the data deals the samples out itself",
+    "trainer.val_check_interval": "monitor.every_n_steps sets the validation",
+}
+"""Values that `build_trainer` and the monitor set themselves, and what stands in their place."""
+
 
 def overrides_of(arguments: Sequence[str]) -> list[Override]:
     """The overrides among the arguments; what cannot be parsed is left for Hydra to refuse."""
@@ -28,7 +42,7 @@ def overrides_of(arguments: Sequence[str]) -> list[Override]:
 
 
 def check_added(arguments: Sequence[str]) -> None:
-    """Refuses values that `+` would add where nothing reads them.
+    """Refuses values that `+` would add where nothing reads them, or the run sets its own.
 
     Only what is certain: a value that another one may refer to, or a user's own file, is let pass,
     and so is one that some option of `optimizer` has. Groups whose values are built into something
@@ -38,6 +52,13 @@ def check_added(arguments: Sequence[str]) -> None:
         ConfigError: for such a value, with the one that was likely meant.
     """
     added = [each for each in overrides_of(arguments) if each.is_add() or each.is_force_add()]
+    for override in added:
+        value = ".".join(override.key_or_group.split(".")[:2])
+        require(
+            value not in _SET_BY_THE_RUN,
+            f"A run sets some values of trainer itself; +{override.key_or_group} would be passed "
+            f"over: {_SET_BY_THE_RUN.get(value)}. Leave it out.",
+        )
     if not added or has_own_files(arguments) or any("${" in argument for argument in arguments):
         return
     known = _known_keys()

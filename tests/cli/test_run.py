@@ -13,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 import nerve
+from nerve.checkpoint import CheckpointFiles
+from nerve.cli.assembly import build_trainer
 from nerve.cli.compose import SWEEPS
 from nerve.cli.overrides import check_added
+from nerve.errors import ConfigError
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
@@ -167,6 +171,8 @@ BAD = [
     (["optimizer.lr=-1"], ["optimizer.lr must be at least 0; got -1"]),
     (["optimizer=muon", "optimizer.rest_lr=x"], ["optimizer.rest_lr must be a number; got 'x'"]),
     (["trainer.enable_progress_bar=maybe"], ["trainer.enable_progress_bar must be true or false"]),
+    (["+trainer.max_epochs=1"], ["+trainer.max_epochs would be passed over: trainer.max_steps"]),
+    (["++trainer.logger._target_=x"], ["+trainer.logger._target_ would be", "the group logger"]),
     (["+trainer.limit_val_batches=0"], ["must validate", "got trainer.limit_val_batches=0."]),
     (["+trainer.limit_val_batches=0.0"], ["got trainer.limit_val_batches=0.0."]),
     (["trainer.log_every_n_steps=null"], ["log_every_n_steps must be a whole number; got None"]),
@@ -311,10 +317,37 @@ def test_what_is_refused_before_it_begins_leaves_no_directory_but_the_users_own(
         ["++optimizer.lr=0.1"],
         ["+optimizer.parts.main.build.amsgrad=true"],
         ["+callbacks.stop._target_=x"],
+        ["+trainer.limit_val_batches=0.5", "+trainer.num_nodes=2"],
     ],
 )
 def test_values_that_something_may_read_can_be_added(arguments):
     check_added(arguments)
+
+
+def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
+    """Whatever the trainer is given beside the configuration, and what the monitor sets."""
+    given: dict = {}
+
+    def build_nothing(node, **arguments):
+        given.update(arguments)
+        raise ConfigError("that will do")
+
+    monkeypatch.setattr("nerve.cli.assembly.build", build_nothing)
+    config = OmegaConf.create(
+        {
+            "logger": {},
+            "callbacks": {},
+            "model": {"kind": "gpt"},
+            "trainer": {"enable_progress_bar": False, "log_every_n_steps": 1, "max_steps": 1},
+        }
+    )
+    with pytest.raises(ConfigError, match="that will do"):
+        build_trainer(config, Path(), None, [], CheckpointFiles())
+    own = given.keys() - config.trainer.keys()
+    assert "max_epochs" in own
+    for key in [*own, "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"]:
+        with pytest.raises(ConfigError, match=rf"\+trainer\.{key} would be passed over: "):
+            check_added([f"+trainer.{key}=1", "optimizer.lr=${x}"])
 
 
 def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_path):
