@@ -63,8 +63,8 @@ def _matches(path: str) -> list[str]:
     files = [name for name in found if os.path.isfile(name)]
     if not files:
         raise DataError(
-            f"data paths must match at least one file each; {path!r} (from {os.getcwd()}) matches "
-            "none. Check the path; for all files of a folder write 'folder/**/*.txt'."
+            f"data.corpus.paths must match at least one file each; {path!r} (from {os.getcwd()}) "
+            "matches none. Check the path; for all files of a folder write 'folder/**/*.txt'."
         )
     return files
 
@@ -110,7 +110,8 @@ def _read_json_lines(path: Path, name: str, text_column: str) -> Iterator[Docume
             if not isinstance(row[text_column], str):
                 raise DataError(
                     f"The text of a row must be a string; {text_column!r} in {place} is a "
-                    f"{type(row[text_column]).__name__}. Set text_column to the column of texts."
+                    f"{type(row[text_column]).__name__}. Set data.corpus.text_column to the column "
+                    "of texts."
                 )
             yield Document(f"{name}:{number}", row[text_column])
 
@@ -123,7 +124,7 @@ def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Document]
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise DataError(
                     f"The text of a row must be a string; the column {text_column!r} of {path} "
-                    f"holds {kind}. Set text_column to the column of texts."
+                    f"holds {kind}. Set data.corpus.text_column to the column of texts."
                 )
             number = 0
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_column]):
@@ -160,6 +161,6 @@ def _decode(data: bytes, place: str) -> str:
 def _require_column(column: str, columns: Sequence[str], place: str) -> None:
     if column not in columns:
         raise DataError(
-            f"text_column must be a column of every row; {place} has no {column!r}, only "
-            f"{', '.join(map(repr, columns))}. Set text_column to one of them."
+            f"data.corpus.text_column must be a column of every row; {place} has no {column!r}, "
+            f"only {', '.join(map(repr, columns))}. Set it to one of them."
         )

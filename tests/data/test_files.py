@@ -69,15 +69,19 @@ def test_each_row_is_a_document_and_empty_ones_are_skipped(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_a_missing_column_is_an_error_with_the_columns_that_there_are(tmp_path, suffix):
     path = write_rows(tmp_path / f"rows{suffix}", [{"body": "one", "n": 1}])
-    with pytest.raises(DataError, match=rf"rows{suffix}.* has no 'text', only 'body', 'n'"):
+    with pytest.raises(
+        DataError, match=rf"rows{suffix}.* has no 'text', only 'body', 'n'"
+    ) as error:
         documents(path)
+    assert str(error.value).startswith("data.corpus.text_column must be")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_a_column_that_holds_no_text_is_an_error(tmp_path, suffix):
     path = write_rows(tmp_path / f"rows{suffix}", [{"text": 1}])
-    with pytest.raises(DataError, match=rf"must be a string.*rows{suffix}.* int"):
+    with pytest.raises(DataError, match=rf"must be a string.*rows{suffix}.* int") as error:
         documents(path)
+    assert "Set data.corpus.text_column to the column of texts." in str(error.value)
 
 
 def test_blank_lines_and_missing_texts_are_skipped(tmp_path):
@@ -128,7 +132,7 @@ def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
 def test_a_path_that_matches_no_file_is_an_error(tmp_path, pattern):
     (tmp_path / "there.md").touch()
     with pytest.raises(
-        DataError, match=r"matches none\. Check the path; for all files of a folder"
+        DataError, match=r"^data\.corpus\.paths .* matches none\. Check the path; for all files of"
     ):
         text_files([f"{tmp_path}/there.md", f"{tmp_path}/{pattern}"])
 
