@@ -28,6 +28,7 @@ from nerve.cli.beginning import begin, final_loss
 from nerve.cli.compose import resolved
 from nerve.cli.objective import objective_of
 from nerve.cli.summary import print_summary
+from nerve.cli.text import counts
 from nerve.errors import DataError, StoreError
 from nerve.heartbeat import Heartbeat
 from nerve.results.atomic import remove_temporaries
@@ -133,6 +134,7 @@ def _run(
     L.seed_everything(values["seed"], verbose=False)
 
     data = build_data(config, values)
+    log.info("data: %s", counts(data.describe()))
     facts = facts_of(data, values["model"]["kind"])
     module = build_module(config, values, facts)
     store = RunStore(directory, record.run_id) if record else None

@@ -112,6 +112,6 @@ def _text(row: dict[str, Any], text_column: str, path: str) -> str:
     if not isinstance(row.get(text_column), str):
         raise DataError(
             f"text_column must be a column of texts; {path!r} has no texts in {text_column!r}; its "
-            f"columns are {', '.join(map(repr, row))}. Set text_column to one of them."
+            f"columns are {', '.join(map(repr, row))}. Set data.corpus.text_column to one of them."
         )
     return row[text_column]

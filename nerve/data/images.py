@@ -129,7 +129,7 @@ class ImageDataModule(BatchDataModule):
         }
 
     def describe(self) -> dict[str, int | float | str]:
-        """Counts for a person and for the run's record."""
+        """Counts, for the log."""
         n_train = len(self._train.labels)
         return {
             "corpus": self.images.name,

@@ -145,7 +145,7 @@ class TextDataModule(BatchDataModule):
         }
 
     def describe(self) -> dict[str, int | float | str]:
-        """Counts for a person and for the run's record."""
+        """Counts, for the log."""
         meta = self._tokens.meta
         n_train_windows = _n_windows(meta.n_train_tokens, self.seq_len)
         return {
