@@ -92,6 +92,8 @@ class TrainedModel(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            return  # off, as everywhere in Lightning
         sharded = self.trainer.model
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if gradient_clip_val is None or scaled or gradient_clip_algorithm == "value":

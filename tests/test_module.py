@@ -80,7 +80,9 @@ def image_batches(*sizes: int, seed: int = 0) -> Batches:
     )
 
 
-def fit(module: TrainedModel, train: Batches, heldout: Batches, *, accumulate=1, every=1):
+def fit(
+    module: TrainedModel, train: Batches, heldout: Batches, *, accumulate=1, every=1, **arguments
+):
     """Trains on all of `train` and validates every so many steps; gives updates and log."""
     updates, logged = Updates(), Logged()
     trainer = L.Trainer(
@@ -97,6 +99,7 @@ def fit(module: TrainedModel, train: Batches, heldout: Batches, *, accumulate=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **arguments,
     )
     trainer.fit(module, train, heldout)
     return updates, logged.values
@@ -193,6 +196,19 @@ def test_the_schedule_counts_updates_and_micro_batches_are_averaged(accumulate):
                 parameter -= lr * gradient
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(updates.weights[n_steps][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("off", [0, 0.0, -1])
+def test_a_gradient_clip_of_nothing_clips_nothing(off):
+    """Lightning's meaning; a small positive one does clip."""
+    train, heldout = image_batches(5, 5), image_batches(2)
+    plain, unclipped, clipped = (
+        fit(classifier(), train, heldout, gradient_clip_val=value)[0].weights[2]
+        for value in (None, off, 1e-3)
+    )
+    for name, weight in plain.items():
+        assert torch.equal(unclipped[name], weight)
+        assert not torch.equal(clipped[name], weight)
 
 
 def poisoned(train: Batches, index: int, value: float) -> Batches:
