@@ -75,6 +75,10 @@ class TrainedModel(L.LightningModule):
         self.log("step", float(self.global_step), sync_dist=True)
         self._raise_if_diverged()  # after the last update no training loss would show it
 
+    def on_validation_end(self) -> None:
+        # The loggers have it; to callbacks it would be the step until the next validation.
+        self.trainer.callback_metrics.pop("step", None)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Reading the flag waits for the device.
         if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:

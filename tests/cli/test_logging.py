@@ -180,6 +180,30 @@ def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
     assert read_checkpoint(checkpoint_path("it", "last"))["step"] == 5
 
 
+def test_files_between_validations_are_named_by_their_step_and_scalars_keep_theirs(run):
+    """Validated at 4, 8 and 10, saved at 3, 6 and 9: none has the name of another."""
+    keep = [
+        "+callbacks.keep._target_=lightning.pytorch.callbacks.ModelCheckpoint",
+        "+callbacks.keep.every_n_train_steps=3",
+        "+callbacks.keep.save_top_k=-1",
+        "+callbacks.keep.filename='{step}'",
+    ]
+    cadence = ["trainer.max_steps=10", "monitor.every_n_steps=4"]
+    accumulate = "trainer.accumulate_grad_batches=2"  # batches are no steps
+    status, _, err = run(*TINY, *cadence, accumulate, *keep, "logger=[csv,tensorboard]")
+    assert (status, err) == (0, "")
+    saved = {
+        path.stem: torch.load(path, weights_only=True)["global_step"]
+        for path in Path("it/checkpoints").glob("step=*.ckpt")
+    }
+    assert saved == {"step=3": 3, "step=6": 6, "step=9": 9}
+    with open("it/logs/metrics.csv", newline="") as file:
+        in_csv = [int(row["step"]) for row in csv.DictReader(file) if row["val_loss"]]
+    events = EventAccumulator("it/logs/tensorboard").Reload().Scalars("val_loss")
+    in_store = nerve.load_scalars("it").query("name == 'val_loss'").step
+    assert in_csv == [event.step for event in events] == in_store.tolist() == [4, 8, 10]
+
+
 def test_processes_monitor_the_same_means(tmp_path):
     """Only one of the two has the rows, and both must stop; else the other would wait for ever."""
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *TINY]
