@@ -46,7 +46,7 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
       - `incomplete`: parts of its metrics are damaged and were left out
       - `untrained`: its validation loss was never below the limit
       - `repeat`: an earlier run that is `ok` has its configuration, seed and data, so that it is no
-        further sample
+        further sample; runs of which none records a seed have the same
 
       The limit is `unigram_loss`; where none is stored, the loss of its first measured step.
 
@@ -146,14 +146,15 @@ def _flags(frame: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
 
 
 def _repeats_flagged(frame: pd.DataFrame) -> pd.DataFrame:
-    sample = ["config_id", "data", "heldout"]
+    sample = ["config_id", "seed", "data", "heldout"]
     fine = frame[(frame["flag"] == "ok") & frame["config_id"].notna()]
     first = fine.groupby(sample, dropna=False)["run_id"].transform("first")
     again = first.index[first != fine["run_id"]]
     frame.loc[again, "flag"] = "repeat"
+    seeds = np.where(frame.loc[again, "seed"].isna(), "no recorded seed", "seed")
     frame.loc[again, "reason"] = [
-        f"It repeats run {run_id}: the same configuration and seed on the same data."
-        for run_id in first[again]
+        f"It repeats run {run_id}: the same configuration and {seed} on the same data."
+        for run_id, seed in zip(first[again], seeds, strict=True)
     ]
     return frame
 

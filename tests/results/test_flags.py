@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from nerve.errors import ConfigError, DivergedError
-from nerve.results import DamagedPartWarning, IncompleteWarning, load_metrics
+from nerve.results import DamagedPartWarning, IncompleteWarning, load_metrics, load_runs
 from nerve.results.flags import FLAGS, flag_runs
 
 
@@ -162,3 +162,18 @@ def test_a_run_made_again_is_no_further_seed(tables):
     flags = flag_runs(*tables(*specs))
     assert list(flags["flag"]) == ["failed", "ok", "repeat", "ok", "ok", "repeat"]
     assert flags["reason"][5].startswith("It repeats run run1: the same configuration and seed")
+
+
+@pytest.mark.filterwarnings("ignore::nerve.results.FingerprintWarning")
+def test_runs_that_only_their_recorded_seeds_tell_apart_are_samples(tmp_path, make_run):
+    """Their configuration does not hold the seed; without any, nothing tells them apart."""
+    for i, seed in enumerate([0, 1, 0, None, None]):
+        values = {} if seed is None else {"seed": seed}
+        config = {"optimizer": {"lr": 0.1}}
+        record = make_run(tmp_path / str(i), config, run_id=f"run{i}", unigram_loss=7.0, **values)
+        record.finish("done")
+    flags = flag_runs(load_metrics(tmp_path), load_runs(tmp_path))
+    assert flags["config_id"].nunique() == 1
+    assert list(flags["flag"]) == ["ok", "ok", "repeat", "ok", "repeat"]
+    assert "run run0: the same configuration and seed on" in flags["reason"][2]
+    assert "run run3: the same configuration and no recorded seed on" in flags["reason"][4]
