@@ -43,11 +43,13 @@ class Factors:
         varying: columns of `load_runs`, design factors first, no two of which split the runs alike.
         together: for some of `varying`, the further columns that it determines.
         constant: design factors that have one value, and which.
+        taken: what varies as well, but has the name of a result and so cannot be a factor.
     """
 
     varying: tuple[str, ...]
     together: dict[str, tuple[str, ...]]
     constant: dict[str, str]
+    taken: tuple[str, ...]
 
 
 def find_factors(runs: pd.DataFrame) -> Factors:
@@ -77,8 +79,12 @@ def find_factors(runs: pd.DataFrame) -> Factors:
         for name in DESIGN_FACTORS
         if name in levels and levels[name].nunique() == 1
     }
+    taken = [name for name in runs.columns if name in TAKEN and name not in RECORDED]
     return Factors(
-        tuple(varying), {name: tuple(others) for name, others in together.items()}, constant
+        tuple(varying),
+        {name: tuple(others) for name, others in together.items()},
+        constant,
+        tuple(name for name in taken if levels_of(runs[name]).nunique() > 1),
     )
 
 
@@ -88,8 +94,12 @@ def levels_of(values: pd.Series) -> pd.Series:
 
 
 def describe_ties(factors: Factors, n_shown: int = 6) -> list[str]:
-    """Sentences on what varies only together, and so cannot be told apart."""
-    sentences = []
+    """Sentences on what cannot be a factor, and on what varies only together with another."""
+    sentences = [
+        f"Varies, but has the name of a result and so cannot be a factor: {name}. Put it into a "
+        f'group of the configuration: config={{"group": {{"{name}": …}}}} gives group.{name}.'
+        for name in factors.taken
+    ]
     for name, others in factors.together.items():
         more = f" and {len(others) - n_shown} more" if len(others) > n_shown else ""
         sentences.append(

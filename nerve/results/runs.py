@@ -147,9 +147,15 @@ def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset)
             continue
         parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
         near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
+        mend = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+        if factor in runs.columns:
+            mend = (
+                "Leave it out; a configuration value of that name can be a factor inside a group: "
+                f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
+            )
         raise ConfigError(
             f"A factor is a column of load_runs that {dataset.name} does not have already; got "
-            f"{factor!r}. Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+            f"{factor!r}. {mend}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from nerve.results import load_runs
 from nerve.results.factors import describe_ties, find_factors
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
@@ -38,6 +39,20 @@ def test_seeds_results_places_and_targets_are_no_factors():
         )
     )
     assert factors.varying == ()
+
+
+def test_what_varies_under_the_name_of_a_result_is_named(tmp_path, make_run):
+    """Of runs of one's own; in a group it is a factor. What is the same in all is not named."""
+    for i, lr in enumerate((0.1, 0.2)):
+        make_run(tmp_path / f"bare{i}", {"lr": lr, "data": "mine"})
+        make_run(tmp_path / f"grouped{i}", {"optimizer": {"lr": lr}})
+    runs = load_runs(tmp_path)
+    is_bare = runs["lr"].notna()
+    bare, grouped = find_factors(runs[is_bare]), find_factors(runs[~is_bare])
+    assert (bare.varying, bare.taken) == ((), ("lr",))
+    (sentence,) = describe_ties(bare)
+    assert 'config={"group": {"lr": …}} gives group.lr' in sentence
+    assert (grouped.varying, grouped.taken) == (("optimizer.lr",), ())
 
 
 def test_what_splits_the_runs_alike_goes_together():

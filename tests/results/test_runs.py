@@ -227,6 +227,16 @@ def test_an_interrupted_compaction_changes_no_frame(tmp_path, make_run):
     pd.testing.assert_frame_equal(load_metrics(tmp_path), before)
 
 
+def test_a_value_with_the_name_of_a_result_is_a_factor_inside_a_group(tmp_path, make_run):
+    """As the error says, which names a bare one; that of another dataset may be bare."""
+    for lr in (1e-4, 2e-4):
+        make_run(tmp_path / str(lr), {"lr": lr, "optimizer": {"lr": lr}})
+    with pytest.raises(ConfigError, match=r'got \'lr\'\. .* config=\{"group": \{"lr": …\}\} gives'):
+        load_metrics(tmp_path, factors=["lr"])
+    assert set(load_scalars(tmp_path, factors=["lr"])["lr"]) == {1e-4, 2e-4}
+    assert set(load_metrics(tmp_path, factors=["optimizer.lr"])["optimizer.lr"]) == {1e-4, 2e-4}
+
+
 def test_reading_needs_no_torch(tmp_path, make_run):
     """A report starts at once: torch, Lightning and Hydra stay unimported."""
     make_run(tmp_path)
