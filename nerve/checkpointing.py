@@ -170,7 +170,7 @@ class Checkpointing(Checkpoint):
         self.scores = {name: float(logged[name]) for name in logged if name.startswith("val_")}
         if self._lowest is None or self.scores["val_loss"] < self._lowest:
             self._lowest = self.scores["val_loss"]
-            self._keep_best(trainer)
+            self._keep_best(trainer, pl_module)
         if self._wish or trainer.should_stop:
             self._take(trainer)
 
@@ -186,15 +186,16 @@ class Checkpointing(Checkpoint):
         trainer.save_checkpoint(checkpoint_path(self._directory, "last"))
         self._saved_at = time.monotonic()
 
-    def _keep_best(self, trainer: L.Trainer) -> None:
-        states = trainer.strategy.lightning_module_state_dict()  # of shards, every process's
-        if not self._store:
-            return
+    def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         checkpoint = {
-            "state_dict": states,
-            "facts": self._facts,
+            "state_dict": trainer.strategy.lightning_module_state_dict(),  # of every process
             "global_step": trainer.global_step,
         }
+        # One that averages weights puts in those that were validated.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_save_checkpoint(trainer, pl_module, checkpoint)
+        if not self._store:
+            return
         self._best = self._best or _Snapshot()
         self._best.take(weights_of(checkpoint) | {"val_loss": self._lowest})
 

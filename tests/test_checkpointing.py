@@ -5,6 +5,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD
 
@@ -35,12 +36,14 @@ class KeepWeights(L.Callback):
 
 
 class Scripted(ImageClassifier):
-    """Its validation losses, from step 1 on, are those given."""
+    """Its validation losses, from step 1 on, are those given; without any, its own."""
 
     losses: tuple[float, ...] = ()
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.losses[self.global_step - 1], batch_size=1)
+        if not self.losses:
+            return super().validation_step(batch, batch_idx)
+        return self.log("val_loss", self.losses[self.global_step - 1], batch_size=1)
 
 
 def batches(n: int) -> Batches:
@@ -51,7 +54,14 @@ def batches(n: int) -> Batches:
     )
 
 
-def fit(directory, cadence: Cadence, losses: tuple[float, ...], *, accumulate: int = 1):
+def fit(
+    directory,
+    cadence: Cadence,
+    losses: tuple[float, ...],
+    *,
+    accumulate: int = 1,
+    callbacks: tuple[L.Callback, ...] = (),
+):
     """Trains `N_STEPS` steps and validates after each; gives the weights after each."""
     torch.manual_seed(0)
     module = Scripted(
@@ -71,7 +81,7 @@ def fit(directory, cadence: Cadence, losses: tuple[float, ...], *, accumulate: i
             val_check_interval=accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            callbacks=[kept, StopAtTheEnd(), saving],
+            callbacks=[kept, StopAtTheEnd(), saving, *callbacks],
             plugins=[files],
             logger=False,
             enable_progress_bar=False,
@@ -153,6 +163,21 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, loss
     for name, weight in weights[best].items():
         assert torch.equal(kept["model"][name], weight)
     assert saving.scores == {"val_loss": losses[-1]}
+
+
+def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_kept_for(tmp_path):
+    """They are validated in the place of those that are trained, which have another loss."""
+    weights, _ = fit(tmp_path, Cadence(), (), callbacks=(EMAWeightAveraging(decay=0.9),))
+    kept = read_checkpoint(checkpoint_path(tmp_path, "best"))
+
+    def loss(state: dict[str, torch.Tensor]) -> float:
+        model = nn.Linear(4, 2)
+        model.load_state_dict(state)
+        ((images, labels),) = batches(1)
+        return nn.functional.cross_entropy(model(images), labels).item()
+
+    assert loss(kept["model"]) == pytest.approx(kept["val_loss"], rel=1e-6)
+    assert loss(weights[kept["step"]]) != pytest.approx(kept["val_loss"], rel=1e-3)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_before(
