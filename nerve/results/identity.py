@@ -10,27 +10,19 @@ from typing import Any
 EXCLUDED = (
     "checkpoint",
     "hydra",
-    "launcher",
     "logger",
     "objective",
     "resume",
     "retry",
-    "sweep",
-    "output_dir",
     "threads",
-    "progress",
     "data.cache_dir",
-    "data.n_workers",
-    "data.num_workers",
-    "data.persistent_workers",
-    "data.pin_memory",
-    "data.prefetch_factor",
     "trainer.default_root_dir",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
     "trainer.logger",
 )
-"""Dotted keys, each with all below it, that change where or how fast a run goes, not its result."""
+"""Dotted keys of nerve-run, each with all below it, that change where or how fast a run goes, not
+its result. They are passed over in any configuration, also in one that nerve-run did not write."""
 
 
 def config_id(config: Mapping[str, Any]) -> str:

@@ -74,7 +74,8 @@ class RunRecord:
 
         Args:
             directory: the run directory; made if it is not there.
-            config: the full resolved configuration, of plain values.
+            config: the full resolved configuration, of plain values; `checkpoint`, `logger`,
+                `objective` and the other `EXCLUDED` keys of nerve-run tell no runs apart.
             run_id: where the caller has made it already, for the directory's name.
             values: other fields, such as `sweep`, `seed`, `n_parameters`, `fingerprints`, `device`,
                 `job`, `unigram_loss`; `versions` adds to those of the installed packages.

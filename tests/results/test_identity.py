@@ -56,6 +56,11 @@ def test_excluded_keys_do_not_matter(key):
         ({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}),
         ({"a": {"threads": 1}}, {"a": {"threads": 2}}),
         ({"a": 0.1 + 0.2}, {"a": 0.3}),
+        # Keys that mean nothing to nerve-run.
+        ({"launcher": "a"}, {"launcher": "b"}),
+        ({"sweep": "a"}, {"sweep": "b"}),
+        ({"progress": 0.1}, {"progress": 0.2}),
+        ({"data": {"num_workers": 1}}, {"data": {"num_workers": 2}}),
     ],
 )
 def test_what_can_change_the_result_changes_the_id(one, other):
