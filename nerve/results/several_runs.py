@@ -42,7 +42,7 @@ def content_of_runs(runs: pd.DataFrame, metrics: pd.DataFrame, window: str, titl
     designs = average_seeds(points)
     content = Content(title=title, facts=_facts(runs, flags, factors))
     content.notes += [*_flagged(flags), *dead_layers(metrics), *describe_ties(factors)]
-    if not factors.varying:
+    if not factors.varying and not factors.taken:
         content.notes.append("No configuration value varies among these runs but the seed.")
     content.notes += _single_seeds(designs)
     drawn = flags.loc[flags["flag"] == "ok", "run_id"]

@@ -293,6 +293,15 @@ def test_widths_are_fitted_where_there_are_two(make, tmp_path):
     assert "curves_by_ffn.width" in drawings(content)
 
 
+def test_a_value_that_varies_but_cannot_be_a_factor_is_named(make, tmp_path):
+    """`lr` has the name of a column of the metrics."""
+    for i, lr in enumerate((1e-4, 1e-3)):
+        make(str(i), config={"lr": lr})
+    notes = " ".join(gather(tmp_path / "runs").notes)
+    assert "cannot be a factor: lr." in notes
+    assert "No configuration value varies" not in notes
+
+
 def test_hostile_names_stay_data(make, tmp_path):
     """No string of a run can end the data block, name a file, or be read as mathematics."""
     bad = "</script><script>alert(1)</script>"
