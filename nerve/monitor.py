@@ -39,7 +39,8 @@ class SpectralMonitor(L.Callback):
 
     A row labelled step s holds the features computed with the weights after s optimizer steps, and
     the validation loss of the same weights. The monitor sets Lightning's validation cadence to its
-    own. `validation_step` and `training_step` must return a mapping with the mean `loss` and
+    own; a validation loader that Lightning splits over processes is taken as a whole.
+    `validation_step` and `training_step` must return a mapping with the mean `loss` and
     `n_targets`. Measuring draws no random numbers and leaves weights, gradients and modes as they
     are.
 
@@ -113,6 +114,7 @@ class SpectralMonitor(L.Callback):
         """Wall time spent measuring and validating."""
         self._share = (0, 1)
         self._sharded = False
+        self._last_step = math.inf
         self._probe: Probe | None = None
         self._began = 0.0
         self._recorder: Recorder | None = None
@@ -159,6 +161,7 @@ class SpectralMonitor(L.Callback):
         self._recorder = Recorder(solver, self.store, loggers, self.spectra)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_step = _last_step(trainer)
         batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
         if trainer.max_epochs != 1 and math.isfinite(batches) and batches % window:
             rank_zero_warn(
@@ -184,7 +187,7 @@ class SpectralMonitor(L.Callback):
             self._finish_measurement(of_all=trainer.world_size > 1)
         assert self._recorder is not None
         self._recorder.collect()
-        if trainer.global_step == _last_step(trainer):
+        if trainer.global_step == self._last_step:
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 
     # Validation: the loss of every measured step; the features where the source is held-out data
@@ -194,8 +197,9 @@ class SpectralMonitor(L.Callback):
             return
         self._began = time.perf_counter()
         self._validation = WeightedMean()
-        loaders = tree_leaves(trainer.val_dataloaders)
-        self._sharded = trainer.world_size > 1 and any(map(_splits, loaders))
+        self._sharded = trainer.world_size > 1 and any(
+            map(_splits, tree_leaves(trainer.val_dataloaders))
+        )
 
     def on_validation_batch_start(
         self,
