@@ -80,7 +80,8 @@ class Measurement:
         for d_in, _, theirs in everyone:
             self._d_in |= d_in
             for (index, site), (dim, tally) in theirs.items():
-                self._covariance(index, site, dim, _device(self._probe.ffns[index]))
+                if (index, site) not in self._covariances:  # else it knows its device
+                    self._covariance(index, site, dim, _device(self._probe.ffns[index]))
                 tallies[index, site].append(tally)
         for index, site in sorted(tallies):
             covariance = self._covariances[index, site]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -100,6 +102,41 @@ def test_two_processes_equal_one_over_the_union(measured_shards, number, shortcu
     rows = [json.loads((measured_shards / name).read_text()) for name in names]
     np.testing.assert_allclose(pd.DataFrame(rows)[NUMBERS], one[NUMBERS], rtol=1e-10)
     assert [row["layer"] for row in rows] == [0, 1]
+
+
+def measure_sharded_weights(rank: int, folder: str) -> None:
+    join(rank, folder)
+    for shard in (fully_shard, partial(FullyShardedDataParallel, device_id=torch.device("cpu"))):
+        model = make_model()
+        described = ffns(model)
+        sharded = shard(model)
+        probe = Probe(described)
+        probe.install()
+        measurement = Measurement(probe)
+        measurement.start()
+        for batch in data()[150 * rank : 150 * (rank + 1)].split(70):
+            sharded(batch)
+            measurement.finish_forward()
+        measurement.stop()
+        measurement.reduce()
+        (problem,) = measurement.problems(rank, WORLD)
+        path = Path(folder, f"{shard is fully_shard}-{rank}.json")
+        path.write_text(json.dumps(problem.solve().row()))
+        probe.remove()
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # FSDP keeps gloo's threads, with which an interpreter may abort at its end
+
+
+def test_weights_sharded_over_processes_are_measured_as_whole_ones(tmp_path):
+    """Both generations of FSDP, the data split as well."""
+    model = make_model()
+    one = nerve.measure(model, [data()], ffns=ffns(model))
+    mp.spawn(measure_sharded_weights, args=(str(tmp_path),), nprocs=WORLD)
+    for newer in (True, False):
+        paths = [tmp_path / f"{newer}-{rank}.json" for rank in range(WORLD)]
+        rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+        np.testing.assert_allclose(rows[NUMBERS], one[NUMBERS], rtol=1e-10)
 
 
 def test_features_split_by_tensor_parallelism_are_refused(tmp_path):

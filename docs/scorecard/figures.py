@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims.width import RATES, at_their_rates
+from claims.width import DESIGNS, FOUR, RATES, at_their_rates
 from evidence import Evidence, Sweep
 from figures_by_factor import constraint, mixer, normfree, optimizer, placement, position
 from matplotlib.axes import Axes
@@ -43,12 +43,10 @@ from nerve.results.style import (
     short_name,
 )
 
-DESIGNS = {
+STYLES = {
     "layernorm gelu": {"color": GREEN},
     "none relu": {"color": PINK, "marker": "s"},
 }
-DESIGN_NAMES = {"layernorm gelu": "PreLN gelu", "none relu": "norm-free relu"}
-RELATED = ("se_pre", "se_post", "pr_pre", "pr_post")
 WINDOWS = {"all": "all", "after_warmup": "after\nwarm-up", "differences": "differ-\nences"}
 DPI = 150
 
@@ -143,12 +141,12 @@ def width(sweep: Sweep) -> Figure:
     sweep = at_their_rates(sweep)
     title = "Metrics and loss: above across widths, below within runs"
     figure, axes = panels(2, 4, title, f"GPT, {caption(sweep)}; numbers: ffn.width", height=2.6)
-    across = correlate_across_runs(sweep.points, ["level"], names=RELATED)
+    across = correlate_across_runs(sweep.points, ["level"], names=FOUR)
     across = across.set_index(["level", "metric"])["pearson"]
-    within = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=RELATED)
+    within = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=FOUR)
     within = within[within["flag"] == "ok"]
-    styles = present(DESIGNS, sweep.ok)
-    for above, below, name in zip(axes[:4], axes[4:], RELATED, strict=True):
+    styles = present(STYLES, sweep.ok)
+    for above, below, name in zip(axes[:4], axes[4:], FOUR, strict=True):
         for level, style in styles.items():
             own = sweep.ok[sweep.ok["level"] == level].sort_values("d_ff")
             above.plot(own["val_loss"], own[name], color=style["color"], linewidth=0.8)
@@ -157,14 +155,13 @@ def width(sweep: Sweep) -> Figure:
         scatter(above, sweep.ok, "val_loss", name, styles)
         scale_by_ratio(above, sweep.ok[name])
         texts = ",\n".join(
-            f"r of {DESIGN_NAMES[level].split()[0]} {_signed(across[level, name])}"
-            for level in styles
+            f"r of {DESIGNS[level].split()[0]} {_signed(across[level, name])}" for level in styles
         )
         above.set_title(f"{short_name(name)}, last step\n{texts}", fontsize=8)
         _windows(below, within[within["metric"] == name], styles)
         below.set_title(f"{short_name(name)}, over steps", fontsize=8)
     names = {
-        f"{DESIGN_NAMES[level]}, lr {RATES[level]:g}": {**POINT, **style}
+        f"{DESIGNS[level]}, lr {RATES[level]:g}": {**POINT, **style}
         for level, style in styles.items()
     }
     legend(figure, names)
