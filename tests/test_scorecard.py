@@ -118,6 +118,25 @@ def test_the_page_is_what_its_runs_give(scorecard, text):
     assert scorecard.page.fill(text, contents) == text
 
 
+def test_the_list_of_runs_has_each_with_its_speed_and_the_share_of_measuring(scorecard):
+    page = (DOCS / "runs.md").read_text("utf-8")
+    assert page == scorecard.page.each_run(scorecard.evidence.Evidence(RUNS))
+    paths = sorted(RUNS.glob("*/*/run.json"))
+    assert page.count("\n| ") == len(paths) + 2
+    for path in paths[::20]:
+        record = json.loads(path.read_text())
+        parts = [pq.read_table(part).to_pandas() for part in path.parent.glob("metrics/*.parquet")]
+        final = record["final"] or {}
+        tokens = pd.concat(parts)["tokens_seen"].max() if parts else 0
+        shown = cells(page, path.parent.parent.name, path.parent.name)
+        if "train_seconds" in final:
+            assert float(shown[4].replace(",", "")) == pytest.approx(
+                tokens / final["train_seconds"], rel=0.005
+            )
+            share = 100 * final["measuring_seconds"] / final["train_seconds"]
+            assert float(shown[5].strip("%")) == pytest.approx(share, rel=0.05)
+
+
 def test_every_claim_has_its_section_and_its_figure(scorecard, text):
     headings = [line[3:] for line in text.splitlines() if line.startswith("## Claim")]
     assert headings == [scorecard.page.heading(claim) for claim in scorecard.claims.CLAIMS]

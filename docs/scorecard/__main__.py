@@ -1,4 +1,4 @@
-"""Recomputes the study from its runs: the tables of docs/findings.md and docs/figures.
+"""Recomputes the study from its runs: the tables of docs/findings.md, docs/runs.md, docs/figures.
 
 python docs/scorecard
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evidence import Evidence
 from figures import draw
-from page import blocks, fill
+from page import blocks, each_run, fill
 
 DOCS = Path(__file__).resolve().parents[1]
 
@@ -21,8 +21,11 @@ def main() -> None:
     )
     runs = parser.parse_args().runs
     page = DOCS / "findings.md"
-    page.write_text(fill(page.read_text("utf-8"), blocks(Evidence(runs))), "utf-8")
-    for path in [page, *draw(runs, DOCS / "figures")]:
+    evidence = Evidence(runs)
+    page.write_text(fill(page.read_text("utf-8"), blocks(evidence)), "utf-8")
+    listing = DOCS / "runs.md"
+    listing.write_text(each_run(evidence), "utf-8")
+    for path in [page, listing, *draw(runs, DOCS / "figures")]:
         print(path)
 
 

@@ -1,16 +1,19 @@
-"""The generated blocks of docs/findings.md: the scorecard, the checks of each claim, the runs.
+"""The generated blocks of docs/findings.md (the scorecard, the checks of each claim, the runs), and
+the list of all runs.
 
 A block stands between `<!-- name -->` and `<!-- end -->`; all other text is written by hand.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from claims import CLAIMS
 from evidence import Evidence, Sweep, span
 from judgement import Claim, Finding, Table, verdict
-from wording import MISSING, percent
+from wording import MISSING, number, percent
 
 from nerve.results.factors import find_factors
 from nerve.results.style import level_text
@@ -124,6 +127,47 @@ def _runs(evidence: Evidence) -> str:
     return f"{table}\n\n{note}\n\nFlagged runs, which are in no mean:\n\n{listed}"
 
 
+def each_run(evidence: Evidence) -> str:
+    """The page that has a row a run: its design, how it ended, its speed and measuring's share."""
+    rows = [row for name in evidence.names for row in _each(name, evidence.sweep(name))]
+    header = ["sweep", "directory", "design", "loss", "flag", "steps", "tokens/s", "measuring"]
+    return (
+        "# Every run of the study\n\n"
+        "Written by `python docs/scorecard` from `runs/`; what they say is in "
+        "[findings.md](findings.md). Runs of a sweep were at work side by side, so tokens/s (a "
+        "Mixer's: images) is a run's share of its machine; measuring includes validation.\n\n"
+        f"{markdown(header, rows)}\n"
+    )
+
+
+def _each(name: str, sweep: Sweep) -> list[list[str]]:
+    tokens = sweep.metrics.groupby("run_id", observed=True)["tokens_seen"].max()
+    flags = sweep.flags.set_index("run_id")
+    rows = []
+    for _, run in sweep.runs.iterrows():
+        flag, seconds = flags.loc[run["run_id"]], run.get("final.train_seconds", np.nan)
+        share = run.get("final.measuring_seconds", np.nan) / seconds
+        rows.append(
+            [
+                name,
+                Path(run["directory"]).name,
+                _design(sweep, run),
+                number(flag["final_loss"], 4),
+                flag["flag"],
+                f"{run['step']:,}",
+                number(tokens.get(run["run_id"], 0) / seconds),
+                percent(share) if np.isfinite(share) else MISSING,
+            ]
+        )
+    return sorted(rows, key=lambda row: row[2])
+
+
+def _design(sweep: Sweep, run: pd.Series) -> str:
+    """What tells a run from the others of its sweep."""
+    varying = [*find_factors(sweep.runs).varying, "seed"]
+    return ", ".join(f"{factor} {level_text(run[factor])}" for factor in varying)
+
+
 def _about(sweep: Sweep) -> list[str]:
     runs = sweep.runs
     tokens = sweep.metrics.groupby("run_id", observed=True)["tokens_seen"].max()
@@ -162,12 +206,9 @@ def seconds_at_work(started: pd.Series, ended: pd.Series) -> float:
 
 def _flagged(name: str, sweep: Sweep) -> list[str]:
     flags = sweep.flags[sweep.flags["flag"] != "ok"]
-    varying = [*find_factors(sweep.runs).varying, "seed"]
     rows = sweep.runs.set_index("run_id").loc[flags["run_id"]]
     return [
-        f"- {name}: "
-        + ", ".join(f"{factor} {level_text(run[factor])}" for factor in varying)
-        + f": {flag['flag']}. {flag['reason']}"
+        f"- {name}: {_design(sweep, run)}: {flag['flag']}. {flag['reason']}"
         for (_, run), (_, flag) in zip(rows.iterrows(), flags.iterrows(), strict=True)
     ]
 
