@@ -137,7 +137,7 @@ def test_the_stored_notebook_was_executed_from_top_to_bottom_without_an_error(st
 def test_the_stored_notebook_is_small_and_knows_no_place_on_a_machine(stored):
     assert NOTEBOOK.stat().st_size < 600_000
     (parameters,) = (cell for cell in stored.values() if "parameters" in tags(cell))
-    assert parameters.source == 'outputs = "../docs/runs/normfree_gpu"'
+    assert parameters.source == 'outputs = "../study/runs/normfree_gpu"'
     for cell in stored.values():
         texts = [cell.source]
         for output in cell.get("outputs", []):

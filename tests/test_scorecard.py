@@ -18,9 +18,9 @@ from scipy import stats
 
 from nerve.results import RunRecord, RunStore
 
-DOCS = Path(__file__).parents[1] / "docs"
-RUNS = DOCS / "runs"
-PAGE = DOCS / "findings.md"
+STUDY = Path(__file__).parents[1] / "study"
+RUNS = STUDY / "runs"
+PAGE = STUDY / "findings.md"
 FOUR = ["se_pre", "se_post", "pr_pre", "pr_post"]
 COMPARED = {
     "PreLN GELU": {"normalization__kind": "layernorm", "activation__name": "gelu"},
@@ -35,8 +35,8 @@ COMPARED = {
 
 @pytest.fixture(scope="module")
 def scorecard() -> Iterator[SimpleNamespace]:
-    """The files of docs/scorecard, which import each other by plain names, forgotten afterwards."""
-    folder = DOCS / "scorecard"
+    """The files of study/scorecard, which import each other by plain names, forgotten afterwards."""
+    folder = STUDY / "scorecard"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         names = ("claims", "evidence", "judgement", "page")
@@ -119,7 +119,7 @@ def test_the_page_is_what_its_runs_give(scorecard, text):
 
 
 def test_the_list_of_runs_has_each_with_its_speed_and_the_share_of_measuring(scorecard):
-    page = (DOCS / "runs.md").read_text("utf-8")
+    page = (STUDY / "runs.md").read_text("utf-8")
     assert page == scorecard.page.each_run(scorecard.evidence.Evidence(RUNS))
     paths = sorted(RUNS.glob("*/*/run.json"))
     assert page.count("\n| ") == len(paths) + 2
@@ -142,7 +142,7 @@ def test_every_claim_has_its_section_and_its_figure(scorecard, text):
     assert headings == [scorecard.page.heading(claim) for claim in scorecard.claims.CLAIMS]
     links = re.findall(r"\((figures/[^)]*)\)", text)
     assert links
-    assert all((DOCS / link).is_file() for link in links)
+    assert all((STUDY / link).is_file() for link in links)
 
 
 @pytest.mark.parametrize(("name", "activation"), [("GELU", "gelu"), ("ReLU", "relu")])

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-DOCS = Path(__file__).parents[1] / "docs"
-RUNS = DOCS / "runs"
+STUDY = Path(__file__).parents[1] / "study"
+RUNS = STUDY / "runs"
 Draw = Callable[[Path, Path], list[Path]]
 
 
 @pytest.fixture(scope="module")
 def draw() -> Iterator[Draw]:
-    """`draw`, found as `python docs/scorecard` finds it."""
+    """`draw`, found as `python study/scorecard` finds it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(DOCS / "scorecard"), *sys.path])
+        patch.setattr(sys, "path", [str(STUDY / "scorecard"), *sys.path])
         yield importlib.import_module("figures").draw
 
 
@@ -42,8 +42,8 @@ def mark_failed(record: Path) -> None:
 
 
 def test_every_committed_figure_is_drawn_from_the_committed_runs(drawn):
-    """The same names as in docs/figures, each an image with ink on less than half of it."""
-    assert {path.name for path in drawn} == {path.name for path in DOCS.glob("figures/*.png")}
+    """The same names as in study/figures, each an image with ink on less than half of it."""
+    assert {path.name for path in drawn} == {path.name for path in STUDY.glob("figures/*.png")}
     for path in drawn:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("L"))

@@ -1,0 +1,223 @@
+"""The generated blocks of study/findings.md (the scorecard, the checks of each claim, the runs), and
+the list of all runs.
+
+A block stands between `<!-- name -->` and `<!-- end -->`; all other text is written by hand.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from claims import CLAIMS
+from evidence import Evidence, Sweep, span
+from judgement import Claim, Finding, Table, verdict
+from wording import MISSING, number, percent
+
+from nerve.results.factors import find_factors
+from nerve.results.style import level_text
+
+PACKAGES = ("torch", "lightning")
+
+
+def blocks(evidence: Evidence) -> dict[str, str]:
+    """The text of every block by its name: `scorecard`, `claim 1` to `claim 15`, `runs`."""
+    findings = {claim: claim.find(evidence) for claim in CLAIMS}
+    return {
+        "scorecard": _scorecard(findings),
+        **{f"claim {claim.number}": _checks(finding) for claim, finding in findings.items()},
+        "runs": _runs(evidence),
+    }
+
+
+def fill(text: str, contents: Mapping[str, str]) -> str:
+    """`text` with each block's content between its marks.
+
+    Raises:
+        ValueError: when the text does not have a block's marks exactly once.
+    """
+    for name, content in contents.items():
+        # What is between them has no mark itself: that of another block would be lost with it.
+        marks = re.compile(rf"(<!-- {name} -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
+        found = list(marks.finditer(text))
+        if len(found) != 1:
+            raise ValueError(
+                f"The page needs the marks <!-- {name} --> and <!-- end --> once, each on a line "
+                f"of its own; it has them {len(found)} times."
+            )
+        before, after = found[0].end(1), found[0].start(2)
+        text = f"{text[:before]}\n{content}\n\n{text[after:]}"
+    return text
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _scorecard(findings: Mapping[Claim, Finding]) -> str:
+    rows = []
+    for claim, finding in findings.items():
+        outcomes = [check.holds for check in finding.checks]
+        held = f" ({outcomes.count('yes')} of {len(outcomes)} checks)" if outcomes else ""
+        rows.append(
+            [
+                f"[{claim.number}](#{anchor(claim)})",
+                claim.statement,
+                f"**{verdict(outcomes)}**{held}",
+                finding.measured,
+                claim.paper,
+                finding.scale,
+                finding.seeds,
+                f"[figure](figures/{claim.figure}.png)"
+                if claim.figure and finding.checks
+                else MISSING,
+            ]
+        )
+    header = ["#", "claim", "verdict", "measured", "paper", "scale", "seeds", "figure"]
+    return markdown(header, rows)
+
+
+def heading(claim: Claim) -> str:
+    """The title of a claim's section."""
+    return f"Claim {claim.number}: {claim.statement}"
+
+
+def anchor(claim: Claim) -> str:
+    """What a heading is linked by: lower case, no punctuation, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading(claim).lower()).replace(" ", "-")
+
+
+def _checks(finding: Finding) -> str:
+    if not finding.checks:
+        return "Not run."
+    rows = [(check.criterion, check.paper, check.measured, check.holds) for check in finding.checks]
+    parts = [markdown(["criterion", "paper", "measured", "holds"], rows)]
+    parts += [_beside(table) for table in finding.tables if table.rows]
+    return "\n\n".join(parts)
+
+
+def _beside(table: Table) -> str:
+    return f"{table.title}:\n\n{markdown(table.header, table.rows)}"
+
+
+def _runs(evidence: Evidence) -> str:
+    sweeps = {name: evidence.sweep(name) for name in evidence.names}
+    header = [
+        "sweep",
+        "runs",
+        "flagged",
+        "steps",
+        "tokens a run",
+        "tokens in all",
+        "wall time",
+        "tokens/s",
+    ]
+    header += ["training, summed", "measuring", "parameters", "device", "versions", "commit"]
+    table = markdown(header, [[name, *_about(sweep)] for name, sweep in sweeps.items()])
+    note = (
+        "A Mixer's tokens are images. Wall time: while at least one run of the sweep was at work, "
+        "mostly beside runs of other sweeps; tokens/s: of all runs in that time. "
+        "Measuring, with validation, is a share of the training. A + after a commit: with changes."
+    )
+    flagged = [line for name, sweep in sweeps.items() for line in _flagged(name, sweep)]
+    listed = "\n".join(flagged) or "No run is flagged."
+    return f"{table}\n\n{note}\n\nFlagged runs, which are in no mean:\n\n{listed}"
+
+
+def each_run(evidence: Evidence) -> str:
+    """The page that has a row a run: its design, how it ended, its speed and measuring's share."""
+    rows = [row for name in evidence.names for row in _each(name, evidence.sweep(name))]
+    header = ["sweep", "directory", "design", "loss", "flag", "steps", "tokens/s", "measuring"]
+    return (
+        "# Every run of the study\n\n"
+        "Written by `python study/scorecard` from `runs/`; what they say is in "
+        "[findings.md](findings.md). Runs of a sweep were at work side by side, so tokens/s (a "
+        "Mixer's: images) is a run's share of its machine; measuring includes validation.\n\n"
+        f"{markdown(header, rows)}\n"
+    )
+
+
+def _each(name: str, sweep: Sweep) -> list[list[str]]:
+    tokens = sweep.metrics.groupby("run_id", observed=True)["tokens_seen"].max()
+    flags = sweep.flags.set_index("run_id")
+    rows = []
+    for _, run in sweep.runs.iterrows():
+        flag, seconds = flags.loc[run["run_id"]], run.get("final.train_seconds", np.nan)
+        share = run.get("final.measuring_seconds", np.nan) / seconds
+        rows.append(
+            [
+                name,
+                Path(run["directory"]).name,
+                _design(sweep, run),
+                number(flag["final_loss"], 4),
+                flag["flag"],
+                f"{run['step']:,}",
+                number(tokens.get(run["run_id"], 0) / seconds),
+                percent(share) if np.isfinite(share) else MISSING,
+            ]
+        )
+    return sorted(rows, key=lambda row: row[2])
+
+
+def _design(sweep: Sweep, run: pd.Series) -> str:
+    """What tells a run from the others of its sweep."""
+    varying = [*find_factors(sweep.runs).varying, "seed"]
+    return ", ".join(f"{factor} {level_text(run[factor])}" for factor in varying)
+
+
+def _about(sweep: Sweep) -> list[str]:
+    runs = sweep.runs
+    tokens = sweep.metrics.groupby("run_id", observed=True)["tokens_seen"].max()
+    at_work = seconds_at_work(runs["started"], runs["ended"])
+    training, measuring = (
+        runs[f"final.{name}_seconds"].sum() if f"final.{name}_seconds" in runs else 0.0
+        for name in ("train", "measuring")
+    )
+    versions = [f"Python {_values(runs, 'versions.python')}"]
+    versions += [f"{name} {_values(runs, f'versions.{name}')}" for name in PACKAGES]
+    commits = runs["git_commit"].dropna().map(lambda text: text[:7] + "+" * text.endswith("+"))
+    return [
+        str(len(runs)),
+        str((sweep.flags["flag"] != "ok").sum()),
+        span(runs["step"]),
+        span(tokens) if len(tokens) else MISSING,
+        f"{tokens.sum():,}",
+        _duration(at_work),
+        f"{tokens.sum() / at_work:,.0f}" if at_work else MISSING,
+        _duration(training),
+        percent(measuring / training) if training else MISSING,
+        span(runs["n_parameters"]),
+        _values(runs, "device"),
+        ", ".join(versions),
+        ", ".join(sorted(set(commits))) or MISSING,
+    ]
+
+
+def seconds_at_work(started: pd.Series, ended: pd.Series) -> float:
+    """For how long at least one run was at work."""
+    spans = pd.DataFrame({"start": started, "end": ended}).dropna().sort_values("start")
+    before = spans["end"].cummax().shift()
+    start = spans["start"].where(before.isna() | (spans["start"] > before), before)
+    return float((spans["end"] - start).dt.total_seconds().clip(lower=0).sum())
+
+
+def _flagged(name: str, sweep: Sweep) -> list[str]:
+    flags = sweep.flags[sweep.flags["flag"] != "ok"]
+    rows = sweep.runs.set_index("run_id").loc[flags["run_id"]]
+    return [
+        f"- {name}: {_design(sweep, run)}: {flag['flag']}. {flag['reason']}"
+        for (_, run), (_, flag) in zip(rows.iterrows(), flags.iterrows(), strict=True)
+    ]
+
+
+def _values(runs: pd.DataFrame, name: str) -> str:
+    """The different values of a column."""
+    values = set(runs[name].dropna().map(str)) if name in runs else set()
+    return ", ".join(sorted(values)) or MISSING
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
