@@ -35,7 +35,7 @@ COMPARED = {
 
 @pytest.fixture(scope="module")
 def scorecard() -> Iterator[SimpleNamespace]:
-    """The files of study/scorecard, which import each other by plain names, forgotten afterwards."""
+    """The files of study/scorecard, imported by plain names, forgotten afterwards."""
     folder = STUDY / "scorecard"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))

@@ -1,4 +1,4 @@
-"""Recomputes the study from its runs: the tables of study/findings.md, study/runs.md, study/figures.
+"""Recomputes the study from its runs: tables of study/findings.md, study/runs.md, study/figures.
 
 python study/scorecard
 """

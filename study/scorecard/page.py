@@ -1,5 +1,5 @@
-"""The generated blocks of study/findings.md (the scorecard, the checks of each claim, the runs), and
-the list of all runs.
+"""The generated blocks of study/findings.md (the scorecard, the checks of each claim, the runs),
+and the list of all runs.
 
 A block stands between `<!-- name -->` and `<!-- end -->`; all other text is written by hand.
 """
