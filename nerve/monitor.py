@@ -63,6 +63,8 @@ class SpectralMonitor(L.Callback):
             them in the module that is trained.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper.
+        skip_first: leaves so many positions at the beginning of each sequence out of the features,
+            not of the loss.
 
     A module that pads its batches says which samples count with a method `padding_mask(batch)`:
     bool, True for those that do, in the shape of the features without their last dimension.
@@ -78,6 +80,7 @@ class SpectralMonitor(L.Callback):
         layers: Sequence[int] | None = None,
         ffns: Sequence[FFN] | None = None,
         shortcut: bool = True,
+        skip_first: int = 0,
     ) -> None:
         require(
             isinstance(every_n_steps, int) and every_n_steps > 0,
@@ -101,6 +104,10 @@ class SpectralMonitor(L.Callback):
             isinstance(shortcut, bool),
             f"monitor.shortcut must be true or false; got {shortcut!r}.",
         )
+        require(
+            isinstance(skip_first, int) and not isinstance(skip_first, bool) and skip_first >= 0,
+            f"monitor.skip_first is a number of positions, 0 or more; got {skip_first!r}.",
+        )
         self.store = store
         self.every_n_steps = every_n_steps
         self.source = source
@@ -108,6 +115,7 @@ class SpectralMonitor(L.Callback):
         self.layers = layers
         self.ffns = ffns
         self.shortcut = shortcut
+        self.skip_first = skip_first
         self.val_loss: float | None = None
         """The last validation loss, nats a target."""
         self.seconds = 0.0
@@ -311,7 +319,9 @@ class SpectralMonitor(L.Callback):
     def _start(self, pl_module: L.LightningModule, batch: Any) -> None:
         if self._measurement is None:
             assert self._probe is not None
-            self._measurement = Measurement(self._probe, shortcut=self.shortcut)
+            self._measurement = Measurement(
+                self._probe, shortcut=self.shortcut, skip_first=self.skip_first
+            )
         mask_of = getattr(pl_module, "padding_mask", None)
         self._measurement.start(None if mask_of is None else mask_of(batch))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nerve.spectra import (
+    Shares,
     corrected_participation_ratio,
     eigenvalue_early_enrichment,
     eigenvalues,
@@ -16,6 +17,7 @@ from nerve.spectra import (
     participation_ratio,
     projected_eigenvalues,
     spectral_entropy,
+    variance_outside,
 )
 
 
@@ -32,6 +34,9 @@ class FFNSpectra:
         pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
         post: eigenvalues after it, likewise.
         precision: how the products of the covariances were taken; the coarser way of the two.
+        pre_shares, post_shares: what the mean and the farthest samples have of the features.
+        variance_outside: the share of post's variance outside the span of what pre can be; NaN
+            where no weight says what that is.
     """
 
     layer: int
@@ -42,6 +47,9 @@ class FFNSpectra:
     pre: Tensor
     post: Tensor
     precision: str
+    pre_shares: Shares
+    post_shares: Shares
+    variance_outside: float
 
     @property
     def status(self) -> str:
@@ -60,8 +68,14 @@ class FFNSpectra:
 
     def row(self) -> dict[str, Any]:
         """The measurement as columns of the `metrics` table; None where nothing can be measured."""
-        metrics: dict[str, float] = {"js": float(jensen_shannon(self.pre, self.post))}
-        for site, spectrum in (("pre", self.pre), ("post", self.post)):
+        metrics: dict[str, float] = {
+            "js": float(jensen_shannon(self.pre, self.post)),
+            "variance_outside": self.variance_outside,
+        }
+        for site, spectrum, shares in (
+            ("pre", self.pre, self.pre_shares),
+            ("post", self.post, self.post_shares),
+        ):
             ratio = participation_ratio(spectrum)
             metrics[f"se_{site}"] = float(spectral_entropy(spectrum))
             metrics[f"pr_{site}"] = float(ratio)
@@ -70,6 +84,10 @@ class FFNSpectra:
             metrics[f"pr_{site}_corrected"] = float(
                 corrected_participation_ratio(ratio, self.n_samples)
             )
+            metrics[f"mean_share_{site}"] = shares.mean
+            varies = bool(spectrum.sum() > 0)  # else what there is of it is rounding
+            metrics[f"largest_share_{site}"] = shares.largest if varies else math.nan
+            metrics[f"top_share_{site}"] = shares.top if varies else math.nan
         return {
             "layer": self.layer,
             "ffn": self.ffn,
@@ -91,10 +109,13 @@ class FFNProblem:
 
     Attributes:
         layer, ffn, n_samples, d_in, d_ff, precision: as in `FFNSpectra`.
-        before: float64 `[k, k]`, k <= d_ff, of pre; or, with `weight`, of the FFN's input,
+        before: float64 `[k, k]`, k <= d_ff, of pre; or, where `of_input`, of the FFN's input,
             `[d_in, d_in]`.
         post: float64 `[k, k]`, of post.
-        weight: W of pre = W x + b, `[d_ff, d_in]`, where `before` is that of x.
+        shares: float64 `[2, 3]`, the `Shares` of pre and of post.
+        weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, where it can be read.
+        of_input: whether `before` is that of x, so that pre's is `W C_x W^T`.
+        post_samples: where `post` is their Gram matrix, the samples themselves, `[k, d_ff]`.
         copied: what to wait for before the tensors may be read on the host.
     """
 
@@ -106,7 +127,10 @@ class FFNProblem:
     precision: str
     before: Tensor
     post: Tensor
+    shares: Tensor
     weight: Tensor | None = None
+    of_input: bool = False
+    post_samples: Tensor | None = None
     copied: torch.cuda.Event | None = None
 
     def to_host(self, stream: torch.cuda.Stream) -> "FFNProblem":
@@ -129,11 +153,12 @@ class FFNProblem:
         if self.copied is not None:
             self.copied.synchronize()
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
-        pre = (
-            eigenvalues(self.before, self.d_ff)
-            if self.weight is None
-            else projected_eigenvalues(self.weight, self.before)
-        )
+        if self.of_input:
+            assert self.weight is not None
+            pre = projected_eigenvalues(self.weight, self.before)
+        else:
+            pre = eigenvalues(self.before, self.d_ff)
+        pre_shares, post_shares = (Shares(*shares) for shares in self.shares.tolist())
         return FFNSpectra(
             layer=self.layer,
             ffn=self.ffn,
@@ -143,4 +168,14 @@ class FFNProblem:
             pre=pre.cpu() / degrees,
             post=eigenvalues(self.post, self.d_ff).cpu() / degrees,
             precision=self.precision,
+            pre_shares=pre_shares,
+            post_shares=post_shares,
+            variance_outside=self._variance_outside(),
         )
+
+    def _variance_outside(self) -> float:
+        if self.weight is None or self.n_samples < 2:
+            return math.nan
+        if self.post_samples is None:
+            return float(variance_outside(self.weight, scatter=self.post))
+        return float(variance_outside(self.weight, samples=self.post_samples))

@@ -27,7 +27,11 @@ from nerve.problem import FFNProblem
 from nerve.solver import Solver
 
 WORLD = 2
-NUMBERS = ["n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
+NUMBERS = [
+    *("n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"),
+    *("variance_outside", "mean_share_pre", "mean_share_post", "largest_share_pre"),
+    *("largest_share_post", "top_share_pre", "top_share_post"),
+]
 
 
 def make_model() -> nn.Sequential:
@@ -171,7 +175,10 @@ def solve_shares(rank: int, folder: str) -> None:
 
 def make_problem(layer: int, broken: bool) -> FFNProblem:
     scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
-    return FFNProblem(layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter)
+    shares = torch.zeros(2, 3, dtype=torch.float64)
+    return FFNProblem(
+        layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter, shares=shares
+    )
 
 
 def test_processes_share_the_problems_and_the_errors(tmp_path):

@@ -267,3 +267,127 @@ def test_rounding_to_16_bits_is_measured_not_left_out(model):
     value = oracle(features.double().numpy())
     assert row.se_pre == pytest.approx(value["se"], abs=1e-5)
     assert row.pr_pre == pytest.approx(value["pr"], rel=1e-5)
+
+
+def shares_by_hand(features: np.ndarray) -> dict[str, float]:
+    centred = features - features.mean(0)
+    squares = np.sort(np.square(centred).sum(1))[::-1]
+    n_top = math.ceil(len(features) / 1000)
+    return {
+        "mean_share": len(features) * np.square(features.mean(0)).sum() / np.square(features).sum(),
+        "largest_share": squares[0] / squares.sum(),
+        "top_share": squares[:n_top].sum() / squares.sum(),
+    }
+
+
+def outside_by_hand(weight: np.ndarray, features: np.ndarray) -> float:
+    centred = features - features.mean(0)
+    basis, _ = np.linalg.qr(weight)
+    return 1 - np.square(centred @ basis).sum() / np.square(centred).sum()
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("n_tokens", [6, 300])  # fewer samples than features, and more
+@pytest.mark.parametrize("skip_first", [0, 1, 4])
+def test_shares_are_those_of_the_features_that_count(model, shortcut, n_tokens, skip_first):
+    batches = list(torch.randn(2, n_tokens, 6).split(1))
+    batches = [batch * torch.linspace(9, 1, n_tokens)[:, None] for batch in batches]
+    rows = nerve.measure(
+        model, batches, ffns=model.ffns(), shortcut=shortcut, skip_first=skip_first
+    )
+    (row,) = rows.to_dict("records")
+    x = torch.cat(batches)[:, skip_first:].reshape(-1, 6).double()
+    pre = (x @ model.up.weight.double().T + model.up.bias.double()).detach().numpy()
+    post = pre.clip(0)
+    assert row["n_samples"] == len(x)
+    assert row["pr_post"] == pytest.approx(oracle(post)["pr"], rel=1e-5)
+    for site, features in (("pre", pre), ("post", post)):
+        for name, value in shares_by_hand(features).items():
+            assert row[f"{name}_{site}"] == pytest.approx(value, rel=1e-5)
+    weight = model.up.weight.detach().double().numpy()
+    assert row["variance_outside"] == pytest.approx(outside_by_hand(weight, post), rel=1e-5)
+
+
+def test_skipped_positions_and_padding_count_neither(model):
+    x, mask = torch.randn(3, 20, 6), torch.rand(3, 20) > 0.4
+    ffns, both = model.ffns(), (torch.arange(20) >= 2) & mask
+    got = nerve.measure(model, [x], ffns=ffns, mask=lambda _: mask, skip_first=2)
+    want = nerve.measure(model, [x], ffns=ffns, mask=lambda _: both)
+    assert got.n_samples.item() == both.sum()
+    pd.testing.assert_frame_equal(got, want)
+
+
+@pytest.mark.parametrize("skip_first", [-1, 1.0, True, "2"])
+def test_a_number_of_positions_that_is_none_is_refused(model, skip_first):
+    with pytest.raises(MeasurementError, match="skip_first is a number of positions"):
+        nerve.measure(model, [torch.ones(1, 3, 6)], ffns=model.ffns(), skip_first=skip_first)
+
+
+def test_features_without_sequences_have_no_first_positions(model):
+    with pytest.raises(MeasurementError, match=r"\[\.\.\., sequence, width\]; got \(30, 6\)"):
+        nerve.measure(model, [torch.ones(30, 6)], ffns=model.ffns(), skip_first=1)
+
+
+class Linear(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_an_identity_leaves_all_variance_in_the_span_of_pre(shortcut):
+    linear = Linear()
+    row = nerve.measure(linear, [torch.randn(90, 6)], ffns=linear.ffns(), shortcut=shortcut).iloc[0]
+    assert row.variance_outside == pytest.approx(0, abs=1e-12)
+
+
+def test_under_autocast_the_span_is_that_of_the_rounded_weight():
+    """bfloat16 leaves of the identity only the rounding of pre itself outside: 2**-18 at most. The
+    weight as it is stored would leave its own rounding there, too."""
+    torch.manual_seed(0)
+    linear, x = Linear(16, 64), torch.randn(500, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        row = nerve.measure(linear, [x], ffns=linear.ffns()).iloc[0]
+        pre = linear.up(x).detach().double().numpy()
+    rounded = outside_by_hand(linear.up.weight.detach().bfloat16().double().numpy(), pre)
+    stored = outside_by_hand(linear.up.weight.detach().double().numpy(), pre)
+    assert row.variance_outside == pytest.approx(rounded, abs=1e-7)
+    assert rounded < stored < 2**-14
+
+
+def no_weight(model: Model) -> None:
+    model.up = nn.Sequential(model.up)  # type: ignore[assignment]
+
+
+def wide_input(model: Model) -> None:
+    model.up = nn.Linear(6, 6)
+    model.down = nn.Linear(6, 6)
+
+
+def altered(model: Model) -> None:
+    model.up.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+@pytest.mark.parametrize("change", [no_weight, wide_input, altered])
+def test_where_no_weight_says_what_pre_can_reach_nothing_lies_outside_of_it(model, change):
+    change(model)
+    row = nerve.measure(model, [torch.randn(50, 6)], ffns=model.ffns()).iloc[0]
+    assert row.status == "ok"
+    assert math.isnan(row.variance_outside)
+
+
+def test_a_layer_that_collapses_to_one_vector_shows_it_in_the_share_of_the_mean(model):
+    with torch.no_grad():
+        model.up.weight.zero_()
+    row = nerve.measure(model, [torch.randn(50, 6)], ffns=model.ffns()).iloc[0]
+    assert row.status == "zero_variance"
+    assert (row.mean_share_pre, row.mean_share_post) == (1, 1)
+    assert pd.isna(row[["largest_share_pre", "top_share_post", "variance_outside"]]).all()
+
+
+def test_a_planted_token_is_named_where_it_makes_the_spectrum(model):
+    x = torch.randn(8, 200, 6)
+    assert nerve.measure(model, [x], ffns=model.ffns()).outliers.tolist() == [""]
+    x[3, 77] *= 1000
+    row = nerve.measure(model, [x], ffns=model.ffns()).iloc[0]
+    assert row.outliers == "pre, post"
+    assert row.pr_post < 1.1

@@ -14,12 +14,15 @@ from nerve.problem import FFNProblem, FFNSpectra
 from nerve.solver import MOST_PENDING, NICENESS, Solver, spare_workers
 
 CPU = torch.device("cpu")
+SHARES = torch.full((2, 3), 0.1, dtype=torch.float64)
 
 
 def make_problem(layer: int, scale: float = 1.0) -> FFNProblem:
     """Its covariances have the eigenvalues 1 to 4 times `scale`."""
     scatter = 9 * scale * torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
-    return FFNProblem(layer, "ffn", 10, 4, 4, "float64", before=scatter, post=scatter)
+    return FFNProblem(
+        layer, "ffn", 10, 4, 4, "float64", before=scatter, post=scatter, shares=SHARES
+    )
 
 
 class Held(FFNProblem):

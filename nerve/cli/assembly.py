@@ -97,6 +97,7 @@ def check(config: DictConfig) -> None:
         "monitor.n_tokens counts held-out tokens of text; with images it must be auto, got "
         f"{config.monitor.n_tokens!r}. Set data.n_heldout, the held-out images.",
     )
+    _check_skip(config)
     require_type("trainer.enable_progress_bar", config.trainer.enable_progress_bar, bool)
     for name in config.logger:
         require(
@@ -104,6 +105,24 @@ def check(config: DictConfig) -> None:
             f"A logger's package must be installed; logger={name} needs {name}, which is not. In "
             f'the checkout of nerve: pip install -c constraints.txt -e ".[{name}]"',
         )
+
+
+def _check_skip(config: DictConfig) -> None:
+    """Refuses to leave out all positions, or positions of what has no sequences."""
+    skip_first = config.monitor.skip_first
+    require_type("monitor.skip_first", skip_first, int)
+    if not skip_first:
+        return
+    require(
+        config.model.kind == "gpt",
+        f"monitor.skip_first leaves out positions of text; with model.kind={config.model.kind} it "
+        f"must be 0, got {skip_first!r}.",
+    )
+    require(
+        skip_first < config.data.seq_len,
+        "monitor.skip_first must leave positions to measure; got "
+        f"monitor.skip_first={skip_first} of data.seq_len={config.data.seq_len}.",
+    )
 
 
 def check_machine(config: DictConfig) -> None:

@@ -1,14 +1,16 @@
 """What a run shows when it ends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from nerve.cli.text import console, figure, say
+from nerve.outliers import describe_outliers, outliers
 
 _COLUMNS = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js")
 
@@ -25,10 +27,23 @@ def print_summary(
     """
     if rows:
         console().print(_layer_table(rows))
+    for text in _outlying(rows):
+        say(text)
     for label, text in facts.items():
         say(f"{label}: {text}")
     say(f"run directory: {directory}")
     say(f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})")
+
+
+def _outlying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each spectrum that may be that of a few samples."""
+    named: Iterable[str] = outliers(pd.DataFrame(rows)) if rows else ()
+    return [
+        f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: its spectrum may be "
+        "that of these samples alone"
+        for row, sites in zip(rows, named, strict=True)
+        for site in filter(None, sites.split(", "))
+    ]
 
 
 def _layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:

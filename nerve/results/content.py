@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
+from nerve.outliers import SITES, describe_outliers
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -90,6 +92,24 @@ def dead_layers(metrics: pd.DataFrame) -> list[str]:
         f"In {every} rows of metrics (a row is a layer at a step) nothing could be measured: "
         f"{reasons}. They are blank in figures and left out of means."
     ]
+
+
+def outlying_rows(metrics: pd.DataFrame) -> list[str]:
+    """Sentences on rows whose spectrum may be that of a few samples."""
+    notes = []
+    for site in SITES:
+        found = metrics[metrics["outliers"].str.contains(site, regex=False)]
+        if len(found):
+            worst = found.sort_values(f"top_share_{site}", na_position="first").to_dict("records")[
+                -1
+            ]
+            notes.append(
+                f"In {len(found):,} of {len(metrics):,} rows of metrics a few samples may make the "
+                f"spectrum of {site}. The worst, run {worst['run_id']}, layer {worst['layer']}, "
+                f"step {worst['step']:,}: {describe_outliers(worst, site)}. The column outliers of "
+                "load_metrics names them; monitor.skip_first leaves the first tokens out."
+            )
+    return notes
 
 
 def _range(values: pd.Series) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from nerve.results import plots
 from nerve.results.compare import METRIC_NAMES
-from nerve.results.content import Content, Drawing, Table, dead_layers, limits
+from nerve.results.content import Content, Drawing, Table, dead_layers, limits, outlying_rows
 from nerve.results.correlate import correlate_within_runs
 from nerve.results.factors import find_factors, levels_of
 from nerve.results.flags import flag_runs
@@ -42,7 +42,7 @@ def content_of_run(
     content = Content(title=f"Run {run['run_id']}", facts=_facts(run, flags, runs))
     if flags["flag"] != "ok":
         content.notes.append(f"This run is flagged “{flags['flag']}”: {flags['reason']}")
-    content.notes += dead_layers(metrics)
+    content.notes += [*dead_layers(metrics), *outlying_rows(metrics)]
     within = correlate_within_runs(metrics, runs)
     chosen = within[within["window"] == window]
     for ffn, rows in metrics.groupby("ffn", sort=False):

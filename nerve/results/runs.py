@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nerve.errors import ConfigError, StoreError
+from nerve.outliers import outliers
 from nerve.results.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.results.identity import config_id
 from nerve.results.parts import DamagedPartError, read_parts, warn_damaged
@@ -57,6 +58,8 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
     - `rank_limit_pre = min(d_in, d_ff, n_samples - 1)`, `rank_limit_post = min(d_ff, n_samples -
       1)`: no spectrum can have more directions, so PR and exp(SE) cannot exceed them (behind a
       LayerNorm the first is one less still)
+    - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
+      empty (see `nerve.outliers`)
 
     Args:
         path: a run, a sweep, a tree of outputs, or several of these.
@@ -175,4 +178,5 @@ def _derived(metrics: pd.DataFrame) -> pd.DataFrame:
         pr_post_fraction=metrics["pr_post"] / d_ff,
         rank_limit_pre=np.minimum(np.minimum(metrics["d_in"], d_ff), n_directions),
         rank_limit_post=np.minimum(d_ff, n_directions),
+        outliers=outliers(metrics),
     )

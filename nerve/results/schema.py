@@ -40,6 +40,8 @@ METRICS = _schema(
     _always("d_in", pa.int32()),
     *_measured("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"),
     *_measured("variance_pre", "variance_post", "pr_pre_corrected", "pr_post_corrected"),
+    *_measured("variance_outside", "largest_share_pre", "largest_share_post"),
+    *_measured("top_share_pre", "top_share_post", "mean_share_pre", "mean_share_post"),
     *_measured("train_loss", "val_loss", "lr"),
     pa.field("precision", pa.string()),
     _always("status", pa.string()),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from nerve.results import overlays
 from nerve.results.compare import average_seeds, final_metrics
-from nerve.results.content import Content, Drawing, dead_layers, limits, seeds
+from nerve.results.content import Content, Drawing, dead_layers, limits, outlying_rows, seeds
 from nerve.results.correlate import correlate_across_runs
 from nerve.results.depth import depth_means, metrics_by_depth
 from nerve.results.factors import Factors, describe_ties, find_factors
@@ -41,7 +41,8 @@ def content_of_runs(runs: pd.DataFrame, metrics: pd.DataFrame, window: str, titl
     points = final_metrics(metrics, runs, factors.varying)
     designs = average_seeds(points)
     content = Content(title=title, facts=_facts(runs, flags, factors))
-    content.notes += [*_flagged(flags), *dead_layers(metrics), *describe_ties(factors)]
+    content.notes += [*_flagged(flags), *dead_layers(metrics), *outlying_rows(metrics)]
+    content.notes += describe_ties(factors)
     if not factors.varying and not factors.taken:
         content.notes.append("No configuration value varies among these runs but the seed.")
     content.notes += _single_seeds(designs)

@@ -9,8 +9,12 @@ from nerve.spectra.metrics import (
     participation_ratio,
     spectral_entropy,
 )
+from nerve.spectra.shares import SampleShares, Shares
+from nerve.spectra.subspace import variance_outside
 
 __all__ = [
+    "SampleShares",
+    "Shares",
     "StreamingCovariance",
     "corrected_participation_ratio",
     "eigenvalue_early_enrichment",
@@ -20,4 +24,5 @@ __all__ = [
     "participation_ratio",
     "projected_eigenvalues",
     "spectral_entropy",
+    "variance_outside",
 ]

@@ -171,8 +171,14 @@ class StreamingCovariance:
         same terms: the lower triangle alone, valid until more samples are added.
         """
         with torch.inference_mode(False):
-            samples = torch.cat(self._held) if self._held else None
-            return self.scatter() if samples is None or not len(samples) else gram(samples)
+            samples = self.held_samples()
+            return self.scatter() if samples is None else gram(samples)
+
+    def held_samples(self) -> Float[Tensor, "n dim"] | None:
+        """All samples, while they are held in place of moments; None then, or where there are
+        none."""
+        with torch.inference_mode(False):
+            return torch.cat(self._held) if self._n_held else None
 
     @property
     def n_samples(self) -> int:

@@ -1,0 +1,57 @@
+"""What of the variance lies outside the directions that a layer's weight can reach."""
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from nerve.spectra.eigenvalues import mirrored
+
+
+def variance_outside(
+    weight: Float[Tensor, "dim d_in"],
+    *,
+    scatter: Float64[Tensor, "dim dim"] | None = None,
+    samples: Float[Tensor, "n dim"] | None = None,
+) -> Float64[Tensor, ""]:
+    """The share of variance outside the span of the columns of `weight`, `1 - tr(P C) / tr(C)`.
+
+    P is the orthogonal projector onto that span: all that `W x + b` can vary in. In [0, 1]: 0 for
+    features that W x + b gives itself, `1 - rank(W)/dim` for variance that is spread evenly over
+    all directions. NaN without variance, or where an entry is not finite. Sorted spectra cannot
+    see it: a nonlinearity may move variance into new directions and leave the spectrum as it is.
+    Source: ours.
+
+    Args:
+        weight: W of the layer before, as the forward that is measured used it.
+        scatter: C, in any scale; the lower triangle alone is read.
+        samples: in its place, the samples that C would be of; their mean does not count.
+    """
+    with torch.no_grad():
+        basis = column_basis(weight)
+        if samples is not None:
+            centred = samples.double()
+            centred = centred - centred.mean(0)
+            inside, total = (centred @ basis).square().sum(), centred.square().sum()
+        else:
+            assert scatter is not None
+            whole = mirrored(scatter)
+            inside, total = (whole @ basis).mul_(basis).sum(), scatter.trace()
+        return (1 - inside / total).clamp(min=0)
+
+
+def column_basis(weight: Float[Tensor, "dim d_in"]) -> Float64[Tensor, "dim rank"]:
+    """An orthonormal basis of the span of the columns, of the weight as it is stored.
+
+    A column counts as one of its own unless it lies in the span of the others up to the rounding of
+    float64. NaN throughout if an entry is not finite.
+    """
+    w = weight.double()
+    if not w.isfinite().all():
+        return torch.full_like(w, torch.nan)
+    basis, factor = torch.linalg.qr(w)
+    rounding = max(w.shape) * torch.finfo(torch.float64).eps
+    if (factor.diagonal().abs() > rounding * factor.norm(dim=0)).all():
+        return basis
+    # Some column is a combination of those before it, and its direction in `basis` arbitrary.
+    left, values, _ = torch.linalg.svd(factor)
+    return basis @ left[:, values > rounding * values[0]]

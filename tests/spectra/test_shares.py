@@ -1,0 +1,150 @@
+"""Shares of the mean and of the farthest samples equal float64 NumPy on all samples, or are NaN."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nerve.spectra import SampleShares, Shares
+
+
+def shares_of(x: Tensor, *, sizes: int | list[int] | None = None) -> Shares:
+    found = SampleShares(x.shape[-1])
+    for batch in x.split(len(x) if sizes is None else sizes):
+        found.update(batch)
+    return Shares(*found.shares().tolist())
+
+
+def oracle(x: Tensor) -> Shares:
+    """The definitions, with the mean of all samples."""
+    flat = x.double().reshape(-1, x.shape[-1]).numpy()
+    mean = flat.mean(0)
+    squares = np.sort(np.square(flat - mean).sum(1))[::-1]
+    n_top = math.ceil(len(flat) / 1000)
+    return Shares(
+        mean=len(flat) * np.square(mean).sum() / np.square(flat).sum(),
+        largest=squares[0] / squares.sum(),
+        top=squares[:n_top].sum() / squares.sum(),
+    )
+
+
+def draw(n: int, dim: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator) * torch.logspace(0, -1, dim)
+
+
+def test_one_sample_that_differs_holds_what_the_formula_says():
+    """N - 1 samples at 0 and one at a: its distance is a (N-1)/N, the others' a/N."""
+    n, a = 40, 3.0
+    x = torch.zeros(n, 5)
+    x[17, 2] = a
+    found = shares_of(x, sizes=9)
+    assert found.largest == pytest.approx((n - 1) / n)
+    assert found.top == found.largest  # one of 40 samples is at least 0.1%
+    assert found.mean == pytest.approx(1 / n)
+
+
+def test_two_opposite_samples_have_half_each_and_no_mean():
+    x = torch.zeros(30, 4)
+    x[3, 1], x[20, 1] = 2.0, -2.0
+    assert shares_of(x) == pytest.approx((0, 0.5, 0.5))
+
+
+def test_samples_that_are_one_vector_are_all_mean():
+    found = shares_of(torch.full((50, 6), 0.7))
+    assert found.mean == 1
+    assert math.isnan(found.largest)
+
+
+@pytest.mark.parametrize("sizes", [2500, 1000, 37])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shares_are_those_of_float64_numpy(sizes, offset, dtype):
+    x = (draw(2500, 48) + offset).to(dtype)
+    assert shares_of(x, sizes=sizes) == pytest.approx(oracle(x), rel=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-90, -30, 30, 90])
+def test_scale_does_not_matter(exponent):
+    x = draw(500, 8)
+    assert shares_of(x * 2.0**exponent, sizes=70) == pytest.approx(shares_of(x, sizes=70))
+
+
+def test_rotations_and_the_order_of_samples_do_not_matter():
+    x = draw(3000, 16).double()
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(1))
+    moved = (x @ rotation)[order]
+    assert shares_of(moved, sizes=300) == pytest.approx(shares_of(x, sizes=300), rel=1e-9)
+
+
+@pytest.mark.parametrize("position", [0, 1499, 2999])
+@pytest.mark.parametrize("factor", [3, 30, 1000])
+def test_a_planted_sample_is_found_wherever_it_comes(position, factor):
+    x = draw(3000, 32)
+    x[position] *= factor * x.norm(dim=1).median() / x[position].norm()
+    assert shares_of(x, sizes=200) == pytest.approx(oracle(x), rel=1e-4)
+
+
+def test_what_is_not_certain_is_nan_and_never_wrong():
+    """Means that wander by more than samples stand out: fewer candidates than samples, batches of
+    other means and spreads. Every share is NaN, or within 1% of the oracle's, which its bound
+    promises; both occur, and most are exact."""
+    generator = torch.Generator().manual_seed(3)
+    n_nan = n_exact = 0
+    for case in range(300):
+        dim = int(torch.randint(2, 40, (), generator=generator))
+        batches = []
+        for _ in range(int(torch.randint(2, 30, (), generator=generator))):
+            n = int(torch.randint(1, 400, (), generator=generator))
+            center = torch.randn(dim, generator=generator) * 10 ** (case % 3 - 1)
+            spread = torch.rand((), generator=generator) + 0.1
+            batches.append(center + spread * torch.randn(n, dim, generator=generator))
+        found = SampleShares(dim)
+        for batch in batches:
+            found.update(batch)
+        for value, expected in zip(
+            found.shares().tolist(), oracle(torch.cat(batches)), strict=True
+        ):
+            n_nan += math.isnan(value)
+            n_exact += value == pytest.approx(expected, rel=1e-6)
+            assert math.isnan(value) or value == pytest.approx(expected, rel=0.01)
+    assert n_nan > 20
+    assert n_exact > 600
+
+
+def test_what_a_mask_leaves_out_does_not_count():
+    x = draw(400, 8).reshape(20, 20, 8)
+    mask = torch.rand(20, 20, generator=torch.Generator().manual_seed(2)) > 0.3
+    found = SampleShares(8)
+    found.update(torch.where(mask[..., None], x, torch.nan), mask)
+    assert found.n == int(mask.sum())
+    assert found.shares().tolist() == pytest.approx(oracle(x[mask]), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_samples_have_no_shares(n):
+    found = SampleShares(3)
+    found.update(torch.ones(n, 3))
+    assert found.shares().isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_shares(value):
+    x = draw(300, 4)
+    x[7, 2] = value
+    found = SampleShares(4)
+    for batch in x.split(100):
+        found.update(batch)
+    assert found.shares().isnan().all()
+
+
+def test_memory_does_not_grow_with_the_samples():
+    found = SampleShares(64)
+    for seed in range(40):
+        found.update(draw(500, 64, seed))
+    assert found._candidates is not None
+    assert len(found._candidates) == 4 * 20  # four times 0.1% of 20,000
+    assert len(found._bounds) <= 16

@@ -1,0 +1,84 @@
+"""The variance outside a weight's span: closed forms, NumPy's projector, weights of every rank."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nerve.spectra import StreamingCovariance, variance_outside
+from nerve.spectra.subspace import column_basis
+
+DIM, D_IN, N = 24, 5, 400
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def scatter_of(x: Tensor) -> Tensor:
+    covariance = StreamingCovariance(x.shape[-1])
+    covariance.update(x)
+    return covariance.scatter()
+
+
+def oracle(weight: Tensor, x: Tensor) -> float:
+    """With the projector from NumPy's pseudo-inverse."""
+    w, centred = weight.double().numpy(), (x - x.mean(0)).double().numpy()
+    inside = centred @ (w @ np.linalg.pinv(w))
+    return 1 - np.square(inside).sum() / np.square(centred).sum()
+
+
+def test_what_the_weight_itself_gives_lies_inside():
+    weight = draw(DIM, D_IN)
+    pre = draw(N, D_IN, seed=1) @ weight.T + draw(DIM, seed=2)
+    assert float(variance_outside(weight, scatter=scatter_of(pre))) <= 1e-14
+
+
+def test_variance_that_is_alike_in_all_directions_lies_outside_by_their_number():
+    weight = draw(DIM, D_IN)
+    isotropic = torch.eye(DIM, dtype=torch.float64)
+    assert float(variance_outside(weight, scatter=isotropic)) == pytest.approx(1 - D_IN / DIM)
+
+
+def test_directions_that_the_weight_cannot_reach_are_all_outside():
+    weight, _ = torch.linalg.qr(draw(DIM, DIM))
+    x = draw(N, 4) @ weight[:, :4].T
+    assert float(variance_outside(weight[:, 4:9], scatter=scatter_of(x))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [10, N])
+def test_the_share_is_that_of_numpys_projector(dtype, n):
+    weight, x = draw(DIM, D_IN).to(dtype), draw(n, DIM, seed=1).exp()
+    expected = oracle(weight, x)
+    assert float(variance_outside(weight, scatter=scatter_of(x))) == pytest.approx(expected)
+    assert float(variance_outside(weight, samples=x)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: torch.cat([0 * w[:, :1], w[:, 1:]], 1),
+        lambda w: torch.cat([w, w[:, :2]], 1),
+        lambda w: w[:, :2] @ draw(2, D_IN, seed=3),
+    ],
+    ids=["dead column", "doubled columns", "low rank"],
+)
+def test_columns_that_add_nothing_do_not_count(change):
+    weight, x = change(draw(DIM, D_IN)), draw(N, DIM, seed=1)
+    assert column_basis(weight).shape[1] == torch.linalg.matrix_rank(weight)
+    assert float(variance_outside(weight, samples=x)) == pytest.approx(oracle(weight, x))
+
+
+def test_scale_and_mean_do_not_matter():
+    weight, x = draw(DIM, D_IN), draw(N, DIM, seed=1)
+    expected = pytest.approx(float(variance_outside(weight, samples=x)))
+    assert float(variance_outside(weight * 1e-9, samples=x * 1e12 + 1e13)) == expected
+
+
+def test_no_variance_and_entries_that_are_not_finite_give_nan():
+    weight, x = draw(DIM, D_IN), draw(N, DIM, seed=1)
+    assert variance_outside(weight, samples=torch.ones(N, DIM)).isnan()
+    assert variance_outside(weight * torch.inf, samples=x).isnan()
+    assert variance_outside(weight, samples=x * torch.nan).isnan()

@@ -1,0 +1,94 @@
+"""Rows whose spectrum may be that of a few samples: each that is must be flagged, by a proof."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nerve.outliers import LARGEST_MOVES, describe_outliers, largest_move, outliers
+from nerve.spectra import SampleShares, StreamingCovariance, eigenvalues, participation_ratio
+
+
+def ratio_of(x: torch.Tensor) -> float:
+    covariance = StreamingCovariance(x.shape[-1])
+    covariance.update(x)
+    return float(participation_ratio(eigenvalues(covariance.covariance())))
+
+
+def row_of(pre: torch.Tensor, post: torch.Tensor) -> pd.DataFrame:
+    row: dict[str, float] = {}
+    for site, x in (("pre", pre), ("post", post)):
+        found = SampleShares(x.shape[-1])
+        found.update(x)
+        _, row[f"largest_share_{site}"], row[f"top_share_{site}"] = found.shares().tolist()
+        row[f"pr_{site}"] = ratio_of(x)
+    return pd.DataFrame([row])
+
+
+def test_the_bound_holds_for_any_sample_and_is_nearly_reached():
+    """Random spectra, and a sample of any size along any direction: PR moves by no more than the
+    bound, with the covariances of float64 and the sample's exact share."""
+    generator = torch.Generator().manual_seed(0)
+    tightest = np.inf
+    for case in range(400):
+        dim, n = int(torch.randint(2, 60, (), generator=generator)), 500
+        spread = torch.logspace(0, -(case % 4), dim, dtype=torch.float64)
+        x = torch.randn(n, dim, generator=generator, dtype=torch.float64) * spread
+        size = 10 ** (4 * torch.rand((), generator=generator) - 1)
+        direction = torch.eye(dim, dtype=torch.float64)[0] if case % 2 else x[1] / x[1].norm()
+        x[0] = size * x.norm(dim=1).median() * direction
+        centred = x - x.mean(0)
+        # Of a covariance's trace, the sample that is taken out has n/(n-1) times its share.
+        share = float(centred[0].square().sum() / centred.square().sum()) * n / (n - 1)
+        with_it, without = ratio_of(x), ratio_of(x[1:])
+        bound = float(largest_move(share, with_it))
+        moved = max(with_it / without, without / with_it) - 1
+        assert moved <= bound * (1 + 1e-9)
+        tightest = min(tightest, bound / moved)
+    assert tightest < 1.2
+
+
+def test_closed_forms():
+    assert largest_move(0, 50) == 0
+    assert largest_move(0.5, 4) == np.inf  # half of the variance can have been all of 1/PR
+    assert largest_move(0.1, 1) == pytest.approx(0.9**-2 - 1)
+    assert np.isnan(largest_move(np.nan, 5))
+    assert np.isnan(largest_move(0.1, np.nan))
+
+
+@pytest.mark.parametrize("site", ["pre", "post"])
+@pytest.mark.parametrize("factor", [3, 5, 10, 30, 100, 300, 1000])
+@pytest.mark.parametrize("position", [0, 700])
+def test_a_plant_that_moves_pr_is_flagged_at_its_site(site, factor, position):
+    generator = torch.Generator().manual_seed(factor)
+    spread = torch.logspace(0, -1, 48)
+    clean = {each: torch.randn(1024, 48, generator=generator) * spread for each in ("pre", "post")}
+    planted = {each: x.clone() for each, x in clean.items()}
+    x = planted[site]
+    direction = torch.randn(48, generator=generator)
+    x[position] = factor * x.norm(dim=1).median() * direction / direction.norm()
+    moved = abs(ratio_of(x) / ratio_of(clean[site]) - 1) > LARGEST_MOVES
+    (named,) = outliers(row_of(**planted))
+    assert named in (("", site) if not moved else (site,))
+    assert not moved or factor >= 5
+    assert outliers(row_of(**clean)).tolist() == [""]
+
+
+def test_the_first_token_of_every_sequence_is_flagged():
+    """Twelve sequences whose first tokens are one large vector, as in trained models."""
+    x = torch.randn(12, 256, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 300.0
+    flat = x.reshape(-1, 64)
+    assert ratio_of(flat) < 1.01
+    row = row_of(flat, torch.randn(3072, 64))
+    assert outliers(row).tolist() == ["pre"]
+    assert describe_outliers(row.iloc[0].to_dict(), "pre") == (
+        "pre: the farthest sample holds 8.3% of the variance, the farthest 0.1% 33.1%"
+    )
+
+
+def test_rows_without_shares_are_not_flagged():
+    rows = row_of(torch.randn(50, 4), torch.randn(50, 4))
+    stored_before = rows.assign(**{name: np.nan for name in rows if "share" in name})
+    assert outliers(stored_before).tolist() == [""]
+    assert outliers(rows.iloc[:0]).empty
