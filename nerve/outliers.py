@@ -12,9 +12,9 @@ SITES = ("pre", "post")
 LARGEST_MOVES = 0.10
 """A row is flagged where the farthest sample alone may move PR by more than this."""
 
-TOP_MOVES = 0.50
-"""… or where the farthest 0.1% may by more than this. Any data have a farthest 0.1%, whose bound
-is loose for many samples in many directions; so it takes more."""
+TOP_MULTIPLE = 16
+"""… or where the farthest 0.1% hold more than so many times what they would if all were as far.
+Many alike, such as the first token of every sequence, move PR together, and none of them alone."""
 
 
 def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray:
@@ -39,12 +39,12 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
     """Of each row of metrics the sites whose PR may be that of a few samples.
 
     `pre`, `post`, `pre, post`, or empty, as where the shares were not stored. At a site so named
-    the farthest sample may have moved PR by more than `LARGEST_MOVES`, or the farthest 0.1% by more
-    than `TOP_MOVES` (`largest_move`). A sample that does move PR by more than 10% is always found;
-    many alike are as far as the farthest 0.1% show them.
+    the farthest sample alone may have moved PR by more than `LARGEST_MOVES` (`largest_move`), or
+    the farthest 0.1% stand out by `TOP_MULTIPLE`. One sample that does move PR by more than 10% is
+    always found. Of many alike those are found whose squared distance is 16 times the average.
 
     Args:
-        rows: with `pr_*`, `largest_share_*` and `top_share_*` of both sites.
+        rows: with `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*` of both sites.
     """
     named = [np.where(_stands_out(rows, site), site, "") for site in SITES]
     texts = [", ".join(filter(None, sites)) for sites in zip(*named, strict=True)]
@@ -66,7 +66,9 @@ def describe_outliers(row: Mapping[Any, Any], site: str) -> str:
 
 
 def _stands_out(rows: pd.DataFrame, site: str) -> np.ndarray:
-    ratio = rows[f"pr_{site}"].to_numpy(float)
-    by_one = largest_move(rows[f"largest_share_{site}"].to_numpy(float), ratio)
-    by_top = largest_move(rows[f"top_share_{site}"].to_numpy(float), ratio)
-    return (by_one > LARGEST_MOVES) | (by_top > TOP_MOVES)
+    n_samples = rows["n_samples"].to_numpy(float)
+    largest, top, ratio = (
+        rows[f"{name}_{site}"].to_numpy(float) for name in ("largest_share", "top_share", "pr")
+    )
+    fair = np.ceil(n_samples / 1000) / np.maximum(n_samples, 1)
+    return (largest_move(largest, ratio) > LARGEST_MOVES) | (top > TOP_MULTIPLE * fair)

@@ -16,7 +16,7 @@ def ratio_of(x: torch.Tensor) -> float:
 
 
 def row_of(pre: torch.Tensor, post: torch.Tensor) -> pd.DataFrame:
-    row: dict[str, float] = {}
+    row: dict[str, float] = {"n_samples": len(pre)}
     for site, x in (("pre", pre), ("post", post)):
         found = SampleShares(x.shape[-1])
         found.update(x)
@@ -74,14 +74,21 @@ def test_a_plant_that_moves_pr_is_flagged_at_its_site(site, factor, position):
     assert outliers(row_of(**clean)).tolist() == [""]
 
 
-def test_the_first_token_of_every_sequence_is_flagged():
-    """Twelve sequences whose first tokens are one large vector, as in trained models."""
-    x = torch.randn(12, 256, 64, generator=torch.Generator().manual_seed(0))
-    x[:, 0] = 300.0
-    flat = x.reshape(-1, 64)
-    assert ratio_of(flat) < 1.01
-    row = row_of(flat, torch.randn(3072, 64))
+@pytest.mark.parametrize("seq_len", [128, 512])
+@pytest.mark.parametrize("factor", [5, 10, 300])
+def test_the_first_token_of_every_sequence_is_flagged(seq_len, factor):
+    """As in trained models: first tokens that are one large vector."""
+    x = torch.randn(16, seq_len, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = factor * x.norm(dim=-1).median() / 8
+    row = row_of(x.reshape(-1, 64), torch.randn(16 * seq_len, 64))
     assert outliers(row).tolist() == ["pre"]
+
+
+def test_a_flag_is_told_with_its_numbers():
+    x = torch.randn(3072, 64, generator=torch.Generator().manual_seed(0))
+    x[::256] = 300.0
+    row = row_of(x, torch.randn(3072, 64))
+    assert ratio_of(x) < 1.01
     assert describe_outliers(row.iloc[0].to_dict(), "pre") == (
         "pre: the farthest sample holds 8.3% of the variance, the farthest 0.1% 33.1%"
     )
