@@ -194,12 +194,12 @@ def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
     """One run of a later version does not keep years of others from being read."""
     part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
     table = pq.read_table(part)
-    pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "2"}), part)
+    pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "3"}), part)
     with pytest.warns(IncompleteWarning) as caught:
         metrics = load_metrics(tmp_path)
     assert len(metrics) == 8
     assert [str(w.message).split(":")[0] for w in caught] == ["Left out", "Runs without metrics"]
-    assert f"{part} has version 2. Install" in str(caught[0].message)
+    assert f"{part} has version 3. Install" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
