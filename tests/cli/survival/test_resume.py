@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import nerve
-from nerve.checkpoint import checkpoint_path, read_checkpoint
+from nerve.checkpoint import checkpoint_path, kept_path, kept_steps, read_checkpoint
+from nerve.errors import ConfigError
+from nerve.models import build_model
 from nerve.results import RunRecord
 from nerve.signals import Interrupted
 
 N_STEPS = 5
 
 CASES = [
-    ["optimizer=adamw"],
-    ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=2"],
+    ["optimizer=adamw", "checkpoint.keep=[0,3,4,5]"],
+    ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=2", "checkpoint.keep=[1,3]"],
     ["model.dropout=0.2", "monitor.source=train", "ffn.constraint=spectral_norm"],
     ["optimizer=muon", "trainer.accumulate_grad_batches=2", "ffn.constraint=weight_norm"],
     ["optimizer=dion", "trainer.accumulate_grad_batches=2", "monitor.source=train"],
@@ -103,6 +105,62 @@ def test_a_run_that_stopped_early_and_died_does_not_train_on(experiment, assert_
     assert_same("whole", "pieces")
 
 
+def test_weights_kept_past_the_checkpoint_are_dropped_and_kept_anew(
+    experiment, stop_at, go_on, assert_same, tmp_path
+):
+    """Killed in step 5 after a checkpoint of step 2: those of step 3 and 4 are of steps that are
+    done again, and one that is no longer asked for is not kept."""
+    experiment("whole", "checkpoint.keep=[1,4]")
+    pieces = tmp_path / "pieces"
+    stop_at(4, MemoryError("as a kill"))
+    with pytest.raises(MemoryError):
+        experiment("pieces", "checkpoint.keep=[1,3,4]", "checkpoint.every_n_steps=2")
+    last = checkpoint_path(pieces, "last")
+    assert (kept_steps(pieces), read_checkpoint(last)["global_step"]) == ([1, 3, 4], 4)
+    go_on()
+    stop_at(2, signal.SIGTERM)
+    last.unlink()
+    assert nerve.load_model(pieces, step=3) is not None
+    with pytest.raises(Interrupted):  # from the beginning, for there is no checkpoint
+        experiment("pieces", "checkpoint.keep=[1,4]", "retry=true")
+    assert kept_steps(pieces) == [1]
+    go_on()
+    experiment("pieces", "checkpoint.keep=[1,4]")
+    assert_same("whole", "pieces")
+    assert kept_steps(pieces) == [1, 4]
+
+
+def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
+    experiment, stop_at, go_on, caplog
+):
+    stop_at(2, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        experiment("run")
+    go_on()
+    experiment("run", "checkpoint.keep=[2,3,4]")
+    assert "goes on at step 3; the weights of steps 2 in checkpoint.keep are past" in caplog.text
+    assert kept_steps("run") == [3, 4]
+
+
+def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment, tmp_path):
+    """They stay when the run is done, as do the last ones, of which they are no copies."""
+    experiment("run", "checkpoint.keep=[0,5]")
+    record = RunRecord.load("run")
+    assert record.run_status == "done"
+    first, final = (nerve.load_model("run", step=step).state_dict() for step in (0, 5))
+    facts = read_checkpoint(kept_path("run", 0))["facts"]
+    built = build_model(record.config, seed=record.config["seed"], **facts).state_dict()
+    last = nerve.load_model("run", "last").state_dict()
+    assert all(torch.equal(first[name], built[name]) for name in built)
+    assert all(torch.equal(final[name], last[name]) for name in last)
+    assert any(not torch.equal(first[name], last[name]) for name in last)
+
+
+def test_steps_to_keep_that_the_run_does_not_reach_are_refused_before_data_is_read(experiment):
+    with pytest.raises(ConfigError, match=r"got 6 with trainer\.max_steps=5"):
+        experiment("run", "checkpoint.keep=[5,6]", "data.corpus.roots=[nowhere]")
+
+
 def test_the_cadence_of_checkpoints_changes_nothing(experiment, assert_same, tmp_path):
     experiment("whole")
     experiment("often", "checkpoint.every_n_steps=1")
@@ -158,7 +216,7 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     two += ["trainer.precision=32-true", "model.dropout=0.2"]
-    two += ["+callbacks.stop._target_=stopping.Stop"]
+    two += ["+callbacks.stop._target_=stopping.Stop", "checkpoint.keep=[0,1,4]"]
 
     def launch(name: str, stop: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "nerve.cli.run", *small, *two, f"hydra.run.dir={name}"]
