@@ -20,6 +20,7 @@ from nerve.results import (
     load_scalars,
     load_spectra,
 )
+from nerve.results.schema import METRICS
 
 HOSTILE = 'two\nlines <script>alert(1)</script> "=cmd|1" ü \u202e'
 
@@ -178,6 +179,18 @@ def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
         metrics = load_metrics(tmp_path)
     assert len(metrics) == 10
     assert caught[0].filename == __file__
+
+
+def test_a_part_with_one_changed_byte_in_a_page_is_named(sweep, tmp_path):
+    part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
+    chunk = pq.read_metadata(part).row_group(0).column(METRICS.names.index("se_pre"))
+    content = bytearray(part.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    part.write_bytes(content)
+    assert len(pq.read_table(part)) == 2  # unverified, it reads
+    with pytest.warns(DamagedPartWarning, match=str(part)):
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 10
 
 
 def test_parts_that_could_not_be_read_are_counted(sweep, tmp_path):
