@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -105,29 +106,41 @@ def test_a_run_that_stopped_early_and_died_does_not_train_on(experiment, assert_
     assert_same("whole", "pieces")
 
 
-def test_weights_kept_past_the_checkpoint_are_dropped_and_kept_anew(
-    experiment, stop_at, go_on, assert_same, tmp_path
+@pytest.fixture
+def fail_in_step_4(stop_at, go_on) -> Callable[[Callable[[], float]], None]:
+    """Makes a run fail after its third step."""
+
+    def fail(start: Callable[[], float]) -> None:
+        stop_at(3, MemoryError("none left"))
+        with pytest.raises(MemoryError):
+            start()
+        go_on()
+
+    return fail
+
+
+def test_weights_kept_past_the_last_checkpoint_are_kept_anew(
+    experiment, fail_in_step_4, assert_same, tmp_path
 ):
-    """Killed in step 5 after a checkpoint of step 2: those of step 3 and 4 are of steps that are
-    done again, and one that is no longer asked for is not kept."""
-    experiment("whole", "checkpoint.keep=[1,4]")
-    pieces = tmp_path / "pieces"
-    stop_at(4, MemoryError("as a kill"))
-    with pytest.raises(MemoryError):
-        experiment("pieces", "checkpoint.keep=[1,3,4]", "checkpoint.every_n_steps=2")
-    last = checkpoint_path(pieces, "last")
-    assert (kept_steps(pieces), read_checkpoint(last)["global_step"]) == ([1, 3, 4], 4)
-    go_on()
-    stop_at(2, signal.SIGTERM)
-    last.unlink()
-    assert nerve.load_model(pieces, step=3) is not None
-    with pytest.raises(Interrupted):  # from the beginning, for there is no checkpoint
-        experiment("pieces", "checkpoint.keep=[1,4]", "retry=true")
-    assert kept_steps(pieces) == [1]
-    go_on()
-    experiment("pieces", "checkpoint.keep=[1,4]")
+    """The last checkpoint is of step 2, and step 3 is done again."""
+    experiment("whole", "checkpoint.keep=[1,3]")
+    keep = ["checkpoint.keep=[1,3]", "checkpoint.every_n_steps=2"]
+    fail_in_step_4(lambda: experiment("pieces", *keep))
+    last = read_checkpoint(checkpoint_path(tmp_path / "pieces", "last"))
+    assert (kept_steps("pieces"), last["global_step"]) == ([1, 3], 2)
+    kept_path("pieces", 3).write_bytes(b"weights that the steps done again do not lead to")
+    experiment("pieces", *keep, "retry=true")
     assert_same("whole", "pieces")
-    assert kept_steps(pieces) == [1, 4]
+
+
+@pytest.mark.parametrize(("every", "left"), [("2", [1, 5]), ("null", [5])])
+def test_weights_kept_past_where_a_run_goes_on_are_dropped(experiment, fail_in_step_4, every, left):
+    """They are of steps whose rows are dropped; without a checkpoint that is every step."""
+    cadence = f"checkpoint.every_n_steps={every}"
+    fail_in_step_4(lambda: experiment("run", "checkpoint.keep=[1,3]", cadence))
+    assert kept_steps("run") == [1, 3]
+    experiment("run", "checkpoint.keep=[5]", cadence, "retry=true")
+    assert kept_steps("run") == left
 
 
 def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
