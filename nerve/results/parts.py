@@ -58,7 +58,8 @@ def read_part(path: Path, dataset: Dataset) -> pa.Table:
     """One part as a table of exactly the dataset's schema.
 
     A nullable column that the part lacks reads as null: an older nerve did not know it. A column
-    that the dataset lacks, such as one that somebody added, is left out, and a compaction drops it. What nerve itself adds raises the version, so that it is never left out.
+    that the dataset lacks, such as one that somebody added, is left out, and a compaction drops it.
+    What nerve itself adds raises the version, so that it is never left out.
 
     Raises:
         DamagedPartError: when the file is cut short, overwritten, changed in a single byte that
