@@ -5,6 +5,7 @@ nothing that is read from a run directory can run code.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from nerve.errors import StoreError
 from nerve.models import build_model
 from nerve.results.atomic import refusals_named, write_atomically
 from nerve.results.record import RunRecord
-from nerve.values import require_choice
+from nerve.values import require, require_choice
 
 Which = Literal["best", "last"]
 FOLDER = "checkpoints"
@@ -28,6 +29,18 @@ def checkpoint_path(directory: str | os.PathLike[str], which: Which) -> Path:
     """Where a run keeps its last checkpoint, or its weights of the lowest validation loss."""
     require_choice("a checkpoint", which, ("best", "last"))
     return Path(directory) / FOLDER / f"{which}.ckpt"
+
+
+def kept_path(directory: str | os.PathLike[str], step: int) -> Path:
+    """Where a run keeps its weights of `step`; padded, so that names sort as steps do."""
+    return Path(directory) / FOLDER / f"step-{step:012d}.ckpt"
+
+
+def kept_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps of which a run has kept its weights, in order."""
+    names = (path.name for path in (Path(directory) / FOLDER).glob("step-*.ckpt"))
+    matches = (re.fullmatch(r"step-(\d{12})\.ckpt", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -77,29 +90,56 @@ def drop_all_but_weights(path: Path) -> None:
     write_checkpoint(path, weights_of(read_checkpoint(path)))
 
 
-def load_model(directory: str | os.PathLike[str], which: Which = "best") -> nn.Module:
+def load_model(
+    directory: str | os.PathLike[str], which: Which | None = None, *, step: int | None = None
+) -> nn.Module:
     """The model of a run, on the CPU and in eval mode.
 
     Args:
         directory: the run directory.
-        which: `best` has the weights of the lowest validation loss, `last` those of the last
-            checkpoint; of a run that is done, its final ones.
+        which: `best`, which is the default, has the weights of the lowest validation loss, `last`
+            those of the last checkpoint; of a run that is done, its final ones.
+        step: in the place of `which`, a step of `checkpoint.keep`.
 
     Raises:
+        ConfigError: when both `which` and `step` are given, or `which` is another text.
         StoreError: when there is no such run or checkpoint, or it is damaged.
     """
+    require(
+        which is None or step is None,
+        f"A model is loaded by which or by step; got which={which!r} and step={step!r}. Leave one "
+        "of them out.",
+    )
     record = RunRecord.load(directory)
-    path = checkpoint_path(directory, which)
+    path = _kept(record, step) if step is not None else _saved(record, which or "best")
+    weights = weights_of(read_checkpoint(path))
+    model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
+    model.load_state_dict(weights["model"])
+    return model.eval()
+
+
+def _saved(record: RunRecord, which: Which) -> Path:
+    path = checkpoint_path(record.directory, which)
     if not path.exists():
         raise StoreError(
             f"A model is loaded from a checkpoint; run {record.run_id} in {record.directory} has "
             f"no {path.name} (the run is {record.run_status}, at step {record.step}). Let it reach "
             "its first checkpoint, or take another run."
         )
-    weights = weights_of(read_checkpoint(path))
-    model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
-    model.load_state_dict(weights["model"])
-    return model.eval()
+    return path
+
+
+def _kept(record: RunRecord, step: int) -> Path:
+    steps = kept_steps(record.directory)
+    if step not in steps:
+        there = f"those of {', '.join(map(str, steps))}" if steps else "none"
+        raise StoreError(
+            f"A run keeps the weights of the steps in checkpoint.keep; run {record.run_id} in "
+            f"{record.directory} has {there}, not of {step!r} (the run is {record.run_status}, at "
+            "step "
+            f"{record.step}). Take one of these, or give a new run checkpoint.keep=[{step}]."
+        )
+    return kept_path(record.directory, step)
 
 
 class CheckpointFiles(CheckpointIO):

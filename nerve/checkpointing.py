@@ -1,8 +1,9 @@
 """The Lightning callback that saves a run so that it can go on exactly where it was."""
 
+import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,22 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from nerve.checkpoint import CheckpointFiles, checkpoint_path, weights_of, write_checkpoint
+from nerve.checkpoint import (
+    CheckpointFiles,
+    checkpoint_path,
+    kept_path,
+    kept_steps,
+    weights_of,
+    write_checkpoint,
+)
 from nerve.processes import gathered, highest, own_part
 from nerve.randomness import random_states, set_random_states
+from nerve.results.atomic import refusals_named
 from nerve.results.store import RunStore
 from nerve.signals import StopSignals
 from nerve.values import require
+
+log = logging.getLogger(__name__)
 
 _SAVE, _STOP = 1, 2
 
@@ -28,13 +39,15 @@ class Cadence:
     Attributes:
         every_n_steps: optimizer steps from one checkpoint to the next; None for no such rule.
         every_n_minutes: minutes; None for no such rule.
+        keep: optimizer steps after which the weights are kept for good; 0 is before training.
 
     Raises:
-        ConfigError: for values that are not positive.
+        ConfigError: for values that are not positive, and for steps that are not whole numbers.
     """
 
     every_n_steps: int | None = None
     every_n_minutes: int | float | None = None
+    keep: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
         steps, minutes = self.every_n_steps, self.every_n_minutes
@@ -46,11 +59,30 @@ class Cadence:
             minutes is None or (isinstance(minutes, int | float) and minutes > 0),
             f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
         )
+        require(
+            isinstance(self.keep, list) and all(map(_is_step, self.keep)),
+            "checkpoint.keep must be a list of optimizer steps, whole numbers from 0, as in "
+            f"[0,100]; got {self.keep!r}.",
+        )
+
+    def require_reached(self, max_steps: int) -> None:
+        """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
+        late = [step for step in self.keep if step > max_steps]
+        require(
+            not late,
+            "checkpoint.keep takes steps from 0 to trainer.max_steps; got "
+            f"{', '.join(map(str, late))} with trainer.max_steps={max_steps}. Leave these out, or "
+            "train for longer.",
+        )
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether to save after `step`, `seconds` after the last checkpoint."""
         steps, minutes = self.every_n_steps, self.every_n_minutes
         return bool(steps and step % steps == 0) or bool(minutes and seconds >= 60 * minutes)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Checkpointing(Checkpoint):
@@ -60,6 +92,7 @@ class Checkpointing(Checkpoint):
     them: weights, optimizer, schedule, data position, random states of every process, and what the
     other callbacks keep. Before it is written, the rows up to s are; a resumed run drops later
     ones. The weights of the lowest validation loss are kept in memory and written along with it.
+    Those of the steps to keep are written at once, and dropped where a resumed run drops rows.
 
     Args:
         files: the plugin through which Lightning saves.
@@ -133,7 +166,9 @@ class Checkpointing(Checkpoint):
     def on_sanity_check_start(self, *args: Any) -> None:
         self._signals.install()  # Lightning has just put its own handlers in their place
 
-    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._drop_kept_after(trainer.global_step)
+        self._keep(trainer, pl_module)
         if self._random:
             set_random_states(own_part(self._random))
         if self._had_stopped:
@@ -154,6 +189,7 @@ class Checkpointing(Checkpoint):
         n_batches = batch_idx + 1
         if n_batches % trainer.accumulate_grad_batches:
             return  # in the middle of an optimizer step
+        self._keep(trainer, pl_module)
         waited = time.monotonic() - self._saved_at
         is_due = self._cadence.is_due(trainer.global_step, waited)
         wish = _STOP if self._signals.received else _SAVE if is_due else 0
@@ -186,7 +222,37 @@ class Checkpointing(Checkpoint):
         trainer.save_checkpoint(checkpoint_path(self._directory, "last"))
         self._saved_at = time.monotonic()
 
+    def _drop_kept_after(self, step: int) -> None:
+        if not self._store:
+            return
+        passed = set(kept_steps(self._directory))
+        for late in (kept for kept in passed if kept > step):
+            with refusals_named(self._directory):
+                kept_path(self._directory, late).unlink()
+        missed = sorted(kept for kept in self._cadence.keep if kept < step and kept not in passed)
+        if missed:
+            log.warning(
+                "the run goes on at step %d; the weights of steps %s in checkpoint.keep are past",
+                step,
+                ", ".join(map(str, missed)),
+            )
+
+    def _keep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step not in self._cadence.keep:
+            return
+        weights = self._weights(trainer, pl_module)
+        if self._store:
+            write_checkpoint(kept_path(self._directory, trainer.global_step), weights)
+
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        weights = self._weights(trainer, pl_module)
+        if not self._store:
+            return
+        self._best = self._best or _Snapshot()
+        self._best.take(weights | {"val_loss": self._lowest})
+
+    def _weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """As `weights_of` gives them; every process must ask for them."""
         checkpoint = {
             "state_dict": trainer.strategy.lightning_module_state_dict(),  # of every process
             "global_step": trainer.global_step,
@@ -194,10 +260,7 @@ class Checkpointing(Checkpoint):
         # One that averages weights puts in those that were validated.
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             callback.on_save_checkpoint(trainer, pl_module, checkpoint)
-        if not self._store:
-            return
-        self._best = self._best or _Snapshot()
-        self._best.take(weights_of(checkpoint) | {"val_loss": self._lowest})
+        return weights_of(checkpoint)
 
     def _write(self, trainer: L.Trainer) -> None:
         if not (self._store and self._files.holds):

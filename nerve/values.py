@@ -16,6 +16,7 @@ KINDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     str: "a text",
+    list: "a list",
     NoneType: "null",
 }
 """Types of values, as messages name them."""

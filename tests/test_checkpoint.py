@@ -13,6 +13,8 @@ from nerve.checkpoint import (
     CheckpointFiles,
     checkpoint_path,
     drop_all_but_weights,
+    kept_path,
+    kept_steps,
     read_checkpoint,
     weights_of,
     write_checkpoint,
@@ -141,6 +143,39 @@ def test_no_checkpoint_and_another_name_are_named(tmp_path):
         nerve.load_model(tmp_path)
     with pytest.raises(ConfigError, match="must be one of best, last"):
         nerve.load_model(tmp_path, "first")
+
+
+def test_the_weights_of_a_step_are_loaded_by_its_number(tmp_path):
+    """Of several that are kept, beside a best and a last one that are others."""
+    RunRecord.create(tmp_path, CONFIG)
+    for which in ("best", "last"):
+        other = build_model(CONFIG, seed=9, **FACTS)
+        write_checkpoint(checkpoint_path(tmp_path, which), lightning_checkpoint(other))
+    trained = {step: build_model(CONFIG, seed=step, **FACTS) for step in (0, 100, 2000)}
+    for step, model in trained.items():
+        write_checkpoint(kept_path(tmp_path, step), weights_of(lightning_checkpoint(model)))
+    assert kept_path(tmp_path, 100).name == "step-000000000100.ckpt"
+    assert kept_steps(tmp_path) == [0, 100, 2000]
+    for step, model in trained.items():
+        loaded = nerve.load_model(tmp_path, step=step).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_step_that_was_not_kept_is_answered_with_those_that_were(tmp_path):
+    RunRecord.create(tmp_path, CONFIG)
+    with pytest.raises(StoreError, match=r"has none, not of 7 .* checkpoint\.keep=\[7\]"):
+        nerve.load_model(tmp_path, step=7)
+    for step in (100, 0):
+        write_checkpoint(kept_path(tmp_path, step), {})
+    kept_path(tmp_path, 7).with_suffix(".ckpt.0a1b.tmp").write_bytes(b"")
+    with pytest.raises(StoreError, match="has those of 0, 100, not of 7"):
+        nerve.load_model(tmp_path, step=7)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_which_and_step_exclude_each_other(tmp_path, which):
+    with pytest.raises(ConfigError, match=f"which='{which}' and step=0"):
+        nerve.load_model(tmp_path, which, step=0)
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace"])

@@ -9,7 +9,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD
 
-from nerve.checkpoint import CheckpointFiles, checkpoint_path, read_checkpoint
+from nerve.checkpoint import (
+    CheckpointFiles,
+    checkpoint_path,
+    kept_path,
+    kept_steps,
+    read_checkpoint,
+)
 from nerve.checkpointing import Cadence, Checkpointing
 from nerve.errors import ConfigError, StoreError
 from nerve.module import ImageClassifier
@@ -60,9 +66,10 @@ def fit(
     losses: tuple[float, ...],
     *,
     accumulate: int = 1,
+    validate_every: int = 1,
     callbacks: tuple[L.Callback, ...] = (),
 ):
-    """Trains `N_STEPS` steps and validates after each; gives the weights after each."""
+    """Trains `N_STEPS` steps and validates every so many; gives the weights after each."""
     torch.manual_seed(0)
     module = Scripted(
         nn.Linear(4, 2), lambda model: SGD(model.parameters(), lr=0.1), Schedule("linear")
@@ -78,7 +85,7 @@ def fit(
             max_steps=N_STEPS,
             max_epochs=-1,
             accumulate_grad_batches=accumulate,
-            val_check_interval=accumulate,
+            val_check_interval=accumulate * validate_every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             callbacks=[kept, StopAtTheEnd(), saving, *callbacks],
@@ -178,6 +185,75 @@ def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_ke
 
     assert loss(kept["model"]) == pytest.approx(kept["val_loss"], rel=1e-6)
     assert loss(weights[kept["step"]]) != pytest.approx(kept["val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("validate_every", [1, 3, N_STEPS])
+def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate, validate_every):
+    """Whether or not a validation falls on the step; as training begins, in its midst, its end."""
+    keep, start = Cadence(keep=[0, 2, 3, N_STEPS]), StartWeights()
+    weights, _ = fit(
+        tmp_path,
+        keep,
+        (1.0,) * N_STEPS,
+        accumulate=accumulate,
+        validate_every=validate_every,
+        callbacks=(start,),
+    )
+    weights = {0: start.weights, **weights}
+    assert kept_steps(tmp_path) == [0, 2, 3, N_STEPS]
+    for step in kept_steps(tmp_path):
+        kept = read_checkpoint(kept_path(tmp_path, step))
+        assert set(kept) == {"model", "facts", "step"}
+        assert (kept["step"], kept["facts"]) == (step, {"vocab_size": 7})
+        for name, weight in weights[step].items():
+            assert torch.equal(kept["model"][name], weight)
+    assert not torch.equal(weights[2]["weight"], weights[3]["weight"])
+
+
+class StartWeights(L.Callback):
+    """The weights before training."""
+
+    def on_train_start(self, trainer, module):
+        self.weights = {name: value.clone() for name, value in module.model.state_dict().items()}
+
+
+def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch):
+    """Beside those of the best, of which there is one here: of equal losses the first."""
+    steps, gather = [], Checkpointing._weights
+
+    def noting(saving, trainer, module):
+        steps.append(trainer.global_step)
+        return gather(saving, trainer, module)
+
+    monkeypatch.setattr(Checkpointing, "_weights", noting)
+    fit(tmp_path, Cadence(keep=[5]), (1.0,) * N_STEPS)
+    assert steps == [1, 5]
+
+
+def test_where_weights_are_averaged_the_kept_ones_are_the_averages_as_the_best_are(tmp_path):
+    """Of one step, the best and the kept are the same, and not those that are trained."""
+    losses = (2.0, 2.0, 1.0, *(2.0,) * (N_STEPS - 3))
+    average = EMAWeightAveraging(decay=0.9)
+    weights, _ = fit(tmp_path, Cadence(keep=[3]), losses, callbacks=(average,))
+    best = read_checkpoint(checkpoint_path(tmp_path, "best"))
+    kept = read_checkpoint(kept_path(tmp_path, 3))
+    assert best["step"] == 3
+    for name, weight in best["model"].items():
+        assert torch.equal(kept["model"][name], weight)
+        assert not torch.equal(kept["model"][name], weights[3][name])
+
+
+@pytest.mark.parametrize("keep", [[-1], [1.5], [True], ["3"], [None], "3", 3, None])
+def test_steps_to_keep_are_checked(keep):
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep must be a list of optimizer steps"):
+        Cadence(keep=keep)
+
+
+def test_steps_to_keep_are_those_of_the_run():
+    Cadence(keep=[0, 8]).require_reached(8)
+    with pytest.raises(ConfigError, match=r"got 9, 20 with trainer\.max_steps=8"):
+        Cadence(keep=[0, 9, 8, 20]).require_reached(8)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_before(

@@ -167,14 +167,19 @@ def _has_gpu() -> bool:
     return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
+def check_steps(values: dict[str, Any]) -> None:
+    """Raises `ConfigError` unless a run's steps, and batches a step, are positive numbers."""
+    for key in ("max_steps", "accumulate_grad_batches"):
+        value = values["trainer"][key]
+        require(
+            isinstance(value, int) and value > 0,
+            f"trainer.{key} must be a positive whole number; got {value!r}.",
+        )
+
+
 def build_data(config: DictConfig, values: dict[str, Any]) -> Any:
     """The data module, prepared: the model needs facts that only the data knows."""
     trainer = values["trainer"]
-    for key in ("max_steps", "accumulate_grad_batches"):
-        require(
-            isinstance(trainer[key], int) and trainer[key] > 0,
-            f"trainer.{key} must be a positive whole number; got {trainer[key]!r}.",
-        )
     n_batches = trainer["max_steps"] * trainer["accumulate_grad_batches"]
     sizes: dict[str, int] = {"n_train_batches": n_batches}
     if values["model"]["kind"] == "gpt":

@@ -21,6 +21,7 @@ from nerve.cli.assembly import (
     build_trainer,
     check,
     check_machine,
+    check_steps,
     facts_of,
     log_configuration,
 )
@@ -130,7 +131,9 @@ def _run(
         isinstance(values["seed"], int) and 0 <= values["seed"] < 2**32,
         f"seed must be a whole number from 0 to 2**32 - 1; got {values['seed']!r}.",
     )
+    check_steps(values)
     cadence = from_mapping(Cadence, values["checkpoint"], "checkpoint")
+    cadence.require_reached(values["trainer"]["max_steps"])
     L.seed_everything(values["seed"], verbose=False)
 
     data = build_data(config, values)

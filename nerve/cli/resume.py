@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.compose import CONF
 from nerve.cli.overrides import overrides_of
@@ -69,9 +69,12 @@ def _store(directory: Path, chooses_logger: bool) -> None:
             f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
             "does not. Give what nerve-run printed as the run directory."
         )
-    values = OmegaConf.to_container(OmegaConf.load(saved))
-    assert isinstance(values, dict)
     primary = OmegaConf.load(CONF / "config.yaml")
+    assert isinstance(primary, DictConfig)
+    # A key that is free now may be one that the run's nerve did not have.
+    free = {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
+    values = OmegaConf.to_container(OmegaConf.merge(free, OmegaConf.load(saved)))
+    assert isinstance(values, dict)
     defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]
     if chooses_logger:
         values.pop("logger")

@@ -1,9 +1,18 @@
-"""Part files: `<dataset>/part-<step>.parquet`, how they are listed, read and written."""
+"""Part files: `<dataset>/part-<step>.parquet`, how they are listed, read and written.
 
+A part is a Parquet file with a checksum of each page, and one of the footer, for which the format
+has none: eight bytes before the footer, `FOOTER_MARK` and the CRC-32 of all that follows. Other
+readers pass over them. A file without (an older part, or one that another program rewrote) is read
+unverified.
+"""
+
+import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +21,12 @@ import pyarrow.parquet as pq
 from nerve.errors import StoreError
 from nerve.results.atomic import write_atomically
 from nerve.results.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
+
+FOOTER_MARK = b"NRVC"
+_MARK_BYTES = 8
+"""The mark and the checksum after it."""
+_END_BYTES = 8
+"""How a Parquet file ends: the footer's length, four bytes, and `PAR1`."""
 
 
 class DamagedPartWarning(UserWarning):
@@ -42,24 +57,36 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
 def read_part(path: Path, dataset: Dataset) -> pa.Table:
     """One part as a table of exactly the dataset's schema.
 
+    A nullable column that the part lacks reads as null: an older nerve did not know it. A column
+    that the dataset lacks, such as one that somebody added, is left out, and a compaction drops it.
+    What nerve itself adds raises the version, so that it is never left out.
+
     Raises:
-        DamagedPartError: when the file is cut short, overwritten, or of other columns.
+        DamagedPartError: when the file is cut short, overwritten, changed in a single byte that
+            counts, or lacks a required column.
         StoreError: when a newer nerve wrote it.
         FileNotFoundError: when it is gone, for a compaction may run while others read.
     """
     try:
-        with pq.ParquetFile(path) as file:
-            check_version(path, file.schema_arrow.metadata)
-            table = file.read(use_threads=False)
-        # Casting costs as much as reading, and hardly any file needs it.
-        same = table.schema.equals(dataset.schema)
-        return table if same else table.select(dataset.schema.names).cast(dataset.schema)
+        with pa.OSFile(str(path)) as file:
+            _verify_footer(file)
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                _check_version(path, parquet.schema_arrow.metadata)
+                return _fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DamagedPartError(
             f"{path} is not a readable part of {dataset.name}: {error}. Restore it or move it away."
         ) from error
+
+
+def read_metadata(path: Path) -> dict[bytes, bytes]:
+    """What a part says of itself beside its rows. Raises `pa.ArrowException`, `OSError` or
+    `ValueError` for a file that is damaged or gone."""
+    with pa.OSFile(str(path)) as file:
+        _verify_footer(file)
+        return pq.read_schema(file).metadata or {}
 
 
 def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[DamagedPartError]]:
@@ -81,7 +108,7 @@ def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[Damage
         return joined(tables, dataset), damaged
 
 
-def check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
+def _check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
     """Raises `StoreError` for a file whose columns may mean what this version cannot know."""
     version = int((metadata or {}).get(VERSION_KEY, b"1"))
     if version > SCHEMA_VERSION:
@@ -89,6 +116,19 @@ def check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
             f"This nerve reads schema versions up to {SCHEMA_VERSION}; {path} has version "
             f"{version}. Install the nerve that wrote it, or a newer one."
         )
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`table` with the columns of `schema`. Raises `KeyError` where a required one is missing."""
+    if table.schema.equals(schema):
+        return table  # hardly any file needs more, and casting costs as much as reading
+    lacks = [field for field in schema if field.name not in table.schema.names]
+    required = [field.name for field in lacks if not field.nullable]
+    if required:
+        raise KeyError(f"it lacks the columns {', '.join(required)}")
+    for field in lacks:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
 
 
 def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
@@ -105,10 +145,44 @@ def write_part(path: Path, table: pa.Table) -> None:
     """Writes `table` at `path` atomically. Raises `StoreError` when the file system refuses."""
     # Measured numbers hardly repeat: a dictionary of them would be larger and slower to read.
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    write_atomically(
-        path,
-        lambda file: pq.write_table(table, file, compression="zstd", use_dictionary=texts),
-    )
+
+    def write(file: BinaryIO) -> None:
+        pq.write_table(
+            table, file, compression="zstd", use_dictionary=texts, write_page_checksum=True
+        )
+        _sign_footer(file)
+
+    write_atomically(path, write)
+
+
+# The footer names columns, types, places, the version, and what a compaction took over. A changed
+# byte in the name of a nullable column would read as null in every row.
+
+
+def _sign_footer(file: BinaryIO) -> None:
+    """Puts the mark and the checksum before the footer of the Parquet file that ends `file`."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(size - _END_BYTES)
+    start = size - _END_BYTES - int.from_bytes(file.read(4), "little")
+    file.seek(start)
+    footer = file.read()
+    file.seek(start)
+    file.write(FOOTER_MARK + zlib.crc32(footer).to_bytes(4, "little") + footer)
+
+
+def _verify_footer(file: pa.NativeFile) -> None:
+    """Raises `ValueError` where a footer is not what its checksum is of; passes one without."""
+    size = file.size()
+    if size < _END_BYTES:
+        return  # cut, as the reader of Parquet will say
+    file.seek(size - _END_BYTES)
+    start = size - _END_BYTES - int.from_bytes(file.read(4), "little")
+    if start >= _MARK_BYTES:
+        file.seek(start - _MARK_BYTES)
+        signed, footer = file.read(_MARK_BYTES), file.read()
+        if signed[:4] == FOOTER_MARK and signed[4:] != zlib.crc32(footer).to_bytes(4, "little"):
+            raise ValueError("the checksum of its footer does not fit")
+    file.seek(0)
 
 
 def warn_damaged(damaged: Iterable[DamagedPartError]) -> None:

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from nerve.errors import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Written into each part. 2 added the columns from `variance_outside` to `mean_share_post`."""
 VERSION_KEY = b"nerve_schema_version"
 
 
@@ -48,6 +49,17 @@ METRICS = _schema(
 )
 """One row a measured FFN and step. `variance_*` is the trace of the covariance, `lr` that of the
 hidden weights, `status` is "ok" or why metrics are null, `precision` the way the covariance took.
+
+Shares, each in [0, 1], of what the spectrum alone cannot show:
+
+- `variance_outside`: of post's variance, the share outside the span of pre, `1 - tr(P C_post) /
+  tr(C_post)`, with P the projector onto the columns of the up (or gate) weight. Null where no
+  weight says what pre can reach.
+- `largest_share_*`: of all variance, the share of the single sample that is farthest from the mean.
+  Near 1, the spectrum is that of one sample.
+- `top_share_*`: the same of the farthest 0.1% of the samples together.
+- `mean_share_*`: of the second moment, the share of the mean. Covariances are centered, so they
+  cannot see features that collapse to one vector; there it is 1.
 """
 
 SPECTRA = _schema(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from nerve.results.atomic import refusals_named, remove_temporaries, sync_directory
 from nerve.results.parts import (
@@ -17,6 +16,7 @@ from nerve.results.parts import (
     list_parts,
     part_path,
     part_step,
+    read_metadata,
     read_part,
     read_parts,
     warn_damaged,
@@ -173,10 +173,10 @@ def _until(step: int, table: pa.Table) -> pa.Table:
 def _compacted_names(path: Path) -> list[str]:
     """The parts whose rows `path` took over; none for a part that is damaged or now gone."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowException, OSError):
+        mark = read_metadata(path).get(COMPACTED_KEY, b"[]")
+    except (pa.ArrowException, OSError, ValueError):
         return []
-    return json.loads(metadata.get(COMPACTED_KEY, b"[]"))
+    return json.loads(mark)
 
 
 def _remove(paths: Iterable[Path]) -> None:

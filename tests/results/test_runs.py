@@ -20,6 +20,7 @@ from nerve.results import (
     load_scalars,
     load_spectra,
 )
+from nerve.results.schema import METRICS
 
 HOSTILE = 'two\nlines <script>alert(1)</script> "=cmd|1" ü \u202e'
 
@@ -180,6 +181,18 @@ def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
     assert caught[0].filename == __file__
 
 
+def test_a_part_with_one_changed_byte_in_a_page_is_named(sweep, tmp_path):
+    part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
+    chunk = pq.read_metadata(part).row_group(0).column(METRICS.names.index("se_pre"))
+    content = bytearray(part.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    part.write_bytes(content)
+    assert len(pq.read_table(part)) == 2  # unverified, it reads
+    with pytest.warns(DamagedPartWarning, match=str(part)):
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 10
+
+
 def test_parts_that_could_not_be_read_are_counted(sweep, tmp_path):
     for part in (tmp_path / "sweep" / "b" / "metrics").iterdir():
         damaged = part
@@ -194,12 +207,12 @@ def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
     """One run of a later version does not keep years of others from being read."""
     part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
     table = pq.read_table(part)
-    pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "2"}), part)
+    pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "3"}), part)
     with pytest.warns(IncompleteWarning) as caught:
         metrics = load_metrics(tmp_path)
     assert len(metrics) == 8
     assert [str(w.message).split(":")[0] for w in caught] == ["Left out", "Runs without metrics"]
-    assert f"{part} has version 2. Install" in str(caught[0].message)
+    assert f"{part} has version 3. Install" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 

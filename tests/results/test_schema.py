@@ -14,7 +14,13 @@ def test_metrics_columns_and_types():
     """The table of metrics is exactly this, in this order."""
     sites = [f"{name}_{site}" for name in ("se", "pr", "eee") for site in ("pre", "post")]
     others = ["variance_pre", "variance_post", "pr_pre_corrected", "pr_post_corrected"]
-    floats = [*sites, "js", *others, "train_loss", "val_loss", "lr"]
+    shares = [
+        f"{name}_{site}"
+        for name in ("largest_share", "top_share", "mean_share")
+        for site in ("pre", "post")
+    ]
+    added = ["variance_outside", *shares]
+    floats = [*sites, "js", *others, *added, "train_loss", "val_loss", "lr"]
     expected = {
         "run_id": pa.string(),
         "step": pa.int64(),
@@ -43,7 +49,7 @@ def test_spectra_and_scalars_columns_and_types():
 
 @pytest.mark.parametrize("schema", [METRICS, SPECTRA, SCALARS])
 def test_version_is_in_the_metadata(schema):
-    assert schema.metadata == {b"nerve_schema_version": b"1"}
+    assert schema.metadata == {b"nerve_schema_version": b"2"}
 
 
 @pytest.mark.parametrize("nan", [float("nan"), np.float32("nan"), np.float64("nan"), None])

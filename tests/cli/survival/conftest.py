@@ -12,7 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
 
 import nerve
-from nerve.checkpoint import checkpoint_path, read_checkpoint, weights_of
+from nerve.checkpoint import (
+    checkpoint_path,
+    kept_path,
+    kept_steps,
+    read_checkpoint,
+    weights_of,
+)
 from nerve.cli.compose import CONF, register
 from nerve.cli.experiment import run_experiment
 from nerve.module import TrainedModel
@@ -103,8 +109,8 @@ def _rows(directory: Path, load: Callable[..., pd.DataFrame]) -> pd.DataFrame:
 
 @pytest.fixture
 def assert_same(tmp_path: Path) -> Callable[[str, str], None]:
-    """Two finished runs left the same, bit for bit: rows of all tables, CSV text, the last weights
-    and the best ones, and the final scores."""
+    """Two finished runs left the same, bit for bit: rows of all tables, CSV text, the last
+    weights, the best and the kept ones, and the final scores."""
 
     def check(one: str, other: str) -> None:
         both = [tmp_path / one, tmp_path / other]
@@ -118,6 +124,14 @@ def assert_same(tmp_path: Path) -> Callable[[str, str], None]:
             assert (a["step"], list(a["model"])) == (b["step"], list(b["model"]))
             for name, weight in a["model"].items():
                 assert torch.equal(weight, b["model"][name]), f"{name} of {which}"
+        steps, others = (kept_steps(path) for path in both)
+        assert steps == others
+        for step in steps:
+            a, b = (read_checkpoint(kept_path(path, step)) for path in both)
+            assert a["step"] == b["step"] == step
+            assert a["model"].keys() == b["model"].keys()
+            for name, weight in a["model"].items():
+                assert torch.equal(weight, b["model"][name]), f"{name} of step {step}"
         records = [RunRecord.load(path) for path in both]
         assert [record.run_status for record in records] == ["done", "done"]
         a, b = (

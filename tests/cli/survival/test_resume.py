@@ -4,20 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import nerve
-from nerve.checkpoint import checkpoint_path, read_checkpoint
+from nerve.checkpoint import checkpoint_path, kept_path, kept_steps, read_checkpoint
+from nerve.errors import ConfigError
+from nerve.models import build_model
 from nerve.results import RunRecord
 from nerve.signals import Interrupted
 
 N_STEPS = 5
 
 CASES = [
-    ["optimizer=adamw"],
-    ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=2"],
+    ["optimizer=adamw", "checkpoint.keep=[0,3,4,5]"],
+    ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=2", "checkpoint.keep=[1,3]"],
     ["model.dropout=0.2", "monitor.source=train", "ffn.constraint=spectral_norm"],
     ["optimizer=muon", "trainer.accumulate_grad_batches=2", "ffn.constraint=weight_norm"],
     ["optimizer=dion", "trainer.accumulate_grad_batches=2", "monitor.source=train"],
@@ -103,6 +106,74 @@ def test_a_run_that_stopped_early_and_died_does_not_train_on(experiment, assert_
     assert_same("whole", "pieces")
 
 
+@pytest.fixture
+def fail_in_step_4(stop_at, go_on) -> Callable[[Callable[[], float]], None]:
+    """Makes a run fail after its third step."""
+
+    def fail(start: Callable[[], float]) -> None:
+        stop_at(3, MemoryError("none left"))
+        with pytest.raises(MemoryError):
+            start()
+        go_on()
+
+    return fail
+
+
+def test_weights_kept_past_the_last_checkpoint_are_kept_anew(
+    experiment, fail_in_step_4, assert_same, tmp_path
+):
+    """The last checkpoint is of step 2, and step 3 is done again."""
+    experiment("whole", "checkpoint.keep=[1,3]")
+    keep = ["checkpoint.keep=[1,3]", "checkpoint.every_n_steps=2"]
+    fail_in_step_4(lambda: experiment("pieces", *keep))
+    last = read_checkpoint(checkpoint_path(tmp_path / "pieces", "last"))
+    assert (kept_steps("pieces"), last["global_step"]) == ([1, 3], 2)
+    kept_path("pieces", 3).write_bytes(b"weights that the steps done again do not lead to")
+    experiment("pieces", *keep, "retry=true")
+    assert_same("whole", "pieces")
+
+
+@pytest.mark.parametrize(("every", "left"), [("2", [1, 5]), ("null", [5])])
+def test_weights_kept_past_where_a_run_goes_on_are_dropped(experiment, fail_in_step_4, every, left):
+    """They are of steps whose rows are dropped; without a checkpoint that is every step."""
+    cadence = f"checkpoint.every_n_steps={every}"
+    fail_in_step_4(lambda: experiment("run", "checkpoint.keep=[1,3]", cadence))
+    assert kept_steps("run") == [1, 3]
+    experiment("run", "checkpoint.keep=[5]", cadence, "retry=true")
+    assert kept_steps("run") == left
+
+
+def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
+    experiment, stop_at, go_on, caplog
+):
+    stop_at(2, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        experiment("run")
+    go_on()
+    experiment("run", "checkpoint.keep=[2,3,4]")
+    assert "goes on at step 3; the weights of steps 2 in checkpoint.keep are past" in caplog.text
+    assert kept_steps("run") == [3, 4]
+
+
+def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment, tmp_path):
+    """They stay when the run is done, as do the last ones, of which they are no copies."""
+    experiment("run", "checkpoint.keep=[0,5]")
+    record = RunRecord.load("run")
+    assert record.run_status == "done"
+    first, final = (nerve.load_model("run", step=step).state_dict() for step in (0, 5))
+    facts = read_checkpoint(kept_path("run", 0))["facts"]
+    built = build_model(record.config, seed=record.config["seed"], **facts).state_dict()
+    last = nerve.load_model("run", "last").state_dict()
+    assert all(torch.equal(first[name], built[name]) for name in built)
+    assert all(torch.equal(final[name], last[name]) for name in last)
+    assert any(not torch.equal(first[name], last[name]) for name in last)
+
+
+def test_steps_to_keep_that_the_run_does_not_reach_are_refused_before_data_is_read(experiment):
+    with pytest.raises(ConfigError, match=r"got 6 with trainer\.max_steps=5"):
+        experiment("run", "checkpoint.keep=[5,6]", "data.corpus.roots=[nowhere]")
+
+
 def test_the_cadence_of_checkpoints_changes_nothing(experiment, assert_same, tmp_path):
     experiment("whole")
     experiment("often", "checkpoint.every_n_steps=1")
@@ -158,7 +229,7 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     two += ["trainer.precision=32-true", "model.dropout=0.2"]
-    two += ["+callbacks.stop._target_=stopping.Stop"]
+    two += ["+callbacks.stop._target_=stopping.Stop", "checkpoint.keep=[0,1,4]"]
 
     def launch(name: str, stop: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "nerve.cli.run", *small, *two, f"hydra.run.dir={name}"]
