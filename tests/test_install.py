@@ -1,8 +1,10 @@
 """The wheel alone is enough: installed into a new environment, it runs from an empty directory."""
 
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,6 +42,38 @@ def test_the_wheel_carries_configuration_and_nothing_else_beside_the_package(whe
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"nerve"}
 
 
+def commit_in(path: Path) -> str:
+    if path.suffix == ".whl":
+        return zipfile.ZipFile(path).read("nerve/_commit.txt").decode()
+    with tarfile.open(path) as archive:
+        (name,) = [name for name in archive.getnames() if name.endswith("/nerve/_commit.txt")]
+        file = archive.extractfile(name)
+        assert file is not None
+        return file.read().decode()
+
+
+def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(tmp_path):
+    """From a clone: wheel, source distribution, and the wheel that is built from that."""
+    clone = tmp_path / "clone"
+    call("git", "clone", "-q", ROOT, clone, cwd=tmp_path)
+    for name in ("hatch_build.py", "pyproject.toml", "nerve/results/provenance.py"):
+        (clone / name).write_text((ROOT / name).read_text())
+    user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    call("git", *user, "commit", "-q", "--all", "--allow-empty", "-m", "as here", cwd=clone)
+    commit = call("git", "rev-parse", "HEAD", cwd=clone)
+    build = [sys.executable, "-m", "build", "--outdir"]
+    call(*build, tmp_path / "clean", clone, cwd=tmp_path)  # sdist, and the wheel from it
+    built = sorted((tmp_path / "clean").iterdir())
+    assert [path.suffix for path in built] == [".whl", ".gz"]
+    assert [commit_in(path) for path in built] == [commit, commit]
+    assert call("git", "status", "--porcelain", cwd=clone) == ""
+    with open(clone / "nerve" / "errors.py", "a") as file:
+        file.write("# changed\n")
+    call(*build, tmp_path / "changed", "--wheel", clone, cwd=tmp_path)
+    (wheel,) = (tmp_path / "changed").iterdir()
+    assert commit_in(wheel) == commit.strip() + "+\n"
+
+
 def test_the_wheel_runs_in_a_new_environment_and_an_empty_directory(wheel, tmp_path):
     environment, empty = tmp_path / "environment", tmp_path / "empty"
     empty.mkdir()
@@ -64,3 +98,5 @@ def test_the_wheel_runs_in_a_new_environment_and_an_empty_directory(wheel, tmp_p
     )
     assert str(environment) in rows
     assert rows.split()[-1] == str(2 * 3)  # layers × steps 0, 2, 3
+    (record,) = (empty / "outputs").glob("*/run.json")
+    assert json.loads(record.read_text())["git_commit"] == commit_in(wheel).strip()

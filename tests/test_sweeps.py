@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,17 +21,22 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 import nerve
 from nerve.cli.compose import CONF, SWEEPS, build, identity, register
+from nerve.cli.grid import Cell, compose_grid
 from nerve.cli.run import main
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
 from nerve.probe import find_ffns
+from nerve.results.state import RunState
 from nerve.values import from_mapping
 
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
@@ -316,25 +322,42 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
         assert rates[name] == min(of_rates, key=of_rates.__getitem__)
 
 
+def trials_of_command(name: str, scale: str, directory: Path) -> list[Cell]:
+    """The trials of the command in a header, as `nerve-run` finds them in `directory`."""
+    config_name, *overrides = commands(name)[SCALES.index(scale)]
+    with hydra_at_conf():
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration(
+            config_name.partition("=")[2],
+            [*overrides, f"hydra.sweep.dir={directory}", "hydra.runtime.output_dir=."],
+            run_mode=RunMode.MULTIRUN,
+        )
+        axes = grid(config.hydra.sweeper.params)
+        points = itertools.product(*axes.values())
+        return compose_grid(loader, config, [[*point, *overrides] for point in points])
+
+
 @pytest.mark.parametrize("folder", sorted(path.name for path in RUNS.iterdir()))
-def test_the_runs_of_the_study_are_those_that_the_commands_in_the_headers_start(folder):
-    """Every cell of the sweep is there, so that a copy of the folder leaves nothing to run."""
+def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(folder, monkeypatch, capsys):
+    """By what they ran, whatever their directories are called: a copy leaves nothing to run."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     name = folder.removesuffix("_gpu")
     if name not in NAMES:
         assert folder in ("normfree_rates_gpu", "residual"), "the commands are in study/findings.md"
         return
-    sweep = composed(name, "gpu" if folder.endswith("_gpu") else "cpu")
-    wanted = set()
-    for cell, seed in itertools.product(sweep.cells, sweep.seeds):
-        with_seed = deepcopy(cell)
-        with_seed.seed = seed
-        wanted.add(identity(with_seed))
-    assert len(wanted) == sweep.n_runs
-    stored = {path.parent.name for path in (RUNS / folder).glob("*/run.json")}
+    trials = trials_of_command(name, "gpu" if folder.endswith("_gpu") else "cpu", RUNS / folder)
+    assert [trial.refusal for trial in trials if trial.refusal is not None] == []
+    found = Counter(trial.found for trial in trials)
+    expected = {RunState.DONE: len(trials)}
     if folder == "normfree":  # three runs that say more than those of scale=gpu
-        assert stored <= wanted
-    else:
-        assert wanted <= stored
+        expected = {RunState.DONE: 3, RunState.NEW: 15}
+    if folder == "normfree_gpu":  # the loss of one became infinite
+        expected = {RunState.DONE: 17, RunState.FAILED: 1}
+    assert found == expected
+    assert sum(trial.is_to_do for trial in trials) == found[RunState.NEW]
+    places = {trial.directory for trial in trials if trial.found != RunState.NEW}
+    assert len(places) == len(trials) - found[RunState.NEW], "each trial has a run of its own"
+    assert capsys.readouterr().out == "", "no two runs of one configuration, none unreadable"
 
 
 def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):

@@ -14,7 +14,7 @@ from nerve.errors import StoreError
 from nerve.results.identity import differences
 from nerve.results.provenance import cluster_job
 from nerve.results.record import RECORD_NAME, RunRecord
-from nerve.results.state import RunState, run_state, wait_for_silence
+from nerve.results.state import RunState, open_run, wait_for_silence
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,11 @@ def final_loss(directory: Path, config: DictConfig) -> float | None:
     Raises:
         StoreError: when the directory holds a run of another configuration.
     """
-    if run_state(directory) != RunState.DONE:
+    state, record = open_run(directory)
+    if state != RunState.DONE:
         return None
-    record = _own_record(directory, resolved(config))
+    assert record is not None
+    _check_own(record, resolved(config))
     loss = record.final["val_loss"]
     assert loss is not None
     log.info(
@@ -54,7 +56,8 @@ def begin(directory: Path, config: DictConfig, hydra_config: HydraConf) -> RunRe
     if not (directory / RECORD_NAME).exists():
         return _create(directory, config, hydra_config, values)
     wait_for_silence(directory)
-    record = _own_record(directory, values)
+    record = RunRecord.load(directory)
+    _check_own(record, values)
     if record.run_status == "failed" and not values["retry"]:
         error = ": ".join((record.error or {}).values())
         raise StoreError(
@@ -67,18 +70,16 @@ def begin(directory: Path, config: DictConfig, hydra_config: HydraConf) -> RunRe
     return record
 
 
-def _own_record(directory: Path, values: Mapping[str, Any]) -> RunRecord:
-    record = RunRecord.load(directory)
+def _check_own(record: RunRecord, values: Mapping[str, Any]) -> None:
     different = differences(record.config, values)
     if different:
         shown = [f"{key} ({_at(record.config, key)}, now {_at(values, key)})" for key in different]
         more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         raise StoreError(
-            f"A directory holds one run; {directory} holds run {record.run_id} "
+            f"A directory holds one run; {record.directory} holds run {record.run_id} "
             f"({record.run_status}) with other values of {', '.join(shown[:SHOWN])}{more}. "
             "Choose another directory with hydra.run.dir=…, or delete that one."
         )
-    return record
 
 
 def _at(config: Any, key: str) -> Any:

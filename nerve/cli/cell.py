@@ -67,13 +67,20 @@ def _check_unchanged(config: DictConfig, directory: Path) -> None:
     """A job of a cluster composes its configuration again, perhaps hours after it was sent."""
     if cluster_job() is None or depends_on_place(config):
         return
-    now = identity(config)
-    if re.fullmatch("[0-9a-f]{12}", directory.name) and directory.name != now:
+    sent, now = _id_of(directory), identity(config)
+    if sent not in (None, now):
         raise StoreError(
             f"A cell runs with the values that it was sent with; {directory} is that of "
-            f"configuration {directory.name}, and the files of configuration now give {now}. Put "
+            f"configuration {sent}, and the files of configuration now give {now}. Put "
             "them back as they were, or call the sweep again for cells with the new values."
         )
+
+
+def _id_of(directory: Path) -> str | None:
+    """The id that a cell of this directory has; None where neither record nor name says."""
+    if (directory / RECORD_NAME).exists():
+        return RunRecord.load(directory).config_id
+    return directory.name if re.fullmatch("[0-9a-f]{12}", directory.name) else None
 
 
 def record_end(

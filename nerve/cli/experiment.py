@@ -34,6 +34,7 @@ from nerve.errors import DataError, StoreError
 from nerve.heartbeat import Heartbeat
 from nerve.results.atomic import remove_temporaries
 from nerve.results.lock import RunLock
+from nerve.results.provenance import nvidia_driver
 from nerve.results.record import RunRecord
 from nerve.results.store import RunStore
 from nerve.signals import Interrupted, StopSignals
@@ -153,7 +154,8 @@ def _run(
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
-            device=_device_name(trainer.strategy.root_device),
+            device=_device_names(trainer),
+            versions=record.versions | _gpu_versions(trainer),
         )
     log_configuration(trainer, values)
     try:
@@ -178,11 +180,22 @@ def _run(
     return final["val_loss"]
 
 
-def _device_name(device: torch.device) -> str:
-    """A device as run.json has it: a GPU with what it is."""
-    if device.type != "cuda":
-        return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})"
+def _device_names(trainer: L.Trainer) -> str:
+    """The devices as run.json has them: each GPU of this node with what it is."""
+    root = trainer.strategy.root_device
+    if root.type != "cuda":
+        return str(root)
+    gpus = [torch.device("cuda", index) for index in trainer.device_ids]
+    names = ", ".join(f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in gpus)
+    return names + (f" on each of {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else "")
+
+
+def _gpu_versions(trainer: L.Trainer) -> dict[str, str]:
+    """What computes on a GPU beside packages: CUDA and NVIDIA's driver."""
+    if trainer.strategy.root_device.type != "cuda":
+        return {}
+    versions = {"cuda": torch.version.cuda, "nvidia-driver": nvidia_driver()}
+    return {name: version for name, version in versions.items() if version is not None}
 
 
 def _prepare(directory: Path, record: RunRecord, store: RunStore, data: Any) -> None:

@@ -1,7 +1,7 @@
 """The cells of a sweep: each composed, with its directory and what that holds already."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nerve.cli.compose import resolved
+from nerve.cli.compose import identity, resolved
 from nerve.cli.overrides import told
+from nerve.cli.text import say
 from nerve.errors import ConfigError, StoreError
+from nerve.results.find import runs_by_id
 from nerve.results.identity import differences
 from nerve.results.record import RECORD_NAME, RunRecord
-from nerve.results.state import RunState, run_state
+from nerve.results.state import RunState, open_run, run_state
 
 
 @dataclass
@@ -78,6 +80,7 @@ def compose_grid(
     """
     cells: list[Cell] = []
     first: dict[Path, tuple[Cell, dict[str, Any]]] = {}
+    stored = _StoredRuns()
     for number, overrides in enumerate(grid):
         try:
             composed = loader.load_sweep_config(config, list(overrides))
@@ -90,14 +93,15 @@ def compose_grid(
             composed.hydra.job.id = composed.hydra.job.num = number
         cell = Cell(number, overrides, composed, Path(str(composed.hydra.sweep.dir)))
         try:
-            _place(cell)
+            _place(cell, stored)
             values = cell.values()
             other, its_values = first.setdefault(cell.directory, (cell, values))
             if other is not cell:
                 _check_same(cell, other, differences(values, its_values))
                 cell.twin = other.number
-            cell.found = run_state(cell.directory)
-            check_values(cell)
+            cell.found, record = open_run(cell.directory)
+            if record is not None:
+                _check_record(record, values)
         except OmegaConfBaseException as error:
             cell.refusal = _unresolved(composed, error)
         except StoreError as error:
@@ -106,15 +110,55 @@ def compose_grid(
     return cells
 
 
-def _place(cell: Cell) -> None:
-    """Finds the cell's directory, as Hydra would."""
+class _StoredRuns:
+    """The runs that the directories of sweeps hold; each record is read once, when first asked."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, Path]] = {}
+
+    def directory_of(self, own: Path, config_id: str) -> Path:
+        """Where the run of `config_id` is in the sweep whose directory `own` is in.
+
+        That is `own`, named by the id, where a run is done or at work; else the directory of the
+        run beside it that has the id, which an earlier version may have called otherwise.
+
+        Raises:
+            StoreError: when the record in `own` cannot be read.
+        """
+        if run_state(own) in (RunState.DONE, RunState.ALIVE):
+            return own
+        if own.parent not in self._folders:
+            self._folders[own.parent] = _chosen(own.parent)
+        return self._folders[own.parent].get(config_id, own)
+
+
+def _chosen(folder: Path) -> dict[str, Path]:
+    """The directory to take for each id, after saying what was passed over."""
+    runs, unread = runs_by_id(folder)
+    for error in unread:
+        say(f"passed over: {error}")
+    for (state, record), *others in runs.values():
+        if others:
+            names = ", ".join(str(other.directory) for _, other in others)
+            say(
+                f"{record.directory} ({state}, step {record.progress}) counts; of the same "
+                f"configuration, and left as they are: {names}"
+            )
+    return {config_id: same[0][1].directory for config_id, same in runs.items()}
+
+
+def _place(cell: Cell, stored: _StoredRuns) -> None:
+    """Finds the cell's directory: where Hydra would put it, or where its run is already."""
     hydra = cell.config.hydra
     HydraConfig.instance().set_config(cell.config)
     subdir = str(hydra.sweep.subdir)
     cell.directory /= subdir
+    own_id = identity(cell.config)
+    if subdir == own_id:  # else it was chosen by hand
+        cell.directory = stored.directory_of(cell.directory, own_id)
     OmegaConf.set_readonly(hydra, False)
     with open_dict(hydra):
-        hydra.sweep.subdir = subdir
+        hydra.sweep.subdir = cell.directory.name if subdir == own_id else subdir
         hydra.runtime.output_dir = os.path.abspath(cell.directory)
 
 
@@ -135,16 +179,17 @@ def check_values(cell: Cell) -> None:
     Raises:
         StoreError: if it has other values, or cannot be read.
     """
-    values = cell.values()
     if (cell.directory / RECORD_NAME).exists():
-        record = RunRecord.load(cell.directory)
-        different = differences(record.config, values)
-        if different:
-            raise StoreError(
-                f"A directory holds one run; {cell.directory} holds run {record.run_id} with other "
-                f"values of {', '.join(different)}. Choose another hydra.sweep.dir, or delete that "
-                "one."
-            )
+        _check_record(RunRecord.load(cell.directory), cell.values())
+
+
+def _check_record(record: RunRecord, values: Mapping[str, Any]) -> None:
+    different = differences(record.config, values)
+    if different:
+        raise StoreError(
+            f"A directory holds one run; {record.directory} holds run {record.run_id} with other "
+            f"values of {', '.join(different)}. Choose another hydra.sweep.dir, or delete that one."
+        )
 
 
 def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:

@@ -11,7 +11,7 @@ from nerve.cli.grid import Cell
 from nerve.cli.text import console, figure, say
 from nerve.errors import NerveError, StoreError
 from nerve.results.record import RECORD_NAME, RunRecord
-from nerve.results.state import RunState, run_state
+from nerve.results.state import RunState, open_run
 
 FOUND = {
     RunState.NEW: "new",
@@ -159,12 +159,12 @@ def _ending(cell: Cell) -> tuple[str, RunRecord | None, str]:
     if cell.refusal is not None:
         return "", None, cell.refusal
     try:
-        state = run_state(cell.directory)
-        if state == RunState.NEW:
-            return state, None, cell.trouble or "not started"
-        record = RunRecord.load(cell.directory)
+        state, record = open_run(cell.directory)
     except StoreError as error:
         return "unreadable", None, str(error)
+    if record is None:
+        reason = "not started" if state == RunState.NEW else FOUND[state]
+        return state, None, cell.trouble or reason
     why = ": ".join((record.error or {}).values())
     return state, record, f"{FOUND[state]}: {why}" if why else FOUND[state]
 

@@ -12,6 +12,7 @@ from nerve.results.record import (
     DamagedRecordWarning,
     RunRecord,
 )
+from nerve.results.state import RunState, open_run
 
 AnyPath = str | os.PathLike[str]
 
@@ -93,6 +94,30 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
     return list(records.values())
 
 
+def runs_by_id(
+    folder: Path,
+) -> tuple[dict[str, list[tuple[RunState, RunRecord]]], list[StoreError]]:
+    """The runs directly below `folder`, by `config_id`, whatever their directories are called.
+
+    Of several that define the same result the one to take comes first: one that is done, else one
+    at work, else the one that got furthest, or of these the last heard of. Each record is read
+    once; the second value says which could not be.
+    """
+    runs: dict[str, list[tuple[RunState, RunRecord]]] = {}
+    unread: list[StoreError] = []
+    for path in sorted(folder.glob(f"[!.]*/{RECORD_NAME}")):
+        try:
+            state, record = open_run(path.parent)
+        except StoreError as error:
+            unread.append(error)
+            continue
+        if record is not None:
+            runs.setdefault(record.config_id, []).append((state, record))
+    for same in runs.values():
+        same.sort(key=_worth, reverse=True)
+    return runs, unread
+
+
 def warn_fingerprints(records: list[RunRecord]) -> None:
     """One `FingerprintWarning` for each of corpus, tokenizer, held-out set that differs."""
     for name in sorted({name for record in records for name in record.fingerprints}):
@@ -131,6 +156,11 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     for name in sorted(children):
         if children[name] and not name.startswith("."):
             yield from _walk(directory / name, seen)
+
+
+def _worth(run: tuple[RunState, RunRecord]) -> tuple[bool, bool, int, str]:
+    state, record = run
+    return state == RunState.DONE, state == RunState.ALIVE, *_progress(record)
 
 
 def _progress(record: RunRecord) -> tuple[int, str]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 EXCLUDED = (
@@ -24,49 +24,101 @@ EXCLUDED = (
 """Dotted keys of nerve-run, each with all below it, that change where or how fast a run goes, not
 its result. They are passed over in any configuration, also in one that nerve-run did not write."""
 
+ADDED: dict[str, Any] = {"monitor.skip_first": 0}
+"""Dotted keys that nerve-run got after version 0.1.0, each with the value that means what was done
+before. A key with that value, and all below it, is passed over: runs of before keep their ids. A
+key of which no value means that has no place here, and runs of before are other runs."""
+
+NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
+
 
 def config_id(config: Mapping[str, Any]) -> str:
     """Twelve hex digits that are equal for configurations that define the same result.
 
-    The hash (SHA-256) of the canonical JSON of `config` without the `EXCLUDED` keys. Neither the
-    order of keys nor writing 1 as 1.0 changes it; `true` and 1, or `"1"` and 1, are different.
+    The hash (SHA-256) of the canonical JSON of `config` without the `EXCLUDED` keys and without the
+    `ADDED` ones that change nothing. Of a `_target_` the last name counts, not the module that it
+    is in. Neither the order of keys nor writing 1 as 1.0 changes it; `true` and 1, or `"1"` and 1,
+    are different. A configuration that was written to run.json and read again has the same.
     """
-    text = json.dumps(_canonical(config, ""), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(_text(_canonical(to_json(config), "")).encode()).hexdigest()[:12]
 
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The dotted keys that count for `config_id` and differ, in the order of their names."""
-    mine, its = _leaves(_canonical(config, ""), ""), _leaves(_canonical(other, ""), "")
-    return sorted(key for key in mine | its if mine.get(key, ...) != its.get(key, ...))
+    mine, its = (_leaves(_canonical(to_json(each), ""), "") for each in (config, other))
+    return sorted(key for key in mine | its if mine.get(key) != its.get(key))
 
 
 def new_run_id() -> str:
-    """Eight hex digits from the system's randomness, so that no seed can make two runs one."""
-    return secrets.token_hex(4)
+    """16 hex digits from the system's randomness, so that no seed can make two runs one."""
+    return secrets.token_hex(8)
+
+
+def to_json(
+    value: Any, non_finite: Callable[[float], Any] = lambda number: {"float": str(number)}
+) -> Any:
+    """What JSON can hold of `value`; `from_json` makes the same of it again.
+
+    NumPy and tensor scalars become numbers, paths and the like text.
+
+    Args:
+        value: any value of a configuration or a record.
+        non_finite: what becomes of NaN and infinities, which JSON does not have.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, non_finite) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [to_json(item, non_finite) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else non_finite(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def from_json(value: Any) -> Any:
+    """`value` as it was before `to_json`: `{"float": "inf"}` is infinity again."""
+    if isinstance(value, Mapping):
+        if _is_non_finite(value):
+            return NON_FINITE[value["float"]]
+        return {key: from_json(item) for key, item in value.items()}
+    return [from_json(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_non_finite(value: Mapping[str, Any]) -> bool:
+    name = value.get("float")
+    return len(value) == 1 and isinstance(name, str) and name in NON_FINITE
 
 
 def _canonical(value: Any, path: str) -> Any:
+    """What counts of the JSON `value` at the dotted key `path`."""
     if isinstance(value, Mapping):
-        entries = ((str(key), f"{path}.{key}".lstrip("."), item) for key, item in value.items())
-        return {
-            key: _canonical(item, dotted) for key, dotted, item in entries if dotted not in EXCLUDED
-        }
-    if isinstance(value, Sequence) and not isinstance(value, str):
+        counted = {}
+        for key, item in value.items():
+            dotted = f"{path}.{key}".lstrip(".")
+            if dotted in EXCLUDED:
+                continue
+            canonical = _canonical(item, dotted)
+            if dotted in ADDED and _text(canonical) == _text(_canonical(ADDED[dotted], dotted)):
+                continue
+            is_target = key == "_target_" and isinstance(item, str)
+            counted[key] = item.rpartition(".")[2] if is_target else canonical
+        return counted
+    if isinstance(value, list):
         return [_canonical(item, path) for item in value]
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return {"float": str(value)}  # JSON has no infinity, and the string "inf" is another
-        return int(value) if value.is_integer() else value
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _leaves(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {path: value}
-    leaves: dict[str, Any] = {}
+def _text(canonical: Any) -> str:
+    """Canonical JSON, in which true and 1 are as different as they are in the hash."""
+    return json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+
+
+def _leaves(value: Any, path: str) -> dict[str, str]:
+    """The texts of what is canonical, by dotted key."""
+    if not isinstance(value, Mapping) or not value or _is_non_finite(value):
+        return {path: _text(value)}
+    leaves: dict[str, str] = {}
     for key, item in value.items():
         leaves |= _leaves(item, f"{path}.{key}".lstrip("."))
     return leaves

@@ -1,12 +1,32 @@
-"""What code a run used: the versions of the packages that decide numbers, and the commit."""
+"""What code a run used: the versions of the packages that decide numbers, and the commit.
+
+It imports the standard library alone, as the build of a wheel asks it, too.
+"""
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("nerve", "torch", "lightning", "hydra-core", "numpy", "pyarrow", "tokenizers")
+PACKAGES = (
+    "nerve",
+    # Training and what it is told.
+    *("torch", "triton", "lightning", "hydra-core", "omegaconf", "pytorch-optimizer"),
+    # Data.
+    *("tokenizers", "datasets", "huggingface-hub", "pillow", "scikit-learn"),
+    # Spectra and how they are stored.
+    *("numpy", "pyarrow"),
+)
+"""Packages whose version a result may depend on."""
+
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+COMMIT_FILE = "_commit.txt"
+"""In the package: the commit that an archive or a wheel was made from. `git archive` writes it
+(.gitattributes), and so does the build of a wheel (hatch_build.py); a checkout has a placeholder.
+"""
 
 
 def package_versions() -> dict[str, str]:
@@ -20,20 +40,35 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, `+` when files differ from it.
-
-    None for an installed package, also where a repository of something else is around it.
-    """
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, as Linux has it; None where there is none."""
     try:
-        commit = _git(checkout, "rev-parse", "HEAD")
-        changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
+        text = DRIVER_FILE.read_text()
+    except OSError:
         return None
-    return commit + ("+" if changed else "")
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d[\d.]*)", text)
+    return found[1] if found else None
+
+
+def git_commit() -> str | None:
+    """The commit that this package is of, `+` when files differ from it; None if none is known.
+
+    A checkout says it itself; what was installed from an archive or a wheel carries it. A
+    repository of something else around an installed package does not count.
+    """
+    package = Path(__file__).resolve().parents[1]
+    if (package.parent / ".git").exists():
+        try:
+            commit = _git(package.parent, "rev-parse", "HEAD")
+            changed = _git(package.parent, "status", "--porcelain", "--untracked-files=no")
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return commit + ("+" if changed else "")
+    try:
+        carried = (package / COMMIT_FILE).read_text().strip()
+    except OSError:
+        return None
+    return carried if re.fullmatch(r"[0-9a-f]{40,64}\+?", carried) else None
 
 
 def cluster_job() -> dict[str, str] | None:

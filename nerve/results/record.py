@@ -1,10 +1,9 @@
 """`run.json`: what was run, where, how far it is and how it ended."""
 
 import json
-import math
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.results.atomic import refusals_named, write_atomically
-from nerve.results.identity import config_id, new_run_id
+from nerve.results.identity import config_id, from_json, new_run_id, to_json
 from nerve.results.provenance import git_commit, package_versions
 
 RECORD_NAME = "run.json"
@@ -36,7 +35,9 @@ class RunRecord:
     Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
     and `message`. `job` holds the cluster's own names for the run, `fingerprints` the hashes of
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …).
-    JSON knows no NaN and no infinity: such numbers are null in the file.
+    JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
+    `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
+    stays null, and such a run is not taken for one with an infinite value.)
     """
 
     directory: Path
@@ -108,6 +109,9 @@ class RunRecord:
     def load(cls, directory: str | os.PathLike[str]) -> "RunRecord":
         """Reads `<directory>/run.json`.
 
+        `config_id` is made anew from the stored configuration: what an earlier version called it,
+        in the file or in the name of the directory, does not matter.
+
         Raises:
             StoreError: when there is none or a newer nerve wrote it; its subclass
                 `DamagedRecordError` when it is cut short or not the record of a run.
@@ -128,14 +132,15 @@ class RunRecord:
                 f"This nerve reads records up to version {RECORD_VERSION}; {path} has version "
                 f"{version}. Install the nerve that wrote it, or a newer one."
             )
-        known = {entry.name for entry in fields(cls)} - {"directory"}
+        known = {entry.name for entry in fields(cls)} - {"directory", "config_id"}
+        stored = {name: values[name] for name in known & values.keys()}
         try:
-            record = cls(
-                directory=path.parent, **{name: values[name] for name in known & values.keys()}
-            )
+            record = cls(directory=path.parent, config_id="", **stored)
             record._check()
         except (TypeError, StoreError) as error:
             raise _damaged(path, error) from error
+        record.config = from_json(record.config)
+        record.config_id = config_id(record.config)
         return record
 
     @property
@@ -201,7 +206,8 @@ class RunRecord:
 
     def _write(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "directory"}
-        text = json.dumps(_plain({"schema_version": RECORD_VERSION, **values}), indent=2)
+        plain = to_json({"schema_version": RECORD_VERSION, **values}, non_finite=lambda _: None)
+        text = json.dumps(plain | {"config": to_json(self.config)}, indent=2)
         with refusals_named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
@@ -215,16 +221,3 @@ def _damaged(path: Path, error: Exception) -> DamagedRecordError:
     return DamagedRecordError(
         f"{path} is not the record of a run: {error}. Restore it or move its directory away."
     )
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: NumPy and tensor scalars as numbers, paths and the like as text."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -37,6 +37,15 @@ class RunState(StrEnum):
 def run_state(directory: str | os.PathLike[str]) -> RunState:
     """Where the run in `directory` stands; a directory that is not there is `new`.
 
+    Raises:
+        StoreError: as `RunRecord.load`, for a record that is damaged or of a newer nerve.
+    """
+    return open_run(directory)[0]
+
+
+def open_run(directory: str | os.PathLike[str]) -> tuple[RunState, RunRecord | None]:
+    """Where the run in `directory` stands, and its record, read once; None where there is none.
+
     The lock decides between alive and dead. A lock may not reach across hosts on every file system,
     and code of one's own may take none: a run of another host, or without a lock file, is alive,
     too, while its heartbeat is younger than a minute.
@@ -47,15 +56,9 @@ def run_state(directory: str | os.PathLike[str]) -> RunState:
     # The lock first: a run that ends in between then shows as ended.
     locked = is_locked(directory)
     if not (Path(directory) / RECORD_NAME).exists():
-        return RunState.ALIVE if locked else RunState.NEW
+        return RunState.ALIVE if locked else RunState.NEW, None
     record = RunRecord.load(directory)
-    if record.run_status == "done":
-        return RunState.DONE
-    if locked or (record.run_status == "running" and _beats_without_lock(record)):
-        return RunState.ALIVE
-    if record.run_status == "running":
-        return RunState.DEAD
-    return RunState(record.run_status)
+    return _state(record, locked), record
 
 
 def wait_for_silence(directory: str | os.PathLike[str]) -> None:
@@ -76,6 +79,16 @@ def wait_for_silence(directory: str | os.PathLike[str]) -> None:
             )
         time.sleep(1.0)
         record = RunRecord.load(directory)
+
+
+def _state(record: RunRecord, locked: bool) -> RunState:
+    if record.run_status == "done":
+        return RunState.DONE
+    if locked or (record.run_status == "running" and _beats_without_lock(record)):
+        return RunState.ALIVE
+    if record.run_status == "running":
+        return RunState.DEAD
+    return RunState(record.run_status)
 
 
 def _beats_without_lock(record: RunRecord) -> bool:

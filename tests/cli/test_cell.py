@@ -11,8 +11,9 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import open_dict, read_write
 
 from nerve.cli.cell import run_cell
-from nerve.cli.compose import CONF, identity, register
+from nerve.cli.compose import CONF, identity, register, resolved
 from nerve.errors import StoreError
+from nerve.results.record import RunRecord
 
 
 def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_refused(
@@ -34,7 +35,8 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
         return run_cell(config, hydra_config)
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        sent = identity(compose("config", ["seed=3"]))
+        composed = compose("config", ["seed=3", "logger=none"])
+    sent = identity(composed)
     assert run(sent, "seed=3") == 1.5
     assert run("mine", "seed=4") == 1.5
     placed = "+callbacks.ck.dirpath=${hydra:runtime.output_dir}/ck"  # not known when it is sent
@@ -42,6 +44,12 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
     with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
         run(sent, "seed=3", "optimizer.lr=0.5")
     assert not list(tmp_path.iterdir())
+    # A run that an earlier version gave the directory another id.
+    record = RunRecord.create(tmp_path / "0123456789ab", resolved(composed))
+    assert record.config_id == sent
+    assert run("0123456789ab", "seed=3") == 1.5
+    with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
+        run("0123456789ab", "seed=3", "optimizer.lr=0.5")
 
 
 class InThisProcess(Launcher):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,9 +24,10 @@ from hydra.plugins.launcher import Launcher
 
 from nerve import cores
 from nerve.cli import local
+from nerve.results import find
 from nerve.results.lock import RunLock
 from nerve.results.record import RunRecord
-from nerve.results.state import FRESH, RunState, run_state
+from nerve.results.state import FRESH, RunState, open_run, run_state
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 FOLDER = Path("outputs/multirun")
@@ -99,6 +101,72 @@ def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
         assert line in out
     assert {seed: record.restarts for seed, record in records().items()} == {0: 1, 1: 1, 2: 0}
     assert [n_starts(seed) for seed in (0, 1, 2)] == [2, 2, 1]
+
+
+def as_an_earlier_version_left(seed: int, name: str) -> Path:
+    """Gives the directory of a run, and its record, another id; the new place of the directory."""
+    record = records()[seed]
+    moved = record.directory.rename(FOLDER / name)
+    path = moved / "run.json"
+    path.write_text(path.read_text().replace(record.config_id, name))
+    return moved
+
+
+def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_with(sweep):
+    """Each in its own directory, where what is left of it stays; each record is read once."""
+    assert sweep("seed=0,1,2,3")[0] == 0
+    moved = [as_an_earlier_version_left(seed, f"{seed}23456789abc") for seed in (0, 1, 2)]
+    for seed, run_status in ((1, "interrupted"), (2, "failed")):
+        records()[seed].update(run_status=run_status, final={})
+    (FOLDER / "notes").mkdir()
+    ids = {record.config_id for record in records().values()}
+    reads = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find, "open_run", lambda path: reads.update([path]) or open_run(path))
+        status, out, err = sweep("seed=0,1,2,3,4")
+    assert set(reads.values()) == {1}
+    assert status == 1
+    assert "5 cells, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
+    assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
+    assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
+    assert re.search(r"2 seed=2 skipped failed 400/400 \S* ?223456789abc", out)
+    assert "4 seed=4 run done" in out
+    assert "2 (seed=2): failed" in err
+    status, out, _ = sweep("seed=0,1,2,3,4", "retry=true", "hydra/launcher=joblib")
+    assert status == 0
+    assert "2 seed=2 retried done 400/400 2.500 223456789abc" in out
+    assert [n_starts(seed) for seed in range(5)] == [1, 2, 2, 1, 1]
+    assert [records()[seed].directory for seed in (0, 1, 2)] == moved
+    assert {record.config_id for record in records().values()} > ids
+
+
+def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(sweep):
+    """Done before interrupted, then the one that got further; its own name gives none a lead."""
+    assert sweep("seed=0,1")[0] == 0
+    for seed, status_of_copy, step_of_copy in ((0, "done", 400), (1, "interrupted", 30)):
+        record = records()[seed]
+        copy = FOLDER / f"{seed}23456789abc"
+        shutil.copytree(record.directory, copy)
+        RunRecord.load(copy).update(run_status=status_of_copy, step=step_of_copy)
+        record.update(run_status="interrupted", step=20, final={})
+    status, out, _ = sweep("seed=0,1")
+    assert status == 0
+    assert "2 cells, 1 done, 1 interrupted; 1 to run" in out
+    assert f"{FOLDER}/023456789abc (done, step 400/400) counts; of the same configuration" in out
+    assert f"{FOLDER}/123456789abc (interrupted, step 30/400) counts" in out
+    assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
+    assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
+    assert "left as they are" in sweep("seed=0,1")[1]
+
+
+def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_cell(sweep):
+    assert sweep("seed=0")[0] == 0
+    broken = as_an_earlier_version_left(0, "023456789abc") / "run.json"
+    broken.write_text(broken.read_text()[:40])
+    status, out, _ = sweep("seed=0")
+    assert status == 0
+    assert "passed over: outputs/multirun/023456789abc/run.json is not the record of a run" in out
+    assert "0 the only one run done" in out
 
 
 def test_a_cell_that_another_process_is_at_work_on_is_left_to_it(sweep):
@@ -364,6 +432,11 @@ def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sw
     assert "the launcher: job 1 is gone" in err
     status, out, _ = sweep("seed=1", *where)
     assert status == 0
+    records()[1].update(run_status="interrupted")
+    as_an_earlier_version_left(1, "123456789abc")
+    GivesUp.received = []
+    assert sweep("seed=1", *where)[0] == 1
+    assert GivesUp.received == [["seed=1", "hydra.sweep.subdir='123456789abc'"]]
 
 
 class FindsARun(Launcher):

@@ -1,6 +1,7 @@
 """run.json: whole or not there, and true to what the run said."""
 
 import json
+import math
 import os
 import platform
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,7 @@ import pytest
 
 from nerve.errors import StoreError
 from nerve.results import RunRecord, config_id
+from nerve.results.identity import differences
 from nerve.results.record import DamagedRecordError
 
 CONFIG = {"seed": 3, "ffn": {"width": "8/3"}, "note": "two\nlines <script>alert(1)</script> \ud800"}
@@ -57,8 +59,37 @@ def test_the_file_is_strict_json(tmp_path):
     values = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
     assert values["final"] == {"val_loss": None, "accuracy": 0.5}
     assert values["step"] == 7
-    assert values["config"] == {"lr": 0.5, "betas": [0.9, None]}
+    assert values["config"] == {"lr": 0.5, "betas": [0.9, {"float": "inf"}]}
     assert "directory" not in values
+
+
+def test_an_infinite_value_has_one_id_in_the_process_and_in_the_file(tmp_path):
+    config = {"clip": float("inf"), "lr": np.float32(0.1), "betas": (0.9, float("-inf"))}
+    record = RunRecord.create(tmp_path, config)
+    loaded = RunRecord.load(tmp_path)
+    assert loaded.config == {
+        "clip": math.inf,
+        "lr": float(np.float32(0.1)),
+        "betas": [0.9, -math.inf],
+    }
+    assert loaded.config_id == record.config_id == config_id(config)
+    assert differences(loaded.config, config) == []
+
+
+def test_the_id_is_that_of_the_configuration_whatever_an_earlier_version_called_it(tmp_path):
+    """Also where it wrote none, and where it wrote null for an infinite value, which stays null."""
+    record = RunRecord.create(tmp_path, {"clip": None, "_target_": "once.here.Thing"})
+    path = tmp_path / "run.json"
+    values = json.loads(path.read_text())
+    without = {name: value for name, value in values.items() if name != "config_id"}
+    for stored in ({**values, "config_id": "0123456789ab"}, without):
+        path.write_text(json.dumps(stored))
+        loaded = RunRecord.load(tmp_path)
+        assert loaded.config_id == record.config_id
+        assert loaded.config_id == config_id({"clip": None, "_target_": "now.there.Thing"})
+    assert differences(loaded.config, {"clip": math.inf, "_target_": "Thing"}) == ["clip"]
+    loaded.update(step=1)
+    assert json.loads(path.read_text())["config_id"] == record.config_id
 
 
 def test_finish_and_restart(tmp_path):

@@ -1,5 +1,7 @@
 """Frames: one row a run with its factors, and stored rows joined with what was asked for."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from nerve.results import (
     DamagedPartWarning,
     IncompleteWarning,
     RunStore,
+    config_id,
     load_metrics,
     load_runs,
     load_scalars,
@@ -283,3 +286,17 @@ def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
     started = pd.Timestamp.now()
     assert len(load_metrics(tmp_path)) == 200 * 120
     assert (pd.Timestamp.now() - started).total_seconds() < 5
+
+
+def test_runs_of_earlier_versions_share_ids_with_those_of_today(tmp_path, make_run):
+    """Ids are made from what was stored; an infinite value is one in the frame, too."""
+    config = {"data": {"_target_": "now.here.Data"}, "monitor": {"skip_first": 0}, "clip": math.inf}
+    before = {"data": {"_target_": "once.there.Data"}, "monitor": {}, "clip": math.inf}
+    for name, values, seed in (("now", config, 1), ("before", before, 1), ("other", before, 2)):
+        make_run(tmp_path / name, {**values, "seed": seed}, seed=seed)
+    path = tmp_path / "before" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_id": "0123456789ab"}))
+    runs = load_runs(tmp_path)
+    assert set(runs.loc[runs["seed"] == 1, "config_id"]) == {config_id({**config, "seed": 1})}
+    assert set(runs["design_id"]) == {config_id(config)}
+    assert set(runs["clip"]) == {math.inf}

@@ -1,5 +1,7 @@
 """What `nerve-run` does with a directory that a run has used before."""
 
+import json
+import math
 import os
 import re
 import signal
@@ -44,6 +46,36 @@ def test_a_run_that_is_done_says_so_and_does_nothing(run, tiny, files):
     loss = RunRecord.load("mine").final["val_loss"]
     assert f"is finished: validation loss {loss:.3f}; there is nothing to do" in out
     assert files() == before
+
+
+def as_an_earlier_version_wrote_it(directory: str) -> str:
+    """Gives the record another id, the data another module, and takes out a key added since."""
+    path = Path(directory) / "run.json"
+    values = json.loads(path.read_text())
+    values["config_id"], now = "0123456789ab", values["config_id"]
+    values["config"]["data"]["_target_"] = "nerve.where.it.was.TextDataModule"
+    values["config"]["monitor"].pop("skip_first", None)
+    path.write_text(json.dumps(values))
+    return now
+
+
+def test_a_directory_of_an_earlier_version_is_gone_on_with(run, tiny, stop_at, go_on):
+    """With an infinite value, too, which run.json writes in its own way."""
+    stop_at(1, signal.SIGINT)
+    infinite = [*tiny, "trainer.gradient_clip_val=inf"]
+    assert run(*infinite)[0] == 130
+    go_on()
+    now = as_an_earlier_version_wrote_it("mine")
+    assert RunRecord.load("mine").config["trainer"]["gradient_clip_val"] == math.inf
+    status, out, err = run(*infinite)
+    assert (status, err) == (0, "")
+    assert "goes on" in out
+    assert json.loads(Path("mine/run.json").read_text())["config_id"] == now
+    as_an_earlier_version_wrote_it("mine")
+    assert "there is nothing to do" in run(*infinite)[1]
+    assert "there is nothing to do" in run("resume=mine")[1]
+    assert nerve.load_runs("mine").config_id.tolist() == [now]
+    assert "gradient_clip_val (inf, now 1.0)" in run(*tiny)[2]
 
 
 def test_other_values_are_refused_with_their_names(run, tiny, files):
