@@ -102,8 +102,11 @@ def first_gain(runs: Measured) -> np.ndarray:
     return v.gained(v.log_gain(runs, 0, 1 / 3).max(axis=2))
 
 
-WITHIN = {"sources": ("paper_activation_gpu", "paper_normfree_gpu", "activation_gpu")}
-ACTIVATION = {"sources": ("paper_activation_gpu", "activation_gpu"), "narrow": largest}
+ACTIVATION = {
+    "sources": ("paper_activation_gpu", "paper_normfree_gpu", "activation_gpu"),
+    "designs": NORMS | ACTIVATIONS,
+    "narrow": largest,
+}
 NORMFREE = {"sources": ("paper_normfree_gpu", "normfree_gpu"), "designs": NORMS, "scale": LONG}
 PLACEMENT = {"sources": ("paper_width_placement_gpu", "paper_placement_gpu", "norm_placement_gpu")}
 WIDTH = {"sources": ("paper_width_gpu", "ffn_width_gpu"), "narrow": most_complete_rate}
@@ -114,8 +117,7 @@ CHECKS = (
         "training raises the PR gain of the nonlinearity",
         "log PR_post/PR_pre, means of layers, end less step 0; nats",
         mean(pr_gain, "PreLN GELU"),
-        ACTIVATIONS,
-        ("PreLN GELU",),
+        compared=("PreLN GELU",),
         labels="step",
         seeds=2,
         scale=THOUSANDS,
@@ -129,8 +131,7 @@ CHECKS = (
         "training deepens the fall of EEE from pre to post",
         "EEE_pre - EEE_post, mean of layers, end less step 0",
         mean(eee_fall, "PreLN GELU"),
-        ACTIVATIONS,
-        ("PreLN GELU",),
+        compared=("PreLN GELU",),
         labels="step",
         seeds=2,
         scale=THOUSANDS,
@@ -143,8 +144,7 @@ CHECKS = (
         "GELU has a lower loss than ReLU",
         "loss, ReLU less GELU; nats",
         difference(loss_fall, "PreLN GELU", "PreLN ReLU"),
-        ACTIVATIONS,
-        ("PreLN GELU", "PreLN ReLU"),
+        compared=("PreLN GELU", "PreLN ReLU"),
         labels="design",
         seeds=5,
         scale=THOUSANDS,
@@ -156,8 +156,7 @@ CHECKS = (
         "GELU keeps more dimensions after the nonlinearity than ReLU",
         "log of mean PR_post, GELU less ReLU; nats",
         difference(log_pr_post, "PreLN GELU", "PreLN ReLU"),
-        ACTIVATIONS,
-        ("PreLN GELU", "PreLN ReLU"),
+        compared=("PreLN GELU", "PreLN ReLU"),
         labels="design",
         seeds=5,
         scale=THOUSANDS,
@@ -170,8 +169,7 @@ CHECKS = (
         "JS of layers 2 to 4 of 12 lies above that of layer 0 and of the deeper half",
         "lowest JS of the band less the highest outside; nats",
         mean(v.band, "PreLN GELU"),
-        ACTIVATIONS,
-        ("PreLN GELU",),
+        compared=("PreLN GELU",),
         labels="layer",
         seeds=2,
         scale=THOUSANDS,
@@ -185,16 +183,14 @@ CHECKS = (
             f"{title} follows the loss within a run beyond the clock",
             "-r over checkpoints after warm-up, given log(step + 1)",
             mean(lambda runs, name=name: v.tracking(runs, name), "PreLN GELU"),
-            ACTIVATIONS,
-            ("PreLN GELU",),
+            compared=("PreLN GELU",),
             labels="step",
             seeds=2,
             scale=THOUSANDS,
             paper=paper,
             smallest=0.3,
             why=why,
-            narrow=largest,
-            **WITHIN,
+            **ACTIVATION,
         )
         for name, title, paper, why in (
             (
@@ -285,7 +281,7 @@ CHECKS = (
         ("spectral_norm", "hyperspherical"),
         ("paper_constraint_gpu", "ffn_constraint_gpu"),
         "design",
-        seeds=2,
+        seeds=3,
         scale=LONG,
         paper="0.040",
     ),
@@ -298,7 +294,7 @@ CHECKS = (
         ("spectral_norm", "hyperspherical"),
         ("paper_constraint_gpu", "ffn_constraint_gpu"),
         "design",
-        seeds=2,
+        seeds=3,
         scale=LONG,
         paper="not known",
         why="the paper's best and its worst; constraints differ in EEE_post at step 0 already",
