@@ -108,7 +108,6 @@ ACTIVATION = {
     "narrow": largest,
 }
 NORMFREE = {"sources": ("paper_normfree_gpu", "normfree_gpu"), "designs": NORMS, "scale": LONG}
-PLACEMENT = {"sources": ("paper_width_placement_gpu", "paper_placement_gpu", "norm_placement_gpu")}
 WIDTH = {"sources": ("paper_width_gpu", "ffn_width_gpu"), "narrow": most_complete_rate}
 
 CHECKS = (
@@ -313,7 +312,7 @@ CHECKS = (
         smallest=0.1,
         narrow=all_placements_trained,
         why="runs at the unigram loss are flagged: an untrained PostLN is no evidence",
-        **PLACEMENT,
+        sources=("paper_placement_gpu", "norm_placement_gpu"),
     ),
     CoreCheck(
         "9.returns",
@@ -329,7 +328,7 @@ CHECKS = (
         paper="diminishing returns under PostLN",
         why="untrained networks differ in the exponent already",
         narrow=all_placements_trained,
-        **PLACEMENT,
+        sources=("paper_width_placement_gpu", "norm_placement_gpu"),
     ),
     CoreCheck(
         "10.loss",
