@@ -367,17 +367,29 @@ def cells_of(command: list[str]) -> tuple[str, list[dict]]:
             for axis in parsed
         }
         # A seed changes nothing else, and to compose takes a tenth of a second.
-        seeds = [int(each.partition("=")[2]) for each in values.pop("seed", ["seed=0"])]
+        seeds = [int(each.partition("=")[2]) for each in values.pop("seed", [])]
         cells = [compose(name, [*cell, *fixed]) for cell in product(*values.values())]
     # The logger's paths are known to a running job only.
     kept = [OmegaConf.masked_copy(cell, [str(k) for k in cell if k != "logger"]) for cell in cells]
     plain = [OmegaConf.to_container(cell, resolve=True) for cell in kept]
     leaves = [pd.json_normalize(cell).iloc[0].to_dict() for cell in plain]
-    return Path(hydra.sweep.dir).name, [cell | {"seed": x} for cell in leaves for x in seeds]
+    spread = [cell | {"seed": x} for cell in leaves for x in seeds or [cell["seed"]]]
+    return Path(hydra.sweep.dir).name, spread
 
 
 def named(key: str, fixed: list[str]) -> bool:
     return any(line.partition("=")[0] == key for line in fixed)
+
+
+def n_points(check, cells: list[dict]) -> int:
+    """How many runs, or designs, of those that a check loads a folder will have."""
+    loaded = [
+        (name, cell["seed"])
+        for name, design in check.designs.items()
+        for cell in cells
+        if all(cell.get(key) == value for key, value in design.items())
+    ]
+    return len({name for name, _ in loaded}) if check.unit == "designs" else len(loaded)
 
 
 def test_the_queue_gives_every_check_of_new_runs_its_designs_and_its_scale(rule):
@@ -410,6 +422,8 @@ def test_the_queue_gives_every_check_of_new_runs_its_designs_and_its_scale(rule)
         assert all(seeds.values()), (check.id, seeds)
         if check.unit == "seeds":
             assert len(set.intersection(*seeds.values())) >= check.seeds, check.id
+        else:
+            assert n_points(check, cells) >= check.seeds, check.id
         for cell in cells:
             tokens = cell["trainer.max_steps"] * cell["data.batch_size"] * cell["model.seq_len"]
             assert cell["trainer.max_steps"] >= check.scale.steps, check.id
