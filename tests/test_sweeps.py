@@ -45,7 +45,14 @@ RUNS = SWEEPS.parent / "study/runs"
 QUESTIONS = {
     *("activation", "normfree", "ffn_constraint", "norm_placement", "ffn_width", "position"),
     *("gated", "optimizer", "mixer_activation", "mixer_optimizer", "llama_scale"),
+    *("paper_placement", "paper_residual", "paper_normfree", "paper_activation", "paper_width"),
+    *("paper_position", "paper_optimizer"),
 }
+TOKENS_A_STEP = {"llama_scale": 2**16, "paper_normfree": 2**15} | {
+    f"paper_{name}": 2**16
+    for name in ("placement", "residual", "activation", "width", "position", "optimizer")
+}
+"""At scale=gpu, where it is not the 2¹⁴ of the runs of d_model 512."""
 
 every_sweep = pytest.mark.parametrize("name", NAMES)
 every_scale = pytest.mark.parametrize("scale", SCALES)
@@ -282,7 +289,7 @@ def test_the_gpu_scale_changes_sizes_and_keeps_the_question(name):
         assert (cell.trainer.accelerator, cell.compile) == ("gpu", True)
         if cell.model.kind == "gpt":
             n_sequences = cell.data.batch_size * cell.trainer.accumulate_grad_batches
-            assert n_sequences * cell.model.seq_len == (2**16 if "llama" in name else 2**14)
+            assert n_sequences * cell.model.seq_len == TOKENS_A_STEP.get(name, 2**14)
 
 
 def test_the_data_of_every_sweep_can_be_opened():

@@ -1,4 +1,4 @@
-"""Recomputes the study from its runs: tables of study/findings.md, study/runs.md, study/figures.
+"""Recomputes the study from its runs: study/findings.md, criteria.md, runs.md and figures.
 
 python study/scorecard
 """
@@ -6,6 +6,7 @@ python study/scorecard
 from argparse import ArgumentParser
 from pathlib import Path
 
+from criteria import report
 from evidence import Evidence
 from figures import draw
 from page import blocks, each_run, fill
@@ -23,9 +24,11 @@ def main() -> None:
     page = STUDY / "findings.md"
     evidence = Evidence(runs)
     page.write_text(fill(page.read_text("utf-8"), blocks(evidence)), "utf-8")
+    criteria = STUDY / "criteria.md"
+    criteria.write_text(report.page(evidence), "utf-8")
     listing = STUDY / "runs.md"
     listing.write_text(each_run(evidence), "utf-8")
-    for path in [page, listing, *draw(runs, STUDY / "figures")]:
+    for path in [page, criteria, listing, *draw(runs, STUDY / "figures")]:
         print(path)
 
 

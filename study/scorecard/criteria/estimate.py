@@ -1,0 +1,166 @@
+"""Effects with their 95% intervals, and what an interval says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Reading = Literal["holds", "opposite", "within noise"]
+Outcome = Literal["holds", "opposite", "within noise", "undecided"]
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An effect, positive in the direction that a claim says.
+
+    Attributes:
+        effect: the estimate; nan where it cannot be made.
+        low, high: its 95% interval; nan where nothing is left to estimate an error from.
+        sd: of one value of one run, after what design and seed explain; nan for correlations.
+        df: degrees of freedom of the interval; of a correlation n - 3 - its controls.
+        n_seeds: seeds that every compared design has; of a correlation its points, of slopes the
+            points of the design with fewest.
+        n_runs: runs that the effect is computed from.
+    """
+
+    effect: float
+    low: float
+    high: float
+    sd: float
+    df: int
+    n_seeds: int
+    n_runs: int
+
+    @property
+    def has_interval(self) -> bool:
+        return bool(np.isfinite([self.low, self.high]).all())
+
+
+def read(estimate: Estimate, smallest: float) -> Reading | None:
+    """What an interval says, whatever seeds and scale it rests on; None where there is none.
+
+    `holds` where it lies above `smallest`, `opposite` where it lies below 0, else `within noise`.
+    """
+    if not estimate.has_interval:
+        return None
+    if estimate.low > smallest:
+        return "holds"
+    return "opposite" if estimate.high < 0 else "within noise"
+
+
+def linear(
+    design_matrix: np.ndarray, values: np.ndarray, weights: np.ndarray
+) -> tuple[float, float, float, float, int]:
+    """Effect `weights · β` of an ordinary least squares fit, its t interval, residual SD and df.
+
+    All nan where the data do not determine the effect. Without a degree of freedom the effect has
+    no interval. A residual that is rounding counts as none: constants have an interval of no width.
+
+    Args:
+        design_matrix: shape (run, column).
+        values: shape (run,).
+        weights: shape (column,).
+    """
+    inverse = np.linalg.pinv(design_matrix)
+    if not np.allclose(weights @ inverse @ design_matrix, weights, atol=1e-8):
+        return (np.nan, np.nan, np.nan, np.nan, 0)
+    effect = float(weights @ inverse @ values)
+    df = len(values) - int(np.linalg.matrix_rank(design_matrix))
+    if df < 1:
+        return effect, np.nan, np.nan, np.nan, 0
+    residual = values - design_matrix @ (inverse @ values)
+    square = float(residual @ residual)
+    if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
+        square = 0.0
+    sd = np.sqrt(square / df)
+    error = sd * float(np.linalg.norm(weights @ inverse))
+    half = stats.t.ppf((1 + LEVEL) / 2, df) * error
+    if abs(effect) < 1e-12:
+        effect = 0.0
+    return effect, effect - half, effect + half, float(sd), df
+
+
+def contrast(
+    values: np.ndarray, design: np.ndarray, seed: np.ndarray, weights: Mapping[str, float]
+) -> Estimate:
+    """A weighted sum of the designs' means with runs paired by seed.
+
+    values = design + seed + error, by ordinary least squares over all designs given, those of
+    weight 0 among them: their errors are pooled. With two designs and weights 1 and -1 this is the
+    paired t interval. Where weights do not sum to 0 (a design's mean) seeds are part of the error.
+
+    Args:
+        values: shape (run,); runs without a finite value are left out.
+        design, seed: shape (run,).
+        weights: by the names of designs.
+    """
+    kept = np.isfinite(values)
+    values, design, seed = values[kept], design[kept], seed[kept]
+    seeds = [set(seed[design == name].tolist()) for name in weights]
+    shared = set.intersection(*seeds)
+    n_runs = int(np.isin(design, list(weights)).sum())
+    if not all(seeds):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, len(shared), n_runs)
+    names, numbers = sorted(set(design.tolist())), sorted(set(seed.tolist()))
+    columns = [design == name for name in names]
+    if abs(sum(weights.values())) < 1e-12:
+        columns += [seed == number for number in numbers[1:]]
+    matrix = np.stack([np.asarray(column, float) for column in columns], axis=1)
+    row = np.zeros(matrix.shape[1])
+    row[: len(names)] = [weights.get(name, 0.0) for name in names]
+    return Estimate(*linear(matrix, values, row), n_seeds=len(shared), n_runs=n_runs)
+
+
+def slope_difference(
+    values: np.ndarray, design: np.ndarray, x: np.ndarray, weights: Mapping[str, float]
+) -> Estimate:
+    """A weighted sum of the designs' slopes over x, each design with its own intercept."""
+    kept = np.isfinite(values) & np.isfinite(x) & np.isin(design, list(weights))
+    values, design, x = values[kept], design[kept], x[kept]
+    own = [design == name for name in weights]
+    if not all(part.any() for part in own):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0, len(values))
+    columns = [part.astype(float) for part in own] + [part * x for part in own]
+    row = np.array([0.0] * len(own) + list(weights.values()))
+    n_points = min(len(set(x[part].tolist())) for part in own)
+    return Estimate(*linear(np.stack(columns, axis=1), values, row), n_points, len(values))
+
+
+def partial_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> float:
+    """Pearson's r of what is left of x and of y after a linear fit on `given`; nan if nothing is.
+
+    Args:
+        x, y: shape (n,); `given`: each of shape (n,).
+    """
+    controls = np.stack([np.ones_like(x), *given], axis=1)
+    projector = controls @ np.linalg.pinv(controls)
+    rest_x, rest_y = x - projector @ x, y - projector @ y
+    size = np.linalg.norm(rest_x) * np.linalg.norm(rest_y)
+    scale = np.linalg.norm(x - x.mean()) * np.linalg.norm(y - y.mean())
+    # A control that fits x or y to rounding leaves no more of it than that.
+    if not size > 1e-9 * scale:
+        return float("nan")
+    return float(rest_x @ rest_y / size)
+
+
+def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> Estimate:
+    """Partial correlation over n points with Fisher's interval, tanh(atanh r ± z / √(n-3-k)).
+
+    k controls; fewer than 4 + k points have no interval.
+
+    Args:
+        x, y: shape (n,); `given`: each of shape (n,).
+    """
+    kept = np.isfinite(x) & np.isfinite(y)
+    n = int(kept.sum())
+    df = n - 3 - len(given)
+    if df < 1:
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, n, n)
+    r = partial_correlation(x[kept], y[kept], [control[kept] for control in given])
+    half = stats.norm.ppf((1 + LEVEL) / 2) / np.sqrt(df)
+    middle = np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
+    low, high = np.tanh(middle - half), np.tanh(middle + half)
+    return Estimate(r, float(low), float(high), np.nan, df, n, n)

@@ -1,0 +1,362 @@
+"""Core checks of claims 1 to 10: the nonlinearity, tracking, widths, norms and positions."""
+
+import numpy as np
+from evidence import Sweep
+
+from criteria import values as v
+from criteria.check import CoreCheck, Scale
+from criteria.effects import beyond_the_start, descending, difference, mean, steeper
+from criteria.measured import Design, Measured
+
+PRELN = {"normalization.kind": "layernorm", "normalization.placement": "pre"}
+NORM_FREE = {"normalization.kind": "none"}
+GELU, RELU, LEAKY = ({"activation.name": name} for name in ("gelu", "relu", "learnable_leaky_relu"))
+PLAIN = {"ffn.gated": False, "ffn.constraint": "none", "ffn.width": 4}
+ACTIVATIONS: dict[str, Design] = {
+    "PreLN GELU": PRELN | GELU | PLAIN,
+    "PreLN ReLU": PRELN | RELU | PLAIN,
+}
+NORMS: dict[str, Design] = {
+    "PreLN GELU": PRELN | GELU | PLAIN,
+    "norm-free GELU": NORM_FREE | GELU | PLAIN,
+    "norm-free ReLU": NORM_FREE | RELU | PLAIN,
+    "norm-free leaky": NORM_FREE | LEAKY | PLAIN,
+}
+CONSTRAINTS: dict[str, Design] = {
+    name: NORM_FREE | {"ffn.constraint": name}
+    for name in ("spectral_norm", "weight_norm", "hyperspherical")
+}
+PLACEMENTS: dict[str, Design] = {
+    f"{name} {width}": {"normalization.placement": place, "ffn.width": width}
+    for name, place in (("PreLN", "pre"), ("MixLN", "mix"), ("PostLN", "post"))
+    for width in (1, 2, 4, 8)
+}
+POSITIONS: dict[str, Design] = {
+    name: {"position.name": name} for name in ("rope", "learned", "none", "alibi")
+}
+
+EARLY = 7 / 12
+"""Through layer 6 of 12."""
+THOUSANDS = Scale(12, 768, 3_000, 190e6)
+LONG = Scale(12, 768, 10_000, 320e6)
+
+
+def widths(design: Design) -> dict[str, Design]:
+    """A design at widths 1 to 8, each under a name of its own."""
+    return {f"width {width}": {**design, "ffn.width": width} for width in range(1, 9)}
+
+
+def largest(sweep: Sweep) -> Sweep:
+    """The runs of the largest d_model: sizes are never pooled."""
+    sizes = sweep.runs["model.d_model"]
+    return sweep.where(sizes == sizes.max())
+
+
+def most_complete_rate(sweep: Sweep) -> Sweep:
+    """Norm-free runs at the rate, and all runs at the warm-up, that most of them finished at."""
+    ok = sweep.compared
+    free = ok["normalization.kind"] == "none"
+    rate = ok["optimizer.lr"][free].mode()
+    keep = sweep.runs["normalization.kind"] != "none"
+    return sweep.where(keep | (sweep.runs["optimizer.lr"] == (rate.max() if len(rate) else 0)))
+
+
+def all_placements_trained(sweep: Sweep) -> Sweep:
+    """The runs at the rate and warm-up at which PostLN has most runs that can be compared."""
+    names = ["optimizer.lr", "optimizer.schedule.warmup"]
+    post = sweep.compared[sweep.compared["normalization.placement"] == "post"]
+    if post.empty:
+        return sweep
+    best = post.groupby(names).size().idxmax()
+    return sweep.where((sweep.runs[names] == list(best)).all(axis=1))
+
+
+def pr_gain(runs: Measured) -> np.ndarray:
+    """log of PR_post over PR_pre, each a mean over layers, end less step 0."""
+    post, pre = (v.mean_of(runs, f"pr_{site}", log=True) for site in ("post", "pre"))
+    return v.gained(post - pre)
+
+
+def eee_fall(runs: Measured) -> np.ndarray:
+    return v.gained(v.mean_of(runs, "eee_pre") - v.mean_of(runs, "eee_post"))
+
+
+def loss_fall(runs: Measured) -> np.ndarray:
+    """The final loss, negative: higher is better."""
+    return -v.final(runs.loss)
+
+
+def log_pr_post(runs: Measured) -> np.ndarray:
+    return v.final(v.mean_of(runs, "pr_post", log=True))
+
+
+def gained_pr_post(runs: Measured) -> np.ndarray:
+    return v.gained(v.mean_of(runs, "pr_post", log=True))
+
+
+def early_gain(runs: Measured) -> np.ndarray:
+    return v.gained(v.log_gain(runs, 0, EARLY).mean(axis=2))
+
+
+def first_gain(runs: Measured) -> np.ndarray:
+    return v.gained(v.log_gain(runs, 0, 1 / 3).max(axis=2))
+
+
+ACTIVATION = {
+    "sources": ("paper_activation_gpu", "paper_normfree_gpu", "activation_gpu"),
+    "designs": NORMS | ACTIVATIONS,
+    "narrow": largest,
+}
+NORMFREE = {"sources": ("paper_normfree_gpu", "normfree_gpu"), "designs": NORMS, "scale": LONG}
+WIDTH = {"sources": ("paper_width_gpu", "ffn_width_gpu"), "narrow": most_complete_rate}
+
+CHECKS = (
+    CoreCheck(
+        "1.pr",
+        "training raises the PR gain of the nonlinearity",
+        "log PR_post/PR_pre, means of layers, end less step 0; nats",
+        mean(pr_gain, "PreLN GELU"),
+        compared=("PreLN GELU",),
+        labels="step",
+        seeds=2,
+        scale=THOUSANDS,
+        paper="1.93 at the end (step 0 not given)",
+        smallest=0.1,
+        why="the shift itself stands at step 0; what training adds does not",
+        **ACTIVATION,
+    ),
+    CoreCheck(
+        "1.eee",
+        "training deepens the fall of EEE from pre to post",
+        "EEE_pre - EEE_post, mean of layers, end less step 0",
+        mean(eee_fall, "PreLN GELU"),
+        compared=("PreLN GELU",),
+        labels="step",
+        seeds=2,
+        scale=THOUSANDS,
+        paper="0.475 at the end (step 0 not given)",
+        smallest=0.02,
+        **ACTIVATION,
+    ),
+    CoreCheck(
+        "2.loss",
+        "GELU has a lower loss than ReLU",
+        "loss, ReLU less GELU; nats",
+        difference(loss_fall, "PreLN GELU", "PreLN ReLU"),
+        compared=("PreLN GELU", "PreLN ReLU"),
+        labels="design",
+        seeds=5,
+        scale=THOUSANDS,
+        paper="0.022",
+        **ACTIVATION,
+    ),
+    CoreCheck(
+        "2.pr",
+        "GELU keeps more dimensions after the nonlinearity than ReLU",
+        "log of mean PR_post, GELU less ReLU; nats",
+        difference(log_pr_post, "PreLN GELU", "PreLN ReLU"),
+        compared=("PreLN GELU", "PreLN ReLU"),
+        labels="design",
+        seeds=5,
+        scale=THOUSANDS,
+        paper="0.36",
+        smallest=0.1,
+        **ACTIVATION,
+    ),
+    CoreCheck(
+        "3.band",
+        "JS of layers 2 to 4 of 12 lies above that of layer 0 and of the deeper half",
+        "lowest JS of the band less the highest outside; nats",
+        mean(v.band, "PreLN GELU"),
+        compared=("PreLN GELU",),
+        labels="layer",
+        seeds=2,
+        scale=THOUSANDS,
+        paper="peak .28, layer 0 low",
+        why="a peak anywhere is no band; that of a permuted depth is not there",
+        **ACTIVATION,
+    ),
+    *(
+        CoreCheck(
+            f"4.{name}",
+            f"{title} follows the loss within a run beyond the clock",
+            "-r over checkpoints after warm-up, given log(step + 1)",
+            mean(lambda runs, name=name: v.tracking(runs, name), "PreLN GELU"),
+            compared=("PreLN GELU",),
+            labels="step",
+            seeds=2,
+            scale=THOUSANDS,
+            paper=paper,
+            smallest=0.3,
+            why=why,
+            **ACTIVATION,
+        )
+        for name, title, paper, why in (
+            (
+                "pr_pre",
+                "PR_pre",
+                ".97 to .99, clock not taken out",
+                "log(step + 1) alone has r = -.99; only what is left beside it counts",
+            ),
+            ("se_post", "SE_post", ".84 to .87, clock not taken out", ""),
+        )
+    ),
+    *(
+        CoreCheck(
+            f"5.{name}",
+            f"{title}: the final SE_post follows the loss across widths beyond the untrained one",
+            "-r of SE_post and loss over runs, given SE_post at step 0",
+            beyond_the_start(lambda runs: v.mean_of(runs, "se_post")),
+            widths(design),
+            ("width 1", "width 2", "width 4", "width 8"),
+            labels="spectrum",
+            seeds=8,
+            unit="runs",
+            scale=THOUSANDS,
+            paper=paper,
+            why=why,
+            **WIDTH,
+        )
+        for name, title, design, paper, why in (
+            (
+                "preln",
+                "PreLN GELU",
+                PRELN | GELU,
+                "1.00, nothing taken out",
+                "width alone ranks the losses (-.92), and an untrained SE_post is its curve",
+            ),
+            ("normfree", "norm-free ReLU", NORM_FREE | RELU, ".99, nothing taken out", ""),
+        )
+    ),
+    CoreCheck(
+        "6.inertia",
+        "without norms, training brings less PR gain to GELU's layers 0 to 6 than with them",
+        "log PR gain, mean of the layers, end less step 0, PreLN less norm-free; nats",
+        difference(early_gain, "PreLN GELU", "norm-free GELU"),
+        compared=("PreLN GELU", "norm-free GELU"),
+        labels="design",
+        seeds=2,
+        paper="about 1.9 at the end (norm-free: 0)",
+        smallest=0.4,
+        why="small inputs make GELU linear at step 0 already; the claim is about training",
+        **NORMFREE,
+    ),
+    CoreCheck(
+        "6.price",
+        "without norms, GELU has a higher loss than ReLU",
+        "loss, norm-free GELU less norm-free ReLU; nats",
+        difference(loss_fall, "norm-free ReLU", "norm-free GELU"),
+        compared=("norm-free ReLU", "norm-free GELU"),
+        labels="design",
+        seeds=2,
+        paper="0.076",
+        **NORMFREE,
+    ),
+    *(
+        CoreCheck(
+            f"7.{name}",
+            f"without norms, training raises {title}'s largest PR gain of the first layers above "
+            "that of PreLN GELU",
+            "log of the largest PR gain of layers 0 to 3, end less step 0, less PreLN GELU's; nats",
+            difference(first_gain, design, "PreLN GELU"),
+            compared=(design, "PreLN GELU"),
+            labels="design",
+            seeds=2,
+            paper="about 3.7 at the end (gain 290)",
+            smallest=0.7,
+            **NORMFREE,
+        )
+        for name, title, design in (
+            ("relu", "ReLU", "norm-free ReLU"),
+            ("leaky", "learnable leaky ReLU", "norm-free leaky"),
+        )
+    ),
+    CoreCheck(
+        "8.loss",
+        "without norms, spectral norm has a lower loss than hyperspherical weights",
+        "loss, hyperspherical less spectral norm; nats",
+        difference(loss_fall, "spectral_norm", "hyperspherical"),
+        CONSTRAINTS,
+        ("spectral_norm", "hyperspherical"),
+        ("paper_constraint_gpu", "ffn_constraint_gpu"),
+        "design",
+        seeds=3,
+        scale=LONG,
+        paper="0.040",
+    ),
+    CoreCheck(
+        "8.flat",
+        "and training makes its nonlinearity flatten more",
+        "EEE_pre - EEE_post, mean of layers, end less step 0, spectral norm less hyperspherical",
+        difference(eee_fall, "spectral_norm", "hyperspherical"),
+        CONSTRAINTS,
+        ("spectral_norm", "hyperspherical"),
+        ("paper_constraint_gpu", "ffn_constraint_gpu"),
+        "design",
+        seeds=3,
+        scale=LONG,
+        paper="not known",
+        why="the paper's best and its worst; constraints differ in EEE_post at step 0 already",
+    ),
+    CoreCheck(
+        "9.order",
+        "at width 8 PreLN keeps more dimensions than MixLN, and MixLN more than PostLN",
+        "log of mean PR_post, the lesser difference of neighbours; nats",
+        descending(log_pr_post, "PreLN 8", "MixLN 8", "PostLN 8"),
+        PLACEMENTS,
+        ("PreLN 8", "MixLN 8", "PostLN 8"),
+        labels="design",
+        seeds=3,
+        scale=Scale(12, 768, 1_500, 98e6),
+        paper="2.06 and 1.19",
+        smallest=0.1,
+        narrow=all_placements_trained,
+        why="runs at the unigram loss are flagged: an untrained PostLN is no evidence",
+        sources=("paper_placement_gpu", "norm_placement_gpu"),
+    ),
+    CoreCheck(
+        "9.returns",
+        "training makes PR_post grow faster with width under PreLN than under PostLN",
+        "exponent of mean PR_post over width, end less step 0, PreLN less PostLN",
+        steeper(gained_pr_post, "PreLN", "PostLN"),
+        PLACEMENTS,
+        ("PreLN 8", "PreLN 4", "PreLN 1", "PostLN 1", "PostLN 4", "PostLN 8"),
+        labels="design",
+        seeds=4,
+        unit="runs",
+        scale=THOUSANDS,
+        paper="diminishing returns under PostLN",
+        why="untrained networks differ in the exponent already",
+        narrow=all_placements_trained,
+        sources=("paper_width_placement_gpu", "norm_placement_gpu"),
+    ),
+    CoreCheck(
+        "10.loss",
+        "RoPE has a lower loss than no position encoding",
+        "loss, none less RoPE; nats",
+        difference(loss_fall, "rope", "none"),
+        POSITIONS,
+        ("rope", "none"),
+        ("paper_position_gpu", "position_gpu"),
+        "design",
+        seeds=2,
+        scale=THOUSANDS,
+        paper="0.099",
+    ),
+    CoreCheck(
+        "10.deep",
+        "RoPE keeps more dimensions in middle and deep layers",
+        "log of mean PR_post of the last two thirds of the layers, RoPE less none; nats",
+        difference(
+            lambda runs: v.final(v.mean_of(runs, "pr_post", 1 / 3, 1, log=True)), "rope", "none"
+        ),
+        POSITIONS,
+        ("rope", "none"),
+        ("paper_position_gpu", "position_gpu"),
+        "design",
+        seeds=2,
+        scale=THOUSANDS,
+        paper="not known",
+        smallest=0.1,
+    ),
+)

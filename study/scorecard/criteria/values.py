@@ -1,0 +1,95 @@
+"""What a run comes to, from its spectra and losses: one number, or one a step."""
+
+import numpy as np
+
+from criteria.estimate import partial_correlation
+from criteria.measured import Measured
+
+
+def final(series: np.ndarray) -> np.ndarray:
+    """The value at the last step, from shape (run, step, …)."""
+    return series[:, -1]
+
+
+def gained(series: np.ndarray) -> np.ndarray:
+    """The value at the last step less that at step 0: what training has done."""
+    return series[:, -1] - series[:, 0]
+
+
+def region(runs: Measured, first: float, last: float) -> slice:
+    """Layers from a share of the depth to another: 1/3 and 2/3 are layers 4 to 7 of 12."""
+    n = runs.n_layers
+    return slice(round(first * n), round(last * n))
+
+
+def mean_of(
+    runs: Measured, name: str, first: float = 0.0, last: float = 1.0, *, log: bool = False
+) -> np.ndarray:
+    """Mean over layers of a metric, or the logarithm of that mean, shape (run, step)."""
+    values = runs.spectra[name][:, :, region(runs, first, last)].mean(axis=2)
+    return np.log(values) if log else values
+
+
+def log_gain(runs: Measured, first: float = 0.0, last: float = 1.0) -> np.ndarray:
+    """log(PR_post / PR_pre) of each layer, shape (run, step, layer)."""
+    own = region(runs, first, last)
+    return np.log(runs.spectra["pr_post"][:, :, own] / runs.spectra["pr_pre"][:, :, own])
+
+
+def band(runs: Measured) -> np.ndarray:
+    """Lowest JS of layers L/6 to L/3 less the highest of layer 0 and of the deeper half, (run,).
+
+    Of 12 layers: 2 to 4 against 0 and 6 to 11.
+    """
+    js = final(runs.spectra["js"])
+    n = runs.n_layers
+    outside = np.r_[0, np.arange(n // 2, n)]
+    return js[:, n // 6 : n // 3 + 1].min(axis=1) - js[:, outside].max(axis=1)
+
+
+def tracking(runs: Measured, name: str) -> np.ndarray:
+    """-r of a metric's mean over layers and the loss given log(step + 1), after warm-up, (run,).
+
+    nan with fewer than 8 measured steps after it: too few for a control and a correlation.
+    """
+    warm = (runs.runs["optimizer.schedule.warmup"] * runs.runs["trainer.max_steps"]).max()
+    late = runs.steps > warm
+    if late.sum() < 8:
+        return np.full(len(runs), np.nan)
+    clock = np.log1p(runs.steps[late])
+    metric = mean_of(runs, name)[:, late]
+    pairs = zip(metric, runs.loss[:, late], strict=True)
+    return np.array([-partial_correlation(own, loss, [clock]) for own, loss in pairs])
+
+
+def at_equal_loss(series: np.ndarray, runs: Measured, names: tuple[str, ...]) -> np.ndarray:
+    """A series at the highest final loss of these designs, interpolated over the loss, (run,).
+
+    nan for a run that never passes it on its way down.
+    """
+    level = runs.loss[runs.of(names), -1].max()
+    found = np.full(len(runs), np.nan)
+    for i, loss in enumerate(runs.loss):
+        above = np.flatnonzero(loss > level)
+        if loss[-1] == level:
+            found[i] = series[i, -1]
+        elif len(above) and above[-1] + 1 < len(loss):
+            j = above[-1]
+            share = (loss[j] - level) / (loss[j] - loss[j + 1])
+            found[i] = series[i, j] + share * (series[i, j + 1] - series[i, j])
+    return found
+
+
+def design_means(runs: Measured, values: np.ndarray) -> np.ndarray:
+    """Mean over the runs of each design, in the order of their names, shape (design,)."""
+    return np.array([values[runs.design == name].mean() for name in np.unique(runs.design)])
+
+
+def share_at_1000(runs: Measured) -> np.ndarray:
+    """What measuring would take of the training time at every 1000 steps, shape (run,).
+
+    One measurement's seconds over those of 1000 steps; validation counts as measuring.
+    """
+    measuring = runs.runs["final.measuring_seconds"].to_numpy(float)
+    training = runs.runs["final.train_seconds"].to_numpy(float)
+    return (measuring / len(runs.steps)) / (1000 * (training - measuring) / runs.steps[-1])

@@ -1,0 +1,433 @@
+"""The rule for verdicts: intervals against scipy, nulls that catch what has nothing in it, and the
+page and the queue against the code and the sweeps."""
+
+import importlib
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from scipy import stats
+
+from nerve.cli.compose import CONF, register
+
+STUDY = Path(__file__).parents[1] / "study"
+MODULES = ("measured", "estimate", "effects", "values", "nulls", "check", "gpt", "report")
+
+
+@pytest.fixture(scope="module")
+def rule() -> Iterator[SimpleNamespace]:
+    """The modules of study/scorecard/criteria, forgotten afterwards."""
+    folder = STUDY / "scorecard"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        criteria = importlib.import_module("criteria")
+        own = {name: importlib.import_module(f"criteria.{name}") for name in MODULES}
+        evidence = importlib.import_module("evidence").Evidence(STUDY / "runs")
+        yield SimpleNamespace(CHECKS=criteria.CHECKS, evidence=evidence, **own)
+    for name, module in list(sys.modules.items()):
+        if folder in Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]
+
+
+def made(rule, design, seed, spectra=None, loss=None, steps=(0, 100, 200, 300), n_layers=2):
+    """Runs made by hand; metrics that are not given are noise around 10."""
+    noise = np.random.default_rng(1)
+    shape = (len(design), len(steps), n_layers)
+    names = rule.measured.NAMES
+    given = {name: 10 + noise.normal(size=shape) for name in names} | (spectra or {})
+    nothing = np.full(len(design), np.nan)
+    return rule.measured.Measured(
+        design=np.array(design),
+        seed=np.array(seed),
+        width=np.full(len(design), 4.0),
+        steps=np.array(steps),
+        spectra=given,
+        loss=noise.normal(size=shape[:2]) if loss is None else loss,
+        accuracy=nothing,
+        runs=pd.DataFrame(index=range(len(design))),
+        tokens=nothing,
+    )
+
+
+def judged(rule, estimate, runs, labels="design", compared=("a", "b")):
+    """A check of such runs."""
+    check = rule.check.CoreCheck(
+        "1.x", "", "", estimate, {}, compared, (), labels, 2, rule.check.Scale(0, 0, 0, 0), ""
+    )
+    return rule.check.Judged(check, "made", runs, estimate(runs), None)
+
+
+def last_post(runs):
+    return runs.spectra["pr_post"][:, -1].mean(axis=1)
+
+
+def test_two_designs_give_the_paired_t_interval_of_scipy(rule):
+    a, b = np.array([5.0, 7.0, 6.5, 9.0]), np.array([4.0, 6.8, 5.0, 8.5])
+    seed = np.array([0, 1, 2, 3, 3, 2, 1, 0])
+    values = np.concatenate([a, b[::-1]])
+    found = rule.estimate.contrast(values, np.repeat(["a", "b"], 4), seed, {"a": 1, "b": -1})
+    expected = stats.ttest_rel(a, b)
+    low, high = expected.confidence_interval(0.95)
+    assert found.effect == pytest.approx(np.mean(a - b))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (found.df, found.n_seeds, found.n_runs) == (3, 4, 8)
+
+
+def test_the_mean_of_one_design_has_the_error_of_its_seeds(rule):
+    values = np.array([1.0, 2.0, 4.0])
+    found = rule.estimate.contrast(values, np.repeat("a", 3), np.arange(3), {"a": 1})
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.sd == pytest.approx(np.std(values, ddof=1))
+
+
+def test_errors_are_pooled_over_all_designs_of_the_comparison(rule):
+    """Three designs, two seeds: residuals of the two-way table have (3-1)(2-1) = 2 df."""
+    table = np.array([[1.0, 2.5], [3.0, 4.0], [7.0, 7.5]])
+    residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    sd = math.sqrt((residual**2).sum() / 2)
+    half = stats.t.ppf(0.975, 2) * sd * math.sqrt(2 / 2)
+    found = rule.estimate.contrast(
+        table.ravel(), np.repeat(["a", "b", "c"], 2), np.tile([0, 1], 3), {"c": 1, "a": -1}
+    )
+    effect = table[2].mean() - table[0].mean()
+    assert (found.effect, found.sd, found.df) == pytest.approx((effect, sd, 2))
+    assert (found.low, found.high) == pytest.approx((effect - half, effect + half))
+
+
+def test_a_difference_that_each_seed_has_stands_out_of_a_large_spread_of_seeds(rule):
+    seeds = np.array([0.0, 100.0, -50.0, 30.0])
+    values = np.concatenate([seeds + np.array([1.0, 1.1, 0.9, 1.0]), seeds])
+    design = np.repeat(["a", "b"], 4)
+    paired = rule.estimate.contrast(values, design, np.tile(range(4), 2), {"a": 1, "b": -1})
+    assert paired.low > 0.8
+    unlike = rule.estimate.contrast(values, design, np.arange(8), {"a": 1, "b": -1})
+    assert not unlike.has_interval  # no seed in both: seed and design cannot be told apart
+
+
+def test_partial_correlation_is_the_textbook_formula(rule):
+    x, y, z = np.random.default_rng(0).normal(size=(3, 20))
+    xy, xz, yz = (stats.pearsonr(*pair).statistic for pair in ((x, y), (x, z), (y, z)))
+    expected = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+    assert rule.estimate.partial_correlation(x, y, [z]) == pytest.approx(expected)
+    assert math.isnan(rule.estimate.partial_correlation(2 * z + 1, y, [z]))  # nothing is left
+    low, high = stats.pearsonr(x, y).confidence_interval(0.95)
+    found = rule.estimate.correlation(x, y)
+    assert (found.low, found.high, found.df) == pytest.approx((low, high, 17))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "smallest", "expected"),
+    [
+        (0.1, 0.3, 0.0, "holds"),
+        (0.1, 0.3, 0.1, "within noise"),
+        (-0.1, 0.3, 0.0, "within noise"),
+        (0.0, 0.0, 0.0, "within noise"),
+        (-0.3, -0.1, 0.0, "opposite"),
+        (-0.3, -0.1, 0.1, "opposite"),
+        (math.nan, math.nan, 0.0, None),
+    ],
+)
+def test_what_an_interval_says(rule, low, high, smallest, expected):
+    estimate = rule.estimate.Estimate((low + high) / 2, low, high, 1.0, 5, 3, 6)
+    assert rule.estimate.read(estimate, smallest) == expected
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        ([("holds", False), ("holds", False)], "holds"),
+        ([("holds", False), ("holds", True)], "cannot be told here"),
+        ([("holds", False), ("undecided", False)], "cannot be told here"),
+        ([("holds", False), ("within noise", False)], "does not hold"),
+        ([("opposite", False), ("undecided", False)], "does not hold"),
+        ([("opposite", True)], "does not hold"),
+        ([("undecided", True)], "cannot be told here"),
+        ([], "cannot be told here"),
+    ],
+)
+def test_a_claim_follows_from_its_checks(rule, outcomes, expected):
+    assert rule.check.verdict(outcomes) == expected
+
+
+def test_each_null_model_does_what_its_name_says(rule):
+    runs = made(rule, ["a", "b"], [0, 0])
+    flat = rule.nulls.untrained(runs).spectra["pr_post"]
+    assert (flat == runs.spectra["pr_post"][:, :1]).all()
+    time = rule.nulls.clock(runs).spectra["eee_pre"]
+    assert np.allclose(time, 1 + np.log1p(runs.steps)[None, :, None])
+    back = rule.nulls.clock_backwards(runs).spectra["se_post"]
+    assert np.allclose(time + back, 2 + np.log1p(runs.steps[-1]))
+    same = rule.nulls.identity(runs).spectra
+    assert all((same[f"{m}_post"] == runs.spectra[f"{m}_pre"]).all() for m in ("se", "pr", "eee"))
+    assert not same["js"].any()
+    for null in (rule.nulls.untrained, rule.nulls.clock, rule.nulls.identity):
+        assert null(runs).loss is runs.loss
+
+
+def test_a_pure_trend_is_caught_by_the_clock(rule):
+    """A metric that rises with time in every run, as the loss falls: r of -1 with it."""
+    steps = tuple(range(0, 1000, 100))
+    trend = np.log1p(np.array(steps))[None, :, None] + np.zeros((3, len(steps), 2))
+    runs = made(rule, ["a"] * 3, range(3), {"se_pre": trend}, 9 - 2 * trend[:, :, 0], steps=steps)
+
+    def raw(runs):
+        series = runs.spectra["se_pre"].mean(axis=2)
+        pairs = zip(series, runs.loss, strict=True)
+        r = [-rule.estimate.partial_correlation(x, y) for x, y in pairs]
+        return rule.estimate.contrast(np.array(r), runs.design, runs.seed, {"a": 1})
+
+    noisy = runs.with_spectra(
+        {"se_pre": trend + 0.01 * np.random.default_rng(0).normal(size=trend.shape)}
+        | {name: values for name, values in runs.spectra.items() if name != "se_pre"}
+    )
+    found = judged(rule, raw, noisy, "step", ("a",))
+    assert found.reading == "holds"
+    assert found.passes_null == ("clock",)
+
+
+def test_what_stands_at_step_0_is_caught_by_the_untrained_network_and_its_growth_is_not(rule):
+    start = np.array([3.0, 3.1, 2.9, 1.0, 1.1, 0.9])[:, None, None] + np.zeros((6, 4, 2))
+    grown = start + np.linspace(0, 1, 4)[None, :, None] * (np.arange(6) < 3)[:, None, None]
+    grown = grown + 0.01 * np.random.default_rng(0).normal(size=grown.shape)
+    runs = made(rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_post": grown})
+    there = judged(rule, rule.effects.difference(last_post, "a", "b"), runs)
+    assert (there.reading, "untrained" in there.passes_null) == ("holds", True)
+    growth = rule.effects.difference(
+        lambda r: last_post(r) - r.spectra["pr_post"][:, 0, 0], "a", "b"
+    )
+    gained = judged(rule, growth, runs)
+    assert (gained.reading, gained.passes_null) == ("holds", ())
+
+
+def test_what_pre_has_too_is_caught_by_the_identity(rule):
+    high = 10.0 + np.array([5.0, 5.1, 4.9, 0.0, 0.1, -0.1])[:, None, None] + np.zeros((6, 4, 2))
+    runs = made(
+        rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_pre": high + 0.001, "pr_post": high}
+    )
+    found = judged(rule, rule.effects.difference(last_post, "a", "b"), runs)
+    assert "identity" in found.passes_null
+    # What looks at pre alone is not changed, so that the identity says nothing of it.
+    pre = rule.effects.difference(lambda r: r.spectra["pr_pre"][:, -1].mean(axis=1), "a", "b")
+    assert "identity" not in judged(rule, pre, runs).passes_null
+
+
+def test_a_coin_is_caught_by_permuted_labels(rule):
+    """A check that asks for no difference beyond noise holds for about half of all labels."""
+    runs = made(rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2)
+
+    def coin(runs):
+        own = last_post(runs)
+        sign = float(np.sign(own[runs.design == "a"].mean() - own[runs.design == "b"].mean()))
+        return rule.estimate.Estimate(sign, sign - 0.1, sign + 0.1, 1.0, 5, 3, 6)
+
+    found = judged(rule, coin, runs)
+    assert 0.3 < found.share_permuted < 0.7
+    assert "permuted labels" in found.passes_null
+
+
+def test_an_order_of_three_designs_is_no_evidence_and_one_of_twelve_is(rule):
+    for n, reading in ((3, None), (12, "holds")):
+        rising = np.arange(n, dtype=float)
+        design = [f"{i:02}" for i in range(n)]
+        post = 10 + rising[:, None, None] + np.zeros((n, 4, 2))
+        loss = 9 - rising[:, None] + np.zeros((n, 4))
+        runs = made(rule, design, [0] * n, {"pr_post": post}, loss)
+        effect = rule.effects.ranks_the_designs(last_post)
+        found = judged(rule, effect, runs, "spectrum", ())
+        assert found.reading == reading
+        assert "permuted labels" not in found.passes_null
+
+
+def test_permutations_that_only_rename_designs_are_left_out(rule):
+    """Of 720 orders of 3 + 3 runs 72 leave each three together."""
+    runs = made(rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2)
+    changed = list(rule.nulls.permutations(runs, "design", ("a", "b")))
+    assert len(changed) == 720 - 72
+    pairs = {tuple(sorted(zip(each.design, each.seed, strict=True))) for each in changed}
+    assert len(pairs) == 1  # each label is still there once
+
+
+@pytest.mark.parametrize("labels", ["step", "layer", "spectrum"])
+def test_permutations_move_spectra_and_leave_losses(rule, labels):
+    runs = made(rule, ["a", "b", "c"], [0, 0, 0])
+    values = runs.spectra["js"]
+    for changed in list(rule.nulls.permutations(runs, labels, ()))[:20]:
+        moved = changed.spectra["js"]
+        assert changed.loss is runs.loss
+        assert not np.array_equal(moved, values)
+        assert np.array_equal(np.sort(moved, axis=None), np.sort(values, axis=None))
+
+
+def test_equal_loss_is_interpolated_and_a_run_that_never_gets_there_has_no_value(rule):
+    loss = np.array([[9.0, 4.0, 2.0, 1.0], [9.0, 7.0, 5.0, 3.0], [9.0, 8.0, 8.0, 8.0]])
+    series = np.array([[0.0, 10.0, 20.0, 30.0]] * 3)
+    runs = made(rule, ["a", "b", "c"], [0, 0, 0], loss=loss)
+    found = rule.values.at_equal_loss(series, runs, ("a", "b"))
+    assert found[:2] == pytest.approx([15.0, 30.0])  # a passes 3 halfway from 4 to 2
+    assert math.isnan(found[2])
+
+
+def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule):
+    check = next(check for check in rule.CHECKS if check.id == "6.price")
+    found = check.judge(rule.evidence)
+    assert (found.reading, found.outcome, found.missing) == ("opposite", "undecided", ["scale"])
+    assert found.exploratory
+
+
+def test_the_price_of_norm_free_gelu_recomputed_without_nerve(rule):
+    """6.price from the tables: paired by seed, the error pooled over the four designs."""
+    rows = []
+    for path in sorted((STUDY / "runs/normfree_gpu").glob("*/run.json")):
+        record = json.loads(path.read_text())
+        config = record["config"]
+        design = f"{config['normalization']['kind']} {config['activation']['name']}"
+        named = "none" in design or design == "layernorm gelu"
+        if record["run_status"] == "done" and named:
+            parts = [pq.read_table(part).to_pandas() for part in path.parent.glob("metrics/*")]
+            loss = pd.concat(parts).sort_values("step")["val_loss"].iloc[-1]
+            rows.append((design, record["seed"], loss))
+    table = pd.DataFrame(rows, columns=["design", "seed", "loss"])
+    columns = pd.get_dummies(table[["design", "seed"]].astype(str), dtype=float)
+    fit, *_ = np.linalg.lstsq(columns, table["loss"], rcond=None)
+    beta = dict(zip(columns, fit, strict=True))
+    effect = beta["design_none gelu"] - beta["design_none relu"]
+    check = next(check for check in rule.CHECKS if check.id == "6.price")
+    found = check.judge(rule.evidence).estimate
+    assert found.effect == pytest.approx(effect)
+    assert found.df == len(table) - np.linalg.matrix_rank(columns)
+
+
+def test_each_claim_has_one_or_two_core_checks(rule):
+    counts = pd.Series([check.claim for check in rule.CHECKS]).value_counts()
+    assert sorted(counts.index) == list(range(1, 16))
+    assert counts.isin([1, 2]).all()
+    assert len({check.id for check in rule.CHECKS}) == len(rule.CHECKS)
+
+
+def test_the_page_of_the_rule_is_what_its_code_prints(rule):
+    page = (STUDY / "criteria.md").read_text("utf-8")
+    assert page == rule.report.page(rule.evidence)
+    assert len(page.splitlines()) <= 150
+
+
+def test_a_stored_benchmark_gives_the_share_of_a_measurement(rule, tmp_path):
+    """Stalls of .9 to 1.1 steps at every 1000: .09 to .11%."""
+    (tmp_path / "runs").mkdir()
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    result = {"started": "2026-11-27T00:00:00Z", "step_ms": 100, "stall_ms": [90, 100, 110, 100]}
+    (folder / "monitor.json").write_text(json.dumps(result))
+    check = next(check for check in rule.CHECKS if check.id == "15.stall")
+    found = check.judge(SimpleNamespace(root=tmp_path / "runs"))
+    assert found.estimate.effect == pytest.approx(0.9)
+    assert (found.outcome, found.exploratory, found.passes_null) == ("holds", False, ())
+
+
+def queued() -> dict[str, list[str]]:
+    """The commands of the queue that need no new code, by the id of their row."""
+    rows = {}
+    for line in (STUDY / "queue.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if len(cells) == 7 and "nerve-run " in cells[1] and "needs code" not in cells[6]:
+            rows[cells[0]] = shlex.split(cells[1].strip("`"))[1:]
+    return rows
+
+
+def cells_of(command: list[str]) -> tuple[str, list[dict]]:
+    """The folder that a command writes to, and each of its cells as plain values by dotted name."""
+    name = command[0].removeprefix("--config-name=")
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = OverridesParser.create().parse_overrides(command[1:])
+        swept = {each.key_or_group: each for each in given if each.is_sweep_override()}
+        fixed = [each.input_line for each in given if not each.is_sweep_override()]
+        hydra = compose(name, fixed, return_hydra_config=True).hydra
+        axes = {key: f"{key}={value}" for key, value in hydra.sweeper.params.items()}
+        axes = {key: line for key, line in axes.items() if not named(key, fixed)}
+        axes |= {key: each.input_line for key, each in swept.items()}
+        parsed = OverridesParser.create().parse_overrides(list(axes.values()))
+        values = {
+            axis.key_or_group: [f"{axis.key_or_group}={x}" for x in axis.sweep_string_iterator()]
+            if axis.is_sweep_override()
+            else [axis.input_line]
+            for axis in parsed
+        }
+        # A seed changes nothing else, and to compose takes a tenth of a second.
+        seeds = [int(each.partition("=")[2]) for each in values.pop("seed", [])]
+        cells = [compose(name, [*cell, *fixed]) for cell in product(*values.values())]
+    # The logger's paths are known to a running job only.
+    kept = [OmegaConf.masked_copy(cell, [str(k) for k in cell if k != "logger"]) for cell in cells]
+    plain = [OmegaConf.to_container(cell, resolve=True) for cell in kept]
+    leaves = [pd.json_normalize(cell).iloc[0].to_dict() for cell in plain]
+    spread = [cell | {"seed": x} for cell in leaves for x in seeds or [cell["seed"]]]
+    return Path(hydra.sweep.dir).name, spread
+
+
+def named(key: str, fixed: list[str]) -> bool:
+    return any(line.partition("=")[0] == key for line in fixed)
+
+
+def n_points(check, cells: list[dict]) -> int:
+    """How many runs, or designs, of those that a check loads a folder will have."""
+    loaded = [
+        (name, cell["seed"])
+        for name, design in check.designs.items()
+        for cell in cells
+        if all(cell.get(key) == value for key, value in design.items())
+    ]
+    return len({name for name, _ in loaded}) if check.unit == "designs" else len(loaded)
+
+
+def test_the_queue_gives_every_check_of_new_runs_its_designs_and_its_scale(rule):
+    """Every command composes; together the cells of a folder have what its checks ask for."""
+    folders: dict[str, list[dict]] = {}
+    rows = queued()
+    assert list(rows)[:3] == ["1a", "3", "4"]
+    for line in (STUDY / "queue.md").read_text("utf-8").splitlines():
+        if match := re.match(r"\| (\w+) \| `nerve-run .*?\| .*?\| (\d+) \|", line):
+            row, n_runs = match.groups()
+            if row in rows:
+                folder, cells = cells_of(rows[row])
+                assert len(cells) == int(n_runs), row
+                folders.setdefault(folder, []).extend(cells)
+    fed = 0
+    for check in rule.CHECKS:
+        source = check.sources[0]
+        if source not in folders:
+            continue
+        fed += 1
+        cells = folders[source]
+        seeds = {
+            name: {
+                cell["seed"]
+                for cell in cells
+                if all(cell.get(key) == value for key, value in check.designs[name].items())
+            }
+            for name in check.compared
+        }
+        assert all(seeds.values()), (check.id, seeds)
+        if check.unit == "seeds":
+            assert len(set.intersection(*seeds.values())) >= check.seeds, check.id
+        else:
+            assert n_points(check, cells) >= check.seeds, check.id
+        for cell in cells:
+            tokens = cell["trainer.max_steps"] * cell["data.batch_size"] * cell["model.seq_len"]
+            assert cell["trainer.max_steps"] >= check.scale.steps, check.id
+            assert tokens >= check.scale.tokens, check.id
+            assert cell["model.n_layers"] >= check.scale.n_layers, check.id
+            assert cell["model.d_model"] >= check.scale.d_model, check.id
+    assert fed >= 15
