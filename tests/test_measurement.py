@@ -340,16 +340,18 @@ def test_an_identity_leaves_all_variance_in_the_span_of_pre(shortcut):
     assert row.variance_outside == pytest.approx(0, abs=1e-12)
 
 
-def test_under_autocast_the_span_is_that_of_the_rounded_weight():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_under_autocast_the_span_is_that_of_the_rounded_weight(device):
     """bfloat16 leaves of the identity only the rounding of pre itself outside: 2**-18 at most. The
     weight as it is stored would leave its own rounding there, too."""
     torch.manual_seed(0)
-    linear, x = Linear(16, 64), torch.randn(500, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    linear, x = Linear(16, 64).to(device), torch.randn(500, 16, device=device)
+    with torch.autocast(device, torch.bfloat16):
         row = nerve.measure(linear, [x], ffns=linear.ffns()).iloc[0]
-        pre = linear.up(x).detach().double().numpy()
-    rounded = outside_by_hand(linear.up.weight.detach().bfloat16().double().numpy(), pre)
-    stored = outside_by_hand(linear.up.weight.detach().double().numpy(), pre)
+        pre = linear.up(x).detach().cpu().double().numpy()
+    weight = linear.up.weight.detach().cpu()
+    rounded = outside_by_hand(weight.bfloat16().double().numpy(), pre)
+    stored = outside_by_hand(weight.double().numpy(), pre)
     assert row.variance_outside == pytest.approx(rounded, abs=1e-7)
     assert rounded < stored < 2**-14
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from nerve.cli.compose import CONF
 from nerve.cli.overrides import overrides_of
 from nerve.errors import StoreError
-from nerve.results.identity import EXCLUDED
+from nerve.results.identity import ADDED, EXCLUDED
 from nerve.values import require
 
 CONFIG_NAME = "resumed"
@@ -71,9 +71,13 @@ def _store(directory: Path, chooses_logger: bool) -> None:
         )
     primary = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(primary, DictConfig)
-    # A key that is free now may be one that the run's nerve did not have.
-    free = {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
-    values = OmegaConf.to_container(OmegaConf.merge(free, OmegaConf.load(saved)))
+    # The run's nerve may not have had a key that is free now, or one that was added since.
+    known = OmegaConf.create(
+        {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
+    )
+    for key, as_before in ADDED.items():
+        OmegaConf.update(known, key, as_before, force_add=True)
+    values = OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(saved)))
     assert isinstance(values, dict)
     defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]
     if chooses_logger:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from nerve.spectra import SampleShares, Shares
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
 
 def shares_of(x: Tensor, *, sizes: int | list[int] | None = None) -> Shares:
-    found = SampleShares(x.shape[-1])
+    found = SampleShares(x.shape[-1], device=x.device)
     for batch in x.split(len(x) if sizes is None else sizes):
         found.update(batch)
     return Shares(*found.shares().tolist())
@@ -19,7 +21,7 @@ def shares_of(x: Tensor, *, sizes: int | list[int] | None = None) -> Shares:
 
 def oracle(x: Tensor) -> Shares:
     """The definitions, with the mean of all samples."""
-    flat = x.double().reshape(-1, x.shape[-1]).numpy()
+    flat = x.double().cpu().reshape(-1, x.shape[-1]).numpy()
     mean = flat.mean(0)
     squares = np.sort(np.square(flat - mean).sum(1))[::-1]
     n_top = math.ceil(len(flat) / 1000)
@@ -61,8 +63,9 @@ def test_samples_that_are_one_vector_are_all_mean():
 @pytest.mark.parametrize("sizes", [2500, 1000, 37])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_shares_are_those_of_float64_numpy(sizes, offset, dtype):
-    x = (draw(2500, 48) + offset).to(dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_shares_are_those_of_float64_numpy(sizes, offset, dtype, device):
+    x = (draw(2500, 48) + offset).to(device, dtype)
     assert shares_of(x, sizes=sizes) == pytest.approx(oracle(x), rel=1e-6)
 
 
