@@ -404,6 +404,21 @@ def test_a_model_of_ones_own_is_described_and_its_run_read_as_any_other(tmp_path
     assert set(rows["d_ff"]) == {24}
 
 
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_the_first_positions_are_left_out_of_the_features_alone(tmp_path, source):
+    module, train, heldout = make_module(lr=0.0), batches(3), batches(1, seed=1)
+    _, rows = fit(tmp_path / "a", module, train, heldout, every_n_steps=1, source=source)
+    _, fewer = fit(
+        tmp_path / "b", module, train, heldout, every_n_steps=1, source=source, skip_first=3
+    )
+    x = heldout[0][0] if source == "heldout" else train[0][0]
+    by_hand = nerve.measure(module.model, [x], mask=lambda _: torch.arange(SEQ).expand(x.shape) > 2)
+    first = fewer[fewer.step == 0].sort_values("layer")
+    assert set(first.n_samples) == {BATCH * (SEQ - 3)}
+    np.testing.assert_allclose(first[METRICS], by_hand[METRICS], rtol=1e-6)
+    np.testing.assert_array_equal(fewer.val_loss, rows.val_loss)
+
+
 def test_without_the_shortcut_the_features_themselves_are_taken(tmp_path):
     values = {"every_n_steps": 2}
     _, short = fit(tmp_path / "s", make_module(), batches(2), batches(4), **values)
@@ -562,6 +577,7 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
         ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
         ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
+        ({"skip_first": -1}, "monitor.skip_first is a number of positions, 0 or more; got -1"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, values, message):

@@ -162,6 +162,7 @@ def test_cifar_is_read_from_the_path_given(run, tmp_path):
 
 BAD = [
     (["model.patch_size=3"], ["data.image_size=8", "model.patch_size=3"]),
+    (["monitor.skip_first=1"], ["monitor.skip_first", "model.kind=mixer", "must be 0, got 1"]),
     (["data.n_heldout=365"], ["data.n_heldout", "365", "364"]),
     (["data.n_heldout=abc"], ["data.n_heldout must be a whole number or null; got 'abc'"]),
     (["monitor.n_tokens=512"], ["monitor.n_tokens counts held-out tokens", "got 512"]),

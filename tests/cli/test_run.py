@@ -246,6 +246,27 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("yes", "monitor.skip_first must be a whole number; got 'yes'"),
+        ("8", "got monitor.skip_first=8 of data.seq_len=8"),
+        ("-1", "0 or more; got -1"),
+    ],
+)
+def test_first_positions_that_cannot_be_left_out_are_refused(run, tiny, value, message):
+    status, _, err = run(*tiny, "model.seq_len=8", f"monitor.skip_first={value}")
+    assert status == 1
+    assert message in err
+
+
+def test_a_spectrum_of_a_few_samples_is_told_when_the_run_ends(run, tiny, monkeypatch):
+    monkeypatch.setattr("nerve.outliers.LARGEST_MOVES", 0.0)
+    status, out, _ = run(*tiny)
+    assert status == 0
+    assert re.search(r"layer 0 ffn, post: the farthest sample holds \d+\.\d% of the variance", out)
+
+
 def test_a_run_is_done_although_its_summary_could_not_be_printed(run, tiny, monkeypatch):
     """A full disk under the log, or a pipe that nobody reads."""
 

@@ -229,6 +229,16 @@ def test_dead_layers_are_named_and_the_rest_is_shown(make, tmp_path):
     assert all(drawing.draw().axes for drawing in content.drawings)
 
 
+def test_spectra_of_a_few_samples_are_named_with_the_worst(make, tmp_path):
+    make("a")
+    assert not any("a few samples" in text for text in gather(tmp_path / "runs").notes)
+    record = make("b", "relu", largest_share_post=0.5, top_share_post=0.75)
+    text = note(gather(tmp_path / "runs"), "a few samples")
+    assert text.startswith("In 8 of 16 rows of metrics a few samples may make the spectrum of post")
+    assert f"run {record.run_id}, layer" in text
+    assert "the farthest sample holds 50.0% of the variance, the farthest 0.1% 75.0%" in text
+
+
 def test_a_run_without_metrics_has_a_page(make, tmp_path):
     make("a", steps=(), run_status="failed", error=ValueError("early"))
     content = gather(tmp_path / "runs")
