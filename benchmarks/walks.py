@@ -10,6 +10,7 @@ process that sends them), and a report. Importing a file does not count, calling
 
 import argparse
 import contextlib
+import inspect
 import io
 import subprocess
 import sys
@@ -59,7 +60,8 @@ class Walk:
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> None:
         path = Path(frame.f_code.co_filename)
-        if not self._on or event != "call" or frame.f_code.co_name == "<module>":
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # bodies of classes are none
+        if not self._on or event != "call" or not is_function:
             return
         if PACKAGE in path.parents:
             name = path.relative_to(PACKAGE).as_posix()

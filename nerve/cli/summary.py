@@ -39,8 +39,8 @@ def _outlying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each spectrum that may be that of a few samples."""
     named: Iterable[str] = outliers(pd.DataFrame(rows)) if rows else ()
     return [
-        f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: its spectrum may be "
-        "that of these samples alone"
+        f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: few samples may "
+        "decide this spectrum"
         for row, sites in zip(rows, named, strict=True)
         for site in filter(None, sites.split(", "))
     ]
