@@ -6,7 +6,6 @@ readers pass over them. A file without (an older part, or one that another progr
 unverified.
 """
 
-import os
 import re
 import warnings
 import zlib
@@ -147,10 +146,11 @@ def write_part(path: Path, table: pa.Table) -> None:
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
 
     def write(file: BinaryIO) -> None:
+        parquet = pa.BufferOutputStream()
         pq.write_table(
-            table, file, compression="zstd", use_dictionary=texts, write_page_checksum=True
+            table, parquet, compression="zstd", use_dictionary=texts, write_page_checksum=True
         )
-        _sign_footer(file)
+        file.write(_signed(parquet.getvalue().to_pybytes()))
 
     write_atomically(path, write)
 
@@ -159,15 +159,15 @@ def write_part(path: Path, table: pa.Table) -> None:
 # byte in the name of a nullable column would read as null in every row.
 
 
-def _sign_footer(file: BinaryIO) -> None:
-    """Puts the mark and the checksum before the footer of the Parquet file that ends `file`."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(size - _END_BYTES)
-    start = size - _END_BYTES - int.from_bytes(file.read(4), "little")
-    file.seek(start)
-    footer = file.read()
-    file.seek(start)
-    file.write(FOOTER_MARK + zlib.crc32(footer).to_bytes(4, "little") + footer)
+def _signed(parquet: bytes) -> bytes:
+    """A Parquet file with the mark and the checksum before its footer."""
+    start = _footer_start(len(parquet), parquet[-_END_BYTES:])
+    pages, footer = parquet[:start], parquet[start:]
+    return b"".join([pages, FOOTER_MARK, zlib.crc32(footer).to_bytes(4, "little"), footer])
+
+
+def _footer_start(size: int, end: bytes) -> int:
+    return size - _END_BYTES - int.from_bytes(end[:4], "little")
 
 
 def _verify_footer(file: pa.NativeFile) -> None:
@@ -176,7 +176,7 @@ def _verify_footer(file: pa.NativeFile) -> None:
     if size < _END_BYTES:
         return  # cut, as the reader of Parquet will say
     file.seek(size - _END_BYTES)
-    start = size - _END_BYTES - int.from_bytes(file.read(4), "little")
+    start = _footer_start(size, file.read(_END_BYTES))
     if start >= _MARK_BYTES:
         file.seek(start - _MARK_BYTES)
         signed, footer = file.read(_MARK_BYTES), file.read()
