@@ -11,9 +11,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from nerve.measurement import Measurement
-from nerve.probe import FFNAdapter, Probe
-from nerve.problem import FFNSpectra
+from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.measurement import Measurement
+from nerve.measuring.probe import Probe
 from nerve.spectra import participation_ratio, spectral_entropy
 
 

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nerve.measuring.ffns import find_ffns
+from nerve.measuring.probe import Probe
 from nerve.models import build_model
-from nerve.module import LanguageModel
-from nerve.monitor import SpectralMonitor
 from nerve.optim import Part, Schedule, build_optimizer
-from nerve.probe import Probe, find_ffns
-from nerve.results import RunStore
+from nerve.storage.store import RunStore
+from nerve.training.module import LanguageModel
+from nerve.training.monitor import SpectralMonitor
 
 VOCAB = 50304
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import nerve
+from nerve.measuring.ffns import FFNAdapter
 from nerve.outliers import LARGEST_MOVES, SITES
-from nerve.probe import FFNAdapter
 
 RUNS = (
     *(

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nerve.results.atomic import write_atomically
-from nerve.results.parts import read_part, write_part
-from nerve.results.schema import DATASETS, table_of
+from nerve.files import write_atomically
+from nerve.storage.parts import read_part, write_part
+from nerve.storage.schema import DATASETS, table_of
 
 N_LAYERS, D_FF = 12, 512
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 import nerve
-from nerve.results import RunRecord, RunStore
-from nerve.results.report import write_report
+from nerve.report.write import write_report
+from nerve.storage.record import RunRecord
+from nerve.storage.store import RunStore
 
 N_SEEDS = 4
 ACTIVATIONS = ("gelu", "relu")

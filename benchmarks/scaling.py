@@ -16,10 +16,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nerve.measurement import Measurement
-from nerve.probe import FFNAdapter, Probe
-from nerve.problem import FFNSpectra
-from nerve.solver import Solver, spare_workers
+from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.measurement import Measurement
+from nerve.measuring.probe import Probe
+from nerve.recording.solver import Solver, spare_workers
 from nerve.spectra import eigenvalues, participation_ratio, spectral_entropy
 
 ROWS = 65_536

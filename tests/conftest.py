@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
 
 SWEEP = (
     "threads=1",

@@ -56,7 +56,7 @@ def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(tmp_p
     """From a clone: wheel, source distribution, and the wheel that is built from that."""
     clone = tmp_path / "clone"
     call("git", "clone", "-q", ROOT, clone, cwd=tmp_path)
-    for name in ("hatch_build.py", "pyproject.toml", "nerve/results/provenance.py"):
+    for name in ("hatch_build.py", "pyproject.toml", "nerve/storage/provenance.py"):
         (clone / name).write_text((ROOT / name).read_text())
     user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     call("git", *user, "commit", "-q", "--all", "--allow-empty", "-m", "as here", cwd=clone)

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from nerve.results import RunRecord, RunStore
+from nerve.storage.record import RunRecord
+from nerve.storage.store import RunStore
 
 STUDY = Path(__file__).parents[1] / "study"
 RUNS = STUDY / "runs"
@@ -399,8 +400,8 @@ def make_run(root: Path, activation: str, seed: int, loss: float, pr_post: float
 
 def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, monkeypatch):
     """PR_post 5 and 7 of two seeds; the third, 1000, never got below the loss of 6."""
-    monkeypatch.setattr("nerve.results.record.git_commit", lambda: None)
-    monkeypatch.setattr("nerve.results.record.package_versions", dict)
+    monkeypatch.setattr("nerve.storage.record.git_commit", lambda: None)
+    monkeypatch.setattr("nerve.storage.record.package_versions", dict)
     for seed, (loss, pr_post) in enumerate([(3.0, 5.0), (3.1, 7.0), (6.5, 1000.0)]):
         make_run(tmp_path, "gelu", seed, loss, pr_post)
     contents = scorecard.page.blocks(scorecard.evidence.Evidence(tmp_path))

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from scipy import stats
 
-from nerve.cli.compose import CONF, register
+from nerve.cli.config.compose import CONF, register
 
 STUDY = Path(__file__).parents[1] / "study"
 MODULES = ("measured", "estimate", "effects", "values", "nulls", "check", "gpt", "report")

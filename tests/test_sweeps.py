@@ -30,14 +30,14 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 import nerve
-from nerve.cli.compose import CONF, SWEEPS, build, identity, register
-from nerve.cli.grid import Cell, compose_grid
+from nerve.cli.config.compose import CONF, SWEEPS, build, identity, register
 from nerve.cli.run import main
+from nerve.cli.sweep.grid import Cell, compose_grid
+from nerve.config import from_mapping
+from nerve.measuring.ffns import find_ffns
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
-from nerve.probe import find_ffns
-from nerve.results.state import RunState
-from nerve.values import from_mapping
+from nerve.storage.state import RunState
 
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 SCALES = ("cpu", "gpu")

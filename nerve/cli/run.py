@@ -15,14 +15,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nerve.cli.cell import run_cell
-from nerve.cli.compose import CONF, register
-from nerve.cli.outcome import SweepError
-from nerve.cli.overrides import check_added, has_own_files, no_such_sweep, told
-from nerve.cli.resume import prepare_resume
-from nerve.cli.sweep import register_sweeper
+from nerve.cli.config.compose import CONF, register
+from nerve.cli.config.overrides import check_added, has_own_files, no_such_sweep, told
+from nerve.cli.config.resume import prepare_resume
+from nerve.cli.sweep.sweeper import register_sweeper
+from nerve.cli.sweep.table import SweepError
+from nerve.cli.sweep.worker import run_cell
+from nerve.config import require
 from nerve.errors import NerveError
-from nerve.values import require
 
 EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
 """Configurations that other packages bring, and the extra that installs them."""
@@ -43,7 +43,7 @@ def main() -> None:
     def job(config: DictConfig) -> float | None:
         nonlocal started
         started = True
-        from nerve.cli.experiment import (
+        from nerve.cli.experiment.run import (
             run_experiment,
         )  # torch and Lightning take seconds to import
 

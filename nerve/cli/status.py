@@ -11,14 +11,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from nerve.cli.text import console, duration, figure, say
+from nerve.cli.console import console, duration, figure, say
 from nerve.errors import StoreError
-from nerve.results.find import find_runs
-from nerve.results.lock import LOCK_NAME
-from nerve.results.parts import list_parts, part_step, read_part
-from nerve.results.record import RunRecord
-from nerve.results.schema import DATASETS
-from nerve.results.state import RunState, run_state
+from nerve.storage.find import find_runs
+from nerve.storage.parts import list_parts, part_step, read_part
+from nerve.storage.record import RunRecord
+from nerve.storage.schema import DATASETS
+from nerve.storage.state import LOCK_NAME, RunState, run_state
 
 SLOW_S = 60.0
 """A run whose process lives is slow when its heartbeat, due every ten seconds, is older."""

@@ -34,7 +34,7 @@ from nerve.data.tokenizer import (
     vocab_size,
 )
 from nerve.errors import DataError
-from nerve.flock import flock, flock_within
+from nerve.files import flock, flock_within
 
 log = logging.getLogger(__name__)
 

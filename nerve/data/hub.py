@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from nerve.config import require
 from nerve.data.corpus import Corpus, Document
 from nerve.data.extras import import_extra
 from nerve.data.image_sets import ImageSet, LabelledImages
 from nerve.errors import DataError
-from nerve.values import require
 
 
 def hub_dataset(

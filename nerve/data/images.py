@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nerve.data.base import Batch, BatchDataModule
+from nerve.config import require, require_type
+from nerve.data.batches import (
+    Batch,
+    BatchDataModule,
+    BatchLoader,
+    HeldOutBatches,
+    Order,
+    ShuffledOrder,
+    random_bits,
+)
 from nerve.data.image_sets import ImageSet, LabelledImages
-from nerve.data.order import BatchLoader, HeldOutBatches, Order, ShuffledOrder, random_bits
 from nerve.errors import DataError
-from nerve.values import require, require_type
 
 
 class FlippedOrder:

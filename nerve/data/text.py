@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nerve.data.base import Batch, BatchDataModule
+from nerve.config import require, require_type
+from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
 from nerve.data.cache import TokenCache, cached_tokens
 from nerve.data.corpus import Corpus
-from nerve.data.order import BatchLoader, HeldOutBatches, ShuffledOrder
 from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
 from nerve.errors import DataError
-from nerve.values import require, require_type
 
 
 class TextDataModule(BatchDataModule):

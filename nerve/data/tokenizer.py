@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nerve.config import require_type
 from nerve.errors import DataError
-from nerve.values import require_type
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens that end a document, by preference; a trained tokenizer has the first."""

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nerve.config import from_mapping, require, require_choice
 from nerve.models.gpt import GPT
 from nerve.models.mixer import Mixer, Mixing
 from nerve.nn.activation import Activation
 from nerve.nn.ffn import FFNDesign
 from nerve.nn.normalization import Normalization
 from nerve.nn.position import Position
-from nerve.values import from_mapping, require, require_choice
 
 MODELS: dict[str, type[GPT] | type[Mixer]] = {"gpt": GPT, "mixer": Mixer}
 

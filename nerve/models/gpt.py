@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nerve.models.initialisation import initialise
+from nerve.config import require
+from nerve.models.initialization import initialise
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
 from nerve.nn.ffn import FeedForward, FFNDesign
-from nerve.nn.normalization import Normalization
+from nerve.nn.normalization import WIRINGS, Normalization
 from nerve.nn.position import AttentionPosition, Position
-from nerve.nn.residual import WIRINGS
-from nerve.values import require
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nerve.models.initialisation import initialise
+from nerve.config import require, require_choice
+from nerve.models.initialization import initialise
 from nerve.nn.activation import ACTIVATIONS, Activation
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
-from nerve.nn.normalization import Normalization
+from nerve.nn.normalization import WIRINGS, Normalization
 from nerve.nn.position import Position
-from nerve.nn.residual import WIRINGS
-from nerve.values import require, require_choice
 
 
 @dataclass(frozen=True)

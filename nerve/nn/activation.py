@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nerve.values import require, require_choice
+from nerve.config import require, require_choice
 
 
 class ReLUSquared(nn.Module):

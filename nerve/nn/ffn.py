@@ -6,8 +6,8 @@ from fractions import Fraction
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nerve.config import require, require_choice
 from nerve.nn.constraint import CONSTRAINTS, constrain
-from nerve.values import require, require_choice
 
 Width = int | float | str
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nerve.values import require, require_choice
+from nerve.config import require, require_choice
 
 Heads = Float[Tensor, "batch n_heads seq d_head"]
 

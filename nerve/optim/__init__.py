@@ -1,14 +1,14 @@
 """Optimizers and schedules: parameter roles, several optimizers as one, Dion, learning rates."""
 
-from nerve.optim.combined import CombinedOptimizer
-from nerve.optim.dion import Dion
-from nerve.optim.param_groups import (
+from nerve.optim.build import (
     Part,
     Role,
     build_optimizer,
     hidden_lr,
     parameter_roles,
 )
+from nerve.optim.combined import CombinedOptimizer
+from nerve.optim.dion import Dion
 from nerve.optim.schedule import Schedule
 
 __all__ = [

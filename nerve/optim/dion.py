@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nerve.values import require
+from nerve.config import require
 
 
 class Dion(Optimizer):

@@ -8,8 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nerve.config import require, require_choice
 from nerve.errors import ConfigError
-from nerve.values import require, require_choice
 
 DECAYS: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda t, power: 0.5 * (1.0 + math.cos(math.pi * t)),

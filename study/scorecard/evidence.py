@@ -20,7 +20,7 @@ from nerve import (
     load_runs,
     metrics_by_depth,
 )
-from nerve.results.style import level_text
+from nerve.analysis.factors import level_text
 
 NAMES = (
     *("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "pr_gain"),

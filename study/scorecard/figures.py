@@ -33,7 +33,7 @@ from panels import (
 from PIL import Image
 
 from nerve import correlate_across_runs, correlate_within_runs
-from nerve.results.style import (
+from nerve.report.style import (
     COLOURS,
     DASHES,
     FLAGGED_COLOUR,

@@ -34,7 +34,7 @@ from panels import (
 )
 
 from nerve import fit_width_scaling
-from nerve.results.style import (
+from nerve.report.style import (
     COLOURS,
     DASHES,
     FLAGGED_COLOUR,

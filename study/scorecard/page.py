@@ -15,8 +15,7 @@ from evidence import Evidence, Sweep, span
 from judgement import Claim, Finding, Table, verdict
 from wording import MISSING, number, percent
 
-from nerve.results.factors import find_factors
-from nerve.results.style import level_text
+from nerve.analysis.factors import find_factors, level_text
 
 PACKAGES = ("torch", "lightning")
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nerve.results.style import (
+from nerve.report.style import (
     FLAGGED_COLOUR,
     LEVEL_COLOURS,
     MAX_TITLE,

@@ -13,10 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nerve
-from nerve.checkpoint import checkpoint_path, read_checkpoint
-from nerve.cli import assembly
-from nerve.results import RunRecord
-from nerve.results.means import MEASURED
+from nerve.cli.experiment import build as assembly
+from nerve.metric_names import MEASURED
+from nerve.storage.record import RunRecord
+from nerve.training.checkpoint_files import checkpoint_path, read_checkpoint
 
 TINY = [
     f"data.corpus.roots=[{Path(json.__file__).parent}]",

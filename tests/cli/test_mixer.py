@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import nerve
-from nerve.module import ImageClassifier
+from nerve.training.module import ImageClassifier
 
 N_TEST = 364
 SMALL = [

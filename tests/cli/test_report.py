@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nerve.cli.report import main
-from nerve.results import RunRecord, RunStore
+from nerve.storage.record import RunRecord
+from nerve.storage.store import RunStore
 
 Report = Callable[..., tuple[int, str, str]]
 

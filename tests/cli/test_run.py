@@ -16,11 +16,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import nerve
-from nerve.checkpoint import CheckpointFiles
-from nerve.cli.assembly import build_trainer
-from nerve.cli.compose import SWEEPS
-from nerve.cli.overrides import check_added
+from nerve.cli.config.compose import SWEEPS
+from nerve.cli.config.overrides import check_added
+from nerve.cli.experiment.build import build_trainer
 from nerve.errors import ConfigError
+from nerve.training.checkpoint_files import CheckpointFiles
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
@@ -274,7 +274,7 @@ def test_a_run_is_done_although_its_summary_could_not_be_printed(run, tiny, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("nerve.cli.experiment.print_summary", refuse)
+        patch.setattr("nerve.cli.experiment.run.print_summary", refuse)
         with pytest.raises(OSError, match="No space left"):
             run(*tiny, "hydra.run.dir=mine")
     assert nerve.load_runs("mine").run_status.tolist() == ["done"]
@@ -353,7 +353,7 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
         given.update(arguments)
         raise ConfigError("that will do")
 
-    monkeypatch.setattr("nerve.cli.assembly.build", build_nothing)
+    monkeypatch.setattr("nerve.cli.experiment.build.build", build_nothing)
     config = OmegaConf.create(
         {
             "logger": {},
@@ -378,7 +378,7 @@ def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
-    monkeypatch.setattr("nerve.cli.assembly._has_gpu", lambda: False)
+    monkeypatch.setattr("nerve.cli.experiment.build._has_gpu", lambda: False)
     status, _, err = run(*tiny, "trainer=gpu")
     assert status == 1
     assert "trainer.accelerator=gpu needs a GPU" in err

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from nerve.cli.console import duration
 from nerve.cli.status import main, status_of
-from nerve.cli.text import duration
-from nerve.results.lock import LOCK_NAME, RunLock
-from nerve.results.record import RECORD_NAME, RunRecord
-from nerve.results.store import RunStore
+from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.state import LOCK_NAME, RunLock
+from nerve.storage.store import RunStore
 
 ROW = {
     "layer": 0,

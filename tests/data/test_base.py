@@ -6,8 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nerve.data.base import BatchDataModule
-from nerve.data.order import ShuffledOrder
+from nerve.data.batches import BatchDataModule, ShuffledOrder
 from nerve.errors import ConfigError
 
 N_STEPS = 10

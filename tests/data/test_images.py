@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from nerve.data.batches import ShuffledOrder
 from nerve.data.image_sets import ImageSet, LabelledImages, digits
 from nerve.data.images import FlippedOrder, ImageDataModule
-from nerve.data.order import ShuffledOrder
 from nerve.errors import ConfigError, DataError
 
 VALUES = {"batch_size": 4, "n_train_batches": 10, "seed": 0}

@@ -4,7 +4,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from nerve.data.order import BatchLoader, HeldOutBatches, ShuffledOrder
+from nerve.data.batches import BatchLoader, HeldOutBatches, ShuffledOrder
 from nerve.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nerve.nn.residual import WIRINGS
+from nerve.nn.normalization import WIRINGS
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 import nerve
-from nerve.results.find import find_runs
-from nerve.results.record import RunRecord
+from nerve.storage.find import find_runs
+from nerve.storage.record import RunRecord
 
 from .cluster import DYING_WITH_US, Cluster
 

@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from nerve.cli.compose import CONF, register
+from nerve.cli.config.compose import CONF, register
 
 
 def launcher(*overrides: str) -> DictConfig:

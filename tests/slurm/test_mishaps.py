@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from nerve.results.state import run_state
+from nerve.storage.state import run_state
 
 pytestmark = pytest.mark.slurm
 

@@ -12,17 +12,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
 
 import nerve
-from nerve.checkpoint import (
+from nerve.cli.config.compose import CONF, register
+from nerve.cli.experiment.run import run_experiment
+from nerve.storage.record import RunRecord
+from nerve.training.checkpoint_files import (
     checkpoint_path,
     kept_path,
     kept_steps,
     read_checkpoint,
     weights_of,
 )
-from nerve.cli.compose import CONF, register
-from nerve.cli.experiment import run_experiment
-from nerve.module import TrainedModel
-from nerve.results import RunRecord
+from nerve.training.module import TrainedModel
 
 SMALL = [
     f"data.corpus.roots=[{Path(os.__file__).parent / 'json'}]",

@@ -14,11 +14,10 @@ from subprocess import PIPE
 import pytest
 
 import nerve
-from nerve.checkpoint import checkpoint_path
-from nerve.module import TrainedModel
-from nerve.results import RunRecord
-from nerve.results.lock import RunLock
-from nerve.results.state import RunState, run_state
+from nerve.storage.record import RunRecord
+from nerve.storage.state import RunLock, RunState, run_state
+from nerve.training.checkpoint_files import checkpoint_path
+from nerve.training.module import TrainedModel
 
 LIBRARY = Path(os.__file__).parent
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import nerve
-from nerve.checkpoint import checkpoint_path, kept_path, kept_steps, read_checkpoint
 from nerve.errors import ConfigError
 from nerve.models import build_model
-from nerve.results import RunRecord
-from nerve.signals import Interrupted
+from nerve.storage.record import RunRecord
+from nerve.training.checkpoint_files import checkpoint_path, kept_path, kept_steps, read_checkpoint
+from nerve.training.signals import Interrupted
 
 N_STEPS = 5
 

@@ -15,11 +15,10 @@ from subprocess import PIPE
 import pytest
 
 import nerve
-import nerve.results
-from nerve.checkpoint import checkpoint_path, read_checkpoint
+from nerve import files as atomic
 from nerve.errors import StoreError
-from nerve.results import atomic
-from nerve.results.state import RunState, run_state
+from nerve.storage.state import RunState, run_state
+from nerve.training.checkpoint_files import checkpoint_path, read_checkpoint
 
 LONGER = ["trainer.max_steps=30", "checkpoint.every_n_steps=3", "model.dropout=0.1"]
 LONGER += ["model.n_layers=1"]
@@ -36,8 +35,8 @@ torch.set_num_threads(1)
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
-from nerve.cli.compose import CONF, register
-from nerve.cli.experiment import run_experiment
+from nerve.cli.config.compose import CONF, register
+from nerve.cli.experiment.run import run_experiment
 
 def composed(arguments):
     register()
@@ -123,7 +122,7 @@ def assert_readable(directory: Path) -> RunState:
         read_checkpoint(checkpoint_path(directory, "best"))
     assert len(nerve.load_runs(directory)) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", nerve.results.IncompleteWarning)  # killed before any row
+        warnings.simplefilter("ignore", nerve.IncompleteWarning)  # killed before any row
         frames = [load(directory) for load in READERS]
     if saved and "global_step" in saved:
         for frame in frames:

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import nerve
-from nerve.results import RunRecord
-from nerve.results.report import write_report
+from nerve.report.write import write_report
+from nerve.storage.record import RunRecord
 
 STORED = Path(__file__).with_name("of_version_0_1_0")
 ADDED = [

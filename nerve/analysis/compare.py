@@ -1,0 +1,185 @@
+"""Runs beside each other: one row a run, at its last step or where it reaches a given loss.
+
+All functions give the same columns, so that whatever takes the one (seed averages, correlations,
+the scaling with width, a scatter plot) takes the other.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from nerve.analysis.flags import describe_runs, flag_runs
+from nerve.analysis.frames import (
+    AT_STEP,
+    average_layers,
+    group_points,
+    require_columns,
+    rows_of,
+)
+from nerve.errors import ConfigError
+
+METRIC_NAMES = (
+    "se_pre",
+    "se_post",
+    "pr_pre",
+    "pr_post",
+    "eee_pre",
+    "eee_post",
+    "js",
+    "pr_gain",
+    "delta_eee",
+)
+"""The metrics that are compared unless others are named: columns of `load_metrics`."""
+
+MORE_NAMES = ("exp_se_pre", "exp_se_post", "pr_pre_fraction", "pr_post_fraction")
+"""Metrics again, in units in which widths can be compared; in the frames of this module, too."""
+
+SIZES = ("d_ff", "n_samples")
+NUMBERS = ("step", *AT_STEP, *SIZES, *METRIC_NAMES, *MORE_NAMES)
+COUNTS = ("n_layers", "n_null")
+
+
+def final_metrics(
+    metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str] = ()
+) -> pd.DataFrame:
+    """One row a run and FFN of its layers (a Mixer has two) at the last measured step.
+
+    Flagged runs are in the frame, with their flag; a run without metrics has one row, with `ffn`
+    and all numbers missing.
+
+    Columns:
+
+    - `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag` (see
+      `flag_runs`), `ffn`
+    - `step, tokens_seen, val_loss, train_loss` of that step
+    - `d_ff, n_samples`: means over layers
+    - `METRIC_NAMES, MORE_NAMES`: means over the layers where they were measured (of exp(SE) itself)
+    - `n_layers`: layers with a row; `n_null`: those of them where nothing could be measured (dead)
+
+    Args:
+        metrics: rows of `load_metrics`.
+        runs: rows of `load_runs`.
+        factors: columns of `runs` to keep.
+
+    Raises:
+        ConfigError: for a factor that is not a column of `runs`.
+    """
+    flags = flag_runs(metrics, runs)
+    return _points(metrics, runs, factors, flags, flags["final_step"])
+
+
+def metrics_at_loss(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    factors: Sequence[str] = (),
+    loss: float | None = None,
+) -> pd.DataFrame:
+    """One row a run and FFN at the first measured step where the validation loss is ≤ a target.
+
+    Nothing is interpolated: `val_loss` says how far below the target that step already is.
+
+    Columns: those of `final_metrics`, with
+
+    - `target_loss`: the loss asked for
+    - `reached`: whether the run reached it; where not, step, losses and metrics are missing
+
+    Args:
+        metrics: rows of `load_metrics`.
+        runs: rows of `load_runs`.
+        factors: columns of `runs` to keep.
+        loss: the target, nats. None takes, for each `data`, the lowest loss that all runs with
+            flag `ok` reach: the largest of their `min_loss`.
+
+    Raises:
+        ConfigError: for a factor that is not a column of `runs`, or a loss that is not finite.
+    """
+    if loss is not None and not np.isfinite(loss):
+        raise ConfigError(f"A target loss is a finite number; got {loss!r}.")
+    flags = flag_runs(metrics, runs)
+    if loss is None:
+        lowest = flags["min_loss"].where(flags["flag"] == "ok")
+        target = lowest.groupby(flags["data"].fillna("")).transform("max")
+    else:
+        target = pd.Series(float(loss), index=flags.index)
+    rows, positions = rows_of(metrics[["run_id", "step", "val_loss"]], runs)
+    below = rows["val_loss"].to_numpy() <= target.to_numpy()[positions]
+    first = rows[below].groupby("run_id", observed=True)["step"].min()
+    points = _points(metrics, runs, factors, flags, flags["run_id"].map(first))
+    column = list(points.columns).index("ffn") + 1
+    points.insert(column, "target_loss", target.to_numpy()[rows_of(points, runs)[1]])
+    points.insert(column + 1, "reached", points["step"].notna())
+    return points
+
+
+def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """Runs that differ in nothing but their seed as one row: means, and SDs beside them.
+
+    Flagged runs are counted and left out of the means; where all are flagged the means are missing.
+
+    Columns: those of `points` without `run_id, config_id, seed`, and with
+
+    - `flag`: `ok` where there is a run to average, else the flag of the first
+    - `n_seeds`: runs in the means; `n_flagged`: runs left out
+    - for every number (`step`, losses, metrics) the mean under its own name and `<name>_sd`, the
+      sample SD (n - 1), missing with fewer than two seeds
+    - `n_layers, n_null`: sums, so that they say how many rows are behind the means; `reached`: the
+      share of the runs that reached the target, of which alone the means are
+    - factors as they are; one that differs between the seeds is averaged like a metric where it is
+      a number (`final.val_accuracy`), else missing
+
+    Args:
+        points: rows of `final_metrics` or `metrics_at_loss`.
+
+    Raises:
+        ConfigError: for a frame without their columns, such as one that is averaged already.
+    """
+    own = ["run_id", "config_id", "seed"]
+    require_columns(points, [*own, "design_id", "flag", *NUMBERS, *COUNTS], "final_metrics")
+    codes, groups = group_points(points, ["design_id"])
+    ok = ((points["flag"] == "ok") & (codes >= 0)).to_numpy()
+    every = points[codes >= 0].groupby(codes[codes >= 0])
+    used = points[ok].groupby(codes[ok])
+    columns: dict[str, pd.Series] = {}
+    spreads: dict[str, pd.Series] = {}
+    for name in points.columns.drop(own):
+        differs = every[name].nunique() > 1
+        averaged = name in NUMBERS or (differs.any() and is_numeric_dtype(points[name]))
+        if name == "flag":
+            columns["flag"] = used["flag"].first().reindex(groups.index)
+            columns["flag"] = columns["flag"].fillna(every["flag"].first())
+            columns["n_seeds"] = used.size().reindex(groups.index, fill_value=0)
+            columns["n_flagged"] = groups["n_flagged"]
+        elif name in COUNTS:
+            columns[name] = used[name].sum()
+        elif name == "reached":
+            columns[name] = used[name].mean()
+        elif averaged:
+            values = points.loc[ok, name].astype(float).groupby(codes[ok])
+            columns[name] = values.mean()
+            spreads[f"{name}_sd"] = values.std()
+        else:
+            columns[name] = every[name].first().where(~differs)
+    return pd.DataFrame({**columns, **spreads}, index=groups.index)
+
+
+def _points(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    factors: Sequence[str],
+    flags: pd.DataFrame,
+    steps: pd.Series,
+) -> pd.DataFrame:
+    """The rows of `metrics` at one step of each of `runs` (or none), averaged over layers."""
+    names = [*SIZES, *METRIC_NAMES, *MORE_NAMES]
+    require_columns(metrics, [*AT_STEP, *names], "load_metrics")
+    taken = ["ffn", "target_loss", "reached", *NUMBERS, *COUNTS]
+    described = describe_runs(flags, runs, factors, taken)
+    rows, positions = rows_of(metrics, runs)
+    rows = rows[rows["step"].to_numpy() == steps.astype(float).to_numpy()[positions]]
+    ffns = metrics[["run_id", "ffn"]].drop_duplicates()
+    points = described.merge(ffns, on="run_id", how="left")
+    points = points.merge(average_layers(rows, names), on=["run_id", "ffn"], how="left")
+    whole = dict.fromkeys(["step", "tokens_seen", *COUNTS], "Int64")
+    return points.astype(whole)[[*described.columns, "ffn", *NUMBERS, *COUNTS]]

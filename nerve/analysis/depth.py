@@ -1,0 +1,97 @@
+"""Metrics over depth: layer by layer, and means over all layers and over the middle third."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from nerve.analysis.flags import describe_runs, flag_runs
+from nerve.analysis.frames import AT_STEP, average_layers, join_runs, require_columns, rows_of
+
+DEPTH_NAMES = ("pr_gain", "delta_eee", "js", "pr_post_fraction")
+"""The metrics that are read over depth."""
+
+
+def metrics_by_depth(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    factors: Sequence[str] = (),
+    *,
+    names: Sequence[str] = DEPTH_NAMES,
+) -> pd.DataFrame:
+    """One row a run, FFN, step and layer: what a heat map over depth and time shows.
+
+    Columns:
+
+    - `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag` (see
+      `flag_runs`)
+    - `ffn, step, layer`
+    - `depth`: of the layer's centre, (layer + ½)/L, in (0, 1); L is the model's, `model.n_layers`,
+      or where `runs` does not say, 1 + the last layer in `metrics`
+    - `middle`: whether the layer is in the middle third, depth in [⅓, ⅔]; of two layers both are
+    - `tokens_seen, train_loss, val_loss, status`, the metrics `names`
+
+    Args:
+        metrics: rows of `load_metrics`.
+        runs: rows of `load_runs`; rows of other runs are passed over.
+        factors: columns of `runs` to keep.
+        names: the metrics, columns of `metrics`.
+
+    Raises:
+        ConfigError: for a name or factor that is not a column, or a factor that the frame has.
+    """
+    described = _described(metrics, runs, factors, names)
+    metrics, _ = rows_of(metrics, runs)
+    rows = join_runs(metrics[["run_id", "ffn", "step", "layer"]], described)
+    layer = rows["layer"].astype(int)
+    n_layers = _n_layers(rows, runs)
+    rows["depth"] = (layer + 0.5) / n_layers
+    # |depth - ½| ≤ ⅙ in whole numbers; two layers are both next to the middle.
+    rows["middle"] = 3 * (2 * layer + 1 - n_layers).abs() <= np.maximum(n_layers, 3)
+    values = metrics[[*AT_STEP, "status", *names]].reset_index(drop=True)
+    return pd.concat([rows, values], axis=1)
+
+
+def depth_means(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    factors: Sequence[str] = (),
+    *,
+    names: Sequence[str] = DEPTH_NAMES,
+) -> pd.DataFrame:
+    """One row a run, FFN, step and region: means over all layers and over the middle third.
+
+    Columns: those of `metrics_by_depth` without `layer, depth, middle, status`, and with
+
+    - `region`: `all` or `middle`
+    - `n_layers`: layers with a row; `n_null`: those of them where nothing could be measured, which
+      the means leave out
+
+    Arguments and errors as of `metrics_by_depth`.
+    """
+    described = _described(metrics, runs, factors, names)
+    layers = metrics_by_depth(metrics, runs, names=names)
+    regions = []
+    for region, rows in (("all", layers), ("middle", layers[layers["middle"]])):
+        means = average_layers(rows, names)
+        means.insert(3, "region", region)
+        regions.append(means)
+    return join_runs(pd.concat(regions), described)
+
+
+def _n_layers(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
+    ffns = [rows["run_id"], rows["ffn"]]
+    measured = 1 + rows["layer"].astype(int).groupby(ffns, observed=True).transform("max")
+    if "model.n_layers" not in runs:
+        return measured
+    known = pd.to_numeric(runs.set_index("run_id")["model.n_layers"], errors="coerce")
+    return rows["run_id"].map(known).astype(float).fillna(measured).astype(int)
+
+
+def _described(
+    metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str], names: Sequence[str]
+) -> pd.DataFrame:
+    keys = ["ffn", "step", "layer", *AT_STEP, "status", *names]
+    require_columns(metrics, keys, "load_metrics")
+    taken = [*keys, "depth", "middle", "region", "n_layers", "n_null"]
+    return describe_runs(flag_runs(metrics, runs), runs, factors, taken)

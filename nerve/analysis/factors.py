@@ -1,0 +1,172 @@
+"""Which configuration values tell runs apart, which are the same in all, and which go together."""
+
+import re
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nerve.analysis.compare import COUNTS, NUMBERS
+from nerve.storage.identity import EXCLUDED
+from nerve.storage.record import RunRecord
+from nerve.storage.schema import METRICS
+
+DESIGN_FACTORS = (
+    "normalization.kind",
+    "normalization.placement",
+    "activation.name",
+    "position.name",
+    "ffn.width",
+    "ffn.gated",
+    "ffn.constraint",
+    "optimizer.name",
+    "optimizer.lr",
+    "model.kind",
+    "model.n_layers",
+    "model.d_model",
+    "model.seq_len",
+    "data.batch_size",
+    "data.vocab_size",
+    "trainer.max_steps",
+)
+"""The values that runs are first told apart by, and that are named where all have the same."""
+
+RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
+RECORDED_GROUPS = ("final", "fingerprints", "versions", "job")
+TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What tells runs apart.
+
+    Args:
+        varying: columns of `load_runs`, design factors first, no two of which split the runs alike.
+        together: for some of `varying`, the further columns that it determines.
+        constant: design factors that have one value, and which.
+        taken: what varies as well, but has the name of a result and so cannot be a factor.
+    """
+
+    varying: tuple[str, ...]
+    together: dict[str, tuple[str, ...]]
+    constant: dict[str, str]
+    taken: tuple[str, ...]
+
+
+def find_factors(runs: pd.DataFrame) -> Factors:
+    """The configuration leaves of `load_runs` sorted into what varies, follows, and stays.
+
+    The seed, leaves that change no result (`EXCLUDED`), targets of instantiation (`_target_`) and
+    leaves with the name of a result are no factors. A leaf follows another where both split the
+    runs alike, or where the other is a name (`optimizer.name`) that fixes it and that several
+    designs share: its levels could not be told from the other's.
+    """
+    leaves = [name for name in runs.columns if _is_leaf(str(name))]
+    ordered = [name for name in DESIGN_FACTORS if name in leaves]
+    ordered += [name for name in leaves if name not in DESIGN_FACTORS]
+    levels = {name: levels_of(runs[name]) for name in ordered}
+    varying: list[str] = []
+    together: dict[str, list[str]] = {}
+    for name in ordered:
+        if levels[name].nunique() < 2:
+            continue
+        owner = next((other for other in varying if _follows(runs, levels, name, other)), None)
+        if owner is None:
+            varying.append(name)
+        else:
+            together.setdefault(owner, []).append(name)
+    constant = {
+        name: levels[name].iloc[0]
+        for name in DESIGN_FACTORS
+        if name in levels and levels[name].nunique() == 1
+    }
+    taken = [name for name in runs.columns if name in TAKEN and name not in RECORDED]
+    return Factors(
+        tuple(varying),
+        {name: tuple(others) for name, others in together.items()},
+        constant,
+        tuple(name for name in taken if levels_of(runs[name]).nunique() > 1),
+    )
+
+
+def levels_of(values: pd.Series) -> pd.Series:
+    """The values of a factor as text; a missing one is a level of its own."""
+    return values.astype(object).map(level_text)
+
+
+def describe_ties(factors: Factors, n_shown: int = 6) -> list[str]:
+    """Sentences on what cannot be a factor, and on what varies only together with another."""
+    sentences = [
+        f"Varies, but has the name of a result and so cannot be a factor: {name}. Put it into a "
+        f'group of the configuration: config={{"group": {{"{name}": …}}}} gives group.{name}.'
+        for name in factors.taken
+    ]
+    for name, others in factors.together.items():
+        more = f" and {len(others) - n_shown} more" if len(others) > n_shown else ""
+        sentences.append(
+            f"Goes together with {name} and cannot be told from it: "
+            f"{', '.join(others[:n_shown])}{more}."
+        )
+    return sentences
+
+
+def _is_leaf(name: str) -> bool:
+    parts = name.split(".")
+    return (
+        name not in RECORDED
+        and name not in TAKEN
+        and parts[0] not in RECORDED_GROUPS
+        and not any(name == other or name.startswith(f"{other}.") for other in EXCLUDED)
+        and not any(part.startswith("_") for part in parts)
+    )
+
+
+def _follows(runs: pd.DataFrame, levels: dict[str, pd.Series], name: str, other: str) -> bool:
+    n_both = len(set(zip(levels[name], levels[other], strict=True)))
+    n_other = levels[other].nunique()
+    if n_both > n_other:
+        return False
+    return n_both == levels[name].nunique() or (
+        _is_name(runs[other]) and n_other < runs["design_id"].nunique()
+    )
+
+
+def _is_name(values: pd.Series) -> bool:
+    return all(isinstance(value, str) for value in values.dropna())
+
+
+def level_text(value: object) -> str:
+    """A configuration value as it is written on the command line."""
+    if value is None or value is pd.NA or value != value:
+        return "not set"
+    if isinstance(value, bool | np.bool_):
+        return str(value).lower()
+    if isinstance(value, int | float | np.number):
+        return f"{value:g}"
+    return str(value)
+
+
+def ordered_levels(values: pd.Series) -> list[Any]:
+    """The different values of a factor: numbers by size, then texts, then what is not set."""
+    levels = list(pd.unique(values.astype(object).where(values.notna(), None)))
+    return sorted(levels, key=_rank)
+
+
+def _rank(level: Any) -> tuple[int, float, str]:
+    if level is None:
+        return 2, 0.0, ""
+    return (0, float(_number(level)), "") if is_number(level) else (1, 0.0, str(level))
+
+
+def is_number(level: Any) -> bool:
+    """Whether it is one, or a fraction as a width may be written: `8/3`."""
+    level = _number(level)
+    return isinstance(level, int | float | np.number) and not isinstance(level, bool | np.bool_)
+
+
+def _number(level: Any) -> Any:
+    if isinstance(level, str) and re.fullmatch(r"\d+/[1-9]\d*", level):
+        return float(Fraction(level))
+    return level

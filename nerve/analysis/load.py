@@ -1,0 +1,182 @@
+"""Runs as pandas frames: one row a run, and the rows that runs stored, joined with their factors.
+
+All loaders take a run directory, a sweep, a whole tree of outputs, or several of these, and name
+in a warning whatever they leave out. Unfinished and failed runs are in every frame; their
+`run_status` tells them.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from nerve.errors import ConfigError, StoreError
+from nerve.outliers import outliers
+from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
+from nerve.storage.identity import config_id
+from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
+from nerve.storage.record import RunRecord
+from nerve.storage.schema import DATASETS, Dataset
+
+TIMES = ("started", "heartbeat", "ended")
+
+
+def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
+    """One row a run under `path`.
+
+    Columns: `run_id, config_id, design_id` (as `config_id`, but without the seed: runs that differ
+    in nothing else share it), `sweep, directory, run_status, error ("Type: message"), step,
+    restarts, seed, n_parameters, unigram_loss`, the times (UTC), `host, device, git_commit`, the
+    entries of `final.*, fingerprints.*, versions.*, job.*`, and every leaf of the configuration by
+    its dotted name (`normalization.kind`, `ffn.width`; a list as its JSON text). What a run does
+    not have is missing in its row.
+
+    Raises:
+        StoreError: when there is no run under `path`.
+    """
+    return _frame(load_records(path))
+
+
+def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a measured FFN and step, joined with `run_status` and the `factors` of its run.
+
+    `n_damaged_parts` counts the parts of its run that could not be read. Derived columns, missing
+    where what they derive from is:
+
+    - `exp_se_pre`, `exp_se_post` = exp(SE) in [1, D], the number of directions that a flat spectrum
+      of this entropy has; never below PR
+    - `pr_gain = pr_post / pr_pre`, `delta_eee = eee_post - eee_pre`
+    - `se_pre_normalized`, `se_post_normalized` = SE / ln D in [0, 1]; `pr_pre_fraction`,
+      `pr_post_fraction` = PR / D in [1/D, 1], with D = `d_ff`
+    - `rank_limit_pre = min(d_in, d_ff, n_samples - 1)`, `rank_limit_post = min(d_ff, n_samples -
+      1)`: no spectrum can have more directions, so PR and exp(SE) cannot exceed them (behind a
+      LayerNorm the first is one less still)
+    - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
+      empty (see `nerve.outliers`)
+
+    Args:
+        path: a run, a sweep, a tree of outputs, or several of these.
+        factors: columns of `load_runs`, such as `"normalization.kind"` or `"final.val_loss"`.
+
+    Raises:
+        StoreError: when there is no run under `path`.
+        ConfigError: for a factor that is not a column of `load_runs`; near names are given.
+    """
+    return _derived(_load(path, DATASETS["metrics"], factors))
+
+
+def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a measured FFN, step and site; `eigenvalues` are float32 arrays. Else as metrics."""
+    return _load(path, DATASETS["spectra"], factors)
+
+
+def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a logged value: `run_id, step, name, value`. Else as `load_metrics`."""
+    return _load(path, DATASETS["scalars"], factors)
+
+
+def _load(
+    path: AnyPath | Iterable[AnyPath], dataset: Dataset, factors: Sequence[str]
+) -> pd.DataFrame:
+    records = load_records(path)
+    runs = _frame(records)
+    _check_factors(factors, runs, dataset)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reads = list(pool.map(lambda record: _read(record, dataset), records))
+    tables = [table for table, _ in reads]
+    unread = [error for _, errors in reads for error in errors]
+    warn_damaged(error for error in unread if isinstance(error, DamagedPartError))
+    for error in unread:
+        if not isinstance(error, DamagedPartError):
+            warnings.warn(f"Left out: {error}", IncompleteWarning, stacklevel=3)
+    runs = runs.assign(n_damaged_parts=[len(errors) for _, errors in reads])
+    empty = [record.run_id for record, table in zip(records, tables, strict=True) if not len(table)]
+    if empty:
+        message = f"Runs without {dataset.name}: {listed(empty)}."
+        warnings.warn(message, IncompleteWarning, stacklevel=3)
+    frame = pa.concat_tables(tables).to_pandas()
+    rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    names = dict.fromkeys(["run_status", "n_damaged_parts", *factors])
+    joined = {name: runs[name].array.take(rows) for name in names}
+    return pd.concat([frame, pd.DataFrame(joined, index=frame.index)], axis=1)
+
+
+def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
+    """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
+    try:
+        return read_parts(record.directory, dataset)
+    except StoreError as error:
+        return dataset.schema.empty_table(), [error]
+
+
+def _frame(records: list[RunRecord]) -> pd.DataFrame:
+    frame = pd.DataFrame([_row(record) for record in records])
+    for name in TIMES:
+        frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
+    return frame
+
+
+def _row(record: RunRecord) -> dict[str, Any]:
+    values = {name: value for name, value in vars(record).items() if name != "config"}
+    values |= {"directory": str(record.directory), "job": record.job or {}}
+    if record.error is not None:
+        values["error"] = ": ".join(str(text) for text in record.error.values())
+    design = {key: value for key, value in record.config.items() if key != "seed"}
+    values["design_id"] = config_id(design)
+    leaves = dict(_leaves(record.config))
+    # A key of the configuration cannot take the name of what the record itself says (seed).
+    return {**leaves, **dict(_leaves(values))}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+
+
+def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:
+    columns = [name for name in runs.columns if name not in dataset.schema.names]
+    for factor in factors:
+        if factor in columns:
+            continue
+        parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
+        near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
+        mend = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+        if factor in runs.columns:
+            mend = (
+                "Leave it out; a configuration value of that name can be a factor inside a group: "
+                f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
+            )
+        raise ConfigError(
+            f"A factor is a column of load_runs that {dataset.name} does not have already; got "
+            f"{factor!r}. {mend}"
+        )
+
+
+def _derived(metrics: pd.DataFrame) -> pd.DataFrame:
+    d_ff = metrics["d_ff"]
+    # One feature has ln D = 0 and no spread that could be normalized.
+    flat_entropy = np.log(d_ff.where(d_ff > 1))
+    n_directions = metrics["n_samples"] - 1
+    return metrics.assign(
+        exp_se_pre=np.exp(metrics["se_pre"]),
+        exp_se_post=np.exp(metrics["se_post"]),
+        pr_gain=metrics["pr_post"] / metrics["pr_pre"],
+        delta_eee=metrics["eee_post"] - metrics["eee_pre"],
+        se_pre_normalized=metrics["se_pre"] / flat_entropy,
+        se_post_normalized=metrics["se_post"] / flat_entropy,
+        pr_pre_fraction=metrics["pr_pre"] / d_ff,
+        pr_post_fraction=metrics["pr_post"] / d_ff,
+        rank_limit_pre=np.minimum(np.minimum(metrics["d_in"], d_ff), n_directions),
+        rank_limit_post=np.minimum(d_ff, n_directions),
+        outliers=outliers(metrics),
+    )

@@ -1,0 +1,85 @@
+"""How the number of used dimensions grows with the width of the FFN."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from nerve.analysis.frames import (
+    count_distinct,
+    group_points,
+    interleave,
+    require_columns,
+)
+from nerve.analysis.statistics import Pairs, fit_line
+
+SCALING_NAMES = ("exp_se_pre", "exp_se_post", "pr_pre", "pr_post")
+"""The metrics that count dimensions."""
+
+
+def fit_width_scaling(
+    points: pd.DataFrame,
+    by: Sequence[str] = (),
+    *,
+    names: Sequence[str] = SCALING_NAMES,
+    flagged: bool = False,
+) -> pd.DataFrame:
+    """Power law metric = coefficient · d_ff^exponent, by least squares of the logarithms.
+
+    One row a group (values of `by`, `data` and `ffn`) and metric. Runs of one width are averaged
+    first (the mean logarithm), so that n counts widths: runs of one width share what is particular
+    to it, and more seeds do not make more widths. Exponent 1: a fixed fraction of the width is
+    used; 0: the width adds nothing. Before the nonlinearity no rank exceeds d_in: growth ends.
+
+    Columns: those of `by`, `data, ffn, metric, n` (widths), `n_points` (rows used), `n_flagged`
+    (rows left out, or with `flagged` left in), `n_missing` (rows without the metric), `n_heldout`
+    (different held-out sets among those used), `d_ff_min, d_ff_max, exponent, exponent_low,
+    exponent_high, coefficient, r_squared`.
+
+    Exponent and coefficient are missing for n < 2, the 95% interval (Student's t with n - 2 degrees
+    of freedom) and r_squared for n < 3.
+
+    Args:
+        points: rows of `final_metrics`, `metrics_at_loss` or `average_seeds`.
+        by: columns of `points` to group by.
+        names: the metrics, positive columns of `points`.
+        flagged: take flagged runs in, too.
+
+    Raises:
+        ConfigError: for a name that is not a column of `points`.
+    """
+    require_columns(points, ["flag", "heldout", "d_ff", *by, *names], "final_metrics")
+    codes, groups = group_points(points, by)
+    n_groups = len(groups)
+    codes = np.where(flagged | (points["flag"] == "ok").to_numpy(), codes, -1)
+    width = points["d_ff"].to_numpy(float, na_value=np.nan)
+    tables = []
+    for name in names:
+        metric = points[name].to_numpy(float, na_value=np.nan)
+        valid = (codes >= 0) & np.isfinite(metric) & (metric > 0) & (width > 0)
+        used = codes[valid]
+        logs = pd.DataFrame({"group": used, "x": np.log(width[valid]), "y": np.log(metric[valid])})
+        widths = logs.groupby(["group", "x"])["y"].mean().reset_index()
+        pairs = Pairs.of(
+            widths["group"].to_numpy(), widths["x"].to_numpy(), widths["y"].to_numpy(), n_groups
+        )
+        line = fit_line(pairs)
+        by_group = pd.Series(width[valid]).groupby(used)
+        tables.append(
+            groups.drop(columns="n_flagged").assign(
+                metric=name,
+                n=pairs.n,
+                n_points=np.bincount(used, minlength=n_groups),
+                n_flagged=groups["n_flagged"],
+                n_missing=np.bincount(codes[(codes >= 0) & ~valid], minlength=n_groups),
+                n_heldout=count_distinct(np.where(valid, codes, -1), points["heldout"], n_groups),
+                d_ff_min=by_group.min().reindex(groups.index),
+                d_ff_max=by_group.max().reindex(groups.index),
+                exponent=line.slope,
+                exponent_low=line.low,
+                exponent_high=line.high,
+                coefficient=np.exp(line.intercept),
+                r_squared=line.r_squared,
+            )
+        )
+    return interleave(tables)

@@ -1,0 +1,99 @@
+"""Where Hydra finds configuration, and what its interpolations may compute."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nerve.errors import ConfigError, NerveError
+from nerve.storage.identity import EXCLUDED, config_id, new_run_id
+
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def _shipped(folder: str) -> Path:
+    """`folder` inside the installed package, or beside the package in a checkout."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
+
+
+CONF = _shipped("conf")
+SWEEPS = _shipped("sweeps")
+
+
+class SweepsSearchPath(SearchPathPlugin):
+    """Lets `--config-name` find the files of sweeps/."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="nerve", path=f"file://{SWEEPS}")
+
+
+def register() -> None:
+    """Registers the search path and the resolver of ids, for one start of a command.
+
+    `${run_id:}` is one new id, for the directory and the record of a single run.
+    """
+    Plugins.instance().register(SweepsSearchPath)
+    run_id = new_run_id()
+    OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """Instantiates what `_target_` names, with errors that the user can mend.
+
+    Raises:
+        NerveError: as the target raised it, or `ConfigError` where it could not be called.
+    """
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, NerveError):
+            raise error.__cause__ from error
+        text, _, key = str(error).partition("\nfull_key: ")
+        cause = error.__cause__
+        reason = text if cause is None else f"{type(cause).__name__}: {cause}"
+        raise ConfigError(f"{key or 'An object'} cannot be built: {reason}") from error
+
+
+def identity(config: DictConfig) -> str:
+    """`config_id` of a configuration, without resolving what does not count."""
+    return config_id(resolved(_counted(config)))
+
+
+def depends_on_place(config: DictConfig) -> bool:
+    """Whether values that count are other ones where a job runs than where it was sent."""
+    text = OmegaConf.to_yaml(_counted(config))
+    return any(f"${{{resolver}:" in text for resolver in ("hydra", "oc.env"))
+
+
+def _counted(config: DictConfig) -> DictConfig:
+    """What `config_id` counts, interpolations as such."""
+    counted = OmegaConf.masked_copy(config, [str(key) for key in config if key not in EXCLUDED])
+    with open_dict(counted):
+        for key in EXCLUDED:
+            parent, _, leaf = key.rpartition(".")
+            node = OmegaConf.select(counted, parent) if parent else counted
+            if isinstance(node, DictConfig):
+                node.pop(leaf, None)
+    return counted
+
+
+def _config_id_of_root(*, _root_: DictConfig) -> str:
+    return identity(_root_)
+
+
+# `${config_id:}`, the id of the configuration around it, names the directory of a sweep's cell; the
+# job of a cluster asks for it before it calls anything of ours.
+OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)

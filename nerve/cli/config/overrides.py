@@ -1,0 +1,139 @@
+"""The overrides of a command line: which are read, and what is said of those that are not."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from nerve.cli.config.compose import CONF, SWEEPS
+from nerve.config import require
+
+_OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
+"""How arguments begin with which a user brings configuration files of his own."""
+
+_SET_BY_THE_RUN = {
+    "trainer.callbacks": "callbacks.<name> adds one",
+    "trainer.check_val_every_n_epoch": "monitor.every_n_steps sets the validation",
+    "trainer.default_root_dir": "hydra.run.dir sets the directory",
+    "trainer.enable_model_summary": "the run turns it off",
+    "trainer.logger": "the group logger sets the loggers",
+    "trainer.max_epochs": "trainer.max_steps sets the end of training",
+    "trainer.num_sanity_val_steps": "the validation of step 0 takes that place",
+    "trainer.plugins": "the run sets them, for its checkpoints",
+    "trainer.use_distributed_sampler": "the data deals the samples out itself",
+    "trainer.val_check_interval": "monitor.every_n_steps sets the validation",
+}
+"""Values that `build_trainer` and the monitor set themselves, and what stands in their place."""
+
+
+def overrides_of(arguments: Sequence[str]) -> list[Override]:
+    """The overrides among the arguments; what cannot be parsed is left for Hydra to refuse."""
+    given = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
+    try:
+        return list(OverridesParser.create().parse_overrides(given))
+    except HydraException:
+        return []
+
+
+def check_added(arguments: Sequence[str]) -> None:
+    """Refuses values that `+` would add where nothing reads them, or the run sets its own.
+
+    Only what is certain: a value that another one may refer to, or a user's own file, is let pass,
+    and so is one that some option of `optimizer` has. Groups whose values are built into something
+    refuse what is wrong themselves.
+
+    Raises:
+        ConfigError: for such a value, with the one that was likely meant.
+    """
+    added = [each for each in overrides_of(arguments) if each.is_add() or each.is_force_add()]
+    for override in added:
+        value = ".".join(override.key_or_group.split(".")[:2])
+        require(
+            value not in _SET_BY_THE_RUN,
+            f"A run sets some values of trainer itself; +{override.key_or_group} would be passed "
+            f"over: {_SET_BY_THE_RUN.get(value)}. Leave it out.",
+        )
+    if not added or has_own_files(arguments) or any("${" in argument for argument in arguments):
+        return
+    known = _known_keys()
+    roots = {key.split(".")[0] for key in known} | {path.name for path in SWEEPS.iterdir()}
+    for override in added:
+        key = override.key_or_group
+        root, _, rest = key.partition(".")
+        if "/" in key or root == "hydra":
+            continue
+        read = root in roots and (
+            root != "optimizer" or key in known or rest.startswith(("parts.", "schedule."))
+        )
+        require(read, f"+{key} adds a value that nothing reads.{_meant(key, known)}")
+
+
+def has_own_files(arguments: Sequence[str]) -> bool:
+    """Whether a command line names configuration files beside those that are shipped."""
+    return any(argument.startswith(_OWN_FILES) for argument in arguments)
+
+
+def told(error: Exception) -> str:
+    """What an error of Hydra or OmegaConf says, for one who need not know either."""
+    text = str(error)
+    if found := re.match(r"Could not override '([^']+)'", text):
+        key, known = found[1], _known_keys()
+        if key in known:
+            return f"The options chosen have no value {key!r}; that is one of {known[key]}."
+        return f"There is no value {key!r}.{_meant(key, known)}"
+    if found := re.match(r"Multiple values for ([^.]+)\.", text):
+        return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
+    cause = f"\n{error.__cause__}" if isinstance(error.__cause__, Exception) else ""
+    return text.split("\nConfig search path:")[0].rstrip() + cause
+
+
+def no_such_sweep(name: str) -> str:
+    """What to say of a `--config-name` that is no shipped sweep."""
+    names = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    close = get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"--config-name must be one of {', '.join(names)}; got {name!r}.{hint}"
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    parent, _, leaf = key.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
+    if siblings:
+        close = [f"{parent}.{name}".strip(".") for name in get_close_matches(leaf, siblings, n=1)]
+    else:
+        close = get_close_matches(key, list(known), n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + " nerve-run --cfg job shows all."
+
+
+def _known_keys() -> dict[str, str]:
+    """The values of all groups' options by their full names, each with an option that has it; and
+    the groups themselves."""
+    keys: dict[str, str] = {}
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix().strip(".")
+        if group.startswith("hydra"):
+            continue
+        is_global = "@package _global_" in path.read_text(encoding="utf-8")
+        prefix = "" if is_global or not group else f"{group}."
+        names = [f"{prefix}{key}" for key in _flat(_loaded(path)) if key != "defaults"]
+        for name in [*names, *([group] if group else [])]:
+            keys.setdefault(name, f"{group}={path.stem}")
+    return keys
+
+
+def _loaded(path: Path) -> Mapping[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    return {str(k): v for k, v in values.items()} if isinstance(values, dict) else {}
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        yield key
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in _flat(value))

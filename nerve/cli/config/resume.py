@@ -1,0 +1,89 @@
+"""`nerve-run resume=<run directory>`: the saved configuration of a run in the place of `config`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from nerve.cli.config.compose import CONF
+from nerve.cli.config.overrides import overrides_of
+from nerve.cli.config.targets import resolve_targets
+from nerve.config import require
+from nerve.errors import StoreError
+from nerve.storage.identity import ADDED, EXCLUDED
+
+CONFIG_NAME = "resumed"
+"""The primary config that `prepare_resume` puts where Hydra finds it."""
+
+
+def prepare_resume(arguments: Sequence[str]) -> str | None:
+    """The name of the primary config for a command line with `resume=…`; None for one without.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: for values beside `resume` that would make it another run.
+        StoreError: for a directory that holds no run.
+    """
+    overrides = overrides_of(arguments)
+    asked = [override.value() for override in overrides if override.key_or_group == "resume"]
+    if not asked or asked[-1] is None:
+        return None
+    directory = Path(str(asked[-1]))
+    defining = [
+        str(override.input_line)
+        for override in overrides
+        if not override.is_hydra_override() and not _is_free(override.key_or_group)
+    ]
+    require(
+        not defining,
+        f"A resumed run keeps what defines its result; got {' '.join(defining)} beside "
+        f"resume={directory}. Leave it out, or start a new run; {_free_keys()} may be given.",
+    )
+    named = any(
+        argument.startswith(("--config-name", "-cn", "--multirun", "-m")) for argument in arguments
+    )
+    require(
+        not named,
+        f"One run is resumed, with its own configuration; got resume={directory} beside --multirun "
+        "or --config-name. Leave that out; a sweep resumes by itself what was interrupted.",
+    )
+    _store(directory, chooses_logger=any(o.key_or_group == "logger" for o in overrides))
+    return CONFIG_NAME
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in EXCLUDED)
+
+
+def _free_keys() -> str:
+    keys = ("threads", "logger", "checkpoint", "retry")
+    return ", ".join(key for key in keys if _is_free(key))
+
+
+def _store(directory: Path, chooses_logger: bool) -> None:
+    saved = directory / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise StoreError(
+            f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
+            "does not. Give what nerve-run printed as the run directory."
+        )
+    primary = OmegaConf.load(CONF / "config.yaml")
+    assert isinstance(primary, DictConfig)
+    # The run's nerve may not have had a key that is free now, or one that was added since.
+    known = OmegaConf.create(
+        {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
+    )
+    for key, as_before in ADDED.items():
+        OmegaConf.update(known, key, as_before, force_add=True)
+    values = resolve_targets(OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(saved))))
+    assert isinstance(values, dict)
+    defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]
+    if chooses_logger:
+        values.pop("logger")
+        defaults.insert(0, {"logger": "csv"})  # overrides must come last
+    hydra = OmegaConf.merge(primary.hydra, {"run": {"dir": str(directory)}})
+    node = {"defaults": [*defaults, "_self_"], **values, "hydra": hydra}
+    ConfigStore.instance().store(name=CONFIG_NAME, node=node)

@@ -1,0 +1,236 @@
+"""One run, from its configuration to its run directory."""
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.conf import HydraConf
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from nerve.cli.config.compose import resolved
+from nerve.cli.console import counts
+from nerve.cli.experiment.build import (
+    build_data,
+    build_module,
+    build_monitor,
+    build_trainer,
+    check,
+    check_machine,
+    check_steps,
+    facts_of,
+    log_configuration,
+)
+from nerve.cli.experiment.objective import objective_of
+from nerve.cli.experiment.start import begin, final_loss
+from nerve.cli.experiment.summary import print_summary
+from nerve.config import from_mapping, require
+from nerve.errors import DataError, StoreError
+from nerve.files import remove_temporaries
+from nerve.storage.provenance import nvidia_driver
+from nerve.storage.record import RunRecord
+from nerve.storage.state import RunLock
+from nerve.storage.store import RunStore
+from nerve.training.callbacks import Heartbeat
+from nerve.training.checkpoint_callback import Cadence, Checkpointing
+from nerve.training.checkpoint_files import CheckpointFiles, checkpoint_path, drop_all_but_weights
+from nerve.training.signals import Interrupted, StopSignals
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
+    """Trains, measures and records one run in Hydra's output directory.
+
+    A directory that holds the run already is gone on with: a run that is done is left as it is, one
+    that was interrupted or killed resumes from its last checkpoint, one that failed is refused
+    unless `retry` is set.
+
+    Returns:
+        What `objective` names, by default the final validation loss in nats a target. Of several
+        processes only the one that records the run knows more than the loss.
+
+    Raises:
+        NerveError: for what the user can mend; a run that had begun is recorded as failed.
+        Interrupted: when a signal asked it to stop; it is recorded as interrupted.
+    """
+    check(config)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
+        warnings.filterwarnings("ignore", message=message)
+    directory = Path(hydra_config.runtime.output_dir)
+    if final_loss(directory, config) is not None:
+        return objective_of(directory, config.objective)
+    check_machine(config)
+    with StopSignals() as signals:
+        # Of several processes, rank 0 records; it started the others with its directory.
+        if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+            return _follow(config, directory, signals)
+        lock = RunLock(directory)
+        try:
+            if final_loss(directory, config) is None:  # else it has been done just now
+                record = begin(directory, config, hydra_config)
+                _lead(config, directory, record, signals)
+        finally:
+            lock.release()
+    return objective_of(directory, config.objective)
+
+
+def _follow(config: DictConfig, directory: Path, signals: StopSignals) -> float:
+    """The run in a process that does not record it."""
+    try:
+        return _run(config, directory, None, signals)
+    except Interrupted as interrupted:
+        signals.hand_on()
+        # A launcher takes another exit status of a process that it started for a crash.
+        raise SystemExit(0) from interrupted
+
+
+def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopSignals) -> None:
+    """The run in the process that records how it ends."""
+    try:
+        _run(config, directory, record, signals)
+    except BaseException as error:
+        if record.run_status != "done":  # else what came after it went wrong, not the run
+            _record_end(record, error)
+        if isinstance(error, Interrupted):
+            log.warning("%s; to go on: nerve-run resume=%s", error, directory)
+            signals.hand_on()
+        raise
+    if signals.received:  # while it ended: nothing is left to save, but the command must stop
+        signals.hand_on()
+        signals.stop()
+
+
+def _record_end(record: RunRecord, error: BaseException) -> None:
+    # Lightning turns Ctrl-C into SystemExit.
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    try:
+        record.finish("interrupted" if interrupted else "failed", error=error)
+    except StoreError as refused:
+        log.error("run.json cannot say how the run ended: %s", refused)
+
+
+def _run(
+    config: DictConfig, directory: Path, record: RunRecord | None, signals: StopSignals
+) -> float:
+    values = resolved(config)
+    for key in ("compile", "retry"):
+        require(isinstance(values[key], bool), f"{key} must be true or false; got {values[key]!r}.")
+    threads = values["threads"]
+    require(
+        threads is None or (isinstance(threads, int) and threads > 0),
+        f"threads must be null or a positive whole number; got {threads!r}.",
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    require(
+        isinstance(values["seed"], int) and 0 <= values["seed"] < 2**32,
+        f"seed must be a whole number from 0 to 2**32 - 1; got {values['seed']!r}.",
+    )
+    check_steps(values)
+    cadence = from_mapping(Cadence, values["checkpoint"], "checkpoint")
+    cadence.require_reached(values["trainer"]["max_steps"])
+    L.seed_everything(values["seed"], verbose=False)
+
+    data = build_data(config, values)
+    log.info("data: %s", counts(data.describe()))
+    facts = facts_of(data, values["model"]["kind"])
+    module = build_module(config, values, facts)
+    store = RunStore(directory, record.run_id) if record else None
+    monitor = build_monitor(store, values)
+    files = CheckpointFiles()
+    saving = Checkpointing(files, directory, cadence, signals, store, facts)
+    callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
+    trainer = build_trainer(config, directory, store, callbacks, files)
+    last = checkpoint_path(directory, "last")
+    if record and store:
+        _prepare(directory, record, store, data)
+        record.update(
+            n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
+            fingerprints=data.fingerprints,
+            unigram_loss=getattr(data, "unigram_loss", None),
+            device=_device_names(trainer),
+            versions=record.versions | _gpu_versions(trainer),
+        )
+    log_configuration(trainer, values)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
+    finally:
+        if record and store:
+            record.step = trainer.global_step
+            store.flush(trainer.global_step)
+            store.compact()
+    final = {
+        **_final_scores(monitor.val_loss, saving.scores, data),
+        "train_seconds": saving.seconds,
+        "measuring_seconds": monitor.seconds,
+    }
+    if record:
+        record.finish("done", final=final)
+        try:
+            drop_all_but_weights(last)
+        except StoreError as refused:  # the run is done all the same
+            log.warning("the last checkpoint stays as large as it is: %s", refused)
+        print_summary(monitor.latest, _facts(final), directory)
+    return final["val_loss"]
+
+
+def _device_names(trainer: L.Trainer) -> str:
+    """The devices as run.json has them: each GPU of this node with what it is."""
+    root = trainer.strategy.root_device
+    if root.type != "cuda":
+        return str(root)
+    gpus = [torch.device("cuda", index) for index in trainer.device_ids]
+    names = ", ".join(f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in gpus)
+    return names + (f" on each of {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else "")
+
+
+def _gpu_versions(trainer: L.Trainer) -> dict[str, str]:
+    """What computes on a GPU beside packages: CUDA and NVIDIA's driver."""
+    if trainer.strategy.root_device.type != "cuda":
+        return {}
+    versions = {"cuda": torch.version.cuda, "nvidia-driver": nvidia_driver()}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def _prepare(directory: Path, record: RunRecord, store: RunStore, data: Any) -> None:
+    """Makes the directory what the run can go on from: its last checkpoint, or nothing."""
+    last = checkpoint_path(directory, "last")
+    remove_temporaries(last.parent)
+    if not last.exists():
+        store.truncate_after(-1)
+    elif record.fingerprints != data.fingerprints:
+        raise DataError(
+            f"A run goes on with the data that it began with; those of {directory} had the "
+            f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the old "
+            "data back, or start a new run."
+        )
+
+
+def _final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -> dict[str, float]:
+    """What the last validation found; it follows the last step."""
+    assert val_loss is not None
+    final = {**scores, "val_loss": val_loss}
+    if hasattr(data, "n_heldout_bytes"):
+        bits = val_loss * data.n_heldout_tokens / math.log(2)
+        final["bits_per_byte"] = bits / data.n_heldout_bytes
+    return final
+
+
+def _facts(final: dict[str, float]) -> dict[str, str]:
+    loss = f"{final['val_loss']:.3f} nats a target"
+    if "bits_per_byte" in final:
+        loss += f", {final['bits_per_byte']:.3f} bits a byte"
+    facts = {"validation loss": loss}
+    if "val_accuracy" in final:
+        facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"
+    share = final["measuring_seconds"] / final["train_seconds"]
+    return facts | {
+        "time": f"{final['train_seconds']:.1f} s, of which measuring and validating "
+        f"{final['measuring_seconds']:.1f} s ({share:.1%})",
+    }

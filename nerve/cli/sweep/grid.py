@@ -1,0 +1,206 @@
+"""The cells of a sweep: each composed, with its directory and what that holds already."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from nerve.cli.config.compose import identity, resolved
+from nerve.cli.config.overrides import told
+from nerve.cli.console import say
+from nerve.errors import ConfigError, StoreError
+from nerve.storage.find import runs_by_id
+from nerve.storage.identity import differences
+from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.state import RunState, open_run, run_state
+
+
+@dataclass
+class Cell:
+    """One point of a grid.
+
+    Attributes:
+        number: its place in the grid, from 0.
+        overrides: what sets it apart on the command line, and what all share.
+        config: composed, with Hydra's own node.
+        directory: of its run; where that cannot be told, the sweep's.
+        found: what the directory held before the sweep.
+        job: that an earlier command has sent for it and that is queued or at work.
+        twin: the number of an earlier cell that defines the same result.
+        refusal: why it cannot be run.
+        trouble: why it could not be started, or its end not be recorded.
+    """
+
+    number: int
+    overrides: Sequence[str]
+    config: DictConfig
+    directory: Path
+    found: RunState = RunState.NEW
+    job: str | None = None
+    twin: int | None = None
+    refusal: str | None = None
+    trouble: str | None = None
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether the sweep is to run it."""
+        if self.twin is not None or self.refusal is not None or self.job is not None:
+            return False
+        if self.found == RunState.FAILED:
+            return bool(self.config.retry)
+        return self.found not in (RunState.DONE, RunState.ALIVE)
+
+    def values(self) -> dict[str, Any]:
+        """The resolved configuration, without Hydra's own node."""
+        HydraConfig.instance().set_config(self.config)
+        keys = [str(key) for key in self.config if key != "hydra"]
+        return resolved(OmegaConf.masked_copy(self.config, keys))
+
+
+def compose_grid(
+    loader: ConfigLoader, config: DictConfig, grid: Sequence[Sequence[str]]
+) -> list[Cell]:
+    """The cells of a grid, in its order.
+
+    Args:
+        loader: Hydra's.
+        config: the sweep's own configuration.
+        grid: the overrides of each cell.
+
+    Raises:
+        ConfigError: for overrides that cannot be composed, such as a misspelt option, and for cells
+            of different results that would share a directory.
+    """
+    cells: list[Cell] = []
+    first: dict[Path, tuple[Cell, dict[str, Any]]] = {}
+    stored = _StoredRuns()
+    for number, overrides in enumerate(grid):
+        try:
+            composed = loader.load_sweep_config(config, list(overrides))
+        except HydraException as error:
+            raise ConfigError(
+                f"cell {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; nothing "
+                f"was started. {told(error)}"
+            ) from error
+        with open_dict(composed.hydra):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        cell = Cell(number, overrides, composed, Path(str(composed.hydra.sweep.dir)))
+        try:
+            _place(cell, stored)
+            values = cell.values()
+            other, its_values = first.setdefault(cell.directory, (cell, values))
+            if other is not cell:
+                _check_same(cell, other, differences(values, its_values))
+                cell.twin = other.number
+            cell.found, record = open_run(cell.directory)
+            if record is not None:
+                _check_record(record, values)
+        except OmegaConfBaseException as error:
+            cell.refusal = _unresolved(composed, error)
+        except StoreError as error:
+            cell.refusal = str(error)
+        cells.append(cell)
+    return cells
+
+
+class _StoredRuns:
+    """The runs that the directories of sweeps hold; each record is read once, when first asked."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, Path]] = {}
+
+    def directory_of(self, own: Path, config_id: str) -> Path:
+        """Where the run of `config_id` is in the sweep whose directory `own` is in.
+
+        That is `own`, named by the id, where a run is done or at work; else the directory of the
+        run beside it that has the id, which an earlier version may have called otherwise.
+
+        Raises:
+            StoreError: when the record in `own` cannot be read.
+        """
+        if run_state(own) in (RunState.DONE, RunState.ALIVE):
+            return own
+        if own.parent not in self._folders:
+            self._folders[own.parent] = _chosen(own.parent)
+        return self._folders[own.parent].get(config_id, own)
+
+
+def _chosen(folder: Path) -> dict[str, Path]:
+    """The directory to take for each id, after saying what was passed over."""
+    runs, unread = runs_by_id(folder)
+    for error in unread:
+        say(f"passed over: {error}")
+    for (state, record), *others in runs.values():
+        if others:
+            names = ", ".join(str(other.directory) for _, other in others)
+            say(
+                f"{record.directory} ({state}, step {record.progress}) counts; of the same "
+                f"configuration, and left as they are: {names}"
+            )
+    return {config_id: same[0][1].directory for config_id, same in runs.items()}
+
+
+def _place(cell: Cell, stored: _StoredRuns) -> None:
+    """Finds the cell's directory: where Hydra would put it, or where its run is already."""
+    hydra = cell.config.hydra
+    HydraConfig.instance().set_config(cell.config)
+    subdir = str(hydra.sweep.subdir)
+    cell.directory /= subdir
+    own_id = identity(cell.config)
+    if subdir == own_id:  # else it was chosen by hand
+        cell.directory = stored.directory_of(cell.directory, own_id)
+    OmegaConf.set_readonly(hydra, False)
+    with open_dict(hydra):
+        hydra.sweep.subdir = cell.directory.name if subdir == own_id else subdir
+        hydra.runtime.output_dir = os.path.abspath(cell.directory)
+
+
+def _check_same(cell: Cell, other: Cell, different: Sequence[str]) -> None:
+    """Refuses the sweep where a directory that was chosen by hand is that of two results."""
+    if different:
+        names = [f"{each.number} ({' '.join(each.overrides)})" for each in (other, cell)]
+        raise ConfigError(
+            f"A directory holds one run; cells {' and '.join(names)} would share {cell.directory} "
+            f"with different values of {', '.join(different)}; nothing was started. Put what "
+            "varies into hydra.sweep.subdir, or leave that out: each cell then has its own."
+        )
+
+
+def check_values(cell: Cell) -> None:
+    """Checks that the run in the cell's directory, if there is one, is the cell's.
+
+    Raises:
+        StoreError: if it has other values, or cannot be read.
+    """
+    if (cell.directory / RECORD_NAME).exists():
+        _check_record(RunRecord.load(cell.directory), cell.values())
+
+
+def _check_record(record: RunRecord, values: Mapping[str, Any]) -> None:
+    different = differences(record.config, values)
+    if different:
+        raise StoreError(
+            f"A directory holds one run; {record.directory} holds run {record.run_id} with other "
+            f"values of {', '.join(different)}. Choose another hydra.sweep.dir, or delete that one."
+        )
+
+
+def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:
+    text = str(error)
+    chosen = [
+        f"{group}={option}"
+        for group, option in config.hydra.runtime.choices.items()
+        if f"{group}." in text
+    ]
+    where = f", which {error.full_key} refers to" if error.full_key else ""
+    return (
+        f"The values of a cell must be there and fit together; {text.splitlines()[0]}{where}. "
+        f"Choose groups that suit each other, or give the value; chosen: {', '.join(chosen)}."
+    )

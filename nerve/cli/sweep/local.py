@@ -1,0 +1,261 @@
+"""Cells of a sweep on this machine, each in its own process: started, watched, told to stop."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from nerve import cores
+from nerve.cli.sweep.grid import Cell
+from nerve.cli.sweep.worker import encoded, record_end
+from nerve.errors import NerveError, StoreError
+from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.state import RunLock
+
+GRACE_S = 120.0
+"""How long a cell that is asked to stop may take to save; then it is killed."""
+
+COMMAND = [sys.executable, "-P", "-m", "nerve.cli.sweep.worker"]
+POLL_S = 0.1
+LOG_NAME = "output.log"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FROM_OUTSIDE = (signal.SIGKILL, *STOPPING)
+"""Signals that say nothing against the cell that they end."""
+
+ASKED_TO_STOP = 128 + signal.SIGINT
+"""The exit status of a cell that stopped when it was asked to."""
+
+
+class KilledError(NerveError):
+    """The process of a cell was killed."""
+
+
+class CrashedError(NerveError):
+    """The process of a cell ended before its run did, by its own doing."""
+
+
+class TimeLimitError(NerveError):
+    """A cell took longer than it was given."""
+
+
+class StopRequests:
+    """Counts the requests to stop that this process gets while the `with` block runs.
+
+    A signal that is ignored (`nohup`) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        for signum in STOPPING:
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.received.append(signum)
+
+
+def run_here(
+    cells: Iterable[Cell],
+    n_at_once: int,
+    timeout_s: float | None,
+    starting: Callable[[Cell], None],
+    ended: Callable[[Cell], None],
+) -> int | None:
+    """Runs the cells, in their order, until all have ended or this process is asked to stop.
+
+    Asked to stop (Ctrl-C), it passes the request on to the cells at work, which save, and starts no
+    other; asked again, they end without saving. How each cell ended is in its directory.
+
+    Args:
+        cells: not yet at work, each in a directory of its own.
+        n_at_once: how many run side by side. Of several, each writes to output.log in its directory
+            and gets its share of the CPU cores, and one of the GPUs in turn.
+        timeout_s: how long a cell may take; then it is asked to stop.
+        starting: called with each cell before it starts.
+        ended: called with each cell once it has ended.
+
+    Returns:
+        The signal that asked to stop, if any.
+    """
+    waiting, running = deque(cells), list["_Process"]()
+    places = deque(range(n_at_once))
+    with StopRequests() as requests:
+        while running or (waiting and not requests.received):
+            while waiting and len(running) < n_at_once and not requests.received:
+                cell = waiting.popleft()
+                starting(cell)
+                try:
+                    running.append(_Process(cell, places[0], n_at_once, timeout_s))
+                    places.popleft()
+                except OSError as error:
+                    cell.trouble = f"its process could not be started: {error}"
+                    ended(cell)
+            time.sleep(POLL_S)
+            for process in running.copy():
+                if process.has_ended(len(requests.received)):
+                    running.remove(process)
+                    places.append(process.place)
+                    ended(process.cell)
+    return requests.received[0] if requests.received else None
+
+
+class _Process:
+    """A cell at work, in one of the places for those that run at once."""
+
+    def __init__(self, cell: Cell, place: int, n_at_once: int, timeout_s: float | None) -> None:
+        self.cell = cell
+        self.place = place
+        self._timeout_s = timeout_s
+        self._began = time.monotonic()
+        self._requests = 0
+        self._to_be_killed_at: float | None = None
+        self._error: NerveError | None = None
+        self._n_starts = _n_starts(_record_in(cell.directory))
+        self._popen = _start(cell, place, n_at_once)
+
+    def has_ended(self, requests: int) -> bool:
+        """Whether the cell has ended; if not, and it ought to, it is told so.
+
+        Args:
+            requests: how often the sweep has been asked to stop.
+        """
+        if self._popen.poll() is not None:
+            self._settle(self._popen.returncode)
+            return True
+        now = time.monotonic()
+        if requests > self._requests:
+            self._requests = requests
+            self._ask_to_stop(now)
+        elif self._timeout_s is not None and now - self._began > self._timeout_s:
+            self._timeout_s = None
+            self._error = TimeLimitError(
+                f"stopped after {_minutes(now - self._began)}; hydra.sweeper.timeout_min gives a "
+                "cell no longer"
+            )
+            self._ask_to_stop(now)
+        elif self._to_be_killed_at is not None and now > self._to_be_killed_at:
+            self._to_be_killed_at = None
+            self._error = KilledError(
+                f"{self._error or 'stopped'}; it did not end within {GRACE_S:g} s of being asked to"
+            )
+            self._kill()
+        return False
+
+    def _ask_to_stop(self, now: float) -> None:
+        self._to_be_killed_at = self._to_be_killed_at or now + GRACE_S
+        # Not SIGTERM: within a job of SLURM a run takes that for the scheduler's.
+        self._popen.send_signal(signal.SIGINT)
+
+    def _kill(self) -> None:
+        """Ends all that is left of the cell: also data workers, which may hold the run's lock."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+
+    def _settle(self, status: int) -> None:
+        """Sees to it that the directory says how the cell ended."""
+        assert self._popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.close()
+        self._kill()
+        try:
+            lock = RunLock(self.cell.directory)
+            try:
+                if not self._is_recorded(status):
+                    error = self._error or _error(status)
+                    run_status = "failed" if isinstance(error, CrashedError) else "interrupted"
+                    record_end(self.cell.directory, self.cell.values(), run_status, error)
+            finally:
+                lock.release()
+        except StoreError as error:  # nothing can be written, or someone else goes on with it
+            self.cell.trouble = str(error)
+
+    def _is_recorded(self, status: int) -> bool:
+        """Whether the run itself has said all that there is to say of its end."""
+        record = _record_in(self.cell.directory)
+        run_status = record.run_status if record else None
+        if _n_starts(record) == self._n_starts:  # it never began
+            asked = status == ASKED_TO_STOP and self._error is None
+            return asked or run_status in ("done", "failed")
+        # Where it was stopped for a reason, only this process knows the reason.
+        return run_status != "running" and (run_status != "interrupted" or self._error is None)
+
+
+def _record_in(directory: Path) -> RunRecord | None:
+    return RunRecord.load(directory) if (directory / RECORD_NAME).exists() else None
+
+
+def _n_starts(record: RunRecord | None) -> int:
+    return record.restarts + 1 if record else 0
+
+
+def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    with contextlib.ExitStack() as stack:
+        log = None
+        if n_at_once > 1:
+            n_threads = max(1, cores.allowed() // n_at_once)
+            environment[cores.SHARE] = str(n_threads)
+            for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+                environment.setdefault(pool, str(n_threads))
+            gpus = _gpus()
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+            cell.directory.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(open(cell.directory / LOG_NAME, "ab"))
+        popen = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log and subprocess.STDOUT,
+            env=environment,
+            process_group=0,  # a Ctrl-C is for the sweep, which passes it on once
+        )
+    assert popen.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        popen.stdin.write(encoded(cell.config))
+        popen.stdin.flush()
+    return popen
+
+
+def _gpus() -> list[str]:
+    """What CUDA may see here, by the names that it goes by; found without the seconds that torch
+    takes to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def _error(status: int) -> NerveError:
+    """What an exit status says of a process that has not said anything itself."""
+    if status >= 0:
+        return CrashedError(f"its process ended with exit status {status} before the run did")
+    name = signal.Signals(-status).name
+    if -status not in FROM_OUTSIDE:
+        return CrashedError(f"its process ended with {name}")
+    why = ", by hand or by the system for want of memory" if -status == signal.SIGKILL else ""
+    return KilledError(f"its process was killed ({name}){why}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.3g} min"

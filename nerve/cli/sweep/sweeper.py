@@ -1,0 +1,230 @@
+"""A sweep: every cell of a grid composed, what is left to do run, and all of them accounted for."""
+
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from nerve.cli.config.compose import depends_on_place, resolved
+from nerve.cli.sweep.devices import check_counted, check_devices
+from nerve.cli.sweep.grid import Cell, check_values, compose_grid
+from nerve.cli.sweep.local import run_here
+from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
+from nerve.cli.sweep.table import Report
+from nerve.config import require
+from nerve.errors import ConfigError, NerveError, StoreError
+from nerve.files import refusals_named
+from nerve.storage.state import FRESH, RunState, run_state
+
+NAME = "hydra_plugins.nerve.CellSweeper"
+"""What `_target_` calls the sweeper: Hydra makes plugins of such names only."""
+
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+
+
+def register_sweeper() -> None:
+    """Makes `CellSweeper` known to Hydra."""
+    Plugins.instance().class_name_to_class[NAME] = CellSweeper
+
+
+class CellSweeper(Sweeper):
+    """Hydra's sweeper of grids, which runs only what has not been run.
+
+    Each cell is composed first, so that its directory is known, and what that holds decides: runs
+    that are done, at work or the same as another cell are left out, interrupted ones go on, failed
+    ones are left unless `retry` is set. Those that an earlier command has sent to a cluster, and
+    whose jobs are queued or at work, are waited for. How the cells ended is read from their
+    directories.
+
+    On this machine each cell runs in a process of its own. The launchers `basic` and `joblib`,
+    which would run cells in processes that they share, are asked only how many run at once; any
+    other launcher gets the cells that are left to do and not yet sent.
+
+    Args:
+        max_batch_size: how many cells another launcher gets at once; None for all.
+        params: axis to values, as on the command line, which goes before.
+        timeout_min: how many minutes a cell on this machine may take; None for no limit.
+
+    Raises:
+        ConfigError: for a time limit that is not positive.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: Mapping[str, str] | None = None,
+        timeout_min: float | None = None,
+    ) -> None:
+        require(
+            timeout_min is None or timeout_min > 0,
+            f"hydra.sweeper.timeout_min must be null or a positive number; got {timeout_min!r}.",
+        )
+        self._max_batch_size = max_batch_size
+        self._params = dict(params or {})
+        self._timeout_s = None if timeout_min is None else 60 * timeout_min
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config = config
+        self.hydra_context = hydra_context
+        if OmegaConf.select(config, "hydra.launcher._target_") == SUBMITIT_SLURM:
+            check_counted(config.trainer)  # its launcher is not made of anything but a number
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs what is left to do of the grid.
+
+        Raises:
+            SweepError: when it ends with cells that are not done, after the summary.
+            ConfigError: for what a sweep cannot do, and for a cell that cannot be composed; nothing
+                is started then.
+            NerveError: when SLURM does not say what became of the jobs that were sent before;
+                nothing is started then.
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        if self.config.resume is not None:
+            raise ConfigError(
+                f"A sweep resumes what was interrupted by itself; got resume={self.config.resume}. "
+                "Leave resume out, or go on with that one run without --multirun."
+            )
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        given = [f"{key}={values}" for key, values in self._params.items()]
+        overrides = parser.parse_overrides([*given, *arguments])
+        (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        launcher = resolved(self.config.hydra.launcher)
+        folder = Path(str(self.config.hydra.sweep.dir))
+        jobs = SentJobs(launcher, folder)
+        jobs.settle()
+        cells = compose_grid(loader, self.config, grid)
+        for cell in cells:
+            _refuse_devices(cell, launcher)
+        with refusals_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+        _find_jobs(cells, jobs)
+        report = Report(folder, cells)
+        report.begin()
+        to_do = [cell for cell in cells if cell.is_to_do]
+        n_at_once = _n_at_once(launcher)
+        if n_at_once is not None:
+            signum = run_here(to_do, n_at_once, self._timeout_s, report.starting, report.ended)
+            report.end(signum)
+        else:
+            sent = [cell for cell in cells if cell.job is not None]
+            signum, errors = self._hand_over(to_do, sent, jobs)
+            for cell in [*to_do, *sent]:
+                _refuse_other_values(cell)
+            report.end(signum, errors)
+
+    def _hand_over(
+        self, cells: Sequence[Cell], sent: Sequence[Cell], jobs: SentJobs
+    ) -> tuple[int | None, list[Exception]]:
+        """Gives cells to the launcher and waits for them and for those that were sent before.
+
+        Returns a signal that asked to stop, and what the launcher raised.
+        """
+        assert self.launcher is not None
+        errors: list[Exception] = []
+        size = self._max_batch_size or max(1, len(cells))
+        try:
+            for number in range(0, len(cells), size):
+                batch = cells[number : number + size]
+                overrides = [[*cell.overrides, _place(cell)] for cell in batch]
+                try:
+                    returns = self.launcher.launch(overrides, initial_job_idx=number)
+                    errors += [job._return_value for job in returns if _has_failed(job)]
+                except Exception as error:  # submitit's, when a job is killed
+                    errors.append(error)
+                    jobs.wait({_place(cell) for cell in batch})
+            jobs.wait({_place(cell) for cell in sent})
+            _wait_for_silence([*cells, *sent])
+        except KeyboardInterrupt:
+            errors.append(NerveError("no longer waited for; what it has sent goes on"))
+            return signal.SIGINT, errors
+        return None, errors
+
+
+def _refuse_devices(cell: Cell, launcher: Mapping[str, Any]) -> None:
+    if cell.is_to_do:
+        try:
+            check_devices(cell.config.trainer, launcher)
+        except ConfigError as error:
+            cell.refusal = str(error)
+
+
+def _find_jobs(cells: Sequence[Cell], jobs: SentJobs) -> None:
+    """Finds the jobs that an earlier command has sent for cells and that will still run them."""
+    ended = (RunState.DONE, RunState.FAILED)
+    waiting = [
+        cell
+        for cell in cells
+        if cell.twin is None and cell.refusal is None and cell.found not in ended
+    ]
+    open_jobs = jobs.open() if waiting else {}
+    for cell in waiting:
+        cell.job = open_jobs.get(_place(cell))
+
+
+def _wait_for_silence(cells: Sequence[Cell]) -> None:
+    """For a minute a run whose node was lost looks alive: its heart has just beaten."""
+    until = time.monotonic() + FRESH.total_seconds()
+    while time.monotonic() < until and any(map(_is_alive, cells)):
+        time.sleep(1.0)
+
+
+def _is_alive(cell: Cell) -> bool:
+    try:
+        return run_state(cell.directory) == RunState.ALIVE
+    except StoreError:
+        return False
+
+
+def _refuse_other_values(cell: Cell) -> None:
+    """A job of another cell may have come first, where directories are chosen by hand."""
+    if depends_on_place(cell.config):
+        return
+    try:
+        check_values(cell)
+    except StoreError as error:
+        cell.refusal = str(error)
+
+
+def _place(cell: Cell) -> str:
+    """The override that names the cell's directory: another machine need not find the same."""
+    return f"hydra.sweep.subdir={_quoted(cell.config.hydra.sweep.subdir)}"
+
+
+def _n_at_once(launcher: Mapping[str, Any]) -> int | None:
+    """How many cells run side by side on this machine; None where the launcher runs them."""
+    if launcher["_target_"] == BASIC:
+        return 1
+    if launcher["_target_"] != JOBLIB:
+        return None
+    from joblib import effective_n_jobs  # type: ignore[import-untyped]
+
+    return int(effective_n_jobs(launcher["n_jobs"]))
+
+
+def _has_failed(job: JobReturn) -> bool:
+    return job.status == JobStatus.FAILED and isinstance(job._return_value, Exception)
+
+
+def _quoted(text: str) -> str:
+    """As a value of the command line, whatever signs it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

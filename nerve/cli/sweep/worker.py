@@ -1,0 +1,157 @@
+"""A trial of a sweep in its own process: `python -m nerve.cli.sweep.worker`.
+
+The configuration comes on stdin.
+
+Whatever happens to such a process, it cannot reach the other cells; and it stops, saving, when the
+one that started it is gone.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import run_job, setup_globals
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from nerve.cli.config.compose import depends_on_place, identity, register, resolved
+from nerve.errors import NerveError, StoreError
+from nerve.storage.provenance import cluster_job
+from nerve.storage.record import RECORD_NAME, RunRecord
+
+STDIN = 0
+
+
+def encoded(config: DictConfig) -> bytes:
+    """A composed configuration, with Hydra's own node, as one line; interpolations stay as such."""
+    return json.dumps(OmegaConf.to_container(config, enum_to_str=True)).encode() + b"\n"
+
+
+def decoded(line: bytes) -> DictConfig:
+    """The configuration that `encoded` made a line of, with the types that Hydra asks for."""
+    schema = OmegaConf.create({"hydra": HydraConf})
+    OmegaConf.set_struct(schema.hydra, False)
+    del schema.hydra["defaults"]
+    config = OmegaConf.merge(schema, json.loads(line))
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
+    """`run_experiment` for a cell, which leaves a record also if it fails before it begins."""
+    from nerve.cli.experiment.run import (
+        run_experiment,  # torch and Lightning take seconds to import
+    )
+
+    _check_unchanged(config, Path(hydra_config.runtime.output_dir))
+    try:
+        return run_experiment(config, hydra_config)
+    except StoreError:
+        raise  # the directory is another's, or cannot be written
+    except Exception as error:
+        directory = Path(hydra_config.runtime.output_dir)
+        first = os.environ.get("SLURM_PROCID", "0") == "0"  # of several processes one records
+        if first and not (directory / RECORD_NAME).exists():
+            record_end(directory, resolved(config), "failed", error)
+        raise
+
+
+def _check_unchanged(config: DictConfig, directory: Path) -> None:
+    """A job of a cluster composes its configuration again, perhaps hours after it was sent."""
+    if cluster_job() is None or depends_on_place(config):
+        return
+    sent, now = _id_of(directory), identity(config)
+    if sent not in (None, now):
+        raise StoreError(
+            f"A cell runs with the values that it was sent with; {directory} is that of "
+            f"configuration {sent}, and the files of configuration now give {now}. Put "
+            "them back as they were, or call the sweep again for cells with the new values."
+        )
+
+
+def _id_of(directory: Path) -> str | None:
+    """The id that a cell of this directory has; None where neither record nor name says."""
+    if (directory / RECORD_NAME).exists():
+        return RunRecord.load(directory).config_id
+    return directory.name if re.fullmatch("[0-9a-f]{12}", directory.name) else None
+
+
+def record_end(
+    directory: Path, values: Mapping[str, Any], run_status: str, error: BaseException
+) -> None:
+    """Records how a cell ended whose run could not say so itself, or had not begun.
+
+    Args:
+        directory: of the run.
+        values: the resolved configuration.
+        run_status: interrupted or failed.
+        error: why.
+    """
+    if (directory / RECORD_NAME).exists():
+        record = RunRecord.load(directory)
+    else:
+        sweep, seed = directory.parent.name, values["seed"]
+        record = RunRecord.create(directory, values, sweep=sweep, seed=seed, job=cluster_job())
+    record.finish(run_status, error=error)
+
+
+def main() -> None:
+    """Runs the cell whose configuration comes on stdin, which stays open while it is wanted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    with open(STDIN, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline()
+    threading.Thread(target=_stop_when_alone, daemon=True).start()
+    register()
+    setup_globals()
+    try:
+        sys.exit(0 if _run(decoded(line)) else 1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run(config: DictConfig) -> bool:
+    """Runs the cell as Hydra runs a job; whether it was done."""
+    done = False
+
+    def task(task_config: DictConfig) -> None:
+        nonlocal done
+        try:
+            run_cell(task_config, HydraConfig.get())
+            done = True
+        except NerveError as error:
+            print(f"nerve-run: {error}", file=sys.stderr)
+        except Exception:
+            traceback.print_exc()
+
+    run_job(
+        task_function=task,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+        hydra_context=HydraContext(
+            config_loader=None,  # type: ignore[arg-type]  # all is composed
+            callbacks=Callbacks(config),
+        ),
+    )
+    return done
+
+
+def _stop_when_alone() -> None:
+    while os.read(STDIN, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A model and batches to the spectra of each of its FFNs; no Lightning."""

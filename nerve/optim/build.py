@@ -1,0 +1,157 @@
+"""Which optimizer updates which parameter: roles, claims and parameter groups."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nerve.config import require, require_choice
+from nerve.errors import ConfigError
+from nerve.optim.combined import CombinedOptimizer
+
+
+class Role(StrEnum):
+    """What a parameter is to the network, which decides the optimizer that suits it.
+
+    - `hidden`: weight matrices between hidden representations: attention, FFN and mixing
+      projections, and what a constraint stores in their place.
+    - `embedding`: tables of token and position vectors, and the projection of image patches.
+    - `head`: the weight of the output layer.
+    - `vector`: gains, biases, slopes and the magnitudes of weight normalization: nothing that maps
+      one space to another, so no weight decay and no orthonormalized update.
+    """
+
+    HIDDEN = "hidden"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    VECTOR = "vector"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The roles that one optimizer updates, and how to build it.
+
+    Attributes:
+        roles: names of `Role`, at least one.
+        build: takes the parameter groups and gives the optimizer, for instance
+            `functools.partial(torch.optim.AdamW, lr=3e-3)`.
+
+    Raises:
+        ConfigError: for no role, or one that is not a `Role`.
+    """
+
+    roles: Sequence[str]
+    build: Callable[[list[dict[str, Any]]], Optimizer]
+
+    def __post_init__(self) -> None:
+        require(len(self.roles) > 0, "a part of optimizer.parts needs at least one role; got none.")
+        for role in self.roles:
+            require_choice("a role of optimizer.parts", role, list(Role))
+        object.__setattr__(self, "roles", tuple(str(role) for role in self.roles))
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of each parameter, by the names of `model.named_parameters()`.
+
+    The name and the owning module decide, never the number of dimensions: a weight-norm magnitude
+    is a matrix of one column, and an embedding is a matrix that only looks rows up. A tensor that
+    is tied appears once, with its first name. What a parametrization stores counts as the tensor
+    that it makes, except the magnitude of weight normalization (`original0`).
+
+    Raises:
+        ConfigError: for a parameter that no rule places.
+    """
+    return {name: _role(model, name) for name, _ in model.named_parameters()}
+
+
+_PARAMETRIZED = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original(\d*)")
+
+
+def _role(model: nn.Module, name: str) -> Role:
+    match = _PARAMETRIZED.fullmatch(name)
+    if match:
+        path, tensor, index = match[1] or "", match[2], match[3]
+        if index == "0":
+            return Role.VECTOR
+    else:
+        path, _, tensor = name.rpartition(".")
+    module = model.get_submodule(path)
+    if tensor in ("bias", "slope") or isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return Role.VECTOR
+    if isinstance(module, nn.Embedding) or path.rpartition(".")[2] == "patch_embedding":
+        return Role.EMBEDDING
+    if isinstance(module, nn.Linear) and tensor == "weight":
+        return Role.HEAD if path.partition(".")[0] == "head" else Role.HIDDEN
+    raise ConfigError(
+        f"every parameter must have a role ({', '.join(Role)}); no rule places {name!r} of "
+        f"{type(module).__name__}. Make it the weight of an nn.Linear or nn.Embedding, or add a "
+        "rule to nerve.optim.build."
+    )
+
+
+def build_optimizer(model: nn.Module, parts: Mapping[str, Part]) -> Optimizer:
+    """The optimizer whose parts together update every parameter of `model` exactly once.
+
+    Each part gets one parameter group for each role that it claims, with the role's name under
+    `role` and, for `vector`, a weight decay of 0. One part gives that optimizer itself, several a
+    `CombinedOptimizer`.
+
+    Args:
+        model: the network; all its parameters are claimed.
+        parts: name to `Part`, in the order in which they step.
+
+    Raises:
+        ConfigError: for a parameter claimed by no part or by two, a part with nothing to update, or
+            values that its optimizer refuses.
+    """
+    require(len(parts) > 0, "optimizer.parts needs at least one part; got none.")
+    roles = parameter_roles(model)
+    _require_one_claim(roles, parts)
+    parameters = dict(model.named_parameters())
+    built: dict[str, Optimizer] = {}
+    for part_name, part in parts.items():
+        groups: list[dict[str, Any]] = []
+        for role in part.roles:
+            members = [parameters[name] for name, its_role in roles.items() if its_role == role]
+            if members:
+                # A plain string: checkpoints are read with weights_only, which refuses enums.
+                group: dict[str, Any] = {"params": members, "role": str(role)}
+                groups.append(group | ({"weight_decay": 0.0} if role == Role.VECTOR else {}))
+        if not groups:
+            raise ConfigError(
+                f"optimizer.parts.{part_name} updates {', '.join(part.roles)}, and the model "
+                f"has no such parameter; it has {', '.join(sorted(set(roles.values())))}. "
+                "Remove the part or give it other roles."
+            )
+        try:
+            built[part_name] = part.build(groups)
+        except Exception as error:  # Optimizers raise whatever they like for a bad value.
+            raise ConfigError(f"optimizer.parts.{part_name}.build failed: {error}") from error
+    return CombinedOptimizer(built) if len(built) > 1 else next(iter(built.values()))
+
+
+def _require_one_claim(roles: Mapping[str, Role], parts: Mapping[str, Part]) -> None:
+    for name, role in roles.items():
+        claims = [part_name for part_name, part in parts.items() for r in part.roles if r == role]
+        if len(claims) != 1:
+            raise ConfigError(
+                f"each parameter must belong to exactly one part of optimizer.parts; {name!r} "
+                f"({role}) is claimed by {', '.join(claims) or 'none'} of {', '.join(parts)}. "
+                f"List {role!r} in the roles of one part."
+            )
+
+
+def hidden_lr(optimizer: Optimizer) -> float | None:
+    """The present learning rate of the hidden weights, as the schedule left it.
+
+    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
+    not make, where groups have no roles, that of all groups. None where they have several.
+    """
+    groups = optimizer.param_groups
+    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
+    rates = {float(group["lr"]) for group in hidden or groups}
+    return rates.pop() if len(rates) == 1 else None

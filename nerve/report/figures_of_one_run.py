@@ -1,0 +1,292 @@
+"""Figures of one run: the paper's overview, heat maps over depth, the spectra, training curves.
+
+Each function takes frames of one run and one FFN of its layers and gives a matplotlib `Figure`.
+What could not be measured is left blank or grey, never drawn as a number.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.figure import Figure
+
+from nerve.report.style import (
+    COLOURS,
+    FLAGGED_COLOUR,
+    LOSS_COLOUR,
+    NULL_COLOUR,
+    PLAIN_NUMBERS,
+    axis_label,
+    key,
+    name_axes,
+    new_figure,
+    outside_legend,
+    plain,
+    say_empty,
+    scale_by_ratio,
+    short_name,
+)
+
+MAX_LAYERS = 6
+MAX_RANKS = 240
+RANGES = {"se": (0.0, np.inf), "pr": (1.0, np.inf), "eee": (0.0, 1.0)}
+FLOOR = 1e-9
+"""Shares of the variance below this are rounding and are not drawn."""
+
+
+def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> Figure:
+    """SE, PR and EEE over steps, before and after the nonlinearity, and JS as layers × steps.
+
+    Lines are means over layers, bands one SD (n - 1) to each side; the validation loss is on the
+    right axis. Dotted: what the rank of pre allows, PR ≤ r, SE ≤ ln r, EEE ≥ 1 - r/D.
+
+    Args:
+        metrics: rows of `load_metrics`.
+        correlations: rows of `correlate_within_runs` of one window; their Pearson r is in the
+            panels' titles.
+        title: the figure's title.
+    """
+    figure, panels = new_figure(2, 2, title, width=4.6, height=2.8)
+    pearson = correlations.set_index("metric")["pearson"]
+    for panel, name in zip(panels[:3], ("se", "pr", "eee"), strict=True):
+        for site in COLOURS:
+            _band(panel, metrics, f"{name}_{site}", COLOURS[site], RANGES[name])
+        limit = _rank_limit(metrics, name)
+        if np.isfinite(limit):
+            panel.axhline(limit, color=COLOURS["pre"], linestyle=":", linewidth=1)
+        if metrics[[f"{name}_pre", f"{name}_post"]].isna().all(axis=None):
+            say_empty(panel)
+        texts = [f"{site} {_r(pearson, f'{name}_{site}')}" for site in COLOURS]
+        name_axes(panel, "step", name, f"{name.upper()}; r with loss: {', '.join(texts)}")
+        _add_loss(panel, metrics)
+    scale_by_ratio(panels[1], pd.concat([metrics["pr_pre"], metrics["pr_post"]]))
+    _heat_map(figure, panels[3], metrics, "js", f"JS; r with loss: {_r(pearson, 'js')}")
+    entries = [key(f"{site}, mean ± SD over layers", color=COLOURS[site]) for site in COLOURS]
+    limit_entry = key("limit of pre by its rank", color=COLOURS["pre"], linestyle=":")
+    loss_entry = key("validation loss", color=LOSS_COLOUR, linestyle="--", linewidth=1)
+    outside_legend(figure, [*entries, limit_entry, loss_entry])
+    return figure
+
+
+def gain_maps(metrics: pd.DataFrame, title: str) -> Figure:
+    """PR gain (post/pre, logarithmic) and ΔEEE (post - pre) as layers × steps.
+
+    Purple is flattening in both, orange its contrary, white no change, grey not measured.
+    """
+    figure, panels = new_figure(1, 2, title, width=4.6, height=2.8)
+    for panel, name in zip(panels, ("pr_gain", "delta_eee"), strict=True):
+        _heat_map(figure, panel, metrics, name, short_name(name))
+    return figure
+
+
+def spectra(
+    spectra: pd.DataFrame, metrics: pd.DataFrame, title: str, steps: Sequence[int]
+) -> Figure:
+    """Shares of the variance p = λ/Σλ by rank, log-log, pre and post, at `steps`.
+
+    Up to six layers, evenly spaced, the first and the last among them; later steps are darker. The
+    dotted line is the rank limit of pre. Shares below 1e-9 are not drawn.
+
+    Args:
+        spectra: rows of `load_spectra`.
+        metrics: rows of `load_metrics`, for the rank limits.
+        title: the figure's title.
+        steps: stored steps, increasing.
+    """
+    layers = _spread(sorted(spectra["layer"].unique()), MAX_LAYERS)
+    n_columns = 2 if len(layers) in (2, 4) else min(3, len(layers))
+    n_rows = math.ceil(len(layers) / n_columns)
+    figure, panels = new_figure(n_rows, n_columns, title, width=3.6, height=2.6)
+    # The last step has the full colour, also where it is the only one.
+    shades = dict(zip(steps, np.linspace(1.0, 0.35, len(steps))[::-1], strict=True))
+    for panel in panels[1 : len(layers)]:
+        panel.sharex(panels[0])
+        panel.sharey(panels[0])
+    for panel, layer in zip(panels, layers, strict=False):
+        rows = spectra[(spectra["layer"] == layer) & spectra["step"].isin(steps)]
+        ordered = rows.sort_values("step")
+        for step, site, values in zip(
+            ordered["step"], ordered["site"], ordered["eigenvalues"], strict=True
+        ):
+            ranks, shares = _shares(values)
+            colour = _shade(COLOURS[site], shades[step])
+            panel.loglog(ranks, shares, color=colour, linewidth=1.2)
+        limits = metrics.loc[metrics["layer"] == layer, "rank_limit_pre"]
+        if len(limits):
+            panel.axvline(limits.iloc[-1], color=COLOURS["pre"], linestyle=":", linewidth=1)
+        if rows.empty:
+            say_empty(panel)
+        panel.set_title(f"layer {layer}", fontsize=8)
+        panel.set_xlabel("rank k of the eigenvalue", fontsize=8)
+        panel.set_ylabel("share of variance λₖ/Σλ", fontsize=8)
+    for panel in panels[len(layers) :]:
+        panel.remove()
+    entries = [
+        key(f"{site}, step {step:,}", color=_shade(COLOURS[site], shade))
+        for step, shade in shades.items()
+        for site in COLOURS
+    ]
+    limit_entry = key("rank limit of pre", color=COLOURS["pre"], linestyle=":")
+    outside_legend(figure, [*entries, limit_entry], n_columns=len(shades) + 1)
+    return figure
+
+
+def training(
+    metrics: pd.DataFrame, scalars: pd.DataFrame, unigram_loss: float | None, title: str
+) -> Figure:
+    """Losses, learning rate, and whatever else was logged, over steps.
+
+    Args:
+        metrics: rows of `load_metrics`: validation loss and learning rate at measured steps.
+        scalars: rows of `load_scalars`; `train_loss` is drawn with the validation loss, every other
+            name has a panel of its own, up to four.
+        unigram_loss: the loss of knowing token frequencies only, drawn as a line; None for none.
+        title: the figure's title.
+    """
+    logged = {str(name): rows for name, rows in scalars.groupby("name", sort=True)}
+    train = logged.pop("train_loss", scalars.iloc[:0])
+    logged.pop("val_loss", None)
+    others = list(logged.items())[:4]
+    n_panels = 2 + len(others)
+    n_columns = min(3, n_panels)
+    n_rows = math.ceil(n_panels / n_columns)
+    figure, panels = new_figure(n_rows, n_columns, title, width=4.2, height=2.7)
+    measured = metrics.drop_duplicates("step").sort_values("step")
+    panels[0].plot(train["step"], train["value"], color=FLAGGED_COLOUR, linewidth=1)
+    panels[0].plot(measured["step"], measured["val_loss"], color=LOSS_COLOUR, marker=".")
+    entries = [
+        key("training batch", color=FLAGGED_COLOUR),
+        key("validation", color=LOSS_COLOUR, marker="."),
+    ]
+    if unigram_loss is not None and np.isfinite(unigram_loss):
+        panels[0].axhline(unigram_loss, color=LOSS_COLOUR, linestyle=":", linewidth=1)
+        entries.append(key("unigram loss", color=LOSS_COLOUR, linestyle=":"))
+    if measured["val_loss"].isna().all() and train.empty:
+        say_empty(panels[0], "no loss was stored")
+    name_axes(panels[0], "step", "loss", "loss")
+    panels[1].plot(measured["step"], measured["lr"], color=LOSS_COLOUR)
+    name_axes(panels[1], "step", "lr", "learning rate of the hidden weights")
+    for panel, (name, rows) in zip(panels[2:], others, strict=False):
+        panel.plot(rows["step"], rows["value"], color=LOSS_COLOUR, marker=".")
+        name_axes(panel, "step", plain(name), plain(name))
+    for panel in panels[n_panels:]:
+        panel.remove()
+    outside_legend(figure, entries)
+    return figure
+
+
+def chosen_steps(stored: Sequence[int], asked: Sequence[int] = ()) -> list[int]:
+    """The steps whose spectra are drawn: of the stored ones those nearest to the steps asked for.
+
+    Without any asked for: the first, the last and two between.
+    """
+    stored = sorted(stored)
+    if not asked:
+        return _spread(stored, 4)
+    return sorted({min(stored, key=lambda step: abs(step - wanted)) for wanted in asked})
+
+
+def _band(
+    panel: Axes, metrics: pd.DataFrame, name: str, colour: str, bounds: tuple[float, float]
+) -> None:
+    """Mean over layers and one SD to each side, as far as the metric's range goes."""
+    over_layers = metrics.groupby("step")[name].agg(["mean", "std"])
+    mean, spread = over_layers["mean"], over_layers["std"].fillna(0)
+    panel.plot(over_layers.index, mean, color=colour, linewidth=1.5)
+    low, high = (mean - spread).clip(*bounds), (mean + spread).clip(*bounds)
+    panel.fill_between(over_layers.index, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _add_loss(panel: Axes, metrics: pd.DataFrame) -> None:
+    loss = metrics.groupby("step")["val_loss"].first()
+    right = panel.twinx()
+    right.plot(loss.index, loss, color=LOSS_COLOUR, linestyle="--", linewidth=1)
+    right.set_ylabel(axis_label("val_loss"), fontsize=8)
+    right.tick_params(labelsize=7)
+    right.spines["top"].set_visible(False)
+
+
+def _rank_limit(metrics: pd.DataFrame, name: str) -> float:
+    """What SE, PR (at most) or EEE (at least) of pre can be, in the layer that is least limited."""
+    rank = metrics["rank_limit_pre"].clip(lower=1)
+    if name == "eee":
+        return float((1 - rank / metrics["d_ff"]).min())
+    return float(rank.max() if name == "pr" else np.log(rank).max())
+
+
+def _r(pearson: pd.Series, name: str) -> str:
+    value = pearson.get(name, np.nan)
+    return "–" if pd.isna(value) else f"{value:+.2f}".replace("-", "−")
+
+
+def _heat_map(figure: Figure, panel: Axes, metrics: pd.DataFrame, name: str, title: str) -> None:
+    cells = metrics.pivot(index="layer", columns="step", values=name)
+    values = np.ma.masked_invalid(cells.to_numpy(float))
+    name_axes(panel, "step", "layer", title)
+    panel.set_facecolor(NULL_COLOUR)
+    panel.set_yticks(_spread(list(cells.index), 12))
+    if values.count() == 0:
+        say_empty(panel)
+        return
+    palette, norm = _scale(name, values)
+    mesh = panel.pcolormesh(
+        _edges(cells.columns.to_numpy(float)),
+        _edges(cells.index.to_numpy(float)),
+        values,
+        cmap=colormaps[palette].with_extremes(bad=NULL_COLOUR),
+        norm=norm,
+        rasterized=True,
+    )
+    bar = figure.colorbar(mesh, cax=panel.inset_axes((1.03, 0, 0.04, 1)))
+    bar.set_label(axis_label(name), fontsize=8)
+    if name == "pr_gain":
+        bar.set_ticks(list(np.geomspace(*mesh.get_clim(), 5)), minor=False)
+        bar.set_ticks([], minor=True)
+        bar.ax.yaxis.set_major_formatter(PLAIN_NUMBERS)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _scale(name: str, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
+    """Colours of a heat map: JS from 0; PR gain around 1 and ΔEEE around 0, both symmetrically."""
+    if name == "pr_gain":
+        reach = max(float(np.exp(np.abs(np.log(values)).max())), 1.1)
+        return "PuOr", LogNorm(1 / reach, reach)
+    if name == "delta_eee":
+        reach = max(float(np.abs(values).max()), 0.02)
+        return "PuOr_r", Normalize(-reach, reach)
+    return "viridis", Normalize(0, max(float(values.max()), 1e-6))
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """Cell edges halfway between centres."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middle = (centres[1:] + centres[:-1]) / 2
+    first, last = 2 * centres[0] - middle[0], 2 * centres[-1] - middle[-1]
+    return np.concatenate([[first], middle, [last]])
+
+
+def _shares(eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks, evenly spaced on a logarithmic axis, and the shares of the variance there."""
+    ordered = np.sort(np.asarray(eigenvalues, float))[::-1]
+    total = ordered.sum()
+    if not total > 0:
+        return np.empty(0), np.empty(0)
+    ranks = np.unique(np.geomspace(1, len(ordered), MAX_RANKS).round().astype(int))
+    shares = ordered[ranks - 1] / total
+    return ranks[shares >= FLOOR], shares[shares >= FLOOR]
+
+
+def _shade(colour: str, strength: float) -> tuple[float, float, float]:
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the values, evenly spaced, with the first and the last."""
+    picked = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
+    return [values[i] for i in picked]

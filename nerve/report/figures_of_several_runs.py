@@ -1,0 +1,216 @@
+"""Figures of several runs: curves and layers coloured by a factor, and the loss against metrics.
+
+Each function takes rows of the comparisons, of one FFN of the layers and of runs that can be
+compared, and gives a matplotlib `Figure`. Seeds of one design are one line: their mean, with a band
+from the lowest to the highest where there are two or more. Of more than 40 designs only each
+level's median is drawn, with a band from the 10th to the 90th percentile of the designs; of more
+than 40 lines without bands. Each `data` has medians of its own, at the steps or layers that most of
+its designs have: others come and go along a line, which would rise and fall with them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from nerve.analysis.factors import levels_of, ordered_levels
+from nerve.report.style import (
+    DASHES,
+    FLAGGED_COLOUR,
+    key,
+    level_colours,
+    level_keys,
+    name_axes,
+    new_figure,
+    outside_legend,
+    plain,
+    say_empty,
+    scale_by_ratio,
+    short_name,
+)
+
+MAX_LINES = 40
+CURVES = ("val_loss", "se_pre", "pr_pre", "eee_pre", "js", "se_post", "pr_post", "eee_post")
+"""The panels of `curves_by_factor`, row by row: pre above post."""
+LAYERS = ("pr_pre", "pr_post", "pr_gain")
+SCATTERED = ("se_pre", "pr_pre", "eee_pre", "js", "se_post", "pr_post", "eee_post", "pr_gain")
+
+
+def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], title: str) -> Figure:
+    """Validation loss and metrics (means over layers) over steps, coloured by a factor's levels.
+
+    Args:
+        means: rows of `depth_means` of one region with `CURVES` and all factors.
+        factor: the column that gives the colour.
+        others: the other factors that vary; where they have at most four combinations these give
+            the dashes, else the lines do not tell them.
+        title: the figure's title.
+    """
+    figure, panels = new_figure(2, 4, title)
+    rows, entries = _styled(means, factor, others)
+    _draw_lines(panels, CURVES, rows, "step")
+    outside_legend(figure, entries, plain(factor))
+    return figure
+
+
+def layers_by_factor(
+    layers: pd.DataFrame, factor: str, others: Sequence[str], title: str
+) -> Figure:
+    """PR_pre, PR_post and their ratio by layer, coloured by a factor's levels.
+
+    Args:
+        layers: rows of `metrics_by_depth` at one step a run, with `LAYERS` and all factors. Runs of
+            different numbers of layers are drawn over their relative depth.
+        factor, others, title: as of `curves_by_factor`.
+    """
+    figure, panels = new_figure(1, 3, title, width=4.0, height=2.9)
+    rows, entries = _styled(layers, factor, others)
+    n_layers = layers.groupby("run_id")["layer"].max()
+    x = "layer" if n_layers.nunique() == 1 else "depth"
+    _draw_lines(panels, LAYERS, rows, x, marker=".")
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=x == "layer"))
+    outside_legend(figure, entries, plain(factor))
+    return figure
+
+
+def loss_against_metrics(
+    points: pd.DataFrame, correlations: pd.DataFrame, factor: str | None, title: str
+) -> Figure:
+    """Final validation loss against each metric, one point a design, with the correlation.
+
+    Points are means over seeds, their bars one SD (n - 1) where there are two or more seeds (and at
+    most 40 designs). A design whose runs are all flagged has no point. A panel's title has
+    Pearson's r with its 95% interval, Spearman's ρ, and the number of designs.
+
+    Args:
+        points: rows of `average_seeds` of `final_metrics`, of one `data`.
+        correlations: rows of `correlate_across_runs` of these points.
+        factor: the column that gives the colour; None for one colour.
+        title: the figure's title.
+    """
+    figure, panels = new_figure(2, 4, title, height=2.8)
+    levels = levels_of(points[factor]) if factor else pd.Series("", index=points.index)
+    colours = level_colours(ordered_levels(points[factor])) if factor else {"": "#000000"}
+    by_metric = correlations.set_index("metric")
+    for panel, name in zip(panels, SCATTERED, strict=True):
+        shown = points[[name, "val_loss"]].notna().all(axis=1)
+        for level, rows in points[shown].groupby(levels[shown], sort=False):
+            panel.errorbar(
+                rows["val_loss"],
+                rows[name],
+                xerr=_bars(rows, "val_loss", len(points)),
+                yerr=_bars(rows, name, len(points)),
+                fmt="o",
+                markersize=4 if len(points) <= MAX_LINES else 2.5,
+                linewidth=0.8,
+                color=colours[str(level)],
+            )
+        if not shown.any():
+            say_empty(panel, "no run with this metric and a loss")
+        name_axes(panel, "val_loss", name, f"{short_name(name)}\n{_coefficients(by_metric, name)}")
+    if factor:
+        entries = level_keys(colours, marker="o", linestyle="none", markersize=4)
+        outside_legend(figure, entries, plain(factor))
+    return figure
+
+
+def _styled(
+    rows: pd.DataFrame, factor: str, others: Sequence[str]
+) -> tuple[pd.DataFrame, list[Line2D]]:
+    """The rows with the line they belong to and its `level`, `colour` and `dash`, and a legend."""
+    levels = levels_of(rows[factor])
+    colours = level_colours(ordered_levels(rows[factor]))
+    entries = level_keys(colours)
+    combination = pd.Series("", index=rows.index)
+    if others:
+        texts = [[f"{name} = {level}" for level in levels_of(rows[name])] for name in others]
+        combination = pd.Series([", ".join(row) for row in zip(*texts, strict=True)], rows.index)
+    combinations = sorted(combination.unique())
+    # One design on other data is another line.
+    design = rows["design_id"].str.cat(rows["data"].fillna(""), sep=" ")
+    many = design.nunique() > MAX_LINES
+    if many:
+        combination = "data " + rows["data"].fillna("unknown").astype(str)
+        combinations = sorted(combination.unique())
+    dashes = dict.fromkeys(combinations, DASHES[0])
+    if 1 < len(combinations) <= len(DASHES):
+        dashes = dict(zip(combinations, DASHES, strict=False))
+        entries += [
+            key(plain(text), color=FLAGGED_COLOUR, linestyle=dash) for text, dash in dashes.items()
+        ]
+    styled = rows.assign(
+        design=design,
+        line=levels.str.cat(combination, sep=" ") if many else design,
+        colour=levels.map(colours),
+        dash=combination.map(dashes),
+    )
+    return styled, entries
+
+
+def _draw_lines(
+    panels: Sequence[Axes], names: Sequence[str], rows: pd.DataFrame, x: str, marker: str = ""
+) -> None:
+    """In each panel a line a design (or a level) with its band, and the axes' labels."""
+    centres, lows, highs = _summaries(rows, x, names)
+    styles = rows.drop_duplicates("line")
+    for line, colour, dash in zip(styles["line"], styles["colour"], styles["dash"], strict=True):
+        centre, low, high = (frame.loc[line] for frame in (centres, lows, highs))
+        for panel, name in zip(panels, names, strict=True):
+            panel.plot(
+                centre.index,
+                centre[name],
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                linewidth=1.3,
+            )
+            if len(styles) <= MAX_LINES:
+                panel.fill_between(
+                    centre.index, low[name], high[name], color=colour, alpha=0.15, linewidth=0
+                )
+    for panel, name in zip(panels, names, strict=True):
+        name_axes(panel, x, name, short_name(name))
+        if name.startswith("pr_"):
+            scale_by_ratio(panel, rows[name])
+        if rows[name].isna().all():
+            say_empty(panel)
+
+
+def _summaries(rows: pd.DataFrame, x: str, names: Sequence[str]) -> tuple[pd.DataFrame, ...]:
+    """Middle, lower and upper edge of the band by line and x: see the head of this module."""
+    if (rows["line"] == rows["design"]).all():
+        seeds = rows.groupby(["line", x])[list(names)]
+        return seeds.mean(), seeds.min(), seeds.max()
+    points = rows.groupby(["line", x, "design"])[list(names)].mean()
+    n_designs = points[names[0]].groupby(level=["line", x]).transform("size")
+    is_common = n_designs == n_designs.groupby(level="line").transform("max")
+    designs = points[is_common].groupby(level=["line", x])
+    return designs.median(), designs.quantile(0.1), designs.quantile(0.9)
+
+
+def _bars(rows: pd.DataFrame, name: str, n_points: int) -> np.ndarray | None:
+    if n_points > MAX_LINES:
+        return None
+    spread = rows[f"{name}_sd"].astype(float)
+    return None if spread.isna().all() else spread.fillna(0).to_numpy()
+
+
+def _coefficients(by_metric: pd.DataFrame, name: str) -> str:
+    if name not in by_metric.index:
+        return ""
+    row: Any = by_metric.loc[name]
+    interval = ""
+    if pd.notna(row["pearson_low"]):
+        interval = f" [{_signed(row['pearson_low'])}, {_signed(row['pearson_high'])}]"
+    pearson, spearman = _signed(row["pearson"]), _signed(row["spearman"])
+    return f"r {pearson}{interval}, ρ {spearman}, n {int(row['n'])}"
+
+
+def _signed(value: Any) -> str:
+    return "–" if pd.isna(value) else f"{value:+.2f}".replace("-", "−")

@@ -1,0 +1,187 @@
+"""The content of a report on one run."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from nerve.analysis.compare import METRIC_NAMES
+from nerve.analysis.correlate import correlate_within_runs
+from nerve.analysis.factors import find_factors, levels_of
+from nerve.analysis.flags import flag_runs
+from nerve.report import figures_of_one_run as plots
+from nerve.report.content import Content, Drawing, Table, dead_layers, limits, outlying_rows
+
+WINDOW_TEXTS = {
+    "all": "all measured steps",
+    "after_warmup": "the measured steps after the warm-up",
+    "differences": "the changes from one measured step to the next",
+}
+LAST_COLUMNS = ("layer", "ffn", "step", "n_samples", "d_ff", "d_in", *METRIC_NAMES, "status")
+
+
+def content_of_run(
+    runs: pd.DataFrame,
+    metrics: pd.DataFrame,
+    spectra: pd.DataFrame,
+    scalars: pd.DataFrame,
+    window: str,
+    steps: Sequence[int] = (),
+) -> Content:
+    """Figures and tables of the one run that the four frames are of.
+
+    Args:
+        runs, metrics, spectra, scalars: rows of `load_runs`, `load_metrics`, …; the last three may
+            be empty.
+        window: the steps that the r in the overview's title is taken over, one of `WINDOWS`.
+        steps: the steps whose spectra are drawn; none chooses them.
+    """
+    run = runs.iloc[0]
+    flags = flag_runs(metrics, runs).iloc[0]
+    content = Content(title=f"Run {run['run_id']}", facts=_facts(run, flags, runs))
+    if flags["flag"] != "ok":
+        content.notes.append(f"This run is flagged “{flags['flag']}”: {flags['reason']}")
+    content.notes += [*dead_layers(metrics), *outlying_rows(metrics)]
+    within = correlate_within_runs(metrics, runs)
+    chosen = within[within["window"] == window]
+    for ffn, rows in metrics.groupby("ffn", sort=False):
+        own = chosen[chosen["ffn"] == ffn]
+        content.drawings += _drawings(
+            str(ffn),
+            rows,
+            spectra[spectra["ffn"] == ffn],
+            own,
+            f"run {run['run_id']}",
+            window,
+            steps,
+        )
+    if len(metrics) and spectra.empty:
+        content.notes.append("No spectra were stored (monitor.spectra), so none are drawn.")
+    content.notes += _unmeasured(spectra, steps)
+    if len(metrics) or len(scalars):
+        content.drawings.append(_training(metrics, scalars, run))
+    content.tables += _tables(run, metrics, within, runs)
+    return content
+
+
+def _facts(run: pd.Series, flags: pd.Series, runs: pd.DataFrame) -> list[tuple[str, str]]:
+    final = [name for name in runs.columns if name.startswith("final.")]
+    facts = {
+        "directory": run["directory"],
+        "status": run["run_status"],
+        "flag": flags["flag"],
+        "steps": f"{run['step']:,}",
+        "seed": run["seed"],
+        "parameters": run["n_parameters"],
+        "final validation loss (nats)": flags["final_loss"],
+        "unigram loss (nats)": flags["unigram_loss"],
+        **{name: run[name] for name in final if name != "final.val_loss"},
+        **find_factors(runs).constant,
+        "host": run["host"],
+        "device": run["device"],
+        "commit": run["git_commit"],
+        "held-out set": flags["heldout"],
+    }
+    known = {name: value for name, value in facts.items() if pd.notna(value)}
+    return [(name, _fact(value)) for name, value in known.items()]
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.5g}"
+
+
+def _unmeasured(spectra: pd.DataFrame, steps: Sequence[int]) -> list[str]:
+    stored = spectra["step"].unique().tolist()
+    missing = [f"{step:,}" for step in steps if step not in stored]
+    if not missing or not stored:
+        return []
+    return [
+        f"No spectra were stored at {'step' if len(missing) == 1 else 'steps'} "
+        f"{', '.join(missing)}; the nearest stored ones are drawn."
+    ]
+
+
+def _drawings(
+    ffn: str,
+    metrics: pd.DataFrame,
+    spectra: pd.DataFrame,
+    correlations: pd.DataFrame,
+    run: str,
+    window: str,
+    steps: Sequence[int],
+) -> list[Drawing]:
+    suffix, title = ("", run) if ffn == "ffn" else (f"_{ffn}", f"{run}, {ffn}")
+    n_layers = metrics["layer"].nunique()
+    about = f"{limits(metrics)} One run, one seed."
+    first = correlations["first_step"].min() if len(correlations) else None
+    over = WINDOW_TEXTS[window] + (f" (from step {first:,})" if pd.notna(first) else "")
+    drawings = [
+        Drawing(
+            f"overview{suffix}",
+            "Spectral entropy SE, participation ratio PR and early enrichment EEE before (pre) "
+            f"and after (post) the nonlinearity: mean ± SD over {n_layers} layers, with the "
+            "validation loss; JS by layer and step. r: Pearson correlation of the mean over layers "
+            f"with the validation loss over {over}; points of one run are not independent. {about}",
+            partial(plots.overview, metrics, correlations, f"{title}; r over {over}"),
+        ),
+        Drawing(
+            f"gain{suffix}",
+            "PR gain = PR post / PR pre and ΔEEE = EEE post − EEE pre by layer and step. Purple: "
+            f"the nonlinearity flattens the spectrum; grey: nothing could be measured. {about}",
+            partial(plots.gain_maps, metrics, title),
+        ),
+    ]
+    if len(spectra):
+        shown = plots.chosen_steps(spectra["step"].unique().tolist(), steps)
+        drawings.append(
+            Drawing(
+                f"spectra{suffix}",
+                f"Eigenvalues as shares of the variance, by rank. Later steps are darker; shares "
+                f"below {plots.FLOOR:g} are not drawn. {about}",
+                partial(plots.spectra, spectra, metrics, title, shown),
+            )
+        )
+    return drawings
+
+
+def _training(metrics: pd.DataFrame, scalars: pd.DataFrame, run: pd.Series) -> Drawing:
+    return Drawing(
+        "training",
+        "Losses and learning rate over steps. The unigram loss is that of a model which knows only "
+        "how frequent each token (or class) is. One run, one seed.",
+        partial(
+            plots.training, metrics, scalars, run["unigram_loss"], f"run {run['run_id']}, training"
+        ),
+    )
+
+
+def _tables(
+    run: pd.Series, metrics: pd.DataFrame, within: pd.DataFrame, runs: pd.DataFrame
+) -> list[Table]:
+    last = metrics[metrics["step"] == metrics["step"].max()]
+    values = runs.T.iloc[:, 0]
+    settings = pd.DataFrame(
+        {"name": values.index.astype(str), "value": levels_of(values).to_list()}
+    )
+    shown = ("ffn", "metric", "window", "first_step", "n", "pearson", "spearman")
+    return [
+        Table("layers", "The last measured step, layer by layer.", last, LAST_COLUMNS),
+        Table(
+            "within",
+            "Correlation of each metric (mean over layers) with the validation loss over the steps "
+            "of this run: all measured steps, those after the warm-up, and of the changes from one "
+            "to the next, which shared trend does not move.",
+            within,
+            shown,
+        ),
+        Table(
+            "within_by_layer",
+            "The same correlations, of each layer by itself.",
+            correlate_within_runs(metrics, runs, by_layer=True),
+            ("ffn", "layer", *shown[1:]),
+        ),
+        Table("run", "All that the record of the run says.", settings),
+    ]

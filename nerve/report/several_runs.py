@@ -1,0 +1,208 @@
+"""The content of a report on several runs: what tells them apart, and how they compare.
+
+Figures and statistics are of runs that can be compared (flag `ok`); the others are named, with the
+reason, and are in the table of runs. Figures of single runs are not drawn here, however few there
+are: a report on one run's directory has them.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+
+from nerve.analysis.compare import average_seeds, final_metrics
+from nerve.analysis.correlate import correlate_across_runs
+from nerve.analysis.depth import depth_means, metrics_by_depth
+from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
+from nerve.analysis.flags import flag_runs
+from nerve.report import figures_of_several_runs as overlays
+from nerve.report.content import Content, Drawing, dead_layers, limits, outlying_rows, seeds
+from nerve.report.style import one_line
+from nerve.report.tables import comparison_tables
+from nerve.storage.find import listed
+
+MAX_FACTORS = 6
+MAX_NAMES = 12
+"""A factor whose levels are names has figures up to this many; the colours of more say nothing."""
+
+
+def content_of_runs(runs: pd.DataFrame, metrics: pd.DataFrame, window: str, title: str) -> Content:
+    """Figures and tables of two or more runs.
+
+    Args:
+        runs: rows of `load_runs`.
+        metrics: rows of `load_metrics`.
+        window: the steps that the summary of correlations within runs starts with, of `WINDOWS`.
+        title: of the page.
+    """
+    flags = flag_runs(metrics, runs)
+    is_ok = (flags["flag"] == "ok").to_numpy()
+    factors = find_factors(runs[is_ok] if is_ok.any() else runs)
+    points = final_metrics(metrics, runs, factors.varying)
+    designs = average_seeds(points)
+    content = Content(title=title, facts=_facts(runs, flags, factors))
+    content.notes += [*_flagged(flags), *dead_layers(metrics), *outlying_rows(metrics)]
+    content.notes += describe_ties(factors)
+    if not factors.varying and not factors.taken:
+        content.notes.append("No configuration value varies among these runs but the seed.")
+    content.notes += _single_seeds(designs)
+    drawn = flags.loc[flags["flag"] == "ok", "run_id"]
+    if drawn.empty and len(metrics):
+        drawn = flags["run_id"]
+        content.notes.append(
+            "No run can be compared, so figures show the flagged ones; statistics are left out."
+        )
+    content.drawings += _drawings(metrics, runs[runs["run_id"].isin(drawn)], designs, factors)
+    hidden = [name for name in factors.varying if name not in _drawn_factors(runs, factors)]
+    if hidden:
+        content.notes.append(
+            f"No figures by {', '.join(hidden)}: they are drawn for the first {MAX_FACTORS} "
+            f"factors whose levels are numbers or at most {MAX_NAMES} names. The tables have all."
+        )
+    content.tables += comparison_tables(runs, metrics, flags, points, factors, window)
+    return content
+
+
+def _facts(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) -> list[tuple[str, str]]:
+    counts = flags["flag"].value_counts()
+    facts = [
+        ("runs", ", ".join(f"{n:,} {flag}" for flag, n in counts.items())),
+        ("designs", f"{runs['design_id'].nunique():,} (runs that differ in nothing but the seed)"),
+    ]
+    for name in factors.varying:
+        levels = [one_line(level_text(level)) for level in ordered_levels(runs[name])]
+        more = f", … ({len(levels)} levels)" if len(levels) > MAX_NAMES else ""
+        facts.append((name, ", ".join(levels[:MAX_NAMES]) + more))
+    if factors.constant:
+        values = ", ".join(f"{name} = {value}" for name, value in factors.constant.items())
+        facts.append(("the same in all runs", values))
+    return facts
+
+
+def _flagged(flags: pd.DataFrame) -> list[str]:
+    """One sentence a flag, with the first runs that have it; the table of runs has every reason."""
+    bad = flags[flags["flag"] != "ok"]
+    return [
+        f"{len(rows)} of {len(flags)} runs flagged “{flag}”, in no figure and no statistic: "
+        f"{listed(list(rows['run_id']))}. {'' if rows['reason'].nunique() == 1 else 'The first: '}"
+        f"{rows['reason'].iloc[0]}"
+        for flag, rows in bad.groupby("flag", sort=False)
+    ]
+
+
+def _single_seeds(designs: pd.DataFrame) -> list[str]:
+    counts = designs.groupby("design_id")["n_seeds"].max()
+    n_single, n_known = int((counts == 1).sum()), int((counts > 0).sum())
+    if not n_single:
+        return []
+    which = "Every design has" if n_single == n_known else f"{n_single} of {n_known} designs have"
+    return [f"{which} one seed only, and so no interval over seeds."]
+
+
+def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
+    """The factors that have figures."""
+    suited = [
+        name
+        for name in factors.varying
+        if pd.api.types.is_numeric_dtype(runs[name].infer_objects())
+        or runs[name].astype(str).nunique() <= MAX_NAMES
+    ]
+    return suited[:MAX_FACTORS]
+
+
+def _drawings(
+    metrics: pd.DataFrame, runs: pd.DataFrame, designs: pd.DataFrame, factors: Factors
+) -> list[Drawing]:
+    rows = metrics[metrics["run_id"].isin(runs["run_id"])]
+    if rows.empty:
+        return []
+    names = [name for name in overlays.CURVES if name != "val_loss"]
+    means = depth_means(rows, runs, factors.varying, names=names)
+    means = means[means["region"] == "all"]
+    layers = metrics_by_depth(rows, runs, factors.varying, names=overlays.LAYERS)
+    last = layers.groupby("run_id", observed=True)["step"].transform("max")
+    layers = layers[layers["step"] == last]
+    shown = _drawn_factors(runs, factors)
+    if not factors.varying:
+        # Only seeds differ: each run is a line of its own.
+        shown = ["seed"] if runs["seed"].nunique() > 1 else ["run_id"]
+        means, layers = (frame.assign(design_id=frame["run_id"]) for frame in (means, layers))
+    drawings = []
+    for ffn in means["ffn"].unique():
+        drawings += _factor_drawings(
+            str(ffn),
+            *(frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)),
+            shown=shown,
+            factors=factors,
+        )
+    return drawings
+
+
+def _factor_drawings(
+    ffn: str,
+    means: pd.DataFrame,
+    layers: pd.DataFrame,
+    designs: pd.DataFrame,
+    metrics: pd.DataFrame,
+    *,
+    shown: Sequence[str],
+    factors: Factors,
+) -> list[Drawing]:
+    suffix, named = ("", "") if ffn == "ffn" else (f"_{ffn}", f", {ffn}")
+    about = f"{limits(metrics)} {seeds(designs)} {_lines(means)}"
+    drawings = []
+    for factor in shown:
+        others = [name for name in factors.varying if name != factor]
+        drawings += [
+            Drawing(
+                f"curves{suffix}_by_{factor}",
+                f"Validation loss and metrics (means over layers) over steps, by {factor}. {about}",
+                partial(
+                    overlays.curves_by_factor, means, factor, others, f"Training by {factor}{named}"
+                ),
+            ),
+            Drawing(
+                f"layers{suffix}_by_{factor}",
+                f"PR before and after the nonlinearity and their ratio at the last measured step, "
+                f"layer by layer, by {factor}. {about}",
+                partial(
+                    overlays.layers_by_factor,
+                    layers,
+                    factor,
+                    others,
+                    f"Last step by {factor}{named}",
+                ),
+            ),
+        ]
+    compared = designs[designs["n_seeds"] > 0]
+    for i, (data, points) in enumerate(compared.groupby("data", dropna=False, sort=False)):
+        which = f", data {data}" if compared["data"].nunique(dropna=False) > 1 else ""
+        same_data = means["data"].isna() if pd.isna(data) else means["data"] == data
+        own = metrics[metrics["run_id"].isin(means.loc[same_data, "run_id"])]
+        colour = shown[0] if shown and shown[0] in points.columns else None
+        drawings.append(
+            Drawing(
+                f"loss{suffix}" + (f"_{i}" if which else ""),
+                f"Final validation loss against the metrics at the last measured step{which}. One "
+                f"point a design: mean over its seeds, bars ± SD (of up to {overlays.MAX_LINES} "
+                f"designs). r: Pearson with its 95% interval "
+                f"(Fisher), ρ: Spearman, n: designs. {limits(own)} {seeds(points)}",
+                partial(
+                    overlays.loss_against_metrics,
+                    points,
+                    correlate_across_runs(points),
+                    colour,
+                    f"Loss against metrics{named}{which}",
+                ),
+            )
+        )
+    return drawings
+
+
+def _lines(means: pd.DataFrame) -> str:
+    if means["design_id"].nunique() > overlays.MAX_LINES:
+        return (
+            "Lines: median of the designs of a level on the same data, where most of them were "
+            f"measured; bands: 10th to 90th percentile, of up to {overlays.MAX_LINES} lines."
+        )
+    return "Lines: mean over the seeds of a design; bands: lowest to highest."

@@ -1,0 +1,170 @@
+"""How all figures look: colours, labels with units, legends beside the data, text shown as it is.
+
+Figures are made with matplotlib's objects alone; pyplot and its global state are never touched.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+# Okabe & Ito (2008), which all common kinds of colour vision tell apart.
+from nerve.analysis.factors import is_number, level_text
+
+COLOURS = {"pre": "#0072B2", "post": "#D55E00"}
+LOSS_COLOUR = "#333333"
+FLAGGED_COLOUR = "#8C8C8C"
+NULL_COLOUR = "#9A9A9A"
+
+# What is left of Okabe & Ito beside pre and post, and three of Tol's that keep apart from them.
+LEVEL_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:.3g}")
+MAX_LEGEND = 12
+MAX_TEXT = 48
+MAX_TITLE = 110
+
+LABELS = {
+    "step": "optimizer step",
+    "layer": "layer",
+    "depth": "depth (0 first layer, 1 last)",
+    "se": "SE (nats)",
+    "pr": "PR (dimensions)",
+    "eee": "EEE (0 flat, 1 one direction)",
+    "js": "JS (nats)",
+    "pr_gain": "PR gain (post / pre)",
+    "delta_eee": "ΔEEE (post - pre)",
+    "val_loss": "validation loss (nats)",
+    "train_loss": "training loss (nats)",
+    "loss": "loss (nats a target)",
+    "lr": "learning rate",
+}
+SHORT = {
+    "val_loss": "validation loss",
+    "se": "SE",
+    "pr": "PR",
+    "eee": "EEE",
+    "js": "JS",
+    "pr_gain": "PR gain",
+}
+
+
+def quantity(column: str) -> tuple[str, str]:
+    """A column as quantity and site: `pr_post` gives `("pr", "post")`, `js` gives `("js", "")`."""
+    name, _, site = column.rpartition("_")
+    return (name, site) if site in COLOURS else (column, "")
+
+
+def axis_label(column: str) -> str:
+    """The label of an axis, with the unit."""
+    return LABELS.get(quantity(column)[0], column)
+
+
+def short_name(column: str) -> str:
+    """The paper's short name: `PR post`, `JS`, `ΔEEE`."""
+    if column == "delta_eee":
+        return "ΔEEE"
+    name, site = quantity(column)
+    return f"{SHORT.get(name, LABELS.get(name, name))} {site}".strip()
+
+
+def one_line(text: object, max_length: int = MAX_TEXT) -> str:
+    """Text of a run as one short printable line."""
+    line = " ".join(str(text).split())
+    line = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
+    )
+    return line if len(line) <= max_length else f"{line[: max_length - 1]}…"
+
+
+def plain(text: object, max_length: int = MAX_TEXT) -> str:
+    """Text of a run as one short line in which matplotlib sees no mathematics."""
+    return one_line(text, max_length).replace("$", r"\$")
+
+
+def new_figure(
+    n_rows: int, n_columns: int, title: str, *, width: float = 3.3, height: float = 2.6
+) -> tuple[Figure, list[Axes]]:
+    """A figure with room for its legend, and its panels row by row; sizes are inches a panel."""
+    figure = Figure(figsize=(width * n_columns, height * n_rows + 0.9), layout="constrained")
+    figure.suptitle(plain(title, MAX_TITLE), fontsize=10)
+    panels = [figure.add_subplot(n_rows, n_columns, i + 1) for i in range(n_rows * n_columns)]
+    for panel in panels:
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def name_axes(panel: Axes, x: str, y: str, title: str = "") -> None:
+    """Labels an axis pair with columns' names and units."""
+    panel.set_xlabel(axis_label(x), fontsize=8)
+    panel.set_ylabel(axis_label(y), fontsize=8)
+    if title:
+        panel.set_title(title, fontsize=8)
+
+
+def scale_by_ratio(panel: Axes, values: pd.Series) -> None:
+    """A logarithmic axis for what ranges over more than a factor of four: PR and its gain."""
+    positive = values[values > 0]
+    if len(positive) and positive.max() > 4 * positive.min():
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(PLAIN_NUMBERS)
+        panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def say_empty(panel: Axes, text: str = "nothing could be measured") -> None:
+    """Says in an empty panel why it is empty."""
+    panel.text(
+        0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", fontsize=8, wrap=True
+    )
+
+
+def key(text: str, **style: Any) -> Line2D:
+    """An entry of a legend."""
+    # Of a label that starts with an underscore older matplotlibs think that it is to be hidden.
+    return Line2D([], [], label=f" {text}" if text.startswith("_") else text, **style)
+
+
+def outside_legend(
+    figure: Figure,
+    entries: Sequence[Artist],
+    title: str | None = None,
+    n_columns: int = 6,
+) -> None:
+    """The legend below all panels, filled column by column."""
+    figure.legend(
+        handles=list(entries),
+        loc="outside lower center",
+        ncols=min(len(entries), n_columns),
+        title=title,
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+    )
+
+
+def level_colours(levels: Sequence[Any]) -> dict[str, Any]:
+    """A colour for each level's text: distinct ones, or a scale for numbers and for many levels."""
+    texts = [level_text(level) for level in levels]
+    if len(texts) <= len(LEVEL_COLOURS) and not (len(texts) > 2 and all(map(is_number, levels))):
+        return dict(zip(texts, LEVEL_COLOURS, strict=False))
+    positions = np.linspace(0, 0.9, len(texts))
+    return dict(zip(texts, map(tuple, colormaps["viridis"](positions)), strict=True))
+
+
+def level_keys(colours: dict[str, Any], **style: Any) -> list[Line2D]:
+    """Entries of a legend for levels; of very many, a few evenly spaced."""
+    texts = list(colours)
+    if len(texts) > MAX_LEGEND:
+        picked = np.unique(np.linspace(0, len(texts) - 1, MAX_LEGEND).round().astype(int))
+        texts = [texts[i] for i in picked]
+    return [key(plain(text), color=colours[text], **style) for text in texts]

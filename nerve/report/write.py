@@ -1,0 +1,199 @@
+"""A report on runs as a folder: one page, figures as PNG and SVG, tables as CSV and Parquet."""
+
+import base64
+import io
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from nerve.analysis.correlate import WINDOWS
+from nerve.analysis.load import load_metrics, load_runs, load_scalars, load_spectra
+from nerve.config import require_choice
+from nerve.errors import StoreError
+from nerve.report.content import Content, Table
+from nerve.report.one_run import content_of_run
+from nerve.report.page.render import MARK, PageFigure, PageTable, render
+from nerve.report.several_runs import content_of_runs
+from nerve.storage.find import AnyPath, find_runs
+
+PNG_DPI = 150
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done, and of how many."""
+
+
+def write_report(
+    paths: AnyPath | Iterable[AnyPath],
+    output: AnyPath | None = None,
+    *,
+    window: str = "after_warmup",
+    steps: Sequence[int] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Path:
+    """Writes `index.html`, `figures/` and `tables/` and gives the path of the page.
+
+    One run gets its own figures (overview, gains, spectra, training), several runs get compared.
+    What the loaders warn of (damaged parts, copies, newer schemas, differing data) is in the page.
+    A report that is in the folder already is replaced.
+
+    Args:
+        paths: a run, a sweep, a tree of outputs, or several of these.
+        output: the folder; None takes `report` beside the first path.
+        window: the steps that correlations within runs are first shown over, one of `WINDOWS`.
+        steps: of one run, the steps whose spectra are drawn (the nearest stored ones).
+        progress: told what is being done.
+
+    Raises:
+        StoreError: when there is no run, or the folder holds something else or cannot be written.
+        ConfigError: for an unknown window.
+    """
+    roots = _listed(paths)
+    find_runs(roots)
+    folder = Path(output) if output is not None else roots[0].resolve().parent / "report"
+    _require_own(folder)
+    content = gather(roots, window=window, steps=steps, progress=progress)
+    try:
+        return _write(content, folder, progress)
+    except OSError as error:
+        raise StoreError(
+            f"A report must be able to write its folder; {folder} was refused: {error}. Choose "
+            "another with -o."
+        ) from error
+
+
+def gather(
+    paths: AnyPath | Iterable[AnyPath],
+    *,
+    window: str = "after_warmup",
+    steps: Sequence[int] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Content:
+    """What a report on the runs under `paths` holds, with nothing drawn or written yet.
+
+    Arguments and errors as of `write_report`.
+    """
+    require_choice("window", window, WINDOWS)
+    roots = _listed(paths)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        progress("reading runs", 0, 3)
+        runs = load_runs(roots)
+        progress(f"reading metrics of {len(runs):,} runs", 1, 3)
+        metrics = load_metrics(roots)
+        progress("comparing", 2, 3)
+        if len(runs) == 1:
+            spectra, scalars = load_spectra(roots), load_scalars(roots)
+            content = content_of_run(runs, metrics, spectra, scalars, window, steps)
+        else:
+            title = f"{len(runs):,} runs under {', '.join(str(root) for root in roots)}"
+            content = content_of_runs(runs, metrics, window, title)
+    content.notes[:0] = dict.fromkeys(_text(str(warning.message)) for warning in caught)
+    return content
+
+
+def _write(content: Content, folder: Path, progress: Progress) -> Path:
+    total = len(content.drawings) + len(content.tables) + 1
+    for part in ("figures", "tables"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    index = folder / "index.html"
+    # Until the page is whole, this one marks the folder as a report's, also if it never gets there.
+    index.write_text(f"{MARK}<p>This report is being written, or was interrupted.</p>\n")
+    _remove_former(folder)
+    figures, tables = [], []
+    names = _file_names([drawing.name for drawing in content.drawings])
+    for done, (name, drawing) in enumerate(zip(names, content.drawings, strict=True)):
+        progress(f"drawing {name}", done, total)
+        png = _save(drawing.draw(), folder / "figures" / name)
+        figures.append(PageFigure(name, drawing.caption, base64.b64encode(png).decode("ascii")))
+    names = _file_names([table.name for table in content.tables])
+    for done, (name, table) in enumerate(zip(names, content.tables, strict=True), len(figures)):
+        progress(f"writing {name}", done, total)
+        tables.append(_page_table(name, table, _save_table(table.frame, folder / "tables" / name)))
+    progress("writing the page", total - 1, total)
+    page = render(content.title, content.facts, content.notes, figures, tables)
+    index.write_text(page, encoding="utf-8")
+    progress("done", total, total)
+    return index
+
+
+def _save(figure: Figure, path: Path) -> bytes:
+    """Writes `<path>.png` and `<path>.svg`; gives the PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name may hold letters that the font lacks; they are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=PNG_DPI)
+        figure.set_layout_engine("none")  # it is laid out now
+        figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
+    png = buffer.getvalue()
+    path.with_name(f"{path.name}.png").write_bytes(png)
+    return png
+
+
+def _save_table(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Writes `<path>.csv` and `<path>.parquet`; gives the frame as it was written."""
+    clean = frame.reset_index(drop=True)
+    for name in clean.columns:
+        if clean[name].dtype == "object":
+            clean[name] = _one_type(clean[name])
+    clean.columns = [_text(str(name)) for name in clean.columns]
+    clean.to_csv(path.with_name(f"{path.name}.csv"), index=False)
+    clean.to_parquet(path.with_name(f"{path.name}.parquet"), index=False, compression="zstd")
+    return clean
+
+
+def _one_type(values: pd.Series) -> pd.Series:
+    """Values that one Parquet column can hold: texts where kinds are mixed (4 and "8/3")."""
+    kinds = {type(value) for value in values.dropna()}
+    if kinds <= {int, float} or kinds == {bool}:
+        return values
+    return values.map(lambda value: _text(str(value)), na_action="ignore")
+
+
+def _page_table(name: str, table: Table, clean: pd.DataFrame) -> PageTable:
+    shown = [column for column in table.shown or clean.columns if column in clean.columns]
+    rows = clean[list(dict.fromkeys(shown))] if table.in_page else None
+    return PageTable(name, table.caption, len(clean), rows)
+
+
+def _listed(paths: AnyPath | Iterable[AnyPath]) -> list[Path]:
+    return [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
+
+
+def _text(text: str) -> str:
+    """Text that UTF-8 can hold: a path's undecodable bytes become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _file_names(names: Sequence[str]) -> list[str]:
+    """Names that are safe as files on any system, no two of them alike."""
+    safe: list[str] = []
+    for name in names:
+        base = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")[:80] or "unnamed"
+        count = sum(other == base or other.startswith(f"{base}~") for other in safe)
+        safe.append(f"{base}~{count + 1}" if count else base)
+    return safe
+
+
+def _require_own(folder: Path) -> None:
+    """Raises unless the folder is new, empty, or holds a report."""
+    if not folder.exists():
+        return
+    index = folder / "index.html"
+    is_report = index.is_file() and MARK.encode() in index.read_bytes()[:1000]
+    if not folder.is_dir() or (any(folder.iterdir()) and not is_report):
+        raise StoreError(
+            f"A report replaces an earlier report only; {folder} holds something else. Choose "
+            "another folder with -o."
+        )
+
+
+def _remove_former(folder: Path) -> None:
+    for pattern in ("figures/*.png", "figures/*.svg", "tables/*.csv", "tables/*.parquet"):
+        for path in folder.glob(pattern):
+            path.unlink()

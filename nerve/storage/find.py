@@ -1,0 +1,172 @@
+"""Runs under a path: which directories hold one, and their records, one a run."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nerve.errors import StoreError
+from nerve.storage.record import (
+    RECORD_NAME,
+    DamagedRecordError,
+    DamagedRecordWarning,
+    RunRecord,
+)
+from nerve.storage.state import RunState, open_run
+
+AnyPath = str | os.PathLike[str]
+
+
+class IncompleteWarning(UserWarning):
+    """Something under the path was left out of a frame; the message names it and says why."""
+
+
+class FingerprintWarning(UserWarning):
+    """Runs that are loaded together saw different data, tokenizers or held-out sets."""
+
+
+def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
+    """The run directories at or below `path`, each once, in the order of their names.
+
+    Args:
+        path: a run, a sweep, a whole tree of outputs, or several of these. Symbolic links are
+            followed, and loops of them end. Hidden directories are passed over.
+
+    Raises:
+        StoreError: when a path does not exist, or no run is found at all.
+    """
+    roots = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(root) for root in path]
+    seen: set[tuple[int, int]] = set()
+    runs: list[Path] = []
+    for root in roots:
+        if not root.is_dir():
+            raise StoreError(
+                f"Runs are read from directories; there is none at {root}. Give the directory of "
+                "a run, of a sweep, or of all outputs."
+            )
+        runs.extend(_walk(root, seen))
+    if not runs:
+        raise StoreError(
+            f"A run directory holds {RECORD_NAME}; none was found under "
+            f"{', '.join(map(str, roots)) or 'no path'}. Give the directory that runs were "
+            "written to (hydra.run.dir, hydra.sweep.dir)."
+        )
+    return runs
+
+
+def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
+    """The records of the runs under `path`.
+
+    A run id that is found twice (a copied directory) counts once: the copy that got further stays.
+    Left-out copies, damaged records, records of a newer nerve and differing fingerprints are named
+    in warnings.
+
+    Raises:
+        StoreError: when there is no run, or none whose record can be read.
+    """
+    records: dict[str, RunRecord] = {}
+    directories = find_runs(path)
+    for directory in directories:
+        try:
+            record = RunRecord.load(directory)
+        except DamagedRecordError as error:
+            _warn(f"Left out: {error}", DamagedRecordWarning)
+            continue
+        except StoreError as error:
+            _warn(f"Left out: {error}", IncompleteWarning)
+            continue
+        other = records.get(record.run_id)
+        if other is not None:
+            record, other = sorted([record, other], key=_progress, reverse=True)
+            same = "copies of one run" if record.started == other.started else "two runs of one id"
+            _warn(
+                f"Run {record.run_id} is in two directories ({same}): {record.directory} counts, "
+                f"{other.directory} is left out. Move one of them away.",
+                IncompleteWarning,
+            )
+        records[record.run_id] = record
+    if not records:
+        raise StoreError(
+            f"None of the {len(directories)} runs found has a readable {RECORD_NAME}; the first is "
+            f"{directories[0]}. Restore it from a copy."
+        )
+    warn_fingerprints(list(records.values()))
+    return list(records.values())
+
+
+def runs_by_id(
+    folder: Path,
+) -> tuple[dict[str, list[tuple[RunState, RunRecord]]], list[StoreError]]:
+    """The runs directly below `folder`, by `config_id`, whatever their directories are called.
+
+    Of several that define the same result the one to take comes first: one that is done, else one
+    at work, else the one that got furthest, or of these the last heard of. Each record is read
+    once; the second value says which could not be.
+    """
+    runs: dict[str, list[tuple[RunState, RunRecord]]] = {}
+    unread: list[StoreError] = []
+    for path in sorted(folder.glob(f"[!.]*/{RECORD_NAME}")):
+        try:
+            state, record = open_run(path.parent)
+        except StoreError as error:
+            unread.append(error)
+            continue
+        if record is not None:
+            runs.setdefault(record.config_id, []).append((state, record))
+    for same in runs.values():
+        same.sort(key=_worth, reverse=True)
+    return runs, unread
+
+
+def warn_fingerprints(records: list[RunRecord]) -> None:
+    """One `FingerprintWarning` for each of corpus, tokenizer, held-out set that differs."""
+    for name in sorted({name for record in records for name in record.fingerprints}):
+        runs: dict[str, list[str]] = {}
+        for record in records:
+            if name in record.fingerprints:
+                runs.setdefault(str(record.fingerprints[name]), []).append(record.run_id)
+        if len(runs) > 1:
+            groups = "; ".join(f"{value[:12]}: {listed(ids)}" for value, ids in runs.items())
+            _warn(
+                f"These runs differ in fingerprints.{name}, so their losses are not comparable "
+                f"({groups}). Compare within one of them.",
+                FingerprintWarning,
+            )
+
+
+def listed(names: list[str]) -> str:
+    """The first few of many names, and how many there are."""
+    return ", ".join(names[:4]) + (f", … ({len(names)} runs)" if len(names) > 4 else "")
+
+
+def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    status = directory.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    try:
+        with os.scandir(directory) as entries:
+            children = {entry.name: entry.is_dir() for entry in entries}
+    except PermissionError as error:
+        _warn(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
+        return
+    if RECORD_NAME in children:
+        yield directory
+        return
+    for name in sorted(children):
+        if children[name] and not name.startswith("."):
+            yield from _walk(directory / name, seen)
+
+
+def _worth(run: tuple[RunState, RunRecord]) -> tuple[bool, bool, int, str]:
+    state, record = run
+    return state == RunState.DONE, state == RunState.ALIVE, *_progress(record)
+
+
+def _progress(record: RunRecord) -> tuple[int, str]:
+    return record.step, record.heartbeat
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    # Frames between: this function, load_records, the loader that the user called.
+    warnings.warn(message, category, stacklevel=4)

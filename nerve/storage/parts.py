@@ -1,0 +1,191 @@
+"""Part files: `<dataset>/part-<step>.parquet`, how they are listed, read and written.
+
+A part is a Parquet file with a checksum of each page, and one of the footer, for which the format
+has none: eight bytes before the footer, `FOOTER_MARK` and the CRC-32 of all that follows. Other
+readers pass over them. A file without (an older part, or one that another program rewrote) is read
+unverified.
+"""
+
+import re
+import warnings
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nerve.errors import StoreError
+from nerve.files import write_atomically
+from nerve.storage.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
+
+FOOTER_MARK = b"NRVC"
+_MARK_BYTES = 8
+"""The mark and the checksum after it."""
+_END_BYTES = 8
+"""How a Parquet file ends: the footer's length, four bytes, and `PAR1`."""
+
+
+class DamagedPartWarning(UserWarning):
+    """A Parquet part cannot be read and was left out; the message names the file and why."""
+
+
+class DamagedPartError(StoreError):
+    """A Parquet part that cannot be read as what its folder holds."""
+
+
+def part_path(directory: Path, dataset: Dataset, step: int) -> Path:
+    """The part that holds the rows flushed at `step`; padded, so that names sort as steps do."""
+    return directory / dataset.name / f"part-{step:012d}.parquet"
+
+
+def part_step(path: Path) -> int:
+    """The step in a part's name, past which it holds no rows; 0 for a file that is not ours."""
+    match = re.fullmatch(r"part-(\d+)\.parquet", path.name)
+    return int(match[1]) if match else 0
+
+
+def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
+    """The dataset's parts, earliest first; none if there is no such folder."""
+    paths = (path for path in (directory / dataset.name).glob("*.parquet") if path.is_file())
+    return sorted(paths, key=lambda path: (part_step(path), path.name))
+
+
+def read_part(path: Path, dataset: Dataset) -> pa.Table:
+    """One part as a table of exactly the dataset's schema.
+
+    A nullable column that the part lacks reads as null: an older nerve did not know it. A column
+    that the dataset lacks, such as one that somebody added, is left out, and a compaction drops it.
+    What nerve itself adds raises the version, so that it is never left out.
+
+    Raises:
+        DamagedPartError: when the file is cut short, overwritten, changed in a single byte that
+            counts, or lacks a required column.
+        StoreError: when a newer nerve wrote it.
+        FileNotFoundError: when it is gone, for a compaction may run while others read.
+    """
+    try:
+        with pa.OSFile(str(path)) as file:
+            _verify_footer(file)
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                _check_version(path, parquet.schema_arrow.metadata)
+                return _fitted(parquet.read(use_threads=False), dataset.schema)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DamagedPartError(
+            f"{path} is not a readable part of {dataset.name}: {error}. Restore it or move it away."
+        ) from error
+
+
+def read_metadata(path: Path) -> dict[bytes, bytes]:
+    """What a part says of itself beside its rows. Raises `pa.ArrowException`, `OSError` or
+    `ValueError` for a file that is damaged or gone."""
+    with pa.OSFile(str(path)) as file:
+        _verify_footer(file)
+        return pq.read_schema(file).metadata or {}
+
+
+def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[DamagedPartError]]:
+    """All rows of a run's dataset, each once, and the parts that had to be left out.
+
+    Rows come earliest part first; of doubled rows the one in the latest part stays.
+    """
+    while True:
+        tables: list[pa.Table] = []
+        damaged: list[DamagedPartError] = []
+        try:
+            for path in list_parts(directory, dataset):
+                try:
+                    tables.append(read_part(path, dataset))
+                except DamagedPartError as error:
+                    damaged.append(error)
+        except FileNotFoundError:
+            continue  # compacted between listing and reading: the new listing has all the rows
+        return joined(tables, dataset), damaged
+
+
+def _check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
+    """Raises `StoreError` for a file whose columns may mean what this version cannot know."""
+    version = int((metadata or {}).get(VERSION_KEY, b"1"))
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"This nerve reads schema versions up to {SCHEMA_VERSION}; {path} has version "
+            f"{version}. Install the nerve that wrote it, or a newer one."
+        )
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`table` with the columns of `schema`. Raises `KeyError` where a required one is missing."""
+    if table.schema.equals(schema):
+        return table  # hardly any file needs more, and casting costs as much as reading
+    lacks = [field for field in schema if field.name not in table.schema.names]
+    required = [field.name for field in lacks if not field.nullable]
+    if required:
+        raise KeyError(f"it lacks the columns {', '.join(required)}")
+    for field in lacks:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
+
+
+def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
+    """The rows of `tables` in their order; of rows that share the dataset's key, the last."""
+    table = pa.concat_tables([dataset.schema.empty_table(), *tables])
+    rows = pa.array(np.arange(len(table)))
+    keys = table.select(dataset.key).append_column("row", rows)
+    groups = keys.group_by(list(dataset.key), use_threads=False)
+    last = groups.aggregate([("row", "max")])["row_max"]
+    return table if len(last) == len(table) else table.take(np.sort(last.to_numpy()))
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Writes `table` at `path` atomically. Raises `StoreError` when the file system refuses."""
+    # Measured numbers hardly repeat: a dictionary of them would be larger and slower to read.
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+
+    def write(file: BinaryIO) -> None:
+        parquet = pa.BufferOutputStream()
+        pq.write_table(
+            table, parquet, compression="zstd", use_dictionary=texts, write_page_checksum=True
+        )
+        file.write(_signed(parquet.getvalue().to_pybytes()))
+
+    write_atomically(path, write)
+
+
+# The footer names columns, types, places, the version, and what a compaction took over. A changed
+# byte in the name of a nullable column would read as null in every row.
+
+
+def _signed(parquet: bytes) -> bytes:
+    """A Parquet file with the mark and the checksum before its footer."""
+    start = _footer_start(len(parquet), parquet[-_END_BYTES:])
+    pages, footer = parquet[:start], parquet[start:]
+    return b"".join([pages, FOOTER_MARK, zlib.crc32(footer).to_bytes(4, "little"), footer])
+
+
+def _footer_start(size: int, end: bytes) -> int:
+    return size - _END_BYTES - int.from_bytes(end[:4], "little")
+
+
+def _verify_footer(file: pa.NativeFile) -> None:
+    """Raises `ValueError` where a footer is not what its checksum is of; passes one without."""
+    size = file.size()
+    if size < _END_BYTES:
+        return  # cut, as the reader of Parquet will say
+    file.seek(size - _END_BYTES)
+    start = _footer_start(size, file.read(_END_BYTES))
+    if start >= _MARK_BYTES:
+        file.seek(start - _MARK_BYTES)
+        signed, footer = file.read(_MARK_BYTES), file.read()
+        if signed[:4] == FOOTER_MARK and signed[4:] != zlib.crc32(footer).to_bytes(4, "little"):
+            raise ValueError("the checksum of its footer does not fit")
+    file.seek(0)
+
+
+def warn_damaged(damaged: Iterable[DamagedPartError]) -> None:
+    """One `DamagedPartWarning` a part, at the line that called the store or the loader."""
+    for error in damaged:
+        warnings.warn(f"Left out: {error}", DamagedPartWarning, stacklevel=4)

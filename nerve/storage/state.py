@@ -1,0 +1,182 @@
+"""Where a run stands, and who is at work in its directory."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from nerve.errors import StoreError
+from nerve.files import flock, flock_within, refusals_named
+from nerve.storage.record import RECORD_NAME, RunRecord
+
+LOCK_NAME = ".lock"
+PATIENCE_S = 1.0
+"""How long a start tries again: whoever only asks for the state holds the lock for an instant."""
+
+
+class RunIsBusyError(StoreError):
+    """Another process is at work in the run directory; the message names its host and pid."""
+
+
+class RunLock:
+    """The right to write in a run directory, held from construction to `release` or death.
+
+    The lock is `flock` on `<directory>/.lock`: no kill and no power cut leaves it behind, and on
+    NFS it holds across hosts. The file stays; it names its last holder. On a file system without
+    locks a warning says so, and the run goes on unguarded.
+
+    Args:
+        directory: the run directory; made if it is not there.
+
+    Raises:
+        RunIsBusyError: when another process holds it.
+        StoreError: when the directory cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        path = Path(directory) / LOCK_NAME
+        with refusals_named(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open
+        try:
+            self._take(path)
+        except BaseException:
+            self._file.close()
+            raise
+        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        with refusals_named(path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(holder))
+            self._file.flush()
+
+    def release(self) -> None:
+        """Lets others in; may be called again."""
+        self._file.close()
+
+    def _take(self, path: Path) -> None:
+        if not flock_within(self._file.fileno(), PATIENCE_S):
+            raise RunIsBusyError(
+                f"One process at a time runs in a directory; {path.parent} is in use by "
+                f"{_named(holder(path.parent))}. Let that one finish or stop it; this run has "
+                "nothing to do."
+            )
+
+
+def is_locked(directory: str | os.PathLike[str]) -> bool:
+    """Whether a live process holds the lock of a run directory; False where there is none."""
+    try:
+        descriptor = os.open(Path(directory) / LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not flock(descriptor, shared=True)
+    finally:
+        os.close(descriptor)
+
+
+def holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """`host` and `pid` of the process that took the lock last; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((Path(directory) / LOCK_NAME).read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _named(process: dict[str, Any]) -> str:
+    if not process:
+        return "another process"
+    return f"process {process.get('pid')} on host {process.get('host')}"
+
+
+FRESH = timedelta(seconds=60)
+"""A running run whose heartbeat is younger than this counts as alive where no lock can tell."""
+
+
+class RunState(StrEnum):
+    """What a run directory holds.
+
+    - `new`: no run yet.
+    - `alive`: a process is at work in it.
+    - `done`: a run that reached its end.
+    - `interrupted`: a run that was asked to stop, and saved. Starting it resumes it.
+    - `dead`: a run whose process vanished without a word (killed, power cut). Starting it resumes
+      it from its last checkpoint.
+    - `failed`: a run that ended with an error. Starting it is refused, unless it is asked to retry.
+    """
+
+    NEW = "new"
+    ALIVE = "alive"
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+    DEAD = "dead"
+    FAILED = "failed"
+
+
+def run_state(directory: str | os.PathLike[str]) -> RunState:
+    """Where the run in `directory` stands; a directory that is not there is `new`.
+
+    Raises:
+        StoreError: as `RunRecord.load`, for a record that is damaged or of a newer nerve.
+    """
+    return open_run(directory)[0]
+
+
+def open_run(directory: str | os.PathLike[str]) -> tuple[RunState, RunRecord | None]:
+    """Where the run in `directory` stands, and its record, read once; None where there is none.
+
+    The lock decides between alive and dead. A lock may not reach across hosts on every file system,
+    and code of one's own may take none: a run of another host, or without a lock file, is alive,
+    too, while its heartbeat is younger than a minute.
+
+    Raises:
+        StoreError: as `RunRecord.load`, for a record that is damaged or of a newer nerve.
+    """
+    # The lock first: a run that ends in between then shows as ended.
+    locked = is_locked(directory)
+    if not (Path(directory) / RECORD_NAME).exists():
+        return RunState.ALIVE if locked else RunState.NEW, None
+    record = RunRecord.load(directory)
+    return _state(record, locked), record
+
+
+def wait_for_silence(directory: str | os.PathLike[str]) -> None:
+    """Returns once it is sure that no other host runs the run in `directory`, whose lock is held.
+
+    That takes up to a minute where another host's heartbeat is fresh: after its node was lost, or
+    where locks do not reach across hosts.
+
+    Raises:
+        RunIsBusyError: when the heart beats on.
+    """
+    first = record = RunRecord.load(directory)
+    while record.run_status == "running" and _beats_without_lock(record):
+        if record.heartbeat != first.heartbeat:
+            raise RunIsBusyError(
+                f"One process at a time runs in a directory; {directory} is in use on host "
+                f"{record.host}, whose heartbeat goes on. Let that one finish or stop it."
+            )
+        time.sleep(1.0)
+        record = RunRecord.load(directory)
+
+
+def _state(record: RunRecord, locked: bool) -> RunState:
+    if record.run_status == "done":
+        return RunState.DONE
+    if locked or (record.run_status == "running" and _beats_without_lock(record)):
+        return RunState.ALIVE
+    if record.run_status == "running":
+        return RunState.DEAD
+    return RunState(record.run_status)
+
+
+def _beats_without_lock(record: RunRecord) -> bool:
+    """Whether the heartbeat is fresh, of a run that a lock on this host says nothing of."""
+    if record.host == socket.gethostname() and (record.directory / LOCK_NAME).exists():
+        return False
+    return datetime.now(UTC) - datetime.fromisoformat(record.heartbeat) < FRESH

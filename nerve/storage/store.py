@@ -1,0 +1,186 @@
+"""The writer of a run's Parquet datasets: nothing half-written, nothing lost, nothing twice."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nerve.files import refusals_named, remove_temporaries, sync_directory
+from nerve.storage.parts import (
+    DamagedPartError,
+    joined,
+    list_parts,
+    part_path,
+    part_step,
+    read_metadata,
+    read_part,
+    read_parts,
+    warn_damaged,
+    write_part,
+)
+from nerve.storage.schema import DATASETS, Dataset, table_of
+
+COMPACTED_KEY = b"nerve_compacted"
+
+
+class RunStore:
+    """Appends rows to `metrics/`, `spectra/` and `scalars/` of one run directory.
+
+    Rows wait in memory until `flush`; a killed run loses at most those. One process writes a run.
+    Opening finishes what a killed writer left: an interrupted compaction, temporary files.
+
+    Three rules make every interruption harmless:
+    - a part appears whole, by `os.replace`, and rows never go to a part earlier than the last one,
+      so of doubled rows the one in the later part is the newer;
+    - `compact` puts all rows in the place of the last part, with a mark that names the others,
+      before it removes these; what a mark names and is still there, the next opening removes;
+    - `truncate_after` writes what it keeps before it removes, earliest part first.
+
+    Raises:
+        StoreError: when the directory cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], run_id: str) -> None:
+        self.directory = Path(directory)
+        self.run_id = run_id
+        self._buffers: dict[str, list[pa.Table]] = {name: [] for name in DATASETS}
+        with refusals_named(self.directory):
+            for dataset in DATASETS.values():
+                folder = self.directory / dataset.name
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_temporaries(folder)
+                self._finish_compaction(dataset)
+            remove_temporaries(self.directory)
+
+    def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Buffers rows of `METRICS`: a mapping a row, `run_id` and nullable columns may be absent.
+
+        Raises:
+            StoreError: for an unknown or a missing column or a value of the wrong type; none of
+                `rows` is then taken.
+        """
+        self._append("metrics", rows)
+
+    def append_spectra(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Buffers rows of `SPECTRA`; `eigenvalues` is a 1-D array or sequence. Raises as above."""
+        self._append("spectra", rows)
+
+    def append_scalars(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Buffers rows of `SCALARS`. Raises as above."""
+        self._append("scalars", rows)
+
+    def flush(self, step: int) -> None:
+        """Writes each dataset's waiting rows, durably, to the part of `step`.
+
+        A part of that step that is there already is merged, its rows giving way to new ones of the
+        same key. Rows past `step`, or parts past it, move the name up to the latest of them; so
+        does a damaged part of that name, which stays as it is.
+
+        Raises:
+            StoreError: when the disk is full or refuses; rows that were not written keep waiting,
+                so that a later flush can succeed.
+        """
+        for dataset in DATASETS.values():
+            tables = self._buffers[dataset.name]
+            if not any(len(table) for table in tables):
+                continue
+            latest = max(pc.max(table["step"]).as_py() for table in tables if len(table))
+            parts = list_parts(self.directory, dataset)
+            path, earlier = self._part(dataset, max(step, latest, *map(part_step, parts)))
+            write_part(path, joined([*earlier, *tables], dataset))
+            self._buffers[dataset.name] = []
+
+    def compact(self) -> None:
+        """Makes each dataset one part, sorted by its key, without doubled rows.
+
+        A dataset with a damaged part is left as it is, with a `DamagedPartWarning`. Rows that wait
+        for a flush keep waiting.
+
+        Raises:
+            StoreError: when the file system refuses; every row can still be read.
+        """
+        for dataset in DATASETS.values():
+            parts = list_parts(self.directory, dataset)
+            if len(parts) < 2:
+                continue
+            table, damaged = read_parts(self.directory, dataset)
+            if damaged:
+                warn_damaged(damaged)
+                continue
+            ordered = table.sort_by([(name, "ascending") for name in dataset.key])
+            mark = json.dumps([path.name for path in parts[:-1]])
+            metadata = {**dataset.schema.metadata, COMPACTED_KEY: mark}
+            write_part(parts[-1], ordered.replace_schema_metadata(metadata))
+            _remove(parts[:-1])
+
+    def truncate_after(self, step: int) -> None:
+        """Drops all rows past `step`, stored or waiting: where a resumed run starts again.
+
+        A damaged part is left as it is, with a `DamagedPartWarning`.
+
+        Raises:
+            StoreError: when the file system refuses; the next call does the rest.
+        """
+        for dataset in DATASETS.values():
+            waiting = self._buffers[dataset.name]
+            self._buffers[dataset.name] = [_until(step, table) for table in waiting]
+            late: dict[Path, pa.Table] = {}
+            for path in list_parts(self.directory, dataset):
+                try:
+                    table = read_part(path, dataset)
+                except DamagedPartError as error:
+                    warn_damaged([error])
+                    continue
+                kept = _until(step, table)
+                if len(kept) < len(table):
+                    late[path] = kept
+            self._replace(dataset, step, late)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._buffers[name].append(table_of(DATASETS[name], rows, self.run_id))
+
+    def _part(self, dataset: Dataset, step: int) -> tuple[Path, list[pa.Table]]:
+        """The part of `step`, or the next that is not damaged, and its rows if it is there."""
+        while True:
+            path = part_path(self.directory, dataset, step)
+            try:
+                return path, [read_part(path, dataset)] if path.exists() else []
+            except DamagedPartError:
+                step += 1
+
+    def _replace(self, dataset: Dataset, step: int, late: dict[Path, pa.Table]) -> None:
+        """Moves what is kept of the parts `late` into the part of `step`."""
+        if any(len(kept) for kept in late.values()):
+            target, earlier = self._part(dataset, step)
+            kept = [*([] if target in late else earlier), *late.values()]
+            write_part(target, joined(kept, dataset))
+            late.pop(target, None)
+        _remove(late)
+
+    def _finish_compaction(self, dataset: Dataset) -> None:
+        for path in list_parts(self.directory, dataset):
+            _remove(path.with_name(name) for name in _compacted_names(path))
+
+
+def _until(step: int, table: pa.Table) -> pa.Table:
+    return table.filter(pc.less_equal(table["step"], step))
+
+
+def _compacted_names(path: Path) -> list[str]:
+    """The parts whose rows `path` took over; none for a part that is damaged or now gone."""
+    try:
+        mark = read_metadata(path).get(COMPACTED_KEY, b"[]")
+    except (pa.ArrowException, OSError, ValueError):
+        return []
+    return json.loads(mark)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with refusals_named(path):
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)

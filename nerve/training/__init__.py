@@ -1,0 +1,1 @@
+"""Lightning: the modules that train, the monitor, callbacks, loggers, checkpoints and signals."""

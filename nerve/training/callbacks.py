@@ -1,0 +1,88 @@
+"""Lightning callbacks that show where a run is: in run.json, and as a progress bar."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from nerve.storage.record import RunRecord
+
+INTERVAL_S = 10.0
+
+
+class Heartbeat(L.Callback):
+    """Writes the step and the time to run.json at most every ten seconds.
+
+    Args:
+        record: the run's record.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._last = 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        if trainer.is_global_zero and now - self._last >= INTERVAL_S:
+            self._last = now
+            self._record.update(step=trainer.global_step)  # every update is a heartbeat
+
+
+class RunProgressBar(TQDMProgressBar):
+    """One bar over the training batches; validation, which the loss beside it reports, shows none.
+
+    Args:
+        unit: what the rate counts (`tokens`, `images`).
+    """
+
+    def __init__(self, unit: str) -> None:
+        # A terminal is redrawn often; a file (a cluster job's log) gets a line now and then.
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 50)
+        self._unit = unit
+        self._n_targets = 0
+        self._seconds = 0.0
+        self._batch_began = 0.0
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        # Lightning sets these when an epoch starts; a resumed run starts in the middle of one.
+        self.train_progress_bar.total = trainer.num_training_batches
+        self.train_progress_bar.set_description("training")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._batch_began = time.perf_counter()
+        super().on_train_batch_start(trainer, *args, **kwargs)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self._seconds += time.perf_counter() - self._batch_began
+        self._n_targets += outputs["n_targets"] * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if self._seconds:
+            metrics[f"{self._unit}/s"] = f"{self._n_targets / self._seconds:,.0f}"
+        return metrics

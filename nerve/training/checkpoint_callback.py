@@ -1,0 +1,300 @@
+"""The Lightning callback that saves a run so that it can go on exactly where it was."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from nerve.config import require
+from nerve.files import refusals_named
+from nerve.measuring.distributed import gathered, highest, own_part
+from nerve.storage.store import RunStore
+from nerve.training.checkpoint_files import (
+    CheckpointFiles,
+    checkpoint_path,
+    kept_path,
+    kept_steps,
+    weights_of,
+    write_checkpoint,
+)
+from nerve.training.randomness import random_states, set_random_states
+from nerve.training.signals import StopSignals
+
+log = logging.getLogger(__name__)
+
+_SAVE, _STOP = 1, 2
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When a run saves, beside its end and when it is asked to stop: at whichever is due first.
+
+    Attributes:
+        every_n_steps: optimizer steps from one checkpoint to the next; None for no such rule.
+        every_n_minutes: minutes; None for no such rule.
+        keep: optimizer steps after which the weights are kept for good; 0 is before training.
+
+    Raises:
+        ConfigError: for values that are not positive, and for steps that are not whole numbers.
+    """
+
+    every_n_steps: int | None = None
+    every_n_minutes: int | float | None = None
+    keep: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        steps, minutes = self.every_n_steps, self.every_n_minutes
+        require(
+            steps is None or (isinstance(steps, int) and steps > 0),
+            f"checkpoint.every_n_steps must be null or a positive whole number; got {steps!r}.",
+        )
+        require(
+            minutes is None or (isinstance(minutes, int | float) and minutes > 0),
+            f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
+        )
+        require(
+            isinstance(self.keep, list) and all(map(_is_step, self.keep)),
+            "checkpoint.keep must be a list of optimizer steps, whole numbers from 0, as in "
+            f"[0,100]; got {self.keep!r}.",
+        )
+
+    def require_reached(self, max_steps: int) -> None:
+        """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
+        late = [step for step in self.keep if step > max_steps]
+        require(
+            not late,
+            "checkpoint.keep takes steps from 0 to trainer.max_steps; got "
+            f"{', '.join(map(str, late))} with trainer.max_steps={max_steps}. Leave these out, or "
+            "train for longer.",
+        )
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether to save after `step`, `seconds` after the last checkpoint."""
+        steps, minutes = self.every_n_steps, self.every_n_minutes
+        return bool(steps and step % steps == 0) or bool(minutes and seconds >= 60 * minutes)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class Checkpointing(Checkpoint):
+    """Saves at a cadence, at the end, and when a signal asks the run to stop, which it then does.
+
+    A checkpoint of step s is the state after s optimizer steps and the validation that falls on
+    them: weights, optimizer, schedule, data position, random states of every process, and what the
+    other callbacks keep. Before it is written, the rows up to s are; a resumed run drops later
+    ones. The weights of the lowest validation loss are kept in memory and written along with it.
+    Those of the steps to keep are written at once, and dropped where a resumed run drops rows.
+
+    Args:
+        files: the plugin through which Lightning saves.
+        directory: the run directory.
+        cadence: when to save.
+        signals: what may ask the run to stop.
+        store: whose rows must be as far as the checkpoint; None in a process that does not write.
+        facts: what the model was built from beside the configuration, for `load_model`.
+    """
+
+    def __init__(
+        self,
+        files: CheckpointFiles,
+        directory: Path,
+        cadence: Cadence,
+        signals: StopSignals,
+        store: RunStore | None,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.scores: dict[str, float] = {}
+        """What the last validation logged: `val_loss`, …"""
+        self._files = files
+        self._directory = directory
+        self._cadence = cadence
+        self._signals = signals
+        self._store = store
+        self._facts = dict(facts)
+        self._wish = 0
+        self._saved_at = time.monotonic()
+        self._began = time.perf_counter()
+        self._seconds_before = 0.0
+        self._random: list[dict[str, Any]] = []
+        self._had_stopped = False
+        self._best: _Snapshot | None = None
+        self._lowest: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training, with that of the pieces before the run was resumed."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    # The state of a run that no one else keeps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "scores": self.scores,
+            "seconds": self.seconds,
+            "lowest": self._lowest,
+            "random": gathered(random_states()),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.scores = state_dict["scores"]
+        self._seconds_before = state_dict["seconds"]
+        self._lowest = state_dict["lowest"]
+        self._random = state_dict["random"]
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["facts"] = self._facts
+        checkpoint["should_stop"] = trainer.should_stop  # as early stopping has decided
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._store:
+            self._store.truncate_after(checkpoint["global_step"])
+        self._had_stopped = checkpoint.get("should_stop", False)
+
+    def on_sanity_check_start(self, *args: Any) -> None:
+        self._signals.install()  # Lightning has just put its own handlers in their place
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._drop_kept_after(trainer.global_step)
+        self._keep(trainer, pl_module)
+        if self._random:
+            set_random_states(own_part(self._random))
+        if self._had_stopped:
+            trainer.should_stop = True
+        self._signals.defer()
+
+    # A state is taken at the end of a step or of the validation that falls on it, where Lightning
+    # can resume from; Lightning logs the step's scalars after that, so it is written a little later
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        n_batches = batch_idx + 1
+        if n_batches % trainer.accumulate_grad_batches:
+            return  # in the middle of an optimizer step
+        self._keep(trainer, pl_module)
+        waited = time.monotonic() - self._saved_at
+        is_due = self._cadence.is_due(trainer.global_step, waited)
+        wish = _STOP if self._signals.received else _SAVE if is_due else 0
+        self._wish = highest(wish, trainer.strategy.root_device)
+        assert trainer.val_check_batch is not None
+        validates_next = trainer.should_stop or n_batches % trainer.val_check_batch == 0
+        if self._wish and not validates_next:
+            self._take(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        logged = trainer.callback_metrics
+        self.scores = {name: float(logged[name]) for name in logged if name.startswith("val_")}
+        if self._lowest is None or self.scores["val_loss"] < self._lowest:
+            self._lowest = self.scores["val_loss"]
+            self._keep_best(trainer, pl_module)
+        if self._wish or trainer.should_stop:
+            self._take(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._write(trainer)
+        if self._wish == _STOP:
+            self._signals.stop()
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._write(trainer)
+
+    def _take(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(checkpoint_path(self._directory, "last"))
+        self._saved_at = time.monotonic()
+
+    def _drop_kept_after(self, step: int) -> None:
+        if not self._store:
+            return
+        passed = set(kept_steps(self._directory))
+        for late in (kept for kept in passed if kept > step):
+            with refusals_named(self._directory):
+                kept_path(self._directory, late).unlink()
+        missed = sorted(kept for kept in self._cadence.keep if kept < step and kept not in passed)
+        if missed:
+            log.warning(
+                "the run goes on at step %d; the weights of steps %s in checkpoint.keep are past",
+                step,
+                ", ".join(map(str, missed)),
+            )
+
+    def _keep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step not in self._cadence.keep:
+            return
+        weights = self._weights(trainer, pl_module)
+        if self._store:
+            write_checkpoint(kept_path(self._directory, trainer.global_step), weights)
+
+    def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        weights = self._weights(trainer, pl_module)
+        if not self._store:
+            return
+        self._best = self._best or _Snapshot()
+        self._best.take(weights | {"val_loss": self._lowest})
+
+    def _weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """As `weights_of` gives them; every process must ask for them."""
+        checkpoint = {
+            "state_dict": trainer.strategy.lightning_module_state_dict(),  # of every process
+            "global_step": trainer.global_step,
+        }
+        # One that averages weights puts in those that were validated.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_save_checkpoint(trainer, pl_module, checkpoint)
+        return weights_of(checkpoint)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if not (self._store and self._files.holds):
+            return
+        self._store.flush(trainer.global_step)
+        if self._best:
+            self._best.write(checkpoint_path(self._directory, "best"))
+        self._files.write()
+
+
+class _Snapshot:
+    """A copy of weights on the host, taken without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Tensor] = {}
+        self._rest: dict[str, Any] = {}
+        self._is_new = False
+
+    def take(self, weights: Mapping[str, Any]) -> None:
+        """Copies the tensors of `weights["model"]` over those of the last time."""
+        for name, tensor in weights["model"].items():
+            if name not in self._weights:
+                self._weights[name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda
+                )
+            self._weights[name].copy_(tensor, non_blocking=True)
+        self._rest = {name: value for name, value in weights.items() if name != "model"}
+        self._is_new = True
+
+    def write(self, path: Path) -> None:
+        """Writes what was taken last, unless it has been written."""
+        if not self._is_new:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        write_checkpoint(path, {"model": self._weights, **self._rest})
+        self._is_new = False

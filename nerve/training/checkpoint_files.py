@@ -1,0 +1,181 @@
+"""The files that a run can be resumed from, and a model be loaded from.
+
+They appear whole or not at all, and hold only tensors, numbers, text and containers of these:
+nothing that is read from a run directory can run code.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins import CheckpointIO
+from torch import nn
+
+from nerve.config import require, require_choice
+from nerve.errors import StoreError
+from nerve.files import refusals_named, write_atomically
+from nerve.models import build_model
+from nerve.storage.record import RunRecord
+
+Which = Literal["best", "last"]
+FOLDER = "checkpoints"
+_MODULE = "model."
+
+
+def checkpoint_path(directory: str | os.PathLike[str], which: Which) -> Path:
+    """Where a run keeps its last checkpoint, or its weights of the lowest validation loss."""
+    require_choice("a checkpoint", which, ("best", "last"))
+    return Path(directory) / FOLDER / f"{which}.ckpt"
+
+
+def kept_path(directory: str | os.PathLike[str], step: int) -> Path:
+    """Where a run keeps its weights of `step`; padded, so that names sort as steps do."""
+    return Path(directory) / FOLDER / f"step-{step:012d}.ckpt"
+
+
+def kept_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps of which a run has kept its weights, in order."""
+    names = (path.name for path in (Path(directory) / FOLDER).glob("step-*.ckpt"))
+    matches = (re.fullmatch(r"step-(\d{12})\.ckpt", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Puts `content` at `path` atomically and durably.
+
+    Raises:
+        StoreError: when the file system refuses; what was at `path` is then untouched.
+    """
+    with refusals_named(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save(dict(content), file))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` wrote, with all tensors on the CPU.
+
+    Raises:
+        StoreError: when there is no such file, it is damaged, or it holds more than data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        error: Exception = TypeError(f"it holds {type(content).__name__}")
+    except Exception as refused:  # the unpickler raises whatever damaged bytes lead it to
+        error = refused
+    raise StoreError(
+        f"{path} must be a checkpoint that this project wrote; it cannot be read: {error}. "
+        "Restore it, or delete it: a run without a last checkpoint starts from its beginning."
+    ) from error
+
+
+def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`."""
+    if "state_dict" not in checkpoint:
+        return dict(checkpoint)
+    states = checkpoint["state_dict"]
+    return {
+        "model": {name.removeprefix(_MODULE): states[name] for name in states},
+        "facts": checkpoint["facts"],
+        "step": checkpoint["global_step"],
+    }
+
+
+def drop_all_but_weights(path: Path) -> None:
+    """Leaves of a checkpoint what a run that is done still needs, a third of it with AdamW."""
+    write_checkpoint(path, weights_of(read_checkpoint(path)))
+
+
+def load_model(
+    directory: str | os.PathLike[str], which: Which | None = None, *, step: int | None = None
+) -> nn.Module:
+    """The model of a run, on the CPU and in eval mode.
+
+    Args:
+        directory: the run directory.
+        which: `best`, which is the default, has the weights of the lowest validation loss, `last`
+            those of the last checkpoint; of a run that is done, its final ones.
+        step: in the place of `which`, a step of `checkpoint.keep`.
+
+    Raises:
+        ConfigError: when both `which` and `step` are given, or `which` is another text.
+        StoreError: when there is no such run or checkpoint, or it is damaged.
+    """
+    require(
+        which is None or step is None,
+        f"A model is loaded by which or by step; got which={which!r} and step={step!r}. Leave one "
+        "of them out.",
+    )
+    record = RunRecord.load(directory)
+    path = _kept(record, step) if step is not None else _saved(record, which or "best")
+    weights = weights_of(read_checkpoint(path))
+    model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
+    model.load_state_dict(weights["model"])
+    return model.eval()
+
+
+def _saved(record: RunRecord, which: Which) -> Path:
+    path = checkpoint_path(record.directory, which)
+    if not path.exists():
+        raise StoreError(
+            f"A model is loaded from a checkpoint; run {record.run_id} in {record.directory} has "
+            f"no {path.name} (the run is {record.run_status}, at step {record.step}). Let it reach "
+            "its first checkpoint, or take another run."
+        )
+    return path
+
+
+def _kept(record: RunRecord, step: int) -> Path:
+    steps = kept_steps(record.directory)
+    if step not in steps:
+        there = f"those of {', '.join(map(str, steps))}" if steps else "none"
+        raise StoreError(
+            f"A run keeps the weights of the steps in checkpoint.keep; run {record.run_id} in "
+            f"{record.directory} has {there}, not of {step!r} (the run is {record.run_status}, at "
+            "step "
+            f"{record.step}). Take one of these, or give a new run checkpoint.keep=[{step}]."
+        )
+    return kept_path(record.directory, step)
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's way to checkpoints: holds what it is given to save until `write` is called.
+
+    A state is taken where Lightning can resume from it, and written where all rows up to its step
+    are known. Further callbacks may save to files of their own.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Path, dict[str, Any]] = {}
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._held)
+
+    def write(self) -> None:
+        """Writes what is held. Raises as `write_checkpoint`; what is not written is still held."""
+        for path in list(self._held):
+            write_checkpoint(path, self._held[path])
+            del self._held[path]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        self._held[Path(path)] = checkpoint
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._held.pop(Path(path), None)
+        Path(path).unlink(missing_ok=True)

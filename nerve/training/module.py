@@ -1,0 +1,161 @@
+"""Lightning modules: loss, logging, optimizer and schedule; measuring is not their concern."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from nerve.errors import DivergedError
+from nerve.optim import Schedule
+from nerve.training.randomness import part_from_other_processes
+
+Batch = tuple[Tensor, Tensor]
+
+CHECK_EVERY_N_BATCHES = 50
+"""How often a diverged loss is looked for on a GPU; on the CPU after every batch."""
+
+
+class TrainedModel(L.LightningModule):
+    """Trains a model that maps the first part of a batch to logits for the second.
+
+    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns
+    the mean `loss` and `n_targets`, the number of targets that it is a mean of.
+
+    Args:
+        model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
+        build_optimizer: makes the optimizer for the model.
+        schedule: learning-rate schedule over the trainer's `max_steps`.
+        compile: whether training runs model and loss as one compiled graph; validation does not,
+            whose last batch may be of another size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[nn.Module], Optimizer],
+        schedule: Schedule,
+        *,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._build_optimizer = build_optimizer
+        self._schedule = schedule
+        self._first_bad_step: Tensor | None = None
+        self._training_loss = torch.compile(self._mean_loss) if compile else self._mean_loss
+
+    def on_fit_start(self) -> None:
+        part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        loss, targets = self._training_loss(batch), batch[1]
+        self._note_divergence(loss.detach())
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return {"loss": loss, "n_targets": targets.numel()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        loss, logits = self._loss(batch)
+        n_targets = batch[1].numel()
+        self._note_divergence(loss)
+        self.log("val_loss", loss, prog_bar=True, batch_size=n_targets, sync_dist=True)
+        self._log_validation(logits, batch[1])
+        return {"loss": loss, "n_targets": n_targets}
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning labels validation by the batches before the last update; we count updates.
+        self.log("step", float(self.global_step), sync_dist=True)
+        self._raise_if_diverged()  # after the last update no training loss would show it
+
+    def on_validation_end(self) -> None:
+        # The loggers have it; to callbacks it would be the step until the next validation.
+        self.trainer.callback_metrics.pop("step", None)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Reading the flag waits for the device.
+        if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:
+            self._raise_if_diverged()
+
+    def on_validation_start(self) -> None:
+        self._raise_if_diverged()
+
+    def on_train_end(self) -> None:
+        self._raise_if_diverged()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            return  # off, as everywhere in Lightning
+        sharded = self.trainer.model
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if gradient_clip_val is None or scaled or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif isinstance(sharded, FullyShardedDataParallel):
+            # Each process holds a shard: only the wrapper knows the norm of all gradients.
+            sharded.clip_grad_norm_(gradient_clip_val)
+        else:
+            # Lightning's own way refuses a fused optimizer, also where no scaler is in its way.
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._build_optimizer(self.model)
+        scheduler = self._schedule.scheduler(optimizer, int(self.trainer.max_steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _mean_loss(self, batch: Batch) -> Tensor:
+        """The loss alone: compiled code would have to keep the logits if it gave them too."""
+        return self._loss(batch)[0]
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        logits = self(inputs)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten()), logits
+
+    def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
+        """Logs what a task reports beside the loss."""
+
+    def _note_divergence(self, loss: Tensor) -> None:
+        step = torch.full((), self.global_step, dtype=torch.int64, device=loss.device)
+        bad = torch.where(torch.isfinite(loss), torch.iinfo(torch.int64).max, step)
+        first = self._first_bad_step
+        self._first_bad_step = bad if first is None else torch.minimum(first, bad)
+
+    def _raise_if_diverged(self) -> None:
+        if self._first_bad_step is None:
+            return
+        step = int(self._first_bad_step)
+        if step <= self.global_step:
+            raise DivergedError(
+                f"The loss must stay finite; it became NaN or infinite at step {step}. "
+                "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
+            )
+
+
+class LanguageModel(TrainedModel):
+    """Next-token prediction: inputs `[batch, seq]`, targets `[batch, seq]`, both token ids."""
+
+
+class ImageClassifier(TrainedModel):
+    """Image classification: inputs `[batch, channels, height, width]`, targets `[batch]` labels.
+
+    Logs `val_accuracy`, a fraction, beside the losses.
+    """
+
+    def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
+        correct = (logits.argmax(-1) == targets).float().mean()
+        self.log("val_accuracy", correct, prog_bar=True, batch_size=len(targets), sync_dist=True)

@@ -1,0 +1,91 @@
+"""What tells runs apart: factors that vary, that follow others, and that stay the same."""
+
+import pandas as pd
+
+from nerve.analysis.factors import describe_ties, find_factors
+from nerve.analysis.load import load_runs
+
+RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
+
+
+def runs_of(*designs: dict) -> pd.DataFrame:
+    """Two seeds of each design, with what the record itself says, which differs too."""
+    rows = [
+        {**design, "design_id": f"design {i}", "seed": seed, **RECORD, "final.val_loss": i + seed}
+        for i, design in enumerate(designs)
+        for seed in (0, 1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_factors_are_the_leaves_that_vary_design_factors_first():
+    factors = find_factors(
+        runs_of(
+            {"model.n_layers": 2, "activation.name": "gelu", "position.name": "rope"},
+            {"model.n_layers": 4, "activation.name": "gelu", "position.name": "rope"},
+            {"model.n_layers": 4, "activation.name": "relu", "position.name": "rope"},
+        )
+    )
+    assert factors.varying == ("activation.name", "model.n_layers")
+    assert factors.constant == {"position.name": "rope"}
+    assert factors.together == {}
+
+
+def test_seeds_results_places_and_targets_are_no_factors():
+    factors = find_factors(
+        runs_of(
+            {"data.cache_dir": "a", "threads": 1, "data._target_": "x", "flag": 1, "d_ff": 1},
+            {"data.cache_dir": "b", "threads": 2, "data._target_": "y", "flag": 2, "d_ff": 2},
+        )
+    )
+    assert factors.varying == ()
+
+
+def test_what_varies_under_the_name_of_a_result_is_named(tmp_path, make_run):
+    """Of runs of one's own; in a group it is a factor. What is the same in all is not named."""
+    for i, lr in enumerate((0.1, 0.2)):
+        make_run(tmp_path / f"bare{i}", {"lr": lr, "data": "mine"})
+        make_run(tmp_path / f"grouped{i}", {"optimizer": {"lr": lr}})
+    runs = load_runs(tmp_path)
+    is_bare = runs["lr"].notna()
+    bare, grouped = find_factors(runs[is_bare]), find_factors(runs[~is_bare])
+    assert (bare.varying, bare.taken) == ((), ("lr",))
+    (sentence,) = describe_ties(bare)
+    assert 'config={"group": {"lr": …}} gives group.lr' in sentence
+    assert (grouped.varying, grouped.taken) == (("optimizer.lr",), ())
+
+
+def test_what_splits_the_runs_alike_goes_together():
+    factors = find_factors(
+        runs_of(
+            {"activation.name": "gelu", "activation.slope": None, "ffn.width": 4},
+            {"activation.name": "relu", "activation.slope": 0.0, "ffn.width": "8/3"},
+        )
+    )
+    assert factors.varying == ("activation.name",)
+    assert factors.together == {"activation.name": ("ffn.width", "activation.slope")}
+    (sentence,) = describe_ties(factors)
+    assert sentence.endswith("cannot be told from it: ffn.width, activation.slope.")
+
+
+def test_a_value_that_a_name_fixes_follows_it_but_numbers_fix_nothing():
+    """The momentum follows from the optimizer; the decay does not follow from a unique rate."""
+    designs = [
+        {"optimizer.name": name, "optimizer.momentum": momentum, "optimizer.lr": lr, "z.decay": d}
+        for name, momentum, lr, d in [
+            ("adamw", None, 1e-3, 0.0),
+            ("muon", 0.9, 2e-3, 0.1),
+            ("dion", 0.9, 3e-3, 0.0),
+            ("adamw", None, 4e-3, 0.1),
+        ]
+    ]
+    factors = find_factors(runs_of(*designs))
+    assert factors.varying == ("optimizer.name", "optimizer.lr", "z.decay")
+    assert factors.together == {"optimizer.name": ("optimizer.momentum",)}
+
+
+def test_a_missing_leaf_is_a_level_and_many_ties_are_cut_short():
+    first = {"activation.name": "gelu"}
+    second = {"activation.name": "relu"} | {f"x.leaf{i}": 1 for i in range(9)}
+    (sentence,) = describe_ties(find_factors(runs_of(first, second)))
+    assert sentence.endswith("x.leaf4, x.leaf5 and 3 more.")

@@ -1,0 +1,101 @@
+"""What the comparisons share: columns that must be there, runs of rows, groups of points."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nerve.analysis.frames import (
+    average_layers,
+    count_distinct,
+    group_points,
+    interleave,
+    join_runs,
+    number_rows,
+    require_columns,
+    require_factors,
+)
+from nerve.errors import ConfigError
+
+
+def test_a_missing_column_gets_near_names():
+    frame = pd.DataFrame({"pr_pre": [1.0], "pr_post": [2.0]})
+    require_columns(frame, ["pr_pre"], "load_metrics")
+    with pytest.raises(ConfigError, match=r"the column pr_pots; .* Near names: pr_post, pr_pre\."):
+        require_columns(frame, ["pr_pre", "pr_pots"], "load_metrics")
+    with pytest.raises(ConfigError, match="Near names: none"):
+        require_columns(frame, ["zzz"], "load_metrics")
+
+
+def test_a_factor_must_not_take_the_name_of_a_result():
+    runs = pd.DataFrame({"step": [1], "ffn.width": [4]})
+    require_factors(["ffn.width"], runs, ["step"])
+    with pytest.raises(ConfigError, match="have already; got step"):
+        require_factors(["ffn.width", "step"], runs, ["step"])
+
+
+def test_rows_get_what_is_said_of_their_runs():
+    rows = pd.DataFrame({"run_id": ["b", "x", "a", "b"], "n": [1, 2, 3, 4]}, index=[7, 7, 8, 9])
+    described = pd.DataFrame({"run_id": ["a", "b"], "flag": ["ok", "failed"]})
+    expected = pd.DataFrame(
+        {"run_id": ["b", "a", "b"], "flag": ["failed", "ok", "failed"], "n": [1, 3, 4]}
+    )
+    pd.testing.assert_frame_equal(join_runs(rows, described), expected)
+
+
+def test_means_over_layers():
+    """Of the layers with a number; none where no layer has one."""
+    frame = pd.DataFrame(
+        {
+            "run_id": "a",
+            "ffn": "ffn",
+            "step": [0, 0, 10, 10],
+            "status": ["ok", "ok", "ok", "no variance"],
+            "tokens_seen": [0, 0, 5, 5],
+            "train_loss": [np.nan, np.nan, 2.0, 2.0],
+            "val_loss": [4.0, 4.0, 3.0, 3.0],
+            "js": [0.25, 0.75, 0.5, np.nan],
+            "pr_pre": [1.0, 2.0, np.nan, np.nan],
+        }
+    )
+    means = average_layers(frame, ["js", "pr_pre"])
+    assert list(means["n_layers"]) == [2, 2]
+    assert list(means["n_null"]) == [0, 1]
+    assert list(means["val_loss"]) == [4, 3]
+    assert list(means["js"]) == [0.5, 0.5]
+    assert means["pr_pre"][0] == 1.5
+    assert np.isnan(means["pr_pre"][1])
+
+
+def test_distinct_rows_are_numbered_as_they_appear():
+    frame = pd.DataFrame({"a": [4, "8/3", None, 4, None], "b": [1, 1, 1, 2, 1]})
+    assert number_rows(frame, ["a"]).tolist() == [0, 1, 2, 0, 2]
+    assert number_rows(frame, ["a", "b"]).tolist() == [0, 1, 2, 3, 2]
+    assert number_rows(frame, []).tolist() == [0] * 5
+
+
+def test_runs_without_ffn_count_with_the_groups_of_their_values():
+    points = pd.DataFrame(
+        {
+            "kind": ["a", "a", "a", "b", "b"],
+            "data": ["d", None, "e", None, None],
+            "ffn": ["ffn", None, "ffn", None, None],
+            "flag": ["ok", "failed", "untrained", "failed", "no metrics"],
+        }
+    )
+    codes, groups = group_points(points, ["kind"])
+    assert codes.tolist() == [0, -1, 1, 2, 2]
+    assert groups["kind"].tolist() == ["a", "a", "b"]
+    assert groups["n_flagged"].tolist() == [1, 2, 2]
+    codes, groups = group_points(points[:0], ["kind"])
+    assert (len(codes), len(groups)) == (0, 0)
+
+
+def test_different_values_are_counted_in_each_group():
+    values = pd.Series(["x", "y", "x", None, "z"], index=[3, 1, 4, 1, 5])
+    counts = count_distinct(np.array([0, 0, 0, 1, -1]), values, 3)
+    assert counts.tolist() == [2, 0, 0]
+
+
+def test_interleaved_tables():
+    a, b = pd.DataFrame({"n": [1, 3]}), pd.DataFrame({"n": [2, 4]})
+    assert interleave([a, b])["n"].tolist() == [1, 2, 3, 4]

@@ -1,0 +1,297 @@
+"""Frames: one row a run with its factors, and stored rows joined with what was asked for."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from nerve.analysis.load import load_metrics, load_runs, load_scalars, load_spectra
+from nerve.errors import ConfigError, StoreError
+from nerve.storage.find import IncompleteWarning
+from nerve.storage.identity import config_id
+from nerve.storage.parts import DamagedPartWarning
+from nerve.storage.schema import METRICS
+from nerve.storage.store import RunStore
+
+HOSTILE = 'two\nlines <script>alert(1)</script> "=cmd|1" ü \u202e'
+
+
+@pytest.fixture
+def sweep(tmp_path, make_run):
+    """Three runs: done, failed, and one that says that it is running."""
+    configs = [
+        {"normalization": {"kind": "layernorm"}, "optimizer": {"betas": [0.9, 0.95]}, "seed": 1},
+        {"normalization": {"kind": "none"}, "ffn": {"width": "8/3"}, "note": HOSTILE, "seed": 2},
+        {"normalization": {"kind": "rmsnorm"}, "ffn": {"width": 4}, "seed": 3, "step": 9},
+    ]
+    records = [
+        make_run(tmp_path / "sweep" / name, config, sweep="sweep", seed=config["seed"])
+        for name, config in zip("abc", configs, strict=True)
+    ]
+    records[0].finish("done", step=10, final={"val_loss": 3.5})
+    records[1].finish("failed", ValueError(HOSTILE), step=5)
+    return records
+
+
+def test_one_row_a_run_with_a_column_for_each_leaf(sweep, tmp_path):
+    runs = load_runs(tmp_path)
+    assert list(runs["run_id"]) == [record.run_id for record in sweep]
+    assert list(runs["run_status"]) == ["done", "failed", "running"]
+    assert list(runs["normalization.kind"]) == ["layernorm", "none", "rmsnorm"]
+    assert list(runs["ffn.width"][1:]) == ["8/3", 4]
+    assert pd.isna(runs["ffn.width"][0])
+    assert runs["optimizer.betas"][0] == "[0.9, 0.95]"
+    assert list(runs["seed"]) == [1, 2, 3]
+    assert list(runs["step"]) == [10, 5, 0]
+    assert runs["final.val_loss"][0] == 3.5
+    assert runs["final.val_loss"].isna().tolist() == [False, True, True]
+    assert runs["note"][1] == HOSTILE
+    assert runs["error"][1] == f"ValueError: {HOSTILE}"
+    assert runs["directory"][0] == str(tmp_path / "sweep" / "a")
+    assert runs["ended"].notna().tolist() == [True, True, False]
+    assert (runs["ended"] - runs["started"])[0] >= pd.Timedelta(0)
+    assert runs.columns.is_unique
+    assert {"host", "device", "n_parameters", "versions.python", "sweep"} <= set(runs.columns)
+
+
+def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
+    """Also where seeds or excluded values such as threads differ; not where a factor does."""
+    configs = [
+        {"ffn": {"width": 4}, "seed": 0},
+        {"ffn": {"width": 4}, "seed": 1, "threads": 2},
+        {"ffn": {"width": 8}, "seed": 0},
+    ]
+    for i, config in enumerate(configs):
+        make_run(tmp_path / str(i), config, steps=())
+    runs = load_runs(tmp_path)
+    assert runs["config_id"].nunique() == 3
+    assert runs["design_id"][0] == runs["design_id"][1] != runs["design_id"][2]
+
+
+def test_metrics_of_a_run_a_sweep_and_several_paths(sweep, tmp_path):
+    assert len(load_metrics(tmp_path / "sweep" / "a")) == 4
+    assert len(load_metrics(tmp_path)) == 12
+    assert len(load_metrics([tmp_path / "sweep" / "a", tmp_path / "sweep" / "c"])) == 8
+
+
+def test_metrics_are_joined_with_status_and_factors(sweep, tmp_path):
+    """Unfinished and failed runs are there, and can be told."""
+    metrics = load_metrics(tmp_path, factors=["normalization.kind", "seed", "final.val_loss"])
+    by_run = metrics.groupby("run_id", sort=False)
+    assert list(by_run["run_status"].unique().str[0]) == ["done", "failed", "running"]
+    assert list(by_run["normalization.kind"].first()) == ["layernorm", "none", "rmsnorm"]
+    assert list(by_run["seed"].nunique()) == [1, 1, 1]
+    assert metrics["seed"].dtype == np.int64
+    assert list(metrics["final.val_loss"].isna()) == [False] * 4 + [True] * 8
+    assert list(metrics["step"]) == [0, 0, 10, 10] * 3
+
+
+def test_derived_columns_are_their_formulas(tmp_path, make_run):
+    """By hand for SE 1 → 1.5, PR 2 → 5, EEE .75 → .25 with D = 8, d_in = 4, N = 100."""
+    make_run(tmp_path)
+    first = load_metrics(tmp_path).iloc[0]
+    assert first["exp_se_pre"] == pytest.approx(2.718281828459045, rel=1e-15)
+    assert first["exp_se_post"] == pytest.approx(4.4816890703380645, rel=1e-15)
+    assert first["pr_gain"] == 2.5
+    assert first["delta_eee"] == -0.5
+    assert first["se_pre_normalized"] == pytest.approx(1 / 2.0794415416798357, rel=1e-15)
+    assert first["se_post_normalized"] == pytest.approx(1.5 / 2.0794415416798357, rel=1e-15)
+    assert first["pr_pre_fraction"] == 0.25
+    assert first["pr_post_fraction"] == 0.625
+    assert first["rank_limit_pre"] == 4
+    assert first["rank_limit_post"] == 8
+
+
+def test_derived_columns_are_missing_where_nothing_was_measured(tmp_path, make_run, row):
+    """A dead layer and a single feature give no number, and no warning of a division."""
+    record = make_run(tmp_path, steps=())
+    store = RunStore(tmp_path, record.run_id)
+    dead = dict.fromkeys(["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"])
+    one = row(0, 1, d_ff=1, se_pre=0.0, se_post=0.0, pr_pre=1.0, pr_post=1.0)
+    store.append_metrics([row(0, 0, **dead, status="no variance"), one])
+    store.flush(0)
+    metrics = load_metrics(tmp_path)
+    derived = ["pr_gain", "delta_eee", "se_pre_normalized", "pr_post_fraction"]
+    assert metrics.loc[0, derived].isna().all()
+    assert metrics["status"][0] == "no variance"
+    assert metrics["pr_gain"][1] == 1.0
+    assert np.isnan(metrics["se_pre_normalized"][1])
+
+
+@pytest.mark.parametrize(
+    ("factor", "near"),
+    [
+        ("normalization.knd", "normalization.kind"),
+        ("kind", "normalization.kind"),
+        ("normalization", "normalization.kind"),
+        ("step", "already"),
+        ("zzz", "see load_runs"),
+    ],
+)
+def test_an_unknown_factor_gets_near_names(sweep, tmp_path, factor, near):
+    with pytest.raises(ConfigError, match=near):
+        load_metrics(tmp_path, factors=[factor])
+
+
+def test_spectra_and_scalars(tmp_path, make_run):
+    record = make_run(tmp_path / "r")
+    store = RunStore(tmp_path / "r", record.run_id)
+    values = np.array([2.0, 1.0, 0.5], dtype=np.float32)
+    spectrum = {"step": 0, "layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": values}
+    store.append_spectra([spectrum, {**spectrum, "site": "post"}])
+    store.flush(0)
+    spectra = load_spectra(tmp_path, factors=["activation.name"])
+    assert list(spectra["site"]) == ["pre", "post"]
+    assert list(spectra["activation.name"]) == ["gelu", "gelu"]
+    assert spectra["eigenvalues"][0].dtype == np.float32
+    np.testing.assert_array_equal(spectra["eigenvalues"][0], values)
+    scalars = load_scalars(tmp_path)
+    assert list(scalars["value"]) == [4.0, 3.0]
+    assert list(scalars["name"].unique()) == ["train_loss"]
+    assert list(scalars["run_status"].unique()) == ["running"]
+
+
+def test_a_run_without_rows_is_named(tmp_path, make_run):
+    make_run(tmp_path / "a")
+    empty = make_run(tmp_path / "b", steps=())
+    with pytest.warns(IncompleteWarning, match=f"Runs without metrics: {empty.run_id}"):
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 4
+    with pytest.warns(IncompleteWarning, match="without spectra"):
+        spectra = load_spectra(tmp_path, factors=["seed"])
+    assert list(spectra.columns)[-3:] == ["run_status", "n_damaged_parts", "seed"]
+    assert len(spectra) == 0
+
+
+def test_a_damaged_part_is_named_at_the_callers_line(sweep, tmp_path):
+    part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
+    part.write_bytes(b"PAR1")
+    with pytest.warns(DamagedPartWarning, match=str(part)) as caught:
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 10
+    assert caught[0].filename == __file__
+
+
+def test_a_part_with_one_changed_byte_in_a_page_is_named(sweep, tmp_path):
+    part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
+    chunk = pq.read_metadata(part).row_group(0).column(METRICS.names.index("se_pre"))
+    content = bytearray(part.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    part.write_bytes(content)
+    assert len(pq.read_table(part)) == 2  # unverified, it reads
+    with pytest.warns(DamagedPartWarning, match=str(part)):
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 10
+
+
+def test_parts_that_could_not_be_read_are_counted(sweep, tmp_path):
+    for part in (tmp_path / "sweep" / "b" / "metrics").iterdir():
+        damaged = part
+    damaged.write_bytes(b"PAR1")
+    with pytest.warns(DamagedPartWarning):
+        metrics = load_metrics(tmp_path)
+    counts = metrics.groupby("run_id", sort=False)["n_damaged_parts"].unique().str[0]
+    assert list(counts) == [0, 1, 0]
+
+
+def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
+    """One run of a later version does not keep years of others from being read."""
+    part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
+    table = pq.read_table(part)
+    pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "3"}), part)
+    with pytest.warns(IncompleteWarning) as caught:
+        metrics = load_metrics(tmp_path)
+    assert len(metrics) == 8
+    assert [str(w.message).split(":")[0] for w in caught] == ["Left out", "Runs without metrics"]
+    assert f"{part} has version 3. Install" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_no_runs(tmp_path):
+    for load in (load_runs, load_metrics, load_spectra, load_scalars):
+        with pytest.raises(StoreError, match=r"run\.json"):
+            load(tmp_path)
+
+
+def test_an_interrupted_compaction_changes_no_frame(tmp_path, make_run):
+    """The compacted part is there and the others too: as if the process died in between."""
+    record = make_run(tmp_path, steps=(0, 10, 20))
+    before = load_metrics(tmp_path)
+    folder = tmp_path / "metrics"
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    store = RunStore(tmp_path, record.run_id)
+    store.compact()
+    pd.testing.assert_frame_equal(load_metrics(tmp_path), before)
+    for name in sorted(kept)[:-1]:
+        (folder / name).write_bytes(kept[name])
+        doubled = load_metrics(tmp_path).sort_values(["step", "layer"], ignore_index=True)
+        pd.testing.assert_frame_equal(doubled, before)
+    RunStore(tmp_path, record.run_id)
+    assert len(list(folder.iterdir())) == 1
+    pd.testing.assert_frame_equal(load_metrics(tmp_path), before)
+
+
+def test_a_value_with_the_name_of_a_result_is_a_factor_inside_a_group(tmp_path, make_run):
+    """As the error says, which names a bare one; that of another dataset may be bare."""
+    for lr in (1e-4, 2e-4):
+        make_run(tmp_path / str(lr), {"lr": lr, "optimizer": {"lr": lr}})
+    with pytest.raises(ConfigError, match=r'got \'lr\'\. .* config=\{"group": \{"lr": …\}\} gives'):
+        load_metrics(tmp_path, factors=["lr"])
+    assert set(load_scalars(tmp_path, factors=["lr"])["lr"]) == {1e-4, 2e-4}
+    assert set(load_metrics(tmp_path, factors=["optimizer.lr"])["optimizer.lr"]) == {1e-4, 2e-4}
+
+
+def test_reading_needs_no_torch(tmp_path, make_run):
+    """A report starts at once: torch, Lightning and Hydra stay unimported."""
+    make_run(tmp_path)
+    code = (
+        "import sys; from nerve import load_metrics, RunStore, RunRecord;"
+        f"RunStore({str(tmp_path)!r}, RunRecord.load({str(tmp_path)!r}).run_id).compact();"
+        f"assert len(load_metrics({str(tmp_path)!r})) == 4;"
+        "print({'torch', 'lightning', 'hydra', 'omegaconf'} & set(sys.modules))"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
+    """0.4 s on a busy core; reading cell by cell or comparing runs pairwise would take minutes."""
+    record = make_run(tmp_path / "0", steps=())
+    store = RunStore(tmp_path / "0", record.run_id)
+    store.append_metrics(row(step, layer) for step in range(10) for layer in range(12))
+    store.flush(10)
+    part = next((tmp_path / "0" / "metrics").iterdir()).read_bytes()
+    text = (tmp_path / "0" / "run.json").read_text()
+    for index in range(1, 200):
+        folder = tmp_path / str(index) / "metrics"
+        folder.mkdir(parents=True)
+        (folder / "part-000000000010.parquet").write_bytes(part)
+        renamed = text.replace(record.run_id, f"{index:08d}")
+        (folder.parent / "run.json").write_text(renamed)
+    started = pd.Timestamp.now()
+    assert len(load_metrics(tmp_path)) == 200 * 120
+    assert (pd.Timestamp.now() - started).total_seconds() < 5
+
+
+def test_runs_of_earlier_versions_share_ids_with_those_of_today(tmp_path, make_run):
+    """Ids are made from what was stored; an infinite value is one in the frame, too."""
+    config = {"data": {"_target_": "now.here.Data"}, "monitor": {"skip_first": 0}, "clip": math.inf}
+    before = {"data": {"_target_": "once.there.Data"}, "monitor": {}, "clip": math.inf}
+    for name, values, seed in (("now", config, 1), ("before", before, 1), ("other", before, 2)):
+        make_run(tmp_path / name, {**values, "seed": seed}, seed=seed)
+    path = tmp_path / "before" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_id": "0123456789ab"}))
+    runs = load_runs(tmp_path)
+    assert set(runs.loc[runs["seed"] == 1, "config_id"]) == {config_id({**config, "seed": 1})}
+    assert set(runs["design_id"]) == {config_id(config)}
+    assert set(runs["clip"]) == {math.inf}

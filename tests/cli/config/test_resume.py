@@ -1,0 +1,86 @@
+"""`resume=<run directory>`: the run's own configuration, and nothing that would make it another."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from omegaconf import OmegaConf
+
+from nerve.cli.config.compose import identity
+
+
+@pytest.fixture
+def experiments(monkeypatch) -> list[tuple]:
+    """What the command would run, in the place of training: the configuration and where."""
+    started = []
+
+    def run_experiment(config, hydra_config) -> float:
+        directory = Path(hydra_config.runtime.output_dir)
+        if "csv" in config.logger:
+            assert config.logger.csv.directory == str(directory / "logs")
+        started.append((config, directory))
+        saved = directory / ".hydra" / "config.yaml"
+        if not saved.exists():
+            saved.parent.mkdir()
+            OmegaConf.save(config, saved)
+        return 1.0
+
+    module = ModuleType("nerve.cli.experiment.run")
+    module.run_experiment = run_experiment
+    monkeypatch.setitem(sys.modules, "nerve.cli.experiment.run", module)
+    return started
+
+
+@pytest.fixture
+def begun(run, experiments) -> str:
+    """The directory of a run whose group options and values are not the default ones."""
+    assert run("hydra.run.dir=it", "optimizer=muon", "ffn=gated", "seed=3", "threads=1")[0] == 0
+    return "it"
+
+
+def test_the_saved_configuration_is_run_in_the_same_directory(run, begun, experiments):
+    status, _, err = run(f"resume={begun}")
+    assert (status, err) == (0, "")
+    (first, where), (second, there) = experiments
+    assert where == there
+    assert identity(first) == identity(second)
+    assert (second.optimizer.name, second.seed, second.threads) == ("muon", 3, 1)
+
+
+def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
+    free = ["threads=2", "logger=none", "retry=true", "checkpoint.every_n_steps=7"]
+    status, _, err = run(f"resume={begun}", *free, "hydra.verbose=false")
+    assert (status, err) == (0, "")
+    (first, where), (second, there) = experiments
+    assert (where, identity(first)) == (there, identity(second))
+    assert (second.threads, second.logger, second.retry) == (2, {}, True)
+    assert second.checkpoint.every_n_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        (["seed=4"], "got seed=4 beside resume=it"),
+        (["activation=relu", "++model.n_layers=2"], "activation=relu ++model.n_layers=2"),
+        (["-m"], "beside --multirun"),
+        (["--config-name=normfree"], "--config-name"),
+    ],
+)
+def test_what_would_be_another_run_is_refused(run, begun, experiments, beside, named):
+    status, _, err = run(f"resume={begun}", *beside)
+    assert status == 1
+    assert named in err
+    assert len(experiments) == 1
+
+
+def test_a_directory_that_is_no_run_is_refused(run, experiments):
+    status, _, err = run("resume=nowhere")
+    assert status == 1
+    assert "nowhere does not" in err
+    assert not experiments
+
+
+def test_resume_null_is_an_ordinary_run(run, experiments):
+    assert run("resume=null")[0] == 0
+    assert experiments[0][1].parent.name == "outputs"

@@ -1,0 +1,35 @@
+"""Stored configurations name classes where they were; conf/ names them where they are."""
+
+import re
+
+from hydra.utils import get_object
+
+from nerve.cli.config.compose import CONF, SWEEPS
+from nerve.cli.config.targets import TARGETS, resolve_targets
+
+NAMED = {
+    name
+    for folder in (CONF, SWEEPS)
+    for path in folder.rglob("*.yaml")
+    for name in re.findall(r"_target_: (nerve\.[\w.]+)", path.read_text())
+}
+
+
+def test_the_table_has_what_the_configuration_names_and_each_is_there():
+    assert set(TARGETS.values()) == NAMED
+    assert all(callable(get_object(path)) for path in NAMED)
+
+
+def test_a_moved_target_is_found_by_its_last_name_at_any_depth():
+    stored = {
+        "logger": {"csv": {"_target_": "nerve.logger.CSVLogger", "flush": 1}},
+        "lists": [{"_target_": "nerve.somewhere.text_files"}, 3],
+        "other": {"_target_": "torch.optim.AdamW"},
+        "own": {"_target_": "nerve.mine.Unknown"},
+    }
+    assert resolve_targets(stored) == {
+        "logger": {"csv": {"_target_": "nerve.training.loggers.CSVLogger", "flush": 1}},
+        "lists": [{"_target_": "nerve.data.files.text_files"}, 3],
+        "other": {"_target_": "torch.optim.AdamW"},
+        "own": {"_target_": "nerve.mine.Unknown"},
+    }

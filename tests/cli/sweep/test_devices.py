@@ -1,0 +1,66 @@
+"""Devices of a cell against what the launcher gives it."""
+
+import pytest
+
+from nerve.cli.sweep.devices import check_devices
+from nerve.cli.sweep.slurm import SUBMITIT_SLURM
+from nerve.errors import ConfigError
+
+HERE = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+CPU = {"accelerator": "cpu", "strategy": "auto", "devices": 1}
+GPU = {"accelerator": "gpu", "strategy": "auto", "devices": 1}
+JOB = {"_target_": SUBMITIT_SLURM, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": None}
+
+
+@pytest.mark.parametrize("devices", [1, "1", [3], "auto", -1])
+def test_one_process_is_what_a_cell_has_here(devices):
+    check_devices(CPU | {"devices": devices}, HERE)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "named"),
+    [
+        (CPU | {"devices": 2}, "trainer.devices=2"),
+        (GPU | {"devices": [0, 1], "strategy": "ddp"}, "trainer.strategy=ddp"),
+        (CPU | {"num_nodes": 2}, "hydra/launcher=slurm"),
+    ],
+)
+def test_cells_that_start_further_processes_are_refused_here(trainer, named):
+    with pytest.raises(ConfigError, match="each cell is one process") as refused:
+        check_devices(trainer, HERE)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        {"tasks_per_node": 4, "gpus_per_node": 4},
+        {"tasks_per_node": 4, "gpus_per_node": 8},
+        {"tasks_per_node": 4, "gpus_per_task": 1},
+        {"tasks_per_node": 4, "gres": "gpu:a100:4"},
+    ],
+)
+def test_a_job_with_a_task_and_a_gpu_a_device_is_sent(launcher):
+    check_devices(GPU | {"devices": 4}, JOB | launcher)
+    with pytest.raises(ConfigError, match=r"needs hydra\.launcher\.tasks_per_node=2, got 4"):
+        check_devices(GPU | {"devices": 2}, JOB | launcher)
+
+
+def test_a_job_on_cpus_needs_no_gpu():
+    check_devices(CPU | {"devices": 2}, JOB | {"tasks_per_node": 2})
+
+
+@pytest.mark.parametrize(
+    ("trainer", "launcher", "named"),
+    [
+        ({"devices": "auto"}, {}, "trainer.devices=auto"),
+        ({"num_nodes": 2}, {}, "hydra.launcher.nodes=2, got 1"),
+        ({}, {"nodes": 2}, "hydra.launcher.nodes=1, got 2"),
+        ({}, {}, "hydra.launcher.gpus_per_node=1, got None"),
+        ({"devices": 2}, {"tasks_per_node": 2, "gpus_per_node": 1}, "gpus_per_node=2, got 1"),
+    ],
+)
+def test_a_job_that_asks_for_other_than_it_uses_is_refused(trainer, launcher, named):
+    with pytest.raises(ConfigError) as refused:
+        check_devices(GPU | trainer, JOB | launcher)
+    assert named in str(refused.value)

@@ -1,0 +1,212 @@
+"""Jobs that submitit has sent, found again by its files and by what `squeue` says of them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import submitit
+from omegaconf import OmegaConf
+from submitit.core.utils import DelayedSubmission
+
+from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
+from nerve.errors import NerveError
+
+
+class SentLauncher:
+    """What submitit keeps of Hydra's launcher, as far as it counts here."""
+
+    def __init__(self, folder: Path) -> None:
+        hydra = {"runtime": {"cwd": str(folder.parent)}, "sweep": {"dir": f"./{folder.name}"}}
+        self.config = OmegaConf.create({"hydra": hydra})
+
+    def __call__(self) -> None: ...
+
+
+def launcher(folder: Path, **more: object) -> dict[str, object]:
+    return {
+        "_target_": SUBMITIT_SLURM,
+        "submitit_folder": str(folder / ".submitit" / "%j"),
+        **more,
+    }
+
+
+def send(folder: Path, job_id: str, *overrides: str, sweep: Path | None = None) -> Path:
+    path = folder / ".submitit" / job_id / f"{job_id}_submitted.pkl"
+    path.parent.mkdir(parents=True)
+    DelayedSubmission(SentLauncher(sweep or folder), list(overrides)).dump(path)
+    return path
+
+
+@pytest.fixture
+def queue(monkeypatch, tmp_path):
+    """Sets the jobs and their states that `squeue` prints: one answer each time that it is asked,
+    the last one from then on.
+    """
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(submitit.SlurmJob, "watcher", submitit.SlurmJob.watcher)
+    script, answers, calls = (tmp_path / name for name in ("squeue", "answers", "calls"))
+    script.write_text(
+        f'#!/bin/sh\necho "$@ $SQUEUE_PARTITION" >> {calls}\n'
+        f"answer=$(head -1 {answers})\n"
+        f"[ $(wc -l < {answers}) -gt 1 ] && sed -i 1d {answers}\n"
+        'case "$answer" in no*) echo "$answer" >&2; exit 1;; esac\n'
+        'for job in $answer; do echo "${job%:*} ${job#*:}"; done\n'
+    )
+    script.chmod(0o755)
+
+    def answer(*lines: str) -> Path:
+        answers.write_text("".join(f"{line}\n" for line in lines))
+        return calls
+
+    return answer
+
+
+def place(number: int) -> str:
+    return f"hydra.sweep.subdir=run{number}"
+
+
+@pytest.fixture
+def jobs(tmp_path, queue):
+    """Three tasks of an array and a job of its own, which have been sent."""
+    for number, job_id in enumerate(["7_0", "7_1", "7_2", "9"]):
+        send(tmp_path, job_id, "activation=gelu", place(number))
+    return SentJobs(launcher(tmp_path), tmp_path)
+
+
+def test_open_are_those_in_the_queue(jobs, queue):
+    queue("7_0:R 7_2:R 9:R 10_0:R")
+    queued = jobs.open()
+    assert {override: queued.get(override) for override in map(place, range(4))} == {
+        place(0): "7_0",
+        place(1): None,
+        place(2): "7_2",
+        place(3): "9",
+    }
+
+
+def test_what_is_sent_later_is_known_too(jobs, queue, tmp_path):
+    queue("7_0:R 11_0:R")
+    assert place(5) not in jobs.open()
+    send(tmp_path, "11_0", place(5))
+    assert jobs.open()[place(5)] == "11_0"
+
+
+def test_only_the_jobs_that_are_meant_are_waited_for_until_the_queue_has_none(
+    jobs, queue, monkeypatch
+):
+    """While it does not answer they may be there."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    calls = queue("7_0:R 7_1:R 9:R", "no answer", "7_0:R 9:R", "9:R")
+    jobs.wait({place(0), place(1)})
+    assert len(calls.read_text().splitlines()) == 4
+
+
+def test_what_slurm_is_ending_is_awaited_before_anything_is_decided(
+    jobs, queue, monkeypatch, capsys
+):
+    """Other jobs of the user do not count, nor do those of the sweep that are not ending."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    calls = queue("7_0:CG 9:R", "7_0:CG 7_2:CG 9:R", "7_2:PD 9:R 12:CG")
+    jobs.settle()
+    assert len(calls.read_text().splitlines()) == 3
+    assert capsys.readouterr().out.splitlines() == [
+        "SLURM is ending 7_0; waiting to see what comes back"
+    ]
+
+
+def test_whether_jobs_are_ending_may_stay_unknown(jobs, queue):
+    """A sweep of which all is done needs no SLURM."""
+    calls = queue("no socket")
+    jobs.settle()
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_a_job_that_does_not_end_is_awaited_for_two_minutes(jobs, queue, monkeypatch):
+    now = iter(range(0, 1000, 50))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    calls = queue("7_0:CG")
+    jobs.settle()
+    assert len(calls.read_text().splitlines()) == 3
+
+
+def test_a_job_of_another_sweep_that_keeps_its_files_here_is_not_known(jobs, queue, tmp_path):
+    send(tmp_path, "13_0", place(7), sweep=tmp_path / "other")
+    queue("7_0:R 13_0:R")
+    assert place(7) not in jobs.open()
+    jobs.wait({place(7)})
+
+
+def test_a_job_whose_file_is_written_again_stays_known(jobs, queue, tmp_path):
+    """As by a run that ran out of time."""
+    queue("7_0:R 7_1:R")
+    assert place(1) in jobs.open()
+    (tmp_path / ".submitit" / "7_1" / "7_1_submitted.pkl").unlink()
+    assert place(1) in jobs.open()
+
+
+@pytest.mark.parametrize("how", ["override", "environment"])
+def test_the_cluster_that_jobs_are_sent_to_is_asked(tmp_path, queue, monkeypatch, how):
+    options = {"clusters": "far"} if how == "override" else {}
+    if how == "environment":
+        monkeypatch.setenv("SBATCH_CLUSTERS", "far")
+    calls = queue("7_0:R")
+    send(tmp_path, "7_0", place(0))
+    SentJobs(launcher(tmp_path, additional_parameters=options), tmp_path).open()
+    assert "--clusters=far" in calls.read_text()
+
+
+def test_nothing_is_waited_for_without_a_job(jobs, queue):
+    calls = queue("7_0:R")
+    jobs.wait(set())
+    assert not calls.exists()
+
+
+def test_a_job_whose_overrides_cannot_be_read_is_not_known(tmp_path, queue):
+    queue("7_0:R 7_1:R")
+    send(tmp_path, "7_0", place(0)).write_bytes(b"damaged")
+    send(tmp_path, "7_1", place(1))
+    assert SentJobs(launcher(tmp_path), tmp_path).open() == {place(1): "7_1"}
+
+
+def test_without_an_answer_of_the_queue_nothing_is_sent(jobs, queue):
+    queue("no socket")
+    with pytest.raises(NerveError, match="it says: no socket"):
+        jobs.open()
+
+
+def test_the_queue_is_not_asked_before_anything_was_sent(tmp_path, queue):
+    queue("no socket")
+    assert SentJobs(launcher(tmp_path), tmp_path).open() == {}
+
+
+def test_the_users_filters_of_squeue_do_not_hide_jobs(tmp_path, queue, monkeypatch):
+    monkeypatch.setenv("SQUEUE_PARTITION", "gpu")
+    calls = queue("7_0:R")
+    send(tmp_path, "7_0", place(0))
+    SentJobs(launcher(tmp_path), tmp_path).open()
+    (asked,) = calls.read_text().splitlines()
+    assert "gpu" not in asked
+    assert "--all" in asked
+
+
+def test_submitit_takes_a_job_for_ended_once_the_queue_does_not_have_it(jobs, queue, tmp_path):
+    """Also if nothing was ever heard of it."""
+    queue("7_0:R", "no answer", "7_0:R", "9:R")
+    folder = launcher(tmp_path)["submitit_folder"]
+    first, second = (submitit.SlurmJob(folder, job_id) for job_id in ("7_0", "7_1"))
+    assert (first.done(), second.done()) == (False, True)
+    first.watcher.update()  # no answer
+    assert not first.done()
+    first.watcher.update()
+    assert not first.done()
+    first.watcher.update()
+    assert first.done()
+
+
+def test_the_jobs_of_other_launchers_are_not_known(queue, tmp_path):
+    calls = queue("7_0:R")
+    jobs = SentJobs({"_target_": "hydra_plugins.ray.RayLauncher"}, tmp_path)
+    assert jobs.open() == {}
+    jobs.wait({place(0)})
+    assert not calls.exists()

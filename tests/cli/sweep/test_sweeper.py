@@ -1,0 +1,492 @@
+"""Sweeps: each cell runs once, what befalls one costs only itself, and all are accounted for.
+
+Cells are processes as they always are; their training is a stand-in (stand_in.py), so that each
+takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps.py.
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+
+from nerve import cores
+from nerve.cli.sweep import local
+from nerve.storage import find
+from nerve.storage.record import RunRecord
+from nerve.storage.state import FRESH, RunLock, RunState, open_run, run_state
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+FOLDER = Path("outputs/multirun")
+Sweep = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sweep(run, monkeypatch) -> Sweep:
+    """Calls `nerve-run -m`; gives exit status, stdout and stderr, blanks made one."""
+    monkeypatch.setattr(local, "COMMAND", [sys.executable, "-P", str(STAND_IN)])
+    # A shell that starts the tests in its background has them ignore Ctrl-C, and so would a sweep.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    befalls({})
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status, out, err = run("-m", *arguments)
+        assert "Traceback" not in out + err
+        return status, re.sub(r"[ │┃]+", " ", out), err
+
+    return call
+
+
+def befalls(deeds: dict[int, str]) -> None:
+    """What happens to the cells of these seeds from now on."""
+    Path("deeds.json").write_text(json.dumps(deeds))
+
+
+def records() -> dict[int, RunRecord]:
+    """The record of each seed's run."""
+    found = map(RunRecord.load, sorted(path.parent for path in FOLDER.glob("*/run.json")))
+    return {record.seed: record for record in found}
+
+
+def statuses() -> dict[int, str]:
+    return {seed: record.run_status for seed, record in sorted(records().items())}
+
+
+def n_starts(seed: int) -> int:
+    return len((records()[seed].directory / "starts").read_text().splitlines())
+
+
+def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(sweep):
+    assert sweep("seed=0,1")[0] == 0
+    files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".yaml")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    status, out, _ = sweep("seed=0,1")
+    assert status == 0
+    assert "2 cells, 2 done; 0 to run" in out
+    assert "0 seed=0 skipped done 400/400 0.500" in out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other cells of them
+    assert status == 0
+    assert "3 cells, 2 done, 1 new; 1 to run" in out
+    assert "2 seed=2 run done 400/400 2.500" in out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert statuses() == {0: "done", 1: "done", 2: "done"}
+    assert {record.sweep for record in records().values()} == {"multirun"}
+    assert {record.directory.name for record in records().values()} == {
+        record.config_id for record in records().values()
+    }
+
+
+def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
+    assert sweep("seed=0,1,2")[0] == 0
+    for seed, run_status in ((0, "interrupted"), (1, "running")):
+        records()[seed].update(run_status=run_status, final={})
+    status, out, _ = sweep("seed=0,1,2")
+    assert status == 0
+    assert "3 cells, 1 interrupted, 1 killed, 1 done; 2 to run" in out
+    for line in ("0 seed=0 resumed done", "1 seed=1 resumed done", "2 seed=2 skipped done"):
+        assert line in out
+    assert {seed: record.restarts for seed, record in records().items()} == {0: 1, 1: 1, 2: 0}
+    assert [n_starts(seed) for seed in (0, 1, 2)] == [2, 2, 1]
+
+
+def as_an_earlier_version_left(seed: int, name: str) -> Path:
+    """Gives the directory of a run, and its record, another id; the new place of the directory."""
+    record = records()[seed]
+    moved = record.directory.rename(FOLDER / name)
+    path = moved / "run.json"
+    path.write_text(path.read_text().replace(record.config_id, name))
+    return moved
+
+
+def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_with(sweep):
+    """Each in its own directory, where what is left of it stays; each record is read once."""
+    assert sweep("seed=0,1,2,3")[0] == 0
+    moved = [as_an_earlier_version_left(seed, f"{seed}23456789abc") for seed in (0, 1, 2)]
+    for seed, run_status in ((1, "interrupted"), (2, "failed")):
+        records()[seed].update(run_status=run_status, final={})
+    (FOLDER / "notes").mkdir()
+    ids = {record.config_id for record in records().values()}
+    reads = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find, "open_run", lambda path: reads.update([path]) or open_run(path))
+        status, out, err = sweep("seed=0,1,2,3,4")
+    assert set(reads.values()) == {1}
+    assert status == 1
+    assert "5 cells, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
+    assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
+    assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
+    assert re.search(r"2 seed=2 skipped failed 400/400 \S* ?223456789abc", out)
+    assert "4 seed=4 run done" in out
+    assert "2 (seed=2): failed" in err
+    status, out, _ = sweep("seed=0,1,2,3,4", "retry=true", "hydra/launcher=joblib")
+    assert status == 0
+    assert "2 seed=2 retried done 400/400 2.500 223456789abc" in out
+    assert [n_starts(seed) for seed in range(5)] == [1, 2, 2, 1, 1]
+    assert [records()[seed].directory for seed in (0, 1, 2)] == moved
+    assert {record.config_id for record in records().values()} > ids
+
+
+def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(sweep):
+    """Done before interrupted, then the one that got further; its own name gives none a lead."""
+    assert sweep("seed=0,1")[0] == 0
+    for seed, status_of_copy, step_of_copy in ((0, "done", 400), (1, "interrupted", 30)):
+        record = records()[seed]
+        copy = FOLDER / f"{seed}23456789abc"
+        shutil.copytree(record.directory, copy)
+        RunRecord.load(copy).update(run_status=status_of_copy, step=step_of_copy)
+        record.update(run_status="interrupted", step=20, final={})
+    status, out, _ = sweep("seed=0,1")
+    assert status == 0
+    assert "2 cells, 1 done, 1 interrupted; 1 to run" in out
+    assert f"{FOLDER}/023456789abc (done, step 400/400) counts; of the same configuration" in out
+    assert f"{FOLDER}/123456789abc (interrupted, step 30/400) counts" in out
+    assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
+    assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
+    assert "left as they are" in sweep("seed=0,1")[1]
+
+
+def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_cell(sweep):
+    assert sweep("seed=0")[0] == 0
+    broken = as_an_earlier_version_left(0, "023456789abc") / "run.json"
+    broken.write_text(broken.read_text()[:40])
+    status, out, _ = sweep("seed=0")
+    assert status == 0
+    assert "passed over: outputs/multirun/023456789abc/run.json is not the record of a run" in out
+    assert "0 the only one run done" in out
+
+
+def test_a_cell_that_another_process_is_at_work_on_is_left_to_it(sweep):
+    assert sweep("seed=0")[0] == 0
+    record = records()[0]
+    record.update(run_status="running")
+    lock = RunLock(record.directory)
+    status, out, err = sweep("seed=0,1")
+    lock.release()
+    assert status == 1
+    assert "0 seed=0 skipped alive" in out
+    assert "1 seed=1 run done" in out
+    assert "0 (seed=0): at work elsewhere" in err
+    assert n_starts(0) == 1
+
+
+MISHAPS = {
+    "raise": ("failed", "RuntimeError: no luck"),
+    "refuse": ("failed", "ConfigError: seed must be lucky"),
+    "vanish": ("failed", "exit status 3"),
+    "be killed": ("interrupted", "killed (SIGKILL)"),
+}
+
+
+@pytest.mark.parametrize("deed", MISHAPS)
+def test_a_mishap_costs_one_cell_and_is_named(sweep, deed):
+    run_status, reason = MISHAPS[deed]
+    befalls({0: deed})
+    status, out, err = sweep("seed=0,1")
+    assert status == 1
+    assert statuses() == {0: run_status, 1: "done"}
+    assert f"0 seed=0 run {run_status}" in out
+    assert "1 seed=1 run done" in out
+    assert "1 of 2 cells in outputs/multirun are not done" in err
+    assert f"0 (seed=0): {run_status}" in err
+    assert reason in err
+    assert reason.partition(": ")[2] in records()[0].error["message"]
+
+
+def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
+    befalls({0: "raise"})
+    assert sweep("seed=0,1")[0] == 1
+    befalls({})
+    status, out, err = sweep("seed=0,1")
+    assert status == 1
+    assert "0 seed=0 skipped failed" in out
+    assert "RuntimeError: no luck" in err
+    assert "retry=true" in err
+    assert n_starts(0) == 1
+    status, out, _ = sweep("seed=0,1", "retry=true")
+    assert status == 0
+    assert "0 seed=0 retried done" in out
+    assert "1 seed=1 skipped done" in out
+    assert (n_starts(0), n_starts(1)) == (2, 1)
+
+
+@pytest.mark.parametrize(("deed", "told"), [("hang", ""), ("hang deaf", "did not end within")])
+def test_a_cell_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed, told):
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    befalls({0: deed})
+    began = time.monotonic()
+    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0.1")
+    assert time.monotonic() - began < 40
+    assert status == 1
+    assert statuses() == {0: "interrupted", 1: "done"}
+    assert "hydra.sweeper.timeout_min gives a cell no longer" in err
+    assert told in err
+    assert run_state(records()[0].directory) == RunState.INTERRUPTED
+    assert records()[0].error["type"] == ("KilledError" if told else "TimeLimitError")
+
+
+def test_a_time_limit_must_be_positive(sweep):
+    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0")
+    assert status == 1
+    assert "hydra.sweeper.timeout_min must be null or a positive number; got 0" in err
+
+
+def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
+    """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
+    for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.delenv(pool, raising=False)
+    monkeypatch.setattr(cores, "allowed", lambda: 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    befalls({0: "meet", 1: "meet"})
+    status, out, _ = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert status == 0, out
+    assert statuses() == {0: "done", 1: "done"}
+    for record in records().values():
+        assert (record.directory / "starts").read_text().split()[1:4] == ["3", "3", "3"]
+        assert (record.directory / local.LOG_NAME).exists()
+    starts = [(record.directory / "starts").read_text().split() for record in records().values()]
+    assert sorted(gpu for *_, gpu in starts) == ["4", "7"]
+
+
+def test_cells_that_define_the_same_result_are_run_once(sweep):
+    status, out, _ = sweep("seed=0,1,0", "activation=gelu")
+    assert status == 0
+    assert "3 cells, 2 new, 1 doubled; 2 to run" in out
+    assert "2 seed=0 same as 0 done" in out
+    assert n_starts(0) == 1
+
+
+def test_ctrl_c_stops_the_cell_at_work_and_starts_no_other(sweep):
+    befalls({0: "stop the sweep"})
+    status, out, err = sweep("seed=0,1")
+    assert status == 128 + signal.SIGINT
+    assert statuses() == {0: "interrupted"}
+    assert "0 seed=0 run interrupted" in out
+    assert "1 seed=1 not started new" in out
+    assert "2 of 2 cells" in err
+    befalls({})
+    assert sweep("seed=0,1")[0] == 0
+    assert [n_starts(seed) for seed in (0, 1)] == [2, 1]
+
+
+def test_a_cell_stops_when_the_sweep_is_killed(sweep, tmp_path):
+    befalls({0: "hang"})
+    code = (
+        "import sys; from nerve.cli import local, run\n"
+        f"local.COMMAND = [sys.executable, '-P', {str(STAND_IN)!r}]\n"
+        "sys.argv = ['nerve-run', '-m', 'seed=0,1']; run.main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as command:
+        wait_for(lambda: list(FOLDER.glob("*/starts")))
+        assert run_state(records()[0].directory) == RunState.ALIVE
+        command.kill()
+    wait_for(lambda: statuses() == {0: "interrupted"})
+
+
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_cell_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
+    status, out, err = sweep("model=gpt_tiny,mixer_tiny", "data=python_source")
+    assert status == 1
+    assert "2 cells, 1 new, 1 refused; 1 to run" in out
+    assert "0 model=gpt_tiny run done" in out
+    assert "1 model=mixer_tiny refused" in out
+    assert "'model.seq_len' not found, which data.seq_len refers to" in err
+    assert {"model=mixer_tiny", "data=python_source"} <= set(re.split(r"[,.; ]+", err))
+
+
+def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
+    status, _, err = sweep("activation=gelu,gelo")
+    assert status == 1
+    assert "activation/gelo" in err
+    assert "cell 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
+    assert not FOLDER.exists()
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(sweep, monkeypatch):
+    Plugins.instance()  # which registers what is installed
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "joblib.yaml")
+    status, _, err = sweep("seed=0,1", "hydra/launcher=joblib")
+    assert status == 1
+    assert 'pip install -e ".[joblib]"' in err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(sweep):
+    status, _, err = sweep("seed=0,1", "hydra.sweep.dir=/proc/nerve")
+    assert status == 1
+    assert err.startswith("nerve-run: A run must be able to write in its directory; /proc/nerve")
+
+
+def test_cells_that_would_start_further_processes_are_refused(sweep):
+    status, out, err = sweep("trainer.devices=1,2", "seed=0")
+    assert status == 1
+    assert "0 trainer.devices=1 run done" in out
+    assert "trainer.strategy=auto with trainer.devices=2 starts others" in err
+
+
+def test_the_directories_are_those_that_hydra_is_told(sweep):
+    chosen = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=${hydra.job.num}_${seed}"]
+    assert sweep("seed=3,4", *chosen)[0] == 0
+    assert sorted(path.parent.name for path in Path("mine").glob("*/run.json")) == ["0_3", "1_4"]
+    assert Path("mine/1_4/starts").read_text().split()[0] == "1"  # hydra.job.num
+    status, out, _ = sweep("seed=3,4", *chosen)
+    assert status == 0
+    assert "2 cells, 2 done; 0 to run" in out
+    status, _, err = sweep("seed=3,4", "activation=relu", *chosen)
+    assert status == 1
+    assert "mine/0_3 holds run" in err
+    assert "activation.name" in err
+
+
+@pytest.mark.parametrize("is_run_before", [False, True])
+def test_cells_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
+    """Else one of them would count as the other, which is done, and never run."""
+    chosen = "hydra.sweep.subdir=${activation.name}"
+    if is_run_before:
+        assert sweep("seed=0", "activation=relu", chosen)[0] == 0
+    status, _, err = sweep("seed=0,1", "activation=relu", chosen)
+    assert status == 1
+    assert "cells 0 (seed=0 activation=relu) and 1 (seed=1 activation=relu) would share" in err
+    assert f"{FOLDER}/relu with different values of seed; nothing was started" in err
+    assert "hydra.sweep.subdir" in err
+    assert statuses() == ({0: "done"} if is_run_before else {})
+
+
+def test_cells_of_one_result_in_a_chosen_directory_are_run_once(sweep):
+    status, out, _ = sweep("seed=0", "threads=1,2", "hydra.sweep.subdir=${activation.name}")
+    assert status == 0
+    assert "2 cells, 1 new, 1 doubled; 1 to run" in out
+    assert n_starts(0) == 1
+
+
+def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_made(sweep):
+    status, _, err = sweep("seed=0", "hydra/launcher=slurm", "trainer.devices=auto")
+    assert status == 1
+    assert "sent with the number of its devices; got trainer.devices=auto" in err
+
+
+class Returns(Launcher):
+    """Returns what the cells raised, as submitit's launcher does."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None: ...
+
+    def launch(self, job_overrides, initial_job_idx):
+        error = RuntimeError("no module named torch there")
+        return [JobReturn(status=JobStatus.FAILED, _return_value=error) for _ in job_overrides]
+
+
+def test_what_cells_raised_elsewhere_is_said(sweep, monkeypatch):
+    name = "hydra_plugins.returns.Returns"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Returns)
+    status, _, err = sweep("seed=0", f"hydra.launcher._target_={name}")
+    assert status == 1
+    assert "0 (the only one): not started" in err
+    assert "the launcher: no module named torch there" in err
+
+
+class GivesUp(Launcher):
+    """Takes the cells, and raises as submitit's launcher does when a job is killed."""
+
+    received: list[list[str]]
+
+    def setup(self, *, hydra_context, task_function, config) -> None: ...
+
+    def launch(self, job_overrides, initial_job_idx):
+        GivesUp.received += [list(overrides) for overrides in job_overrides]
+        raise RuntimeError(f"job {initial_job_idx} is gone\nand this was its whole log")
+
+
+def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sweep, monkeypatch):
+    assert sweep("seed=1")[0] == 0
+    GivesUp.received = []
+    name = "hydra_plugins.gives_up.GivesUp"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, GivesUp)
+    where = [f"hydra.launcher._target_={name}", "hydra.sweeper.max_batch_size=1"]
+    status, out, err = sweep("seed=0,1,2", *where)
+    assert status == 1
+    subdirs = [overrides.pop() for overrides in GivesUp.received]
+    assert [overrides[0] for overrides in GivesUp.received] == ["seed=0", "seed=2"]
+    assert all(re.fullmatch(r"hydra\.sweep\.subdir='[0-9a-f]{12}'", text) for text in subdirs)
+    assert "1 seed=1 skipped done" in out
+    assert "0 (seed=0), 2 (seed=2): not started" in err
+    assert "the launcher: job 0 is gone" in err
+    assert "whole log" not in err
+    assert "the launcher: job 1 is gone" in err
+    status, out, _ = sweep("seed=1", *where)
+    assert status == 0
+    records()[1].update(run_status="interrupted")
+    as_an_earlier_version_left(1, "123456789abc")
+    GivesUp.received = []
+    assert sweep("seed=1", *where)[0] == 1
+    assert GivesUp.received == [["seed=1", "hydra.sweep.subdir='123456789abc'"]]
+
+
+class FindsARun(Launcher):
+    """Meanwhile the directory of the cell has got the run that is in `other`."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None: ...
+
+    def launch(self, job_overrides, initial_job_idx):
+        shutil.copytree("other/chosen", "mine/chosen")
+        raise RuntimeError("the job was killed")
+
+
+@pytest.fixture
+def finds_a_run(sweep, monkeypatch):
+    """A sweep of one cell whose launcher is `FindsARun`, after one into `other`."""
+    name = "hydra_plugins.finds_a_run.FindsARun"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, FindsARun)
+
+    def call(first: list[str], second: list[str], between: Callable[[], None]):
+        chosen = ["seed=3", "hydra.sweep.subdir=chosen"]
+        assert sweep(*chosen, "hydra.sweep.dir=other", *first)[0] == 0
+        between()
+        return sweep(*chosen, "hydra.sweep.dir=mine", f"hydra.launcher._target_={name}", *second)
+
+    return call
+
+
+def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_cells(finds_a_run):
+    status, _, err = finds_a_run([], ["activation=relu"], lambda: None)
+    assert status == 1
+    assert "mine/chosen holds run" in err
+    assert "activation.name" in err
+
+
+def test_values_that_depend_on_the_machine_may_be_others_there(finds_a_run, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/there")
+    place = ["data.corpus.roots=[${oc.env:SCRATCH}/code]"]
+    status, out, err = finds_a_run(place, place, lambda: monkeypatch.setenv("SCRATCH", "/here"))
+    assert status == 0, err
+    assert "0 the only one run done" in out
+
+
+def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(finds_a_run):
+    """It is seen once the heartbeat is old: here, in two seconds."""
+
+    def lose_the_node() -> None:
+        beat = datetime.now(UTC) - FRESH + timedelta(seconds=2)
+        record = RunRecord.load("other/chosen")
+        heartbeat = beat.isoformat(timespec="seconds")
+        record.update(run_status="running", host="elsewhere", heartbeat=heartbeat)
+
+    status, _, err = finds_a_run([], [], lose_the_node)
+    assert status == 1
+    assert "0 (the only one): killed" in err

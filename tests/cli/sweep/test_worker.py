@@ -1,0 +1,92 @@
+"""A cell in a job of a cluster, which composes its configuration again."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import run_job
+from hydra.plugins.launcher import Launcher
+from omegaconf import open_dict, read_write
+
+from nerve.cli.config.compose import CONF, identity, register, resolved
+from nerve.cli.sweep.worker import run_cell
+from nerve.errors import StoreError
+from nerve.storage.record import RunRecord
+
+
+def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_refused(
+    tmp_path, monkeypatch
+):
+    """Its directory has the id of what was sent; one with a name of its own says nothing."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    monkeypatch.setattr("nerve.cli.experiment.run.run_experiment", lambda *_: 1.5)
+    register()
+
+    def run(name: str, *overrides: str) -> float:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        hydra_config = HydraConfig.get()
+        with read_write(hydra_config), open_dict(hydra_config):
+            hydra_config.runtime.output_dir = str(tmp_path / name)
+        return run_cell(config, hydra_config)
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", ["seed=3", "logger=none"])
+    sent = identity(composed)
+    assert run(sent, "seed=3") == 1.5
+    assert run("mine", "seed=4") == 1.5
+    placed = "+callbacks.ck.dirpath=${hydra:runtime.output_dir}/ck"  # not known when it is sent
+    assert run(sent, "seed=3", placed) == 1.5
+    with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
+        run(sent, "seed=3", "optimizer.lr=0.5")
+    assert not list(tmp_path.iterdir())
+    # A run that an earlier version gave the directory another id.
+    record = RunRecord.create(tmp_path / "0123456789ab", resolved(composed))
+    assert record.config_id == sent
+    assert run("0123456789ab", "seed=3") == 1.5
+    with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
+        run("0123456789ab", "seed=3", "optimizer.lr=0.5")
+
+
+class InThisProcess(Launcher):
+    """Runs its jobs as the process of a cluster's job would, and tells nobody how they ended."""
+
+    def __init__(self, **_):
+        pass
+
+    def setup(self, *, hydra_context, task_function, config):
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides, initial_job_idx):
+        returns = []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            composed = self.context.config_loader.load_sweep_config(self.config, overrides)
+            with read_write(composed.hydra), open_dict(composed.hydra):
+                composed.hydra.job.id = composed.hydra.job.num = number
+            returns.append(
+                run_job(
+                    hydra_context=self.context,
+                    task_function=self.task,
+                    config=composed,
+                    job_dir_key="hydra.sweep.dir",
+                    job_subdir_key="hydra.sweep.subdir",
+                )
+            )
+        return returns
+
+
+def test_the_log_of_a_job_says_why_its_cell_failed(run, monkeypatch):
+    name = "hydra_plugins.here.InThisProcess"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, InThisProcess)
+    cell = Path("outputs", "multirun")
+    status, _, err = run("-m", f"hydra.launcher._target_={name}", "data.corpus.roots=[/nowhere]")
+    assert status == 1
+    log, _, summary = err.partition("1 of 1 cell in")
+    assert "nerve-run: A root of python_source must be a folder" in log
+    assert "got '/nowhere'" in log
+    assert "failed: DataError: A root of python_source" in summary
+    assert [path.name for path in cell.glob("*/run.json")] == ["run.json"]

@@ -1,0 +1,310 @@
+"""Several processes measure what one would: counts, means and scatter merge exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import nerve
+from nerve.errors import MeasurementError
+from nerve.measuring.eigenproblem import FFNProblem
+from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.measurement import Measurement
+from nerve.measuring.probe import Probe
+from nerve.recording.solver import Solver
+
+WORLD = 2
+NUMBERS = [
+    *("n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"),
+    *("variance_outside", "mean_share_pre", "mean_share_post", "largest_share_pre"),
+    *("largest_share_post", "top_share_pre", "top_share_post"),
+]
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)]
+    return nn.Sequential(*layers, nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)).double()
+
+
+def ffns(model: nn.Sequential) -> list[FFNAdapter]:
+    return [FFNAdapter(0, "ffn", model[0], model[2]), FFNAdapter(1, "ffn", model[3], model[5])]
+
+
+def data() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    return x * torch.linspace(1, 3, 300, dtype=torch.float64)[:, None] + 100
+
+
+def join(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+
+
+def leave() -> None:
+    dist.barrier()  # gloo aborts a process that leaves while another still talks to it
+    dist.destroy_process_group()
+    # One that is still there when the interpreter ends may abort the process.
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name]
+
+
+SHARDS = [[0, 150, 300], [0, 299, 300], [0, 300, 300], [0, 0, 300]]
+"""Where the data of each process begin and end: even, uneven and empty."""
+
+
+def measure_shards(rank: int, folder: str) -> None:
+    join(rank, folder)
+    for number, bounds in enumerate(SHARDS):
+        for shortcut in (True, False):
+            model = make_model()
+            probe = Probe(ffns(model))
+            probe.install()
+            measurement = Measurement(probe, shortcut=shortcut)
+            measurement.start()
+            for batch in data()[bounds[rank] : bounds[rank + 1]].split(70):
+                if len(batch):
+                    model(batch)
+                    measurement.finish_forward()
+            measurement.stop()
+            measurement.reduce()
+            (problem,) = measurement.problems(rank, WORLD)
+            row = json.dumps(problem.solve().row())
+            Path(folder, f"{number}-{shortcut}-{rank}.json").write_text(row)
+    leave()
+
+
+@pytest.fixture(scope="module")
+def measured_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    mp.spawn(measure_shards, args=(str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("number", range(len(SHARDS)))
+def test_two_processes_equal_one_over_the_union(measured_shards, number, shortcut):
+    """Even, uneven and empty shards, in float64, to 1e-10; each process has one of the FFNs."""
+    model = make_model()
+    one = nerve.measure(model, [data()], ffns=ffns(model), shortcut=shortcut)
+    names = [f"{number}-{shortcut}-{rank}.json" for rank in range(WORLD)]
+    rows = [json.loads((measured_shards / name).read_text()) for name in names]
+    np.testing.assert_allclose(pd.DataFrame(rows)[NUMBERS], one[NUMBERS], rtol=1e-10)
+    assert [row["layer"] for row in rows] == [0, 1]
+
+
+def measure_sharded_weights(rank: int, folder: str) -> None:
+    join(rank, folder)
+    for shard in (fully_shard, partial(FullyShardedDataParallel, device_id=torch.device("cpu"))):
+        model = make_model()
+        described = ffns(model)
+        sharded = shard(model)
+        probe = Probe(described)
+        probe.install()
+        measurement = Measurement(probe)
+        measurement.start()
+        for batch in data()[150 * rank : 150 * (rank + 1)].split(70):
+            sharded(batch)
+            measurement.finish_forward()
+        measurement.stop()
+        measurement.reduce()
+        (problem,) = measurement.problems(rank, WORLD)
+        path = Path(folder, f"{shard is fully_shard}-{rank}.json")
+        path.write_text(json.dumps(problem.solve().row()))
+        probe.remove()
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # FSDP keeps gloo's threads, with which an interpreter may abort at its end
+
+
+def test_weights_sharded_over_processes_are_measured_as_whole_ones(tmp_path):
+    """Both generations of FSDP, the data split as well."""
+    model = make_model()
+    one = nerve.measure(model, [data()], ffns=ffns(model))
+    mp.spawn(measure_sharded_weights, args=(str(tmp_path),), nprocs=WORLD)
+    for newer in (True, False):
+        paths = [tmp_path / f"{newer}-{rank}.json" for rank in range(WORLD)]
+        rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+        np.testing.assert_allclose(rows[NUMBERS], one[NUMBERS], rtol=1e-10)
+
+
+def test_features_split_by_tensor_parallelism_are_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for whole, output in ((False, None), (True, Replicate())):
+            model = make_model()
+            split = ColwiseParallel(output_layouts=output, use_local_output=not whole)
+            parallelize_module(model[0], mesh, split)
+            with pytest.raises(MeasurementError, match="ffn in layer 0 are split over processes"):
+                nerve.measure(model, [data()], ffns=ffns(model)[:1])
+    finally:
+        dist.destroy_process_group()
+
+
+def solve_shares(rank: int, folder: str) -> None:
+    join(rank, folder)
+    for broken in (None, 1):
+        solver = Solver(torch.device("cpu"))
+        solved, errors = [], []
+        for step in range(2):
+            problems = [make_problem(layer, broken == layer) for layer in range(rank, 3, WORLD)]
+            try:
+                solved += solver.submit({"step": step}, problems)
+            except MeasurementError as error:
+                errors.append(str(error))
+        told = {"layers": [[s.layer for s in item.spectra] for item in solved], "errors": errors}
+        Path(folder, f"{broken}-{rank}.json").write_text(json.dumps(told))
+    leave()
+
+
+def make_problem(layer: int, broken: bool) -> FFNProblem:
+    scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
+    shares = torch.zeros(2, 3, dtype=torch.float64)
+    return FFNProblem(
+        layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter, shares=shares
+    )
+
+
+def test_processes_share_the_problems_and_the_errors(tmp_path):
+    """Process 0 gets all spectra in order, process 1 solved layer 1; its error reaches both."""
+    mp.spawn(solve_shares, args=(str(tmp_path),), nprocs=WORLD)
+
+    def told(broken: int | None) -> list[dict]:
+        names = [f"{broken}-{rank}.json" for rank in range(WORLD)]
+        return [json.loads((tmp_path / name).read_text()) for name in names]
+
+    assert told(None) == [
+        {"layers": [[0, 1, 2]] * 2, "errors": []},
+        {"layers": [[1]] * 2, "errors": []},
+    ]
+    for process in told(1):
+        for step in range(2):
+            assert f"layer 1 at step {step} could not be solved" in process["errors"][step]
+
+
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source):
+    """float32 gradients are summed in another order, so rows agree to 1e-5, step 0 to 1e-6."""
+    library = Path(os.__file__).parent
+    common = [
+        f"data.corpus.roots=[{library / 'json'},{library / 'email'}]",
+        "data.val_fraction=0.2",
+        "data.vocab_size=300",
+        "model.n_layers=2",
+        "model.d_model=32",
+        "model.n_heads=2",
+        "model.seq_len=32",
+        "trainer.max_steps=4",
+        "trainer.enable_progress_bar=false",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "monitor.every_n_steps=2",
+        f"monitor.source={source}",
+        "threads=1",
+        "logger=none",
+    ]
+    for name, extra in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+        command = [sys.executable, "-m", "nerve.cli.run", *common, *extra]
+        result = subprocess.run(
+            [*command, f"hydra.run.dir={tmp_path / name}"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert result.returncode == 0, result.stderr
+    one, two = (nerve.load_metrics(tmp_path / name) for name in ("one", "two"))
+    assert one.step.tolist() == two.step.tolist()
+    columns = [*NUMBERS, "tokens_seen", "train_loss", "val_loss", "lr"]
+    np.testing.assert_allclose(two[columns], one[columns], rtol=1e-5, atol=1e-7)
+    first = one.step == 0
+    # JS is near 0 there, a difference of numbers near 1.
+    np.testing.assert_allclose(two[first][NUMBERS], one[first][NUMBERS], rtol=1e-6, atol=1e-8)
+    assert nerve.load_runs(tmp_path / "two").run_status.tolist() == ["done"]
+
+
+OWN_MODEL = """
+import sys
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from nerve.training.monitor import SpectralMonitor
+from nerve.measuring.ffns import FFNAdapter
+from nerve import RunRecord, RunStore
+from test_distributed import ffns, make_model, data
+
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = make_model()
+
+    def training_step(self, batch, batch_idx):
+        loss = ((self.model(batch[0]) - 1) ** 2).mean()
+        return {"loss": loss, "n_targets": len(batch[0])}
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+trainer = L.Trainer(
+    accelerator="cpu",
+    devices=2,
+    strategy="ddp",
+    precision="64-true",
+    max_steps=1,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+module = Model()
+store = None
+if trainer.global_rank == 0:
+    store = RunStore(sys.argv[1], RunRecord.create(sys.argv[1], {}).run_id)
+trainer.callbacks.append(SpectralMonitor(store, every_n_steps=1, ffns=ffns(module.model)))
+loader = DataLoader(TensorDataset(data()), batch_size=30)
+trainer.fit(module, loader, loader)
+"""
+
+
+def test_held_out_data_that_lightning_splits_over_processes_are_measured_together(tmp_path):
+    """An ordinary DataLoader: each process evaluates half of it."""
+    script = tmp_path / "own_model.py"
+    script.write_text(OWN_MODEL)
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ
+        | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(nerve.__file__).parents[1]}"},
+    )
+    assert result.returncode == 0, result.stderr
+    rows = nerve.load_metrics(tmp_path / "run")
+    assert rows["step"].tolist() == [0, 0, 1, 1]
+    model = make_model()
+    expected = nerve.measure(model, [data()], ffns=ffns(model))
+    loss = ((model(data()) - 1) ** 2).mean().item()
+    for step in (0, 1):  # the rate is 0
+        own = rows[rows["step"] == step]
+        np.testing.assert_allclose(own[NUMBERS], expected[NUMBERS], rtol=1e-9)
+        np.testing.assert_allclose(own["val_loss"], loss, rtol=1e-12)

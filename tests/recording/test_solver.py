@@ -1,0 +1,130 @@
+"""Problems are solved in order, errors name their place, and nothing pending is lost."""
+
+import os
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nerve.cores import SHARE
+from nerve.errors import MeasurementError
+from nerve.measuring.eigenproblem import FFNProblem, FFNSpectra
+from nerve.recording.solver import MOST_PENDING, NICENESS, Solver, spare_workers
+
+CPU = torch.device("cpu")
+SHARES = torch.full((2, 3), 0.1, dtype=torch.float64)
+
+
+def make_problem(layer: int, scale: float = 1.0) -> FFNProblem:
+    """Its covariances have the eigenvalues 1 to 4 times `scale`."""
+    scatter = 9 * scale * torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
+    return FFNProblem(
+        layer, "ffn", 10, 4, 4, "float64", before=scatter, post=scatter, shares=SHARES
+    )
+
+
+class Held(FFNProblem):
+    """A problem that is not solved before its gate opens."""
+
+    gate: threading.Event
+
+    def solve(self) -> FFNSpectra:
+        assert self.gate.wait(10)
+        return super().solve()
+
+
+def hold(problem: FFNProblem, gate: threading.Event) -> FFNProblem:
+    held = Held(**vars(problem))
+    object.__setattr__(held, "gate", gate)
+    return held
+
+
+@pytest.fixture(params=[0, 3])
+def solver(request):
+    solver = Solver(CPU, n_workers=request.param)
+    yield solver
+    solver.close()
+
+
+def test_every_measurement_comes_out_once_in_order(solver):
+    solved = []
+    for step in range(6):
+        problems = [make_problem(layer, scale=step + 1) for layer in range(4)]
+        solved += solver.submit({"step": step}, problems)
+    solved += solver.drain()
+    assert [item.labels["step"] for item in solved] == list(range(6))
+    for item in solved:
+        assert [spectra.layer for spectra in item.spectra] == [0, 1, 2, 3]
+        for spectra in item.spectra:
+            expected = torch.tensor([4.0, 3, 2, 1]) * (item.labels["step"] + 1)
+            torch.testing.assert_close(spectra.post, expected.double())
+    assert not list(solver.drain())
+
+
+def test_without_workers_a_measurement_is_solved_at_once():
+    solver = Solver(CPU)
+    assert solver.n_workers == 0
+    (solved,) = solver.submit({"step": 0}, [make_problem(0)])
+    assert solved.spectra[0].row()["status"] == "ok"
+
+
+def test_a_later_measurement_waits_for_the_order_and_too_many_wait_for_the_oldest():
+    gate, solver = threading.Event(), Solver(CPU, n_workers=2)
+    assert not list(solver.submit({"step": 0}, [hold(make_problem(0), gate)]))
+    assert not list(solver.submit({"step": 1}, [make_problem(0)]))
+    assert MOST_PENDING == 2
+    threading.Timer(0.2, gate.set).start()
+    solved = list(solver.submit({"step": 2}, [make_problem(0)]))  # back-pressure
+    assert gate.is_set()
+    solved += solver.drain()
+    assert [item.labels["step"] for item in solved] == [0, 1, 2]
+    solver.close()
+
+
+def test_a_problem_that_cannot_be_solved_names_its_layer_and_step(solver):
+    bad = replace(make_problem(3), post=-torch.eye(4, dtype=torch.float64))
+    with pytest.raises(MeasurementError, match="ffn in layer 3 at step 7 could not be solved"):
+        list(solver.submit({"step": 7}, [make_problem(2), bad])) + list(solver.drain())
+
+
+def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        solver = Solver(CPU, n_workers=2)
+        assert solver._pool is not None
+        assert {solver._pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
+        assert torch.get_num_threads() == 2
+        solver.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_threads_of_the_pool_give_way_to_those_that_train():
+    solver = Solver(CPU, n_workers=2)
+    assert solver._pool is not None
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    of_worker = solver._pool.submit(
+        lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    ).result()
+    assert of_worker == NICENESS > mine
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+    solver.close()
+
+
+def test_cores_that_train_have_none_to_spare(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert spare_workers(CPU) == 0
+    assert spare_workers(torch.device("cuda")) == 15
+    assert spare_workers(torch.device("cuda"), n_processes=2) == 7
+    assert spare_workers(torch.device("cuda"), n_processes=4) == 0
+
+
+def test_a_cell_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
+    for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
+        monkeypatch.setenv(SHARE, share)
+        assert spare_workers(torch.device("cuda")) == n_workers
+        assert spare_workers(CPU) == 0

@@ -1,0 +1,393 @@
+"""A report holds what its runs hold, says plainly what is missing, and replaces only a report."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from nerve.errors import ConfigError, StoreError
+from nerve.report.content import Content
+from nerve.report.write import gather, write_report
+from nerve.storage.record import RunRecord
+from nerve.storage.store import RunStore
+
+NAMES = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js")
+DEAD = {**dict.fromkeys(NAMES), "status": "no variance"}
+
+Make = Callable[..., RunRecord]
+
+
+@pytest.fixture
+def make(tmp_path: Path, row: Callable[..., dict[str, Any]]) -> Make:
+    """Makes a finished run under `runs/`; its loss falls with the steps and rises with the seed."""
+
+    def make(
+        name: str,
+        activation: str = "gelu",
+        seed: int = 0,
+        steps: tuple[int, ...] = (0, 10, 20, 30),
+        loss: float = 5.0,
+        run_status: str = "done",
+        error: Exception | None = None,
+        config: dict[str, Any] | None = None,
+        **values: Any,
+    ) -> RunRecord:
+        settings = {
+            "activation": {"name": activation},
+            "normalization": {"kind": "layernorm"},
+            "optimizer": {"schedule": {"warmup": 0.05}},
+            "trainer": {"max_steps": 30},
+            **(config or {}),
+            "seed": seed,
+        }
+        record = RunRecord.create(
+            tmp_path / "runs" / name,
+            settings,
+            seed=seed,
+            unigram_loss=4.9,
+            fingerprints={"corpus": values.pop("corpus", "c"), "tokenizer": "t", "heldout": "h"},
+        )
+        store = RunStore(record.directory, record.run_id)
+        for i, step in enumerate(steps):
+            at_step = {"val_loss": loss - i / 3 + seed / 10, "pr_pre": 2 + i / 7, **values}
+            store.append_metrics(row(step, layer, **at_step) for layer in range(2))
+            store.append_scalars([{"step": step, "name": "train_loss", "value": 4.0}])
+        if steps:
+            store.flush(steps[-1])
+        if run_status != "running":
+            record.finish(run_status, error, step=30, final={"val_loss": loss})
+        return record
+
+    return make
+
+
+def report(tmp_path: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
+    """Writes a report on `runs/`; gives its folder and the data of its page."""
+    index = write_report(tmp_path / "runs", **options)
+    text = index.read_text(encoding="utf-8")
+    block = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    return index.parent, json.loads(block)
+
+
+def table(content: Content, name: str) -> pd.DataFrame:
+    (found,) = [table for table in content.tables if table.name == name]
+    return found.frame.reset_index(drop=True)
+
+
+def drawings(content: Content) -> list[str]:
+    return [drawing.name for drawing in content.drawings]
+
+
+def note(content: Content, part: str) -> str:
+    (found,) = [text for text in content.notes if part in text]
+    return found
+
+
+def test_one_run_has_its_own_figures_and_tables_in_files_and_page(make, tmp_path):
+    record = make("a")
+    store = RunStore(record.directory, record.run_id)
+    spectrum = {"layer": 0, "ffn": "ffn", "eigenvalues": [2.0, 1.0]}
+    store.append_spectra(
+        {**spectrum, "step": step, "site": site} for step in (0, 30) for site in ("pre", "post")
+    )
+    store.flush(30)
+    folder, data = report(tmp_path)
+    assert folder == tmp_path / "report"  # beside the path
+    assert data["title"] == f"Run {record.run_id}"
+    names = [figure["name"] for figure in data["figures"]]
+    assert names == ["overview", "gain", "spectra", "training"]
+    assert data["notes"] == []
+    for name in names:
+        assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (folder / "figures" / f"{name}.svg").read_text()
+    for kept in data["tables"]:
+        csv = pd.read_csv(folder / "tables" / f"{kept['name']}.csv")
+        parquet = pd.read_parquet(folder / "tables" / f"{kept['name']}.parquet")
+        assert len(csv) == len(parquet) == kept["n_rows"]
+        assert list(csv.columns) == list(parquet.columns)
+    shown = {kept["name"]: kept for kept in data["tables"]}
+    assert [row[2] for row in shown["layers"]["rows"]] == [30, 30]
+    assert shown["layers"]["columns"][2] == "step"
+    assert set(shown) == {"layers", "within", "within_by_layer", "run"}
+    facts = dict(data["facts"])
+    assert (facts["flag"], facts["final validation loss (nats)"]) == ("ok", "4")
+    missed = note(gather(tmp_path / "runs", steps=(0, 7)), "the nearest stored ones are drawn")
+    assert missed.startswith("No spectra were stored at step 7;")
+
+
+def test_captions_say_sampling_rank_limits_and_seeds(make, tmp_path):
+    """The rows of the fixture: N = 100, D = 8, d_in = 4."""
+    make("a")
+    content = gather(tmp_path / "runs")
+    for drawing in content.drawings[:2]:
+        assert "N = 100 samples, D = 8 features, N/D = 12.5." in drawing.caption
+        assert "rank(pre) ≤ min(d_in, D, N − 1) = 4" in drawing.caption
+        assert "rank(post) ≤ 8" in drawing.caption
+        assert "One run, one seed." in drawing.caption
+
+
+def test_a_figure_of_one_corpus_says_the_sampling_of_its_runs(make, tmp_path):
+    make("a", "gelu")
+    make("b", "relu")
+    make("c", "gelu", corpus="other", n_samples=50)
+    make("d", "relu", corpus="other", n_samples=50)
+    captions = {each.name: each.caption for each in gather(tmp_path / "runs").drawings}
+    assert "N = 50 to 100 samples" in captions["curves_by_activation.name"]
+    found = {captions[name].partition("N = ")[2].split()[0] for name in ("loss_0", "loss_1")}
+    assert found == {"50", "100"}
+
+
+def test_several_runs_are_compared_by_what_varies(make, tmp_path):
+    for activation in ("gelu", "relu"):
+        for seed in (0, 1):
+            make(f"{activation}{seed}", activation, seed, pr_post=5.0 + len(activation) + seed)
+    content = gather(tmp_path / "runs")
+    assert drawings(content) == ["curves_by_activation.name", "layers_by_activation.name", "loss"]
+    assert dict(content.facts)["runs"] == "4 ok"
+    assert dict(content.facts)["activation.name"] == "gelu, relu"
+    assert "normalization.kind = layernorm" in dict(content.facts)["the same in all runs"]
+    assert "2 designs of 2 seeds each." in content.drawings[0].caption
+    runs = table(content, "runs")
+    assert sorted(runs["activation.name"]) == ["gelu", "gelu", "relu", "relu"]
+    assert set(runs["flag"]) == {"ok"}
+    assert list(runs["final_loss"].round(3).unique()) == [4.0, 4.1]
+    designs = table(content, "designs")
+    assert list(designs["n_seeds"]) == [2, 2]
+    assert designs["val_loss_sd"][0] == pytest.approx(0.1 / 2**0.5, rel=1e-5)
+    assert set(table(content, "across")["points"]) == {"designs", "runs"}
+    assert table(content, "within_summary")["window"][0] == "after_warmup"
+    assert len(table(content, "layers")) == 8
+
+
+def test_runs_that_cannot_be_compared_are_flagged_and_not_mixed_in(make, tmp_path):
+    make("ok0")
+    make("ok1", "relu")
+    make("failed", "silu", run_status="failed", error=ValueError("out of memory"))
+    make("running", "identity", run_status="running")
+    make("untrained", "leaky_relu", loss=9.0)
+    make("empty", "relu_squared", steps=())
+    content = gather(tmp_path / "runs")
+    assert note(content, "“failed”").endswith(
+        "ValueError: out of memory (last measured at step 30)"
+    )
+    for flag in ("running", "untrained", "no metrics"):
+        assert "in no figure and no statistic" in note(content, f"“{flag}”")
+    assert dict(content.facts)["runs"].startswith("2 ok, ")
+    assert sorted(table(content, "runs")["flag"]) == [
+        "failed",
+        "no metrics",
+        "ok",
+        "ok",
+        "running",
+        "untrained",
+    ]
+    designs = table(content, "designs").set_index("activation.name")
+    assert designs["val_loss"].notna().sum() == 2
+    assert "2 designs, one seed each: no interval" in content.drawings[0].caption
+
+
+def test_where_no_run_can_be_compared_the_flagged_ones_are_drawn(make, tmp_path):
+    make("a", run_status="running")
+    make("b", "relu", run_status="running")
+    content = gather(tmp_path / "runs")
+    assert "figures show the flagged ones" in note(content, "No run can be compared")
+    assert drawings(content) == ["curves_by_activation.name", "layers_by_activation.name"]
+
+
+def test_seeds_alone_are_lines_of_their_own(make, tmp_path):
+    make("a", seed=0)
+    make("b", seed=1)
+    content = gather(tmp_path / "runs")
+    assert "varies among these runs but the seed" in note(content, "No configuration value")
+    assert drawings(content)[:2] == ["curves_by_seed", "layers_by_seed"]
+
+
+def test_one_seed_only_gives_no_interval(make, tmp_path):
+    make("a")
+    make("b", "relu")
+    make("c", "relu", seed=1)
+    content = gather(tmp_path / "runs")
+    assert note(content, "one seed only").startswith("1 of 2 designs have one seed only")
+    assert table(content, "designs")["val_loss_sd"].isna().tolist() == [True, False]
+
+
+def test_dead_layers_are_named_and_the_rest_is_shown(make, tmp_path):
+    make("a")
+    make("dead", "relu", **DEAD)
+    content = gather(tmp_path / "runs")
+    assert note(content, "nothing could be measured").startswith("In 8 of 16 rows")
+    assert len([drawing.draw() for drawing in content.drawings]) == 3
+    shutil.rmtree(tmp_path / "runs" / "a")
+    content = gather(tmp_path / "runs")
+    assert "In all rows" in note(content, "nothing could be measured")
+    assert drawings(content) == ["overview", "gain", "training"]
+    assert all(drawing.draw().axes for drawing in content.drawings)
+
+
+def test_spectra_of_a_few_samples_are_named_with_the_worst(make, tmp_path):
+    make("a")
+    assert not any("a few samples" in text for text in gather(tmp_path / "runs").notes)
+    record = make("b", "relu", largest_share_post=0.5, top_share_post=0.75)
+    text = note(gather(tmp_path / "runs"), "a few samples")
+    assert text.startswith("In 8 of 16 rows of metrics a few samples may make the spectrum of post")
+    assert f"run {record.run_id}, layer" in text
+    assert "the farthest sample holds 50.0% of the variance, the farthest 0.1% 75.0%" in text
+
+
+def test_a_run_without_metrics_has_a_page(make, tmp_path):
+    make("a", steps=(), run_status="failed", error=ValueError("early"))
+    content = gather(tmp_path / "runs")
+    assert drawings(content) == []
+    assert "“failed”" in note(content, "flagged")
+    assert note(content, "Runs without metrics")
+    assert table(content, "layers").empty
+
+
+def test_what_loaders_leave_out_is_said_in_the_page(make, tmp_path):
+    """Copies, damaged records and parts, newer schemas, other data: each once."""
+    record = make("a")
+    make("b", "relu", corpus="other")
+    runs = tmp_path / "runs"
+    shutil.copytree(record.directory, runs / "copy")
+    (runs / "damaged").mkdir()
+    (runs / "damaged" / "run.json").write_text("{")
+    newer = json.loads((record.directory / "run.json").read_text())
+    (runs / "newer").mkdir()
+    (runs / "newer" / "run.json").write_text(json.dumps({**newer, "schema_version": 99}))
+    part = make("cut", "silu").directory / "metrics" / "part-000000000040.parquet"
+    part.write_bytes(b"PAR1")
+    content = gather(tmp_path / "runs")
+    for part_of_note in ("two directories", "damaged/run.json", "version 99", "part-000000000040"):
+        note(content, part_of_note)
+    assert "fingerprints.corpus" in note(content, "not comparable")
+    assert "incomplete" in note(content, "“incomplete”")
+    assert len(table(content, "runs")) == 3
+    # Losses on different data are in different figures.
+    assert drawings(content)[-2:] == ["loss_0", "loss_1"]
+
+
+def test_both_ffns_of_a_block_have_figures(make, tmp_path, row):
+    record = make("a", steps=())
+    store = RunStore(record.directory, record.run_id)
+    store.append_metrics(
+        row(step, layer, ffn=ffn)
+        for step in (0, 10)
+        for layer in (0, 1)
+        for ffn in ("token_mixing", "channel_mixing")
+    )
+    store.flush(10)
+    content = gather(tmp_path / "runs")
+    assert drawings(content) == [
+        "overview_token_mixing",
+        "gain_token_mixing",
+        "overview_channel_mixing",
+        "gain_channel_mixing",
+        "training",
+    ]
+
+
+def test_widths_are_fitted_where_there_are_two(make, tmp_path):
+    for width in (1, 2, 4):
+        make(str(width), config={"ffn": {"width": width}}, d_ff=4 * width)
+    relu = {"ffn": {"width": 4}, "activation": {"name": "relu"}}
+    make("relu", config=relu, d_ff=16)  # of one width: no line
+    content = gather(tmp_path / "runs")
+    scaling = table(content, "scaling")
+    assert set(scaling["n"]) == {3}
+    assert set(scaling["activation.name"]) == {"gelu"}
+    assert "curves_by_ffn.width" in drawings(content)
+
+
+def test_a_value_that_varies_but_cannot_be_a_factor_is_named(make, tmp_path):
+    """`lr` has the name of a column of the metrics."""
+    for i, lr in enumerate((1e-4, 1e-3)):
+        make(str(i), config={"lr": lr})
+    notes = " ".join(gather(tmp_path / "runs").notes)
+    assert "cannot be a factor: lr." in notes
+    assert "No configuration value varies" not in notes
+
+
+def test_hostile_names_stay_data(make, tmp_path):
+    """No string of a run can end the data block, name a file, or be read as mathematics."""
+    bad = "</script><script>alert(1)</script>"
+    for i, value in enumerate((bad, "$\\frac{$_{", "_x\u202e\n漢")):
+        make(str(i), config={f"../../{bad}": {"x y": value}, "threads": 4 if i else "8/3"})
+    folder, data = report(tmp_path)
+    text = (folder / "index.html").read_text()
+    assert text.count("</script>") == 2
+    assert "alert(1)</" not in text
+    (runs,) = [kept for kept in data["tables"] if kept["name"] == "runs"]
+    assert bad in {row[runs["columns"].index(f"../../{bad}.x y")] for row in runs["rows"]}
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert all(set(name) <= set(map(chr, range(33, 127))) - set("<>/$") for name in names)
+    assert not list(tmp_path.glob("*script*"))
+    csv = pd.read_csv(folder / "tables" / "runs.csv")
+    assert "_x\u202e\n漢" in set(csv[f"../../{bad}.x y"])
+    parquet = pd.read_parquet(folder / "tables" / "runs.parquet")
+    assert list(parquet["threads"]) == ["8/3", "4", "4"]
+
+
+def test_a_report_is_replaced_and_nothing_else_is(make, tmp_path):
+    make("a", steps=())
+    folder, _ = report(tmp_path, output=tmp_path / "out")
+    (folder / "figures" / "stale.svg").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    report(tmp_path, output=tmp_path / "out")
+    assert not (folder / "figures" / "stale.svg").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(StoreError, match="replaces an earlier report only"):
+        write_report(tmp_path / "runs", tmp_path / "runs")
+    assert not (tmp_path / "runs" / "figures").exists()
+
+
+def test_an_interrupted_report_can_be_written_again(make, tmp_path):
+    make("a", steps=())
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "writing within":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report(tmp_path, progress=stop)
+    assert "was interrupted" in (tmp_path / "report" / "index.html").read_text()
+    assert report(tmp_path)[1]["title"].startswith("Run ")
+
+
+def test_bad_input_is_one_message(make, tmp_path):
+    with pytest.raises(StoreError, match="there is none at"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"none was found under .*empty"):
+        write_report(tmp_path / "empty")
+    assert not (tmp_path / "report").exists()
+    make("a")
+    with pytest.raises(ConfigError, match="window must be one of all, after_warmup, differences"):
+        write_report(tmp_path / "runs", window="warmup")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"must be able to write its folder.*-o"):
+        write_report(tmp_path / "runs", tmp_path / "file" / "report")
+
+
+def test_progress_goes_from_nothing_to_all(make, tmp_path):
+    make("a", steps=())
+    seen: list[tuple[str, int, int]] = []
+    report(tmp_path, progress=lambda *step: seen.append(step))
+    assert seen[0] == ("reading runs", 0, 3)
+    assert seen[-1][1] == seen[-1][2]
+    assert "writing layers" in {what for what, _, _ in seen}
+
+
+def test_reports_leave_pyplot_and_torch_alone():
+    code = (
+        "import sys, nerve.report.write;"
+        "print({'matplotlib.pyplot', 'torch', 'hydra'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

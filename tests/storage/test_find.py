@@ -1,0 +1,176 @@
+"""Runs are found wherever the path points above them, once each, and oddities are named."""
+
+import os
+import shutil
+
+import pytest
+
+from nerve.errors import StoreError
+from nerve.storage.find import (
+    FingerprintWarning,
+    IncompleteWarning,
+    find_runs,
+    load_records,
+    runs_by_id,
+)
+from nerve.storage.identity import config_id
+from nerve.storage.record import DamagedRecordError, DamagedRecordWarning, RunRecord
+from nerve.storage.state import RunLock
+
+
+@pytest.fixture
+def tree(tmp_path, make_run):
+    """Two sweeps of two cells each and a single run."""
+    for name in ("sweep_a/c1", "sweep_a/c2", "sweep_b/c1", "sweep_b/c2", "single"):
+        make_run(tmp_path / name, steps=())
+    return tmp_path
+
+
+def test_a_run_a_sweep_and_a_tree(tree):
+    assert find_runs(tree / "single") == [tree / "single"]
+    assert find_runs(str(tree / "sweep_a")) == [tree / "sweep_a" / "c1", tree / "sweep_a" / "c2"]
+    assert len(find_runs(tree)) == 5
+
+
+def test_several_paths_count_a_run_once(tree):
+    assert find_runs([tree / "sweep_a", tree / "sweep_a" / "c1", tree / "single"]) == [
+        tree / "sweep_a" / "c1",
+        tree / "sweep_a" / "c2",
+        tree / "single",
+    ]
+
+
+def test_links_are_followed_and_their_loops_end(tree, tmp_path):
+    (tree / "sweep_a" / "up").symlink_to(tree)
+    (tree / "again").symlink_to(tree / "sweep_b")
+    (tree / "dangling").symlink_to(tree / "nowhere")
+    assert len(find_runs(tree)) == 5
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "all").symlink_to(tree / "sweep_b")
+    assert len(find_runs(outside)) == 2
+
+
+def test_hidden_directories_and_insides_of_runs_are_passed_over(tree):
+    shutil.copytree(tree / "single", tree / ".trash" / "single")
+    shutil.copytree(tree / "single", tree / "single" / "checkpoints" / "copy")
+    assert len(find_runs(tree)) == 5
+
+
+def test_no_runs_are_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"run\.json; none was found under .*empty"):
+        find_runs(tmp_path / "empty")
+    with pytest.raises(StoreError, match=r"there is none at .*missing"):
+        find_runs(tmp_path / "missing")
+    with pytest.raises(StoreError, match="none was found under no path"):
+        find_runs([])
+
+
+def test_a_damaged_record_is_left_out_and_named(tree):
+    (tree / "single" / "run.json").write_text("{")
+    with pytest.warns(DamagedRecordWarning, match="single"):
+        assert len(load_records(tree)) == 4
+    with (
+        pytest.warns(DamagedRecordWarning),
+        pytest.raises(StoreError, match="None of the 1 runs"),
+    ):
+        load_records(tree / "single")
+
+
+@pytest.mark.parametrize("further", ["original", "copy"])
+def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
+    shutil.copytree(tree / "sweep_a", tree / "copy_of_a")
+    where = tree / ("sweep_a" if further == "original" else "copy_of_a") / "c1"
+    RunRecord.load(where).update(step=100)
+    with pytest.warns(IncompleteWarning) as caught:
+        records = load_records(tree)
+    assert len(records) == 5
+    assert where in [record.directory for record in records]
+    assert len(caught) == 2
+    text = next(str(w.message) for w in caught if f"{where} counts" in str(w.message))
+    assert str(tree / "sweep_a" / "c1") in text
+    assert str(tree / "copy_of_a" / "c1") in text
+
+
+def test_a_copy_is_told_from_another_run_of_the_same_id(tree, make_run):
+    """A copy started when its original did; two runs that a caller gave one id did not."""
+    shutil.copytree(tree / "single", tree / "copy")
+    with pytest.warns(IncompleteWarning, match=r"\(copies of one run\).*Move one of them away"):
+        load_records(tree)
+    record = RunRecord.load(tree / "copy")
+    (tree / "copy" / "run.json").unlink()
+    make_run(tree / "other", steps=(), run_id=record.run_id)
+    path = tree / "other" / "run.json"
+    path.write_text(
+        path.read_text().replace(f'"started": "{record.started[:4]}', '"started": "1999')
+    )
+    with pytest.warns(IncompleteWarning, match=r"\(two runs of one id\)"):
+        load_records(tree)
+
+
+def test_a_record_of_a_newer_nerve_is_left_out_and_named(tree):
+    path = tree / "single" / "run.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.warns(IncompleteWarning, match=r"Left out: .*single.* has version 2"):
+        assert len(load_records(tree)) == 4
+
+
+def test_differing_fingerprints_are_named(tmp_path, make_run):
+    """Once for what differs, with the runs; a run without a fingerprint is not a difference."""
+    same = {"tokenizer": "t", "heldout": "h"}
+    ids = [
+        make_run(tmp_path / str(i), steps=(), fingerprints=fingerprints).run_id
+        for i, fingerprints in enumerate(
+            [{"corpus": "py311", **same}, {"corpus": "py312", **same}, {"corpus": "py312"}, {}]
+        )
+    ]
+    with pytest.warns(FingerprintWarning) as caught:
+        load_records(tmp_path)
+    (warning,) = caught
+    assert f"fingerprints.corpus, so their losses are not comparable (py311: {ids[0]}; " in str(
+        warning.message
+    )
+    assert f"py312: {ids[1]}, {ids[2]})" in str(warning.message)
+    load_records([tmp_path / "1", tmp_path / "2", tmp_path / "3"])
+
+
+def test_a_directory_that_cannot_be_listed_is_named(tree, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("sweep_b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(IncompleteWarning, match="sweep_b"):
+        assert len(find_runs(tree)) == 3
+
+
+def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_path):
+    """Done, then at work, then the furthest, then the last heard of; only directly below."""
+    config = {"seed": 1}
+    for name, run_status, step in (
+        ("a", "interrupted", 10),
+        ("b", "failed", 20),
+        ("c", "running", 5),
+        ("d", "done", 1),
+    ):
+        RunRecord.create(tmp_path / name, config).update(run_status=run_status, step=step)
+    other = RunRecord.create(tmp_path / "other", {"seed": 2})
+    for name in (".hidden", "a/inside"):
+        RunRecord.create(tmp_path / name, config)
+    (tmp_path / "empty").mkdir()
+    lock = RunLock(tmp_path / "c")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    runs, unread = runs_by_id(tmp_path)
+    lock.release()
+    assert runs.keys() == {config_id(config), other.config_id}
+    found = [(record.directory.name, state) for state, record in runs[config_id(config)]]
+    assert found == [("d", "done"), ("c", "alive"), ("b", "failed"), ("a", "interrupted")]
+    (error,) = unread
+    assert isinstance(error, DamagedRecordError)
+    assert "broken" in str(error)
+    assert runs_by_id(tmp_path / "nowhere") == ({}, [])

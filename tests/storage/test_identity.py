@@ -1,0 +1,207 @@
+"""config_id: what defines the result and nothing else; run_id: unique."""
+
+import json
+import math
+import random
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from nerve.cli.config.compose import CONF, identity, register, resolved
+from nerve.storage.identity import (
+    ADDED,
+    EXCLUDED,
+    config_id,
+    differences,
+    from_json,
+    new_run_id,
+    to_json,
+)
+
+CONFIG = {
+    "model": {"d_model": 128, "n_layers": 4, "dropout": 0.0},
+    "optimizer": {"lr": 3e-3, "betas": [0.9, 0.95]},
+    "data": {"batch_size": 16},
+    "seed": 1,
+}
+
+
+def test_known_value():
+    """The same on every machine and in later versions: SHA-256 of {"ffn":{"width":4},"seed":1}."""
+    assert config_id({"seed": 1, "ffn": {"width": 4.0}}) == "4c269520c577"
+
+
+def test_key_order_and_number_spelling_do_not_matter():
+    reordered = {
+        "seed": 1.0,
+        "data": {"batch_size": 16},
+        "optimizer": {"betas": (0.9, 0.95), "lr": 0.003},
+        "model": {"dropout": 0, "n_layers": 4.0, "d_model": 128},
+    }
+    assert config_id(reordered) == config_id(CONFIG)
+
+
+@pytest.mark.parametrize("key", EXCLUDED)
+def test_excluded_keys_do_not_matter(key):
+    """Neither as a value nor as a whole group."""
+    for value in ("/somewhere", {"a": {"b": 1}}):
+        config: dict = {**CONFIG, "data": dict(CONFIG["data"])}
+        node, *path = config, *key.split(".")
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
+        without = config_id({**CONFIG, **({"trainer": {}} if key.startswith("trainer") else {})})
+        assert config_id(config) == without
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1}, {"a": 2}),
+        ({"a": True}, {"a": 1}),
+        ({"a": "1"}, {"a": 1}),
+        ({"a": None}, {"a": 0}),
+        ({"a": None}, {}),
+        ({"a": float("inf")}, {"a": "inf"}),
+        ({"a": float("inf")}, {"a": float("-inf")}),
+        ({"a": float("inf")}, {"a": None}),
+        ({"_target_": "a.b.C"}, {"_target_": "a.b.D"}),
+        ({"_target_": "a.b.C"}, {"target": "a.b.C"}),
+        ({"target": "a.C"}, {"target": "b.C"}),
+        ({"a": [1, 2]}, {"a": [2, 1]}),
+        ({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}),
+        ({"a": {"threads": 1}}, {"a": {"threads": 2}}),
+        ({"a": 0.1 + 0.2}, {"a": 0.3}),
+        # Keys that mean nothing to nerve-run.
+        ({"launcher": "a"}, {"launcher": "b"}),
+        ({"sweep": "a"}, {"sweep": "b"}),
+        ({"progress": 0.1}, {"progress": 0.2}),
+        ({"data": {"num_workers": 1}}, {"data": {"num_workers": 2}}),
+    ],
+)
+def test_what_can_change_the_result_changes_the_id(one, other):
+    assert config_id(one) != config_id(other)
+    assert differences(one, other)
+
+
+@pytest.fixture(scope="module")
+def default() -> dict:
+    """The configuration of the default run, as run.json has it."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", ["logger=none"])
+    values = resolved(config)
+    assert config_id(values) == identity(config)
+    return values
+
+
+def changed(config: dict, dotted: str, *value: object) -> dict:
+    """`config` with `value` at the dotted key; without the key where none is given."""
+    config = deepcopy(config)
+    *parents, leaf = dotted.split(".")
+    node = config
+    for name in parents:
+        node = node[name]
+    node.pop(leaf, None)
+    if value:
+        node[leaf] = value[0]
+    return config
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_a_key_added_later_changes_an_id_only_with_a_value_that_changes_the_run(default, key):
+    """Runs of before the key are those of today; the key of another place counts."""
+    before, same = changed(default, key), changed(default, key, ADDED[key])
+    assert config_id(before) == config_id(same) == config_id(default)
+    assert differences(before, same) == []
+    for value in ("other", {"other": 1}, [ADDED[key]], None, True):
+        other = changed(default, key, value)
+        assert config_id(other) != config_id(default)
+        assert [name.removesuffix(".other") for name in differences(before, other)] == [key]
+    elsewhere = {**before, "elsewhere": {key.rpartition(".")[2]: ADDED[key]}}
+    assert config_id(elsewhere) != config_id(default)
+
+
+def test_false_is_not_the_zero_that_means_as_before(monkeypatch):
+    monkeypatch.setitem(ADDED, "a.b", 0)
+    monkeypatch.setitem(ADDED, "c", {"d": [1]})
+    assert config_id({"a": {"b": 0.0}, "c": {"d": [1.0]}}) == config_id({"a": {}})
+    assert config_id({"a": {"b": False}}) != config_id({"a": {}})
+    assert config_id({"a": {}, "c": {"d": [1], "e": 2}}) != config_id({"a": {}})
+
+
+def test_of_a_target_the_last_name_counts():
+    """Wherever it stands, so that a module can move; it takes nothing else with it."""
+
+    def config(module: str) -> dict:
+        inner = {"_target_": f"{module}.Inner", "x": 1}
+        return {"_target_": f"{module}.Outer", "one": inner, "list": [{"deep": [inner]}]}
+
+    assert config_id(config("nerve.data.text")) == config_id(config("elsewhere"))
+    assert differences(config("nerve.data.text"), config("elsewhere")) == []
+    other = config("nerve.data.text")
+    other["list"][0]["deep"][0] = {"_target_": "nerve.data.text.Other", "x": 1}
+    assert differences(config("nerve.data.text"), other) == ["list"]
+    # As OmegaConf gives what has no value yet, and a call whose target is itself configured.
+    assert config_id({"_target_": None}) != config_id({"_target_": {"a": 1}})
+
+
+def test_what_json_does_not_have_comes_back_from_it():
+    """NaN and infinities of a configuration, in lists, too; NumPy's numbers and paths as plain."""
+    config = {
+        "a": math.inf,
+        "b": [1, {"c": -math.inf}, (math.nan, np.float64("inf"))],
+        "d": np.float32(0.5),
+        "e": Path("/a"),
+        "f": {"float": 1.5},
+        "g": {"float": [1]},
+    }
+    text = json.dumps(to_json(config), allow_nan=False)
+    again = from_json(json.loads(text))
+    assert again["a"] == again["b"][2][1] == math.inf
+    assert again["b"][1] == {"c": -math.inf}
+    assert math.isnan(again["b"][2][0])
+    assert (again["d"], again["e"]) == (0.5, "/a")
+    assert (again["f"], again["g"]) == ({"float": 1.5}, {"float": [1]})
+    assert config_id(again) == config_id(config) == config_id(json.loads(text))
+    assert differences(config, again) == []
+    assert differences({"a": math.inf}, {"a": 1.0}) == ["a"]
+
+
+def test_ids_are_short_hex():
+    assert len(config_id(CONFIG)) == 12
+    assert int(config_id(CONFIG), 16) >= 0
+    assert len(new_run_id()) == 16
+    assert int(new_run_id(), 16) >= 0
+
+
+def test_run_ids_do_not_follow_a_seed():
+    """Two runs with the same seed are two runs."""
+    random.seed(0)
+    first = {new_run_id() for _ in range(100)}
+    random.seed(0)
+    assert len(first | {new_run_id() for _ in range(100)}) == 200
+
+
+def test_differences_are_the_keys_that_make_another_result():
+    other = {
+        "model": {"d_model": 64, "n_layers": 4.0},
+        "optimizer": {"lr": 3e-3, "betas": [0.9, 0.99]},
+        "data": {"batch_size": 16, "cache_dir": "/somewhere"},
+        "seed": 1,
+        "threads": 2,
+        "note": {"a": {"b": 1}},
+        "empty": {},
+    }
+    assert differences(CONFIG, other) == [
+        "empty",
+        "model.d_model",
+        "model.dropout",
+        "note.a.b",
+        "optimizer.betas",
+    ]
+    assert differences(CONFIG, {**CONFIG, "retry": True, "checkpoint": {"every_n_steps": 1}}) == []
+    assert bool(differences(CONFIG, other)) == (config_id(CONFIG) != config_id(other))

@@ -1,0 +1,119 @@
+"""One process a run directory, whatever becomes of the process that had it."""
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from nerve.errors import StoreError
+from nerve.storage.state import RunIsBusyError, RunLock, holder, is_locked
+
+HOLD = """
+import sys
+from nerve.storage.state import RunLock
+lock = RunLock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the lock of `<tmp_path>/run` until it ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    with process:
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_told_who_runs(tmp_path, other):
+    directory = tmp_path / "run"
+    assert is_locked(directory)
+    with pytest.raises(RunIsBusyError) as error:
+        RunLock(directory)
+    for text in (str(directory), f"process {other.pid} on host {socket.gethostname()}"):
+        assert text in str(error.value)
+    assert isinstance(error.value, StoreError)
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path, other):
+    directory = tmp_path / "run"
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert not is_locked(directory)
+    lock = RunLock(directory)
+    assert holder(directory) == {"host": socket.gethostname(), "pid": os.getpid()}
+    lock.release()
+
+
+def test_a_lock_is_free_once_released(tmp_path):
+    for _ in range(2):
+        lock = RunLock(tmp_path)
+        assert is_locked(tmp_path)
+        lock.release()
+        lock.release()
+        assert not is_locked(tmp_path)
+
+
+def test_whoever_only_asks_keeps_no_one_from_starting(tmp_path):
+    """Asking holds the lock shared for an instant; a start waits for that instant."""
+    RunLock(tmp_path).release()
+    with open(tmp_path / ".lock") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert not is_locked(tmp_path)
+        release = subprocess.Popen(["sleep", "0.2"], pass_fds=[asking.fileno()])
+    lock = RunLock(tmp_path)  # the lock goes with the last process that has the file open
+    release.wait()
+    lock.release()
+
+
+def test_a_process_that_the_holder_started_does_not_keep_the_lock(tmp_path):
+    lock = RunLock(tmp_path)
+    child = subprocess.Popen(["sleep", "5"], close_fds=False)
+    lock.release()
+    assert not is_locked(tmp_path)
+    child.kill()
+    child.wait()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"host": ', "\x00"])
+def test_a_lock_that_does_not_say_whose_it_is_still_locks(tmp_path, other, content):
+    (tmp_path / "run" / ".lock").write_text(content)
+    with pytest.raises(RunIsBusyError, match="in use by another process"):
+        RunLock(tmp_path / "run")
+
+
+def test_no_directory_is_not_locked(tmp_path):
+    assert not is_locked(tmp_path / "nowhere")
+    assert holder(tmp_path / "nowhere") == {}
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_system_without_locks_is_named_and_does_not_stop_a_run(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING):
+        RunLock(tmp_path).release()
+    assert "no locks" in caplog.text
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        RunLock(tmp_path / "file" / "run")

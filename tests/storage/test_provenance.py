@@ -1,0 +1,142 @@
+"""Versions and commit of the code that ran."""
+
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from nerve.storage import provenance
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_versions_are_those_installed(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("pyarrow", "no-such-package-as-this"))
+    versions = provenance.package_versions()
+    assert versions.keys() == {"python", "pyarrow"}
+    assert versions["pyarrow"] == version("pyarrow")
+
+
+def test_the_packages_are_by_names_that_the_index_knows():
+    """A misspelt one would be passed over as one that is not installed."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    assert set(provenance.PACKAGES) - {"nerve"} <= pins
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A checkout with this package's files for its commit; `call` is git in it."""
+
+    def call(*arguments: str) -> str:
+        user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(folder), *user, *arguments]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        return result.stdout.strip()
+
+    folder = tmp_path / "checkout"
+    for name in (".gitattributes", "nerve/_commit.txt", "nerve/storage/provenance.py"):
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text((ROOT / name).read_text())
+    call("init", "-q")
+    monkeypatch.setattr(provenance, "__file__", str(folder / "nerve/storage/provenance.py"))
+    return folder, call
+
+
+def test_commit_of_the_checkout_and_of_nothing_else(repository, tmp_path, monkeypatch):
+    """The repository that the package lies in, marked when changed; not one further out."""
+    folder, git = repository
+    assert provenance.git_commit() is None, "no commit yet"
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert provenance.git_commit() == git("rev-parse", "HEAD")
+    (folder / "nerve" / "storage" / "provenance.py").write_text("2")
+    assert provenance.git_commit() == git("rev-parse", "HEAD") + "+"
+    for installed in (folder / "venv/nerve/storage/p.py", tmp_path / "nerve/storage/p.py"):
+        monkeypatch.setattr(provenance, "__file__", str(installed))
+        assert provenance.git_commit() is None
+
+
+def test_an_archive_carries_its_commit(repository, tmp_path):
+    """Unpacked where there is no repository, and asked in a process of its own."""
+    folder, git = repository
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    git("archive", "--output", str(tmp_path / "a.tar"), "HEAD")
+    (folder / "later").write_text("a")
+    git("add", ".")
+    git("commit", "-q", "-m", "two")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    script = "import runpy, sys; print(runpy.run_path(sys.argv[1])['git_commit']())"
+    path = tmp_path / "unpacked" / "nerve" / "storage" / "provenance.py"
+    result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    assert result.stdout == f"{commit}\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "commit"),
+    [
+        ("$Format:%H$\n", None),
+        ("", None),
+        ("main\n", None),
+        (f"{'a1' * 20}\n", "a1" * 20),
+        (f"{'a1' * 20}+\n", f"{'a1' * 20}+"),
+        (f"{'a1' * 32}\n", "a1" * 32),
+    ],
+)
+def test_what_a_file_carries_is_a_commit_or_nothing(text, commit, tmp_path, monkeypatch):
+    """Without a repository: the placeholder of a tree that was merely copied says nothing."""
+    (tmp_path / "nerve").mkdir()
+    (tmp_path / "nerve" / "_commit.txt").write_text(text)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "nerve/storage/provenance.py"))
+    assert provenance.git_commit() == commit
+
+
+def test_the_commit_in_a_checkout_is_that_of_the_checkout_not_of_the_file(repository):
+    folder, git = repository
+    (folder / "nerve" / "_commit.txt").write_text("a1" * 20)
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert provenance.git_commit() == git("rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC "
+            "2023\nGCC version:  gcc version 12.3.0\n",
+            "535.104.05",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n",
+            "570.86.15",
+        ),
+        ("something else 1.2", None),
+        (None, None),
+    ],
+)
+def test_the_driver_is_what_the_kernel_says(text, driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "DRIVER_FILE", tmp_path / "version")
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert provenance.nvidia_driver() == driver
+
+
+def test_a_job_of_slurm_has_the_names_that_slurm_gave_it(monkeypatch):
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    assert provenance.cluster_job() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert provenance.cluster_job() == {"scheduler": "slurm", "id": "17"}
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    job = {"scheduler": "slurm", "id": "17", "array_id": "15", "array_task": "2", "restarts": "1"}
+    assert provenance.cluster_job() == job

@@ -1,0 +1,197 @@
+"""run.json: whole or not there, and true to what the run said."""
+
+import json
+import math
+import os
+import platform
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from nerve.errors import StoreError
+from nerve.storage.identity import config_id, differences
+from nerve.storage.record import DamagedRecordError, RunRecord
+
+CONFIG = {"seed": 3, "ffn": {"width": "8/3"}, "note": "two\nlines <script>alert(1)</script> \ud800"}
+
+
+def test_round_trip(tmp_path):
+    """Every field comes back, hostile text in the configuration included."""
+    record = RunRecord.create(
+        tmp_path / "run",
+        CONFIG,
+        run_id="cafe0001",
+        sweep="normfree",
+        seed=3,
+        n_parameters=1000,
+        fingerprints={"corpus": "c", "tokenizer": "t", "heldout": "h"},
+        device="cpu",
+        job={"id": "12_3"},
+        unigram_loss=5.5,
+        versions={"cuda": "12.8"},
+    )
+    record.update(step=40, final={"val_loss": 4.25})
+    loaded = RunRecord.load(tmp_path / "run")
+    assert loaded == record
+    assert loaded.config == CONFIG
+    assert loaded.config_id == config_id(CONFIG)
+    assert (loaded.run_id, loaded.run_status, loaded.restarts) == ("cafe0001", "running", 0)
+    assert loaded.versions["python"] == platform.python_version()
+    assert loaded.versions["cuda"] == "12.8"
+    assert datetime.now(UTC) - datetime.fromisoformat(loaded.heartbeat) < timedelta(minutes=1)
+
+
+def test_each_run_has_an_id_of_its_own(tmp_path):
+    ids = {RunRecord.create(tmp_path / str(i), CONFIG).run_id for i in range(3)}
+    assert len(ids) == 3
+
+
+def test_the_file_is_strict_json(tmp_path):
+    """NaN and infinity, NumPy numbers, paths and tuples come out as what JSON has."""
+    record = RunRecord.create(tmp_path, {"lr": np.float32(0.5), "betas": (0.9, float("inf"))})
+    record.update(final={"val_loss": float("nan"), "accuracy": np.float64(0.5)}, step=np.int64(7))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    values = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert values["final"] == {"val_loss": None, "accuracy": 0.5}
+    assert values["step"] == 7
+    assert values["config"] == {"lr": 0.5, "betas": [0.9, {"float": "inf"}]}
+    assert "directory" not in values
+
+
+def test_an_infinite_value_has_one_id_in_the_process_and_in_the_file(tmp_path):
+    config = {"clip": float("inf"), "lr": np.float32(0.1), "betas": (0.9, float("-inf"))}
+    record = RunRecord.create(tmp_path, config)
+    loaded = RunRecord.load(tmp_path)
+    assert loaded.config == {
+        "clip": math.inf,
+        "lr": float(np.float32(0.1)),
+        "betas": [0.9, -math.inf],
+    }
+    assert loaded.config_id == record.config_id == config_id(config)
+    assert differences(loaded.config, config) == []
+
+
+def test_the_id_is_that_of_the_configuration_whatever_an_earlier_version_called_it(tmp_path):
+    """Also where it wrote none, and where it wrote null for an infinite value, which stays null."""
+    record = RunRecord.create(tmp_path, {"clip": None, "_target_": "once.here.Thing"})
+    path = tmp_path / "run.json"
+    values = json.loads(path.read_text())
+    without = {name: value for name, value in values.items() if name != "config_id"}
+    for stored in ({**values, "config_id": "0123456789ab"}, without):
+        path.write_text(json.dumps(stored))
+        loaded = RunRecord.load(tmp_path)
+        assert loaded.config_id == record.config_id
+        assert loaded.config_id == config_id({"clip": None, "_target_": "now.there.Thing"})
+    assert differences(loaded.config, {"clip": math.inf, "_target_": "Thing"}) == ["clip"]
+    loaded.update(step=1)
+    assert json.loads(path.read_text())["config_id"] == record.config_id
+
+
+def test_finish_and_restart(tmp_path):
+    """A failed run says why and when; the same run, started again, keeps its id and counts it."""
+    record = RunRecord.create(tmp_path, CONFIG)
+    record.finish("failed", ValueError("no such <thing>"), step=5)
+    failed = RunRecord.load(tmp_path)
+    assert failed.run_status == "failed"
+    assert failed.error == {"type": "ValueError", "message": "no such <thing>"}
+    assert failed.ended is not None
+    failed.restart(job={"id": "2"})
+    again = RunRecord.load(tmp_path)
+    assert (again.run_status, again.error, again.ended) == ("running", None, None)
+    assert (again.restarts, again.run_id, again.step) == (1, record.run_id, 5)
+    assert (again.started, again.job) == (record.started, {"id": "2"})
+    again.finish("done")
+    assert RunRecord.load(tmp_path).error is None
+
+
+def test_a_changed_configuration_changes_its_id(tmp_path):
+    record = RunRecord.create(tmp_path, CONFIG)
+    record.restart(config={**CONFIG, "max_steps": 10})
+    assert RunRecord.load(tmp_path).config_id == config_id({**CONFIG, "max_steps": 10})
+
+
+def test_a_second_run_in_a_directory_is_refused(tmp_path):
+    first = RunRecord.create(tmp_path, CONFIG)
+    with pytest.raises(StoreError, match="Resume that run"):
+        RunRecord.create(tmp_path, CONFIG)
+    assert RunRecord.load(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stepp": 1}, {"run_id": "other"}, {"run_status": "finished"}, {"final": 3.0}],
+)
+def test_a_wrong_update_changes_nothing(tmp_path, changes):
+    record = RunRecord.create(tmp_path, CONFIG)
+    before = dict(vars(record))
+    with pytest.raises(StoreError, match=next(iter(changes))):
+        record.update(step=9, **changes)
+    assert vars(record) == before
+    assert RunRecord.load(tmp_path) == record
+
+
+@pytest.mark.parametrize("where", ["os.replace", "os.fsync"])
+def test_a_refused_write_leaves_the_old_record(tmp_path, monkeypatch, where):
+    record = RunRecord.create(tmp_path, CONFIG)
+
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, refuse)
+        with pytest.raises(StoreError, match=r"run\.json was refused"):
+            record.update(step=9)
+    assert record.step == 0
+    assert RunRecord.load(tmp_path) == record
+    assert os.listdir(tmp_path) == ["run.json"]
+    record.update(step=9)
+    assert RunRecord.load(tmp_path).step == 9
+
+
+def test_every_truncation_of_the_file_is_named(tmp_path):
+    """Wherever the file is cut, the error names it; a cut record is never taken for a whole one."""
+    RunRecord.create(tmp_path, CONFIG)
+    path = tmp_path / "run.json"
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 37):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedRecordError, match=r"run\.json"):
+            RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"schema_version": 1}',
+        '{"schema_version": "one"}',
+        '{"schema_version": 1, "run_id": "a", "config_id": "b", "config": [], "run_status": "done",'
+        ' "started": "", "heartbeat": ""}',
+        '{"schema_version": 1, "run_id": "a", "config_id": "b", "config": {}, "run_status": "?",'
+        ' "started": "", "heartbeat": ""}',
+        "\x00\xff",
+    ],
+)
+def test_what_is_not_a_record_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DamagedRecordError, match=r"run\.json"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_newer_record_is_not_guessed_at(tmp_path):
+    RunRecord.create(tmp_path, CONFIG)
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(StoreError, match="newer"):
+        RunRecord.load(tmp_path)
+
+
+def test_no_record_is_named(tmp_path):
+    with pytest.raises(StoreError, match=r"has none\. Give the directory of a run"):
+        RunRecord.load(tmp_path)

@@ -1,0 +1,123 @@
+"""What tests share: rows, runs and stores with numbers that are known."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from nerve.analysis.load import load_metrics, load_runs
+from nerve.storage.record import RunRecord
+from nerve.storage.store import RunStore
+
+CONFIG = {
+    "normalization": {"kind": "layernorm", "placement": "pre"},
+    "activation": {"name": "gelu"},
+    "ffn": {"width": "8/3", "gated": False},
+    "optimizer": {"lr": 0.003, "betas": [0.9, 0.95]},
+    "seed": 7,
+}
+
+
+def metrics_row(step: int, layer: int = 0, **values: Any) -> dict[str, Any]:
+    row = {
+        "step": step,
+        "tokens_seen": step * 64,
+        "layer": layer,
+        "ffn": "ffn",
+        "n_samples": 100,
+        "d_ff": 8,
+        "d_in": 4,
+        "se_pre": 1.0,
+        "se_post": 1.5,
+        "pr_pre": 2.0,
+        "pr_post": 5.0,
+        "eee_pre": 0.75,
+        "eee_post": 0.25,
+        "js": 0.125,
+        "variance_pre": 3.0,
+        "variance_post": 1.0,
+        "pr_pre_corrected": 2.0625,
+        "pr_post_corrected": 5.25,
+        "variance_outside": 0.5,
+        "largest_share_pre": 0.03125,
+        "largest_share_post": 0.03125,
+        "top_share_pre": 0.03125,
+        "top_share_post": 0.03125,
+        "mean_share_pre": 0.25,
+        "mean_share_post": 0.75,
+        "train_loss": 4.0,
+        "val_loss": 4.5,
+        "lr": 0.003,
+        "precision": "float32",
+        "status": "ok",
+    }
+    return row | values
+
+
+@pytest.fixture
+def row() -> Callable[..., dict[str, Any]]:
+    """A whole row of metrics at a step."""
+    return metrics_row
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    """A store with nothing in it."""
+    return RunStore(tmp_path / "run", "cafe0001")
+
+
+@pytest.fixture
+def make_run() -> Callable[..., RunRecord]:
+    """Makes a run directory with two steps of metrics, two layers each."""
+
+    def make(
+        directory: Path,
+        config: dict[str, Any] | None = None,
+        steps: tuple[int, ...] = (0, 10),
+        **values: Any,
+    ) -> RunRecord:
+        record = RunRecord.create(directory, config or CONFIG, **values)
+        store = RunStore(directory, record.run_id)
+        for step in steps:
+            store.append_metrics(metrics_row(step, layer) for layer in range(2))
+            store.append_scalars([{"step": step, "name": "train_loss", "value": 4.0 - step / 10}])
+            store.flush(step)
+        return record
+
+    return make
+
+
+@pytest.fixture
+def tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
+    """Stores runs and loads them again: `tables({...}, {...})` gives metrics and runs.
+
+    A run is a mapping with `rows` (what differs from `metrics_row`), and where they matter `run_id,
+    seed, config` (leaves by dotted name), `run_status, error`, and other fields of its record.
+    """
+    # What takes time and is tested elsewhere: where the code comes from, and what a crash survives.
+    monkeypatch.setattr("nerve.storage.record.git_commit", lambda: None)
+    monkeypatch.setattr("nerve.storage.record.package_versions", dict)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+    def make(*specs: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        for i, spec in enumerate(specs):
+            values = {"run_id": f"run{i}", "seed": i, "unigram_loss": 7.0, "config": {}} | spec
+            rows, leaves = values.pop("rows"), values.pop("config")
+            run_status, error = values.pop("run_status", "done"), values.pop("error", None)
+            final = values.pop("final", {})
+            config: dict[str, Any] = {"seed": values["seed"]}
+            for name, value in leaves.items():
+                group, _, key = name.partition(".")
+                config.setdefault(group, {})[key] = value
+            record = RunRecord.create(tmp_path / values["run_id"], config, **values)
+            store = RunStore(record.directory, record.run_id)
+            store.append_metrics(metrics_row(**row) for row in rows)
+            store.flush(0)
+            record.finish(run_status, error, final=final)
+        return load_metrics(tmp_path), load_runs(tmp_path)
+
+    return make

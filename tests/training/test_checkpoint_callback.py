@@ -1,0 +1,290 @@
+"""When a run saves, and that the best weights are those of the lowest validation loss."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim import SGD
+
+from nerve.errors import ConfigError, StoreError
+from nerve.optim import Schedule
+from nerve.storage.store import RunStore
+from nerve.training.checkpoint_callback import Cadence, Checkpointing
+from nerve.training.checkpoint_files import (
+    CheckpointFiles,
+    checkpoint_path,
+    kept_path,
+    kept_steps,
+    read_checkpoint,
+)
+from nerve.training.module import ImageClassifier
+from nerve.training.signals import StopSignals
+
+N_STEPS = 8
+
+
+class Batches(tuple):
+    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
+
+
+class KeepWeights(L.Callback):
+    """Copies of the weights after every number of optimizer steps."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_end(self, trainer, module, *args):
+        weights = module.model.state_dict()
+        self.after[trainer.global_step] = {name: weights[name].clone() for name in weights}
+
+
+class Scripted(ImageClassifier):
+    """Its validation losses, from step 1 on, are those given; without any, its own."""
+
+    losses: tuple[float, ...] = ()
+
+    def validation_step(self, batch, batch_idx):
+        if not self.losses:
+            return super().validation_step(batch, batch_idx)
+        return self.log("val_loss", self.losses[self.global_step - 1], batch_size=1)
+
+
+def batches(n: int) -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    return Batches(
+        (torch.randn(3, 4, generator=generator), torch.randint(2, (3,), generator=generator))
+        for _ in range(n)
+    )
+
+
+def fit(
+    directory,
+    cadence: Cadence,
+    losses: tuple[float, ...],
+    *,
+    accumulate: int = 1,
+    validate_every: int = 1,
+    callbacks: tuple[L.Callback, ...] = (),
+):
+    """Trains `N_STEPS` steps and validates every so many; gives the weights after each."""
+    torch.manual_seed(0)
+    module = Scripted(
+        nn.Linear(4, 2), lambda model: SGD(model.parameters(), lr=0.1), Schedule("linear")
+    )
+    module.losses = losses
+    files, kept = CheckpointFiles(), KeepWeights()
+    with StopSignals() as signals:
+        saving = Checkpointing(
+            files, directory, cadence, signals, RunStore(directory, "run"), {"vocab_size": 7}
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=N_STEPS,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=accumulate * validate_every,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            callbacks=[kept, StopAtTheEnd(), saving, *callbacks],
+            plugins=[files],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, batches(N_STEPS * accumulate), batches(1))
+    return kept.after, saving
+
+
+class StopAtTheEnd(L.Callback):
+    """As the monitor does, so that the last step is validated as the last."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == trainer.max_steps
+
+
+@pytest.fixture
+def steps_saved(monkeypatch) -> list[int]:
+    """The step of each checkpoint that is written, in order."""
+    steps: list[int] = []
+    write = CheckpointFiles.write
+
+    def noting(files):
+        if files.holds:
+            steps.extend(held["global_step"] for held in files._held.values())
+        write(files)
+
+    monkeypatch.setattr(CheckpointFiles, "write", noting)
+    return steps
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("every", "expected"), [(None, [8]), (3, [3, 6, 8]), (1, range(1, 9))])
+def test_a_checkpoint_is_written_every_so_many_steps_and_at_the_end(
+    tmp_path, steps_saved, accumulate, every, expected
+):
+    fit(tmp_path, Cadence(every_n_steps=every), (1.0,) * N_STEPS, accumulate=accumulate)
+    assert steps_saved == list(expected)
+    assert read_checkpoint(checkpoint_path(tmp_path, "last"))["global_step"] == N_STEPS
+
+
+def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one():
+    cadence = Cadence(every_n_minutes=2)
+    assert not cadence.is_due(7, 119)
+    assert cadence.is_due(7, 120)
+    both = Cadence(every_n_steps=5, every_n_minutes=2)
+    assert [both.is_due(step, seconds) for step, seconds in ((5, 0), (6, 0), (6, 130))] == [
+        True,
+        False,
+        True,
+    ]
+    assert not Cadence().is_due(1000, 1e9)
+
+
+def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, monkeypatch):
+    """A clock that moves by 25 s at each look, about once a step."""
+    seconds = iter(range(0, 10**6, 25))
+    monkeypatch.setattr("nerve.training.checkpoint_callback.time.monotonic", partial(next, seconds))
+    fit(tmp_path, Cadence(every_n_minutes=1), (1.0,) * N_STEPS)
+    assert 2 <= len(steps_saved) <= 5
+    assert steps_saved[-1] == N_STEPS
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ((8, 7, 6, 5, 4, 3, 2, 1), 8),
+        ((1, 2, 3, 4, 5, 6, 7, 8), 1),
+        ((5, 4, 2, 3, 2, 6, 7, 8), 3),
+    ],
+)
+@pytest.mark.parametrize("every", [None, 1, 3])
+def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, losses, best, every):
+    """Whenever files are written; of equal losses the first counts."""
+    weights, saving = fit(tmp_path, Cadence(every_n_steps=every), tuple(map(float, losses)))
+    kept = read_checkpoint(checkpoint_path(tmp_path, "best"))
+    assert (kept["step"], kept["val_loss"]) == (best, min(losses))
+    assert kept["facts"] == {"vocab_size": 7}
+    for name, weight in weights[best].items():
+        assert torch.equal(kept["model"][name], weight)
+    assert saving.scores == {"val_loss": losses[-1]}
+
+
+def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_kept_for(tmp_path):
+    """They are validated in the place of those that are trained, which have another loss."""
+    weights, _ = fit(tmp_path, Cadence(), (), callbacks=(EMAWeightAveraging(decay=0.9),))
+    kept = read_checkpoint(checkpoint_path(tmp_path, "best"))
+
+    def loss(state: dict[str, torch.Tensor]) -> float:
+        model = nn.Linear(4, 2)
+        model.load_state_dict(state)
+        ((images, labels),) = batches(1)
+        return nn.functional.cross_entropy(model(images), labels).item()
+
+    assert loss(kept["model"]) == pytest.approx(kept["val_loss"], rel=1e-6)
+    assert loss(weights[kept["step"]]) != pytest.approx(kept["val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("validate_every", [1, 3, N_STEPS])
+def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate, validate_every):
+    """Whether or not a validation falls on the step; as training begins, in its midst, its end."""
+    keep, start = Cadence(keep=[0, 2, 3, N_STEPS]), StartWeights()
+    weights, _ = fit(
+        tmp_path,
+        keep,
+        (1.0,) * N_STEPS,
+        accumulate=accumulate,
+        validate_every=validate_every,
+        callbacks=(start,),
+    )
+    weights = {0: start.weights, **weights}
+    assert kept_steps(tmp_path) == [0, 2, 3, N_STEPS]
+    for step in kept_steps(tmp_path):
+        kept = read_checkpoint(kept_path(tmp_path, step))
+        assert set(kept) == {"model", "facts", "step"}
+        assert (kept["step"], kept["facts"]) == (step, {"vocab_size": 7})
+        for name, weight in weights[step].items():
+            assert torch.equal(kept["model"][name], weight)
+    assert not torch.equal(weights[2]["weight"], weights[3]["weight"])
+
+
+class StartWeights(L.Callback):
+    """The weights before training."""
+
+    def on_train_start(self, trainer, module):
+        self.weights = {name: value.clone() for name, value in module.model.state_dict().items()}
+
+
+def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch):
+    """Beside those of the best, of which there is one here: of equal losses the first."""
+    steps, gather = [], Checkpointing._weights
+
+    def noting(saving, trainer, module):
+        steps.append(trainer.global_step)
+        return gather(saving, trainer, module)
+
+    monkeypatch.setattr(Checkpointing, "_weights", noting)
+    fit(tmp_path, Cadence(keep=[5]), (1.0,) * N_STEPS)
+    assert steps == [1, 5]
+
+
+def test_where_weights_are_averaged_the_kept_ones_are_the_averages_as_the_best_are(tmp_path):
+    """Of one step, the best and the kept are the same, and not those that are trained."""
+    losses = (2.0, 2.0, 1.0, *(2.0,) * (N_STEPS - 3))
+    average = EMAWeightAveraging(decay=0.9)
+    weights, _ = fit(tmp_path, Cadence(keep=[3]), losses, callbacks=(average,))
+    best = read_checkpoint(checkpoint_path(tmp_path, "best"))
+    kept = read_checkpoint(kept_path(tmp_path, 3))
+    assert best["step"] == 3
+    for name, weight in best["model"].items():
+        assert torch.equal(kept["model"][name], weight)
+        assert not torch.equal(kept["model"][name], weights[3][name])
+
+
+@pytest.mark.parametrize("keep", [[-1], [1.5], [True], ["3"], [None], "3", 3, None])
+def test_steps_to_keep_are_checked(keep):
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep must be a list of optimizer steps"):
+        Cadence(keep=keep)
+
+
+def test_steps_to_keep_are_those_of_the_run():
+    Cadence(keep=[0, 8]).require_reached(8)
+    with pytest.raises(ConfigError, match=r"got 9, 20 with trainer\.max_steps=8"):
+        Cadence(keep=[0, 9, 8, 20]).require_reached(8)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_before(
+    tmp_path, monkeypatch
+):
+    path = checkpoint_path(tmp_path, "last")
+    calls = []
+
+    def refuse(target, content):
+        calls.append(target)
+        if len(calls) > 2:  # best and last of step 2 were written
+            raise StoreError("full")
+        torch.save(dict(content), target)
+
+    path.parent.mkdir()
+    monkeypatch.setattr("nerve.training.checkpoint_files.write_checkpoint", refuse)
+    monkeypatch.setattr("nerve.training.checkpoint_callback.write_checkpoint", refuse)
+    with pytest.raises(StoreError, match="full"):
+        fit(tmp_path, Cadence(every_n_steps=2), tuple(float(9 - i) for i in range(N_STEPS)))
+    assert read_checkpoint(path)["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"every_n_steps": 0},
+        {"every_n_steps": 1.5},
+        {"every_n_minutes": 0},
+        {"every_n_minutes": "x"},
+    ],
+)
+def test_a_cadence_is_checked(values):
+    with pytest.raises(ConfigError, match=rf"checkpoint\.{next(iter(values))}"):
+        Cadence(**values)
