@@ -10,7 +10,7 @@ from nerve.analysis.compare import METRIC_NAMES
 from nerve.analysis.correlate import correlate_within_runs
 from nerve.analysis.factors import find_factors, levels_of
 from nerve.analysis.flags import flag_runs
-from nerve.report import figures_of_one_run as plots
+from nerve.report import figures_of_one_run
 from nerve.report.content import Content, Drawing, Table, dead_layers, limits, outlying_rows
 
 WINDOW_TEXTS = {
@@ -125,23 +125,23 @@ def _drawings(
             f"and after (post) the nonlinearity: mean ± SD over {n_layers} layers, with the "
             "validation loss; JS by layer and step. r: Pearson correlation of the mean over layers "
             f"with the validation loss over {over}; points of one run are not independent. {about}",
-            partial(plots.overview, metrics, correlations, f"{title}; r over {over}"),
+            partial(figures_of_one_run.overview, metrics, correlations, f"{title}; r over {over}"),
         ),
         Drawing(
             f"gain{suffix}",
             "PR gain = PR post / PR pre and ΔEEE = EEE post − EEE pre by layer and step. Purple: "
             f"the nonlinearity flattens the spectrum; grey: nothing could be measured. {about}",
-            partial(plots.gain_maps, metrics, title),
+            partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]
     if len(spectra):
-        shown = plots.chosen_steps(spectra["step"].unique().tolist(), steps)
+        shown = figures_of_one_run.chosen_steps(spectra["step"].unique().tolist(), steps)
         drawings.append(
             Drawing(
                 f"spectra{suffix}",
                 f"Eigenvalues as shares of the variance, by rank. Later steps are darker; shares "
-                f"below {plots.FLOOR:g} are not drawn. {about}",
-                partial(plots.spectra, spectra, metrics, title, shown),
+                f"below {figures_of_one_run.FLOOR:g} are not drawn. {about}",
+                partial(figures_of_one_run.spectra, spectra, metrics, title, shown),
             )
         )
     return drawings
@@ -153,7 +153,11 @@ def _training(metrics: pd.DataFrame, scalars: pd.DataFrame, run: pd.Series) -> D
         "Losses and learning rate over steps. The unigram loss is that of a model which knows only "
         "how frequent each token (or class) is. One run, one seed.",
         partial(
-            plots.training, metrics, scalars, run["unigram_loss"], f"run {run['run_id']}, training"
+            figures_of_one_run.training,
+            metrics,
+            scalars,
+            run["unigram_loss"],
+            f"run {run['run_id']}, training",
         ),
     )
 

@@ -15,7 +15,7 @@ from nerve.analysis.correlate import correlate_across_runs
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
 from nerve.analysis.flags import flag_runs
-from nerve.report import figures_of_several_runs as overlays
+from nerve.report import figures_of_several_runs
 from nerve.report.content import Content, Drawing, dead_layers, limits, outlying_rows, seeds
 from nerve.report.style import one_line
 from nerve.report.tables import comparison_tables
@@ -116,10 +116,10 @@ def _drawings(
     rows = metrics[metrics["run_id"].isin(runs["run_id"])]
     if rows.empty:
         return []
-    names = [name for name in overlays.CURVES if name != "val_loss"]
+    names = [name for name in figures_of_several_runs.CURVES if name != "val_loss"]
     means = depth_means(rows, runs, factors.varying, names=names)
     means = means[means["region"] == "all"]
-    layers = metrics_by_depth(rows, runs, factors.varying, names=overlays.LAYERS)
+    layers = metrics_by_depth(rows, runs, factors.varying, names=figures_of_several_runs.LAYERS)
     last = layers.groupby("run_id", observed=True)["step"].transform("max")
     layers = layers[layers["step"] == last]
     shown = _drawn_factors(runs, factors)
@@ -158,7 +158,11 @@ def _factor_drawings(
                 f"curves{suffix}_by_{factor}",
                 f"Validation loss and metrics (means over layers) over steps, by {factor}. {about}",
                 partial(
-                    overlays.curves_by_factor, means, factor, others, f"Training by {factor}{named}"
+                    figures_of_several_runs.curves_by_factor,
+                    means,
+                    factor,
+                    others,
+                    f"Training by {factor}{named}",
                 ),
             ),
             Drawing(
@@ -166,7 +170,7 @@ def _factor_drawings(
                 f"PR before and after the nonlinearity and their ratio at the last measured step, "
                 f"layer by layer, by {factor}. {about}",
                 partial(
-                    overlays.layers_by_factor,
+                    figures_of_several_runs.layers_by_factor,
                     layers,
                     factor,
                     others,
@@ -184,11 +188,11 @@ def _factor_drawings(
             Drawing(
                 f"loss{suffix}" + (f"_{i}" if which else ""),
                 f"Final validation loss against the metrics at the last measured step{which}. One "
-                f"point a design: mean over its seeds, bars ± SD (of up to {overlays.MAX_LINES} "
-                f"designs). r: Pearson with its 95% interval "
+                "point a design: mean over its seeds, bars ± SD (of up to "
+                f"{figures_of_several_runs.MAX_LINES} designs). r: Pearson with its 95% interval "
                 f"(Fisher), ρ: Spearman, n: designs. {limits(own)} {seeds(points)}",
                 partial(
-                    overlays.loss_against_metrics,
+                    figures_of_several_runs.loss_against_metrics,
                     points,
                     correlate_across_runs(points),
                     colour,
@@ -200,9 +204,10 @@ def _factor_drawings(
 
 
 def _lines(means: pd.DataFrame) -> str:
-    if means["design_id"].nunique() > overlays.MAX_LINES:
+    if means["design_id"].nunique() > figures_of_several_runs.MAX_LINES:
         return (
             "Lines: median of the designs of a level on the same data, where most of them were "
-            f"measured; bands: 10th to 90th percentile, of up to {overlays.MAX_LINES} lines."
+            "measured; bands: 10th to 90th percentile, of up to "
+            f"{figures_of_several_runs.MAX_LINES} lines."
         )
     return "Lines: mean over the seeds of a design; bands: lowest to highest."

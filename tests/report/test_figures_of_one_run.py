@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import LogNorm, to_rgb
 
-from nerve.report import figures_of_one_run as plots
+from nerve.report import figures_of_one_run
 from nerve.report.style import COLOURS, LOSS_COLOUR
 
 STEPS = (0, 10, 30)
@@ -56,7 +56,7 @@ def texts_of(figure):
 
 def test_overview_lines_are_means_over_layers_and_bands_one_sd():
     """By hand for three layers 0.1 apart: SD .1."""
-    figure = plots.overview(measured(), CORRELATIONS, "run x")
+    figure = figures_of_one_run.overview(measured(), CORRELATIONS, "run x")
     panel = figure.axes[0]
     line = line_of(panel, COLOURS["pre"])
     np.testing.assert_array_equal(line.get_xdata(), STEPS)
@@ -69,7 +69,7 @@ def test_overview_lines_are_means_over_layers_and_bands_one_sd():
 
 def test_overview_has_units_correlations_loss_and_limits():
     """Limits by hand for r = 4 of D = 16: ln 4, 4 and 1 - 4/16."""
-    figure = plots.overview(measured(), CORRELATIONS, "run x")
+    figure = figures_of_one_run.overview(measured(), CORRELATIONS, "run x")
     panels = figure.axes[:4]
     assert [panel.get_ylabel() for panel in panels] == [
         "SE (nats)",
@@ -93,7 +93,7 @@ def test_overview_has_units_correlations_loss_and_limits():
 
 
 def test_heat_maps_are_layers_by_steps_with_edges_between_steps():
-    figure = plots.overview(measured(), CORRELATIONS, "t")
+    figure = figures_of_one_run.overview(measured(), CORRELATIONS, "t")
     (mesh,) = [item for item in figure.axes[3].collections if hasattr(item, "get_coordinates")]
     by_layer = [[0.01, 0.11, 0.31], [0.02, 0.12, 0.32], [0.03, 0.13, 0.33]]
     np.testing.assert_allclose(mesh.get_array(), by_layer)
@@ -104,7 +104,7 @@ def test_heat_maps_are_layers_by_steps_with_edges_between_steps():
 
 def test_gain_maps_are_symmetric_about_no_change():
     """Gain 3 at most: from 1/3 to 3, logarithmic; ΔEEE about 0."""
-    figure = plots.gain_maps(measured(), "t")
+    figure = figures_of_one_run.gain_maps(measured(), "t")
     gain, delta = (panel.collections[0] for panel in figure.axes[:2])
     assert isinstance(gain.norm, LogNorm)
     np.testing.assert_allclose(gain.get_clim(), [1 / 3, 3])
@@ -120,27 +120,30 @@ def test_a_dead_layer_is_blank_in_maps_and_left_out_of_means():
     frame = measured()
     dead = frame["layer"] == 1
     frame.loc[dead, ["se_pre", "js", "pr_gain"]] = np.nan
-    figure = plots.overview(frame, CORRELATIONS, "t")
+    figure = figures_of_one_run.overview(frame, CORRELATIONS, "t")
     np.testing.assert_allclose(line_of(figure.axes[0], COLOURS["pre"]).get_ydata()[0], 0.6)
     (mesh,) = [item for item in figure.axes[3].collections if hasattr(item, "get_coordinates")]
     assert np.ma.getmaskarray(mesh.get_array()).tolist() == [[False] * 3, [True] * 3, [False] * 3]
-    gain = plots.gain_maps(frame, "t").axes[0].collections[0]
+    gain = figures_of_one_run.gain_maps(frame, "t").axes[0].collections[0]
     assert np.ma.getmaskarray(gain.get_array())[1].all()
 
 
 def test_where_nothing_was_measured_the_figure_says_so():
     frame = unmeasured(measured())
-    overview = plots.overview(frame, CORRELATIONS.iloc[:0], "t")
+    overview = figures_of_one_run.overview(frame, CORRELATIONS.iloc[:0], "t")
     assert texts_of(overview) == ["nothing could be measured"] * 4
-    assert texts_of(plots.gain_maps(frame, "t")) == ["nothing could be measured"] * 2
+    assert texts_of(figures_of_one_run.gain_maps(frame, "t")) == ["nothing could be measured"] * 2
     overview.draw_without_rendering()
 
 
 def test_one_layer_and_one_step_can_be_drawn():
     frame = measured(1, (0,))
-    for figure in (plots.overview(frame, CORRELATIONS, "t"), plots.gain_maps(frame, "t")):
+    for figure in (
+        figures_of_one_run.overview(frame, CORRELATIONS, "t"),
+        figures_of_one_run.gain_maps(frame, "t"),
+    ):
         figure.draw_without_rendering()
-    mesh = plots.gain_maps(frame, "t").axes[0].collections[0]
+    mesh = figures_of_one_run.gain_maps(frame, "t").axes[0].collections[0]
     np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [-0.5, 0.5])
 
 
@@ -160,7 +163,7 @@ def stored() -> pd.DataFrame:
 
 def test_spectra_are_shares_of_the_variance_by_rank(stored):
     """By hand: 8, 4, 2, 2 of 16; eigenvalues of 0 have no place on a logarithmic axis."""
-    figure = plots.spectra(stored, measured(8), "t", STEPS)
+    figure = figures_of_one_run.spectra(stored, measured(8), "t", STEPS)
     assert [panel.get_title() for panel in figure.axes] == [
         f"layer {i}" for i in (0, 1, 3, 4, 6, 7)
     ]
@@ -177,19 +180,19 @@ def test_spectra_are_shares_of_the_variance_by_rank(stored):
 
 
 def test_later_spectra_are_darker_and_sites_keep_their_colours(stored):
-    figure = plots.spectra(stored, measured(8), "t", STEPS)
+    figure = figures_of_one_run.spectra(stored, measured(8), "t", STEPS)
     pre = [line.get_color() for line in figure.axes[0].lines[:-1:2]]
     assert [sum(colour) for colour in pre] == sorted((sum(colour) for colour in pre), reverse=True)
     assert pre[-1] == pytest.approx(to_rgb(COLOURS["pre"]))
-    only = plots.spectra(stored, measured(8), "t", [30])
+    only = figures_of_one_run.spectra(stored, measured(8), "t", [30])
     assert only.axes[0].lines[0].get_color() == pytest.approx(to_rgb(COLOURS["pre"]))
 
 
 def test_steps_of_spectra():
     stored = list(range(0, 101, 10))
-    assert plots.chosen_steps(stored) == [0, 30, 70, 100]
-    assert plots.chosen_steps(stored[::-1], (52, 48, 1000)) == [50, 100]
-    assert plots.chosen_steps([7]) == [7]
+    assert figures_of_one_run.chosen_steps(stored) == [0, 30, 70, 100]
+    assert figures_of_one_run.chosen_steps(stored[::-1], (52, 48, 1000)) == [50, 100]
+    assert figures_of_one_run.chosen_steps([7]) == [7]
 
 
 def test_training_curves_and_what_else_was_logged():
@@ -200,7 +203,7 @@ def test_training_curves_and_what_else_was_logged():
             "value": [4.5, 4.1, 0.5, 0.7, 5.0],
         }
     )
-    figure = plots.training(measured(), scalars, 4.9, "t")
+    figure = figures_of_one_run.training(measured(), scalars, 4.9, "t")
     losses, rate, accuracy = figure.axes
     np.testing.assert_array_equal(losses.lines[0].get_ydata(), [4.5, 4.1])
     np.testing.assert_allclose(losses.lines[1].get_ydata(), [5, 5 - 1 / 3, 4])
@@ -214,6 +217,6 @@ def test_training_curves_and_what_else_was_logged():
 def test_training_without_a_loss_says_so():
     frame = measured().assign(val_loss=np.nan)
     scalars = pd.DataFrame({"step": [], "name": [], "value": []})
-    figure = plots.training(frame, scalars, None, "t")
+    figure = figures_of_one_run.training(frame, scalars, None, "t")
     assert texts_of(figure) == ["no loss was stored"]
     assert len(figure.axes[0].lines) == 2

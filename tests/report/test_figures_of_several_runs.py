@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
-from nerve.report import figures_of_several_runs as overlays
+from nerve.report import figures_of_several_runs
 from nerve.report.style import LEVEL_COLOURS
 
 
@@ -21,7 +21,7 @@ def curves(n_designs: int = 2, seeds: tuple[int, ...] = (0, 1), **changes) -> pd
             "step": step,
             "layer": layer,
             "depth": (layer + 0.5) / 2,
-            **dict.fromkeys((*overlays.CURVES, "pr_gain"), 1.0 + design + seed),
+            **dict.fromkeys((*figures_of_several_runs.CURVES, "pr_gain"), 1.0 + design + seed),
         }
         for design in range(n_designs)
         for seed in seeds
@@ -38,7 +38,7 @@ def layers(**changes) -> pd.DataFrame:
 
 def test_a_line_is_the_mean_over_seeds_and_its_band_their_range():
     """By hand: seeds at 1 and 2 have the mean 1.5."""
-    figure = overlays.curves_by_factor(curves(), "activation.name", [], "t")
+    figure = figures_of_several_runs.curves_by_factor(curves(), "activation.name", [], "t")
     panel = figure.axes[1]
     gelu, relu = panel.lines
     np.testing.assert_array_equal(gelu.get_xdata(), [0, 10])
@@ -53,7 +53,7 @@ def test_a_line_is_the_mean_over_seeds_and_its_band_their_range():
 
 
 def test_panels_are_named_with_units():
-    figure = overlays.curves_by_factor(curves(), "activation.name", [], "title")
+    figure = figures_of_several_runs.curves_by_factor(curves(), "activation.name", [], "title")
     assert figure.get_suptitle() == "title"
     assert [panel.get_title() for panel in figure.axes] == [
         "validation loss",
@@ -70,7 +70,9 @@ def test_panels_are_named_with_units():
 
 
 def test_other_factors_are_told_by_dashes():
-    figure = overlays.curves_by_factor(curves(4), "activation.name", ["optimizer.lr"], "t")
+    figure = figures_of_several_runs.curves_by_factor(
+        curves(4), "activation.name", ["optimizer.lr"], "t"
+    )
     lines = figure.axes[0].lines
     assert len(lines) == 4
     styles = {(line.get_color(), line.get_linestyle()) for line in lines}
@@ -81,13 +83,15 @@ def test_other_factors_are_told_by_dashes():
 
 def test_one_design_on_other_data_is_another_line():
     frame = pd.concat([curves(1), curves(1, data="other")])
-    figure = overlays.curves_by_factor(frame, "activation.name", [], "t")
+    figure = figures_of_several_runs.curves_by_factor(frame, "activation.name", [], "t")
     assert len(figure.axes[0].lines) == 2
 
 
 def test_of_many_designs_the_median_of_each_level_is_drawn():
     """60 designs of two levels: even ones 1, 3, …, 59 have the median 30."""
-    figure = overlays.curves_by_factor(curves(60, (0,)), "activation.name", ["optimizer.lr"], "t")
+    figure = figures_of_several_runs.curves_by_factor(
+        curves(60, (0,)), "activation.name", ["optimizer.lr"], "t"
+    )
     gelu, relu = figure.axes[0].lines
     np.testing.assert_allclose(gelu.get_ydata(), 30)
     np.testing.assert_allclose(relu.get_ydata(), 31)
@@ -105,7 +109,7 @@ def test_a_median_is_of_the_same_designs_all_along_its_line():
     few[["val_loss", "pr_post"]] *= 10
     other = curves(2, (0,), data="other")
     frame = pd.concat([many, few, other])
-    figure = overlays.curves_by_factor(frame, "activation.name", [], "t")
+    figure = figures_of_several_runs.curves_by_factor(frame, "activation.name", [], "t")
     lines = figure.axes[0].lines
     assert len(lines) == 4
     for line, height in zip(lines, (40, 41, 1, 2), strict=True):
@@ -117,7 +121,7 @@ def test_a_median_is_of_the_same_designs_all_along_its_line():
 
 
 def test_layers_at_the_last_step():
-    figure = overlays.layers_by_factor(layers(), "activation.name", [], "t")
+    figure = figures_of_several_runs.layers_by_factor(layers(), "activation.name", [], "t")
     assert [panel.get_title() for panel in figure.axes] == ["PR pre", "PR post", "PR gain"]
     assert {panel.get_xlabel() for panel in figure.axes} == {"layer"}
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_xdata(), [0, 1])
@@ -126,21 +130,21 @@ def test_layers_at_the_last_step():
 def test_runs_of_different_depth_are_drawn_over_relative_depth():
     deep, shallow = layers(n_designs=2, seeds=(0,)), layers(n_designs=1, seeds=(0,))
     frame = pd.concat([deep[deep["design_id"] == "design 1"], shallow[shallow["layer"] == 0]])
-    figure = overlays.layers_by_factor(frame, "activation.name", [], "t")
+    figure = figures_of_several_runs.layers_by_factor(frame, "activation.name", [], "t")
     assert {panel.get_xlabel() for panel in figure.axes} == {"depth (0 first layer, 1 last)"}
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0.25, 0.75])
 
 
 def points(n: int = 3, spread: float = 0.1) -> pd.DataFrame:
     loss = 3.0 + np.arange(n)
-    values = dict.fromkeys(overlays.SCATTERED, 10 - loss)
-    spreads = {f"{name}_sd": spread for name in (*overlays.SCATTERED, "val_loss")}
+    values = dict.fromkeys(figures_of_several_runs.SCATTERED, 10 - loss)
+    spreads = {f"{name}_sd": spread for name in (*figures_of_several_runs.SCATTERED, "val_loss")}
     return pd.DataFrame({"activation.name": "gelu", "val_loss": loss, **values, **spreads})
 
 
 CORRELATION = pd.DataFrame(
     {
-        "metric": list(overlays.SCATTERED),
+        "metric": list(figures_of_several_runs.SCATTERED),
         "n": 3,
         "pearson": -1.0,
         "pearson_low": np.nan,
@@ -151,7 +155,9 @@ CORRELATION = pd.DataFrame(
 
 
 def test_loss_against_metrics_has_a_point_a_design_with_bars():
-    figure = overlays.loss_against_metrics(points(), CORRELATION, "activation.name", "t")
+    figure = figures_of_several_runs.loss_against_metrics(
+        points(), CORRELATION, "activation.name", "t"
+    )
     panel = figure.axes[0]
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("validation loss (nats)", "SE (nats)")
     assert panel.get_title() == "SE pre\nr −1.00, ρ −0.50, n 3"
@@ -163,7 +169,7 @@ def test_loss_against_metrics_has_a_point_a_design_with_bars():
     np.testing.assert_allclose(horizontal.get_segments()[0], [[2.9, 7], [3.1, 7]])
     np.testing.assert_allclose(vertical.get_segments()[0], [[3, 6.9], [3, 7.1]])
     with_interval = CORRELATION.assign(pearson_low=-1.0, pearson_high=0.25)
-    figure = overlays.loss_against_metrics(points(), with_interval, None, "t")
+    figure = figures_of_several_runs.loss_against_metrics(points(), with_interval, None, "t")
     assert figure.axes[0].get_title() == "SE pre\nr −1.00 [−1.00, +0.25], ρ −0.50, n 3"
 
 
@@ -171,7 +177,9 @@ def test_one_seed_has_no_bars_and_a_missing_metric_no_point():
     frame = points(spread=np.nan)
     frame.loc[0, "se_pre"] = np.nan
     frame["js"] = np.nan
-    figure = overlays.loss_against_metrics(frame, CORRELATION, "activation.name", "t")
+    figure = figures_of_several_runs.loss_against_metrics(
+        frame, CORRELATION, "activation.name", "t"
+    )
     (container,) = figure.axes[0].containers
     np.testing.assert_allclose(container.lines[0].get_xdata(orig=False), [4, 5])
     assert container.lines[2] == ()
