@@ -56,8 +56,17 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+SHARED = ("trained_runs", "cluster")
+"""Fixtures of a session that take long: the tests that use one are run by one process."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(without_gpu)
+        # Tests run in several processes, each file in one of them.
+        names = getattr(item, "fixturenames", ())
+        group = next((name for name in SHARED if name in names), str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
