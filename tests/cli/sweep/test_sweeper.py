@@ -284,7 +284,7 @@ def test_ctrl_c_stops_the_cell_at_work_and_starts_no_other(sweep):
 def test_a_cell_stops_when_the_sweep_is_killed(sweep, tmp_path):
     befalls({0: "hang"})
     code = (
-        "import sys; from nerve.cli import local, run\n"
+        "import sys; from nerve.cli import run; from nerve.cli.sweep import local\n"
         f"local.COMMAND = [sys.executable, '-P', {str(STAND_IN)!r}]\n"
         "sys.argv = ['nerve-run', '-m', 'seed=0,1']; run.main()"
     )
