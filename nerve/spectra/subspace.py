@@ -6,6 +6,10 @@ from torch import Tensor
 
 from nerve.spectra.eigenvalues import mirrored
 
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
+_CLEARLY_ITS_OWN = 1e-3
+"""How far a column of unit length must lie from the span of those before it to be passed unseen."""
+
 
 def variance_outside(
     weight: Float[Tensor, "dim d_in"],
@@ -40,18 +44,23 @@ def variance_outside(
 
 
 def column_basis(weight: Float[Tensor, "dim d_in"]) -> Float64[Tensor, "dim rank"]:
-    """An orthonormal basis of the span of the columns, of the weight as it is stored.
+    """An orthonormal basis of the span of the columns, each of which counts whatever its length.
 
-    A column counts as one of its own unless it lies in the span of the others up to the rounding of
-    float64. NaN throughout if an entry is not finite.
+    A direction that columns of unit length reach by less than the rounding of float32 is none: a
+    product of two thin matrices has such. NaN throughout if an entry is not finite.
     """
     w = weight.double()
     if not w.isfinite().all():
         return torch.full_like(w, torch.nan)
-    basis, factor = torch.linalg.qr(w)
-    rounding = max(w.shape) * torch.finfo(torch.float64).eps
-    if (factor.diagonal().abs() > rounding * factor.norm(dim=0)).all():
+    basis, factor = torch.linalg.qr(_unit_columns(w))
+    if (factor.diagonal().abs() > _CLEARLY_ITS_OWN).all():
         return basis
-    # Some column is a combination of those before it, and its direction in `basis` arbitrary.
+    # Some column may be a combination of those before it, and its direction in `basis` arbitrary.
     left, values, _ = torch.linalg.svd(factor)
-    return basis @ left[:, values > rounding * values[0]]
+    return basis @ left[:, values > _ROUNDING * values[0]]
+
+
+def _unit_columns(w: Float64[Tensor, "dim d_in"]) -> Float64[Tensor, "dim d_in"]:
+    """Columns of unit length; those of zeros stay."""
+    length = w.norm(dim=0)
+    return w / torch.where(length > 0, length, 1)

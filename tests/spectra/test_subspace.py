@@ -25,7 +25,7 @@ def scatter_of(x: Tensor) -> Tensor:
 def oracle(weight: Tensor, x: Tensor) -> float:
     """With the projector from NumPy's pseudo-inverse."""
     w, centred = weight.double().numpy(), (x - x.mean(0)).double().numpy()
-    inside = centred @ (w @ np.linalg.pinv(w))
+    inside = centred @ (w @ np.linalg.pinv(w, rcond=1e-6))
     return 1 - np.square(inside).sum() / np.square(centred).sum()
 
 
@@ -62,13 +62,24 @@ def test_the_share_is_that_of_numpys_projector(dtype, n):
         lambda w: torch.cat([0 * w[:, :1], w[:, 1:]], 1),
         lambda w: torch.cat([w, w[:, :2]], 1),
         lambda w: w[:, :2] @ draw(2, D_IN, seed=3),
+        lambda w: w[:, :2].float() @ draw(2, D_IN, seed=3).float(),
     ],
-    ids=["dead column", "doubled columns", "low rank"],
+    ids=["dead column", "doubled columns", "low rank", "low rank in float32"],
 )
 def test_columns_that_add_nothing_do_not_count(change):
     weight, x = change(draw(DIM, D_IN)), draw(N, DIM, seed=1)
     assert column_basis(weight).shape[1] == torch.linalg.matrix_rank(weight)
     assert float(variance_outside(weight, samples=x)) == pytest.approx(oracle(weight, x))
+
+
+def test_the_length_of_a_column_does_not_matter():
+    """Also where another one is dead, so that the columns are looked at more closely."""
+    weight, x = draw(DIM, D_IN), draw(N, DIM, seed=1)
+    expected = float(variance_outside(weight, samples=x))
+    lengths = torch.tensor([1, 1e-20, 1e3, 1e-9, 1], dtype=torch.float64)
+    assert float(variance_outside(weight * lengths, samples=x)) == pytest.approx(expected)
+    dead = torch.cat([weight * lengths, 0 * weight[:, :1]], 1)
+    assert float(variance_outside(dead, samples=x)) == pytest.approx(expected)
 
 
 def test_scale_and_mean_do_not_matter():

@@ -1,6 +1,7 @@
 """Effects of runs: of a value a run, what a check estimates."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,11 +34,13 @@ def descending(value: Value, *names: str) -> Effect:
 
 
 def least(*effects: Effect) -> Effect:
-    """The effect whose interval has the lowest bound: it lies above a limit just where all do."""
+    """The effect whose interval has the lowest bound: it lies above a limit just where all do. It
+    has the seeds that all of them have."""
 
     def estimate(runs: Measured) -> Estimate:
         found = [effect(runs) for effect in effects]
-        return min(found, key=lambda each: each.low if each.has_interval else -np.inf)
+        lowest = min(found, key=lambda each: each.low if each.has_interval else -np.inf)
+        return replace(lowest, n_seeds=min(each.n_seeds for each in found))
 
     return estimate
 
