@@ -19,7 +19,7 @@ class CommitHook(BuildHookInterface):
         if version == "editable":  # runs from the checkout, which says it itself
             return
         # The file alone: what the package imports is not installed where it is built.
-        provenance = runpy.run_path(str(Path(self.root, "nerve", "results", "provenance.py")))
+        provenance = runpy.run_path(str(Path(self.root, "nerve", "storage", "provenance.py")))
         commit = provenance["git_commit"]()
         if commit is None:
             return

@@ -1,6 +1,8 @@
-"""What tests share: rows, runs and stores with numbers that are known."""
+"""What tests share: rows, runs and stores with numbers that are known, and the pages' examples."""
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,35 @@ CONFIG = {
     "optimizer": {"lr": 0.003, "betas": [0.9, 0.95]},
     "seed": 7,
 }
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fenced block of a page: the page relative to the root, the language, the text within."""
+
+    page: str
+    language: str
+    text: str
+
+
+def examples(language: str) -> list[Example]:
+    """All fenced blocks of README.md and docs/*.md in that language, in the order of the pages."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    return [
+        Example(str(page.relative_to(ROOT)), found, text)
+        for page in PAGES
+        for found, text in fence.findall(page.read_text())
+        if found == language
+    ]
+
+
+def example(language: str, words: str) -> str:
+    """The text of the one block of the pages in that language that has these words."""
+    (found,) = [block.text for block in examples(language) if words in block.text]
+    return found
 
 
 def metrics_row(step: int, layer: int = 0, **values: Any) -> dict[str, Any]:

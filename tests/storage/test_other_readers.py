@@ -1,6 +1,5 @@
-"""DuckDB and Polars read what runs stored: the README's two queries, and every column as it is."""
+"""DuckDB and Polars read what runs stored: the pages' two queries, and every column as it is."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,23 +8,14 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
+from support import example
 
 from nerve.storage.parts import read_parts
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS
 from nerve.storage.store import RunStore
 
-README = Path(__file__).parents[2] / "README.md"
 SPECTRA = {"pre": np.arange(12, 0, -1, dtype=np.float32), "post": np.ones(16, np.float32)}
-
-
-def example(language: str, word: str) -> str:
-    """The one code block of the README in that language that has the word."""
-    blocks = re.findall(
-        rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE
-    )
-    (block,) = [block for block in blocks if word in block]
-    return block
 
 
 @pytest.fixture
@@ -81,13 +71,13 @@ def interrupt_compaction(directory: Path, run_id: str) -> None:
         path.write_bytes(part)
 
 
-def test_the_duckdb_query_of_the_readme(outputs):
+def test_the_duckdb_query_of_the_pages(outputs):
     """Means over two seeds and two layers: gains of 1, 2, 2 and 4, and ten times these."""
     found = duckdb.sql(example("sql", "read_parquet")).fetchall()
     assert found == [("relu", "none", 2, 4.5, 22.5), ("gelu", "none", 2, 4.75, 2.25)]
 
 
-def test_the_polars_query_of_the_readme(outputs):
+def test_the_polars_query_of_the_pages(outputs):
     """Eight of twelve eigenvalues 12, 11, … hold 68/78 of their sum, eight of sixteen ones half."""
     names: dict[str, Any] = {}
     exec(example("python", "polars"), names)

@@ -1,0 +1,261 @@
+"""The pages: what they link is there, their commands compose, their code runs as it stands."""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from support import PAGES, ROOT, example, examples
+from torch import nn
+
+import nerve
+from nerve.cli.config.compose import CONF, register
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short_and_links_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 130
+    assert len(PAGES) == 7
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in readme
+
+
+@every_page
+def test_what_a_page_links_is_there(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_names_of_the_package_on_the_pages_are_there():
+    text = "\n".join(page.read_text() for page in PAGES)
+    names = set(re.findall(r"\bnerve\.([A-Za-z_]\w*)", text)) - {"spectra"}
+    assert len(names) > 15
+    assert names <= set(nerve.__all__)
+    assert not re.search(r"from nerve|import nerve\.", text), "pages show names as nerve.NAME"
+    (parts,) = re.findall(r"`nerve\.spectra` holds the parts:([^.]*)\.", text)
+    for name in re.findall(r"`(\w+)`", parts):
+        assert callable(getattr(import_module("nerve.spectra"), name))
+
+
+@contextmanager
+def hydra_at_conf() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def commands() -> list[list[str]]:
+    """The arguments of each `nerve-run` on the pages, without those that resume some run."""
+    lines = [line for block in examples("bash") for line in block.text.splitlines()]
+    calls = [line.partition("nerve-run")[2] for line in lines if "nerve-run" in line]
+    return [shlex.split(call, comments=True) for call in calls if "<run>" not in call]
+
+
+def test_the_commands_of_the_pages_compose(tmp_path):
+    """Of a sweep its first trial; the launcher of one's own is the page's YAML block."""
+    launcher = tmp_path / "cluster" / "hydra" / "launcher" / "ours.yaml"
+    launcher.parent.mkdir(parents=True)
+    launcher.write_text(example("yaml", "partition"))
+    found = commands()
+    assert len(found) > 10
+    with hydra_at_conf():
+        for arguments in found:
+            name, overrides = "config", []
+            for argument in arguments:
+                if argument.startswith("--config-name="):
+                    name = argument.partition("=")[2]
+                elif argument.startswith("--config-dir="):
+                    path = tmp_path / argument.partition("=")[2]
+                    overrides.append(f"hydra.searchpath=[file://{path}]")
+                elif argument != "-m":
+                    key, _, values = argument.partition("=")
+                    overrides.append(
+                        f"{key}={values.split(',')[0] if '[' not in values else values}"
+                    )
+            config = compose(name, overrides, return_hydra_config=True)
+            assert config.model.n_layers > 0, arguments
+
+
+def rows(page: str, head: str) -> list[list[str]]:
+    """The cells of the table of a page whose first line starts so."""
+    lines = iter((ROOT / "docs" / page).read_text().splitlines())
+    assert any(line.startswith(head) for line in lines)
+    next(lines)
+    table = []
+    for line in lines:
+        if not line.startswith("|"):
+            return table
+        table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return table
+
+
+@pytest.mark.parametrize(
+    ("page", "head", "overrides", "prefix"),
+    [
+        ("configuration.md", "| key |", [], ""),
+        ("sweeps.md", "| `hydra.launcher.` |", ["hydra/launcher=slurm"], "hydra.launcher."),
+    ],
+)
+def test_keys_on_the_pages_have_the_default_that_is_said(page, head, overrides, prefix):
+    with hydra_at_conf():
+        config = compose("config", overrides, return_hydra_config=True)
+    missing = object()
+    checked = 0
+    for keys, default, _ in rows(page, head):
+        for key in re.findall(r"`([^`]+)`", keys):
+            value = OmegaConf.select(config, prefix + key, default=missing)
+            if key not in ("hydra.run.dir", "model.n_layers"):
+                assert value is not missing, key
+            if re.fullmatch(r"[\d.e-]+", default):
+                assert float(value) == float(default), key
+                checked += 1
+    assert checked >= 6
+
+
+def test_the_table_of_factors_names_every_option_that_there_is():
+    table = rows("configuration.md", "| group | options |")
+    groups = {group.strip("`"): set(re.findall(r"`(\w+)`", options)) for group, options, _ in table}
+    assert groups.keys() == {path.name for path in CONF.iterdir() if path.is_dir()} - {
+        "hydra",
+        "logger",
+    }
+    for group, options in groups.items():
+        assert {path.stem for path in (CONF / group).glob("*.yaml")} <= options, group
+
+
+class MLP(nn.Module):
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(torch.relu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP(4, 12)
+
+
+class GPT2(nn.Module):
+    """Modules by the names that the GPT-2 of Transformers has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.h = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.transformer.h:
+            x = x + block.mlp(x)
+        return x
+
+
+class Training(L.LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        inputs, targets = batch
+        loss = (self.model(inputs) - targets).square().mean()
+        return {"loss": loss, "n_targets": targets.numel()}
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+class Batches(tuple):
+    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
+
+
+def given_a_model() -> dict[str, Any]:
+    """What the page on one's own model takes as given."""
+    torch.manual_seed(0)
+    gpt2 = GPT2()
+    pairs = Batches((torch.randn(16, 4), torch.randn(16, 4)) for _ in range(250))
+    return {
+        "gpt2": gpt2,
+        "batches": [inputs for inputs, _ in pairs[:4]],
+        "module": Training(gpt2),
+        "train_batches": pairs,
+        "val_batches": Batches(pairs[:1]),
+    }
+
+
+def check_readme(found: SimpleNamespace) -> None:
+    assert len(found.points) == 8
+    ratios = found.metrics.assign(gain=found.metrics.pr_post / found.metrics.pr_pre)
+    last = ratios[ratios.step == 50].groupby("run_id").gain.mean()
+    points = found.points.set_index("run_id")
+    np.testing.assert_allclose(points.pr_gain, last[points.index], rtol=1e-6)
+
+
+def check_comparison(found: SimpleNamespace) -> None:
+    assert len(found.points) == 8
+    assert sorted(found.designs["activation.name"]) == ["gelu", "gelu", "relu", "relu"]
+
+
+def check_own_model(found: SimpleNamespace) -> None:
+    """Of a model of two blocks, as it is measured at once and while it trains."""
+    assert found.rows["layer"].tolist() == [0, 1]
+    stored = nerve.load_metrics("outputs/gpt2", factors=["optimizer.lr"])
+    assert sorted(set(stored["step"])) == list(range(0, 1001, 100))
+    assert set(stored["optimizer.lr"]) == {1e-4}
+
+
+RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[SimpleNamespace], None]]] = {
+    "README.md": (dict, check_readme),
+    "docs/reports.md": (dict, check_comparison),
+    "docs/own-model.md": (given_a_model, check_own_model),
+}
+"""Pages to what their code takes as given, and what holds after it."""
+
+
+def test_all_code_of_the_pages_is_run():
+    """Here, or beside the fixtures of its own in storage/test_other_readers.py."""
+    pages = {block.page for language in ("python", "sql") for block in examples(language)}
+    assert pages == RUN.keys() | {"docs/results.md"}
+    assert [block.page for block in examples("sql")] == ["docs/results.md"]
+    assert len([b for b in examples("python") if b.page == "docs/results.md"]) == 1
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_code_of_a_page_runs_as_it_stands(page, trained_runs, tmp_path, monkeypatch):
+    """From top to bottom, where `outputs` has a sweep of eight runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    Path("outputs", "multirun").symlink_to(trained_runs)
+    given, check = RUN[page]
+    names = given()
+    for block in examples("python"):
+        if block.page == page:
+            exec(block.text, names)
+    check(SimpleNamespace(**names))
