@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from nerve.errors import StoreError
+from nerve.storage.directory import RunDirectory
 from nerve.storage.find import (
     FingerprintWarning,
     IncompleteWarning,
+    directories_in,
     find_runs,
     load_records,
     runs_by_id,
@@ -165,12 +167,12 @@ def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_pat
     lock = RunLock(tmp_path / "c")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
-    runs, unread = runs_by_id(tmp_path)
+    runs, unread = runs_by_id(map(RunDirectory, directories_in(tmp_path)))
     lock.release()
     assert runs.keys() == {config_id(config), other.config_id}
-    found = [(record.directory.name, state) for state, record in runs[config_id(config)]]
+    found = [(run.path.name, run.state) for run in runs[config_id(config)]]
     assert found == [("d", "done"), ("c", "alive"), ("b", "failed"), ("a", "interrupted")]
     (error,) = unread
     assert isinstance(error, DamagedRecordError)
     assert "broken" in str(error)
-    assert runs_by_id(tmp_path / "nowhere") == ({}, [])
+    assert directories_in(tmp_path / "nowhere") == []
