@@ -5,14 +5,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nerve.errors import StoreError
-from nerve.storage.directory import RunDirectory
 from nerve.storage.record import (
     RECORD_NAME,
     DamagedRecordError,
     DamagedRecordWarning,
     RunRecord,
 )
-from nerve.storage.state import RunState
 from nerve.storage.warn import warn_caller
 
 AnyPath = str | os.PathLike[str]
@@ -95,35 +93,6 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
     return list(records.values())
 
 
-def directories_in(folder: Path) -> list[Path]:
-    """The run directories directly below `folder`, in the order of their names."""
-    return sorted(path.parent for path in folder.glob(f"[!.]*/{RECORD_NAME}"))
-
-
-def runs_by_id(
-    directories: Iterable[RunDirectory],
-) -> tuple[dict[str, list[RunDirectory]], list[StoreError]]:
-    """Runs by their `config_id`, whatever their directories are called.
-
-    Of several that define the same result the one to take comes first: one that is done, else one
-    at work, else the one that got furthest, or of these the last heard of. The second value says
-    which records could not be read.
-    """
-    runs: dict[str, list[RunDirectory]] = {}
-    unread: list[StoreError] = []
-    for directory in directories:
-        try:
-            record = directory.record
-        except StoreError as error:
-            unread.append(error)
-            continue
-        if record is not None:
-            runs.setdefault(record.config_id, []).append(directory)
-    for same in runs.values():
-        same.sort(key=_worth, reverse=True)
-    return runs, unread
-
-
 def warn_fingerprints(records: list[RunRecord]) -> None:
     """One `FingerprintWarning` for each of corpus, tokenizer, held-out set that differs."""
     for name in sorted({name for record in records for name in record.fingerprints}):
@@ -162,11 +131,6 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     for name in sorted(children):
         if children[name] and not name.startswith("."):
             yield from _walk(directory / name, seen)
-
-
-def _worth(run: RunDirectory) -> tuple[bool, bool, int, str]:
-    assert run.record is not None
-    return run.state == RunState.DONE, run.state == RunState.ALIVE, *_progress(run.record)
 
 
 def _progress(record: RunRecord) -> tuple[int, str]:

@@ -17,8 +17,8 @@ from nerve.cli.config.overrides import told
 from nerve.cli.console import say
 from nerve.errors import ConfigError, StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.find import directories_in, runs_by_id
 from nerve.storage.identity import differences
+from nerve.storage.record import RECORD_NAME
 from nerve.storage.state import RunState
 
 
@@ -85,7 +85,7 @@ def compose_grid(
     """
     cells: list[Cell] = []
     first: dict[Path, tuple[Cell, dict[str, Any]]] = {}
-    stored = _StoredRuns()
+    stored = StoredRuns()
     for number, overrides in enumerate(grid):
         try:
             composed = loader.load_sweep_config(config, list(overrides))
@@ -114,7 +114,7 @@ def compose_grid(
     return cells
 
 
-class _StoredRuns:
+class StoredRuns:
     """The runs that the directories of sweeps hold; each record is read once, when first asked."""
 
     def __init__(self) -> None:
@@ -138,26 +138,42 @@ class _StoredRuns:
             return own
         folder = own.path.parent
         if folder not in self._chosen:
-            self._chosen[folder] = _choose([self.at(path) for path in directories_in(folder)])
+            self._chosen[folder] = self._choose(folder)
         return self._chosen[folder].get(config_id, own)
 
+    def _choose(self, folder: Path) -> dict[str, RunDirectory]:
+        """The run directly below `folder` to take for each id, after saying what was passed over.
 
-def _choose(directories: Sequence[RunDirectory]) -> dict[str, RunDirectory]:
-    """The directory to take for each id, after saying what was passed over."""
-    runs, unread = runs_by_id(directories)
-    for error in unread:
-        say(f"passed over: {error}")
-    for best, *others in runs.values():
-        if others and best.record is not None:
-            names = ", ".join(str(other.path) for other in others)
-            say(
-                f"{best.path} ({best.state}, step {best.record.progress}) counts; of the same "
-                f"configuration, and left as they are: {names}"
-            )
-    return {config_id: same[0] for config_id, same in runs.items()}
+        Of several it is one that is done, else one at work, else the one that got furthest, or of
+        these the last heard of; what their directories are called does not matter.
+        """
+        runs: dict[str, list[RunDirectory]] = {}
+        for path in sorted(folder.glob(f"[!.]*/{RECORD_NAME}")):
+            run = self.at(path.parent)
+            try:
+                runs.setdefault(run.require_record().config_id, []).append(run)
+            except StoreError as error:
+                say(f"passed over: {error}")
+        chosen: dict[str, RunDirectory] = {}
+        for config_id, same in runs.items():
+            best, *others = sorted(same, key=_worth, reverse=True)
+            chosen[config_id] = best
+            if others:
+                names = ", ".join(str(other.path) for other in others)
+                say(
+                    f"{best.path} ({best.state}, step {best.require_record().progress}) counts; of "
+                    f"the same configuration, and left as they are: {names}"
+                )
+        return chosen
 
 
-def _place(cell: Cell, stored: _StoredRuns) -> None:
+def _worth(run: RunDirectory) -> tuple[bool, bool, int, str]:
+    record = run.require_record()
+    is_done, is_alive = (run.state == state for state in (RunState.DONE, RunState.ALIVE))
+    return is_done, is_alive, record.step, record.heartbeat
+
+
+def _place(cell: Cell, stored: StoredRuns) -> None:
     """Finds the cell's directory: where Hydra would put it, or where its run is already."""
     hydra = cell.config.hydra
     HydraConfig.instance().set_config(cell.config)
