@@ -6,6 +6,7 @@ from .analysis.correlate import correlate_within_runs as correlate_within_runs
 from .analysis.depth import depth_means as depth_means
 from .analysis.depth import metrics_by_depth as metrics_by_depth
 from .analysis.flags import flag_runs as flag_runs
+from .analysis.load import Runs as Runs
 from .analysis.load import load_metrics as load_metrics
 from .analysis.load import load_runs as load_runs
 from .analysis.load import load_scalars as load_scalars

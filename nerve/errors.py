@@ -1,4 +1,4 @@
-"""Errors that a user can mend. A message gives the rule, what was received and the likely mend."""
+"""Errors that a user can fix. A message gives the rule, what was received and the likely fix."""
 
 
 class NerveError(Exception):

@@ -15,14 +15,14 @@ from nerve.errors import StoreError
 
 
 @contextlib.contextmanager
-def refusals_named(path: Path) -> Iterator[None]:
+def as_store_error(path: Path) -> Iterator[None]:
     """Turns what the file system refuses inside the block into a `StoreError` that names `path`."""
     try:
         yield
     except OSError as error:
         raise StoreError(
             f"A run must be able to write in its directory; {path} was refused: {error}. Free "
-            "space or quota, or mend its permissions; what was stored before is intact."
+            "space or quota, or fix its permissions; what was stored before is intact."
         ) from error
 
 
@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         StoreError: when the file system refuses; what was at `path` is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with refusals_named(path):
+    with as_store_error(path):
         try:
             with open(temporary, "wb") as file:
                 write(file)

@@ -7,16 +7,17 @@ in a warning whatever they leave out. Unfinished and failed runs are in every fr
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from nerve.analysis.flags import flag_runs
 from nerve.errors import ConfigError, StoreError
 from nerve.outliers import outliers
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
@@ -24,8 +25,80 @@ from nerve.storage.identity import config_id
 from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
+from nerve.storage.warn import warn_caller
 
 TIMES = ("started", "heartbeat", "ended")
+
+
+class Runs:
+    """The runs under some paths. The tree is walked and each record is parsed once, here; the
+    frames are made when they are first asked for, and kept.
+
+    Args:
+        paths: a run, a sweep, a tree of outputs, or several of these.
+        factors: columns of `frame`, such as `"normalization.kind"` or `"final.val_loss"`, that
+            `metrics`, `spectra` and `scalars` are joined with.
+
+    Raises:
+        StoreError: when there is no run under `paths`.
+    """
+
+    def __init__(self, paths: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> None:
+        self.records = load_records(paths)
+        self.factors = tuple(factors)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row a run; its columns are those of `load_runs`."""
+        frame = pd.DataFrame([_row(record) for record in self.records])
+        for name in TIMES:
+            frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
+        return frame
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row a measured FFN and step; columns and errors are those of `load_metrics`."""
+        return _derived(self._rows(DATASETS["metrics"]))
+
+    @cached_property
+    def spectra(self) -> pd.DataFrame:
+        """One row a measured FFN, step and site, as of `load_spectra`."""
+        return self._rows(DATASETS["spectra"])
+
+    @cached_property
+    def scalars(self) -> pd.DataFrame:
+        """One row a logged value, as of `load_scalars`."""
+        return self._rows(DATASETS["scalars"])
+
+    @cached_property
+    def flags(self) -> pd.DataFrame:
+        """Which runs can be compared, and why others cannot: `flag_runs` of `metrics`, `frame`."""
+        return flag_runs(self.metrics, self.frame)
+
+    def _rows(self, dataset: Dataset) -> pd.DataFrame:
+        """The rows of all runs, each with the `factors` of its run."""
+        _check_factors(self.factors, self.frame, dataset)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            reads = list(pool.map(lambda record: _read(record, dataset), self.records))
+        tables = [table for table, _ in reads]
+        unread = [error for _, errors in reads for error in errors]
+        warn_damaged(error for error in unread if isinstance(error, DamagedPartError))
+        for error in unread:
+            if not isinstance(error, DamagedPartError):
+                warn_caller(f"Left out: {error}", IncompleteWarning)
+        runs = self.frame.assign(n_damaged_parts=[len(errors) for _, errors in reads])
+        found = zip(self.records, tables, strict=True)
+        empty = [record.run_id for record, table in found if not len(table)]
+        if empty:
+            warn_caller(f"Runs without {dataset.name}: {listed(empty)}.", IncompleteWarning)
+        frame = pa.concat_tables(tables).to_pandas()
+        rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        names = dict.fromkeys(["run_status", "n_damaged_parts", *self.factors])
+        joined = {name: runs[name].array.take(rows) for name in names}
+        return pd.concat([frame, pd.DataFrame(joined, index=frame.index)], axis=1)
 
 
 def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
@@ -41,7 +114,7 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
     Raises:
         StoreError: when there is no run under `path`.
     """
-    return _frame(load_records(path))
+    return Runs(path).frame
 
 
 def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
@@ -69,43 +142,17 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
         StoreError: when there is no run under `path`.
         ConfigError: for a factor that is not a column of `load_runs`; near names are given.
     """
-    return _derived(_load(path, DATASETS["metrics"], factors))
+    return Runs(path, factors).metrics
 
 
 def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row a measured FFN, step and site; `eigenvalues` are float32 arrays. Else as metrics."""
-    return _load(path, DATASETS["spectra"], factors)
+    return Runs(path, factors).spectra
 
 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row a logged value: `run_id, step, name, value`. Else as `load_metrics`."""
-    return _load(path, DATASETS["scalars"], factors)
-
-
-def _load(
-    path: AnyPath | Iterable[AnyPath], dataset: Dataset, factors: Sequence[str]
-) -> pd.DataFrame:
-    records = load_records(path)
-    runs = _frame(records)
-    _check_factors(factors, runs, dataset)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reads = list(pool.map(lambda record: _read(record, dataset), records))
-    tables = [table for table, _ in reads]
-    unread = [error for _, errors in reads for error in errors]
-    warn_damaged(error for error in unread if isinstance(error, DamagedPartError))
-    for error in unread:
-        if not isinstance(error, DamagedPartError):
-            warnings.warn(f"Left out: {error}", IncompleteWarning, stacklevel=3)
-    runs = runs.assign(n_damaged_parts=[len(errors) for _, errors in reads])
-    empty = [record.run_id for record, table in zip(records, tables, strict=True) if not len(table)]
-    if empty:
-        message = f"Runs without {dataset.name}: {listed(empty)}."
-        warnings.warn(message, IncompleteWarning, stacklevel=3)
-    frame = pa.concat_tables(tables).to_pandas()
-    rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    names = dict.fromkeys(["run_status", "n_damaged_parts", *factors])
-    joined = {name: runs[name].array.take(rows) for name in names}
-    return pd.concat([frame, pd.DataFrame(joined, index=frame.index)], axis=1)
+    return Runs(path, factors).scalars
 
 
 def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
@@ -114,13 +161,6 @@ def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[Store
         return read_parts(record.directory, dataset)
     except StoreError as error:
         return dataset.schema.empty_table(), [error]
-
-
-def _frame(records: list[RunRecord]) -> pd.DataFrame:
-    frame = pd.DataFrame([_row(record) for record in records])
-    for name in TIMES:
-        frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
-    return frame
 
 
 def _row(record: RunRecord) -> dict[str, Any]:
@@ -150,15 +190,15 @@ def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset)
             continue
         parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
         near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
-        mend = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+        fix = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
         if factor in runs.columns:
-            mend = (
+            fix = (
                 "Leave it out; a configuration value of that name can be a factor inside a group: "
                 f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
             )
         raise ConfigError(
             f"A factor is a column of load_runs that {dataset.name} does not have already; got "
-            f"{factor!r}. {mend}"
+            f"{factor!r}. {fix}"
         )
 
 

@@ -20,7 +20,7 @@ unfinished or never learned are named and left out of figures and statistics.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `nerve-report`. Errors that the user can mend are shown as one message."""
+    """Entry point of `nerve-report`. Errors that the user can fix are shown as one message."""
     asked = _parser().parse_args(arguments)
     from nerve.report.write import write_report  # pandas and matplotlib take a second to import
 

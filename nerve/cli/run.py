@@ -29,7 +29,7 @@ EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "s
 
 
 def main() -> None:
-    """Entry point of `nerve-run`. Errors that the user can mend are shown as one message.
+    """Entry point of `nerve-run`. Errors that the user can fix are shown as one message.
 
     Set HYDRA_FULL_ERROR=1 to see tracebacks instead.
     """

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from nerve.cli.console import console, duration, figure, say
 from nerve.errors import StoreError
+from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
 from nerve.storage.parts import list_parts, part_step, read_part
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS
-from nerve.storage.state import LOCK_NAME, RunState, run_state
+from nerve.storage.state import LOCK_NAME, RunState
 
 SLOW_S = 60.0
 """A run whose process lives is slow when its heartbeat, due every ten seconds, is older."""
@@ -79,7 +80,8 @@ def status_of(directory: Path) -> Status:
     """Where the run in `directory` stands now; a record that cannot be read is a state, too."""
     overrides = _overrides(directory)
     try:
-        state, record = run_state(directory), RunRecord.load(directory)
+        run = RunDirectory(directory)
+        state, record = run.state, run.require_record()
     except StoreError as error:
         return Status(directory, overrides, "unreadable", reason=str(error))
     silent_s = (datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)).total_seconds()

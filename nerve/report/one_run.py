@@ -9,7 +9,7 @@ import pandas as pd
 from nerve.analysis.compare import METRIC_NAMES
 from nerve.analysis.correlate import correlate_within_runs
 from nerve.analysis.factors import find_factors, levels_of
-from nerve.analysis.flags import flag_runs
+from nerve.analysis.load import Runs
 from nerve.report import figures_of_one_run
 from nerve.report.content import Content, Drawing, Table, dead_layers, limits, outlying_rows
 
@@ -21,24 +21,16 @@ WINDOW_TEXTS = {
 LAST_COLUMNS = ("layer", "ffn", "step", "n_samples", "d_ff", "d_in", *METRIC_NAMES, "status")
 
 
-def content_of_run(
-    runs: pd.DataFrame,
-    metrics: pd.DataFrame,
-    spectra: pd.DataFrame,
-    scalars: pd.DataFrame,
-    window: str,
-    steps: Sequence[int] = (),
-) -> Content:
-    """Figures and tables of the one run that the four frames are of.
+def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Content:
+    """Figures and tables of one run.
 
     Args:
-        runs, metrics, spectra, scalars: rows of `load_runs`, `load_metrics`, …; the last three may
-            be empty.
+        loaded: it alone; it may have no metrics, spectra and scalars.
         window: the steps that the r in the overview's title is taken over, one of `WINDOWS`.
         steps: the steps whose spectra are drawn; none chooses them.
     """
-    run = runs.iloc[0]
-    flags = flag_runs(metrics, runs).iloc[0]
+    runs, metrics, spectra = loaded.frame, loaded.metrics, loaded.spectra
+    run, flags = runs.iloc[0], loaded.flags.iloc[0]
     content = Content(title=f"Run {run['run_id']}", facts=_facts(run, flags, runs))
     if flags["flag"] != "ok":
         content.notes.append(f"This run is flagged “{flags['flag']}”: {flags['reason']}")
@@ -59,8 +51,8 @@ def content_of_run(
     if len(metrics) and spectra.empty:
         content.notes.append("No spectra were stored (monitor.spectra), so none are drawn.")
     content.notes += _unmeasured(spectra, steps)
-    if len(metrics) or len(scalars):
-        content.drawings.append(_training(metrics, scalars, run))
+    if len(metrics) or len(loaded.scalars):
+        content.drawings.append(_training(metrics, loaded.scalars, run))
     content.tables += _tables(run, metrics, within, runs)
     return content
 

@@ -14,7 +14,7 @@ from nerve.analysis.compare import average_seeds, final_metrics
 from nerve.analysis.correlate import correlate_across_runs
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
-from nerve.analysis.flags import flag_runs
+from nerve.analysis.load import Runs
 from nerve.report import figures_of_several_runs
 from nerve.report.content import Content, Drawing, dead_layers, limits, outlying_rows, seeds
 from nerve.report.style import one_line
@@ -26,16 +26,15 @@ MAX_NAMES = 12
 """A factor whose levels are names has figures up to this many; the colours of more say nothing."""
 
 
-def content_of_runs(runs: pd.DataFrame, metrics: pd.DataFrame, window: str, title: str) -> Content:
+def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
     """Figures and tables of two or more runs.
 
     Args:
-        runs: rows of `load_runs`.
-        metrics: rows of `load_metrics`.
+        loaded: the runs.
         window: the steps that the summary of correlations within runs starts with, of `WINDOWS`.
         title: of the page.
     """
-    flags = flag_runs(metrics, runs)
+    runs, metrics, flags = loaded.frame, loaded.metrics, loaded.flags
     is_ok = (flags["flag"] == "ok").to_numpy()
     factors = find_factors(runs[is_ok] if is_ok.any() else runs)
     points = final_metrics(metrics, runs, factors.varying)
@@ -59,7 +58,7 @@ def content_of_runs(runs: pd.DataFrame, metrics: pd.DataFrame, window: str, titl
             f"No figures by {', '.join(hidden)}: they are drawn for the first {MAX_FACTORS} "
             f"factors whose levels are numbers or at most {MAX_NAMES} names. The tables have all."
         )
-    content.tables += comparison_tables(runs, metrics, flags, points, factors, window)
+    content.tables += comparison_tables(loaded, points, factors, window)
     return content
 
 

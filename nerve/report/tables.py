@@ -6,6 +6,7 @@ from nerve.analysis.compare import METRIC_NAMES, average_seeds, metrics_at_loss
 from nerve.analysis.correlate import correlate_across_runs, correlate_within_runs
 from nerve.analysis.depth import metrics_by_depth
 from nerve.analysis.factors import Factors
+from nerve.analysis.load import Runs
 from nerve.analysis.scaling import fit_width_scaling
 from nerve.report.content import Table
 
@@ -18,26 +19,20 @@ WIDTHS = ("ffn.width", "ffn.d_ff")
 
 
 def comparison_tables(
-    runs: pd.DataFrame,
-    metrics: pd.DataFrame,
-    flags: pd.DataFrame,
-    points: pd.DataFrame,
-    factors: Factors,
-    window: str,
+    loaded: Runs, points: pd.DataFrame, factors: Factors, window: str
 ) -> list[Table]:
     """All tables on two or more runs.
 
     Args:
-        runs: rows of `load_runs`.
-        metrics: rows of `load_metrics`.
-        flags: rows of `flag_runs`.
+        loaded: the runs.
         points: rows of `final_metrics` with the factors that vary.
         factors: what varies among the runs.
         window: the steps that the summary of correlations within runs starts with, of `WINDOWS`.
     """
+    runs, metrics = loaded.frame, loaded.metrics
     designs = average_seeds(points)
     tables = [
-        _table_of_runs(runs, flags, factors),
+        _table_of_runs(runs, loaded.flags, factors),
         *_tables_of_designs(runs, metrics, designs, factors),
         *_correlations(runs, metrics, points, designs, factors, window),
         _table_of_layers(runs, metrics, factors),

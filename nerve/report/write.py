@@ -12,14 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nerve.analysis.correlate import WINDOWS
-from nerve.analysis.load import load_metrics, load_runs, load_scalars, load_spectra
+from nerve.analysis.load import Runs
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.report.content import Content, Table
 from nerve.report.one_run import content_of_run
 from nerve.report.page.render import MARK, PageFigure, PageTable, render
 from nerve.report.several_runs import content_of_runs
-from nerve.storage.find import AnyPath, find_runs
+from nerve.storage.find import AnyPath
 
 PNG_DPI = 150
 
@@ -53,8 +53,8 @@ def write_report(
         ConfigError: for an unknown window.
     """
     roots = _listed(paths)
-    find_runs(roots)
-    folder = Path(output) if output is not None else roots[0].resolve().parent / "report"
+    beside = roots[0].resolve().parent if roots else Path()  # of no path, gather says so
+    folder = Path(output) if output is not None else beside / "report"
     _require_own(folder)
     content = gather(roots, window=window, steps=steps, progress=progress)
     try:
@@ -82,16 +82,15 @@ def gather(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         progress("reading runs", 0, 3)
-        runs = load_runs(roots)
+        runs = Runs(roots)
         progress(f"reading metrics of {len(runs):,} runs", 1, 3)
-        metrics = load_metrics(roots)
+        _ = runs.metrics
         progress("comparing", 2, 3)
         if len(runs) == 1:
-            spectra, scalars = load_spectra(roots), load_scalars(roots)
-            content = content_of_run(runs, metrics, spectra, scalars, window, steps)
+            content = content_of_run(runs, window, steps)
         else:
             title = f"{len(runs):,} runs under {', '.join(str(root) for root in roots)}"
-            content = content_of_runs(runs, metrics, window, title)
+            content = content_of_runs(runs, window, title)
     content.notes[:0] = dict.fromkeys(_text(str(warning.message)) for warning in caught)
     return content
 

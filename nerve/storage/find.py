@@ -1,7 +1,6 @@
 """Runs under a path: which directories hold one, and their records, one a run."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from nerve.storage.record import (
     DamagedRecordWarning,
     RunRecord,
 )
-from nerve.storage.state import RunState, open_run
+from nerve.storage.warn import warn_caller
 
 AnyPath = str | os.PathLike[str]
 
@@ -70,16 +69,16 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
         try:
             record = RunRecord.load(directory)
         except DamagedRecordError as error:
-            _warn(f"Left out: {error}", DamagedRecordWarning)
+            warn_caller(f"Left out: {error}", DamagedRecordWarning)
             continue
         except StoreError as error:
-            _warn(f"Left out: {error}", IncompleteWarning)
+            warn_caller(f"Left out: {error}", IncompleteWarning)
             continue
         other = records.get(record.run_id)
         if other is not None:
             record, other = sorted([record, other], key=_progress, reverse=True)
             same = "copies of one run" if record.started == other.started else "two runs of one id"
-            _warn(
+            warn_caller(
                 f"Run {record.run_id} is in two directories ({same}): {record.directory} counts, "
                 f"{other.directory} is left out. Move one of them away.",
                 IncompleteWarning,
@@ -94,30 +93,6 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
     return list(records.values())
 
 
-def runs_by_id(
-    folder: Path,
-) -> tuple[dict[str, list[tuple[RunState, RunRecord]]], list[StoreError]]:
-    """The runs directly below `folder`, by `config_id`, whatever their directories are called.
-
-    Of several that define the same result the one to take comes first: one that is done, else one
-    at work, else the one that got furthest, or of these the last heard of. Each record is read
-    once; the second value says which could not be.
-    """
-    runs: dict[str, list[tuple[RunState, RunRecord]]] = {}
-    unread: list[StoreError] = []
-    for path in sorted(folder.glob(f"[!.]*/{RECORD_NAME}")):
-        try:
-            state, record = open_run(path.parent)
-        except StoreError as error:
-            unread.append(error)
-            continue
-        if record is not None:
-            runs.setdefault(record.config_id, []).append((state, record))
-    for same in runs.values():
-        same.sort(key=_worth, reverse=True)
-    return runs, unread
-
-
 def warn_fingerprints(records: list[RunRecord]) -> None:
     """One `FingerprintWarning` for each of corpus, tokenizer, held-out set that differs."""
     for name in sorted({name for record in records for name in record.fingerprints}):
@@ -127,7 +102,7 @@ def warn_fingerprints(records: list[RunRecord]) -> None:
                 runs.setdefault(str(record.fingerprints[name]), []).append(record.run_id)
         if len(runs) > 1:
             groups = "; ".join(f"{value[:12]}: {listed(ids)}" for value, ids in runs.items())
-            _warn(
+            warn_caller(
                 f"These runs differ in fingerprints.{name}, so their losses are not comparable "
                 f"({groups}). Compare within one of them.",
                 FingerprintWarning,
@@ -148,7 +123,7 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         with os.scandir(directory) as entries:
             children = {entry.name: entry.is_dir() for entry in entries}
     except PermissionError as error:
-        _warn(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
+        warn_caller(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
         return
     if RECORD_NAME in children:
         yield directory
@@ -158,15 +133,5 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             yield from _walk(directory / name, seen)
 
 
-def _worth(run: tuple[RunState, RunRecord]) -> tuple[bool, bool, int, str]:
-    state, record = run
-    return state == RunState.DONE, state == RunState.ALIVE, *_progress(record)
-
-
 def _progress(record: RunRecord) -> tuple[int, str]:
     return record.step, record.heartbeat
-
-
-def _warn(message: str, category: type[Warning]) -> None:
-    # Frames between: this function, load_records, the loader that the user called.
-    warnings.warn(message, category, stacklevel=4)

@@ -7,7 +7,6 @@ unverified.
 """
 
 import re
-import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from nerve.errors import StoreError
 from nerve.files import write_atomically
 from nerve.storage.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
+from nerve.storage.warn import warn_caller
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
@@ -188,4 +188,4 @@ def _verify_footer(file: pa.NativeFile) -> None:
 def warn_damaged(damaged: Iterable[DamagedPartError]) -> None:
     """One `DamagedPartWarning` a part, at the line that called the store or the loader."""
     for error in damaged:
-        warnings.warn(f"Left out: {error}", DamagedPartWarning, stacklevel=4)
+        warn_caller(f"Left out: {error}", DamagedPartWarning)

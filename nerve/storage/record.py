@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nerve.errors import StoreError
-from nerve.files import refusals_named, write_atomically
+from nerve.files import as_store_error, write_atomically
 from nerve.storage.identity import config_id, from_json, new_run_id, to_json
 from nerve.storage.provenance import git_commit, package_versions
 
@@ -208,7 +208,7 @@ class RunRecord:
         values = {name: value for name, value in vars(self).items() if name != "directory"}
         plain = to_json({"schema_version": RECORD_VERSION, **values}, non_finite=lambda _: None)
         text = json.dumps(plain | {"config": to_json(self.config)}, indent=2)
-        with refusals_named(self.directory):
+        with as_store_error(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nerve.files import refusals_named, remove_temporaries, sync_directory
+from nerve.files import as_store_error, remove_temporaries, sync_directory
 from nerve.storage.parts import (
     DamagedPartError,
     joined,
@@ -48,7 +48,7 @@ class RunStore:
         self.directory = Path(directory)
         self.run_id = run_id
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in DATASETS}
-        with refusals_named(self.directory):
+        with as_store_error(self.directory):
             for dataset in DATASETS.values():
                 folder = self.directory / dataset.name
                 folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +181,6 @@ def _compacted_names(path: Path) -> list[str]:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        with refusals_named(path):
+        with as_store_error(path):
             path.unlink(missing_ok=True)
             sync_directory(path.parent)

@@ -13,14 +13,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from nerve.config import require
-from nerve.files import refusals_named
+from nerve.files import as_store_error
 from nerve.measuring.distributed import gathered, highest, own_part
+from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
-    checkpoint_path,
-    kept_path,
-    kept_steps,
     weights_of,
     write_checkpoint,
 )
@@ -96,7 +94,7 @@ class Checkpointing(Checkpoint):
 
     Args:
         files: the plugin through which Lightning saves.
-        directory: the run directory.
+        run: the run directory.
         cadence: when to save.
         signals: what may ask the run to stop.
         store: whose rows must be as far as the checkpoint; None in a process that does not write.
@@ -106,7 +104,7 @@ class Checkpointing(Checkpoint):
     def __init__(
         self,
         files: CheckpointFiles,
-        directory: Path,
+        run: RunDirectory,
         cadence: Cadence,
         signals: StopSignals,
         store: RunStore | None,
@@ -115,7 +113,7 @@ class Checkpointing(Checkpoint):
         self.scores: dict[str, float] = {}
         """What the last validation logged: `val_loss`, …"""
         self._files = files
-        self._directory = directory
+        self._run = run
         self._cadence = cadence
         self._signals = signals
         self._store = store
@@ -219,16 +217,16 @@ class Checkpointing(Checkpoint):
         self._write(trainer)
 
     def _take(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(checkpoint_path(self._directory, "last"))
+        trainer.save_checkpoint(self._run.checkpoint("last"))
         self._saved_at = time.monotonic()
 
     def _drop_kept_after(self, step: int) -> None:
         if not self._store:
             return
-        passed = set(kept_steps(self._directory))
+        passed = set(self._run.kept_steps())
         for late in (kept for kept in passed if kept > step):
-            with refusals_named(self._directory):
-                kept_path(self._directory, late).unlink()
+            with as_store_error(self._run.path):
+                self._run.kept_checkpoint(late).unlink()
         missed = sorted(kept for kept in self._cadence.keep if kept < step and kept not in passed)
         if missed:
             log.warning(
@@ -242,7 +240,7 @@ class Checkpointing(Checkpoint):
             return
         weights = self._weights(trainer, pl_module)
         if self._store:
-            write_checkpoint(kept_path(self._directory, trainer.global_step), weights)
+            write_checkpoint(self._run.kept_checkpoint(trainer.global_step), weights)
 
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         weights = self._weights(trainer, pl_module)
@@ -267,7 +265,7 @@ class Checkpointing(Checkpoint):
             return
         self._store.flush(trainer.global_step)
         if self._best:
-            self._best.write(checkpoint_path(self._directory, "best"))
+            self._best.write(self._run.checkpoint("best"))
         self._files.write()
 
 

@@ -5,42 +5,22 @@ nothing that is read from a run directory can run code.
 """
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 from torch import nn
 
-from nerve.config import require, require_choice
+from nerve.config import require
 from nerve.errors import StoreError
-from nerve.files import refusals_named, write_atomically
+from nerve.files import as_store_error, write_atomically
 from nerve.models import build_model
+from nerve.storage.directory import RunDirectory, Which
 from nerve.storage.record import RunRecord
 
-Which = Literal["best", "last"]
-FOLDER = "checkpoints"
 _MODULE = "model."
-
-
-def checkpoint_path(directory: str | os.PathLike[str], which: Which) -> Path:
-    """Where a run keeps its last checkpoint, or its weights of the lowest validation loss."""
-    require_choice("a checkpoint", which, ("best", "last"))
-    return Path(directory) / FOLDER / f"{which}.ckpt"
-
-
-def kept_path(directory: str | os.PathLike[str], step: int) -> Path:
-    """Where a run keeps its weights of `step`; padded, so that names sort as steps do."""
-    return Path(directory) / FOLDER / f"step-{step:012d}.ckpt"
-
-
-def kept_steps(directory: str | os.PathLike[str]) -> list[int]:
-    """The steps of which a run has kept its weights, in order."""
-    names = (path.name for path in (Path(directory) / FOLDER).glob("step-*.ckpt"))
-    matches = (re.fullmatch(r"step-(\d{12})\.ckpt", name) for name in names)
-    return sorted(int(match[1]) for match in matches if match)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -49,7 +29,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         StoreError: when the file system refuses; what was at `path` is then untouched.
     """
-    with refusals_named(path.parent):
+    with as_store_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: torch.save(dict(content), file))
 
@@ -110,16 +90,17 @@ def load_model(
         f"A model is loaded by which or by step; got which={which!r} and step={step!r}. Leave one "
         "of them out.",
     )
-    record = RunRecord.load(directory)
-    path = _kept(record, step) if step is not None else _saved(record, which or "best")
+    run = RunDirectory(directory)
+    record = run.require_record()
+    path = _kept(run, record, step) if step is not None else _saved(run, record, which or "best")
     weights = weights_of(read_checkpoint(path))
     model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
     model.load_state_dict(weights["model"])
     return model.eval()
 
 
-def _saved(record: RunRecord, which: Which) -> Path:
-    path = checkpoint_path(record.directory, which)
+def _saved(run: RunDirectory, record: RunRecord, which: Which) -> Path:
+    path = run.checkpoint(which)
     if not path.exists():
         raise StoreError(
             f"A model is loaded from a checkpoint; run {record.run_id} in {record.directory} has "
@@ -129,8 +110,8 @@ def _saved(record: RunRecord, which: Which) -> Path:
     return path
 
 
-def _kept(record: RunRecord, step: int) -> Path:
-    steps = kept_steps(record.directory)
+def _kept(run: RunDirectory, record: RunRecord, step: int) -> Path:
+    steps = run.kept_steps()
     if step not in steps:
         there = f"those of {', '.join(map(str, steps))}" if steps else "none"
         raise StoreError(
@@ -139,7 +120,7 @@ def _kept(record: RunRecord, step: int) -> Path:
             "step "
             f"{record.step}). Take one of these, or give a new run checkpoint.keep=[{step}]."
         )
-    return kept_path(record.directory, step)
+    return run.kept_checkpoint(step)
 
 
 class CheckpointFiles(CheckpointIO):

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nerve.files import refusals_named, write_atomically
+from nerve.files import as_store_error, write_atomically
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -103,7 +103,7 @@ class CSVLogger(Logger):
             self._write_anew()
         elif self._waiting:
             columns, self._columns = self._columns, []  # a refusal may leave half a row behind
-            with refusals_named(self._path), open(self._path, "ab") as file:
+            with as_store_error(self._path), open(self._path, "ab") as file:
                 file.write(_text(columns, self._waiting))
             self._columns, self._waiting = columns, []
 
@@ -118,7 +118,7 @@ class CSVLogger(Logger):
         columns = ["step", *sorted({name for row in rows.values() for name in row} - {"step"})]
         header = dict(zip(columns, columns, strict=True))
         text = _text(columns, [header, *rows.values()])
-        with refusals_named(self._path.parent):
+        with as_store_error(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, lambda file: file.write(text))
         self._columns, self._waiting = columns, []

@@ -12,14 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nerve import (
-    depth_means,
-    final_metrics,
-    flag_runs,
-    load_metrics,
-    load_runs,
-    metrics_by_depth,
-)
+from nerve import Runs, depth_means, final_metrics, flag_runs, metrics_by_depth
 from nerve.analysis.factors import level_text
 
 NAMES = (
@@ -152,10 +145,9 @@ class Evidence:
     def sweep(self, *names: str) -> Sweep:
         """The runs of these sweeps together."""
         if names not in self._loaded:
-            folders = [self.root / name for name in names]
-            runs = load_runs(folders)
-            runs["folder"] = [Path(directory).parent.name for directory in runs["directory"]]
-            self._loaded[names] = Sweep(runs, load_metrics(folders))
+            loaded = Runs(self.root / name for name in names)
+            folders = [record.directory.parent.name for record in loaded.records]
+            self._loaded[names] = Sweep(loaded.frame.assign(folder=folders), loaded.metrics)
         return self._loaded[names]
 
     def has(self, names: Iterable[str]) -> bool:

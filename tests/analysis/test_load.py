@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from nerve.analysis.load import load_metrics, load_runs, load_scalars, load_spectra
+from nerve.analysis.flags import flag_runs
+from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
 from nerve.errors import ConfigError, StoreError
-from nerve.storage.find import IncompleteWarning
+from nerve.storage.find import FingerprintWarning, IncompleteWarning
 from nerve.storage.identity import config_id
 from nerve.storage.parts import DamagedPartWarning
+from nerve.storage.record import DamagedRecordWarning, RunRecord
 from nerve.storage.schema import METRICS
 from nerve.storage.store import RunStore
 
@@ -212,6 +215,48 @@ def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
     assert [str(w.message).split(":")[0] for w in caught] == ["Left out", "Runs without metrics"]
     assert f"{part} has version 3. Install" in str(caught[0].message)
     assert caught[0].filename == __file__
+
+
+def test_runs_parse_each_record_once_whatever_is_asked_of_them(sweep, tmp_path, monkeypatch):
+    """And their frames are those of the loaders, each made once."""
+    store = RunStore(tmp_path / "sweep" / "a", sweep[0].run_id)
+    spectrum = {"step": 0, "layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [1.0, 0.5]}
+    store.append_spectra([spectrum])
+    store.flush(0)
+    load, read = RunRecord.load, []
+    monkeypatch.setattr(RunRecord, "load", lambda path: read.append(path) or load(path))
+    runs = Runs(tmp_path, factors=["ffn.width"])
+    with pytest.warns(IncompleteWarning, match="without spectra"):
+        frames = (runs.frame, runs.metrics, runs.spectra, runs.scalars, runs.flags)
+    assert frames == (runs.frame, runs.metrics, runs.spectra, runs.scalars, runs.flags)
+    assert read == [record.directory for record in sweep]
+    assert len(runs) == 3
+    pd.testing.assert_frame_equal(runs.frame, load_runs(tmp_path))
+    pd.testing.assert_frame_equal(runs.metrics, load_metrics(tmp_path, ["ffn.width"]))
+    pd.testing.assert_frame_equal(runs.scalars, load_scalars(tmp_path, ["ffn.width"]))
+    pd.testing.assert_frame_equal(runs.flags, flag_runs(runs.metrics, runs.frame))
+
+
+def test_what_is_left_out_is_said_once_at_the_line_that_asked(tmp_path, make_run):
+    """The records' faults where the runs are named, those of rows where they are first asked for,
+    also through what needs them; each at a line of this file."""
+    for name, corpus in (("a", "py311"), ("b", "py312"), ("c", "py312")):
+        make_run(tmp_path / name, fingerprints={"corpus": corpus})
+    (tmp_path / "c" / "run.json").write_text("{")
+    next((tmp_path / "b" / "metrics").iterdir()).write_bytes(b"PAR1")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        here = sys._getframe().f_lineno
+        runs = Runs(tmp_path)
+        _ = runs.flags
+        _ = runs.metrics, runs.frame, runs.flags
+        _ = [runs.spectra]
+    assert [(each.category, each.lineno - here, each.filename) for each in caught] == [
+        (DamagedRecordWarning, 1, __file__),
+        (FingerprintWarning, 1, __file__),
+        (DamagedPartWarning, 2, __file__),
+        (IncompleteWarning, 4, __file__),
+    ]
 
 
 def test_no_runs(tmp_path):

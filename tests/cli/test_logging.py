@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import nerve
 from nerve.cli.experiment import build as assembly
 from nerve.metric_names import MEASURED
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
-from nerve.training.checkpoint_files import checkpoint_path, read_checkpoint
+from nerve.training.checkpoint_files import read_checkpoint
 
 TINY = [
     f"data.corpus.roots=[{Path(json.__file__).parent}]",
@@ -177,7 +178,7 @@ def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
     means = nerve.load_metrics("it").query("step > 0").groupby("step").pr_post.mean()
     chosen = torch.load("it/checkpoints/chosen.ckpt", weights_only=True)
     assert chosen["global_step"] == (means.idxmin() if mode == "min" else means.idxmax())
-    assert read_checkpoint(checkpoint_path("it", "last"))["step"] == 5
+    assert read_checkpoint(RunDirectory("it").checkpoint("last"))["step"] == 5
 
 
 def test_files_between_validations_are_named_by_their_step_and_scalars_keep_theirs(run):

@@ -333,6 +333,15 @@ def test_hostile_names_stay_data(make, tmp_path):
     assert list(parquet["threads"]) == ["8/3", "4", "4"]
 
 
+@pytest.mark.parametrize("n_runs", [1, 2])
+def test_a_report_parses_each_record_once(make, tmp_path, monkeypatch, n_runs):
+    made = [make(f"r{i}", seed=i).directory for i in range(n_runs)]
+    load, read = RunRecord.load, []
+    monkeypatch.setattr(RunRecord, "load", lambda path: read.append(path) or load(path))
+    gather(tmp_path / "runs")
+    assert read == made
+
+
 def test_a_report_is_replaced_and_nothing_else_is(make, tmp_path):
     make("a", steps=())
     folder, _ = report(tmp_path, output=tmp_path / "out")
@@ -365,6 +374,8 @@ def test_bad_input_is_one_message(make, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError, match=r"none was found under .*empty"):
         write_report(tmp_path / "empty")
+    with pytest.raises(StoreError, match="none was found under no path"):
+        write_report([])
     assert not (tmp_path / "report").exists()
     make("a")
     with pytest.raises(ConfigError, match="window must be one of all, after_warmup, differences"):

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from nerve.storage.state import run_state
+from nerve.storage.directory import RunDirectory
 
 pytestmark = pytest.mark.slurm
 
@@ -64,7 +64,7 @@ def test_each_record_says_how_its_run_ended(sweep, status):
     assert records[CANCELLED].run_status == "interrupted"
     assert records[UNLUCKY].run_status == "failed"
     assert records[UNLUCKY].error == {"type": "RuntimeError", "message": "this run has no luck"}
-    assert run_state(records[KILLED].directory) == "dead"
+    assert RunDirectory(records[KILLED].directory).state == "dead"
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,8 @@ from nerve.storage.find import (
     IncompleteWarning,
     find_runs,
     load_records,
-    runs_by_id,
 )
-from nerve.storage.identity import config_id
-from nerve.storage.record import DamagedRecordError, DamagedRecordWarning, RunRecord
-from nerve.storage.state import RunLock
+from nerve.storage.record import DamagedRecordWarning, RunRecord
 
 
 @pytest.fixture
@@ -146,31 +143,3 @@ def test_a_directory_that_cannot_be_listed_is_named(tree, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.warns(IncompleteWarning, match="sweep_b"):
         assert len(find_runs(tree)) == 3
-
-
-def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_path):
-    """Done, then at work, then the furthest, then the last heard of; only directly below."""
-    config = {"seed": 1}
-    for name, run_status, step in (
-        ("a", "interrupted", 10),
-        ("b", "failed", 20),
-        ("c", "running", 5),
-        ("d", "done", 1),
-    ):
-        RunRecord.create(tmp_path / name, config).update(run_status=run_status, step=step)
-    other = RunRecord.create(tmp_path / "other", {"seed": 2})
-    for name in (".hidden", "a/inside"):
-        RunRecord.create(tmp_path / name, config)
-    (tmp_path / "empty").mkdir()
-    lock = RunLock(tmp_path / "c")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "run.json").write_text("{")
-    runs, unread = runs_by_id(tmp_path)
-    lock.release()
-    assert runs.keys() == {config_id(config), other.config_id}
-    found = [(record.directory.name, state) for state, record in runs[config_id(config)]]
-    assert found == [("d", "done"), ("c", "alive"), ("b", "failed"), ("a", "interrupted")]
-    (error,) = unread
-    assert isinstance(error, DamagedRecordError)
-    assert "broken" in str(error)
-    assert runs_by_id(tmp_path / "nowhere") == ({}, [])

@@ -128,7 +128,7 @@ def test_rows_after_a_compaction_survive_the_next_opening(store, row):
 
 
 def test_restored_part_is_not_taken_for_a_leftover(store, row):
-    """A damaged part moved away before a compaction may come back mended after it."""
+    """A damaged part moved away before a compaction may come back fixed after it."""
     fill(store, row)
     part = store.directory / "metrics" / "part-000000000010.parquet"
     part.rename(store.directory / "kept")
@@ -223,7 +223,7 @@ def test_a_resumed_run_goes_on_beside_a_damaged_part_of_its_own_step(store, row)
 
 @pytest.mark.parametrize("where", ["os.replace", "os.fsync", "pyarrow.parquet.write_table"])
 def test_a_full_disk_loses_nothing_and_a_retry_succeeds(store, row, monkeypatch, where):
-    """ENOSPC at any of the three places: an error with the mend, old files whole, rows kept."""
+    """ENOSPC at any of the three places: an error with the fix, old files whole, rows kept."""
     fill(store, row, steps=(0,))
     before = rows_of(store.directory)
 

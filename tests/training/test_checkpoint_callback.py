@@ -13,13 +13,11 @@ from torch.optim import SGD
 
 from nerve.errors import ConfigError, StoreError
 from nerve.optim import Schedule
+from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_callback import Cadence, Checkpointing
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
-    checkpoint_path,
-    kept_path,
-    kept_steps,
     read_checkpoint,
 )
 from nerve.training.module import ImageClassifier
@@ -80,7 +78,12 @@ def fit(
     files, kept = CheckpointFiles(), KeepWeights()
     with StopSignals() as signals:
         saving = Checkpointing(
-            files, directory, cadence, signals, RunStore(directory, "run"), {"vocab_size": 7}
+            files,
+            RunDirectory(directory),
+            cadence,
+            signals,
+            RunStore(directory, "run"),
+            {"vocab_size": 7},
         )
         trainer = L.Trainer(
             accelerator="cpu",
@@ -129,7 +132,7 @@ def test_a_checkpoint_is_written_every_so_many_steps_and_at_the_end(
 ):
     fit(tmp_path, Cadence(every_n_steps=every), (1.0,) * N_STEPS, accumulate=accumulate)
     assert steps_saved == list(expected)
-    assert read_checkpoint(checkpoint_path(tmp_path, "last"))["global_step"] == N_STEPS
+    assert read_checkpoint(RunDirectory(tmp_path).checkpoint("last"))["global_step"] == N_STEPS
 
 
 def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one():
@@ -166,7 +169,7 @@ def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, mon
 def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, losses, best, every):
     """Whenever files are written; of equal losses the first counts."""
     weights, saving = fit(tmp_path, Cadence(every_n_steps=every), tuple(map(float, losses)))
-    kept = read_checkpoint(checkpoint_path(tmp_path, "best"))
+    kept = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
     assert (kept["step"], kept["val_loss"]) == (best, min(losses))
     assert kept["facts"] == {"vocab_size": 7}
     for name, weight in weights[best].items():
@@ -177,7 +180,7 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, loss
 def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_kept_for(tmp_path):
     """They are validated in the place of those that are trained, which have another loss."""
     weights, _ = fit(tmp_path, Cadence(), (), callbacks=(EMAWeightAveraging(decay=0.9),))
-    kept = read_checkpoint(checkpoint_path(tmp_path, "best"))
+    kept = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
 
     def loss(state: dict[str, torch.Tensor]) -> float:
         model = nn.Linear(4, 2)
@@ -203,9 +206,9 @@ def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate
         callbacks=(start,),
     )
     weights = {0: start.weights, **weights}
-    assert kept_steps(tmp_path) == [0, 2, 3, N_STEPS]
-    for step in kept_steps(tmp_path):
-        kept = read_checkpoint(kept_path(tmp_path, step))
+    assert RunDirectory(tmp_path).kept_steps() == [0, 2, 3, N_STEPS]
+    for step in RunDirectory(tmp_path).kept_steps():
+        kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step))
         assert set(kept) == {"model", "facts", "step"}
         assert (kept["step"], kept["facts"]) == (step, {"vocab_size": 7})
         for name, weight in weights[step].items():
@@ -238,8 +241,8 @@ def test_where_weights_are_averaged_the_kept_ones_are_the_averages_as_the_best_a
     losses = (2.0, 2.0, 1.0, *(2.0,) * (N_STEPS - 3))
     average = EMAWeightAveraging(decay=0.9)
     weights, _ = fit(tmp_path, Cadence(keep=[3]), losses, callbacks=(average,))
-    best = read_checkpoint(checkpoint_path(tmp_path, "best"))
-    kept = read_checkpoint(kept_path(tmp_path, 3))
+    best = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
+    kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(3))
     assert best["step"] == 3
     for name, weight in best["model"].items():
         assert torch.equal(kept["model"][name], weight)
@@ -261,7 +264,7 @@ def test_steps_to_keep_are_those_of_the_run():
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_before(
     tmp_path, monkeypatch
 ):
-    path = checkpoint_path(tmp_path, "last")
+    path = RunDirectory(tmp_path).checkpoint("last")
     calls = []
 
     def refuse(target, content):

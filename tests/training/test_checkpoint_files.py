@@ -11,13 +11,11 @@ import torch
 import nerve
 from nerve.errors import ConfigError, StoreError
 from nerve.models import build_model
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
-    checkpoint_path,
     drop_all_but_weights,
-    kept_path,
-    kept_steps,
     read_checkpoint,
     weights_of,
     write_checkpoint,
@@ -60,7 +58,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
     """From weights alone as from a whole checkpoint; another seed would give other weights."""
     trained = build_model({**CONFIG, "seed": 2}, seed=2, **FACTS)
     RunRecord.create(tmp_path, CONFIG)
-    path = checkpoint_path(tmp_path, which)
+    path = RunDirectory(tmp_path).checkpoint(which)
     write_checkpoint(path, lightning_checkpoint(trained))
     if is_done:
         drop_all_but_weights(path)
@@ -109,7 +107,7 @@ def test_files_of_further_callbacks_are_written_too_unless_they_are_taken_back(t
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
     """torch's format and a bare pickle, each with an object that would make a directory."""
     target = tmp_path / "made"
-    path = checkpoint_path(tmp_path, "last")
+    path = RunDirectory(tmp_path).checkpoint("last")
     write_checkpoint(path, {"state_dict": {}, "callbacks": Evil(target)})
     with pytest.raises(StoreError, match=r"last\.ckpt"):
         read_checkpoint(path)
@@ -128,7 +126,7 @@ def write_evil(folder: Path, target: Path) -> Path:
 
 
 def test_a_damaged_checkpoint_is_named_wherever_it_is_cut(tmp_path):
-    path = checkpoint_path(tmp_path, "last")
+    path = RunDirectory(tmp_path).checkpoint("last")
     write_checkpoint(path, lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
     whole = path.read_bytes()
     for length in range(0, len(whole), len(whole) // 20):
@@ -150,12 +148,14 @@ def test_the_weights_of_a_step_are_loaded_by_its_number(tmp_path):
     RunRecord.create(tmp_path, CONFIG)
     for which in ("best", "last"):
         other = build_model(CONFIG, seed=9, **FACTS)
-        write_checkpoint(checkpoint_path(tmp_path, which), lightning_checkpoint(other))
+        write_checkpoint(RunDirectory(tmp_path).checkpoint(which), lightning_checkpoint(other))
     trained = {step: build_model(CONFIG, seed=step, **FACTS) for step in (0, 100, 2000)}
     for step, model in trained.items():
-        write_checkpoint(kept_path(tmp_path, step), weights_of(lightning_checkpoint(model)))
-    assert kept_path(tmp_path, 100).name == "step-000000000100.ckpt"
-    assert kept_steps(tmp_path) == [0, 100, 2000]
+        write_checkpoint(
+            RunDirectory(tmp_path).kept_checkpoint(step), weights_of(lightning_checkpoint(model))
+        )
+    assert RunDirectory(tmp_path).kept_checkpoint(100).name == "step-000000000100.ckpt"
+    assert RunDirectory(tmp_path).kept_steps() == [0, 100, 2000]
     for step, model in trained.items():
         loaded = nerve.load_model(tmp_path, step=step).state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
@@ -166,8 +166,8 @@ def test_a_step_that_was_not_kept_is_answered_with_those_that_were(tmp_path):
     with pytest.raises(StoreError, match=r"has none, not of 7 .* checkpoint\.keep=\[7\]"):
         nerve.load_model(tmp_path, step=7)
     for step in (100, 0):
-        write_checkpoint(kept_path(tmp_path, step), {})
-    kept_path(tmp_path, 7).with_suffix(".ckpt.0a1b.tmp").write_bytes(b"")
+        write_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step), {})
+    RunDirectory(tmp_path).kept_checkpoint(7).with_suffix(".ckpt.0a1b.tmp").write_bytes(b"")
     with pytest.raises(StoreError, match="has those of 0, 100, not of 7"):
         nerve.load_model(tmp_path, step=7)
 
@@ -180,7 +180,7 @@ def test_which_and_step_exclude_each_other(tmp_path, which):
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
 def test_a_refused_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, where):
-    path = checkpoint_path(tmp_path, "last")
+    path = RunDirectory(tmp_path).checkpoint("last")
     write_checkpoint(path, {"step": 1})
 
     def refuse(*args):

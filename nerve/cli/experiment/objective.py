@@ -1,11 +1,12 @@
 """`objective`: the number that a run returns, for sweepers that look for the best one."""
 
 import math
-from pathlib import Path
 
 from nerve.config import require_choice
 from nerve.metric_names import MEASURED, mean_name, mean_values
-from nerve.storage.record import RunRecord
+from nerve.storage.directory import RunDirectory
+from nerve.storage.parts import read_parts, warn_damaged
+from nerve.storage.schema import DATASETS
 
 SCORES = {"gpt": ("val_loss", "bits_per_byte"), "mixer": ("val_loss", "val_accuracy")}
 """The kind of a model to the final scores of its runs in `run.json`."""
@@ -24,17 +25,17 @@ def check_objective(name: str, kind: str) -> None:
     require_choice("objective", name, (*SCORES[kind], *MEASURED, *means))
 
 
-def objective_of(directory: Path, name: str) -> float:
-    """The number that `objective` names, of the run in `directory`, which is done.
+def objective_of(run: RunDirectory, name: str) -> float:
+    """The number that `objective` names, of a run that is done.
 
     A score is that of the last validation, a metric the mean over layers of the last measurement;
     NaN where nothing could be measured.
     """
-    score = RunRecord.load(directory).final.get(name)
+    score = run.require_record().final.get(name)
     if score is not None:
         return score
-    from nerve.analysis.load import load_metrics  # pandas takes long to import
-
-    metrics = load_metrics(directory)
-    last = metrics[metrics["step"] == metrics["step"].max()]
-    return mean_values(last.to_dict("records")).get(name, math.nan)
+    table, damaged = read_parts(run.path, DATASETS["metrics"])
+    warn_damaged(damaged)
+    rows = table.select(["step", "ffn", *MEASURED]).to_pylist()
+    last = max((row["step"] for row in rows), default=None)
+    return mean_values(row for row in rows if row["step"] == last).get(name, math.nan)

@@ -3,7 +3,6 @@
 import logging
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -26,18 +25,18 @@ from nerve.cli.experiment.build import (
     log_configuration,
 )
 from nerve.cli.experiment.objective import objective_of
-from nerve.cli.experiment.start import begin, final_loss
+from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import print_summary
 from nerve.config import from_mapping, require
 from nerve.errors import DataError, StoreError
 from nerve.files import remove_temporaries
+from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import nvidia_driver
 from nerve.storage.record import RunRecord
-from nerve.storage.state import RunLock
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Cadence, Checkpointing
-from nerve.training.checkpoint_files import CheckpointFiles, checkpoint_path, drop_all_but_weights
+from nerve.training.checkpoint_files import CheckpointFiles, drop_all_but_weights
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -55,50 +54,47 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         processes only the one that records the run knows more than the loss.
 
     Raises:
-        NerveError: for what the user can mend; a run that had begun is recorded as failed.
+        NerveError: for what the user can fix; a run that had begun is recorded as failed.
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
     check(config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
-    directory = Path(hydra_config.runtime.output_dir)
-    if final_loss(directory, config) is not None:
-        return objective_of(directory, config.objective)
+    run = RunDirectory(hydra_config.runtime.output_dir)
+    if is_done(run, config):
+        return objective_of(run, config.objective)
     check_machine(config)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
         if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
-            return _follow(config, directory, signals)
-        lock = RunLock(directory)
-        try:
-            if final_loss(directory, config) is None:  # else it has been done just now
-                record = begin(directory, config, hydra_config)
-                _lead(config, directory, record, signals)
-        finally:
-            lock.release()
-    return objective_of(directory, config.objective)
+            return _follow(config, run, signals)
+        with run.locked():
+            record = start(run, config, hydra_config)
+            if record.run_status != "done":  # else it has been done just now
+                _lead(config, run, record, signals)
+    return objective_of(run, config.objective)
 
 
-def _follow(config: DictConfig, directory: Path, signals: StopSignals) -> float:
+def _follow(config: DictConfig, run: RunDirectory, signals: StopSignals) -> float:
     """The run in a process that does not record it."""
     try:
-        return _run(config, directory, None, signals)
+        return _run(config, run, None, signals)
     except Interrupted as interrupted:
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
         raise SystemExit(0) from interrupted
 
 
-def _lead(config: DictConfig, directory: Path, record: RunRecord, signals: StopSignals) -> None:
+def _lead(config: DictConfig, run: RunDirectory, record: RunRecord, signals: StopSignals) -> None:
     """The run in the process that records how it ends."""
     try:
-        _run(config, directory, record, signals)
+        _run(config, run, record, signals)
     except BaseException as error:
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
-            log.warning("%s; to go on: nerve-run resume=%s", error, directory)
+            log.warning("%s; to go on: nerve-run resume=%s", error, run.path)
             signals.hand_on()
         raise
     if signals.received:  # while it ended: nothing is left to save, but the command must stop
@@ -116,7 +112,7 @@ def _record_end(record: RunRecord, error: BaseException) -> None:
 
 
 def _run(
-    config: DictConfig, directory: Path, record: RunRecord | None, signals: StopSignals
+    config: DictConfig, run: RunDirectory, record: RunRecord | None, signals: StopSignals
 ) -> float:
     values = resolved(config)
     for key in ("compile", "retry"):
@@ -141,15 +137,15 @@ def _run(
     log.info("data: %s", counts(data.describe()))
     facts = facts_of(data, values["model"]["kind"])
     module = build_module(config, values, facts)
-    store = RunStore(directory, record.run_id) if record else None
+    store = run.store() if record else None
     monitor = build_monitor(store, values)
     files = CheckpointFiles()
-    saving = Checkpointing(files, directory, cadence, signals, store, facts)
+    saving = Checkpointing(files, run, cadence, signals, store, facts)
     callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
-    trainer = build_trainer(config, directory, store, callbacks, files)
-    last = checkpoint_path(directory, "last")
+    trainer = build_trainer(config, run.path, store, callbacks, files)
+    last = run.checkpoint("last")
     if record and store:
-        _prepare(directory, record, store, data)
+        _prepare(run, record, store, data)
         record.update(
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
@@ -176,7 +172,7 @@ def _run(
             drop_all_but_weights(last)
         except StoreError as refused:  # the run is done all the same
             log.warning("the last checkpoint stays as large as it is: %s", refused)
-        print_summary(monitor.latest, _facts(final), directory)
+        print_summary(monitor.latest, _facts(final), run.path)
     return final["val_loss"]
 
 
@@ -198,15 +194,15 @@ def _gpu_versions(trainer: L.Trainer) -> dict[str, str]:
     return {name: version for name, version in versions.items() if version is not None}
 
 
-def _prepare(directory: Path, record: RunRecord, store: RunStore, data: Any) -> None:
+def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -> None:
     """Makes the directory what the run can go on from: its last checkpoint, or nothing."""
-    last = checkpoint_path(directory, "last")
+    last = run.checkpoint("last")
     remove_temporaries(last.parent)
     if not last.exists():
         store.truncate_after(-1)
     elif record.fingerprints != data.fingerprints:
         raise DataError(
-            f"A run goes on with the data that it began with; those of {directory} had the "
+            f"A run goes on with the data that it began with; those of {run.path} had the "
             f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the old "
             "data back, or start a new run."
         )

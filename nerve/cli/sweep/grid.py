@@ -1,7 +1,7 @@
 """The cells of a sweep: each composed, with its directory and what that holds already."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from nerve.cli.config.compose import identity, resolved
 from nerve.cli.config.overrides import told
 from nerve.cli.console import say
 from nerve.errors import ConfigError, StoreError
-from nerve.storage.find import runs_by_id
+from nerve.storage.directory import RunDirectory
 from nerve.storage.identity import differences
-from nerve.storage.record import RECORD_NAME, RunRecord
-from nerve.storage.state import RunState, open_run, run_state
+from nerve.storage.record import RECORD_NAME
+from nerve.storage.state import RunState
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Cell:
         number: its place in the grid, from 0.
         overrides: what sets it apart on the command line, and what all share.
         config: composed, with Hydra's own node.
-        directory: of its run; where that cannot be told, the sweep's.
+        run: its directory; where that cannot be told, the sweep's. Twins share one.
         found: what the directory held before the sweep.
         job: that an earlier command has sent for it and that is queued or at work.
         twin: the number of an earlier cell that defines the same result.
@@ -41,12 +41,17 @@ class Cell:
     number: int
     overrides: Sequence[str]
     config: DictConfig
-    directory: Path
+    run: RunDirectory
     found: RunState = RunState.NEW
     job: str | None = None
     twin: int | None = None
     refusal: str | None = None
     trouble: str | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where its run is."""
+        return self.run.path
 
     @property
     def is_to_do(self) -> bool:
@@ -80,7 +85,7 @@ def compose_grid(
     """
     cells: list[Cell] = []
     first: dict[Path, tuple[Cell, dict[str, Any]]] = {}
-    stored = _StoredRuns()
+    stored = StoredRuns()
     for number, overrides in enumerate(grid):
         try:
             composed = loader.load_sweep_config(config, list(overrides))
@@ -91,7 +96,7 @@ def compose_grid(
             ) from error
         with open_dict(composed.hydra):
             composed.hydra.job.id = composed.hydra.job.num = number
-        cell = Cell(number, overrides, composed, Path(str(composed.hydra.sweep.dir)))
+        cell = Cell(number, overrides, composed, stored.at(Path(str(composed.hydra.sweep.dir))))
         try:
             _place(cell, stored)
             values = cell.values()
@@ -99,9 +104,8 @@ def compose_grid(
             if other is not cell:
                 _check_same(cell, other, differences(values, its_values))
                 cell.twin = other.number
-            cell.found, record = open_run(cell.directory)
-            if record is not None:
-                _check_record(record, values)
+            cell.found = cell.run.state
+            cell.run.require_same(values)
         except OmegaConfBaseException as error:
             cell.refusal = _unresolved(composed, error)
         except StoreError as error:
@@ -110,13 +114,18 @@ def compose_grid(
     return cells
 
 
-class _StoredRuns:
+class StoredRuns:
     """The runs that the directories of sweeps hold; each record is read once, when first asked."""
 
     def __init__(self) -> None:
-        self._folders: dict[Path, dict[str, Path]] = {}
+        self._runs: dict[Path, RunDirectory] = {}
+        self._chosen: dict[Path, dict[str, RunDirectory]] = {}
 
-    def directory_of(self, own: Path, config_id: str) -> Path:
+    def at(self, path: Path) -> RunDirectory:
+        """The one object for the directory `path`."""
+        return self._runs.setdefault(path, RunDirectory(path))
+
+    def run_of(self, own: RunDirectory, config_id: str) -> RunDirectory:
         """Where the run of `config_id` is in the sweep whose directory `own` is in.
 
         That is `own`, named by the id, where a run is done or at work; else the directory of the
@@ -125,37 +134,54 @@ class _StoredRuns:
         Raises:
             StoreError: when the record in `own` cannot be read.
         """
-        if run_state(own) in (RunState.DONE, RunState.ALIVE):
+        if own.state in (RunState.DONE, RunState.ALIVE):
             return own
-        if own.parent not in self._folders:
-            self._folders[own.parent] = _chosen(own.parent)
-        return self._folders[own.parent].get(config_id, own)
+        folder = own.path.parent
+        if folder not in self._chosen:
+            self._chosen[folder] = self._choose(folder)
+        return self._chosen[folder].get(config_id, own)
+
+    def _choose(self, folder: Path) -> dict[str, RunDirectory]:
+        """The run directly below `folder` to take for each id, after saying what was passed over.
+
+        Of several it is one that is done, else one at work, else the one that got furthest, or of
+        these the last heard of; what their directories are called does not matter.
+        """
+        runs: dict[str, list[RunDirectory]] = {}
+        for path in sorted(folder.glob(f"[!.]*/{RECORD_NAME}")):
+            run = self.at(path.parent)
+            try:
+                runs.setdefault(run.require_record().config_id, []).append(run)
+            except StoreError as error:
+                say(f"passed over: {error}")
+        chosen: dict[str, RunDirectory] = {}
+        for config_id, same in runs.items():
+            best, *others = sorted(same, key=_worth, reverse=True)
+            chosen[config_id] = best
+            if others:
+                names = ", ".join(str(other.path) for other in others)
+                say(
+                    f"{best.path} ({best.state}, step {best.require_record().progress}) counts; of "
+                    f"the same configuration, and left as they are: {names}"
+                )
+        return chosen
 
 
-def _chosen(folder: Path) -> dict[str, Path]:
-    """The directory to take for each id, after saying what was passed over."""
-    runs, unread = runs_by_id(folder)
-    for error in unread:
-        say(f"passed over: {error}")
-    for (state, record), *others in runs.values():
-        if others:
-            names = ", ".join(str(other.directory) for _, other in others)
-            say(
-                f"{record.directory} ({state}, step {record.progress}) counts; of the same "
-                f"configuration, and left as they are: {names}"
-            )
-    return {config_id: same[0][1].directory for config_id, same in runs.items()}
+def _worth(run: RunDirectory) -> tuple[bool, bool, int, str]:
+    record = run.require_record()
+    is_done, is_alive = (run.state == state for state in (RunState.DONE, RunState.ALIVE))
+    return is_done, is_alive, record.step, record.heartbeat
 
 
-def _place(cell: Cell, stored: _StoredRuns) -> None:
+def _place(cell: Cell, stored: StoredRuns) -> None:
     """Finds the cell's directory: where Hydra would put it, or where its run is already."""
     hydra = cell.config.hydra
     HydraConfig.instance().set_config(cell.config)
     subdir = str(hydra.sweep.subdir)
-    cell.directory /= subdir
+    cell.run = stored.at(cell.directory / subdir)
     own_id = identity(cell.config)
     if subdir == own_id:  # else it was chosen by hand
-        cell.directory = stored.directory_of(cell.directory, own_id)
+        cell.run = stored.run_of(cell.run, own_id)
     OmegaConf.set_readonly(hydra, False)
     with open_dict(hydra):
         hydra.sweep.subdir = cell.directory.name if subdir == own_id else subdir
@@ -170,25 +196,6 @@ def _check_same(cell: Cell, other: Cell, different: Sequence[str]) -> None:
             f"A directory holds one run; cells {' and '.join(names)} would share {cell.directory} "
             f"with different values of {', '.join(different)}; nothing was started. Put what "
             "varies into hydra.sweep.subdir, or leave that out: each cell then has its own."
-        )
-
-
-def check_values(cell: Cell) -> None:
-    """Checks that the run in the cell's directory, if there is one, is the cell's.
-
-    Raises:
-        StoreError: if it has other values, or cannot be read.
-    """
-    if (cell.directory / RECORD_NAME).exists():
-        _check_record(RunRecord.load(cell.directory), cell.values())
-
-
-def _check_record(record: RunRecord, values: Mapping[str, Any]) -> None:
-    different = differences(record.config, values)
-    if different:
-        raise StoreError(
-            f"A directory holds one run; {record.directory} holds run {record.run_id} with other "
-            f"values of {', '.join(different)}. Choose another hydra.sweep.dir, or delete that one."
         )
 
 

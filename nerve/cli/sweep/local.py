@@ -16,8 +16,6 @@ from nerve import cores
 from nerve.cli.sweep.grid import Cell
 from nerve.cli.sweep.worker import encoded, record_end
 from nerve.errors import NerveError, StoreError
-from nerve.storage.record import RECORD_NAME, RunRecord
-from nerve.storage.state import RunLock
 
 GRACE_S = 120.0
 """How long a cell that is asked to stop may take to save; then it is killed."""
@@ -130,7 +128,7 @@ class _Process:
         self._requests = 0
         self._to_be_killed_at: float | None = None
         self._error: NerveError | None = None
-        self._n_starts = _n_starts(_record_in(cell.directory))
+        self._n_starts = cell.run.reload().n_starts  # it may have been waiting for long
         self._popen = _start(cell, place, n_at_once)
 
     def has_ended(self, requests: int) -> bool:
@@ -178,34 +176,23 @@ class _Process:
             self._popen.stdin.close()
         self._kill()
         try:
-            lock = RunLock(self.cell.directory)
-            try:
+            with self.cell.run.locked():
                 if not self._is_recorded(status):
                     error = self._error or _error(status)
                     run_status = "failed" if isinstance(error, CrashedError) else "interrupted"
-                    record_end(self.cell.directory, self.cell.values(), run_status, error)
-            finally:
-                lock.release()
+                    record_end(self.cell.run, self.cell.values(), run_status, error)
         except StoreError as error:  # nothing can be written, or someone else goes on with it
             self.cell.trouble = str(error)
 
     def _is_recorded(self, status: int) -> bool:
         """Whether the run itself has said all that there is to say of its end."""
-        record = _record_in(self.cell.directory)
-        run_status = record.run_status if record else None
-        if _n_starts(record) == self._n_starts:  # it never began
+        run = self.cell.run
+        run_status = run.record.run_status if run.record else None
+        if run.n_starts == self._n_starts:  # it never began
             asked = status == ASKED_TO_STOP and self._error is None
             return asked or run_status in ("done", "failed")
         # Where it was stopped for a reason, only this process knows the reason.
         return run_status != "running" and (run_status != "interrupted" or self._error is None)
-
-
-def _record_in(directory: Path) -> RunRecord | None:
-    return RunRecord.load(directory) if (directory / RECORD_NAME).exists() else None
-
-
-def _n_starts(record: RunRecord | None) -> int:
-    return record.restarts + 1 if record else 0
 
 
 def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":

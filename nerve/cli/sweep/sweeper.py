@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, resolved
 from nerve.cli.sweep.devices import check_counted, check_devices
-from nerve.cli.sweep.grid import Cell, check_values, compose_grid
+from nerve.cli.sweep.grid import Cell, compose_grid
 from nerve.cli.sweep.local import run_here
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
 from nerve.cli.sweep.table import Report
 from nerve.config import require
 from nerve.errors import ConfigError, NerveError, StoreError
-from nerve.files import refusals_named
-from nerve.storage.state import FRESH, RunState, run_state
+from nerve.files import as_store_error
+from nerve.storage.state import FRESH, RunState
 
 NAME = "hydra_plugins.nerve.CellSweeper"
 """What `_target_` calls the sweeper: Hydra makes plugins of such names only."""
@@ -113,7 +113,7 @@ class CellSweeper(Sweeper):
         cells = compose_grid(loader, self.config, grid)
         for cell in cells:
             _refuse_devices(cell, launcher)
-        with refusals_named(folder):
+        with as_store_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
         _find_jobs(cells, jobs)
@@ -189,7 +189,7 @@ def _wait_for_silence(cells: Sequence[Cell]) -> None:
 
 def _is_alive(cell: Cell) -> bool:
     try:
-        return run_state(cell.directory) == RunState.ALIVE
+        return cell.run.reload().state == RunState.ALIVE
     except StoreError:
         return False
 
@@ -199,7 +199,7 @@ def _refuse_other_values(cell: Cell) -> None:
     if depends_on_place(cell.config):
         return
     try:
-        check_values(cell)
+        cell.run.reload().require_same(cell.values())
     except StoreError as error:
         cell.refusal = str(error)
 

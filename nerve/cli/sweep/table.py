@@ -10,8 +10,8 @@ from rich.table import Table
 from nerve.cli.console import console, figure, say
 from nerve.cli.sweep.grid import Cell
 from nerve.errors import NerveError, StoreError
-from nerve.storage.record import RECORD_NAME, RunRecord
-from nerve.storage.state import RunState, open_run
+from nerve.storage.record import RunRecord
+from nerve.storage.state import RunState
 
 FOUND = {
     RunState.NEW: "new",
@@ -58,6 +58,7 @@ class Report:
         self._starts = [_n_starts(cell) for cell in cells]
         self._n_to_do = sum(cell.is_to_do for cell in cells)
         self._n_started = 0
+        self._ended: list[Cell] = []
 
     def begin(self) -> None:
         """Says how many cells there are, and what was found of them."""
@@ -86,7 +87,8 @@ class Report:
         )
 
     def ended(self, cell: Cell) -> None:
-        """Says how a cell ended."""
+        """Says how a cell ended, whose directory has just been looked at."""
+        self._ended.append(cell)
         state, record, reason = _ending(cell)
         loss = f", validation loss {figure(record.final.get('val_loss'))}" if record else ""
         said = f"done{loss}" if state == RunState.DONE else reason
@@ -107,6 +109,10 @@ class Report:
             right = name in ("", "step", "val loss")
             table.add_column(name, justify="right" if right else "left", overflow="fold")
         reasons: dict[str, list[Cell]] = {}
+        settled = {cell.directory for cell in self._ended}
+        for run in {cell.directory: cell.run for cell in self._cells}.values():
+            if run.path not in settled:
+                run.reload()
         for cell in self._cells:
             state, record, reason = _ending(cell)
             known = record is not None and cell.twin is None and cell.refusal is None
@@ -159,7 +165,7 @@ def _ending(cell: Cell) -> tuple[str, RunRecord | None, str]:
     if cell.refusal is not None:
         return "", None, cell.refusal
     try:
-        state, record = open_run(cell.directory)
+        state, record = cell.run.state, cell.run.record
     except StoreError as error:
         return "unreadable", None, str(error)
     if record is None:
@@ -171,10 +177,10 @@ def _ending(cell: Cell) -> tuple[str, RunRecord | None, str]:
 
 def _n_starts(cell: Cell) -> int:
     """How often a process has begun to work in the cell's directory."""
-    if cell.refusal is not None or not (cell.directory / RECORD_NAME).exists():
+    if cell.refusal is not None:
         return 0
     try:
-        return RunRecord.load(cell.directory).restarts + 1
+        return cell.run.n_starts
     except StoreError:
         return 0
 

@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
@@ -26,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, identity, register, resolved
 from nerve.errors import NerveError, StoreError
+from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
-from nerve.storage.record import RECORD_NAME, RunRecord
 
 STDIN = 0
 
@@ -54,55 +53,52 @@ def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
         run_experiment,  # torch and Lightning take seconds to import
     )
 
-    _check_unchanged(config, Path(hydra_config.runtime.output_dir))
+    run = RunDirectory(hydra_config.runtime.output_dir)
+    _check_unchanged(config, run)
     try:
         return run_experiment(config, hydra_config)
     except StoreError:
         raise  # the directory is another's, or cannot be written
     except Exception as error:
-        directory = Path(hydra_config.runtime.output_dir)
         first = os.environ.get("SLURM_PROCID", "0") == "0"  # of several processes one records
-        if first and not (directory / RECORD_NAME).exists():
-            record_end(directory, resolved(config), "failed", error)
+        if first and run.reload().record is None:
+            record_end(run, resolved(config), "failed", error)
         raise
 
 
-def _check_unchanged(config: DictConfig, directory: Path) -> None:
+def _check_unchanged(config: DictConfig, run: RunDirectory) -> None:
     """A job of a cluster composes its configuration again, perhaps hours after it was sent."""
     if cluster_job() is None or depends_on_place(config):
         return
-    sent, now = _id_of(directory), identity(config)
+    sent, now = _id_of(run), identity(config)
     if sent not in (None, now):
         raise StoreError(
-            f"A cell runs with the values that it was sent with; {directory} is that of "
+            f"A cell runs with the values that it was sent with; {run.path} is that of "
             f"configuration {sent}, and the files of configuration now give {now}. Put "
             "them back as they were, or call the sweep again for cells with the new values."
         )
 
 
-def _id_of(directory: Path) -> str | None:
+def _id_of(run: RunDirectory) -> str | None:
     """The id that a cell of this directory has; None where neither record nor name says."""
-    if (directory / RECORD_NAME).exists():
-        return RunRecord.load(directory).config_id
-    return directory.name if re.fullmatch("[0-9a-f]{12}", directory.name) else None
+    if run.record is not None:
+        return run.record.config_id
+    return run.path.name if re.fullmatch("[0-9a-f]{12}", run.path.name) else None
 
 
 def record_end(
-    directory: Path, values: Mapping[str, Any], run_status: str, error: BaseException
+    run: RunDirectory, values: Mapping[str, Any], run_status: str, error: BaseException
 ) -> None:
     """Records how a cell ended whose run could not say so itself, or had not begun.
 
     Args:
-        directory: of the run.
+        run: its directory.
         values: the resolved configuration.
         run_status: interrupted or failed.
         error: why.
     """
-    if (directory / RECORD_NAME).exists():
-        record = RunRecord.load(directory)
-    else:
-        sweep, seed = directory.parent.name, values["seed"]
-        record = RunRecord.create(directory, values, sweep=sweep, seed=seed, job=cluster_job())
+    sweep, seed = run.path.parent.name, values["seed"]
+    record = run.record or run.create(values, sweep=sweep, seed=seed, job=cluster_job())
     record.finish(run_status, error=error)
 
 

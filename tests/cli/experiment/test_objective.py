@@ -11,6 +11,7 @@ import nerve
 from nerve.cli.experiment import run as experiment
 from nerve.cli.experiment.objective import FFNS, SCORES, check_objective, objective_of
 from nerve.errors import ConfigError
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -99,11 +100,11 @@ def test_the_names_are_those_that_runs_of_each_kind_leave(run, returned):
         assert set(FFNS[kind]) == set(last.ffn)
         for name in (*SCORES[kind], "js", *(f"{ffn}/mean/pr_post" for ffn in FFNS[kind])):
             check_objective(name, kind)
-            assert math.isfinite(objective_of(Path(directory), name))
+            assert math.isfinite(objective_of(RunDirectory(directory), name))
         by_ffn = last.groupby("ffn").pr_post.mean()
         for ffn, mean in by_ffn.items():
             name = f"{ffn}/mean/pr_post"
-            assert objective_of(Path(directory), name) == pytest.approx(mean, rel=1e-15)
+            assert objective_of(RunDirectory(directory), name) == pytest.approx(mean, rel=1e-15)
         with pytest.raises(ConfigError, match="objective must be one of val_loss"):
             check_objective("perplexity", kind)
 
@@ -115,4 +116,4 @@ def test_a_metric_of_dead_layers_is_nan(tmp_path):
     rows = [{"step": step, "status": "ok", "js": js} for step, js in ((0, 0.5), (2, None))]
     store.append_metrics(sizes | row for row in rows)
     store.flush(2)
-    assert math.isnan(objective_of(tmp_path, "js"))
+    assert math.isnan(objective_of(RunDirectory(tmp_path), "js"))

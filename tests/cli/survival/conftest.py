@@ -14,11 +14,9 @@ from omegaconf import open_dict, read_write
 import nerve
 from nerve.cli.config.compose import CONF, register
 from nerve.cli.experiment.run import run_experiment
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.training.checkpoint_files import (
-    checkpoint_path,
-    kept_path,
-    kept_steps,
     read_checkpoint,
     weights_of,
 )
@@ -120,14 +118,15 @@ def assert_same(tmp_path: Path) -> Callable[[str, str], None]:
         assert a == b
         for which in ("last", "best"):
             # A process that dies as it ends may leave its last checkpoint with all that was in it.
-            a, b = (weights_of(read_checkpoint(checkpoint_path(path, which))) for path in both)
+            files = (RunDirectory(path).checkpoint(which) for path in both)
+            a, b = (weights_of(read_checkpoint(file)) for file in files)
             assert (a["step"], list(a["model"])) == (b["step"], list(b["model"]))
             for name, weight in a["model"].items():
                 assert torch.equal(weight, b["model"][name]), f"{name} of {which}"
-        steps, others = (kept_steps(path) for path in both)
+        steps, others = (RunDirectory(path).kept_steps() for path in both)
         assert steps == others
         for step in steps:
-            a, b = (read_checkpoint(kept_path(path, step)) for path in both)
+            a, b = (read_checkpoint(RunDirectory(path).kept_checkpoint(step)) for path in both)
             assert a["step"] == b["step"] == step
             assert a["model"].keys() == b["model"].keys()
             for name, weight in a["model"].items():

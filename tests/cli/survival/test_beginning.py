@@ -14,9 +14,9 @@ from subprocess import PIPE
 import pytest
 
 import nerve
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
-from nerve.storage.state import RunLock, RunState, run_state
-from nerve.training.checkpoint_files import checkpoint_path
+from nerve.storage.state import RunLock, RunState
 from nerve.training.module import TrainedModel
 
 LIBRARY = Path(os.__file__).parent
@@ -132,7 +132,8 @@ def test_what_handled_the_signal_before_has_it_once_all_is_saved(run, tiny, stop
 
     def requeue(signum, frame):
         record = RunRecord.load("mine")
-        seen.append((record.run_status, record.step, checkpoint_path("mine", "last").exists()))
+        last = RunDirectory("mine").checkpoint("last")
+        seen.append((record.run_status, record.step, last.exists()))
         sys.exit(-1)
 
     before = signal.signal(signal.SIGUSR2, requeue)
@@ -170,7 +171,7 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, tiny, stop_at
     assert run(*tiny)[0] == 1
     go_on()
     assert nerve.load_metrics("mine").step.max() == 2
-    assert not checkpoint_path("mine", "last").exists()
+    assert not RunDirectory("mine").checkpoint("last").exists()
     assert run(*tiny, "retry=true")[0] == 0
     rows = nerve.load_metrics("mine")
     assert rows.step.unique().tolist() == [0, 2, 4]
@@ -207,7 +208,7 @@ def test_a_damaged_checkpoint_is_named(run, tiny, stop_at, go_on):
     stop_at(1, signal.SIGTERM)
     assert run(*tiny)[0] == 143
     go_on()
-    path = checkpoint_path("mine", "last")
+    path = RunDirectory("mine").checkpoint("last")
     path.write_bytes(path.read_bytes()[:1000])
     status, _, err = run(*tiny)
     assert status == 1
@@ -256,7 +257,7 @@ def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
     assert f"in use by process {pids[0]}" in loser
     record = RunRecord.load(tmp_path / "mine")
     assert (record.run_status, record.restarts) == ("done", 0)
-    assert run_state(tmp_path / "mine") == RunState.DONE
+    assert RunDirectory(tmp_path / "mine").state == RunState.DONE
 
 
 def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_at, go_on):

@@ -12,8 +12,9 @@ import torch
 import nerve
 from nerve.errors import ConfigError
 from nerve.models import build_model
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
-from nerve.training.checkpoint_files import checkpoint_path, kept_path, kept_steps, read_checkpoint
+from nerve.training.checkpoint_files import read_checkpoint
 from nerve.training.signals import Interrupted
 
 N_STEPS = 5
@@ -46,7 +47,8 @@ def test_a_run_stopped_in_every_step_equals_an_undisturbed_one(
         record = RunRecord.load(pieces)
         assert (record.run_status, record.restarts) == ("interrupted", restarts)
         assert record.step == restarts + 1
-        assert read_checkpoint(checkpoint_path(pieces, "last"))["global_step"] == restarts + 1
+        last = read_checkpoint(RunDirectory(pieces).checkpoint("last"))
+        assert last["global_step"] == restarts + 1
         assert nerve.load_metrics(pieces).step.max() <= restarts + 1
     # In the last step a signal comes too late to interrupt anything, but ends the command.
     with pytest.raises(Interrupted):
@@ -126,9 +128,10 @@ def test_weights_kept_past_the_last_checkpoint_are_kept_anew(
     experiment("whole", "checkpoint.keep=[1,3]")
     keep = ["checkpoint.keep=[1,3]", "checkpoint.every_n_steps=2"]
     fail_in_step_4(lambda: experiment("pieces", *keep))
-    last = read_checkpoint(checkpoint_path(tmp_path / "pieces", "last"))
-    assert (kept_steps("pieces"), last["global_step"]) == ([1, 3], 2)
-    kept_path("pieces", 3).write_bytes(b"weights that the steps done again do not lead to")
+    last = read_checkpoint(RunDirectory(tmp_path / "pieces").checkpoint("last"))
+    run = RunDirectory("pieces")
+    assert (run.kept_steps(), last["global_step"]) == ([1, 3], 2)
+    run.kept_checkpoint(3).write_bytes(b"weights that the steps done again do not lead to")
     experiment("pieces", *keep, "retry=true")
     assert_same("whole", "pieces")
 
@@ -138,9 +141,9 @@ def test_weights_kept_past_where_a_run_goes_on_are_dropped(experiment, fail_in_s
     """They are of steps whose rows are dropped; without a checkpoint that is every step."""
     cadence = f"checkpoint.every_n_steps={every}"
     fail_in_step_4(lambda: experiment("run", "checkpoint.keep=[1,3]", cadence))
-    assert kept_steps("run") == [1, 3]
+    assert RunDirectory("run").kept_steps() == [1, 3]
     experiment("run", "checkpoint.keep=[5]", cadence, "retry=true")
-    assert kept_steps("run") == left
+    assert RunDirectory("run").kept_steps() == left
 
 
 def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
@@ -152,7 +155,7 @@ def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
     go_on()
     experiment("run", "checkpoint.keep=[2,3,4]")
     assert "goes on at step 3; the weights of steps 2 in checkpoint.keep are past" in caplog.text
-    assert kept_steps("run") == [3, 4]
+    assert RunDirectory("run").kept_steps() == [3, 4]
 
 
 def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment, tmp_path):
@@ -161,7 +164,7 @@ def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment
     record = RunRecord.load("run")
     assert record.run_status == "done"
     first, final = (nerve.load_model("run", step=step).state_dict() for step in (0, 5))
-    facts = read_checkpoint(kept_path("run", 0))["facts"]
+    facts = read_checkpoint(RunDirectory("run").kept_checkpoint(0))["facts"]
     built = build_model(record.config, seed=record.config["seed"], **facts).state_dict()
     last = nerve.load_model("run", "last").state_dict()
     assert all(torch.equal(first[name], built[name]) for name in built)
@@ -193,7 +196,8 @@ def test_on_a_gpu_a_resumed_run_has_the_rows_of_an_undisturbed_one(
         stop_at(stop - 1, signal.SIGTERM)
         with pytest.raises(Interrupted):
             experiment("pieces", *gpu)
-        assert read_checkpoint(checkpoint_path(tmp_path / "pieces", "last"))["global_step"] == stop
+        last = read_checkpoint(RunDirectory(tmp_path / "pieces").checkpoint("last"))
+        assert last["global_step"] == stop
     go_on()
     experiment("pieces", *gpu)
     whole, pieces = (nerve.load_metrics(tmp_path / name) for name in ("whole", "pieces"))
@@ -244,7 +248,7 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     assert status == 128 + signal.SIGTERM, output
     record = RunRecord.load(tmp_path / "pieces")
     assert (record.run_status, record.step) == ("interrupted", 3)
-    states = read_checkpoint(checkpoint_path(tmp_path / "pieces", "last"))["callbacks"]
+    states = read_checkpoint(RunDirectory(tmp_path / "pieces").checkpoint("last"))["callbacks"]
     masks = []
     for random in states["Checkpointing"]["random"]:
         torch.set_rng_state(random["torch"])

@@ -1,4 +1,4 @@
-"""What SIGKILL, a full disk and a second process do to a run: nothing that a resume cannot mend."""
+"""What SIGKILL, a full disk and a second process do to a run: nothing that a resume cannot fix."""
 
 import errno
 import io
@@ -17,8 +17,9 @@ import pytest
 import nerve
 from nerve import files as atomic
 from nerve.errors import StoreError
-from nerve.storage.state import RunState, run_state
-from nerve.training.checkpoint_files import checkpoint_path, read_checkpoint
+from nerve.storage.directory import RunDirectory
+from nerve.storage.state import RunState
+from nerve.training.checkpoint_files import read_checkpoint
 
 LONGER = ["trainer.max_steps=30", "checkpoint.every_n_steps=3", "model.dropout=0.1"]
 LONGER += ["model.n_layers=1"]
@@ -113,13 +114,13 @@ while kills < n_kills or status:
 
 def assert_readable(directory: Path) -> RunState:
     """Every file that is there is whole, and rows reach as far as the checkpoint; the state."""
-    state = run_state(directory)
+    state = RunDirectory(directory).state
     if state == RunState.NEW:
         return state
-    last = checkpoint_path(directory, "last")
+    last = RunDirectory(directory).checkpoint("last")
     saved = read_checkpoint(last) if last.exists() else None
-    if checkpoint_path(directory, "best").exists():
-        read_checkpoint(checkpoint_path(directory, "best"))
+    if RunDirectory(directory).checkpoint("best").exists():
+        read_checkpoint(RunDirectory(directory).checkpoint("best"))
     assert len(nerve.load_runs(directory)) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nerve.IncompleteWarning)  # killed before any row

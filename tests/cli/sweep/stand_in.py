@@ -13,38 +13,37 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nerve.cli.experiment.start import begin, final_loss
+from nerve.cli.experiment.start import is_done, start
 from nerve.cli.sweep import worker as cell
 from nerve.errors import ConfigError
-from nerve.storage.state import RunLock
+from nerve.storage.directory import RunDirectory
 
 POOLS = ("NERVE_CORES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 def run_experiment(config: Any, hydra_config: Any) -> float:
-    directory = Path(hydra_config.runtime.output_dir)
+    run = RunDirectory(hydra_config.runtime.output_dir)
     deed = json.loads(Path("deeds.json").read_text()).get(str(config.seed), "train")
     if deed == "refuse":
         raise ConfigError("seed must be lucky")
-    loss = final_loss(directory, config)
-    if loss is not None:
+    loss = 0.5 + config.seed
+    if is_done(run, config):
         return loss
-    lock = RunLock(directory)
-    try:
-        record = begin(directory, config, hydra_config)
-        with open(directory / "starts", "a") as starts:
+    with run.locked():
+        record = start(run, config, hydra_config)
+        if record.run_status == "done":
+            return loss
+        with open(run.path / "starts", "a") as starts:
             share = (os.environ.get(name) for name in (*POOLS, "CUDA_VISIBLE_DEVICES"))
             print(hydra_config.job.num, *share, file=starts)
         try:
-            befall(deed, directory)
+            befall(deed, run.path)
         except (Exception, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             record.finish("interrupted" if interrupted else "failed", error=error)
             raise
-        record.finish("done", step=config.trainer.max_steps, final={"val_loss": 0.5 + config.seed})
-        return 0.5 + config.seed
-    finally:
-        lock.release()
+        record.finish("done", step=config.trainer.max_steps, final={"val_loss": loss})
+        return loss
 
 
 def befall(deed: str, directory: Path) -> None:

@@ -24,9 +24,9 @@ from hydra.plugins.launcher import Launcher
 
 from nerve import cores
 from nerve.cli.sweep import local
-from nerve.storage import find
+from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
-from nerve.storage.state import FRESH, RunLock, RunState, open_run, run_state
+from nerve.storage.state import FRESH, RunLock, RunState
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 FOLDER = Path("outputs/multirun")
@@ -112,18 +112,20 @@ def as_an_earlier_version_left(seed: int, name: str) -> Path:
 
 
 def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_with(sweep):
-    """Each in its own directory, where what is left of it stays; each record is read once."""
+    """Each in its own directory, where what is left of it stays; records are seldom read."""
     assert sweep("seed=0,1,2,3")[0] == 0
     moved = [as_an_earlier_version_left(seed, f"{seed}23456789abc") for seed in (0, 1, 2)]
     for seed, run_status in ((1, "interrupted"), (2, "failed")):
         records()[seed].update(run_status=run_status, final={})
     (FOLDER / "notes").mkdir()
     ids = {record.config_id for record in records().values()}
-    reads = Counter()
+    reads, load = Counter(), RunRecord.load
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(find, "open_run", lambda path: reads.update([path]) or open_run(path))
+        patch.setattr(RunRecord, "load", lambda path: reads.update([str(path)]) or load(path))
         status, out, err = sweep("seed=0,1,2,3,4")
-    assert set(reads.values()) == {1}
+    # Before the first one starts, and at the end; of one that runs, as it starts and as it ends.
+    in_turn = [reads[str(records()[seed].directory)] for seed in range(4)]
+    assert (in_turn, max(reads.values())) == ([2, 3, 2, 2], 3)
     assert status == 1
     assert "5 cells, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
@@ -233,7 +235,7 @@ def test_a_cell_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed
     assert statuses() == {0: "interrupted", 1: "done"}
     assert "hydra.sweeper.timeout_min gives a cell no longer" in err
     assert told in err
-    assert run_state(records()[0].directory) == RunState.INTERRUPTED
+    assert RunDirectory(records()[0].directory).state == RunState.INTERRUPTED
     assert records()[0].error["type"] == ("KilledError" if told else "TimeLimitError")
 
 
@@ -290,7 +292,7 @@ def test_a_cell_stops_when_the_sweep_is_killed(sweep, tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as command:
         wait_for(lambda: list(FOLDER.glob("*/starts")))
-        assert run_state(records()[0].directory) == RunState.ALIVE
+        assert RunDirectory(records()[0].directory).state == RunState.ALIVE
         command.kill()
     wait_for(lambda: statuses() == {0: "interrupted"})
 

@@ -1,0 +1,189 @@
+"""What a run directory tells of its run, and what a start in it comes to."""
+
+import socket
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from nerve.errors import StoreError
+from nerve.storage.directory import RunDirectory
+from nerve.storage.record import DamagedRecordError, RunRecord
+from nerve.storage.state import FRESH, RunIsBusyError, RunLock, RunState
+
+
+def on_host(record: RunRecord, host: str, age: timedelta) -> None:
+    """Makes the record one of another host whose heart beat last `age` ago."""
+    beat = datetime.now(UTC) - age
+    record.update(host=host, heartbeat=beat.isoformat(timespec="seconds"))
+
+
+def test_a_directory_without_a_record_is_new(tmp_path):
+    assert RunDirectory(tmp_path / "nowhere").state == RunState.NEW
+    (tmp_path / "checkpoints").mkdir()
+    assert RunDirectory(tmp_path).state == "new"
+
+
+@pytest.mark.parametrize("status", ["done", "failed", "interrupted"])
+def test_a_run_that_has_ended_is_what_it_says(tmp_path, status):
+    RunRecord.create(tmp_path, {}).finish(status)
+    assert RunDirectory(tmp_path).state == status
+
+
+def test_a_running_run_is_alive_while_its_lock_is_held_and_dead_without(tmp_path):
+    lock = RunLock(tmp_path)
+    assert RunDirectory(tmp_path).state == RunState.ALIVE  # about to begin
+    record = RunRecord.create(tmp_path, {})
+    assert RunDirectory(tmp_path).state == RunState.ALIVE
+    lock.release()
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+    record.finish("interrupted")
+    lock = RunLock(tmp_path)
+    assert RunDirectory(tmp_path).state == RunState.ALIVE  # about to go on
+    record.finish("done")
+    assert RunDirectory(tmp_path).state == RunState.DONE
+    lock.release()
+
+
+def test_a_run_of_another_host_is_alive_while_its_heart_beats(tmp_path):
+    """Locks may not reach across hosts; on this host the lock alone decides."""
+    RunLock(tmp_path).release()
+    record = RunRecord.create(tmp_path, {})
+    on_host(record, "elsewhere", timedelta(0))
+    assert RunDirectory(tmp_path).state == RunState.ALIVE
+    on_host(record, "elsewhere", FRESH + timedelta(seconds=1))
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+    on_host(record, socket.gethostname(), timedelta(0))
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+
+
+def test_a_run_that_never_took_a_lock_is_alive_while_its_heart_beats(tmp_path):
+    """As one that code of the user's own records."""
+    record = RunRecord.create(tmp_path, {})
+    assert RunDirectory(tmp_path).state == RunState.ALIVE
+    on_host(record, socket.gethostname(), FRESH + timedelta(seconds=1))
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+
+
+def test_a_damaged_record_is_no_state(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(DamagedRecordError):
+        _ = RunDirectory(tmp_path).state
+
+
+def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
+    record = RunRecord.create(tmp_path, {})
+    on_host(record, "elsewhere", FRESH - timedelta(seconds=1))
+    began = time.monotonic()
+    again = RunDirectory(tmp_path).create_or_resume({})
+    assert time.monotonic() - began < 5
+    assert (again.restarts, again.host) == (1, socket.gethostname())
+
+
+def test_a_start_gives_way_to_a_heart_that_beats_on(tmp_path):
+    record = RunRecord.create(tmp_path, {})
+    on_host(record, "elsewhere", timedelta(seconds=20))
+    beat = threading.Timer(0.3, on_host, [record, "elsewhere", timedelta(0)])
+    beat.start()
+    with pytest.raises(RunIsBusyError, match="elsewhere"):
+        RunDirectory(tmp_path).create_or_resume({})
+    beat.join()
+    assert RunRecord.load(tmp_path).restarts == 0
+
+
+def test_a_run_that_another_host_ends_in_the_meantime_is_left_as_it_is(tmp_path, monkeypatch):
+    record = RunRecord.create(tmp_path, {})
+    on_host(record, "elsewhere", timedelta(0))
+    monkeypatch.setattr(time, "sleep", lambda seconds: record.finish("done"))
+    found = RunDirectory(tmp_path).create_or_resume({})
+    assert (found.run_status, found.restarts, found.host) == ("done", 0, "elsewhere")
+
+
+@pytest.fixture
+def n_reads(monkeypatch):
+    """How often a record has been read so far."""
+    load, reads = RunRecord.load, []
+    monkeypatch.setattr(RunRecord, "load", lambda path: reads.append(path) or load(path))
+    return lambda: len(reads)
+
+
+def test_a_record_is_read_once_and_again_when_asked_or_locked(tmp_path, n_reads):
+    RunRecord.create(tmp_path, {}).finish("interrupted")
+    run = RunDirectory(tmp_path)
+    assert n_reads() == 0
+    for _ in range(2):
+        assert (run.record.restarts, run.state, run.n_starts) == (0, "interrupted", 1)
+    assert n_reads() == 1
+    RunRecord.load(tmp_path).finish("done")
+    assert run.state == "interrupted"
+    assert run.reload().state == "done"
+    assert n_reads() == 3
+    with run.locked():
+        assert run.record.run_status == "done"
+    assert n_reads() == 4
+
+
+def test_what_a_start_writes_it_knows(tmp_path, n_reads):
+    run = RunDirectory(tmp_path)
+    with run.locked():
+        record = run.create_or_resume({"lr": 0.1}, run_id="mine", sweep="s", seed=3, job={"id": 1})
+        assert (record.run_id, record.sweep, record.seed, record.job) == ("mine", "s", 3, {"id": 1})
+        record.finish("done")
+    assert (run.record is record, run.state, n_reads()) == (True, "done", 0)
+    assert run.is_done({"lr": 0.1})
+    assert RunDirectory(tmp_path).record.run_status == "done"
+
+
+def test_a_start_goes_on_with_what_was_interrupted_and_leaves_what_is_done(tmp_path):
+    RunRecord.create(tmp_path, {"lr": 0.1}, run_id="mine").finish("interrupted")
+    assert not RunDirectory(tmp_path).is_done({"lr": 0.1})
+    again = RunDirectory(tmp_path).create_or_resume({"lr": 0.1}, run_id="another", job={"id": 2})
+    assert (again.run_id, again.run_status, again.restarts) == ("mine", "running", 1)
+    assert again.job == {"id": 2}
+    again.finish("done")
+    before = (tmp_path / "run.json").read_bytes()
+    assert RunDirectory(tmp_path).create_or_resume({"lr": 0.1}).run_status == "done"
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("status", ["done", "interrupted", "failed"])
+def test_a_directory_of_other_values_is_refused_with_some_of_their_names(tmp_path, status):
+    RunRecord.create(tmp_path, {f"k{i}": i for i in range(9)}, run_id="mine").finish(status)
+    before = (tmp_path / "run.json").read_bytes()
+    values = {f"k{i}": 10 + i for i in range(8)}
+    some = r"k0 \(0, now 10\).*k4 \(4, now 14\) and 4 more"
+    for ask in (RunDirectory.create_or_resume, RunDirectory.require_same):
+        with pytest.raises(StoreError, match=some) as error:
+            ask(RunDirectory(tmp_path), values)
+        assert f"{tmp_path} holds run mine ({status})" in str(error.value)
+    with pytest.raises(StoreError, match=r"k8 \(8, now not there\)"):
+        RunDirectory(tmp_path).require_same({f"k{i}": i for i in range(8)})
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_run_that_failed_is_started_again_only_when_asked(tmp_path):
+    RunRecord.create(tmp_path, {}).finish("failed", error=ValueError("the batch is rotten"))
+    with pytest.raises(StoreError, match=r"failed with ValueError: the batch is rotten\. Fix the"):
+        RunDirectory(tmp_path).create_or_resume({})
+    again = RunDirectory(tmp_path).create_or_resume({}, retry=True)
+    assert (again.run_status, again.error, again.restarts) == ("running", None, 1)
+
+
+def test_a_directory_that_another_has_is_looked_at_anew(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.state == "new"
+    lock = RunLock(tmp_path)
+    with pytest.raises(RunIsBusyError), run.locked():
+        pass
+    assert run.state == "alive"
+    lock.release()
+    with run.locked():
+        assert run.state == "new"  # the one that asks is no other
+
+
+def test_a_store_of_no_run_is_refused(tmp_path):
+    with pytest.raises(StoreError, match=r"holds run\.json"):
+        RunDirectory(tmp_path).store()
+    RunRecord.create(tmp_path, {}, run_id="mine")
+    assert RunDirectory(tmp_path).store().run_id == "mine"
