@@ -21,7 +21,7 @@ ALLOWED = {
     "files": {"errors"},
     "cores": set(),
     "metric_names": set(),
-    "outliers": set(),
+    "outliers": {"metric_names"},
     "spectra": {"errors"},
     "nn": BASE - {"outliers"},
     "models": BASE | {"nn"},
