@@ -1,4 +1,4 @@
-"""The eigenvalue problems that a measurement leaves, and the spectra that solve them."""
+"""The eigenproblems that a measurement leaves, and the spectra that solve them."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -85,7 +85,7 @@ class FFNSpectra:
 
 
 @dataclass(frozen=True)
-class FFNProblem:
+class FFNEigenproblem:
     """What a measurement accumulated of one FFN's features; `solve` gives their spectra.
 
     Of each matrix the lower triangle counts. Its eigenvalues are (N - 1) times those of a
@@ -117,7 +117,7 @@ class FFNProblem:
     post_samples: Tensor | None = None
     copied: torch.cuda.Event | None = None
 
-    def to_host(self, stream: torch.cuda.Stream) -> "FFNProblem":
+    def to_host(self, stream: torch.cuda.Stream) -> "FFNEigenproblem":
         """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         copies: dict[str, Any] = {}
@@ -133,7 +133,7 @@ class FFNProblem:
         return replace(self, **copies, copied=copied)
 
     def solve(self) -> FFNSpectra:
-        """Solves the problems where the tensors lie."""
+        """Solves both eigenproblems where the tensors lie."""
         if self.copied is not None:
             self.copied.synchronize()
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
