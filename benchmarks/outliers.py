@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import nerve
 from nerve.measuring.ffns import FFNAdapter
-from nerve.outliers import LARGEST_MOVES, SITES
+from nerve.metric_names import SITES
+from nerve.outliers import LARGEST_MOVES
 
 RUNS = (
     *(

@@ -91,7 +91,7 @@ def cost(stack: Stack, solver: Solver, n_batches: int, repeats: int = 3) -> tupl
                 stack.forward()
         began = time.perf_counter()
         with timed(blocked):
-            waiting = list(solver.submit({}, stack.measure(n_batches).problems()))
+            waiting = list(solver.submit({}, stack.measure(n_batches).eigenproblems()))
         assert not waiting or not solver.n_workers
         list(solver.drain())
         solved.append(time.perf_counter() - began)
@@ -170,7 +170,7 @@ def by_cadence(device: str, solver: Solver) -> None:
                 step()
                 torch.cuda.synchronize()
                 if every and i % every == 0:
-                    list(solver.submit({}, stack.measure().problems()))
+                    list(solver.submit({}, stack.measure().eigenproblems()))
         list(solver.drain())
         took = total[0] / n_steps
         if not every:

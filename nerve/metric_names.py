@@ -1,11 +1,275 @@
-"""A measurement as named numbers, for what takes numbers by name: loggers, callbacks, sweepers."""
+"""The catalogue of metrics: what each is called, where it is read, and which places show it.
+
+Every list of metrics in nerve derives from `CATALOGUE`: the columns that a run stores, what loggers
+and sweepers get, what is compared over runs and depth, and what tables and figures show. A new
+metric is one function (with its line in `nerve.spectra.metrics`, or in `nerve.analysis.derived` for
+one that is made of stored columns), one entry here, one line in the table of the README, one test.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-MEASURED = ("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js")
-"""The metrics that have such names: columns of the `metrics` table."""
+SITES = ("pre", "post")
+"""Where features are measured: before and after the nonlinearity."""
+
+Place = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
+"""Where a metric is shown: in the summary when a run ends; of one run, in its overview and its maps
+over depth and time; of several, as curves over steps, over layers, and against the loss; in tables;
+and in `metrics_by_depth` unless others are named."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, and its one or two columns.
+
+    Attributes:
+        column: the name of its column; with `{site}` in it, of one for each of `SITES`.
+        short: the paper's short name.
+        unit: of its values, or what their ends mean.
+        title: its name in words.
+        bounds: what it lies in, whatever was measured.
+        at_most, at_least: of rank r and width D, what pre can be where its rank is r.
+        neutral: the value that says that the nonlinearity changes nothing; None where none does.
+        flatter: on which side of `neutral` the nonlinearity flattens the spectrum.
+        is_ratio: whether it is read on a logarithmic axis where it ranges widely.
+        stored: whether it is a column of the `metrics` table; else `load_metrics` derives it.
+        logged: whether loggers, callbacks and `objective` get it.
+        compared: whether `final_metrics` has it, averaged over layers, then over seeds.
+        correlated: whether it is correlated with the loss unless others are named.
+        shown: the places that show it.
+    """
+
+    column: str
+    short: str
+    unit: str
+    title: str
+    bounds: tuple[float, float] = (0.0, math.inf)
+    at_most: Callable[[float, float], float] | None = None
+    at_least: Callable[[float, float], float] | None = None
+    neutral: float | None = None
+    flatter: Literal["above", "below"] = "above"
+    is_ratio: bool = False
+    stored: bool = True
+    logged: bool = False
+    compared: bool = False
+    correlated: bool = False
+    shown: tuple[Place, ...] = ()
+
+    @property
+    def has_sites(self) -> bool:
+        return "{site}" in self.column
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """`("pr_pre", "pr_post")`, or `("js",)`."""
+        return tuple(map(self.at, SITES)) if self.has_sites else (self.column,)
+
+    @property
+    def label(self) -> str:
+        """With the unit, for an axis."""
+        return f"{self.short} ({self.unit})"
+
+    def at(self, site: str) -> str:
+        """The column of a site."""
+        return self.column.format(site=site)
+
+
+CATALOGUE = (
+    Metric(
+        "se_{site}",
+        "SE",
+        "nats",
+        "spectral entropy",
+        at_most=lambda rank, dim: math.log(rank),
+        logged=True,
+        compared=True,
+        correlated=True,
+        shown=("summary", "overview", "curves", "scatter", "tables"),
+    ),
+    Metric(
+        "exp_se_{site}",
+        "exp(SE)",
+        "dimensions",
+        "directions of a flat spectrum of this entropy",
+        bounds=(1.0, math.inf),
+        is_ratio=True,
+        stored=False,
+        compared=True,
+    ),
+    Metric(
+        "pr_{site}",
+        "PR",
+        "dimensions",
+        "participation ratio",
+        bounds=(1.0, math.inf),
+        at_most=lambda rank, dim: rank,
+        is_ratio=True,
+        logged=True,
+        compared=True,
+        correlated=True,
+        shown=("summary", "overview", "curves", "layers", "scatter", "tables"),
+    ),
+    Metric(
+        "eee_{site}",
+        "EEE",
+        "0 flat, 1 one direction",
+        "early enrichment",
+        bounds=(0.0, 1.0),
+        at_least=lambda rank, dim: 1 - rank / dim,
+        logged=True,
+        compared=True,
+        correlated=True,
+        shown=("summary", "overview", "curves", "scatter", "tables"),
+    ),
+    Metric(
+        "js",
+        "JS",
+        "nats",
+        "Jensen-Shannon divergence of pre and post",
+        bounds=(0.0, math.log(2)),
+        logged=True,
+        compared=True,
+        correlated=True,
+        shown=("summary", "overview", "curves", "scatter", "tables", "depth"),
+    ),
+    Metric(
+        "pr_gain",
+        "PR gain",
+        "post / pre",
+        "gain of the participation ratio",
+        neutral=1.0,
+        is_ratio=True,
+        stored=False,
+        compared=True,
+        correlated=True,
+        shown=("summary", "maps", "layers", "scatter", "tables", "depth"),
+    ),
+    Metric(
+        "delta_eee",
+        "ΔEEE",
+        "post - pre",
+        "change of early enrichment",
+        bounds=(-1.0, 1.0),
+        neutral=0.0,
+        flatter="below",
+        stored=False,
+        compared=True,
+        correlated=True,
+        shown=("maps", "tables", "depth"),
+    ),
+    Metric(
+        "se_{site}_normalized",
+        "SE / ln D",
+        "0 one direction, 1 flat",
+        "spectral entropy of its largest",
+        bounds=(0.0, 1.0),
+        stored=False,
+    ),
+    Metric(
+        "pr_{site}_fraction",
+        "PR / D",
+        "share of D",
+        "participation ratio of the width",
+        bounds=(0.0, 1.0),
+        stored=False,
+        compared=True,
+        shown=("depth",),
+    ),
+    Metric(
+        "variance_{site}",
+        "variance",
+        "squared units of the features",
+        "trace of the covariance",
+        is_ratio=True,
+    ),
+    Metric(
+        "pr_{site}_corrected",
+        "PR corrected",
+        "dimensions",
+        "participation ratio without the bias of a finite sample",
+        bounds=(1.0, math.inf),
+        is_ratio=True,
+    ),
+    Metric(
+        "variance_outside",
+        "variance outside",
+        "share of post's",
+        "share of post's variance outside the span of pre",
+        bounds=(0.0, 1.0),
+        logged=True,
+        compared=True,
+        shown=("tables", "depth"),
+    ),
+    Metric(
+        "largest_share_{site}",
+        "largest share",
+        "share of the variance",
+        "share of the single sample that is farthest from the mean",
+        bounds=(0.0, 1.0),
+        shown=("tables",),
+    ),
+    Metric(
+        "top_share_{site}",
+        "top share",
+        "share of the variance",
+        "share of the farthest 0.1% of the samples together",
+        bounds=(0.0, 1.0),
+        shown=("tables",),
+    ),
+    Metric(
+        "mean_share_{site}",
+        "mean share",
+        "share of the second moment",
+        "share of the mean in the second moment",
+        bounds=(0.0, 1.0),
+        compared=True,
+        shown=("tables", "depth"),
+    ),
+    Metric(
+        "rank_limit_{site}",
+        "rank limit",
+        "directions",
+        "most directions that a spectrum of these samples and widths can have",
+        stored=False,
+    ),
+)
+"""All metrics. The stored ones stand in the order of their columns, which is never changed: a new
+one stands behind those that are stored already."""
+
+_BY_COLUMN = {column: metric for metric in CATALOGUE for column in metric.columns}
+
+
+def metric_of(column: str) -> Metric | None:
+    """The metric that a column holds; None for one that holds none."""
+    return _BY_COLUMN.get(column)
+
+
+def columns_of(which: Callable[[Metric], bool]) -> tuple[str, ...]:
+    """The columns of some of the metrics, in the order of the catalogue."""
+    return tuple(column for metric in CATALOGUE if which(metric) for column in metric.columns)
+
+
+def shown_in(place: Place) -> tuple[Metric, ...]:
+    """The metrics that a place shows."""
+    return tuple(metric for metric in CATALOGUE if place in metric.shown)
+
+
+STORED = columns_of(lambda metric: metric.stored)
+"""The columns of the `metrics` table that are measured."""
+
+DERIVED = columns_of(lambda metric: not metric.stored)
+"""The columns that `load_metrics` makes of these."""
+
+MEASURED = columns_of(lambda metric: metric.logged)
+"""The columns that are given by name to loggers, callbacks and sweepers."""
+
+COMPARED = columns_of(lambda metric: metric.compared)
+"""The columns that comparisons average over layers and seeds."""
+
+CORRELATED = columns_of(lambda metric: metric.correlated)
+"""The columns that are correlated with the loss unless others are named."""
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -22,14 +286,14 @@ def mean_values(rows: Rows) -> dict[str, float]:
     FFNs where nothing could be measured do not count; NaN where none is left.
 
     Args:
-        rows: of one measurement, as in the `metrics` table.
+        rows: of one measurement, as in the `metrics` table; rows of earlier versions lack columns.
     """
     found: dict[str, list[float]] = {}
     for row in rows:
         for metric in MEASURED:
             for name in (metric, mean_name(row["ffn"], metric)):
                 values = found.setdefault(name, [])
-                if _is_there(row[metric]):
+                if _is_there(row.get(metric)):
                     values.append(row[metric])
     return {
         name: math.fsum(values) / len(values) if values else math.nan
@@ -46,8 +310,8 @@ def logged_values(rows: Rows) -> dict[str, float]:
         rows: of one measurement, as in the `metrics` table.
     """
     rows = list(rows)
-    layers = {
-        f"{row['ffn']}/{row['layer']:02d}/{metric}": row[metric]
+    layers: dict[str, Any] = {
+        f"{row['ffn']}/{row['layer']:02d}/{metric}": row.get(metric)
         for row in rows
         for metric in MEASURED
     }

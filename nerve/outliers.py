@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-SITES = ("pre", "post")
+from nerve.metric_names import SITES
 
 LARGEST_MOVES = 0.10
 """A row is flagged where the farthest sample alone may move PR by more than this."""

@@ -1,10 +1,34 @@
-"""A measurement as named numbers: every layer, the means, and nothing for what was not measured."""
+"""All that nerve does with a metric follows from its entry; a measurement as named numbers."""
 
+import ast
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+from torch import nn
 
-from nerve.metric_names import MEASURED, logged_values, mean_values
+import nerve
+from nerve import FFNAdapter, final_metrics, load_metrics, measure
+from nerve.analysis.derived import with_derived
+from nerve.metric_names import (
+    CATALOGUE,
+    DERIVED,
+    MEASURED,
+    SITES,
+    STORED,
+    logged_values,
+    mean_values,
+    metric_of,
+)
+from nerve.report.one_run import content_of_run
+from nerve.report.several_runs import content_of_runs
+from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 from nerve.storage.schema import METRICS
 
 
@@ -12,8 +36,178 @@ def row(layer: int, ffn: str = "ffn", **values: float | None) -> dict:
     return {"layer": layer, "ffn": ffn, **dict.fromkeys(MEASURED, 1.0), **values}
 
 
-def test_the_names_are_columns_of_the_metrics_table():
-    assert set(MEASURED) <= set(METRICS.names)
+@pytest.fixture(scope="module")
+def measured() -> pd.DataFrame:
+    """A linear layer with a ReLU behind it, of 200 samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+    ffn = FFNAdapter(0, "ffn", model[0], model[2])
+    rows = measure(model, [torch.randn(200, 6)], ffns=[ffn])
+    return with_derived(rows.drop(columns="outliers"))
+
+
+def test_the_stored_metrics_are_columns_in_the_order_of_the_catalogue():
+    assert [name for name in METRICS.names if metric_of(name)] == list(STORED)
+    assert len(set(STORED + DERIVED)) == len(STORED + DERIVED)
+    assert set(MEASURED) <= set(STORED)
+
+
+def test_what_is_measured_and_derived_is_what_the_catalogue_has(measured):
+    """No metric without its function, no function without its metric."""
+    others = {*METRICS.names, "outliers"} - set(STORED)
+    assert [name for name in measured if name not in others] == [
+        *STORED,
+        *(name for name in measured if name in DERIVED),
+    ]
+    assert set(DERIVED) <= set(measured)
+    functions = {*OF_TWO_SPECTRA, *(n.format(site=s) for n in OF_ONE_SPECTRUM for s in SITES)}
+    assert functions <= set(STORED)
+
+
+def test_a_measurement_keeps_to_the_bounds_of_the_catalogue(measured):
+    for metric in CATALOGUE:
+        low, high = metric.bounds
+        assert all(low <= measured[name][0] <= high for name in metric.columns), metric
+
+
+@pytest.mark.parametrize("metric", [m for m in CATALOGUE if m.at_most or m.at_least])
+def test_a_flat_spectrum_of_a_rank_is_at_the_limit_of_the_catalogue(metric):
+    """Rank 6 of 16, the extreme of SE, PR and EEE; any other spectrum of it is on the good side."""
+    flat = torch.tensor([1.0] * 6 + [0.0] * 10, dtype=torch.float64)
+    sloped = flat * torch.arange(16, 0, -1)
+    of = OF_ONE_SPECTRUM[metric.column]
+    limit = (metric.at_most or metric.at_least)(6, 16)
+    assert float(of(flat, 100)) == pytest.approx(limit, rel=1e-12)
+    assert (float(of(sloped, 100)) < limit) == (metric.at_most is not None)
+
+
+def test_every_metric_is_described_for_users():
+    """The stored ones in the README or the pages, `pr_post` or `mean_share_*`; the derived ones
+    where they are made."""
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    for metric in CATALOGUE:
+        for column in metric.columns:
+            if metric.stored:
+                assert f"`{column}`" in text or f"`{metric.at('*')}`" in text
+            else:
+                assert column in (load_metrics.__doc__ or "")
+
+
+def test_no_other_file_lists_metrics():
+    """Three of their columns beside each other, apart from keywords and comparisons, are a list."""
+    package, columns = Path(nerve.__file__).parent, {*STORED, *DERIVED}
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Tuple | ast.List | ast.Set):
+                names = [item.value for item in node.elts if isinstance(item, ast.Constant)]
+                assert len(columns.intersection(names)) < 3, f"{path}:{node.lineno}"
+
+
+def test_rows_that_were_stored_without_the_later_columns_are_compared_and_reported(tables):
+    """Null in every row; warnings are errors."""
+    later = [name for name in STORED if "share" in name or name == "variance_outside"]
+    missing = dict.fromkeys(later)
+    rows = [{"step": step, "val_loss": 5.0 - step, **missing} for step in (0, 1, 2)]
+    metrics, runs = tables({"rows": rows}, {"rows": rows, "config": {"activation.name": "relu"}})
+    points = final_metrics(metrics, runs)
+    assert points[["variance_outside", "mean_share_post"]].isna().all(axis=None)
+    assert points["pr_gain"].tolist() == [2.5, 2.5]
+    assert math.isnan(mean_values(metrics.to_dict("records"))["variance_outside"])
+    one = metrics["run_id"] == "run0"
+    spectra = scalars = pd.DataFrame(columns=["ffn", "step", "name", "value"])
+    contents = [
+        content_of_run(runs.iloc[:1], metrics[one], spectra, scalars, "all"),
+        content_of_runs(runs, metrics, "all", "two"),
+    ]
+    for content in contents:
+        for drawing in content.drawings:
+            drawing.draw()
+        for table in content.tables:
+            if table.name in ("layers", "designs", "equal_loss"):
+                assert not set(later).intersection(table.shown or ())
+
+
+NEW_FUNCTION = """
+def largest_eigenvalue_share(eigenvalues):
+    return _shares(eigenvalues).amax(-1)
+
+
+OF_ONE_SPECTRUM = {
+    **OF_ONE_SPECTRUM,
+    "first_{site}": lambda spectrum, n_samples: largest_eigenvalue_share(spectrum),
+}
+"""
+NEW_ENTRY = """    Metric(
+        "first_{site}",
+        "first",
+        "share of the variance",
+        "share of the largest eigenvalue",
+        logged=True,
+        compared=True,
+        correlated=True,
+        shown=("summary", "overview", "curves", "scatter", "tables", "depth"),
+    ),
+"""
+WALK = """
+import sys, torch
+from torch import nn
+import nerve
+from nerve.cli.experiment.summary import print_summary
+from nerve.metric_names import logged_values
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+ffns = [nerve.FFNAdapter(0, "ffn", model[0], model[2])]
+for name in ("a", "b"):
+    record = nerve.RunRecord.create(f"runs/{name}", {"activation": {"name": name}}, seed=0)
+    store = nerve.RunStore(record.directory, record.run_id)
+    for step in range(4):
+        rows = nerve.measure(model, [torch.randn(99, 6)], ffns=ffns).drop(columns="outliers")
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+        at_step = {"step": step, "tokens_seen": step, "val_loss": 4.0 - step}
+        store.append_metrics(rows[0] | at_step for _ in (0,))
+    store.flush(3)
+    record.finish("done", step=3, final={"val_loss": 1.0})
+metrics, runs = nerve.load_metrics("runs"), nerve.load_runs("runs")
+assert 0 < metrics["first_post"].min() < 1
+assert "ffn/00/first_post" in logged_values(rows)
+assert "first_post" in nerve.metrics_by_depth(metrics, runs)
+assert "first_post_sd" in nerve.average_seeds(nerve.final_metrics(metrics, runs))
+assert "first_post" in set(nerve.correlate_within_runs(metrics, runs)["metric"])
+print_summary([rows[0] | at_step], {}, record.directory)
+nerve.write_report("runs")
+nerve.write_report("runs/a")
+"""
+
+
+def test_a_new_metric_is_one_function_and_one_entry(tmp_path):
+    """In a copy of the package: from the measurement to the summary, the frames and the reports."""
+    shutil.copytree(Path(nerve.__file__).parent, tmp_path / "nerve")
+    functions = tmp_path / "nerve" / "spectra" / "metrics.py"
+    functions.write_text(functions.read_text(encoding="utf-8") + NEW_FUNCTION, encoding="utf-8")
+    catalogue = tmp_path / "nerve" / "metric_names.py"
+    text = catalogue.read_text(encoding="utf-8")
+    last = text.index('    Metric(\n        "rank_limit_')
+    catalogue.write_text(text[:last] + NEW_ENTRY + text[last:], encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", WALK],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "first_post" in result.stdout
+    (several,) = (tmp_path / "runs" / "report").glob("index.html")
+    assert "first_post" in several.read_text(encoding="utf-8")
+
+
+def test_the_catalogue_is_read_without_torch_and_pandas():
+    code = "import sys, nerve.metric_names; assert not {'torch', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_each_layer_has_its_name_and_their_mean_another():

@@ -19,25 +19,10 @@ from nerve.analysis.frames import (
     rows_of,
 )
 from nerve.errors import ConfigError
-
-METRIC_NAMES = (
-    "se_pre",
-    "se_post",
-    "pr_pre",
-    "pr_post",
-    "eee_pre",
-    "eee_post",
-    "js",
-    "pr_gain",
-    "delta_eee",
-)
-"""The metrics that are compared unless others are named: columns of `load_metrics`."""
-
-MORE_NAMES = ("exp_se_pre", "exp_se_post", "pr_pre_fraction", "pr_post_fraction")
-"""Metrics again, in units in which widths can be compared; in the frames of this module, too."""
+from nerve.metric_names import COMPARED
 
 SIZES = ("d_ff", "n_samples")
-NUMBERS = ("step", *AT_STEP, *SIZES, *METRIC_NAMES, *MORE_NAMES)
+NUMBERS = ("step", *AT_STEP, *SIZES, *COMPARED)
 COUNTS = ("n_layers", "n_null")
 
 
@@ -55,7 +40,7 @@ def final_metrics(
       `flag_runs`), `ffn`
     - `step, tokens_seen, val_loss, train_loss` of that step
     - `d_ff, n_samples`: means over layers
-    - `METRIC_NAMES, MORE_NAMES`: means over the layers where they were measured (of exp(SE) itself)
+    - the metrics of `COMPARED`: means over the layers where they were measured (of exp(SE) itself)
     - `n_layers`: layers with a row; `n_null`: those of them where nothing could be measured (dead)
 
     Args:
@@ -172,7 +157,7 @@ def _points(
     steps: pd.Series,
 ) -> pd.DataFrame:
     """The rows of `metrics` at one step of each of `runs` (or none), averaged over layers."""
-    names = [*SIZES, *METRIC_NAMES, *MORE_NAMES]
+    names = [*SIZES, *COMPARED]
     require_columns(metrics, [*AT_STEP, *names], "load_metrics")
     taken = ["ffn", "target_loss", "reached", *NUMBERS, *COUNTS]
     described = describe_runs(flags, runs, factors, taken)

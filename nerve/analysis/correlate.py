@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from nerve.analysis.compare import METRIC_NAMES
 from nerve.analysis.flags import describe_runs, flag_runs
 from nerve.analysis.frames import (
     average_layers,
@@ -18,6 +17,7 @@ from nerve.analysis.frames import (
     rows_of,
 )
 from nerve.analysis.statistics import Pairs, correlation, pearson_interval, spearman_interval
+from nerve.metric_names import CORRELATED
 
 WINDOWS = ("all", "after_warmup", "differences")
 """The steps that a correlation within a run is taken over."""
@@ -32,7 +32,7 @@ def correlate_within_runs(
     factors: Sequence[str] = (),
     *,
     by_layer: bool = False,
-    names: Sequence[str] = METRIC_NAMES,
+    names: Sequence[str] = CORRELATED,
 ) -> pd.DataFrame:
     """Correlation of each metric with the validation loss over the measured steps of each run.
 
@@ -101,7 +101,7 @@ def correlate_across_runs(
     by: Sequence[str] = (),
     *,
     against: str = "val_loss",
-    names: Sequence[str] = METRIC_NAMES,
+    names: Sequence[str] = CORRELATED,
     flagged: bool = False,
 ) -> pd.DataFrame:
     """Correlation of each metric with the loss over runs; `points` itself is the scatter.

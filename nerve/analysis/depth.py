@@ -7,8 +7,9 @@ import pandas as pd
 
 from nerve.analysis.flags import describe_runs, flag_runs
 from nerve.analysis.frames import AT_STEP, average_layers, join_runs, require_columns, rows_of
+from nerve.metric_names import columns_of
 
-DEPTH_NAMES = ("pr_gain", "delta_eee", "js", "pr_post_fraction")
+DEPTH_NAMES = columns_of(lambda metric: "depth" in metric.shown)
 """The metrics that are read over depth."""
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
 from nerve.errors import ConfigError, StoreError
-from nerve.outliers import outliers
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import config_id
 from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
@@ -61,7 +61,7 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row a measured FFN and step; columns and errors are those of `load_metrics`."""
-        return _derived(self._rows(DATASETS["metrics"]))
+        return with_derived(self._rows(DATASETS["metrics"]))
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
@@ -200,23 +200,3 @@ def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset)
             f"A factor is a column of load_runs that {dataset.name} does not have already; got "
             f"{factor!r}. {fix}"
         )
-
-
-def _derived(metrics: pd.DataFrame) -> pd.DataFrame:
-    d_ff = metrics["d_ff"]
-    # One feature has ln D = 0 and no spread that could be normalized.
-    flat_entropy = np.log(d_ff.where(d_ff > 1))
-    n_directions = metrics["n_samples"] - 1
-    return metrics.assign(
-        exp_se_pre=np.exp(metrics["se_pre"]),
-        exp_se_post=np.exp(metrics["se_post"]),
-        pr_gain=metrics["pr_post"] / metrics["pr_pre"],
-        delta_eee=metrics["eee_post"] - metrics["eee_pre"],
-        se_pre_normalized=metrics["se_pre"] / flat_entropy,
-        se_post_normalized=metrics["se_post"] / flat_entropy,
-        pr_pre_fraction=metrics["pr_pre"] / d_ff,
-        pr_post_fraction=metrics["pr_post"] / d_ff,
-        rank_limit_pre=np.minimum(np.minimum(metrics["d_in"], d_ff), n_directions),
-        rank_limit_post=np.minimum(d_ff, n_directions),
-        outliers=outliers(metrics),
-    )

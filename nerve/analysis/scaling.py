@@ -12,8 +12,9 @@ from nerve.analysis.frames import (
     require_columns,
 )
 from nerve.analysis.statistics import Pairs, fit_line
+from nerve.metric_names import columns_of
 
-SCALING_NAMES = ("exp_se_pre", "exp_se_post", "pr_pre", "pr_post")
+SCALING_NAMES = columns_of(lambda metric: metric.compared and metric.unit == "dimensions")
 """The metrics that count dimensions."""
 
 

@@ -1,4 +1,4 @@
-"""The eigenvalue problems that a measurement leaves, and the spectra that solve them."""
+"""The eigenproblems that a measurement leaves, and the spectra that solve them."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -8,17 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nerve.spectra import (
-    Shares,
-    corrected_participation_ratio,
-    eigenvalue_early_enrichment,
-    eigenvalues,
-    jensen_shannon,
-    participation_ratio,
-    projected_eigenvalues,
-    spectral_entropy,
-    variance_outside,
-)
+from nerve.metric_names import STORED
+from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_outside
+from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 
 
 @dataclass(frozen=True)
@@ -68,40 +60,32 @@ class FFNSpectra:
 
     def row(self) -> dict[str, Any]:
         """The measurement as columns of the `metrics` table; None where nothing can be measured."""
-        metrics: dict[str, float] = {
-            "js": float(jensen_shannon(self.pre, self.post)),
-            "variance_outside": self.variance_outside,
-        }
+        metrics = {name: float(of(self.pre, self.post)) for name, of in OF_TWO_SPECTRA.items()}
+        metrics["variance_outside"] = self.variance_outside
         for site, spectrum, shares in (
             ("pre", self.pre, self.pre_shares),
             ("post", self.post, self.post_shares),
         ):
-            ratio = participation_ratio(spectrum)
-            metrics[f"se_{site}"] = float(spectral_entropy(spectrum))
-            metrics[f"pr_{site}"] = float(ratio)
-            metrics[f"eee_{site}"] = float(eigenvalue_early_enrichment(spectrum))
-            metrics[f"variance_{site}"] = float(spectrum.sum())
-            metrics[f"pr_{site}_corrected"] = float(
-                corrected_participation_ratio(ratio, self.n_samples)
-            )
-            metrics[f"mean_share_{site}"] = shares.mean
+            for column, of_one in OF_ONE_SPECTRUM.items():
+                metrics[column.format(site=site)] = float(of_one(spectrum, self.n_samples))
             varies = bool(spectrum.sum() > 0)  # else what there is of it is rounding
             metrics[f"largest_share_{site}"] = shares.largest if varies else math.nan
             metrics[f"top_share_{site}"] = shares.top if varies else math.nan
+            metrics[f"mean_share_{site}"] = shares.mean
         return {
             "layer": self.layer,
             "ffn": self.ffn,
             "n_samples": self.n_samples,
             "d_ff": self.d_ff,
             "d_in": self.d_in,
-            **{name: value if np.isfinite(value) else None for name, value in metrics.items()},
+            **{name: metrics[name] if np.isfinite(metrics[name]) else None for name in STORED},
             "precision": self.precision,
             "status": self.status,
         }
 
 
 @dataclass(frozen=True)
-class FFNProblem:
+class FFNEigenproblem:
     """What a measurement accumulated of one FFN's features; `solve` gives their spectra.
 
     Of each matrix the lower triangle counts. Its eigenvalues are (N - 1) times those of a
@@ -133,7 +117,7 @@ class FFNProblem:
     post_samples: Tensor | None = None
     copied: torch.cuda.Event | None = None
 
-    def to_host(self, stream: torch.cuda.Stream) -> "FFNProblem":
+    def to_host(self, stream: torch.cuda.Stream) -> "FFNEigenproblem":
         """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         copies: dict[str, Any] = {}
@@ -149,7 +133,7 @@ class FFNProblem:
         return replace(self, **copies, copied=copied)
 
     def solve(self) -> FFNSpectra:
-        """Solves the problems where the tensors lie."""
+        """Solves both eigenproblems where the tensors lie."""
         if self.copied is not None:
             self.copied.synchronize()
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan

@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-import torch.distributed as dist
-
-# Before any process group exists: its functions have the group as default argument. Imported later
-# (torch.compile's modules do so), they keep its threads alive into the end of the interpreter,
-# where a thread that lets go of a tensor aborts the process.
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.errors import MeasurementError
-from nerve.measuring.eigenproblem import FFNProblem, FFNSpectra
+from nerve.measuring.distributed import (
+    gathered,
+    reduce_covariance,
+    reduce_shares,
+    shared_from,
+)
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.ffns import FFN, find_ffns
 from nerve.measuring.probe import Probe, is_tap
 from nerve.outliers import outliers
@@ -81,15 +81,13 @@ class Measurement:
 
     def reduce(self) -> None:
         """Makes the measurement that of all processes' samples together: each process then has the
-        problems of its share.
+        eigenproblems of its share.
 
         Every process must call it; one may have measured nothing.
         """
         seen = {key: (c.dim, c.tally()) for key, c in self._covariances.items()}
         weights = {index: weight.dtype for index, weight in self._weights.items()}
-        mine = (self._d_in, weights, self._of_input, seen)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        everyone = gathered((self._d_in, weights, self._of_input, seen))
         tallies: dict[tuple[int, Site], list[Tally]] = defaultdict(list)
         for d_in, _, of_input, theirs in everyone:
             self._d_in |= d_in
@@ -101,9 +99,10 @@ class Measurement:
         for index, site in sorted(tallies):
             covariance, to = self._covariances[index, site], index % len(everyone)
             counts = [tally.n for tally in tallies[index, site]]
-            covariance.reduce(to, tallies[index, site])
+            reduce_covariance(covariance, to, tallies[index, site])
             for of in ("pre", "post") if site == "post" else ():
-                self._shares_of(index, of, covariance.dim, covariance.device).reduce(to, counts)
+                shares = self._shares_of(index, of, covariance.dim, covariance.device)
+                reduce_shares(shares, to, counts)
         self._share_weights([weights for _, weights, _, _ in everyone])
 
     def _share_weights(self, holders: list[dict[int, torch.dtype]]) -> None:
@@ -118,26 +117,26 @@ class Measurement:
                 weight = torch.empty(
                     (post.dim, self._d_in[index]), dtype=holders[owner][index], device=post.device
                 )
-            dist.broadcast(weight, src=owner)
+            shared_from(owner, weight)
             self._weights[index] = weight
 
-    def problems(self, share: int = 0, n_shares: int = 1) -> list[FFNProblem]:
-        """What is left to solve: one problem for each FFN, in the order given.
+    def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
+        """What is left to solve: one eigenproblem for each FFN, in the order given.
 
         Args:
             share, n_shares: of several processes, which one takes its share: every `n_shares`-th
-                problem, from number `share` on.
+                eigenproblem, from number `share` on.
 
         Raises:
             MeasurementError: if nothing was measured, or if the features of an FFN before and after
                 its nonlinearity are not of the same samples and width.
         """
         numbered = list(enumerate(self._probe.ffns))
-        return [self._problem_of(index, ffn) for index, ffn in numbered[share::n_shares]]
+        return [self._eigenproblem_of(index, ffn) for index, ffn in numbered[share::n_shares]]
 
     def spectra(self) -> list[FFNSpectra]:
-        """Solves the problems, one after the other. Raises as `problems`."""
-        return [problem.solve() for problem in self.problems()]
+        """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
+        return [eigenproblem.solve() for eigenproblem in self.eigenproblems()]
 
     def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
         if index not in self._d_in:
@@ -145,8 +144,8 @@ class Measurement:
             module = self._probe.ffns[index].pre
             weight = _weight_of(module, inputs, pre)
             if weight is not None:
-                # A copy: the optimizer may step before the problems are solved. Under autocast the
-                # forward has used it rounded, as its outputs tell.
+                # A copy: the optimizer may step before the eigenproblems are solved. Under autocast
+                # the forward has used it rounded, as its outputs tell.
                 self._weights[index] = weight.to(pre.dtype, copy=True)
                 if self._shortcut and _takes_shortcut(inputs, pre):
                     self._of_input.add(index)
@@ -178,7 +177,7 @@ class Measurement:
     ) -> StreamingCovariance:
         key = (index, site)
         if key not in self._covariances:
-            # The input's problem is small, and its rounding would be magnified by the weight.
+            # The input's eigenproblem is small, and its rounding would be magnified by the weight.
             product = "float64" if site == "input" else None
             self._covariances[key] = StreamingCovariance(dim, device=device, product=product)
         return self._covariances[key]
@@ -189,7 +188,7 @@ class Measurement:
             self._shares[key] = SampleShares(dim, device=device)
         return self._shares[key]
 
-    def _problem_of(self, index: int, ffn: FFN) -> FFNProblem:
+    def _eigenproblem_of(self, index: int, ffn: FFN) -> FFNEigenproblem:
         where = f"{ffn.name} in layer {ffn.layer}"
         if (index, "post") not in self._covariances:
             raise MeasurementError(
@@ -206,7 +205,7 @@ class Measurement:
                 f"{where} has {before.n_samples} × {d_ff} before and {post.n_samples} × {post.dim} "
                 "after. Check which modules its description names."
             )
-        return FFNProblem(
+        return FFNEigenproblem(
             layer=ffn.layer,
             ffn=ffn.name,
             d_in=self._d_in[index],

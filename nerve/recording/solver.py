@@ -1,6 +1,5 @@
-"""Solves the problems of measurements beside training, and gives their spectra in order."""
+"""Solves the eigenproblems of measurements beside training, and gives their rows in order."""
 
-import itertools
 import os
 import sys
 import threading
@@ -11,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nerve.cores import allowed, share_among_cells
 from nerve.errors import MeasurementError
-from nerve.measuring.eigenproblem import FFNProblem, FFNSpectra
+from nerve.measuring.distributed import dealt_back, gathered, n_processes
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 
 LEAST_WORKERS = 4
-"""With fewer spare cores than this a GPU solves its own problems sooner than the host would."""
+"""With fewer spare cores than this a GPU solves its own eigenproblems sooner than the host does."""
 
 NICENESS = 19
 """Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
@@ -36,17 +35,22 @@ class Solved:
     labels: Labels
     spectra: list[FFNSpectra]
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of the `metrics` table."""
+        return [self.labels | spectra.row() for spectra in self.spectra]
+
 
 class Solver:
-    """Takes a measurement's problems and gives their solutions, in the order of measurements.
+    """Takes a measurement's eigenproblems and gives their solutions, in the order of measurements.
 
-    Problems of a GPU are copied to the host beside its work and solved there, one thread a problem,
-    while training goes on. Without spare cores, or on the CPU, whose cores train, they are solved
-    where they lie, at once.
+    Those of a GPU are copied to the host beside its work and solved there, one thread for each of
+    them, while training goes on. Without spare cores, or on the CPU, whose cores train, they are
+    solved where they lie, at once.
 
-    Of several processes each submits its share of a measurement's problems: process r of n every
-    n-th, from number r on. Process 0 gets the spectra of all, the others their own. They exchange
-    them in `submit` and `drain`, which every process must call alike.
+    Of several processes each submits its share of a measurement's eigenproblems: process r of n
+    every n-th, from number r on. Process 0 gets the spectra of all, the others their own. They
+    exchange them in `submit` and `drain`, which every process must call alike.
 
     Args:
         device: where the model trains.
@@ -55,23 +59,22 @@ class Solver:
 
     def __init__(self, device: torch.device, n_workers: int = 0) -> None:
         self.n_workers = n_workers
-        self._pending: deque[tuple[Labels, list[tuple[FFNProblem, Future[FFNSpectra]]]]] = deque()
+        self._pending: deque[tuple[Labels, list[tuple[FFNEigenproblem, Future[FFNSpectra]]]]] = (
+            deque()
+        )
         self._pool = _single_threaded(self.n_workers) if self.n_workers else None
         self._stream = torch.cuda.Stream(device) if self._pool and device.type == "cuda" else None
-        grouped = dist.is_available() and dist.is_initialized()
-        self._rank, self._n_processes = (
-            (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-        )
+        self._shares = n_processes() > 1
 
-    def submit(self, labels: Labels, problems: Sequence[FFNProblem]) -> Iterator[Solved]:
+    def submit(self, labels: Labels, eigenproblems: Sequence[FFNEigenproblem]) -> Iterator[Solved]:
         """Takes a measurement; gives what is solved by then, having waited if too much is pending.
 
         Raises:
-            MeasurementError: for a problem that could not be solved, with its layer and step.
+            MeasurementError: for one that could not be solved, with its layer and step.
         """
         waiting = []
-        for problem in problems:
-            on_host = problem.to_host(self._stream) if self._stream else problem
+        for eigenproblem in eigenproblems:
+            on_host = eigenproblem.to_host(self._stream) if self._stream else eigenproblem
             waiting.append((on_host, self._start(on_host)))
         self._pending.append((labels, waiting))
         while len(self._pending) > (MOST_PENDING if self._pool else 0):
@@ -82,7 +85,7 @@ class Solver:
         """Gives the measurements that are solved, without waiting; nothing where other processes
         would have to be waited for. Raises as `submit`."""
         while (
-            self._n_processes == 1
+            not self._shares
             and self._pending
             and all(future.done() for _, future in self._pending[0][1])
         ):
@@ -99,12 +102,12 @@ class Solver:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _start(self, problem: FFNProblem) -> Future[FFNSpectra]:
+    def _start(self, eigenproblem: FFNEigenproblem) -> Future[FFNSpectra]:
         if self._pool:
-            return self._pool.submit(problem.solve)
+            return self._pool.submit(eigenproblem.solve)
         future: Future[FFNSpectra] = Future()
         try:
-            future.set_result(problem.solve())
+            future.set_result(eigenproblem.solve())
         except Exception as error:
             future.set_exception(error)
         return future
@@ -113,36 +116,23 @@ class Solver:
         labels, waiting = self._pending.popleft()
         spectra: list[FFNSpectra] = []
         error: MeasurementError | None = None
-        for problem, future in waiting:
+        for eigenproblem, future in waiting:
             try:
                 spectra.append(future.result())
             except Exception as cause:
                 error = MeasurementError(
-                    f"The spectra of {problem.ffn} in layer {problem.layer} at step "
-                    f"{labels.get('step')} could not be solved: {cause}"
+                    f"The spectra of {eigenproblem.ffn} in layer {eigenproblem.layer} at "
+                    f"step {labels.get('step')} could not be solved: {cause}"
                 )
                 error.__cause__ = cause
-        if self._n_processes > 1:
-            spectra, error = self._shared(spectra, error)
+        if self._shares:
+            told = gathered(None if error is None else str(error))
+            spectra = dealt_back(spectra)
+            if error is None:
+                error = next((MeasurementError(text) for text in told if text is not None), None)
         if error is not None:
             raise error
         return Solved(labels, spectra)
-
-    def _shared(
-        self, mine: list[FFNSpectra], error: MeasurementError | None
-    ) -> tuple[list[FFNSpectra], MeasurementError | None]:
-        """The spectra of all processes in the order of the problems, in process 0; and the first
-        error of any process, in each of them."""
-        told = [None if error is None else str(error)] * self._n_processes
-        dist.all_gather_object(told, told[0])
-        shares: list[Any] | None = [None] * self._n_processes if self._rank == 0 else None
-        dist.gather_object(mine, shares)
-        if error is None:
-            error = next((MeasurementError(text) for text in told if text is not None), None)
-        if shares is None:
-            return mine, error
-        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*shares))
-        return [spectra for spectra in in_turns if spectra is not None], error
 
 
 def spare_workers(device: torch.device, n_processes: int = 1) -> int:

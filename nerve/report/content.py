@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nerve.outliers import SITES, describe_outliers
+from nerve.metric_names import SITES
+from nerve.outliers import describe_outliers
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Content:
     notes: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+
+
+def known(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """The columns that hold a value: runs of earlier versions lack some."""
+    return [name for name in columns if name in frame and frame[name].notna().any()]
 
 
 def limits(metrics: pd.DataFrame) -> str:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 
+from nerve.metric_names import SITES, Metric, shown_in
 from nerve.report.style import (
     COLOURS,
     FLAGGED_COLOUR,
@@ -28,12 +29,10 @@ from nerve.report.style import (
     plain,
     say_empty,
     scale_by_ratio,
-    short_name,
 )
 
 MAX_LAYERS = 6
 MAX_RANKS = 240
-RANGES = {"se": (0.0, np.inf), "pr": (1.0, np.inf), "eee": (0.0, 1.0)}
 FLOOR = 1e-9
 """Shares of the variance below this are rounding and are not drawn."""
 
@@ -50,21 +49,17 @@ def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> F
             panels' titles.
         title: the figure's title.
     """
-    figure, panels = new_figure(2, 2, title, width=4.6, height=2.8)
+    shown = shown_in("overview")
+    figure, panels = new_figure(-(-len(shown) // 2), 2, title, width=4.6, height=2.8)
     pearson = correlations.set_index("metric")["pearson"]
-    for panel, name in zip(panels[:3], ("se", "pr", "eee"), strict=True):
-        for site in COLOURS:
-            _band(panel, metrics, f"{name}_{site}", COLOURS[site], RANGES[name])
-        limit = _rank_limit(metrics, name)
-        if np.isfinite(limit):
-            panel.axhline(limit, color=COLOURS["pre"], linestyle=":", linewidth=1)
-        if metrics[[f"{name}_pre", f"{name}_post"]].isna().all(axis=None):
-            say_empty(panel)
-        texts = [f"{site} {_r(pearson, f'{name}_{site}')}" for site in COLOURS]
-        name_axes(panel, "step", name, f"{name.upper()}; r with loss: {', '.join(texts)}")
-        _add_loss(panel, metrics)
-    scale_by_ratio(panels[1], pd.concat([metrics["pr_pre"], metrics["pr_post"]]))
-    _heat_map(figure, panels[3], metrics, "js", f"JS; r with loss: {_r(pearson, 'js')}")
+    for panel, metric in zip(panels, shown, strict=False):
+        if metric.has_sites:
+            _both_sites(panel, metrics, metric, pearson)
+        else:
+            text = f"{metric.short}; r with loss: {_r(pearson, metric.column)}"
+            _heat_map(figure, panel, metrics, metric, text)
+    for panel in panels[len(shown) :]:
+        panel.remove()
     entries = [key(f"{site}, mean ± SD over layers", color=COLOURS[site]) for site in COLOURS]
     limit_entry = key("limit of pre by its rank", color=COLOURS["pre"], linestyle=":")
     loss_entry = key("validation loss", color=LOSS_COLOUR, linestyle="--", linewidth=1)
@@ -77,9 +72,10 @@ def gain_maps(metrics: pd.DataFrame, title: str) -> Figure:
 
     Purple is flattening in both, orange its contrary, white no change, grey not measured.
     """
-    figure, panels = new_figure(1, 2, title, width=4.6, height=2.8)
-    for panel, name in zip(panels, ("pr_gain", "delta_eee"), strict=True):
-        _heat_map(figure, panel, metrics, name, short_name(name))
+    shown = shown_in("maps")
+    figure, panels = new_figure(1, len(shown), title, width=4.6, height=2.8)
+    for panel, metric in zip(panels, shown, strict=True):
+        _heat_map(figure, panel, metrics, metric, metric.short)
     return figure
 
 
@@ -190,6 +186,23 @@ def chosen_steps(stored: Sequence[int], asked: Sequence[int] = ()) -> list[int]:
     return sorted({min(stored, key=lambda step: abs(step - wanted)) for wanted in asked})
 
 
+def _both_sites(panel: Axes, metrics: pd.DataFrame, metric: Metric, pearson: pd.Series) -> None:
+    """A metric before and after the nonlinearity, with its limit and the loss."""
+    for site in SITES:
+        _band(panel, metrics, metric.at(site), COLOURS[site], metric.bounds)
+    limit = _rank_limit(metrics, metric)
+    if limit is not None and np.isfinite(limit):
+        panel.axhline(limit, color=COLOURS["pre"], linestyle=":", linewidth=1)
+    values = metrics[list(metric.columns)]
+    if values.isna().all(axis=None):
+        say_empty(panel)
+    texts = [f"{site} {_r(pearson, metric.at(site))}" for site in SITES]
+    name_axes(panel, "step", metric.at("pre"), f"{metric.short}; r with loss: {', '.join(texts)}")
+    _add_loss(panel, metrics)
+    if metric.is_ratio:
+        scale_by_ratio(panel, pd.concat([values[name] for name in values]))
+
+
 def _band(
     panel: Axes, metrics: pd.DataFrame, name: str, colour: str, bounds: tuple[float, float]
 ) -> None:
@@ -210,12 +223,16 @@ def _add_loss(panel: Axes, metrics: pd.DataFrame) -> None:
     right.spines["top"].set_visible(False)
 
 
-def _rank_limit(metrics: pd.DataFrame, name: str) -> float:
-    """What SE, PR (at most) or EEE (at least) of pre can be, in the layer that is least limited."""
-    rank = metrics["rank_limit_pre"].clip(lower=1)
-    if name == "eee":
-        return float((1 - rank / metrics["d_ff"]).min())
-    return float(rank.max() if name == "pr" else np.log(rank).max())
+def _rank_limit(metrics: pd.DataFrame, metric: Metric) -> float | None:
+    """What a metric of pre can be by its rank, in the layer that is least limited; None for one
+    that knows no limit."""
+    sizes = metrics[["rank_limit_pre", "d_ff"]].clip(lower=1).drop_duplicates()
+    pairs = list(sizes.itertuples(index=False, name=None))
+    if metric.at_most is not None:
+        return max(metric.at_most(rank, dim) for rank, dim in pairs)
+    if metric.at_least is not None:
+        return min(metric.at_least(rank, dim) for rank, dim in pairs)
+    return None
 
 
 def _r(pearson: pd.Series, name: str) -> str:
@@ -223,8 +240,10 @@ def _r(pearson: pd.Series, name: str) -> str:
     return "–" if pd.isna(value) else f"{value:+.2f}".replace("-", "−")
 
 
-def _heat_map(figure: Figure, panel: Axes, metrics: pd.DataFrame, name: str, title: str) -> None:
-    cells = metrics.pivot(index="layer", columns="step", values=name)
+def _heat_map(
+    figure: Figure, panel: Axes, metrics: pd.DataFrame, metric: Metric, title: str
+) -> None:
+    cells = metrics.pivot(index="layer", columns="step", values=metric.column)
     values = np.ma.masked_invalid(cells.to_numpy(float))
     name_axes(panel, "step", "layer", title)
     panel.set_facecolor(NULL_COLOUR)
@@ -232,7 +251,7 @@ def _heat_map(figure: Figure, panel: Axes, metrics: pd.DataFrame, name: str, tit
     if values.count() == 0:
         say_empty(panel)
         return
-    palette, norm = _scale(name, values)
+    palette, norm = _scale(metric, values)
     mesh = panel.pcolormesh(
         _edges(cells.columns.to_numpy(float)),
         _edges(cells.index.to_numpy(float)),
@@ -242,23 +261,25 @@ def _heat_map(figure: Figure, panel: Axes, metrics: pd.DataFrame, name: str, tit
         rasterized=True,
     )
     bar = figure.colorbar(mesh, cax=panel.inset_axes((1.03, 0, 0.04, 1)))
-    bar.set_label(axis_label(name), fontsize=8)
-    if name == "pr_gain":
+    bar.set_label(metric.label, fontsize=8)
+    if isinstance(norm, LogNorm):
         bar.set_ticks(list(np.geomspace(*mesh.get_clim(), 5)), minor=False)
         bar.set_ticks([], minor=True)
         bar.ax.yaxis.set_major_formatter(PLAIN_NUMBERS)
     bar.ax.tick_params(labelsize=7)
 
 
-def _scale(name: str, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
-    """Colours of a heat map: JS from 0; PR gain around 1 and ΔEEE around 0, both symmetrically."""
-    if name == "pr_gain":
-        reach = max(float(np.exp(np.abs(np.log(values)).max())), 1.1)
-        return "PuOr", LogNorm(1 / reach, reach)
-    if name == "delta_eee":
-        reach = max(float(np.abs(values).max()), 0.02)
-        return "PuOr_r", Normalize(-reach, reach)
-    return "viridis", Normalize(0, max(float(values.max()), 1e-6))
+def _scale(metric: Metric, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
+    """Colours of a heat map: from 0, or symmetrically around what says that nothing changes. Purple
+    is where the nonlinearity flattens the spectrum."""
+    if metric.neutral is None:
+        return "viridis", Normalize(0, max(float(values.max()), 1e-6))
+    palette = "PuOr" if metric.flatter == "above" else "PuOr_r"
+    if metric.is_ratio:
+        reach = max(float(np.exp(np.abs(np.log(values / metric.neutral)).max())), 1.1)
+        return palette, LogNorm(metric.neutral / reach, metric.neutral * reach)
+    reach = max(float(np.abs(values - metric.neutral).max()), 0.02)
+    return palette, Normalize(metric.neutral - reach, metric.neutral + reach)
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

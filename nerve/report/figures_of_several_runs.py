@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nerve.analysis.factors import levels_of, ordered_levels
+from nerve.metric_names import SITES, Place, columns_of, metric_of, shown_in
 from nerve.report.style import (
     DASHES,
     FLAGGED_COLOUR,
@@ -35,10 +36,30 @@ from nerve.report.style import (
 )
 
 MAX_LINES = 40
-CURVES = ("val_loss", "se_pre", "pr_pre", "eee_pre", "js", "se_post", "pr_post", "eee_post")
-"""The panels of `curves_by_factor`, row by row: pre above post."""
-LAYERS = ("pr_pre", "pr_post", "pr_gain")
-SCATTERED = ("se_pre", "pr_pre", "eee_pre", "js", "se_post", "pr_post", "eee_post", "pr_gain")
+
+
+def _split(place: Place) -> tuple[list[str], list[str], list[str]]:
+    """The columns that a place shows: those of pre, those of post, and those without a site."""
+    metrics = shown_in(place)
+    pre, post = ([metric.at(site) for metric in metrics if metric.has_sites] for site in SITES)
+    return pre, post, [metric.column for metric in metrics if not metric.has_sites]
+
+
+def _curves() -> tuple[str, ...]:
+    pre, post, others = _split("curves")
+    return ("val_loss", *pre, *others, *post)
+
+
+def _scattered() -> tuple[str, ...]:
+    pre, post, others = _split("scatter")
+    return (*pre, *others[0::2], *post, *others[1::2])
+
+
+CURVES = _curves()
+"""The panels of `curves_by_factor` in two rows: pre above post."""
+LAYERS = columns_of(lambda metric: "layers" in metric.shown)
+SCATTERED = _scattered()
+"""The panels of `loss_against_metrics`, likewise."""
 
 
 def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], title: str) -> Figure:
@@ -51,7 +72,7 @@ def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], ti
             the dashes, else the lines do not tell them.
         title: the figure's title.
     """
-    figure, panels = new_figure(2, 4, title)
+    figure, panels = _two_rows(len(CURVES), title)
     rows, entries = _styled(means, factor, others)
     _draw_lines(panels, CURVES, rows, "step")
     outside_legend(figure, entries, plain(factor))
@@ -68,7 +89,7 @@ def layers_by_factor(
             different numbers of layers are drawn over their relative depth.
         factor, others, title: as of `curves_by_factor`.
     """
-    figure, panels = new_figure(1, 3, title, width=4.0, height=2.9)
+    figure, panels = new_figure(1, len(LAYERS), title, width=4.0, height=2.9)
     rows, entries = _styled(layers, factor, others)
     n_layers = layers.groupby("run_id")["layer"].max()
     x = "layer" if n_layers.nunique() == 1 else "depth"
@@ -94,7 +115,7 @@ def loss_against_metrics(
         factor: the column that gives the colour; None for one colour.
         title: the figure's title.
     """
-    figure, panels = new_figure(2, 4, title, height=2.8)
+    figure, panels = _two_rows(len(SCATTERED), title, height=2.8)
     levels = levels_of(points[factor]) if factor else pd.Series("", index=points.index)
     colours = level_colours(ordered_levels(points[factor])) if factor else {"": "#000000"}
     by_metric = correlations.set_index("metric")
@@ -118,6 +139,14 @@ def loss_against_metrics(
         entries = level_keys(colours, marker="o", linestyle="none", markersize=4)
         outside_legend(figure, entries, plain(factor))
     return figure
+
+
+def _two_rows(n: int, title: str, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """A figure of `n` panels in two rows."""
+    figure, panels = new_figure(2, -(-n // 2), title, height=height)
+    for panel in panels[n:]:
+        panel.remove()
+    return figure, panels[:n]
 
 
 def _styled(
@@ -176,7 +205,8 @@ def _draw_lines(
                 )
     for panel, name in zip(panels, names, strict=True):
         name_axes(panel, x, name, short_name(name))
-        if name.startswith("pr_"):
+        metric = metric_of(name)
+        if metric is not None and metric.is_ratio:
             scale_by_ratio(panel, rows[name])
         if rows[name].isna().all():
             say_empty(panel)

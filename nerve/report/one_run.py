@@ -6,19 +6,29 @@ from typing import Any
 
 import pandas as pd
 
-from nerve.analysis.compare import METRIC_NAMES
 from nerve.analysis.correlate import correlate_within_runs
 from nerve.analysis.factors import find_factors, levels_of
 from nerve.analysis.load import Runs
+from nerve.metric_names import columns_of, shown_in
 from nerve.report import figures_of_one_run
-from nerve.report.content import Content, Drawing, Table, dead_layers, limits, outlying_rows
+from nerve.report.content import (
+    Content,
+    Drawing,
+    Table,
+    dead_layers,
+    known,
+    limits,
+    outlying_rows,
+)
 
 WINDOW_TEXTS = {
     "all": "all measured steps",
     "after_warmup": "the measured steps after the warm-up",
     "differences": "the changes from one measured step to the next",
 }
-LAST_COLUMNS = ("layer", "ffn", "step", "n_samples", "d_ff", "d_in", *METRIC_NAMES, "status")
+SIZES = ("layer", "ffn", "step", "n_samples", "d_ff", "d_in")
+SHOWN = columns_of(lambda metric: "tables" in metric.shown)
+"""The metrics in the table of the last step."""
 
 
 def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Content:
@@ -113,9 +123,7 @@ def _drawings(
     drawings = [
         Drawing(
             f"overview{suffix}",
-            "Spectral entropy SE, participation ratio PR and early enrichment EEE before (pre) "
-            f"and after (post) the nonlinearity: mean ± SD over {n_layers} layers, with the "
-            "validation loss; JS by layer and step. r: Pearson correlation of the mean over layers "
+            f"{_overview_names(n_layers)}. r: Pearson correlation of the mean over layers "
             f"with the validation loss over {over}; points of one run are not independent. {about}",
             partial(figures_of_one_run.overview, metrics, correlations, f"{title}; r over {over}"),
         ),
@@ -137,6 +145,18 @@ def _drawings(
             )
         )
     return drawings
+
+
+def _overview_names(n_layers: int) -> str:
+    """`Spectral entropy SE, … before (pre) and after (post) the nonlinearity: …; JS by layer …`."""
+    shown = shown_in("overview")
+    *first, last = [f"{metric.title} {metric.short}" for metric in shown if metric.has_sites]
+    maps = ", ".join(metric.short for metric in shown if not metric.has_sites)
+    lines = f"{', '.join(first)} and {last}"
+    return (
+        f"{lines[0].upper()}{lines[1:]} before (pre) and after (post) the nonlinearity: mean ± SD "
+        f"over {n_layers} layers, with the validation loss; {maps} by layer and step"
+    )
 
 
 def _training(metrics: pd.DataFrame, scalars: pd.DataFrame, run: pd.Series) -> Drawing:
@@ -163,8 +183,9 @@ def _tables(
         {"name": values.index.astype(str), "value": levels_of(values).to_list()}
     )
     shown = ("ffn", "metric", "window", "first_step", "n", "pearson", "spearman")
+    shown_last = (*SIZES, *known(last, SHOWN), "status")
     return [
-        Table("layers", "The last measured step, layer by layer.", last, LAST_COLUMNS),
+        Table("layers", "The last measured step, layer by layer.", last, shown_last),
         Table(
             "within",
             "Correlation of each metric (mean over layers) with the validation loss over the steps "

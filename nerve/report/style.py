@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# Okabe & Ito (2008), which all common kinds of colour vision tell apart.
 from nerve.analysis.factors import is_number, level_text
+from nerve.metric_names import SITES, metric_of
 
+# Okabe & Ito (2008), which all common kinds of colour vision tell apart.
 COLOURS = {"pre": "#0072B2", "post": "#D55E00"}
 LOSS_COLOUR = "#333333"
 FLAGGED_COLOUR = "#8C8C8C"
@@ -36,44 +37,27 @@ LABELS = {
     "step": "optimizer step",
     "layer": "layer",
     "depth": "depth (0 first layer, 1 last)",
-    "se": "SE (nats)",
-    "pr": "PR (dimensions)",
-    "eee": "EEE (0 flat, 1 one direction)",
-    "js": "JS (nats)",
-    "pr_gain": "PR gain (post / pre)",
-    "delta_eee": "ΔEEE (post - pre)",
     "val_loss": "validation loss (nats)",
     "train_loss": "training loss (nats)",
     "loss": "loss (nats a target)",
     "lr": "learning rate",
 }
-SHORT = {
-    "val_loss": "validation loss",
-    "se": "SE",
-    "pr": "PR",
-    "eee": "EEE",
-    "js": "JS",
-    "pr_gain": "PR gain",
-}
-
-
-def quantity(column: str) -> tuple[str, str]:
-    """A column as quantity and site: `pr_post` gives `("pr", "post")`, `js` gives `("js", "")`."""
-    name, _, site = column.rpartition("_")
-    return (name, site) if site in COLOURS else (column, "")
+"""What an axis shows that is no metric; the catalogue has those."""
 
 
 def axis_label(column: str) -> str:
     """The label of an axis, with the unit."""
-    return LABELS.get(quantity(column)[0], column)
+    metric = metric_of(column)
+    return LABELS.get(column, column) if metric is None else metric.label
 
 
 def short_name(column: str) -> str:
-    """The paper's short name: `PR post`, `JS`, `ΔEEE`."""
-    if column == "delta_eee":
-        return "ΔEEE"
-    name, site = quantity(column)
-    return f"{SHORT.get(name, LABELS.get(name, name))} {site}".strip()
+    """The paper's short name: `PR post`, `JS`, `ΔEEE`; of a loss without its unit."""
+    metric = metric_of(column)
+    if metric is None:
+        return axis_label(column).partition(" (")[0]
+    sites = SITES if metric.has_sites else ()
+    return " ".join([metric.short, *(site for site in sites if metric.at(site) == column)])
 
 
 def one_line(text: object, max_length: int = MAX_TEXT) -> str:

@@ -2,13 +2,14 @@
 
 import pandas as pd
 
-from nerve.analysis.compare import METRIC_NAMES, average_seeds, metrics_at_loss
+from nerve.analysis.compare import average_seeds, metrics_at_loss
 from nerve.analysis.correlate import correlate_across_runs, correlate_within_runs
 from nerve.analysis.depth import metrics_by_depth
 from nerve.analysis.factors import Factors
 from nerve.analysis.load import Runs
 from nerve.analysis.scaling import fit_width_scaling
-from nerve.report.content import Table
+from nerve.metric_names import columns_of
+from nerve.report.content import Table, known
 
 MAX_PAGE_ROWS = 5000
 """Longer tables are in the files only."""
@@ -16,6 +17,8 @@ MAX_PAGE_ROWS = 5000
 SHOWN_LOSS = ("n_seeds", "n_flagged", "val_loss", "val_loss_sd")
 RUN_RESULTS = ("final.bits_per_byte", "final.val_accuracy", "n_parameters")
 WIDTHS = ("ffn.width", "ffn.d_ff")
+SHOWN = columns_of(lambda metric: metric.compared and "tables" in metric.shown)
+"""The metrics in the tables of several runs."""
 
 
 def comparison_tables(
@@ -75,14 +78,17 @@ def _tables_of_designs(
             "The last measured step, means over layers and over the seeds of a design, without "
             "flagged runs; _sd: sample SD over seeds.",
             designs,
-            (*shown, *SHOWN_LOSS, *METRIC_NAMES, "n_null"),
+            (*shown, *SHOWN_LOSS, *known(designs, SHOWN), "n_null"),
         ),
         Table(
             "equal_loss",
             "The same at the first measured step at which each run's validation loss is at or "
             "below the target: the lowest that all comparable runs on the same data reach.",
             average_seeds(metrics_at_loss(metrics, runs, factors.varying)),
-            (*shown, "target_loss", "reached", "step", *SHOWN_LOSS, *METRIC_NAMES),
+            [
+                *(*shown, "target_loss", "reached", "step", *SHOWN_LOSS),
+                *known(designs, SHOWN),
+            ],
         ),
     ]
 
@@ -129,7 +135,7 @@ def _correlations(
 
 
 def _table_of_layers(runs: pd.DataFrame, metrics: pd.DataFrame, factors: Factors) -> Table:
-    layers = metrics_by_depth(metrics, runs, factors.varying, names=METRIC_NAMES)
+    layers = metrics_by_depth(metrics, runs, factors.varying, names=SHOWN)
     last = layers.groupby("run_id", observed=True)["step"].transform("max")
     return Table(
         "layers",

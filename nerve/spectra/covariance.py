@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
@@ -125,27 +124,16 @@ class StreamingCovariance:
         n = 0 if self._moments is None else self._moments.n
         return Tally(n, frozenset(self._taken))
 
-    def reduce(self, to: int, tallies: Sequence[Tally]) -> None:
-        """Adds the samples of all processes of the default group, in process `to`.
-
-        Every process must call it, on accumulators of one `dim`; one may have seen no samples. What
-        the other processes hold afterwards means nothing, but for `n_samples` and `precision`. No
-        process waits for its device.
-
-        Args:
-            to: the process that gets all samples.
-            tallies: every process's own, in any order.
-        """
+    def moments(self) -> Moments:
+        """Number, mean and scatter (lower triangle) of the samples so far: the state itself."""
         with torch.inference_mode(False), torch.no_grad():
-            n, mean, scatter = self._all_moments()
-            total = sum(tally.n for tally in tallies)
-            common = mean * (n / max(total, 1))
-            dist.all_reduce(common)
-            delta = mean - common
-            scatter.addr_(delta * n, delta)
-            dist.reduce(scatter, to)
-            self._moments = Moments(total, common, scatter)
-            self._taken = set().union(*(tally.products for tally in tallies))
+            return self._all_moments()
+
+    def replace(self, moments: Moments, tallies: Sequence[Tally]) -> None:
+        """Takes other moments in place of its own: of all samples that the tallies count."""
+        self._held.clear()
+        self._moments = moments
+        self._taken = set().union(*(tally.products for tally in tallies))
 
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of

@@ -8,6 +8,8 @@ that is negative or not finite, no entry at all) gives NaN, never a number.
 Source: NerVE (Jha & Reagen, ICLR 2026, arXiv 2603.06922).
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -80,6 +82,21 @@ def jensen_shannon(
     d = torch.where(total > 0, (p - q) / total, total * 0)
     divergence = torch.special.xlog1py(1 + d, d) + torch.special.xlog1py(1 - d, -d)
     return (total / 4 * divergence).sum(-1).clamp(min=0)
+
+
+OF_ONE_SPECTRUM: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "se_{site}": lambda spectrum, n_samples: spectral_entropy(spectrum),
+    "pr_{site}": lambda spectrum, n_samples: participation_ratio(spectrum),
+    "eee_{site}": lambda spectrum, n_samples: eigenvalue_early_enrichment(spectrum),
+    "variance_{site}": lambda spectrum, n_samples: spectrum.sum(),
+    "pr_{site}_corrected": lambda spectrum, n_samples: corrected_participation_ratio(
+        participation_ratio(spectrum), n_samples
+    ),
+}
+"""What a spectrum `[dim]` of so many samples says, by the column that stores it for each site."""
+
+OF_TWO_SPECTRA: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"js": jensen_shannon}
+"""What the spectra of pre and post say together, by column."""
 
 
 def _shares(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch shares"]:

@@ -1,11 +1,9 @@
 """How the variance is shared among the samples: whether the mean, or a few of them, hold it all."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
@@ -67,7 +65,8 @@ class SampleShares:
         self.device = torch.device("cpu" if device is None else device)
         self.n = 0
         """Samples that counted so far."""
-        self._mean = torch.zeros(dim, dtype=torch.float64, device=self.device)
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=self.device)
+        """Their mean, float64 `[dim]`."""
         self._square = torch.zeros((), dtype=torch.float64, device=self.device)
         self._candidates: Tensor | None = None
         self._bounds: list[_Bound] = []
@@ -89,9 +88,9 @@ class SampleShares:
             if not len(x):
                 return
             self.n += len(x)
-            move = (x.mean(0, dtype=torch.float64) - self._mean) * (len(x) / self.n)
-            self._mean += move
-            squares = _squares(x, self._mean)
+            move = (x.mean(0, dtype=torch.float64) - self.mean) * (len(x) / self.n)
+            self.mean += move
+            squares = _squares(x, self.mean)
             self._square += squares.sum() + (self.n - len(x)) * move.square().sum()
             self._choose(x, squares)
 
@@ -101,10 +100,10 @@ class SampleShares:
         with torch.inference_mode(False), torch.no_grad():
             if self.n < 2:
                 return self._square.new_full((3,), math.nan)
-            squares, reach = self._of_all or self._farthest(self._mean)
+            squares, reach = self._of_all or self.farthest(self.mean)
             n_top = -(-self.n // TOP)
             top = torch.nn.functional.pad(squares[:n_top], (0, max(0, n_top - len(squares))))
-            of_mean = self.n * self._mean.square().sum()
+            of_mean = self.n * self.mean.square().sum()
             least = torch.stack([of_mean, top[0], top.sum()])
             most = torch.maximum(top, reach)
             most = torch.stack([of_mean, most[0], most.sum()])
@@ -112,51 +111,51 @@ class SampleShares:
             known = (most <= least * (1 + _TOLERANCE)) & self._square.isfinite()
             return torch.where(known, least / of, math.nan)
 
-    def reduce(self, to: int, counts: Sequence[int]) -> None:
-        """Adds the samples of all processes of the default group, in process `to`.
+    def square_about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, ""]:
+        """The total squared distance of the samples from `mean`."""
+        return self._square + self.n * (self.mean - mean).square().sum()
 
-        Every process must call it, on objects of one `dim`; one may have seen no samples. What the
-        other processes hold afterwards means nothing, and none takes further samples.
+    def replace(
+        self,
+        n: int,
+        mean: Float64[Tensor, " dim"],
+        square: Float64[Tensor, ""],
+        squares: Float64[Tensor, " k"],
+        reach: Float64[Tensor, ""],
+    ) -> None:
+        """Takes other samples in place of its own; none can be added to them.
 
         Args:
-            to: the process that gets all samples.
-            counts: `n` of every process that has seen samples, in any order.
+            n, mean: their number and mean.
+            square: their total squared distance from it.
+            squares: the squared distances of the farthest ones, the largest first.
+            reach: the square within which all others lie.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            mean = self._mean * (self.n / max(sum(counts), 1))
-            dist.all_reduce(mean)
-            self._square += self.n * (self._mean - mean).square().sum()
-            dist.reduce(self._square, to)
-            mine, reach = self._farthest(mean)
-            length = max(self._n_candidates(count) for count in counts)
-            mine = torch.nn.functional.pad(mine, (0, length - len(mine)))
-            squares = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(squares, mine)
-            dist.all_reduce(reach, dist.ReduceOp.MAX)
-            self.n, self._mean = sum(counts), mean
-            self._of_all = torch.cat(squares).sort(descending=True).values, reach
+        self.n, self.mean, self._square = n, mean, square
+        self._of_all = squares, reach
 
-    def _n_candidates(self, n: int) -> int:
+    def n_candidates(self, n: int) -> int:
+        """How many candidates are held of n samples."""
         top = _CANDIDATES_FOR_EACH_OF_THE_TOP * -(-n // TOP)
         return min(n, max(_LEAST_CANDIDATES, self.dim // 4, top))
 
     def _choose(self, x: Float[Tensor, "n dim"], squares: Float64[Tensor, " n"]) -> None:
         """Takes the candidates among those so far and `x`."""
         held = x[:0] if self._candidates is None else self._candidates
-        squares = torch.cat([_squares(held, self._mean), squares])
-        n_kept = self._n_candidates(self.n)
+        squares = torch.cat([_squares(held, self.mean), squares])
+        n_kept = self.n_candidates(self.n)
         if len(squares) <= n_kept:
             self._candidates = torch.cat([held, x])
             return
         values, index = squares.topk(n_kept + 1)
         self._candidates = _rows_of(held, x, index[:-1])
-        self._bounds.append(_Bound(self._mean.clone(), values[-1].sqrt()))
+        self._bounds.append(_Bound(self.mean.clone(), values[-1].sqrt()))
         if len(self._bounds) > _MOST_BOUNDS:  # late means lie close together: little is lost
             last, earlier = self._bounds.pop(), self._bounds.pop()
             reach = earlier.radius + (last.center - earlier.center).norm()
             self._bounds.append(_Bound(last.center, torch.maximum(last.radius, reach)))
 
-    def _farthest(self, mean: Tensor) -> tuple[Float64[Tensor, " n"], Float64[Tensor, ""]]:
+    def farthest(self, mean: Tensor) -> tuple[Float64[Tensor, " n"], Float64[Tensor, ""]]:
         """The squared distances of the candidates to `mean`, the largest first, and the square
         within which all other samples lie."""
         held = self._candidates

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nerve.errors import StoreError
+from nerve.metric_names import SITES, STORED
 
 SCHEMA_VERSION = 2
 """Written into each part. 2 added the columns from `variance_outside` to `mean_share_post`."""
@@ -39,16 +40,13 @@ METRICS = _schema(
     _always("n_samples", pa.int64()),
     _always("d_ff", pa.int32()),
     _always("d_in", pa.int32()),
-    *_measured("se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"),
-    *_measured("variance_pre", "variance_post", "pr_pre_corrected", "pr_post_corrected"),
-    *_measured("variance_outside", "largest_share_pre", "largest_share_post"),
-    *_measured("top_share_pre", "top_share_post", "mean_share_pre", "mean_share_post"),
-    *_measured("train_loss", "val_loss", "lr"),
+    *_measured(*STORED, "train_loss", "val_loss", "lr"),
     pa.field("precision", pa.string()),
     _always("status", pa.string()),
 )
-"""One row a measured FFN and step. `variance_*` is the trace of the covariance, `lr` that of the
-hidden weights, `status` is "ok" or why metrics are null, `precision` the way the covariance took.
+"""One row a measured FFN and step: the metrics of the catalogue that are stored, losses, `lr` (that
+of the hidden weights), `status` ("ok" or why metrics are null), `precision` (the way that the
+covariance took). `variance_*` is the trace of the covariance.
 
 Shares, each in [0, 1], of what the spectrum alone cannot show:
 
@@ -144,8 +142,8 @@ def _column(dataset: Dataset, field: pa.Field, values: list[Any]) -> pa.Array:
             return pa.array([operator.index(value) for value in values], field.type)
         if pa.types.is_list(field.type):
             return pa.array([_eigenvalues(value) for value in values], field.type)
-        if field.name == "site" and not set(values) <= {"pre", "post"}:
-            raise ValueError(f"a site is pre or post, got {sorted(set(values))}")
+        if field.name == "site" and not set(values) <= set(SITES):
+            raise ValueError(f"a site is {' or '.join(SITES)}, got {sorted(set(values))}")
         array = pa.array(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise StoreError(

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -18,14 +18,14 @@ from torch.utils.data import DistributedSampler
 
 from nerve.config import require, require_choice
 from nerve.errors import MeasurementError
-from nerve.measuring.distributed import WeightedMean, gathered, own_part
 from nerve.measuring.ffns import FFN, find_ffns
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.metric_names import mean_values
 from nerve.optim import hidden_lr
-from nerve.recording.recorder import Recorder
-from nerve.recording.solver import Solver, spare_workers
+from nerve.recording.cadence import Cadence
+from nerve.recording.solver import Solved, Solver, spare_workers
+from nerve.recording.writer import SpectraWriter
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger
 
@@ -116,8 +116,6 @@ class SpectralMonitor(L.Callback):
         self.ffns = ffns
         self.shortcut = shortcut
         self.skip_first = skip_first
-        self.val_loss: float | None = None
-        """The last validation loss, nats a target."""
         self.seconds = 0.0
         """Wall time spent measuring and validating."""
         self._share = (0, 1)
@@ -125,23 +123,25 @@ class SpectralMonitor(L.Callback):
         self._last_step = math.inf
         self._probe: Probe | None = None
         self._began = 0.0
-        self._recorder: Recorder | None = None
+        self._solver: Solver | None = None
+        self._writer: SpectraWriter | None = None
         self._reset()
 
     def _reset(self) -> None:
         """What a fit from step 0 starts with."""
-        self.val_loss = None
         self.seconds = 0.0
         self._measurement: Measurement | None = None
-        self._validation = WeightedMean()
-        self._training = WeightedMean()
-        self._tokens_seen = 0
-        self._due: dict[str, Any] | None = None
+        self._cadence = Cadence()
+
+    @property
+    def val_loss(self) -> float | None:
+        """The last validation loss, nats a target."""
+        return self._cadence.val_loss
 
     @property
     def latest(self) -> list[dict[str, Any]]:
         """The rows of the last measurement that is solved."""
-        return self._recorder.latest if self._recorder else []
+        return self._writer.latest if self._writer else []
 
     # The cadence
 
@@ -161,12 +161,12 @@ class SpectralMonitor(L.Callback):
         trainer.num_sanity_val_steps = 0 if trainer.global_step else math.inf
         device = trainer.strategy.root_device
         self._share = (trainer.global_rank, trainer.world_size)
-        solver = Solver(device, spare_workers(device, trainer.num_devices))
-        threads = f"{solver.n_workers} threads of the host, beside training"
-        log.info("spectra are solved on %s", threads if solver.n_workers else device)
+        self._solver = Solver(device, spare_workers(device, trainer.num_devices))
+        threads = f"{self._solver.n_workers} threads of the host, beside training"
+        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
         # The store has the rows themselves.
         loggers = [each for each in trainer.loggers if not isinstance(each, StoreLogger)]
-        self._recorder = Recorder(solver, self.store, loggers, self.spectra)
+        self._writer = SpectraWriter(self.store, loggers, self.spectra)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = _last_step(trainer)
@@ -189,12 +189,13 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         loss, n_targets = _step_outputs(outputs)
         # Lightning reports the loss as it was divided for gradient accumulation.
-        self._training.add(loss * trainer.accumulate_grad_batches, n_targets)
-        self._tokens_seen += n_targets * trainer.world_size
-        if self._due is not None and trainer.global_step > self._due["step"]:
+        loss = loss * trainer.accumulate_grad_batches
+        self._cadence.add_training(loss, n_targets, trainer.world_size)
+        due = self._cadence.due
+        if due is not None and trainer.global_step > due["step"]:
             self._finish_measurement(of_all=trainer.world_size > 1)
-        assert self._recorder is not None
-        self._recorder.collect()
+        assert self._solver is not None
+        self._write(self._solver.finished())
         if trainer.global_step == self._last_step:
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 
@@ -204,7 +205,7 @@ class SpectralMonitor(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._began = time.perf_counter()
-        self._validation = WeightedMean()
+        self._cadence.start_validation()
         self._sharded = trainer.world_size > 1 and any(
             map(_splits, tree_leaves(trainer.val_dataloaders))
         )
@@ -233,7 +234,7 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._validation.add(*_step_outputs(outputs))
+        self._cadence.add_validation(*_step_outputs(outputs))
         if self._measurement is not None:
             self._measurement.finish_forward()
             self._measurement.stop()
@@ -241,15 +242,12 @@ class SpectralMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self.val_loss = self._validation.value(over_processes=self._sharded)
-        self._due = {
-            "step": trainer.global_step,
-            "tokens_seen": self._tokens_seen,
-            "train_loss": self._training.value(over_processes=trainer.world_size > 1),
-            "val_loss": self.val_loss,
-            "lr": hidden_lr(trainer.optimizers[0]),
-        }
-        self._training = WeightedMean()
+        self._cadence.label(
+            trainer.global_step,
+            hidden_lr(trainer.optimizers[0]),
+            n_processes=trainer.world_size,
+            is_split=self._sharded,
+        )
         if self.source == "heldout":
             self._finish_measurement(of_all=self._sharded)
         if not trainer.sanity_checking:
@@ -261,14 +259,14 @@ class SpectralMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._due is not None:
+        if self._cadence.due is not None:
             self._start(pl_module, batch)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         # Stopped before the backward pass: activation checkpointing runs the forward again there.
-        if self._due is not None and self._measurement is not None:
+        if self._cadence.due is not None and self._measurement is not None:
             self._measurement.finish_forward()
             self._measurement.stop()
 
@@ -282,15 +280,15 @@ class SpectralMonitor(L.Callback):
         self._close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._due = None
+        self._cadence.take_due()
         self._drain()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
 
     def _close(self) -> None:
-        if self._recorder is not None:
-            self._recorder.close()
+        if self._solver is not None:
+            self._solver.close()
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
@@ -299,21 +297,15 @@ class SpectralMonitor(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         self._drain()  # no checkpoint goes before the rows up to its step
         return {
-            "tokens_seen": self._tokens_seen,
-            "training": gathered(self._training.state()),
-            "due": self._due,
+            **self._cadence.state_dict(),
             "latest": self.latest,
-            "val_loss": self.val_loss,
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._tokens_seen = state_dict["tokens_seen"]
-        self._training = WeightedMean(*own_part(state_dict["training"]))
-        self._due = state_dict["due"]
-        if self._recorder is not None:
-            self._recorder.latest = state_dict["latest"]
-        self.val_loss = state_dict["val_loss"]
+        self._cadence.load_state_dict(state_dict)
+        if self._writer is not None:
+            self._writer.latest = state_dict["latest"]
         self.seconds = state_dict["seconds"]
 
     def _start(self, pl_module: L.LightningModule, batch: Any) -> None:
@@ -327,13 +319,13 @@ class SpectralMonitor(L.Callback):
 
     def _finish_measurement(self, *, of_all: bool) -> None:
         """Hands the measurement on; that of all processes where each saw a part of the samples."""
-        measurement, due = self._measurement, self._due
-        self._measurement, self._due = None, None
+        measurement, due = self._measurement, self._cadence.take_due()
+        self._measurement = None
         if measurement is not None and due is not None:
-            assert self._recorder is not None
+            assert self._solver is not None
             if of_all:
                 measurement.reduce()
-            self._recorder.submit(due, measurement.problems(*self._share))
+            self._write(self._solver.submit(due, measurement.eigenproblems(*self._share)))
 
     def _means(self, trainer: L.Trainer) -> dict[str, float]:
         """Those of the last measurement that is solved, in every process."""
@@ -344,8 +336,12 @@ class SpectralMonitor(L.Callback):
         return means
 
     def _drain(self) -> None:
-        if self._recorder is not None:
-            self._recorder.drain()
+        if self._solver is not None:
+            self._write(self._solver.drain())
+
+    def _write(self, solved: Iterable[Solved]) -> None:
+        assert self._writer is not None
+        self._writer.write(solved)
 
 
 def _last_step(trainer: L.Trainer) -> float:

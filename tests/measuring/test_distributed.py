@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Barrier, local
 
 import numpy as np
 import pandas as pd
@@ -21,11 +23,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import nerve
 from nerve.errors import MeasurementError
-from nerve.measuring.eigenproblem import FFNProblem
+from nerve.measuring.distributed import reduce_covariance
+from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.solver import Solver
+from nerve.spectra import StreamingCovariance
 
 WORLD = 2
 NUMBERS = [
@@ -69,6 +73,69 @@ SHARDS = [[0, 150, 300], [0, 299, 300], [0, 300, 300], [0, 0, 300]]
 """Where the data of each process begin and end: even, uneven and empty."""
 
 
+@pytest.fixture
+def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
+    """Three threads in place of processes: what each gives to a sum, all get together; of one that
+    goes to a single process, the others keep nothing that is of use."""
+    barrier, given, me = Barrier(3, timeout=20), list[torch.Tensor](), local()
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        given.append(tensor.clone())
+        barrier.wait()
+        tensor.copy_(torch.stack(given).sum(0))
+        if barrier.wait() == 0:
+            given.clear()
+        barrier.wait()
+
+    def reduce(tensor: torch.Tensor, to: int) -> None:
+        all_reduce(tensor)
+        if me.rank != to:
+            tensor.fill_(torch.nan)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "reduce", reduce)
+    return me
+
+
+def samples(n: int, seed: int) -> torch.Tensor:
+    """float64 `[n, 24]`, each part about a mean of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 24, generator=generator, dtype=torch.float64) + 10 * seed
+
+
+def assert_scatter(accumulator: StreamingCovariance, parts: list[torch.Tensor]) -> None:
+    """That of NumPy, to 1e-12 of the standard deviations."""
+    expected = np.cov(torch.cat(parts).numpy().T, ddof=0) * sum(map(len, parts))
+    deviation = np.sqrt(expected.diagonal())
+    error = np.tril(accumulator.scatter().numpy() - expected) / np.outer(deviation, deviation)
+    assert np.abs(error).max() <= 1e-12
+
+
+@pytest.mark.parametrize("to", [0, 2])
+@pytest.mark.parametrize("sizes", [(3, 5, 8), (0, 12, 700), (100, 300, 50)])
+def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
+    parts = [samples(n, seed) for seed, n in enumerate(sizes)]
+    accumulators = [StreamingCovariance(24) for _ in parts]
+    for accumulator, part in zip(accumulators, parts, strict=True):
+        accumulator.update(part)
+
+    tallies = [accumulator.tally() for accumulator in accumulators]
+
+    def reduce(rank: int) -> None:
+        group_of_three.rank = rank
+        reduce_covariance(accumulators[rank], to, tallies)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(reduce, range(3)))
+    for accumulator in accumulators:
+        assert accumulator.n_samples == sum(sizes)
+        assert accumulator.precision == "float64"
+    receiver = accumulators[to]
+    assert_scatter(receiver, parts)
+    receiver.update(samples(50, seed=9))
+    assert_scatter(receiver, [*parts, samples(50, seed=9)])
+
+
 def measure_shards(rank: int, folder: str) -> None:
     join(rank, folder)
     for number, bounds in enumerate(SHARDS):
@@ -84,7 +151,7 @@ def measure_shards(rank: int, folder: str) -> None:
                     measurement.finish_forward()
             measurement.stop()
             measurement.reduce()
-            (problem,) = measurement.problems(rank, WORLD)
+            (problem,) = measurement.eigenproblems(rank, WORLD)
             row = json.dumps(problem.solve().row())
             Path(folder, f"{number}-{shortcut}-{rank}.json").write_text(row)
     leave()
@@ -124,7 +191,7 @@ def measure_sharded_weights(rank: int, folder: str) -> None:
             measurement.finish_forward()
         measurement.stop()
         measurement.reduce()
-        (problem,) = measurement.problems(rank, WORLD)
+        (problem,) = measurement.eigenproblems(rank, WORLD)
         path = Path(folder, f"{shard is fully_shard}-{rank}.json")
         path.write_text(json.dumps(problem.solve().row()))
         probe.remove()
@@ -164,7 +231,9 @@ def solve_shares(rank: int, folder: str) -> None:
         solver = Solver(torch.device("cpu"))
         solved, errors = [], []
         for step in range(2):
-            problems = [make_problem(layer, broken == layer) for layer in range(rank, 3, WORLD)]
+            problems = [
+                make_eigenproblem(layer, broken == layer) for layer in range(rank, 3, WORLD)
+            ]
             try:
                 solved += solver.submit({"step": step}, problems)
             except MeasurementError as error:
@@ -174,10 +243,10 @@ def solve_shares(rank: int, folder: str) -> None:
     leave()
 
 
-def make_problem(layer: int, broken: bool) -> FFNProblem:
+def make_eigenproblem(layer: int, broken: bool) -> FFNEigenproblem:
     scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
     shares = torch.zeros(2, 3, dtype=torch.float64)
-    return FFNProblem(
+    return FFNEigenproblem(
         layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter, shares=shares
     )
 

@@ -10,22 +10,22 @@ import torch
 
 from nerve.cores import SHARE
 from nerve.errors import MeasurementError
-from nerve.measuring.eigenproblem import FFNProblem, FFNSpectra
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.recording.solver import MOST_PENDING, NICENESS, Solver, spare_workers
 
 CPU = torch.device("cpu")
 SHARES = torch.full((2, 3), 0.1, dtype=torch.float64)
 
 
-def make_problem(layer: int, scale: float = 1.0) -> FFNProblem:
+def make_eigenproblem(layer: int, scale: float = 1.0) -> FFNEigenproblem:
     """Its covariances have the eigenvalues 1 to 4 times `scale`."""
     scatter = 9 * scale * torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
-    return FFNProblem(
+    return FFNEigenproblem(
         layer, "ffn", 10, 4, 4, "float64", before=scatter, post=scatter, shares=SHARES
     )
 
 
-class Held(FFNProblem):
+class Held(FFNEigenproblem):
     """A problem that is not solved before its gate opens."""
 
     gate: threading.Event
@@ -35,7 +35,7 @@ class Held(FFNProblem):
         return super().solve()
 
 
-def hold(problem: FFNProblem, gate: threading.Event) -> FFNProblem:
+def hold(problem: FFNEigenproblem, gate: threading.Event) -> FFNEigenproblem:
     held = Held(**vars(problem))
     object.__setattr__(held, "gate", gate)
     return held
@@ -51,7 +51,7 @@ def solver(request):
 def test_every_measurement_comes_out_once_in_order(solver):
     solved = []
     for step in range(6):
-        problems = [make_problem(layer, scale=step + 1) for layer in range(4)]
+        problems = [make_eigenproblem(layer, scale=step + 1) for layer in range(4)]
         solved += solver.submit({"step": step}, problems)
     solved += solver.drain()
     assert [item.labels["step"] for item in solved] == list(range(6))
@@ -66,17 +66,17 @@ def test_every_measurement_comes_out_once_in_order(solver):
 def test_without_workers_a_measurement_is_solved_at_once():
     solver = Solver(CPU)
     assert solver.n_workers == 0
-    (solved,) = solver.submit({"step": 0}, [make_problem(0)])
+    (solved,) = solver.submit({"step": 0}, [make_eigenproblem(0)])
     assert solved.spectra[0].row()["status"] == "ok"
 
 
 def test_a_later_measurement_waits_for_the_order_and_too_many_wait_for_the_oldest():
     gate, solver = threading.Event(), Solver(CPU, n_workers=2)
-    assert not list(solver.submit({"step": 0}, [hold(make_problem(0), gate)]))
+    assert not list(solver.submit({"step": 0}, [hold(make_eigenproblem(0), gate)]))
     for step in range(1, MOST_PENDING):
-        assert not list(solver.submit({"step": step}, [make_problem(0)]))
+        assert not list(solver.submit({"step": step}, [make_eigenproblem(0)]))
     threading.Timer(0.2, gate.set).start()
-    solved = list(solver.submit({"step": MOST_PENDING}, [make_problem(0)]))  # back-pressure
+    solved = list(solver.submit({"step": MOST_PENDING}, [make_eigenproblem(0)]))  # back-pressure
     assert gate.is_set()
     solved += solver.drain()
     assert [item.labels["step"] for item in solved] == list(range(MOST_PENDING + 1))
@@ -84,9 +84,9 @@ def test_a_later_measurement_waits_for_the_order_and_too_many_wait_for_the_oldes
 
 
 def test_a_problem_that_cannot_be_solved_names_its_layer_and_step(solver):
-    bad = replace(make_problem(3), post=-torch.eye(4, dtype=torch.float64))
+    bad = replace(make_eigenproblem(3), post=-torch.eye(4, dtype=torch.float64))
     with pytest.raises(MeasurementError, match="ffn in layer 3 at step 7 could not be solved"):
-        list(solver.submit({"step": 7}, [make_problem(2), bad])) + list(solver.drain())
+        list(solver.submit({"step": 7}, [make_eigenproblem(2), bad])) + list(solver.drain())
 
 
 def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():

@@ -1,15 +1,12 @@
 """The streaming covariance against float64 NumPy, at every mean, scale, type and order."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import permutations
-from threading import Barrier, local
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nerve.errors import MeasurementError
@@ -515,56 +512,6 @@ def test_merging_with_itself_doubles_the_samples(n):
     streaming.merge(streaming)
     assert streaming.n_samples == 2 * n
     assert entry_error(streaming.scatter().tril(), scatter_of([x, x])) <= 1e-12
-
-
-@pytest.fixture
-def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
-    """Three threads in place of processes: what each gives to a sum, all get together; of one that
-    goes to a single process, the others keep nothing that is of use."""
-    barrier, given, me = Barrier(3, timeout=20), list[Tensor](), local()
-
-    def all_reduce(tensor: Tensor) -> None:
-        given.append(tensor.clone())
-        barrier.wait()
-        tensor.copy_(torch.stack(given).sum(0))
-        if barrier.wait() == 0:
-            given.clear()
-        barrier.wait()
-
-    def reduce(tensor: Tensor, to: int) -> None:
-        all_reduce(tensor)
-        if me.rank != to:
-            tensor.fill_(torch.nan)
-
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "reduce", reduce)
-    return me
-
-
-@pytest.mark.parametrize("to", [0, 2])
-@pytest.mark.parametrize("sizes", [(3, 5, 8), (0, 12, 700), (100, 300, 50)])
-def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
-    parts = [draw(n, seed=i) + 10 * i for i, n in enumerate(sizes)]
-    accumulators = [StreamingCovariance(DIM) for _ in parts]
-    for accumulator, part in zip(accumulators, parts, strict=True):
-        accumulator.update(part)
-
-    tallies = [accumulator.tally() for accumulator in accumulators]
-
-    def reduce(rank: int) -> None:
-        group_of_three.rank = rank
-        accumulators[rank].reduce(to, tallies)
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(reduce, range(3)))
-    for accumulator in accumulators:
-        assert accumulator.n_samples == sum(sizes)
-        assert accumulator.precision == "float64"
-    receiver = accumulators[to]
-    assert entry_error(receiver.scatter().tril(), scatter_of(parts)) <= 1e-12
-    receiver.update(draw(50, seed=9))
-    expected = scatter_of([*parts, draw(50, seed=9)])
-    assert entry_error(receiver.scatter().tril(), expected) <= 1e-12
 
 
 def test_a_tally_in_inference_mode_leaves_a_state_that_can_be_added_to():

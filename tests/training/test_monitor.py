@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import ConfigError, DivergedError, MeasurementError
-from nerve.measuring.eigenproblem import FFNProblem
+from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
 from nerve.metric_names import logged_values, mean_values
 from nerve.models import build_model
@@ -654,13 +654,13 @@ def test_callbacks_can_monitor_means_over_layers(tmp_path, source):
 
 def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_path, monkeypatch):
     """Solving takes longer than training does from one measurement to the next."""
-    solve = FFNProblem.solve
+    solve = FFNEigenproblem.solve
 
     def late(problem):
         time.sleep(0.1)
         return solve(problem)
 
-    monkeypatch.setattr(FFNProblem, "solve", late)
+    monkeypatch.setattr(FFNEigenproblem, "solve", late)
     monkeypatch.setattr("nerve.training.monitor.spare_workers", lambda *args: 1)
     recorder, watch = Recorder(), Watch()
     data = batches(6), batches(1, seed=1)

@@ -1,11 +1,11 @@
-"""What becomes of measurements: they are solved beside training, stored, and given to loggers."""
+"""What becomes of measurements that are solved: rows of a run, and numbers for loggers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
-from nerve.measuring.eigenproblem import FFNProblem, FFNSpectra
+from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.metric_names import logged_values
-from nerve.recording.solver import Labels, Solved, Solver
+from nerve.recording.solver import Solved
 from nerve.storage.store import RunStore
 
 LARGEST_D_FF_FOR_SPECTRA = 1024
@@ -22,14 +22,10 @@ class Logger(Protocol):
         """Writes what it was given."""
 
 
-class Recorder:
-    """Takes the problems of measurements and writes their rows, in the order of measurements.
-
-    Of several processes, each takes its share of the problems, and that with the store writes. All
-    must call `submit` and `drain` alike: there they exchange what they have solved.
+class SpectraWriter:
+    """Writes measurements that are solved to the run, and gives them to loggers.
 
     Args:
-        solver: solves the problems.
         store: where rows go; flushed after each measurement. None in a process that does not write.
         loggers: get each measurement with its own step.
         spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
@@ -37,42 +33,26 @@ class Recorder:
 
     def __init__(
         self,
-        solver: Solver,
         store: RunStore | None,
         loggers: Sequence[Logger],
         spectra: bool | Literal["auto"],
     ) -> None:
         self.latest: list[dict[str, Any]] = []
-        """The rows of the last measurement that is solved; of several processes, where they are
-        written."""
-        self._solver = solver
+        """The rows of the last measurement that was written."""
         self._store = store
         self._loggers = loggers
         self._spectra = spectra
 
-    def submit(self, labels: Labels, problems: Sequence[FFNProblem]) -> None:
-        """Takes a measurement with the columns that its rows share, such as `step`, and records
-        what is solved by then. Raises as `Solver.submit`, as do the others."""
-        self._record(self._solver.submit(labels, problems))
+    def write(self, solved: Iterable[Solved]) -> None:
+        """Writes measurements as they come; without a store it waits for them alone.
 
-    def collect(self) -> None:
-        """Records what is solved by now."""
-        self._record(self._solver.finished())
-
-    def drain(self) -> None:
-        """Waits for all measurements and records them."""
-        self._record(self._solver.drain())
-
-    def close(self) -> None:
-        """Ends the solver; what is still pending is dropped."""
-        self._solver.close()
-
-    def _record(self, solved: Iterable[Solved]) -> None:
-        for measured in solved:  # in every process: it is where they exchange their spectra
+        All processes must run through them: in between they exchange what they solved.
+        """
+        for measured in solved:
             if self._store is None:
                 continue
             step = measured.labels["step"]
-            self.latest = [measured.labels | spectra.row() for spectra in measured.spectra]
+            self.latest = measured.rows
             self._store.append_metrics(self.latest)
             for spectra in measured.spectra:
                 if self._stores(spectra):

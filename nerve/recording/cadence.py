@@ -1,0 +1,84 @@
+"""What passes between two measurements, and the columns that the rows of one share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nerve.measuring.distributed import WeightedMean, gathered, own_part
+from nerve.recording.solver import Labels
+
+
+class Cadence:
+    """Sums losses and tokens up from one measured step to the next, and labels that step.
+
+    A step is labelled when its validation is over: with the validation loss of its weights, and the
+    mean training loss since the step that was labelled before. The label waits in `due` until the
+    features of that step are measured.
+    """
+
+    def __init__(self) -> None:
+        self.due: Labels | None = None
+        """The labels of the measurement that is to come; None between measurements."""
+        self.val_loss: float | None = None
+        """The last validation loss, nats a target."""
+        self._tokens_seen = 0
+        self._training = WeightedMean()
+        self._validation = WeightedMean()
+
+    def add_training(self, loss: Tensor, n_targets: int, n_processes: int) -> None:
+        """Counts a batch: the mean loss of this process's targets, of which all have as many."""
+        self._training.add(loss, n_targets)
+        self._tokens_seen += n_targets * n_processes
+
+    def start_validation(self) -> None:
+        """Begins the held-out set anew."""
+        self._validation = WeightedMean()
+
+    def add_validation(self, loss: Tensor, n_targets: int) -> None:
+        """Counts a held-out batch."""
+        self._validation.add(loss, n_targets)
+
+    def label(self, step: int, lr: float | None, *, n_processes: int, is_split: bool) -> None:
+        """Labels the measurement of `step`; all processes must call it.
+
+        Args:
+            step: optimizer steps so far.
+            lr: the learning rate of the hidden weights.
+            n_processes: how many train.
+            is_split: whether each of them evaluated its own part of the held-out set.
+        """
+        self.val_loss = self._validation.value(over_processes=is_split)
+        self.due = {
+            "step": step,
+            "tokens_seen": self._tokens_seen,
+            "train_loss": self._training.value(over_processes=n_processes > 1),
+            "val_loss": self.val_loss,
+            "lr": lr,
+        }
+        self._training = WeightedMean()
+
+    def take_due(self) -> Labels | None:
+        """The labels that wait, which then wait no more."""
+        due, self.due = self.due, None
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; all processes must call it."""
+        return {
+            "tokens_seen": self._tokens_seen,
+            "training": gathered(self._training.state()),
+            "due": self.due,
+            "val_loss": self.val_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint; it may hold more.
+
+        Raises:
+            StoreError: for one of another number of processes.
+        """
+        self._tokens_seen = state["tokens_seen"]
+        self._training = WeightedMean(*own_part(state["training"]))
+        self.due = state["due"]
+        self.val_loss = state["val_loss"]
