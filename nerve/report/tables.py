@@ -9,9 +9,6 @@ from nerve.analysis.factors import Factors
 from nerve.analysis.scaling import fit_width_scaling
 from nerve.report.content import Table
 
-MAX_PAGE_ROWS = 5000
-"""Longer tables are in the files only."""
-
 SHOWN_LOSS = ("n_seeds", "n_flagged", "val_loss", "val_loss_sd")
 RUN_RESULTS = ("final.bits_per_byte", "final.val_accuracy", "n_parameters")
 WIDTHS = ("ffn.width", "ffn.d_ff")
@@ -128,7 +125,6 @@ def _correlations(
                 *("run_id", "seed", *factors.varying, "flag", "ffn", "metric", "window"),
                 *("n", "pearson", "spearman"),
             ],
-            in_page=len(within) <= MAX_PAGE_ROWS,
         ),
     ]
 
