@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,61 @@ def example(language: str, words: str) -> str:
     """The text of the one block of the pages in that language that has these words."""
     (found,) = [block.text for block in examples(language) if words in block.text]
     return found
+
+
+class StaticPage(HTMLParser):
+    """What a reader without scripts sees of a report.
+
+    Attributes:
+        title, notes: the heading of the page, and what is to be read first.
+        facts: by label.
+        figures: their names.
+        tables: by name, the texts of each row; the first is that of the columns.
+        text: all text but that of cells.
+    """
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.title, self.text = "", ""
+        self.notes: list[str] = []
+        self.facts: dict[str, str] = {}
+        self.figures: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._open: list[str] = []
+        self._rows: list[list[str]] = []
+        self._label = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._open.append(tag)
+        name = dict(attrs).get("id") or ""
+        if tag == "figure":
+            self.figures.append(name.removeprefix("figure-"))
+        elif name.startswith("table-"):
+            self._rows = self.tables[name.removeprefix("table-")] = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open.pop() != tag:  # elements that have no end, such as img
+            pass
+
+    def handle_data(self, data: str) -> None:
+        inside = self._open[-1] if self._open else ""
+        if inside in ("td", "th"):
+            self._rows[-1][-1] += data
+        elif inside not in ("script", "style"):
+            self.text += data
+        if inside == "h1":
+            self.title += data
+        elif inside == "li":
+            self.notes.append(data)
+        elif inside == "dt":
+            self._label = data
+        elif inside == "dd":
+            self.facts[self._label] = data
 
 
 def metrics_row(step: int, layer: int = 0, **values: Any) -> dict[str, Any]:

@@ -11,9 +11,6 @@ from nerve.analysis.scaling import fit_width_scaling
 from nerve.metric_names import columns_of
 from nerve.report.content import Table, known
 
-MAX_PAGE_ROWS = 5000
-"""Longer tables are in the files only."""
-
 SHOWN_LOSS = ("n_seeds", "n_flagged", "val_loss", "val_loss_sd")
 RUN_RESULTS = ("final.bits_per_byte", "final.val_accuracy", "n_parameters")
 WIDTHS = ("ffn.width", "ffn.d_ff")
@@ -129,7 +126,6 @@ def _correlations(
                 *("run_id", "seed", *factors.varying, "flag", "ffn", "metric", "window"),
                 *("n", "pearson", "spearman"),
             ],
-            in_page=len(within) <= MAX_PAGE_ROWS,
         ),
     ]
 

@@ -14,9 +14,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from support import StaticPage
 
 import nerve
-from nerve.report.page.render import PageFigure, PageTable, render, to_json
+from nerve.report.page.render import MAX_ROWS, PageFigure, PageTable, render
 from nerve.report.write import write_report
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
@@ -168,7 +169,7 @@ def test_hostile_runs_are_shown_as_text(
     images = page.find_elements(By.TAG_NAME, "img")
     assert images
     assert all(int(image.get_property("naturalWidth")) > 0 for image in images)
-    assert len(page.find_elements(By.TAG_NAME, "script")) == 2
+    assert len(page.find_elements(By.TAG_NAME, "script")) == 1
     assert page.get_log("browser") == []  # an alert would also have stopped the commands above
     assert len(requested(page)) == 1
 
@@ -200,30 +201,56 @@ def test_filters_compare_numbers_and_find_text(browser, tmp_path):
     rows = [[f"run {i}", float(i)] for i in range(1000)]
     page = opened(browser, page_of(tmp_path, rows))
     part = page.find_element(By.ID, "table-runs")
-    count = part.find_element(By.CSS_SELECTOR, ".count")
-    assert count.text == "1000 of 1000 rows, the first 200 shown"
-    part.find_element(By.CSS_SELECTOR, "button.more").click()
+    assert part.find_element(By.CSS_SELECTOR, ".count").text == "1000 of 1000 rows"
     assert len(column(page, "runs", "text")) == 1000
     assert filtered(page, "runs", "number", ">= 990") == "10 of 1000 rows"
     assert filtered(page, "runs", "text", "7") == "1 of 1000 rows"
-    assert filtered(page, "runs", "number", "") == "271 of 1000 rows, the first 200 shown"
+    assert filtered(page, "runs", "number", "") == "271 of 1000 rows"
     assert filtered(page, "runs", "text", "<3") == "0 of 1000 rows"  # texts have no size
 
 
+def test_tables_are_read_without_scripts(tmp_path):
+    """Four digits, whole numbers whole, and a dash for what is missing."""
+    values = [10.0, None, 1e-7, 0.123456, 2.5, -12345.67, 9999.7, float("inf")]
+    page = page_of(tmp_path, [[f"run {i}", value] for i, value in enumerate(values)]).read_text()
+    head, *rows = StaticPage(page).tables["runs"]
+    assert head == ["text", "number"]
+    shown = ["10", "–", "1e-7", "0.1235", "2.500", "-12346", "10000", "inf"]
+    assert rows == [[f"run {i}", text] for i, text in enumerate(shown)]
+
+
+def test_of_a_long_table_the_first_rows_are_shown_and_the_files_are_linked(tmp_path):
+    page = page_of(tmp_path, [["run", i] for i in range(MAX_ROWS + 1)]).read_text()
+    found = StaticPage(page)
+    assert [row[1] for row in found.tables["runs"][1:]] == [str(i) for i in range(1000)]
+    assert "the first 1000 of 1001 rows; the files have all of them" in found.text
+    assert 'href="tables/runs.csv"' in page
+    whole = page_of(tmp_path, [["run", i] for i in range(MAX_ROWS)]).read_text()
+    assert "the files have all" not in whole
+
+
 @pytest.mark.parametrize(
-    "text", ["</script>", "<!--<script>", "]]>", "\u2028\u2029", "\udcff", "&lt;"]
+    "text",
+    [
+        "</script>",
+        "<!--<script>",
+        "]]>",
+        "\u2028\u2029",
+        "\udcff",
+        "&lt;",
+        '" onclick="',
+        "{{ title }}",
+    ],
 )
-def test_no_text_ends_the_data_block(text):
-    """The JSON is ASCII without <, > and &, and gives back what went in."""
-    written = to_json({text: [text]})
-    assert not set("<>&") & set(written)
-    assert written.isascii()
-    assert json.loads(written) == {text: [text]}
-
-
-def test_placeholders_in_the_data_are_not_filled():
-    figure = PageFigure("f", "{{SCRIPT}} {{DATA}}", "")
-    page = render("{{STYLE}}", [("{{MARK}}", "x")], ["{{DATA}}"], [figure], [])
-    for name in ("SCRIPT", "STYLE", "MARK", "DATA"):
-        assert f"{{{{{name}}}}}" in page
-    assert page.count('"use strict"') == 1
+def test_no_text_is_read_as_markup_or_as_a_place_to_fill(text):
+    """Whatever it is in, it comes out as it went in; what UTF-8 cannot hold is a question mark."""
+    frame = pd.DataFrame([[text]], columns=pd.Index([text], dtype=object), dtype=object)
+    figure = PageFigure("f", text, "")
+    page = render(text, [(text, text)], [text], [figure], [PageTable(text, text, 1, frame)])
+    seen = text.replace("\udcff", "?")
+    found = StaticPage(page)
+    assert list(found.tables.values()) == [[[seen], [seen]]]
+    # Title and heading, label and fact, note, caption; the table's heading, caption and two links.
+    assert found.text.count(seen) == 10
+    plain = render("t", [("l", "v")], ["n"], [figure], [PageTable("t", "c", 1, frame)])
+    assert page.count("<script") == plain.count("<script") == 1

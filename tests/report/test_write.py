@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from support import StaticPage
 
 from nerve.errors import ConfigError, StoreError
 from nerve.report.content import Content
@@ -67,12 +68,10 @@ def make(tmp_path: Path, row: Callable[..., dict[str, Any]]) -> Make:
     return make
 
 
-def report(tmp_path: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
-    """Writes a report on `runs/`; gives its folder and the data of its page."""
+def report(tmp_path: Path, **options: Any) -> tuple[Path, StaticPage]:
+    """Writes a report on `runs/`; gives its folder and its page."""
     index = write_report(tmp_path / "runs", **options)
-    text = index.read_text(encoding="utf-8")
-    block = text.split('<script type="application/json" id="data">')[1].split("</script>")[0]
-    return index.parent, json.loads(block)
+    return index.parent, StaticPage(index.read_text(encoding="utf-8"))
 
 
 def table(content: Content, name: str) -> pd.DataFrame:
@@ -97,25 +96,23 @@ def test_one_run_has_its_own_figures_and_tables_in_files_and_page(make, tmp_path
         {**spectrum, "step": step, "site": site} for step in (0, 30) for site in ("pre", "post")
     )
     store.flush(30)
-    folder, data = report(tmp_path)
+    folder, page = report(tmp_path)
     assert folder == tmp_path / "report"  # beside the path
-    assert data["title"] == f"Run {record.run_id}"
-    names = [figure["name"] for figure in data["figures"]]
+    assert page.title == f"Run {record.run_id}"
+    names = page.figures
     assert names == ["overview", "gain", "spectra", "training"]
-    assert data["notes"] == []
+    assert page.notes == []
     for name in names:
         assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (folder / "figures" / f"{name}.svg").read_text()
-    for kept in data["tables"]:
-        csv = pd.read_csv(folder / "tables" / f"{kept['name']}.csv")
-        parquet = pd.read_parquet(folder / "tables" / f"{kept['name']}.parquet")
-        assert len(csv) == len(parquet) == kept["n_rows"]
+    for name, (_, *rows) in page.tables.items():
+        csv = pd.read_csv(folder / "tables" / f"{name}.csv")
+        parquet = pd.read_parquet(folder / "tables" / f"{name}.parquet")
+        assert len(csv) == len(parquet) == len(rows)
         assert list(csv.columns) == list(parquet.columns)
-    shown = {kept["name"]: kept for kept in data["tables"]}
-    assert [row[2] for row in shown["layers"]["rows"]] == [30, 30]
-    assert shown["layers"]["columns"][2] == "step"
-    assert set(shown) == {"layers", "within", "within_by_layer", "run"}
-    facts = dict(data["facts"])
+    assert [row[2] for row in page.tables["layers"]] == ["step", "30", "30"]
+    assert set(page.tables) == {"layers", "within", "within_by_layer", "run"}
+    facts = page.facts
     assert (facts["flag"], facts["final validation loss (nats)"]) == ("ok", "4")
     missed = note(gather(tmp_path / "runs", steps=(0, 7)), "the nearest stored ones are drawn")
     assert missed.startswith("No spectra were stored at step 7;")
@@ -314,16 +311,16 @@ def test_a_value_that_varies_but_cannot_be_a_factor_is_named(make, tmp_path):
 
 
 def test_hostile_names_stay_data(make, tmp_path):
-    """No string of a run can end the data block, name a file, or be read as mathematics."""
+    """No string of a run can be read as markup, name a file, or be read as mathematics."""
     bad = "</script><script>alert(1)</script>"
     for i, value in enumerate((bad, "$\\frac{$_{", "_x\u202e\n漢")):
         make(str(i), config={f"../../{bad}": {"x y": value}, "threads": 4 if i else "8/3"})
-    folder, data = report(tmp_path)
+    folder, page = report(tmp_path)
     text = (folder / "index.html").read_text()
-    assert text.count("</script>") == 2
+    assert text.count("</script>") == 1
     assert "alert(1)</" not in text
-    (runs,) = [kept for kept in data["tables"] if kept["name"] == "runs"]
-    assert bad in {row[runs["columns"].index(f"../../{bad}.x y")] for row in runs["rows"]}
+    head, *rows = page.tables["runs"]
+    assert bad in {row[head.index(f"../../{bad}.x y")] for row in rows}
     names = {path.name for path in folder.rglob("*") if path.is_file()}
     assert all(set(name) <= set(map(chr, range(33, 127))) - set("<>/$") for name in names)
     assert not list(tmp_path.glob("*script*"))
@@ -365,7 +362,7 @@ def test_an_interrupted_report_can_be_written_again(make, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         report(tmp_path, progress=stop)
     assert "was interrupted" in (tmp_path / "report" / "index.html").read_text()
-    assert report(tmp_path)[1]["title"].startswith("Run ")
+    assert report(tmp_path)[1].title.startswith("Run ")
 
 
 def test_bad_input_is_one_message(make, tmp_path):

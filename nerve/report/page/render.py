@@ -1,13 +1,13 @@
 """The page of a report: one HTML file that needs nothing from outside.
 
-All that comes from runs is data, a JSON block that cannot end its own element; the page's script
-makes elements of it and sets their text, so that no name is ever read as markup. A content security
-policy allows that one script (by its hash), inline style and embedded images, and nothing else.
+The template escapes all that comes from runs, so that no name is ever read as markup, and its
+tables can be read without JavaScript. The page's script lets them be sorted and filtered. A content
+security policy allows that one script (by its hash), inline style and embedded images, and nothing
+else.
 """
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +16,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 MARK = '<meta name="generator" content="nerve-report">'
 PARTS = Path(__file__).parent
 
+MAX_ROWS = 1000
+"""Of a longer table the page has the first rows; the files have all."""
+
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure in the page: the name of its files, the caption, the PNG in base 64."""
+    """A figure in the page: the name of its files, the caption, the PNG in base 64.
+
+    Names of files are those that `write_report` makes, of letters that are safe in an address.
+    """
 
     name: str
     caption: str
@@ -48,6 +56,14 @@ class PageTable:
     rows: pd.DataFrame | None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell: the text that is shown, and the attributes by which it is styled and sorted."""
+
+    text: str
+    attributes: dict[str, str]
+
+
 def render(
     title: str,
     facts: Sequence[tuple[str, str]],
@@ -55,65 +71,67 @@ def render(
     figures: Sequence[PageFigure],
     tables: Sequence[PageTable],
 ) -> str:
-    """The page as text."""
+    """The page as text that UTF-8 can hold."""
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")
-    data = {
-        "title": title,
-        "made": f"nerve {version('nerve')}, {made} UTC",
-        "facts": [list(fact) for fact in facts],
-        "notes": list(notes),
-        "figures": [vars(figure) for figure in figures],
-        "tables": [_table(table) for table in tables],
-    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PARTS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     script = (PARTS / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The data goes in last and once: what it holds is never searched for places to fill.
-    parts = {
-        "MARK": MARK,
-        "SCRIPT_HASH": digest,
-        "STYLE": (PARTS / "page.css").read_text(encoding="utf-8"),
-        "SCRIPT": script,
-    }
-    page = (PARTS / "page.html").read_text(encoding="utf-8")
-    for name, part in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", part)
-    before, after = page.split("{{DATA}}")
-    return before + to_json(data) + after
-
-
-def to_json(data: Any) -> str:
-    """JSON that can stand inside a script element: without <, > and &, in ASCII alone."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return text
+    page = environment.get_template("page.html").render(
+        mark=Markup(MARK),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=Markup((PARTS / "page.css").read_text(encoding="utf-8")),
+        title=title,
+        made=f"nerve {version('nerve')}, {made} UTC",
+        facts=facts,
+        notes=notes,
+        figures=figures,
+        tables=[_table(table) for table in tables],
+    )
+    return page.encode("utf-8", "replace").decode()
 
 
 def _table(table: PageTable) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "name": table.name,
-        "caption": table.caption,
-        "n_rows": table.n_rows,
-        "columns": None,
-        "rows": None,
-    }
+    columns, rows = None, []
     if table.rows is not None:
-        columns = [_cells(table.rows[name]) for name in table.rows.columns]
-        values["columns"] = list(table.rows.columns)
-        values["rows"] = [list(row) for row in zip(*columns, strict=True)]
-    return values
+        columns = list(table.rows.columns)
+        first = table.rows.head(MAX_ROWS)
+        cells = [[_cell(name, value) for value in _values(first[name])] for name in columns]
+        rows = list(zip(*cells, strict=True))
+    return {**vars(table), "columns": columns, "rows": rows}
 
 
-def _cells(values: pd.Series) -> list[Any]:
-    """Numbers to six digits, truth as true and false, everything else as text; null for missing."""
-    return [_cell(value) for value in values.astype(object).where(values.notna(), None)]
+def _values(values: pd.Series) -> list[Any]:
+    """Python's own values; None for missing ones."""
+    return list(values.astype(object).where(values.notna(), None))
 
 
-def _cell(value: Any) -> Any:
-    if value is None or isinstance(value, bool | str):
-        return str(value).lower() if isinstance(value, bool) else value
+def _cell(column: str, value: Any) -> Cell:
+    """A number is sorted by its first six digits; all but numbers is text."""
+    if value is None:
+        return Cell("–", {"class": "missing"})
+    if isinstance(value, bool):
+        value = str(value).lower()
     if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    return str(value)
+        return Cell(str(value), {"class": "number", "data-value": str(value)})
+    if isinstance(value, float) and math.isfinite(value):
+        digits = f"{value:.6g}"
+        return Cell(_shown(float(digits)), {"class": "number", "data-value": digits})
+    text = str(value)
+    flagged = {"class": "flagged"} if column == "flag" and text != "ok" else {}
+    return Cell(text, {"title": text, **flagged})
+
+
+def _shown(value: float) -> str:
+    """Four digits; whole numbers, and those from 10,000 on, without decimals."""
+    size = abs(value)
+    if value.is_integer() or size >= 9999.5:
+        return f"{value:.0f}" if size < 1e15 else f"{value:.4g}"
+    if size < 0.01:
+        return f"{value:.4g}".replace("e-0", "e-")
+    return f"{value:#.4g}"
