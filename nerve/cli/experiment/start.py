@@ -32,7 +32,7 @@ def final_loss(directory: Path, config: DictConfig) -> float | None:
     if state != RunState.DONE:
         return None
     assert record is not None
-    _check_own(record, resolved(config))
+    check_own(record, resolved(config))
     loss = record.final["val_loss"]
     assert loss is not None
     log.info(
@@ -52,12 +52,12 @@ def begin(directory: Path, config: DictConfig, hydra_config: HydraConf) -> RunRe
         StoreError: when it holds a run of another configuration, or one that failed and `retry` is
             not asked for.
     """
-    values = resolved(config)
     if not (directory / RECORD_NAME).exists():
-        return _create(directory, config, hydra_config, values)
+        return _create(directory, config, hydra_config)
+    values = resolved(config)
     wait_for_silence(directory)
     record = RunRecord.load(directory)
-    _check_own(record, values)
+    check_own(record, values)
     if record.run_status == "failed" and not values["retry"]:
         error = ": ".join((record.error or {}).values())
         raise StoreError(
@@ -70,7 +70,8 @@ def begin(directory: Path, config: DictConfig, hydra_config: HydraConf) -> RunRe
     return record
 
 
-def _check_own(record: RunRecord, values: Mapping[str, Any]) -> None:
+def check_own(record: RunRecord, values: Mapping[str, Any]) -> None:
+    """Raises `StoreError` unless the record is that of a run of these values."""
     different = differences(record.config, values)
     if different:
         shown = [f"{key} ({_at(record.config, key)}, now {_at(values, key)})" for key in different]
@@ -90,9 +91,7 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _create(
-    directory: Path, config: DictConfig, hydra_config: HydraConf, values: dict[str, Any]
-) -> RunRecord:
+def _create(directory: Path, config: DictConfig, hydra_config: HydraConf) -> RunRecord:
     # Before the record, which says that all of a run's beginnings are there.
     for name, content in (
         ("config", config),
@@ -102,6 +101,7 @@ def _create(
         path = directory / ".hydra" / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
         OmegaConf.save(content, path)
+    values = resolved(config)
     is_cell = hydra_config.mode == RunMode.MULTIRUN
     return RunRecord.create(
         directory,
