@@ -9,8 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from nerve.analysis.load import load_metrics, load_runs
+from nerve.cli.config.compose import CONF, register
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -105,6 +108,13 @@ class StaticPage(HTMLParser):
             self._label = data
         elif inside == "dd":
             self.facts[self._label] = data
+
+
+def composed(*overrides: str, name: str = "config", with_hydra: bool = False) -> DictConfig:
+    """A configuration as the command line composes it, with Hydra's own node where asked for."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides), return_hydra_config=with_hydra)
 
 
 def metrics_row(step: int, layer: int = 0, **values: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.conf import HydraConf
@@ -16,13 +16,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, register
-from nerve.cli.config.overrides import check_added, has_own_files, no_such_sweep, told
+from nerve.cli.config.overrides import check_added, has_own_files, no_such_sweep, overrides_of, told
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.sweep.sweeper import register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_cell
 from nerve.config import require
 from nerve.errors import NerveError
+from nerve.storage.directory import RunDirectory
 
 EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
 """Configurations that other packages bring, and the extra that installs them."""
@@ -39,18 +40,21 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
     started = False
     failures: list[NerveError] = []
+    asks_to_check = False
 
     def job(config: DictConfig) -> float | None:
         nonlocal started
         started = True
-        from nerve.cli.experiment.run import (
-            run_experiment,
-        )  # torch and Lightning take seconds to import
-
         hydra_config = HydraConfig.get()
         is_cell = hydra_config.mode == RunMode.MULTIRUN
         try:
             _check_launcher(hydra_config, is_cell)
+            if asks_to_check:
+                _check(config, hydra_config)
+                return None
+            # torch and Lightning take seconds to import
+            from nerve.cli.experiment.run import run_experiment
+
             return (run_cell if is_cell else run_experiment)(config, hydra_config)
         except NerveError as error:
             if show_tracebacks:
@@ -64,6 +68,9 @@ def main() -> None:
     try:
         check_added(sys.argv[1:])
         config_name = prepare_resume(sys.argv[1:]) or "config"
+        asks_to_check = _given("check") is True
+        if asks_to_check:  # Hydra makes the directory of a run before it calls the job
+            sys.argv = [*sys.argv, "hydra.run.dir=."]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except SweepError as error:
         _fail(str(error), error.exit_status)
@@ -86,6 +93,24 @@ def main() -> None:
         )
     if failures:
         _fail("\nnerve-run: ".join(str(failure) for failure in failures))
+
+
+def _check(config: DictConfig, hydra_config: HydraConf) -> None:
+    from nerve.cli.experiment.run import check_experiment  # torch takes seconds to import
+
+    check_experiment(config, RunDirectory(_directory_to_check()), hydra_config.overrides.task)
+
+
+def _given(key: str) -> Any:
+    """The value that the command line gives a key; None for one that it does not give."""
+    values = [each.value() for each in overrides_of(sys.argv[1:]) if each.key_or_group == key]
+    return values[-1] if values else None
+
+
+def _directory_to_check() -> Path:
+    """Where the run would be; "a new directory" where it would be named for the time."""
+    named = [each for each in sys.argv if each.startswith(("hydra.run.dir=", "resume="))][:-1]
+    return Path(named[-1].partition("=")[2]) if named else Path("a new directory")
 
 
 def _check_launcher(hydra_config: HydraConf, is_cell: bool) -> None:

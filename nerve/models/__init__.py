@@ -1,5 +1,5 @@
 """Networks, assembled from the layers in `nerve.nn` and initialised."""
 
-from nerve.models.build import MODELS, build_model
+from nerve.models.build import MODELS, build_model, model_design
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "build_model", "model_design"]

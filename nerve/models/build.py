@@ -1,11 +1,11 @@
 """From the resolved configuration to a network."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from nerve.config import from_mapping, require, require_choice
-from nerve.models.gpt import GPT
-from nerve.models.mixer import Mixer, Mixing
+from nerve.models.gpt import GPT, GPTConfig
+from nerve.models.mixer import Mixer, MixerConfig, Mixing
 from nerve.nn.activation import Activation
 from nerve.nn.ffn import FFNDesign
 from nerve.nn.normalization import Normalization
@@ -24,17 +24,15 @@ FACTORS: dict[str, type] = {
 _SUBGROUPS: dict[str, type] = {"token_mixing": Mixing, "channel_mixing": Mixing}
 
 
-def build_model(values: Mapping[str, Any], *, seed: int, **facts: int) -> GPT | Mixer:
-    """The network that `values` describe, initialised from `seed`.
+def model_design(values: Mapping[str, Any], **facts: int) -> GPTConfig | MixerConfig:
+    """What defines the network that `values` describe, checked.
 
     Args:
         values: the resolved configuration; its groups `model` and those of `FACTORS` are read.
-        seed: decides the initial weights.
         facts: what the data gives: `vocab_size`, or `image_size`, `n_channels` and `n_classes`.
 
     Raises:
-        ConfigError: for an unknown name, a value out of range, a combination that cannot be built,
-            or data that does not give what the model needs.
+        ConfigError: for an unknown name, or a value out of range.
     """
     kind = values["model"].get("kind")
     require_choice("model.kind", kind, MODELS)
@@ -52,5 +50,20 @@ def build_model(values: Mapping[str, Any], *, seed: int, **facts: int) -> GPT | 
     factors: dict[str, Any] = {
         name: from_mapping(cls, values[name], name) for name, cls in FACTORS.items()
     }
-    config: Any = from_mapping(network.Config, {**model, **facts, **factors}, "model")
-    return network(config, seed=seed)
+    design: Any = from_mapping(network.Config, {**model, **facts, **factors}, "model")
+    return cast(GPTConfig | MixerConfig, design)
+
+
+def build_model(values: Mapping[str, Any], *, seed: int, **facts: int) -> GPT | Mixer:
+    """The network that `values` describe, initialised from `seed`.
+
+    Args:
+        values, facts: as of `model_design`.
+        seed: decides the initial weights.
+
+    Raises:
+        ConfigError: for an unknown name, a value out of range, a combination that cannot be built,
+            or data that does not give what the model needs.
+    """
+    config: Any = model_design(values, **facts)
+    return MODELS[values["model"]["kind"]](config, seed=seed)

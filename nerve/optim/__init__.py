@@ -4,6 +4,7 @@ from nerve.optim.build import (
     Part,
     Role,
     build_optimizer,
+    check_parts,
     hidden_lr,
     parameter_roles,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Role",
     "Schedule",
     "build_optimizer",
+    "check_parts",
     "hidden_lr",
     "parameter_roles",
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -108,13 +109,34 @@ def build_optimizer(model: nn.Module, parts: Mapping[str, Part]) -> Optimizer:
         ConfigError: for a parameter claimed by no part or by two, a part with nothing to update, or
             values that its optimizer refuses.
     """
+    built = _built(parts, _groups(model, parts))
+    return CombinedOptimizer(built) if len(built) > 1 else next(iter(built.values()))
+
+
+def check_parts(model: nn.Module, parts: Mapping[str, Part]) -> None:
+    """Refuses what `build_optimizer` would, for a model that may be on the meta device.
+
+    The optimizers are built for one number in the place of each group's parameters.
+
+    Raises:
+        ConfigError: as there.
+    """
+    groups = _groups(model, parts)
+    for group in (group for its_groups in groups.values() for group in its_groups):
+        shape = (1,) if group["role"] == Role.VECTOR else (1, 1)
+        group["params"] = [nn.Parameter(torch.zeros(shape))]
+    _built(parts, groups)
+
+
+def _groups(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, list[dict[str, Any]]]:
+    """The parameter groups of each part."""
     require(len(parts) > 0, "optimizer.parts needs at least one part; got none.")
     roles = parameter_roles(model)
     _require_one_claim(roles, parts)
     parameters = dict(model.named_parameters())
-    built: dict[str, Optimizer] = {}
+    of_parts: dict[str, list[dict[str, Any]]] = {}
     for part_name, part in parts.items():
-        groups: list[dict[str, Any]] = []
+        groups = of_parts[part_name] = []
         for role in part.roles:
             members = [parameters[name] for name, its_role in roles.items() if its_role == role]
             if members:
@@ -127,11 +149,19 @@ def build_optimizer(model: nn.Module, parts: Mapping[str, Part]) -> Optimizer:
                 f"has no such parameter; it has {', '.join(sorted(set(roles.values())))}. "
                 "Remove the part or give it other roles."
             )
+    return of_parts
+
+
+def _built(
+    parts: Mapping[str, Part], groups: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Optimizer]:
+    built: dict[str, Optimizer] = {}
+    for name, part in parts.items():
         try:
-            built[part_name] = part.build(groups)
+            built[name] = part.build(groups[name])
         except Exception as error:  # Optimizers raise whatever they like for a bad value.
-            raise ConfigError(f"optimizer.parts.{part_name}.build failed: {error}") from error
-    return CombinedOptimizer(built) if len(built) > 1 else next(iter(built.values()))
+            raise ConfigError(f"optimizer.parts.{name}.build failed: {error}") from error
+    return built
 
 
 def _require_one_claim(roles: Mapping[str, Role], parts: Mapping[str, Part]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 EXCLUDED = (
+    "check",
     "checkpoint",
     "hydra",
     "logger",

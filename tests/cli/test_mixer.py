@@ -162,29 +162,19 @@ def test_cifar_is_read_from_the_path_given(run, tmp_path):
 
 BAD = [
     (["model.patch_size=3"], ["data.image_size=8", "model.patch_size=3"]),
-    (["monitor.skip_first=1"], ["monitor.skip_first", "model.kind=mixer", "must be 0, got 1"]),
     (["data.n_heldout=365"], ["data.n_heldout", "365", "364"]),
-    (["data.n_heldout=abc"], ["data.n_heldout must be a whole number or null; got 'abc'"]),
-    (["monitor.n_tokens=512"], ["monitor.n_tokens counts held-out tokens", "got 512"]),
-    (["model.token_mixing.width=[1]"], ["model.token_mixing.width must be a whole number or a"]),
-    (["model=gpt_tiny", "data=digits"], ["model.kind=gpt", "ImageDataModule", "kind=mixer"]),
-    (["data=python_source"], ["model.kind=mixer", "TextDataModule", "kind=gpt"]),
-    (["data=cifar100"], ["data.images.path is missing", "data.images.path=…"]),
     (["data=cifar100", "data.images.path=/none.tar.gz"], ["there is no file /none.tar.gz"]),
     (["data=cifar100", "data.images.path={damaged}"], ["{damaged} is damaged or cut off"]),
-    (["model.channel_mixing.width=0.3"], ["model.channel_mixing.width=0.3", "model.d_model=24"]),
-    (["data._target_=nerve.data.Images"], ["data._target_", "nerve.data.Images"]),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda v: " ".join(v)[:50])
-def test_bad_input_gets_one_message_before_training(run, tmp_path, overrides, expected):
+def test_images_that_do_not_do_fail_the_run_before_training(run, tmp_path, overrides, expected):
     damaged = tmp_path / "damaged.tar.gz"
     damaged.write_bytes(b"\x1f\x8b" + bytes(100))
     filled = [text.replace("{damaged}", str(damaged)) for text in overrides]
     quiet = ["trainer.enable_progress_bar=false", "threads=1"]
-    chosen = filled if "model=gpt_tiny" in overrides else [*SMALL, *filled]
-    status, out, err = run(*chosen, *quiet)
+    status, out, err = run(*SMALL, *filled, *quiet)
     assert status == 1
     assert err.startswith("nerve-run: ")
     assert err.count("nerve-run: ") == 1

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from support import composed
 
 import nerve
 from nerve.cli.config.compose import SWEEPS
-from nerve.cli.config.overrides import check_added
+from nerve.cli.config.overrides import check_added, told
 from nerve.cli.experiment.build import build_trainer
+from nerve.cli.experiment.checks import Plan
 from nerve.errors import ConfigError
 from nerve.training.checkpoint_files import CheckpointFiles
 
@@ -152,88 +154,82 @@ def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):
     assert nerve.load_runs(tmp_path).config_id.nunique() == 1
 
 
-BAD = [
+COMPOSITION = [
     (["activatoin=relu"], ["activatoin"]),
     (["optimizer.lrr=1"], ["no value 'optimizer.lrr'. Did you mean 'optimizer.lr'?"]),
     (["optimizer.nesterov=1"], ["There is no value 'optimizer.nesterov'. nerve-run --cfg job"]),
     (["optimizer.momentum=0.9"], ["options chosen have no value 'optimizer.momentum'", "=dion."]),
     (["activaton=relu"], ["no value 'activaton'. Did you mean 'activation'?"]),
     (["hydra.swep.dir=x"], ["no value 'hydra.swep.dir'. Did you mean 'hydra.sweep.dir'?"]),
-    (["+activaton=relu"], ["+activaton adds a value that nothing", "mean 'activation'?"]),
-    (["+optimizer.beta1=0.5"], ["+optimizer.beta1 adds a value that nothing reads. nerve-run"]),
     (["+activation=relu"], ["activation has an option already; choose another with activation=…"]),
-    (["+monitor.ffns=[a]"], ["a key of monitor must be one of every_n_steps", "got 'ffns'"]),
-    (["optimizer=muon", "optimizer.momentum=x"], ["optimizer.momentum must be a number; got"]),
-    (["+monitor.every=8"], ["a key of monitor must be one of every_n_steps", "got 'every'"]),
+    (["activation=gelo"], ["activation/gelo", "gelu"]),
+]
+ADDED = [
+    ("+activaton=relu", ["+activaton adds a value that nothing", "mean 'activation'?"]),
+    ("+optimizer.beta1=0.5", ["+optimizer.beta1 adds a value that nothing reads. nerve-run"]),
+    ("+trainer.max_epochs=1", ["+trainer.max_epochs would be passed over: trainer.max_steps"]),
+    ("++trainer.logger._target_=x", ["+trainer.logger._target_ would be", "the group logger"]),
+]
+COMMANDS = [
+    (["optimizer.lrr=1"], ["no value 'optimizer.lrr'. Did you mean 'optimizer.lr'?"]),
+    (["+activaton=relu"], ["+activaton adds a value that nothing"]),
     (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
     (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
-    (["optimizer.lr=abc"], ["optimizer.lr must be a number; got 'abc'"]),
-    (["optimizer.lr=-1"], ["optimizer.lr must be at least 0; got -1"]),
-    (["optimizer=muon", "optimizer.rest_lr=x"], ["optimizer.rest_lr must be a number; got 'x'"]),
-    (["trainer.enable_progress_bar=maybe"], ["trainer.enable_progress_bar must be true or false"]),
-    (["+trainer.max_epochs=1"], ["+trainer.max_epochs would be passed over: trainer.max_steps"]),
-    (["++trainer.logger._target_=x"], ["+trainer.logger._target_ would be", "the group logger"]),
-    (["+trainer.limit_val_batches=0"], ["must validate", "got trainer.limit_val_batches=0."]),
-    (["+trainer.limit_val_batches=0.0"], ["got trainer.limit_val_batches=0.0."]),
-    (["trainer.log_every_n_steps=null"], ["log_every_n_steps must be a whole number; got None"]),
-    (["trainer.log_every_n_steps=-1"], ["log_every_n_steps must be at least 0; got -1"]),
-    (["trainer.gradient_clip_val=-1"], ["gradient_clip_val must be null or at least 0; got -1"]),
-    (["trainer.precision=7"], ["trainer cannot be built: ValueError: Precision 7 is invalid"]),
-    (["activation=gelo"], ["activation/gelo", "gelu"]),
-    (["activation.name=gelo"], ["activation.name must be one of", "Did you mean 'gelu'"]),
-    (
-        ["normalization=normfree", "normalization.placement=post"],
-        ["normalization.kind=none", "normalization.placement=post"],
-    ),
+    (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
+    (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
-    (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
-    (["ffn.d_ff=64"], ["ffn.width=4", "ffn.d_ff=64"]),
-    (["trainer.max_steps=0"], ["trainer.max_steps must be a positive whole number; got 0"]),
-    (["monitor.source=validation"], ["monitor.source must be one of heldout, train"]),
-    (["monitor.every_n_steps=-1"], ["monitor.every_n_steps", "-1"]),
-    (["threads=0"], ["threads must be null or a positive whole number; got 0"]),
-    (["compile=maybe"], ["compile must be true or false; got 'maybe'"]),
-    (["seed=-1"], ["seed must be a whole number", "-1"]),
     (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
-    (["monitor.layers=[0,7]"], ["Layers to measure must have FFNs, as 0, 1 have; got 7"]),
-    (["monitor.n_tokens=lots"], ["monitor.n_tokens", "lots"]),
+]
+DATA = [
     (["monitor.n_tokens=10000000"], ["10000000", "validation split"]),
     (["model.seq_len=1000000"], ["model.seq_len", "1000001"]),
     (["data.corpus.roots=[/nowhere]"], ["/nowhere"]),
     (["data.corpus.roots=[{empty}]"], ["{empty}"]),
-    (["ffn.bias=no"], ["ffn.bias must be true or false; got 'no'"]),
-    (["model.tie_embeddings=off"], ["model.tie_embeddings must be true or false; got 'off'"]),
-    (["model.dropout=abc"], ["model.dropout must be a number; got 'abc'"]),
-    (["model.n_layers=true"], ["model.n_layers must be a whole number; got True"]),
-    (["~model.n_layers"], ["model lacks n_layers; got"]),
-    (
-        ["normalization=mixln", "normalization.n_post_layers=1.5"],
-        ["normalization.n_post_layers must be a whole number; got 1.5"],
-    ),
-    (["data.val_fraction=abc"], ["data.val_fraction must be a number; got 'abc'"]),
-    (["data.vocab_size=abc"], ["data.vocab_size must be a whole number; got 'abc'"]),
-    (["optimizer.schedule.name=cosinus"], ["optimizer.schedule.name", "cosine"]),
-    (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
-    (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
-    (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda v: " ".join(v)[:40])
-def test_bad_input_gets_one_message_before_training(run, tiny, tmp_path, overrides, expected):
+@pytest.mark.parametrize(("overrides", "expected"), COMPOSITION, ids=lambda v: " ".join(v)[:40])
+def test_what_cannot_be_composed_is_told_with_what_was_likely_meant(overrides, expected):
+    with pytest.raises(HydraException) as error:
+        composed(*overrides, with_hydra=True)
+    for text in expected:
+        assert text in told(error.value)
+
+
+@pytest.mark.parametrize(("override", "expected"), ADDED)
+def test_added_values_that_nothing_reads_are_refused(override, expected):
+    with pytest.raises(ConfigError) as error:
+        check_added([override])
+    for text in expected:
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(("overrides", "expected"), COMMANDS, ids=lambda v: " ".join(v)[:40])
+def test_bad_input_gets_one_message_and_no_directory(run, tiny, tmp_path, overrides, expected):
+    status, out, err = run(*tiny, *overrides)
+    assert status == 1
+    assert err.startswith("nerve-run: ")
+    assert err.count("nerve-run: ") == 1
+    assert "Traceback" not in err + out
+    for text in expected:
+        assert text in err
+    assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize(("overrides", "expected"), DATA, ids=lambda v: " ".join(v)[:40])
+def test_data_that_do_not_do_fail_the_run_before_training(run, tiny, tmp_path, overrides, expected):
     empty = tmp_path / "empty"
     empty.mkdir()
-    fill = [text.replace("{empty}", str(empty)) for text in overrides]
-    status, out, err = run(*tiny, *fill)
+    status, out, err = run(*tiny, *(text.replace("{empty}", str(empty)) for text in overrides))
     assert status == 1
     assert err.startswith("nerve-run: ")
     assert "Traceback" not in err + out
     for text in expected:
         assert text.replace("{empty}", str(empty)) in err
-    for record in tmp_path.glob("**/run.json"):
-        values = json.loads(record.read_text())
-        assert values["run_status"] == "failed"
-        assert values["error"]["message"] in err
+    (record,) = tmp_path.glob("**/run.json")
+    values = json.loads(record.read_text())
+    assert values["run_status"] == "failed"
+    assert values["error"]["message"] in err
 
 
 def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
@@ -244,20 +240,6 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
     assert "holds run" in err
     assert "(done)" in err
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("yes", "monitor.skip_first must be a whole number; got 'yes'"),
-        ("8", "got monitor.skip_first=8 of data.seq_len=8"),
-        ("-1", "0 or more; got -1"),
-    ],
-)
-def test_first_positions_that_cannot_be_left_out_are_refused(run, tiny, value, message):
-    status, _, err = run(*tiny, "model.seq_len=8", f"monitor.skip_first={value}")
-    assert status == 1
-    assert message in err
 
 
 def test_a_spectrum_of_a_few_samples_is_told_when_the_run_ends(run, tiny, monkeypatch):
@@ -353,22 +335,52 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
         given.update(arguments)
         raise ConfigError("that will do")
 
+    plan = Plan.of(composed("logger=none", "trainer.enable_progress_bar=false"))
     monkeypatch.setattr("nerve.cli.experiment.build.build", build_nothing)
-    config = OmegaConf.create(
-        {
-            "logger": {},
-            "callbacks": {},
-            "model": {"kind": "gpt"},
-            "trainer": {"enable_progress_bar": False, "log_every_n_steps": 1, "max_steps": 1},
-        }
-    )
     with pytest.raises(ConfigError, match="that will do"):
-        build_trainer(config, Path(), None, [], CheckpointFiles())
-    own = given.keys() - config.trainer.keys()
+        build_trainer(plan, Path(), None, [], CheckpointFiles())
+    own = given.keys() - plan.values["trainer"].keys()
     assert "max_epochs" in own
     for key in [*own, "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"]:
         with pytest.raises(ConfigError, match=rf"\+trainer\.{key} would be passed over: "):
             check_added([f"+trainer.{key}=1", "optimizer.lr=${x}"])
+
+
+def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkeypatch):
+    """One run, a sweep of which one trial is refused, and one of the shipped sweeps."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("it reads data")
+
+    monkeypatch.setattr("nerve.data.text.TextDataModule.setup", refuse)
+    status, out, err = run(*tiny, "check=true", "hydra.run.dir=mine")
+    assert (status, err) == (0, "")
+    n = 2 * 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
+    assert f"{n:,}" in out
+    assert "what would run in mine" in out
+    status, out, err = run(*tiny, "check=true", "model.n_heads=3")
+    assert status == 1
+    assert err.startswith("nerve-run: model.d_model must be a multiple of model.n_heads")
+    status, out, err = run("-m", *tiny, "check=true", "model.n_heads=2,3,4,2")
+    assert status == 1
+    assert "4 trials: 2 new, 1 refused, 1 doubled; 2 to run. Nothing was started." in out
+    assert "1 of 4 trials in outputs/multirun are refused" in err
+    assert "1: model.d_model must be a multiple of model.n_heads" in err
+    assert run("--config-name=optimizer", "check=true")[0] == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_knows_what_is_done(run, tiny, tmp_path):
+    assert run(*tiny, "hydra.run.dir=mine")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    status, out, _ = run(*tiny, "hydra.run.dir=mine", "check=true")
+    assert status == 0
+    assert "1 trials: 1 done; 0 to run" in out
+    assert "1 done; 0 to run" in run("resume=mine", "check=true")[1]
+    status, _, err = run(*tiny, "hydra.run.dir=mine", "check=true", "seed=3")
+    assert status == 1
+    assert "other values of seed" in err
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_path):

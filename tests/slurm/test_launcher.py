@@ -1,17 +1,12 @@
 """The values of conf/hydra/launcher/slurm.yaml, without a cluster."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-
-from nerve.cli.config.compose import CONF, register
+from support import composed
 
 
 def launcher(*overrides: str) -> DictConfig:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", ["hydra/launcher=slurm", *overrides], return_hydra_config=True)
-        return config.hydra.launcher
+    return composed("hydra/launcher=slurm", *overrides, with_hydra=True).hydra.launcher
 
 
 @pytest.mark.parametrize("devices", [1, 4])

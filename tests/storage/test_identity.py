@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from support import composed
 
-from nerve.cli.config.compose import CONF, identity, register, resolved
+from nerve.cli.config.compose import identity, resolved
 from nerve.storage.identity import (
     ADDED,
     EXCLUDED,
@@ -91,9 +91,7 @@ def test_what_can_change_the_result_changes_the_id(one, other):
 @pytest.fixture(scope="module")
 def default() -> dict:
     """The configuration of the default run, as run.json has it."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", ["logger=none"])
+    config = composed("logger=none")
     values = resolved(config)
     assert config_id(values) == identity(config)
     return values

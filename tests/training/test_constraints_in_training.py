@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from support import composed
 from torch.nn import functional as F
 
-from nerve.cli.config.compose import CONF, build, register, resolved
+from nerve.cli.config.compose import CONF, build, resolved
 from nerve.measuring.ffns import find_ffns
 from nerve.models import build_model
 from nerve.optim import Part, build_optimizer
@@ -19,10 +19,8 @@ SIZES = ["model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.seq_l
 @cache
 def trained(optimizer: str, constraint: str) -> torch.nn.Module:
     """A small GPT after 20 steps of `optimizer` at its configured rate."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        factors = [f"optimizer={optimizer}", f"ffn.constraint={constraint}", "ffn=gated"]
-        config = compose("config", [*SIZES, *factors])
+    factors = [f"optimizer={optimizer}", f"ffn.constraint={constraint}", "ffn=gated"]
+    config = composed(*SIZES, *factors)
     groups = ("model", "normalization", "activation", "position", "ffn")
     values = {group: resolved(config[group]) for group in groups}
     model = build_model(values, seed=0, vocab_size=17)

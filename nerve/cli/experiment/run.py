@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -11,23 +12,22 @@ from hydra.conf import HydraConf
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from nerve.cli.config.compose import resolved
 from nerve.cli.console import counts
 from nerve.cli.experiment.build import (
     build_data,
     build_module,
     build_monitor,
     build_trainer,
-    check,
     check_machine,
-    check_steps,
     facts_of,
     log_configuration,
 )
+from nerve.cli.experiment.checks import Plan
 from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import print_summary
-from nerve.config import from_mapping, require
+from nerve.cli.sweep.grid import Cell
+from nerve.cli.sweep.preview import preview
 from nerve.errors import DataError, StoreError
 from nerve.files import remove_temporaries
 from nerve.storage.directory import RunDirectory
@@ -35,7 +35,7 @@ from nerve.storage.provenance import nvidia_driver
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
-from nerve.training.checkpoint_callback import Cadence, Checkpointing
+from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import CheckpointFiles, drop_all_but_weights
 from nerve.training.signals import Interrupted, StopSignals
 
@@ -57,39 +57,58 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         NerveError: for what the user can fix; a run that had begun is recorded as failed.
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
-    check(config)
+    plan = Plan.of(config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
     run = RunDirectory(hydra_config.runtime.output_dir)
     if is_done(run, config):
-        return objective_of(run, config.objective)
-    check_machine(config)
+        return objective_of(run, plan.objective)
+    check_machine(plan)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
         if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
-            return _follow(config, run, signals)
+            return _follow(plan, run, signals)
         with run.locked():
             record = start(run, config, hydra_config)
             if record.run_status != "done":  # else it has been done just now
-                _lead(config, run, record, signals)
-    return objective_of(run, config.objective)
+                _lead(plan, run, record, signals)
+    return objective_of(run, plan.objective)
 
 
-def _follow(config: DictConfig, run: RunDirectory, signals: StopSignals) -> float:
+def check_experiment(config: DictConfig, run: RunDirectory, overrides: Sequence[str]) -> None:
+    """Shows what `run_experiment` would do in a directory, and does nothing.
+
+    Args:
+        config: as there.
+        run: the directory.
+        overrides: of the command line, which the table shows.
+
+    Raises:
+        NerveError: as there, where it can be told before.
+    """
+    plan = Plan.of(config)
+    run.require_same(plan.values)
+    trial = Cell(0, overrides, config, run, found=run.state, plan=plan)
+    if trial.is_to_do:
+        check_machine(plan)
+    preview(run.path, [trial])
+
+
+def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
     """The run in a process that does not record it."""
     try:
-        return _run(config, run, None, signals)
+        return _run(plan, run, None, signals)
     except Interrupted as interrupted:
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
         raise SystemExit(0) from interrupted
 
 
-def _lead(config: DictConfig, run: RunDirectory, record: RunRecord, signals: StopSignals) -> None:
+def _lead(plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals) -> None:
     """The run in the process that records how it ends."""
     try:
-        _run(config, run, record, signals)
+        _run(plan, run, record, signals)
     except BaseException as error:
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
@@ -111,38 +130,21 @@ def _record_end(record: RunRecord, error: BaseException) -> None:
         log.error("run.json cannot say how the run ended: %s", refused)
 
 
-def _run(
-    config: DictConfig, run: RunDirectory, record: RunRecord | None, signals: StopSignals
-) -> float:
-    values = resolved(config)
-    for key in ("compile", "retry"):
-        require(isinstance(values[key], bool), f"{key} must be true or false; got {values[key]!r}.")
-    threads = values["threads"]
-    require(
-        threads is None or (isinstance(threads, int) and threads > 0),
-        f"threads must be null or a positive whole number; got {threads!r}.",
-    )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    require(
-        isinstance(values["seed"], int) and 0 <= values["seed"] < 2**32,
-        f"seed must be a whole number from 0 to 2**32 - 1; got {values['seed']!r}.",
-    )
-    check_steps(values)
-    cadence = from_mapping(Cadence, values["checkpoint"], "checkpoint")
-    cadence.require_reached(values["trainer"]["max_steps"])
-    L.seed_everything(values["seed"], verbose=False)
+def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopSignals) -> float:
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    L.seed_everything(plan.seed, verbose=False)
 
-    data = build_data(config, values)
+    data = build_data(plan)
     log.info("data: %s", counts(data.describe()))
-    facts = facts_of(data, values["model"]["kind"])
-    module = build_module(config, values, facts)
+    facts = facts_of(data, plan.model.kind)
+    module = build_module(plan, facts)
     store = run.store() if record else None
-    monitor = build_monitor(store, values)
+    monitor = build_monitor(plan, store)
     files = CheckpointFiles()
-    saving = Checkpointing(files, run, cadence, signals, store, facts)
+    saving = Checkpointing(files, run, plan.checkpoint, signals, store, facts)
     callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
-    trainer = build_trainer(config, run.path, store, callbacks, files)
+    trainer = build_trainer(plan, run.path, store, callbacks, files)
     last = run.checkpoint("last")
     if record and store:
         _prepare(run, record, store, data)
@@ -153,7 +155,7 @@ def _run(
             device=_device_names(trainer),
             versions=record.versions | _gpu_versions(trainer),
         )
-    log_configuration(trainer, values)
+    log_configuration(trainer, plan)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     finally:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
@@ -15,11 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from nerve.cli.config.compose import identity, resolved
 from nerve.cli.config.overrides import told
 from nerve.cli.console import say
-from nerve.errors import ConfigError, StoreError
+from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.identity import differences
 from nerve.storage.record import RECORD_NAME
 from nerve.storage.state import RunState
+
+if TYPE_CHECKING:
+    from nerve.cli.experiment.checks import Plan
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Cell:
         twin: the number of an earlier cell that defines the same result.
         refusal: why it cannot be run.
         trouble: why it could not be started, or its end not be recorded.
+        plan: of its run, once `plan_cells` has made it.
     """
 
     number: int
@@ -47,6 +51,7 @@ class Cell:
     twin: int | None = None
     refusal: str | None = None
     trouble: str | None = None
+    plan: "Plan | None" = None
 
     @property
     def directory(self) -> Path:
@@ -62,11 +67,15 @@ class Cell:
             return bool(self.config.retry)
         return self.found not in (RunState.DONE, RunState.ALIVE)
 
-    def values(self) -> dict[str, Any]:
-        """The resolved configuration, without Hydra's own node."""
+    def run_config(self) -> DictConfig:
+        """The configuration without Hydra's own node, to which its interpolations refer."""
         HydraConfig.instance().set_config(self.config)
         keys = [str(key) for key in self.config if key != "hydra"]
-        return resolved(OmegaConf.masked_copy(self.config, keys))
+        return OmegaConf.masked_copy(self.config, keys)
+
+    def values(self) -> dict[str, Any]:
+        """The same, resolved."""
+        return resolved(self.run_config())
 
 
 def compose_grid(
@@ -112,6 +121,19 @@ def compose_grid(
             cell.refusal = str(error)
         cells.append(cell)
     return cells
+
+
+def plan_cells(cells: Sequence[Cell]) -> None:
+    """Plans each cell that is to be run; one that a plan refuses is refused."""
+    for cell in cells:
+        if not cell.is_to_do:
+            continue
+        from nerve.cli.experiment.checks import Plan  # torch takes seconds to import
+
+        try:
+            cell.plan = Plan.of(cell.run_config())
+        except NerveError as error:
+            cell.refusal = str(error)
 
 
 class StoredRuns:

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, resolved
 from nerve.cli.sweep.devices import check_counted, check_devices
-from nerve.cli.sweep.grid import Cell, compose_grid
+from nerve.cli.sweep.grid import Cell, compose_grid, plan_cells
 from nerve.cli.sweep.local import run_here
+from nerve.cli.sweep.preview import preview
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
 from nerve.cli.sweep.table import Report
-from nerve.config import require
+from nerve.config import require, require_type
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.files import as_store_error
 from nerve.storage.state import FRESH, RunState
@@ -85,7 +86,7 @@ class CellSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs what is left to do of the grid.
+        """Runs what is left to do of the grid; with `check`, shows it.
 
         Raises:
             SweepError: when it ends with cells that are not done, after the summary.
@@ -101,6 +102,7 @@ class CellSweeper(Sweeper):
                 f"A sweep resumes what was interrupted by itself; got resume={self.config.resume}. "
                 "Leave resume out, or go on with that one run without --multirun."
             )
+        require_type("check", self.config.check, bool)
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         given = [f"{key}={values}" for key, values in self._params.items()]
@@ -113,6 +115,11 @@ class CellSweeper(Sweeper):
         cells = compose_grid(loader, self.config, grid)
         for cell in cells:
             _refuse_devices(cell, launcher)
+        plan_cells(cells)
+        if self.config.check:
+            _find_jobs(cells, jobs)
+            preview(folder, cells)
+            return
         with as_store_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")

@@ -7,12 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
+from support import composed
 
 import nerve
-from nerve.cli.config.compose import CONF, register
 from nerve.cli.experiment.run import run_experiment
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -56,11 +55,9 @@ def experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     """Runs an experiment in `<tmp_path>/<name>` without the command around it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    register()
 
     def call(name: str, *overrides: str) -> float:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [*SMALL, *overrides], return_hydra_config=True)
+        config = composed(*SMALL, *overrides, with_hydra=True)
         HydraConfig.instance().set_config(config)
         hydra_config = HydraConfig.get()
         with read_write(config), open_dict(config):

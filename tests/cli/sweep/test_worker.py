@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.plugins.launcher import Launcher
 from omegaconf import open_dict, read_write
+from support import composed
 
-from nerve.cli.config.compose import CONF, identity, register, resolved
+from nerve.cli.config.compose import identity, resolved
 from nerve.cli.sweep.worker import run_cell
 from nerve.errors import StoreError
 from nerve.storage.record import RunRecord
@@ -23,20 +23,17 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr("nerve.cli.experiment.run.run_experiment", lambda *_: 1.5)
-    register()
 
     def run(name: str, *overrides: str) -> float:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", list(overrides), return_hydra_config=True)
+        config = composed(*overrides, with_hydra=True)
         HydraConfig.instance().set_config(config)
         hydra_config = HydraConfig.get()
         with read_write(hydra_config), open_dict(hydra_config):
             hydra_config.runtime.output_dir = str(tmp_path / name)
         return run_cell(config, hydra_config)
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", ["seed=3", "logger=none"])
-    sent = identity(composed)
+    config = composed("seed=3", "logger=none")
+    sent = identity(config)
     assert run(sent, "seed=3") == 1.5
     assert run("mine", "seed=4") == 1.5
     placed = "+callbacks.ck.dirpath=${hydra:runtime.output_dir}/ck"  # not known when it is sent
@@ -45,7 +42,7 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
         run(sent, "seed=3", "optimizer.lr=0.5")
     assert not list(tmp_path.iterdir())
     # A run that an earlier version gave the directory another id.
-    record = RunRecord.create(tmp_path / "0123456789ab", resolved(composed))
+    record = RunRecord.create(tmp_path / "0123456789ab", resolved(config))
     assert record.config_id == sent
     assert run("0123456789ab", "seed=3") == 1.5
     with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):

@@ -1,0 +1,88 @@
+"""What a run would take of memory, estimated from its plan."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nerve.cli.experiment.checks import Plan, width_of
+from nerve.measuring.ffns import find_ffns
+from nerve.optim import parameter_roles
+
+COUNTED = (
+    "Memory counts parameters, gradients, the optimizer's state and the monitor's covariance "
+    "matrices (float64), all on one device; not activations, batches and what solves the "
+    "eigenproblems."
+)
+
+State = Callable[[int, int, Mapping[str, Any]], float]
+
+STATES: dict[str, State] = {
+    "AdamW": lambda m, n, _: 2 * m * n,
+    "SGD": lambda m, n, build: m * n if build.get("momentum") else 0,
+    "Adafactor": lambda m, n, _: m + n if m > 1 else n,
+    "Muon": lambda m, n, _: m * n,
+    "Dion": lambda m, n, build: m * n + n * max(1, round(build["rank_fraction"] * min(m, n))),
+    "SOAP": lambda m, n, _: 2 * m * n + 2 * (m * m + n * n),
+    "Shampoo": lambda m, n, _: m * n + 2 * (m * m + n * n),
+}
+"""The last name of an optimizer's `_target_` to the numbers that it keeps of an m × n matrix (a
+vector: m = 1), with its values."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes of a run.
+
+    Attributes:
+        n_parameters: None where only the data can tell.
+        memory_bytes: what `COUNTED` says; None likewise, or for an optimizer that is not known.
+    """
+
+    n_parameters: int | None
+    memory_bytes: float | None
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Estimate":
+        """That of a plan."""
+        if plan.model.n_unknown:
+            return cls(None, None)
+        skeleton = plan.model.skeleton
+        n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        n_state = _n_state(plan, skeleton)
+        if n_state is None:
+            return cls(n_parameters, None)
+        a_number = 2 if str(plan.values["trainer"].get("precision")).endswith("16-true") else 4
+        weights = a_number * (2 * n_parameters + n_state)
+        return cls(n_parameters, weights + 8 * _n_covariances(plan, skeleton))
+
+
+def _n_state(plan: Plan, skeleton: nn.Module) -> float | None:
+    parts = plan.values["optimizer"]["parts"]
+    of_role = {
+        role: parts[name]["build"]
+        for name, part in plan.optimizer.parts.items()
+        for role in part.roles
+    }
+    roles, total = parameter_roles(skeleton), 0.0
+    for name, parameter in skeleton.named_parameters():
+        build = of_role[roles[name]]
+        state = STATES.get(build.get("_target_", "").rpartition(".")[2])
+        if state is None:
+            return None
+        n = parameter.shape[-1]
+        total += state(parameter.numel() // n, n, build)
+    return total
+
+
+def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
+    """Numbers in the matrices of pre and post of every measured FFN."""
+    total = 0
+    for ffn in find_ffns(skeleton, plan.monitor["layers"]):
+        width, d_in = width_of(ffn), ffn.pre.in_features
+        assert isinstance(d_in, int)
+        # Of 16-bit features pre itself is taken, not the input.
+        exact = str(plan.values["trainer"].get("precision")).startswith("32")
+        total += width**2 + (d_in if plan.monitor["shortcut"] and exact else width) ** 2
+    return total

@@ -1,0 +1,162 @@
+"""A configuration that is wrong is refused by its plan alone, with one message that names keys."""
+
+import time
+
+import pytest
+import torch
+from support import composed
+
+from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.estimate import Estimate
+from nerve.errors import NerveError
+from nerve.models import build_model
+from nerve.optim import build_optimizer
+
+GPT = ("logger=none", "model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.seq_len=32")
+MIXER = ("logger=none", "model=mixer_tiny", "model.n_layers=2", "model.d_model=24", "ffn.width=4")
+
+BAD_GPT = [
+    (["+monitor.ffns=[a]"], ["a key of monitor must be one of every_n_steps", "got 'ffns'"]),
+    (["optimizer=muon", "optimizer.momentum=x"], ["optimizer.momentum must be a number; got"]),
+    (["+monitor.every=8"], ["a key of monitor must be one of every_n_steps", "got 'every'"]),
+    (["optimizer.lr=abc"], ["optimizer.lr must be a number; got 'abc'"]),
+    (["optimizer.lr=-1"], ["optimizer.lr must be at least 0; got -1"]),
+    (["optimizer=muon", "optimizer.rest_lr=x"], ["optimizer.rest_lr must be a number; got 'x'"]),
+    (["trainer.enable_progress_bar=maybe"], ["trainer.enable_progress_bar must be true or false"]),
+    (["+trainer.limit_val_batches=0"], ["must validate", "got trainer.limit_val_batches=0."]),
+    (["+trainer.limit_val_batches=0.0"], ["got trainer.limit_val_batches=0.0."]),
+    (["trainer.log_every_n_steps=null"], ["log_every_n_steps must be a whole number; got None"]),
+    (["trainer.log_every_n_steps=-1"], ["log_every_n_steps must be at least 0; got -1"]),
+    (["trainer.gradient_clip_val=-1"], ["gradient_clip_val must be null or at least 0; got -1"]),
+    (["trainer.precision=7"], ["trainer cannot be built: ValueError: Precision 7 is invalid"]),
+    (["+trainer.device=1"], ["a key of trainer must be one of", "Did you mean 'devices'?"]),
+    (["activation.name=gelo"], ["activation.name must be one of", "Did you mean 'gelu'"]),
+    (
+        ["normalization=normfree", "normalization.placement=post"],
+        ["normalization.kind=none", "normalization.placement=post"],
+    ),
+    (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
+    (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
+    (["ffn.d_ff=64"], ["ffn.width=4", "ffn.d_ff=64"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps must be a positive whole number; got 0"]),
+    (["checkpoint.keep=[0,900]"], ["checkpoint.keep", "900 with trainer.max_steps=400"]),
+    (["monitor.source=validation"], ["monitor.source must be one of heldout, train"]),
+    (["monitor.every_n_steps=-1"], ["monitor.every_n_steps", "-1"]),
+    (["threads=0"], ["threads must be null or a positive whole number; got 0"]),
+    (["compile=maybe"], ["compile must be true or false; got 'maybe'"]),
+    (["check=maybe"], ["check must be true or false; got 'maybe'"]),
+    (["seed=-1"], ["seed must be a whole number", "-1"]),
+    (["objective=pr_pots"], ["objective must be one of", "Did you mean 'pr_post'?"]),
+    (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
+    (["monitor.layers=[0,7]"], ["Layers to measure must have FFNs, as 0, 1 have; got 7"]),
+    (["monitor.n_tokens=lots"], ["monitor.n_tokens", "lots"]),
+    (["ffn.bias=no"], ["ffn.bias must be true or false; got 'no'"]),
+    (["model.tie_embeddings=off"], ["model.tie_embeddings must be true or false; got 'off'"]),
+    (["model.dropout=abc"], ["model.dropout must be a number; got 'abc'"]),
+    (["model.n_layers=true"], ["model.n_layers must be a whole number; got True"]),
+    (["~model.n_layers"], ["model lacks n_layers; got"]),
+    (
+        ["normalization=mixln", "normalization.n_post_layers=1.5"],
+        ["normalization.n_post_layers must be a whole number; got 1.5"],
+    ),
+    (["data.val_fraction=abc"], ["data.val_fraction must be a number; got 'abc'"]),
+    (["data.vocab_size=abc"], ["data.vocab_size must be a whole number; got 'abc'"]),
+    (["optimizer.schedule.name=cosinus"], ["optimizer.schedule.name", "cosine"]),
+    (["optimizer.parts.main.roles=[hidden]"], ["(embedding) is claimed by none of main"]),
+    (["optimizer.parts.main.build.betas=[2,0]"], ["optimizer.parts.main.build failed", "beta"]),
+    (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
+    (["monitor.skip_first=yes"], ["monitor.skip_first must be a whole number; got 'yes'"]),
+    (["monitor.skip_first=32"], ["got monitor.skip_first=32 of data.seq_len=32"]),
+    (["monitor.skip_first=-1"], ["0 or more; got -1"]),
+    (["data=digits"], ["model.kind=gpt", "ImageDataModule", "kind=mixer"]),
+]
+BAD_MIXER = [
+    (["monitor.skip_first=1"], ["monitor.skip_first", "model.kind=mixer", "must be 0, got 1"]),
+    (["data.n_heldout=abc"], ["data.n_heldout must be a whole number or null; got 'abc'"]),
+    (["data.image_size=6", "model.patch_size=4"], ["data.image_size=6", "model.patch_size=4"]),
+    (["monitor.n_tokens=512"], ["monitor.n_tokens counts held-out tokens", "got 512"]),
+    (["model.token_mixing.width=[1]"], ["model.token_mixing.width must be a whole number or a"]),
+    (["data=python_source"], ["model.kind=mixer", "TextDataModule", "kind=gpt"]),
+    (["data=cifar100"], ["data.images.path is missing", "data.images.path=…"]),
+    (["model.channel_mixing.width=0.3"], ["model.channel_mixing.width=0.3", "model.d_model=24"]),
+    (["data._target_=nerve.data.Images"], ["data._target_", "nerve.data.Images"]),
+]
+BAD = [([*GPT, *bad], texts) for bad, texts in BAD_GPT] + [
+    ([*MIXER, *bad], texts) for bad, texts in BAD_MIXER
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_data(monkeypatch):
+    """A plan that reads data, or makes a directory or a file, fails."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a plan reads no data and writes nothing")
+
+    for module in ("text.TextDataModule", "images.ImageDataModule"):
+        monkeypatch.setattr(f"nerve.data.{module}.setup", refuse)
+    for name in ("corpus.python_source", "image_sets.digits"):
+        monkeypatch.setattr(f"nerve.data.{name}", refuse)
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+
+
+@pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda texts: " ".join(texts)[-50:])
+def test_bad_input_is_refused_at_once_with_the_keys(overrides, expected):
+    config = composed(*overrides)
+    began = time.perf_counter()
+    with pytest.raises(NerveError) as refusal:
+        Plan.of(config)
+    assert time.perf_counter() - began < 0.25
+    for text in expected:
+        assert text in str(refusal.value)
+
+
+def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():
+    Plan.of(composed(*GPT, "data.corpus.roots=[/nowhere]", "data.tokenizer=/nowhere.json"))
+    Plan.of(composed(*MIXER, "data=cifar100", "data.images.path=/nowhere"))
+
+
+def test_a_plan_holds_the_values_that_the_run_takes():
+    plan = Plan.of(composed(*GPT, "trainer.accumulate_grad_batches=3", "trainer.max_steps=5"))
+    assert plan.data.sizes == {"n_train_batches": 15, "n_heldout_tokens": 8 * 128}
+    assert plan.monitor.keys().isdisjoint({"n_tokens", "store"})
+    assert (plan.seed, plan.threads, plan.trainer.max_steps) == (0, None, 5)
+    assert all(parameter.is_meta for parameter in plan.model.skeleton.parameters())
+
+
+def test_the_model_of_the_data_must_tell_what_is_not_configured():
+    estimate = Estimate.of(Plan.of(composed(*MIXER)))
+    assert (estimate.n_parameters, estimate.memory_bytes) == (None, None)
+
+
+def n_state(optimizer: torch.optim.Optimizer) -> int:
+    """Numbers that an optimizer keeps, counters apart."""
+
+    def count(value: object) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() if value.ndim else 0
+        if isinstance(value, dict):
+            return sum(map(count, value.values()))
+        return sum(map(count, value)) if isinstance(value, list | tuple) else 0
+
+    return sum(count(state) for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "sgd", "adafactor", "muon", "dion", "soap", "shampoo"]
+)
+def test_the_estimate_is_what_a_step_leaves(optimizer):
+    """Against the tensors of a network that has taken two steps, and D² or d² for the monitor."""
+    plan = Plan.of(composed(*GPT, f"optimizer={optimizer}", "data.vocab_size=300"))
+    model = build_model(plan.values, seed=0, vocab_size=300)
+    stepper = build_optimizer(model, plan.optimizer.parts)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        stepper.step()
+    n = sum(parameter.numel() for parameter in model.parameters())
+    covariances = 2 * (128**2 + 32**2)
+    estimate = Estimate.of(plan)
+    assert estimate.n_parameters == n
+    expected = 4 * (2 * n + n_state(stepper)) + 8 * covariances
+    assert estimate.memory_bytes == pytest.approx(expected, rel=0.01)
