@@ -166,6 +166,15 @@ class SampleShares:
         return squares.sort(descending=True).values, reach.square()
 
 
+def _mean(x: Float[Tensor, "n dim"]) -> Float64[Tensor, " dim"]:
+    """The mean of the samples; sums of few rows in float32 for narrower features."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for rows in x.split(_ROWS):
+        total += rows.sum(0, dtype=dtype)
+    return total / len(x)
+
+
 def _squares(x: Float[Tensor, "n dim"], mean: Float64[Tensor, " dim"]) -> Float64[Tensor, " n"]:
     """The squared distance of each sample from `mean`, summed in float64; differences are taken in
     float32 for narrower features."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nerve.spectra.eigenvalues import mirrored
 
+_WIDTH = 384
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 _CLEARLY_ITS_OWN = 1e-3
 """How far a column of unit length must lie from the span of those before it to be passed unseen."""
@@ -38,9 +39,21 @@ def variance_outside(
             inside, total = (centred @ basis).square().sum(), centred.square().sum()
         else:
             assert scatter is not None
-            whole = mirrored(scatter)
-            inside, total = (whole @ basis).mul_(basis).sum(), scatter.trace()
+            inside, total = _trace_of_projection(scatter, basis), scatter.trace()
         return (1 - inside / total).clamp(min=0)
+
+
+def _trace_of_projection(
+    scatter: Float64[Tensor, "dim dim"], basis: Float64[Tensor, "dim rank"]
+) -> Float64[Tensor, ""]:
+    """`tr(Q^T S Q)` from the lower triangle of S: the sum of `S * Q Q^T`, in block columns."""
+    inside = scatter.new_zeros(())
+    for start in range(0, len(scatter), _WIDTH):
+        block, stop = scatter[start:, start : start + _WIDTH], start + _WIDTH
+        projector = basis[start:] @ basis[start:stop].T
+        inside += (mirrored(block[:_WIDTH]) * projector[:_WIDTH]).sum()
+        inside += 2 * (block[_WIDTH:] * projector[_WIDTH:]).sum()
+    return inside
 
 
 def column_basis(weight: Float[Tensor, "dim d_in"]) -> Float64[Tensor, "dim rank"]:
