@@ -117,7 +117,8 @@ def test_student_t_is_scipys():
     free = np.array([0, 1, 2, 3, 4, 5, 6, 7, 30, 101, 2000, 3, -1])
     known = free > 0
     expected = scipy.stats.t.ppf(0.975, free[known])
-    np.testing.assert_allclose(student_t(free)[known], expected, rtol=1e-11)
+    # SciPy before 1.17 is 4e-11 off.
+    np.testing.assert_allclose(student_t(free)[known], expected, rtol=1e-10)
     assert np.isnan(student_t(free)[~known]).all()
 
 
