@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.storage.identity import differences
 from nerve.storage.record import RECORD_NAME, RunRecord
 from nerve.storage.state import FRESH, LOCK_NAME, RunIsBusyError, RunLock, RunState, is_locked
-from nerve.storage.store import RunStore
+
+if TYPE_CHECKING:
+    from nerve.storage.store import RunStore
 
 Which = Literal["best", "last"]
 CHECKPOINTS = "checkpoints"
@@ -167,8 +169,10 @@ class RunDirectory:
                 "delete that one."
             )
 
-    def store(self) -> RunStore:
+    def store(self) -> "RunStore":
         """Where its rows go. Raises `StoreError` where there is no record, and as `RunStore`."""
+        from nerve.storage.store import RunStore  # pyarrow, which a sweep does not need
+
         return RunStore(self.path, self.require_record().run_id)
 
     def checkpoint(self, which: Which) -> Path:
