@@ -1,13 +1,12 @@
 """From configuration to network: the presets' sizes, the closed form, and errors that name keys."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nerve.errors import ConfigError
@@ -39,15 +38,9 @@ MIXER_VALUES: dict[str, Any] = {
 IMAGES = {"image_size": 4, "n_channels": 1, "n_classes": 3}
 
 
-@pytest.fixture(scope="module")
-def _conf() -> Iterator[None]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
 def composed(*overrides: str) -> dict[str, Any]:
     """The groups that a network is built from, as the command line composes them."""
-    config = compose("config", overrides=list(overrides))
+    config = support.composed(*overrides)
     groups = ("model", "normalization", "activation", "position", "ffn")
     return {name: OmegaConf.to_container(config[name], resolve=True) for name in groups}
 
@@ -70,7 +63,6 @@ def closed_form(values: dict[str, Any], vocab_size: int) -> int:
     return embeddings + positions + n_layers * (attention + feed_forward + 2 * norm) + norm
 
 
-@pytest.mark.usefixtures("_conf")
 @pytest.mark.parametrize(
     ("preset", "vocab_size", "millions"),
     [
@@ -93,7 +85,6 @@ def test_gpt_presets_have_the_sizes_that_they_announce(
     assert round(n_parameters(model) / 1e6, 1) == millions
 
 
-@pytest.mark.usefixtures("_conf")
 def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
     with torch.device("meta"):
         b16 = build_model(
@@ -108,7 +99,6 @@ def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
     assert b16.blocks[0].channel_mixing.up.weight.shape == (3072, 768)
 
 
-@pytest.mark.usefixtures("_conf")
 def test_the_command_line_beats_the_factors_of_a_preset() -> None:
     preset = composed("model=llama_71m")
     assert preset["normalization"]["kind"] == "rmsnorm"
@@ -122,7 +112,6 @@ def test_the_command_line_beats_the_factors_of_a_preset() -> None:
     assert values["ffn"]["bias"] is True
 
 
-@pytest.mark.usefixtures("_conf")
 def test_every_option_of_every_factor_builds() -> None:
     """The groups are gone through side by side, the shorter ones over again."""
     groups = ("normalization", "activation", "position", "ffn")

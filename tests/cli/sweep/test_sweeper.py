@@ -23,6 +23,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
 from nerve import cores
+from nerve.cli.experiment.checks import Plan
 from nerve.cli.sweep import local
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -312,6 +313,29 @@ def test_a_cell_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
     assert "1 model=mixer_tiny refused" in out
     assert "'model.seq_len' not found, which data.seq_len refers to" in err
     assert {"model=mixer_tiny", "data=python_source"} <= set(re.split(r"[,.; ]+", err))
+
+
+def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
+    """One is refused then, and leaves nothing; one that is done needs no plan."""
+    planned: list[tuple[int, int]] = []
+    plan_of = Plan.of
+
+    def noting(config) -> Plan:
+        planned.append((config.seed, config.model.n_heads))
+        assert not list(FOLDER.glob("*/starts"))
+        return plan_of(config)
+
+    monkeypatch.setattr(Plan, "of", noting)
+    status, out, err = sweep("seed=0", "model.n_heads=2,3,4")
+    assert status == 1
+    assert planned == [(0, 2), (0, 3), (0, 4)]
+    assert "3 cells, 2 new, 1 refused; 2 to run" in out
+    assert "1 model.n_heads=3 refused" in out
+    assert "1 (model.n_heads=3): model.d_model must be a multiple of model.n_heads" in err
+    assert len(list(FOLDER.glob("*/"))) == 2
+    planned.clear()
+    assert sweep("seed=0", "model.n_heads=2,4")[0] == 0
+    assert planned == []
 
 
 def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
