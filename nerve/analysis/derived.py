@@ -1,7 +1,6 @@
 """The columns that `load_metrics` makes of the stored ones, one function each."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,9 @@ import pandas as pd
 from nerve.metric_names import SITES, STORED
 from nerve.outliers import outliers
 
-_OF_A_SITE: dict[str, Callable[[pd.DataFrame, str], Any]] = {
+Values = pd.Series | np.ndarray
+
+_OF_A_SITE: dict[str, Callable[[pd.DataFrame, str], Values]] = {
     "exp_se_{site}": lambda rows, site: np.exp(rows[f"se_{site}"]),
     # One feature has ln D = 0 and no spread that could be normalized.
     "se_{site}_normalized": lambda rows, site: (
@@ -18,7 +19,7 @@ _OF_A_SITE: dict[str, Callable[[pd.DataFrame, str], Any]] = {
     "pr_{site}_fraction": lambda rows, site: rows[f"pr_{site}"] / rows["d_ff"],
     "rank_limit_{site}": lambda rows, site: _rank_limit(rows, site),
 }
-_OF_BOTH: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+_OF_BOTH: dict[str, Callable[[pd.DataFrame], Values]] = {
     "pr_gain": lambda rows: rows["pr_post"] / rows["pr_pre"],
     "delta_eee": lambda rows: rows["eee_post"] - rows["eee_pre"],
 }
@@ -28,7 +29,8 @@ def with_derived(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of metrics with every derived column of the catalogue, and `outliers`."""
     # A column of nothing but None, as rows have it that were never stored, is one of numbers.
     none = [name for name in STORED if name in rows and rows[name].dtype == object]
-    rows = rows.astype(dict.fromkeys(none, float))
+    if none:
+        rows = rows.astype(dict.fromkeys(none, float))
     of_sites = {
         column.format(site=site): derive(rows, site)
         for column, derive in _OF_A_SITE.items()
@@ -38,7 +40,7 @@ def with_derived(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**of_sites, **of_both, outliers=outliers(rows))
 
 
-def _rank_limit(rows: pd.DataFrame, site: str) -> Any:
+def _rank_limit(rows: pd.DataFrame, site: str) -> Values:
     """Nothing that passes through `d_in` numbers has a higher rank before the nonlinearity."""
     width = np.minimum(rows["d_in"], rows["d_ff"]) if site == "pre" else rows["d_ff"]
     return np.minimum(width, rows["n_samples"] - 1)
