@@ -20,7 +20,7 @@ from nerve.measuring.distributed import (
 )
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.ffns import FFN, find_ffns
-from nerve.measuring.probe import Probe, is_tap
+from nerve.measuring.probe import Probe, is_tap, sample_of
 from nerve.outliers import outliers
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.covariance import Tally
@@ -57,7 +57,9 @@ class Measurement:
         self._mask: Tensor | None = None
         self._d_in: dict[int, int] = {}
         self._weights: dict[int, Tensor] = {}
+        self._biases: dict[int, Tensor | None] = {}
         self._of_input: set[int] = set()
+        self._altered: set[int] = set()
         self._covariances: dict[tuple[int, Site], StreamingCovariance] = {}
         self._shares: dict[tuple[int, Site], SampleShares] = {}
 
@@ -85,6 +87,8 @@ class Measurement:
 
         Every process must call it; one may have measured nothing.
         """
+        for index in set[int]().union(*gathered(self._altered)):
+            self._leave_weight(index)
         seen = {key: (c.dim, c.tally()) for key, c in self._covariances.items()}
         weights = {index: weight.dtype for index, weight in self._weights.items()}
         everyone = gathered((self._d_in, weights, self._of_input, seen))
@@ -139,16 +143,12 @@ class Measurement:
         return [eigenproblem.solve() for eigenproblem in self.eigenproblems()]
 
     def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
+        module = self._probe.ffns[index].pre
         if index not in self._d_in:
             self._d_in[index] = inputs.shape[-1]
-            module = self._probe.ffns[index].pre
-            weight = _weight_of(module, inputs, pre)
-            if weight is not None:
-                # A copy: the optimizer may step before the eigenproblems are solved. Under autocast
-                # the forward has used it rounded, as its outputs tell.
-                self._weights[index] = weight.to(pre.dtype, copy=True)
-                if self._shortcut and _takes_shortcut(inputs, pre):
-                    self._of_input.add(index)
+            self._take_weight(index, module, inputs, pre)
+        elif index in self._weights and not self._is_same(index, module, inputs, pre):
+            self._leave_weight(index)
         first: Site = "input" if index in self._of_input else "pre"
         features: dict[Site, Tensor] = {"input": inputs, "pre": pre, "post": post}
         mask = self._mask
@@ -161,6 +161,44 @@ class Measurement:
         for site in ("pre", "post"):
             x = features[site]
             self._shares_of(index, site, x.shape[-1], x.device).update(x, mask)
+
+    def _take_weight(self, index: int, module: nn.Module, inputs: Tensor, pre: Tensor) -> None:
+        """Notes W and b of `pre = W x + b`, where it is that."""
+        weight = _weight_of(module, inputs, pre)
+        if weight is None:
+            return
+        bias = module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
+        # forward has used them rounded, as its outputs tell.
+        weight = weight.to(pre.dtype, copy=True)
+        bias = None if bias is None else bias.detach().to(pre.dtype, copy=True)
+        if not _gives(weight, bias, inputs, pre):
+            self._altered.add(index)
+            return
+        self._weights[index], self._biases[index] = weight, bias
+        if self._shortcut and _takes_shortcut(inputs, pre):
+            self._of_input.add(index)
+
+    def _is_same(self, index: int, module: nn.Module, inputs: Tensor, pre: Tensor) -> bool:
+        """Whether this forward pass has used the weight of the first one, and nothing else."""
+        weight, noted = _weight_of(module, inputs, pre), self._weights[index]
+        return (
+            weight is not None
+            and torch.equal(weight.to(noted.dtype), noted)
+            and _gives(noted, self._biases[index], inputs, pre)
+        )
+
+    def _leave_weight(self, index: int) -> None:
+        """From now on measures pre itself; what was accumulated of the input is converted."""
+        self._altered.add(index)
+        weight, bias = self._weights.pop(index, None), self._biases.pop(index, None)
+        if index in self._of_input:
+            self._of_input.remove(index)
+            of_input = self._covariances.pop((index, "input"), None)
+            if of_input is not None:
+                assert weight is not None
+                self._covariances[index, "pre"] = of_input.projected(weight, bias)
 
     def _skipped(self, features: Tensor) -> Tensor:
         """Without the first positions of each sequence."""
@@ -244,6 +282,20 @@ def _weight_of(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | N
     assert isinstance(weight, Tensor)
     whole = weight.shape == (outputs.shape[-1], inputs.shape[-1])
     return weight.detach() if whole else None
+
+
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}
+"""How far W x + b may be off what a forward pass gave of it, as a part of the sum of magnitudes:
+TF32 rounds the factors of float32 to 11 digits. Types of 16 bits: 2**-6."""
+
+
+def _gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether some of the outputs, from all over them, are W x + b, up to rounding."""
+    x, y = (sample_of(features).detach().double() for features in (inputs, outputs))
+    w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
+    size = x.abs() @ w.abs().T + b.abs()
+    close = (y - (x @ w.T + b)).abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size
+    return bool((close | ~y.isfinite()).all())
 
 
 def _takes_shortcut(inputs: Tensor, outputs: Tensor) -> bool:

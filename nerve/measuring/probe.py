@@ -111,7 +111,7 @@ class Probe:
             return
         if any(isinstance(parameter, DTensor) for parameter in self.ffns[index].pre.parameters()):
             raise self._split(index)  # the features are a slice, which no type shows
-        if not torch.allclose(_sample(pre), sample, rtol=0, atol=0, equal_nan=True):
+        if not torch.allclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True):
             raise MeasurementError(
                 "A nonlinearity must leave its input as it is; that of "
                 f"{self._named(index)} overwrites it. Use one with inplace=False."
@@ -127,7 +127,7 @@ class Probe:
             if self._receive is not None:
                 before = self._checked(index, "input", inputs[0] if inputs else None)
                 pre = self._checked(index, "pre", output)
-                self._before[index] = (before, pre, _sample(pre).clone())
+                self._before[index] = (before, pre, sample_of(pre).clone())
 
         return hook
 
@@ -172,7 +172,7 @@ def is_tap(hook: object) -> bool:
     return getattr(hook, "__module__", None) == __name__
 
 
-def _sample(features: Tensor) -> Tensor:
+def sample_of(features: Tensor) -> Tensor:
     """Some of the samples, from all over them."""
     rows = features.reshape(-1, features.shape[-1])
     return rows[:: max(1, len(rows) // SAMPLES)]

@@ -135,6 +135,18 @@ class StreamingCovariance:
         self._moments = moments
         self._taken = set().union(*(tally.products for tally in tallies))
 
+    def projected(
+        self, weight: Float[Tensor, "d_out dim"], bias: Float[Tensor, " d_out"] | None
+    ) -> "StreamingCovariance":
+        """What `W x + b` of the same samples would have given: `W mean + b`, `W M2 W^T`."""
+        with torch.inference_mode(False), torch.no_grad():
+            n, mean, scatter = self._all_moments()
+            w = weight.to(self.device).double()
+            image = w @ mean if bias is None else w @ mean + bias.to(self.device).double()
+            given = StreamingCovariance(len(w), device=self.device)
+            given.replace(Moments(n, image, w @ mirrored(scatter) @ w.T), [self.tally()])
+            return given
+
     def covariance(self) -> Float64[Tensor, "dim dim"]:
         """The covariance so far: exactly symmetric; all NaN below two samples, or if any feature of
         a sample was not finite."""

@@ -1,5 +1,6 @@
 """`nerve.measure` equals float64 NumPy on features taken by hand, and changes no model."""
 
+import contextlib
 import copy
 import math
 
@@ -376,6 +377,102 @@ def test_where_no_weight_says_what_pre_can_reach_nothing_lies_outside_of_it(mode
     row = nerve.measure(model, [torch.randn(50, 6)], ffns=model.ffns()).iloc[0]
     assert row.status == "ok"
     assert math.isnan(row.variance_outside)
+
+
+class Recorded(Model):
+    """Keeps pre as its nonlinearity gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pre = self.up(x)
+        self.seen.append(pre.clone())
+        return self.down(torch.relu(self.between(pre, x)))
+
+    def between(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return pre
+
+
+class NewWeight(Recorded):
+    """Another weight from the second batch on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.seen:
+            self.up.weight.copy_(self.up.weight.flip(0) * torch.linspace(0, 3, 6))
+        return super().forward(x)
+
+
+class LateHook(Recorded):
+    """A hook from the second batch on, ahead of the probe's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.seen) == 1:
+            self.up.register_forward_hook(lambda m, i, o: o.square(), prepend=True)
+        return super().forward(x)
+
+
+class Overwritten(Recorded):
+    """The weight is another once post is there."""
+
+    def between(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.up.weight.mul_(torch.linspace(0, 3, 6))
+        return pre
+
+
+class OverwrittenInput(Recorded):
+    def between(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(torch.linspace(0, 3, 6))
+        return pre
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    """Another linear layer than the one that the module says it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.square() if func is nn.functional.linear and out.shape[-1] == 16 else out
+
+
+def global_hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+    return output.square() if output.shape[-1] == 16 else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", [NewWeight, LateHook, Overwritten, OverwrittenInput, "global hook", "mode"]
+)
+def test_pre_that_is_not_what_its_weight_gives_is_measured_itself(case, dtype):
+    """The spectrum is that of the features, and nothing is said of the span of a weight."""
+    torch.manual_seed(1)
+    model = (Recorded if isinstance(case, str) else case)().to(dtype)
+    batches = [torch.randn(60, 6).to(dtype) for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        if case == "global hook":
+            handle = nn.modules.module.register_module_forward_hook(global_hook)
+            stack.callback(handle.remove)
+        if case == "mode":
+            stack.enter_context(Mode())
+        (row,) = nerve.measure(model, batches, ffns=model.ffns()).to_dict("records")
+    expected = oracle(torch.cat(model.seen).detach().double().numpy())
+    assert row["pr_pre"] == pytest.approx(expected["pr"], rel=1e-5)
+    assert row["variance_pre"] == pytest.approx(expected["variance"], rel=1e-5)
+    assert math.isnan(row["variance_outside"])
+
+
+def test_what_was_accumulated_of_the_input_is_converted_exactly():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(9, 4).double(), torch.randn(9).double()
+    x = torch.randn(70, 4, dtype=torch.float64) + 5
+    of_input, of_output = covariance.StreamingCovariance(4), covariance.StreamingCovariance(9)
+    of_input.update(x)
+    of_output.update(x @ weight.T + bias)
+    got = of_input.projected(weight, bias)
+    torch.testing.assert_close(got.covariance(), of_output.covariance(), rtol=1e-12, atol=1e-12)
+    for each in (got, of_output):  # and goes on
+        each.update(x @ weight.T * 3)
+    torch.testing.assert_close(got.covariance(), of_output.covariance(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_layer_that_collapses_to_one_vector_shows_it_in_the_share_of_the_mean(model):
