@@ -103,11 +103,18 @@ def _canonical(value: Any, path: str) -> Any:
             if dotted in ADDED and _text(canonical) == _text(_canonical(ADDED[dotted], dotted)):
                 continue
             is_target = key == "_target_" and isinstance(item, str)
-            counted[key] = item.rpartition(".")[2] if is_target else canonical
+            counted[key] = _name(item) if is_target else canonical
         return counted
     if isinstance(value, list):
         return [_canonical(item, path) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _name(target: str) -> str:
+    """A class or function without its module: `GPT.from_preset` of `models.gpt.GPT.from_preset`."""
+    parts = target.split(".")
+    first = next((i for i, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1)
+    return ".".join(parts[first:])
 
 
 def _text(canonical: Any) -> str:

@@ -53,22 +53,33 @@ def nvidia_driver() -> str | None:
 def git_commit() -> str | None:
     """The commit that this package is of, `+` when files differ from it; None if none is known.
 
-    A checkout says it itself; what was installed from an archive or a wheel carries it. A
-    repository of something else around an installed package does not count.
+    What was installed from an archive or a wheel carries it, whatever repository it lies in; that
+    its files were not changed afterwards is not known. A checkout says it itself: of files that git
+    does not track those count that lie beside the code and its configuration.
     """
     package = Path(__file__).resolve().parents[1]
-    if (package.parent / ".git").exists():
-        try:
-            commit = _git(package.parent, "rev-parse", "HEAD")
-            changed = _git(package.parent, "status", "--porcelain", "--untracked-files=no")
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return commit + ("+" if changed else "")
+    return _carried(package) or _of_checkout(package)
+
+
+def _carried(package: Path) -> str | None:
     try:
-        carried = (package / COMMIT_FILE).read_text().strip()
+        text = (package / COMMIT_FILE).read_text().strip()
     except OSError:
         return None
-    return carried if re.fullmatch(r"[0-9a-f]{40,64}\+?", carried) else None
+    return text if re.fullmatch(r"[0-9a-f]{40,64}\+?", text) else None
+
+
+def _of_checkout(package: Path) -> str | None:
+    checkout = package.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit = _git(checkout, "rev-parse", "HEAD")
+        tracked = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+        beside = _git(checkout, "status", "--porcelain", "--", "nerve", "conf", "sweeps")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if tracked or beside else "")
 
 
 def cluster_job() -> dict[str, str] | None:
@@ -85,5 +96,9 @@ def cluster_job() -> dict[str, str] | None:
 
 def _git(checkout: Path, *arguments: str) -> str:
     command = ["git", "-C", str(checkout), *arguments]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+    # A hook of git, and some servers, name another repository in the environment.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=10, env=own
+    )
     return result.stdout.strip()

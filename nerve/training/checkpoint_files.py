@@ -7,13 +7,14 @@ nothing that is read from a run directory can run code.
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 from torch import nn
 
-from nerve.config import require
+from nerve.config import require, require_type
 from nerve.errors import StoreError
 from nerve.files import as_store_error, write_atomically
 from nerve.models import build_model
@@ -82,7 +83,8 @@ def load_model(
         step: in the place of `which`, a step of `checkpoint.keep`.
 
     Raises:
-        ConfigError: when both `which` and `step` are given, or `which` is another text.
+        ConfigError: when both `which` and `step` are given, `which` is another text, or `step` is
+            no whole number.
         StoreError: when there is no such run or checkpoint, or it is damaged.
     """
     require(
@@ -90,6 +92,7 @@ def load_model(
         f"A model is loaded by which or by step; got which={which!r} and step={step!r}. Leave one "
         "of them out.",
     )
+    require_type("step", step, int, NoneType)
     run = RunDirectory(directory)
     record = run.require_record()
     path = _kept(run, record, step) if step is not None else _saved(run, record, which or "best")

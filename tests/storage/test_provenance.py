@@ -98,12 +98,33 @@ def test_what_a_file_carries_is_a_commit_or_nothing(text, commit, tmp_path, monk
     assert provenance.git_commit() == commit
 
 
-def test_the_commit_in_a_checkout_is_that_of_the_checkout_not_of_the_file(repository):
+def test_an_archive_in_another_repository_has_the_commit_that_it_carries(repository):
     folder, git = repository
     (folder / "nerve" / "_commit.txt").write_text("a1" * 20)
     git("add", ".")
+    git("commit", "-q", "-m", "of something else")
+    assert provenance.git_commit() == "a1" * 20
+
+
+@pytest.mark.parametrize("folder", ["nerve/storage", "conf/activation", "sweeps"])
+def test_a_file_that_git_does_not_know_counts_beside_the_code(repository, folder):
+    checkout, git = repository
+    git("add", ".")
     git("commit", "-q", "-m", "one")
+    (checkout / "notes").write_text("my own")
     assert provenance.git_commit() == git("rev-parse", "HEAD")
+    (checkout / folder).mkdir(parents=True, exist_ok=True)
+    (checkout / folder / "new").write_text("")
+    assert provenance.git_commit() == git("rev-parse", "HEAD") + "+"
+
+
+def test_another_repository_in_the_environment_is_not_asked(repository, monkeypatch, tmp_path):
+    _, git = repository
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert provenance.git_commit() == commit
 
 
 @pytest.mark.parametrize(

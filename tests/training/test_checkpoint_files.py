@@ -52,6 +52,12 @@ def lightning_checkpoint(model: torch.nn.Module) -> dict:
     }
 
 
+@pytest.mark.parametrize("step", [3.0, True, "3"])
+def test_a_step_that_is_no_whole_number_is_refused(tmp_path, step):
+    with pytest.raises(ConfigError, match="step must be a whole number or"):
+        nerve.load_model(tmp_path, step=step)
+
+
 @pytest.mark.parametrize("which", ["best", "last"])
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
