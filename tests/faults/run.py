@@ -20,6 +20,7 @@ QUICK = "not slow and not slurm and not install and not cuda"
 NOT_COPIED = (".git", ".venv", ".*_cache", "__pycache__", "outputs", "build", "dist")
 ALL_PASSED, SOME_FAILED, COLLECTION_FAILED, NONE_COLLECTED = 0, 1, 2, 5  # pytest's exit codes
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", re.MULTILINE)
+_CONFTEST = re.compile(r"ImportError while loading conftest '(.+)'")
 
 
 @contextmanager
@@ -75,6 +76,8 @@ def failing_without_fault(tests: Sequence[str], root: Path) -> list[str]:
 def failing(tree: Path, arguments: Sequence[str]) -> list[str]:
     """Runs the quick tests of `tree` with `arguments` to pytest; the ids of those that fail.
 
+    A conftest.py that cannot be imported stands for its tests.
+
     Raises:
         RuntimeError: when pytest does not end as it does with tests that pass or fail, or when
             `nerve` is imported from elsewhere.
@@ -93,6 +96,8 @@ def failing(tree: Path, arguments: Sequence[str]) -> list[str]:
     ended = python("-m", "pytest", *options, *arguments)
     if ended.returncode in (ALL_PASSED, NONE_COLLECTED):
         return []
+    if conftest := _CONFTEST.search(ended.stdout + ended.stderr):
+        return [str(Path(conftest[1]).relative_to(tree))]
     failed = _FAILED.findall(ended.stdout)
     if ended.returncode not in (SOME_FAILED, COLLECTION_FAILED) or not failed:
         raise RuntimeError(
