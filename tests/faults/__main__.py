@@ -85,6 +85,7 @@ def run_together(faults: list[Fault], rows: dict[int, Row], out: Path) -> None:
     """Replaces NEAR_PASS in the rows of `faults` by what all quick tests say."""
     with copy_with(faults, ROOT) as (copy, _):
         failed = failing(copy, [])
+    print(f"fail with {len(faults)} faults at once: {failed}", flush=True)
     broken = failing_without_fault(failed, ROOT)
     tests = [test for test in failed if test not in broken]
     print(
