@@ -39,13 +39,17 @@ def copy_with(faults: Iterable[Fault], root: Path) -> Iterator[tuple[Path, list[
 
 def near_tests(module: Path, tree: Path) -> list[str]:
     """Test files that mirror `module` by their name, its own folder first, then those that name it
-    in an import or a string. Where there are none, those of the modules that import it."""
+    in an import or a string. Where there are none, those of the modules that import it, and so on
+    up to the first that have tests."""
     tests = sorted((tree / "tests").rglob("test_*.py"))
-    near = _near(module, tree, tests)
-    if not near:
-        modules = sorted((tree / "nerve").rglob("*.py"))
-        users = [path for path in modules if _names(path.read_text(), module, tree)]
-        near = list(dict.fromkeys(test for user in users for test in _near(user, tree, tests)))
+    sources = {path: path.read_text() for path in sorted((tree / "nerve").rglob("*.py"))}
+    reached = level = [module]
+    near: list[Path] = []
+    while level and not near:
+        near = list(dict.fromkeys(test for path in level for test in _near(path, tree, tests)))
+        users = {u for u, text in sources.items() for path in level if _names(text, path, tree)}
+        level = sorted(users - set(reached))
+        reached = reached + level
     return [str(path.relative_to(tree)) for path in near]
 
 
