@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
+from xdist.scheduler import LoadScopeScheduling
 
 SWEEP = (
     "threads=1",
@@ -56,17 +58,28 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
-SHARED = ("trained_runs", "cluster")
-"""Fixtures of a session that take long: the tests that use one are run by one process."""
+TOGETHER = {
+    "tests/slurm/": "cluster",
+    "tests/test_notebook.py": "trained_runs",
+    "tests/report/test_page.py": "trained_runs",
+}
+"""Tests that share a fixture of the session which takes long, and that fixture."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class ByFile(LoadScopeScheduling):
+    """Each file's tests run in one process, and so do those of `TOGETHER`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::")[0]
+        return next((name for start, name in TOGETHER.items() if path.startswith(start)), path)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(without_gpu)
-        # Tests run in several processes, each file in one of them.
-        names = getattr(item, "fixturenames", ())
-        group = next((name for name in SHARED if name in names), str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
