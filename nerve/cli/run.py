@@ -25,8 +25,11 @@ from nerve.config import require
 from nerve.errors import NerveError
 from nerve.storage.directory import RunDirectory
 
-EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm"}
-"""Configurations that other packages bring, and the extra that installs them."""
+HINTS = {
+    "hydra/launcher/joblib": "Trials run side by side with hydra.sweeper.n_jobs=2 in its place.",
+    "hydra/launcher/submitit_slurm": 'It comes with an extra: pip install -e ".[slurm]"',
+}
+"""Configurations that are not there, and what to do."""
 
 
 def main() -> None:
@@ -135,9 +138,8 @@ def _told(error: Exception) -> str:
     missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
     if missing and not has_own_files(sys.argv[1:]):
         return no_such_sweep(missing[1])
-    extra = EXTRAS.get(getattr(error, "missing_cfg_file", None) or "")
-    hint = f'\nIt comes with an extra: pip install -e ".[{extra}]"' if extra else ""
-    return told(error) + hint
+    hint = HINTS.get(getattr(error, "missing_cfg_file", None) or "")
+    return f"{told(error)}\n{hint}" if hint else told(error)
 
 
 def _fail(message: str, exit_status: int = 1) -> NoReturn:

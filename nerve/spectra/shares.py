@@ -88,7 +88,7 @@ class SampleShares:
             if not len(x):
                 return
             self.n += len(x)
-            move = (x.mean(0, dtype=torch.float64) - self.mean) * (len(x) / self.n)
+            move = (_mean(x) - self.mean) * (len(x) / self.n)
             self.mean += move
             squares = _squares(x, self.mean)
             self._square += squares.sum() + (self.n - len(x)) * move.square().sum()
@@ -167,8 +167,9 @@ class SampleShares:
 
 
 def _mean(x: Float[Tensor, "n dim"]) -> Float64[Tensor, " dim"]:
-    """The mean of the samples; sums of few rows in float32 for narrower features."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """The mean of the samples, summed in float64; float32 holds the sum of so many rows of a type
+    of 16 bits with as few bits lost, and a GPU adds it sooner."""
+    dtype = torch.float64 if x.dtype.itemsize > 2 else torch.float32
     total = x.new_zeros(x.shape[1], dtype=torch.float64)
     for rows in x.split(_ROWS):
         total += rows.sum(0, dtype=dtype)

@@ -54,8 +54,9 @@ def test_two_opposite_samples_have_half_each_and_no_mean():
     assert shares_of(x) == pytest.approx((0, 0.5, 0.5))
 
 
-def test_samples_that_are_one_vector_are_all_mean():
-    found = shares_of(torch.full((50, 6), 0.7))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_samples_that_are_one_vector_are_all_mean(dtype):
+    found = shares_of(torch.full((20_000, 6), 0.7, dtype=dtype))
     assert found.mean == 1
     assert math.isnan(found.largest)
 

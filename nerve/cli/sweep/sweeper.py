@@ -22,6 +22,7 @@ from nerve.cli.sweep.preview import preview
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
 from nerve.cli.sweep.table import Report
 from nerve.config import require, require_type
+from nerve.cores import allowed
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.files import as_store_error
 from nerve.storage.state import FRESH, RunState
@@ -47,29 +48,36 @@ class CellSweeper(Sweeper):
     whose jobs are queued or at work, are waited for. How the cells ended is read from their
     directories.
 
-    On this machine each cell runs in a process of its own. The launchers `basic` and `joblib`,
-    which would run cells in processes that they share, are asked only how many run at once; any
-    other launcher gets the cells that are left to do and not yet sent.
+    On this machine each cell runs in a process of its own. Hydra's launcher `basic` stands for it;
+    any other launcher gets the cells that are left to do and not yet sent.
 
     Args:
+        n_jobs: how many cells run side by side on this machine; -1 for as many as it has cores.
         max_batch_size: how many cells another launcher gets at once; None for all.
         params: axis to values, as on the command line, which goes before.
         timeout_min: how many minutes a cell on this machine may take; None for no limit.
 
     Raises:
-        ConfigError: for a time limit that is not positive.
+        ConfigError: for a time limit that is not positive, or a number of jobs that is none.
     """
 
     def __init__(
         self,
+        n_jobs: int = 1,
         max_batch_size: int | None = None,
         params: Mapping[str, str] | None = None,
         timeout_min: float | None = None,
     ) -> None:
+        require_type("hydra.sweeper.n_jobs", n_jobs, int)
+        require(
+            n_jobs >= 1 or n_jobs == -1,
+            f"hydra.sweeper.n_jobs must be at least 1, or -1 for every core; got {n_jobs!r}.",
+        )
         require(
             timeout_min is None or timeout_min > 0,
             f"hydra.sweeper.timeout_min must be null or a positive number; got {timeout_min!r}.",
         )
+        self._n_jobs = allowed() if n_jobs == -1 else n_jobs
         self._max_batch_size = max_batch_size
         self._params = dict(params or {})
         self._timeout_s = None if timeout_min is None else 60 * timeout_min
@@ -109,6 +117,7 @@ class CellSweeper(Sweeper):
         overrides = parser.parse_overrides([*given, *arguments])
         (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         launcher = resolved(self.config.hydra.launcher)
+        self._check_launcher(launcher)
         folder = Path(str(self.config.hydra.sweep.dir))
         jobs = SentJobs(launcher, folder)
         jobs.settle()
@@ -127,9 +136,8 @@ class CellSweeper(Sweeper):
         report = Report(folder, cells)
         report.begin()
         to_do = [cell for cell in cells if cell.is_to_do]
-        n_at_once = _n_at_once(launcher)
-        if n_at_once is not None:
-            signum = run_here(to_do, n_at_once, self._timeout_s, report.starting, report.ended)
+        if launcher["_target_"] == BASIC:
+            signum = run_here(to_do, self._n_jobs, self._timeout_s, report.starting, report.ended)
             report.end(signum)
         else:
             sent = [cell for cell in cells if cell.job is not None]
@@ -137,6 +145,20 @@ class CellSweeper(Sweeper):
             for cell in [*to_do, *sent]:
                 _refuse_other_values(cell)
             report.end(signum, errors)
+
+    def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
+        """Refuses a launcher that would take the place of `n_jobs`, or beside which it is none."""
+        require(
+            launcher["_target_"] != JOBLIB,
+            "Trials run side by side with hydra.sweeper.n_jobs=2; got hydra/launcher=joblib. Put "
+            f"hydra.sweeper.n_jobs={launcher.get('n_jobs', 2)} in its place.",
+        )
+        require(
+            launcher["_target_"] == BASIC or self._n_jobs == 1,
+            f"hydra.sweeper.n_jobs counts trials on this machine; got {self._n_jobs} beside "
+            "another launcher. Leave it out; of a SLURM array set "
+            "hydra.launcher.array_parallelism.",
+        )
 
     def _hand_over(
         self, cells: Sequence[Cell], sent: Sequence[Cell], jobs: SentJobs
@@ -214,17 +236,6 @@ def _refuse_other_values(cell: Cell) -> None:
 def _place(cell: Cell) -> str:
     """The override that names the cell's directory: another machine need not find the same."""
     return f"hydra.sweep.subdir={_quoted(cell.config.hydra.sweep.subdir)}"
-
-
-def _n_at_once(launcher: Mapping[str, Any]) -> int | None:
-    """How many cells run side by side on this machine; None where the launcher runs them."""
-    if launcher["_target_"] == BASIC:
-        return 1
-    if launcher["_target_"] != JOBLIB:
-        return None
-    from joblib import effective_n_jobs  # type: ignore[import-untyped]
-
-    return int(effective_n_jobs(launcher["n_jobs"]))
 
 
 def _has_failed(job: JobReturn) -> bool:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
 
 from nerve import cores
 from nerve.cli.experiment.checks import Plan
 from nerve.cli.sweep import local
+from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import FRESH, RunLock, RunState
@@ -134,7 +137,7 @@ def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_wit
     assert re.search(r"2 seed=2 skipped failed 400/400 \S* ?223456789abc", out)
     assert "4 seed=4 run done" in out
     assert "2 (seed=2): failed" in err
-    status, out, _ = sweep("seed=0,1,2,3,4", "retry=true", "hydra/launcher=joblib")
+    status, out, _ = sweep("seed=0,1,2,3,4", "retry=true", "hydra.sweeper.n_jobs=10")
     assert status == 0
     assert "2 seed=2 retried done 400/400 2.500 223456789abc" in out
     assert [n_starts(seed) for seed in range(5)] == [1, 2, 2, 1, 1]
@@ -246,14 +249,14 @@ def test_a_time_limit_must_be_positive(sweep):
     assert "hydra.sweeper.timeout_min must be null or a positive number; got 0" in err
 
 
-def test_with_joblib_cells_run_side_by_side(sweep, monkeypatch):
+def test_cells_run_side_by_side_where_asked_to(sweep, monkeypatch):
     """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
     for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delenv(pool, raising=False)
     monkeypatch.setattr(cores, "allowed", lambda: 6)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     befalls({0: "meet", 1: "meet"})
-    status, out, _ = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    status, out, _ = sweep("seed=0,1", "hydra.sweeper.n_jobs=2")
     assert status == 0, out
     assert statuses() == {0: "done", 1: "done"}
     for record in records().values():
@@ -348,10 +351,35 @@ def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(sweep, monkeypatch):
     Plugins.instance()  # which registers what is installed
-    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "joblib.yaml")
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "submitit_slurm.yaml")
+    status, _, err = sweep("seed=0,1", "hydra/launcher=submitit_slurm")
+    assert status == 1
+    assert 'pip install -e ".[slurm]"' in err
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_former_way_to_run_side_by_side_is_answered_with_the_present_one(
+    sweep, monkeypatch, is_installed
+):
+    Plugins.instance()
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    monkeypatch.delitem(launchers, "joblib.yaml", raising=False)
+    if is_installed:
+        basic = launchers["basic.yaml"]
+        node = OmegaConf.create({"_target_": JOBLIB, "n_jobs": 3})
+        monkeypatch.setitem(launchers, "joblib.yaml", replace(basic, name="joblib.yaml", node=node))
+        monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: None)
     status, _, err = sweep("seed=0,1", "hydra/launcher=joblib")
     assert status == 1
-    assert 'pip install -e ".[joblib]"' in err
+    assert f"hydra.sweeper.n_jobs={3 if is_installed else 2} in its place" in err
+    assert not FOLDER.exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "1.5", "two"])
+def test_a_number_of_jobs_that_is_none_is_refused(sweep, value):
+    status, _, err = sweep("seed=0,1", f"hydra.sweeper.n_jobs={value}")
+    assert status == 1
+    assert "hydra.sweeper.n_jobs must be" in err
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(sweep):
