@@ -9,7 +9,6 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import (
@@ -20,7 +19,8 @@ from nerve.measuring.distributed import (
 )
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.ffns import FFN, find_ffns
-from nerve.measuring.probe import Probe, is_tap, sample_of
+from nerve.measuring.probe import Probe
+from nerve.measuring.weights import gives, is_unrounded, weight_of
 from nerve.outliers import outliers
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.covariance import Tally
@@ -164,7 +164,7 @@ class Measurement:
 
     def _take_weight(self, index: int, module: nn.Module, inputs: Tensor, pre: Tensor) -> None:
         """Notes W and b of `pre = W x + b`, where it is that."""
-        weight = _weight_of(module, inputs, pre)
+        weight = weight_of(module, inputs, pre)
         if weight is None:
             return
         bias = module.bias
@@ -173,20 +173,20 @@ class Measurement:
         # forward has used them rounded, as its outputs tell.
         weight = weight.to(pre.dtype, copy=True)
         bias = None if bias is None else bias.detach().to(pre.dtype, copy=True)
-        if not _gives(weight, bias, inputs, pre):
+        if not gives(weight, bias, inputs, pre):
             self._altered.add(index)
             return
         self._weights[index], self._biases[index] = weight, bias
-        if self._shortcut and _takes_shortcut(inputs, pre):
+        if self._shortcut and is_unrounded(inputs, pre):
             self._of_input.add(index)
 
     def _is_same(self, index: int, module: nn.Module, inputs: Tensor, pre: Tensor) -> bool:
         """Whether this forward pass has used the weight of the first one, and nothing else."""
-        weight, noted = _weight_of(module, inputs, pre), self._weights[index]
+        weight, noted = weight_of(module, inputs, pre), self._weights[index]
         return (
             weight is not None
             and torch.equal(weight.to(noted.dtype), noted)
-            and _gives(noted, self._biases[index], inputs, pre)
+            and gives(noted, self._biases[index], inputs, pre)
         )
 
     def _leave_weight(self, index: int) -> None:
@@ -261,46 +261,6 @@ class Measurement:
 
 def _device(ffn: FFN) -> torch.device:
     return next(ffn.pre.parameters()).device
-
-
-def _weight_of(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
-    """W of outputs = W x + b where these are wider than x; None where no weight says what they are.
-
-    A forward of the module's own or a hook may change them (an adapter, an ablation); a
-    parametrized weight in training is another at each reading (spectral norm iterates).
-    """
-    if (
-        type(module).forward is not nn.Linear.forward
-        or "forward" in vars(module)
-        or not all(is_tap(hook) for hook in module._forward_hooks.values())
-        or (module.training and is_parametrized(module))
-    ):
-        return None
-    weight = module.weight
-    if type(weight) not in (Tensor, nn.Parameter) or outputs.shape[-1] <= inputs.shape[-1]:
-        return None
-    assert isinstance(weight, Tensor)
-    whole = weight.shape == (outputs.shape[-1], inputs.shape[-1])
-    return weight.detach() if whole else None
-
-
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}
-"""How far W x + b may be off what a forward pass gave of it, as a part of the sum of magnitudes:
-TF32 rounds the factors of float32 to 11 digits. Types of 16 bits: 2**-6."""
-
-
-def _gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> bool:
-    """Whether some of the outputs, from all over them, are W x + b, up to rounding."""
-    x, y = (sample_of(features).detach().double() for features in (inputs, outputs))
-    w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
-    size = x.abs() @ w.abs().T + b.abs()
-    close = (y - (x @ w.T + b)).abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size
-    return bool((close | ~y.isfinite()).all())
-
-
-def _takes_shortcut(inputs: Tensor, outputs: Tensor) -> bool:
-    """Whether W x + b was not rounded to 16 bits on the way, which the shortcut would leave out."""
-    return inputs.dtype == outputs.dtype and outputs.dtype in (torch.float32, torch.float64)
 
 
 def measure(

@@ -207,7 +207,8 @@ CHECKS = (
         scale=Scale(12, 768, 3_000, 98e6),
         narrow=largest,
         paper="about 0",
-        why="runs side by side share a GPU and count more: those of this check were alone",
+        why="runs side by side share a GPU and count more: those of this check were alone; one "
+        "design has no labels to permute, so that no null tests it",
     ),
     Benchmark(
         "15.stall",

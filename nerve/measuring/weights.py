@@ -1,0 +1,47 @@
+"""The weight before a nonlinearity: whether it can be read, and gives what the layer gave."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from nerve.measuring.probe import is_tap, sample_of
+
+
+def weight_of(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    """W of outputs = W x + b where these are wider than x; None where no weight says what they are.
+
+    A forward of the module's own or a hook may change them (an adapter, an ablation); a
+    parametrized weight in training is another at each reading (spectral norm iterates).
+    """
+    if (
+        type(module).forward is not nn.Linear.forward
+        or "forward" in vars(module)
+        or not all(is_tap(hook) for hook in module._forward_hooks.values())
+        or (module.training and is_parametrized(module))
+    ):
+        return None
+    weight = module.weight
+    if type(weight) not in (Tensor, nn.Parameter) or outputs.shape[-1] <= inputs.shape[-1]:
+        return None
+    assert isinstance(weight, Tensor)
+    whole = weight.shape == (outputs.shape[-1], inputs.shape[-1])
+    return weight.detach() if whole else None
+
+
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}
+"""How far W x + b may be off what a forward pass gave of it, as a part of the sum of magnitudes:
+TF32 rounds the factors of float32 to 11 digits. Types of 16 bits: 2**-6."""
+
+
+def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether some of the outputs, from all over them, are W x + b, up to rounding."""
+    x, y = (sample_of(features).detach().double() for features in (inputs, outputs))
+    w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
+    size = x.abs() @ w.abs().T + b.abs()
+    close = (y - (x @ w.T + b)).abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size
+    return bool((close | ~y.isfinite()).all())
+
+
+def is_unrounded(inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether W x + b was not rounded to 16 bits on the way, which the shortcut would leave out."""
+    return inputs.dtype == outputs.dtype and outputs.dtype in (torch.float32, torch.float64)
