@@ -247,7 +247,7 @@ def solve_shares(rank: int, folder: str) -> None:
 
 def make_eigenproblem(layer: int, broken: bool) -> FFNEigenproblem:
     scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
-    shares = torch.zeros(2, 3, dtype=torch.float64)
+    shares = torch.zeros(2, 4, dtype=torch.float64)
     return FFNEigenproblem(
         layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter, shares=shares
     )
