@@ -57,6 +57,7 @@ class RunRecord:
     n_parameters: int | None = None
     unigram_loss: float | None = None
     pre_scales: dict[str, float] = field(default_factory=dict)
+    stopped_by: str | None = None
     final: dict[str, float | None] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

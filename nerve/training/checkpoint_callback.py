@@ -1,6 +1,7 @@
 """The Lightning callback that saves a run so that it can go on exactly where it was."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from nerve.training.checkpoint_files import (
     weights_of,
     write_checkpoint,
 )
+from nerve.training.ending import follows_a_rule, take_timers
 from nerve.training.randomness import random_states, set_random_states
-from nerve.training.signals import StopSignals
+from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ def _is_step(value: object) -> bool:
 
 
 class Checkpointing(Checkpoint):
-    """Saves at a cadence, at the end, and when a signal asks the run to stop, which it then does.
+    """Saves at a cadence, at the end, and when a signal or `trainer.max_time` asks the run to stop,
+    which it then does.
 
     A checkpoint of step s is the state after s optimizer steps and the validation that falls on
     them: weights, optimizer, schedule, data position, random states of every process, and what the
@@ -119,7 +122,8 @@ class Checkpointing(Checkpoint):
         self._store = store
         self._facts = dict(facts)
         self._wish = 0
-        self._saved_at = time.monotonic()
+        self._allowed = math.inf
+        self._saved_at = self._started_at = time.monotonic()
         self._began = time.perf_counter()
         self._seconds_before = 0.0
         self._random: list[dict[str, Any]] = []
@@ -152,7 +156,8 @@ class Checkpointing(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["facts"] = self._facts
-        checkpoint["should_stop"] = trainer.should_stop  # as early stopping has decided
+        # As early stopping has decided; what else stops a run does not stop it again.
+        checkpoint["should_stop"] = trainer.should_stop and follows_a_rule(trainer)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -160,6 +165,9 @@ class Checkpointing(Checkpoint):
         if self._store:
             self._store.truncate_after(checkpoint["global_step"])
         self._had_stopped = checkpoint.get("should_stop", False)
+
+    def setup(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._allowed = take_timers(trainer)
 
     def on_sanity_check_start(self, *args: Any) -> None:
         self._signals.install()  # Lightning has just put its own handlers in their place
@@ -171,6 +179,7 @@ class Checkpointing(Checkpoint):
             set_random_states(own_part(self._random))
         if self._had_stopped:
             trainer.should_stop = True
+        self._started_at = time.monotonic()
         self._signals.defer()
 
     # A state is taken at the end of a step or of the validation that falls on it, where Lightning
@@ -190,7 +199,8 @@ class Checkpointing(Checkpoint):
         self._keep(trainer, pl_module)
         waited = time.monotonic() - self._saved_at
         is_due = self._cadence.is_due(trainer.global_step, waited)
-        wish = _STOP if self._signals.received else _SAVE if is_due else 0
+        stops = self._signals.received or self._is_out_of_time
+        wish = _STOP if stops else _SAVE if is_due else 0
         self._wish = highest(wish, trainer.strategy.root_device)
         assert trainer.val_check_batch is not None
         validates_next = trainer.should_stop or n_batches % trainer.val_check_batch == 0
@@ -211,10 +221,16 @@ class Checkpointing(Checkpoint):
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._write(trainer)
         if self._wish == _STOP:
+            if self._is_out_of_time and not self._signals.received:
+                raise Interrupted(f"the {self._allowed:g} s of trainer.max_time are over")
             self._signals.stop()
 
     def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
         self._write(trainer)
+
+    @property
+    def _is_out_of_time(self) -> bool:
+        return time.monotonic() - self._started_at >= self._allowed
 
     def _take(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self._run.checkpoint("last"))

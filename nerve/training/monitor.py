@@ -139,6 +139,11 @@ class SpectralMonitor(L.Callback):
         return self._cadence.val_loss
 
     @property
+    def n_validated(self) -> int:
+        """Targets of the last validation, of this process; 0 before the first."""
+        return self._cadence.n_validated
+
+    @property
     def latest(self) -> list[dict[str, Any]]:
         """The rows of the last measurement that is solved."""
         return self._writer.latest if self._writer else []

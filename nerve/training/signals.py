@@ -10,22 +10,36 @@ from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop: a user, a batch system before it preempts or reaches the time limit."""
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop: a user, a connection that drops, a batch system before it preempts or
+reaches the time limit."""
+
+TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
+"""The exit status of a run that stopped without a signal before its end, and can go on."""
 
 SLURM_KILLS_WITHIN_S = 600.0
 """How long a job of SLURM waits after SIGTERM for the kill that follows."""
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop by a signal. `code` is the exit status that shells expect."""
+    """The run stopped before its end, and can go on.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signal_name = signal.Signals(signum).name
+    Args:
+        reason: why.
+        code: the exit status of the process.
+    """
+
+    def __init__(self, reason: str, code: int = TO_BE_GONE_ON_WITH) -> None:
+        super().__init__(code)
+        self._reason = reason
+
+    @classmethod
+    def by(cls, signum: int) -> "Interrupted":
+        """By a signal, with the exit status that shells expect."""
+        return cls(f"stopped by {signal.Signals(signum).name}", 128 + signum)
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal_name}"
+        return self._reason
 
 
 class StopSignals:
@@ -33,8 +47,8 @@ class StopSignals:
 
     Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
     program asks for `received` when it can stop. A second Ctrl-C ends at once, as
-    KeyboardInterrupt. Outside the main thread, where Python lets nobody handle signals, nothing is
-    installed.
+    KeyboardInterrupt. A signal that was ignored (`nohup`) stays so. Outside the main thread, where
+    Python lets nobody handle signals, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -44,7 +58,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
+            handlers = {signum: signal.getsignal(signum) for signum in STOPPING}
+            self._before = {s: own for s, own in handlers.items() if own is not signal.SIG_IGN}
             self.install()
         return self
 
@@ -74,7 +89,7 @@ class StopSignals:
 
     def stop(self) -> NoReturn:
         """Ends training: raises `Interrupted`, also where another process got the signal."""
-        raise Interrupted(self._received[0] if self._received else signal.SIGTERM)
+        raise Interrupted.by(self._received[0] if self._received else signal.SIGTERM)
 
     def hand_on(self) -> None:
         """Lets what handled the noted signals before have them, now that all is saved.
@@ -97,7 +112,7 @@ class StopSignals:
         if signum not in self._received:
             self._received.append(signum)
         if not self._deferred:
-            raise Interrupted(signum)
+            raise Interrupted.by(signum)
         more = "; once more ends at once" if signum == signal.SIGINT else ""
         text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
         os.write(2, text.encode())  # a stream may be in the middle of a write of its own

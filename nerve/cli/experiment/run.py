@@ -38,6 +38,7 @@ from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import CheckpointFiles, drop_all_but_weights
+from nerve.training.ending import require_validated, stopped_by
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -167,13 +168,17 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             record.step = trainer.global_step
             store.flush(trainer.global_step)
             store.compact()
+    require_validated(monitor.n_validated, data.n_heldout_targets)
+    reason = stopped_by(trainer)
+    if reason is not None:
+        log.info("training ended at step %s: %s", f"{trainer.global_step:,}", reason)
     final = {
         **_final_scores(monitor.val_loss, saving.scores, data),
         "train_seconds": saving.seconds,
         "measuring_seconds": monitor.seconds,
     }
     if record:
-        record.finish("done", final=final)
+        record.finish("done", final=final, stopped_by=reason)
         try:
             drop_all_but_weights(last)
         except StoreError as refused:  # the run is done all the same
