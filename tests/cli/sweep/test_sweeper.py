@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from nerve import cores
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.plan import Plan
 from nerve.cli.sweep import local
 from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
