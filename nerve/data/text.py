@@ -13,6 +13,7 @@ from nerve.config import require, require_type
 from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
 from nerve.data.cache import TokenCache, cached_tokens
 from nerve.data.corpus import Corpus
+from nerve.data.token_file import TokenFile
 from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
 from nerve.errors import DataError
 
@@ -207,9 +208,9 @@ def _n_windows(n_tokens: int, seq_len: int) -> int:
     return (n_tokens - 1) // seq_len
 
 
-def _windows(tokens: np.ndarray, indices: np.ndarray, seq_len: int) -> np.ndarray:
+def _windows(tokens: TokenFile, indices: np.ndarray, seq_len: int) -> np.ndarray:
     """The windows `indices` of a stream, int64 `[len(indices), seq_len + 1]`."""
-    return tokens[indices[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
+    return tokens.windows(indices * seq_len, seq_len + 1)
 
 
 def _inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def test_the_streams_are_the_documents_of_their_split_in_order_each_with_a_separ
 ):
     validation = validation_digests(small_corpus.hashes, 0.2)
     tokenizer, separator = opened.tokenizer, separator_id(opened.tokenizer)
-    for tokens, in_validation in ((opened.train, False), (opened.val, True)):
+    for tokens, in_validation in ((opened.train.all(), False), (opened.val.all(), True)):
         documents = np.split(tokens, np.flatnonzero(tokens == separator) + 1)
         texts = [tokenizer.decode(document[:-1].tolist()) for document in documents[:-1]]
         assert texts == [
@@ -74,7 +74,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(opened, small_corpu
 
 
 def test_the_counts_are_those_of_the_tokens_and_the_texts(opened, small_texts):
-    expected = np.bincount(opened.train, minlength=opened.meta.vocab_size)
+    expected = np.bincount(opened.train.all(), minlength=opened.meta.vocab_size)
     np.testing.assert_array_equal(opened.train_counts, expected)
     assert opened.meta.n_documents == len(small_texts)
     assert opened.meta.n_bytes == sum(len(text.encode()) for text in small_texts)
@@ -86,8 +86,8 @@ def test_a_second_call_opens_what_the_first_built(opened, small_corpus, tmp_path
     monkeypatch.setattr(cache_module, "_build", fail_to_build)
     again = cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
     assert again.meta == opened.meta
-    np.testing.assert_array_equal(again.train, opened.train)
-    np.testing.assert_array_equal(again.val, opened.val)
+    np.testing.assert_array_equal(again.train.all(), opened.train.all())
+    np.testing.assert_array_equal(again.val.all(), opened.val.all())
 
 
 def test_corpus_tokenizer_and_split_each_have_an_entry_of_their_own(
@@ -104,10 +104,10 @@ def test_corpus_tokenizer_and_split_each_have_an_entry_of_their_own(
 
 
 def test_tokens_are_read_only_maps(opened):
-    assert isinstance(opened.train, np.memmap)
-    assert opened.train.dtype == np.uint16
+    assert isinstance(opened.train.all(), np.memmap)
+    assert opened.train.all().dtype == np.uint16
     with pytest.raises(ValueError, match="read-only"):
-        opened.train[0] = 1
+        opened.train.all()[0] = 1
 
 
 def test_a_vocabulary_past_16_bits_is_stored_in_32(opened, small_corpus, tmp_path):
@@ -116,8 +116,8 @@ def test_a_vocabulary_past_16_bits_is_stored_in_32(opened, small_corpus, tmp_pat
     path = tmp_path / "huge.json"
     path.write_text(json.dumps(specification))
     entry = cached_tokens(small_corpus, TokenizerSpec(path=path), 0.2, tmp_path)
-    assert entry.train.dtype == np.uint32
-    np.testing.assert_array_equal(entry.train, opened.train)
+    assert entry.train.all().dtype == np.uint32
+    np.testing.assert_array_equal(entry.train.all(), opened.train.all())
 
 
 def truncate(path: Path) -> None:
@@ -151,6 +151,36 @@ def test_a_damaged_entry_is_built_again(opened, small_corpus, tmp_path, name, da
     again = cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
     assert {path.name: path.read_bytes() for path in again.path.iterdir()} == before
     assert entries(tmp_path) == [opened.path.name]
+
+
+def zeros(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def flip_one_bit(data: bytes) -> bytes:
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+def swap_halves(data: bytes) -> bytes:
+    half = len(data) // 4 * 2
+    return data[half : 2 * half] + data[:half] + data[2 * half :]
+
+
+FILES = ("train.tokens", "val.tokens", "counts.npy", "tokenizer.json", "meta.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", [zeros, flip_one_bit, swap_halves])
+def test_an_entry_whose_bytes_changed_at_the_same_size_is_built_again_and_that_is_said(
+    opened, small_corpus, tmp_path, caplog, name, change
+):
+    path = opened.path / name
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert path.read_bytes() == before
+    assert f"{opened.path} is damaged" in caplog.text
+    assert name in caplog.text
 
 
 def test_a_build_that_fails_leaves_no_entry(small_corpus, tmp_path, monkeypatch):
@@ -206,7 +236,7 @@ def test_who_comes_while_another_builds_waits_and_takes_its_entry(
         second = pool.submit(get)
         entries_got = [first.result(timeout=60), second.result(timeout=60)]
     assert len(built) == 1
-    np.testing.assert_array_equal(entries_got[0].train, entries_got[1].train)
+    np.testing.assert_array_equal(entries_got[0].train.all(), entries_got[1].train.all())
 
 
 BUILD_WITH_ANOTHER = """
@@ -234,7 +264,7 @@ fcntl.flock = without_locks
 cache._publish = publish_with_the_other
 documents = [Document(str(i), f"document {i} " * 50) for i in range(20)]
 entry = cache.cached_tokens(Corpus("c", lambda: documents), TokenizerSpec(300), 0.2, root / "cache")
-print(entry.train.sum(), entry.meta.tokenizer_fingerprint)
+print(entry.train.all().sum(), entry.meta.tokenizer_fingerprint)
 """
 
 

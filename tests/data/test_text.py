@@ -1,5 +1,6 @@
 import hashlib
 import math
+import os
 
 import numpy as np
 import pytest
@@ -57,10 +58,12 @@ def test_an_epoch_has_every_token_but_the_first_as_a_target_once(make, tokens):
     n_windows = (len(tokens.train) - 1) // 16
     module = make(batch_size=1, n_train_batches=n_windows)
     inputs, targets = (torch.cat(split) for split in zip(*module.train_dataloader(), strict=True))
-    start = {tuple(row): i for i, row in enumerate(tokens.train[: n_windows * 16].reshape(-1, 16))}
+    start = {
+        tuple(row): i for i, row in enumerate(tokens.train.all()[: n_windows * 16].reshape(-1, 16))
+    }
     order = np.argsort([start[tuple(row)] for row in inputs.numpy()])
     np.testing.assert_array_equal(
-        targets.numpy()[order].ravel(), tokens.train[1 : n_windows * 16 + 1]
+        targets.numpy()[order].ravel(), tokens.train.all()[1 : n_windows * 16 + 1]
     )
 
 
@@ -90,7 +93,7 @@ def test_held_out_tokens_are_rounded_up_to_sequences_and_the_last_batch_is_small
 def test_held_out_windows_are_spread_evenly_over_the_validation_stream(make, tokens):
     n_windows = (len(tokens.val) - 1) // 16
     inputs = torch.cat([inputs for inputs, _ in make().val_dataloader()]).numpy()
-    windows = tokens.val[: n_windows * 16].reshape(-1, 16)
+    windows = tokens.val.all()[: n_windows * 16].reshape(-1, 16)
     chosen = [np.flatnonzero((windows == row).all(axis=1))[0] for row in inputs]
     gaps = np.diff([*chosen, n_windows])
     assert chosen[0] == 0
@@ -101,13 +104,13 @@ def test_held_out_windows_are_spread_evenly_over_the_validation_stream(make, tok
 def test_held_out_bytes_are_those_of_the_decoded_targets(make, tokens):
     """With the whole validation split held out, all its bytes but the first token's count."""
     module = make(seq_len=1, n_heldout_tokens=len(tokens.val) - 1)
-    text = tokens.tokenizer.decode(tokens.val[1:].tolist(), skip_special_tokens=True)
+    text = tokens.tokenizer.decode(tokens.val.all()[1:].tolist(), skip_special_tokens=True)
     assert module.n_heldout_bytes == len(text.encode())
 
 
 def test_unigram_loss_is_the_smoothed_cross_entropy_of_the_training_frequencies(make, tokens):
     module = make()
-    counts = np.bincount(tokens.train, minlength=module.vocab_size) + 1
+    counts = np.bincount(tokens.train.all(), minlength=module.vocab_size) + 1
     targets = targets_of(module.val_dataloader()).numpy()
     expected = -np.mean([math.log(counts[token] / counts.sum()) for token in targets])
     assert module.unigram_loss == pytest.approx(expected, rel=1e-12)
@@ -210,3 +213,21 @@ def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens(tmp
     assert described["n_train_tokens"] > 10 * described["n_val_tokens"]
     assert 2 < module.n_heldout_bytes / module.n_heldout_tokens < 4
     assert 5.5 < module.unigram_loss < 6.5
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "val.tokens"])
+@pytest.mark.parametrize(
+    "change", [lambda data: bytes(len(data)), lambda data: data[2:] + data[:2]]
+)
+def test_tokens_that_changed_behind_the_files_time_are_refused_when_used_and_then_built_again(
+    make, tokens, name, change
+):
+    path = tokens.path / name
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(change(before))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    module = make()
+    with pytest.raises(DataError, match=rf"{name} .* is not what was written.*Start again"):
+        list(module.train_dataloader() if name == "train.tokens" else module.val_dataloader())
+    list(make().train_dataloader())
+    assert path.read_bytes() == before
