@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from nerve.data.corpus import Corpus, validation_digests
+from nerve.data.corpus import Corpus, largest_document, validation_digests
 from nerve.data.token_file import Checksums, TokenFile
 from nerve.data.tokenizer import (
     TokenizerSpec,
@@ -44,7 +44,7 @@ from nerve.data.tokenizer import (
     vocab_size,
 )
 from nerve.errors import DataError
-from nerve.files import flock, flock_within
+from nerve.files import absolute, flock, flock_within
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ _CHARACTERS_AT_ONCE = 4_000_000  # encoded in one call: enough for all cores, li
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What meta.json holds."""
+    """What meta.json holds. `largest_val_share` is how much of the validation split's bytes one
+    document has, with its copies."""
 
     corpus: str
     corpus_fingerprint: str
@@ -68,6 +69,8 @@ class CacheMeta:
     dtype: str
     n_train_tokens: int
     n_val_tokens: int
+    largest_val_document: str
+    largest_val_share: float
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,8 @@ class TokenCache:
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """The folder of all caches: the argument, else NERVE_CACHE, else `nerve` in the user cache."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    if named := os.environ.get("NERVE_CACHE"):
-        return Path(named)
+    if named := cache_dir or os.environ.get("NERVE_CACHE"):
+        return absolute(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nerve"
 
 
@@ -246,6 +247,7 @@ def _build(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction: floa
             if (digest in validation) == in_validation:
                 yield document.text
 
+    largest = largest_document(corpus, validation)
     tokenizer = spec.build(texts(in_validation=False))
     n_ids = vocab_size(tokenizer)
     dtype = "<u2" if n_ids <= 1 << 16 else "<u4"
@@ -263,6 +265,8 @@ def _build(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction: floa
         dtype=dtype,
         n_train_tokens=int(train_counts.sum()),
         n_val_tokens=int(val_counts.sum()),
+        largest_val_document=largest.name,
+        largest_val_share=largest.share,
     )
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _SMALL_FILES}
     content = {"meta": asdict(meta), "files": files}

@@ -1,6 +1,7 @@
 """Windows of a tokenized corpus as batches for a language model."""
 
 import hashlib
+import logging
 import math
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from nerve.config import require, require_type
 from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
-from nerve.data.cache import TokenCache, cached_tokens
+from nerve.data.cache import CacheMeta, TokenCache, cache_root, cached_tokens
 from nerve.data.corpus import Corpus
 from nerve.data.token_file import TokenFile
 from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
 from nerve.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class TextDataModule(BatchDataModule):
@@ -75,7 +78,7 @@ class TextDataModule(BatchDataModule):
         self.n_heldout_sequences = math.ceil(n_heldout_tokens / seq_len)
         self._spec = TokenizerSpec(vocab_size, None if tokenizer is None else Path(tokenizer))
         self._val_fraction = val_fraction
-        self._cache_dir = cache_dir
+        self._cache_root = cache_root(cache_dir)
         self._cache: TokenCache | None = None
 
     def prepare_data(self) -> None:
@@ -91,8 +94,9 @@ class TextDataModule(BatchDataModule):
         """Opens the token cache, and builds it if another machine's `prepare_data` did not."""
         if self._cache is not None:
             return
-        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_dir)
+        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_root)
         self._check_lengths(cache)
+        _warn_of_large_document(cache.meta)
         self._cache = cache
 
     def train_dataloader(self) -> BatchLoader[Batch]:
@@ -202,6 +206,18 @@ class TextDataModule(BatchDataModule):
                 f"{self.corpus.name} has. Lower monitor.n_tokens or raise data.val_fraction "
                 f"(now {self._val_fraction})."
             )
+
+
+def _warn_of_large_document(meta: CacheMeta) -> None:
+    if meta.largest_val_share > 0.5:
+        log.warning(
+            "one document is %.0f%% of the validation split, so the validation loss is mostly its "
+            "own: %s of %s. Cut it, say what separates documents (data.corpus.separator), or raise "
+            "data.val_fraction",
+            100 * meta.largest_val_share,
+            meta.largest_val_document,
+            meta.corpus,
+        )
 
 
 def _n_windows(n_tokens: int, seq_len: int) -> int:

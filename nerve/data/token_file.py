@@ -27,7 +27,7 @@ class TokenFile:
     def __init__(self, path: Path, dtype: str, checksums: np.ndarray) -> None:
         self.path = path
         self._ids = np.memmap(path, dtype=dtype, mode="r")
-        self._bytes = memoryview(self._ids).cast("B")
+        self._bytes = self._ids.view(np.uint8).data
         self._checksums = checksums
         self._is_checked = np.zeros(len(checksums), dtype=bool)
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nerve.config import require_type
 from nerve.errors import DataError
+from nerve.files import absolute
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens that end a document, by preference; a trained tokenizer has the first."""
@@ -35,6 +36,8 @@ class TokenizerSpec:
     path: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            object.__setattr__(self, "path", absolute(self.path))
         require_type("data.vocab_size", self.vocab_size, int)
         if self.vocab_size <= N_BYTES:
             raise DataError(

@@ -289,7 +289,11 @@ def test_the_root_is_the_argument_else_the_environment_else_the_users_cache(tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("HOME", "/h")
     assert cache_root(tmp_path) == tmp_path
+    assert cache_root("~/c") == Path("/h/c")
+    assert cache_root("c") == Path.cwd() / "c"
     assert cache_root() == Path("/n")
+    monkeypatch.setenv("NERVE_CACHE", "~/n")
+    assert cache_root() == Path("/h/n")
     monkeypatch.delenv("NERVE_CACHE")
     assert cache_root() == Path("/x/nerve")
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nerve.data import cache as cache_module
 from nerve.data.cache import cached_tokens
 from nerve.data.corpus import python_source
 from nerve.data.text import TextDataModule
@@ -231,3 +232,26 @@ def test_tokens_that_changed_behind_the_files_time_are_refused_when_used_and_the
         list(module.train_dataloader() if name == "train.tokens" else module.val_dataloader())
     list(make().train_dataloader())
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share"),
+    [([1] * 20 + [200], 100), ([1] * 20 + [30, 30, 30], 34), ([1, 1, 40, 1, 1, 1], 97)],
+)
+def test_one_document_that_is_most_of_the_validation_split_is_warned_of_at_every_start(
+    make, make_corpus, monkeypatch, caplog, sizes, share
+):
+    """The validation split is made by size here: large documents first."""
+    texts = [f"{i} " + "word " * 100 * size for i, size in enumerate(sizes)]
+    corpus = make_corpus(texts)
+    largest = sizes.index(max(sizes))
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    chosen = frozenset(digests[i] for i in by_size[: 3 if share < 50 else 1 + (share < 100)])
+    monkeypatch.setattr(cache_module, "validation_digests", lambda *_: chosen)
+    for _ in range(2):
+        caplog.clear()
+        make(corpus, n_heldout_tokens=16)
+        warned = [message for message in caplog.messages if "of the validation split" in message]
+        assert len(warned) == (share > 50)
+        assert all(f"mostly its own: {largest}.txt of small" in message for message in warned)

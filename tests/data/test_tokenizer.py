@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +142,14 @@ def test_the_key_follows_the_contents_of_a_file_not_its_name(tokenizer, tmp_path
     paths[1].write_text(paths[1].read_text() + " ")
     assert TokenizerSpec(path=paths[0]).key != TokenizerSpec(path=paths[1]).key
     assert TokenizerSpec(1024).key != TokenizerSpec(1025).key
+
+
+@pytest.mark.parametrize("start", ["~", "."])
+def test_a_path_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, start):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(TEXTS, 290).save("tokenizer.json")
+    spec = TokenizerSpec(path=Path(start, "tokenizer.json"))
+    monkeypatch.chdir("/")
+    assert spec.build([]).get_vocab_size() == 290
+    assert spec.key == TokenizerSpec(path=tmp_path / "tokenizer.json").key
