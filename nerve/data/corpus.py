@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from nerve.data.progress import progress
 from nerve.errors import DataError
 from nerve.files import absolute
 
@@ -87,6 +88,10 @@ class Corpus:
     @cached_property
     def named_hashes(self) -> list[tuple[str, DocumentHash]]:
         """`hashes`, each with its document's name."""
+        with progress(f"reading the corpus {self.name}") as add:
+            return self._hash(add)
+
+    def _hash(self, add: Callable[[int], None]) -> list[tuple[str, DocumentHash]]:
         found = []
         for name, text in self.documents():
             try:
@@ -97,6 +102,7 @@ class Corpus:
                     f"half of a surrogate pair at character {error.start}. Remove or repair it."
                 ) from error
             found.append((name, DocumentHash(hashlib.sha256(encoded).digest(), len(encoded))))
+            add(len(encoded))
         if not found:
             raise DataError(
                 f"A corpus must hold at least one document with text; {self.name!r} has none. "
@@ -132,6 +138,25 @@ def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> f
             f"A corpus must have documents for both splits; {len(sizes)} different documents at "
             f"val_fraction = {val_fraction} leave none for training. Add documents or lower it."
         )
+    return frozenset(chosen)
+
+
+def sample_digests(hashes: Sequence[DocumentHash], n_bytes: int) -> frozenset[bytes]:
+    """The digests of a sample of documents that hold `n_bytes` or, by the last, a little more.
+
+    Documents are taken in the order of their digests' second halves, so that the sample is the
+    same for every machine and has nothing to do with the validation split's order.
+    """
+    sizes: dict[bytes, int] = {}
+    for digest, size in hashes:
+        sizes[digest] = sizes.get(digest, 0) + size
+    chosen: set[bytes] = set()
+    taken = 0
+    for digest in sorted(sizes, key=lambda digest: digest[16:]):
+        if taken >= n_bytes:
+            break
+        chosen.add(digest)
+        taken += sizes[digest]
     return frozenset(chosen)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nerve.config import require, require_type
 from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
-from nerve.data.cache import CacheMeta, TokenCache, cache_root, cached_tokens
+from nerve.data.cache import cache_root, cached_tokens
+from nerve.data.cache_entry import CacheMeta, TokenCache
 from nerve.data.corpus import Corpus
 from nerve.data.token_file import TokenFile
 from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
@@ -41,6 +42,9 @@ class TextDataModule(BatchDataModule):
         seed: decides the order of training only.
         vocab_size: tokens of the byte-level BPE that is trained on the training split.
         tokenizer: a tokenizer.json to use in its place.
+        separator_token: the tokenizer's token that ends a document; None takes the first that is
+            known of `<|endoftext|>` and the like.
+        tokenizer_sample_bytes: of how much text of the training split a BPE is trained at most.
         val_fraction: share of the corpus's bytes that is kept for validation, in whole documents.
         cache_dir: where token caches lie; None is NERVE_CACHE, else the user's cache folder.
 
@@ -59,6 +63,8 @@ class TextDataModule(BatchDataModule):
         seed: int,
         vocab_size: int = 1024,
         tokenizer: str | Path | None = None,
+        separator_token: str | None = None,
+        tokenizer_sample_bytes: int = 1_000_000_000,
         val_fraction: float = 0.05,
         cache_dir: str | Path | None = None,
     ) -> None:
@@ -76,7 +82,8 @@ class TextDataModule(BatchDataModule):
         self.corpus = corpus
         self.seq_len = seq_len
         self.n_heldout_sequences = math.ceil(n_heldout_tokens / seq_len)
-        self._spec = TokenizerSpec(vocab_size, None if tokenizer is None else Path(tokenizer))
+        path = None if tokenizer is None else Path(tokenizer)
+        self._spec = TokenizerSpec(vocab_size, path, separator_token, tokenizer_sample_bytes)
         self._val_fraction = val_fraction
         self._cache_root = cache_root(cache_dir)
         self._cache: TokenCache | None = None
@@ -113,6 +120,11 @@ class TextDataModule(BatchDataModule):
         return self._tokens.meta.vocab_size
 
     @property
+    def separator_token(self) -> str:
+        """The token that ends each document."""
+        return self._tokens.meta.separator
+
+    @property
     def n_heldout_tokens(self) -> int:
         """Target tokens of the held-out set."""
         return self.n_heldout_sequences * self.seq_len
@@ -124,7 +136,10 @@ class TextDataModule(BatchDataModule):
         Bits per byte of text = loss · n_heldout_tokens / (ln 2 · n_heldout_bytes), with the loss
         in nats a token. Unlike the loss it can be compared between tokenizers.
         """
-        return int(token_byte_lengths(self._tokens.tokenizer)[self._heldout_windows[:, 1:]].sum())
+        tokenizer = self._tokens.tokenizer
+        lengths = token_byte_lengths(tokenizer)
+        lengths[tokenizer.token_to_id(self.separator_token)] = 0
+        return int(lengths[self._heldout_windows[:, 1:]].sum())
 
     @cached_property
     def unigram_loss(self) -> float:
@@ -157,6 +172,7 @@ class TextDataModule(BatchDataModule):
             "n_documents": meta.n_documents,
             "n_bytes": meta.n_bytes,
             "vocab_size": meta.vocab_size,
+            "separator": meta.separator,
             "n_train_tokens": meta.n_train_tokens,
             "n_val_tokens": meta.n_val_tokens,
             "n_train_sequences": n_train_windows,

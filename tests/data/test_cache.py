@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from nerve.data import cache as cache_module
-from nerve.data.cache import TokenCache, cache_root, cached_tokens
+from nerve.data import tokenizer as tokenizer_module
+from nerve.data import cache_entry as entry_module
+from nerve.data.cache import cache_root, cached_tokens
+from nerve.data.cache_entry import TokenCache
 from nerve.data.corpus import Corpus, validation_digests
-from nerve.data.tokenizer import TokenizerSpec, separator_id, train_tokenizer
+from nerve.data.tokenizer import SEPARATORS, TokenizerSpec, train_tokenizer
 from nerve.errors import DataError
 
 SPEC = TokenizerSpec(vocab_size=300)
@@ -49,7 +52,8 @@ def test_the_streams_are_the_documents_of_their_split_in_order_each_with_a_separ
     opened, small_corpus
 ):
     validation = validation_digests(small_corpus.hashes, 0.2)
-    tokenizer, separator = opened.tokenizer, separator_id(opened.tokenizer)
+    tokenizer = opened.tokenizer
+    separator = tokenizer.token_to_id(SEPARATORS[0])
     for tokens, in_validation in ((opened.train.all(), False), (opened.val.all(), True)):
         documents = np.split(tokens, np.flatnonzero(tokens == separator) + 1)
         texts = [tokenizer.decode(document[:-1].tolist()) for document in documents[:-1]]
@@ -73,6 +77,42 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(opened, small_corpu
     assert train_tokenizer(texts, 300).to_str() == opened.tokenizer.to_str()
 
 
+@pytest.mark.parametrize("sample_bytes", [500, 3000, 5_001])
+def test_a_tokenizer_is_trained_on_a_sample_of_that_many_bytes_of_the_training_split(
+    small_corpus, tmp_path, monkeypatch, caplog, sample_bytes
+):
+    caplog.set_level(logging.INFO)
+    seen: list[str] = []
+
+    def train(texts, *arguments):
+        seen[:] = texts
+        return train_tokenizer(seen, *arguments)
+
+    monkeypatch.setattr(tokenizer_module, "train_tokenizer", train)
+    spec = TokenizerSpec(300, sample_bytes=sample_bytes)
+    opened = cached_tokens(small_corpus, spec, 0.2, tmp_path)
+    assert sample_bytes - 3 <= sum(len(text.encode()) for text in seen) <= sample_bytes
+    validation = validation_digests(small_corpus.hashes, 0.2)
+    training = [
+        document.text
+        for document, (digest, _) in zip(small_corpus.documents(), small_corpus.hashes, strict=True)
+        if digest not in validation
+    ]
+    assert all(any(text.startswith(one) for text in training) for one in seen)
+    assert f"on {sample_bytes / 1e6:.0f} MB of the" in caplog.text
+    first = [*seen]
+    cached_tokens(small_corpus, spec, 0.2, tmp_path / "again")
+    assert seen == first
+    assert opened.meta.n_train_tokens > 0
+
+
+def test_a_sample_as_large_as_the_training_split_is_all_of_it(opened, small_corpus, tmp_path):
+    everything = TokenizerSpec(300, sample_bytes=10**6)
+    entry = cached_tokens(small_corpus, everything, 0.2, tmp_path)
+    assert entry.path != opened.path
+    assert entry.tokenizer.to_str() == opened.tokenizer.to_str()
+
+
 def test_the_counts_are_those_of_the_tokens_and_the_texts(opened, small_texts):
     expected = np.bincount(opened.train.all(), minlength=opened.meta.vocab_size)
     np.testing.assert_array_equal(opened.train_counts, expected)
@@ -83,7 +123,7 @@ def test_the_counts_are_those_of_the_tokens_and_the_texts(opened, small_texts):
 
 
 def test_a_second_call_opens_what_the_first_built(opened, small_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_build", fail_to_build)
+    monkeypatch.setattr(cache_module, "build_entry", fail_to_build)
     again = cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
     assert again.meta == opened.meta
     np.testing.assert_array_equal(again.train.all(), opened.train.all())
@@ -188,7 +228,7 @@ def test_a_build_that_fails_leaves_no_entry(small_corpus, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "_write_tokens", interrupt)
+        patch.setattr(entry_module, "_write_tokens", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
     assert entries(tmp_path) == []
@@ -200,16 +240,16 @@ def test_a_damaged_entry_that_another_process_repaired_meanwhile_is_kept(
 ):
     monkeypatch.setattr(fcntl, "flock", without_locks)  # else they would wait for each other
     truncate(opened.path / "train.tokens")
-    build = cache_module._build
+    build = cache_module.build_entry
 
     def build_after_another(building, *arguments):
         build(building, *arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(cache_module, "_build", build)
+            patch.setattr(cache_module, "build_entry", build)
             cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
         (opened.path / "mark").touch()
 
-    monkeypatch.setattr(cache_module, "_build", build_after_another)
+    monkeypatch.setattr(cache_module, "build_entry", build_after_another)
     cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
     assert (opened.path / "mark").exists()
     assert entries(tmp_path) == [opened.path.name]
@@ -218,7 +258,7 @@ def test_a_damaged_entry_that_another_process_repaired_meanwhile_is_kept(
 def test_who_comes_while_another_builds_waits_and_takes_its_entry(
     small_corpus, tmp_path, monkeypatch, caplog
 ):
-    build, built = cache_module._build, []
+    build, built = cache_module.build_entry, []
 
     def build_once_another_waits(building, *arguments):
         built.append(building)
@@ -228,7 +268,7 @@ def test_who_comes_while_another_builds_waits_and_takes_its_entry(
     def get() -> TokenCache:
         return cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
 
-    monkeypatch.setattr(cache_module, "_build", build_once_another_waits)
+    monkeypatch.setattr(cache_module, "build_entry", build_once_another_waits)
     caplog.set_level(logging.INFO)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(get)

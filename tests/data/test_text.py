@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nerve.data import cache as cache_module
+from nerve.data import cache_entry as entry_module
 from nerve.data.cache import cached_tokens
 from nerve.data.corpus import python_source
 from nerve.data.text import TextDataModule
@@ -81,6 +81,23 @@ def test_the_held_out_set_is_the_same_whatever_the_seed_and_the_batch_size(make)
     assert torch.equal(targets_of(one.val_dataloader()), targets_of(other.val_dataloader()))
     assert torch.equal(targets_of(one.val_dataloader()), targets_of(one.val_dataloader()))
     assert one.fingerprints == other.fingerprints
+
+
+@pytest.mark.parametrize("token", [None, "<|im_end|>", "</s>"])
+def test_the_separator_that_is_taken_ends_documents_counts_no_bytes_and_is_said(
+    make, small_texts, tmp_path, token
+):
+    module = make(separator_token=token)
+    taken = token or "<|endoftext|>"
+    assert module.describe()["separator"] == module.separator_token == taken
+    other = make(separator_token=token, n_heldout_tokens=600)
+    tokens = other._tokens
+    separator = tokens.tokenizer.token_to_id(taken)
+    both = np.concatenate([tokens.train.all(), tokens.val.all()])
+    assert np.sum(both == separator) == len(small_texts)
+    targets = targets_of(other.val_dataloader()).tolist()
+    text = tokens.tokenizer.decode(targets, skip_special_tokens=True)
+    assert other.n_heldout_bytes == pytest.approx(len(text.encode()), abs=8)
 
 
 def test_held_out_tokens_are_rounded_up_to_sequences_and_the_last_batch_is_smaller(make):
@@ -248,7 +265,7 @@ def test_one_document_that_is_most_of_the_validation_split_is_warned_of_at_every
     digests = [hashlib.sha256(text.encode()).digest() for text in texts]
     by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     chosen = frozenset(digests[i] for i in by_size[: 3 if share < 50 else 1 + (share < 100)])
-    monkeypatch.setattr(cache_module, "validation_digests", lambda *_: chosen)
+    monkeypatch.setattr(entry_module, "validation_digests", lambda *_: chosen)
     for _ in range(2):
         caplog.clear()
         make(corpus, n_heldout_tokens=16)
