@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from nerve.data import cache as cache_module
-from nerve.data import tokenizer as tokenizer_module
 from nerve.data import cache_entry as entry_module
+from nerve.data import tokenizer as tokenizer_module
 from nerve.data.cache import cache_root, cached_tokens
 from nerve.data.cache_entry import TokenCache
 from nerve.data.corpus import Corpus, validation_digests
