@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, register
+from nerve.cli.config.options import refuse_lists, refuse_merged
 from nerve.cli.config.overrides import check_added, has_own_files, no_such_sweep, overrides_of, told
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.sweep.sweeper import register_sweeper
@@ -52,6 +54,12 @@ def main() -> None:
         is_cell = hydra_config.mode == RunMode.MULTIRUN
         try:
             _check_launcher(hydra_config, is_cell)
+            if not is_cell:
+                refuse_merged(
+                    GlobalHydra.instance().config_loader(),
+                    hydra_config.job.config_name,
+                    hydra_config.overrides.task,
+                )
             if asks_to_check:
                 _check(config, hydra_config)
                 return None
@@ -70,6 +78,7 @@ def main() -> None:
 
     try:
         check_added(sys.argv[1:])
+        refuse_lists(overrides_of(sys.argv[1:]))
         config_name = prepare_resume(sys.argv[1:]) or "config"
         asks_to_check = _given("check") is True
         if asks_to_check:  # Hydra makes the directory of a run before it calls the job
