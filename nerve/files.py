@@ -50,6 +50,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         sync_directory(path.parent)
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` from the current directory on, with `~` as the user's home."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
 def sync_directory(directory: Path) -> None:
     """Makes the names in a directory durable: a move or a removal survives a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

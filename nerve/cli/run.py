@@ -16,9 +16,16 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, register
-from nerve.cli.config.overrides import check_added, explain_error, has_own_files, no_such_sweep
+from nerve.cli.config.options import refuse_lists
+from nerve.cli.config.overrides import (
+    check_added,
+    explain_error,
+    has_own_files,
+    no_such_sweep,
+    overrides_of,
+)
 from nerve.cli.config.resume import prepare_resume
-from nerve.cli.experiment.check import check_launcher
+from nerve.cli.experiment.check import check_composed
 from nerve.cli.sweep.sweeper import register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_cell
@@ -46,6 +53,7 @@ def main() -> None:
 
     try:
         check_added(sys.argv[1:])
+        refuse_lists(overrides_of(sys.argv[1:]))
         config_name = prepare_resume(sys.argv[1:]) or "config"
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except Exception as error:
@@ -71,7 +79,7 @@ class _Command:
         self._started = True
         is_trial = hydra_config.mode == RunMode.MULTIRUN
         try:
-            check_launcher(hydra_config)
+            check_composed(hydra_config)
             # torch and Lightning take seconds to import
             from nerve.cli.experiment.run import run_experiment
 

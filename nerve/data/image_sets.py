@@ -14,6 +14,7 @@ import numpy as np
 
 from nerve.data.extras import import_extra
 from nerve.errors import DataError
+from nerve.files import absolute
 
 _CIFAR_FOLDER = "cifar-100-python"
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -67,7 +68,8 @@ def cifar100(path: str | Path) -> ImageSet:
         path: `cifar-100-python.tar.gz` as its authors publish it, or the folder in it. What its
             pickles may load is limited to NumPy arrays and plain containers.
     """
-    return ImageSet("cifar100", n_classes=100, flips=True, read=lambda: _read_cifar100(Path(path)))
+    where = absolute(path)
+    return ImageSet("cifar100", n_classes=100, flips=True, read=lambda: _read_cifar100(where))
 
 
 def _read_digits() -> tuple[LabelledImages, LabelledImages]:

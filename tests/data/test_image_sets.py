@@ -183,3 +183,13 @@ def test_files_that_are_no_pickles_of_a_dictionary_are_errors(tmp_path, pickled)
         (tmp_path / name).write_bytes(pickled)
     with pytest.raises(DataError, match="damaged or another data set"):
         cifar100(tmp_path).read()
+
+
+@pytest.mark.parametrize("start", ["~", "."])
+def test_the_archive_of_cifar_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, start):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    images = cifar100(f"{start}/cifar.tar.gz")
+    monkeypatch.chdir("/")
+    with pytest.raises(DataError, match=f"no file {tmp_path}/cifar.tar.gz"):
+        images.read()

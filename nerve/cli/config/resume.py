@@ -77,7 +77,10 @@ def _store(directory: Path, chooses_logger: bool) -> None:
         {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
     )
     for key, as_before in ADDED.items():
-        OmegaConf.update(known, key, as_before, force_add=True)
+        if not key.startswith(
+            "data."
+        ):  # only some data take them, by a default that means the same
+            OmegaConf.update(known, key, as_before, force_add=True)
     values = resolve_targets(OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(saved))))
     assert isinstance(values, dict)
     defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]

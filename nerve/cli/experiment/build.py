@@ -1,10 +1,12 @@
 """The parts of a run, built from its configuration: data, model, trainer."""
 
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -28,10 +30,15 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
 
 
 def build_data(plan: Plan) -> Any:
-    """The data module, prepared: the model needs facts that only the data knows."""
-    data = build(plan.values["data"], key="data", **plan.data.sizes, seed=plan.seed)
-    data.prepare_data()
-    data.setup("fit")
+    """The data module, prepared: the model needs facts that only the data knows.
+
+    Relative paths begin where the command was given, also if Hydra changed the directory.
+    """
+    given_in = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else "."
+    with chdir(given_in):
+        data = build(plan.values["data"], key="data", **plan.data.sizes, seed=plan.seed)
+        data.prepare_data()
+        data.setup("fit")
     return data
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from nerve.cli.config.options import refuse_merged
 from nerve.cli.sweep.grid import Cell
 from nerve.cli.sweep.preview import preview
 from nerve.config import require
@@ -26,7 +28,7 @@ class CheckInPlaceOfRun(Callback):
             return
         HydraConfig.instance().set_config(config)
         try:
-            check_launcher(config.hydra)
+            check_composed(config.hydra)
             check_experiment(config)
         except NerveError as error:
             print(f"nerve-run: {error}", file=sys.stderr)
@@ -34,8 +36,15 @@ class CheckInPlaceOfRun(Callback):
         sys.exit(0)
 
 
-def check_launcher(hydra_config: HydraConf) -> None:
-    """Refuses a launcher for a single run, which would be passed over."""
+def check_composed(hydra_config: HydraConf) -> None:
+    """Refuses what Hydra composes for a single run and would pass over: a launcher, and all but
+    the last of several options of a group."""
+    if hydra_config.mode != RunMode.MULTIRUN:
+        refuse_merged(
+            GlobalHydra.instance().config_loader(),
+            hydra_config.job.config_name,
+            hydra_config.overrides.task,
+        )
     launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
     require(
         hydra_config.mode == RunMode.MULTIRUN or launcher == "basic",

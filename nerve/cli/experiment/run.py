@@ -133,6 +133,7 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
+            separator_token=getattr(data, "separator_token", None),
             device=device_names(trainer),
             versions=record.versions | gpu_versions(trainer),
             pre_scales=record.pre_scales | pre_scales,

@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, resolved
+from nerve.cli.config.options import refuse_lists, refuse_merged
 from nerve.cli.sweep.devices import check_counted, check_devices
 from nerve.cli.sweep.grid import Cell, compose_grid, plan_cells
 from nerve.cli.sweep.local import run_here
@@ -115,6 +116,11 @@ class CellSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=loader)
         given = [f"{key}={values}" for key, values in self._params.items()]
         overrides = parser.parse_overrides([*given, *arguments])
+        refuse_lists(overrides)
+        name = self.config.hydra.job.config_name
+        refuse_merged(
+            loader, name, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+        )
         (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         launcher = resolved(self.config.hydra.launcher)
         self._check_launcher(launcher)

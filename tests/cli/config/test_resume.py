@@ -48,6 +48,16 @@ def test_the_saved_configuration_is_run_in_the_same_directory(run, begun, experi
     assert (second.optimizer.name, second.seed, second.threads) == ("muon", 3, 1)
 
 
+@pytest.mark.parametrize("data", ["digits", "python_source", "text_files"])
+def test_data_of_before_a_key_get_none_that_they_do_not_take(run, experiments, data):
+    kind = ["model=mixer_tiny"] if data == "digits" else []
+    given = ["data.corpus.paths=x.txt"] if data == "text_files" else []
+    assert run("hydra.run.dir=it", f"data={data}", *kind, *given)[0] == 0
+    assert run("resume=it")[0] == 0
+    (first, _), (second, _) = experiments
+    assert second.data == first.data
+
+
 def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
     free = ["threads=2", "logger=none", "retry=true", "checkpoint.every_n_steps=7"]
     status, _, err = run(f"resume={begun}", *free, "hydra.verbose=false")
