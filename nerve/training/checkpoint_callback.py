@@ -19,6 +19,7 @@ from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
+    identity_of,
     weights_of,
     write_checkpoint,
 )
@@ -152,6 +153,8 @@ class Checkpointing(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["facts"] = self._facts
+        if self._store:  # the process that writes, which knows the record
+            checkpoint |= identity_of(self._run.require_record())
         checkpoint["should_stop"] = trainer.should_stop  # as early stopping has decided
 
     def on_load_checkpoint(

@@ -1,10 +1,13 @@
 """The files that a run can be resumed from, and a model be loaded from.
 
 They appear whole or not at all, and hold only tensors, numbers, text and containers of these:
-nothing that is read from a run directory can run code.
+nothing that is read from a run directory can run code. Each names the run that wrote it. It is an
+archive with a checksum of each of its files, which torch writes and passes over: they are verified
+whenever a checkpoint is read.
 """
 
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -19,6 +22,7 @@ from nerve.errors import StoreError
 from nerve.files import as_store_error, write_atomically
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory, Which
+from nerve.storage.identity import differences, to_json
 from nerve.storage.record import RunRecord
 
 _MODULE = "model."
@@ -39,10 +43,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `write_checkpoint` wrote, with all tensors on the CPU.
 
     Raises:
-        StoreError: when there is no such file, it is damaged, or it holds more than data.
+        StoreError: when there is no such file, it is damaged, changed in a single bit that counts,
+            or it holds more than data.
     """
+    return _read(path, mmap=False)
+
+
+def _read(path: Path, *, mmap: bool) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+        if changed is not None:
+            raise ValueError(f"the checksum of {changed} does not fit")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if isinstance(content, dict):
             return content
         error: Exception = TypeError(f"it holds {type(content).__name__}")
@@ -54,15 +67,54 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     ) from error
 
 
+def identity_of(record: RunRecord) -> dict[str, Any]:
+    """What a checkpoint says of the run that writes it: `run_id`, `config_id`, `config`."""
+    return {
+        "run_id": record.run_id,
+        "config_id": record.config_id,
+        "config": to_json(record.config),
+    }
+
+
+def check_checkpoint(path: Path, record: RunRecord) -> None:
+    """Refuses to go on from a checkpoint that is damaged or of another run.
+
+    Lightning does not read every checkpoint through `CheckpointFiles`: it has a way of its own
+    where weights are sharded.
+
+    Raises:
+        StoreError: as `read_checkpoint`, and for a checkpoint of another run or configuration.
+    """
+    _require_own(_read(path, mmap=True), record, path)  # the tensors are left where they are
+
+
+def _require_own(checkpoint: Mapping[str, Any], record: RunRecord, path: Path) -> None:
+    if "run_id" not in checkpoint:
+        return  # version 0.1.0 did not say
+    different = differences(checkpoint["config"], record.config)
+    if checkpoint["run_id"] == record.run_id and not different:
+        return
+    values = f"other values of {', '.join(different)}" if different else "the same values"
+    raise StoreError(
+        f"A run directory holds its own checkpoints; {path} is of run {checkpoint['run_id']} "
+        f"(configuration {checkpoint['config_id']}), and this is run {record.run_id} "
+        f"(configuration {record.config_id}), with {values}. Put the run's own checkpoint back, or "
+        "delete this one: a run without a last checkpoint starts from its beginning."
+    )
+
+
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`."""
+    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`, and what
+    `identity_of` says."""
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     states = checkpoint["state_dict"]
+    said = ("run_id", "config_id", "config")
     return {
         "model": {name.removeprefix(_MODULE): states[name] for name in states},
         "facts": checkpoint["facts"],
         "step": checkpoint["global_step"],
+        **{name: checkpoint[name] for name in said if name in checkpoint},
     }
 
 
@@ -85,7 +137,8 @@ def load_model(
     Raises:
         ConfigError: when both `which` and `step` are given, `which` is another text, or `step` is
             no whole number.
-        StoreError: when there is no such run or checkpoint, or it is damaged.
+        StoreError: when there is no such run or checkpoint, it is damaged, or that of another run
+            or step.
     """
     require(
         which is None or step is None,
@@ -97,6 +150,12 @@ def load_model(
     record = run.require_record()
     path = _kept(run, record, step) if step is not None else _saved(run, record, which or "best")
     weights = weights_of(read_checkpoint(path))
+    _require_own(weights, record, path)
+    if step is not None and weights["step"] != step:
+        raise StoreError(
+            f"Weights are kept under the step that they are of; {path} holds the weights of step "
+            f"{weights['step']}. Give it its own name back, or restore it."
+        )
     model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
     model.load_state_dict(weights["model"])
     return model.eval()

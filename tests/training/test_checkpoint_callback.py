@@ -13,6 +13,7 @@ from torch.optim import SGD
 from nerve.errors import ConfigError, StoreError
 from nerve.optim import Schedule
 from nerve.storage.directory import RunDirectory
+from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_callback import Cadence, Checkpointing
 from nerve.training.checkpoint_files import (
@@ -82,6 +83,7 @@ def fit(
         nn.Linear(4, 2), lambda model: SGD(model.parameters(), lr=0.1), Schedule("linear")
     )
     module.losses = losses
+    RunRecord.create(directory, {})
     files, kept = CheckpointFiles(), KeepWeights()
     with StopSignals() as signals:
         saving = Checkpointing(
@@ -216,7 +218,7 @@ def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate
     assert RunDirectory(tmp_path).kept_steps() == [0, 2, 3, N_STEPS]
     for step in RunDirectory(tmp_path).kept_steps():
         kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step))
-        assert set(kept) == {"model", "facts", "step"}
+        assert set(kept) == {"model", "facts", "step", "run_id", "config_id", "config"}
         assert (kept["step"], kept["facts"]) == (step, {"vocab_size": 7})
         for name, weight in weights[step].items():
             assert torch.equal(kept["model"][name], weight)
