@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.storage.identity import differences
-from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.record import RECORD_NAME, NoRecordError, RunRecord, lost_record
 from nerve.storage.state import FRESH, LOCK_NAME, RunIsBusyError, RunLock, RunState, is_locked
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ class RunDirectory:
 
     @property
     def record(self) -> RunRecord | None:
-        """What `run.json` says; None where there is none.
+        """What `run.json` says; None where there is no run.
 
         Raises:
-            StoreError: as `RunRecord.load`, for a record that is damaged or of a newer nerve.
+            StoreError: as `RunRecord.load`, for a record that is damaged, gone from beside what its
+                run has stored, or of a newer nerve.
         """
         return self._look()[1]
 
@@ -195,9 +196,17 @@ class RunDirectory:
         if self._found is None:
             # The lock first: a run that ends in between then shows as ended.
             locked = not self._holds_lock and is_locked(self.path)
-            there = (self.path / RECORD_NAME).exists()
-            self._found = locked, RunRecord.load(self.path) if there else None
+            self._found = locked, self._load()
         return self._found
+
+    def _load(self) -> RunRecord | None:
+        try:
+            return RunRecord.load(self.path)
+        except NoRecordError:
+            last = self.checkpoint("last")
+            if last.is_file():  # a run that begins here would take it for its own
+                raise lost_record(last, self.path / RECORD_NAME) from None
+            return None
 
     def _heard_out(self, record: RunRecord) -> RunRecord:
         """The record once it is sure that no other host writes it."""

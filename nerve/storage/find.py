@@ -10,6 +10,7 @@ from nerve.storage.record import (
     DamagedRecordError,
     DamagedRecordWarning,
     RunRecord,
+    left_by_a_run,
 )
 from nerve.storage.warn import warn_caller
 
@@ -125,7 +126,7 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     except PermissionError as error:
         warn_caller(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
         return
-    if RECORD_NAME in children:
+    if RECORD_NAME in children or left_by_a_run(directory):
         yield directory
         return
     for name in sorted(children):

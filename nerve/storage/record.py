@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,12 +11,23 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, write_atomically
-from nerve.storage.identity import config_id, from_json, new_run_id, to_json
+from nerve.storage.identity import config_id, from_json, is_non_finite, new_run_id, to_json
+from nerve.storage.manifest import MANIFEST_NAME
 from nerve.storage.provenance import git_commit, package_versions
 
 RECORD_NAME = "run.json"
 RECORD_VERSION = 1
 RUN_STATUSES = ("running", "done", "failed", "interrupted")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What JSON of any content can come to."""
 FIXED = ("directory", "run_id", "config_id", "started")
 
 
@@ -24,8 +35,13 @@ class DamagedRecordWarning(UserWarning):
     """A `run.json` cannot be read and its run was left out; the message names the file and why."""
 
 
+class NoRecordError(StoreError):
+    """A directory without `run.json`, and without anything that a run has stored."""
+
+
 class DamagedRecordError(StoreError):
-    """A `run.json` that is cut short, overwritten, or not the record of a run."""
+    """A `run.json` that is cut short, overwritten, not the record of a run, or gone from beside
+    what its run has stored."""
 
 
 @dataclass(kw_only=True)
@@ -113,19 +129,23 @@ class RunRecord:
         in the file or in the name of the directory, does not matter.
 
         Raises:
-            StoreError: when there is none or a newer nerve wrote it; its subclass
-                `DamagedRecordError` when it is cut short or not the record of a run.
+            NoRecordError: when there is no run.
+            DamagedRecordError: when it is cut short, not the record of a run, or gone.
+            StoreError: when a newer nerve wrote it.
         """
         path = Path(directory) / RECORD_NAME
         try:
             values = json.loads(path.read_bytes())
             version = int(values.pop("schema_version"))
-        except FileNotFoundError as error:
-            raise StoreError(
+        except (FileNotFoundError, NotADirectoryError) as error:
+            left = left_by_a_run(path.parent)
+            if left is not None:
+                raise lost_record(left, path) from error
+            raise NoRecordError(
                 f"A run directory holds {RECORD_NAME}; {path.parent} has none. Give the directory "
                 "of a run."
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise _damaged(path, error) from error
         if version > RECORD_VERSION:
             raise StoreError(
@@ -147,7 +167,8 @@ class RunRecord:
     def max_steps(self) -> int | None:
         """The last step, where the configuration has `trainer.max_steps`."""
         trainer = self.config.get("trainer")
-        return trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+        steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+        return steps if isinstance(steps, int) else None
 
     @property
     def progress(self) -> str:
@@ -158,8 +179,8 @@ class RunRecord:
         """Sets fields and writes the record; every update is also a heartbeat.
 
         Raises:
-            StoreError: for a field that is not there or stays as it was at the start, an unknown
-                `run_status`, or a file system that refuses; the record is then as before.
+            StoreError: for a field that is not there or stays as it was at the start, a value that
+                it cannot have, or a file system that refuses; the record is then as before.
         """
         names = [entry.name for entry in fields(self) if entry.name not in FIXED]
         unknown = sorted(changes.keys() - set(names))
@@ -194,15 +215,12 @@ class RunRecord:
         self.update(run_status=run_status, error=named, ended=_now(), **changes)
 
     def _check(self) -> None:
-        if self.run_status not in RUN_STATUSES:
-            raise StoreError(
-                f"run_status is one of {', '.join(RUN_STATUSES)}; got {self.run_status!r}."
-            )
-        for name in ("config", "final", "fingerprints", "versions"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise StoreError(
-                    f"{name} of a run record is a mapping; got {getattr(self, name)!r}."
-                )
+        """Raises `StoreError` for a value of which the file could not be read again."""
+        for kind, holds, names in _KINDS:
+            for name in names:
+                value = to_json(getattr(self, name))
+                if not holds(value) and (value is not None or name not in _OPTIONAL):
+                    raise StoreError(f"{name} of a run record is {kind}; got {value!r:.200}.")
 
     def _write(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "directory"}
@@ -213,8 +231,73 @@ class RunRecord:
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float) or is_non_finite(value)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+_KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (f"one of {', '.join(RUN_STATUSES)}", RUN_STATUSES.__contains__, ("run_status",)),
+    ("a text", _is_text, ("run_id", "sweep", "git_commit", "host", "device")),
+    ("a time with its zone, in ISO 8601", _is_time, ("started", "heartbeat", "ended")),
+    (
+        "a whole number",
+        lambda value: isinstance(value, int) and not isinstance(value, bool),
+        ("restarts", "step", "seed", "n_parameters"),
+    ),
+    ("a number", _is_number, ("unigram_loss",)),
+    ("a mapping", _is_mapping, ("config", "fingerprints", "versions", "job")),
+    (
+        "a mapping of numbers",
+        lambda value: _is_mapping(value) and all(map(_is_number, value.values())),
+        ("final",),
+    ),
+    (
+        "a mapping with type and message, both texts",
+        lambda value: (
+            _is_mapping(value) and bool(value) and all(isinstance(v, str) for v in value.values())
+        ),
+        ("error",),
+    ),
+)
+"""What each field holds, as JSON has it; those of `_OPTIONAL` may be None."""
+
+_OPTIONAL = (
+    *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
+    *("unigram_loss", "job", "error"),
+)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def left_by_a_run(directory: Path) -> Path | None:
+    """Something in a directory that only a run of this project can have stored there."""
+    parts = (directory / "metrics").glob("part-" + 12 * "[0-9]" + ".parquet")
+    return next((path for path in (directory / MANIFEST_NAME, *parts) if path.is_file()), None)
+
+
+def lost_record(left: Path, path: Path) -> DamagedRecordError:
+    """The error for a run whose record `path` is gone from beside `left`."""
+    return DamagedRecordError(
+        f"{path} is missing, and {left} shows that a run was recorded there. Restore it from a "
+        "copy, or move the directory away: what it holds cannot be told without."
+    )
 
 
 def _damaged(path: Path, error: Exception) -> DamagedRecordError:

@@ -9,8 +9,9 @@ import pytest
 
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import DamagedRecordError, RunRecord
+from nerve.storage.record import DamagedRecordError, NoRecordError, RunRecord
 from nerve.storage.state import FRESH, RunIsBusyError, RunLock, RunState
+from nerve.storage.store import RunStore
 
 
 def on_host(record: RunRecord, host: str, age: timedelta) -> None:
@@ -72,6 +73,45 @@ def test_a_damaged_record_is_no_state(tmp_path):
         _ = RunDirectory(tmp_path).state
 
 
+@pytest.mark.parametrize("left", ["checkpoint", "parts", "list of parts"])
+def test_a_record_that_is_gone_is_told_as_what_it_is(tmp_path, row, left):
+    """It is no new run, whose rows would be dropped or whose data would be called others."""
+    store = RunStore(tmp_path, RunRecord.create(tmp_path, {}).run_id)
+    store.append_metrics([row(0)])
+    store.flush(0)
+    run = RunDirectory(tmp_path)
+    run.checkpoint("last").parent.mkdir()
+    run.checkpoint("last").write_bytes(b"")
+    (tmp_path / "run.json").unlink()
+    if left != "checkpoint":
+        run.checkpoint("last").unlink()
+    if left != "list of parts":
+        (tmp_path / ".parts.json").unlink()
+    if left != "parts":
+        (tmp_path / "metrics" / "part-000000000000.parquet").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    for ask in (
+        lambda: run.state,
+        lambda: run.record,
+        lambda: run.n_starts,
+        lambda: run.create_or_resume({}),
+        lambda: run.is_done({}),
+        lambda: run.store(),
+    ):
+        with pytest.raises(DamagedRecordError, match=r"run\.json is missing, and .*Restore it"):
+            ask()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_nobodys_run_is_new(tmp_path):
+    """Checkpoints and parts of other programs."""
+    for name in ("checkpoints/epoch=3.ckpt", "metrics/part-00000-ab.snappy.parquet", "x/a.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert RunDirectory(tmp_path).state == "new"
+    assert RunDirectory(tmp_path / "x" / "a.parquet").state == "new"
+
+
 def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
     record = RunRecord.create(tmp_path, {})
     on_host(record, "elsewhere", FRESH - timedelta(seconds=1))
@@ -104,7 +144,13 @@ def test_a_run_that_another_host_ends_in_the_meantime_is_left_as_it_is(tmp_path,
 def n_reads(monkeypatch):
     """How often a record has been read so far."""
     load, reads = RunRecord.load, []
-    monkeypatch.setattr(RunRecord, "load", lambda path: reads.append(path) or load(path))
+
+    def counted(path):
+        record = load(path)
+        reads.append(path)
+        return record
+
+    monkeypatch.setattr(RunRecord, "load", counted)
     return lambda: len(reads)
 
 
@@ -183,7 +229,7 @@ def test_a_directory_that_another_has_is_looked_at_anew(tmp_path):
 
 
 def test_a_store_of_no_run_is_refused(tmp_path):
-    with pytest.raises(StoreError, match=r"holds run\.json"):
+    with pytest.raises(NoRecordError, match=r"holds run\.json"):
         RunDirectory(tmp_path).store()
     RunRecord.create(tmp_path, {}, run_id="mine")
     assert RunDirectory(tmp_path).store().run_id == "mine"

@@ -75,6 +75,14 @@ def test_a_damaged_record_is_left_out_and_named(tree):
         load_records(tree / "single")
 
 
+def test_a_run_whose_record_is_gone_is_named(tree, make_run):
+    lost = make_run(tree / "sweep_a" / "lost").directory
+    (lost / "run.json").unlink()
+    assert lost in find_runs(tree)
+    with pytest.warns(DamagedRecordWarning, match=r"sweep_a/lost/run\.json is missing"):
+        assert len(load_records(tree)) == 5
+
+
 @pytest.mark.parametrize("further", ["original", "copy"])
 def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
     shutil.copytree(tree / "sweep_a", tree / "copy_of_a")

@@ -123,7 +123,32 @@ def test_a_second_run_in_a_directory_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"stepp": 1}, {"run_id": "other"}, {"run_status": "finished"}, {"final": 3.0}],
+    [
+        {"stepp": 1},
+        {"run_id": "other"},
+        {"run_status": "finished"},
+        {"final": 3.0},
+        {"final": {"val_loss": "low"}},
+        {"error": "x"},
+        {"error": {"type": "ValueError", "message": None}},
+        {"error": {}},
+        {"job": 7},
+        {"job": "7"},
+        {"heartbeat": "2026-01-01T00:00:00"},
+        {"heartbeat": "today"},
+        {"heartbeat": 1.5e9},
+        {"ended": "2026-01-01"},
+        {"seed": "3"},
+        {"restarts": None},
+        {"restarts": True},
+        {"n_parameters": 1.5},
+        {"unigram_loss": "5"},
+        {"host": 3},
+        {"device": ["cpu"]},
+        {"config": None},
+        {"versions": ["torch"]},
+    ],
+    ids=str,
 )
 def test_a_wrong_update_changes_nothing(tmp_path, changes):
     record = RunRecord.create(tmp_path, CONFIG)
@@ -131,6 +156,14 @@ def test_a_wrong_update_changes_nothing(tmp_path, changes):
     with pytest.raises(StoreError, match=next(iter(changes))):
         record.update(step=9, **changes)
     assert vars(record) == before
+    assert RunRecord.load(tmp_path) == record
+
+
+@pytest.mark.parametrize("step", [None, "9", 9.5, True, [9]])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    record = RunRecord.create(tmp_path, CONFIG)
+    with pytest.raises(StoreError, match="step of a run record is a whole number"):
+        record.update(step=step)
     assert RunRecord.load(tmp_path) == record
 
 
@@ -182,6 +215,55 @@ def test_what_is_not_a_record_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(DamagedRecordError, match=r"run\.json"):
         RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"heartbeat": "2026-01-01T00:00:00"},
+        {"heartbeat": None},
+        {"started": 5},
+        {"ended": []},
+        {"error": "x"},
+        {"error": {"type": 1, "message": 2}},
+        {"final": []},
+        {"final": {"val_loss": "1.5"}},
+        {"step": "40"},
+        {"step": None},
+        {"step": 1e400},
+        {"restarts": {}},
+        {"run_id": None},
+        {"run_id": ["a"]},
+        {"run_status": ["done"]},
+        {"run_status": {"done": 1}},
+        {"job": "7"},
+        {"host": 7},
+        {"config": "lr"},
+        {"fingerprints": None},
+        {"schema_version": 1e400},
+        {"schema_version": None},
+    ],
+    ids=str,
+)
+def test_a_record_with_a_value_of_another_type_is_named(tmp_path, values):
+    """Whichever it is: what a record says is shown, sorted and counted with elsewhere."""
+    RunRecord.create(tmp_path, CONFIG)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(DamagedRecordError, match=r"run\.json"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_record_that_is_nested_without_end_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedRecordError, match=r"run\.json"):
+        RunRecord.load(tmp_path)
+
+
+def test_last_steps_of_another_type_are_none(tmp_path):
+    for steps in ("400", None, [1]):
+        record = RunRecord.create(tmp_path / str(steps), {"trainer": {"max_steps": steps}})
+        assert (record.max_steps, record.progress) == (None, "0")
 
 
 def test_a_newer_record_is_not_guessed_at(tmp_path):
