@@ -14,6 +14,9 @@ from nerve.storage.record import (
 )
 from nerve.storage.warn import warn_caller
 
+OF_A_RUN = ("checkpoints", "groups", "metrics", "scalars", "spectra")
+"""Folders of a run directory that hold no other run."""
+
 AnyPath = str | os.PathLike[str]
 
 
@@ -26,7 +29,8 @@ class FingerprintWarning(UserWarning):
 
 
 def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
-    """The run directories at or below `path`, each once, in the order of their names.
+    """The run directories at or below `path`, each once, in the order of their names; also those
+    that lie within the directory of another.
 
     Args:
         path: a run, a sweep, a whole tree of outputs, or several of these. Symbolic links are
@@ -128,7 +132,7 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         return
     if RECORD_NAME in children or left_by_a_run(directory):
         yield directory
-        return
+        children = {name: children[name] for name in children if name not in OF_A_RUN}
     for name in sorted(children):
         if children[name] and not name.startswith("."):
             yield from _walk(directory / name, seen)

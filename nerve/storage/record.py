@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -53,7 +54,8 @@ class RunRecord:
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …).
     JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
     `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
-    stays null, and such a run is not taken for one with an infinite value.)
+    stays null, and such a run is not taken for one with an infinite value.) The file has a
+    `checksum` of all that it says; one without is read unverified.
     """
 
     directory: Path
@@ -136,7 +138,7 @@ class RunRecord:
         path = Path(directory) / RECORD_NAME
         try:
             values = json.loads(path.read_bytes())
-            version = int(values.pop("schema_version"))
+            version = int(values["schema_version"])
         except (FileNotFoundError, NotADirectoryError) as error:
             left = left_by_a_run(path.parent)
             if left is not None:
@@ -151,6 +153,13 @@ class RunRecord:
             raise StoreError(
                 f"This nerve reads records up to version {RECORD_VERSION}; {path} has version "
                 f"{version}. Install the nerve that wrote it, or a newer one."
+            )
+        checksum = values.pop("checksum", None)
+        if checksum not in (None, _checksum(values)):
+            raise _damaged(
+                path,
+                "its checksum does not fit, so something in it was changed (if that was you, "
+                "delete the line of the checksum)",
             )
         known = {entry.name for entry in fields(cls)} - {"directory", "config_id"}
         stored = {name: values[name] for name in known & values.keys()}
@@ -225,7 +234,8 @@ class RunRecord:
     def _write(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "directory"}
         plain = to_json({"schema_version": RECORD_VERSION, **values}, non_finite=lambda _: None)
-        text = json.dumps(plain | {"config": to_json(self.config)}, indent=2)
+        plain["config"] = to_json(self.config)
+        text = json.dumps(plain | {"checksum": _checksum(plain)}, indent=2)
         with as_store_error(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
@@ -300,7 +310,13 @@ def lost_record(left: Path, path: Path) -> DamagedRecordError:
     )
 
 
-def _damaged(path: Path, error: Exception) -> DamagedRecordError:
+def _checksum(values: Mapping[str, Any]) -> str:
+    """CRC-32 of what the JSON of a record says, however it is laid out."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _damaged(path: Path, error: object) -> DamagedRecordError:
     return DamagedRecordError(
         f"{path} is not the record of a run: {error}. Restore it or move its directory away."
     )

@@ -89,9 +89,9 @@ class Checkpointing(Checkpoint):
 
     A checkpoint of step s is the state after s optimizer steps and the validation that falls on
     them: weights, optimizer, schedule, data position, random states of every process, and what the
-    other callbacks keep. Before it is written, the rows up to s are; a resumed run drops later
-    ones. The weights of the lowest validation loss are kept in memory and written along with it.
-    Those of the steps to keep are written at once, and dropped where a resumed run drops rows.
+    other callbacks keep. Before it is written, the rows up to s are; the monitor of a resumed run
+    drops later ones. The weights of the lowest validation loss are kept in memory and written along
+    with it. Those of the steps to keep are written at once, and dropped as rows are.
 
     Args:
         files: the plugin through which Lightning saves.
@@ -160,8 +160,6 @@ class Checkpointing(Checkpoint):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._store:
-            self._store.truncate_after(checkpoint["global_step"])
         self._had_stopped = checkpoint.get("should_stop", False)
 
     def on_sanity_check_start(self, *args: Any) -> None:

@@ -52,7 +52,8 @@ class SpectralMonitor(L.Callback):
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that is not the one
-            that writes: of several processes, rank 0. All of them share the solving.
+            that writes: of several processes, rank 0. All of them share the solving. A fit that
+            begins at step s, from whatever checkpoint, drops the rows past s.
         every_n_steps: optimizer steps from one measurement to the next.
         source: `heldout` takes the features of the validation batches, in eval mode: one forward
             pass gives the loss and the spectra. `train` takes those of every micro-batch of the
@@ -170,6 +171,8 @@ class SpectralMonitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = _last_step(trainer)
+        if self.store is not None:  # rows of a branch that is abandoned here
+            self.store.truncate_after(trainer.global_step)
         batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
         if trainer.max_epochs != 1 and math.isfinite(batches) and batches % window:
             rank_zero_warn(

@@ -79,7 +79,7 @@ def test_the_id_is_that_of_the_configuration_whatever_an_earlier_version_called_
     """Also where it wrote none, and where it wrote null for an infinite value, which stays null."""
     record = RunRecord.create(tmp_path, {"clip": None, "_target_": "once.here.Thing"})
     path = tmp_path / "run.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text()) | {"checksum": None}
     without = {name: value for name, value in values.items() if name != "config_id"}
     for stored in ({**values, "config_id": "0123456789ab"}, without):
         path.write_text(json.dumps(stored))
@@ -196,6 +196,47 @@ def test_every_truncation_of_the_file_is_named(tmp_path):
             RunRecord.load(tmp_path)
 
 
+@pytest.mark.parametrize("mask", [0x01, 0x04])
+def test_a_changed_byte_anywhere_is_harmless_or_named(tmp_path, mask):
+    """Without a checksum a changed digit, letter or key would be another value in silence."""
+    record = RunRecord.create(tmp_path, {"optimizer": {"lr": 0.003}, "seed": 3}, seed=3)
+    record.finish("done", final={"val_loss": 4.25}, step=40)
+    path = tmp_path / "run.json"
+    content, n_changed, n_named, n_silent = path.read_bytes(), 0, 0, 0
+    for place in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[place] ^= mask
+        path.write_bytes(changed)
+        try:
+            assert RunRecord.load(tmp_path) == record, place
+        except StoreError as error:
+            n_named += str(path) in str(error)
+            n_silent += reads_otherwise(changed, content)
+        n_changed += 1
+    assert n_named > n_changed / 2
+    assert n_silent > len(content) / 12
+
+
+def reads_otherwise(changed: bytes, content: bytes) -> bool:
+    """Whether JSON alone has no complaint."""
+    try:
+        return json.loads(changed) != json.loads(content)
+    except ValueError:
+        return False
+
+
+def test_a_record_that_is_edited_on_purpose_reads_without_its_checksum(tmp_path):
+    RunRecord.create(tmp_path, CONFIG)
+    path = tmp_path / "run.json"
+    edited = json.loads(path.read_text()) | {"run_status": "done"}
+    path.write_text(json.dumps(edited))
+    with pytest.raises(DamagedRecordError, match="delete the line of the checksum"):
+        RunRecord.load(tmp_path)
+    del edited["checksum"]
+    path.write_text(json.dumps(edited))
+    assert RunRecord.load(tmp_path).run_status == "done"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -249,7 +290,7 @@ def test_a_record_with_a_value_of_another_type_is_named(tmp_path, values):
     """Whichever it is: what a record says is shown, sorted and counted with elsewhere."""
     RunRecord.create(tmp_path, CONFIG)
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values | {"checksum": None}))
     with pytest.raises(DamagedRecordError, match=r"run\.json"):
         RunRecord.load(tmp_path)
 

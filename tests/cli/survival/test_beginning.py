@@ -54,6 +54,7 @@ def as_an_earlier_version_wrote_it(directory: str) -> str:
     values["config_id"], now = "0123456789ab", values["config_id"]
     values["config"]["data"]["_target_"] = "nerve.where.it.was.TextDataModule"
     values["config"]["monitor"].pop("skip_first", None)
+    del values["checksum"]
     path.write_text(json.dumps(values))
     return now
 

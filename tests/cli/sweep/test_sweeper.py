@@ -111,7 +111,8 @@ def as_an_earlier_version_left(seed: int, name: str) -> Path:
     record = records()[seed]
     moved = record.directory.rename(FOLDER / name)
     path = moved / "run.json"
-    path.write_text(path.read_text().replace(record.config_id, name))
+    values = json.loads(path.read_text().replace(record.config_id, name))
+    path.write_text(json.dumps(values | {"checksum": None}))
     return moved
 
 
