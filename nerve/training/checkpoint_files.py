@@ -46,16 +46,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         StoreError: when there is no such file, it is damaged, changed in a single bit that counts,
             or it holds more than data.
     """
-    return _read(path, mmap=False)
-
-
-def _read(path: Path, *, mmap: bool) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
         if changed is not None:
             raise ValueError(f"the checksum of {changed} does not fit")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict):
             return content
         error: Exception = TypeError(f"it holds {type(content).__name__}")
@@ -85,7 +81,7 @@ def check_checkpoint(path: Path, record: RunRecord) -> None:
     Raises:
         StoreError: as `read_checkpoint`, and for a checkpoint of another run or configuration.
     """
-    _require_own(_read(path, mmap=True), record, path)  # the tensors are left where they are
+    _require_own(read_checkpoint(path), record, path)
 
 
 def _require_own(checkpoint: Mapping[str, Any], record: RunRecord, path: Path) -> None:

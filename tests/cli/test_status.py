@@ -106,6 +106,14 @@ def test_every_state_is_told_from_the_others(new_run, at_work, status):
     assert "sweep/unreadable/run.json is not the record of a run" in below
 
 
+def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, status):
+    ahead = new_run("ahead")
+    at_work(ahead)
+    heard(ahead, -600)
+    rows, _ = status("sweep")
+    assert " running 0/100 – 0 s ago " in rows[-1]
+
+
 def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
     for name, seed in (("c", 1), ("a", 2), ("b", 0)):
         new_run(name, "model.n_layers=2", f"seed={seed}").finish("done", final={"val_loss": seed})

@@ -121,6 +121,45 @@ def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
     assert (again.restarts, again.host) == (1, socket.gethostname())
 
 
+@pytest.mark.parametrize(
+    "ahead", [timedelta(minutes=10), timedelta(days=400), timedelta(seconds=90)]
+)
+def test_a_heart_that_beat_in_the_future_is_waited_for_a_minute_of_ones_own(
+    tmp_path, monkeypatch, ahead
+):
+    """The clock of the host that wrote it is ahead: by it alone the wait would have no end."""
+    on_host(RunRecord.create(tmp_path, {}), "elsewhere", -ahead)
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+    clock = Clock(monkeypatch)
+    assert RunDirectory(tmp_path).create_or_resume({}).restarts == 1
+    assert FRESH.total_seconds() <= clock.now < FRESH.total_seconds() + 5
+
+
+def test_a_heart_that_beats_on_in_the_future_is_given_way_to(tmp_path, monkeypatch):
+    record = RunRecord.create(tmp_path, {})
+    on_host(record, "elsewhere", -timedelta(minutes=10))
+    clock = Clock(monkeypatch)
+    clock.at_20_s = lambda: on_host(record, "elsewhere", -timedelta(minutes=11))
+    with pytest.raises(RunIsBusyError, match="elsewhere"):
+        RunDirectory(tmp_path).create_or_resume({})
+
+
+class Clock:
+    """Time that passes in sleep alone."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        self.at_20_s = lambda: None
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 1000
+        if self.now == 20:
+            self.at_20_s()
+
+
 def test_a_start_gives_way_to_a_heart_that_beats_on(tmp_path):
     record = RunRecord.create(tmp_path, {})
     on_host(record, "elsewhere", timedelta(seconds=20))
