@@ -35,6 +35,17 @@ def as_store_error(path: Path) -> Iterator[None]:
         ) from error
 
 
+def require_there(directory: Path) -> None:
+    """Raises `StoreError` where the directory of a run at work is gone: a write that made it anew
+    would leave one that looks like a run and lacks all that was stored."""
+    if not directory.is_dir():
+        raise StoreError(
+            f"A run writes in its own directory; {directory} is not there any more: it was renamed "
+            "or deleted while the run was at work, which stops. Leave it in its place until the "
+            "run has ended; what was renamed is as it was, and can be resumed there."
+        )
+
+
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True
 ) -> None:

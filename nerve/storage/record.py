@@ -4,21 +4,21 @@ import json
 import os
 import socket
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nerve.errors import StoreError
-from nerve.files import as_store_error, write_atomically
-from nerve.storage.identity import config_id, from_json, is_non_finite, new_run_id, to_json
+from nerve.files import as_store_error, require_there, write_atomically
+from nerve.storage.identity import config_id, from_json, new_run_id, to_json
 from nerve.storage.manifest import MANIFEST_NAME
 from nerve.storage.provenance import git_commit, package_versions
+from nerve.storage.record_fields import check_fields
 
 RECORD_NAME = "run.json"
 RECORD_VERSION = 1
-RUN_STATUSES = ("running", "done", "failed", "interrupted")
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -120,6 +120,8 @@ class RunRecord:
             host=socket.gethostname(),
             git_commit=git_commit(),
         )
+        with as_store_error(record.directory):
+            record.directory.mkdir(parents=True, exist_ok=True)
         record.update(**{**values, "versions": package_versions() | values.get("versions", {})})
         return record
 
@@ -165,7 +167,7 @@ class RunRecord:
         stored = {name: values[name] for name in known & values.keys()}
         try:
             record = cls(directory=path.parent, config_id="", **stored)
-            record._check()
+            check_fields(vars(record))
         except (TypeError, StoreError) as error:
             raise _damaged(path, error) from error
         record.config = from_json(record.config)
@@ -189,7 +191,8 @@ class RunRecord:
 
         Raises:
             StoreError: for a field that is not there or stays as it was at the start, a value that
-                it cannot have, or a file system that refuses; the record is then as before.
+                it cannot have, a directory that is gone or now another run's, or a file system that
+                refuses; the record is then as before.
         """
         names = [entry.name for entry in fields(self) if entry.name not in FIXED]
         unknown = sorted(changes.keys() - set(names))
@@ -203,7 +206,7 @@ class RunRecord:
         before = dict(vars(self))
         vars(self).update({"heartbeat": _now(), **changes})
         try:
-            self._check()
+            check_fields(vars(self))
             self._write()
         except BaseException:
             vars(self).update(before)
@@ -223,73 +226,27 @@ class RunRecord:
         named = error and {"type": type(error).__name__, "message": str(error)}
         self.update(run_status=run_status, error=named, ended=_now(), **changes)
 
-    def _check(self) -> None:
-        """Raises `StoreError` for a value of which the file could not be read again."""
-        for kind, holds, names in _KINDS:
-            for name in names:
-                value = to_json(getattr(self, name))
-                if not holds(value) and (value is not None or name not in _OPTIONAL):
-                    raise StoreError(f"{name} of a run record is {kind}; got {value!r:.200}.")
-
     def _write(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "directory"}
         plain = to_json({"schema_version": RECORD_VERSION, **values}, non_finite=lambda _: None)
         plain["config"] = to_json(self.config)
         text = json.dumps(plain | {"checksum": _checksum(plain)}, indent=2)
-        with as_store_error(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        require_there(self.directory)
+        self._require_own()
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
 
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, int | float) or is_non_finite(value)
-
-
-def _is_time(value: Any) -> bool:
-    try:
-        return datetime.fromisoformat(value).tzinfo is not None
-    except (TypeError, ValueError):
-        return False
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-_KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
-    (f"one of {', '.join(RUN_STATUSES)}", RUN_STATUSES.__contains__, ("run_status",)),
-    ("a text", _is_text, ("run_id", "sweep", "git_commit", "host", "device")),
-    ("a time with its zone, in ISO 8601", _is_time, ("started", "heartbeat", "ended")),
-    (
-        "a whole number",
-        lambda value: isinstance(value, int) and not isinstance(value, bool),
-        ("restarts", "step", "seed", "n_parameters"),
-    ),
-    ("a number", _is_number, ("unigram_loss",)),
-    ("a mapping", _is_mapping, ("config", "fingerprints", "versions", "job")),
-    (
-        "a mapping of numbers",
-        lambda value: _is_mapping(value) and all(map(_is_number, value.values())),
-        ("final",),
-    ),
-    (
-        "a mapping with type and message, both texts",
-        lambda value: (
-            _is_mapping(value) and bool(value) and all(isinstance(v, str) for v in value.values())
-        ),
-        ("error",),
-    ),
-)
-"""What each field holds, as JSON has it; those of `_OPTIONAL` may be None."""
-
-_OPTIONAL = (
-    *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
-    *("unigram_loss", "job", "error"),
-)
+    def _require_own(self) -> None:
+        """Raises `StoreError` where the directory is that of another run by now."""
+        try:
+            run_id = json.loads((self.directory / RECORD_NAME).read_bytes())["run_id"]
+        except _UNREADABLE:
+            return  # not there yet, or damaged: what is written takes its place
+        if run_id != self.run_id:
+            raise StoreError(
+                f"A run writes in its own directory; {self.directory} is that of run {run_id} now, "
+                f"and not of run {self.run_id} any more, which stops. Leave a directory in its "
+                "place while its run is at work."
+            )
 
 
 def _now() -> str:

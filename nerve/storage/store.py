@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nerve.errors import StoreError
-from nerve.files import as_store_error, remove_temporaries, sync_directory
+from nerve.files import as_store_error, remove_temporaries, require_there, sync_directory
 from nerve.storage.manifest import read_manifest, write_manifest
 from nerve.storage.parts import (
     DamagedPartError,
@@ -181,6 +181,7 @@ class RunStore:
             self._remove(dataset, [path.with_name(name) for name in _compacted_names(path)])
 
     def _write(self, dataset: Dataset, path: Path, table: pa.Table) -> None:
+        require_there(self.directory)
         write_part(path, table)
         self._list(dataset, [path])
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from nerve.config import require
-from nerve.files import as_store_error
+from nerve.files import as_store_error, require_there
 from nerve.measuring.distributed import gathered, highest, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
@@ -241,6 +241,7 @@ class Checkpointing(Checkpoint):
             return
         weights = self._weights(trainer, pl_module)
         if self._store:
+            require_there(self._run.path)
             write_checkpoint(self._run.kept_checkpoint(trainer.global_step), weights)
 
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -264,6 +265,7 @@ class Checkpointing(Checkpoint):
     def _write(self, trainer: L.Trainer) -> None:
         if not (self._store and self._files.holds):
             return
+        require_there(self._run.path)
         self._store.flush(trainer.global_step)
         if self._best:
             self._best.write(self._run.checkpoint("best"))

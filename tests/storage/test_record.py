@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -318,3 +319,47 @@ def test_a_newer_record_is_not_guessed_at(tmp_path):
 def test_no_record_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"has none\. Give the directory of a run"):
         RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["renamed", "deleted", "deleted with what is above it"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda record: record.update(step=9),
+        lambda record: record.restart(),
+        lambda record: record.finish("failed", ValueError("x")),
+    ],
+)
+def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_record(tmp_path, change, write):
+    directory = tmp_path / "sweep" / "run"
+    record = RunRecord.create(directory, CONFIG)
+    if change == "renamed":
+        directory.rename(tmp_path / "sweep" / "other")
+    else:
+        shutil.rmtree(directory if change == "deleted" else directory.parent)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"sweep/run is not there any more: it was renamed or del"):
+        write(record)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert record.step == 0
+
+
+def test_another_run_that_was_put_in_the_place_of_one_is_not_written_over(tmp_path):
+    record = RunRecord.create(tmp_path / "run", CONFIG, "mine")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    RunRecord.create(tmp_path / "run", {"seed": 4}, "its")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(StoreError, match="is that of run its now, and not of run mine any more"):
+        record.update(step=9)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}"])
+def test_a_record_that_is_lost_while_its_run_works_is_written_anew(tmp_path, content):
+    record = RunRecord.create(tmp_path, CONFIG)
+    if content is None:
+        (tmp_path / "run.json").unlink()
+    else:
+        (tmp_path / "run.json").write_bytes(content)
+    record.update(step=9)
+    assert RunRecord.load(tmp_path) == record

@@ -288,6 +288,15 @@ def test_a_directory_that_cannot_be_is_refused(tmp_path):
         RunStore(tmp_path / "file" / "run", "a")
 
 
+def test_a_directory_that_is_gone_does_not_come_back(store, row):
+    fill(store, row, steps=(0,))
+    store.directory.rename(store.directory.with_name("moved"))
+    store.append_metrics([row(10)])
+    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+        store.flush(10)
+    assert not store.directory.exists()
+
+
 KILLED_AT_EACH_CALL = """
 import os, signal, sys
 from pathlib import Path

@@ -302,3 +302,22 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_befo
 def test_a_cadence_is_checked(values):
     with pytest.raises(ConfigError, match=rf"checkpoint\.{next(iter(values))}"):
         Cadence(**values)
+
+
+class Rename(L.Callback):
+    """Renames the run's directory after three steps."""
+
+    def __init__(self, directory) -> None:
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 3:
+            self.directory.rename(self.directory.with_name("moved"))
+
+
+@pytest.mark.parametrize("cadence", [Cadence(every_n_steps=2), Cadence(keep=[5]), Cadence()])
+def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(tmp_path, cadence):
+    directory = tmp_path / "run"
+    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+        fit(directory, cadence, (1.0,) * N_STEPS, callbacks=(Rename(directory),))
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
