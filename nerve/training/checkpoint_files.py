@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
@@ -36,7 +36,40 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """
     with as_store_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: torch.save(dict(content), file))
+    write_atomically(path, lambda file: _save(content, file))
+
+
+def _save(content: Mapping[str, Any], file: BinaryIO) -> None:
+    """As `torch.save`, with the errors of `file` itself: torch raises one of its own in their
+    place, which says that a position was not expected."""
+    noting = _Noting(file)
+    try:
+        torch.save(dict(content), noting)  # type: ignore[arg-type]  # it needs no more of a file
+    except Exception:
+        if noting.refused is not None:
+            raise noting.refused from None
+        raise
+
+
+class _Noting:
+    """A file to write to that remembers what it was refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.refused: OSError | None = None
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        return self._do(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        self._do(self._file.flush)
+
+    def _do(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

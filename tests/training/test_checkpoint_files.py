@@ -1,8 +1,11 @@
 """Checkpoint files: whole or not there, never code, and a person's way to a trained model."""
 
+import contextlib
 import errno
 import os
 import pickle
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -289,6 +292,51 @@ def test_a_step_that_was_not_kept_is_answered_with_those_that_were(tmp_path):
 def test_which_and_step_exclude_each_other(tmp_path, which):
     with pytest.raises(ConfigError, match=f"which='{which}' and step=0"):
         nerve.load_model(tmp_path, which, step=0)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5000, 40_000])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, files: write_checkpoint(path, {"w": torch.ones(30_000)}),
+        lambda path, files: files.write(),
+        lambda path, files: drop_all_but_weights(path),
+    ],
+    ids=["whole", "held", "weights alone"],
+)
+def test_a_disk_that_fills_while_a_checkpoint_is_written_is_told_as_that(tmp_path, limit, write):
+    """Wherever in the file: torch makes another error of what its file raises."""
+    path = RunDirectory(tmp_path).checkpoint("last")
+    write_checkpoint(
+        path, {"state_dict": {"w": torch.zeros(30_000)}, "facts": {}, "global_step": 1}
+    )
+    files, before = CheckpointFiles(), path.read_bytes()
+    files.save_checkpoint({"w": torch.ones(30_000)}, path)
+    with (
+        full_after(limit),
+        pytest.raises(StoreError, match=r"last\.ckpt was refused: .*Free space"),
+    ):
+        write(path, files)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+@contextlib.contextmanager
+def full_after(n_bytes: int) -> Iterator[None]:
+    """The system refuses to let any file grow past a size, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_is_wrong_with_the_content_is_not_told_as_a_full_disk(tmp_path):
+    path = RunDirectory(tmp_path).checkpoint("last")
+    with pytest.raises(TypeError, match="generator"):
+        write_checkpoint(path, {"w": (i for i in range(3))})
+    assert os.listdir(path.parent) == []
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
