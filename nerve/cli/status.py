@@ -84,7 +84,8 @@ def status_of(directory: Path) -> Status:
         state, record = run.state, run.require_record()
     except StoreError as error:
         return Status(directory, overrides, "unreadable", reason=str(error))
-    silent_s = (datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)).total_seconds()
+    heard = datetime.fromisoformat(record.heartbeat)  # by a clock that may be ahead of this one
+    silent_s = max(0.0, (datetime.now(UTC) - heard).total_seconds())
     is_alive = state == RunState.ALIVE
     left_s = _left_s(record, silent_s) if is_alive else None
     # What is measured is written at once, the step in the record with the heartbeat.

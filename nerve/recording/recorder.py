@@ -71,9 +71,19 @@ class Recorder:
         return self._cadence.val_loss
 
     @property
+    def n_validated(self) -> int:
+        """Targets of the last validation, of this process; 0 before the first."""
+        return self._cadence.n_validated
+
+    @property
     def latest(self) -> list[dict[str, Any]]:
         """The rows of the last measurement that is solved."""
         return self._writer.latest if self._writer else []
+
+    def drop_after(self, step: int) -> None:
+        """Drops rows past `step`: of a branch that is abandoned where training begins there."""
+        if self._store is not None:
+            self._store.truncate_after(step)
 
     def open(
         self,

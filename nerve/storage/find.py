@@ -10,8 +10,12 @@ from nerve.storage.record import (
     DamagedRecordError,
     DamagedRecordWarning,
     RunRecord,
+    left_by_a_run,
 )
 from nerve.storage.warn import warn_caller
+
+OF_A_RUN = ("checkpoints", "groups", "metrics", "scalars", "spectra")
+"""Folders of a run directory that hold no other run."""
 
 AnyPath = str | os.PathLike[str]
 
@@ -25,7 +29,8 @@ class FingerprintWarning(UserWarning):
 
 
 def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
-    """The run directories at or below `path`, each once, in the order of their names.
+    """The run directories at or below `path`, each once, in the order of their names; also those
+    that lie within the directory of another.
 
     Args:
         path: a run, a sweep, a whole tree of outputs, or several of these. Symbolic links are
@@ -125,9 +130,9 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     except PermissionError as error:
         warn_caller(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
         return
-    if RECORD_NAME in children:
+    if RECORD_NAME in children or left_by_a_run(directory):
         yield directory
-        return
+        children = {name: children[name] for name in children if name not in OF_A_RUN}
     for name in sorted(children):
         if children[name] and not name.startswith("."):
             yield from _walk(directory / name, seen)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from nerve.errors import StoreError
 from nerve.files import write_atomically
+from nerve.storage.manifest import MANIFEST_NAME, missing_parts
 from nerve.storage.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
 from nerve.storage.warn import warn_caller
 
@@ -33,7 +34,7 @@ class DamagedPartWarning(UserWarning):
 
 
 class DamagedPartError(StoreError):
-    """A Parquet part that cannot be read as what its folder holds."""
+    """A Parquet part that cannot be read as what its folder holds, or that is not there."""
 
 
 def part_path(directory: Path, dataset: Dataset, step: int) -> Path:
@@ -89,7 +90,7 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 
 
 def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[DamagedPartError]]:
-    """All rows of a run's dataset, each once, and the parts that had to be left out.
+    """All rows of a run's dataset, each once, and the parts that are missing or had to be left out.
 
     Rows come earliest part first; of doubled rows the one in the latest part stays.
     """
@@ -104,7 +105,18 @@ def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[Damage
                     damaged.append(error)
         except FileNotFoundError:
             continue  # compacted between listing and reading: the new listing has all the rows
-        return joined(tables, dataset), damaged
+        return joined(tables, dataset), damaged + missing_errors(directory, dataset)
+
+
+def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
+    """One error for each part that was written and is not there any more."""
+    return [
+        DamagedPartError(
+            f"{path} is missing: its rows were stored and are not there any more. Restore it; to "
+            f"do without them, delete {directory / MANIFEST_NAME}."
+        )
+        for path in missing_parts(directory, dataset.name)
+    ]
 
 
 def _check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:

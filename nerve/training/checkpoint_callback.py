@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from nerve.config import require
-from nerve.files import as_store_error
+from nerve.files import as_store_error, require_there
 from nerve.measuring.distributed import gathered, highest, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
+    identity_of,
     weights_of,
     write_checkpoint,
 )
@@ -91,9 +92,9 @@ class Checkpointing(Checkpoint):
 
     A checkpoint of step s is the state after s optimizer steps and the validation that falls on
     them: weights, optimizer, schedule, data position, random states of every process, and what the
-    other callbacks keep. Before it is written, the rows up to s are; a resumed run drops later
-    ones. The weights of the lowest validation loss are kept in memory and written along with it.
-    Those of the steps to keep are written at once, and dropped where a resumed run drops rows.
+    other callbacks keep. Before it is written, the rows up to s are; the monitor of a resumed run
+    drops later ones. The weights of the lowest validation loss are kept in memory and written along
+    with it. Those of the steps to keep are written at once, and dropped as rows are.
 
     Args:
         files: the plugin through which Lightning saves.
@@ -156,14 +157,14 @@ class Checkpointing(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["facts"] = self._facts
+        if self._store:  # the process that writes, which knows the record
+            checkpoint |= identity_of(self._run.require_record())
         # As early stopping has decided; what else stops a run does not stop it again.
         checkpoint["should_stop"] = trainer.should_stop and follows_a_rule(trainer)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._store:
-            self._store.truncate_after(checkpoint["global_step"])
         self._had_stopped = checkpoint.get("should_stop", False)
 
     def setup(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -256,6 +257,7 @@ class Checkpointing(Checkpoint):
             return
         weights = self._weights(trainer, pl_module)
         if self._store:
+            require_there(self._run.path)
             write_checkpoint(self._run.kept_checkpoint(trainer.global_step), weights)
 
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -279,6 +281,7 @@ class Checkpointing(Checkpoint):
     def _write(self, trainer: L.Trainer) -> None:
         if not (self._store and self._files.holds):
             return
+        require_there(self._run.path)
         self._store.flush(trainer.global_step)
         if self._best:
             self._best.write(self._run.checkpoint("best"))

@@ -11,7 +11,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nerve.files import as_store_error, write_atomically
+from nerve.files import (
+    as_store_error,
+    remove_temporaries,
+    require_there,
+    write_atomically,
+)
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -69,6 +74,7 @@ class CSVLogger(Logger):
     def __init__(self, directory: str | Path) -> None:
         super().__init__()
         self._path = Path(directory) / "metrics.csv"
+        self._is_made = False
         self._columns: list[str] = []
         self._waiting: list[Row] = []
 
@@ -118,8 +124,12 @@ class CSVLogger(Logger):
         columns = ["step", *sorted({name for row in rows.values() for name in row} - {"step"})]
         header = dict(zip(columns, columns, strict=True))
         text = _text(columns, [header, *rows.values()])
-        with as_store_error(self._path.parent):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._is_made:  # later on it is gone with the run's directory
+            with as_store_error(self._path.parent):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._is_made = True
+        require_there(self._path.parent)
+        remove_temporaries(self._path.parent)
         write_atomically(self._path, lambda file: file.write(text))
         self._columns, self._waiting = columns, []
 

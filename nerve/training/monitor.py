@@ -41,7 +41,8 @@ class SpectralMonitor(L.Callback):
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that is not the one
-            that writes: of several processes, rank 0. All of them share the solving.
+            that writes: of several processes, rank 0. All of them share the solving. A fit that
+            begins at step s, from whatever checkpoint, drops the rows past s.
         ffns: the FFNs of a model whose modules do not fulfil the protocol `FFN`; None to look for
             them in the module that is trained.
         settings: those of `MonitorSettings`, by name: `every_n_steps`, `source`, `spectra`,
@@ -80,7 +81,7 @@ class SpectralMonitor(L.Callback):
     @property
     def n_validated(self) -> int:
         """Targets of the last validation, of this process; 0 before the first."""
-        return self._cadence.n_validated
+        return self._recorder.n_validated
 
     @property
     def latest(self) -> list[dict[str, Any]]:
@@ -116,6 +117,7 @@ class SpectralMonitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = _last_step(trainer)
+        self._recorder.drop_after(trainer.global_step)
         _warn_of_split_windows(trainer)
 
     def on_train_batch_end(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -321,7 +322,8 @@ def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
         folder = tmp_path / str(index) / "metrics"
         folder.mkdir(parents=True)
         (folder / "part-000000000010.parquet").write_bytes(part)
-        renamed = text.replace(record.run_id, f"{index:08d}")
+        renamed = re.sub('"checksum": "[0-9a-f]*"', '"checksum": null', text)
+        renamed = renamed.replace(record.run_id, f"{index:08d}")
         (folder.parent / "run.json").write_text(renamed)
     started = pd.Timestamp.now()
     assert len(load_metrics(tmp_path)) == 200 * 120
@@ -335,7 +337,8 @@ def test_runs_of_earlier_versions_share_ids_with_those_of_today(tmp_path, make_r
     for name, values, seed in (("now", config, 1), ("before", before, 1), ("other", before, 2)):
         make_run(tmp_path / name, {**values, "seed": seed}, seed=seed)
     path = tmp_path / "before" / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_id": "0123456789ab"}))
+    changed = {"config_id": "0123456789ab", "checksum": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     runs = load_runs(tmp_path)
     assert set(runs.loc[runs["seed"] == 1, "config_id"]) == {config_id({**config, "seed": 1})}
     assert set(runs["design_id"]) == {config_id(config)}

@@ -59,7 +59,8 @@ def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
     record.update(step=step)
     path = record.directory / RECORD_NAME
     then = datetime.now(UTC) - timedelta(seconds=seconds_ago)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"heartbeat": then.isoformat()}))
+    changed = {"heartbeat": then.isoformat(), "checksum": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 @pytest.fixture
@@ -103,6 +104,14 @@ def test_every_state_is_told_from_the_others(new_run, at_work, status):
     assert "7 runs: 1 running, 1 slow, 1 done, 1 interrupted, 1 dead, 1 failed, 1 unread" in below
     assert "sweep/failed failed: ValueError: no such value" in below
     assert "sweep/unreadable/run.json is not the record of a run" in below
+
+
+def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, status):
+    ahead = new_run("ahead")
+    at_work(ahead)
+    heard(ahead, -600)
+    rows, _ = status("sweep")
+    assert " running 0/100 – 0 s ago " in rows[-1]
 
 
 def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):

@@ -1,5 +1,6 @@
 """Runs are found wherever the path points above them, once each, and oddities are named."""
 
+import json
 import os
 import shutil
 
@@ -48,6 +49,20 @@ def test_links_are_followed_and_their_loops_end(tree, tmp_path):
     assert len(find_runs(outside)) == 2
 
 
+def test_runs_within_runs_are_found(tree, make_run):
+    """In the run's directory itself, below a folder of one's own in it, and within each other."""
+    inner = [
+        tree / "single" / "a",
+        tree / "single" / "a" / "b",
+        tree / "sweep_a" / "c1" / "x" / "y",
+    ]
+    for path in inner:
+        make_run(path, steps=())
+    assert set(inner) <= set(find_runs(tree))
+    assert len(find_runs(tree)) == len(load_records(tree)) == 8
+    assert find_runs(tree / "single") == [tree / "single", *inner[:2]]
+
+
 def test_hidden_directories_and_insides_of_runs_are_passed_over(tree):
     shutil.copytree(tree / "single", tree / ".trash" / "single")
     shutil.copytree(tree / "single", tree / "single" / "checkpoints" / "copy")
@@ -75,6 +90,14 @@ def test_a_damaged_record_is_left_out_and_named(tree):
         load_records(tree / "single")
 
 
+def test_a_run_whose_record_is_gone_is_named(tree, make_run):
+    lost = make_run(tree / "sweep_a" / "lost").directory
+    (lost / "run.json").unlink()
+    assert lost in find_runs(tree)
+    with pytest.warns(DamagedRecordWarning, match=r"sweep_a/lost/run\.json is missing"):
+        assert len(load_records(tree)) == 5
+
+
 @pytest.mark.parametrize("further", ["original", "copy"])
 def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
     shutil.copytree(tree / "sweep_a", tree / "copy_of_a")
@@ -99,9 +122,9 @@ def test_a_copy_is_told_from_another_run_of_the_same_id(tree, make_run):
     (tree / "copy" / "run.json").unlink()
     make_run(tree / "other", steps=(), run_id=record.run_id)
     path = tree / "other" / "run.json"
-    path.write_text(
-        path.read_text().replace(f'"started": "{record.started[:4]}', '"started": "1999')
-    )
+    started = f"1999{record.started[4:]}"
+    changed = {"started": started, "checksum": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     with pytest.warns(IncompleteWarning, match=r"\(two runs of one id\)"):
         load_records(tree)
 

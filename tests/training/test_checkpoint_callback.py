@@ -13,6 +13,7 @@ from torch.optim import SGD
 from nerve.errors import ConfigError, StoreError
 from nerve.optim import Schedule
 from nerve.storage.directory import RunDirectory
+from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_callback import Cadence, Checkpointing
 from nerve.training.checkpoint_files import (
@@ -82,6 +83,7 @@ def fit(
         nn.Linear(4, 2), lambda model: SGD(model.parameters(), lr=0.1), Schedule("linear")
     )
     module.losses = losses
+    RunRecord.create(directory, {})
     files, kept = CheckpointFiles(), KeepWeights()
     with StopSignals() as signals:
         saving = Checkpointing(
@@ -216,7 +218,7 @@ def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate
     assert RunDirectory(tmp_path).kept_steps() == [0, 2, 3, N_STEPS]
     for step in RunDirectory(tmp_path).kept_steps():
         kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step))
-        assert set(kept) == {"model", "facts", "step"}
+        assert set(kept) == {"model", "facts", "step", "run_id", "config_id", "config"}
         assert (kept["step"], kept["facts"]) == (step, {"vocab_size": 7})
         for name, weight in weights[step].items():
             assert torch.equal(kept["model"][name], weight)
@@ -300,3 +302,22 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_befo
 def test_a_cadence_is_checked(values):
     with pytest.raises(ConfigError, match=rf"checkpoint\.{next(iter(values))}"):
         Cadence(**values)
+
+
+class Rename(L.Callback):
+    """Renames the run's directory after three steps."""
+
+    def __init__(self, directory) -> None:
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 3:
+            self.directory.rename(self.directory.with_name("moved"))
+
+
+@pytest.mark.parametrize("cadence", [Cadence(every_n_steps=2), Cadence(keep=[5]), Cadence()])
+def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(tmp_path, cadence):
+    directory = tmp_path / "run"
+    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+        fit(directory, cadence, (1.0,) * N_STEPS, callbacks=(Rename(directory),))
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

@@ -701,3 +701,62 @@ def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):
     assert recorder.logged
     assert all("train_loss" in values or "val_loss" in values for _, values in recorder.logged)
     assert not recorder.measured
+
+
+class Resumable(Batches):
+    """Lightning warns of a loader that cannot be resumed; which batches come is no matter here."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class SaveAt(L.Callback):
+    """Saves a checkpoint at a step, as code of one's own does."""
+
+    def __init__(self, path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("every_n_steps", "n_steps", "steps"),
+    [(2, 4, [0, 1, 2, 4]), (1, 3, [0, 1, 2, 3]), (100, 5, [0, 1, 2, 5])],
+)
+def test_who_resumes_leaves_no_rows_of_the_branch_that_it_abandons(
+    tmp_path, every_n_steps, n_steps, steps
+):
+    """At another cadence, and for fewer steps: rows past the checkpoint that no measurement takes
+    the place of. With a trainer of one's own, without anything else of this project."""
+    RunRecord.create(tmp_path, {}, run_id="run")
+
+    def fit_piece(every: int, n: int, callbacks=(), ckpt_path=None) -> None:
+        store = RunStore(tmp_path, "run")
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=n,
+            max_epochs=-1,
+            callbacks=[SpectralMonitor(store, every_n_steps=every), *callbacks],
+            logger=[StoreLogger(store)],
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        heldout = Batches(batches(1, seed=1))
+        trainer.fit(make_module(), Resumable(batches(6)), heldout, ckpt_path=ckpt_path)
+        store.flush(trainer.global_step)
+
+    fit_piece(1, 6, [SaveAt(tmp_path / "own.ckpt", 2)])
+    assert sorted(nerve.load_metrics(tmp_path).step.unique()) == [0, 1, 2, 3, 4, 5, 6]
+    fit_piece(every_n_steps, n_steps, ckpt_path=tmp_path / "own.ckpt")
+    assert sorted(nerve.load_metrics(tmp_path).step.unique()) == steps
+    assert nerve.load_spectra(tmp_path).step.max() == n_steps
+    assert nerve.load_scalars(tmp_path).step.max() <= n_steps
+    fit_piece(4, 4)
+    assert sorted(nerve.load_metrics(tmp_path).step.unique()) == [0, 4]

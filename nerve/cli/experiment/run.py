@@ -33,7 +33,11 @@ from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
-from nerve.training.checkpoint_files import CheckpointFiles, drop_all_but_weights
+from nerve.training.checkpoint_files import (
+    CheckpointFiles,
+    check_checkpoint,
+    drop_all_but_weights,
+)
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.signals import Interrupted, StopSignals
 
@@ -171,7 +175,9 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     remove_temporaries(last.parent)
     if not last.exists():
         store.truncate_after(-1)
-    elif record.fingerprints != data.fingerprints:
+        return
+    check_checkpoint(last, record)
+    if record.fingerprints != data.fingerprints:
         raise DataError(
             f"A run goes on with the data that it began with; those of {run.path} had the "
             f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the old "

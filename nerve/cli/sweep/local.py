@@ -16,6 +16,7 @@ from nerve import cores
 from nerve.cli.sweep.grid import Cell
 from nerve.cli.sweep.worker import encoded, record_end
 from nerve.errors import NerveError, StoreError
+from nerve.files import require_there
 
 GRACE_S = 120.0
 """How long a cell that is asked to stop may take to save; then it is killed."""
@@ -176,6 +177,7 @@ class _Process:
             self._popen.stdin.close()
         self._kill()
         try:
+            require_there(self.cell.directory)
             with self.cell.run.locked():
                 if not self._is_recorded(status):
                     error = self._error or _error(status)
@@ -197,6 +199,7 @@ class _Process:
 
 def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    cell.directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         log = None
         if n_at_once > 1:
@@ -207,7 +210,6 @@ def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
             gpus = _gpus()
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-            cell.directory.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(open(cell.directory / LOG_NAME, "ab"))
         popen = subprocess.Popen(
             COMMAND,

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from nerve import cores
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.sweep import local
+from nerve.cli.sweep.grid import Cell
 from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -111,7 +112,8 @@ def as_an_earlier_version_left(seed: int, name: str) -> Path:
     record = records()[seed]
     moved = record.directory.rename(FOLDER / name)
     path = moved / "run.json"
-    path.write_text(path.read_text().replace(record.config_id, name))
+    values = json.loads(path.read_text().replace(record.config_id, name))
+    path.write_text(json.dumps(values | {"checksum": None}))
     return moved
 
 
@@ -544,3 +546,18 @@ def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(fi
     status, _, err = finds_a_run([], [], lose_the_node)
     assert status == 1
     assert "0 (the only one): killed" in err
+
+
+def test_a_directory_that_was_renamed_while_its_cell_worked_does_not_come_back(tmp_path):
+    """However its process ended: what there is to say of it is said in the summary."""
+    run = RunDirectory(tmp_path / "run")
+    RunRecord.create(run.path, {"seed": 1})
+    ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
+    ended.wait()
+    process = object.__new__(local._Process)
+    process.cell = Cell(0, [], OmegaConf.create(), run)
+    process._popen = ended
+    run.path.rename(tmp_path / "moved")
+    process._settle(1)
+    assert "run is not there any more: it was renamed or deleted" in process.cell.trouble
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
