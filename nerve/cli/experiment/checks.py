@@ -19,7 +19,7 @@ from nerve.config import from_mapping, require, require_choice, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError
 from nerve.measuring.ffns import FFN, find_ffns
-from nerve.models import MODELS, model_design
+from nerve.models import MODELS, Regularizer, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
 from nerve.optim import Part, Schedule, check_parts
@@ -113,7 +113,7 @@ class Plan:
     Attributes:
         config: as composed, with its interpolations; what `_target_` names is built from it.
         values: the same, resolved, as the record and the loggers have them.
-        model, data, optimizer, trainer, checkpoint: the groups of these names.
+        model, data, optimizer, trainer, checkpoint, regularizer: the groups of these names.
         monitor: the arguments of `SpectralMonitor`.
         objective, seed, threads, compile, retry: the values of these names.
     """
@@ -126,6 +126,7 @@ class Plan:
     trainer: TrainerPlan
     monitor: Mapping[str, Any]
     checkpoint: Cadence
+    regularizer: Regularizer
     objective: str
     seed: int
     threads: int | None
@@ -157,6 +158,8 @@ class Plan:
         _require_packages(values["logger"])
         seed, threads = _seed(values["seed"]), _threads(values["threads"])
         model = _model_plan(values)
+        regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
+        regularizer.ffns(model.skeleton)
         widths = [width_of(ffn) for ffn in find_ffns(model.skeleton, monitor["layers"])]
         data = DataPlan(
             trainer.max_steps * trainer.accumulate_grad_batches,
@@ -172,6 +175,7 @@ class Plan:
             trainer=trainer,
             monitor=monitor,
             checkpoint=checkpoint,
+            regularizer=regularizer,
             objective=values["objective"],
             seed=seed,
             threads=threads,
