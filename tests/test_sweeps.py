@@ -46,7 +46,8 @@ QUESTIONS = {
     *("activation", "normfree", "ffn_constraint", "norm_placement", "ffn_width", "position"),
     *("gated", "optimizer", "mixer_activation", "mixer_optimizer", "llama_scale"),
     *("paper_placement", "paper_residual", "paper_normfree", "paper_activation", "paper_width"),
-    *("paper_position", "paper_optimizer", "cause_pre_scale"),
+    *("paper_position", "paper_optimizer"),
+    *("cause_pre_scale", "cause_dose", "cause_regularizer"),
 }
 TOKENS_A_STEP = {"llama_scale": 2**16, "paper_normfree": 2**15} | {
     f"paper_{name}": 2**16

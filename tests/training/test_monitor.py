@@ -284,7 +284,7 @@ def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp
 def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
     """Code that was compiled without a probe is compiled again, for this fit and for the next."""
     module, rows = make_module(compile=True), []
-    module._training_loss(batches(1)[0]).backward()
+    module._training_losses(batches(1)[0])[0].backward()
     module.zero_grad()
     state = copy.deepcopy(module.model.state_dict())
     for name in ("a", "b"):

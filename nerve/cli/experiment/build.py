@@ -55,6 +55,7 @@ def build_module(plan: Plan, facts: Mapping[str, Any]) -> TrainedModel:
         lambda model: build_optimizer(model, plan.optimizer.parts),
         plan.optimizer.schedule,
         compile=plan.compile,
+        regularizer=plan.regularizer,
     )
 
 

@@ -29,6 +29,7 @@ from nerve.cli.experiment.groups import (
 )
 from nerve.cli.experiment.objective import check_objective
 from nerve.config import from_mapping
+from nerve.models import Regularizer
 from nerve.training.checkpoint_callback import Cadence
 
 
@@ -40,7 +41,8 @@ class Plan:
     Attributes:
         values: the configuration, resolved, as the record and the loggers have it; what `_target_`
             names is built from it.
-        model, data, optimizer, trainer, monitor, checkpoint: the groups of these names.
+        model, data, optimizer, trainer, monitor, checkpoint, regularizer: the groups of these
+            names.
     """
 
     values: Mapping[str, Any]
@@ -50,6 +52,7 @@ class Plan:
     trainer: TrainerPlan
     monitor: MonitorPlan
     checkpoint: Cadence
+    regularizer: Regularizer
 
     @classmethod
     def of(cls, config: DictConfig) -> "Plan":
@@ -80,6 +83,8 @@ class Plan:
         data = DataPlan.of(trainer, monitor, kind, widest=1)
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
+        regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
+        regularizer.ffns(model.skeleton)
         widest = max(model.widths(monitor.layers))
         return cls(
             values=values,
@@ -89,6 +94,7 @@ class Plan:
             trainer=trainer,
             monitor=monitor,
             checkpoint=checkpoint,
+            regularizer=regularizer,
         )
 
     @property

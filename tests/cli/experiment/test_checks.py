@@ -42,6 +42,19 @@ BAD_GPT = [
         ["model.pre_std=1", "ffn.constraint=spectral_norm"],
         ["model.pre_std=1 scales", "ffn.constraint=spectral_norm"],
     ),
+    (
+        ["regularizer=participation_ratio", "regularizer.layers=[1,2]"],
+        ["regularizer.layers must be null (all) or layers that have FFNs", "got [1, 2]"],
+    ),
+    (
+        ["regularizer=participation_ratio", "regularizer.site=input"],
+        ["regularizer.site must be one of post, pre; got 'input'"],
+    ),
+    (
+        ["regularizer=participation_ratio", "regularizer.weight=a"],
+        ["regularizer.weight must be a whole number or a number; got 'a'"],
+    ),
+    (["activation=interpolated", "activation.alpha=2"], ["activation.alpha must lie in [0, 1]"]),
     (["model.pre_std=0"], ["model.pre_std must be null or positive; got 0"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
     (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
