@@ -8,9 +8,10 @@ from typing import Any
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from nerve.cli.config.compose import build
+from nerve.cli.experiment.machine import is_alone
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
@@ -87,7 +88,9 @@ def build_trainer(
     if plan.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
     plugins: list[Any] = [files]
-    if SLURMEnvironment.detect():
+    if is_alone(plan.values["trainer"]):
+        plugins.append(LightningEnvironment())  # whatever a job around it says of its tasks
+    elif SLURMEnvironment.detect():
         # Lightning's own requeueing would act beside ours, and beside submitit's.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer: L.Trainer = build(

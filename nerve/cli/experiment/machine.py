@@ -1,10 +1,15 @@
 """The machine that a run is on: whether it has the devices, and what they are."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.experiment.plan import Plan
+from nerve.cli.sweep.devices import n_devices_of
 from nerve.config import require
 from nerve.storage.provenance import nvidia_driver
 
@@ -17,6 +22,27 @@ def check_machine(plan: Plan) -> None:
         f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
         "it can use. Take trainer=cpu, or install torch for this machine's GPU.",
     )
+
+
+def is_alone(trainer: Mapping[str, Any]) -> bool:
+    """Whether a run is one process, by what it asks for.
+
+    The job around it may have others: tasks of `srun` that each run a command of their own.
+
+    Args:
+        trainer: values of the group `trainer`.
+    """
+    n_devices = n_devices_of(trainer)
+    if n_devices is None:
+        n_devices = 1 if trainer["accelerator"] == "cpu" else max(1, torch.cuda.device_count())
+    return n_devices == 1 and trainer.get("num_nodes", 1) == 1
+
+
+def leads(trainer: Mapping[str, Any]) -> bool:
+    """Whether this process records the run: of several processes the first, of one that one."""
+    if is_alone(trainer):
+        rank_zero_only.rank = 0  # Lightning takes it from variables of the job
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def _has_gpu() -> bool:

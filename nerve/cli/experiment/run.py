@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.conf import HydraConf
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from nerve.cli.console import counts
@@ -21,7 +20,7 @@ from nerve.cli.experiment.build import (
     log_configuration,
     scale_pre_activations,
 )
-from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions
+from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions, leads
 from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
@@ -69,7 +68,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     check_machine(plan)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
-        if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+        if not leads(plan.values["trainer"]):
             return _follow(plan, run, signals)
         with run.locked():
             record = start(run, config, hydra_config)

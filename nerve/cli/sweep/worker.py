@@ -60,9 +60,11 @@ def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
     except StoreError:
         raise  # the directory is another's, or cannot be written
     except Exception as error:
-        first = os.environ.get("SLURM_PROCID", "0") == "0"  # of several processes one records
-        if first and run.path.is_dir() and run.reload().record is None:
-            record_end(run, resolved(config), "failed", error)
+        from nerve.cli.experiment.machine import leads
+
+        values = resolved(config)
+        if leads(values["trainer"]) and run.path.is_dir() and run.reload().record is None:
+            record_end(run, values, "failed", error)
         raise
 
 

@@ -1,5 +1,9 @@
 """A run that ends before its last step without an error: done, or to be gone on with."""
 
+import os
+import subprocess
+import sys
+
 import lightning as L
 import pytest
 
@@ -65,3 +69,24 @@ def test_a_run_that_validated_a_part_is_not_done(experiment, tmp_path, monkeypat
         experiment("run", "monitor.n_tokens=1024")
     assert RunRecord.load(tmp_path / "run").run_status == "failed"
     assert len(nerve.load_metrics(tmp_path / "run"))
+
+
+TASKS = {
+    "a task of srun": {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"},
+    "no tasks per node": {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+    "torchrun's variables": {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"},
+}
+
+
+@pytest.mark.parametrize("variables", TASKS.values(), ids=TASKS)
+def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path, variables):
+    """In a process of its own: Lightning reads the variables when it is imported."""
+    job = {"SLURM_JOB_NAME": "a", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    command = [sys.executable, "-m", "nerve.cli.run", *small, "hydra.run.dir=run"]
+    environment = {**os.environ, **job, **variables}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert RunRecord.load(tmp_path / "run").run_status == "done"
+    assert nerve.load_metrics(tmp_path / "run").step.max() == 5
