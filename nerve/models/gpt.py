@@ -125,7 +125,7 @@ class GPT(nn.Module):
     """
 
     Config: ClassVar = GPTConfig
-    FACTS: ClassVar = ("vocab_size",)
+    DATA_DIMS: ClassVar = ("vocab_size",)
     """The fields of `Config` that the data gives."""
 
     # Layers draw weights as they are built, from the global generator; `initialise` replaces them.

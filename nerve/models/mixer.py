@@ -183,7 +183,7 @@ class Mixer(nn.Module):
     """
 
     Config: ClassVar = MixerConfig
-    FACTS: ClassVar = ("image_size", "n_channels", "n_classes")
+    DATA_DIMS: ClassVar = ("image_size", "n_channels", "n_classes")
     """The fields of `Config` that the data gives."""
 
     # Layers draw weights as they are built, from the global generator; `initialise` replaces them.

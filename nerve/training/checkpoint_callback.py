@@ -98,7 +98,7 @@ class Checkpointing(Checkpoint):
         cadence: when to save.
         signals: what may ask the run to stop.
         store: whose rows must be as far as the checkpoint; None in a process that does not write.
-        facts: what the model was built from beside the configuration, for `load_model`.
+        data_dims: what the model was built from beside the configuration, for `load_model`.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Checkpointing(Checkpoint):
         cadence: Cadence,
         signals: StopSignals,
         store: RunStore | None,
-        facts: Mapping[str, Any],
+        data_dims: Mapping[str, Any],
     ) -> None:
         self.scores: dict[str, float] = {}
         """What the last validation logged: `val_loss`, …"""
@@ -117,7 +117,7 @@ class Checkpointing(Checkpoint):
         self._cadence = cadence
         self._signals = signals
         self._store = store
-        self._facts = dict(facts)
+        self._data_dims = dict(data_dims)
         self._wish = 0
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
@@ -151,7 +151,7 @@ class Checkpointing(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["facts"] = self._facts
+        checkpoint["facts"] = self._data_dims
         checkpoint["should_stop"] = trainer.should_stop  # as early stopping has decided
 
     def on_load_checkpoint(

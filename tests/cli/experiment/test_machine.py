@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nerve.cli.experiment import run as experiment
+from nerve.cli.experiment import machine
 
 
 def trainer(root: str, device_ids: list[int], num_nodes: int = 1) -> SimpleNamespace:
@@ -24,14 +24,14 @@ def trainer(root: str, device_ids: list[int], num_nodes: int = 1) -> SimpleNames
 )
 def test_every_gpu_is_named(ran_on, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    assert experiment._device_names(ran_on) == name
+    assert machine.device_names(ran_on) == name
 
 
 def test_the_versions_of_cuda_and_driver_are_those_of_runs_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(experiment, "nvidia_driver", lambda: "570.86.15")
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: "570.86.15")
     versions = {"cuda": "12.8", "nvidia-driver": "570.86.15"}
-    assert experiment._gpu_versions(trainer("cuda:0", [0])) == versions
-    assert experiment._gpu_versions(trainer("cpu", [0])) == {}
-    monkeypatch.setattr(experiment, "nvidia_driver", lambda: None)
-    assert experiment._gpu_versions(trainer("cuda:0", [0])) == {"cuda": "12.8"}
+    assert machine.gpu_versions(trainer("cuda:0", [0])) == versions
+    assert machine.gpu_versions(trainer("cpu", [0])) == {}
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: None)
+    assert machine.gpu_versions(trainer("cuda:0", [0])) == {"cuda": "12.8"}
