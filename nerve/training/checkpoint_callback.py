@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from nerve.config import require
+from nerve.config import require, require_count
 from nerve.files import as_store_error
 from nerve.measuring.distributed import gathered, highest, own_part
 from nerve.storage.directory import RunDirectory
@@ -31,7 +31,7 @@ _SAVE, _STOP = 1, 2
 
 
 @dataclass(frozen=True)
-class Cadence:
+class CheckpointCadence:
     """When a run saves, beside its end and when it is asked to stop: at whichever is due first.
 
     Attributes:
@@ -48,13 +48,10 @@ class Cadence:
     keep: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        steps, minutes = self.every_n_steps, self.every_n_minutes
+        require_count("checkpoint.every_n_steps", self.every_n_steps, or_null=True)
+        minutes = self.every_n_minutes
         require(
-            steps is None or (isinstance(steps, int) and steps > 0),
-            f"checkpoint.every_n_steps must be null or a positive whole number; got {steps!r}.",
-        )
-        require(
-            minutes is None or (isinstance(minutes, int | float) and minutes > 0),
+            minutes is None or minutes > 0,
             f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
         )
         require(
@@ -105,7 +102,7 @@ class Checkpointing(Checkpoint):
         self,
         files: CheckpointFiles,
         run: RunDirectory,
-        cadence: Cadence,
+        cadence: CheckpointCadence,
         signals: StopSignals,
         store: RunStore | None,
         data_dims: Mapping[str, Any],

@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,36 @@ class Interrupted(SystemExit):
         return f"stopped by {self.signal_name}"
 
 
-class StopSignals:
+class SignalsHandled:
+    """Handles signals while the `with` block runs, and restores what handled them before."""
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {signum: signal.getsignal(signum) for signum in self._signums()}
+        self.install()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+    def install(self) -> None:
+        """Handles the signals here, also those that someone else has taken over since."""
+        for signum in self._before:
+            signal.signal(signum, self._note)
+
+    def _signums(self) -> Iterable[int]:
+        """Those to handle."""
+        raise NotImplementedError
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopSignals(SignalsHandled):
     """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
 
     Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
@@ -38,34 +68,13 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._received: list[int] = []
+        super().__init__()
         self._deferred = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
-            self.install()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     @property
     def received(self) -> bool:
         """Whether this process was asked to stop."""
         return bool(self._received)
-
-    def install(self) -> None:
-        """Handles the signals here, also those that someone else has taken over since."""
-        for signum in self._before:
-            signal.signal(signum, self._note)
 
     def defer(self) -> None:
         """From now on signals are only noted; also those that someone else has taken over since."""
@@ -90,6 +99,9 @@ class StopSignals:
         if signal.SIGTERM in self._received and "SLURM_JOB_ID" in os.environ:
             log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
             time.sleep(SLURM_KILLS_WITHIN_S)
+
+    def _signums(self) -> Iterable[int]:
+        return STOPPING if threading.current_thread() is threading.main_thread() else ()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in self._received:

@@ -89,8 +89,9 @@ class MonitorPlan(MonitorSettings):
         super().__post_init__()
         if self.n_tokens != "auto":
             require(
-                isinstance(self.n_tokens, int) and self.n_tokens > 0,
-                f"monitor.n_tokens must be auto or a positive whole number; got {self.n_tokens!r}.",
+                isinstance(self.n_tokens, int) and self.n_tokens >= 1,
+                "monitor.n_tokens must be auto or a whole number of at least 1; got "
+                f"{self.n_tokens!r}.",
             )
 
     @property

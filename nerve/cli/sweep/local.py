@@ -9,13 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 from nerve import cores
 from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.worker import encoded, record_end
 from nerve.errors import NerveError, StoreError
+from nerve.training.signals import SignalsHandled
 
 GRACE_S = 120.0
 """How long a trial that is asked to stop may take to save; then it is killed."""
@@ -43,33 +43,22 @@ class TimeLimitError(NerveError):
     """A trial took longer than it was given."""
 
 
-class StopRequests:
+class StopRequests(SignalsHandled):
     """Counts the requests to stop that this process gets while the `with` block runs.
 
     A signal that is ignored (`nohup`) stays ignored.
     """
 
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._before: dict[int, Any] = {}
+    @property
+    def received(self) -> list[int]:
+        """The signals so far."""
+        return self._received
 
-    def __enter__(self) -> "StopRequests":
-        for signum in STOPPING:
-            if signal.getsignal(signum) != signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+    def _signums(self) -> Iterable[int]:
+        return [each for each in STOPPING if signal.getsignal(each) != signal.SIG_IGN]
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received.append(signum)
+        self._received.append(signum)
 
 
 def run_here(
