@@ -51,10 +51,10 @@ def require_type(key: str, value: object, *kinds: type) -> None:
 def require_count(key: str, value: object, *, least: int = 1, or_null: bool = False) -> None:
     """Raises `ConfigError` unless `value` is a whole number of at least `least`."""
     is_count = _is_of(value, int) and value >= least  # type: ignore[operator]
-    named = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
     require(
         is_count or (or_null and value is None),
-        f"{key} must be {'null or ' if or_null else ''}{named}; got {value!r}.",
+        f"{key} must be {'null or ' if or_null else ''}a whole number of at least {least}; got "
+        f"{value!r}.",
     )
 
 

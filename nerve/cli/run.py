@@ -28,11 +28,12 @@ from nerve.cli.config.resume import prepare_resume
 from nerve.cli.experiment.check import check_composed
 from nerve.cli.sweep.sweeper import register_sweeper
 from nerve.cli.sweep.table import SweepError
-from nerve.cli.sweep.worker import run_cell
+from nerve.cli.sweep.worker import run_trial
 from nerve.errors import NerveError
 
 HINTS = {
     "hydra/launcher/joblib": "Trials run side by side with hydra.sweeper.n_jobs=2 in its place.",
+    "hydra/sweeper/cells": "It is called hydra/sweeper=trials.",
     "hydra/launcher/submitit_slurm": 'It comes with an extra: pip install -e ".[slurm]"',
 }
 """Configurations that are not there, and what to do."""
@@ -83,7 +84,7 @@ class _Command:
             # torch and Lightning take seconds to import
             from nerve.cli.experiment.run import run_experiment
 
-            return (run_cell if is_trial else run_experiment)(config, hydra_config)
+            return (run_trial if is_trial else run_experiment)(config, hydra_config)
         except NerveError as error:
             if self._show_tracebacks:
                 raise

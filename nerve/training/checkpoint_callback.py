@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from nerve.config import require
+from nerve.config import require, require_count
 from nerve.files import as_store_error, require_there
 from nerve.measuring.distributed import gathered, highest, own_part
 from nerve.storage.directory import RunDirectory
@@ -34,7 +34,7 @@ _SAVE, _STOP = 1, 2
 
 
 @dataclass(frozen=True)
-class Cadence:
+class CheckpointCadence:
     """When a run saves, beside its end and when it is asked to stop: at whichever is due first.
 
     Attributes:
@@ -51,13 +51,10 @@ class Cadence:
     keep: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        steps, minutes = self.every_n_steps, self.every_n_minutes
+        require_count("checkpoint.every_n_steps", self.every_n_steps, or_null=True)
+        minutes = self.every_n_minutes
         require(
-            steps is None or (isinstance(steps, int) and steps > 0),
-            f"checkpoint.every_n_steps must be null or a positive whole number; got {steps!r}.",
-        )
-        require(
-            minutes is None or (isinstance(minutes, int | float) and minutes > 0),
+            minutes is None or minutes > 0,
             f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
         )
         require(
@@ -102,17 +99,17 @@ class Checkpointing(Checkpoint):
         cadence: when to save.
         signals: what may ask the run to stop.
         store: whose rows must be as far as the checkpoint; None in a process that does not write.
-        facts: what the model was built from beside the configuration, for `load_model`.
+        data_dims: what the model was built from beside the configuration, for `load_model`.
     """
 
     def __init__(
         self,
         files: CheckpointFiles,
         run: RunDirectory,
-        cadence: Cadence,
+        cadence: CheckpointCadence,
         signals: StopSignals,
         store: RunStore | None,
-        facts: Mapping[str, Any],
+        data_dims: Mapping[str, Any],
     ) -> None:
         self.scores: dict[str, float] = {}
         """What the last validation logged: `val_loss`, …"""
@@ -121,7 +118,7 @@ class Checkpointing(Checkpoint):
         self._cadence = cadence
         self._signals = signals
         self._store = store
-        self._facts = dict(facts)
+        self._data_dims = dict(data_dims)
         self._wish = 0
         self._allowed = math.inf
         self._saved_at = self._started_at = time.monotonic()
@@ -156,7 +153,7 @@ class Checkpointing(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["facts"] = self._facts
+        checkpoint["facts"] = self._data_dims
         if self._store:  # the process that writes, which knows the record
             checkpoint |= identity_of(self._run.require_record())
         # As early stopping has decided; what else stops a run does not stop it again.

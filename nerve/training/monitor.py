@@ -121,12 +121,7 @@ class SpectralMonitor(L.Callback):
         _warn_of_split_windows(trainer)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any
     ) -> None:
         loss, n_targets = _step_outputs(outputs)
         # Lightning reports the loss as it was divided for gradient accumulation.
@@ -147,24 +142,13 @@ class SpectralMonitor(L.Callback):
         self._recorder.start_validation(is_split=shares)
 
     def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *index: int
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self.source == "heldout":
             self._recorder.start(_mask(pl_module, batch))
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return

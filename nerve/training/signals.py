@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 log = logging.getLogger(__name__)
 
@@ -42,45 +43,54 @@ class Interrupted(SystemExit):
         return self._reason
 
 
-class StopSignals:
-    """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
-
-    Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
-    program asks for `received` when it can stop. A second Ctrl-C ends at once, as
-    KeyboardInterrupt. A signal that was ignored (`nohup`) stays so. Outside the main thread, where
-    Python lets nobody handle signals, nothing is installed.
-    """
+class SignalsHandled:
+    """Handles signals while the `with` block runs, and restores what handled them before; one that
+    was ignored (`nohup`) stays so."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
-        self._deferred = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            handlers = {signum: signal.getsignal(signum) for signum in STOPPING}
-            self._before = {s: own for s, own in handlers.items() if own is not signal.SIG_IGN}
-            self.install()
+    def __enter__(self) -> Self:
+        handlers = {signum: signal.getsignal(signum) for signum in self._signums()}
+        self._before = {s: own for s, own in handlers.items() if own is not signal.SIG_IGN}
+        self.install()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-
-    @property
-    def received(self) -> bool:
-        """Whether this process was asked to stop."""
-        return bool(self._received)
 
     def install(self) -> None:
         """Handles the signals here, also those that someone else has taken over since."""
         for signum in self._before:
             signal.signal(signum, self._note)
+
+    def _signums(self) -> Iterable[int]:
+        """Those to handle."""
+        raise NotImplementedError
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopSignals(SignalsHandled):
+    """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
+
+    Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
+    program asks for `received` when it can stop. A second Ctrl-C ends at once, as
+    KeyboardInterrupt. Outside the main thread, where
+    Python lets nobody handle signals, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deferred = False
+
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self._received)
 
     def defer(self) -> None:
         """From now on signals are only noted; also those that someone else has taken over since."""
@@ -105,6 +115,9 @@ class StopSignals:
         if signal.SIGTERM in self._received and "SLURM_JOB_ID" in os.environ:
             log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
             time.sleep(SLURM_KILLS_WITHIN_S)
+
+    def _signums(self) -> Iterable[int]:
+        return STOPPING if threading.current_thread() is threading.main_thread() else ()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in self._received:

@@ -127,7 +127,7 @@ def test_one_layer_can_be_measured_alone(run, tiny, tmp_path):
     assert nerve.load_metrics(tmp_path).layer.unique().tolist() == [1]
 
 
-def test_a_cell_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
+def test_a_trial_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
     """Its process of its own changes no bit; called again, the command starts none."""
     design = [*tiny, "activation=relu", "logger=none"]
     assert run(*design, "hydra.run.dir=single")[0] == 0
@@ -135,17 +135,17 @@ def test_a_cell_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_pat
     assert status == 0
     assert "sweep outputs/multirun: 1 trial, 1 new; 1 to run" in out
     (single,) = nerve.load_runs("single").itertuples()
-    (cell,) = nerve.load_runs("outputs/multirun").itertuples()
-    assert (cell.sweep, cell.config_id) == ("multirun", single.config_id)
-    assert Path(cell.directory).name == cell.config_id
+    (trial,) = nerve.load_runs("outputs/multirun").itertuples()
+    assert (trial.sweep, trial.config_id) == ("multirun", single.config_id)
+    assert Path(trial.directory).name == trial.config_id
     np.testing.assert_array_equal(
         nerve.load_metrics("single")[METRICS], nerve.load_metrics("outputs/multirun")[METRICS]
     )
-    before = Path(cell.directory, "run.json").read_bytes()
+    before = Path(trial.directory, "run.json").read_bytes()
     status, out, _ = run("-m", *design)
     assert status == 0
     assert "1 trial, 1 done; 0 to run" in out
-    assert before == Path(cell.directory, "run.json").read_bytes()
+    assert before == Path(trial.directory, "run.json").read_bytes()
 
 
 def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):

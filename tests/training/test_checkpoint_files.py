@@ -34,7 +34,7 @@ CONFIG = {
     "position": {"name": "learned"},
     "ffn": {"width": 2, "constraint": "weight_norm"},
 }
-FACTS = {"vocab_size": 7}
+DATA_DIMS = {"vocab_size": 7}
 
 
 class Evil:
@@ -52,7 +52,7 @@ def lightning_checkpoint(model: torch.nn.Module) -> dict:
     return {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "global_step": 5,
-        "facts": FACTS,
+        "facts": DATA_DIMS,
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(100)}}}],
     }
 
@@ -67,7 +67,7 @@ def test_a_step_that_is_no_whole_number_is_refused(tmp_path, step):
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
     """From weights alone as from a whole checkpoint; another seed would give other weights."""
-    trained = build_model({**CONFIG, "seed": 2}, seed=2, **FACTS)
+    trained = build_model({**CONFIG, "seed": 2}, seed=2, **DATA_DIMS)
     RunRecord.create(tmp_path, CONFIG)
     path = RunDirectory(tmp_path).checkpoint(which)
     write_checkpoint(path, lightning_checkpoint(trained))
@@ -83,7 +83,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
 
 
 def test_weights_alone_are_smaller_and_taken_once(tmp_path):
-    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS))
+    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS))
     weights = weights_of(whole)
     assert weights["step"] == 5
     assert weights_of(weights) == weights
@@ -242,7 +242,7 @@ def test_weights_of_another_step_than_their_name_says_are_not_loaded(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_wherever_it_is_cut(tmp_path):
     path = RunDirectory(tmp_path).checkpoint("last")
-    write_checkpoint(path, lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    write_checkpoint(path, lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     whole = path.read_bytes()
     for length in range(0, len(whole), len(whole) // 20):
         path.write_bytes(whole[:length])
@@ -262,9 +262,9 @@ def test_the_weights_of_a_step_are_loaded_by_its_number(tmp_path):
     """Of several that are kept, beside a best and a last one that are others."""
     RunRecord.create(tmp_path, CONFIG)
     for which in ("best", "last"):
-        other = build_model(CONFIG, seed=9, **FACTS)
+        other = build_model(CONFIG, seed=9, **DATA_DIMS)
         write_checkpoint(RunDirectory(tmp_path).checkpoint(which), lightning_checkpoint(other))
-    trained = {step: build_model(CONFIG, seed=step, **FACTS) for step in (0, 100, 2000)}
+    trained = {step: build_model(CONFIG, seed=step, **DATA_DIMS) for step in (0, 100, 2000)}
     for step, model in trained.items():
         write_checkpoint(
             RunDirectory(tmp_path).kept_checkpoint(step),

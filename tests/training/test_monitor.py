@@ -572,7 +572,7 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"every_n_steps": 0}, "monitor.every_n_steps must be a positive whole number; got 0"),
+        ({"every_n_steps": 0}, "monitor.every_n_steps must be a whole number of at least 1; got 0"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),

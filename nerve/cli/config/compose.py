@@ -100,6 +100,6 @@ def _config_id_of_root(*, _root_: DictConfig) -> str:
     return identity(_root_)
 
 
-# `${config_id:}`, the id of the configuration around it, names the directory of a sweep's cell; the
+# `${config_id:}`, the id of the configuration around it, names the directory of a trial; the
 # job of a cluster asks for it before it calls anything of ours.
 OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)

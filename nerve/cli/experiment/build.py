@@ -31,7 +31,7 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
 
 
 def build_data(plan: Plan) -> Any:
-    """The data module, prepared: the model needs facts that only the data knows.
+    """The data module, prepared: the model needs sizes that only the data knows.
 
     Relative paths begin where the command was given, also if Hydra changed the directory.
     """
@@ -43,16 +43,16 @@ def build_data(plan: Plan) -> Any:
     return data
 
 
-def facts_of(data: Any, kind: str) -> dict[str, Any]:
+def data_dims_of(data: Any, kind: str) -> dict[str, Any]:
     """What a model of that kind must know of the data, such as `vocab_size`."""
-    return {fact: getattr(data, fact) for fact in MODELS[kind].FACTS if hasattr(data, fact)}
+    return {name: getattr(data, name) for name in MODELS[kind].DATA_DIMS if hasattr(data, name)}
 
 
-def build_module(plan: Plan, facts: Mapping[str, Any]) -> TrainedModel:
+def build_module(plan: Plan, data_dims: Mapping[str, Any]) -> TrainedModel:
     """The model, with its loss, optimizer and schedule."""
     trained_model, _ = TASKS[plan.model.kind]
     return trained_model(
-        build_model(plan.values, seed=plan.seed, **facts),
+        build_model(plan.values, seed=plan.seed, **data_dims),
         lambda model: build_optimizer(model, plan.optimizer.parts),
         plan.optimizer.schedule,
         compile=plan.compile,

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nerve.cli.config.options import refuse_merged
-from nerve.cli.sweep.grid import Cell
+from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.preview import preview
 from nerve.config import require
 from nerve.errors import NerveError
@@ -66,10 +66,10 @@ def check_experiment(config: DictConfig) -> None:
     from nerve.cli.experiment.plan import Plan
 
     run = RunDirectory(_directory(config))
-    trial = Cell(0, list(config.hydra.overrides.task), config, run)
+    trial = Trial(0, list(config.hydra.overrides.task), config, run)
     trial.plan = Plan.of(trial.run_config())
     run.require_same(trial.plan.values)
-    trial.found = run.state
+    trial.state_before = run.state
     if trial.is_to_do:
         check_machine(trial.plan)
     preview(run.path, [trial])

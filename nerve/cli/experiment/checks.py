@@ -35,7 +35,7 @@ def require_suited(config: DictConfig) -> None:
     suited = [
         other
         for other, network in MODELS.items()
-        if all(hasattr(data, fact) for fact in network.FACTS)
+        if all(hasattr(data, name) for name in network.DATA_DIMS)
     ]
     # Data that says of no model that it suits it is asked again once it is set up.
     require(

@@ -89,8 +89,9 @@ class MonitorPlan(MonitorSettings):
         super().__post_init__()
         if self.n_tokens != "auto":
             require(
-                isinstance(self.n_tokens, int) and self.n_tokens > 0,
-                f"monitor.n_tokens must be auto or a positive whole number; got {self.n_tokens!r}.",
+                isinstance(self.n_tokens, int) and self.n_tokens >= 1,
+                "monitor.n_tokens must be auto or a whole number of at least 1; got "
+                f"{self.n_tokens!r}.",
             )
 
     @property
@@ -109,15 +110,15 @@ class ModelPlan:
 
     Attributes:
         kind: a key of `MODELS`.
-        design: what defines it; what only the data can tell is as `facts` has it.
-        facts: what the data gives, so far as the configuration says it, else a stand-in.
-        n_unknown: how many of `facts` are stand-ins.
+        design: what defines it; what only the data can tell is as `data_dims` has it.
+        data_dims: what the data gives, so far as the configuration says it, else a stand-in.
+        n_unknown: how many of `data_dims` are stand-ins.
         skeleton: the network of `design` on the meta device, without memory.
     """
 
     kind: str
     design: GPTConfig | MixerConfig
-    facts: Mapping[str, int]
+    data_dims: Mapping[str, int]
     n_unknown: int
     skeleton: nn.Module
 
@@ -125,18 +126,18 @@ class ModelPlan:
     def of(cls, values: Mapping[str, Any]) -> "ModelPlan":
         """That of a configuration."""
         kind = values["model"]["kind"]
-        facts: dict[str, int] = {}
+        data_dims: dict[str, int] = {}
         n_unknown = 0
-        for name in MODELS[kind].FACTS:
+        for name in MODELS[kind].DATA_DIMS:
             given = values["data"].get(name)
             if not isinstance(given, int) or given < 1:
                 n_unknown += 1
                 given = values["model"].get("patch_size", 1) if name == "image_size" else 1
-            facts[name] = given
-        design: Any = model_design(values, **facts)
+            data_dims[name] = given
+        design: Any = model_design(values, **data_dims)
         with torch.device("meta"):
             skeleton = MODELS[kind](design, seed=0)
-        return cls(kind, design, facts, n_unknown, skeleton)
+        return cls(kind, design, data_dims, n_unknown, skeleton)
 
     def widths(self, layers: list[int] | None) -> list[int]:
         """d_ff of each FFN of these layers; None for all."""

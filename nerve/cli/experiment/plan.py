@@ -30,7 +30,7 @@ from nerve.cli.experiment.groups import (
 from nerve.cli.experiment.objective import check_objective
 from nerve.config import from_mapping
 from nerve.models import Regularizer
-from nerve.training.checkpoint_callback import Cadence
+from nerve.training.checkpoint_callback import CheckpointCadence
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
     optimizer: OptimizerPlan
     trainer: TrainerPlan
     monitor: MonitorPlan
-    checkpoint: Cadence
+    checkpoint: CheckpointCadence
     regularizer: Regularizer
 
     @classmethod
@@ -73,7 +73,7 @@ class Plan:
         check_objective(values["objective"], kind)
         trainer = TrainerPlan.of(values["trainer"])
         require_arguments("trainer", get_class(values["trainer"]["_target_"]), values["trainer"])
-        checkpoint = from_mapping(Cadence, values["checkpoint"], "checkpoint")
+        checkpoint = from_mapping(CheckpointCadence, values["checkpoint"], "checkpoint")
         checkpoint.require_reached(trainer.max_steps)
         schedule = schedule_of(values["optimizer"])
         monitor = from_mapping(MonitorPlan, values["monitor"], "monitor")

@@ -16,7 +16,7 @@ from nerve.cli.experiment.build import (
     build_module,
     build_monitor,
     build_trainer,
-    facts_of,
+    data_dims_of,
     log_configuration,
     scale_pre_activations,
 )
@@ -119,12 +119,12 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
 
     data = build_data(plan)
     log.info("data: %s", counts(data.describe()))
-    facts = facts_of(data, plan.model.kind)
-    module = build_module(plan, facts)
+    data_dims = data_dims_of(data, plan.model.kind)
+    module = build_module(plan, data_dims)
     store = run.store() if record else None
     monitor = build_monitor(plan, store)
     files = CheckpointFiles()
-    saving = Checkpointing(files, run, plan.checkpoint, signals, store, facts)
+    saving = Checkpointing(files, run, plan.checkpoint, signals, store, data_dims)
     callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files)
     last = run.checkpoint("last")

@@ -1,4 +1,4 @@
-"""Devices that a cell of a sweep asks for, against what the launcher gives it."""
+"""Devices that a trial of a sweep asks for, against what the launcher gives it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from nerve.config import require
 
 
 def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
-    """Refuses a cell whose processes or GPUs would not be there.
+    """Refuses a trial whose processes or GPUs would not be there.
 
     Args:
-        trainer: `trainer` of the cell.
+        trainer: `trainer` of the trial.
         launcher: `hydra.launcher` of the sweep; jobs of SLURM are compared with what they ask for,
-            any other launcher gives a cell one process.
+            any other launcher gives a trial one process.
 
     Raises:
         ConfigError: naming the keys that do not fit together.
@@ -28,7 +28,7 @@ def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
         n_devices = torch.cuda.device_count()
     require(
         n_devices in (None, 0, 1) and trainer.get("num_nodes", 1) == 1,
-        "In a sweep on this machine each cell is one process; "
+        "In a sweep on this machine each trial is one process; "
         f"trainer.strategy={trainer['strategy']} with trainer.devices={trainer['devices']} starts "
         "others, by calling the whole command again. Use trainer.devices=1, send the sweep to a "
         "cluster with hydra/launcher=slurm, or start each run by itself, without --multirun.",
@@ -44,7 +44,7 @@ def check_counted(trainer: Mapping[str, Any]) -> None:
     require(
         n_devices_of(trainer) is not None,
         "A job of SLURM is sent with the number of its devices; got "
-        f"trainer.devices={trainer['devices']}. Give a number, the same for all cells.",
+        f"trainer.devices={trainer['devices']}. Give a number, the same for all trials.",
     )
 
 
