@@ -52,7 +52,8 @@ class RunRecord:
 
     Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
     and `message`. `job` holds the cluster's own names for the run, `fingerprints` the hashes of
-    `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …).
+    `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
+    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …).
     JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
     `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
     stays null, and such a run is not taken for one with an infinite value.) The file has a
@@ -74,6 +75,7 @@ class RunRecord:
     seed: int | None = None
     n_parameters: int | None = None
     unigram_loss: float | None = None
+    pre_scales: dict[str, float] = field(default_factory=dict)
     final: dict[str, float | None] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
