@@ -6,6 +6,7 @@ same. A run without a list (of version 0.1.0, or copied without hidden files) is
 """
 
 import json
+import os
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def missing_parts(directory: Path, dataset: str) -> list[Path]:
 
     def missing() -> set[Path]:
         listed = read_manifest(directory).get(dataset, set())
-        return {path for name in listed if not (path := directory / dataset / name).exists()}
+        return {path for name in listed if not os.path.exists(path := directory / dataset / name)}
 
     gone = missing()
     # What the writer has just removed is not listed any more by now.

@@ -6,6 +6,7 @@ readers pass over them. A file without (an older part, or one that another progr
 unverified.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -49,9 +50,26 @@ def part_step(path: Path) -> int:
 
 
 def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
-    """The dataset's parts, earliest first; none if there is no such folder."""
-    paths = (path for path in (directory / dataset.name).glob("*.parquet") if path.is_file())
-    return sorted(paths, key=lambda path: (part_step(path), path.name))
+    """The dataset's parts, earliest first; none if there is no such folder.
+
+    Raises:
+        DamagedPartError: when the folder cannot be listed.
+    """
+    folder = directory / dataset.name
+    try:
+        with os.scandir(folder) as entries:
+            names = [each.name for each in entries if each.name.endswith(".parquet")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DamagedPartError(
+            f"{folder} cannot be listed: {error}. Fix its permissions or restore it."
+        ) from error
+    paths = (folder / name for name in names)
+    return sorted(
+        (path for path in paths if not path.is_dir()),
+        key=lambda path: (part_step(path), path.name),
+    )
 
 
 def read_part(path: Path, dataset: Dataset) -> pa.Table:
@@ -68,23 +86,29 @@ def read_part(path: Path, dataset: Dataset) -> pa.Table:
         FileNotFoundError: when it is gone, for a compaction may run while others read.
     """
     try:
-        with pa.OSFile(str(path)) as file:
+        with pa.OSFile(os.fsencode(path)) as file:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
                 _check_version(path, parquet.schema_arrow.metadata)
                 return _fitted(parquet.read(use_threads=False), dataset.schema)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        if not path.is_symlink():
+            raise
+        raise _damaged(path, dataset, error) from error  # of a link to nowhere, which stays
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DamagedPartError(
-            f"{path} is not a readable part of {dataset.name}: {error}. Restore it or move it away."
-        ) from error
+        raise _damaged(path, dataset, error) from error
+
+
+def _damaged(path: Path, dataset: Dataset, error: Exception) -> DamagedPartError:
+    return DamagedPartError(
+        f"{path} is not a readable part of {dataset.name}: {error}. Restore it or move it away."
+    )
 
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:
     """What a part says of itself beside its rows. Raises `pa.ArrowException`, `OSError` or
     `ValueError` for a file that is damaged or gone."""
-    with pa.OSFile(str(path)) as file:
+    with pa.OSFile(os.fsencode(path)) as file:
         _verify_footer(file)
         return pq.read_schema(file).metadata or {}
 

@@ -1,5 +1,6 @@
 """`run.json`: what was run, where, how far it is and how it ended."""
 
+import contextlib
 import json
 import os
 import socket
@@ -261,7 +262,9 @@ def _now() -> str:
 def left_by_a_run(directory: Path) -> Path | None:
     """Something in a directory that only a run of this project can have stored there."""
     parts = (directory / "metrics").glob("part-" + 12 * "[0-9]" + ".parquet")
-    return next((path for path in (directory / MANIFEST_NAME, *parts) if path.is_file()), None)
+    with contextlib.suppress(OSError):  # it may be closed to this user, or just be removed
+        return next((path for path in (directory / MANIFEST_NAME, *parts) if path.is_file()), None)
+    return None
 
 
 def lost_record(left: Path, path: Path) -> DamagedRecordError:

@@ -39,7 +39,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("restarts", "step", "seed", "n_parameters"),
     ),
     ("a number", _is_number, ("unigram_loss",)),
-    ("a mapping", _is_mapping, ("config", "fingerprints", "versions", "job")),
+    ("a mapping", _is_mapping, ("config", "fingerprints", "pre_scales", "versions", "job")),
     (
         "a mapping of numbers",
         lambda value: _is_mapping(value) and all(map(_is_number, value.values())),

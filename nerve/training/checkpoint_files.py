@@ -18,12 +18,12 @@ from lightning.pytorch.plugins import CheckpointIO
 from torch import nn
 
 from nerve.config import require, require_type
-from nerve.errors import StoreError
+from nerve.errors import ConfigError, StoreError
 from nerve.files import as_store_error, write_atomically
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory, Which
 from nerve.storage.identity import differences, to_json
-from nerve.storage.record import RunRecord
+from nerve.storage.record import RECORD_NAME, RunRecord
 
 _MODULE = "model."
 
@@ -178,15 +178,23 @@ def load_model(
     run = RunDirectory(directory)
     record = run.require_record()
     path = _kept(run, record, step) if step is not None else _saved(run, record, which or "best")
-    weights = weights_of(read_checkpoint(path))
-    _require_own(weights, record, path)
-    if step is not None and weights["step"] != step:
+    checkpoint = read_checkpoint(path)
+    _require_own(checkpoint, record, path)
+    try:
+        weights = weights_of(checkpoint)
+        if step is not None and weights["step"] != step:
+            raise StoreError(
+                f"Weights are kept under the step that they are of; {path} holds the weights of "
+                f"step {weights['step']}. Give it its own name back, or restore it."
+            )
+        model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
+        model.load_state_dict(weights["model"])
+    except (ConfigError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise StoreError(
-            f"Weights are kept under the step that they are of; {path} holds the weights of step "
-            f"{weights['step']}. Give it its own name back, or restore it."
-        )
-    model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
-    model.load_state_dict(weights["model"])
+            f"A checkpoint holds the weights of the model that {RECORD_NAME} describes; {path} "
+            f"does not: {why}. Restore it, or the record beside it."
+        ) from error
     return model.eval()
 
 

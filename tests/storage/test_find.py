@@ -1,5 +1,6 @@
 """Runs are found wherever the path points above them, once each, and oddities are named."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ from nerve.storage.find import (
     find_runs,
     load_records,
 )
+from nerve.storage.parts import read_parts
 from nerve.storage.record import DamagedRecordWarning, RunRecord
+from nerve.storage.schema import DATASETS
 
 
 @pytest.fixture
@@ -153,6 +156,46 @@ def test_differing_fingerprints_are_named(tmp_path, make_run):
     )
     assert f"py312: {ids[1]}, {ids[2]})" in str(warning.message)
     load_records([tmp_path / "1", tmp_path / "2", tmp_path / "3"])
+
+
+def test_a_link_to_itself_is_named(tree):
+    """Beside runs, in the place of a run, and of a sweep."""
+    for path in (tree / "self", tree / "sweep_a" / "self"):
+        path.symlink_to(path)
+    with pytest.warns(IncompleteWarning, match=r"self cannot be followed: .*links") as caught:
+        assert len(find_runs(tree)) == 5
+    assert len(caught) == 2
+    with pytest.raises(StoreError, match="there is none at"):
+        find_runs(tree / "self")
+
+
+@pytest.mark.parametrize("code", ["ENOENT", "ENOTDIR", "ESTALE", "EIO", "EACCES"])
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_a_directory_that_vanishes_while_the_tree_is_listed_is_named(tree, monkeypatch, code, call):
+    """Or one that its server does not find, or cannot read, any more."""
+    real = getattr(os, call)
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith("sweep_a/c2"):
+            raise OSError(getattr(errno, code), code, str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refused)
+    with pytest.warns(IncompleteWarning, match=r"Left out: .*sweep_a/c2 cannot be listed"):
+        assert len(find_runs(tree)) == 4
+
+
+def test_names_that_are_no_text_keep_nothing_from_being_read(tree, make_run):
+    """Of a file beside runs, of a run, and of a folder above one: bytes that are not UTF-8."""
+    odd = os.fsdecode(b"caf\xe9")
+    (tree / odd).write_text("")
+    (tree / "sweep_a" / "c1" / odd).write_text("")
+    for path in (tree / "sweep_a" / odd, tree / f"{odd}s" / "run"):
+        make_run(path)
+    assert len(load_records(tree)) == 7
+    for path in (tree / "sweep_a" / odd, tree / f"{odd}s" / "run"):
+        table, damaged = read_parts(path, DATASETS["metrics"])
+        assert (len(table), damaged) == (4, [])
 
 
 def test_a_directory_that_cannot_be_listed_is_named(tree, monkeypatch):

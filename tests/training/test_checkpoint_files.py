@@ -231,6 +231,34 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     check_checkpoint(path, record)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"model": {}, "facts": FACTS, "step": 1},
+        {"model": {"w": torch.ones(2)}, "facts": FACTS, "step": 1},
+        {"model": {}, "facts": {}, "step": 1},
+        {"model": [], "facts": FACTS, "step": 1},
+        {"state_dict": {}},
+    ],
+    ids=str,
+)
+def test_weights_of_another_model_are_not_loaded(tmp_path, content):
+    """A checkpoint that is sound, says no run, and fits nothing: of other shapes, of other code."""
+    RunRecord.create(tmp_path, CONFIG)
+    write_checkpoint(RunDirectory(tmp_path).checkpoint("best"), content)
+    with pytest.raises(StoreError, match=r"best\.ckpt does not: "):
+        nerve.load_model(tmp_path)
+
+
+def test_a_record_of_other_code_has_no_model(tmp_path):
+    RunRecord.create(tmp_path, {"lr": 0.1})
+    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    write_checkpoint(RunDirectory(tmp_path).checkpoint("best"), weights)
+    with pytest.raises(StoreError, match=r"best\.ckpt does not: KeyError: 'seed'"):
+        nerve.load_model(tmp_path)
+
+
 def test_weights_of_another_step_than_their_name_says_are_not_loaded(tmp_path):
     record = RunRecord.create(tmp_path, CONFIG)
     path = RunDirectory(tmp_path).kept_checkpoint(200)
