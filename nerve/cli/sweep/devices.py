@@ -78,4 +78,4 @@ def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
     devices = trainer["devices"]
     if isinstance(devices, int | str) and str(devices).isdigit():
         return int(devices)
-    return len(devices) if isinstance(devices, Sequence) else None
+    return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)
