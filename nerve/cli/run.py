@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nerve.cli.config.compose import CONF, register
 from nerve.cli.config.options import refuse_lists, refuse_merged
 from nerve.cli.config.overrides import check_added, has_own_files, no_such_sweep, overrides_of, told
+from nerve.cli.config.paths import with_literal_paths
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.sweep.sweeper import register_sweeper
 from nerve.cli.sweep.table import SweepError
@@ -77,6 +78,7 @@ def main() -> None:
             return None
 
     try:
+        sys.argv = [sys.argv[0], *with_literal_paths(sys.argv[1:])]
         check_added(sys.argv[1:])
         refuse_lists(overrides_of(sys.argv[1:]))
         config_name = prepare_resume(sys.argv[1:]) or "config"
@@ -121,8 +123,12 @@ def _given(key: str) -> Any:
 
 def _directory_to_check() -> Path:
     """Where the run would be; "a new directory" where it would be named for the time."""
-    named = [each for each in sys.argv if each.startswith(("hydra.run.dir=", "resume="))][:-1]
-    return Path(named[-1].partition("=")[2]) if named else Path("a new directory")
+    named = [
+        each.value()
+        for each in overrides_of(sys.argv[1:])
+        if each.key_or_group in ("hydra.run.dir", "resume")
+    ][:-1]
+    return Path(str(named[-1])) if named else Path("a new directory")
 
 
 def _check_launcher(hydra_config: HydraConf, is_cell: bool) -> None:
