@@ -109,8 +109,8 @@ class CellSweeper(Sweeper):
         if self.config.resume is not None:
             raise ConfigError(
                 "A sweep resumes what was interrupted by itself; got "
-                f"{pasted('resume', self.config.resume)}. Leave resume out, or go on with that one run "
-                "without --multirun."
+                f"{pasted('resume', self.config.resume)}. Leave resume out, or go on with that one "
+                "run without --multirun."
             )
         require_type("check", self.config.check, bool)
         loader = self.hydra_context.config_loader
