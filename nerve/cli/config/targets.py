@@ -7,6 +7,7 @@ TARGETS = {
     for path in (
         "nerve.data.corpus.python_source",
         "nerve.data.files.text_files",
+        "nerve.data.glyphs.glyphs",
         "nerve.data.hub.hub_dataset",
         "nerve.data.hub.hub_images",
         "nerve.data.image_sets.cifar100",
