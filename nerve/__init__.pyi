@@ -5,6 +5,7 @@ from .analysis.correlate import correlate_across_runs as correlate_across_runs
 from .analysis.correlate import correlate_within_runs as correlate_within_runs
 from .analysis.depth import depth_means as depth_means
 from .analysis.depth import metrics_by_depth as metrics_by_depth
+from .analysis.dose import dose_response as dose_response
 from .analysis.flags import flag_runs as flag_runs
 from .analysis.load import Runs as Runs
 from .analysis.load import load_metrics as load_metrics

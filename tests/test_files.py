@@ -1,11 +1,13 @@
 """A file is its old self or its new self, never in between, and nothing is left beside it."""
 
+import errno
+import logging
 import os
 
 import pytest
 
 from nerve.errors import StoreError
-from nerve.files import remove_temporaries, write_atomically
+from nerve.files import _say_once, building_folder, remove_temporaries, write_atomically
 
 
 def test_the_temporary_file_is_hidden_and_of_another_suffix(tmp_path):
@@ -53,6 +55,77 @@ def test_content_is_synced_before_the_move_and_the_directory_after(tmp_path, mon
     monkeypatch.setattr(os, "replace", lambda *a: (order.append("replace"), real_replace(*a)))
     write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
     assert order == ["file", "replace", "directory"]
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "EOPNOTSUPP", "ENOSYS", "EBADF"])
+def test_a_directory_that_cannot_be_synced_is_said_once_and_keeps_no_file_from_being_written(
+    tmp_path, monkeypatch, caplog, code
+):
+    """As on CIFS and FUSE: the file is there all the same."""
+    real = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(getattr(errno, code), code)
+        real(descriptor)
+
+    check_written(tmp_path, monkeypatch, caplog, refuse)
+    assert caplog.text.count("does not sync directories") == 1
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkeypatch, caplog, code):
+    def refuse(descriptor):
+        raise OSError(getattr(errno, code), code)
+
+    check_written(tmp_path, monkeypatch, caplog, refuse)
+    assert caplog.text.count("does not sync files") == 1
+
+
+def check_written(folder, monkeypatch, caplog, fsync):
+    _say_once.cache_clear()
+    monkeypatch.setattr(os, "fsync", fsync)
+    with caplog.at_level(logging.WARNING):
+        for content in (b"a", b"b"):
+            write_atomically(folder / "a", lambda file, content=content: file.write(content))
+    assert (folder / "a").read_bytes() == b"b"
+    assert os.listdir(folder) == ["a"]
+
+
+@pytest.mark.parametrize("code", ["EACCES", "EPERM", "EISDIR"])
+def test_a_directory_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch, caplog, code):
+    """One that may be written, and not read."""
+    real = os.open
+
+    def refuse(path, *args):
+        if path == tmp_path:
+            raise OSError(getattr(errno, code), code)
+        return real(path, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+    check_written(tmp_path, monkeypatch, caplog, os.fsync)
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOSPC", "EDQUOT"])
+def test_a_sync_that_fails_is_no_sync_that_is_not_supported(tmp_path, monkeypatch, code):
+    def refuse(descriptor):
+        raise OSError(getattr(errno, code), code)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StoreError, match=code):
+        write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
+
+
+def test_what_is_built_is_removed_and_so_is_what_the_dead_left(tmp_path):
+    """That of a writer that lives stays."""
+    (tmp_path / ".new-dead" / "deep").mkdir(parents=True)
+    (tmp_path / ".other").mkdir()
+    with building_folder(tmp_path, ".new-") as mine:
+        (mine / "half").write_text("")
+        with building_folder(tmp_path, ".new-") as its:
+            assert sorted(tmp_path.iterdir()) == sorted([tmp_path / ".other", mine, its])
+        assert (mine / "half").exists()
+    assert os.listdir(tmp_path) == [".other"]
 
 
 def test_a_missing_directory_is_named(tmp_path):

@@ -34,7 +34,7 @@ DESIGN_FACTORS = (
 """The values that runs are first told apart by, and that are named where all have the same."""
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
-RECORDED_GROUPS = ("final", "fingerprints", "versions", "job")
+RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from nerve.cli.console import say
 from nerve.errors import NerveError
 
 DESCRIPTION = """\
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except NerveError as error:
         _fail(str(error))
-    print(f"report: {index}")
+    say(f"report: {index}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -91,7 +91,7 @@ def _alone(path: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        if not flock(lock.fileno()):
+        if flock(lock.fileno()) is False:
             log.info("another process builds the token cache %s: waiting for it", path)
             flock_within(lock.fileno(), math.inf)
         yield

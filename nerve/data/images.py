@@ -126,6 +126,11 @@ class ImageDataModule(BatchDataModule):
         """Images of the held-out set."""
         return len(self._heldout.labels)
 
+    @property
+    def n_heldout_targets(self) -> int:
+        """What a validation is the mean of: images."""
+        return self.n_heldout
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What must be the same for losses to be compared: all images and the held-out ones."""

@@ -129,6 +129,11 @@ class TextDataModule(BatchDataModule):
         """Target tokens of the held-out set."""
         return self.n_heldout_sequences * self.seq_len
 
+    @property
+    def n_heldout_targets(self) -> int:
+        """What a validation is the mean of: tokens."""
+        return self.n_heldout_tokens
+
     @cached_property
     def n_heldout_bytes(self) -> int:
         """Bytes of text that the held-out targets stand for; a document separator counts 0.

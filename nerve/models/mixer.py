@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nerve.config import require, require_choice
+from nerve.config import require, require_choice, require_count
 from nerve.models.initialization import check_pre_std, initialise
 from nerve.nn.activation import ACTIVATIONS, Activation
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
@@ -69,11 +69,7 @@ class MixerConfig:
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.patch_size")
         for key in (*sizes, "data.image_size", "data.n_channels", "data.n_classes"):
-            value = getattr(self, key.split(".")[1])
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{key} must be a whole number of at least 1; got {value!r}.",
-            )
+            require_count(key, getattr(self, key.split(".")[1]))
         require(
             self.image_size % self.patch_size == 0,
             "data.image_size must be a multiple of model.patch_size; got "
@@ -183,7 +179,7 @@ class Mixer(nn.Module):
     """
 
     Config: ClassVar = MixerConfig
-    FACTS: ClassVar = ("image_size", "n_channels", "n_classes")
+    DATA_DIMS: ClassVar = ("image_size", "n_channels", "n_classes")
     """The fields of `Config` that the data gives."""
 
     # Layers draw weights as they are built, from the global generator; `initialise` replaces them.

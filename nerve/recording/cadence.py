@@ -40,6 +40,11 @@ class Cadence:
         """Counts a held-out batch."""
         self._validation.add(loss, n_targets)
 
+    @property
+    def n_validated(self) -> int:
+        """Targets of the last validation; 0 before the first of this process."""
+        return self._validation.weight
+
     def label(self, step: int, lr: float | None, *, n_processes: int, is_split: bool) -> None:
         """Labels the measurement of `step`; all processes must call it.
 
@@ -95,6 +100,11 @@ class WeightedMean:
     def add(self, loss: Tensor, n_targets: int) -> None:
         self._total = self._total + loss.double() * n_targets
         self._weight += n_targets
+
+    @property
+    def weight(self) -> int:
+        """How many targets it is of."""
+        return self._weight
 
     def value(self, *, over_processes: bool = False) -> float | None:
         """The mean, of all processes' losses together if asked for; None without any."""

@@ -15,6 +15,7 @@ from nerve.analysis.correlate import WINDOWS
 from nerve.analysis.load import Runs
 from nerve.config import require_choice
 from nerve.errors import StoreError
+from nerve.files import building_folder
 from nerve.report.content import Content, Table
 from nerve.report.one_run import content_of_run
 from nerve.report.page.render import MARK, PageFigure, PageTable, render
@@ -22,6 +23,11 @@ from nerve.report.several_runs import content_of_runs
 from nerve.storage.find import AnyPath
 
 PNG_DPI = 150
+INDEX = "index.html"
+PARTS = {"figures": (".png", ".svg"), "tables": (".csv", ".parquet")}
+"""Folders of a report, and what ends the names of its files there."""
+BUILDING = ".new-report-"
+"""How the name of the folder begins in which a report is written before it takes its place."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and of how many."""
@@ -39,7 +45,8 @@ def write_report(
 
     One run gets its own figures (overview, gains, spectra, training), several runs get compared.
     What the loaders warn of (damaged parts, copies, newer schemas, differing data) is in the page.
-    A report that is in the folder already is replaced.
+    A report that is in the folder already is replaced once the new one is whole; until then, and
+    also if this is killed, it stays as it is.
 
     Args:
         paths: a run, a sweep, a tree of outputs, or several of these.
@@ -96,13 +103,23 @@ def gather(
 
 
 def _write(content: Content, folder: Path, progress: Progress) -> Path:
-    total = len(content.drawings) + len(content.tables) + 1
-    for part in ("figures", "tables"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    index = folder / "index.html"
-    # Until the page is whole, this one marks the folder as a report's, also if it never gets there.
-    index.write_text(f"{MARK}<p>This report is being written, or was interrupted.</p>\n")
-    _remove_former(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with building_folder(folder, BUILDING) as new:
+        _build(content, new, progress)
+        _put_in_place(new, folder)
+    n_steps = _n_steps(content)
+    progress("done", n_steps, n_steps)
+    return folder / INDEX
+
+
+def _n_steps(content: Content) -> int:
+    return len(content.drawings) + len(content.tables) + 1
+
+
+def _build(content: Content, folder: Path, progress: Progress) -> None:
+    total = _n_steps(content)
+    for part in PARTS:
+        (folder / part).mkdir()
     figures, tables = [], []
     names = _file_names([drawing.name for drawing in content.drawings])
     for done, (name, drawing) in enumerate(zip(names, content.drawings, strict=True)):
@@ -115,9 +132,21 @@ def _write(content: Content, folder: Path, progress: Progress) -> Path:
         tables.append(_page_table(name, table, _save_table(table.frame, folder / "tables" / name)))
     progress("writing the page", total - 1, total)
     page = render(content.title, content.facts, content.notes, figures, tables)
-    index.write_text(page, encoding="utf-8")
-    progress("done", total, total)
-    return index
+    (folder / INDEX).write_text(page, encoding="utf-8")
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Each file at once, the page last; then what only the former report had goes."""
+    whole = {part: {path.name for path in (new / part).iterdir()} for part in PARTS}
+    for part, names in whole.items():
+        (folder / part).mkdir(exist_ok=True)
+        for name in names:
+            os.replace(new / part / name, folder / part / name)
+    os.replace(new / INDEX, folder / INDEX)
+    for part, suffixes in PARTS.items():
+        for path in (folder / part).iterdir():
+            if path.suffix in suffixes and path.name not in whole[part]:
+                path.unlink()
 
 
 def _save(figure: Figure, path: Path) -> bytes:
@@ -180,19 +209,15 @@ def _file_names(names: Sequence[str]) -> list[str]:
 
 
 def _require_own(folder: Path) -> None:
-    """Raises unless the folder is new, empty, or holds a report."""
+    """Raises unless the folder is new, empty, or holds a report or the beginning of one."""
     if not folder.exists():
         return
-    index = folder / "index.html"
-    is_report = index.is_file() and MARK.encode() in index.read_bytes()[:1000]
-    if not folder.is_dir() or (any(folder.iterdir()) and not is_report):
-        raise StoreError(
-            f"A report replaces an earlier report only; {folder} holds something else. Choose "
-            "another folder with -o."
-        )
-
-
-def _remove_former(folder: Path) -> None:
-    for pattern in ("figures/*.png", "figures/*.svg", "tables/*.csv", "tables/*.parquet"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    if folder.is_dir():
+        index, content = folder / INDEX, [path.name for path in folder.iterdir()]
+        is_report = index.is_file() and MARK.encode() in index.read_bytes()[:1000]
+        if is_report or not content or any(name.startswith(BUILDING) for name in content):
+            return
+    raise StoreError(
+        f"A report replaces an earlier report only; {folder} holds something else. Choose "
+        "another folder with -o."
+    )

@@ -34,8 +34,22 @@ def test_factors_are_the_leaves_that_vary_design_factors_first():
 def test_seeds_results_places_and_targets_are_no_factors():
     factors = find_factors(
         runs_of(
-            {"data.cache_dir": "a", "threads": 1, "data._target_": "x", "flag": 1, "d_ff": 1},
-            {"data.cache_dir": "b", "threads": 2, "data._target_": "y", "flag": 2, "d_ff": 2},
+            {
+                "pre_scales.ffn/00": 2.0,
+                "data.cache_dir": "a",
+                "threads": 1,
+                "data._target_": "x",
+                "flag": 1,
+                "d_ff": 1,
+            },
+            {
+                "pre_scales.ffn/00": 3.0,
+                "data.cache_dir": "b",
+                "threads": 2,
+                "data._target_": "y",
+                "flag": 2,
+                "d_ff": 2,
+            },
         )
     )
     assert factors.varying == ()

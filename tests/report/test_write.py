@@ -352,19 +352,6 @@ def test_a_report_is_replaced_and_nothing_else_is(make, tmp_path):
     assert not (tmp_path / "runs" / "figures").exists()
 
 
-def test_an_interrupted_report_can_be_written_again(make, tmp_path):
-    make("a", steps=())
-
-    def stop(what: str, done: int, total: int) -> None:
-        if what == "writing within":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        report(tmp_path, progress=stop)
-    assert "was interrupted" in (tmp_path / "report" / "index.html").read_text()
-    assert report(tmp_path)[1].title.startswith("Run ")
-
-
 def test_bad_input_is_one_message(make, tmp_path):
     with pytest.raises(StoreError, match="there is none at"):
         write_report(tmp_path / "nowhere")

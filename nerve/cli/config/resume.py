@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from nerve.cli.config.compose import CONF
 from nerve.cli.config.overrides import overrides_of
 from nerve.cli.config.targets import resolve_targets
+from nerve.cli.saved import load_saved
 from nerve.config import pasted, require
 from nerve.errors import StoreError
 from nerve.storage.identity import ADDED, EXCLUDED
@@ -72,6 +73,7 @@ def _store(directory: Path, chooses_logger: bool) -> None:
             f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
             "does not. Give what nerve-run printed as the run directory."
         )
+    stored = load_saved(saved, dict)
     primary = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(primary, DictConfig)
     # The run's nerve may not have had a key that is free now, or one that was added since.
@@ -79,15 +81,13 @@ def _store(directory: Path, chooses_logger: bool) -> None:
         {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
     )
     for key, as_before in ADDED.items():
-        if not key.startswith(
-            "data."
-        ):  # only some data take them, by a default that means the same
+        if not key.startswith("data."):  # which only some data take, with this default
             OmegaConf.update(known, key, as_before, force_add=True)
-    values = resolve_targets(OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(saved))))
+    values = resolve_targets(OmegaConf.to_container(OmegaConf.merge(known, stored)))
     assert isinstance(values, dict)
     defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]
     if chooses_logger:
-        values.pop("logger")
+        values.pop("logger", None)
         defaults.insert(0, {"logger": "csv"})  # overrides must come last
     hydra = OmegaConf.merge(primary.hydra, {"run": {"dir": str(directory)}})
     node = {"defaults": [*defaults, "_self_"], **values, "hydra": hydra}

@@ -7,6 +7,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import resolved
+from nerve.files import as_store_error
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
 from nerve.storage.record import RunRecord
@@ -61,12 +62,13 @@ def _say_done(record: RunRecord) -> None:
 
 
 def _save(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> None:
-    """Writes `.hydra/`, from which a run is resumed."""
+    """Writes `.hydra/`, from which a run is resumed. Raises `StoreError` where that is refused."""
     for name, content in (
         ("config", config),
         ("hydra", OmegaConf.create({"hydra": hydra_config})),
         ("overrides", hydra_config.overrides.task),
     ):
         path = run.path / ".hydra" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        OmegaConf.save(content, path)
+        with as_store_error(path):
+            path.parent.mkdir(exist_ok=True)
+            OmegaConf.save(content, path)

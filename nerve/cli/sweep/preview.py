@@ -7,18 +7,18 @@ from pathlib import Path
 from rich.table import Table
 
 from nerve.cli.console import console, say
-from nerve.cli.sweep.grid import Cell
-from nerve.cli.sweep.table import FOUND, SweepError
+from nerve.cli.sweep.grid import Trial
+from nerve.cli.sweep.table import FOUND, SweepError, n_trials
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def preview(folder: Path, cells: Sequence[Cell]) -> None:
+def preview(folder: Path, trials: Sequence[Trial]) -> None:
     """Prints the trials of a sweep, each with its state and what it would take; starts nothing.
 
     Args:
         folder: of the sweep.
-        cells: all of the grid, planned where they are to be run.
+        trials: all of the grid, planned where they are to be run.
 
     Raises:
         SweepError: where some are refused, with the reasons.
@@ -29,36 +29,43 @@ def preview(folder: Path, cells: Sequence[Cell]) -> None:
     for name in ("", "trial", "state", "parameters", "memory"):
         right = name in ("", "parameters", "memory")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for cell in cells:
-        estimate = Estimate.of(cell.plan) if cell.plan else Estimate(None, None)
+    estimates = [
+        Estimate.of(trial.plan) if trial.plan else Estimate(None, None) for trial in trials
+    ]
+    for trial, estimate in zip(trials, estimates, strict=True):
         n, memory = estimate.n_parameters, estimate.memory_bytes
         table.add_row(
-            str(cell.number),
-            " ".join(each for each in cell.overrides if not each.startswith("check=")),
-            _state(cell),
+            str(trial.number),
+            " ".join(each for each in trial.overrides if not each.startswith("check=")),
+            _state(trial),
             "–" if n is None else f"{n:,}",
             "–" if memory is None else _size(memory),
         )
     console().print(table)
-    kinds = Counter("doubled" if cell.twin is not None else _state(cell) for cell in cells)
-    n_to_do = sum(cell.is_to_do for cell in cells)
+    kinds = Counter(
+        "doubled" if trial.duplicate_of is not None else _state(trial) for trial in trials
+    )
+    n_to_do = sum(trial.is_to_do for trial in trials)
     found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    say(f"{len(cells)} trials: {found}; {n_to_do} to run. Nothing was started.")
-    say(COUNTED)
-    say("A dash: of a trial that is not to run, of what only the data tell, or not known.")
-    refused = [cell for cell in cells if cell.refusal is not None]
+    say(f"{n_trials(len(trials))}: {found}; {n_to_do} to run. Nothing was started.")
+    memories = {estimate.memory_bytes for estimate in estimates}
+    if memories - {None}:
+        say(COUNTED)
+    if None in memories:
+        say("A dash: of a trial that is not to run, of what only the data tell, or not known.")
+    refused = [trial for trial in trials if trial.rejected_because is not None]
     if refused:
-        lines = [f"{len(refused)} of {len(cells)} trials in {folder} are refused."]
-        lines += [f"  {cell.number}: {cell.refusal}" for cell in refused]
+        lines = [f"{len(refused)} of {n_trials(len(trials))} in {folder} are refused."]
+        lines += [f"  {trial.number}: {trial.rejected_because}" for trial in refused]
         raise SweepError("\n".join(lines), exit_status=1)
 
 
-def _state(cell: Cell) -> str:
-    if cell.refusal is not None:
+def _state(trial: Trial) -> str:
+    if trial.rejected_because is not None:
         return "refused"
-    if cell.twin is not None:
-        return f"same as {cell.twin}"
-    return "sent before" if cell.job is not None else FOUND[cell.found]
+    if trial.duplicate_of is not None:
+        return f"same as {trial.duplicate_of}"
+    return "sent before" if trial.job is not None else FOUND[trial.state_before]
 
 
 def _size(n_bytes: float) -> str:

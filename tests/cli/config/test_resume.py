@@ -3,6 +3,8 @@
 import pytest
 
 from nerve.cli.config.compose import identity
+from nerve.cli.config.resume import prepare_resume
+from nerve.errors import StoreError
 
 
 @pytest.fixture
@@ -67,3 +69,15 @@ def test_a_directory_that_is_no_run_is_refused(run, experiments):
 def test_resume_null_is_an_ordinary_run(run, experiments):
     assert run("resume=null")[0] == 0
     assert experiments[0][1].parent.name == "outputs"
+
+
+@pytest.mark.parametrize(
+    "content", [b"[a: b: c", b"- 1\n- 2\n", b"5", b"\xff\xfe\x00", b"\x00" * 50, b"", b"a: ${"]
+)
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    """Cut, overwritten, or of another kind; before anything is composed of it."""
+    saved = tmp_path / ".hydra" / "config.yaml"
+    saved.parent.mkdir()
+    saved.write_bytes(content)
+    with pytest.raises(StoreError, match=r"config\.yaml is not what Hydra saves of a run"):
+        prepare_resume([f"resume={tmp_path}"])

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from nerve.cli.experiment.build import build_data
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.plan import Plan
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What `nerve-run` does with a directory that a run has used before."""
 
+import errno
 import json
 import math
 import os
@@ -12,8 +13,11 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+from support import composed
 
 import nerve
+from nerve.cli.experiment.start import _save
+from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock, RunState
@@ -54,6 +58,7 @@ def as_an_earlier_version_wrote_it(directory: str) -> str:
     values["config_id"], now = "0123456789ab", values["config_id"]
     values["config"]["data"]["_target_"] = "nerve.where.it.was.TextDataModule"
     values["config"]["monitor"].pop("skip_first", None)
+    del values["checksum"]
     path.write_text(json.dumps(values))
     return now
 
@@ -268,3 +273,16 @@ def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_a
     status, out, _ = run(*bar)
     assert status == 0
     assert re.search(r"training: .* 4/4 ", out)
+
+
+@pytest.mark.parametrize("where", ["omegaconf.OmegaConf.save", "pathlib.Path.mkdir"])
+def test_a_disk_that_is_full_as_a_run_begins_is_told_as_that(tmp_path, monkeypatch, where):
+    """Before anything of ours is written: the configuration comes first."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = composed(with_hydra=True)
+    monkeypatch.setattr(where, refuse)
+    with pytest.raises(StoreError, match=r"config\.yaml was refused: .*No space left.*Free space"):
+        _save(RunDirectory(tmp_path), config, config.hydra)
