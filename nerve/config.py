@@ -1,5 +1,7 @@
 """Plain configuration mappings to frozen dataclasses, with errors that name the key."""
 
+import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -24,10 +26,31 @@ KINDS: dict[type, str] = {
 _ABSTRACT: dict[type, type] = {int: Integral, float: Real, list: Sequence}
 
 
+def quoted(text: str) -> str:
+    """`text` as a value of an override, whatever signs it has.
+
+    To Hydra a backslash is a sign of its own only where it stands before a quote or at the end.
+    """
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _NOT_TEXT:
+        return text
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and "\\'"), text)
+    return f"'{escaped}'"
+
+
+def pasted(key: str, value: object) -> str:
+    """An override that can be pasted into a shell: `key=value`, quoted where it must be."""
+    text = f"{key}={quoted(str(value))}"
+    is_safe_within = not re.search(r'["$`!\\\n]', text)
+    return f'"{text}"' if "'" in text and is_safe_within else shlex.quote(text)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+_NOT_TEXT = ("null", "true", "false", "inf", "nan")
 
 
 def require_choice(key: str, value: object, options: Collection[str]) -> None:

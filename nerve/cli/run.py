@@ -24,6 +24,7 @@ from nerve.cli.config.overrides import (
     no_such_sweep,
     overrides_of,
 )
+from nerve.cli.config.paths import with_literal_paths
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.experiment.check import check_composed
 from nerve.cli.sweep.sweeper import register_sweeper
@@ -53,6 +54,7 @@ def main() -> None:
         return command.run(config, HydraConfig.get())
 
     try:
+        sys.argv = [sys.argv[0], *with_literal_paths(sys.argv[1:])]
         check_added(sys.argv[1:])
         refuse_lists(overrides_of(sys.argv[1:]))
         config_name = prepare_resume(sys.argv[1:]) or "config"

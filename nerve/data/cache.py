@@ -10,21 +10,23 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nerve.data.cache_entry import Damaged, TokenCache, build_entry, open_entry
 from nerve.data.corpus import Corpus
 from nerve.data.tokenizer import TokenizerSpec
 from nerve.errors import DataError
-from nerve.files import absolute, flock, flock_within
+from nerve.files import absolute, building_folder, flock, flock_within
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+
+_DAMAGED = ".damaged-"
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -62,12 +64,11 @@ def cached_tokens(
                     return entry
             except Damaged as damage:
                 log.warning("the token cache %s is damaged (%s): building it again", path, damage)
-            building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
-            try:
+            for left in root.glob(f"{_DAMAGED}*"):  # by who could not remove it, or was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with building_folder(root, ".building-") as building:
                 build_entry(building, corpus, spec, val_fraction)
                 _publish(building, path)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"The token cache must be writable; {root} gave: {error}. Set data.cache_dir or the "
@@ -85,13 +86,13 @@ def cached_tokens(
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Waits until no other process builds the entry at `path`, and keeps others waiting."""
-    try:
-        lock = open(path.with_name(f".{path.name}.lock"), "a", encoding="utf-8")  # noqa: SIM115 - held open
-    except PermissionError:  # that of another user, in a folder that all may write to
-        yield
-        return
-    with lock:
-        if flock(lock.fileno()) is False:
+    with ExitStack() as stack:
+        lock = None
+        for mode in ("a", "r"):  # to read it is enough where it is another user's
+            with suppress(PermissionError):
+                name = path.with_name(f".{path.name}.lock")
+                lock = lock or stack.enter_context(open(name, mode, encoding="utf-8"))
+        if lock is not None and flock(lock.fileno()) is False:
             log.info("another process builds the token cache %s: waiting for it", path)
             flock_within(lock.fileno(), math.inf)
         yield
@@ -122,6 +123,6 @@ def _publish(building: Path, path: Path) -> None:
         if _sound(path) is not None:
             return
         # A damaged entry. A folder that is not empty cannot be replaced in one step: move it away.
-        aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=path.parent))
-        path.rename(aside / path.name)
-        shutil.rmtree(aside)
+        aside = path.with_name(f"{_DAMAGED}{secrets.token_hex(4)}")
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

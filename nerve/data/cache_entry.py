@@ -86,6 +86,7 @@ def open_entry(path: Path) -> TokenCache | None:
 
     Raises:
         Damaged: if it is not what was once written.
+        DataError: if it is another user's, who lets no one read it.
     """
     if not path.is_dir():
         return None
@@ -110,6 +111,12 @@ def open_entry(path: Path) -> TokenCache | None:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except PermissionError as error:
+        raise DataError(
+            f"The token cache {path.parent} may not be read ({error.strerror}): it is another "
+            "user's. Have them run chmod -R a+rX on it, or set data.cache_dir or NERVE_CACHE to a "
+            "folder of your own."
+        ) from error
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror}") from error
 

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from types import NoneType
 
-from nerve.config import require, require_type
+from nerve.config import pasted, require, require_type
 from nerve.data.corpus import Corpus, Document
 from nerve.data.file_formats import CODECS, READERS, is_known, read_rows
 from nerve.data.tokenizer import SEPARATORS
@@ -97,7 +97,7 @@ class _Reader:
             for marker in _markers_in(document.text):
                 self._say(
                     f"{file} has {marker!r} at ends of lines, which are read as text; if they "
-                    f"stand between documents, set data.corpus.separator='{marker}'"
+                    f"stand between documents, set {pasted('data.corpus.separator', marker)}"
                 )
             yield document
 

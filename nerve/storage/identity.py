@@ -27,6 +27,7 @@ its result. They are passed over in any configuration, also in one that nerve-ru
 
 ADDED: dict[str, Any] = {
     "data.corpus.separator": None,
+    "data.images.reversed": False,
     "data.separator_token": None,
     "data.tokenizer_sample_bytes": 1_000_000_000,
     "model.pre_std": None,

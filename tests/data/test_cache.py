@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -352,3 +353,87 @@ def test_an_unreadable_corpus_is_reported_as_such_not_as_a_cache_failure(tmp_pat
 
     with pytest.raises(DataError, match="the corpus is at fault"):
         cached_tokens(Corpus("c", read), SPEC, 0.2, tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_modes_of_an_entry_follow_the_umask(small_corpus, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        entry = cached_tokens(small_corpus, SPEC, 0.2, tmp_path / "cache")
+    finally:
+        os.umask(before)
+    folders = [tmp_path / "cache", entry.path]
+    assert [path.stat().st_mode & 0o777 for path in folders] == [0o777 & ~umask] * 2
+    files = [*entry.path.iterdir(), *(tmp_path / "cache").glob(".*.lock")]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def leftover(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "train.tokens").write_bytes(b"half of it")
+    return folder
+
+
+@pytest.fixture
+def key(small_corpus, tmp_path) -> str:
+    return cached_tokens(small_corpus, SPEC, 0.2, tmp_path / "elsewhere").path.name
+
+
+@pytest.mark.parametrize(
+    "name", [".building-0a1b2c3d", ".building-q1w2e3r4", ".damaged-0a1b2c3d", ".damaged-x1y2z3"]
+)
+def test_what_dead_builds_left_is_removed_at_the_next_build(small_corpus, tmp_path, key, name):
+    """Of this version and of those before, of the same entry or another."""
+    left = leftover(tmp_path / "cache" / name)
+    cached_tokens(small_corpus, SPEC, 0.2, tmp_path / "cache")
+    assert not left.exists()
+    assert entries(tmp_path / "cache") == [key]
+
+
+def test_the_build_of_a_living_process_is_left_alone(small_corpus, tmp_path):
+    left = leftover(tmp_path / ".building-0a1b2c3d")
+    descriptor = os.open(left, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert left.exists()
+    os.close(descriptor)
+    cached_tokens(small_corpus, SPEC, 0.3, tmp_path)
+    assert not left.exists()
+
+
+def test_a_lock_that_another_user_made_is_waited_for_all_the_same(
+    small_corpus, tmp_path, monkeypatch, key
+):
+    """It may be opened for reading, which is enough to lock it."""
+    refused = []
+
+    def open_to_read(path, mode="r", **options):
+        if str(path).endswith(".lock") and "a" in mode:
+            refused.append(path)
+            raise PermissionError(errno.EACCES, "not yours")
+        return open(path, mode, **options)
+
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f".{key}.lock").touch(mode=0o444)
+    monkeypatch.setattr(cache_module, "open", open_to_read, raising=False)
+    locked = []
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: locked.append(arguments))
+    cached_tokens(small_corpus, SPEC, 0.2, tmp_path / "cache")
+    assert refused
+    assert locked
+
+
+def test_an_entry_that_may_not_be_read_is_refused_and_left_where_it_is(
+    opened, small_corpus, tmp_path, monkeypatch
+):
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.parent == opened.path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=rf"{opened.path} may not be read .*NERVE_CACHE"):
+        cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
+    assert entries(tmp_path) == [opened.path.name]

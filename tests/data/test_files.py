@@ -217,7 +217,7 @@ def test_a_known_marker_at_an_end_of_a_line_is_said_with_what_to_set(
     assert len(list(corpus.documents())) == len(list(corpus.documents())) == 1
     [message] = caplog.messages
     assert f"{tmp_path / 'a.txt'} has {marker!r} at ends of lines" in message
-    assert f"data.corpus.separator='{marker}'" in message
+    assert message.endswith(f"set \"data.corpus.separator='{marker}'\"")
 
 
 @pytest.mark.parametrize("text", [f"a {MARKER} b", "<s>x</s> y", "plain"])

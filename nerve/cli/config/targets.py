@@ -8,6 +8,7 @@ TARGETS = {
         "nerve.cli.experiment.check.CheckInPlaceOfRun",
         "nerve.data.corpus.python_source",
         "nerve.data.files.text_files",
+        "nerve.data.glyphs.glyphs",
         "nerve.data.hub.hub_dataset",
         "nerve.data.hub.hub_images",
         "nerve.data.image_sets.cifar100",

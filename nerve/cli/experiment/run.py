@@ -25,6 +25,7 @@ from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import print_summary
+from nerve.config import pasted
 from nerve.errors import DataError, StoreError
 from nerve.files import remove_temporaries
 from nerve.storage.directory import RunDirectory
@@ -95,7 +96,7 @@ def _lead(plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
-            log.warning("%s; to go on: nerve-run resume=%s", error, run.path)
+            log.warning("%s; to go on: nerve-run %s", error, pasted("resume", run.path))
             signals.hand_on()
         raise
     if signals.received:  # while it ended: nothing is left to save, but the command must stop

@@ -22,7 +22,7 @@ from nerve.cli.sweep.local import run_here
 from nerve.cli.sweep.preview import preview
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
 from nerve.cli.sweep.table import SweepTable
-from nerve.config import require, require_type
+from nerve.config import pasted, quoted, require, require_type
 from nerve.cores import allowed
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.files import as_store_error
@@ -108,8 +108,9 @@ class TrialSweeper(Sweeper):
         assert self.hydra_context is not None
         if self.config.resume is not None:
             raise ConfigError(
-                f"A sweep resumes what was interrupted by itself; got resume={self.config.resume}. "
-                "Leave resume out, or go on with that one run without --multirun."
+                "A sweep resumes what was interrupted by itself; got "
+                f"{pasted('resume', self.config.resume)}. Leave resume out, or go on with that one "
+                "run without --multirun."
             )
         require_type("check", self.config.check, bool)
         loader = self.hydra_context.config_loader
@@ -243,14 +244,8 @@ def _refuse_other_values(trial: Trial) -> None:
 
 def _place(trial: Trial) -> str:
     """The override that names the trial's directory: another machine need not find the same."""
-    return f"hydra.sweep.subdir={_quoted(trial.config.hydra.sweep.subdir)}"
+    return f"hydra.sweep.subdir={quoted(trial.config.hydra.sweep.subdir)}"
 
 
 def _has_failed(job: JobReturn) -> bool:
     return job.status == JobStatus.FAILED and isinstance(job._return_value, Exception)
-
-
-def _quoted(text: str) -> str:
-    """As a value of the command line, whatever signs it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -1,37 +1,10 @@
 """`resume=<run directory>`: the run's own configuration, and nothing that would make it another."""
 
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
-from omegaconf import OmegaConf
 
 from nerve.cli.config.compose import identity
 from nerve.cli.config.resume import prepare_resume
 from nerve.errors import StoreError
-
-
-@pytest.fixture
-def experiments(monkeypatch) -> list[tuple]:
-    """What the command would run, in the place of training: the configuration and where."""
-    started = []
-
-    def run_experiment(config, hydra_config) -> float:
-        directory = Path(hydra_config.runtime.output_dir)
-        if "csv" in config.logger:
-            assert config.logger.csv.directory == str(directory / "logs")
-        started.append((config, directory))
-        saved = directory / ".hydra" / "config.yaml"
-        if not saved.exists():
-            saved.parent.mkdir()
-            OmegaConf.save(config, saved)
-        return 1.0
-
-    module = ModuleType("nerve.cli.experiment.run")
-    module.run_experiment = run_experiment
-    monkeypatch.setitem(sys.modules, "nerve.cli.experiment.run", module)
-    return started
 
 
 @pytest.fixture
