@@ -174,6 +174,8 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     last = run.checkpoint("last")
     remove_temporaries(last.parent)
     if not last.exists():
+        if record.restarts:
+            log.warning("there is no %s: the run starts from its beginning", last)
         store.truncate_after(-1)
         return
     check_checkpoint(last, record)
