@@ -19,13 +19,12 @@ import pyarrow as pa
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
-from nerve.errors import ConfigError, StoreError
+from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import config_id
 from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
-from nerve.storage.warn import warn_caller
 
 TIMES = ("started", "heartbeat", "ended")
 

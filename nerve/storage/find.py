@@ -4,14 +4,13 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nerve.errors import StoreError
+from nerve.errors import StoreError, warn_caller
 from nerve.storage.record import (
     RECORD_NAME,
     DamagedRecordError,
     DamagedRecordWarning,
     RunRecord,
 )
-from nerve.storage.warn import warn_caller
 
 AnyPath = str | os.PathLike[str]
 
