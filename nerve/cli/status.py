@@ -103,7 +103,7 @@ def status_of(directory: Path) -> Status:
 
 
 def show(statuses: Sequence[Status]) -> None:
-    """Prints one row a run, how many there are of each state, and why runs ended early."""
+    """Prints one row per run, how many there are of each state, and why runs ended early."""
     counts = Counter(override for status in statuses for override in set(status.overrides))
     labels = {
         status.directory: " ".join(o for o in status.overrides if counts[o] < len(statuses))

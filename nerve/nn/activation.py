@@ -40,7 +40,7 @@ class Activation:
     Attributes:
         name: a key of `ACTIVATIONS`.
         negative_slope: of the leaky ones, in [0, 1]; where the learnable one starts.
-        shared: the learnable slope is one parameter for all layers, instead of one a layer.
+        shared: the learnable slope is one parameter for all layers, instead of one per layer.
 
     Raises:
         ConfigError: for an unknown name, or an option that the activation does not have.

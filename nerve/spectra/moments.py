@@ -8,11 +8,11 @@ from torch import Tensor
 
 from nerve.spectra.product import PRODUCTS, Product, exact_products
 
-# Columns are scaled so that a centred value stays below 2**15: inside float16's range (65,504),
+# Columns are scaled so that a centered value stays below 2**15: inside float16's range (65,504),
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
 
-# Uncentred products are for features whose mean carries at most the power of their variance, which
+# Uncentered products are for features whose mean carries at most the power of their variance, which
 # keeps SE within 1e-5, and that are not so small that products vanish.
 _LARGEST_MEAN = 1.0
 _LEAST_SQUARE = 1e-30
@@ -31,9 +31,9 @@ class Moments(NamedTuple):
 
 def moments_of(x: Float[Tensor, "n dim"], product: str) -> tuple[Moments, str]:
     """The moments of the samples `x`, at least one, and the name of the product that took them:
-    `float16x2` where an uncentred one would lose digits."""
+    `float16x2` where an uncentered one would lose digits."""
     with exact_products(x.device):
-        if not PRODUCTS[product].centred:
+        if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
                 raw = _raw_moments(x, PRODUCTS[product])
                 if raw is not None:

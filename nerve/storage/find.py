@@ -1,4 +1,4 @@
-"""Runs under a path: which directories hold one, and their records, one a run."""
+"""Runs under a path: which directories hold one, and their records, one per run."""
 
 import os
 from collections.abc import Iterable, Iterator

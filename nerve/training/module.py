@@ -23,7 +23,7 @@ CHECK_EVERY_N_BATCHES = 50
 class TrainedModel(L.LightningModule):
     """Trains a model that maps the first part of a batch to logits for the second.
 
-    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns
+    Logs `train_loss` and `val_loss` (cross-entropy, nats per target). A step of either kind returns
     the mean `loss` and `n_targets`, the number of targets that it is a mean of.
 
     Args:
