@@ -239,7 +239,8 @@ def compare_loops(args: argparse.Namespace) -> None:
     idle = statistics.median(lightning_run(args, 10**9)[0][20:])
     print(
         f"Lightning, monitor not measuring:  {idle:8.1f} ms per step: {bare / idle:.3f} of the "
-        f"speed without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the other's"
+        f"speed without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the "
+        f"other's"
     )
 
 

@@ -39,11 +39,11 @@ def moments_of(x: Float[Tensor, "n dim"], product: str) -> tuple[Moments, str]:
                 if raw is not None:
                     return raw, product
             product = "float16x2"
-        return _centred_moments(x, PRODUCTS[product]), product
+        return _centered_moments(x, PRODUCTS[product]), product
 
 
 def _raw_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments | None:
-    """As `_centred_moments`, from products of the samples as they are: one pass over them.
+    """As `_centered_moments`, from products of the samples as they are: one pass over them.
 
     `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
     covariance loses the digits by which they exceed the variance. None where that, or the scale of
@@ -64,7 +64,7 @@ def _raw_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments | None:
     return Moments(n, mean, m2.addr_(mean * n, mean, alpha=-1))
 
 
-def _centred_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
+def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
     """Number, mean and sum of squares about the mean of the samples `x`.
 
     The samples are shifted by their mean, rounded to the working type. Each difference then has all

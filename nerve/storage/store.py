@@ -57,7 +57,7 @@ class RunStore:
             remove_temporaries(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `METRICS`: a mapping per row; `run_id` and nullable columns may lack.
+        """Buffers rows of `METRICS`: a mapping per row; `run_id` and nullable ones may be absent.
 
         Raises:
             StoreError: for an unknown or a missing column or a value of the wrong type; none of
