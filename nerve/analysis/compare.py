@@ -1,4 +1,4 @@
-"""Runs beside each other: one row a run, at its last step or where it reaches a given loss.
+"""Runs beside each other: one row per run, at its last step or where it reaches a given loss.
 
 All functions give the same columns, so that whatever takes the one (seed averages, correlations,
 the scaling with width, a scatter plot) takes the other.
@@ -29,7 +29,7 @@ COUNTS = ("n_layers", "n_null")
 def final_metrics(
     metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """One row a run and FFN of its layers (a Mixer has two) at the last measured step.
+    """One row per run and FFN of its layers (a Mixer has two) at the last measured step.
 
     Flagged runs are in the frame, with their flag; a run without metrics has one row, with `ffn`
     and all numbers missing.
@@ -61,7 +61,7 @@ def metrics_at_loss(
     factors: Sequence[str] = (),
     loss: float | None = None,
 ) -> pd.DataFrame:
-    """One row a run and FFN at the first measured step where the validation loss is ≤ a target.
+    """One row per run and FFN at the first measured step where the validation loss is ≤ a target.
 
     Nothing is interpolated: `val_loss` says how far below the target that step already is.
 

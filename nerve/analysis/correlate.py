@@ -36,7 +36,7 @@ def correlate_within_runs(
 ) -> pd.DataFrame:
     """Correlation of each metric with the validation loss over the measured steps of each run.
 
-    One row a run, FFN, (layer,) metric and window. One number alone misleads: step 0 often lies
+    One row per run, FFN, (layer,) metric and window. One number alone misleads: step 0 often lies
     far from all others, and two series that both drift correlate whatever they are. Windows:
 
     - `all`: all measured steps
@@ -106,7 +106,7 @@ def correlate_across_runs(
 ) -> pd.DataFrame:
     """Correlation of each metric with the loss over runs; `points` itself is the scatter.
 
-    One row a group (values of `by`, `data` and `ffn`) and metric; runs of different `data` are
+    One row per group (values of `by`, `data` and `ffn`) and metric; runs of different `data` are
     never pooled. Rows of `final_metrics` count each seed as a point, rows of `average_seeds` each
     design: where the question is about designs, that is what n should count.
 

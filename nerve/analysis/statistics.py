@@ -45,7 +45,7 @@ class Pairs:
     @cached_property
     def moments(self) -> tuple[Array, Array, Array]:
         """Σ dx², Σ dy², Σ dx·dy a group, of the distances from the group's means."""
-        dx, dy = self.centred(self.x), self.centred(self.y)
+        dx, dy = self.centered(self.x), self.centered(self.y)
         return self.sums(dx * dx), self.sums(dy * dy), self.sums(dx * dy)
 
     @property
@@ -58,7 +58,7 @@ class Pairs:
         result[self.n > 0] = np.add.reduceat(values, self.starts) if len(values) else 0.0
         return result
 
-    def centred(self, values: Array) -> Array:
+    def centered(self, values: Array) -> Array:
         """`values` less their group's mean; exactly 0 where the group is constant."""
         some = self.n > 0
         shifted = values - np.repeat(values[self.starts], self.n[some])
@@ -91,7 +91,7 @@ class Pairs:
 
 
 def correlation(pairs: Pairs) -> Array:
-    """Pearson's r a group, in [-1, 1]; of `pairs.ranked()` it is Spearman's.
+    """Pearson's r per group, in [-1, 1]; of `pairs.ranked()` it is Spearman's.
 
     Missing for fewer than 3 pairs (two always lie on a line) and where x or y is constant.
     """
@@ -127,7 +127,7 @@ def fit_line(pairs: Pairs) -> Line:
     n = pairs.n
     slope = _divide(xy, xx)
     intercept = _divide(pairs.sums(pairs.y) - slope * pairs.sums(pairs.x), n)
-    residuals = pairs.centred(pairs.y) - np.repeat(slope, n) * pairs.centred(pairs.x)
+    residuals = pairs.centered(pairs.y) - np.repeat(slope, n) * pairs.centered(pairs.x)
     unexplained = pairs.sums(residuals * residuals)
     free = np.maximum(n - 2, 0)
     half = student_t(free) * np.sqrt(_divide(_divide(unexplained, free), xx))
@@ -187,8 +187,8 @@ def _fisher(r: Array, variance: Array, n: Counts) -> tuple[Array, Array]:
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     half = z * np.sqrt(_divide(variance, np.where(n > 3, n - 3, 0)))
     perfect = 1.0 - np.abs(r) < 1e-12  # all but its rounding
-    centre = np.arctanh(np.where(perfect, np.nan, r))
-    return np.tanh(centre - half), np.tanh(centre + half)
+    center = np.arctanh(np.where(perfect, np.nan, r))
+    return np.tanh(center - half), np.tanh(center + half)
 
 
 def _divide(a: Array, b: Array | Counts) -> Array:

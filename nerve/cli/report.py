@@ -78,7 +78,7 @@ def _steps(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line a step, so that a log says where it is."""
+    """A bar on a terminal; elsewhere a line per step, so that a log says where it is."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr)
         return

@@ -130,7 +130,7 @@ def _drawings(
         Drawing(
             f"gain{suffix}",
             "PR gain = PR post / PR pre and ΔEEE = EEE post − EEE pre by layer and step. Purple: "
-            f"the nonlinearity flattens the spectrum; grey: nothing could be measured. {about}",
+            f"the nonlinearity flattens the spectrum; gray: nothing could be measured. {about}",
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]

@@ -23,7 +23,7 @@ from nerve.storage.find import listed
 
 MAX_FACTORS = 6
 MAX_NAMES = 12
-"""A factor whose levels are names has figures up to this many; the colours of more say nothing."""
+"""A factor whose levels are names has figures up to this many; the colors of more say nothing."""
 
 
 def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
@@ -191,19 +191,19 @@ def _loss_drawings(
         which = f", data {data}" if compared["data"].nunique(dropna=False) > 1 else ""
         same_data = means["data"].isna() if pd.isna(data) else means["data"] == data
         own = metrics[metrics["run_id"].isin(means.loc[same_data, "run_id"])]
-        colour = shown[0] if shown and shown[0] in points.columns else None
+        color = shown[0] if shown and shown[0] in points.columns else None
         drawings.append(
             Drawing(
                 f"loss{_suffix(ffn)}" + (f"_{i}" if which else ""),
                 f"Final validation loss against the metrics at the last measured step{which}. One "
-                "point a design: mean over its seeds, bars ± SD (of up to "
+                "point per design: mean over its seeds, bars ± SD (of up to "
                 f"{figures_of_several_runs.MAX_LINES} designs). r: Pearson with its 95% interval "
                 f"(Fisher), ρ: Spearman, n: designs. {limits(own)} {seeds(points)}",
                 partial(
                     figures_of_several_runs.loss_against_metrics,
                     points,
                     correlate_across_runs(points),
-                    colour,
+                    color,
                     f"Loss against metrics{_named(ffn)}{which}",
                 ),
             )

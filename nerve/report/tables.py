@@ -55,7 +55,7 @@ def _table_of_runs(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) ->
     own = runs.drop(columns=judged.columns, errors="ignore")
     return Table(
         "runs",
-        "One row a run: its factors, how it ended and its loss; data stands for its corpus and "
+        "One row per run: its factors, how it ended and its loss; data stands for its corpus and "
         "tokenizer.",
         pd.concat([own, judged], axis=1),
         [

@@ -1,4 +1,4 @@
-"""One row a run: its last step, the step that reaches a loss, and the mean over its seeds."""
+"""One row per run: its last step, the step that reaches a loss, and the mean over its seeds."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Effects of runs: of a value a run, what a check estimates."""
+"""Effects of runs: of a value per run, what a check estimates."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ def difference(value: Value, more: str, less: str) -> Effect:
 
 
 def descending(value: Value, *names: str) -> Effect:
-    """The least of the differences of neighbours, each design less the next."""
+    """The least of the differences of neighbors, each design less the next."""
     return least(*(difference(value, *pair) for pair in pairwise(names)))
 
 

@@ -1,4 +1,4 @@
-"""What a run comes to, from its spectra and losses: one number, or one a step."""
+"""What a run comes to, from its spectra and losses: one number, or one per step."""
 
 import numpy as np
 
