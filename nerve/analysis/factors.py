@@ -157,16 +157,17 @@ def ordered_levels(values: pd.Series) -> list[Any]:
 def _rank(level: Any) -> tuple[int, float, str]:
     if level is None:
         return 2, 0.0, ""
-    return (0, float(_number(level)), "") if is_number(level) else (1, 0.0, str(level))
+    return (0, float(as_number(level)), "") if is_number(level) else (1, 0.0, str(level))
 
 
 def is_number(level: Any) -> bool:
     """Whether it is one, or a fraction as a width may be written: `8/3`."""
-    level = _number(level)
+    level = as_number(level)
     return isinstance(level, int | float | np.number) and not isinstance(level, bool | np.bool_)
 
 
-def _number(level: Any) -> Any:
+def as_number(level: Any) -> Any:
+    """A fraction that is written as text as a number; all else as it is."""
     if isinstance(level, str) and re.fullmatch(r"\d+/[1-9]\d*", level):
         return float(Fraction(level))
     return level

@@ -6,7 +6,7 @@ no group. Groups cost next to nothing, only values do.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -158,6 +158,7 @@ def student_t(free: Counts) -> Array:
     return np.array([_student_t(int(value)) for value in values])[inverse.reshape(np.shape(free))]
 
 
+@lru_cache
 def _student_t(free: int) -> float:
     if free < 1:
         return math.nan

@@ -1,15 +1,21 @@
-"""Effects with their 95% intervals, and what an interval says."""
+"""Effects with their 95% intervals, what an interval says, and what follows from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+
+from nerve.analysis.partial import partial_correlation
+from nerve.analysis.statistics import LEVEL, student_t
 
 Reading = Literal["holds", "opposite", "within noise"]
 Outcome = Literal["holds", "opposite", "within noise", "undecided"]
-LEVEL = 0.95
+Verdict = Literal["holds", "does not hold", "cannot be told here"]
+
+LEAST_DF = 3
+"""Degrees of freedom below which an interval decides nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,31 @@ def read(estimate: Estimate, smallest: float) -> Reading | None:
     return "opposite" if estimate.high < 0 else "within noise"
 
 
+def decide(estimate: Estimate, smallest: float = 0.0, missing: Sequence[str] = ()) -> Outcome:
+    """What follows from an estimate: what its interval says (`read`), or that nothing does.
+
+    `undecided` where anything that was asked for is `missing` (seeds, scale), where there is no
+    interval, and with less than `LEAST_DF` degrees of freedom.
+    """
+    reading = read(estimate, smallest)
+    if missing or reading is None or estimate.df < LEAST_DF:
+        return "undecided"
+    return reading
+
+
+def verdict(outcomes: Sequence[tuple[Outcome, bool]]) -> Verdict:
+    """Of a claim, from the outcome of each of its checks and whether it passes a null model.
+
+    `holds` where all hold and none passes a null; `does not hold` where one is opposite or within
+    noise; else `cannot be told here`.
+    """
+    if any(outcome in ("opposite", "within noise") for outcome, _ in outcomes):
+        return "does not hold"
+    if outcomes and all(outcome == "holds" and not passes for outcome, passes in outcomes):
+        return "holds"
+    return "cannot be told here"
+
+
 def linear(
     design_matrix: np.ndarray, values: np.ndarray, weights: np.ndarray
 ) -> tuple[float, float, float, float, int]:
@@ -77,7 +108,7 @@ def linear(
         square = 0.0
     sd = np.sqrt(square / df)
     error = sd * float(np.linalg.norm(weights @ inverse))
-    half = stats.t.ppf((1 + LEVEL) / 2, df) * error
+    half = float(student_t(np.array([df]))[0]) * error
     if abs(effect) < 1e-12:
         effect = 0.0
     return effect, effect - half, effect + half, float(sd), df
@@ -129,23 +160,6 @@ def slope_difference(
     return Estimate(*linear(np.stack(columns, axis=1), values, row), n_points, len(values))
 
 
-def partial_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> float:
-    """Pearson's r of what is left of x and of y after a linear fit on `given`; nan if nothing is.
-
-    Args:
-        x, y: shape (n,); `given`: each of shape (n,).
-    """
-    controls = np.stack([np.ones_like(x), *given], axis=1)
-    projector = controls @ np.linalg.pinv(controls)
-    rest_x, rest_y = x - projector @ x, y - projector @ y
-    size = np.linalg.norm(rest_x) * np.linalg.norm(rest_y)
-    scale = np.linalg.norm(x - x.mean()) * np.linalg.norm(y - y.mean())
-    # A control that fits x or y to rounding leaves no more of it than that.
-    if not size > 1e-9 * scale:
-        return float("nan")
-    return float(rest_x @ rest_y / size)
-
-
 def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> Estimate:
     """Partial correlation over n points with Fisher's interval, tanh(atanh r ± z / √(n-3-k)).
 
@@ -159,8 +173,8 @@ def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) 
     df = n - 3 - len(given)
     if df < 1:
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, n, n)
-    r = partial_correlation(x[kept], y[kept], [control[kept] for control in given])
-    half = stats.norm.ppf((1 + LEVEL) / 2) / np.sqrt(df)
+    r = float(partial_correlation(x[kept], y[kept], [control[kept] for control in given]))
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) / np.sqrt(df)
     middle = np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
     low, high = np.tanh(middle - half), np.tanh(middle + half)
     return Estimate(r, float(low), float(high), np.nan, df, n, n)
