@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Literal
 
@@ -82,36 +83,82 @@ def verdict(outcomes: Sequence[tuple[Outcome, bool]]) -> Verdict:
     return "cannot be told here"
 
 
-def linear(
-    design_matrix: np.ndarray, values: np.ndarray, weights: np.ndarray
-) -> tuple[float, float, float, float, int]:
-    """Effect `weights · β` of an ordinary least squares fit, its t interval, residual SD and df.
+@dataclass(frozen=True)
+class LeastSquares:
+    """Ordinary least squares on one design matrix, for any values and effects.
 
-    All nan where the data do not determine the effect. Without a degree of freedom the effect has
-    no interval. A residual that is rounding counts as none: constants have an interval of no width.
+    Attributes:
+        matrix: shape (run, column).
+    """
+
+    matrix: np.ndarray
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        return np.linalg.pinv(self.matrix)
+
+    @cached_property
+    def df(self) -> int:
+        """Degrees of freedom of the error."""
+        return len(self.matrix) - int(np.linalg.matrix_rank(self.matrix))
+
+    def effect(
+        self, values: np.ndarray, weights: np.ndarray
+    ) -> tuple[float, float, float, float, int]:
+        """Effect `weights · β`, its t interval, residual SD and df.
+
+        All nan where the data do not determine the effect. Without a degree of freedom the effect
+        has no interval. A residual that is rounding counts as none: constants have an interval of
+        no width.
+
+        Args:
+            values: shape (run,).
+            weights: shape (column,).
+        """
+        if not np.allclose(weights @ self.inverse @ self.matrix, weights, atol=1e-8):
+            return (np.nan, np.nan, np.nan, np.nan, 0)
+        effect = float(weights @ self.inverse @ values)
+        if self.df < 1:
+            return effect, np.nan, np.nan, np.nan, 0
+        residual = values - self.matrix @ (self.inverse @ values)
+        square = float(residual @ residual)
+        if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
+            square = 0.0
+        sd = np.sqrt(square / self.df)
+        error = sd * float(np.linalg.norm(weights @ self.inverse))
+        half = float(student_t(np.array([self.df]))[0]) * error
+        if abs(effect) < 1e-12:
+            effect = 0.0
+        return effect, effect - half, effect + half, float(sd), self.df
+
+    def contrast(
+        self,
+        values: np.ndarray,
+        names: Sequence[str],
+        weights: Mapping[str, float],
+        n_seeds: int,
+    ) -> Estimate:
+        """The effect of `weights`, by the names of the first columns."""
+        row = np.zeros(self.matrix.shape[1])
+        row[: len(names)] = [weights.get(name, 0.0) for name in names]
+        n_runs = int(self.matrix[:, np.flatnonzero(row)].any(axis=1).sum())
+        return Estimate(*self.effect(values, row), n_seeds=n_seeds, n_runs=n_runs)
+
+
+def paired_by_seed(
+    design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool = True
+) -> tuple[LeastSquares, list[str]]:
+    """values = design + seed + error, and the names of its first columns, the designs.
 
     Args:
-        design_matrix: shape (run, column).
-        values: shape (run,).
-        weights: shape (column,).
+        design, seed: shape (run,).
+        seeds_differ: False leaves seeds in the error.
     """
-    inverse = np.linalg.pinv(design_matrix)
-    if not np.allclose(weights @ inverse @ design_matrix, weights, atol=1e-8):
-        return (np.nan, np.nan, np.nan, np.nan, 0)
-    effect = float(weights @ inverse @ values)
-    df = len(values) - int(np.linalg.matrix_rank(design_matrix))
-    if df < 1:
-        return effect, np.nan, np.nan, np.nan, 0
-    residual = values - design_matrix @ (inverse @ values)
-    square = float(residual @ residual)
-    if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
-        square = 0.0
-    sd = np.sqrt(square / df)
-    error = sd * float(np.linalg.norm(weights @ inverse))
-    half = float(student_t(np.array([df]))[0]) * error
-    if abs(effect) < 1e-12:
-        effect = 0.0
-    return effect, effect - half, effect + half, float(sd), df
+    names, numbers = sorted(set(design.tolist())), sorted(set(seed.tolist()))
+    columns = [design == name for name in names]
+    if seeds_differ:
+        columns += [seed == number for number in numbers[1:]]
+    return LeastSquares(np.stack([np.asarray(own, float) for own in columns], axis=1)), names
 
 
 def contrast(
@@ -135,14 +182,9 @@ def contrast(
     n_runs = int(np.isin(design, list(weights)).sum())
     if not all(seeds):
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, len(shared), n_runs)
-    names, numbers = sorted(set(design.tolist())), sorted(set(seed.tolist()))
-    columns = [design == name for name in names]
-    if abs(sum(weights.values())) < 1e-12:
-        columns += [seed == number for number in numbers[1:]]
-    matrix = np.stack([np.asarray(column, float) for column in columns], axis=1)
-    row = np.zeros(matrix.shape[1])
-    row[: len(names)] = [weights.get(name, 0.0) for name in names]
-    return Estimate(*linear(matrix, values, row), n_seeds=len(shared), n_runs=n_runs)
+    is_difference = abs(sum(weights.values())) < 1e-12
+    fit, names = paired_by_seed(design, seed, seeds_differ=is_difference)
+    return fit.contrast(values, names, weights, len(shared))
 
 
 def slope_difference(
@@ -157,7 +199,8 @@ def slope_difference(
     columns = [part.astype(float) for part in own] + [part * x for part in own]
     row = np.array([0.0] * len(own) + list(weights.values()))
     n_points = min(len(set(x[part].tolist())) for part in own)
-    return Estimate(*linear(np.stack(columns, axis=1), values, row), n_points, len(values))
+    fit = LeastSquares(np.stack(columns, axis=1))
+    return Estimate(*fit.effect(values, row), n_points, len(values))
 
 
 def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> Estimate:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nerve.analysis.statistics import LEVEL, Array, Counts
+from nerve.analysis.statistics import LEVEL, ROUNDING, Array, Counts
 
 N_DRAWS = 1000
 """Samples of a bootstrap."""
@@ -51,8 +51,8 @@ def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: in
         x, y, z: shape (value,); where one of the three is not finite the value is left out.
 
     Returns:
-        r, low and high, shape (3, group). r is NaN for n < 4 and where z does not vary, the interval
-        for n < `LEAST_POINTS`.
+        r, low and high, shape (3, group). r is NaN for n < 4 and where z does not vary, the
+        interval for n < `LEAST_POINTS`.
     """
     kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
     order = np.flatnonzero(kept)[np.argsort(codes[kept], kind="stable")]
@@ -82,8 +82,8 @@ def partial_over_runs(
         x, y, z: shape (point,); where one of the three is not finite the point is left out.
 
     Returns:
-        r, low and high, shape (3, group). r is NaN for n < 4 and where z does not vary, the interval
-        for less than `LEAST_POINTS` clusters.
+        r, low and high, shape (3, group). r is NaN for n < 4 and where z does not vary, the
+        interval for less than `LEAST_POINTS` clusters.
     """
     kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
     found = np.full((3, n_groups), np.nan)
@@ -157,7 +157,7 @@ def _residuals(values: Array, given: Sequence[Array] = ()) -> Array:
 def _with_interval(x: Array, y: Array, z: Array, weights: Array | None, n: int) -> Array:
     """r, low and high, shape (3, series), of values of shape (series, n)."""
     rest = _residuals(z)
-    varies = np.linalg.norm(rest, axis=-1) > 1e-9 * np.linalg.norm(z, axis=-1)
+    varies = np.linalg.norm(rest, axis=-1) > ROUNDING * np.linalg.norm(z, axis=-1)
     r = np.where(varies, partial_correlation(x, y, [z]), np.nan)
     if weights is None:
         return np.stack([r, np.full_like(r, np.nan), np.full_like(r, np.nan)])

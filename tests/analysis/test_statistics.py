@@ -69,9 +69,10 @@ def test_a_large_mean_costs_no_digits():
         ([1.0, 2.0], [1.0, 2.0]),
         ([0.1, 0.1, 0.1, 0.1], [1.0, 2.0, 3.0, 4.0]),
         ([1.0, 2.0, 3.0, 4.0], [0.3, 0.3, 0.3, 0.3]),
+        (list(np.diff([0.7, 0.6, 0.5, 0.4, 0.3])), [1.0, 2.0, 4.0, 3.0]),
         ([1.0, np.nan, 3.0, 4.0], [1.0, 2.0, np.nan, 4.0]),
     ],
-    ids=["nothing", "two", "x constant", "y constant", "two left"],
+    ids=["nothing", "two", "x constant", "y constant", "x constant but for rounding", "two left"],
 )
 def test_no_correlation_is_missing(x, y):
     """Beside a group that has one, which stays as it is."""
