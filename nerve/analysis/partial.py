@@ -51,8 +51,8 @@ def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: in
         x, y, z: shape (value,); where one of the three is not finite the value is left out.
 
     Returns:
-        r, low and high, shape (3, group). r is NaN for n < 4 and where z does not vary, the
-        interval for n < `LEAST_POINTS`.
+        r, low and high, shape (3, group). r is NaN for n < 4 and where one of the three does
+        not vary, the interval for n < `LEAST_POINTS`.
     """
     kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
     order = np.flatnonzero(kept)[np.argsort(codes[kept], kind="stable")]
@@ -82,8 +82,8 @@ def partial_over_runs(
         x, y, z: shape (point,); where one of the three is not finite the point is left out.
 
     Returns:
-        r, low and high, shape (3, group). r is NaN for n < 4 and where z does not vary, the
-        interval for less than `LEAST_POINTS` clusters.
+        r, low and high, shape (3, group). r is NaN for n < 4 and where one of the three does
+        not vary, the interval for less than `LEAST_POINTS` clusters.
     """
     kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
     found = np.full((3, n_groups), np.nan)
@@ -154,15 +154,20 @@ def _residuals(values: Array, given: Sequence[Array] = ()) -> Array:
     return values - fitted[..., 0]
 
 
+def _varies(values: Array) -> Array:
+    """Whether a series is more than a constant and its rounding."""
+    size = np.linalg.norm(values, axis=-1)
+    return np.asarray(np.linalg.norm(_residuals(values), axis=-1) > ROUNDING * size)
+
+
 def _with_interval(x: Array, y: Array, z: Array, weights: Array | None, n: int) -> Array:
     """r, low and high, shape (3, series), of values of shape (series, n)."""
-    rest = _residuals(z)
-    varies = np.linalg.norm(rest, axis=-1) > ROUNDING * np.linalg.norm(z, axis=-1)
+    varies = np.logical_and.reduce([_varies(values) for values in (x, y, z)])
     r = np.where(varies, partial_correlation(x, y, [z]), np.nan)
     if weights is None:
         return np.stack([r, np.full_like(r, np.nan), np.full_like(r, np.nan)])
     # A partial r does not change when z is added to x and y: without it rounding is small.
-    draws = _partial_draws(_residuals(x, [z]), _residuals(y, [z]), _unit(rest), weights)
+    draws = _partial_draws(_residuals(x, [z]), _residuals(y, [z]), _unit(_residuals(z)), weights)
     middle = np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
     away = np.arctanh(np.clip(draws, -1 + 1e-9, 1 - 1e-9)) - middle
     low, high = interval_of_draws(away * np.sqrt(n / (n - 3)))

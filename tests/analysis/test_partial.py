@@ -94,10 +94,14 @@ def test_series_in_any_order_with_gaps_are_those_by_themselves():
     assert np.isnan(found[:, 2]).all()
 
 
-def test_a_null_model_that_does_not_vary_leaves_no_partial_r():
-    """Not r itself: there is nothing that was given."""
-    x, y, _ = independent(1, 20)
+def test_what_does_not_vary_but_for_rounding_has_no_partial_r():
+    """A null model: there is nothing that was given. A metric: PR gain of the identity is 1."""
+    x, y, clock = independent(1, 20)
+    ones = 1 + np.tile([0.0, 2e-16, 4e-16, 0.0], 5)
     assert np.isnan(over_steps(x, y, np.zeros(20))).all()
+    assert np.isnan(over_steps(x, y, ones)).all()
+    assert np.isnan(over_steps(ones[None], y, clock)).all()
+    assert np.isnan(over_steps(x, ones[None], clock)).all()
 
 
 def test_few_points_have_no_interval():
