@@ -21,6 +21,7 @@ from nerve.storage.find import AnyPath
 
 PLACES = ("step", "layer", "val_loss")
 MARKED = ("val_loss", *(column for metric in CATALOGUE for column in metric.columns))
+LINE = (0, (6, 2, 1, 2))
 MARKERS = ("*", "P", "X", "D", "v", "^", "<", ">")
 
 
@@ -52,7 +53,7 @@ def read_reference(path: AnyPath) -> pd.DataFrame:
     doubled = rows[list(PLACES)].notna().sum(axis=1) > 1
     require(
         not doubled.any(),
-        f"A value stands at a step, in a layer or at a loss; rows {list(np.flatnonzero(doubled))} "
+        f"A value stands at a step, in a layer or at a loss; rows {(np.flatnonzero(doubled) + 1).tolist()} "
         f"of {path} have two of {', '.join(PLACES)}.",
     )
     return rows.assign(label=rows["label"].fillna("reference"))
@@ -71,7 +72,7 @@ def mark(figure: Figure, reference: pd.DataFrame) -> Figure:
             used[row["label"]] = styles[row["label"]]
     if used:
         entries = [
-            key(plain(label), color=LOSS_COLOUR, marker=marker, linestyle=":", linewidth=1)
+            key(plain(label), color=LOSS_COLOUR, marker=marker, linestyle=LINE, linewidth=1)
             for label, marker in used.items()
         ]
         _add_legend(figure, entries)
@@ -89,18 +90,23 @@ def _of_panel(panel: Axes, reference: pd.DataFrame) -> pd.DataFrame:
 def _draw(panel: Axes, row: dict[Any, Any], marker: str) -> None:
     colour = _colour(row["metric"])
     if np.isnan(row["x"]):
-        panel.axhline(row["value"], color=colour, linestyle=":", linewidth=1.2)
-    else:
-        panel.plot(
-            [row["x"]],
-            [row["value"]],
-            marker,
-            color=colour,
-            markersize=8,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            zorder=5,
-        )
+        panel.axhline(row["value"], color=colour, linestyle=LINE, linewidth=1)
+    # The mark of a line is at its end.
+    place = (
+        (row["x"], panel.transData) if np.isfinite(row["x"]) else (1, panel.get_yaxis_transform())
+    )
+    panel.plot(
+        [place[0]],
+        [row["value"]],
+        marker,
+        transform=place[1],
+        color=colour,
+        markersize=8,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        clip_on=False,
+        zorder=5,
+    )
 
 
 def _colour(column: str) -> str:

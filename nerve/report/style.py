@@ -28,7 +28,7 @@ NULL_COLOUR = "#9A9A9A"
 LEVEL_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
-PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:.3g}")
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
 MAX_LEGEND = 12
 MAX_TEXT = 48
 MAX_TITLE = 110

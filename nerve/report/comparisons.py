@@ -1,0 +1,185 @@
+"""What is computed once for the figures and tables of several runs, and the figures of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import pandas as pd
+
+from nerve.analysis.compare import average_seeds
+from nerve.analysis.correlate import NULLS, correlate_across_runs, correlate_within_runs
+from nerve.analysis.early import rank_early
+from nerve.analysis.factors import Factors, is_number, ordered_levels
+from nerve.analysis.load import Runs
+from nerve.analysis.paired import compare_seeds
+from nerve.analysis.partial import LEAST_POINTS
+from nerve.report import figures_of_comparisons
+from nerve.report.content import WINDOW_TEXTS, Drawing
+
+NULL_NAMES = {"clock": "the clock, log(step + 1)", "lr": "the learning rate"}
+
+FILLED = "Filled: the 95% interval leaves out 0."
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The comparisons of two or more runs, each made when it is first asked for.
+
+    Args:
+        loaded: the runs.
+        points: rows of `final_metrics` with the factors that vary.
+        factors: what varies among the runs.
+    """
+
+    loaded: Runs
+    points: pd.DataFrame
+    factors: Factors
+
+    @cached_property
+    def designs(self) -> pd.DataFrame:
+        """Rows of `average_seeds`."""
+        return average_seeds(self.points)
+
+    @cached_property
+    def within(self) -> pd.DataFrame:
+        """Rows of `correlate_within_runs`."""
+        loaded = self.loaded
+        return correlate_within_runs(loaded.metrics, loaded.frame, self.factors.varying)
+
+    @cached_property
+    def numbers(self) -> list[str]:
+        """The factors that are numbers, of which the loss may be a function."""
+        return [
+            name
+            for name in self.factors.varying
+            if all(is_number(level) for level in ordered_levels(self.points[name]) if level)
+        ]
+
+    @cached_property
+    def across_designs(self) -> pd.DataFrame:
+        """Rows of `correlate_across_runs`, a point a design."""
+        return correlate_across_runs(self.designs, given=self.numbers)
+
+    @cached_property
+    def across_runs(self) -> pd.DataFrame:
+        """Rows of `correlate_across_runs`, a point a run."""
+        return correlate_across_runs(self.points, given=self.numbers)
+
+    @cached_property
+    def early(self) -> pd.DataFrame:
+        """Rows of `rank_early`."""
+        return rank_early(self.loaded.metrics, self.loaded.frame)
+
+    @cached_property
+    def contrasts(self) -> pd.DataFrame:
+        """Rows of `compare_seeds` for each factor that varies among runs that can be compared."""
+        if not (self.points["flag"] == "ok").any():
+            return pd.DataFrame(columns=["factor", "data", "ffn"])
+        runs = self.loaded.frame
+        return pd.concat([compare_seeds(self.points, runs, name) for name in self.factors.varying])
+
+
+def comparison_drawings(
+    compared: Comparisons, window: str, factors: Sequence[str]
+) -> Iterator[Drawing]:
+    """Correlations beside null models, early ranking, and contrasts by each of the factors."""
+    yield from _within(compared.within, window)
+    yield from _across(compared)
+    yield from _early(compared.early)
+    yield from _contrasts(compared.contrasts, factors)
+
+
+def within_drawing(correlations: pd.DataFrame, window: str, suffix: str, title: str) -> Drawing:
+    """Correlations within runs of one window and FFN beside the clock and the learning rate."""
+    return Drawing(
+        f"nulls_within{suffix}",
+        f"Correlation of each metric (mean over layers) with the validation loss over "
+        f"{WINDOW_TEXTS[window]}, one point a run, and that of the clock, log(step + 1), and of "
+        "the learning rate by themselves (lines, median over runs). Right: what is left given "
+        f"these, with 95% intervals over steps (block bootstrap). {FILLED}",
+        partial(figures_of_comparisons.beside_nulls, correlations, NULLS, NULL_NAMES, title),
+    )
+
+
+def _within(within: pd.DataFrame, window: str) -> Iterator[Drawing]:
+    rows = within[(within["flag"] == "ok") & (within["window"] == window)]
+    for suffix, named, own in _groups(rows, ["ffn", "data"]):
+        yield within_drawing(own, window, suffix, f"Metric and loss within runs{named}")
+
+
+def _across(compared: Comparisons) -> Iterator[Drawing]:
+    nulls = ["clock", *compared.numbers]
+    names = NULL_NAMES | {name: name for name in compared.numbers}
+    rows = compared.across_designs
+    for suffix, named, own in _groups(rows[rows["n"] > 3], ["ffn", "data"]):
+        yield Drawing(
+            f"nulls_across{suffix}",
+            "Correlation of each metric with the final validation loss over designs (means over "
+            "seeds, last measured step) with its 95% interval (Fisher), and that of what was "
+            "varied by itself (lines). Right: what is left given it, with 95% intervals (bootstrap "
+            f"over designs, from {LEAST_POINTS}). {FILLED}",
+            partial(
+                figures_of_comparisons.beside_nulls,
+                own,
+                nulls,
+                names,
+                f"Metric and loss across designs{named}",
+            ),
+        )
+
+
+def _early(ranked: pd.DataFrame) -> Iterator[Drawing]:
+    if ranked.empty:
+        return
+    rows = ranked[ranked["n_designs"] >= LEAST_POINTS]
+    for suffix, named, own in _groups(rows, ["ffn", "data", "schedule"]):
+        yield Drawing(
+            f"early{suffix}",
+            "Kendall's τ of each metric (mean over layers) at each measured step with the final "
+            "loss, over runs of one schedule and budget "
+            f"({own['schedule'].iloc[0] or 'not known'}; {own['n'].max()} runs of "
+            f"{own['n_designs'].max()} designs); 95% bands by a bootstrap over designs. Blue is "
+            "what a metric adds to the loss at that step: the partial τ. It says something where "
+            "its band leaves out both 0 and the dotted line, which is what a noisy copy of the "
+            "loss would have.",
+            partial(
+                figures_of_comparisons.early_ranking,
+                own,
+                f"What an early step says of the final loss{named}",
+            ),
+        )
+
+
+def _contrasts(contrasts: pd.DataFrame, factors: Sequence[str]) -> Iterator[Drawing]:
+    for factor in factors:
+        rows = contrasts[contrasts["factor"] == factor]
+        for suffix, named, own in _groups(rows, ["ffn", "data"]):
+            yield Drawing(
+                f"contrasts{suffix}_by_{factor}",
+                f"Designs that differ in {factor} alone, runs paired by seed: differences of means "
+                "with 95% intervals, the error pooled over all designs of one scale "
+                f"({_ends(own['df'])} degrees of freedom; {_ends(own['n_pairs'])} pairs). "
+                f"{FILLED} Grey: less than 3 degrees of freedom decide nothing. At most "
+                f"{figures_of_comparisons.MAX_CONTRASTS} are drawn; the table has all.",
+                partial(figures_of_comparisons.contrasts, own, f"Paired by seed, {factor}{named}"),
+            )
+
+
+def _groups(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The groups of rows, each with a suffix for a name and words for a title."""
+    groups = list(rows.groupby(list(by), dropna=False, sort=False, observed=True))
+    for i, (values, own) in enumerate(groups):
+        ffn = str(values[0])
+        parts = [] if ffn == "ffn" else [ffn]
+        if sum(other[0] == ffn for other, _ in groups) > 1:
+            parts.append(str(i))
+        suffix = "".join(f"_{part}" for part in parts)
+        named = f", {ffn}" if ffn != "ffn" else ""
+        if own["data"].iloc[0] is not None and rows["data"].nunique(dropna=False) > 1:
+            named += f", data {own['data'].iloc[0]}"
+        yield suffix, named, own
+
+
+def _ends(values: pd.Series) -> str:
+    low, high = f"{values.min():,}", f"{values.max():,}"
+    return low if low == high else f"{low} to {high}"
