@@ -89,9 +89,14 @@ def comparison_drawings(
     yield from _contrasts(compared.contrasts, factors)
 
 
-def within_drawing(correlations: pd.DataFrame, window: str, suffix: str, title: str) -> Drawing:
-    """Correlations within runs of one window and FFN beside the clock and the learning rate."""
-    return Drawing(
+def within_drawings(
+    correlations: pd.DataFrame, window: str, suffix: str, title: str
+) -> Iterator[Drawing]:
+    """Correlations within runs of one window and FFN beside the clock and the learning rate; none
+    where there are too few steps for a partial r."""
+    if correlations["given_clock"].isna().all():
+        return
+    yield Drawing(
         f"nulls_within{suffix}",
         f"Correlation of each metric (mean over layers) with the validation loss over "
         f"{WINDOW_TEXTS[window]}, one point a run, and that of the clock, log(step + 1), and of "
@@ -104,14 +109,15 @@ def within_drawing(correlations: pd.DataFrame, window: str, suffix: str, title: 
 def _within(within: pd.DataFrame, window: str) -> Iterator[Drawing]:
     rows = within[(within["flag"] == "ok") & (within["window"] == window)]
     for suffix, named, own in _groups(rows, ["ffn", "data"]):
-        yield within_drawing(own, window, suffix, f"Metric and loss within runs{named}")
+        yield from within_drawings(own, window, suffix, f"Metric and loss within runs{named}")
 
 
 def _across(compared: Comparisons) -> Iterator[Drawing]:
     nulls = ["clock", *compared.numbers]
     names = NULL_NAMES | {name: name for name in compared.numbers}
     rows = compared.across_designs
-    for suffix, named, own in _groups(rows[rows["n"] > 3], ["ffn", "data"]):
+    known = rows[[f"r_{null}" for null in nulls]].notna().any(axis=1)
+    for suffix, named, own in _groups(rows[known], ["ffn", "data"]):
         yield Drawing(
             f"nulls_across{suffix}",
             "Correlation of each metric with the final validation loss over designs (means over "

@@ -6,7 +6,6 @@ interval that leaves out 0, hollow ones do not, or have none.
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +20,7 @@ from nerve.report.style import (
     new_figure,
     outside_legend,
     plain,
+    say_empty,
     short_name,
 )
 
@@ -42,12 +42,12 @@ def beside_nulls(
 
     Args:
         correlations: rows of `correlate_within_runs` of one window, or of `correlate_across_runs`.
-        nulls: those with a column `r_<null>`, such as `clock`; one that has no partial r (it does
-            not vary, or the points are too few) has no line and no panel.
+        nulls: those with a column `r_<null>`, such as `clock`; one that does not vary has no line
+            and no panel.
         names: how they are called.
         title: the figure's title.
     """
-    nulls = [null for null in nulls if correlations[f"given_{null}"].notna().any()]
+    nulls = [null for null in nulls if correlations[f"r_{null}"].notna().any()]
     metrics = list(dict.fromkeys(correlations["metric"]))
     height = 1.0 + 0.28 * len(metrics)
     figure, panels = new_figure(1, 1 + len(nulls), title, width=3.6, height=height)
@@ -63,15 +63,16 @@ def beside_nulls(
     entries = [key("r of a metric", color="#000000", marker="o", linestyle="none", markersize=4)]
     for null, style in zip(nulls, LINE_STYLES, strict=False):
         own = correlations[f"r_{null}"].median()
-        if np.isfinite(own):
-            for sign in (-1, 1):
-                panels[0].axvline(sign * own, color=COLOURS["post"], linestyle=style, linewidth=1)
-            entries.append(key(f"± r of {names[null]}", color=COLOURS["post"], linestyle=style))
+        for sign in (-1, 1):
+            panels[0].axvline(sign * own, color=COLOURS["post"], linestyle=style, linewidth=1)
+        entries.append(key(f"± r of {names[null]}", color=COLOURS["post"], linestyle=style))
     for panel, null in zip(panels[1:], nulls, strict=True):
         given = correlations[f"given_{null}"]
         low, high = (correlations[f"given_{null}_{end}"] for end in ("low", "high"))
         _points(panel, given, rows, low, high, COLOURS["pre"], with_bars=few)
         panel.set_xlabel(f"partial r given {plain(names[null])}", fontsize=8)
+        if given.isna().all():
+            say_empty(panel, "nothing is left, or too few points")
     for panel in panels:
         panel.axvline(0, color=NULL_COLOUR, linewidth=0.8)
         panel.set_xlim(-1.05, 1.05)

@@ -11,7 +11,7 @@ from nerve.analysis.factors import find_factors, levels_of
 from nerve.analysis.load import Runs
 from nerve.metric_names import columns_of, shown_in
 from nerve.report import figures_of_one_run
-from nerve.report.comparisons import within_drawing
+from nerve.report.comparisons import within_drawings
 from nerve.report.content import (
     WINDOW_TEXTS,
     Content,
@@ -131,8 +131,7 @@ def _drawings(
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]
-    if correlations["given_clock"].notna().any():
-        drawings.append(within_drawing(correlations, window, suffix, f"{title}; r over {over}"))
+    drawings += within_drawings(correlations, window, suffix, f"{title}; r over {over}")
     if len(spectra):
         shown = figures_of_one_run.chosen_steps(spectra["step"].unique().tolist(), steps)
         drawings.append(

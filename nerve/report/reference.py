@@ -50,11 +50,11 @@ def read_reference(path: AnyPath) -> pd.DataFrame:
         wrong = rows[name][numbers.isna() & (rows[name].notna() | (name == "value"))]
         require(not len(wrong), f"{name} is a number in each row of {path}; got {list(wrong)[:3]}.")
         rows[name] = numbers.astype(float)
-    doubled = rows[list(PLACES)].notna().sum(axis=1) > 1
+    doubled = np.flatnonzero(rows[list(PLACES)].notna().sum(axis=1) > 1) + 1
     require(
-        not doubled.any(),
-        f"A value stands at a step, in a layer or at a loss; rows {(np.flatnonzero(doubled) + 1).tolist()} "
-        f"of {path} have two of {', '.join(PLACES)}.",
+        not len(doubled),
+        f"A value stands at a step, in a layer or at a loss; rows {doubled.tolist()} of {path} "
+        f"have two of {', '.join(PLACES)}.",
     )
     return rows.assign(label=rows["label"].fillna("reference"))
 

@@ -24,6 +24,10 @@ def correlations(n_runs=1, **changes):
 NAMES = {"clock": "the clock", "lr": "the rate"}
 
 
+def finite(line):
+    return [x for x in line.get_xdata() if np.isfinite(x)]
+
+
 def filled(panel, colour):
     """The x of points with a filling, and of those without that have an x."""
     lines = [line for line in panel.lines if line.get_marker() == "o"]
