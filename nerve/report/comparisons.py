@@ -9,7 +9,7 @@ import pandas as pd
 from nerve.analysis.compare import average_seeds
 from nerve.analysis.correlate import NULLS, correlate_across_runs, correlate_within_runs
 from nerve.analysis.early import rank_early
-from nerve.analysis.factors import Factors, is_number, ordered_levels
+from nerve.analysis.factors import Factors, find_factors, is_number, ordered_levels
 from nerve.analysis.load import Runs
 from nerve.analysis.paired import compare_seeds
 from nerve.analysis.partial import LEAST_POINTS
@@ -17,6 +17,9 @@ from nerve.report import figures_of_comparisons
 from nerve.report.content import WINDOW_TEXTS, Drawing
 
 NULL_NAMES = {"clock": "the clock, log(step + 1)", "lr": "the learning rate"}
+
+MAX_NULLS = 4
+"""Null models in a figure; the table has all."""
 
 FILLED = "Filled: the 95% interval leaves out 0."
 
@@ -52,7 +55,7 @@ class Comparisons:
         return [
             name
             for name in self.factors.varying
-            if all(is_number(level) for level in ordered_levels(self.points[name]) if level)
+            if all(level is None or is_number(level) for level in ordered_levels(self.points[name]))
         ]
 
     @cached_property
@@ -72,11 +75,12 @@ class Comparisons:
 
     @cached_property
     def contrasts(self) -> pd.DataFrame:
-        """Rows of `compare_seeds` for each factor that varies among runs that can be compared."""
-        if not (self.points["flag"] == "ok").any():
-            return pd.DataFrame(columns=["factor", "data", "ffn"])
-        runs = self.loaded.frame
-        return pd.concat([compare_seeds(self.points, runs, name) for name in self.factors.varying])
+        """Rows of `compare_seeds` for each factor that varies among runs with a seed."""
+        paired = self.points[(self.points["flag"] == "ok") & self.points["seed"].notna()]
+        runs = self.loaded.frame[self.loaded.frame["run_id"].isin(paired["run_id"])]
+        factors = find_factors(runs).varying if len(runs) else ()
+        tables = [compare_seeds(paired, runs, name) for name in factors]
+        return pd.concat(tables) if tables else pd.DataFrame(columns=["factor", "data", "ffn"])
 
 
 def comparison_drawings(
@@ -113,7 +117,7 @@ def _within(within: pd.DataFrame, window: str) -> Iterator[Drawing]:
 
 
 def _across(compared: Comparisons) -> Iterator[Drawing]:
-    nulls = ["clock", *compared.numbers]
+    nulls = ["clock", *compared.numbers][:MAX_NULLS]
     names = NULL_NAMES | {name: name for name in compared.numbers}
     rows = compared.across_designs
     known = rows[[f"r_{null}" for null in nulls]].notna().any(axis=1)

@@ -42,8 +42,8 @@ def beside_nulls(
 
     Args:
         correlations: rows of `correlate_within_runs` of one window, or of `correlate_across_runs`.
-        nulls: those with a column `r_<null>`, such as `clock`; one that does not vary has no line
-            and no panel.
+        nulls: up to four with a column `r_<null>`, such as `clock`; one that does not vary has no
+            line and no panel.
         names: how they are called.
         title: the figure's title.
     """
@@ -61,7 +61,7 @@ def beside_nulls(
     _points(panels[0], correlations["pearson"], rows, low, high, "#000000")
     panels[0].set_xlabel("r of metric and loss", fontsize=8)
     entries = [key("r of a metric", color="#000000", marker="o", linestyle="none", markersize=4)]
-    for null, style in zip(nulls, LINE_STYLES, strict=False):
+    for null, style in zip(nulls, LINE_STYLES[: len(nulls)], strict=True):
         own = correlations[f"r_{null}"].median()
         for sign in (-1, 1):
             panels[0].axvline(sign * own, color=COLOURS["post"], linestyle=style, linewidth=1)
