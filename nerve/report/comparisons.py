@@ -14,7 +14,7 @@ from nerve.analysis.load import Runs
 from nerve.analysis.paired import compare_seeds
 from nerve.analysis.partial import LEAST_POINTS
 from nerve.report import figures_of_comparisons
-from nerve.report.content import WINDOW_TEXTS, Drawing
+from nerve.report.content import WINDOW_TEXTS, Drawing, limits
 
 NULL_NAMES = {"clock": "the clock, log(step + 1)", "lr": "the learning rate"}
 
@@ -87,17 +87,25 @@ def comparison_drawings(
     compared: Comparisons, window: str, factors: Sequence[str]
 ) -> Iterator[Drawing]:
     """Correlations beside null models, early ranking, and contrasts by each of the factors."""
-    yield from _within(compared.within, window)
+    yield from _within(compared, window)
     yield from _across(compared)
-    yield from _early(compared.early)
-    yield from _contrasts(compared.contrasts, factors)
+    yield from _early(compared)
+    yield from _contrasts(compared, factors)
 
 
 def within_drawings(
-    correlations: pd.DataFrame, window: str, suffix: str, title: str
+    correlations: pd.DataFrame, window: str, suffix: str, title: str, about: str
 ) -> Iterator[Drawing]:
     """Correlations within runs of one window and FFN beside the clock and the learning rate; none
-    where there are too few steps for a partial r."""
+    where there are too few steps for a partial r.
+
+    Args:
+        correlations: rows of `correlate_within_runs`.
+        window: theirs.
+        suffix: of the figure's name.
+        title: of the figure.
+        about: the end of its caption.
+    """
     if correlations["given_clock"].isna().all():
         return
     yield Drawing(
@@ -105,15 +113,17 @@ def within_drawings(
         f"Correlation of each metric (mean over layers) with the validation loss over "
         f"{WINDOW_TEXTS[window]}, one point a run, and that of the clock, log(step + 1), and of "
         "the learning rate by themselves (lines, median over runs). Right: what is left given "
-        f"these, with 95% intervals over steps (block bootstrap). {FILLED}",
+        f"these, with 95% intervals over steps (block bootstrap). {FILLED} {about}",
         partial(figures_of_comparisons.beside_nulls, correlations, NULLS, NULL_NAMES, title),
     )
 
 
-def _within(within: pd.DataFrame, window: str) -> Iterator[Drawing]:
-    rows = within[(within["flag"] == "ok") & (within["window"] == window)]
-    for suffix, named, own in _groups(rows, ["ffn", "data"]):
-        yield from within_drawings(own, window, suffix, f"Metric and loss within runs{named}")
+def _within(compared: Comparisons, window: str) -> Iterator[Drawing]:
+    rows = compared.within
+    rows = rows[(rows["flag"] == "ok") & (rows["window"] == window)]
+    for own, group in _groups(compared, rows, ["ffn", "data"]):
+        title = f"Metric and loss within runs{group.named}"
+        yield from within_drawings(own, window, group.suffix, title, group.about)
 
 
 def _across(compared: Comparisons) -> Iterator[Drawing]:
@@ -121,73 +131,81 @@ def _across(compared: Comparisons) -> Iterator[Drawing]:
     names = NULL_NAMES | {name: name for name in compared.numbers}
     rows = compared.across_designs
     known = rows[[f"r_{null}" for null in nulls]].notna().any(axis=1)
-    for suffix, named, own in _groups(rows[known], ["ffn", "data"]):
+    for own, group in _groups(compared, rows[known], ["ffn", "data"]):
+        title = f"Metric and loss across designs{group.named}"
         yield Drawing(
-            f"nulls_across{suffix}",
+            f"nulls_across{group.suffix}",
             "Correlation of each metric with the final validation loss over designs (means over "
             "seeds, last measured step) with its 95% interval (Fisher), and that of what was "
             "varied by itself (lines). Right: what is left given it, with 95% intervals (bootstrap "
-            f"over designs, from {LEAST_POINTS}). {FILLED}",
-            partial(
-                figures_of_comparisons.beside_nulls,
-                own,
-                nulls,
-                names,
-                f"Metric and loss across designs{named}",
-            ),
+            f"over designs, from {LEAST_POINTS}). {FILLED} {group.about}",
+            partial(figures_of_comparisons.beside_nulls, own, nulls, names, title),
         )
 
 
-def _early(ranked: pd.DataFrame) -> Iterator[Drawing]:
-    if ranked.empty:
-        return
-    rows = ranked[ranked["n_designs"] >= LEAST_POINTS]
-    for suffix, named, own in _groups(rows, ["ffn", "data", "schedule"]):
+def _early(compared: Comparisons) -> Iterator[Drawing]:
+    rows = compared.early
+    rows = rows[rows["n_designs"] >= LEAST_POINTS]
+    for own, group in _groups(compared, rows, ["ffn", "data", "schedule"]):
+        title = f"What an early step says of the final loss{group.named}"
         yield Drawing(
-            f"early{suffix}",
+            f"early{group.suffix}",
             "Kendall's τ of each metric (mean over layers) at each measured step with the final "
             "loss, over runs of one schedule and budget "
             f"({own['schedule'].iloc[0] or 'not known'}; {own['n'].max()} runs of "
             f"{own['n_designs'].max()} designs); 95% bands by a bootstrap over designs. Blue is "
             "what a metric adds to the loss at that step: the partial τ. It says something where "
             "its band leaves out both 0 and the dotted line, which is what a noisy copy of the "
-            "loss would have.",
-            partial(
-                figures_of_comparisons.early_ranking,
-                own,
-                f"What an early step says of the final loss{named}",
-            ),
+            f"loss would have. {group.about}",
+            partial(figures_of_comparisons.early_ranking, own, title),
         )
 
 
-def _contrasts(contrasts: pd.DataFrame, factors: Sequence[str]) -> Iterator[Drawing]:
+def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawing]:
     for factor in factors:
-        rows = contrasts[contrasts["factor"] == factor]
-        for suffix, named, own in _groups(rows, ["ffn", "data"]):
+        rows = compared.contrasts
+        rows = rows[rows["factor"] == factor]
+        for own, group in _groups(compared, rows, ["ffn", "data"]):
+            title = f"Paired by seed, {factor}{group.named}"
             yield Drawing(
-                f"contrasts{suffix}_by_{factor}",
+                f"contrasts{group.suffix}_by_{factor}",
                 f"Designs that differ in {factor} alone, runs paired by seed: differences of means "
                 "with 95% intervals, the error pooled over all designs of one scale "
                 f"({_ends(own['df'])} degrees of freedom; {_ends(own['n_pairs'])} pairs). "
                 f"{FILLED} Grey: less than 3 degrees of freedom decide nothing. At most "
-                f"{figures_of_comparisons.MAX_CONTRASTS} are drawn; the table has all.",
-                partial(figures_of_comparisons.contrasts, own, f"Paired by seed, {factor}{named}"),
+                f"{figures_of_comparisons.MAX_CONTRASTS} are drawn; the table has all. "
+                f"{group.about}",
+                partial(figures_of_comparisons.contrasts, own, title),
             )
 
 
-def _groups(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """The groups of rows, each with a suffix for a name and words for a title."""
+@dataclass(frozen=True)
+class _Group:
+    """What is said of the rows of one FFN and data: in a figure's name, title and caption."""
+
+    suffix: str
+    named: str
+    about: str
+
+
+def _groups(
+    compared: Comparisons, rows: pd.DataFrame, by: Sequence[str]
+) -> Iterator[tuple[pd.DataFrame, _Group]]:
+    """The rows of each group."""
+    metrics = compared.loaded.metrics
     groups = list(rows.groupby(list(by), dropna=False, sort=False, observed=True))
-    for i, (values, own) in enumerate(groups):
-        ffn = str(values[0])
-        parts = [] if ffn == "ffn" else [ffn]
-        if sum(other[0] == ffn for other, _ in groups) > 1:
-            parts.append(str(i))
-        suffix = "".join(f"_{part}" for part in parts)
-        named = f", {ffn}" if ffn != "ffn" else ""
-        if own["data"].iloc[0] is not None and rows["data"].nunique(dropna=False) > 1:
-            named += f", data {own['data'].iloc[0]}"
-        yield suffix, named, own
+    for i, ((ffn, data, *_), own) in enumerate(groups):
+        several = sum(other[0] == ffn for other, _ in groups) > 1
+        kind = "" if ffn == "ffn" else str(ffn)
+        named = [kind, f"data {data}" if rows["data"].nunique(dropna=False) > 1 else ""]
+        yield (
+            own,
+            _Group(
+                "".join(f"_{part}" for part in (kind, str(i) if several else "") if part),
+                "".join(f", {part}" for part in named if part),
+                limits(metrics[metrics["ffn"] == ffn]),
+            ),
+        )
 
 
 def _ends(values: pd.Series) -> str:

@@ -131,7 +131,7 @@ def _drawings(
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]
-    drawings += within_drawings(correlations, window, suffix, f"{title}; r over {over}")
+    drawings += within_drawings(correlations, window, suffix, f"{title}; r over {over}", about)
     if len(spectra):
         shown = figures_of_one_run.chosen_steps(spectra["step"].unique().tolist(), steps)
         drawings.append(

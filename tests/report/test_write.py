@@ -265,7 +265,9 @@ def test_dead_layers_are_named_and_the_rest_is_shown(make, tmp_path):
     make("dead", "relu", **DEAD)
     content = gather(tmp_path / "runs")
     assert note(content, "nothing could be measured").startswith("In 8 of 16 rows")
-    assert len([drawing.draw() for drawing in content.drawings]) == 3
+    names = ["curves_by_activation.name", "layers_by_activation.name", "loss"]
+    assert drawings(content) == [*names, "contrasts_by_activation.name"]
+    assert all(drawing.draw().axes for drawing in content.drawings)
     shutil.rmtree(tmp_path / "runs" / "a")
     content = gather(tmp_path / "runs")
     assert "In all rows" in note(content, "nothing could be measured")
