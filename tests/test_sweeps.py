@@ -149,7 +149,7 @@ def patch_size(values: Mapping[str, Any]) -> int:
 
 
 def optimizer_of(cell: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    parts = build(cell.optimizer.parts)
+    parts = build(cell.optimizer.parts, key="optimizer.parts")
     return build_optimizer(
         model, {str(name): Part(tuple(part.roles), part.build) for name, part in parts.items()}
     )
@@ -299,7 +299,7 @@ def test_the_data_of_every_sweep_can_be_opened():
         sizes = {"n_train_batches": 1, "seed": 0}
         if cell.model.kind == "gpt":
             sizes["n_heldout_tokens"] = 1
-        build(cell.data, **sizes)
+        build(cell.data, key="data", **sizes)
 
 
 def test_a_cell_without_the_archive_that_it_needs_names_the_key():

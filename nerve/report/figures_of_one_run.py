@@ -9,18 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nerve.metric_names import SITES, Metric, shown_in
+from nerve.report.heat_map import heat_map
 from nerve.report.style import (
     COLOURS,
     FLAGGED_COLOUR,
     LOSS_COLOUR,
-    NULL_COLOUR,
-    PLAIN_NUMBERS,
     axis_label,
     key,
     name_axes,
@@ -29,6 +27,7 @@ from nerve.report.style import (
     plain,
     say_empty,
     scale_by_ratio,
+    spread,
 )
 
 MAX_LAYERS = 6
@@ -57,7 +56,7 @@ def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> F
             _both_sites(panel, metrics, metric, pearson)
         else:
             text = f"{metric.short}; r with loss: {_r(pearson, metric.column)}"
-            _heat_map(figure, panel, metrics, metric, text)
+            heat_map(figure, panel, metrics, metric, text)
     for panel in panels[len(shown) :]:
         panel.remove()
     entries = [key(f"{site}, mean ± SD over layers", color=COLOURS[site]) for site in COLOURS]
@@ -75,7 +74,7 @@ def gain_maps(metrics: pd.DataFrame, title: str) -> Figure:
     shown = shown_in("maps")
     figure, panels = new_figure(1, len(shown), title, width=4.6, height=2.8)
     for panel, metric in zip(panels, shown, strict=True):
-        _heat_map(figure, panel, metrics, metric, metric.short)
+        heat_map(figure, panel, metrics, metric, metric.short)
     return figure
 
 
@@ -93,7 +92,7 @@ def spectra(
         title: the figure's title.
         steps: stored steps, increasing.
     """
-    layers = _spread(sorted(spectra["layer"].unique()), MAX_LAYERS)
+    layers = spread(sorted(spectra["layer"].unique()), MAX_LAYERS)
     n_columns = 2 if len(layers) in (2, 4) else min(3, len(layers))
     n_rows = math.ceil(len(layers) / n_columns)
     figure, panels = new_figure(n_rows, n_columns, title, width=3.6, height=2.6)
@@ -163,7 +162,7 @@ def training(
         entries.append(key("unigram loss", color=LOSS_COLOUR, linestyle=":"))
     if measured["val_loss"].isna().all() and train.empty:
         say_empty(panels[0], "no loss was stored")
-    name_axes(panels[0], "step", "loss", "loss")
+    name_axes(panels[0], "step", "loss", "loss", ["val_loss"])
     panels[1].plot(measured["step"], measured["lr"], color=LOSS_COLOUR)
     name_axes(panels[1], "step", "lr", "learning rate of the hidden weights")
     for panel, (name, rows) in zip(panels[2:], others, strict=False):
@@ -182,7 +181,7 @@ def chosen_steps(stored: Sequence[int], asked: Sequence[int] = ()) -> list[int]:
     """
     stored = sorted(stored)
     if not asked:
-        return _spread(stored, 4)
+        return spread(stored, 4)
     return sorted({min(stored, key=lambda step: abs(step - wanted)) for wanted in asked})
 
 
@@ -197,7 +196,8 @@ def _both_sites(panel: Axes, metrics: pd.DataFrame, metric: Metric, pearson: pd.
     if values.isna().all(axis=None):
         say_empty(panel)
     texts = [f"{site} {_r(pearson, metric.at(site))}" for site in SITES]
-    name_axes(panel, "step", metric.at("pre"), f"{metric.short}; r with loss: {', '.join(texts)}")
+    title = f"{metric.short}; r with loss: {', '.join(texts)}"
+    name_axes(panel, "step", metric.at("pre"), title, metric.columns)
     _add_loss(panel, metrics)
     if metric.is_ratio:
         scale_by_ratio(panel, pd.concat([values[name] for name in values]))
@@ -240,57 +240,6 @@ def _r(pearson: pd.Series, name: str) -> str:
     return "–" if pd.isna(value) else f"{value:+.2f}".replace("-", "−")
 
 
-def _heat_map(
-    figure: Figure, panel: Axes, metrics: pd.DataFrame, metric: Metric, title: str
-) -> None:
-    cells = metrics.pivot(index="layer", columns="step", values=metric.column)
-    values = np.ma.masked_invalid(cells.to_numpy(float))
-    name_axes(panel, "step", "layer", title)
-    panel.set_facecolor(NULL_COLOUR)
-    panel.set_yticks(_spread(list(cells.index), 12))
-    if values.count() == 0:
-        say_empty(panel)
-        return
-    palette, norm = _scale(metric, values)
-    mesh = panel.pcolormesh(
-        _edges(cells.columns.to_numpy(float)),
-        _edges(cells.index.to_numpy(float)),
-        values,
-        cmap=colormaps[palette].with_extremes(bad=NULL_COLOUR),
-        norm=norm,
-        rasterized=True,
-    )
-    bar = figure.colorbar(mesh, cax=panel.inset_axes((1.03, 0, 0.04, 1)))
-    bar.set_label(metric.label, fontsize=8)
-    if isinstance(norm, LogNorm):
-        bar.set_ticks(list(np.geomspace(*mesh.get_clim(), 5)), minor=False)
-        bar.set_ticks([], minor=True)
-        bar.ax.yaxis.set_major_formatter(PLAIN_NUMBERS)
-    bar.ax.tick_params(labelsize=7)
-
-
-def _scale(metric: Metric, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
-    """Colours of a heat map: from 0, or symmetrically around what says that nothing changes. Purple
-    is where the nonlinearity flattens the spectrum."""
-    if metric.neutral is None:
-        return "viridis", Normalize(0, max(float(values.max()), 1e-6))
-    palette = "PuOr" if metric.flatter == "above" else "PuOr_r"
-    if metric.is_ratio:
-        reach = max(float(np.exp(np.abs(np.log(values / metric.neutral)).max())), 1.1)
-        return palette, LogNorm(metric.neutral / reach, metric.neutral * reach)
-    reach = max(float(np.abs(values - metric.neutral).max()), 0.02)
-    return palette, Normalize(metric.neutral - reach, metric.neutral + reach)
-
-
-def _edges(centres: np.ndarray) -> np.ndarray:
-    """Cell edges halfway between centres."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    first, last = 2 * centres[0] - middle[0], 2 * centres[-1] - middle[-1]
-    return np.concatenate([[first], middle, [last]])
-
-
 def _shares(eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranks, evenly spaced on a logarithmic axis, and the shares of the variance there."""
     ordered = np.sort(np.asarray(eigenvalues, float))[::-1]
@@ -305,9 +254,3 @@ def _shares(eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _shade(colour: str, strength: float) -> tuple[float, float, float]:
     red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
     return red, green, blue
-
-
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the values, evenly spaced, with the first and the last."""
-    picked = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
-    return [values[i] for i in picked]

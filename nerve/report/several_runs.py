@@ -113,7 +113,7 @@ def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
 
 
 def _drawings(metrics: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons) -> list[Drawing]:
-    factors = compared.factors
+    factors, designs = compared.factors, compared.designs
     rows = metrics[metrics["run_id"].isin(runs["run_id"])]
     if rows.empty:
         return []
@@ -130,12 +130,12 @@ def _drawings(metrics: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons) 
         means, layers = (frame.assign(design_id=frame["run_id"]) for frame in (means, layers))
     drawings = []
     for ffn in means["ffn"].unique():
-        drawings += _factor_drawings(
-            str(ffn),
-            *(frame[frame["ffn"] == ffn] for frame in (means, layers, rows)),
-            shown=shown,
-            compared=compared,
-        )
+        own = [frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)]
+        its_means, _, its_designs, its_rows = own
+        across = compared.across_designs
+        across = across[across["ffn"] == ffn]
+        drawings += _factor_drawings(str(ffn), *own, shown=shown, factors=factors)
+        drawings += _loss_drawings(str(ffn), its_means, its_designs, its_rows, across, shown)
     return drawings
 
 
@@ -143,34 +143,30 @@ def _factor_drawings(
     ffn: str,
     means: pd.DataFrame,
     layers: pd.DataFrame,
+    designs: pd.DataFrame,
     metrics: pd.DataFrame,
     *,
     shown: Sequence[str],
-    compared: Comparisons,
+    factors: Factors,
 ) -> list[Drawing]:
-    factors = compared.factors
-    designs, across = (
-        frame[frame["ffn"] == ffn] for frame in (compared.designs, compared.across_designs)
-    )
-    suffix, named = ("", "") if ffn == "ffn" else (f"_{ffn}", f", {ffn}")
     about = f"{limits(metrics)} {seeds(designs)} {_lines(means)}"
     drawings = []
     for factor in shown:
         others = [name for name in factors.varying if name != factor]
         drawings += [
             Drawing(
-                f"curves{suffix}_by_{factor}",
+                f"curves{_suffix(ffn)}_by_{factor}",
                 f"Validation loss and metrics (means over layers) over steps, by {factor}. {about}",
                 partial(
                     figures_of_several_runs.curves_by_factor,
                     means,
                     factor,
                     others,
-                    f"Training by {factor}{named}",
+                    f"Training by {factor}{_named(ffn)}",
                 ),
             ),
             Drawing(
-                f"layers{suffix}_by_{factor}",
+                f"layers{_suffix(ffn)}_by_{factor}",
                 f"PR before and after the nonlinearity and their ratio at the last measured step, "
                 f"layer by layer, by {factor}. {about}",
                 partial(
@@ -178,13 +174,26 @@ def _factor_drawings(
                     layers,
                     factor,
                     others,
-                    f"Last step by {factor}{named}",
+                    f"Last step by {factor}{_named(ffn)}",
                 ),
             ),
         ]
-    some = designs[designs["n_seeds"] > 0]
-    for i, (data, points) in enumerate(some.groupby("data", dropna=False, sort=False)):
-        which = f", data {data}" if some["data"].nunique(dropna=False) > 1 else ""
+    return drawings
+
+
+def _loss_drawings(
+    ffn: str,
+    means: pd.DataFrame,
+    designs: pd.DataFrame,
+    metrics: pd.DataFrame,
+    across: pd.DataFrame,
+    shown: Sequence[str],
+) -> list[Drawing]:
+    """Loss against metrics, a drawing for each of the data: their losses are not compared."""
+    drawings = []
+    compared = designs[designs["n_seeds"] > 0]
+    for i, (data, points) in enumerate(compared.groupby("data", dropna=False, sort=False)):
+        which = f", data {data}" if compared["data"].nunique(dropna=False) > 1 else ""
         same_data, same_group = (
             frame["data"].isna() if pd.isna(data) else frame["data"] == data
             for frame in (means, across)
@@ -193,7 +202,7 @@ def _factor_drawings(
         colour = shown[0] if shown and shown[0] in points.columns else None
         drawings.append(
             Drawing(
-                f"loss{suffix}" + (f"_{i}" if which else ""),
+                f"loss{_suffix(ffn)}" + (f"_{i}" if which else ""),
                 f"Final validation loss against the metrics at the last measured step{which}. One "
                 "point a design: mean over its seeds, bars ± SD (of up to "
                 f"{figures_of_several_runs.MAX_LINES} designs). r: Pearson with its 95% interval "
@@ -203,11 +212,21 @@ def _factor_drawings(
                     points,
                     across[same_group],
                     colour,
-                    f"Loss against metrics{named}{which}",
+                    f"Loss against metrics{_named(ffn)}{which}",
                 ),
             )
         )
     return drawings
+
+
+def _suffix(ffn: str) -> str:
+    """What a figure's name says of its FFN, where there are several kinds of them."""
+    return "" if ffn == "ffn" else f"_{ffn}"
+
+
+def _named(ffn: str) -> str:
+    """What its title says."""
+    return "" if ffn == "ffn" else f", {ffn}"
 
 
 def _lines(means: pd.DataFrame) -> str:

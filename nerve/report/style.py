@@ -4,7 +4,7 @@ Figures are made with matplotlib's objects alone; pyplot and its global state ar
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nerve.analysis.factors import is_number, level_text
 from nerve.metric_names import SITES, metric_of
+
+T = TypeVar("T")
 
 # Okabe & Ito (2008), which all common kinds of colour vision tell apart.
 COLOURS = {"pre": "#0072B2", "post": "#D55E00"}
@@ -72,6 +74,12 @@ def one_line(text: object, max_length: int = MAX_TEXT) -> str:
 def plain(text: object, max_length: int = MAX_TEXT) -> str:
     """Text of a run as one short line in which matplotlib sees no mathematics."""
     return one_line(text, max_length).replace("$", r"\$")
+
+
+def spread(values: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the values, evenly spaced, with the first and the last."""
+    picked = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
+    return [values[i] for i in picked]
 
 
 def new_figure(
@@ -162,6 +170,5 @@ def level_keys(colours: dict[str, Any], **style: Any) -> list[Line2D]:
     """Entries of a legend for levels; of very many, a few evenly spaced."""
     texts = list(colours)
     if len(texts) > MAX_LEGEND:
-        picked = np.unique(np.linspace(0, len(texts) - 1, MAX_LEGEND).round().astype(int))
-        texts = [texts[i] for i in picked]
+        texts = spread(texts, MAX_LEGEND)
     return [key(plain(text), color=colours[text], **style) for text in texts]

@@ -49,7 +49,7 @@ def status(sweep):
 )
 def test_the_launcher_returns_and_names_every_cell_that_is_not_done(sweep, status, seed, why):
     assert status == 1, sweep.everything
-    assert "4 of 6 cells" in sweep.output
+    assert "4 of 6 trials" in sweep.output
     assert f"  {seed} (seed={seed}): {why}\n" in sweep.output
 
 

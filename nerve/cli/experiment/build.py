@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.checks import Plan
-from nerve.config import require
+from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
 from nerve.optim import build_optimizer
@@ -30,23 +27,9 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
 """The kind of a model to the Lightning module that trains it, and what its batches count."""
 
 
-def check_machine(plan: Plan) -> None:
-    """Refuses a run that this machine has no device for."""
-    accelerator = plan.values["trainer"].get("accelerator")
-    require(
-        accelerator not in ("gpu", "cuda") or _has_gpu(),
-        f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
-        "it can use. Take trainer=cpu, or install torch for this machine's GPU.",
-    )
-
-
-def _has_gpu() -> bool:
-    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
-
-
 def build_data(plan: Plan) -> Any:
     """The data module, prepared: the model needs facts that only the data knows."""
-    data = build(plan.config.data, **plan.data.sizes, seed=plan.seed)
+    data = build(plan.values["data"], key="data", **plan.data.sizes, seed=plan.seed)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -89,10 +72,10 @@ def build_trainer(
     files: CheckpointFiles,
 ) -> L.Trainer:
     """The trainer, with the loggers and callbacks of the configuration beside those given."""
-    loggers: list[Logger] = [build(logger) for logger in plan.config.logger.values()]
+    loggers: list[Logger] = _built(plan, "logger")
     if store:
         loggers.insert(0, StoreLogger(store))
-    callbacks = callbacks + [build(callback) for callback in plan.config.callbacks.values()]
+    callbacks = callbacks + _built(plan, "callbacks")
     if plan.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
     plugins: list[Any] = [files]
@@ -100,7 +83,8 @@ def build_trainer(
         # Lightning's own requeueing would act beside ours, and beside submitit's.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer: L.Trainer = build(
-        plan.config.trainer,
+        plan.values["trainer"],
+        key="trainer",
         log_every_n_steps=min(plan.trainer.log_every_n_steps, plan.trainer.max_steps),
         callbacks=callbacks,
         logger=loggers,
@@ -113,9 +97,15 @@ def build_trainer(
     return trainer
 
 
+def _built(plan: Plan, group: str) -> list[Any]:
+    """What each `_target_` in a group names."""
+    nodes = plan.values[group].items()
+    return [build(node, key=f"{group}.{name}") for name, node in nodes]
+
+
 def build_monitor(plan: Plan, store: RunStore | None) -> SpectralMonitor:
     """The monitor of the configuration; `store` as there."""
-    return SpectralMonitor(store, **plan.monitor)
+    return SpectralMonitor(store, **plan.monitor.settings)
 
 
 def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
@@ -130,5 +120,5 @@ def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
         except Exception as error:  # it may be about anything
             raise ConfigError(
                 f"A logger must be able to start; {type(logger).__name__} could not: "
-                f"{str(error).rstrip('.')}. Mend that, or choose another with logger=csv."
+                f"{str(error).rstrip('.')}. Fix that, or choose another with logger=csv."
             ) from error

@@ -3,7 +3,6 @@
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -18,21 +17,18 @@ from nerve.cli.experiment.build import (
     build_module,
     build_monitor,
     build_trainer,
-    check_machine,
     facts_of,
     log_configuration,
     scale_pre_activations,
 )
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions
 from nerve.cli.experiment.objective import objective_of
+from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import print_summary
-from nerve.cli.sweep.grid import Cell
-from nerve.cli.sweep.preview import preview
 from nerve.errors import DataError, StoreError
 from nerve.files import remove_temporaries
 from nerve.storage.directory import RunDirectory
-from nerve.storage.provenance import nvidia_driver
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
@@ -75,25 +71,6 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
             if record.run_status != "done":  # else it has been done just now
                 _lead(plan, run, record, signals)
     return objective_of(run, plan.objective)
-
-
-def check_experiment(config: DictConfig, run: RunDirectory, overrides: Sequence[str]) -> None:
-    """Shows what `run_experiment` would do in a directory, and does nothing.
-
-    Args:
-        config: as there.
-        run: the directory.
-        overrides: of the command line, which the table shows.
-
-    Raises:
-        NerveError: as there, where it can be told before.
-    """
-    plan = Plan.of(config)
-    run.require_same(plan.values)
-    trial = Cell(0, overrides, config, run, found=run.state, plan=plan)
-    if trial.is_to_do:
-        check_machine(plan)
-    preview(run.path, [trial])
 
 
 def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
@@ -155,8 +132,8 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
-            device=_device_names(trainer),
-            versions=record.versions | _gpu_versions(trainer),
+            device=device_names(trainer),
+            versions=record.versions | gpu_versions(trainer),
             pre_scales=record.pre_scales | pre_scales,
         )
     log_configuration(trainer, plan)
@@ -180,24 +157,6 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             log.warning("the last checkpoint stays as large as it is: %s", refused)
         print_summary(monitor.latest, _facts(final), run.path)
     return final["val_loss"]
-
-
-def _device_names(trainer: L.Trainer) -> str:
-    """The devices as run.json has them: each GPU of this node with what it is."""
-    root = trainer.strategy.root_device
-    if root.type != "cuda":
-        return str(root)
-    gpus = [torch.device("cuda", index) for index in trainer.device_ids]
-    names = ", ".join(f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in gpus)
-    return names + (f" on each of {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else "")
-
-
-def _gpu_versions(trainer: L.Trainer) -> dict[str, str]:
-    """What computes on a GPU beside packages: CUDA and NVIDIA's driver."""
-    if trainer.strategy.root_device.type != "cuda":
-        return {}
-    versions = {"cuda": torch.version.cuda, "nvidia-driver": nvidia_driver()}
-    return {name: version for name, version in versions.items() if version is not None}
 
 
 def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import identity, resolved
-from nerve.cli.config.overrides import told
+from nerve.cli.config.overrides import explain_error
 from nerve.cli.console import say
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -22,7 +22,7 @@ from nerve.storage.record import RECORD_NAME
 from nerve.storage.state import RunState
 
 if TYPE_CHECKING:
-    from nerve.cli.experiment.checks import Plan
+    from nerve.cli.experiment.plan import Plan
 
 
 @dataclass
@@ -101,7 +101,7 @@ def compose_grid(
         except HydraException as error:
             raise ConfigError(
                 f"cell {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; nothing "
-                f"was started. {told(error)}"
+                f"was started. {explain_error(error)}"
             ) from error
         with open_dict(composed.hydra):
             composed.hydra.job.id = composed.hydra.job.num = number
@@ -128,7 +128,7 @@ def plan_cells(cells: Sequence[Cell]) -> None:
     for cell in cells:
         if not cell.is_to_do:
             continue
-        from nerve.cli.experiment.checks import Plan  # torch takes seconds to import
+        from nerve.cli.experiment.plan import Plan  # torch takes seconds to import
 
         try:
             cell.plan = Plan.of(cell.run_config())

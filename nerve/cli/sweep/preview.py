@@ -8,7 +8,7 @@ from rich.table import Table
 
 from nerve.cli.console import console, say
 from nerve.cli.sweep.grid import Cell
-from nerve.cli.sweep.table import FOUND, SweepError
+from nerve.cli.sweep.table import FOUND, SweepError, n_trials
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -29,8 +29,8 @@ def preview(folder: Path, cells: Sequence[Cell]) -> None:
     for name in ("", "trial", "state", "parameters", "memory"):
         right = name in ("", "parameters", "memory")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for cell in cells:
-        estimate = Estimate.of(cell.plan) if cell.plan else Estimate(None, None)
+    estimates = [Estimate.of(cell.plan) if cell.plan else Estimate(None, None) for cell in cells]
+    for cell, estimate in zip(cells, estimates, strict=True):
         n, memory = estimate.n_parameters, estimate.memory_bytes
         table.add_row(
             str(cell.number),
@@ -43,12 +43,15 @@ def preview(folder: Path, cells: Sequence[Cell]) -> None:
     kinds = Counter("doubled" if cell.twin is not None else _state(cell) for cell in cells)
     n_to_do = sum(cell.is_to_do for cell in cells)
     found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    say(f"{len(cells)} trials: {found}; {n_to_do} to run. Nothing was started.")
-    say(COUNTED)
-    say("A dash: of a trial that is not to run, of what only the data tell, or not known.")
+    say(f"{n_trials(len(cells))}: {found}; {n_to_do} to run. Nothing was started.")
+    memories = {estimate.memory_bytes for estimate in estimates}
+    if memories - {None}:
+        say(COUNTED)
+    if None in memories:
+        say("A dash: of a trial that is not to run, of what only the data tell, or not known.")
     refused = [cell for cell in cells if cell.refusal is not None]
     if refused:
-        lines = [f"{len(refused)} of {len(cells)} trials in {folder} are refused."]
+        lines = [f"{len(refused)} of {n_trials(len(cells))} in {folder} are refused."]
         lines += [f"  {cell.number}: {cell.refusal}" for cell in refused]
         raise SweepError("\n".join(lines), exit_status=1)
 

@@ -73,7 +73,7 @@ class Report:
             for cell in self._cells
         )
         found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        say(f"sweep {self._folder}: {_cells(len(self._cells))}, {found}; {self._n_to_do} to run")
+        say(f"sweep {self._folder}: {n_trials(len(self._cells))}, {found}; {self._n_to_do} to run")
         jobs = [cell.job for cell in self._cells if cell.job is not None]
         if jobs:
             say(f"waiting also for {_some(jobs)}, with the values of hydra.launcher of their time")
@@ -147,7 +147,7 @@ class Report:
         self, reasons: dict[str, list[Cell]], signum: int | None, errors: Sequence[Exception]
     ) -> NoReturn:
         n_missing = sum(map(len, reasons.values()))
-        lines = [f"{n_missing} of {_cells(len(self._cells))} in {self._folder} are not done."]
+        lines = [f"{n_missing} of {n_trials(len(self._cells))} in {self._folder} are not done."]
         for reason, cells in reasons.items():
             names = [f"{cell.number} ({self._labels[cell.number]})" for cell in cells]
             lines.append(f"  {_some(names)}: {reason}")
@@ -200,5 +200,6 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
-def _cells(n: int) -> str:
-    return "1 cell" if n == 1 else f"{n} cells"
+def n_trials(n: int) -> str:
+    """`1 trial`, `2 trials`."""
+    return "1 trial" if n == 1 else f"{n} trials"

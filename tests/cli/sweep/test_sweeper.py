@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from nerve import cores
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.plan import Plan
 from nerve.cli.sweep import local
 from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
@@ -78,12 +78,12 @@ def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(swe
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     status, out, _ = sweep("seed=0,1")
     assert status == 0
-    assert "2 cells, 2 done; 0 to run" in out
+    assert "2 trials, 2 done; 0 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500" in out
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other cells of them
     assert status == 0
-    assert "3 cells, 2 done, 1 new; 1 to run" in out
+    assert "3 trials, 2 done, 1 new; 1 to run" in out
     assert "2 seed=2 run done 400/400 2.500" in out
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     assert statuses() == {0: "done", 1: "done", 2: "done"}
@@ -99,7 +99,7 @@ def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
         records()[seed].update(run_status=run_status, final={})
     status, out, _ = sweep("seed=0,1,2")
     assert status == 0
-    assert "3 cells, 1 interrupted, 1 killed, 1 done; 2 to run" in out
+    assert "3 trials, 1 interrupted, 1 killed, 1 done; 2 to run" in out
     for line in ("0 seed=0 resumed done", "1 seed=1 resumed done", "2 seed=2 skipped done"):
         assert line in out
     assert {seed: record.restarts for seed, record in records().items()} == {0: 1, 1: 1, 2: 0}
@@ -131,7 +131,7 @@ def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_wit
     in_turn = [reads[str(records()[seed].directory)] for seed in range(4)]
     assert (in_turn, max(reads.values())) == ([2, 3, 2, 2], 3)
     assert status == 1
-    assert "5 cells, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
+    assert "5 trials, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
     assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
     assert re.search(r"2 seed=2 skipped failed 400/400 \S* ?223456789abc", out)
@@ -156,7 +156,7 @@ def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(swe
         record.update(run_status="interrupted", step=20, final={})
     status, out, _ = sweep("seed=0,1")
     assert status == 0
-    assert "2 cells, 1 done, 1 interrupted; 1 to run" in out
+    assert "2 trials, 1 done, 1 interrupted; 1 to run" in out
     assert f"{FOLDER}/023456789abc (done, step 400/400) counts; of the same configuration" in out
     assert f"{FOLDER}/123456789abc (interrupted, step 30/400) counts" in out
     assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
@@ -205,7 +205,7 @@ def test_a_mishap_costs_one_cell_and_is_named(sweep, deed):
     assert statuses() == {0: run_status, 1: "done"}
     assert f"0 seed=0 run {run_status}" in out
     assert "1 seed=1 run done" in out
-    assert "1 of 2 cells in outputs/multirun are not done" in err
+    assert "1 of 2 trials in outputs/multirun are not done" in err
     assert f"0 (seed=0): {run_status}" in err
     assert reason in err
     assert reason.partition(": ")[2] in records()[0].error["message"]
@@ -269,7 +269,7 @@ def test_cells_run_side_by_side_where_asked_to(sweep, monkeypatch):
 def test_cells_that_define_the_same_result_are_run_once(sweep):
     status, out, _ = sweep("seed=0,1,0", "activation=gelu")
     assert status == 0
-    assert "3 cells, 2 new, 1 doubled; 2 to run" in out
+    assert "3 trials, 2 new, 1 doubled; 2 to run" in out
     assert "2 seed=0 same as 0 done" in out
     assert n_starts(0) == 1
 
@@ -281,7 +281,7 @@ def test_ctrl_c_stops_the_cell_at_work_and_starts_no_other(sweep):
     assert statuses() == {0: "interrupted"}
     assert "0 seed=0 run interrupted" in out
     assert "1 seed=1 not started new" in out
-    assert "2 of 2 cells" in err
+    assert "2 of 2 trials" in err
     befalls({})
     assert sweep("seed=0,1")[0] == 0
     assert [n_starts(seed) for seed in (0, 1)] == [2, 1]
@@ -311,7 +311,7 @@ def wait_for(happened: Callable[[], object]) -> None:
 def test_a_cell_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
     status, out, err = sweep("model=gpt_tiny,mixer_tiny", "data=python_source")
     assert status == 1
-    assert "2 cells, 1 new, 1 refused; 1 to run" in out
+    assert "2 trials, 1 new, 1 refused; 1 to run" in out
     assert "0 model=gpt_tiny run done" in out
     assert "1 model=mixer_tiny refused" in out
     assert "'model.seq_len' not found, which data.seq_len refers to" in err
@@ -332,7 +332,7 @@ def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
     status, out, err = sweep("seed=0", "model.n_heads=2,3,4")
     assert status == 1
     assert planned == [(0, 2), (0, 3), (0, 4)]
-    assert "3 cells, 2 new, 1 refused; 2 to run" in out
+    assert "3 trials, 2 new, 1 refused; 2 to run" in out
     assert "1 model.n_heads=3 refused" in out
     assert "1 (model.n_heads=3): model.d_model must be a multiple of model.n_heads" in err
     assert len(list(FOLDER.glob("*/"))) == 2
@@ -402,7 +402,7 @@ def test_the_directories_are_those_that_hydra_is_told(sweep):
     assert Path("mine/1_4/starts").read_text().split()[0] == "1"  # hydra.job.num
     status, out, _ = sweep("seed=3,4", *chosen)
     assert status == 0
-    assert "2 cells, 2 done; 0 to run" in out
+    assert "2 trials, 2 done; 0 to run" in out
     status, _, err = sweep("seed=3,4", "activation=relu", *chosen)
     assert status == 1
     assert "mine/0_3 holds run" in err
@@ -426,7 +426,7 @@ def test_cells_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_be
 def test_cells_of_one_result_in_a_chosen_directory_are_run_once(sweep):
     status, out, _ = sweep("seed=0", "threads=1,2", "hydra.sweep.subdir=${activation.name}")
     assert status == 0
-    assert "2 cells, 1 new, 1 doubled; 1 to run" in out
+    assert "2 trials, 1 new, 1 doubled; 1 to run" in out
     assert n_starts(0) == 1
 
 
