@@ -1,5 +1,6 @@
 """What is computed once for the figures and tables of several runs, and the figures of it."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -172,8 +173,9 @@ def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawin
                 f"Designs that differ in {factor} alone, runs paired by seed: differences of means "
                 "with 95% intervals, the error pooled over all designs of one scale "
                 f"({_ends(own['df'])} degrees of freedom; {_ends(own['n_pairs'])} pairs). "
-                f"{FILLED} Grey: less than 3 degrees of freedom decide nothing. At most "
-                f"{figures_of_comparisons.MAX_CONTRASTS} are drawn; the table has all. "
+                f"{FILLED} Grey: less than 3 degrees of freedom decide nothing. Of more than "
+                f"{figures_of_comparisons.MAX_LEVELS} levels each is drawn against the first, and "
+                f"at most {figures_of_comparisons.MAX_CONTRASTS} pairs; the table has all. "
                 f"{group.about}",
                 partial(figures_of_comparisons.contrasts, own, title),
             )
@@ -194,18 +196,19 @@ def _groups(
     """The rows of each group."""
     metrics = compared.loaded.metrics
     groups = list(rows.groupby(list(by), dropna=False, sort=False, observed=True))
-    for i, ((ffn, data, *_), own) in enumerate(groups):
-        several = sum(other[0] == ffn for other, _ in groups) > 1
+    places: Counter[str] = Counter()
+    for (ffn, data, *_), own in groups:
+        place, places[ffn] = places[ffn], places[ffn] + 1
+        several = sum(other == ffn for (other, *_), _ in groups) > 1
         kind = "" if ffn == "ffn" else str(ffn)
+        suffix = [kind, str(place) if several else ""]
         named = [kind, f"data {data}" if rows["data"].nunique(dropna=False) > 1 else ""]
-        yield (
-            own,
-            _Group(
-                "".join(f"_{part}" for part in (kind, str(i) if several else "") if part),
-                "".join(f", {part}" for part in named if part),
-                limits(metrics[metrics["ffn"] == ffn]),
-            ),
+        about = limits(metrics[metrics["ffn"] == ffn])
+        texts = (
+            "".join(f"{mark}{part}" for part in parts if part)
+            for mark, parts in (("_", suffix), (", ", named))
         )
+        yield own, _Group(*texts, about)
 
 
 def _ends(values: pd.Series) -> str:

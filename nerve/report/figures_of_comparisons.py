@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nerve.metric_names import metric_of
 from nerve.report.style import (
@@ -28,6 +29,9 @@ MAX_INTERVALS = 12
 """Of more runs the points are drawn without their intervals."""
 
 MAX_CONTRASTS = 24
+MAX_LEVELS = 3
+"""Of more levels not all pairs are drawn."""
+
 LINE_STYLES = ("--", ":", "-.", (0, (6, 2, 1, 2)))
 
 
@@ -133,21 +137,29 @@ def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
 def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     """Differences between designs that differ in one factor alone, with runs paired by seed.
 
-    One row a pair of levels and setting of the other factors, one panel a metric. Grey: fewer than
-    3 degrees of freedom, nothing is decided.
+    One row a pair of levels and setting of the other factors (so far as these differ), one panel a
+    metric. Of more than three levels each is drawn against the first of its setting. Grey: fewer
+    than 3 degrees of freedom, nothing is decided.
 
     Args:
         compared: rows of `compare_seeds` of one factor, data and FFN.
         title: the figure's title.
     """
     pairs = ["level", "other", "where"]
-    shown = compared[pairs].drop_duplicates().head(MAX_CONTRASTS).reset_index(drop=True)
+    shown = compared[pairs].drop_duplicates()
+    if len({*shown["level"], *shown["other"]}) > MAX_LEVELS:
+        shown = shown[shown["other"] == shown.groupby("where")["other"].transform("first")]
+    shown = shown.head(MAX_CONTRASTS).reset_index(drop=True)
     metrics = list(dict.fromkeys(compared["metric"]))
     n_columns = -(-len(metrics) // 2)
     height = 1.0 + 0.34 * len(shown)
     figure, panels = new_figure(2, n_columns, title, width=2.3, height=height)
     figure.set_size_inches(figure.get_figwidth() + 2.4, figure.get_figheight())
-    labels = [_pair(*pair) for pair in shown.itertuples(index=False)]
+    settings = _differences(list(shown["where"]))
+    labels = [
+        f"{plain(level)} − {plain(other)}" + (f"\n{plain(setting)}" if setting else "")
+        for level, other, setting in zip(shown["level"], shown["other"], settings, strict=True)
+    ]
     for i, (panel, name) in enumerate(zip(panels, metrics, strict=False)):
         rows = shown.merge(compared[compared["metric"] == name], on=pairs, how="left")
         places = pd.Series(range(len(rows) - 1, -1, -1), index=rows.index)
@@ -159,6 +171,7 @@ def contrasts(compared: pd.DataFrame, title: str) -> Figure:
         is_first = i % n_columns == 0
         panel.set_yticks(list(places), labels if is_first else [""] * len(labels), fontsize=6)
         panel.set_ylim(-0.7, len(rows) - 0.3)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.set_title(short_name(name), fontsize=8)
         panel.set_xlabel(_unit(name, rows["unit"]), fontsize=8)
     for panel in panels[len(metrics) :]:
@@ -166,9 +179,11 @@ def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _pair(level: str, other: str, where: str) -> str:
-    """Two levels, and below them the setting."""
-    return f"{plain(level)} − {plain(other)}" + (f"\n{plain(where)}" if where else "")
+def _differences(settings: Sequence[str]) -> list[str]:
+    """Each setting without the overrides that all of them have."""
+    parts = [setting.split() for setting in settings]
+    common = set.intersection(*map(set, parts)) if parts else set()
+    return [" ".join(part for part in own if part not in common) for own in parts]
 
 
 def _unit(name: str, units: pd.Series) -> str:

@@ -100,9 +100,9 @@ def contrast(metric, difference, outcome, where="", unit=""):
 def test_contrasts_are_rows_and_what_is_undecided_is_grey():
     table = pd.DataFrame(
         [
-            contrast("val_loss", 2.0, "higher", "ffn.width=4"),
-            contrast("pr_post", 0.5, "within noise", "ffn.width=4", "nats"),
-            contrast("val_loss", 3.0, "undecided", "ffn.width=8"),
+            contrast("val_loss", 2.0, "higher", "model.d_model=64 ffn.width=4"),
+            contrast("pr_post", 0.5, "within noise", "model.d_model=64 ffn.width=4", "nats"),
+            contrast("val_loss", 3.0, "undecided", "model.d_model=64 ffn.width=8"),
         ]
     )
     loss, pr_post = contrasts(table, "t").axes
@@ -115,6 +115,14 @@ def test_contrasts_are_rows_and_what_is_undecided_is_grey():
     beyond, within = filled(pr_post, COLOURS["pre"])
     assert (beyond, within) == ([], [0.5])
     assert pr_post.get_xlabel().startswith("difference of logarithms")
+
+
+def test_of_many_levels_each_is_drawn_against_the_first():
+    pairs = [("2", "1"), ("4", "1"), ("8", "1"), ("4", "2"), ("8", "2"), ("8", "4")]
+    rows = [contrast("val_loss", 1.0, "higher") | {"level": a, "other": b} for a, b in pairs]
+    (panel,) = contrasts(pd.DataFrame(rows), "t").axes
+    labels = [tick.get_text() for tick in panel.get_yticklabels()]
+    assert labels == ["2 − 1", "4 − 1", "8 − 1"]
 
 
 def test_of_very_many_contrasts_the_first_are_drawn():
