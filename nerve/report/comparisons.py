@@ -1,7 +1,7 @@
 """What is computed once for the figures and tables of several runs, and the figures of it."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -196,7 +196,7 @@ def _groups(
     """The rows of each group."""
     metrics = compared.loaded.metrics
     groups = list(rows.groupby(list(by), dropna=False, sort=False, observed=True))
-    places: Counter[str] = Counter()
+    places: Counter[Hashable] = Counter()
     for (ffn, data, *_), own in groups:
         place, places[ffn] = places[ffn], places[ffn] + 1
         several = sum(other == ffn for (other, *_), _ in groups) > 1
@@ -204,11 +204,12 @@ def _groups(
         suffix = [kind, str(place) if several else ""]
         named = [kind, f"data {data}" if rows["data"].nunique(dropna=False) > 1 else ""]
         about = limits(metrics[metrics["ffn"] == ffn])
-        texts = (
-            "".join(f"{mark}{part}" for part in parts if part)
-            for mark, parts in (("_", suffix), (", ", named))
-        )
-        yield own, _Group(*texts, about)
+        yield own, _Group(_joined("_", suffix), _joined(", ", named), about)
+
+
+def _joined(mark: str, parts: Sequence[str]) -> str:
+    """Each part that there is, with the mark before it."""
+    return "".join(f"{mark}{part}" for part in parts if part)
 
 
 def _ends(values: pd.Series) -> str:
