@@ -163,10 +163,13 @@ def _early(compared: Comparisons) -> Iterator[Drawing]:
 
 
 def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawing]:
+    """None of what has no interval: the table has the differences."""
     for factor in factors:
         rows = compared.contrasts
         rows = rows[rows["factor"] == factor]
         for own, group in _groups(compared, rows, ["ffn", "data"]):
+            if own["low"].isna().all():
+                continue
             title = f"Paired by seed, {factor}{group.named}"
             yield Drawing(
                 f"contrasts{group.suffix}_by_{factor}",

@@ -21,6 +21,9 @@ from nerve.storage.find import AnyPath
 
 PLACES = ("step", "layer", "val_loss")
 MARKED = ("val_loss", *(column for metric in CATALOGUE for column in metric.columns))
+LEGEND_WIDTH = 1.6
+"""Inches."""
+
 LINE = (0, (6, 2, 1, 2))
 MARKERS = ("*", "P", "X", "D", "v", "^", "<", ">")
 
@@ -116,10 +119,8 @@ def _colour(column: str) -> str:
 
 
 def _add_legend(figure: Figure, entries: Sequence[Any]) -> None:
+    """Right of all panels, where neither title nor the figure's own legend is."""
+    figure.set_size_inches(figure.get_figwidth() + LEGEND_WIDTH, figure.get_figheight())
     figure.legend(
-        handles=list(entries),
-        loc="outside upper right",
-        ncols=min(len(entries), 4),
-        fontsize=8,
-        frameon=False,
+        handles=list(entries), loc="outside right upper", title="marks", fontsize=8, frameon=False
     )
