@@ -97,18 +97,18 @@ def partial_over_runs(
     return found
 
 
-def block_weights(n: int, n_draws: int = N_DRAWS) -> Array:
+def block_weights(n: int) -> Array:
     """How often a bootstrap of blocks on a circle takes each of n steps, shape (draw, n).
 
     The draws are the same whenever they are asked for.
     """
     length = max(1, round(n**0.5))
-    starts = np.random.default_rng(0).integers(0, n, (n_draws, -(-n // length)))
-    taken = (starts[:, :, None] + np.arange(length)).reshape(n_draws, -1)[:, :n] % n
+    starts = np.random.default_rng(0).integers(0, n, (N_DRAWS, -(-n // length)))
+    taken = (starts[:, :, None] + np.arange(length)).reshape(N_DRAWS, -1)[:, :n] % n
     return _counts(taken, n)
 
 
-def cluster_weights(clusters: Counts, n_draws: int = N_DRAWS) -> Array | None:
+def cluster_weights(clusters: Counts) -> Array | None:
     """How often a bootstrap over clusters takes each point, shape (draw, point).
 
     None for less than `LEAST_POINTS` clusters. The draws are the same whenever they are asked for.
@@ -117,7 +117,7 @@ def cluster_weights(clusters: Counts, n_draws: int = N_DRAWS) -> Array | None:
     n = int(own.max(initial=-1)) + 1
     if n < LEAST_POINTS:
         return None
-    return _counts(np.random.default_rng(0).integers(0, n, (n_draws, n)), n)[:, own]
+    return _counts(np.random.default_rng(0).integers(0, n, (N_DRAWS, n)), n)[:, own]
 
 
 def interval_of_draws(draws: Array) -> tuple[Array, Array]:

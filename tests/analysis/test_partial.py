@@ -138,10 +138,10 @@ def test_intervals_over_runs_hold_the_truth():
 
 def test_weights_count_what_is_drawn():
     """Each draw has n values; blocks have neighbours in common; clusters share their counts."""
-    weights = block_weights(16, 50)
+    weights = block_weights(16)
     assert (weights.sum(axis=1) == 16).all()
     assert ((weights > 0) == (np.roll(weights, 1, axis=1) > 0)).mean() > 0.6
-    clusters = cluster_weights(np.array([0, 0, *range(1, 9)]), 50)
+    clusters = cluster_weights(np.array([0, 0, *range(1, 9)]))
     assert (clusters[:, 0] == clusters[:, 1]).all()
     assert cluster_weights(np.arange(7)) is None
 
