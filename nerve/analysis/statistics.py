@@ -6,7 +6,7 @@ no group. Groups cost next to nothing, only values do.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -17,6 +17,9 @@ Counts = npt.NDArray[np.int64]
 
 LEVEL = 0.95
 """Confidence level of every interval."""
+
+ROUNDING = 1e-12
+"""What varies by no more than this share of its size does not vary."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Pairs:
         shifted = values - np.repeat(values[self.starts], self.n[some])
         return shifted - np.repeat(self.sums(shifted)[some] / self.n[some], self.n[some])
 
+    def rounding(self, values: Array) -> Array:
+        """The Σ d² a group, of distances from its mean, that rounding can make of a constant."""
+        return (ROUNDING**2) * self.sums(values * values)
+
     def ranked(self) -> "Pairs":
         """Ranks within each group in place of the values; equal values share their mean rank."""
         return Pairs(self._ranks(self.x), self._ranks(self.y), self.n)
@@ -93,10 +100,11 @@ class Pairs:
 def correlation(pairs: Pairs) -> Array:
     """Pearson's r per group, in [-1, 1]; of `pairs.ranked()` it is Spearman's.
 
-    Missing for fewer than 3 pairs (two always lie on a line) and where x or y is constant.
+    Missing for fewer than 3 pairs (two always lie on a line) and where x or y is constant but for
+    rounding, as the steps of a linear schedule are.
     """
     xx, yy, xy = pairs.moments
-    valid = (pairs.n >= 3) & (xx > 0) & (yy > 0)
+    valid = (pairs.n >= 3) & (xx > pairs.rounding(pairs.x)) & (yy > pairs.rounding(pairs.y))
     r = np.full(len(pairs.n), np.nan)
     r[valid] = xy[valid] / (np.sqrt(xx[valid]) * np.sqrt(yy[valid]))
     return np.clip(r, -1.0, 1.0)
@@ -158,6 +166,7 @@ def student_t(free: Counts) -> Array:
     return np.array([_student_t(int(value)) for value in values])[inverse.reshape(np.shape(free))]
 
 
+@lru_cache
 def _student_t(free: int) -> float:
     if free < 1:
         return math.nan

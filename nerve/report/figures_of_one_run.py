@@ -162,7 +162,7 @@ def training(
         entries.append(key("unigram loss", color=LOSS_COLOR, linestyle=":"))
     if measured["val_loss"].isna().all() and train.empty:
         say_empty(panels[0], "no loss was stored")
-    name_axes(panels[0], "step", "loss", "loss")
+    name_axes(panels[0], "step", "loss", "loss", ["val_loss"])
     panels[1].plot(measured["step"], measured["lr"], color=LOSS_COLOR)
     name_axes(panels[1], "step", "lr", "learning rate of the hidden weights")
     for panel, (name, rows) in zip(panels[2:], others, strict=False):
@@ -196,7 +196,8 @@ def _both_sites(panel: Axes, metrics: pd.DataFrame, metric: Metric, pearson: pd.
     if values.isna().all(axis=None):
         say_empty(panel)
     texts = [f"{site} {_r(pearson, metric.at(site))}" for site in SITES]
-    name_axes(panel, "step", metric.at("pre"), f"{metric.short}; r with loss: {', '.join(texts)}")
+    title = f"{metric.short}; r with loss: {', '.join(texts)}"
+    name_axes(panel, "step", metric.at("pre"), title, metric.columns)
     _add_loss(panel, metrics)
     if metric.is_ratio:
         scale_by_ratio(panel, pd.concat([values[name] for name in values]))

@@ -30,7 +30,7 @@ NULL_COLOR = "#9A9A9A"
 LEVEL_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
-PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:.3g}")
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
 MAX_LEGEND = 12
 MAX_TEXT = 48
 MAX_TITLE = 110
@@ -95,12 +95,25 @@ def new_figure(
     return figure, panels
 
 
-def name_axes(panel: Axes, x: str, y: str, title: str = "") -> None:
-    """Labels an axis pair with columns' names and units."""
+def name_axes(
+    panel: Axes, x: str, y: str, title: str = "", columns: Sequence[str] | None = None
+) -> None:
+    """Labels an axis pair with columns' names and units.
+
+    Args:
+        columns: what the panel shows where that is more than `y`.
+    """
     panel.set_xlabel(axis_label(x), fontsize=8)
     panel.set_ylabel(axis_label(y), fontsize=8)
+    panel.set_gid(f"{x}:{','.join(columns or [y])}")
     if title:
         panel.set_title(title, fontsize=8)
+
+
+def panel_columns(panel: Axes) -> tuple[str, list[str]]:
+    """The columns that a panel was given by `name_axes`: that of x, and those that it shows."""
+    x, _, shown = (panel.get_gid() or "").partition(":")
+    return x, shown.split(",") if shown else []
 
 
 def scale_by_ratio(panel: Axes, values: pd.Series) -> None:

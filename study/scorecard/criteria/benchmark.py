@@ -8,7 +8,7 @@ import pandas as pd
 from evidence import Evidence
 
 from criteria.check import CoreCheck, Judged
-from criteria.estimate import contrast
+from nerve.analysis.estimate import contrast
 
 
 @dataclass(frozen=True)

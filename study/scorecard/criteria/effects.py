@@ -8,8 +8,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from criteria import values as v
-from criteria.estimate import Estimate, contrast, correlation, slope_difference
 from criteria.measured import Measured
+from nerve.analysis.estimate import Estimate, contrast, correlation, slope_difference
 
 Value = Callable[[Measured], np.ndarray]
 """A number a run, shape (run,), or a number a run and step."""
