@@ -30,7 +30,7 @@ def rank_early(
 ) -> pd.DataFrame:
     """How well each metric at each measured step ranks runs by their final loss.
 
-    One row a group, step and metric. A group has the same `data`, FFN, `schedule` and values of
+    One row per group, step and metric. A group has the same `data`, FFN, `schedule` and values of
     `by`: a longer run ends lower whatever its spectra are. Flagged runs are left out.
 
     A metric that follows the loss ranks the final loss as the loss so far does, and that costs
