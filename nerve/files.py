@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +75,11 @@ def write_atomically(
             sync_directory(path.parent)
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` from the current directory on, with `~` as the user's home."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
 def sync_directory(directory: Path) -> None:
     """Makes the names in a directory durable: a move or a removal survives a power cut.
 
@@ -120,19 +124,39 @@ def remove_temporaries(directory: Path) -> None:
 def building_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, for what is moved to its place once it is whole.
 
-    It is removed at the end, and so are those of this prefix whose writers were killed before.
+    Who may read it follows the umask. It is removed at the end, and so are those of this prefix
+    whose writers were killed before: no one has their lock or, where there are no locks, nothing in
+    them has changed for a day.
     """
     for left in parent.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(OSError), _opened(left) as descriptor:
-            if flock(descriptor):  # its writer, who held the lock, is gone
+            is_free = flock(descriptor)
+            if is_free or (is_free is None and _age_s(left) > _ABANDONED_AFTER_S):
                 shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        with _opened(folder) as descriptor:
-            flock(descriptor)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        folder = _locked_folder(parent, prefix, stack)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+_ABANDONED_AFTER_S = 24 * 3600
+
+
+def _locked_folder(parent: Path, prefix: str, stack: contextlib.ExitStack) -> Path:
+    """A new folder that is locked until the end of `stack`."""
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(4)}"
+        folder.mkdir()
+        # Another writer may take it for a leftover before it is locked.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = stack.enter_context(_opened(folder))
+            if flock(descriptor) is not False and folder.is_dir():
+                return folder
+
+
+def _age_s(folder: Path) -> float:
+    """Since when nothing has changed in a folder, itself or a file directly in it."""
+    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """A file is its old self or its new self, never in between, and nothing is left beside it."""
 
 import errno
+import fcntl
 import logging
 import os
+import time
 
 import pytest
 
@@ -126,6 +128,61 @@ def test_what_is_built_is_removed_and_so_is_what_the_dead_left(tmp_path):
             assert sorted(tmp_path.iterdir()) == sorted([tmp_path / ".other", mine, its])
         assert (mine / "half").exists()
     assert os.listdir(tmp_path) == [".other"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_who_may_read_what_is_built_follows_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with building_folder(tmp_path, ".new-") as folder:
+            assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("age_s", "is_left"), [(3600, True), (2 * 24 * 3600, False)])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EBADF])
+def test_where_no_lock_tells_a_writer_is_dead_after_a_day(
+    tmp_path, monkeypatch, code, age_s, is_left
+):
+    def refuse(*_):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".new-dead").mkdir()
+    (tmp_path / ".new-dead" / "half").write_text("")
+    for path in (tmp_path / ".new-dead" / "half", tmp_path / ".new-dead"):
+        os.utime(path, (time.time() - age_s,) * 2)
+    with building_folder(tmp_path, ".new-"):
+        assert (tmp_path / ".new-dead").exists() == is_left
+
+
+def test_a_folder_at_work_for_days_is_alive_by_its_files_where_no_lock_tells(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".new-slow").mkdir()
+    (tmp_path / ".new-slow" / "written").write_text("now")
+    os.utime(tmp_path / ".new-slow", (0, 0))
+    with building_folder(tmp_path, ".new-"):
+        assert (tmp_path / ".new-slow").exists()
+
+
+def test_a_folder_that_another_took_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Between the making of it and its lock."""
+    removed = []
+
+    def lose_the_first(descriptor, operation):
+        if not removed:
+            [folder] = tmp_path.iterdir()
+            folder.rmdir()
+            removed.append(folder)
+
+    monkeypatch.setattr(fcntl, "flock", lose_the_first)
+    with building_folder(tmp_path, ".new-") as folder:
+        assert folder.is_dir()
+        assert folder not in removed
 
 
 def test_a_missing_directory_is_named(tmp_path):

@@ -75,7 +75,9 @@ class RunRecord:
     seed: int | None = None
     n_parameters: int | None = None
     unigram_loss: float | None = None
+    separator_token: str | None = None
     pre_scales: dict[str, float] = field(default_factory=dict)
+    stopped_by: str | None = None
     final: dict[str, float | None] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -100,7 +102,8 @@ class RunRecord:
                 `objective` and the other `EXCLUDED` keys of nerve-run tell no runs apart.
             run_id: where the caller has made it already, for the directory's name.
             values: other fields, such as `sweep`, `seed`, `n_parameters`, `fingerprints`, `device`,
-                `job`, `unigram_loss`; `versions` adds to those of the installed packages.
+                `job`, `unigram_loss`, `separator_token`; `versions` adds to those of the installed
+                packages.
 
         Raises:
             StoreError: when the directory holds a run already, or cannot be written.

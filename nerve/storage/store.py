@@ -69,7 +69,7 @@ class RunStore:
         _warn_of_columns(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `METRICS`: a mapping a row, `run_id` and nullable columns may be absent.
+        """Buffers rows of `METRICS`: a mapping per row; `run_id` and nullable ones may be absent.
 
         Raises:
             StoreError: for an unknown or a missing column or a value of the wrong type; none of

@@ -23,10 +23,29 @@ from nerve.storage.store import RunStore
 Row = dict[str, str]
 
 
-class StoreLogger(Logger):
+class OwnLogger(Logger):
+    """A logger without a name and a version, so that ModelCheckpoint puts its files into
+    checkpoints/, and without hyperparameters: run.json holds the whole configuration."""
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+
+class StoreLogger(OwnLogger):
     """Appends what Lightning logs to the `scalars` table: one row a name and step.
 
-    A training scalar labelled step s was computed with the weights after s optimizer steps, as in
+    A training scalar labeled step s was computed with the weights after s optimizer steps, as in
     the `metrics` table.
 
     Args:
@@ -37,20 +56,6 @@ class StoreLogger(Logger):
         super().__init__()
         self._store = store
 
-    @property
-    def name(self) -> str:
-        return ""  # ModelCheckpoint puts its files below name and version: into checkpoints/
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to do: run.json holds the whole configuration."""
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._store.append_scalars(
@@ -60,7 +65,7 @@ class StoreLogger(Logger):
         )
 
 
-class CSVLogger(Logger):
+class CSVLogger(OwnLogger):
     """Keeps `metrics.csv`: a row for each call that logs, a column for each name.
 
     Rows are appended; where one brings a new column the file is written anew. A file that is there
@@ -77,20 +82,6 @@ class CSVLogger(Logger):
         self._is_made = False
         self._columns: list[str] = []
         self._waiting: list[Row] = []
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to do: run.json holds the whole configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

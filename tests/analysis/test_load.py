@@ -1,4 +1,4 @@
-"""Frames: one row a run with its factors, and stored rows joined with what was asked for."""
+"""Frames: one row per run with its factors, and stored rows joined with what was asked for."""
 
 import json
 import math
@@ -311,7 +311,7 @@ def test_reading_needs_no_torch(tmp_path, make_run):
 
 
 def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
-    """0.4 s on a busy core; reading cell by cell or comparing runs pairwise would take minutes."""
+    """0.4 s on a busy core; reading row by row or comparing runs pairwise would take minutes."""
     record = make_run(tmp_path / "0", steps=())
     store = RunStore(tmp_path / "0", record.run_id)
     store.append_metrics(row(step, layer) for step in range(10) for layer in range(12))

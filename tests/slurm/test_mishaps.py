@@ -1,4 +1,4 @@
-"""Cells that raise, are killed or cancelled on a real Slurm: the others are kept, and the same
+"""Trials that raise, are killed or cancelled on a real Slurm: the others are kept, and the same
 command goes on with what is not done.
 """
 
@@ -18,8 +18,8 @@ GRID = "seed=0,1,2,3,4,5"
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """Two cells end; one is killed as by a lack of memory, one is cancelled, one raises, and one is
-    cancelled while another waits with it: SLURM then keeps nothing of it.
+    """Two trials end; one is killed as by a lack of memory, one is cancelled, one raises, and one
+    is cancelled while another waits with it: SLURM then keeps nothing of it.
     """
     sent = new_sweep("mishaps")
     sent.send(GRID, sent.brake(unlucky=UNLUCKY), "hydra.launcher.array_parallelism=4")
@@ -47,9 +47,9 @@ def status(sweep):
         (WITHDRAWN, "not started"),
     ],
 )
-def test_the_launcher_returns_and_names_every_cell_that_is_not_done(sweep, status, seed, why):
+def test_the_launcher_returns_and_names_every_trial_that_is_not_done(sweep, status, seed, why):
     assert status == 1, sweep.everything
-    assert "4 of 6 cells" in sweep.output
+    assert "4 of 6 trials" in sweep.output
     assert f"  {seed} (seed={seed}): {why}\n" in sweep.output
 
 

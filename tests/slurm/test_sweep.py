@@ -11,7 +11,7 @@ CPUS = 2  # of the three that a node has: no two jobs share one
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """Four cells on two nodes, with every value of the launcher that Slurm can tell again."""
+    """Four trials on two nodes, with every value of the launcher that Slurm can tell again."""
     sent = new_sweep("sweep")
     cluster.call("sacctmgr", "-i", "add", "account", "physics")
     cluster.call("sacctmgr", "-i", "add", "qos", "patient")
@@ -38,12 +38,12 @@ def sweep(cluster, new_sweep, local):
 
 @pytest.fixture(scope="module")
 def script(sweep):
-    """What was handed to sbatch: once, as the cells of a sweep are one array."""
+    """What was handed to sbatch: once, as the trials of a sweep are one array."""
     (text,) = [path.read_text() for path in sweep.folder.glob("outputs/multirun/.submitit/*/*.sh")]
     return text
 
 
-def test_an_array_wider_than_the_nodes_runs_every_cell(sweep):
+def test_an_array_wider_than_the_nodes_runs_every_trial(sweep):
     records = sweep.records()
     assert sorted(records) == [0, 1, 2, 3]
     assert {record.run_status for record in records.values()} == {"done"}
@@ -56,7 +56,7 @@ def test_the_rows_are_those_of_a_local_run(sweep, assert_same_rows):
         assert_same_rows(sweep, seed)
 
 
-def test_a_cell_is_in_the_directory_that_a_local_sweep_would_give_it(sweep, local):
+def test_a_trial_is_in_the_directory_that_a_local_sweep_would_give_it(sweep, local):
     """One config_id: a sweep that was begun on one machine can be finished on the other."""
     names = [
         {record.directory.relative_to(which.folder) for record in which.records().values()}

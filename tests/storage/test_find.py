@@ -21,7 +21,7 @@ from nerve.storage.schema import DATASETS
 
 @pytest.fixture
 def tree(tmp_path, make_run):
-    """Two sweeps of two cells each and a single run."""
+    """Two sweeps of two trials each and a single run."""
     for name in ("sweep_a/c1", "sweep_a/c2", "sweep_b/c1", "sweep_b/c2", "single"):
         make_run(tmp_path / name, steps=())
     return tmp_path

@@ -34,7 +34,7 @@ CONFIG = {
     "position": {"name": "learned"},
     "ffn": {"width": 2, "constraint": "weight_norm"},
 }
-FACTS = {"vocab_size": 7}
+DATA_DIMS = {"vocab_size": 7}
 
 
 class Evil:
@@ -52,7 +52,7 @@ def lightning_checkpoint(model: torch.nn.Module) -> dict:
     return {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "global_step": 5,
-        "facts": FACTS,
+        "facts": DATA_DIMS,
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(100)}}}],
     }
 
@@ -67,7 +67,7 @@ def test_a_step_that_is_no_whole_number_is_refused(tmp_path, step):
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
     """From weights alone as from a whole checkpoint; another seed would give other weights."""
-    trained = build_model({**CONFIG, "seed": 2}, seed=2, **FACTS)
+    trained = build_model({**CONFIG, "seed": 2}, seed=2, **DATA_DIMS)
     RunRecord.create(tmp_path, CONFIG)
     path = RunDirectory(tmp_path).checkpoint(which)
     write_checkpoint(path, lightning_checkpoint(trained))
@@ -83,7 +83,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
 
 
 def test_weights_alone_are_smaller_and_taken_once(tmp_path):
-    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS))
+    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS))
     weights = weights_of(whole)
     assert weights["step"] == 5
     assert weights_of(weights) == weights
@@ -185,12 +185,12 @@ def changed_weight(path: Path) -> None:
 @pytest.mark.parametrize("kind", ["best", "last", 100])
 def test_a_model_with_a_changed_bit_is_not_loaded(tmp_path, kind):
     record = RunRecord.create(tmp_path, CONFIG)
-    run, model = RunDirectory(tmp_path), build_model(CONFIG, seed=1, **FACTS)
+    run, model = RunDirectory(tmp_path), build_model(CONFIG, seed=1, **DATA_DIMS)
     state = {name: torch.full_like(value, 7.25) for name, value in model.state_dict().items()}
     path = run.kept_checkpoint(kind) if kind == 100 else run.checkpoint(kind)
     asked = {"step": kind} if kind == 100 else {"which": kind}
     own = identity_of(record)
-    write_checkpoint(path, {"model": state, "facts": FACTS, "step": 100, **own})
+    write_checkpoint(path, {"model": state, "facts": DATA_DIMS, "step": 100, **own})
     nerve.load_model(tmp_path, **asked)
     changed_weight(path)
     with pytest.raises(StoreError, match=rf"{path.name} .* the checksum of .* does not fit"):
@@ -206,7 +206,7 @@ def test_weights_of_another_run_of_the_same_shapes_are_not_loaded(tmp_path, kind
     run = RunDirectory(tmp_path / "run")
     path = run.kept_checkpoint(kind) if kind == 100 else run.checkpoint(kind)
     asked = {"step": kind} if kind == 100 else {"which": kind}
-    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)) | {"global_step": 100}
+    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)) | {"global_step": 100}
     write_checkpoint(path, weights_of(whole | identity_of(other)))
     values = "the same values" if config == CONFIG else r"other values of activation\.name"
     with pytest.raises(StoreError, match=rf"{path.name} .* run its .* run mine .* {values}"):
@@ -217,7 +217,7 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     record = RunRecord.create(tmp_path / "run", CONFIG, "mine")
     other = RunRecord.create(tmp_path / "other", {**CONFIG, "seed": 2}, "its")
     path = RunDirectory(tmp_path / "run").checkpoint("last")
-    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS))
+    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS))
     whole["state_dict"]["model.first"] = torch.full((50,), 7.25)
     write_checkpoint(path, whole | identity_of(record))
     check_checkpoint(path, record)
@@ -238,10 +238,10 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     "content",
     [
         {},
-        {"model": {}, "facts": FACTS, "step": 1},
-        {"model": {"w": torch.ones(2)}, "facts": FACTS, "step": 1},
+        {"model": {}, "facts": DATA_DIMS, "step": 1},
+        {"model": {"w": torch.ones(2)}, "facts": DATA_DIMS, "step": 1},
         {"model": {}, "facts": {}, "step": 1},
-        {"model": [], "facts": FACTS, "step": 1},
+        {"model": [], "facts": DATA_DIMS, "step": 1},
         {"state_dict": {}},
     ],
     ids=str,
@@ -256,7 +256,7 @@ def test_weights_of_another_model_are_not_loaded(tmp_path, content):
 
 def test_a_record_of_other_code_has_no_model(tmp_path):
     RunRecord.create(tmp_path, {"lr": 0.1})
-    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     write_checkpoint(RunDirectory(tmp_path).checkpoint("best"), weights)
     with pytest.raises(StoreError, match=r"best\.ckpt does not: KeyError: 'seed'"):
         nerve.load_model(tmp_path)
@@ -265,7 +265,7 @@ def test_a_record_of_other_code_has_no_model(tmp_path):
 def test_weights_of_another_step_than_their_name_says_are_not_loaded(tmp_path):
     record = RunRecord.create(tmp_path, CONFIG)
     path = RunDirectory(tmp_path).kept_checkpoint(200)
-    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     write_checkpoint(path, weights | identity_of(record) | {"step": 100})
     with pytest.raises(StoreError, match=r"step-000000000200\.ckpt holds the weights of step 100"):
         nerve.load_model(tmp_path, step=200)
@@ -273,7 +273,7 @@ def test_weights_of_another_step_than_their_name_says_are_not_loaded(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_wherever_it_is_cut(tmp_path):
     path = RunDirectory(tmp_path).checkpoint("last")
-    write_checkpoint(path, lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    write_checkpoint(path, lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     whole = path.read_bytes()
     for length in range(0, len(whole), len(whole) // 20):
         path.write_bytes(whole[:length])
@@ -293,9 +293,9 @@ def test_the_weights_of_a_step_are_loaded_by_its_number(tmp_path):
     """Of several that are kept, beside a best and a last one that are others."""
     RunRecord.create(tmp_path, CONFIG)
     for which in ("best", "last"):
-        other = build_model(CONFIG, seed=9, **FACTS)
+        other = build_model(CONFIG, seed=9, **DATA_DIMS)
         write_checkpoint(RunDirectory(tmp_path).checkpoint(which), lightning_checkpoint(other))
-    trained = {step: build_model(CONFIG, seed=step, **FACTS) for step in (0, 100, 2000)}
+    trained = {step: build_model(CONFIG, seed=step, **DATA_DIMS) for step in (0, 100, 2000)}
     for step, model in trained.items():
         write_checkpoint(
             RunDirectory(tmp_path).kept_checkpoint(step),

@@ -18,9 +18,9 @@ import nerve
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
-from nerve.metric_names import logged_values, mean_values
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
+from nerve.recording.means import logged_values, mean_values
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger
@@ -284,7 +284,7 @@ def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp
 def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
     """Code that was compiled without a probe is compiled again, for this fit and for the next."""
     module, rows = make_module(compile=True), []
-    module._training_loss(batches(1)[0]).backward()
+    module._training_losses(batches(1)[0])[0].backward()
     module.zero_grad()
     state = copy.deepcopy(module.model.state_dict())
     for name in ("a", "b"):
@@ -572,13 +572,14 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"every_n_steps": 0}, "monitor.every_n_steps must be a positive whole number; got 0"),
+        ({"every_n_steps": 0}, "monitor.every_n_steps must be a whole number of at least 1; got 0"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
-        ({"layers": "all"}, "monitor.layers must be null .all. or a list of layers"),
+        ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
         ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
-        ({"skip_first": -1}, "monitor.skip_first is a number of positions, 0 or more; got -1"),
+        ({"every_n_step": 2}, "a key of monitor must be one of .*Did you mean 'every_n_steps'"),
+        ({"skip_first": -1}, "monitor.skip_first must be a whole number of at least 0; got -1"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, values, message):
@@ -661,7 +662,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
         return solve(problem)
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
-    monkeypatch.setattr("nerve.training.monitor.spare_workers", lambda *args: 1)
+    monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
     recorder, watch = Recorder(), Watch()
     data = batches(6), batches(1, seed=1)
     extra = {"loggers": [recorder], "callbacks": [watch]}

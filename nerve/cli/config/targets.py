@@ -5,8 +5,10 @@ from typing import Any
 TARGETS = {
     path.rpartition(".")[2]: path
     for path in (
+        "nerve.cli.experiment.check.CheckInPlaceOfRun",
         "nerve.data.corpus.python_source",
         "nerve.data.files.text_files",
+        "nerve.data.glyphs.glyphs",
         "nerve.data.hub.hub_dataset",
         "nerve.data.hub.hub_images",
         "nerve.data.image_sets.cifar100",
