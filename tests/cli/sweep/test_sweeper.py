@@ -548,16 +548,16 @@ def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(fi
     assert "0 (the only one): killed" in err
 
 
-def test_a_directory_that_was_renamed_while_its_cell_worked_does_not_come_back(tmp_path):
+def test_a_directory_that_was_renamed_while_its_trial_worked_does_not_come_back(tmp_path):
     """However its process ended: what there is to say of it is said in the summary."""
     run = RunDirectory(tmp_path / "run")
     RunRecord.create(run.path, {"seed": 1})
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
     ended.wait()
     process = object.__new__(local._Process)
-    process.cell = Trial(0, [], OmegaConf.create(), run)
+    process.trial = Trial(0, [], OmegaConf.create(), run)
     process._popen = ended
     run.path.rename(tmp_path / "moved")
     process._settle(1)
-    assert "run is not there any more: it was renamed or deleted" in process.cell.trouble
+    assert "run is not there any more: it was renamed or deleted" in process.trial.start_error
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
