@@ -1,49 +1,69 @@
-"""What is printed to be pasted means what it says: in a shell, and to Hydra behind it."""
+"""Values as they come from a configuration: what is a number, a count, a list."""
 
-import shlex
-import subprocess
-from pathlib import Path
+from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nerve.config import pasted, quoted
-
-NAMES = [
-    *("plain/name-1.2", "a=b", "a,b", "a(1)", "a#b", "~/a", "a~", "a b", " a ", "Größe/λ₁"),
-    *("a'b", 'a"b', "a\\b", "a\\", "a\\'b", "\\\\x", "[a]", "{a}", "a:b", "a;b", "a&b", "a|b"),
-    *("<a>", "a!b", "12", "1e3", "true", "null", "inf", "a$b", "a*b", "?", "a`b`", "", "-a"),
-    "lr=1e-3,seed=0",
-]
+from nerve.config import from_mapping, require_count, require_type
+from nerve.errors import ConfigError
 
 
-def parsed(override: str) -> object:
-    return OverridesParser.create().parse_overrides([override])[0].value()
+@pytest.mark.parametrize("value", [True, 1.0, "1", 0, -1, None, [1]])
+def test_a_count_is_a_whole_number_that_is_large_enough(value):
+    with pytest.raises(ConfigError, match=r"^n must be a whole number of at least 1; got"):
+        require_count("n", value)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_quoted_value_is_that_text_to_hydra(name):
-    assert parsed(f"key={quoted(name)}") == name
+def test_a_count_may_start_elsewhere_or_be_null():
+    require_count("n", 0, least=0)
+    require_count("n", np.int64(3))
+    require_count("n", None, or_null=True)
+    with pytest.raises(
+        ConfigError, match=r"^n must be null or a whole number of at least 2; got 1"
+    ):
+        require_count("n", 1, least=2, or_null=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_pasted_override_is_that_text_to_hydra_behind_a_shell(name):
-    line = pasted("key", name)
-    assert parsed(shlex.split(line)[0]) == name
-    assert len(shlex.split(line)) == 1
+@pytest.mark.parametrize(
+    ("value", "kinds"),
+    [
+        ([1], (list,)),
+        ((1, 2), (list,)),
+        (3, (float,)),
+        (np.float64(0.5), (float,)),
+        (True, (bool,)),
+        ("a", (int, str)),
+    ],
+)
+def test_values_of_a_kind(value, kinds):
+    require_type("key", value, *kinds)
 
 
-def test_a_shell_agrees(tmp_path):
-    line = " ".join(pasted("key", name) for name in NAMES)
-    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
-    got = done.stdout.decode().split("\0")[:-1]
-    assert [parsed(override) for override in got] == NAMES
+@pytest.mark.parametrize(
+    ("value", "kinds", "named"),
+    [
+        ("abc", (list,), "a list"),
+        (True, (int,), "a whole number"),
+        (False, (float, type(None)), "a number or null"),
+        (1, (bool,), "true or false"),
+        (1.5, (int,), "a whole number"),
+    ],
+)
+def test_a_text_is_no_list_and_true_is_no_number(value, kinds, named):
+    with pytest.raises(ConfigError, match=f"^key must be {named}; got"):
+        require_type("key", value, *kinds)
 
 
-def test_quotes_are_few_where_few_are_enough():
-    assert pasted("resume", "a=b, (c)") == "\"resume='a=b, (c)'\""
+@dataclass(frozen=True)
+class Group:
+    steps: list = field(default_factory=list)
+    rate: int | float = 0.5
 
 
-@pytest.mark.parametrize("name", ["outputs/2026-01-01_12-00-00_0a1b2c", "a/b_c.d-e", Path("x/y")])
-def test_what_needs_no_quotes_gets_none(name):
-    assert pasted("resume", name) == f"resume={name}"
+def test_the_types_of_fields_are_those_of_values():
+    assert from_mapping(Group, {"steps": (1, 2), "rate": 1}, "group").steps == (1, 2)
+    with pytest.raises(ConfigError, match=r"^group\.steps must be a list; got 'all'"):
+        from_mapping(Group, {"steps": "all"}, "group")
+    with pytest.raises(ConfigError, match="a key of group must be one of rate, steps; got 'step'"):
+        from_mapping(Group, {"step": []}, "group")

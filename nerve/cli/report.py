@@ -15,7 +15,8 @@ figures/ as PNG and SVG, tables/ as CSV and Parquet.
 
 One run gets its own figures: overview, PR gain and ΔEEE over depth, spectra, training curves.
 Several runs are compared: curves and layers by each factor that varies, loss against metrics,
-correlations within and across runs, at the last step and at equal loss. Runs that failed, are
+correlations within and across runs beside null models, at the last step and at equal loss, paired
+by seed, and what an early step says of the final loss. Runs that failed, are
 unfinished or never learned are named and left out of figures and statistics.
 """
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 asked.output,
                 window=asked.window,
                 steps=asked.steps,
+                reference=asked.reference,
                 progress=progress,
             )
     except NerveError as error:
@@ -64,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S,S,…",
         help="steps whose spectra are drawn, for one run; default: four from first to last",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="FILE",
+        help="a CSV with a paper's values, which figures show as marks: columns metric, value, "
+        "label, and step, layer or val_loss",
+    )
     return parser
 
 
@@ -78,7 +86,7 @@ def _steps(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line a step, so that a log says where it is."""
+    """A bar on a terminal; elsewhere a line per step, so that a log says where it is."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr)
         return

@@ -109,7 +109,7 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
 
 
 def show(statuses: Sequence[Status]) -> None:
-    """Prints one row a run, how many there are of each state, and why runs ended early."""
+    """Prints one row per run, how many there are of each state, and why runs ended early."""
     counts = Counter(override for status in statuses for override in set(status.overrides))
     labels = {
         status.directory: " ".join(o for o in status.overrides if counts[o] < len(statuses))

@@ -13,7 +13,7 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextToPath
 
 from nerve.data.batches import random_bits
-from nerve.data.image_sets import ImageSet, LabelledImages
+from nerve.data.image_sets import ImageSet, LabeledImages
 
 TRAIN_FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
@@ -43,14 +43,14 @@ def glyphs() -> ImageSet:
     return ImageSet("glyphs", n_classes=len(ascii_letters), flips=False, read=_read_glyphs)
 
 
-def _read_glyphs() -> tuple[LabelledImages, LabelledImages]:
+def _read_glyphs() -> tuple[LabeledImages, LabeledImages]:
     return (
         _split(TRAIN_FONTS, _VARIANTS["train"], key=0),
         _split(TEST_FONTS, _VARIANTS["test"], key=1),
     )
 
 
-def _split(fonts: tuple[str, ...], n_variants: int, key: int) -> LabelledImages:
+def _split(fonts: tuple[str, ...], n_variants: int, key: int) -> LabeledImages:
     images, labels = [], []
     for number, font in enumerate(fonts):
         for label, letter in enumerate(ascii_letters):
@@ -58,7 +58,7 @@ def _split(fonts: tuple[str, ...], n_variants: int, key: int) -> LabelledImages:
             unit = (bits >> np.uint64(11)) / 2.0**52 - 1  # -1 to 1
             images.append(_drawn(_outline(font, letter), unit))
             labels += n_variants * [label]
-    return LabelledImages(np.concatenate(images)[:, None], np.array(labels, dtype=np.int64))
+    return LabeledImages(np.concatenate(images)[:, None], np.array(labels, dtype=np.int64))
 
 
 def _outline(font: str, letter: str) -> np.ndarray:

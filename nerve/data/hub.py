@@ -11,7 +11,7 @@ import numpy as np
 from nerve.config import require
 from nerve.data.corpus import Corpus, Document
 from nerve.data.extras import import_extra
-from nerve.data.image_sets import ImageSet, LabelledImages
+from nerve.data.image_sets import ImageSet, LabeledImages
 from nerve.errors import DataError
 from nerve.files import absolute
 
@@ -67,7 +67,7 @@ def hub_images(
     flips: bool = True,
     revision: str | None = None,
 ) -> ImageSet:
-    """The splits `train` and `test` of a dataset of labelled images, which is kept in memory.
+    """The splits `train` and `test` of a dataset of labeled images, which is kept in memory.
 
     Args:
         path: the dataset's name on the hub, or a folder of data files.
@@ -80,7 +80,7 @@ def hub_images(
 
     source = _source(path)
 
-    def split_of(split: str) -> LabelledImages:
+    def split_of(split: str) -> LabeledImages:
         rows = list(_stream({"path": source, "split": split, "revision": revision}))
         for column in (image_column, label_column):
             if not rows or column not in rows[0]:
@@ -91,7 +91,7 @@ def hub_images(
                 )
         images = np.stack([np.asarray(row[image_column], dtype=np.uint8) for row in rows])
         labels = np.array([row[label_column] for row in rows], dtype=np.int64)
-        return LabelledImages(images.transpose(0, 3, 1, 2), labels)
+        return LabeledImages(images.transpose(0, 3, 1, 2), labels)
 
     return ImageSet(
         f"hub:{path}", n_classes, flips, read=lambda: (split_of("train"), split_of("test"))

@@ -1,4 +1,4 @@
-"""Labelled images in memory: scikit-learn's digits and CIFAR-100 from its Python archive."""
+"""Labeled images in memory: scikit-learn's digits and CIFAR-100 from its Python archive."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ _LOADABLE: dict[tuple[str, str], Any] = {
 }
 
 
-class LabelledImages(NamedTuple):
+class LabeledImages(NamedTuple):
     """`images` uint8 `[n, channels, height, width]` and `labels` int64 `[n]`."""
 
     images: np.ndarray
@@ -38,7 +38,7 @@ class LabelledImages(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A named set of labelled images with a fixed split.
+    """A named set of labeled images with a fixed split.
 
     Args:
         name: for messages and the run's record.
@@ -50,7 +50,7 @@ class ImageSet:
     name: str
     n_classes: int
     flips: bool
-    read: Callable[[], tuple[LabelledImages, LabelledImages]]
+    read: Callable[[], tuple[LabeledImages, LabeledImages]]
 
 
 def digits(reversed: bool = False) -> ImageSet:
@@ -68,7 +68,7 @@ def digits(reversed: bool = False) -> ImageSet:
     """
     require_type("data.images.reversed", reversed, bool)
 
-    def read() -> tuple[LabelledImages, LabelledImages]:
+    def read() -> tuple[LabeledImages, LabeledImages]:
         train, test = _read_digits()
         return (test, train) if reversed else (train, test)
 
@@ -87,7 +87,7 @@ def cifar100(path: str | Path) -> ImageSet:
     return ImageSet("cifar100", n_classes=100, flips=True, read=lambda: _read_cifar100(where))
 
 
-def _read_digits() -> tuple[LabelledImages, LabelledImages]:
+def _read_digits() -> tuple[LabeledImages, LabeledImages]:
     datasets = import_extra("sklearn.datasets", "images", "The data set digits")
     bunch = datasets.load_digits()
     images = bunch.images.astype(np.uint8)[:, None]
@@ -96,10 +96,10 @@ def _read_digits() -> tuple[LabelledImages, LabelledImages]:
     for label in range(10):
         rank_in_class[labels == label] = np.arange(np.sum(labels == label))
     test = rank_in_class % 5 == 0
-    return LabelledImages(images[~test], labels[~test]), LabelledImages(images[test], labels[test])
+    return LabeledImages(images[~test], labels[~test]), LabeledImages(images[test], labels[test])
 
 
-def _read_cifar100(path: Path) -> tuple[LabelledImages, LabelledImages]:
+def _read_cifar100(path: Path) -> tuple[LabeledImages, LabeledImages]:
     files = _cifar_folder(path) if path.is_dir() else _cifar_archive(path)
     return _cifar_images(files["train"], path), _cifar_images(files["test"], path)
 
@@ -144,7 +144,7 @@ def _cifar_archive(path: Path) -> dict[str, bytes]:
         ) from error
 
 
-def _cifar_images(pickled: bytes, path: Path) -> LabelledImages:
+def _cifar_images(pickled: bytes, path: Path) -> LabeledImages:
     try:
         content = _ArrayUnpickler(io.BytesIO(pickled), encoding="bytes").load()
         data, labels = content[b"data"], np.asarray(content[b"fine_labels"], dtype=np.int64)
@@ -158,7 +158,7 @@ def _cifar_images(pickled: bytes, path: Path) -> LabelledImages:
             f"99; one in {path} does not ({type(error).__name__}: {error}). It is damaged or "
             f"another data set: download {_CIFAR_URL}"
         ) from error
-    return LabelledImages(data.reshape(-1, 3, 32, 32), labels)
+    return LabeledImages(data.reshape(-1, 3, 32, 32), labels)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

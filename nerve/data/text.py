@@ -29,7 +29,7 @@ class TextDataModule(BatchDataModule):
     """Batches `(inputs, targets)`, both int64 `[batch, seq_len]`, targets one token later.
 
     The tokens of a split are one stream, cut into windows of seq_len + 1 tokens that share one
-    token each, so every token but the first is a target once an epoch. The held-out set is made
+    token each, so every token but the first is a target once per epoch. The held-out set is made
     of windows spread evenly over the validation stream; it depends on the corpus, the tokenizer,
     `seq_len`, `n_heldout_tokens` and `val_fraction`, never on `seed`.
 
@@ -38,8 +38,8 @@ class TextDataModule(BatchDataModule):
 
     Args:
         corpus: the documents.
-        seq_len: tokens a sequence.
-        batch_size: sequences a batch, over all processes.
+        seq_len: tokens per sequence.
+        batch_size: sequences per batch, over all processes.
         n_train_batches: length of the training loader.
         n_heldout_tokens: held-out target tokens, rounded up to whole sequences.
         seed: decides the order of training only.
@@ -142,7 +142,7 @@ class TextDataModule(BatchDataModule):
         """Bytes of text that the held-out targets stand for; a document separator counts 0.
 
         Bits per byte of text = loss · n_heldout_tokens / (ln 2 · n_heldout_bytes), with the loss
-        in nats a token. Unlike the loss it can be compared between tokenizers.
+        in nats per token. Unlike the loss it can be compared between tokenizers.
         """
         tokenizer = self._tokens.tokenizer
         lengths = token_byte_lengths(tokenizer)
@@ -151,10 +151,10 @@ class TextDataModule(BatchDataModule):
 
     @cached_property
     def unigram_loss(self) -> float:
-        """Nats a token, on the held-out targets, of the training split's unigram distribution.
+        """Nats per token, on the held-out targets, of the training split's unigram distribution.
 
         Each count is raised by one (Laplace), so that it is finite. A model whose loss stays
-        above it has learnt nothing from context.
+        above it has learned nothing from context.
         """
         counts = self._tokens.train_counts + 1.0
         log_probabilities = np.log(counts) - np.log(counts.sum())

@@ -1,4 +1,4 @@
-"""Networks, assembled from the layers in `nerve.nn` and initialised."""
+"""Networks, assembled from the layers in `nerve.nn` and initialized."""
 
 from nerve.models.build import MODELS, build_model, model_design
 from nerve.models.initialization import scale_pre

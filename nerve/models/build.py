@@ -55,7 +55,7 @@ def model_design(values: Mapping[str, Any], **data_dims: int) -> GPTConfig | Mix
 
 
 def build_model(values: Mapping[str, Any], *, seed: int, **data_dims: int) -> GPT | Mixer:
-    """The network that `values` describe, initialised from `seed`.
+    """The network that `values` describe, initialized from `seed`.
 
     Args:
         values, data_dims: as of `model_design`.

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nerve.config import require, require_count
-from nerve.models.initialization import check_pre_std, initialise
+from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
 from nerve.nn.ffn import FeedForward, FFNDesign
@@ -124,7 +124,7 @@ class GPT(nn.Module):
     DATA_DIMS: ClassVar = ("vocab_size",)
     """The fields of `Config` that the data gives."""
 
-    # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
+    # Layers draw weights as they are built, from the global generator; `initialize` replaces them.
     @torch.random.fork_rng(devices=[])
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class GPT(nn.Module):
         )
         self.norm = config.normalization.build_final(d_model)
         self.head = nn.Linear(d_model, config.vocab_size, bias=False)
-        initialise(
+        initialize(
             self,
             seed=seed,
             std=config.init_std,

@@ -60,7 +60,7 @@ class Activation:
     Attributes:
         name: a key of `ACTIVATIONS`.
         negative_slope: of the leaky ones, in [0, 1]; where the learnable one starts.
-        shared: the learnable slope is one parameter for all layers, instead of one a layer.
+        shared: the learnable slope is one parameter for all layers, instead of one per layer.
         base: what the interpolated one is at full strength, a key of `BASES`.
         alpha: the strength of the interpolated one, in [0, 1].
 

@@ -13,8 +13,8 @@ from nerve.recording.solver import Labels
 class Cadence:
     """Sums losses and tokens up from one measured step to the next, and labels that step.
 
-    A step is labelled when its validation is over: with the validation loss of its weights, and the
-    mean training loss since the step that was labelled before. The label waits in `due` until the
+    A step is labeled when its validation is over: with the validation loss of its weights, and the
+    mean training loss since the step that was labeled before. The label waits in `due` until the
     features of that step are measured.
     """
 
@@ -22,7 +22,7 @@ class Cadence:
         self.due: Labels | None = None
         """The labels of the measurement that is to come; None between measurements."""
         self.val_loss: float | None = None
-        """The last validation loss, nats a target."""
+        """The last validation loss, nats per target."""
         self._tokens_seen = 0
         self._training = WeightedMean()
         self._validation = WeightedMean()

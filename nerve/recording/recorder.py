@@ -52,7 +52,7 @@ class Recorder:
 
     @property
     def is_due(self) -> bool:
-        """Whether a step is labelled whose features are still to be measured."""
+        """Whether a step is labeled whose features are still to be measured."""
         return self._cadence.due is not None
 
     @property
@@ -67,7 +67,7 @@ class Recorder:
 
     @property
     def val_loss(self) -> float | None:
-        """The last validation loss, nats a target."""
+        """The last validation loss, nats per target."""
         return self._cadence.val_loss
 
     @property

@@ -9,7 +9,7 @@ from nerve.recording.solver import Solved
 from nerve.storage.store import RunStore
 
 LARGEST_D_FF_FOR_SPECTRA = 1024
-"""Up to this width `spectra="auto"` stores the eigenvalues themselves (4 KiB a layer and site)."""
+"""Up to this width `spectra="auto"` stores the eigenvalues (4 KiB per layer and site)."""
 
 
 class Logger(Protocol):

@@ -1,4 +1,4 @@
-"""A metric over layers and steps as colours: grey where nothing could be measured."""
+"""A metric over layers and steps as colors: gray where nothing could be measured."""
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from nerve.metric_names import Metric
-from nerve.report.style import NULL_COLOUR, PLAIN_NUMBERS, name_axes, say_empty, spread
+from nerve.report.style import NULL_COLOR, PLAIN_NUMBERS, name_axes, say_empty, spread
 
 
 def heat_map(
@@ -25,7 +25,7 @@ def heat_map(
     grid = metrics.pivot(index="layer", columns="step", values=metric.column)
     values = np.ma.masked_invalid(grid.to_numpy(float))
     name_axes(panel, "step", "layer", title)
-    panel.set_facecolor(NULL_COLOUR)
+    panel.set_facecolor(NULL_COLOR)
     panel.set_yticks(spread(list(grid.index), 12))
     if values.count() == 0:
         say_empty(panel)
@@ -35,7 +35,7 @@ def heat_map(
         _edges(grid.columns.to_numpy(float)),
         _edges(grid.index.to_numpy(float)),
         values,
-        cmap=colormaps[palette].with_extremes(bad=NULL_COLOUR),
+        cmap=colormaps[palette].with_extremes(bad=NULL_COLOR),
         norm=norm,
         rasterized=True,
     )
@@ -49,7 +49,7 @@ def heat_map(
 
 
 def _scale(metric: Metric, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
-    """Colours of a heat map: from 0, or symmetrically around what says that nothing changes. Purple
+    """Colors of a heat map: from 0, or symmetrically around what says that nothing changes. Purple
     is where the nonlinearity flattens the spectrum."""
     if metric.neutral is None:
         return "viridis", Normalize(0, max(float(values.max()), 1e-6))
@@ -61,10 +61,10 @@ def _scale(metric: Metric, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
     return palette, Normalize(metric.neutral - reach, metric.neutral + reach)
 
 
-def _edges(centres: np.ndarray) -> np.ndarray:
-    """Edges halfway between centres."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    first, last = 2 * centres[0] - middle[0], 2 * centres[-1] - middle[-1]
+def _edges(centers: np.ndarray) -> np.ndarray:
+    """Edges halfway between centers."""
+    if len(centers) == 1:
+        return np.array([centers[0] - 0.5, centers[0] + 0.5])
+    middle = (centers[1:] + centers[:-1]) / 2
+    first, last = 2 * centers[0] - middle[0], 2 * centers[-1] - middle[-1]
     return np.concatenate([[first], middle, [last]])

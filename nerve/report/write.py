@@ -6,6 +6,8 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,9 +18,10 @@ from nerve.analysis.load import Runs
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.files import building_folder
-from nerve.report.content import Content, Table
+from nerve.report.content import Content, Drawing, Table
 from nerve.report.one_run import content_of_run
 from nerve.report.page.render import MARK, PageFigure, PageTable, render
+from nerve.report.reference import mark, read_reference
 from nerve.report.several_runs import content_of_runs
 from nerve.storage.find import AnyPath
 
@@ -39,6 +42,7 @@ def write_report(
     *,
     window: str = "after_warmup",
     steps: Sequence[int] = (),
+    reference: AnyPath | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Writes `index.html`, `figures/` and `tables/` and gives the path of the page.
@@ -53,17 +57,18 @@ def write_report(
         output: the folder; None takes `report` beside the first path.
         window: the steps that correlations within runs are first shown over, one of `WINDOWS`.
         steps: of one run, the steps whose spectra are drawn (the nearest stored ones).
+        reference: a CSV file with a paper's values, which figures show as marks (`read_reference`).
         progress: told what is being done.
 
     Raises:
         StoreError: when there is no run, or the folder holds something else or cannot be written.
-        ConfigError: for an unknown window.
+        ConfigError: for an unknown window, or a reference that is not as it should be.
     """
     roots = _listed(paths)
     beside = roots[0].resolve().parent if roots else Path()  # of no path, gather says so
     folder = Path(output) if output is not None else beside / "report"
     _require_own(folder)
-    content = gather(roots, window=window, steps=steps, progress=progress)
+    content = gather(roots, window=window, steps=steps, reference=reference, progress=progress)
     try:
         return _write(content, folder, progress)
     except OSError as error:
@@ -78,6 +83,7 @@ def gather(
     *,
     window: str = "after_warmup",
     steps: Sequence[int] = (),
+    reference: AnyPath | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Content:
     """What a report on the runs under `paths` holds, with nothing drawn or written yet.
@@ -85,6 +91,7 @@ def gather(
     Arguments and errors as of `write_report`.
     """
     require_choice("window", window, WINDOWS)
+    marks = None if reference is None else read_reference(reference)
     roots = _listed(paths)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -99,7 +106,22 @@ def gather(
             title = f"{len(runs):,} runs under {', '.join(str(root) for root in roots)}"
             content = content_of_runs(runs, window, title)
     content.notes[:0] = dict.fromkeys(_text(str(warning.message)) for warning in caught)
+    if marks is not None:
+        _add_marks(content, marks, _text(str(reference)))
     return content
+
+
+def _add_marks(content: Content, marks: pd.DataFrame, source: str) -> None:
+    """Every figure shows the reference values of what its panels show; a table has all of them."""
+    content.drawings = [
+        replace(drawing, draw=partial(_marked, drawing, marks)) for drawing in content.drawings
+    ]
+    caption = f"The values of {source}, which figures show as marks."
+    content.tables.append(Table("reference", caption, marks))
+
+
+def _marked(drawing: Drawing, marks: pd.DataFrame) -> Figure:
+    return mark(drawing.draw(), marks)
 
 
 def _write(content: Content, folder: Path, progress: Progress) -> Path:

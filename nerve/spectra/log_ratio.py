@@ -45,6 +45,11 @@ def evenly(n: int, n_taken: int) -> Int64[Tensor, " n_taken"]:
     return torch.arange(min(n, n_taken)) * step % n
 
 
+_MEAN_ROUNDING = 32
+"""How many units of rounding a mean may be off. What varies by less is a constant feature: dividing
+by its size would make a spectrum of the rounding alone."""
+
+
 # An operator, so that compiled code holds it as it is.
 @torch.library.custom_op("nerve::log_ratio", mutates_args=())
 def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,8 +58,10 @@ def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor
     taken = evenly(len(rows), n_samples).to(rows.device, non_blocking=True)
     narrow, wide = _types(rows)
     x = rows[taken].to(wide)
+    noise = _MEAN_ROUNDING * torch.finfo(wide).eps * x.abs().amax(dim=0)
     x -= x.mean(dim=0)
-    size = x.square().mean().sqrt()
+    x = torch.where(x.abs().amax(dim=0) > noise, x, 0.0)
+    size = x.abs().amax()
     x /= size  # neither too small nor too large to be squared; NaN where nothing varies
     y = x.to(narrow)
     with torch.autocast(rows.device.type, enabled=False):
@@ -96,11 +103,11 @@ def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Te
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
 
 
-def _backward(context: Any, of_value: Tensor, *_: Any) -> tuple[Tensor, None]:
-    gradient, taken = context.saved_tensors
-    rows = (gradient * of_value).to(context.dtype)
-    whole = rows.new_zeros((context.shape[:-1].numel(), context.shape[-1]))
-    return whole.index_copy(0, taken, rows).view(context.shape), None
+def _backward(ctx: Any, of_value: Tensor, *_: Any) -> tuple[Tensor, None]:
+    gradient, taken = ctx.saved_tensors
+    rows = (gradient * of_value).to(ctx.dtype)
+    whole = rows.new_zeros((ctx.shape[:-1].numel(), ctx.shape[-1]))
+    return whole.index_copy(0, taken, rows).view(ctx.shape), None
 
 
 _log_ratio.register_autograd(_backward, setup_context=_keep)

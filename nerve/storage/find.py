@@ -1,10 +1,10 @@
-"""Runs under a path: which directories hold one, and their records, one a run."""
+"""Runs under a path: which directories hold one, and their records, one per run."""
 
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nerve.errors import StoreError
+from nerve.errors import StoreError, warn_caller
 from nerve.storage.record import (
     RECORD_NAME,
     DamagedRecordError,
@@ -12,7 +12,6 @@ from nerve.storage.record import (
     RunRecord,
     left_by_a_run,
 )
-from nerve.storage.warn import warn_caller
 
 OF_A_RUN = ("checkpoints", "groups", "metrics", "scalars", "spectra")
 """Folders of a run directory that hold no other run."""

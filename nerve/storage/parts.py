@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nerve.errors import StoreError
+from nerve.errors import StoreError, warn_caller
 from nerve.files import write_atomically
 from nerve.storage.manifest import MANIFEST_NAME, missing_parts
 from nerve.storage.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
-from nerve.storage.warn import warn_caller
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8

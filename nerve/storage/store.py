@@ -1,6 +1,7 @@
 """The writer of a run's Parquet datasets: nothing half-written, nothing lost, nothing twice."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -27,6 +28,8 @@ from nerve.storage.parts import (
     write_part,
 )
 from nerve.storage.schema import DATASETS, Dataset, table_of
+
+log = logging.getLogger(__name__)
 
 COMPACTED_KEY = b"nerve_compacted"
 
@@ -63,9 +66,10 @@ class RunStore:
                 self._finish_compaction(dataset)
                 self._list(dataset, list_parts(self.directory, dataset))
             remove_temporaries(self.directory)
+        _warn_of_columns(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `METRICS`: a mapping a row, `run_id` and nullable columns may be absent.
+        """Buffers rows of `METRICS`: a mapping per row; `run_id` and nullable ones may be absent.
 
         Raises:
             StoreError: for an unknown or a missing column or a value of the wrong type; none of
@@ -212,3 +216,17 @@ def _compacted_names(path: Path) -> list[str]:
     except (pa.ArrowException, OSError, ValueError):
         return []
     return json.loads(mark)
+
+
+def _warn_of_columns(directory: Path) -> None:
+    """Warns of a folder `column=value` in a path: that is how Hive and its kin store a column."""
+    columns = {name for dataset in DATASETS.values() for name in dataset.schema.names}
+    for folder in directory.absolute().parts:
+        key, sign, _ = folder.partition("=")
+        if sign and key in columns:
+            log.warning(
+                "for other readers of Parquet the folder %s can take the place of the column %s in "
+                "the runs below it; give them hive_partitioning=false, or name it otherwise",
+                folder,
+                key,
+            )

@@ -54,7 +54,7 @@ class CheckpointCadence:
         require_count("checkpoint.every_n_steps", self.every_n_steps, or_null=True)
         minutes = self.every_n_minutes
         require(
-            minutes is None or minutes > 0,
+            minutes is None or (isinstance(minutes, int | float) and minutes > 0),
             f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
         )
         require(
@@ -120,8 +120,8 @@ class Checkpointing(Checkpoint):
         self._store = store
         self._data_dims = dict(data_dims)
         self._wish = 0
-        self._allowed = math.inf
-        self._saved_at = self._started_at = time.monotonic()
+        self._allowed = self._deadline = math.inf
+        self._saved_at = time.monotonic()
         self._began = time.perf_counter()
         self._seconds_before = 0.0
         self._random: list[dict[str, Any]] = []
@@ -177,7 +177,8 @@ class Checkpointing(Checkpoint):
             set_random_states(own_part(self._random))
         if self._had_stopped:
             trainer.should_stop = True
-        self._started_at = time.monotonic()
+        if self._allowed < math.inf:
+            self._deadline = time.monotonic() + self._allowed
         self._signals.defer()
 
     # A state is taken at the end of a step or of the validation that falls on it, where Lightning
@@ -228,7 +229,7 @@ class Checkpointing(Checkpoint):
 
     @property
     def _is_out_of_time(self) -> bool:
-        return time.monotonic() - self._started_at >= self._allowed
+        return self._deadline < math.inf and time.monotonic() >= self._deadline
 
     def _take(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self._run.checkpoint("last"))

@@ -45,7 +45,7 @@ class OwnLogger(Logger):
 class StoreLogger(OwnLogger):
     """Appends what Lightning logs to the `scalars` table: one row a name and step.
 
-    A training scalar labelled step s was computed with the weights after s optimizer steps, as in
+    A training scalar labeled step s was computed with the weights after s optimizer steps, as in
     the `metrics` table.
 
     Args:

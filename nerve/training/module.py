@@ -26,7 +26,7 @@ CHECK_EVERY_N_BATCHES = 50
 class TrainedModel(L.LightningModule):
     """Trains a model that maps the first part of a batch to logits for the second.
 
-    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns
+    Logs `train_loss` and `val_loss` (cross-entropy, nats per target). A step of either kind returns
     the mean `loss` and `n_targets`, the number of targets that it is a mean of. Where there is a
     regularizer, its term is logged as `penalty`; the loss that a step returns has the value of the
     cross-entropy alone and the gradient of their sum.

@@ -24,9 +24,9 @@ from nerve.training.loggers import StoreLogger
 
 
 class SpectralMonitor(L.Callback):
-    """Measures every FFN at steps 0, k, 2k, … and the last, and writes one row an FFN.
+    """Measures every FFN at steps 0, k, 2k, … and the last, and writes one row per FFN.
 
-    A row labelled step s holds the features computed with the weights after s optimizer steps, and
+    A row labeled step s holds the features computed with the weights after s optimizer steps, and
     the validation loss of the same weights. The monitor sets Lightning's validation cadence to its
     own; a validation loader that Lightning splits over processes is taken as a whole.
     `validation_step` and `training_step` must return a mapping with the mean `loss` and
@@ -75,7 +75,7 @@ class SpectralMonitor(L.Callback):
 
     @property
     def val_loss(self) -> float | None:
-        """The last validation loss, nats a target."""
+        """The last validation loss, nats per target."""
         return self._recorder.val_loss
 
     @property

@@ -1,4 +1,4 @@
-"""Frames: one row a run with its factors, and stored rows joined with what was asked for."""
+"""Frames: one row per run with its factors, and stored rows joined with what was asked for."""
 
 import json
 import math

@@ -91,8 +91,8 @@ def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
     assert record.n_parameters == 2 * 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
 
     # What the user sees at the end.
-    assert f"validation loss: {last.val_loss:.3f} nats a target" in out
-    bits = re.search(r"([\d.]+) bits a byte", out)
+    assert f"validation loss: {last.val_loss:.3f} nats per target" in out
+    bits = re.search(r"([\d.]+) bits per byte", out)
     assert bits
     assert float(bits[1]) == pytest.approx(record["final.bits_per_byte"], abs=5e-4)
     assert str(directory) in out
@@ -175,6 +175,7 @@ COMMANDS = [
     (["+activaton=relu"], ["+activaton adds a value that nothing"]),
     (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
     (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
+    (["-m", "hydra/sweeper=cells"], ["'hydra/sweeper/cells'", "called hydra/sweeper=trials"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
     (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),

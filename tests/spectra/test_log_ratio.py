@@ -43,7 +43,7 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(lambda y: log_participation_ratio(y, 4) ** 2, x)
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e12])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e25])
 def test_the_size_of_the_features_does_not_matter(scale: float) -> None:
     """In float32, whose squares would underflow; the gradient is that of log PR by log x."""
     plain = features(30, 5, dtype=torch.float32).requires_grad_()
@@ -103,6 +103,20 @@ def test_a_feature_that_never_varies_gets_no_gradient_and_no_nan() -> None:
     assert gradient.isfinite().all()
     assert gradient.any()
     assert not gradient[:, 2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_constant_that_rounding_moves_off_its_mean_is_dead(dtype: torch.dtype) -> None:
+    """As the features of a layer that gives its bias alone; beside one that varies they stay so."""
+    x = torch.tensor([0.1, -0.3, 1e4, 7e-5]).to(dtype).expand(1001, 4).clone().requires_grad_()
+    value = log_participation_ratio(x, ALL)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert value.item() == 0
+    assert not gradient.any()
+    varied = x.detach().clone()
+    varied[:, 3] = 1e-5 * torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(log_participation_ratio(varied.requires_grad_(), ALL), varied)
+    assert not gradient[:, :3].any()
 
 
 def test_of_samples_alone_the_others_get_no_gradient() -> None:

@@ -1,4 +1,4 @@
-"""One process a run directory, whatever becomes of the process that had it."""
+"""One process per run directory, whatever becomes of the process that had it."""
 
 import errno
 import fcntl

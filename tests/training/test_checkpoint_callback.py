@@ -158,7 +158,7 @@ def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one():
 
 
 def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, monkeypatch):
-    """A clock that moves by 25 s at each look: one a step, and one at each checkpoint."""
+    """A clock that moves by 25 s at each look: one per step, and one at each checkpoint."""
     seconds = iter(range(0, 10**6, 25))
     clock = SimpleNamespace(monotonic=partial(next, seconds), perf_counter=time.perf_counter)
     monkeypatch.setattr("nerve.training.checkpoint_callback.time", clock)

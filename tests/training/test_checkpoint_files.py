@@ -185,12 +185,12 @@ def changed_weight(path: Path) -> None:
 @pytest.mark.parametrize("kind", ["best", "last", 100])
 def test_a_model_with_a_changed_bit_is_not_loaded(tmp_path, kind):
     record = RunRecord.create(tmp_path, CONFIG)
-    run, model = RunDirectory(tmp_path), build_model(CONFIG, seed=1, **FACTS)
+    run, model = RunDirectory(tmp_path), build_model(CONFIG, seed=1, **DATA_DIMS)
     state = {name: torch.full_like(value, 7.25) for name, value in model.state_dict().items()}
     path = run.kept_checkpoint(kind) if kind == 100 else run.checkpoint(kind)
     asked = {"step": kind} if kind == 100 else {"which": kind}
     own = identity_of(record)
-    write_checkpoint(path, {"model": state, "facts": FACTS, "step": 100, **own})
+    write_checkpoint(path, {"model": state, "facts": DATA_DIMS, "step": 100, **own})
     nerve.load_model(tmp_path, **asked)
     changed_weight(path)
     with pytest.raises(StoreError, match=rf"{path.name} .* the checksum of .* does not fit"):
@@ -206,7 +206,7 @@ def test_weights_of_another_run_of_the_same_shapes_are_not_loaded(tmp_path, kind
     run = RunDirectory(tmp_path / "run")
     path = run.kept_checkpoint(kind) if kind == 100 else run.checkpoint(kind)
     asked = {"step": kind} if kind == 100 else {"which": kind}
-    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)) | {"global_step": 100}
+    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)) | {"global_step": 100}
     write_checkpoint(path, weights_of(whole | identity_of(other)))
     values = "the same values" if config == CONFIG else r"other values of activation\.name"
     with pytest.raises(StoreError, match=rf"{path.name} .* run its .* run mine .* {values}"):
@@ -217,7 +217,7 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     record = RunRecord.create(tmp_path / "run", CONFIG, "mine")
     other = RunRecord.create(tmp_path / "other", {**CONFIG, "seed": 2}, "its")
     path = RunDirectory(tmp_path / "run").checkpoint("last")
-    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS))
+    whole = lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS))
     whole["state_dict"]["model.first"] = torch.full((50,), 7.25)
     write_checkpoint(path, whole | identity_of(record))
     check_checkpoint(path, record)
@@ -235,10 +235,10 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     "content",
     [
         {},
-        {"model": {}, "facts": FACTS, "step": 1},
-        {"model": {"w": torch.ones(2)}, "facts": FACTS, "step": 1},
+        {"model": {}, "facts": DATA_DIMS, "step": 1},
+        {"model": {"w": torch.ones(2)}, "facts": DATA_DIMS, "step": 1},
         {"model": {}, "facts": {}, "step": 1},
-        {"model": [], "facts": FACTS, "step": 1},
+        {"model": [], "facts": DATA_DIMS, "step": 1},
         {"state_dict": {}},
     ],
     ids=str,
@@ -253,7 +253,7 @@ def test_weights_of_another_model_are_not_loaded(tmp_path, content):
 
 def test_a_record_of_other_code_has_no_model(tmp_path):
     RunRecord.create(tmp_path, {"lr": 0.1})
-    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     write_checkpoint(RunDirectory(tmp_path).checkpoint("best"), weights)
     with pytest.raises(StoreError, match=r"best\.ckpt does not: KeyError: 'seed'"):
         nerve.load_model(tmp_path)
@@ -262,7 +262,7 @@ def test_a_record_of_other_code_has_no_model(tmp_path):
 def test_weights_of_another_step_than_their_name_says_are_not_loaded(tmp_path):
     record = RunRecord.create(tmp_path, CONFIG)
     path = RunDirectory(tmp_path).kept_checkpoint(200)
-    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **FACTS)))
+    weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     write_checkpoint(path, weights | identity_of(record) | {"step": 100})
     with pytest.raises(StoreError, match=r"step-000000000200\.ckpt holds the weights of step 100"):
         nerve.load_model(tmp_path, step=200)

@@ -19,7 +19,7 @@ from nerve.optim import Part, Schedule, check_parts
 from nerve.recording.settings import MonitorSettings
 
 SAMPLES_PER_DIMENSION = 8
-"""`monitor.n_tokens=auto` measures this many tokens a dimension of the widest FFN (N/D)."""
+"""`monitor.n_tokens=auto` measures this many tokens per dimension of the widest FFN (N/D)."""
 
 _OPTIMIZER_NUMBERS = (
     "lr",

@@ -52,7 +52,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     unless `retry` is set.
 
     Returns:
-        What `objective` names, by default the final validation loss in nats a target. Of several
+        What `objective` names, by default the final validation loss in nats per target. Of several
         processes only the one that records the run knows more than the loss.
 
     Raises:
@@ -174,6 +174,8 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     last = run.checkpoint("last")
     remove_temporaries(last.parent)
     if not last.exists():
+        if record.restarts:
+            log.warning("there is no %s: the run starts from its beginning", last)
         store.truncate_after(-1)
         return
     check_checkpoint(last, record)
@@ -196,9 +198,9 @@ def _final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -
 
 
 def _facts(final: dict[str, float]) -> dict[str, str]:
-    loss = f"{final['val_loss']:.3f} nats a target"
+    loss = f"{final['val_loss']:.3f} nats per target"
     if "bits_per_byte" in final:
-        loss += f", {final['bits_per_byte']:.3f} bits a byte"
+        loss += f", {final['bits_per_byte']:.3f} bits per byte"
     facts = {"validation loss": loss}
     if "val_accuracy" in final:
         facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"

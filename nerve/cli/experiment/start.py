@@ -7,6 +7,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import resolved
+from nerve.cli.config.targets import foreign_targets
 from nerve.files import as_store_error
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
@@ -49,6 +50,8 @@ def start(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> Run
         _say_done(record)
     elif not is_new:
         log.info("run %s goes on in %s (restart %d)", record.run_id, run.path, record.restarts)
+        for target in foreign_targets(values):
+            log.warning("the configuration of this directory calls %s", target)
     return record
 
 

@@ -58,7 +58,7 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
     ):
         require(
             launcher[key] == expected,
-            f"SLURM starts one process a device; {of} needs hydra.launcher.{key}={expected}, got "
+            f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
             f"{launcher[key]}.",
         )
     if trainer["accelerator"] == "cpu" or launcher.get("gres"):
@@ -74,8 +74,8 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
 
 
 def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
-    """How many devices a node; None where Lightning is to find out."""
+    """How many devices per node; None where Lightning is to find out."""
     devices = trainer["devices"]
     if isinstance(devices, int | str) and str(devices).isdigit():
         return int(devices)
-    return len(devices) if isinstance(devices, Sequence) else None
+    return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)

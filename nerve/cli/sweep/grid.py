@@ -93,7 +93,7 @@ def compose_grid(
         grid: the overrides of each trial.
 
     Raises:
-        ConfigError: for overrides that cannot be composed, such as a misspelt option, and for
+        ConfigError: for overrides that cannot be composed, such as a misspelled option, and for
             trials of different results that would share a directory.
     """
     trials: list[Trial] = []

@@ -296,7 +296,7 @@ CHECKS = (
     CoreCheck(
         "9.order",
         "at width 8 PreLN keeps more dimensions than MixLN, and MixLN more than PostLN",
-        "log of mean PR_post, the lesser difference of neighbours; nats",
+        "log of mean PR_post, the lesser difference of neighbors; nats",
         descending(log_pr_post, "PreLN 8", "MixLN 8", "PostLN 8"),
         compared=("PreLN 8", "MixLN 8", "PostLN 8"),
         seeds=3,

@@ -115,7 +115,7 @@ CHECKS = (
         "11.gain",
         "at the end and at equal loss AdamW's largest PR gain is above Dion's, and Dion's above "
         "Muon's",
-        "log of the largest PR gain, the least of four differences of neighbours; nats",
+        "log of the largest PR gain, the least of four differences of neighbors; nats",
         at_both(largest_gain, "adamw", "dion", "muon"),
         compared=("adamw", "dion", "muon"),
         paper="1.37 and 0.99, at the end",

@@ -13,10 +13,12 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict, read_write
 from support import composed
 
 import nerve
-from nerve.cli.experiment.start import _save
+from nerve.cli.experiment.start import _save, start
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -177,7 +179,9 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, tiny, stop_at
     go_on()
     assert nerve.load_metrics("mine").step.max() == 2
     assert not RunDirectory("mine").checkpoint("last").exists()
-    assert run(*tiny, "retry=true")[0] == 0
+    status, out, err = run(*tiny, "retry=true")
+    assert status == 0
+    assert "the run starts from its beginning" in out + err
     rows = nerve.load_metrics("mine")
     assert rows.step.unique().tolist() == [0, 2, 4]
 
@@ -286,3 +290,15 @@ def test_a_disk_that_is_full_as_a_run_begins_is_told_as_that(tmp_path, monkeypat
     monkeypatch.setattr(where, refuse)
     with pytest.raises(StoreError, match=r"config\.yaml was refused: .*No space left.*Free space"):
         _save(RunDirectory(tmp_path), config, config.hydra)
+
+
+def test_a_resumed_run_says_what_its_directory_calls(tmp_path, caplog):
+    """Nobody has given it on the command line this time."""
+    config = composed("+callbacks.mine._target_=own.code.Thing", with_hydra=True)
+    HydraConfig.instance().set_config(config)
+    hydra_config = config.hydra
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    for n_said in (0, 1):
+        start(RunDirectory(tmp_path), config, hydra_config).finish("interrupted")
+        assert caplog.text.count("this directory calls own.code.Thing") == n_said
