@@ -105,8 +105,8 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
 
     Columns: `run_id, config_id, design_id` (as `config_id`, but without the seed: runs that differ
     in nothing else share it), `sweep, directory, run_status, error ("Type: message"), step,
-    restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by`, the times (UTC),
-    `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
+    restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times
+    (UTC), `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
     pre_scales.*`, and every leaf of the configuration by its dotted name (`normalization.kind`,
     `ffn.width`; a list as its JSON text). What a run does not have is missing in its row.
 

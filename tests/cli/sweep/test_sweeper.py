@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from nerve import cores
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.sweep import local
-from nerve.cli.sweep.grid import Cell
+from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -555,7 +555,7 @@ def test_a_directory_that_was_renamed_while_its_cell_worked_does_not_come_back(t
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
     ended.wait()
     process = object.__new__(local._Process)
-    process.cell = Cell(0, [], OmegaConf.create(), run)
+    process.cell = Trial(0, [], OmegaConf.create(), run)
     process._popen = ended
     run.path.rename(tmp_path / "moved")
     process._settle(1)
