@@ -27,14 +27,14 @@ def dose_response(
 ) -> pd.DataFrame:
     """The final metrics and loss of runs that differ in one number, the dose, and in their seed.
 
-    One row a group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
+    One row per group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
     (PR, exp(SE), PR gain) is taken as its natural logarithm. Flagged runs are left out.
 
     Runs are paired by seed: value = dose + seed + error, by least squares, with the error pooled
     over all doses; intervals are Student's at 95%, with `df` degrees of freedom. The slope of the
     loss over the metric is that of loss = seed + slope · metric + error: what of the loss moves
     with the metric when the dose moves both. What designs predict is the slope of the least squares
-    line through them, a point a design.
+    line through them, a point per design.
 
     Columns:
 
