@@ -83,7 +83,7 @@ def dose_response(
         f"{reference}.",
     )
     codes, groups = group_points(points, by)
-    ok = (points["flag"] == "ok").to_numpy() & points[dose].notna().to_numpy()
+    ok = ((points["flag"] == "ok") & points[[dose, "seed"]].notna().all(axis=1)).to_numpy()
     rows: list[dict[str, Any]] = []
     for group, values in enumerate(groups.to_dict("records")):
         about = {str(key): value for key, value in values.items()}
