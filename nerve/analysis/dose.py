@@ -8,6 +8,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from nerve.analysis.compare import final_metrics
+from nerve.analysis.estimate import paired_by_seed
 from nerve.analysis.frames import group_points, require_columns
 from nerve.analysis.statistics import Array, Pairs, fit_line, student_t
 from nerve.config import require
@@ -27,14 +28,14 @@ def dose_response(
 ) -> pd.DataFrame:
     """The final metrics and loss of runs that differ in one number, the dose, and in their seed.
 
-    One row a group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
+    One row per group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
     (PR, exp(SE), PR gain) is taken as its natural logarithm. Flagged runs are left out.
 
     Runs are paired by seed: value = dose + seed + error, by least squares, with the error pooled
     over all doses; intervals are Student's at 95%, with `df` degrees of freedom. The slope of the
     loss over the metric is that of loss = seed + slope · metric + error: what of the loss moves
     with the metric when the dose moves both. What designs predict is the slope of the least squares
-    line through them, a point a design.
+    line through them, one point per design.
 
     Columns:
 
@@ -174,23 +175,16 @@ def _changes(
 ) -> tuple[Array, Array, int]:
     """Of value = dose + seed + error: each dose less the reference, half of its interval, and the
     degrees of freedom; missing where no seeds connect the two."""
-    n_doses = len(is_reference)
-    n_seeds = int(seeds.max(initial=-1)) + 1
-    design = np.concatenate([np.eye(n_doses)[doses], np.eye(n_seeds)[seeds]], axis=1)
-    contrasts = np.zeros((n_doses, n_doses + n_seeds))
-    contrasts[:, :n_doses] = np.eye(n_doses) - is_reference
-    inverse = np.linalg.pinv(design.T @ design)
-    effects = inverse @ design.T @ values
-    free = len(values) - int(np.linalg.matrix_rank(design)) if len(values) else 0
-    residuals = values - design @ effects
-    variance = residuals @ residuals / free if free else np.nan
-    spread = np.sqrt(variance * np.einsum("ij,jk,ik->i", contrasts, inverse, contrasts))
-    half = student_t(np.array([free]))[0] * spread
-    told = np.isclose(contrasts @ inverse @ design.T @ design, contrasts, atol=1e-8).all(axis=1)
-    told &= is_reference.any()
-    changes = np.where(told, contrasts @ effects, np.nan)
-    changes[is_reference] = 0.0
-    return changes, np.where(told & ~is_reference, half, np.nan), free
+    changes, half = np.where(is_reference, 0.0, np.nan), np.full(len(is_reference), np.nan)
+    if not is_reference.any():
+        return changes, half, 0
+    fit, names = paired_by_seed(doses.astype(str), seeds)
+    (base,) = np.flatnonzero(is_reference)
+    for i in np.flatnonzero(~is_reference):
+        shared = np.intersect1d(seeds[doses == i], seeds[doses == base])
+        found = fit.contrast(values, names, {str(i): 1.0, str(base): -1.0}, len(shared))
+        changes[i], half[i] = found.effect, (found.high - found.low) / 2
+    return changes, half, fit.df
 
 
 def _slope(seeds: np.ndarray, values: Array, losses: Array) -> dict[str, float]:
