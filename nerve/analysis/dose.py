@@ -36,7 +36,7 @@ def dose_response(
     over all doses; intervals are Student's at 95%, with `df` degrees of freedom. The slope of the
     loss over the metric is that of loss = seed + slope · metric + error: what of the loss moves
     with the metric when the dose moves both. What designs predict is the slope of the least squares
-    line through them, a point per design.
+    line through them, one point per design.
 
     Columns:
 

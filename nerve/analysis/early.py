@@ -96,7 +96,7 @@ def _schedules(runs: pd.DataFrame) -> list[str]:
 
 
 def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """One row a metric, of the runs of one group at one step."""
+    """One row per metric, of the runs of one group at one step."""
     found = []
     for name in names:
         own = rows[rows[name].notna()]

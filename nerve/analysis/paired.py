@@ -45,7 +45,7 @@ def compare_seeds(
     in a sweep its degrees of freedom are enough; where they are less than 3, the outcome is
     `undecided`.
 
-    One row a pair of levels, setting of the other factors, FFN and metric. Columns:
+    One row per pair of levels, setting of the other factors, FFN and metric. Columns:
 
     - `factor, level, other`: the difference is of `level` less `other`
     - `where`: the other factors that vary, as overrides; `data, ffn, metric`

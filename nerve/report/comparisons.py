@@ -61,12 +61,12 @@ class Comparisons:
 
     @cached_property
     def across_designs(self) -> pd.DataFrame:
-        """Rows of `correlate_across_runs`, a point per design."""
+        """Rows of `correlate_across_runs`, one point per design."""
         return correlate_across_runs(self.designs, given=self.numbers)
 
     @cached_property
     def across_runs(self) -> pd.DataFrame:
-        """Rows of `correlate_across_runs`, a point per run."""
+        """Rows of `correlate_across_runs`, one point per run."""
         return correlate_across_runs(self.points, given=self.numbers)
 
     @cached_property

@@ -40,9 +40,9 @@ def beside_nulls(
 ) -> Figure:
     """r of each metric and the loss beside that of null models, and the partial r given each.
 
-    The left panel has r, one point per row, the median where there are several, and the null
-    models' own r as lines: a metric that lies on a line says of the loss what the null model
-    says. The others have the partial r, with its interval where rows are few.
+    The left panel has r, one point a row, the median where there are several, and the null models'
+    own r as lines: a metric that lies on a line says of the loss what the null model says. The
+    others have the partial r, with its interval where rows are few.
 
     Args:
         correlations: rows of `correlate_within_runs` of one window, or of `correlate_across_runs`.
@@ -137,9 +137,9 @@ def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
 def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     """Differences between designs that differ in one factor alone, with runs paired by seed.
 
-    One row a pair of levels and setting of the other factors (so far as these differ), one panel a
-    metric. Of more than three levels each is drawn against the first of its setting. Gray: fewer
-    than 3 degrees of freedom, nothing is decided.
+    One row per pair of levels and setting of the other factors (so far as these differ), one panel
+    per metric. Of more than three levels each is drawn against the first of its setting. Gray:
+    fewer than 3 degrees of freedom, nothing is decided.
 
     Args:
         compared: rows of `compare_seeds` of one factor, data and FFN.
