@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from scipy import stats
-
-from nerve.cli.config.compose import CONF, register
+from support import hydra_at_conf
 
 STUDY = Path(__file__).parents[1] / "study"
 MODULES = ("measured", "estimate", "effects", "values", "nulls", "check", "gpt", "report")
@@ -350,8 +349,7 @@ def queued() -> dict[str, list[str]]:
 def cells_of(command: list[str]) -> tuple[str, list[dict]]:
     """The folder that a command writes to, and each of its cells as plain values by dotted name."""
     name = command[0].removeprefix("--config-name=")
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra_at_conf():
         given = OverridesParser.create().parse_overrides(command[1:])
         swept = {each.key_or_group: each for each in given if each.is_sweep_override()}
         fixed = [each.input_line for each in given if not each.is_sweep_override()]

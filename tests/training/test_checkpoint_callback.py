@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from support import Batches
 from torch import nn
 from torch.optim import SGD
 
@@ -31,10 +32,6 @@ def averaging() -> L.Callback:
     if make is None:
         pytest.skip("this Lightning averages no weights")
     return make(decay=0.9)
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 class KeepWeights(L.Callback):

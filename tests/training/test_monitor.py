@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
+from support import Batches
 from torch.utils.checkpoint import checkpoint
 
 import nerve
@@ -50,10 +51,6 @@ def make_module(lr: float = 1e-2, compile: bool = False, **groups) -> LanguageMo
         Schedule("constant", warmup=0.2, cooldown=0.0),
         compile=compile,
     )
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
