@@ -56,7 +56,7 @@ def nerve_run(arguments: Sequence[str], **where: Any) -> BaseProcess:
     return start(_nerve_run, [*map(str, arguments)], **where)
 
 
-def ranks(n: int, arguments: Sequence[str], cwd: Path, **environment: str) -> tuple[set[int], str]:
+def ranks(n: int, arguments: Sequence[str], cwd: Path, **environment: str) -> tuple[list[int], str]:
     """`nerve-run` in `n` processes that are one run and that another program started; their exit
     statuses, and what they printed.
 
@@ -69,7 +69,7 @@ def ranks(n: int, arguments: Sequence[str], cwd: Path, **environment: str) -> tu
         log.unlink(missing_ok=True)
         values |= environment
         processes.append(nerve_run(arguments, cwd=cwd, log=log, environment=values))
-    statuses = {ended(process) for process in processes}
+    statuses = [ended(process) for process in processes]
     return statuses, "\n".join(log.read_text() for log in logs)
 
 
