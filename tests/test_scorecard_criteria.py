@@ -264,7 +264,9 @@ def test_permutations_that_only_rename_designs_are_left_out(rule):
 def test_permutations_move_spectra_and_leave_losses(rule, labels):
     runs = made(rule, ["a", "b", "c"], [0, 0, 0])
     values = runs.spectra["js"]
-    for changed in list(rule.nulls.permutations(runs, labels, ()))[:20]:
+    permutations = list(rule.nulls.permutations(runs, labels, ()))[:20]
+    assert permutations
+    for changed in permutations:
         moved = changed.spectra["js"]
         assert changed.loss is runs.loss
         assert not np.array_equal(moved, values)
