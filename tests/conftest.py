@@ -67,10 +67,14 @@ TOGETHER = {
     "tests/test_notebook.py": "trained_runs",
     "tests/report/test_page.py": "trained_runs",
     "tests/data/test_text.py": "trained_runs",  # the tokens of the default data
+    "tests/cli/survival/": "processes",
+    "tests/cli/test_logging.py": "processes",
+    "tests/measuring/": "processes",
+    "tests/cli/sweep/test_sweeper.py": "processes",
 }
 """Tests that share what takes long to make, and its name; these come first."""
 
-LONG = ("tests/test_install.py", "tests/cli/", "tests/measuring/", "tests/test_s")
+LONG = ("tests/test_install.py", "tests/cli/", "tests/test_s")
 """What comes next: the shorter the last ones, the less a process waits for the others."""
 
 

@@ -50,7 +50,7 @@ def assert_readable(directory: Path) -> RunState:
 
 @pytest.mark.parametrize(
     ("seed", "n_kills"),
-    [(0, 36), pytest.param(1, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    [(0, 24), pytest.param(1, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
 )
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(
     small, assert_same, tmp_path, seed, n_kills
