@@ -31,7 +31,7 @@ def run_near(fault: Fault, without: list[str]) -> Row:
         with copy_with([fault], ROOT) as (copy, (path,)):
             file = str(path.relative_to(copy))
             tests = near_tests(path, copy)
-            failed = failing(copy, ["-x", *tests, *deselect(without)]) if tests else []
+            failed = failing(copy, ["-n0", "-x", *tests, *deselect(without)]) if tests else []
             result = failed[0] if failed else NEAR_PASS
     except PlaceError as error:
         file, result = fault.file, f"{NOT_FOUND}: {error}"
@@ -94,7 +94,7 @@ def run_together(faults: list[Fault], rows: dict[int, Row], out: Path) -> None:
     for fault in faults:
         start = time.monotonic()
         with copy_with([fault], ROOT) as (copy, _):
-            alone = failing(copy, ["-x", *tests]) if tests else []
+            alone = failing(copy, ["-n0", "-x", *tests]) if tests else []
         row = rows[fault.id]
         row.result = alone[0] if alone else NOT_CAUGHT
         row.seconds = round(row.seconds + time.monotonic() - start, 1)
