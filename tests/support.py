@@ -4,13 +4,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -131,6 +134,22 @@ class StaticPage(HTMLParser):
 
 class Batches(tuple):
     """One loader of batches; Lightning would take a list or a tuple for several loaders."""
+
+
+class KeepWeights(L.Callback):
+    """Copies of the weights after every number of optimizer steps, 0 among them."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._keep(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self._keep(trainer, module)
+
+    def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.after[trainer.global_step] = deepcopy(module.model.state_dict())
 
 
 @contextmanager

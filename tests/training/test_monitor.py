@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
-from support import Batches
+from support import Batches, KeepWeights
 from torch.utils.checkpoint import checkpoint
 
 import nerve
@@ -91,22 +91,6 @@ def fit(
     trainer.fit(module, Batches(train), Batches(heldout))
     store.flush(trainer.global_step)
     return callback, nerve.load_metrics(directory)
-
-
-class KeepWeights(L.Callback):
-    """Copies of the weights after every number of optimizer steps."""
-
-    def __init__(self) -> None:
-        self.after: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_start(self, trainer, module):
-        self._keep(trainer, module)
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self._keep(trainer, module)
-
-    def _keep(self, trainer, module):
-        self.after[trainer.global_step] = copy.deepcopy(module.model.state_dict())
 
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
