@@ -173,7 +173,7 @@ def test_sent_again_only_what_is_left_to_do_is_queued(sent_again):
     scripts = sent_again.folder.glob("outputs/multirun/.submitit/*/*.sh")
     sizes = sorted(re.search(r"--array=0-(\d)", path.read_text())[1] for path in scripts)
     assert sizes == ["2", "4"]  # the last index of each array
-    assert "1 killed, 1 interrupted, 1 failed, 1 done, 1 new; 3 to run" in sent_again.output
+    assert "1 killed, 1 interrupted, 1 done, 1 failed, 1 new; 3 to run" in sent_again.output
     assert sent_again.records()[WITHDRAWN].run_status == "done"
 
 
