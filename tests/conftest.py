@@ -49,10 +49,10 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     handlers, level = logging.root.handlers.copy(), logging.root.level
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for cell in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
+        for trial in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
             names = ("activation", "normalization", "seed")
-            factors = [f"{name}={value}" for name, value in zip(names, cell, strict=True)]
-            directory = f"hydra.run.dir=runs/{'-'.join(map(str, cell))}"
+            factors = [f"{name}={value}" for name, value in zip(names, trial, strict=True)]
+            directory = f"hydra.run.dir=runs/{'-'.join(map(str, trial))}"
             patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
             main()
     # Hydra's handlers write to what was stdout meanwhile.

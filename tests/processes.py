@@ -3,7 +3,7 @@
 They are forked from one process that has imported it once, and that the first of them starts: to
 import Lightning takes five seconds of a core. What a process of its own proves, such as locks,
 signals, kills and collectives, they prove as well. That the commands start from nothing is shown
-where they are called so: in test_install.py, by the jobs of slurm/ and by the cells of sweeps.
+where they are called so: in test_install.py, by the jobs of slurm/ and by the trials of sweeps.
 """
 
 import ctypes

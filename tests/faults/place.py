@@ -66,7 +66,7 @@ def scopes(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
     return below(tree, "")
 
 
-def neighbours(lines: list[str], first: int, n: int) -> tuple[str, str]:
+def neighbors(lines: list[str], first: int, n: int) -> tuple[str, str]:
     """The nearest lines before and after that are not blank, stripped; "" at the file's ends."""
     before = next((line.strip() for line in reversed(lines[:first]) if line.strip()), "")
     after = next((line.strip() for line in lines[first + n :] if line.strip()), "")
@@ -77,7 +77,7 @@ def find(fault: Fault, tree: Path) -> Place:
     """The place of `fault` anywhere below `tree`/nerve.
 
     The function of its qualified name is looked for first, then one of the same last name, then
-    the lines with both neighbours anywhere.
+    the lines with both neighbors anywhere.
 
     Raises:
         PlaceError: where no place or more than one is left, or the code is gone.
@@ -101,7 +101,7 @@ def find(fault: Fault, tree: Path) -> Place:
             named.append((name, node.lineno - 1, node.end_lineno))
         for i in hits:
             around = {name for name, first, end in named if first <= i < end}
-            match = neighbours(lines, i, n)
+            match = neighbors(lines, i, n)
             score = sum(
                 a == b for a, b in zip(match, (fault.line_before, fault.line_after), strict=True)
             )

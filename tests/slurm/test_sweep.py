@@ -1,6 +1,6 @@
-"""A sweep on a real Slurm gets the launcher's values and leaves what a local sweep leaves; of cells
-that raise, are killed or cancelled the others are kept, and the same command goes on with what is
-not done.
+"""A sweep on a real Slurm gets the launcher's values and leaves what a local sweep leaves. Beside
+trials that raise, are killed or cancelled the others are kept, and the same command goes on with
+what is not done.
 """
 
 import os
@@ -35,13 +35,13 @@ COMMAND = [
     "hydra.launcher.setup=['echo set up on $SLURMD_NODENAME']",
     "+hydra.launcher.additional_parameters.comment=mine",
 ]
-"""With every value of the launcher that Slurm can tell again; more cells than there are nodes."""
+"""With every value of the launcher that Slurm can tell again; more trials than there are nodes."""
 
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """One cell ends; one is killed as by a lack of memory, one is cancelled, one raises, and one is
-    cancelled while others wait with it: SLURM then keeps nothing of it.
+    """One trial ends; one is killed as by a lack of memory, one is cancelled, one raises, and one
+    is cancelled while others wait with it: SLURM then keeps nothing of it.
     """
     sent = new_sweep("sweep")
     cluster.call("sacctmgr", "-i", "add", "account", "physics")
@@ -65,7 +65,7 @@ def status(sweep):
 
 @pytest.fixture(scope="module")
 def script(sweep, status):
-    """What was handed to sbatch: once, as the cells of a sweep are one array."""
+    """What was handed to sbatch: once, as the trials of a sweep are one array."""
     (text,) = [path.read_text() for path in sweep.folder.glob("outputs/multirun/.submitit/*/*.sh")]
     return text
 
@@ -79,9 +79,9 @@ def script(sweep, status):
         (WITHDRAWN, "not started"),
     ],
 )
-def test_the_launcher_returns_and_names_every_cell_that_is_not_done(sweep, status, seed, why):
+def test_the_launcher_returns_and_names_every_trial_that_is_not_done(sweep, status, seed, why):
     assert status == 1, sweep.everything
-    assert "4 of 5 cells" in sweep.output
+    assert "4 of 5 trials" in sweep.output
     assert f"  {seed} (seed={seed}): {why}\n" in sweep.output
 
 
@@ -99,7 +99,7 @@ def test_each_record_says_how_its_run_ended(sweep, status):
     assert RunDirectory(records[KILLED].directory).state == "dead"
 
 
-def test_a_cell_is_in_the_directory_that_a_local_sweep_gives_it(sweep, status, local):
+def test_a_trial_is_in_the_directory_that_a_local_sweep_gives_it(sweep, status, local):
     """Named by its id: a sweep that was begun on one machine can be finished on the other."""
     for where, brake in ((sweep, [sweep.brake(unlucky=UNLUCKY)]), (local, [])):
         records = where.records()

@@ -50,8 +50,8 @@ def test_a_run_returns_what_is_named_and_again_when_it_is_done(run, returned, mo
         assert returned.pop() == pytest.approx(value, rel=1e-15)
 
 
-def test_a_cell_of_another_sweeper_returns_it_too(run, returned):
-    """Of a sweeper that takes what tasks return; the id of the cell is that of any objective."""
+def test_a_trial_of_another_sweeper_returns_it_too(run, returned):
+    """Of a sweeper that takes what tasks return; the id of the trial is that of any objective."""
     several = ["-m", "hydra/sweeper=basic", *TINY[:-1], "seed=0,1"]
     status, _, err = run(*several, "objective=se_pre")
     assert (status, err) == (0, "")

@@ -164,8 +164,8 @@ def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment
     record = RunRecord.load("run")
     assert record.run_status == "done"
     first, final = (nerve.load_model("run", step=step).state_dict() for step in (0, 5))
-    facts = read_checkpoint(RunDirectory("run").kept_checkpoint(0))["facts"]
-    built = build_model(record.config, seed=record.config["seed"], **facts).state_dict()
+    data_dims = read_checkpoint(RunDirectory("run").kept_checkpoint(0))["facts"]
+    built = build_model(record.config, seed=record.config["seed"], **data_dims).state_dict()
     last = nerve.load_model("run", "last").state_dict()
     assert all(torch.equal(first[name], built[name]) for name in built)
     assert all(torch.equal(final[name], last[name]) for name in last)
