@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from support import hydra_at_conf
 
 from nerve.analysis.estimate import Estimate, contrast
 from nerve.analysis.partial import partial_correlation
-from nerve.cli.config.compose import CONF, register
 
 STUDY = Path(__file__).parents[1] / "study"
 MODULES = ("measured", "effects", "values", "nulls", "check", "gpt", "report")
@@ -177,7 +177,9 @@ def test_permutations_that_only_rename_designs_are_left_out(rule):
 def test_permutations_move_spectra_and_leave_losses(rule, labels):
     runs = made(rule, ["a", "b", "c"], [0, 0, 0])
     values = runs.spectra["js"]
-    for changed in list(rule.nulls.permutations(runs, labels, ()))[:20]:
+    permutations = list(rule.nulls.permutations(runs, labels, ()))[:20]
+    assert permutations
+    for changed in permutations:
         moved = changed.spectra["js"]
         assert changed.loss is runs.loss
         assert not np.array_equal(moved, values)
@@ -262,8 +264,7 @@ def queued() -> dict[str, list[str]]:
 def cells_of(command: list[str]) -> tuple[str, list[dict]]:
     """The folder that a command writes to, and each of its cells as plain values by dotted name."""
     name = command[0].removeprefix("--config-name=")
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra_at_conf():
         given = OverridesParser.create().parse_overrides(command[1:])
         swept = {each.key_or_group: each for each in given if each.is_sweep_override()}
         fixed = [each.input_line for each in given if not each.is_sweep_override()]

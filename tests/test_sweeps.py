@@ -10,8 +10,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -20,19 +19,20 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+from support import hydra_at_conf
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 import nerve
-from nerve.cli.config.compose import CONF, SWEEPS, build, identity, register
+from nerve.cli.config.compose import SWEEPS, build, identity
 from nerve.cli.run import main
-from nerve.cli.sweep.grid import Trial, compose_grid
+from nerve.cli.sweep.grid import StoredRuns, Trial, compose_grid
 from nerve.config import from_mapping
 from nerve.measuring.ffns import find_ffns
 from nerve.models import build_model
@@ -61,29 +61,23 @@ every_scale = pytest.mark.parametrize("scale", SCALES)
 
 @dataclass(frozen=True)
 class Sweep:
-    """One command of a header, composed.
+    """One command of a header, composed as `nerve-run` does it.
 
     Attributes:
         hydra: what Hydra would start the sweep with.
-        trials: the configuration of each trial, without the axis `seed`.
+        found: each trial of the first seed, as it is found in the folder of the study.
+        trials: their configurations.
         seeds: the values of that axis.
     """
 
     hydra: DictConfig
+    found: tuple[Trial, ...]
     trials: tuple[DictConfig, ...]
     seeds: tuple[int, ...]
 
     @property
     def n_runs(self) -> int:
         return len(self.trials) * len(self.seeds)
-
-
-@contextmanager
-def hydra_at_conf() -> Iterator[None]:
-    """What the command line starts with."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
 
 
 def header(name: str) -> list[str]:
@@ -98,18 +92,30 @@ def commands(name: str) -> list[list[str]]:
     return [shlex.split(call)[1:] for call in calls if call.startswith("nerve-run ")]
 
 
+def folder(name: str, scale: str) -> Path:
+    """Where the study keeps the runs of a command."""
+    return RUNS / (f"{name}_gpu" if scale == "gpu" else name)
+
+
 @cache
 def composed(name: str, scale: str) -> Sweep:
     config_name, *overrides = commands(name)[SCALES.index(scale)]
     assert config_name == f"--config-name={name}"
     with hydra_at_conf():
+        loader = GlobalHydra.instance().config_loader()
         hydra = compose(name, overrides, return_hydra_config=True).hydra
+        there = [f"hydra.sweep.dir={folder(name, scale)}", "hydra.runtime.output_dir=."]
+        config = loader.load_configuration(name, [*overrides, *there], run_mode=RunMode.MULTIRUN)
         axes = grid(hydra.sweeper.params)
         seeds = axes.pop("seed", ["seed=0"])
-        trials = [
-            compose(name, [*overrides, *trial]) for trial in itertools.product(*axes.values())
-        ]
-    return Sweep(hydra, tuple(trials), tuple(int(seed.partition("=")[2]) for seed in seeds))
+        points = itertools.product(*axes.values(), seeds[:1])
+        found = compose_grid(loader, config, [[*point, *overrides] for point in points])
+    return Sweep(
+        hydra,
+        tuple(found),
+        tuple(trial.run_config() for trial in found),
+        tuple(int(seed.partition("=")[2]) for seed in seeds),
+    )
 
 
 def grid(params: Mapping[str, str]) -> dict[str, list[str]]:
@@ -338,21 +344,6 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
         assert rates[name] == min(of_rates, key=of_rates.__getitem__)
 
 
-def trials_of_command(name: str, scale: str, directory: Path) -> list[Trial]:
-    """The trials of the command in a header, as `nerve-run` finds them in `directory`."""
-    config_name, *overrides = commands(name)[SCALES.index(scale)]
-    with hydra_at_conf():
-        loader = GlobalHydra.instance().config_loader()
-        config = loader.load_configuration(
-            config_name.partition("=")[2],
-            [*overrides, f"hydra.sweep.dir={directory}", "hydra.runtime.output_dir=."],
-            run_mode=RunMode.MULTIRUN,
-        )
-        axes = grid(config.hydra.sweeper.params)
-        points = itertools.product(*axes.values())
-        return compose_grid(loader, config, [[*point, *overrides] for point in points])
-
-
 STATES = {
     "normfree": {RunState.DONE: 3, RunState.NEW: 15},  # they say more than those of scale=gpu
     "normfree_gpu": {RunState.DONE: 17, RunState.FAILED: 1},  # the loss of one became infinite
@@ -361,39 +352,48 @@ STATES = {
 """Of the folders that do not hold every trial of their command, done."""
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in RUNS.iterdir()))
-def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(folder, monkeypatch, capsys):
+def with_seed(trial: Trial, seed: int) -> DictConfig:
+    """The configuration of the same trial with another seed."""
+    config = trial.run_config()
+    with read_write(config):
+        config.seed = seed
+    return config
+
+
+@pytest.mark.parametrize("place", sorted(path.name for path in RUNS.iterdir()))
+def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monkeypatch, capsys):
     """By what they ran, whatever their directories are called: a copy leaves nothing to run."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    name = folder.removesuffix("_gpu")
+    name = place.removesuffix("_gpu")
     if name not in NAMES:
-        assert folder in ("normfree_rates_gpu", "residual"), "the commands are in study/findings.md"
+        assert place in ("normfree_rates_gpu", "residual"), "the commands are in study/findings.md"
         return
-    trials = trials_of_command(name, "gpu" if folder.endswith("_gpu") else "cpu", RUNS / folder)
-    assert [trial.rejected_because for trial in trials if trial.rejected_because is not None] == []
-    found = Counter(trial.state_before for trial in trials)
-    assert found == STATES.get(folder, {RunState.DONE: len(trials)})
-    assert sum(trial.is_to_do for trial in trials) == found[RunState.NEW]
-    places = {trial.directory for trial in trials if trial.state_before != RunState.NEW}
-    assert len(places) == len(trials) - found[RunState.NEW], "each trial has a run of its own"
+    sweep = composed(name, "gpu" if place.endswith("_gpu") else "cpu")
+    assert [trial.rejected_because for trial in sweep.found] == [None] * len(sweep.found)
+    assert all(trial.is_to_do == (trial.state_before == RunState.NEW) for trial in sweep.found)
+    stored = StoredRuns()
+    runs = []
+    for trial in sweep.found:
+        for seed in sweep.seeds:
+            config_id = identity(with_seed(trial, seed))
+            runs.append(stored.run_of(stored.at(RUNS / place / config_id), config_id))
+        assert trial.directory == runs[-len(sweep.seeds)].path
+    found = Counter(run.state for run in runs)
+    assert found == STATES.get(place, {RunState.DONE: sweep.n_runs})
+    places = {run.path for run in runs if run.state != RunState.NEW}
+    assert len(places) == sweep.n_runs - found[RunState.NEW], "each trial has a run of its own"
     assert capsys.readouterr().out == "", "no two runs of one configuration, none unreadable"
 
 
 def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for path in sorted((Path(shlex.__file__).parent / "json").glob("*.py")):
-        (corpus / path.name).write_text(path.read_text())
+    """Its trials are processes whose training is a stand-in."""
+    stand_in = Path(__file__).parent / "cli" / "sweep" / "stand_in.py"
+    monkeypatch.setattr("nerve.cli.sweep.local.COMMAND", [sys.executable, "-P", str(stand_in)])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    tiny = [
-        f"data.corpus.roots=[{corpus}]",
-        *("data.vocab_size=300", "data.batch_size=4", "data.val_fraction=0.3"),
-        *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.seq_len=16"),
-        *("trainer.max_steps=2", "trainer.enable_progress_bar=false", "threads=1"),
-    ]
+    Path("deeds.json").write_text("{}")
     narrowed = ["activation=gelu,identity", "seed=3"]
-    monkeypatch.setattr(sys, "argv", ["nerve-run", "--config-name=activation", *narrowed, *tiny])
+    monkeypatch.setattr(sys, "argv", ["nerve-run", "--config-name=activation", *narrowed])
     main()
     runs = nerve.load_runs(tmp_path / "outputs" / "activation")
     assert set(runs["activation.name"]) == {"gelu", "identity"}

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra.errors import HydraException
-from support import composed
+from support import TINY_RUN, composed
 
 import nerve
 from nerve.cli.config.compose import SWEEPS
@@ -27,32 +27,9 @@ from nerve.training.checkpoint_files import CheckpointFiles
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A few real modules, so that a run takes seconds."""
-    folder = tmp_path_factory.mktemp("corpus")
-    library = Path(os.__file__).parent
-    for path in sorted([*library.glob("json/*.py"), *library.glob("email/*.py")]):
-        (folder / f"{path.parent.name}_{path.name}").write_text(path.read_text())
-    return folder
-
-
 @pytest.fixture
-def tiny(corpus) -> list[str]:
-    return [
-        f"data.corpus.roots=[{corpus}]",
-        "data.vocab_size=300",
-        "data.batch_size=4",
-        "data.val_fraction=0.2",
-        "model.n_layers=2",
-        "model.d_model=32",
-        "model.n_heads=2",
-        "model.seq_len=32",
-        "trainer.max_steps=5",
-        "trainer.enable_progress_bar=false",
-        "monitor.every_n_steps=2",
-        "threads=1",
-    ]
+def tiny() -> list[str]:
+    return [*TINY_RUN, "model.d_model=32", "model.seq_len=32"]
 
 
 def only_run(directory: Path) -> Path:

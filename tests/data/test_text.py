@@ -214,7 +214,7 @@ def test_more_held_out_tokens_than_there_are_is_an_error_with_both_numbers(make,
         make(n_heldout_tokens=available + 1)
 
 
-def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens(tmp_path):
+def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens():
     module = TextDataModule(
         python_source(),
         seq_len=256,
@@ -222,7 +222,6 @@ def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens(tmp
         n_train_batches=1,
         n_heldout_tokens=100_000,
         seed=0,
-        cache_dir=tmp_path,
     )
     module.prepare_data()
     assert module.vocab_size == 1024

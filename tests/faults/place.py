@@ -20,7 +20,8 @@ class PlaceError(Exception):
 @dataclass(frozen=True)
 class Fault:
     """One change of the source. `function` is "" at module level; `file` and `line` are of the day
-    it was drawn and help only where several places are alike."""
+    it was drawn, or last put into code that was rewritten, and help only where several places are
+    alike. `gone` says of code that nerve has no more what does its work."""
 
     id: int
     kind: str
@@ -31,6 +32,7 @@ class Fault:
     line_after: str
     file: str
     line: int
+    gone: str = ""
 
     def __str__(self) -> str:
         return f"{' '.join(self.before)}  ->  {' '.join(self.after)}"
@@ -78,8 +80,10 @@ def find(fault: Fault, tree: Path) -> Place:
     the lines with both neighbors anywhere.
 
     Raises:
-        PlaceError: where no place or more than one is left.
+        PlaceError: where no place or more than one is left, or the code is gone.
     """
+    if fault.gone:
+        raise PlaceError(f"code is gone: {fault.gone}")
     exact, same_name, elsewhere = [], [], []
     for path in sorted((tree / "nerve").rglob("*.py")):
         source = path.read_text()

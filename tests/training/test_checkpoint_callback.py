@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from support import Batches, KeepWeights
 from torch import nn
 from torch.optim import SGD
 
@@ -33,21 +34,6 @@ def averaging() -> L.Callback:
     if make is None:
         pytest.skip("this Lightning averages no weights")
     return make(decay=0.9)
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
-
-
-class KeepWeights(L.Callback):
-    """Copies of the weights after every number of optimizer steps."""
-
-    def __init__(self) -> None:
-        self.after: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_batch_end(self, trainer, module, *args):
-        weights = module.model.state_dict()
-        self.after[trainer.global_step] = {name: weights[name].clone() for name in weights}
 
 
 class Scripted(ImageClassifier):
@@ -208,16 +194,13 @@ def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_ke
 @pytest.mark.parametrize("validate_every", [1, 3, N_STEPS])
 def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate, validate_every):
     """Whether or not a validation falls on the step; as training begins, in its midst, its end."""
-    keep, start = CheckpointCadence(keep=[0, 2, 3, N_STEPS]), StartWeights()
     weights, _ = fit(
         tmp_path,
-        keep,
+        CheckpointCadence(keep=[0, 2, 3, N_STEPS]),
         (1.0,) * N_STEPS,
         accumulate=accumulate,
         validate_every=validate_every,
-        callbacks=(start,),
     )
-    weights = {0: start.weights, **weights}
     assert RunDirectory(tmp_path).kept_steps() == [0, 2, 3, N_STEPS]
     for step in RunDirectory(tmp_path).kept_steps():
         kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step))
@@ -226,13 +209,6 @@ def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate
         for name, weight in weights[step].items():
             assert torch.equal(kept["model"][name], weight)
     assert not torch.equal(weights[2]["weight"], weights[3]["weight"])
-
-
-class StartWeights(L.Callback):
-    """The weights before training."""
-
-    def on_train_start(self, trainer, module):
-        self.weights = {name: value.clone() for name, value in module.model.state_dict().items()}
 
 
 def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from support import Batches
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -18,10 +19,6 @@ from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
 N_CLASSES, N_PIXELS = 3, 4
 LR = 0.5
 SCHEDULE = Schedule("linear", warmup=0.3)
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 class Logged(Logger):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
+from support import Batches, KeepWeights
 from torch.utils.checkpoint import checkpoint
 
 import nerve
@@ -52,10 +53,6 @@ def make_module(lr: float = 1e-2, compile: bool = False, **groups) -> LanguageMo
     )
 
 
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
-
-
 def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCAB, (n, BATCH, SEQ + 1), generator=generator)
@@ -94,22 +91,6 @@ def fit(
     trainer.fit(module, Batches(train), Batches(heldout))
     store.flush(trainer.global_step)
     return callback, nerve.load_metrics(directory)
-
-
-class KeepWeights(L.Callback):
-    """Copies of the weights after every number of optimizer steps."""
-
-    def __init__(self) -> None:
-        self.after: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_start(self, trainer, module):
-        self._keep(trainer, module)
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self._keep(trainer, module)
-
-    def _keep(self, trainer, module):
-        self.after[trainer.global_step] = copy.deepcopy(module.model.state_dict())
 
 
 @pytest.mark.parametrize("source", ["heldout", "train"])

@@ -6,15 +6,14 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
+from multiprocessing.connection import wait
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
+from processes import ended, nerve_run
 from support import composed
 
 import nerve
@@ -243,27 +242,23 @@ class Held(L.Callback):
 
 
 def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
-    """Started at the same moment, from a shell, with the same directory. The one that runs does not
-    end before the other, however late that begins."""
+    """Started at the same moment with the same directory. The one that runs does not end before the
+    other, however late that begins."""
     (tmp_path / "held.py").write_text(HELD)
-    held = "+callbacks.held._target_=held.Held"
-    command = [sys.executable, "-m", "nerve.cli.run", *tiny, held]
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    both = [
-        subprocess.Popen(
-            command, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, env=environment
-        )
-        for _ in range(2)
-    ]
-    while all(process.poll() is None for process in both):
-        time.sleep(0.05)
+    command = [*tiny, "+callbacks.held._target_=held.Held"]
+    logs = [tmp_path / f"{name}.log" for name in ("one", "other")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    both = [nerve_run(command, cwd=tmp_path, log=log, environment=environment) for log in logs]
+    wait([process.sentinel for process in both], timeout=100)
     (tmp_path / "one_has_ended").touch()
-    outcomes = [(*process.communicate(timeout=200), process.returncode) for process in both]
-    assert sorted(status for _, _, status in outcomes) == [0, 1], outcomes
-    pids = {process.returncode: process.pid for process in both}
-    (loser,) = (err for _, err, status in outcomes if status == 1)
-    assert loser.startswith("nerve-run: ")
-    assert f"in use by process {pids[0]}" in loser
+    outcomes = {
+        ended(process): (process.pid, log.read_text())
+        for process, log in zip(both, logs, strict=True)
+    }
+    assert sorted(outcomes) == [0, 1], outcomes
+    said = outcomes[1][1]
+    assert said.startswith("nerve-run: ")
+    assert f"in use by process {outcomes[0][0]}" in said
     record = RunRecord.load(tmp_path / "mine")
     assert (record.run_status, record.restarts) == ("done", 0)
     assert RunDirectory(tmp_path / "mine").state == RunState.DONE

@@ -23,9 +23,11 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
+from processes import start
 
 from nerve import cores
 from nerve.cli.experiment.plan import Plan
+from nerve.cli.run import main
 from nerve.cli.sweep import local
 from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.sweeper import JOBLIB
@@ -289,17 +291,20 @@ def test_ctrl_c_stops_the_trial_at_work_and_starts_no_other(sweep):
     assert [n_starts(seed) for seed in (0, 1)] == [2, 1]
 
 
+def run_with(command: list[str]) -> None:
+    """A sweep of two trials whose processes are started so."""
+    local.COMMAND = command
+    sys.argv = ["nerve-run", "-m", "seed=0,1"]
+    main()
+
+
 def test_a_trial_stops_when_the_sweep_is_killed(sweep, tmp_path):
     befalls({0: "hang"})
-    code = (
-        "import sys; from nerve.cli import run; from nerve.cli.sweep import local\n"
-        f"local.COMMAND = [sys.executable, '-P', {str(STAND_IN)!r}]\n"
-        "sys.argv = ['nerve-run', '-m', 'seed=0,1']; run.main()"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as command:
-        wait_for(lambda: list(FOLDER.glob("*/starts")))
-        assert RunDirectory(records()[0].directory).state == RunState.ALIVE
-        command.kill()
+    log = tmp_path / "sweep.log"
+    command = start(run_with, [sys.executable, "-P", str(STAND_IN)], cwd=tmp_path, log=log)
+    wait_for(lambda: list(FOLDER.glob("*/starts")))
+    assert RunDirectory(records()[0].directory).state == RunState.ALIVE
+    command.kill()
     wait_for(lambda: statuses() == {0: "interrupted"})
 
 
