@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nerve.config import require
-from nerve.models.initialization import initialise
+from nerve.config import require, require_count
+from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
 from nerve.nn.ffn import FeedForward, FFNDesign
@@ -31,6 +31,8 @@ class GPTConfig:
         init_std: of the initial weights.
         scale_residual_init: divides it by √(2 n_layers) for the matrices that write into the
             residual stream (Radford et al. 2019).
+        pre_std: the size of the pre-activations before training, to which `scale_pre` brings them;
+            None leaves them as `init_std` makes them.
         normalization, activation, position, ffn: the design factors.
 
     Raises:
@@ -47,6 +49,7 @@ class GPTConfig:
     attention_bias: bool = True
     init_std: float = 0.02
     scale_residual_init: bool = True
+    pre_std: int | float | None = None
     normalization: Normalization = field(default_factory=Normalization)
     activation: Activation = field(default_factory=Activation)
     position: Position = field(default_factory=Position)
@@ -55,11 +58,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.n_heads", "model.seq_len")
         for key in (*sizes, "data.vocab_size"):
-            value = getattr(self, key.split(".")[1])
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{key} must be a whole number of at least 1; got {value!r}.",
-            )
+            require_count(key, getattr(self, key.split(".")[1]))
         require(
             self.d_model % self.n_heads == 0,
             "model.d_model must be a multiple of model.n_heads; "
@@ -67,6 +66,7 @@ class GPTConfig:
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
         require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
+        check_pre_std(self.pre_std, self.ffn)
 
 
 class GPTBlock(nn.Module):
@@ -121,10 +121,10 @@ class GPT(nn.Module):
     """
 
     Config: ClassVar = GPTConfig
-    FACTS: ClassVar = ("vocab_size",)
+    DATA_DIMS: ClassVar = ("vocab_size",)
     """The fields of `Config` that the data gives."""
 
-    # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
+    # Layers draw weights as they are built, from the global generator; `initialize` replaces them.
     @torch.random.fork_rng(devices=[])
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class GPT(nn.Module):
         )
         self.norm = config.normalization.build_final(d_model)
         self.head = nn.Linear(d_model, config.vocab_size, bias=False)
-        initialise(
+        initialize(
             self,
             seed=seed,
             std=config.init_std,

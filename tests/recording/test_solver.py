@@ -14,7 +14,7 @@ from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.recording.solver import MOST_PENDING, NICENESS, Solver, spare_workers
 
 CPU = torch.device("cpu")
-SHARES = torch.full((2, 3), 0.1, dtype=torch.float64)
+SHARES = torch.full((2, 4), 0.1, dtype=torch.float64)
 
 
 def make_eigenproblem(layer: int, scale: float = 1.0) -> FFNEigenproblem:
@@ -123,7 +123,7 @@ def test_cores_that_train_have_none_to_spare(monkeypatch):
     assert spare_workers(torch.device("cuda"), n_processes=4) == 0
 
 
-def test_a_cell_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
+def test_a_trial_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
     for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers
