@@ -7,6 +7,8 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).resolve().parent) + os.sep
@@ -35,6 +37,16 @@ class MeasurementError(NerveError):
 
 class DivergedError(NerveError):
     """The training loss became NaN or infinite."""
+
+
+@contextmanager
+def noted(error: BaseException) -> Iterator[None]:
+    """What is raised within the `with` block becomes a note of `error`, which is being raised and
+    says more. Interrupts and exits pass."""
+    try:
+        yield
+    except Exception as late:
+        error.add_note(f"Then, as the run ended: {type(late).__name__}: {late}")
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:

@@ -204,12 +204,14 @@ class Recorder:
 
     def close(self) -> None:
         """Removes the probe and ends what solves; what is still pending is dropped."""
-        if self._solver is not None:
-            self._solver.close()
-        if self._probe is not None:
-            self._probe.remove()
-            self._probe = None
         self._measurement = None  # of a fit that was cut off
+        try:
+            if self._probe is not None:
+                self._probe.remove()
+                self._probe = None
+        finally:
+            if self._solver is not None:
+                self._solver.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, once all rows up to its step are written."""

@@ -1,5 +1,6 @@
 """Solves the eigenproblems of measurements beside training, and gives their rows in order."""
 
+import logging
 import os
 import sys
 import threading
@@ -15,6 +16,8 @@ from nerve.cores import allowed, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import dealt_back, gathered, n_processes
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+
+log = logging.getLogger(__name__)
 
 LEAST_WORKERS = 4
 """With fewer spare cores than this a GPU solves its own eigenproblems sooner than the host does."""
@@ -67,7 +70,8 @@ class Solver:
         self._shares = n_processes() > 1
 
     def submit(self, labels: Labels, eigenproblems: Sequence[FFNEigenproblem]) -> Iterator[Solved]:
-        """Takes a measurement; gives what is solved by then, having waited if too much is pending.
+        """Takes a measurement at once; gives what is solved by then, after waiting if too much is
+        pending.
 
         Raises:
             MeasurementError: for one that could not be solved, with its layer and step.
@@ -77,6 +81,9 @@ class Solver:
             on_host = eigenproblem.to_host(self._stream) if self._stream else eigenproblem
             waiting.append((on_host, self._start(on_host)))
         self._pending.append((labels, waiting))
+        return self._solved_by_now()
+
+    def _solved_by_now(self) -> Iterator[Solved]:
         while len(self._pending) > (MOST_PENDING if self._pool else 0):
             yield self._oldest()
         yield from self.finished()
@@ -156,20 +163,55 @@ def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
 
     The number of threads that torch sets in a thread is that thread's own, and the default of
     threads to come; it is set back for those.
+
+    Raises:
+        MeasurementError: where the threads cannot be started.
     """
     n_threads = torch.get_num_threads()
     started = threading.Barrier(n_workers + 1)
+    refusals: list[Exception] = []
 
     def start() -> None:
-        torch.get_num_threads()  # the first call in a thread takes over the default, and once only
-        torch.set_num_threads(1)
-        if sys.platform == "linux":  # where a priority is that of a thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        try:
+            torch.get_num_threads()  # the first call in a thread takes the default over, and once
+            torch.set_num_threads(1)
+            _give_way(refusals)
+        except BaseException as error:
+            refusals.append(MeasurementError(f"{type(error).__name__}: {error}"))
+            started.abort()  # else all others wait for this one
+            raise
         started.wait()
 
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)
-    for _ in range(n_workers):
-        pool.submit(int)
-    started.wait()
-    torch.set_num_threads(n_threads)
+    try:
+        for _ in range(n_workers):
+            pool.submit(int)
+        started.wait()
+    except (RuntimeError, threading.BrokenBarrierError) as error:
+        started.abort()
+        pool.shutdown(cancel_futures=True)
+        reason = next((each for each in refusals if isinstance(each, MeasurementError)), error)
+        raise MeasurementError(
+            f"Spectra are solved by {n_workers} threads beside training, which could not be "
+            f"started: {reason}. Raise the limit of threads (ulimit -u), or leave fewer cores to "
+            "this process (taskset)."
+        ) from error
+    finally:
+        torch.set_num_threads(n_threads)
+    if refusals:
+        log.warning(
+            "the threads that solve spectra may not lower their priority, and compete with those "
+            "that train: %s",
+            refusals[0],
+        )
     return pool
+
+
+def _give_way(refusals: list[Exception]) -> None:
+    """Lowers the priority of this thread, which a sandbox may refuse."""
+    if sys.platform != "linux":  # where a priority is that of a thread
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    except OSError as refused:
+        refusals.append(refused)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,9 @@ _UNREADABLE = (
     RecursionError,
 )
 """What JSON of any content can come to."""
+_UPDATING = threading.Lock()
+"""A run is recorded by the thread that trains and by the one that shows that it lives."""
+
 FIXED = ("directory", "run_id", "config_id", "started")
 
 
@@ -212,14 +216,15 @@ class RunRecord:
             )
         if "config" in changes:
             changes["config_id"] = config_id(changes["config"])
-        before = dict(vars(self))
-        vars(self).update({"heartbeat": _now(), **changes})
-        try:
-            check_fields(vars(self))
-            self._write()
-        except BaseException:
-            vars(self).update(before)
-            raise
+        with _UPDATING:
+            before = dict(vars(self))
+            vars(self).update({"heartbeat": _now(), **changes})
+            try:
+                check_fields(vars(self))
+                self._write()
+            except BaseException:
+                vars(self).update(before)
+                raise
 
     def restart(self, **changes: Any) -> None:
         """The run goes on in a new process: running again, with one more restart. Raises as above.

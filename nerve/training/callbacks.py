@@ -1,20 +1,28 @@
 """Lightning callbacks that show where a run is: in run.json, and as a progress bar."""
 
+import math
 import sys
+import threading
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Any, Self
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from nerve.errors import StoreError
 from nerve.storage.record import RunRecord
 
 INTERVAL_S = 10.0
 
 
 class Heartbeat(L.Callback):
-    """Writes the step and the time to run.json at most every ten seconds.
+    """Writes the step and the time to run.json at least every ten seconds, whatever the process is
+    at: a thread does it where training does not.
+
+    It beats during a fit, and within a `with` block around one: data that are prepared, a graph
+    that is compiled and a long validation take minutes, in which the run is not dead.
 
     Args:
         record: the run's record.
@@ -22,13 +30,57 @@ class Heartbeat(L.Callback):
 
     def __init__(self, record: RunRecord) -> None:
         self._record = record
-        self._last = 0.0
+        self._last = -math.inf
+        self._ended: threading.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._is_of_fit = False
+
+    def __enter__(self) -> Self:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=self._beat, args=(self._ended,), name="heartbeat", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._thread is not None and self._ended is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ended": None, "_thread": None}
+
+    def setup(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.is_global_zero and self._thread is None:
+            self._is_of_fit = True
+            self.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         now = time.monotonic()
         if trainer.is_global_zero and now - self._last >= INTERVAL_S:
             self._last = now
             self._record.update(step=trainer.global_step)  # every update is a heartbeat
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        self._end_of_fit()
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        self._end_of_fit()
+
+    def _end_of_fit(self) -> None:
+        if self._is_of_fit:
+            self._is_of_fit = False
+            self.__exit__()
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(INTERVAL_S):
+            if time.monotonic() - self._last < INTERVAL_S:
+                continue
+            # What is refused here is refused to the run's next update, too, which raises it.
+            with suppress(StoreError):
+                self._record.update()
 
 
 class RunProgressBar(TQDMProgressBar):

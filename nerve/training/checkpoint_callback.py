@@ -63,6 +63,7 @@ class Checkpointing(Checkpoint):
         self.scores: dict[str, float] = {}
         """What the last validation logged: `val_loss`, …"""
         self._files = files
+        self._files.reserve(run)
         self._run = run
         self._cadence = cadence
         self._signals = signals
@@ -181,7 +182,8 @@ class Checkpointing(Checkpoint):
         return self._deadline < math.inf and time.monotonic() >= self._deadline
 
     def _take(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self._run.checkpoint("last"))
+        with self._files.taking():
+            trainer.save_checkpoint(self._run.checkpoint("last"))
         self._saved_at = time.monotonic()
 
     def _drop_kept_after(self, step: int) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from nerve.errors import DivergedError
+from nerve.measuring.distributed import add_up, highest, n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
 from nerve.training.randomness import part_from_other_processes
@@ -66,11 +67,12 @@ class TrainedModel(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         (loss, penalty), targets = self._training_losses(batch), batch[1]
-        self._note_divergence(loss.detach())
+        # Over all processes, as in the rows of metrics; one that diverges so ends all of them.
+        mean = _mean_over_processes(loss.detach())
+        self._note_divergence(mean)
         if penalty is not None:
             self.log("penalty", penalty, sync_dist=True)
-        # Over all processes, as in the rows of metrics.
-        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train_loss", mean, prog_bar=True)
         return {"loss": loss, "n_targets": targets.numel()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -84,6 +86,9 @@ class TrainedModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Lightning labels validation by the batches before the last update; we count updates.
         self.log("step", float(self.global_step), sync_dist=True)
+        if self._first_bad_step is not None:  # as it is in all processes, which validate alike
+            first = -highest(-int(self._first_bad_step), self.device)
+            self._first_bad_step = self._first_bad_step.new_tensor(first)
         self._raise_if_diverged()  # after the last update no training loss would show it
 
     def on_validation_end(self) -> None:
@@ -109,16 +114,29 @@ class TrainedModel(L.LightningModule):
     ) -> None:
         if gradient_clip_val is not None and gradient_clip_val <= 0:
             return  # off, as everywhere in Lightning
+        if gradient_clip_val is None:
+            return
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Of such an optimizer (fused=True) Lightning leaves the scale in the gradients, since
+            # it takes it out as it steps, and then refuses to clip them.
+            scaler.unscale_(optimizer)
         sharded = self.trainer.model
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_val is None or scaled or gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         elif isinstance(sharded, FullyShardedDataParallel):
             # Each process holds a shard: only the wrapper knows the norm of all gradients.
             sharded.clip_grad_norm_(gradient_clip_val)
         else:
-            # Lightning's own way refuses a fused optimizer, also where no scaler is in its way.
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().optimizer_step(*args, **kwargs)
+        except RuntimeError as error:  # of a decomposition, say, on the host or on a GPU
+            if all(map(_is_finite, self.parameters())):
+                raise
+            raise _diverged(self.global_step) from error
 
     def configure_optimizers(self) -> Any:
         optimizer = self._build_optimizer(self.model)
@@ -157,10 +175,29 @@ class TrainedModel(L.LightningModule):
             return
         step = int(self._first_bad_step)
         if step <= self.global_step:
-            raise DivergedError(
-                f"The loss must stay finite; it became NaN or infinite at step {step}. "
-                "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
-            )
+            raise _diverged(step)
+
+
+def _diverged(step: int) -> DivergedError:
+    return DivergedError(
+        f"The loss must stay finite; it became NaN or infinite at step {step}. "
+        "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
+    )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    """Whether a parameter and its gradient are."""
+    tensors = (parameter, parameter.grad)
+    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _mean_over_processes(loss: Tensor) -> Tensor:
+    n = n_processes()
+    if n == 1:
+        return loss
+    total = loss.clone()
+    add_up(total)
+    return total / n
 
 
 class LanguageModel(TrainedModel):

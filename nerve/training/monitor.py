@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from nerve.config import from_mapping, require
-from nerve.errors import MeasurementError
+from nerve.errors import MeasurementError, noted
 from nerve.measuring.ffns import FFN, find_ffns
 from nerve.optim import hidden_lr
 from nerve.recording.means import mean_values
@@ -185,10 +185,13 @@ class SpectralMonitor(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._recorder.abort()
+        with noted(exception):
+            self._recorder.abort()
         if trainer.world_size == 1:  # else the others may never come to exchange their spectra
-            self._recorder.drain()
-        self._recorder.close()
+            with noted(exception):
+                self._recorder.drain()
+        with noted(exception):
+            self._recorder.close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._recorder.drop_due()

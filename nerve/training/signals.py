@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterable
@@ -19,7 +21,17 @@ TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
 """The exit status of a run that stopped without a signal before its end, and can go on."""
 
 SLURM_KILLS_WITHIN_S = 600.0
-"""How long a job of SLURM waits after SIGTERM for the kill that follows."""
+"""How long a job that SLURM ends waits at most for the kill that follows SIGTERM."""
+
+SLURM_ANSWERS_WITHIN_S = 10.0
+
+SLURM_ASKED_EVERY_S = 10.0
+
+SLURM_ENDS = re.compile(
+    r"\bJobState=(PREEMPTED|REQUEUE\w*|CANCELLED|COMPLETING)\b|\bPreemptTime=\d"
+)
+"""What `scontrol show job` says of a job that is to be killed: one that is preempted runs on in its
+time of grace, and has the time of its preemption."""
 
 
 class Interrupted(SystemExit):
@@ -106,15 +118,15 @@ class StopSignals(SignalsHandled):
 
         submitit's handler counts the timeout, gives the job back to SLURM, and exits. SLURM itself
         requeues a preempted job only if it is still there when its time of grace ends: after
-        SIGTERM its jobs wait to be killed.
+        SIGTERM a job waits to be killed, as long as SLURM says that it will be.
         """
         for signum in self._received:
             handler = self._before.get(signum)
             if callable(handler) and handler is not signal.default_int_handler:
                 handler(signum, None)
-        if signal.SIGTERM in self._received and "SLURM_JOB_ID" in os.environ:
-            log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
-            time.sleep(SLURM_KILLS_WITHIN_S)
+        job = os.environ.get("SLURM_JOB_ID")
+        if signal.SIGTERM in self._received and job:
+            _wait_for_kill(job)
 
     def _signums(self) -> Iterable[int]:
         return STOPPING if threading.current_thread() is threading.main_thread() else ()
@@ -129,3 +141,25 @@ class StopSignals(SignalsHandled):
         more = "; once more ends at once" if signum == signal.SIGINT else ""
         text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
         os.write(2, text.encode())  # a stream may be in the middle of a write of its own
+
+
+def _wait_for_kill(job: str) -> None:
+    """Waits while SLURM says that it ends `job`; not after a SIGTERM of anyone else."""
+    deadline = time.monotonic() + SLURM_KILLS_WITHIN_S
+    if _is_ended_by_slurm(job):
+        log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
+        while time.monotonic() < deadline:
+            time.sleep(SLURM_ASKED_EVERY_S)
+            if not _is_ended_by_slurm(job):
+                break
+
+
+def _is_ended_by_slurm(job: str) -> bool:
+    command = ["scontrol", "show", "job", job]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=SLURM_ANSWERS_WITHIN_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return SLURM_ENDS.search(told.stdout) is not None

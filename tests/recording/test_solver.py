@@ -1,5 +1,6 @@
 """Problems are solved in order, errors name their place, and nothing pending is lost."""
 
+import errno
 import os
 import sys
 import threading
@@ -128,3 +129,69 @@ def test_a_trial_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_le
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers
         assert spare_workers(CPU) == 0
+
+
+def in_time(call):
+    """What `call` gives or raises; fails where it waits for ever."""
+    ended: list = []
+
+    def work() -> None:
+        try:
+            ended.append(call())
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert ended, "it waits for ever"
+    return ended[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.ESRCH])
+def test_threads_that_may_not_lower_their_priority_solve_all_the_same(monkeypatch, caplog, code):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.setpriority", refuse)
+    solver = in_time(lambda: Solver(CPU, n_workers=3))
+    solver.submit({"step": 0}, [make_eigenproblem(0)])
+    assert [item.labels["step"] for item in solver.drain()] == [0]
+    assert caplog.text.count("priority") == 1
+    solver.close()
+
+
+def test_a_thread_that_fails_to_begin_is_an_error_and_no_wait(monkeypatch):
+    set_num_threads = torch.set_num_threads
+
+    def refuse(n):
+        if threading.current_thread().name.startswith("spectra"):
+            raise RuntimeError("no")
+        set_num_threads(n)
+
+    monkeypatch.setattr("torch.set_num_threads", refuse)
+    assert isinstance(in_time(lambda: Solver(CPU, n_workers=2)), MeasurementError)
+
+
+def test_threads_that_cannot_be_started_are_an_error_and_no_wait(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name.startswith("spectra"):
+            started.append(thread)
+            if len(started) > 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert isinstance(in_time(lambda: Solver(CPU, n_workers=3)), MeasurementError)
+    started[0].join(5)
+    assert not started[0].is_alive()
+
+
+def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):
+    """`submit` acts when it is called, also where nobody looks at what is solved by then."""
+    solver.submit({"step": 0}, [make_eigenproblem(0)])
+    solver.submit({"step": 1}, [make_eigenproblem(0)])
+    assert [item.labels["step"] for item in solver.drain()] == [0, 1]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from support import Batches, KeepWeights
 from torch import nn
 from torch.optim import SGD
@@ -21,6 +22,7 @@ from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
     read_checkpoint,
+    require_other_files,
 )
 from nerve.training.module import ImageClassifier
 from nerve.training.signals import StopSignals
@@ -307,3 +309,62 @@ def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(t
     with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
         fit(directory, cadence, (1.0,) * N_STEPS, callbacks=(Rename(directory),))
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+class SaveOver(L.Callback):
+    """Saves where it likes, as code of one's own does."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "step-000000000003.ckpt"])
+def test_the_files_of_a_run_are_not_written_by_anything_else(tmp_path, name):
+    """ModelCheckpoint(save_last=True) would write over what a resume goes on from."""
+    own = SaveOver(tmp_path / "checkpoints" / name)
+    with pytest.raises(ConfigError, match=rf"{name} is the run's own .* another name or dirpath"):
+        fit(tmp_path, CheckpointCadence(every_n_steps=1), (1.0,) * N_STEPS, callbacks=(own,))
+    assert not own.path.exists()
+
+
+@pytest.mark.parametrize("where", ["checkpoints/mine.ckpt", "elsewhere/last.ckpt"])
+def test_further_callbacks_may_save_to_other_files(tmp_path, where):
+    fit(
+        tmp_path,
+        CheckpointCadence(),
+        (1.0,) * N_STEPS,
+        callbacks=(SaveOver(tmp_path / where),),
+    )
+    assert read_checkpoint(tmp_path / where)["global_step"] == N_STEPS
+    assert read_checkpoint(RunDirectory(tmp_path).checkpoint("last"))["global_step"] == N_STEPS
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"save_last": True}, "last.ckpt"),
+        ({"save_last": True, "save_weights_only": True}, "last.ckpt"),
+        ({"filename": "best"}, "best.ckpt"),
+        (
+            {"filename": "step-{step:012d}", "auto_insert_metric_name": False},
+            "step-000000000000.ckpt",
+        ),
+        ({"filename": "last", "dirpath": "checkpoints"}, "last.ckpt"),
+    ],
+)
+def test_a_callback_that_would_write_them_is_refused_before_anything_is_done(
+    tmp_path, monkeypatch, values, name
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{name} is the run's own"):
+        require_other_files([ModelCheckpoint(**values)], RunDirectory(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"save_last": True, "dirpath": "elsewhere"}, {"filename": "best-{step}"}]
+)
+def test_a_callback_that_writes_others_is_not(tmp_path, values):
+    require_other_files([ModelCheckpoint(**values), L.Callback()], RunDirectory(tmp_path))

@@ -5,8 +5,10 @@ from functools import partial
 import lightning as L
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from support import Batches
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -78,7 +80,14 @@ def image_batches(*sizes: int, seed: int = 0) -> Batches:
 
 
 def fit(
-    module: TrainedModel, train: Batches, heldout: Batches, *, accumulate=1, every=1, **arguments
+    module: TrainedModel,
+    train: Batches,
+    heldout: Batches,
+    *,
+    accumulate=1,
+    every=1,
+    callbacks=(),
+    **arguments,
 ):
     """Trains on all of `train` and validates every so many steps; gives updates and log."""
     updates, logged = Updates(), Logged()
@@ -90,7 +99,7 @@ def fit(
         val_check_interval=every * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[updates],
+        callbacks=[updates, *callbacks],
         logger=logged,
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -302,3 +311,103 @@ def test_nothing_without_matrix_shape_is_decayed_on_the_way_through_the_trainer(
             torch.testing.assert_close(
                 weight - decayed[name], lr * decay * before[name], rtol=1e-3, atol=1e-6
             )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_loss_that_diverges_in_another_process_ends_this_one_too(monkeypatch, value, step):
+    """Its own loss is finite; without the other's it would wait for it in the next collective."""
+    losses = iter([0.0] * step + [value] * 9)
+    monkeypatch.setattr("nerve.training.module.n_processes", lambda: 2)
+    monkeypatch.setattr("nerve.training.module.add_up", lambda mine: mine.add_(next(losses)))
+    monkeypatch.setattr("nerve.training.module.highest", lambda mine, device: mine)
+    with pytest.raises(DivergedError, match=rf"at step {step}\."):
+        fit(classifier(), image_batches(*[5] * 4), image_batches(2), every=100)
+
+
+def test_a_validation_that_diverges_in_another_process_ends_this_one_too(monkeypatch):
+    monkeypatch.setattr("nerve.training.module.highest", lambda mine, device: max(mine, -2))
+    with pytest.raises(DivergedError, match=r"at step 2\."):
+        fit(classifier(), image_batches(*[5] * 4), image_batches(2), every=2)
+
+
+class BreakGradients(L.Callback):
+    """Gradients that are not finite at step 2, of a loss that is."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 2:
+            for parameter in module.parameters():
+                parameter.grad.fill_(self.value)
+
+
+def refusing(error: type[Exception], reason: str):
+    class Refusing(SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            if any(not p.isfinite().all() for g in self.param_groups for p in g["params"]):
+                raise error(reason)
+            return loss
+
+    return partial(Refusing, lr=0.1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(pytorch_optimizer.Shampoo, lr=0.1, preconditioning_compute_steps=1),
+        partial(pytorch_optimizer.SOAP, lr=0.1, precondition_frequency=1),
+        refusing(torch.linalg.LinAlgError, "the matrix is singular"),
+        refusing(RuntimeError, "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"),
+    ],
+    ids=["shampoo", "soap", "singular", "cusolver"],
+)
+def test_numbers_that_the_optimizer_is_the_first_to_find_not_finite_are_a_divergence(value, build):
+    module = ImageClassifier(linear_classifier(), lambda m: build(m.parameters()), SCHEDULE)
+    with pytest.raises(DivergedError, match=r"NaN or infinite at step [23]\. Lower optimizer"):
+        fit(module, image_batches(*[5] * 6), image_batches(2), callbacks=[BreakGradients(value)])
+
+
+def test_what_an_optimizer_refuses_of_finite_numbers_is_no_divergence():
+    class Refusing(SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            raise torch.linalg.LinAlgError("the matrix is singular")
+
+    module = ImageClassifier(
+        linear_classifier(), lambda m: Refusing(m.parameters(), lr=0.1), SCHEDULE
+    )
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        fit(module, image_batches(5), image_batches(2))
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_a_fused_optimizer_with_a_scaler_clips_as_another_does(algorithm, clip):
+    """Such an optimizer takes the scale out by itself, after the clipping; Lightning refuses it."""
+
+    def weights(fused: bool) -> dict[str, torch.Tensor]:
+        module = ImageClassifier(
+            linear_classifier(),
+            lambda m: AdamW(m.parameters(), lr=0.01, fused=fused, eps=1e-2),
+            SCHEDULE,
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        fit(
+            module,
+            image_batches(*[5] * 4),
+            image_batches(2),
+            plugins=[precision],
+            gradient_clip_val=clip,
+            gradient_clip_algorithm=algorithm,
+        )
+        return module.model.state_dict()
+
+    fused, plain = weights(True), weights(False)
+    assert not torch.equal(fused["1.weight"], linear_classifier().state_dict()["1.weight"])
+    for name, weight in plain.items():
+        torch.testing.assert_close(fused[name], weight, rtol=1e-5, atol=1e-7)

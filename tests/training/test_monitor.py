@@ -16,6 +16,7 @@ from support import Batches, KeepWeights
 from torch.utils.checkpoint import checkpoint
 
 import nerve
+import nerve.recording.recorder as spectra_recorder
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
@@ -741,3 +742,31 @@ def test_who_resumes_leaves_no_rows_of_the_branch_that_it_abandons(
     assert nerve.load_scalars(tmp_path).step.max() <= n_steps
     fit_piece(4, 4)
     assert sorted(nerve.load_metrics(tmp_path).step.unique()) == [0, 4]
+
+
+class Poison(L.Callback):
+    """Makes the loss infinite at step 2."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 2:
+            torch.nn.init.constant_(module.model.head.weight, float("inf"))
+
+
+@pytest.mark.parametrize("what", ["drain", "abort", "close"])
+def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
+    tmp_path, monkeypatch, what
+):
+    """And hooks are removed and threads ended, whatever is raised on the way."""
+    whole = getattr(spectra_recorder.Recorder, what)
+
+    def refuse(recorder):
+        if what == "close":
+            whole(recorder)
+        raise MeasurementError("the disk is full, say")
+
+    monkeypatch.setattr(spectra_recorder.Recorder, what, refuse)
+    module = make_module()
+    with pytest.raises(DivergedError, match="at step 2") as ended:
+        fit(tmp_path, module, batches(4), batches(1), callbacks=[Poison()], every_n_steps=9)
+    assert any("the disk is full" in note for note in ended.value.__notes__)
+    assert not module.model.blocks[0].ffn.up._forward_hooks

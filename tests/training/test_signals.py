@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,21 +97,83 @@ def test_signals_are_handed_on_to_what_handled_them_before_once_all_is_saved():
         signal.signal(signal.SIGUSR2, before)
 
 
-@pytest.mark.parametrize(("job", "waits"), [("12", True), (None, False)])
-def test_after_sigterm_a_job_of_slurm_waits_to_be_killed(monkeypatch, job, waits):
-    slept = []
-    monkeypatch.setattr(signals.time, "sleep", slept.append)
-    if job:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-    else:
-        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+@pytest.fixture
+def slurm(monkeypatch) -> SimpleNamespace:
+    """A job of SLURM: `says` is what scontrol tells of it, one look after the other, `slept` how
+    long the process waited."""
+    cluster = SimpleNamespace(says=[], slept=[], asked=[])
+
+    def run(command, **values):
+        cluster.asked.append((command, values["timeout"]))
+        said = cluster.says.pop(0) if len(cluster.says) > 1 else cluster.says[0]
+        if isinstance(said, Exception):
+            raise said
+        return subprocess.CompletedProcess(command, 0, stdout=said, stderr="")
+
+    clock = SimpleNamespace(sleep=cluster.slept.append, monotonic=lambda: sum(cluster.slept))
+    monkeypatch.setattr(signals, "time", clock)
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    return cluster
+
+
+def hand_on(signum: int) -> None:
     with StopSignals() as asked:
         asked.defer()
+        send(signum)
         asked.hand_on()
-        assert slept == []
-        send(signal.SIGTERM)
-        asked.hand_on()
-    assert bool(slept) is waits
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "JobId=12 JobState=PREEMPTED Reason=None PreemptTime=None",
+        "JobId=12 JobState=RUNNING Reason=None PreemptTime=2026-11-26T10:00:00",
+        "JobId=12 JobState=REQUEUED Reason=None",
+        "JobId=12 JobState=CANCELLED Reason=None",
+        "JobId=12 JobState=COMPLETING Reason=None",
+    ],
+)
+def test_after_sigterm_a_job_that_slurm_ends_waits_to_be_killed(slurm, said):
+    slurm.says = [said]
+    hand_on(signal.SIGTERM)
+    assert 590 <= sum(slurm.slept) <= 620  # the longest that it waits: here nobody kills it
+    command, timeout = slurm.asked[0]
+    assert command == ["scontrol", "show", "job", "12"]
+    assert timeout
+
+
+def test_it_waits_no_longer_than_slurm_says_so(slurm):
+    ends, runs = "JobState=PREEMPTED", "JobState=RUNNING PreemptTime=None"
+    slurm.says = [ends, ends, runs]
+    hand_on(signal.SIGTERM)
+    assert 0 < sum(slurm.slept) < 60
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "JobId=12 JobState=RUNNING Reason=None PreemptEligibleTime=2026-11-26 PreemptTime=None",
+        "",
+        FileNotFoundError("scontrol"),
+        subprocess.TimeoutExpired("scontrol", 10),
+        PermissionError("scontrol"),
+    ],
+)
+def test_after_a_sigterm_that_is_not_slurms_nothing_is_waited_for(slurm, said):
+    """`timeout 60 nerve-run` in a job; a controller that does not answer."""
+    slurm.says = [said]
+    hand_on(signal.SIGTERM)
+    assert sum(slurm.slept) == 0
+
+
+def test_slurm_is_asked_in_its_jobs_after_sigterm_alone(slurm, monkeypatch):
+    slurm.says = ["JobState=PREEMPTED"]
+    hand_on(signal.SIGUSR1)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    hand_on(signal.SIGTERM)
+    assert not slurm.asked
+    assert not slurm.slept
 
 
 def test_a_thread_that_is_not_the_main_one_runs_without():

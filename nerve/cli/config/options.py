@@ -17,7 +17,8 @@ SEVERAL = ("logger",)
 
 
 def refuse_lists(overrides: Iterable[Override]) -> None:
-    """Refuses overrides that give a list to a group of which one option is meant.
+    """Refuses overrides that give a list to a group of which one option is meant, and those that
+    give a group what names no option.
 
     Raises:
         ConfigError: with what is written for a run of each.
@@ -27,6 +28,13 @@ def refuse_lists(overrides: Iterable[Override]) -> None:
         given = value.list if isinstance(value, ChoiceSweep) else [value]
         if override.key_or_group in _groups() and any(isinstance(each, list) for each in given):
             raise _merged(override.key_or_group, _flat(given))
+        is_group = override.key_or_group in (*_groups(), *SEVERAL)
+        if is_group and not override.is_delete() and any(map(_is_no_name, given)):
+            raise ConfigError(
+                f"{override.key_or_group} takes the name of an option; got "
+                f"{override.input_line}. Leave it out for the default, or name one that "
+                "nerve-run --help lists."
+            )
 
 
 def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequence[str]) -> None:
@@ -47,6 +55,10 @@ def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequ
     for (_, group), options in found.items():
         if len(options) > 1:
             raise _merged(group, options)
+
+
+def _is_no_name(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 @cache

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from nerve.cli.config.compose import build
+from nerve.cli.experiment.further import callbacks_of
 from nerve.cli.experiment.machine import is_alone
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
@@ -81,10 +82,12 @@ def build_trainer(
     files: CheckpointFiles,
 ) -> L.Trainer:
     """The trainer, with the loggers and callbacks of the configuration beside those given."""
-    loggers: list[Logger] = _built(plan, "logger")
+    loggers: list[Logger] = [
+        build(node, key=f"logger.{name}") for name, node in plan.values["logger"].items()
+    ]
     if store:
         loggers.insert(0, StoreLogger(store))
-    callbacks = callbacks + _built(plan, "callbacks")
+    callbacks = callbacks + callbacks_of(plan.values)
     if plan.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
     plugins: list[Any] = [files]
@@ -106,12 +109,6 @@ def build_trainer(
         use_distributed_sampler=False,
     )
     return trainer
-
-
-def _built(plan: Plan, group: str) -> list[Any]:
-    """What each `_target_` in a group names."""
-    nodes = plan.values[group].items()
-    return [build(node, key=f"{group}.{name}") for name, node in nodes]
 
 
 def build_monitor(plan: Plan, store: RunStore | None) -> SpectralMonitor:

@@ -68,8 +68,10 @@ def check_experiment(config: DictConfig) -> None:
     Raises:
         NerveError: as there, where it can be told before.
     """
-    from nerve.cli.experiment.machine import check_machine  # torch takes seconds to import
+    from nerve.cli.experiment.further import callbacks_of  # torch takes seconds to import
+    from nerve.cli.experiment.machine import check_machine
     from nerve.cli.experiment.plan import Plan
+    from nerve.training.checkpoint_files import require_other_files
 
     run = RunDirectory(_directory(config))
     trial = Trial(0, list(config.hydra.overrides.task), config, run)
@@ -78,6 +80,7 @@ def check_experiment(config: DictConfig) -> None:
     trial.state_before = run.state
     if trial.is_to_do:
         check_machine(trial.plan)
+        require_other_files(callbacks_of(trial.plan.values), run)
     preview(run.path, [trial])
 
 

@@ -4,12 +4,16 @@ Every check is one of `nerve.config` or of `require`: it raises `ConfigError` wi
 was received and the likely fix, and it needs neither data nor this machine.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from inspect import Parameter, signature
 from typing import Any
 
 from hydra.utils import get_class
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.config import require, require_choice, require_count, require_type
@@ -21,10 +25,63 @@ from nerve.recording.settings import MonitorSettings
 LOGGERS = ("tensorboard", "wandb")
 """Options of `logger` that need a package; it has their name, and so has the extra with it."""
 
+GROUPS = (
+    "model",
+    "normalization",
+    "activation",
+    "position",
+    "ffn",
+    "regularizer",
+    "optimizer",
+    "data",
+    "trainer",
+    "monitor",
+    "checkpoint",
+    "logger",
+    "callbacks",
+)
+SINGLE = ("seed", "threads", "compile", "resume", "check", "retry", "objective")
+
+MOST_THREADS = 4096
+"""More than any machine has; each takes memory of its own."""
+
+MOST_LAYERS = 100_000
+"""The modules of more do not fit into a process, however small their weights are."""
+
+ELEMENTWISE = frozenset(
+    f"torch.optim.{name}"
+    for name in (
+        *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"),
+        *("Rprop", "SGD"),
+    )
+)
+"""Optimizers that treat each number of a parameter by itself, whatever shape it has."""
+
 FLAGS = ("compile", "retry", "check")
 
 
 # Before the values are resolved, which fails in OmegaConf's words where groups do not suit
+
+
+def require_whole(config: DictConfig) -> None:
+    """Refuses a configuration of which a part was deleted, or replaced by what is no group."""
+    for key in (*GROUPS, *SINGLE):
+        require(
+            key in config,
+            f"A configuration has all of its values; {key} is missing. Leave ~{key} out.",
+        )
+    for key in GROUPS:
+        require(
+            isinstance(config[key], DictConfig),
+            f"{key} must be a group of values; got {config[key]!r}. Set single values, as in "
+            f"{key}.…=…, or choose another option of the group.",
+        )
+    parts = config.optimizer.get("parts")
+    require(
+        isinstance(parts, DictConfig),
+        "optimizer.parts must be a mapping with the optimizers, by any names; got "
+        f"{parts!r}. Choose an option of the group optimizer.",
+    )
 
 
 def require_suited(config: DictConfig) -> None:
@@ -86,6 +143,78 @@ def require_single_values(values: Mapping[str, Any]) -> None:
         f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r}.",
     )
     require_count("threads", threads, or_null=True)
+    require(
+        threads is None or threads <= MOST_THREADS,
+        f"threads must be at most {MOST_THREADS:,}, more than any machine has cores; got "
+        f"{threads!r}. Leave it null for torch's own choice.",
+    )
+    for group in ("model", "ffn", "normalization", "activation", "regularizer", "optimizer"):
+        _require_finite(group, values[group])
+    n_layers = values["model"].get("n_layers")
+    require(
+        not isinstance(n_layers, int) or n_layers <= MOST_LAYERS,
+        f"model.n_layers must be at most {MOST_LAYERS:,}; got {n_layers!r}.",
+    )
+
+
+def _require_finite(key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _require_finite(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _require_finite(f"{key}[{i}]", inner)
+    else:
+        require(
+            not isinstance(value, float) or math.isfinite(value),
+            f"{key} must be a finite number; got {value!r}.",
+        )
+
+
+def require_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuses devices that Lightning does not know, and such as cannot measure."""
+    for key in ("accelerator", "devices", "strategy"):
+        require(key in trainer, f"trainer lacks {key}. Leave ~trainer.{key} out.")
+    accelerator, devices = trainer["accelerator"], trainer["devices"]
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    require_choice("trainer.accelerator", accelerator, known)
+    require(
+        accelerator != "mps",
+        "Spectra are taken in float64, which Apple's GPUs do not have; got "
+        "trainer.accelerator=mps. Take trainer=cpu, or a GPU of NVIDIA.",
+    )
+    ids = devices if isinstance(devices, list) else []
+    require(
+        (ids and all(isinstance(each, int) and each >= 0 for each in ids))
+        or (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1)
+        or devices in (-1, "-1", "auto")
+        or (isinstance(devices, str) and bool(re.fullmatch(r"[1-9]\d*|\d+(,\d+)*,?", devices))),
+        "trainer.devices must be auto, -1 (all), a number of at least 1, or a list such as [0,1]; "
+        f"got {devices!r}.",
+    )
+    strategy = trainer["strategy"]
+    if isinstance(strategy, Mapping):
+        return
+    require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
+
+
+def require_whole_matrices(values: Mapping[str, Any]) -> None:
+    """Refuses optimizers of matrices where each process has a part of them, as flat numbers."""
+    strategy = values["trainer"]["strategy"]
+    named = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
+    if not re.search("fsdp|deepspeed|modelparallel", str(named), re.IGNORECASE):
+        return
+    for name, part in values["optimizer"]["parts"].items():
+        build = part.get("build", {}) if isinstance(part, Mapping) else {}
+        target = str(build.get("_target_"))
+        require(
+            target in ELEMENTWISE,
+            "Where parameters are sharded each process has flat pieces of matrices, and an "
+            "optimizer must treat each number by itself, else it trains another network than one "
+            f"device does; got trainer.strategy={named} with "
+            f"optimizer.parts.{name}.build._target_={target}. Take trainer=ddp, or optimizer=adamw "
+            "or sgd.",
+        )
 
 
 def require_packages(loggers: Mapping[str, Any]) -> None:

@@ -59,6 +59,25 @@ class Estimate:
         return cls(n_parameters, weights + 8 * _n_covariances(plan, skeleton))
 
 
+def least_memory(plan: Plan, n_processes: int) -> int:
+    """Bytes that a run takes at least on each of its devices: less than it does, never more.
+
+    Its weights with their gradients, which stand beside each other at every step, where no process
+    has a part of them alone; and of the batch the logits and one layer's features, in 16 bits.
+    """
+    values = plan.values
+    a_number = 2 if str(values["trainer"].get("precision")).endswith("16-true") else 4
+    n_parameters = sum(parameter.numel() for parameter in plan.model.skeleton.parameters())
+    whole = str(values["trainer"]["strategy"]).startswith(("auto", "ddp"))
+    weights = 2 * a_number * n_parameters if whole else 0
+    batch_size = values["data"].get("batch_size")
+    if plan.model.kind != "gpt" or not isinstance(batch_size, int):
+        return weights
+    positions = batch_size // n_processes * values["model"]["seq_len"]
+    vocab_size = 0 if plan.compile else plan.model.data_dims["vocab_size"]
+    return weights + 2 * positions * (vocab_size + values["model"]["d_model"])
+
+
 def _n_state(plan: Plan, skeleton: nn.Module) -> float | None:
     parts = plan.values["optimizer"]["parts"]
     of_role = {

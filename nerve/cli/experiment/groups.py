@@ -153,8 +153,14 @@ class ModelPlan:
                 given = values["model"].get("patch_size", 1) if name == "image_size" else 1
             data_dims[name] = given
         design: Any = model_design(values, **data_dims)
-        with torch.device("meta"):
-            skeleton = MODELS[kind](design, seed=0)
+        try:
+            with torch.device("meta"):
+                skeleton = MODELS[kind](design, seed=0)
+        except (RuntimeError, OverflowError, MemoryError) as error:
+            raise ConfigError(
+                f"The numbers of a model must fit into memory; those of model and ffn do not: "
+                f"{str(error).splitlines()[0]}. Make them smaller."
+            ) from error
         return cls(kind, design, data_dims, n_unknown, skeleton)
 
     def widths(self, layers: list[int] | None) -> list[int]:

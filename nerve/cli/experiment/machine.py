@@ -1,6 +1,9 @@
 """The machine that a run is on: whether it has the devices, and what they are."""
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,6 +11,7 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
+from nerve.cli.experiment.estimate import least_memory
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.sweep.devices import n_devices_of
 from nerve.config import require
@@ -18,10 +22,50 @@ def check_machine(plan: Plan) -> None:
     """Refuses a run that this machine has no device for."""
     accelerator = plan.values["trainer"].get("accelerator")
     require(
-        accelerator not in ("gpu", "cuda") or _has_gpu(),
+        accelerator not in ("gpu", "cuda") or CUDAAccelerator.is_available(),
         f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
-        "it can use. Take trainer=cpu, or install torch for this machine's GPU.",
+        "it can use (Apple's have no float64, in which spectra are taken). Take trainer=cpu, or "
+        "install torch for this machine's GPU.",
     )
+    require(
+        accelerator != "auto"
+        or CUDAAccelerator.is_available()
+        or not MPSAccelerator.is_available(),
+        "trainer.accelerator=auto takes the GPU of this machine, which is Apple's and has no "
+        "float64, in which spectra are taken. Take trainer=cpu.",
+    )
+    require_memory(plan, _device_bytes(accelerator))
+
+
+def require_memory(plan: Plan, has_bytes: int) -> None:
+    """Refuses a run that does not fit into a device that has that many bytes."""
+    trainer = plan.values["trainer"]
+    n_devices = n_devices_of(trainer) or max(1, torch.cuda.device_count())
+    needs_bytes = least_memory(plan, n_devices * trainer.get("num_nodes", 1))
+    require(
+        needs_bytes <= has_bytes,
+        f"A run must fit into its device; weights, gradients and logits of this one take at least "
+        f"{needs_bytes / 1e9:,.0f} GB, and it has {has_bytes / 1e9:,.0f} GB. Lower the largest of "
+        f"data.batch_size={plan.values['data'].get('batch_size')}, "
+        f"data.vocab_size={plan.values['data'].get('vocab_size')} and the sizes in model and ffn.",
+    )
+
+
+def _device_bytes(accelerator: str) -> int:
+    """Memory of the largest device that a run may take, with what the host may swap out."""
+    if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
+        return max(
+            torch.cuda.get_device_properties(i).total_memory
+            for i in range(torch.cuda.device_count())
+        )
+    swap = 0
+    with suppress(OSError):
+        swap = sum(
+            1024 * int(line.split()[1])
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("SwapTotal")
+        )
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + swap
 
 
 def is_alone(trainer: Mapping[str, Any]) -> bool:
@@ -43,10 +87,6 @@ def leads(trainer: Mapping[str, Any]) -> bool:
     if is_alone(trainer):
         rank_zero_only.rank = 0  # type: ignore[attr-defined]  # from variables of the job
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _has_gpu() -> bool:
-    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
 def device_names(trainer: L.Trainer) -> str:

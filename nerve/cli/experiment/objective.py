@@ -22,8 +22,13 @@ def check_objective(name: str, kind: str) -> None:
     Raises:
         ConfigError: with the good names.
     """
-    means = [mean_name(ffn, metric) for ffn in FFNS[kind] for metric in MEASURED]
-    require_choice("objective", name, (*SCORES[kind], *MEASURED, *means))
+    require_choice("objective", name, objectives(kind))
+
+
+def objectives(kind: str) -> tuple[str, ...]:
+    """The numbers that a run of a model of that kind has at its end."""
+    means = (mean_name(ffn, metric) for ffn in FFNS[kind] for metric in MEASURED)
+    return (*SCORES[kind], *MEASURED, *means)
 
 
 def objective_of(run: RunDirectory, name: str) -> float:

@@ -11,13 +11,17 @@ from nerve.cli.config.compose import resolved
 from nerve.cli.experiment.checks import (
     require_arguments,
     require_data,
+    require_devices,
     require_given,
     require_packages,
     require_positions,
     require_single_values,
     require_suited,
     require_tokens_of_text,
+    require_whole,
+    require_whole_matrices,
 )
+from nerve.cli.experiment.further import callbacks_of
 from nerve.cli.experiment.groups import (
     DataPlan,
     ModelPlan,
@@ -65,11 +69,14 @@ class Plan:
             ConfigError: for all that a configuration alone can tell to be wrong, naming the keys.
             NerveError: for what a part of the run refuses, in its words.
         """
+        require_whole(config)
         require_suited(config)
         require_given(config)
         values = resolved(config)
         kind = values["model"]["kind"]
         require_single_values(values)
+        require_devices(values["trainer"])
+        require_whole_matrices(values)
         check_objective(values["objective"], kind)
         trainer = TrainerPlan.of(values["trainer"])
         require_arguments("trainer", get_class(values["trainer"]["_target_"]), values["trainer"])
@@ -80,6 +87,7 @@ class Plan:
         require_tokens_of_text(monitor.n_tokens, kind)
         require_positions(monitor, values)
         require_packages(values["logger"])
+        callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)

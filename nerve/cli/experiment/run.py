@@ -20,13 +20,14 @@ from nerve.cli.experiment.build import (
     log_configuration,
     scale_pre_activations,
 )
+from nerve.cli.experiment.further import callbacks_of
 from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions, leads
 from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import print_summary
 from nerve.config import pasted
-from nerve.errors import DataError, StoreError
+from nerve.errors import DataError, StoreError, noted
 from nerve.files import remove_temporaries
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -37,6 +38,7 @@ from nerve.training.checkpoint_files import (
     CheckpointFiles,
     check_checkpoint,
     drop_all_but_weights,
+    require_other_files,
 )
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.signals import Interrupted, StopSignals
@@ -67,6 +69,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     if is_done(run, config):
         return objective_of(run, plan.objective)
     check_machine(plan)
+    require_other_files(callbacks_of(plan.values), run)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
         if not leads(plan.values["trainer"]):
@@ -81,7 +84,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
 def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
     """The run in a process that does not record it."""
     try:
-        return _run(plan, run, None, signals)
+        return _run(plan, run, None, signals, None)
     except Interrupted as interrupted:
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
@@ -90,8 +93,10 @@ def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
 
 def _lead(plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals) -> None:
     """The run in the process that records how it ends."""
+    heartbeat = Heartbeat(record)
     try:
-        _run(plan, run, record, signals)
+        with heartbeat:
+            _run(plan, run, record, signals, heartbeat)
     except BaseException as error:
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
@@ -113,7 +118,13 @@ def _record_end(record: RunRecord, error: BaseException) -> None:
         log.error("run.json cannot say how the run ended: %s", refused)
 
 
-def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopSignals) -> float:
+def _run(
+    plan: Plan,
+    run: RunDirectory,
+    record: RunRecord | None,
+    signals: StopSignals,
+    heartbeat: Heartbeat | None,
+) -> float:
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     L.seed_everything(plan.seed, verbose=False)
@@ -126,7 +137,7 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
     monitor = build_monitor(plan, store)
     files = CheckpointFiles()
     saving = Checkpointing(files, run, plan.checkpoint, signals, store, data_dims)
-    callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
+    callbacks = [monitor, saving, *([heartbeat] if heartbeat else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files)
     last = run.checkpoint("last")
     # A run that goes on has its weights in the checkpoint, and the factors in its record.
@@ -145,11 +156,11 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
     log_configuration(trainer, plan)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
-    finally:
-        if record and store:
-            record.step = trainer.global_step
-            store.flush(trainer.global_step)
-            store.compact()
+    except BaseException as error:
+        with noted(error):
+            _close(trainer, record, store)
+        raise
+    _close(trainer, record, store)
     require_validated(monitor.n_validated, data.n_heldout_targets)
     reason = stopped_by(trainer)
     if reason is not None:
@@ -168,6 +179,14 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             log.warning("the last checkpoint stays as large as it is: %s", refused)
         print_summary(monitor.latest, _facts(final, warning), run.path)
     return final["val_loss"]
+
+
+def _close(trainer: L.Trainer, record: RunRecord | None, store: RunStore | None) -> None:
+    """Leaves the rows of a fit that is over, however it ended, in the fewest files."""
+    if record and store:
+        record.step = trainer.global_step
+        store.flush(trainer.global_step)
+        store.compact()
 
 
 def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -> None:

@@ -43,11 +43,31 @@ def test_a_list_for_a_group_is_refused_with_what_is_meant(override, meant):
         "hydra/callbacks=[a,b]",
         "of_my_own=[a,b]",
         "~activation",
-        "activation=null",
     ],
 )
 def test_lists_elsewhere_and_groups_that_take_several_are_let_pass(override):
     refuse_lists(parsed(override))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "model=null",
+            "optimizer=null",
+            "logger=null",
+            "activation=5",
+            "data=true",
+            "+design=1.5",
+        ),
+        "activation=gelu,null",
+    ],
+)
+def test_what_names_no_option_is_refused(override):
+    """Hydra would raise a ValueError that names no group."""
+    with pytest.raises(ConfigError, match="takes the name of an option; got") as error:
+        refuse_lists(parsed("seed=0", override))
+    assert override in str(error.value)
 
 
 def test_every_group_that_is_shipped_is_known():

@@ -18,6 +18,8 @@ MIXER = ("logger=none", "model=mixer_tiny", "model.n_layers=2", "model.d_model=2
 MOST_CALLS = 25_000
 """Python functions that a refusal may enter: what takes 10 ms, and on a busy machine longer."""
 
+CALLBACKS = "lightning.pytorch.callbacks"
+
 BAD_GPT = [
     (["+monitor.ffns=[a]"], ["a key of monitor must be one of every_n_steps", "got 'ffns'"]),
     (["optimizer=muon", "optimizer.momentum=x"], ["optimizer.momentum must be a number; got"]),
@@ -67,6 +69,62 @@ BAD_GPT = [
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
     (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
     (["ffn.d_ff=64"], ["ffn.width=4", "ffn.d_ff=64"]),
+    (["trainer.accelerator=mps"], ["float64", "trainer.accelerator=mps. Take trainer=cpu"]),
+    (["trainer.accelerator=gpus"], ["trainer.accelerator must be one of auto, gpu"]),
+    (["~trainer.devices"], ["trainer lacks devices"]),
+    (["trainer.accelerator=5"], ["trainer.accelerator must be one of auto, gpu"]),
+    (["trainer.strategy=dpp"], ["trainer.strategy must be one of auto, ddp", "'ddp'?"]),
+    *(([f"trainer.devices={n}"], ["trainer.devices must be auto"]) for n in ("-3", "0", "no")),
+    *(
+        (
+            ["trainer=fsdp", f"optimizer={name}"],
+            ["trainer.strategy=fsdp", f"optimizer.parts.{part}.build._target_="],
+        )
+        for name, part in {
+            "soap": "matrices",
+            "shampoo": "matrices",
+            "muon": "matrices",
+            "dion": "matrices",
+            "adafactor": "main",
+        }.items()
+    ),
+    (
+        ["trainer=fsdp", "trainer.strategy=fsdp_cpu_offload", "optimizer=muon"],
+        ["trainer.strategy=fsdp_cpu_offload", "_target_=torch.optim.Muon"],
+    ),
+    (["threads=1000000"], ["threads must be at most 4,096", "got 1000000"]),
+    (["model.n_layers=1000000000"], ["model.n_layers must be at most 100,000"]),
+    (["model.d_model=1000000000", "model.n_heads=1"], ["model and ffn do not: Storage size"]),
+    *(
+        ([f"{key}={value}"], [f"{key} must be a finite number; got {value}"])
+        for key in ("model.init_std", "model.pre_std", "optimizer.lr", "optimizer.weight_decay")
+        for value in ("inf", "nan")
+    ),
+    *(([f"~{key}"], [f"{key} is missing. Leave ~{key} out"]) for key in ("seed", "optimizer")),
+    *(([f"~{key}"], [f"{key} is missing. Leave ~{key} out"]) for key in ("monitor", "callbacks")),
+    (["monitor=5"], ["monitor must be a group of values; got 5"]),
+    (["checkpoint=often"], ["checkpoint must be a group of values; got 'often'"]),
+    (["callbacks=null"], ["callbacks must be a group of values; got None"]),
+    (["optimizer.parts=null"], ["optimizer.parts must be a mapping", "got None"]),
+    (["+callbacks.a=5"], ["callbacks.a must be a mapping with the class of a callback"]),
+    (["+callbacks.a._target_=builtins.dict"], ["callbacks.a._target_", "builtins.dict makes dict"]),
+    (["+callbacks.a._target_=nowhere.X"], ["callbacks.a cannot be built"]),
+    (
+        [f"+callbacks.a._target_={CALLBACKS}.EarlyStopping", "+callbacks.a.monitor=val_los"],
+        ["callbacks.a.monitor must be one of", "Did you mean 'val_loss'?"],
+    ),
+    (
+        [f"+callbacks.a._target_={CALLBACKS}.ModelCheckpoint", "+callbacks.a.monitor=pr_pots"],
+        ["callbacks.a.monitor must be one of", "Did you mean 'pr_post'?"],
+    ),
+    (
+        [
+            f"+callbacks.a._target_={CALLBACKS}.GradientAccumulationScheduler",
+            "+callbacks.a.scheduling={0:2}",
+        ],
+        ["callbacks.a changes it", "Set trainer.accumulate_grad_batches"],
+    ),
+    (["trainer.max_steps=true"], ["trainer.max_steps must be a whole number; got True"]),
     (["trainer.max_steps=0"], ["trainer.max_steps must be a whole number of at least 1; got 0"]),
     (["checkpoint.keep=[0,900]"], ["checkpoint.keep", "900 with trainer.max_steps=400"]),
     (["monitor.source=validation"], ["monitor.source must be one of heldout, train"]),
@@ -205,3 +263,22 @@ def test_the_estimate_is_what_a_step_leaves(optimizer):
     assert estimate.n_parameters == n
     expected = 4 * (2 * n + n_state(stepper)) + 8 * covariances
     assert estimate.memory_bytes == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_optimizers_of_single_numbers_take_shards(optimizer):
+    Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "shampoo", "muon", "dion", "adafactor"])
+def test_optimizers_of_matrices_take_copies(optimizer):
+    Plan.of(composed(*GPT, "trainer=ddp", f"optimizer={optimizer}"))
+
+
+def test_a_callback_of_ones_own_may_log_what_another_monitors():
+    own = ("+callbacks.mine._target_=support.KeepWeights",)
+    stop = (
+        f"+callbacks.a._target_={CALLBACKS}.EarlyStopping",
+        "+callbacks.a.monitor=what_mine_logs",
+    )
+    Plan.of(composed(*GPT, *own, *stop))

@@ -5,9 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from support import composed
 
+from nerve.cli.config.compose import CONF
 from nerve.cli.experiment import machine
+from nerve.cli.experiment.estimate import Estimate, least_memory
 from nerve.cli.experiment.machine import is_alone, leads
+from nerve.cli.experiment.plan import Plan
+from nerve.errors import ConfigError
 
 
 def trainer(root: str, device_ids: list[int], num_nodes: int = 1) -> SimpleNamespace:
@@ -67,3 +72,63 @@ def test_a_run_of_one_process_leads_whatever_task_of_a_job_it_is(monkeypatch):
     assert not leads(ONE | {"devices": 4})
     assert leads(ONE)
     assert rank_zero_only.rank == 0
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(machine.CUDAAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(machine.MPSAccelerator, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "auto"])
+def test_a_machine_whose_gpu_has_no_float64_is_refused(no_cuda, accelerator):
+    """Lightning would take Apple's GPU for each of these."""
+    plan = Plan.of(composed("logger=none", f"trainer.accelerator={accelerator}"))
+    with pytest.raises(ConfigError, match="no float64, in which spectra are taken"):
+        machine.check_machine(plan)
+
+
+TB = 10**12
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.vocab_size=1000000000"],
+        ["data.batch_size=10000000"],
+        ["ffn.width=1e9"],
+        ["model.seq_len=1000000000000"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_out_of_reason_are_refused_by_what_they_take_at_least(overrides):
+    plan = Plan.of(composed("logger=none", *overrides))
+    with pytest.raises(ConfigError, match=r"take at least [\d,]+ GB, and it has 500 GB"):
+        machine.require_memory(plan, TB // 2)
+
+
+PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_no_preset_is_refused_where_it_fits(preset, precision):
+    """What the estimate counts, which leaves activations out, is more than the lower bound."""
+    images = ["data.images.path=x"] if preset in ("mixer_b16", "mixer_b4") else []
+    plan = Plan.of(
+        composed("logger=none", f"model={preset}", f"trainer.precision={precision}", *images)
+    )
+    machine.require_memory(plan, 80 * 10**9)
+    estimated = Estimate.of(plan).memory_bytes
+    logits = 0
+    if plan.model.kind == "gpt":
+        positions = plan.values["data"]["batch_size"] * plan.values["model"]["seq_len"]
+        logits = 4 * positions * plan.values["data"]["vocab_size"]
+    assert estimated is None or 0 < least_memory(plan, 1) <= estimated + logits
+
+
+def test_what_each_process_has_a_part_of_is_not_counted_whole():
+    sharded = Plan.of(composed("logger=none", "trainer=fsdp", "data.vocab_size=1000000000"))
+    machine.require_memory(sharded, TB * 1000)
+    alone = Plan.of(composed("logger=none", "data.batch_size=64"))
+    assert least_memory(alone, 4) < least_memory(alone, 1)
