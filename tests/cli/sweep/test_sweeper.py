@@ -1,7 +1,7 @@
 """Sweeps: each trial runs once, what befalls one costs only itself, and all are accounted for.
 
 Trials are processes as they always are; their training is a stand-in (stand_in.py), so that each
-takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps.py.
+takes a second. Real training in a sweep is in test_run.py.
 """
 
 import json
@@ -29,7 +29,7 @@ from nerve import cores
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.run import main
 from nerve.cli.sweep import local
-from nerve.cli.sweep.grid import Cell
+from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -553,16 +553,16 @@ def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(fi
     assert "0 (the only one): killed" in err
 
 
-def test_a_directory_that_was_renamed_while_its_cell_worked_does_not_come_back(tmp_path):
+def test_a_directory_that_was_renamed_while_its_trial_worked_does_not_come_back(tmp_path):
     """However its process ended: what there is to say of it is said in the summary."""
     run = RunDirectory(tmp_path / "run")
     RunRecord.create(run.path, {"seed": 1})
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
     ended.wait()
     process = object.__new__(local._Process)
-    process.cell = Cell(0, [], OmegaConf.create(), run)
+    process.trial = Trial(0, [], OmegaConf.create(), run)
     process._popen = ended
     run.path.rename(tmp_path / "moved")
     process._settle(1)
-    assert "run is not there any more: it was renamed or deleted" in process.cell.trouble
+    assert "run is not there any more: it was renamed or deleted" in process.trial.start_error
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
