@@ -100,6 +100,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 def _turn(item: pytest.Item) -> int:
     starts = (*TOGETHER, *LONG)
     return next((i for i, start in enumerate(starts) if item.nodeid.startswith(start)), len(starts))
