@@ -18,7 +18,8 @@ from torch.utils.data import DistributedSampler
 
 from nerve.config import require, require_choice
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFN, find_ffns
+from nerve.measuring.ffns import FFN
+from nerve.measuring.find import find_ffns
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.metric_names import mean_values
@@ -148,7 +149,9 @@ class SpectralMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._probe = Probe(find_ffns(pl_module, self.layers) if self.ffns is None else self.ffns)
+        self._probe = Probe(
+            find_ffns(pl_module, layers=self.layers) if self.ffns is None else self.ffns
+        )
         self._probe.install()
         compiler = sys.modules.get("torch._dynamo")
         if compiler is not None and compiler.utils.counters["frames"]:

@@ -18,7 +18,8 @@ from nerve.cli.experiment.objective import check_objective
 from nerve.config import from_mapping, require, require_choice, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError
-from nerve.measuring.ffns import FFN, find_ffns
+from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.find import find_ffns
 from nerve.models import MODELS, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
@@ -157,7 +158,7 @@ class Plan:
         _require_packages(values["logger"])
         seed, threads = _seed(values["seed"]), _threads(values["threads"])
         model = _model_plan(values)
-        widths = [width_of(ffn) for ffn in find_ffns(model.skeleton, monitor["layers"])]
+        widths = [width_of(ffn) for ffn in find_ffns(model.skeleton, layers=monitor["layers"])]
         data = DataPlan(
             trainer.max_steps * trainer.accumulate_grad_batches,
             _n_heldout_tokens(values, max(widths)) if kind == "gpt" else None,
@@ -182,8 +183,8 @@ class Plan:
 
 def width_of(ffn: FFN) -> int:
     """d_ff of an FFN of ours."""
-    width = ffn.post.in_features
-    assert isinstance(width, int)
+    width = sites_of(ffn)[1].width
+    assert width is not None
     return width
 
 
