@@ -11,8 +11,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class CommitHook(BuildHookInterface):
     """Fills `nerve/_commit.txt` in wheels and source distributions.
 
-    Without a repository around it the file stays as it is: an archive of `git archive` and a source
-    distribution carry their commit already.
+    Where none is known the file stays as it is.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -23,6 +22,8 @@ class CommitHook(BuildHookInterface):
         commit = provenance["git_commit"]()
         if commit is None:
             return
+        if self.target_name == "sdist":  # a wheel has a record of its files
+            commit += f" sha256:{provenance['files_digest'](Path(self.root))}"
         self._folder = tempfile.TemporaryDirectory()
         file = Path(self._folder.name, provenance["COMMIT_FILE"])
         file.write_text(f"{commit}\n")

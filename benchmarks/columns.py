@@ -1,4 +1,4 @@
-"""What the columns on few samples, the mean and the span of pre add to a measurement.
+"""What the columns on few samples, positions, the mean and the span of pre add to a measurement.
 
 While features stream: `SampleShares` beside the covariance that takes the same batch. When spectra
 are solved: `variance_outside` beside the eigenvalues of the same matrix, on the host as in training
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the features")
     parser.add_argument("--d-ff", type=int, nargs="+", default=[512, 3072])
     parser.add_argument("--samples", type=int, default=8, help="for each feature")
+    parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batches", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="that solve a problem")
     parser.add_argument("--repeats", type=int, default=10)
@@ -35,7 +36,8 @@ def stream(args: argparse.Namespace, d_ff: int) -> None:
     """Times the two accumulators on the same batches."""
     x = torch.randn(args.samples * d_ff, d_ff, device=args.device)
     x = torch.nn.functional.gelu(x * torch.linspace(0.1, 2, d_ff, device=args.device))
-    batches = x.to(getattr(torch, args.dtype)).chunk(args.batches)
+    sequences = x.to(getattr(torch, args.dtype)).view(-1, args.seq_len, d_ff)
+    batches = sequences.chunk(args.batches)
 
     def covariance() -> None:
         accumulator = StreamingCovariance(d_ff, device=args.device)

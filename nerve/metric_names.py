@@ -228,6 +228,14 @@ CATALOGUE = (
         shown=("tables", "depth"),
     ),
     Metric(
+        "position_ratio_{site}",
+        "position ratio",
+        "times the mean",
+        "mean squared distance from the mean at the position that is farthest",
+        is_ratio=True,
+        shown=("tables",),
+    ),
+    Metric(
         "rank_limit_{site}",
         "rank limit",
         "directions",

@@ -14,7 +14,11 @@ LARGEST_MOVES = 0.10
 
 TOP_MULTIPLE = 16
 """… or where the farthest 0.1% hold more than so many times what they would if all were as far.
-Many alike, such as the first token of every sequence, move PR together, and none of them alone."""
+Many alike move PR together, and none of them alone."""
+
+POSITION_RATIO = 4
+"""… or where the samples of one position of the sequences, such as the first tokens, lie at more
+than so many times the mean squared distance: too many for the farthest 0.1%."""
 
 
 def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray:
@@ -39,12 +43,14 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
     """Of each row of metrics the sites whose PR may be that of a few samples.
 
     `pre`, `post`, `pre, post`, or empty, as where the shares were not stored. At a site so named
-    the farthest sample alone may have moved PR by more than `LARGEST_MOVES` (`largest_move`), or
-    the farthest 0.1% stand out by `TOP_MULTIPLE`. One sample that does move PR by more than 10% is
-    always found. Of many alike those are found whose squared distance is 16 times the average.
+    the farthest sample alone may have moved PR by more than `LARGEST_MOVES` (`largest_move`), the
+    farthest 0.1% stand out by `TOP_MULTIPLE`, or one position by `POSITION_RATIO`. One sample that
+    does move PR by more than 10% is always found. Of many alike those are found whose squared
+    distance is 16 times the average, and 4 times where they share a position.
 
     Args:
-        rows: with `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*` of both sites.
+        rows: with `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*`, `position_ratio_*` of
+            both sites.
     """
     named = [np.where(_stands_out(rows, site), site, "") for site in SITES]
     texts = [", ".join(filter(None, sites)) for sites in zip(*named, strict=True)]
@@ -52,23 +58,32 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
 
 
 def describe_outliers(row: Mapping[Any, Any], site: str) -> str:
-    """`post: the farthest sample holds 41.2% of the variance, the farthest 0.1% 99.9%`."""
-    largest, top = row[f"largest_share_{site}"], row[f"top_share_{site}"]
+    """`post: the farthest sample holds 41.2% of the variance, the farthest 0.1% 99.9%, one position
+    of the sequences is at 37 times the mean squared distance`."""
     parts = [
-        f"{name} {share:.1%}{unit}"
-        for name, share, unit in (
-            ("the farthest sample holds", largest, " of the variance"),
-            ("the farthest 0.1%", top, ""),
+        text.format(row[f"{name}_{site}"])
+        for name, text in (
+            ("largest_share", "the farthest sample holds {:.1%} of the variance"),
+            ("top_share", "the farthest 0.1% {:.1%}"),
+            (
+                "position_ratio",
+                "one position of the sequences is at {:,.1f} times the mean squared distance",
+            ),
         )
-        if share is not None and not np.isnan(share)
+        if row[f"{name}_{site}"] is not None and not np.isnan(row[f"{name}_{site}"])
     ]
     return f"{site}: {', '.join(parts)}"
 
 
 def _stands_out(rows: pd.DataFrame, site: str) -> np.ndarray:
     n_samples = rows["n_samples"].to_numpy(float)
-    largest, top, ratio = (
-        rows[f"{name}_{site}"].to_numpy(float) for name in ("largest_share", "top_share", "pr")
+    largest, top, position, ratio = (
+        rows[f"{name}_{site}"].to_numpy(float)
+        for name in ("largest_share", "top_share", "position_ratio", "pr")
     )
     fair = np.ceil(n_samples / 1000) / np.maximum(n_samples, 1)
-    return (largest_move(largest, ratio) > LARGEST_MOVES) | (top > TOP_MULTIPLE * fair)
+    return (
+        (largest_move(largest, ratio) > LARGEST_MOVES)
+        | (top > TOP_MULTIPLE * fair)
+        | (position > POSITION_RATIO)
+    )

@@ -144,6 +144,8 @@ def metrics_row(step: int, layer: int = 0, **values: Any) -> dict[str, Any]:
         "top_share_post": 0.03125,
         "mean_share_pre": 0.25,
         "mean_share_post": 0.75,
+        "position_ratio_pre": 1.5,
+        "position_ratio_post": 1.25,
         "train_loss": 4.0,
         "val_loss": 4.5,
         "lr": 0.003,

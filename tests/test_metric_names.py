@@ -43,7 +43,7 @@ def measured() -> pd.DataFrame:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
     ffn = FFNAdapter(0, "ffn", model[0], model[2])
-    rows = measure(model, [torch.randn(200, 6)], ffns=[ffn])
+    rows = measure(model, [torch.randn(10, 20, 6)], ffns=[ffn])
     return with_derived(rows.drop(columns="outliers"))
 
 

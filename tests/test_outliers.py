@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from nerve.outliers import LARGEST_MOVES, describe_outliers, largest_move, outliers
-from nerve.spectra import SampleShares, StreamingCovariance, eigenvalues, participation_ratio
+from nerve.spectra import (
+    SampleShares,
+    Shares,
+    StreamingCovariance,
+    eigenvalues,
+    participation_ratio,
+)
 
 
 def ratio_of(x: torch.Tensor) -> float:
@@ -16,11 +22,13 @@ def ratio_of(x: torch.Tensor) -> float:
 
 
 def row_of(pre: torch.Tensor, post: torch.Tensor) -> pd.DataFrame:
-    row: dict[str, float] = {"n_samples": len(pre)}
+    row: dict[str, float] = {"n_samples": pre.shape[:-1].numel()}
     for site, x in (("pre", pre), ("post", post)):
         found = SampleShares(x.shape[-1])
         found.update(x)
-        _, row[f"largest_share_{site}"], row[f"top_share_{site}"] = found.shares().tolist()
+        shares = Shares(*found.shares().tolist())
+        row[f"largest_share_{site}"], row[f"top_share_{site}"] = shares.largest, shares.top
+        row[f"position_ratio_{site}"] = shares.position
         row[f"pr_{site}"] = ratio_of(x)
     return pd.DataFrame([row])
 
@@ -75,12 +83,13 @@ def test_a_plant_that_moves_pr_is_flagged_at_its_site(site, factor, position):
 
 
 @pytest.mark.parametrize("seq_len", [128, 512])
-@pytest.mark.parametrize("factor", [5, 10, 300])
-def test_the_first_token_of_every_sequence_is_flagged(seq_len, factor):
+@pytest.mark.parametrize("position", [0, 77])
+@pytest.mark.parametrize("factor", [3, 5, 10, 300])
+def test_a_token_of_every_sequence_is_flagged(seq_len, position, factor):
     """As in trained models: first tokens that are one large vector."""
     x = torch.randn(16, seq_len, 64, generator=torch.Generator().manual_seed(0))
-    x[:, 0] = factor * x.norm(dim=-1).median() / 8
-    row = row_of(x.reshape(-1, 64), torch.randn(16 * seq_len, 64))
+    x[:, position] = factor * x.norm(dim=-1).median() / 8
+    row = row_of(x, torch.randn(16, seq_len, 64))
     assert outliers(row).tolist() == ["pre"]
 
 
@@ -92,10 +101,18 @@ def test_a_flag_is_told_with_its_numbers():
     assert describe_outliers(row.iloc[0].to_dict(), "pre") == (
         "pre: the farthest sample holds 8.3% of the variance, the farthest 0.1% 33.1%"
     )
+    x = torch.ones(12, 200, 8) + torch.randn(12, 200, 8) / 100
+    x[:, 0] = torch.linspace(30, 40, 8)
+    assert describe_outliers(row_of(x, x).iloc[0].to_dict(), "post") == (
+        "post: the farthest sample holds 8.3% of the variance, the farthest 0.1% 24.9%, "
+        "one position of the sequences is at 199.0 times the mean squared distance"
+    )
 
 
 def test_rows_without_shares_are_not_flagged():
     rows = row_of(torch.randn(50, 4), torch.randn(50, 4))
-    stored_before = rows.assign(**{name: np.nan for name in rows if "share" in name})
+    stored_before = rows.assign(
+        **{name: np.nan for name in rows if "share" in name or "ratio" in name}
+    )
     assert outliers(stored_before).tolist() == [""]
     assert outliers(rows.iloc[:0]).empty

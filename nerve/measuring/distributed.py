@@ -17,6 +17,7 @@ from nerve.errors import StoreError
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.covariance import Tally
 from nerve.spectra.moments import Moments
+from nerve.spectra.shares import Distances
 
 
 def rank() -> int:
@@ -113,7 +114,9 @@ def reduce_covariance(covariance: StreamingCovariance, to: int, tallies: Sequenc
         covariance.replace(Moments(total, common, scatter), tallies)
 
 
-def reduce_shares(shares: SampleShares, to: int, counts: Sequence[int]) -> None:
+def reduce_shares(
+    shares: SampleShares, to: int, counts: Sequence[int], n_positions: Sequence[int]
+) -> None:
     """Gives process `to` the samples of all processes.
 
     Every process must call it, on objects of one `dim`; one may have seen no samples. What the
@@ -123,6 +126,7 @@ def reduce_shares(shares: SampleShares, to: int, counts: Sequence[int]) -> None:
         shares: this process's.
         to: the process that gets all samples.
         counts: `n` of every process that has seen samples, in any order.
+        n_positions: their `n_positions`.
     """
     with torch.inference_mode(False), torch.no_grad():
         total = sum(counts)
@@ -130,10 +134,15 @@ def reduce_shares(shares: SampleShares, to: int, counts: Sequence[int]) -> None:
         dist.all_reduce(mean)
         square = shares.square_about(mean)
         dist.reduce(square, to)
-        mine, reach = shares.farthest(mean)
+        mine, reach, positions = shares.about(mean)
         length = max(shares.n_candidates(count) for count in counts)
         mine = torch.nn.functional.pad(mine, (0, length - len(mine)))
         squares = [torch.empty_like(mine) for _ in range(n_processes())]
         dist.all_gather(squares, mine)
         dist.all_reduce(reach, dist.ReduceOp.MAX)
-        shares.replace(total, mean, square, torch.cat(squares).sort(descending=True).values, reach)
+        # One process without positions leaves none to the others.
+        length = max(n_positions) if min(n_positions) else 0
+        positions = torch.nn.functional.pad(positions, (0, length - positions.shape[1]))
+        dist.reduce(positions, to)
+        farthest = torch.cat(squares).sort(descending=True).values
+        shares.replace(total, mean, square, Distances(farthest, reach, positions))

@@ -26,7 +26,8 @@ class FFNSpectra:
         pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
         post: eigenvalues after it, likewise.
         precision: how the products of the covariances were taken; the coarser way of the two.
-        pre_shares, post_shares: what the mean and the farthest samples have of the features.
+        pre_shares, post_shares: what the mean, the farthest samples and positions have of the
+            features.
         variance_outside: the share of post's variance outside the span of what pre can be; NaN
             where no weight says what that is.
     """
@@ -72,6 +73,7 @@ class FFNSpectra:
             metrics[f"largest_share_{site}"] = shares.largest if varies else math.nan
             metrics[f"top_share_{site}"] = shares.top if varies else math.nan
             metrics[f"mean_share_{site}"] = shares.mean
+            metrics[f"position_ratio_{site}"] = shares.position if varies else math.nan
         return {
             "layer": self.layer,
             "ffn": self.ffn,
@@ -96,7 +98,7 @@ class FFNEigenproblem:
         before: float64 `[k, k]`, k <= d_ff, of pre; or, where `of_input`, of the FFN's input,
             `[d_in, d_in]`.
         post: float64 `[k, k]`, of post.
-        shares: float64 `[2, 3]`, the `Shares` of pre and of post.
+        shares: float64 `[2, 4]`, the `Shares` of pre and of post.
         weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, where it can be read.
         of_input: whether `before` is that of x, so that pre's is `W C_x W^T`.
         post_samples: where `post` is their Gram matrix, the samples themselves, `[k, d_ff]`.

@@ -100,11 +100,15 @@ class Measurement:
         for index in set[int]().union(*gathered(self._altered)):
             self._leave_weight(index)
         seen = {key: (c.dim, c.tally()) for key, c in self._covariances.items()}
+        lengths = {index: of.n_positions for (index, _), of in self._shares.items()}
         weights = {index: weight.dtype for index, weight in self._weights.items()}
-        everyone = gathered((self._d_in, weights, self._of_input, seen))
+        everyone = gathered((self._d_in, weights, self._of_input, seen, lengths))
         self._n_forwards = sum(gathered(self._n_forwards))
         tallies: dict[tuple[int, Side], list[Tally]] = defaultdict(list)
-        for d_in, _, of_input, theirs in everyone:
+        n_positions: dict[int, list[int]] = defaultdict(list)
+        for d_in, _, of_input, theirs, of_shares in everyone:
+            for index, length in of_shares.items():
+                n_positions[index].append(length)
             self._d_in |= d_in
             self._of_input |= of_input
             for (index, site), (dim, tally) in theirs.items():
@@ -117,8 +121,8 @@ class Measurement:
             reduce_covariance(covariance, to, tallies[index, site])
             for of in ("pre", "post") if site == "post" else ():
                 shares = self._shares_of(index, of, covariance.dim, covariance.device)
-                reduce_shares(shares, to, counts)
-        self._share_weights([weights for _, weights, _, _ in everyone])
+                reduce_shares(shares, to, counts, n_positions[index])
+        self._share_weights([weights for _, weights, *_ in everyone])
 
     def _share_weights(self, holders: list[dict[int, torch.dtype]]) -> None:
         """Gives weights to the processes that saw no forward pass."""

@@ -1,4 +1,5 @@
-"""How the variance is shared among the samples: whether the mean, or a few of them, hold it all."""
+"""How the variance is shared among the samples: whether the mean, a few of them, or those of one
+position hold it all."""
 
 import math
 from typing import NamedTuple
@@ -7,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from nerve.spectra.positions import Positions, largest_mean
+
 TOP = 1000
 """`top` is the share of the farthest sample in so many, rounded up: 0.1%."""
 
@@ -14,7 +17,6 @@ _LEAST_CANDIDATES = 64
 _CANDIDATES_FOR_EACH_OF_THE_TOP = 4
 _ROWS = 8192
 _MOST_BOUNDS = 16
-_TOLERANCE = 0.01
 
 
 class Shares(NamedTuple):
@@ -26,11 +28,16 @@ class Shares(NamedTuple):
         largest: the share of all variance that the sample farthest from the mean has,
             `max |x - mean|^2 / sum |x - mean|^2`, in [1/N, 1 - 1/N].
         top: that of the farthest 0.1% of the samples, their number rounded up.
+        position: how far the samples of one position of the sequences are from the mean of all, as
+            their mean squared distance over that of all samples, at the position where this is
+            largest; 1 where all positions are alike. NaN where features have no positions, or
+            none that `nerve.spectra.positions.LEAST_SEQUENCES` reach.
     """
 
     mean: float
     largest: float
     top: float
+    position: float
 
 
 class _Bound(NamedTuple):
@@ -40,18 +47,33 @@ class _Bound(NamedTuple):
     radius: Float64[Tensor, ""]
 
 
+class Distances(NamedTuple):
+    """Squared distances of samples from a mean.
+
+    Attributes:
+        farthest: those of the farthest samples, the largest first.
+        reach: within this lie all others.
+        positions: of each position of the sequences, the number of samples and their total.
+    """
+
+    farthest: Float64[Tensor, " k"]
+    reach: Float64[Tensor, ""]
+    positions: Float64[Tensor, "2 positions"]
+
+
 class SampleShares:
     """`Shares` over any number of updates, although the mean is known only at the end.
 
     Holds number, mean and total square of the samples (float64), and as candidates those that lie
     farthest from the mean so far: at least a quarter as many as there are features, and four times
     the top 0.1%. Of the others it keeps how far the farthest one was and from which mean. No sample
-    moves farther against the mean than the mean itself does, which bounds what the others can add.
-    A share that this bound could raise by more than 1% of itself is NaN. In one update nothing can;
-    over several it takes a mean that wanders by more than the farthest samples stand out.
+    moves farther against the mean than the mean itself does, so that either the farthest samples
+    are among the candidates for certain, or the share is NaN. In one update they always are; over
+    several it takes a mean that wanders by more than the farthest samples stand out to lose them.
 
-    Holds a sixteenth of what a covariance of bfloat16 features holds. No update waits for the
-    device, but those with a mask.
+    Holds a sixteenth of what a covariance of bfloat16 features holds, and for each position of the
+    sequences the sum of its samples (float64 `[positions, dim]`). No update waits for the device,
+    but those with a mask.
 
     Args:
         dim: number of features.
@@ -70,7 +92,8 @@ class SampleShares:
         self._square = torch.zeros((), dtype=torch.float64, device=self.device)
         self._candidates: Tensor | None = None
         self._bounds: list[_Bound] = []
-        self._of_all: tuple[Tensor, Tensor] | None = None
+        self._positions = Positions(dim, self.device)
+        self._of_all: Distances | None = None
 
     def update(
         self, x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None = None
@@ -78,61 +101,69 @@ class SampleShares:
         """Adds samples. `x` is left as it is.
 
         Args:
-            x: features; all dimensions but the last are samples.
+            x: features; all dimensions but the last are samples, of which the last one, where there
+                are several, is the position in a sequence.
             mask: True for the samples that count; what the others hold is ignored.
         """
         with torch.inference_mode(False), torch.no_grad():
-            x = x.detach().to(self.device).reshape(-1, self.dim)
+            x, mask = x.detach().to(self.device), None if mask is None else mask.to(self.device)
+            counted = x.reshape(-1, self.dim)
             if mask is not None:
-                x = x[mask.to(self.device).reshape(-1)]
-            if not len(x):
+                counted = counted[mask.reshape(-1)]
+            if not len(counted):
                 return
-            self.n += len(x)
-            move = (_mean(x) - self.mean) * (len(x) / self.n)
+            sums = self._positions.sums_of(x, mask)
+            self.n += len(counted)
+            move = (sums.sum(0) - len(counted) * self.mean) / self.n
             self.mean += move
-            squares = _squares(x, self.mean)
-            self._square += squares.sum() + (self.n - len(x)) * move.square().sum()
-            self._choose(x, squares)
+            squares = _squares(counted, self.mean)
+            self._square += squares.sum() + (self.n - len(counted)) * move.square().sum()
+            self._positions.add(sums, squares, self.mean, x.shape[:-1], mask)
+            self._choose(counted, squares)
 
-    def shares(self) -> Float64[Tensor, "3"]:
+    def shares(self) -> Float64[Tensor, "4"]:
         """`Shares` so far, on the device; all NaN below two samples, or if a feature of a sample
         was not finite."""
         with torch.inference_mode(False), torch.no_grad():
             if self.n < 2:
-                return self._square.new_full((3,), math.nan)
-            squares, reach = self._of_all or self.farthest(self.mean)
+                return self._square.new_full((4,), math.nan)
+            squares, reach, positions = self._of_all or self.about(self.mean)
             n_top = -(-self.n // TOP)
             top = torch.nn.functional.pad(squares[:n_top], (0, max(0, n_top - len(squares))))
             of_mean = self.n * self.mean.square().sum()
-            least = torch.stack([of_mean, top[0], top.sum()])
-            most = torch.maximum(top, reach)
-            most = torch.stack([of_mean, most[0], most.sum()])
-            of = torch.stack([of_mean + self._square, self._square, self._square])
-            known = (most <= least * (1 + _TOLERANCE)) & self._square.isfinite()
-            return torch.where(known, least / of, math.nan)
+            of_position = largest_mean(positions) / (self._square / self.n)
+            always = self._square.isfinite()
+            known = torch.stack([always, top[0] >= reach, top[-1] >= reach, always]) & always
+            shares = torch.stack(
+                [
+                    of_mean / (of_mean + self._square),
+                    top[0] / self._square,
+                    top.sum() / self._square,
+                    of_position,
+                ]
+            )
+            return torch.where(known, shares, math.nan)
+
+    @property
+    def n_positions(self) -> int:
+        """The length of the longest sequence so far; 0 where features have no positions."""
+        return self._positions.n
 
     def square_about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, ""]:
         """The total squared distance of the samples from `mean`."""
         return self._square + self.n * (self.mean - mean).square().sum()
 
     def replace(
-        self,
-        n: int,
-        mean: Float64[Tensor, " dim"],
-        square: Float64[Tensor, ""],
-        squares: Float64[Tensor, " k"],
-        reach: Float64[Tensor, ""],
+        self, n: int, mean: Float64[Tensor, " dim"], square: Float64[Tensor, ""], of_all: Distances
     ) -> None:
         """Takes other samples in place of its own; none can be added to them.
 
         Args:
             n, mean: their number and mean.
             square: their total squared distance from it.
-            squares: the squared distances of the farthest ones, the largest first.
-            reach: the square within which all others lie.
+            of_all: as of `about(mean)`.
         """
-        self.n, self.mean, self._square = n, mean, square
-        self._of_all = squares, reach
+        self.n, self.mean, self._square, self._of_all = n, mean, square, of_all
 
     def n_candidates(self, n: int) -> int:
         """How many candidates are held of n samples."""
@@ -155,25 +186,15 @@ class SampleShares:
             reach = earlier.radius + (last.center - earlier.center).norm()
             self._bounds.append(_Bound(last.center, torch.maximum(last.radius, reach)))
 
-    def farthest(self, mean: Tensor) -> tuple[Float64[Tensor, " n"], Float64[Tensor, ""]]:
-        """The squared distances of the candidates to `mean`, the largest first, and the square
-        within which all other samples lie."""
+    def about(self, mean: Float64[Tensor, " dim"]) -> Distances:
+        """The distances of the samples from `mean`; the farthest are those of the candidates."""
         held = self._candidates
         squares = mean.new_zeros(1) if held is None else _squares(held, mean)
         reach = mean.new_zeros(())
         for center, radius in self._bounds:
             reach = torch.maximum(reach, radius + (mean - center).norm())
-        return squares.sort(descending=True).values, reach.square()
-
-
-def _mean(x: Float[Tensor, "n dim"]) -> Float64[Tensor, " dim"]:
-    """The mean of the samples, summed in float64; float32 holds the sum of so many rows of a type
-    of 16 bits with as few bits lost, and a GPU adds it sooner."""
-    dtype = torch.float64 if x.dtype.itemsize > 2 else torch.float32
-    total = x.new_zeros(x.shape[1], dtype=torch.float64)
-    for rows in x.split(_ROWS):
-        total += rows.sum(0, dtype=dtype)
-    return total / len(x)
+        farthest = squares.sort(descending=True).values
+        return Distances(farthest, reach.square(), self._positions.about(mean))
 
 
 def _squares(x: Float[Tensor, "n dim"], mean: Float64[Tensor, " dim"]) -> Float64[Tensor, " n"]:

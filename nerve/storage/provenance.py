@@ -3,11 +3,14 @@
 It imports the standard library alone, as the build of a wheel asks it, too.
 """
 
+import base64
+import hashlib
 import os
 import platform
 import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 PACKAGES = (
@@ -21,12 +24,19 @@ PACKAGES = (
 )
 """Packages whose version a result may depend on."""
 
+CODE = ("nerve", "conf", "sweeps")
+"""Folders of the repository that decide what a run does."""
+
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 COMMIT_FILE = "_commit.txt"
-"""In the package: the commit that an archive or a wheel was made from. `git archive` writes it
-(.gitattributes), and so does the build of a wheel (hatch_build.py); a checkout has a placeholder.
+"""In the package: the commit that it was packed from. `git archive` writes it with the commit's
+tree (.gitattributes), the build of a source distribution with a digest of its files, and that of a
+wheel as it is (hatch_build.py); a checkout has a placeholder.
 """
+
+PLACEHOLDER = "$Format:%H %T$\n"
+"""What the commit itself has in `COMMIT_FILE`."""
 
 
 def package_versions() -> dict[str, str]:
@@ -51,11 +61,14 @@ def nvidia_driver() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit that this package is of, `+` when files differ from it; None if none is known.
+    """The commit that this package is of; None if none is known.
 
-    What was installed from an archive or a wheel carries it, whatever repository it lies in; that
-    its files were not changed afterwards is not known. A checkout says it itself: of files that git
-    does not track those count that lie beside the code and its configuration.
+    `+` follows it when files differ from it, `?` when nothing says whether they do. What was packed
+    carries it, whatever repository it lies in, and its files are compared with what was packed:
+    those of `git archive` with the commit's tree, where there is git (all that .gitignore does not
+    name count), those of a source distribution with its digest, those of an installed wheel with
+    its record. A checkout says it itself: of files that git does not track those count that lie
+    beside the code and its configuration.
     """
     package = Path(__file__).resolve().parents[1]
     return _carried(package) or _of_checkout(package)
@@ -66,7 +79,68 @@ def _carried(package: Path) -> str | None:
         text = (package / COMMIT_FILE).read_text().strip()
     except OSError:
         return None
-    return text if re.fullmatch(r"[0-9a-f]{40,64}\+?", text) else None
+    found = re.fullmatch(r"([0-9a-f]{40,64})([+?]?)(?: (sha256:)?([0-9a-f]{40,64}))?", text)
+    if found is None:
+        return None
+    commit, mark, is_digest, packed = found.groups()
+    if packed is None:
+        same = _is_as_installed(package)
+    elif is_digest:
+        same = files_digest(package.parent) == packed
+    else:
+        same = _is_tree(package.parent, packed)
+    return commit + (mark if same else {False: "+", None: mark or "?"}[same])
+
+
+def files_digest(root: Path) -> str:
+    """SHA-256 of the names and contents of the code and its configuration below `root`."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((root / folder).rglob("*")):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and path.name != COMMIT_FILE and "/__pycache__/" not in name:
+                digest.update(f"{name}\0{_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_as_installed(package: Path) -> bool | None:
+    """Whether the files of an installed package are those that it was installed with; None where it
+    was not installed, or not from a wheel."""
+    try:
+        files = distribution("nerve").files or []
+    except PackageNotFoundError:
+        return None
+    code = [file for file in files if file.hash is not None and file.parts[0] == package.name]
+    if not any(Path(file.locate()).resolve() == Path(__file__).resolve() for file in code):
+        return None
+    try:
+        return all(file.hash.value == _sha256(Path(file.locate())) for file in code if file.hash)
+    except OSError:
+        return False
+
+
+def _sha256(path: Path) -> str:
+    """As RECORD writes it."""
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _is_tree(folder: Path, tree: str) -> bool | None:
+    """Whether the files in a folder are those of a tree of git; None without git."""
+    with tempfile.TemporaryDirectory() as repository:
+        own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_DIR": repository}
+        placeholder = Path(repository, COMMIT_FILE)
+        placeholder.write_text(PLACEHOLDER)
+        file = f"nerve/{COMMIT_FILE}"
+        try:
+            _git(folder, "init", "-q", **own)
+            own |= {"GIT_WORK_TREE": str(folder)}
+            _git(folder, "add", "--all", **own)
+            blob = _git(folder, "hash-object", "-w", "--no-filters", str(placeholder), **own)
+            _git(folder, "update-index", "--cacheinfo", f"100644,{blob},{file}", **own)
+            return _git(folder, "write-tree", **own) == tree
+        except (OSError, subprocess.SubprocessError):
+            return None
 
 
 def _of_checkout(package: Path) -> str | None:
@@ -76,7 +150,7 @@ def _of_checkout(package: Path) -> str | None:
     try:
         commit = _git(checkout, "rev-parse", "HEAD")
         tracked = _git(checkout, "status", "--porcelain", "--untracked-files=no")
-        beside = _git(checkout, "status", "--porcelain", "--", "nerve", "conf", "sweeps")
+        beside = _git(checkout, "status", "--porcelain", "--", *CODE)
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if tracked or beside else "")
@@ -94,11 +168,11 @@ def cluster_job() -> dict[str, str] | None:
     return {"scheduler": "slurm", **job} if "id" in job else None
 
 
-def _git(checkout: Path, *arguments: str) -> str:
+def _git(checkout: Path, *arguments: str, **environment: str) -> str:
     command = ["git", "-C", str(checkout), *arguments]
     # A hook of git, and some servers, name another repository in the environment.
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     result = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=10, env=own
+        command, check=True, capture_output=True, text=True, timeout=10, env=own | environment
     )
     return result.stdout.strip()

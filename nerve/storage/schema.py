@@ -13,7 +13,7 @@ from nerve.errors import StoreError
 from nerve.metric_names import SITES, STORED
 
 SCHEMA_VERSION = 2
-"""Written into each part. 2 added the columns from `variance_outside` to `mean_share_post`."""
+"""Written into each part. 2 added the columns from `variance_outside` to `position_ratio_post`."""
 VERSION_KEY = b"nerve_schema_version"
 
 

@@ -36,6 +36,7 @@ NUMBERS = [
     *("n_samples", "se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"),
     *("variance_outside", "mean_share_pre", "mean_share_post", "largest_share_pre"),
     *("largest_share_post", "top_share_pre", "top_share_post"),
+    *("position_ratio_pre", "position_ratio_post"),
 ]
 
 
@@ -51,8 +52,9 @@ def ffns(model: nn.Sequential) -> list[FFNAdapter]:
 
 def data() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(300, 6, generator=generator, dtype=torch.float64)
-    return x * torch.linspace(1, 3, 300, dtype=torch.float64)[:, None] + 100
+    x = torch.randn(300, 4, 6, generator=generator, dtype=torch.float64)
+    x[:, 2] *= 1.5  # of the four positions
+    return x * torch.linspace(1, 3, 300, dtype=torch.float64)[:, None, None] + 100
 
 
 def join(rank: int, folder: str) -> None:
@@ -245,7 +247,7 @@ def solve_shares(rank: int, folder: str) -> None:
 
 def make_eigenproblem(layer: int, broken: bool) -> FFNEigenproblem:
     scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
-    shares = torch.zeros(2, 3, dtype=torch.float64)
+    shares = torch.zeros(2, 4, dtype=torch.float64)
     return FFNEigenproblem(
         layer, "ffn", 10, 2, 2, "float64", before=scatter, post=scatter, shares=shares
     )

@@ -271,14 +271,17 @@ def test_rounding_to_16_bits_is_measured_not_left_out(model):
     assert row.pr_pre == pytest.approx(value["pr"], rel=1e-5)
 
 
-def shares_by_hand(features: np.ndarray) -> dict[str, float]:
+def shares_by_hand(features: np.ndarray, n_positions: int) -> dict[str, float]:
     centred = features - features.mean(0)
-    squares = np.sort(np.square(centred).sum(1))[::-1]
+    squares = np.square(centred).sum(1)
+    position = squares.reshape(-1, n_positions).mean(0).max() / squares.mean()
+    squares = np.sort(squares)[::-1]
     n_top = math.ceil(len(features) / 1000)
     return {
         "mean_share": len(features) * np.square(features.mean(0)).sum() / np.square(features).sum(),
         "largest_share": squares[0] / squares.sum(),
         "top_share": squares[:n_top].sum() / squares.sum(),
+        "position_ratio": position,
     }
 
 
@@ -289,10 +292,13 @@ def outside_by_hand(weight: np.ndarray, features: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
-@pytest.mark.parametrize("n_tokens", [6, 300])  # fewer samples than features, and more
+@pytest.mark.parametrize(("n_sequences", "n_tokens"), [(2, 6), (2, 300), (10, 60)])
 @pytest.mark.parametrize("skip_first", [0, 1, 4])
-def test_shares_are_those_of_the_features_that_count(model, shortcut, n_tokens, skip_first):
-    batches = list(torch.randn(2, n_tokens, 6).split(1))
+def test_shares_are_those_of_the_features_that_count(
+    model, shortcut, n_sequences, n_tokens, skip_first
+):
+    """Of fewer samples than features, and of more; of positions from 8 sequences on."""
+    batches = list(torch.randn(n_sequences, n_tokens, 6).split(n_sequences // 2))
     batches = [batch * torch.linspace(9, 1, n_tokens)[:, None] for batch in batches]
     rows = nerve.measure(
         model, batches, ffns=model.ffns(), shortcut=shortcut, skip_first=skip_first
@@ -304,8 +310,9 @@ def test_shares_are_those_of_the_features_that_count(model, shortcut, n_tokens, 
     assert row["n_samples"] == len(x)
     assert row["pr_post"] == pytest.approx(oracle(post)["pr"], rel=1e-5)
     for site, features in (("pre", pre), ("post", post)):
-        for name, value in shares_by_hand(features).items():
-            assert row[f"{name}_{site}"] == pytest.approx(value, rel=1e-5)
+        for name, value in shares_by_hand(features, n_tokens - skip_first).items():
+            value = math.nan if name == "position_ratio" and n_sequences < 8 else value
+            assert row[f"{name}_{site}"] == pytest.approx(value, rel=1e-5, nan_ok=True)
     weight = model.up.weight.detach().double().numpy()
     assert row["variance_outside"] == pytest.approx(outside_by_hand(weight, post), rel=1e-5)
 

@@ -14,7 +14,7 @@ from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.recording.solver import MOST_PENDING, NICENESS, Solver, spare_workers
 
 CPU = torch.device("cpu")
-SHARES = torch.full((2, 3), 0.1, dtype=torch.float64)
+SHARES = torch.full((2, 4), 0.1, dtype=torch.float64)
 
 
 def make_eigenproblem(layer: int, scale: float = 1.0) -> FFNEigenproblem:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tarfile
-from importlib.metadata import version
+from importlib.metadata import PathDistribution, version
 from pathlib import Path
 
 import pytest
@@ -71,12 +71,97 @@ def test_an_archive_carries_its_commit(repository, tmp_path):
     (folder / "later").write_text("a")
     git("add", ".")
     git("commit", "-q", "-m", "two")
-    with tarfile.open(tmp_path / "a.tar") as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    unpack(tmp_path / "a.tar", tmp_path / "unpacked")
     script = "import runpy, sys; print(runpy.run_path(sys.argv[1])['git_commit']())"
     path = tmp_path / "unpacked" / "nerve" / "storage" / "provenance.py"
     result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
     assert result.stdout == f"{commit}\n", result.stderr
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+
+
+@pytest.fixture
+def unpacked(repository, tmp_path, monkeypatch):
+    """The folder of an unpacked archive, and its commit."""
+    folder, git = repository
+    (folder / ".gitignore").write_text("__pycache__/\n/outputs/\n")
+    (folder / "run").write_text("a")
+    (folder / "run").chmod(0o755)
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    git("archive", "--output", str(tmp_path / "a.tar"), "HEAD")
+    unpack(tmp_path / "a.tar", tmp_path / "unpacked")
+    path = tmp_path / "unpacked" / "nerve" / "storage" / "provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(path))
+    return tmp_path / "unpacked", git("rev-parse", "HEAD")
+
+
+def test_an_archive_that_ran_is_still_that_of_its_commit(unpacked):
+    folder, commit = unpacked
+    for ignored in ("nerve/__pycache__/a.pyc", "outputs/a/run.json"):
+        (folder / ignored).parent.mkdir(parents=True)
+        (folder / ignored).write_text("a")
+    assert provenance.git_commit() == commit
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "removed", "mode", "another commit"])
+def test_an_archive_whose_files_were_changed_says_so(unpacked, change):
+    folder, commit = unpacked
+    if change == "edited":
+        (folder / "run").write_text("b")
+    elif change == "added":
+        (folder / "nerve" / "more.py").write_text("")
+    elif change == "removed":
+        (folder / "run").unlink()
+    elif change == "mode":
+        (folder / "run").chmod(0o644)
+    else:
+        file = folder / "nerve" / "_commit.txt"
+        file.write_text(f"{commit} {'a1' * 20}\n")
+    assert provenance.git_commit() == commit + "+"
+
+
+def test_without_git_nothing_says_whether_an_archive_was_changed(unpacked, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git_commit() == unpacked[1] + "?"
+
+
+def test_the_placeholder_is_what_the_repository_has():
+    assert (ROOT / "nerve" / "_commit.txt").read_text() == provenance.PLACEHOLDER
+
+
+@pytest.mark.parametrize("change", [None, "nerve/storage/more.py", "conf/a.yaml", "notes"])
+def test_a_source_distribution_has_a_digest_of_its_code(unpacked, change):
+    """Of code and configuration, whatever else lies there."""
+    folder, commit = unpacked
+    (folder / "conf").mkdir()
+    digest = provenance.files_digest(folder)
+    (folder / "nerve" / "_commit.txt").write_text(f"{commit} sha256:{digest}\n")
+    if change:
+        (folder / change).write_text("a")
+    assert provenance.git_commit() == commit + ("+" if change and "/" in change else "")
+
+
+@pytest.mark.parametrize("change", [None, "edited", "removed"])
+def test_an_installed_wheel_is_compared_with_its_record(unpacked, change, monkeypatch):
+    folder, commit = unpacked
+    (folder / "nerve" / "_commit.txt").write_text(f"{commit}\n")
+    (folder / "nerve" / "a.py").write_text("a")
+    names = ["nerve/_commit.txt", "nerve/a.py", "nerve/storage/provenance.py"]
+    lines = [f"{name},sha256={provenance._sha256(folder / name)},1" for name in names]
+    info = folder / "nerve-1.0.dist-info"
+    info.mkdir()
+    (info / "RECORD").write_text("\n".join([*lines, "nerve/__pycache__/a.pyc,,"]))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nerve\nVersion: 1.0\n")
+    monkeypatch.setattr(provenance, "distribution", lambda name: PathDistribution(info))
+    if change == "edited":
+        (folder / "nerve" / "a.py").write_text("b")
+    elif change == "removed":
+        (folder / "nerve" / "a.py").unlink()
+    assert provenance.git_commit() == commit + ("+" if change else "")
 
 
 @pytest.mark.parametrize(
@@ -85,13 +170,15 @@ def test_an_archive_carries_its_commit(repository, tmp_path):
         ("$Format:%H$\n", None),
         ("", None),
         ("main\n", None),
-        (f"{'a1' * 20}\n", "a1" * 20),
+        (f"{'a1' * 20}\n", f"{'a1' * 20}?"),
+        (f"{'a1' * 20}?\n", f"{'a1' * 20}?"),
         (f"{'a1' * 20}+\n", f"{'a1' * 20}+"),
-        (f"{'a1' * 32}\n", "a1" * 32),
+        (f"{'a1' * 32}\n", f"{'a1' * 32}?"),
     ],
 )
 def test_what_a_file_carries_is_a_commit_or_nothing(text, commit, tmp_path, monkeypatch):
-    """Without a repository: the placeholder of a tree that was merely copied says nothing."""
+    """Without a repository: the placeholder of a tree that was merely copied says nothing; a commit
+    alone is that of a wheel, which is not installed here."""
     (tmp_path / "nerve").mkdir()
     (tmp_path / "nerve" / "_commit.txt").write_text(text)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "nerve/storage/provenance.py"))
@@ -103,7 +190,7 @@ def test_an_archive_in_another_repository_has_the_commit_that_it_carries(reposit
     (folder / "nerve" / "_commit.txt").write_text("a1" * 20)
     git("add", ".")
     git("commit", "-q", "-m", "of something else")
-    assert provenance.git_commit() == "a1" * 20
+    assert provenance.git_commit() == "a1" * 20 + "?"
 
 
 @pytest.mark.parametrize("folder", ["nerve/storage", "conf/activation", "sweeps"])

@@ -16,7 +16,7 @@ def test_metrics_columns_and_types():
     others = ["variance_pre", "variance_post", "pr_pre_corrected", "pr_post_corrected"]
     shares = [
         f"{name}_{site}"
-        for name in ("largest_share", "top_share", "mean_share")
+        for name in ("largest_share", "top_share", "mean_share", "position_ratio")
         for site in ("pre", "post")
     ]
     added = ["variance_outside", *shares]
