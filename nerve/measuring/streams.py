@@ -149,7 +149,10 @@ def _cut(
     if prefix not in streams or value.shape[0] != streams[prefix].sizes[0]:
         return value
     twice = value[[row, row]]
-    if value.ndim >= 2 and value.shape[1] == streams[prefix].sizes[1]:
+    stream = streams[prefix]
+    # Beside token ids, numbers of three dimensions may be something else, such as patches.
+    of_tokens = value.ndim == 2 or not value.is_floating_point() or stream.ids is None
+    if value.ndim >= 2 and of_tokens and value.shape[1] == stream.sizes[1]:
         return twice[:, : lengths[prefix]]
     return twice
 

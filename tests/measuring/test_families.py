@@ -35,17 +35,17 @@ ALL = slice(None)
 
 
 def config(name: str, **values: Any) -> Callable[[], Any]:
-    usual = dict(
-        hidden_size=D,
-        intermediate_size=FF,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    usual = {
+        "hidden_size": D,
+        "intermediate_size": FF,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return lambda: getattr(transformers, name)(**(usual | values))
 
 
@@ -71,7 +71,7 @@ def t5(model: nn.Module) -> list[tuple[nn.Module, slice, nn.Module]]:
     return [(ffn.get_submodule(model.up), ALL, ffn.wo) for ffn in ffns]
 
 
-gpt2_like = dict(n_embd=D, n_inner=FF, n_layer=2, n_head=2, n_positions=32)
+gpt2_like = {"n_embd": D, "n_inner": FF, "n_layer": 2, "n_head": 2, "n_positions": 32}
 FAMILIES = {
     "gpt2": Family(
         "AutoModel", config("GPT2Config", **gpt2_like), mlps("h", "mlp.c_fc", "mlp.c_proj")
