@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nerve.measuring.graph import decides
 from nerve.measuring.probe import argument
 from nerve.measuring.sites import Site, declared_widths, last
 
@@ -141,7 +142,7 @@ class Dependence:
         d = [_rows(slope, leaf.module) for slope, leaf in zip(slopes, sources, strict=True)]
         x = [leaf.rows.detach() for leaf in sources]
         if len(sources) == 1:
-            varies = not _close(d[0], d[0][:1].expand_as(d[0]))
+            varies = not torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0)
             return Link(sites[0], post, None, "plain") if varies else None
         return self._gated(post, h.detach(), sites, x, d)
 
@@ -172,15 +173,15 @@ class Dependence:
         Euler: what is linear (and homogeneous) in x is x dh/dx. Where it holds for both sides (ReLU
         is homogeneous, too), h / (x0 x1) depends on the sign of the gate alone.
         """
-        linear = [_close(x[i] * d[i], h) for i in (0, 1)]
-        if linear[0] != linear[1]:
-            gate = linear.index(False)
-        elif not linear[0]:
+        off = [float((x[i] * d[i] - h).abs().sum() / h.abs().sum()) for i in (0, 1)]
+        if not min(off) <= (1e-3 if h.dtype.itemsize > 2 else 5e-2):
             return Link(sites[0], post, sites[1], "unclear", "it is linear in neither side")
+        if max(off) > 2 * torch.finfo(h.dtype).eps and max(off) > 4 * min(off):
+            gate = off.index(max(off))
         else:
-            decides = [_decides(x[i], x[0] * x[1], h) for i in (0, 1)]
-            if decides[0] != decides[1]:
-                gate = decides.index(True)
+            decides_h = [decides(x[i], x[0] * x[1], h) for i in (0, 1)]
+            if decides_h[0] != decides_h[1]:
+                gate = decides_h.index(True)
             else:
                 named = [self.is_gate(site.module) for site in sites]
                 if named[0] == named[1]:
@@ -231,23 +232,3 @@ def _only_at(reached: Tensor, chosen: tuple[Tensor, Tensor], offsets: list[int])
         expected[rows, columns + offset] = True
     hit = [bool(reached[rows, columns + offset].any()) for offset in offsets]
     return all(hit) and not bool((reached & ~expected).any())
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    rounding = 1e-4 if one.dtype.itemsize > 2 else 5e-2
-    size = float(other.abs().max())
-    return torch.allclose(one, other, rtol=rounding, atol=rounding * size * 0.1)
-
-
-def _decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
-    """Whether `h / product` is one number for each sign of `side`, feature by feature."""
-    usable = product.abs() > product.abs().mean() * 1e-2
-    ratio = torch.where(usable, h / product, torch.nan)
-    for sign in (side > 0, side < 0):
-        some = ratio.masked_fill(~sign, torch.nan)
-        high = some.nan_to_num(-torch.inf).amax(0)
-        low = some.nan_to_num(torch.inf).amin(0)
-        apart = (high - low).masked_fill(high < low, 0)
-        if bool((apart > 1e-2 * ratio.nan_to_num().abs().max()).any()):
-            return False
-    return True

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nerve.measuring.sites import last
+
 Way = Literal["directly", "through a matrix", "not at all"]
 
 # Nodes of autograd that mix features by weights or by attention: AddmmBackward0, BmmBackward0,
@@ -45,3 +47,41 @@ def _reaches(
 
 def _next(node: torch.autograd.graph.Node) -> Iterable[torch.autograd.graph.Node]:
     return [following for following, _ in node.next_functions if following is not None]
+
+
+def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
+    """Whether `features` are the product of `side` with something else, as the ungated side of a
+    gated FFN: linear in it, element by element, by a slope that does not depend on it.
+
+    Args:
+        side: recorded by autograd, of 32 bits or more: rounding to 16 would look like it.
+        features: what follows from it, in the same shape or flattened.
+        axis: holds the features of `side`.
+    """
+    assert side.grad_fn is not None
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(features.sum(), side, create_graph=True)
+    if slope.grad_fn is not None and _reaches(slope.grad_fn, side.grad_fn, through_matrices=True):
+        return False
+    x, h, slope = side.detach(), features.detach().reshape(side.shape), slope.detach()
+    x, h, slope = (last(each, axis).reshape(-1, each.shape[axis]) for each in (x, h, slope))
+    if not bool(h.isfinite().all()):
+        return False
+    is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
+    # As of a ReLU that is written as a clamp, whose derivative no graph has.
+    is_cut = not bool(slope[x < 0].any())
+    return is_linear and not is_cut and not decides(x, x, h)
+
+
+def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
+    """Whether `h / product` is one number for each sign of `side`, feature by feature."""
+    usable = product.abs() > product.abs().mean() * 1e-2
+    ratio = torch.where(usable, h / product, torch.nan)
+    for sign in (side > 0, side < 0):
+        some = ratio.masked_fill(~sign, torch.nan)
+        high = some.nan_to_num(-torch.inf).amax(0)
+        low = some.nan_to_num(torch.inf).amin(0)
+        apart = (high - low).masked_fill(high < low, 0)
+        if bool((apart > 1e-2 * ratio.nan_to_num().abs().max()).any()):
+            return False
+    return True

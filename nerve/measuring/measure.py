@@ -1,5 +1,6 @@
 """`nerve.measure`: a model and batches to one row an FFN."""
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -17,6 +18,8 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import Trace, counting, is_encoder_decoder, streams_of, trace
 from nerve.outliers import outliers
+
+log = logging.getLogger(__name__)
 
 
 def measure(
@@ -75,7 +78,11 @@ def measure(
         batches = iter(batches)
         if ffns is None:
             first = list(_first(batches))
-            ffns = find_ffns(model, first[0] if first else None, forward=forward)
+            found = find_ffns(model, first[0] if first else None, forward=forward)
+            log.info("FFNs to measure:\n%s", found)
+            for line in found.unclear:
+                log.warning("not measured; by hand, if it is an FFN: %s", line)
+            ffns = found
             batches = chain(first, batches)
         probe = Probe(ffns)
         measurement = Measurement(probe, shortcut=shortcut, skip_first=skip_first)

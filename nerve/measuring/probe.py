@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
-from nerve.measuring.graph import way_from
+from nerve.measuring.graph import is_factor, way_from
 from nerve.measuring.sites import Site, declared_widths, last
 
 SAMPLES = 8
@@ -35,13 +35,13 @@ class _Before(NamedTuple):
     Attributes:
         inputs, pre: as `Receive` takes them.
         sample: of pre, as it was when it appeared.
-        node: what autograd recorded of pre, where it did.
+        recorded: pre as the model goes on with it, where autograd records what follows.
     """
 
     inputs: Tensor
     pre: Tensor
     sample: Tensor
-    node: torch.autograd.graph.Node | None
+    recorded: Tensor | None
 
 
 class Probe:
@@ -224,9 +224,10 @@ class Probe:
         plain = self._checked(index, "pre", tensor)
         pre = self._of_site(index, site, plain)
         compiling = torch.compiler.is_compiling()
-        node = None if compiling or index in self._followed else tensor.grad_fn
+        known = compiling or index in self._followed or tensor.grad_fn is None
         inputs = pre if inputs is None else inputs
-        self._before[index] = _Before(inputs, pre, sample_of(pre).clone(), node)
+        recorded = None if known else tensor
+        self._before[index] = _Before(inputs, pre, sample_of(pre).clone(), recorded)
 
     def _finish(self, index: int, tensor: Any) -> tuple[Any, bool]:
         """Hands on what there is before and after; `tensor` as the model may go on with it, and
@@ -242,8 +243,10 @@ class Probe:
         if recorded:
             self._recording.discard(index)
             torch.set_grad_enabled(bool(self._recording))
-        if before.node is not None:
-            self._check_follows(index, before.node, tensor)
+        if before.recorded is not None:
+            self._check_follows(index, before.recorded, tensor)
+        if recorded and plain.dtype.itemsize > 2 and plain.numel():
+            self._check_is_no_factor(index, before.recorded, tensor)
         post = self._of_site(index, self.sites[index][1], plain)
         _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
         return (plain, True) if recorded else (tensor, False)
@@ -265,14 +268,26 @@ class Probe:
         torch.set_grad_enabled(True)
         return plain.requires_grad_().clone(), True
 
-    def _check_follows(self, index: int, node: torch.autograd.graph.Node, post: Tensor) -> None:
+    def _check_follows(self, index: int, pre: Tensor, post: Tensor) -> None:
         self._followed.add(index)
-        way = way_from(node, post)
+        assert pre.grad_fn is not None
+        way = way_from(pre.grad_fn, post)
         if way != "directly":
             raise MeasurementError(
                 f"Post must follow from pre through the nonlinearity alone; of "
                 f"{self._named(index)} it follows {way}. Check which modules its description "
                 "names: those of one FFN, the projection before its nonlinearity and the one after."
+            )
+
+    def _check_is_no_factor(self, index: int, pre: Tensor | None, post: Tensor) -> None:
+        site = self.sites[index][0]
+        assert pre is not None
+        if site.part != slice(None) or pre.numel() != post.numel():
+            return  # a part of it may be a factor, and is not pre
+        if is_factor(pre, post, site.feature_axis):
+            raise MeasurementError(
+                f"Pre must be what the nonlinearity gets; of {self._named(index)} it is what the "
+                "nonlinearity's output is multiplied with. Name the gate."
             )
 
     def _forget(self) -> None:

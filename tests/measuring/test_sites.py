@@ -286,3 +286,50 @@ def test_what_follows_from_what_is_seen_once_and_leaves_autograd_as_it_was():
             assert not output.requires_grad
             measurement.finish_forward()
     probe.remove()
+
+
+class Gated(nn.Module):
+    def __init__(self, act) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+GATES = [nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(), nn.Hardtanh(0, 1e9)]
+
+
+@pytest.mark.parametrize("act", GATES)
+def test_the_side_that_multiplies_is_not_pre(act):
+    model = Gated(act)
+    x = torch.randn(50, 6)
+    rows = nerve.measure(model, [x], ffns=[FFNAdapter(0, "ffn", model.gate, model.down)])
+    assert rows.status.item() == "ok"
+    with pytest.raises(MeasurementError, match="output is multiplied with"):
+        nerve.measure(model, [x], ffns=[FFNAdapter(0, "ffn", model.up, model.down)])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1, 30])
+@pytest.mark.parametrize(
+    "act", [nn.SiLU(), nn.GELU(), nn.LeakyReLU(), nn.PReLU(9), nn.Identity(), nn.Tanh(), nn.ReLU()]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_nonlinearity_passes_for_a_factor_at_any_scale(act, scale, dtype):
+    """However nearly linear it is."""
+    for projections in (
+        (nn.Linear(6, 9), nn.Linear(9, 6)),
+        (nn.Conv2d(6, 9, 1), nn.Conv2d(9, 6, 1)),
+    ):
+        model = Plain(*projections)
+        model.act = act
+        with torch.no_grad():
+            if isinstance(act, nn.PReLU):
+                act.weight.copy_(torch.linspace(-1, 1, 9))
+            model.up.bias.zero_()
+            model.up.weight.mul_(scale)
+        x = torch.randn(20, 6) if isinstance(model.up, nn.Linear) else torch.randn(5, 6, 4, 4)
+        model = model.to(dtype)
+        ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
+        assert nerve.measure(model, [x.to(dtype)], ffns=ffns).status.item() == "ok"
