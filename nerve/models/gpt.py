@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nerve.config import require
-from nerve.models.initialization import initialise
+from nerve.models.initialization import check_pre_std, initialise
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
 from nerve.nn.ffn import FeedForward, FFNDesign
@@ -31,6 +31,8 @@ class GPTConfig:
         init_std: of the initial weights.
         scale_residual_init: divides it by √(2 n_layers) for the matrices that write into the
             residual stream (Radford et al. 2019).
+        pre_std: the size of the pre-activations before training, to which `scale_pre` brings them;
+            None leaves them as `init_std` makes them.
         normalization, activation, position, ffn: the design factors.
 
     Raises:
@@ -47,6 +49,7 @@ class GPTConfig:
     attention_bias: bool = True
     init_std: float = 0.02
     scale_residual_init: bool = True
+    pre_std: int | float | None = None
     normalization: Normalization = field(default_factory=Normalization)
     activation: Activation = field(default_factory=Activation)
     position: Position = field(default_factory=Position)
@@ -67,6 +70,7 @@ class GPTConfig:
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
         require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
+        check_pre_std(self.pre_std, self.ffn)
 
 
 class GPTBlock(nn.Module):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nerve.config import require, require_choice
-from nerve.models.initialization import initialise
+from nerve.models.initialization import check_pre_std, initialise
 from nerve.nn.activation import ACTIVATIONS, Activation
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
 from nerve.nn.normalization import WIRINGS, Normalization
@@ -41,6 +41,8 @@ class MixerConfig:
         n_classes: logits that the head gives.
         dropout: on each FFN's output, in [0, 1).
         init_std: of the initial weights.
+        pre_std: the size of the pre-activations before training, to which `scale_pre` brings them;
+            None leaves them as `init_std` makes them.
         normalization, activation, position, ffn: the design factors; position is `none`.
         token_mixing, channel_mixing: departures from `activation` and `ffn`.
 
@@ -56,6 +58,7 @@ class MixerConfig:
     n_classes: int
     dropout: float = 0.0
     init_std: float = 0.02
+    pre_std: int | float | None = None
     normalization: Normalization = field(default_factory=Normalization)
     activation: Activation = field(default_factory=Activation)
     position: Position = field(default_factory=lambda: Position("none"))
@@ -78,6 +81,7 @@ class MixerConfig:
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
         require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
+        check_pre_std(self.pre_std, self.ffn)
         require(
             self.position.name == "none",
             f"model.kind=mixer takes no position encoding; got position.name={self.position.name}. "

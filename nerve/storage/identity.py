@@ -25,7 +25,7 @@ EXCLUDED = (
 """Dotted keys of nerve-run, each with all below it, that change where or how fast a run goes, not
 its result. They are passed over in any configuration, also in one that nerve-run did not write."""
 
-ADDED: dict[str, Any] = {"monitor.skip_first": 0}
+ADDED: dict[str, Any] = {"monitor.skip_first": 0, "model.pre_std": None}
 """Dotted keys that nerve-run got after version 0.1.0, each with the value that means what was done
 before. A key with that value, and all below it, is passed over: runs of before keep their ids. A
 key of which no value means that has no place here, and runs of before are other runs."""

@@ -34,7 +34,8 @@ class RunRecord:
 
     Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
     and `message`. `job` holds the cluster's own names for the run, `fingerprints` the hashes of
-    `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …).
+    `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
+    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …).
     JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
     `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
     stays null, and such a run is not taken for one with an infinite value.)
@@ -55,6 +56,7 @@ class RunRecord:
     seed: int | None = None
     n_parameters: int | None = None
     unigram_loss: float | None = None
+    pre_scales: dict[str, float] = field(default_factory=dict)
     final: dict[str, float | None] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -198,7 +200,7 @@ class RunRecord:
             raise StoreError(
                 f"run_status is one of {', '.join(RUN_STATUSES)}; got {self.run_status!r}."
             )
-        for name in ("config", "final", "fingerprints", "versions"):
+        for name in ("config", "final", "fingerprints", "pre_scales", "versions"):
             if not isinstance(getattr(self, name), Mapping):
                 raise StoreError(
                     f"{name} of a run record is a mapping; got {getattr(self, name)!r}."

@@ -116,7 +116,8 @@ def test_a_key_added_later_changes_an_id_only_with_a_value_that_changes_the_run(
     before, same = changed(default, key), changed(default, key, ADDED[key])
     assert config_id(before) == config_id(same) == config_id(default)
     assert differences(before, same) == []
-    for value in ("other", {"other": 1}, [ADDED[key]], None, True):
+    others = ("other", {"other": 1}, [ADDED[key]], 0 if ADDED[key] is None else None, True)
+    for value in others:
         other = changed(default, key, value)
         assert config_id(other) != config_id(default)
         assert [name.removesuffix(".other") for name in differences(before, other)] == [key]

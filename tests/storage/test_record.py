@@ -29,6 +29,7 @@ def test_round_trip(tmp_path):
         device="cpu",
         job={"id": "12_3"},
         unigram_loss=5.5,
+        pre_scales={"ffn/00": 1.5},
         versions={"cuda": "12.8"},
     )
     record.update(step=40, final={"val_loss": 4.25})

@@ -14,7 +14,7 @@ from nerve.cli.config.compose import build
 from nerve.cli.experiment.checks import Plan
 from nerve.config import require
 from nerve.errors import ConfigError
-from nerve.models import MODELS, build_model
+from nerve.models import MODELS, build_model, scale_pre
 from nerve.optim import build_optimizer
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import RunProgressBar
@@ -66,6 +66,19 @@ def build_module(plan: Plan, facts: Mapping[str, Any]) -> TrainedModel:
         plan.optimizer.schedule,
         compile=plan.compile,
     )
+
+
+def scale_pre_activations(plan: Plan, module: TrainedModel, data: Any) -> dict[str, float]:
+    """Brings the pre-activations of a model that begins to `model.pre_std`, where that is set.
+
+    Every process takes the whole first batch, on the CPU, so that all of them get the same weights
+    and a run does not depend on their number. Gives the factors, by FFN.
+    """
+    std = plan.model.design.pre_std
+    if std is None:
+        return {}
+    inputs, _ = next(iter(data.train_dataloader()))
+    return scale_pre(module.model, inputs, std)
 
 
 def build_trainer(

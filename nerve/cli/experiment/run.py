@@ -21,6 +21,7 @@ from nerve.cli.experiment.build import (
     check_machine,
     facts_of,
     log_configuration,
+    scale_pre_activations,
 )
 from nerve.cli.experiment.checks import Plan
 from nerve.cli.experiment.objective import objective_of
@@ -146,6 +147,8 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
     callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files)
     last = run.checkpoint("last")
+    # A run that goes on has its weights in the checkpoint, and the factors in its record.
+    pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
     if record and store:
         _prepare(run, record, store, data)
         record.update(
@@ -154,6 +157,7 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             unigram_loss=getattr(data, "unigram_loss", None),
             device=_device_names(trainer),
             versions=record.versions | _gpu_versions(trainer),
+            pre_scales=record.pre_scales | pre_scales,
         )
     log_configuration(trainer, plan)
     try:

@@ -35,6 +35,11 @@ BAD_GPT = [
         ["normalization=normfree", "normalization.placement=post"],
         ["normalization.kind=none", "normalization.placement=post"],
     ),
+    (
+        ["model.pre_std=1", "ffn.constraint=spectral_norm"],
+        ["model.pre_std=1 scales", "ffn.constraint=spectral_norm"],
+    ),
+    (["model.pre_std=0"], ["model.pre_std must be null or positive; got 0"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
     (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
     (["ffn.d_ff=64"], ["ffn.width=4", "ffn.d_ff=64"]),
@@ -78,6 +83,10 @@ BAD_MIXER = [
     (["model.token_mixing.width=[1]"], ["model.token_mixing.width must be a whole number or a"]),
     (["data=python_source"], ["model.kind=mixer", "TextDataModule", "kind=gpt"]),
     (["data=cifar100"], ["data.images.path is missing", "data.images.path=…"]),
+    (
+        ["model.pre_std=1", "ffn.constraint=weight_norm"],
+        ["model.pre_std=1 scales", "ffn.constraint=weight_norm"],
+    ),
     (["model.channel_mixing.width=0.3"], ["model.channel_mixing.width=0.3", "model.d_model=24"]),
     (["data._target_=nerve.data.Images"], ["data._target_", "nerve.data.Images"]),
 ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nerve
+from nerve.cli.experiment import build
 from nerve.errors import ConfigError
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory
@@ -256,4 +257,30 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     assert not torch.equal(*masks)  # what they drop out
     status, output = launch("pieces", "")
     assert status == 0, output
+    assert_same("whole", "pieces")
+
+
+def test_the_size_of_pre_is_set_at_the_start_and_not_again(
+    experiment, stop_at, go_on, assert_same, monkeypatch, tmp_path
+):
+    """A run that died before its first checkpoint begins anew, with the same factors."""
+    experiment("whole", "model.pre_std=1")
+    scales = RunRecord.load(tmp_path / "whole").pre_scales
+    assert list(scales) == ["ffn/00", "ffn/01"]
+    first = nerve.load_metrics(tmp_path / "whole").query("step == 0")
+    # Held-out tokens instead of the first batch of 64.
+    sizes = (first.variance_pre / first.d_ff) ** 0.5
+    assert sizes.tolist() == pytest.approx([1, 1], rel=0.2)
+    stop_at(0, MemoryError("none left"))
+    with pytest.raises(MemoryError):
+        experiment("pieces", "model.pre_std=1")
+    assert not RunDirectory(tmp_path / "pieces").checkpoint("last").exists()
+    go_on()
+    stop_at(2, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        experiment("pieces", "model.pre_std=1", "retry=true")
+    go_on()
+    monkeypatch.setattr(build, "scale_pre", lambda *_: pytest.fail("it was done again"))
+    experiment("pieces", "model.pre_std=1")
+    assert RunRecord.load(tmp_path / "pieces").pre_scales == scales
     assert_same("whole", "pieces")
