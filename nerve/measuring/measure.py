@@ -6,17 +6,25 @@ from itertools import chain
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFN
+from nerve.measuring.ffns import FFN, named
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
-from nerve.measuring.masks import Masks, Order
+from nerve.measuring.masks import Masks, Order, for_each
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.streams import Trace, counting, is_encoder_decoder, streams_of, trace
+from nerve.measuring.streams import (
+    Stream,
+    Trace,
+    Traced,
+    TraceError,
+    counting,
+    is_encoder_decoder,
+    streams_of,
+    trace,
+)
 from nerve.outliers import outliers
 
 log = logging.getLogger(__name__)
@@ -127,56 +135,67 @@ class _Choice:
     def of(self, batch: Any) -> tuple[Masks, list[Order | None] | None]:
         """Masks and orders, as `Measurement.start` takes them."""
         streams = streams_of(batch, is_encoder_decoder=self._is_encoder_decoder)
-        counts: dict[str, Tensor | None]
         if self._mask is not None:
-            masks = self._mask(batch)
-            if not isinstance(masks, Tensor) or not streams:
-                return masks, None
-            stream = self._traced(batch, streams).stream_of(self._of_trace())
-            if stream is None:
-                return masks, None
-            counts = {stream: masks}
-            self._check_all_of(stream)
-        else:
-            if (self._exclude or self._only_labeled) and not streams:
-                raise MeasurementError(
-                    "exclude= and only_labeled= need batches that are mappings with input_ids and "
-                    f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
-                )
-            counts = {
-                name: counting(stream, name, self._exclude, self._only_labeled)
-                for name, stream in streams.items()
-            }
-            if not self._skips and all(each is None for each in counts.values()):
-                return None, None
-        masks_of_ffns: list[Tensor | None] = []
-        orders: list[Order | None] = []
-        for ffn in self._traced(batch, streams).ffns if streams else []:
-            known = None if ffn.stream is None else streams[ffn.stream]
-            masks_of_ffns.append(None if ffn.stream is None else counts.get(ffn.stream))
-            orders.append(None if known is None else Order(*known.sizes, ffn.batch_first))
-        return (masks_of_ffns, orders) if streams else (None, None)
+            return self._given(batch, streams)
+        if (self._exclude or self._only_labeled) and not streams:
+            raise MeasurementError(
+                "exclude= and only_labeled= need batches that are mappings with input_ids and "
+                f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
+            )
+        counts = {
+            name: counting(stream, name, self._exclude, self._only_labeled)
+            for name, stream in streams.items()
+        }
+        if not streams or (not self._skips and all(each is None for each in counts.values())):
+            return None, None
+        ffns = self._traced(batch, streams).ffns
+        masks = [None if each.stream is None else counts[each.stream] for each in ffns]
+        return masks, [_order(each, streams) for each in ffns]
 
-    def _traced(self, batch: Any, streams: Any) -> Trace:
+    def _given(
+        self, batch: Any, streams: dict[str, Stream]
+    ) -> tuple[Masks, list[Order | None] | None]:
+        """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
+        the batch of the trace, are put into the order of the features; any other is taken as it
+        lies."""
+        assert self._mask is not None
+        ffns = self._probe.ffns
+        given = self._mask(batch)
+        masks = for_each(ffns, given)
+        of_all = isinstance(given, Tensor)
+        if not streams or all(mask is None or bool(mask.all()) for mask in masks):
+            return masks, None
+        try:
+            traced = self._traced(batch, streams)
+        except TraceError:
+            if of_all:
+                raise
+            return masks, None
+        of_trace = self._mask(traced.batch)
+        if isinstance(of_trace, Tensor) != of_all:
+            return masks, None
+        orders: list[Order | None] = []
+        for ffn, mask, short, place in zip(
+            ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
+        ):
+            stream = None if short is None else traced.stream_of(short)
+            is_of_tokens = stream is not None and stream == place.stream
+            if stream is not None and mask is not None and not is_of_tokens:
+                raise MeasurementError(
+                    f"A mask belongs to the tokens that it was made for; {named(ffn)} gets others. "
+                    "Give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
+                )
+            orders.append(_order(place, streams) if is_of_tokens else None)
+        return masks, orders
+
+    def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
         if self._trace is None:
             self._trace = trace(self._probe, self._run, batch, streams)
         return self._trace
 
-    def _of_trace(self) -> Tensor:
-        assert self._mask is not None
-        assert self._trace is not None
-        mask = self._mask(self._trace.batch)
-        return mask if isinstance(mask, Tensor) else torch.empty(0)
 
-    def _check_all_of(self, stream: str) -> None:
-        assert self._trace is not None
-        for ffn, traced in zip(self._probe.ffns, self._trace.ffns, strict=True):
-            if traced.stream != stream:
-                raise MeasurementError(
-                    f"A mask belongs to the tokens that it was made for; {ffn.name} in layer "
-                    f"{ffn.layer} gets others. Give one for each: mask=lambda batch: {{name of the "
-                    "FFNs: its mask, or None}."
-                )
+def _order(place: Traced, streams: dict[str, Stream]) -> Order | None:
+    return None if place.stream is None else Order(*streams[place.stream].sizes, place.batch_first)
 
 
 def _first(batches: Iterator[Any]) -> Iterator[Any]:

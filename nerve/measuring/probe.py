@@ -245,8 +245,9 @@ class Probe:
             torch.set_grad_enabled(bool(self._recording))
         if before.recorded is not None:
             self._check_follows(index, before.recorded, tensor)
-        if recorded and plain.dtype.itemsize > 2 and plain.numel():
-            self._check_is_no_factor(index, before.recorded, tensor)
+            if recorded and plain.dtype.itemsize > 2 and plain.numel():
+                self._check_is_no_factor(index, before.recorded, tensor)
+            self._followed.add(index)
         post = self._of_site(index, self.sites[index][1], plain)
         _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
         return (plain, True) if recorded else (tensor, False)
@@ -269,7 +270,6 @@ class Probe:
         return plain.requires_grad_().clone(), True
 
     def _check_follows(self, index: int, pre: Tensor, post: Tensor) -> None:
-        self._followed.add(index)
         assert pre.grad_fn is not None
         way = way_from(pre.grad_fn, post)
         if way != "directly":
@@ -279,9 +279,8 @@ class Probe:
                 "names: those of one FFN, the projection before its nonlinearity and the one after."
             )
 
-    def _check_is_no_factor(self, index: int, pre: Tensor | None, post: Tensor) -> None:
+    def _check_is_no_factor(self, index: int, pre: Tensor, post: Tensor) -> None:
         site = self.sites[index][0]
-        assert pre is not None
         if site.part != slice(None) or pre.numel() != post.numel():
             return  # a part of it may be a factor, and is not pre
         if is_factor(pre, post, site.feature_axis):

@@ -17,6 +17,10 @@ UNLABELED = -100
 _NAMES = {"": "the batch's tokens", "decoder_": "the decoder's tokens"}
 
 
+class TraceError(MeasurementError):
+    """The model does not run on two shortened sequences, or they cannot be told apart."""
+
+
 class Stream(NamedTuple):
     """Tokens of a batch that belong together.
 
@@ -97,7 +101,8 @@ def trace(
     are alike in the order in which they lie.
 
     Raises:
-        MeasurementError: where the model cannot run on such a batch.
+        TraceError: where the model cannot run on such a batch.
+        MeasurementError: for features that are not those that the FFNs are described with.
     """
     cut, lengths = _reduced(batch, streams)
     seen: dict[int, Tensor] = {}
@@ -113,7 +118,7 @@ def trace(
     except MeasurementError:
         raise
     except Exception as error:
-        raise MeasurementError(
+        raise TraceError(
             "To see which FFNs a mask belongs to, and in which order their tokens lie, the model "
             f"runs on two equal, shorter sequences; it failed: {error}. Give one mask for each FFN "
             "with mask=, and neither skip_first= nor exclude=."
@@ -170,7 +175,7 @@ def _traced(pre: Tensor | None, sizes: dict[str, int], ffn: FFN) -> Traced:
         apart = _difference(*by_sequence), _difference(*by_position.unbind(1))
         if min(apart) < (1e-3 if pre.dtype.itemsize > 2 else 5e-2):
             return Traced(prefix, batch_first=apart[0] <= apart[1])
-        raise MeasurementError(
+        raise TraceError(
             f"Tokens must lie sequence by sequence or position by position; those of {named(ffn)} "
             "do not. Give its mask with mask=."
         )

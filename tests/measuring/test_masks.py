@@ -275,3 +275,13 @@ def test_exclusion_needs_tokens_and_goes_with_no_other_mask():
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3])
     with pytest.raises(MeasurementError, match="Leave them out, or mask="):
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3], mask=lambda _: None)
+
+
+def test_what_is_wrong_with_a_description_is_said_whatever_the_mask():
+    """Also where the trace, which a mask needs no more, is the first to see it."""
+    model = EncoderDecoder()
+    mask = padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
+    ffns = [FFNAdapter(0, "x", model.encoder.up, model.decoder.down)]
+    with pytest.raises(MeasurementError, match="follow from pre through the nonlinearity alone"):
+        nerve.measure(model, [batch], ffns=ffns, mask=lambda b: [b["attention_mask"]])
