@@ -16,8 +16,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
+from nerve.measuring.checks import (
+    check_follows,
+    check_is_no_factor,
+    check_same_samples,
+    of_site,
+    plain,
+    split,
+)
 from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
-from nerve.measuring.graph import is_factor, way_from
 from nerve.measuring.sites import Site, declared_widths, last
 
 SAMPLES = 8
@@ -74,6 +81,7 @@ class Probe:
             )
         self.ffns = ffns
         self.sites = [sites_of(ffn) for ffn in ffns]
+        self._names = [named(ffn) for ffn in ffns]
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
@@ -113,6 +121,8 @@ class Probe:
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
+        # Not gradients: whatever turned them off has turned them on again where an error has led
+        # here, and else the forward pass was finished.
         self._forget()
 
     def finish_forward(self) -> None:
@@ -122,6 +132,8 @@ class Probe:
             MeasurementError: for an FFN that did not, or whose post never came.
         """
         times, pending = Counter(self._times), set(self._before)
+        if self._recording:
+            torch.set_grad_enabled(False)
         self._forget()
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
@@ -151,17 +163,12 @@ class Probe:
             return
         module = self.sites[index][0].module
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise self._split(index)  # the features are a slice, which no type shows
-        if pre.numel() != post.numel() or pre.shape[-1] != post.shape[-1]:
-            raise MeasurementError(
-                "Features before and after a nonlinearity must be of the same samples and width; "
-                f"{self._named(index)} has {tuple(pre.shape)} before and {tuple(post.shape)} "
-                "after. Check which modules its description names."
-            )
+            raise split(self._names[index])  # the features are a slice, which no type shows
+        check_same_samples(pre, post, self._names[index])
         if not torch.allclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True):
             raise MeasurementError(
                 "A nonlinearity must leave its input as it is; that of "
-                f"{self._named(index)} overwrites it. Use one with inplace=False."
+                f"{self._names[index]} overwrites it. Use one with inplace=False."
             )
         self._times[index] += 1
         self._receive(index, inputs, pre, post)
@@ -176,10 +183,10 @@ class Probe:
             if self._receive is None:
                 return None
             site = self.sites[index][0]
-            given = self._checked(index, "input", argument(args, kwargs))
+            given = plain(argument(args, kwargs), "input", self._names[index])
             widths = declared_widths(module)
             inputs = last(given, site.feature_axis if widths is None else widths.axis)
-            output, changed = self._recorded(index, self._checked(index, "pre", output), output)
+            output, changed = self._recorded(index, output)
             self._keep(index, inputs, site, output)
             return output if changed else None
 
@@ -189,8 +196,7 @@ class Probe:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._receive is None:
                 return None
-            given = argument(args, kwargs)
-            given, changed = self._recorded(index, self._checked(index, "pre", given), given)
+            given, changed = self._recorded(index, argument(args, kwargs))
             self._keep(index, None, self.sites[index][0], given)
             return replaced(args, kwargs, given) if changed else None
 
@@ -216,13 +222,13 @@ class Probe:
 
     def _keep(self, index: int, inputs: Tensor | None, site: Site, tensor: Tensor) -> None:
         """Notes pre until post comes."""
+        where = self._names[index]
         if index in self._before:
             raise MeasurementError(
-                f"Post must follow pre; of {self._named(index)} pre came twice. Check which "
+                f"Post must follow pre; of {where} pre came twice. Check which "
                 "modules its description names, and whether another part of the model uses them."
             )
-        plain = self._checked(index, "pre", tensor)
-        pre = self._of_site(index, site, plain)
+        pre = of_site(plain(tensor, "pre", where), site, where)
         compiling = torch.compiler.is_compiling()
         known = compiling or index in self._followed or tensor.grad_fn is None
         inputs = pre if inputs is None else inputs
@@ -232,29 +238,31 @@ class Probe:
     def _finish(self, index: int, tensor: Any) -> tuple[Any, bool]:
         """Hands on what there is before and after; `tensor` as the model may go on with it, and
         whether it is another one."""
+        where = self._names[index]
         if index not in self._before:
             raise MeasurementError(
-                f"Post must follow pre; of {self._named(index)} it comes first. Check "
+                f"Post must follow pre; of {where} it comes first. Check "
                 "which modules its description names."
             )
         before = self._before.pop(index)
-        plain = self._checked(index, "post", tensor)
+        given = plain(tensor, "post", where)
         recorded = not torch.compiler.is_compiling() and index in self._recording
         if recorded:
             self._recording.discard(index)
             torch.set_grad_enabled(bool(self._recording))
+        site, site_of_post = self.sites[index]
         if before.recorded is not None:
-            self._check_follows(index, before.recorded, tensor)
-            if recorded and plain.dtype.itemsize > 2 and plain.numel():
-                self._check_is_no_factor(index, before.recorded, tensor)
+            check_follows(before.recorded, tensor, where)
+            if recorded:
+                check_is_no_factor(before.recorded, tensor, site, where)
             self._followed.add(index)
-        post = self._of_site(index, self.sites[index][1], plain)
+        post = of_site(given, site_of_post, where)
         _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
-        return (plain, True) if recorded else (tensor, False)
+        return (given, True) if recorded else (tensor, False)
 
     # Whether post follows from pre
 
-    def _recorded(self, index: int, plain: Tensor, tensor: Tensor) -> tuple[Tensor, bool]:
+    def _recorded(self, index: int, tensor: Any) -> tuple[Any, bool]:
         """`tensor` so that autograd records what happens to it from now on, where that was never
         seen and does not disturb; and whether it is another one."""
         if (
@@ -265,92 +273,16 @@ class Probe:
             or index in self._recording
         ):
             return tensor, False
+        given = plain(tensor, "pre", self._names[index])
         self._recording.add(index)
         torch.set_grad_enabled(True)
-        return plain.requires_grad_().clone(), True
-
-    def _check_follows(self, index: int, pre: Tensor, post: Tensor) -> None:
-        assert pre.grad_fn is not None
-        way = way_from(pre.grad_fn, post)
-        if way != "directly":
-            raise MeasurementError(
-                f"Post must follow from pre through the nonlinearity alone; of "
-                f"{self._named(index)} it follows {way}. Check which modules its description "
-                "names: those of one FFN, the projection before its nonlinearity and the one after."
-            )
-
-    def _check_is_no_factor(self, index: int, pre: Tensor, post: Tensor) -> None:
-        site = self.sites[index][0]
-        if site.part != slice(None) or pre.numel() != post.numel():
-            return  # a part of it may be a factor, and is not pre
-        if is_factor(pre, post, site.feature_axis):
-            raise MeasurementError(
-                f"Pre must be what the nonlinearity gets; of {self._named(index)} it is what the "
-                "nonlinearity's output is multiplied with. Name the gate."
-            )
+        return given.requires_grad_().clone(), True
 
     def _forget(self) -> None:
         """Ends a forward pass, however it went."""
-        if self._recording:
-            self._recording.clear()
-            torch.set_grad_enabled(False)
+        self._recording.clear()
         self._before.clear()
         self._times.clear()
-
-    # What features must be
-
-    def _checked(self, index: int, site: str, features: Any) -> Tensor:
-        """The tensor, detached.
-
-        Raises:
-            MeasurementError: unless it is one plain tensor of floats.
-        """
-        if isinstance(features, DTensor):
-            raise self._split(index)
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            raise MeasurementError(
-                f"Features must be one tensor of floats; {site} of {self._named(index)} is "
-                f"{type(features).__name__}. Give the modules whose output (pre) and first "
-                "argument (post) are the features."
-            )
-        if torch.compiler.is_compiling():
-            return features.detach()
-        if features.is_nested or features.layout != torch.strided or features.is_quantized:
-            kind = "nested" if features.is_nested else str(features.layout)
-            raise MeasurementError(
-                f"Features must be one plain, strided tensor; {site} of {self._named(index)} is "
-                f"{'quantized' if features.is_quantized else kind}. Of nn.TransformerEncoder: "
-                "torch.backends.mha.set_fastpath_enabled(False) keeps it dense, and a mask leaves "
-                "padding out."
-            )
-        if type(features).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise MeasurementError(
-                f"Features must be one plain tensor; {site} of {self._named(index)} is "
-                f"{type(features).__name__}, whose numbers only its own operators can read."
-            )
-        return features.as_subclass(Tensor).detach()
-
-    def _of_site(self, index: int, site: Site, tensor: Tensor) -> Tensor:
-        axis, declared = site.feature_axis, site.declared
-        if not -tensor.ndim <= axis < tensor.ndim or (
-            declared is not None and tensor.shape[axis] != declared
-        ):
-            raise MeasurementError(
-                f"The axis that holds the features of {self._named(index)} must be as wide as "
-                f"{type(site.module).__name__} declares, {declared}; axis {axis} of "
-                f"{tuple(tensor.shape)} is not."
-            )
-        return site.features(tensor)
-
-    def _split(self, index: int) -> MeasurementError:
-        return MeasurementError(
-            "Features must be whole, since the spectra of slices do not add up; those of "
-            f"{self._named(index)} are split over processes by tensor parallelism. Train with "
-            "data parallelism or FSDP."
-        )
-
-    def _named(self, index: int) -> str:
-        return named(self.ffns[index])
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -288,6 +288,26 @@ def test_what_follows_from_what_is_seen_once_and_leaves_autograd_as_it_was():
     probe.remove()
 
 
+class Fails(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        self.up(x)
+        raise ValueError("between the sides")
+
+
+def test_an_error_between_both_sides_leaves_gradients_on():
+    """Where what had turned them off has ended before the probe is told to stop."""
+    model = Fails(nn.Linear(6, 9), nn.Linear(9, 6))
+    probe = Probe([FFNAdapter(0, "ffn", model.up, model.down)])
+    probe.install()
+    measurement = Measurement(probe)
+    measurement.start()
+    with pytest.raises(ValueError, match="between"), torch.no_grad():
+        model(torch.randn(9, 6))
+    measurement.stop()
+    probe.remove()
+    assert torch.is_grad_enabled()
+
+
 class Gated(nn.Module):
     def __init__(self, act) -> None:
         super().__init__()
