@@ -66,15 +66,14 @@ class Dependence:
 
     Attributes:
         links: in the order in which they appeared.
-        n_calls: how often each projection was called.
-        n_links: how often each link appeared, by its key.
+        n_links: how often each link appeared in one pass, at most, by its key.
     """
 
     projections: Iterable[nn.Module]
     is_gate: Callable[[nn.Module], bool]
     links: dict[tuple[Any, ...], Link] = field(default_factory=dict)
-    n_calls: Counter[nn.Module] = field(default_factory=Counter)
     n_links: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    _now: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _leaves: list[_Leaf] = field(default_factory=list)
 
     def watch(self, run: Callable[[], object]) -> None:
@@ -90,11 +89,13 @@ class Dependence:
             for handle in handles:
                 handle.remove()
             self._leaves.clear()
+            self.n_links |= self._now  # the larger count
+            self._now.clear()
 
     def forget(self) -> None:
         """As if there had been no forward pass."""
-        for seen in (self.links, self.n_calls, self.n_links):
-            seen.clear()
+        self.links.clear()
+        self.n_links.clear()
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -104,7 +105,6 @@ class Dependence:
         return leaf.clone()  # a nonlinearity may overwrite it
 
     def _take_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.n_calls[module] += 1
         features = argument(args, kwargs)
         if not isinstance(features, Tensor) or not features.requires_grad:
             return
@@ -116,7 +116,7 @@ class Dependence:
         link = self._link(module, rows)
         if link is not None:
             self.links.setdefault(link.key, link)
-            self.n_links[link.key] += 1
+            self._now[link.key] += 1
 
     def _link(self, post: nn.Module, h: Tensor) -> Link | None:
         chosen = _chosen(h.detach())

@@ -222,7 +222,7 @@ def by_hand(name: str, model: nn.Module, given: dict[str, Tensor]) -> list[dict[
         for site in ("pre", "post"):
             runs = [x.reshape(-1, x.shape[-1]) for x in kept[index, site]]
             counts = slice(None) if mask is None else mask.reshape(-1).bool()
-            row |= oracle(torch.cat([x[counts] for x in runs]).numpy(), site)
+            row |= oracle(torch.cat([x[counts] for x in runs]).double().numpy(), site)
         values.append(row)
     return values
 
@@ -238,12 +238,12 @@ def oracle(x: np.ndarray, site: str) -> dict[str, float]:
     }
 
 
-def assert_same(rows: Any, expected: list[dict[str, float]]) -> None:
+def assert_same(rows: Any, expected: list[dict[str, float]], rel: float = 1e-6) -> None:
     assert len(rows) == len(expected)
     assert rows["status"].tolist() == ["ok"] * len(rows)
     for row, values in zip(rows.to_dict("records"), expected, strict=True):
         for column, value in values.items():
-            assert row[column] == pytest.approx(value, rel=1e-6), column
+            assert row[column] == pytest.approx(value, rel=rel), column
 
 
 @pytest.mark.parametrize(
@@ -280,3 +280,24 @@ def test_names_do_not_matter(name):
     got = nerve.measure(renamed(build(name)), [given])
     columns = [column for column in expected if column != "ffn"]
     assert got[columns].equals(expected[columns])
+
+
+HALF = ["gpt2", "llama", "gemma2", "olmo2", "gpt_neox", "bloom", "falcon", "phi3", "bert"]
+HALF += ["modernbert", "opt", "albert", "t5 gated"]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_family_in_bfloat16_is_measured_as_it_runs(name):
+    """The features that 16 bits leave, to what float32 products round."""
+    model, given = build(name, torch.bfloat16), batch(name, padded=True)
+    assert_same(nerve.measure(model, [given]), by_hand(name, model, given), rel=1e-4)
+
+
+def test_a_compiled_model_is_found_and_measured():
+    model, given = build("llama"), batch("llama", padded=True)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**given)
+    rows = nerve.measure(compiled, [given])
+    torch.compiler.reset()
+    assert_same(rows, by_hand("llama", model, given))
