@@ -80,7 +80,16 @@ def measure(
     """
 
     def run(batch: Any) -> object:
-        return (forward or call)(model, batch)
+        try:
+            return (forward or call)(model, batch)
+        except RuntimeError as error:
+            if not probe.is_recording:
+                raise
+            raise MeasurementError(
+                "To see how post follows from pre, autograd records what happens in between; the "
+                f"model does there what cannot be recorded: {error}. An overwritten tensor (mul_, "
+                "inplace=True) is the usual cause."
+            ) from error
 
     with evaluating(model):
         batches = iter(batches)

@@ -125,6 +125,11 @@ class Probe:
         # here, and else the forward pass was finished.
         self._forget()
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether autograd records what happens between pre and post of an FFN."""
+        return bool(self._recording)
+
     def finish_forward(self) -> None:
         """Ends one forward pass: every FFN must have run as often as its description says.
 

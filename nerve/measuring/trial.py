@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nerve.errors import MeasurementError
 from nerve.measuring.dependence import Dependence
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.sites import declared_widths, is_pointwise
@@ -75,7 +76,13 @@ def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> No
         if seen.links:
             return
         seen.forget()
-    seen.watch(partial(run, batch))
+    try:
+        seen.watch(partial(run, batch))
+    except RuntimeError as error:
+        raise MeasurementError(
+            "To find FFNs the model runs on the first batch while autograd records; it failed: "
+            f"{error}. If the batch is right, describe the FFNs with nerve.FFNAdapter."
+        ) from error
 
 
 def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:

@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("plain", "gated", "halves", "turns", "convolution"),
     "act": tuple(ACTS),
     "order": ("sequences", "sequences, flat", "positions", "positions, flat"),
-    "alter": ("nothing",) * 4 + ("hook", "global hook", "new weight", "own forward"),
+    "alter": ("nothing",) * 4 + ("hook", "global hook", "new weight", "own forward", "overwritten"),
     "repeat": ("once",) * 3 + ("looped", "skipped"),
     "padding": ("none", "mask", "mask", "additive"),
     "mask": ("of the batch", "of the batch", "one", "by name"),
@@ -84,10 +84,13 @@ class FFN(nn.Module):
             pre, other = given[..., ::2], given[..., 1::2]
         elif self.other is not None:
             other = self.call(self.other, x)
+        before = pre.detach().clone()
         post = self.act(pre)
+        if self.case.alter == "overwritten":
+            pre.mul_(0.5)
         if self.case.form not in ("plain", "convolution"):
             post = post * other
-        self.kept.append((pre.detach().clone(), post.detach().clone()))
+        self.kept.append((before, post.detach().clone()))
         return self.call(self.down, post)
 
 

@@ -308,6 +308,22 @@ def test_an_error_between_both_sides_leaves_gradients_on():
     assert torch.is_grad_enabled()
 
 
+class OverwritesHalf(Fused):
+    """As a fused kernel in plain torch: the second half becomes the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.sides(x)
+        return self.down(up.mul_(nn.functional.silu(gate)))
+
+
+def test_what_autograd_cannot_record_is_refused_and_says_why():
+    model = OverwritesHalf(True)
+    ffns = [FFNAdapter(0, "ffn", Site(model.both, "output", slice(0, 16)), model.down)]
+    for described in (ffns, None):
+        with pytest.raises(MeasurementError, match="modified inplace"):
+            nerve.measure(model, [torch.randn(9, 6)], ffns=described)
+
+
 class Gated(nn.Module):
     def __init__(self, act) -> None:
         super().__init__()
