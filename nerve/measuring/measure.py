@@ -155,9 +155,14 @@ class _Choice:
             name: counting(stream, name, self._exclude, self._only_labeled)
             for name, stream in streams.items()
         }
-        if not streams or (not self._skips and all(each is None for each in counts.values())):
+        if not streams:
             return None, None
-        ffns = self._traced(batch, streams).ffns
+        try:
+            ffns = self._traced(batch, streams).ffns
+        except TraceError:
+            if self._skips or any(each is not None for each in counts.values()):
+                raise
+            return None, None  # all count, in whatever order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         return masks, [_order(each, streams) for each in ffns]
 
@@ -172,7 +177,7 @@ class _Choice:
         given = self._mask(batch)
         masks = for_each(ffns, given)
         of_all = isinstance(given, Tensor)
-        if not streams or all(mask is None or bool(mask.all()) for mask in masks):
+        if not streams:
             return masks, None
         try:
             traced = self._traced(batch, streams)

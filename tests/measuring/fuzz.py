@@ -38,9 +38,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "order": ("sequences", "sequences, flat", "positions", "positions, flat"),
     "alter": ("nothing",) * 4 + ("hook", "global hook", "new weight", "own forward", "overwritten"),
     "repeat": ("once",) * 3 + ("looped", "skipped"),
-    "padding": ("none", "mask", "mask", "additive"),
+    "padding": ("none", "mask", "mask", "mask", "additive"),
     "mask": ("of the batch", "of the batch", "one", "by name"),
-    "description": ("right",) * 6 + ("act", "next layer", "found", "found", "wrong side", "n_runs"),
+    "description": ("right",) * 9 + ("act", "next layer", "found", "found", "wrong side", "n_runs"),
     "input": ("position", "keyword"),
     "sizes": ("equal", "different"),
 }
@@ -212,7 +212,8 @@ def outcome(seed: int) -> tuple[Case, str]:
         batches = batches_of(case, rng)
     mask = None
     if case.mask != "of the batch":
-        name = {"one": lambda m: m, "by name": lambda m: {"first": m, "ffn": m}}[case.mask]
+        is_named = case.mask == "by name" and case.description != "found"
+        name = (lambda m: {"first": m, "ffn": m}) if is_named else (lambda m: m)
         mask = lambda batch: name(batch.get("attention_mask"))  # noqa: E731
     with altered(case, model):
         try:

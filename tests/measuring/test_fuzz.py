@@ -14,7 +14,7 @@ spec.loader.exec_module(fuzz)
 
 
 def test_models_drawn_at_random_give_the_right_numbers_or_a_refusal():
-    """At least four in ten are compared; a wrong number raises with the case."""
-    ends = Counter(fuzz.outcome(seed)[1] for seed in range(200))
-    assert ends["compared"] >= 80
+    """At least half are compared; a wrong number raises with the case."""
+    ends = Counter(fuzz.outcome(seed)[1] for seed in range(150))
+    assert ends["compared"] >= 75
     assert len(ends) > 5

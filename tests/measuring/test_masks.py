@@ -160,11 +160,12 @@ def test_first_positions_special_tokens_and_unlabeled_ones_are_left_out(order):
     assert_counts(row, model.pre(ids)[counts])
 
 
-def test_positions_are_those_of_sequences_in_any_order():
-    """`position_ratio` with padding, batch first or not: the same number."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_positions_are_those_of_sequences_in_any_order(padded):
+    """`position_ratio`, batch first or not, flattened or not: the same number."""
     ids = torch.randint(3, 30, (20, T), generator=torch.Generator().manual_seed(3))
     mask = torch.ones(20, T, dtype=torch.long)
-    mask[3, 4] = 0
+    mask[3, 4] = 1 - padded
     found = []
     for order in ORDERS:
         model = Ordered(order).double()
