@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nerve.measuring.sites import last
 
+_ROWS = 512
+"""How many samples tell a factor from a nonlinearity, at least."""
+
 Way = Literal["directly", "through a matrix", "not at all"]
 
 # Nodes of autograd that mix features by weights or by attention: AddmmBackward0, BmmBackward0,
@@ -64,13 +67,18 @@ def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
     if slope.grad_fn is not None and _reaches(slope.grad_fn, side.grad_fn, through_matrices=True):
         return False
     x, h, slope = side.detach(), features.detach().reshape(side.shape), slope.detach()
-    x, h, slope = (last(each, axis).reshape(-1, each.shape[axis]) for each in (x, h, slope))
+    x, h, slope = (_some(last(each, axis)) for each in (x, h, slope))
     if not bool(h.isfinite().all()):
         return False
     is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
     # As of a ReLU that is written as a clamp, whose derivative no graph has.
     is_cut = not bool(slope[x < 0].any())
     return is_linear and not is_cut and not decides(x, x, h)
+
+
+def _some(features: Tensor) -> Tensor:
+    rows = features.reshape(-1, features.shape[-1])
+    return rows[:: max(1, len(rows) // _ROWS)]
 
 
 def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
