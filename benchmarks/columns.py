@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="for each feature")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batches", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="that solve a problem")
+    parser.add_argument("--threads", type=int, default=1, help="that solve an eigenproblem")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     for d_ff in args.d_ff:

@@ -1,7 +1,7 @@
 """One FFN layer on the CPU: the spectra before and after the nonlinearity, against the direct way.
 
-The direct way takes the full covariance of both sides and solves both d_ff × d_ff problems. The two
-run in alternation; medians and spread are printed, with the largest differences of the metrics.
+The direct way takes the full covariance of both sides and solves both d_ff × d_ff eigenproblems.
+They run in turn; medians and spread are printed, with the largest differences of the metrics.
 """
 
 import argparse

@@ -231,15 +231,16 @@ def compare_loops(args: argparse.Namespace) -> None:
     by_hand = PlainGPT2(args.d_model, args.layers, args.seq_len).to(args.device)
     hand = statistics.median(plain_loop(args, by_hand)[20:])
     del by_hand
-    print(f"plain loop, GPT-2 written by hand: {hand:8.1f} ms a step", flush=True)
+    print(f"plain loop, GPT-2 written by hand: {hand:8.1f} ms per step", flush=True)
     plain = statistics.median(plain_loop(args, make_model(args))[20:])
-    print(f"plain loop, the model of nerve:    {plain:8.1f} ms a step", flush=True)
+    print(f"plain loop, the model of nerve:    {plain:8.1f} ms per step", flush=True)
     bare = statistics.median(lightning_run(args, None)[0][20:])
-    print(f"Lightning without the monitor:     {bare:8.1f} ms a step", flush=True)
+    print(f"Lightning without the monitor:     {bare:8.1f} ms per step", flush=True)
     idle = statistics.median(lightning_run(args, 10**9)[0][20:])
     print(
-        f"Lightning, monitor not measuring:  {idle:8.1f} ms a step: {bare / idle:.3f} of the speed"
-        f" without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the other's"
+        f"Lightning, monitor not measuring:  {idle:8.1f} ms per step: {bare / idle:.3f} of the "
+        f"speed without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the "
+        f"other's"
     )
 
 
@@ -254,7 +255,7 @@ def measure_stall(args: argparse.Namespace) -> tuple[list[str], float]:
     around = [round(t) for t in times[args.every - 5 : args.every + 25]]
     gib = 2**30
     return [
-        f"Lightning, every {args.every} steps:         {typical:8.1f} ms a step between",
+        f"Lightning, every {args.every} steps:         {typical:8.1f} ms per step between",
         f"stall of a measurement:            {stall:8.1f} ms ({stall / typical:.2f} steps); {each}",
         f"overhead at every 100 steps:       {stall / typical / 100:8.2%}",
         f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}",
@@ -268,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--batch", type=int, default=512, help="sequences a step and GPU")
+    parser.add_argument("--batch", type=int, default=512, help="sequences per step and GPU")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--steps", type=int, default=330)
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")

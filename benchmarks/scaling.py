@@ -178,7 +178,7 @@ def by_cadence(device: str, solver: Solver) -> None:
             print(f"  a step alone {alone:.1f} ms")
         else:
             print(
-                f"  every {every:3} steps: {took:7.1f} ms a step ({took / alone - 1:+.1%})",
+                f"  every {every:3} steps: {took:7.1f} ms per step ({took / alone - 1:+.1%})",
                 flush=True,
             )
 

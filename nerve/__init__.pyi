@@ -5,12 +5,15 @@ from .analysis.correlate import correlate_across_runs as correlate_across_runs
 from .analysis.correlate import correlate_within_runs as correlate_within_runs
 from .analysis.depth import depth_means as depth_means
 from .analysis.depth import metrics_by_depth as metrics_by_depth
+from .analysis.dose import dose_response as dose_response
+from .analysis.early import rank_early as rank_early
 from .analysis.flags import flag_runs as flag_runs
 from .analysis.load import Runs as Runs
 from .analysis.load import load_metrics as load_metrics
 from .analysis.load import load_runs as load_runs
 from .analysis.load import load_scalars as load_scalars
 from .analysis.load import load_spectra as load_spectra
+from .analysis.paired import compare_seeds as compare_seeds
 from .analysis.scaling import fit_width_scaling as fit_width_scaling
 from .measuring.ffns import FFNAdapter as FFNAdapter
 from .measuring.find import FoundFFNs as FoundFFNs

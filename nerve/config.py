@@ -1,6 +1,8 @@
 """Plain configuration mappings to frozen dataclasses, with errors that name the key."""
 
-from collections.abc import Collection, Mapping
+import re
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -21,11 +23,34 @@ KINDS: dict[type, str] = {
 }
 """Types of values, as messages name them."""
 
+_ABSTRACT: dict[type, type] = {int: Integral, float: Real, list: Sequence}
+
+
+def quoted(text: str) -> str:
+    """`text` as a value of an override, whatever signs it has.
+
+    To Hydra a backslash is a sign of its own only where it stands before a quote or at the end.
+    """
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _NOT_TEXT:
+        return text
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and "\\'"), text)
+    return f"'{escaped}'"
+
+
+def pasted(key: str, value: object) -> str:
+    """An override that can be pasted into a shell: `key=value`, quoted where it must be."""
+    text = f"{key}={quoted(str(value))}"
+    is_safe_within = not re.search(r'["$`!\\\n]', text)
+    return f'"{text}"' if "'" in text and is_safe_within else shlex.quote(text)
+
 
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+_NOT_TEXT = ("null", "true", "false", "inf", "nan")
 
 
 def require_choice(key: str, value: object, options: Collection[str]) -> None:
@@ -39,11 +64,21 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
 
 def require_type(key: str, value: object, *kinds: type) -> None:
     """Raises `ConfigError` unless `value` is of one of `kinds`. A whole number is a number, too;
-    true is neither."""
+    true is neither. Any sequence but a text is a list."""
     if any(_is_of(value, kind) for kind in kinds):
         return
     named = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
     raise ConfigError(f"{key} must be {named}; got {value!r}.")
+
+
+def require_count(key: str, value: object, *, least: int = 1, or_null: bool = False) -> None:
+    """Raises `ConfigError` unless `value` is a whole number of at least `least`."""
+    is_count = _is_of(value, int) and value >= least  # type: ignore[operator]
+    require(
+        is_count or (or_null and value is None),
+        f"{key} must be {'null or ' if or_null else ''}a whole number of at least {least}; got "
+        f"{value!r}.",
+    )
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
@@ -72,5 +107,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
 
 
 def _is_of(value: object, kind: type) -> bool:
-    kind = {int: Integral, float: Real}.get(kind, kind)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if isinstance(value, bool | str):  # to Python true is a whole number, and a text a sequence
+        return isinstance(value, kind) and kind is not int
+    return isinstance(value, _ABSTRACT.get(kind, kind))

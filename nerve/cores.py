@@ -1,13 +1,13 @@
-"""The cores that a process may count on; light, because a sweep that starts cells needs it, too."""
+"""The cores that a process may count on; light, as a sweep that starts trials needs it, too."""
 
 import os
 
 SHARE = "NERVE_CORES"
-"""The environment variable that says how many of the cores are those of a cell beside others."""
+"""The environment variable that says how many of the cores are those of a trial beside others."""
 
 
-def share_among_cells() -> int | None:
-    """Cores of this process, where it is one of several cells that run side by side."""
+def share_among_trials() -> int | None:
+    """Cores of this process, where it is one of several trials that run side by side."""
     share = os.environ.get(SHARE)
     return None if share is None else int(share)
 

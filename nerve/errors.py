@@ -1,4 +1,16 @@
-"""Errors that a user can fix. A message gives the rule, what was received and the likely fix."""
+"""Errors that a user can fix, and warnings at the line of the user's that they are about.
+
+The message of an error gives the rule, what was received and the likely fix.
+"""
+
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).resolve().parent) + os.sep
+_PASSED_OVER = (_PACKAGE, functools.__file__)  # the getter of a cached property is a frame, too
 
 
 class NerveError(Exception):
@@ -23,3 +35,11 @@ class MeasurementError(NerveError):
 
 class DivergedError(NerveError):
     """The training loss became NaN or infinite."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warns at the innermost line outside of this package, however deep the call that found it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED_OVER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -7,9 +7,9 @@ one that is made of stored columns), one entry here, one line in the table of th
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 SITES = ("pre", "post")
 """Where features are measured: before and after the nonlinearity."""
@@ -278,54 +278,3 @@ COMPARED = columns_of(lambda metric: metric.compared)
 
 CORRELATED = columns_of(lambda metric: metric.correlated)
 """The columns that are correlated with the loss unless others are named."""
-
-Rows = Iterable[Mapping[str, Any]]
-
-
-def mean_name(ffn: str, metric: str) -> str:
-    """`ffn/mean/pr_post`: the mean of a metric over the layers of an FFN."""
-    return f"{ffn}/mean/{metric}"
-
-
-def mean_values(rows: Rows) -> dict[str, float]:
-    """Each metric averaged: `pr_post` over all FFNs, `ffn/mean/pr_post` over the layers of `ffn`
-    (a Mixer has `token_mixing/mean/pr_post` and `channel_mixing/mean/pr_post`).
-
-    FFNs where nothing could be measured do not count; NaN where none is left.
-
-    Args:
-        rows: of one measurement, as in the `metrics` table; rows of earlier versions lack columns.
-    """
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        for metric in MEASURED:
-            for name in (metric, mean_name(row["ffn"], metric)):
-                values = found.setdefault(name, [])
-                if _is_there(row.get(metric)):
-                    values.append(row[metric])
-    return {
-        name: math.fsum(values) / len(values) if values else math.nan
-        for name, values in found.items()
-    }
-
-
-def logged_values(rows: Rows) -> dict[str, float]:
-    """What loggers get: each metric of each layer, `ffn/03/pr_post`, and its `ffn/mean/pr_post`.
-
-    What could not be measured is left out.
-
-    Args:
-        rows: of one measurement, as in the `metrics` table.
-    """
-    rows = list(rows)
-    layers: dict[str, Any] = {
-        f"{row['ffn']}/{row['layer']:02d}/{metric}": row.get(metric)
-        for row in rows
-        for metric in MEASURED
-    }
-    means = {name: mean for name, mean in mean_values(rows).items() if name not in MEASURED}
-    return {name: value for name, value in (layers | means).items() if _is_there(value)}
-
-
-def _is_there(value: float | None) -> bool:
-    return value is not None and not math.isnan(value)

@@ -1,5 +1,6 @@
 """What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
 
+import gc
 import itertools
 import logging
 import os
@@ -12,6 +13,8 @@ import torch
 from jaxtyping import install_import_hook
 from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
 from xdist.scheduler import LoadScopeScheduling
+
+from nerve import cores
 
 SWEEP = (
     "threads=1",
@@ -46,10 +49,10 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     handlers, level = logging.root.handlers.copy(), logging.root.level
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for cell in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
+        for trial in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
             names = ("activation", "normalization", "seed")
-            factors = [f"{name}={value}" for name, value in zip(names, cell, strict=True)]
-            directory = f"hydra.run.dir=runs/{'-'.join(map(str, cell))}"
+            factors = [f"{name}={value}" for name, value in zip(names, trial, strict=True)]
+            directory = f"hydra.run.dir=runs/{'-'.join(map(str, trial))}"
             patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
             main()
     # Hydra's handlers write to what was stdout meanwhile.
@@ -60,10 +63,19 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TOGETHER = {
     "tests/slurm/": "cluster",
+    "tests/test_docs.py": "trained_runs",
     "tests/test_notebook.py": "trained_runs",
     "tests/report/test_page.py": "trained_runs",
+    "tests/data/test_text.py": "trained_runs",  # the tokens of the default data
+    "tests/cli/survival/": "processes",
+    "tests/cli/test_logging.py": "processes",
+    "tests/measuring/": "processes",
+    "tests/cli/sweep/test_sweeper.py": "processes",
 }
-"""Tests that share a fixture of the session which takes long, and that fixture."""
+"""Tests that share what takes long to make, and its name; these come first."""
+
+LONG = ("tests/test_install.py", "tests/cli/", "tests/test_s")
+"""What comes next: the shorter the last ones, the less a process waits for the others."""
 
 
 class ByFile(LoadScopeScheduling):
@@ -75,10 +87,26 @@ class ByFile(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    config.option.loadscopereorder = False  # as collected, not by the number of tests
     return ByFile(config, log)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores, as that of the cluster's tests mostly waits."""
+    return cores.allowed() + 1
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
+
+
+def _turn(item: pytest.Item) -> int:
+    starts = (*TOGETHER, *LONG)
+    return next((i for i, start in enumerate(starts) if item.nodeid.startswith(start)), len(starts))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -1,14 +1,19 @@
 """What tests share: rows, runs and stores with numbers that are known, and the pages' examples."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -24,6 +29,23 @@ CONFIG = {
     "optimizer": {"lr": 0.003, "betas": [0.9, 0.95]},
     "seed": 7,
 }
+
+TINY_RUN = (
+    f"data.corpus.roots=[{Path(os.__file__).parent / 'json'}]",
+    "data.vocab_size=300",
+    "data.batch_size=4",
+    "data.val_fraction=0.2",
+    "model.n_layers=2",
+    "model.d_model=16",
+    "model.n_heads=2",
+    "model.seq_len=16",
+    "trainer.max_steps=5",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "monitor.every_n_steps=2",
+    "threads=1",
+)
+"""Arguments of a run that takes a fraction of a second. What is given after them wins."""
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -110,10 +132,37 @@ class StaticPage(HTMLParser):
             self.facts[self._label] = data
 
 
-def composed(*overrides: str, name: str = "config", with_hydra: bool = False) -> DictConfig:
-    """A configuration as the command line composes it, with Hydra's own node where asked for."""
+class Batches(tuple):
+    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
+
+
+class KeepWeights(L.Callback):
+    """Copies of the weights after every number of optimizer steps, 0 among them."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._keep(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self._keep(trainer, module)
+
+    def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.after[trainer.global_step] = deepcopy(module.model.state_dict())
+
+
+@contextmanager
+def hydra_at_conf() -> Iterator[None]:
+    """What the command line starts with."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, name: str = "config", with_hydra: bool = False) -> DictConfig:
+    """A configuration as the command line composes it, with Hydra's own node where asked for."""
+    with hydra_at_conf():
         return compose(name, list(overrides), return_hydra_config=with_hydra)
 
 

@@ -2,8 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import OmegaConf
-from support import PAGES, ROOT, example, examples
+from support import PAGES, ROOT, Batches, example, examples, hydra_at_conf
 from torch import nn
 
 import nerve
-from nerve.cli.config.compose import CONF, register
+from nerve.cli.config.compose import CONF
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -59,13 +58,6 @@ def test_the_names_of_the_package_on_the_pages_are_there():
     (parts,) = re.findall(r"`nerve\.spectra` holds the parts:([^.]*)\.", text)
     for name in re.findall(r"`(\w+)`", parts):
         assert callable(getattr(import_module("nerve.spectra"), name))
-
-
-@contextmanager
-def hydra_at_conf() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
 
 
 def commands() -> list[list[str]]:
@@ -190,10 +182,6 @@ class Training(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-4)
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 def given_a_model() -> dict[str, Any]:

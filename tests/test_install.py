@@ -1,4 +1,4 @@
-"""The wheel alone is enough: installed into a new environment, it runs from an empty directory."""
+"""The wheel and what it names are enough: in a new environment it runs from an empty directory."""
 
 import json
 import os
@@ -6,9 +6,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
+from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import TINY_RUN
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.install, pytest.mark.timeout(900)]
@@ -74,19 +80,70 @@ def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(tmp_p
     assert commit_in(wheel) == commit.strip() + "+\n"
 
 
-def test_the_wheel_runs_in_a_new_environment_and_an_empty_directory(wheel, tmp_path):
+def needed(requires: list[str]) -> set[str]:
+    """The packages that requirements name, and all that these need."""
+    found: set[str] = set()
+    todo = [(text, frozenset[str]()) for text in requires]
+    seen = set(todo)
+    while todo:
+        text, extras = todo.pop()
+        one = Requirement(text)
+        if one.marker and not any(one.marker.evaluate({"extra": e}) for e in extras or {""}):
+            continue
+        found.add(canonicalize_name(one.name))
+        more = {(each, frozenset(one.extras)) for each in distribution(one.name).requires or []}
+        todo += more - seen
+        seen |= more
+    return found
+
+
+def link_packages(names: set[str], site: Path) -> None:
+    """Links what this environment has of these packages into a `site-packages`: whole folders, but
+    of those that several packages share the files."""
+    files = {name: distribution(name).files or [] for name in names}
+    owners = Counter(part for of_one in files.values() for part in {f.parts[0] for f in of_one})
+    for name, of_one in files.items():
+        root = Path(str(distribution(name).locate_file("")))
+        for parts in {f.parts if owners[f.parts[0]] > 1 else f.parts[:1] for f in of_one}:
+            link = site.joinpath(*parts)
+            if ".." not in parts and root.joinpath(*parts).exists() and not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(root.joinpath(*parts))
+
+
+def link_what_the_wheel_names(environment: Path, wheel: Path) -> None:
+    """Nothing else is there, so that a package that is imported and not named would be missed."""
+    call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment.parent)
+    (site,) = environment.glob("lib/python3.*/site-packages")
+    (metadata,) = [path for path in zipfile.Path(wheel).iterdir() if ".dist-info" in path.name]
+    requires = PathDistribution(cast(Any, metadata)).requires or []
+    link_packages(needed(requires), site)
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python"]
+    call(*pip, "install", "-q", "--no-deps", "--no-index", wheel, cwd=environment.parent)
+    call(*pip, "check", cwd=environment.parent)
+
+
+def install_from_the_index(environment: Path, wheel: Path) -> None:
+    """As a user does it."""
+    call(sys.executable, "-m", "venv", environment, cwd=environment.parent)
+    pip = [environment / "bin" / "python", "-m", "pip"]
+    constraints = ROOT / "constraints.txt"
+    call(*pip, "install", "-q", "-c", constraints, wheel, cwd=environment.parent)
+
+
+@pytest.mark.parametrize(
+    "install",
+    [link_what_the_wheel_names, pytest.param(install_from_the_index, marks=pytest.mark.slow)],
+)
+def test_the_wheel_runs_in_a_new_environment_and_an_empty_directory(wheel, tmp_path, install):
     environment, empty = tmp_path / "environment", tmp_path / "empty"
     empty.mkdir()
-    call(sys.executable, "-m", "venv", environment, cwd=empty)
+    install(environment, wheel)
     python = environment / "bin" / "python"
-    call(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=empty)
     out = call(
         environment / "bin" / "nerve-run",
-        "model.n_layers=2",
-        "model.d_model=32",
-        "model.n_heads=2",
+        *TINY_RUN,
         "trainer.max_steps=3",
-        "monitor.every_n_steps=2",
         cwd=empty,
     )
     assert "validation loss" in out

@@ -23,10 +23,9 @@ from nerve.metric_names import (
     MEASURED,
     SITES,
     STORED,
-    logged_values,
-    mean_values,
     metric_of,
 )
+from nerve.recording.means import logged_values, mean_values
 from nerve.report.one_run import content_of_run
 from nerve.report.several_runs import content_of_runs
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
@@ -158,7 +157,7 @@ import sys, torch
 from torch import nn
 import nerve
 from nerve.cli.experiment.summary import print_summary
-from nerve.metric_names import logged_values
+from nerve.recording.means import logged_values
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))

@@ -45,9 +45,9 @@ def test_the_bound_holds_for_any_sample_and_is_nearly_reached():
         size = 10 ** (4 * torch.rand((), generator=generator) - 1)
         direction = torch.eye(dim, dtype=torch.float64)[0] if case % 2 else x[1] / x[1].norm()
         x[0] = size * x.norm(dim=1).median() * direction
-        centred = x - x.mean(0)
+        centered = x - x.mean(0)
         # Of a covariance's trace, the sample that is taken out has n/(n-1) times its share.
-        share = float(centred[0].square().sum() / centred.square().sum()) * n / (n - 1)
+        share = float(centered[0].square().sum() / centered.square().sum()) * n / (n - 1)
         with_it, without = ratio_of(x), ratio_of(x[1:])
         bound = float(largest_move(share, with_it))
         moved = max(with_it / without, without / with_it) - 1

@@ -1,7 +1,7 @@
-"""The sweeps: what their headers say, and every cell of every one at both scales.
+"""The sweeps: what their headers say, and every trial of every one at both scales.
 
 The commands in a header are the ones that are tested: each is composed as the command line would,
-cell by cell, and each cell is built and trained for two steps.
+trial by trial, and each trial is built and trained for two steps.
 """
 
 import itertools
@@ -10,8 +10,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -20,19 +19,20 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+from support import hydra_at_conf
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 import nerve
-from nerve.cli.config.compose import CONF, SWEEPS, build, identity, register
+from nerve.cli.config.compose import SWEEPS, build, identity
 from nerve.cli.run import main
-from nerve.cli.sweep.grid import Cell, compose_grid
+from nerve.cli.sweep.grid import StoredRuns, Trial, compose_grid
 from nerve.config import from_mapping
 from nerve.measuring.find import find_ffns
 from nerve.models import build_model
@@ -46,7 +46,8 @@ QUESTIONS = {
     *("activation", "normfree", "ffn_constraint", "norm_placement", "ffn_width", "position"),
     *("gated", "optimizer", "mixer_activation", "mixer_optimizer", "llama_scale"),
     *("paper_placement", "paper_residual", "paper_normfree", "paper_activation", "paper_width"),
-    *("paper_position", "paper_optimizer", "cause_pre_scale"),
+    *("paper_position", "paper_optimizer"),
+    *("cause_pre_scale", "cause_dose", "cause_regularizer"),
 }
 TOKENS_A_STEP = {"llama_scale": 2**16, "paper_normfree": 2**15} | {
     f"paper_{name}": 2**16
@@ -60,29 +61,23 @@ every_scale = pytest.mark.parametrize("scale", SCALES)
 
 @dataclass(frozen=True)
 class Sweep:
-    """One command of a header, composed.
+    """One command of a header, composed as `nerve-run` does it.
 
     Attributes:
         hydra: what Hydra would start the sweep with.
-        cells: the configuration of each cell, without the axis `seed`.
+        found: each trial of the first seed, as it is found in the folder of the study.
+        trials: their configurations.
         seeds: the values of that axis.
     """
 
     hydra: DictConfig
-    cells: tuple[DictConfig, ...]
+    found: tuple[Trial, ...]
+    trials: tuple[DictConfig, ...]
     seeds: tuple[int, ...]
 
     @property
     def n_runs(self) -> int:
-        return len(self.cells) * len(self.seeds)
-
-
-@contextmanager
-def hydra_at_conf() -> Iterator[None]:
-    """What the command line starts with."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+        return len(self.trials) * len(self.seeds)
 
 
 def header(name: str) -> list[str]:
@@ -97,16 +92,30 @@ def commands(name: str) -> list[list[str]]:
     return [shlex.split(call)[1:] for call in calls if call.startswith("nerve-run ")]
 
 
+def folder(name: str, scale: str) -> Path:
+    """Where the study keeps the runs of a command."""
+    return RUNS / (f"{name}_gpu" if scale == "gpu" else name)
+
+
 @cache
 def composed(name: str, scale: str) -> Sweep:
     config_name, *overrides = commands(name)[SCALES.index(scale)]
     assert config_name == f"--config-name={name}"
     with hydra_at_conf():
+        loader = GlobalHydra.instance().config_loader()
         hydra = compose(name, overrides, return_hydra_config=True).hydra
+        there = [f"hydra.sweep.dir={folder(name, scale)}", "hydra.runtime.output_dir=."]
+        config = loader.load_configuration(name, [*overrides, *there], run_mode=RunMode.MULTIRUN)
         axes = grid(hydra.sweeper.params)
         seeds = axes.pop("seed", ["seed=0"])
-        cells = [compose(name, [*overrides, *cell]) for cell in itertools.product(*axes.values())]
-    return Sweep(hydra, tuple(cells), tuple(int(seed.partition("=")[2]) for seed in seeds))
+        points = itertools.product(*axes.values(), seeds[:1])
+        found = compose_grid(loader, config, [[*point, *overrides] for point in points])
+    return Sweep(
+        hydra,
+        tuple(found),
+        tuple(trial.run_config() for trial in found),
+        tuple(int(seed.partition("=")[2]) for seed in seeds),
+    )
 
 
 def grid(params: Mapping[str, str]) -> dict[str, list[str]]:
@@ -121,15 +130,15 @@ def grid(params: Mapping[str, str]) -> dict[str, list[str]]:
     }
 
 
-def values_of(cell: DictConfig) -> dict[str, Any]:
+def values_of(trial: DictConfig) -> dict[str, Any]:
     """Plain values, without the logger, whose paths only a running job knows."""
-    counted = OmegaConf.masked_copy(cell, [str(key) for key in cell if key != "logger"])
+    counted = OmegaConf.masked_copy(trial, [str(key) for key in trial if key != "logger"])
     values = OmegaConf.to_container(counted, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def facts_of(values: Mapping[str, Any], *, vocab_size: int, image_size: int) -> dict[str, int]:
+def data_dims_of(values: Mapping[str, Any], *, vocab_size: int, image_size: int) -> dict[str, int]:
     if values["model"]["kind"] == "gpt":
         return {"vocab_size": vocab_size}
     return {"image_size": image_size, "n_channels": 1, "n_classes": 10}
@@ -137,19 +146,19 @@ def facts_of(values: Mapping[str, Any], *, vocab_size: int, image_size: int) -> 
 
 def on_meta(values: Mapping[str, Any]) -> torch.nn.Module:
     """The network at its full size, without its weights."""
-    facts = facts_of(
+    data_dims = data_dims_of(
         values, vocab_size=values["data"].get("vocab_size"), image_size=8 * patch_size(values)
     )
     with torch.device("meta"):
-        return build_model(values, seed=0, **facts)
+        return build_model(values, seed=0, **data_dims)
 
 
 def patch_size(values: Mapping[str, Any]) -> int:
     return int(values["model"].get("patch_size", 1))
 
 
-def optimizer_of(cell: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    parts = build(cell.optimizer.parts)
+def optimizer_of(trial: DictConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    parts = build(trial.optimizer.parts, key="optimizer.parts")
     return build_optimizer(
         model, {str(name): Part(tuple(part.roles), part.build) for name, part in parts.items()}
     )
@@ -169,11 +178,11 @@ def shrunk(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
     return small
 
 
-def train_two_steps(cell: DictConfig, values: Mapping[str, Any]) -> None:
+def train_two_steps(trial: DictConfig, values: Mapping[str, Any]) -> None:
     """Trains on noise; each parameter that gets a gradient must move and stay finite."""
     size = 2 * patch_size(values)
-    model = build_model(values, seed=0, **facts_of(values, vocab_size=32, image_size=size))
-    optimizer = optimizer_of(cell, model)
+    model = build_model(values, seed=0, **data_dims_of(values, vocab_size=32, image_size=size))
+    optimizer = optimizer_of(trial, model)
     schedule = from_mapping(Schedule, values["optimizer"]["schedule"], "optimizer.schedule")
     scheduler = schedule.scheduler(optimizer, 2)
     noise = torch.Generator().manual_seed(0)
@@ -224,7 +233,9 @@ def test_the_cost_counts_the_runs_and_the_steps(name):
     for scale, (n_runs, n_steps) in zip(SCALES, counted, strict=True):
         sweep = composed(name, scale)
         assert sweep.n_runs == int(n_runs)
-        assert {cell.trainer.max_steps for cell in sweep.cells} == {int(n_steps.replace(",", ""))}
+        assert {trial.trainer.max_steps for trial in sweep.trials} == {
+            int(n_steps.replace(",", ""))
+        }
 
 
 @every_sweep
@@ -236,42 +247,42 @@ def test_a_sweep_is_a_multirun_with_a_directory_of_its_own(name, scale):
 
 
 @every_sweep
-def test_no_two_cells_of_both_scales_define_the_same_result(name):
+def test_no_two_trials_of_both_scales_define_the_same_result(name):
     sweeps = [composed(name, scale) for scale in SCALES]
-    ids = {identity(cell) for sweep in sweeps for cell in sweep.cells}
-    assert len(ids) == sum(len(sweep.cells) for sweep in sweeps)
+    ids = {identity(trial) for sweep in sweeps for trial in sweep.trials}
+    assert len(ids) == sum(len(sweep.trials) for sweep in sweeps)
     for sweep in sweeps:
         assert len(set(sweep.seeds)) == len(sweep.seeds)
 
 
 @every_sweep
 @every_scale
-def test_every_cell_builds_at_its_full_size_and_is_measured_on_the_same_tokens(
+def test_every_trial_builds_at_its_full_size_and_is_measured_on_the_same_tokens(
     name, scale, monkeypatch
 ):
     # Without values there is nothing to iterate on, and on the meta device it takes seconds.
     monkeypatch.setattr(_SpectralNorm, "_power_method", lambda self, weight, n_iterations: None)
     n_tokens, widths = set(), set()
-    for cell in composed(name, scale).cells:
-        model = on_meta(values_of(cell))
-        optimizer_of(cell, model)
+    for trial in composed(name, scale).trials:
+        model = on_meta(values_of(trial))
+        optimizer_of(trial, model)
         widths |= {ffn.post.in_features for ffn in find_ffns(model)}
-        n_tokens.add(cell.monitor.n_tokens)
+        n_tokens.add(trial.monitor.n_tokens)
         if scale == "gpu":
-            is_of_the_study = cell.model.kind == "gpt" and "llama" not in name
+            is_of_the_study = trial.model.kind == "gpt" and "llama" not in name
             least = 20e6 if is_of_the_study else 50e6
             assert sum(parameter.numel() for parameter in model.parameters()) > least
-            assert cell.model.n_layers >= 12
-    if cell.model.kind == "gpt" and len(widths) > 1:
+            assert trial.model.n_layers >= 12
+    if trial.model.kind == "gpt" and len(widths) > 1:
         assert len(n_tokens) == 1
         assert n_tokens.pop() >= 8 * max(widths)
 
 
 @every_sweep
 @every_scale
-def test_every_cell_takes_two_training_steps(name, scale):
-    for cell in composed(name, scale).cells:
-        train_two_steps(cell, shrunk(values_of(cell), scale))
+def test_every_trial_takes_two_training_steps(name, scale):
+    for trial in composed(name, scale).trials:
+        train_two_steps(trial, shrunk(values_of(trial), scale))
 
 
 @every_sweep
@@ -279,38 +290,40 @@ def test_the_gpu_scale_changes_sizes_and_keeps_the_question(name):
     on_cpu, on_gpu = (composed(name, scale) for scale in SCALES)
     assert list(on_cpu.hydra.sweeper.params) == list(on_gpu.hydra.sweeper.params)
     if name == "optimizer":  # without the two that are too slow there
-        names = [[cell.optimizer.name for cell in sweep.cells] for sweep in (on_cpu, on_gpu)]
+        names = [[trial.optimizer.name for trial in sweep.trials] for sweep in (on_cpu, on_gpu)]
         assert names[1] == [each for each in names[0] if each not in ("soap", "shampoo")]
     else:
-        assert len(on_cpu.cells) == len(on_gpu.cells)
-    for cell in on_cpu.cells:
-        assert (cell.trainer.accelerator, cell.compile) == ("cpu", False)
-    for cell in on_gpu.cells:
-        assert (cell.trainer.accelerator, cell.compile) == ("gpu", True)
-        if cell.model.kind == "gpt":
-            n_sequences = cell.data.batch_size * cell.trainer.accumulate_grad_batches
-            assert n_sequences * cell.model.seq_len == TOKENS_A_STEP.get(name, 2**14)
+        assert len(on_cpu.trials) == len(on_gpu.trials)
+    for trial in on_cpu.trials:
+        assert (trial.trainer.accelerator, trial.compile) == ("cpu", False)
+    for trial in on_gpu.trials:
+        assert (trial.trainer.accelerator, trial.compile) == ("gpu", True)
+        if trial.model.kind == "gpt":
+            n_sequences = trial.data.batch_size * trial.trainer.accumulate_grad_batches
+            assert n_sequences * trial.model.seq_len == TOKENS_A_STEP.get(name, 2**14)
 
 
 def test_the_data_of_every_sweep_can_be_opened():
     sweeps = [composed(name, scale) for name in NAMES for scale in SCALES]
-    nodes = {OmegaConf.to_yaml(sweep.cells[0].data): sweep.cells[0] for sweep in sweeps}
-    for cell in nodes.values():
+    nodes = {OmegaConf.to_yaml(sweep.trials[0].data): sweep.trials[0] for sweep in sweeps}
+    for trial in nodes.values():
         sizes = {"n_train_batches": 1, "seed": 0}
-        if cell.model.kind == "gpt":
+        if trial.model.kind == "gpt":
             sizes["n_heldout_tokens"] = 1
-        build(cell.data, **sizes)
+        build(trial.data, key="data", **sizes)
 
 
-def test_a_cell_without_the_archive_that_it_needs_names_the_key():
+def test_a_trial_without_the_archive_that_it_needs_names_the_key():
     with hydra_at_conf():
-        cell = compose("mixer_optimizer", ["scale=gpu"])
-    assert OmegaConf.missing_keys(cell.data) == {"data.images.path"}
+        trial = compose("mixer_optimizer", ["scale=gpu"])
+    assert OmegaConf.missing_keys(trial.data) == {"data.images.path"}
 
 
 @every_scale
 def test_each_optimizer_has_a_learning_rate_of_its_own(scale):
-    rates = {cell.optimizer.name: cell.optimizer.lr for cell in composed("optimizer", scale).cells}
+    rates = {
+        trial.optimizer.name: trial.optimizer.lr for trial in composed("optimizer", scale).trials
+    }
     assert len(rates) >= 5
     assert len(set(rates.values())) > 2
 
@@ -322,26 +335,13 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
         if run["seed"] == 0:
             of_rates = losses.setdefault(run["config"]["optimizer"]["name"], {})
             of_rates[run["config"]["optimizer"]["lr"]] = run["final"]["val_loss"]
-    rates = {cell.optimizer.name: cell.optimizer.lr for cell in composed("optimizer", "gpu").cells}
+    rates = {
+        trial.optimizer.name: trial.optimizer.lr for trial in composed("optimizer", "gpu").trials
+    }
     assert set(losses) == set(rates)
     for name, of_rates in losses.items():
         assert len(of_rates) >= 3
         assert rates[name] == min(of_rates, key=of_rates.__getitem__)
-
-
-def trials_of_command(name: str, scale: str, directory: Path) -> list[Cell]:
-    """The trials of the command in a header, as `nerve-run` finds them in `directory`."""
-    config_name, *overrides = commands(name)[SCALES.index(scale)]
-    with hydra_at_conf():
-        loader = GlobalHydra.instance().config_loader()
-        config = loader.load_configuration(
-            config_name.partition("=")[2],
-            [*overrides, f"hydra.sweep.dir={directory}", "hydra.runtime.output_dir=."],
-            run_mode=RunMode.MULTIRUN,
-        )
-        axes = grid(config.hydra.sweeper.params)
-        points = itertools.product(*axes.values())
-        return compose_grid(loader, config, [[*point, *overrides] for point in points])
 
 
 STATES = {
@@ -352,39 +352,48 @@ STATES = {
 """Of the folders that do not hold every trial of their command, done."""
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in RUNS.iterdir()))
-def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(folder, monkeypatch, capsys):
+def with_seed(trial: Trial, seed: int) -> DictConfig:
+    """The configuration of the same trial with another seed."""
+    config = trial.run_config()
+    with read_write(config):
+        config.seed = seed
+    return config
+
+
+@pytest.mark.parametrize("place", sorted(path.name for path in RUNS.iterdir()))
+def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monkeypatch, capsys):
     """By what they ran, whatever their directories are called: a copy leaves nothing to run."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    name = folder.removesuffix("_gpu")
+    name = place.removesuffix("_gpu")
     if name not in NAMES:
-        assert folder in ("normfree_rates_gpu", "residual"), "the commands are in study/findings.md"
+        assert place in ("normfree_rates_gpu", "residual"), "the commands are in study/findings.md"
         return
-    trials = trials_of_command(name, "gpu" if folder.endswith("_gpu") else "cpu", RUNS / folder)
-    assert [trial.refusal for trial in trials if trial.refusal is not None] == []
-    found = Counter(trial.found for trial in trials)
-    assert found == STATES.get(folder, {RunState.DONE: len(trials)})
-    assert sum(trial.is_to_do for trial in trials) == found[RunState.NEW]
-    places = {trial.directory for trial in trials if trial.found != RunState.NEW}
-    assert len(places) == len(trials) - found[RunState.NEW], "each trial has a run of its own"
+    sweep = composed(name, "gpu" if place.endswith("_gpu") else "cpu")
+    assert [trial.rejected_because for trial in sweep.found] == [None] * len(sweep.found)
+    assert all(trial.is_to_do == (trial.state_before == RunState.NEW) for trial in sweep.found)
+    stored = StoredRuns()
+    runs = []
+    for trial in sweep.found:
+        for seed in sweep.seeds:
+            config_id = identity(with_seed(trial, seed))
+            runs.append(stored.run_of(stored.at(RUNS / place / config_id), config_id))
+        assert trial.directory == runs[-len(sweep.seeds)].path
+    found = Counter(run.state for run in runs)
+    assert found == STATES.get(place, {RunState.DONE: sweep.n_runs})
+    places = {run.path for run in runs if run.state != RunState.NEW}
+    assert len(places) == sweep.n_runs - found[RunState.NEW], "each trial has a run of its own"
     assert capsys.readouterr().out == "", "no two runs of one configuration, none unreadable"
 
 
 def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for path in sorted((Path(shlex.__file__).parent / "json").glob("*.py")):
-        (corpus / path.name).write_text(path.read_text())
+    """Its trials are processes whose training is a stand-in."""
+    stand_in = Path(__file__).parent / "cli" / "sweep" / "stand_in.py"
+    monkeypatch.setattr("nerve.cli.sweep.local.COMMAND", [sys.executable, "-P", str(stand_in)])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    tiny = [
-        f"data.corpus.roots=[{corpus}]",
-        *("data.vocab_size=300", "data.batch_size=4", "data.val_fraction=0.3"),
-        *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.seq_len=16"),
-        *("trainer.max_steps=2", "trainer.enable_progress_bar=false", "threads=1"),
-    ]
+    Path("deeds.json").write_text("{}")
     narrowed = ["activation=gelu,identity", "seed=3"]
-    monkeypatch.setattr(sys, "argv", ["nerve-run", "--config-name=activation", *narrowed, *tiny])
+    monkeypatch.setattr(sys, "argv", ["nerve-run", "--config-name=activation", *narrowed])
     main()
     runs = nerve.load_runs(tmp_path / "outputs" / "activation")
     assert set(runs["activation.name"]) == {"gelu", "identity"}

@@ -1,4 +1,4 @@
-"""Runs beside each other: one row a run, at its last step or where it reaches a given loss.
+"""Runs beside each other: one row per run, at its last step or where it reaches a given loss.
 
 All functions give the same columns, so that whatever takes the one (seed averages, correlations,
 the scaling with width, a scatter plot) takes the other.
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
+from nerve.analysis.equal_loss import rows_at_crossings
 from nerve.analysis.flags import describe_runs, flag_runs
 from nerve.analysis.frames import (
     AT_STEP,
@@ -29,7 +30,7 @@ COUNTS = ("n_layers", "n_null")
 def final_metrics(
     metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """One row a run and FFN of its layers (a Mixer has two) at the last measured step.
+    """One row per run and FFN of its layers (a Mixer has two) at the last measured step.
 
     Flagged runs are in the frame, with their flag; a run without metrics has one row, with `ffn`
     and all numbers missing.
@@ -52,7 +53,12 @@ def final_metrics(
         ConfigError: for a factor that is not a column of `runs`.
     """
     flags = flag_runs(metrics, runs)
-    return _points(metrics, runs, factors, flags, flags["final_step"])
+    described = _described(metrics, runs, factors, flags)
+    rows, positions = rows_of(metrics, runs)
+    last = flags["final_step"].astype(float).to_numpy()[positions]
+    means = average_layers(rows[rows["step"].to_numpy() == last], [*SIZES, *COMPARED])
+    points = _joined(described, metrics, means)
+    return points.astype(dict.fromkeys(["step", "tokens_seen"], "Int64"))
 
 
 def metrics_at_loss(
@@ -61,21 +67,28 @@ def metrics_at_loss(
     factors: Sequence[str] = (),
     loss: float | None = None,
 ) -> pd.DataFrame:
-    """One row a run and FFN at the first measured step where the validation loss is ≤ a target.
+    """One row per run and FFN where the validation loss passes a target on its way down.
 
-    Nothing is interpolated: `val_loss` says how far below the target that step already is.
+    Everything is interpolated between the last measured step above the target and the next one,
+    linearly in the loss: what is measured every 100 steps would else be compared at losses that
+    differ by what a run learns in 100 steps. A loss that passes the target more than once counts
+    where it passes it for the last time.
 
-    Columns: those of `final_metrics`, with
+    Columns: those of `final_metrics`, `step` and `tokens_seen` with fractions, and with
 
     - `target_loss`: the loss asked for
-    - `reached`: whether the run reached it; where not, step, losses and metrics are missing
+    - `reached`: whether the run passed it between two measured steps or met it at its last; where
+      not (it ends above, or was below before it was first measured), step, losses and metrics are
+      missing
+
+    `n_layers` and `n_null` are the larger of those of the two steps.
 
     Args:
         metrics: rows of `load_metrics`.
         runs: rows of `load_runs`.
         factors: columns of `runs` to keep.
-        loss: the target, nats. None takes, for each `data`, the lowest loss that all runs with
-            flag `ok` reach: the largest of their `min_loss`.
+        loss: the target, nats. None takes, for each `data`, the lowest at which all runs with flag
+            `ok` end or have been: the highest of their final losses.
 
     Raises:
         ConfigError: for a factor that is not a column of `runs`, or a loss that is not finite.
@@ -84,14 +97,16 @@ def metrics_at_loss(
         raise ConfigError(f"A target loss is a finite number; got {loss!r}.")
     flags = flag_runs(metrics, runs)
     if loss is None:
-        lowest = flags["min_loss"].where(flags["flag"] == "ok")
-        target = lowest.groupby(flags["data"].fillna("")).transform("max")
+        ends = flags["final_loss"].where(flags["flag"] == "ok")
+        target = ends.groupby(flags["data"].fillna("")).transform("max")
     else:
         target = pd.Series(float(loss), index=flags.index)
-    rows, positions = rows_of(metrics[["run_id", "step", "val_loss"]], runs)
-    below = rows["val_loss"].to_numpy() <= target.to_numpy()[positions]
-    first = rows[below].groupby("run_id", observed=True)["step"].min()
-    points = _points(metrics, runs, factors, flags, flags["run_id"].map(first))
+
+    described = _described(metrics, runs, factors, flags)
+    rows, _ = rows_of(metrics, runs)
+    means = average_layers(rows, [*SIZES, *COMPARED])
+    levels = target.set_axis(flags["run_id"])
+    points = _joined(described, metrics, rows_at_crossings(means, levels, list(NUMBERS)))
     column = list(points.columns).index("ffn") + 1
     points.insert(column, "target_loss", target.to_numpy()[rows_of(points, runs)[1]])
     points.insert(column + 1, "reached", points["step"].notna())
@@ -149,22 +164,19 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**columns, **spreads}, index=groups.index)
 
 
-def _points(
-    metrics: pd.DataFrame,
-    runs: pd.DataFrame,
-    factors: Sequence[str],
-    flags: pd.DataFrame,
-    steps: pd.Series,
+def _described(
+    metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str], flags: pd.DataFrame
 ) -> pd.DataFrame:
-    """The rows of `metrics` at one step of each of `runs` (or none), averaged over layers."""
-    names = [*SIZES, *COMPARED]
-    require_columns(metrics, [*AT_STEP, *names], "load_metrics")
+    """What the rows of points say of their runs, once the frames have what points are made of."""
+    require_columns(metrics, [*AT_STEP, *SIZES, *COMPARED], "load_metrics")
     taken = ["ffn", "target_loss", "reached", *NUMBERS, *COUNTS]
-    described = describe_runs(flags, runs, factors, taken)
-    rows, positions = rows_of(metrics, runs)
-    rows = rows[rows["step"].to_numpy() == steps.astype(float).to_numpy()[positions]]
+    return describe_runs(flags, runs, factors, taken)
+
+
+def _joined(described: pd.DataFrame, metrics: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
+    """One row per run and FFN, with what `means` has of it."""
     ffns = metrics[["run_id", "ffn"]].drop_duplicates()
     points = described.merge(ffns, on="run_id", how="left")
-    points = points.merge(average_layers(rows, names), on=["run_id", "ffn"], how="left")
-    whole = dict.fromkeys(["step", "tokens_seen", *COUNTS], "Int64")
-    return points.astype(whole)[[*described.columns, "ffn", *NUMBERS, *COUNTS]]
+    points = points.merge(means, on=["run_id", "ffn"], how="left")
+    points = points.astype(dict.fromkeys(COUNTS, "Int64"))
+    return points[[*described.columns, "ffn", *NUMBERS, *COUNTS]]

@@ -1,10 +1,16 @@
-"""Do the metrics follow the loss? Correlations within each run, and across runs."""
+"""Do the metrics follow the loss? Correlations within each run and across runs, and what is left of
+them beside a clock, the learning rate, or the factor that was varied.
 
-from collections.abc import Sequence
+The loss falls with time whatever is measured: log(step + 1) alone correlates with it as well as any
+metric does. Beside each r stands that of such null models, and the partial r given each.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
+from nerve.analysis.factors import as_number, is_number, ordered_levels
 from nerve.analysis.flags import describe_runs, flag_runs
 from nerve.analysis.frames import (
     average_layers,
@@ -16,14 +22,35 @@ from nerve.analysis.frames import (
     require_columns,
     rows_of,
 )
-from nerve.analysis.statistics import Pairs, correlation, pearson_interval, spearman_interval
+from nerve.analysis.partial import partial_over_runs, partial_over_steps
+from nerve.analysis.statistics import (
+    Array,
+    Counts,
+    Pairs,
+    correlation,
+    pearson_interval,
+    spearman_interval,
+)
+from nerve.config import require
 from nerve.metric_names import CORRELATED
 
 WINDOWS = ("all", "after_warmup", "differences")
 """The steps that a correlation within a run is taken over."""
 
+NULLS = ("clock", "lr")
+"""The null models within a run."""
+
 DEFAULT_WARMUP = 0.05
 """Fraction of the steps left out as warm-up of a run whose configuration names none."""
+
+
+def null_columns(null: str) -> list[str]:
+    """The columns of a null model: its r with the loss, the partial r given it, the interval."""
+    return [f"r_{null}", f"given_{null}", f"given_{null}_low", f"given_{null}_high"]
+
+
+RESULTS = ("n", "pearson", "spearman", *(name for null in NULLS for name in null_columns(null)))
+"""The columns of a correlation within a run."""
 
 
 def correlate_within_runs(
@@ -36,7 +63,7 @@ def correlate_within_runs(
 ) -> pd.DataFrame:
     """Correlation of each metric with the validation loss over the measured steps of each run.
 
-    One row a run, FFN, (layer,) metric and window. One number alone misleads: step 0 often lies
+    One row per run, FFN, (layer,) metric and window. One number alone misleads: step 0 often lies
     far from all others, and two series that both drift correlate whatever they are. Windows:
 
     - `all`: all measured steps
@@ -46,11 +73,19 @@ def correlate_within_runs(
     - `differences`: of the changes from one measured step to the next, both `after_warmup`, for a
       change from step 0 would outweigh all others
 
-    The points of one run are not independent, so no interval is given.
+    The points of one run are not independent, so r has no interval. Its null models are the clock,
+    log(step + 1), and the learning rate (of the hidden weights); of `differences` their changes.
 
     Columns: `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag, ffn`,
     `layer` (with `by_layer`), `metric, window, first_step` (of the window), `n` (pairs), `pearson,
-    spearman`, both in [-1, 1], missing for n < 3 and where metric or loss does not vary.
+    spearman`, both in [-1, 1], missing for n < 3 and where metric or loss does not vary; and for
+    `clock` and `lr` each
+
+    - `r_clock`: Pearson's r of the null model and the loss
+    - `given_clock`: the partial r of metric and loss given the null model (linear in it), missing
+      for n < 4 and where the null model is all that there is of the metric
+    - `given_clock_low, given_clock_high`: its 95% interval over steps, by a bootstrap of blocks
+      (`partial_over_steps`), missing for n < 8
 
     Args:
         metrics: rows of `load_metrics`.
@@ -63,12 +98,12 @@ def correlate_within_runs(
         ConfigError: for a name or factor that is not a column, or a factor that the frame has.
     """
     keys = ["run_id", "ffn", *(["layer"] if by_layer else [])]
-    require_columns(metrics, [*keys, "step", "val_loss", *names], "load_metrics")
-    taken = ["ffn", "layer", "metric", "window", "first_step", "n", "pearson", "spearman"]
+    require_columns(metrics, [*keys, "step", "val_loss", "lr", *names], "load_metrics")
+    taken = ["ffn", "layer", "metric", "window", "first_step", *RESULTS]
     described = describe_runs(flag_runs(metrics, runs), runs, factors, taken)
     rows, _ = rows_of(metrics, runs)
     if not by_layer:
-        rows = average_layers(rows, names)
+        rows = average_layers(rows, [*names, "lr"])
     codes = number_rows(rows, keys)
     order = np.lexsort((rows["step"], codes))
     rows, codes = rows.take(order), codes[order]
@@ -77,22 +112,23 @@ def correlate_within_runs(
 
     warmed_up = _warmup_ends(rows, series, runs)
     late = np.where(rows["step"].to_numpy() >= warmed_up[codes], codes, -1)
-    loss = rows["val_loss"].to_numpy(float)
-    loss_changes = _changes(late, loss)
-    results = []
-    for name in names:
-        metric = rows[name].to_numpy(float)
-        changes = (late, _changes(late, metric), loss_changes)
-        for values in ((codes, metric, loss), (late, metric, loss), changes):
-            pairs = Pairs.of(*values, n_series)
-            results.append((pairs.n, correlation(pairs), correlation(pairs.ranked())))
+    values = {name: rows[name].to_numpy(float) for name in (*names, "val_loss", "lr")}
+    values["clock"] = np.log1p(rows["step"].to_numpy(float))
+    changes = {name: _changes(late, own) for name, own in values.items()}
+    windows = ((codes, values), (late, values), (late, changes))
+    nulls = [_r_of_nulls(codes, own, n_series) for codes, own in windows]
+    results = [
+        _of_metric(name, codes, own, n_series) | of_nulls
+        for name in names
+        for (codes, own), of_nulls in zip(windows, nulls, strict=True)
+    ]
     starts = np.stack([series["step"], warmed_up, warmed_up])
     table = series.loc[series.index.repeat(len(results)), keys].reset_index(drop=True)
     table["metric"] = np.tile(np.repeat(np.array(names, dtype=object), len(WINDOWS)), n_series)
     table["window"] = np.tile(np.array(WINDOWS, dtype=object), n_series * len(names))
     table["first_step"] = np.tile(starts, (len(names), 1)).T.ravel()
-    for name, values in zip(("n", "pearson", "spearman"), zip(*results, strict=True), strict=True):
-        table[name] = np.stack(values).T.ravel()
+    for name in RESULTS:
+        table[name] = np.stack([result[name] for result in results]).T.ravel()
     return join_runs(table, described)
 
 
@@ -101,19 +137,27 @@ def correlate_across_runs(
     by: Sequence[str] = (),
     *,
     against: str = "val_loss",
+    given: Sequence[str] = (),
     names: Sequence[str] = CORRELATED,
     flagged: bool = False,
 ) -> pd.DataFrame:
     """Correlation of each metric with the loss over runs; `points` itself is the scatter.
 
-    One row a group (values of `by`, `data` and `ffn`) and metric; runs of different `data` are
+    One row per group (values of `by`, `data` and `ffn`) and metric; runs of different `data` are
     never pooled. Rows of `final_metrics` count each seed as a point, rows of `average_seeds` each
     design: where the question is about designs, that is what n should count.
 
     Columns: those of `by`, `data, ffn, metric, n` (points used), `n_flagged` (points left out, or
     with `flagged` left in), `n_missing` (points without the metric or the loss), `n_heldout`
     (different held-out sets among the points used), `pearson, pearson_low, pearson_high, spearman,
-    spearman_low, spearman_high`.
+    spearman_low, spearman_high`; and for the clock, log(step + 1) of each point, and for each
+    factor of `given` (`ffn.width`, `optimizer.lr`) the columns of `null_columns`:
+
+    - `r_clock, r_ffn.width`: Pearson's r of this null model and the loss
+    - `given_clock`: the partial r of metric and loss given it, missing for n < 4 and where it does
+      not vary
+    - `given_clock_low, given_clock_high`: its 95% interval, by a bootstrap over designs, missing
+      for less than 8 of them
 
     Coefficients are missing for n < 3 or where one of the two does not vary. The 95% intervals are
     Fisher's, with standard error 1/√(n-3) of z for Pearson and √((1 + r²/2)/(n-3)) for Spearman
@@ -125,13 +169,20 @@ def correlate_across_runs(
         by: columns of `points` to group by, such as `"normalization.kind"`.
         against: the column that metrics are correlated with; `final.val_accuracy`, say, if it is
             among the factors.
+        given: columns of `points` that are numbers (a width may be `"8/3"`): what was varied, which
+            may rank the losses as well as any metric does.
         names: the metrics, columns of `points`.
         flagged: take flagged runs in, too.
 
     Raises:
-        ConfigError: for a name that is not a column of `points`.
+        ConfigError: for a name that is not a column of `points`, or a `given` one whose values are
+            texts.
     """
-    require_columns(points, ["flag", "heldout", *by, against, *names], "final_metrics")
+    needed = ["design_id", "step", "flag", "heldout", *by, against, *given, *names]
+    require_columns(points, needed, "final_metrics")
+    nulls = {"clock": np.log1p(points["step"].to_numpy(float, na_value=np.nan))}
+    nulls |= {name: _factor_numbers(points[name]) for name in given}
+    designs = number_rows(points, ["design_id"])
     codes, groups = group_points(points, by)
     taken_in = flagged | (points["flag"] == "ok").to_numpy()
     codes = np.where(taken_in, codes, -1)
@@ -144,6 +195,11 @@ def correlate_across_runs(
         pearson, spearman = correlation(pairs), correlation(pairs.ranked())
         pearson_low, pearson_high = pearson_interval(pearson, pairs.n)
         spearman_low, spearman_high = spearman_interval(spearman, pairs.n)
+        beside: dict[str, Array] = {}
+        for null, values in nulls.items():
+            r = correlation(Pairs.of(used, values, target, len(groups)))
+            partial = partial_over_runs(used, designs, metric, target, values, len(groups))
+            beside |= dict(zip(null_columns(null), (r, *partial), strict=True))
         tables.append(
             groups.drop(columns="n_flagged").assign(
                 metric=name,
@@ -157,9 +213,50 @@ def correlate_across_runs(
                 spearman=spearman,
                 spearman_low=spearman_low,
                 spearman_high=spearman_high,
+                **beside,
             )
         )
     return interleave(tables)
+
+
+def _r_of_nulls(
+    codes: Counts, values: Mapping[str, Array], n_series: int
+) -> dict[str, Array | Counts]:
+    """r of each null model and the loss in a window."""
+    return {
+        f"r_{null}": correlation(Pairs.of(codes, values[null], values["val_loss"], n_series))
+        for null in NULLS
+    }
+
+
+def _of_metric(
+    name: str, codes: Counts, values: Mapping[str, Array], n_series: int
+) -> dict[str, Array | Counts]:
+    """The correlations of a metric and the loss in a window, and what null models leave of them."""
+    metric, loss = values[name], values["val_loss"]
+    pairs = Pairs.of(codes, metric, loss, n_series)
+    found: dict[str, Array | Counts] = {
+        "n": pairs.n,
+        "pearson": correlation(pairs),
+        "spearman": correlation(pairs.ranked()),
+    }
+    for null in NULLS:
+        partial = partial_over_steps(codes, metric, loss, values[null], n_series)
+        found |= dict(zip(null_columns(null)[1:], partial, strict=True))
+    return found
+
+
+def _factor_numbers(values: pd.Series) -> Array:
+    """The values of a factor as numbers, missing ones as NaN."""
+    wrong = [
+        level for level in ordered_levels(values) if level is not None and not is_number(level)
+    ]
+    require(
+        not wrong,
+        f"What correlations are given is a number in each run; {values.name} has "
+        f"{', '.join(map(repr, wrong[:3]))}. Correlate within its levels: by=[{values.name!r}].",
+    )
+    return np.array([as_number(level) for level in values.where(values.notna(), np.nan)], float)
 
 
 def _warmup_ends(rows: pd.DataFrame, series: pd.DataFrame, runs: pd.DataFrame) -> np.ndarray:

@@ -20,14 +20,14 @@ def metrics_by_depth(
     *,
     names: Sequence[str] = DEPTH_NAMES,
 ) -> pd.DataFrame:
-    """One row a run, FFN, step and layer: what a heat map over depth and time shows.
+    """One row per run, FFN, step and layer: what a heat map over depth and time shows.
 
     Columns:
 
     - `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag` (see
       `flag_runs`)
     - `ffn, step, layer`
-    - `depth`: of the layer's centre, (layer + ½)/L, in (0, 1); L is the model's, `model.n_layers`,
+    - `depth`: of the layer's center, (layer + ½)/L, in (0, 1); L is the model's, `model.n_layers`,
       or where `runs` does not say, 1 + the last layer in `metrics`
     - `middle`: whether the layer is in the middle third, depth in [⅓, ⅔]; of two layers both are
     - `tokens_seen, train_loss, val_loss, status`, the metrics `names`
@@ -60,7 +60,7 @@ def depth_means(
     *,
     names: Sequence[str] = DEPTH_NAMES,
 ) -> pd.DataFrame:
-    """One row a run, FFN, step and region: means over all layers and over the middle third.
+    """One row per run, FFN, step and region: means over all layers and over the middle third.
 
     Columns: those of `metrics_by_depth` without `layer, depth, middle, status`, and with
 

@@ -34,7 +34,7 @@ DESIGN_FACTORS = (
 """The values that runs are first told apart by, and that are named where all have the same."""
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
-RECORDED_GROUPS = ("final", "fingerprints", "versions", "job")
+RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
 
 
@@ -59,9 +59,13 @@ def find_factors(runs: pd.DataFrame) -> Factors:
     """The configuration leaves of `load_runs` sorted into what varies, follows, and stays.
 
     The seed, leaves that change no result (`EXCLUDED`), targets of instantiation (`_target_`) and
-    leaves with the name of a result are no factors. A leaf follows another where both split the
-    runs alike, or where the other is a name (`optimizer.name`) that fixes it and that several
-    designs share: its levels could not be told from the other's.
+    leaves with the name of a result are no factors. A leaf follows another where its levels could
+    not be told from the other's:
+
+    - where both split the runs alike, or those runs that have the leaf (the rate of a part of an
+      optimizer, `optimizer.parts.main.build.lr`, and `optimizer.lr`)
+    - where the other fixes it and not for want of designs: a name (`optimizer.name`) with a level
+      that several designs share, a number each of whose levels several do
     """
     leaves = [name for name in runs.columns if _is_leaf(str(name))]
     ordered = [name for name in DESIGN_FACTORS if name in leaves]
@@ -124,13 +128,29 @@ def _is_leaf(name: str) -> bool:
 
 
 def _follows(runs: pd.DataFrame, levels: dict[str, pd.Series], name: str, other: str) -> bool:
-    n_both = len(set(zip(levels[name], levels[other], strict=True)))
-    n_other = levels[other].nunique()
-    if n_both > n_other:
-        return False
-    return n_both == levels[name].nunique() or (
-        _is_name(runs[other]) and n_other < runs["design_id"].nunique()
+    return _is_fixed(runs, levels[name], other, levels[other]) or _is_copy(
+        levels[name], levels[other]
     )
+
+
+def _is_fixed(runs: pd.DataFrame, own: pd.Series, other: str, fixing: pd.Series) -> bool:
+    """Whether a level of `other` leaves one of the leaf, and not because each has one design."""
+    n_both = len(set(zip(own, fixing, strict=True)))
+    if n_both > fixing.nunique():
+        return False
+    if n_both == own.nunique():
+        return True
+    n_designs = runs.groupby(fixing)["design_id"].nunique()
+    return bool(n_designs.max() > 1 if _is_name(runs[other]) else n_designs.min() > 1)
+
+
+def _is_copy(own: pd.Series, other: pd.Series) -> bool:
+    """Whether the leaf splits the runs that have it as `other` does: the rate of a part of an
+    optimizer that only some optimizers have."""
+    has = own != level_text(None)
+    own, other = own[has], other[has]
+    n_both = len(set(zip(own, other, strict=True)))
+    return bool(n_both > 1 and n_both == own.nunique() == other.nunique())
 
 
 def _is_name(values: pd.Series) -> bool:
@@ -157,16 +177,17 @@ def ordered_levels(values: pd.Series) -> list[Any]:
 def _rank(level: Any) -> tuple[int, float, str]:
     if level is None:
         return 2, 0.0, ""
-    return (0, float(_number(level)), "") if is_number(level) else (1, 0.0, str(level))
+    return (0, float(as_number(level)), "") if is_number(level) else (1, 0.0, str(level))
 
 
 def is_number(level: Any) -> bool:
     """Whether it is one, or a fraction as a width may be written: `8/3`."""
-    level = _number(level)
+    level = as_number(level)
     return isinstance(level, int | float | np.number) and not isinstance(level, bool | np.bool_)
 
 
-def _number(level: Any) -> Any:
+def as_number(level: Any) -> Any:
+    """A fraction that is written as text as a number; all else as it is."""
     if isinstance(level, str) and re.fullmatch(r"\d+/[1-9]\d*", level):
         return float(Fraction(level))
     return level

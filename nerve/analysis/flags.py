@@ -31,7 +31,7 @@ FLAGS = (
 
 
 def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a run of `runs`, in their order: how it ended and whether it can be compared.
+    """One row per run of `runs`, in their order: how it ended and whether it can be compared.
 
     Columns:
 
@@ -107,7 +107,7 @@ def describe_runs(
 
 
 def _steps(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row a run with metrics: how many rows and steps, and its losses."""
+    """One row per run with metrics: how many rows and steps, and its losses."""
     needed = ["run_id", "step", "val_loss", "status", "n_damaged_parts"]
     require_columns(metrics, needed, "load_metrics")
     by_run = metrics.assign(n_null=metrics["status"] != "ok").groupby("run_id", observed=True)

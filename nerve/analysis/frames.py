@@ -50,7 +50,7 @@ def join_runs(rows: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
 
 
 def average_layers(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """One row a run, FFN and step: the means of `names` over the layers where they were measured.
+    """One row per run, FFN and step: the means of `names` over the layers where they were measured.
 
     Columns: `run_id, ffn, step, n_layers` (rows), `n_null` (of them with a status other than "ok"),
     `AT_STEP`, `names`.
@@ -74,7 +74,7 @@ def group_points(points: pd.DataFrame, by: Sequence[str]) -> tuple[np.ndarray, p
     and has a group of its own only where there is no other.
 
     Returns:
-        The group of each point, -1 for a run that counts with others, and one row a group with
+        The group of each point, -1 for a run that counts with others, and one row per group with
         `by, data, ffn, n_flagged`.
     """
     keys = [*dict.fromkeys([*by, "data", "ffn"])]

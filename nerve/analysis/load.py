@@ -1,4 +1,4 @@
-"""Runs as pandas frames: one row a run, and the rows that runs stored, joined with their factors.
+"""Runs as pandas frames: one row per run, and the rows that runs stored, joined with their factors.
 
 All loaders take a run directory, a sweep, a whole tree of outputs, or several of these, and name
 in a warning whatever they leave out. Unfinished and failed runs are in every frame; their
@@ -19,13 +19,12 @@ import pyarrow as pa
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
-from nerve.errors import ConfigError, StoreError
+from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import config_id
 from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
-from nerve.storage.warn import warn_caller
 
 TIMES = ("started", "heartbeat", "ended")
 
@@ -52,7 +51,7 @@ class Runs:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row a run; its columns are those of `load_runs`."""
+        """One row per run; its columns are those of `load_runs`."""
         frame = pd.DataFrame([_row(record) for record in self.records])
         for name in TIMES:
             frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
@@ -60,17 +59,17 @@ class Runs:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row a measured FFN and step; columns and errors are those of `load_metrics`."""
+        """One row per measured FFN and step; columns and errors are those of `load_metrics`."""
         return with_derived(self._rows(DATASETS["metrics"]))
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
-        """One row a measured FFN, step and site, as of `load_spectra`."""
+        """One row per measured FFN, step and site, as of `load_spectra`."""
         return self._rows(DATASETS["spectra"])
 
     @cached_property
     def scalars(self) -> pd.DataFrame:
-        """One row a logged value, as of `load_scalars`."""
+        """One row per logged value, as of `load_scalars`."""
         return self._rows(DATASETS["scalars"])
 
     @cached_property
@@ -102,14 +101,14 @@ class Runs:
 
 
 def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
-    """One row a run under `path`.
+    """One row per run under `path`.
 
     Columns: `run_id, config_id, design_id` (as `config_id`, but without the seed: runs that differ
     in nothing else share it), `sweep, directory, run_status, error ("Type: message"), step,
-    restarts, seed, n_parameters, unigram_loss`, the times (UTC), `host, device, git_commit`, the
-    entries of `final.*, fingerprints.*, versions.*, job.*`, and every leaf of the configuration by
-    its dotted name (`normalization.kind`, `ffn.width`; a list as its JSON text). What a run does
-    not have is missing in its row.
+    restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times
+    (UTC), `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
+    pre_scales.*`, and every leaf of the configuration by its dotted name (`normalization.kind`,
+    `ffn.width`; a list as its JSON text). What a run does not have is missing in its row.
 
     Raises:
         StoreError: when there is no run under `path`.
@@ -118,7 +117,7 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
 
 
 def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a measured FFN and step, joined with `run_status` and the `factors` of its run.
+    """One row per measured FFN and step, joined with `run_status` and the `factors` of its run.
 
     `n_damaged_parts` counts the parts of its run that could not be read. Derived columns, missing
     where what they derive from is:
@@ -146,12 +145,15 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
 
 
 def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a measured FFN, step and site; `eigenvalues` are float32 arrays. Else as metrics."""
+    """One row per measured FFN, step and site; `eigenvalues` are float32 arrays.
+
+    Else as `load_metrics`.
+    """
     return Runs(path, factors).spectra
 
 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a logged value: `run_id, step, name, value`. Else as `load_metrics`."""
+    """One row per logged value: `run_id, step, name, value`. Else as `load_metrics`."""
     return Runs(path, factors).scalars
 
 

@@ -27,7 +27,7 @@ def fit_width_scaling(
 ) -> pd.DataFrame:
     """Power law metric = coefficient · d_ff^exponent, by least squares of the logarithms.
 
-    One row a group (values of `by`, `data` and `ffn`) and metric. Runs of one width are averaged
+    One row per group (values of `by`, `data` and `ffn`) and metric. Runs of one width are averaged
     first (the mean logarithm), so that n counts widths: runs of one width share what is particular
     to it, and more seeds do not make more widths. Exponent 1: a fixed fraction of the width is
     used; 0: the width adds nothing. Before the nonlinearity no rank exceeds d_in: growth ends.

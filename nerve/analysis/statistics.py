@@ -6,7 +6,7 @@ no group. Groups cost next to nothing, only values do.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -17,6 +17,9 @@ Counts = npt.NDArray[np.int64]
 
 LEVEL = 0.95
 """Confidence level of every interval."""
+
+ROUNDING = 1e-12
+"""What varies by no more than this share of its size does not vary."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Pairs:
     @cached_property
     def moments(self) -> tuple[Array, Array, Array]:
         """Σ dx², Σ dy², Σ dx·dy a group, of the distances from the group's means."""
-        dx, dy = self.centred(self.x), self.centred(self.y)
+        dx, dy = self.centered(self.x), self.centered(self.y)
         return self.sums(dx * dx), self.sums(dy * dy), self.sums(dx * dy)
 
     @property
@@ -58,11 +61,15 @@ class Pairs:
         result[self.n > 0] = np.add.reduceat(values, self.starts) if len(values) else 0.0
         return result
 
-    def centred(self, values: Array) -> Array:
+    def centered(self, values: Array) -> Array:
         """`values` less their group's mean; exactly 0 where the group is constant."""
         some = self.n > 0
         shifted = values - np.repeat(values[self.starts], self.n[some])
         return shifted - np.repeat(self.sums(shifted)[some] / self.n[some], self.n[some])
+
+    def rounding(self, values: Array) -> Array:
+        """The Σ d² a group, of distances from its mean, that rounding can make of a constant."""
+        return (ROUNDING**2) * self.sums(values * values)
 
     def ranked(self) -> "Pairs":
         """Ranks within each group in place of the values; equal values share their mean rank."""
@@ -91,12 +98,13 @@ class Pairs:
 
 
 def correlation(pairs: Pairs) -> Array:
-    """Pearson's r a group, in [-1, 1]; of `pairs.ranked()` it is Spearman's.
+    """Pearson's r per group, in [-1, 1]; of `pairs.ranked()` it is Spearman's.
 
-    Missing for fewer than 3 pairs (two always lie on a line) and where x or y is constant.
+    Missing for fewer than 3 pairs (two always lie on a line) and where x or y is constant but for
+    rounding, as the steps of a linear schedule are.
     """
     xx, yy, xy = pairs.moments
-    valid = (pairs.n >= 3) & (xx > 0) & (yy > 0)
+    valid = (pairs.n >= 3) & (xx > pairs.rounding(pairs.x)) & (yy > pairs.rounding(pairs.y))
     r = np.full(len(pairs.n), np.nan)
     r[valid] = xy[valid] / (np.sqrt(xx[valid]) * np.sqrt(yy[valid]))
     return np.clip(r, -1.0, 1.0)
@@ -127,7 +135,7 @@ def fit_line(pairs: Pairs) -> Line:
     n = pairs.n
     slope = _divide(xy, xx)
     intercept = _divide(pairs.sums(pairs.y) - slope * pairs.sums(pairs.x), n)
-    residuals = pairs.centred(pairs.y) - np.repeat(slope, n) * pairs.centred(pairs.x)
+    residuals = pairs.centered(pairs.y) - np.repeat(slope, n) * pairs.centered(pairs.x)
     unexplained = pairs.sums(residuals * residuals)
     free = np.maximum(n - 2, 0)
     half = student_t(free) * np.sqrt(_divide(_divide(unexplained, free), xx))
@@ -158,6 +166,7 @@ def student_t(free: Counts) -> Array:
     return np.array([_student_t(int(value)) for value in values])[inverse.reshape(np.shape(free))]
 
 
+@lru_cache
 def _student_t(free: int) -> float:
     if free < 1:
         return math.nan
@@ -187,8 +196,8 @@ def _fisher(r: Array, variance: Array, n: Counts) -> tuple[Array, Array]:
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     half = z * np.sqrt(_divide(variance, np.where(n > 3, n - 3, 0)))
     perfect = 1.0 - np.abs(r) < 1e-12  # all but its rounding
-    centre = np.arctanh(np.where(perfect, np.nan, r))
-    return np.tanh(centre - half), np.tanh(centre + half)
+    center = np.arctanh(np.where(perfect, np.nan, r))
+    return np.tanh(center - half), np.tanh(center + half)
 
 
 def _divide(a: Array, b: Array | Counts) -> Array:

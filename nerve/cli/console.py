@@ -1,5 +1,6 @@
 """How the commands print."""
 
+import io
 import math
 import sys
 from collections.abc import Mapping
@@ -12,12 +13,21 @@ WIDTH = 120
 
 def console() -> Console:
     """Where tables go: stdout as it is now. Brackets are text, as in an override with a list."""
+    _print_all_letters()
     return Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False, markup=False)
 
 
 def say(line: str) -> None:
     """Prints a line as it is, at once: processes that write to the same terminal come after it."""
+    _print_all_letters()
     print(line, flush=True)
+
+
+def _print_all_letters() -> None:
+    """Lets stdout write what its encoding lacks by its number, as stderr does: the name of a file
+    can hold bytes that are no text at all."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def figure(value: float | None) -> str:

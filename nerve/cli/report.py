@@ -1,11 +1,13 @@
 """`nerve-report`: figures, tables and a page about runs."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from nerve.cli.console import say
 from nerve.errors import NerveError
 
 DESCRIPTION = """\
@@ -14,7 +16,8 @@ figures/ as PNG and SVG, tables/ as CSV and Parquet.
 
 One run gets its own figures: overview, PR gain and ΔEEE over depth, spectra, training curves.
 Several runs are compared: curves and layers by each factor that varies, loss against metrics,
-correlations within and across runs, at the last step and at equal loss. Runs that failed, are
+correlations within and across runs beside null models, at the last step and at equal loss, paired
+by seed, and what an early step says of the final loss. Runs that failed, are
 unfinished or never learned are named and left out of figures and statistics.
 """
 
@@ -31,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 asked.output,
                 window=asked.window,
                 steps=asked.steps,
+                reference=asked.reference,
                 progress=progress,
             )
     except NerveError as error:
         _fail(str(error))
-    print(f"report: {index}")
+    say(f"report: {shlex.quote(str(index))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S,S,…",
         help="steps whose spectra are drawn, for one run; default: four from first to last",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="FILE",
+        help="a CSV with a paper's values, which figures show as marks: columns metric, value, "
+        "label, and step, layer or val_loss",
+    )
     return parser
 
 
@@ -77,7 +87,7 @@ def _steps(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line a step, so that a log says where it is."""
+    """A bar on a terminal; elsewhere a line per step, so that a log says where it is."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr)
         return

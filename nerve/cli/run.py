@@ -5,7 +5,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.conf import HydraConf
@@ -16,17 +16,25 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, register
-from nerve.cli.config.overrides import check_added, has_own_files, no_such_sweep, overrides_of, told
+from nerve.cli.config.options import refuse_lists
+from nerve.cli.config.overrides import (
+    check_added,
+    explain_error,
+    has_own_files,
+    no_such_sweep,
+    overrides_of,
+)
+from nerve.cli.config.paths import with_literal_paths
 from nerve.cli.config.resume import prepare_resume
+from nerve.cli.experiment.check import check_composed
 from nerve.cli.sweep.sweeper import register_sweeper
 from nerve.cli.sweep.table import SweepError
-from nerve.cli.sweep.worker import run_cell
-from nerve.config import require
+from nerve.cli.sweep.worker import run_trial
 from nerve.errors import NerveError
-from nerve.storage.directory import RunDirectory
 
 HINTS = {
     "hydra/launcher/joblib": "Trials run side by side with hydra.sweeper.n_jobs=2 in its place.",
+    "hydra/sweeper/cells": "It is called hydra/sweeper=trials.",
     "hydra/launcher/submitit_slurm": 'It comes with an extra: pip install -e ".[slurm]"',
 }
 """Configurations that are not there, and what to do."""
@@ -39,90 +47,75 @@ def main() -> None:
     """
     register()
     register_sweeper()
-    show_tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    command = _Command(show_tracebacks=os.environ.get("HYDRA_FULL_ERROR") == "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
-    started = False
-    failures: list[NerveError] = []
-    asks_to_check = False
 
     def job(config: DictConfig) -> float | None:
-        nonlocal started
-        started = True
-        hydra_config = HydraConfig.get()
-        is_cell = hydra_config.mode == RunMode.MULTIRUN
+        return command.run(config, HydraConfig.get())
+
+    try:
+        sys.argv = [sys.argv[0], *with_literal_paths(sys.argv[1:])]
+        check_added(sys.argv[1:])
+        refuse_lists(overrides_of(sys.argv[1:]))
+        config_name = prepare_resume(sys.argv[1:]) or "config"
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except Exception as error:
+        message = command.message(error)
+        if message is None:
+            raise
+        _fail(message, error.exit_status if isinstance(error, SweepError) else 1)
+    if command.failures:
+        _fail("\nnerve-run: ".join(map(str, command.failures)))
+
+
+class _Command:
+    """One call of the command: the jobs that Hydra lets it run, and what is said of its errors."""
+
+    def __init__(self, show_tracebacks: bool) -> None:
+        self.failures: list[NerveError] = []
+        """What jobs ended with, beside those of a sweep that have processes of their own."""
+        self._show_tracebacks = show_tracebacks
+        self._started = False
+
+    def run(self, config: DictConfig, hydra_config: HydraConf) -> float | None:
+        """A single run, or a trial that a launcher runs in this process."""
+        self._started = True
+        is_trial = hydra_config.mode == RunMode.MULTIRUN
         try:
-            _check_launcher(hydra_config, is_cell)
-            if asks_to_check:
-                _check(config, hydra_config)
-                return None
+            check_composed(hydra_config)
             # torch and Lightning take seconds to import
             from nerve.cli.experiment.run import run_experiment
 
-            return (run_cell if is_cell else run_experiment)(config, hydra_config)
+            return (run_trial if is_trial else run_experiment)(config, hydra_config)
         except NerveError as error:
-            if show_tracebacks:
+            if self._show_tracebacks:
                 raise
             _remove_if_empty(Path(hydra_config.runtime.output_dir))
-            failures.append(error)
-            if is_cell:  # a job of a cluster, in whose log this belongs
+            self.failures.append(error)
+            if is_trial:  # a job of a cluster, in whose log this belongs
                 print(f"nerve-run: {error}", file=sys.stderr, flush=True)
             return None
 
-    try:
-        check_added(sys.argv[1:])
-        config_name = prepare_resume(sys.argv[1:]) or "config"
-        asks_to_check = _given("check") is True
-        if asks_to_check:  # Hydra makes the directory of a run before it calls the job
-            sys.argv = [*sys.argv, "hydra.run.dir=."]
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-    except SweepError as error:
-        _fail(str(error), error.exit_status)
-    except NerveError as error:
-        if show_tracebacks:
-            raise
-        _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(_told(error))
-    except ValueError as error:  # so Hydra refuses options that exclude each other
-        if started or show_tracebacks or not str(error).startswith("Only one of --"):
-            raise
-        _fail(str(error))
-    except OSError as error:
-        if started or show_tracebacks:
-            raise
-        _fail(
-            f"The output directory must be writable; {error.filename}: {error.strerror}. "
-            f"Choose another with hydra.run.dir=… (now in {Path.cwd()})."
-        )
-    if failures:
-        _fail("\nnerve-run: ".join(str(failure) for failure in failures))
-
-
-def _check(config: DictConfig, hydra_config: HydraConf) -> None:
-    from nerve.cli.experiment.run import check_experiment  # torch takes seconds to import
-
-    check_experiment(config, RunDirectory(_directory_to_check()), hydra_config.overrides.task)
-
-
-def _given(key: str) -> Any:
-    """The value that the command line gives a key; None for one that it does not give."""
-    values = [each.value() for each in overrides_of(sys.argv[1:]) if each.key_or_group == key]
-    return values[-1] if values else None
-
-
-def _directory_to_check() -> Path:
-    """Where the run would be; "a new directory" where it would be named for the time."""
-    named = [each for each in sys.argv if each.startswith(("hydra.run.dir=", "resume="))][:-1]
-    return Path(named[-1].partition("=")[2]) if named else Path("a new directory")
-
-
-def _check_launcher(hydra_config: HydraConf, is_cell: bool) -> None:
-    launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
-    require(
-        is_cell or launcher == "basic",
-        f"A launcher runs the cells of a sweep; hydra/launcher={launcher} would be passed over and "
-        "the run be made here. Add -m.",
-    )
+    def message(self, error: Exception) -> str | None:
+        """What to say of an error in the place of its traceback; None where that is to be seen."""
+        if isinstance(error, SweepError):
+            return str(error)
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            return _explained(error)
+        if self._show_tracebacks:
+            return None
+        if isinstance(error, NerveError):
+            return str(error)
+        if self._started:
+            return None
+        if isinstance(error, ValueError) and str(error).startswith("Only one of --"):
+            return str(error)  # so Hydra refuses options that exclude each other
+        if isinstance(error, OSError):
+            return (
+                f"The output directory must be writable; {error.filename}: {error.strerror}. "
+                f"Choose another with hydra.run.dir=… (now in {Path.cwd()})."
+            )
+        return None
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -133,13 +126,13 @@ def _remove_if_empty(directory: Path) -> None:
             directory.rmdir()
 
 
-def _told(error: Exception) -> str:
+def _explained(error: Exception) -> str:
     """The message for what could not be composed."""
     missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
     if missing and not has_own_files(sys.argv[1:]):
         return no_such_sweep(missing[1])
     hint = HINTS.get(getattr(error, "missing_cfg_file", None) or "")
-    return f"{told(error)}\n{hint}" if hint else told(error)
+    return f"{explain_error(error)}\n{hint}" if hint else explain_error(error)
 
 
 def _fail(message: str, exit_status: int = 1) -> NoReturn:

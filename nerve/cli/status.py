@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.table import Table
 
 from nerve.cli.console import console, duration, figure, say
+from nerve.cli.saved import load_saved
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
@@ -41,7 +41,7 @@ class Status:
         val_loss: the last that is known.
         left_s: seconds of training left; None where nothing trains, or too little is known.
         silent_s: seconds since the last sign of life; None once it has ended.
-        reason: why it ended, or cannot be read.
+        reason: why it ended, cannot be read, or what to know of one that is done.
     """
 
     directory: Path
@@ -78,13 +78,19 @@ def main() -> None:
 
 def status_of(directory: Path) -> Status:
     """Where the run in `directory` stands now; a record that cannot be read is a state, too."""
-    overrides = _overrides(directory)
+    overrides, damaged = _overrides(directory)
     try:
-        run = RunDirectory(directory)
-        state, record = run.state, run.require_record()
-    except StoreError as error:
-        return Status(directory, overrides, "unreadable", reason=str(error))
-    silent_s = (datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)).total_seconds()
+        return _status_of(RunDirectory(directory), overrides, damaged)
+    except (StoreError, OSError) as error:
+        reason = "; ".join(filter(None, [str(error), damaged]))
+        return Status(directory, overrides, "unreadable", reason=reason)
+
+
+def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> Status:
+    directory = run.path
+    state, record = run.state, run.require_record()
+    heard = datetime.fromisoformat(record.heartbeat)  # by a clock that may be ahead of this one
+    silent_s = max(0.0, (datetime.now(UTC) - heard).total_seconds())
     is_alive = state == RunState.ALIVE
     left_s = _left_s(record, silent_s) if is_alive else None
     # What is measured is written at once, the step in the record with the heartbeat.
@@ -98,12 +104,14 @@ def status_of(directory: Path) -> Status:
         record.final.get("val_loss", _last_val_loss(directory)),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
-        ": ".join((record.error or {}).values()),
+        "; ".join(
+            filter(None, [": ".join((record.error or {}).values()), record.warning, damaged])
+        ),
     )
 
 
 def show(statuses: Sequence[Status]) -> None:
-    """Prints one row a run, how many there are of each state, and why runs ended early."""
+    """Prints one row per run, how many there are of each state, and why runs ended early."""
     counts = Counter(override for status in statuses for override in set(status.overrides))
     labels = {
         status.directory: " ".join(o for o in status.overrides if counts[o] < len(statuses))
@@ -133,13 +141,17 @@ def show(statuses: Sequence[Status]) -> None:
     found = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
     say(f"{len(statuses)} run{'s' if len(statuses) > 1 else ''}: {found}")
     for status in ordered:
-        if status.reason and status.state != "running":
+        if status.reason:
             say(f"{status.directory} {status.state}: {status.reason}")
 
 
-def _overrides(directory: Path) -> tuple[str, ...]:
+def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
+    """Those of the command line, and what keeps them from being read."""
     saved = directory / ".hydra" / "overrides.yaml"
-    return tuple(map(str, OmegaConf.load(saved))) if saved.is_file() else ()
+    try:
+        return (tuple(map(str, load_saved(saved, list))) if saved.is_file() else ()), ""
+    except (StoreError, OSError) as error:
+        return (), str(error)
 
 
 def _last_val_loss(directory: Path) -> float | None:

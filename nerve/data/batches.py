@@ -23,7 +23,7 @@ class Order(Protocol):
 
 
 class ShuffledOrder:
-    """An endless stream of batches in which every item appears exactly once an epoch.
+    """An endless stream of batches in which every item appears exactly once per epoch.
 
     Epoch e is the permutation that sorts `random_bits(n_items, seed, e)`. The epochs are laid end
     to end and cut into batches, so a batch may straddle epochs, none is short, and batch i is
@@ -31,7 +31,7 @@ class ShuffledOrder:
 
     Args:
         n_items: at least 1.
-        batch_size: items a batch, over all ranks; at least 1, and may exceed `n_items`.
+        batch_size: items per batch, over all ranks; at least 1, and may exceed `n_items`.
         seed: at least 0.
     """
 

@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from nerve.data.progress import progress
 from nerve.errors import DataError
+from nerve.files import absolute
 
 ROOTS: dict[str, Callable[[], str]] = {
     "stdlib": lambda: sysconfig.get_path("stdlib"),
@@ -68,13 +70,13 @@ class Corpus:
         Raises:
             DataError: if there is no document, or if one holds text that UTF-8 cannot express.
         """
-        return tuple(hashed for _, hashed in self._named_hashes)
+        return tuple(hashed for _, hashed in self.named_hashes)
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the names and the contents of all documents."""
         total = hashlib.sha256()
-        for name, hashed in self._named_hashes:
+        for name, hashed in self.named_hashes:
             total.update(name.encode() + b"\0" + hashed.digest)
         return total.hexdigest()[:16]
 
@@ -84,7 +86,12 @@ class Corpus:
         return self.fingerprint if self.request is None else self.request
 
     @cached_property
-    def _named_hashes(self) -> list[tuple[str, DocumentHash]]:
+    def named_hashes(self) -> list[tuple[str, DocumentHash]]:
+        """`hashes`, each with its document's name."""
+        with progress(f"reading the corpus {self.name}") as add:
+            return self._hash(add)
+
+    def _hash(self, add: Callable[[int], None]) -> list[tuple[str, DocumentHash]]:
         found = []
         for name, text in self.documents():
             try:
@@ -95,6 +102,7 @@ class Corpus:
                     f"half of a surrogate pair at character {error.start}. Remove or repair it."
                 ) from error
             found.append((name, DocumentHash(hashlib.sha256(encoded).digest(), len(encoded))))
+            add(len(encoded))
         if not found:
             raise DataError(
                 f"A corpus must hold at least one document with text; {self.name!r} has none. "
@@ -133,6 +141,45 @@ def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> f
     return frozenset(chosen)
 
 
+def sample_digests(hashes: Sequence[DocumentHash], n_bytes: int) -> frozenset[bytes]:
+    """The digests of a sample of documents that hold `n_bytes` or, by the last, a little more.
+
+    Documents are taken in the order of their digests' second halves, so that the sample is the
+    same for every machine and has nothing to do with the validation split's order.
+    """
+    sizes: dict[bytes, int] = {}
+    for digest, size in hashes:
+        sizes[digest] = sizes.get(digest, 0) + size
+    chosen: set[bytes] = set()
+    taken = 0
+    for digest in sorted(sizes, key=lambda digest: digest[16:]):
+        if taken >= n_bytes:
+            break
+        chosen.add(digest)
+        taken += sizes[digest]
+    return frozenset(chosen)
+
+
+class Largest(NamedTuple):
+    """The largest document of a split: its name, its bytes, and their share of the split's."""
+
+    name: str
+    n_bytes: int
+    share: float
+
+
+def largest_document(corpus: Corpus, digests: frozenset[bytes]) -> Largest:
+    """The largest of a corpus's documents with these `digests`, its copies counted with it."""
+    sizes: dict[bytes, int] = {}
+    names: dict[bytes, str] = {}
+    for name, (digest, n_bytes) in corpus.named_hashes:
+        if digest in digests:
+            sizes[digest] = sizes.get(digest, 0) + n_bytes
+            names.setdefault(digest, name)
+    largest = max(sizes, key=lambda digest: sizes[digest])
+    return Largest(names[largest], sizes[largest], sizes[largest] / sum(sizes.values()))
+
+
 def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Corpus:
     """The `*.py` files below `roots`, by default of the running interpreter's standard library.
 
@@ -148,9 +195,7 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
         DataError: for a root that is no folder, and if there is no file below the roots.
     """
     given = ["stdlib"] if roots is None else [roots] if isinstance(roots, str | Path) else [*roots]
-    folders = [
-        Path(ROOTS[str(root)]() if str(root) in ROOTS else root).expanduser() for root in given
-    ]
+    folders = [Path(ROOTS[str(root)]()) if str(root) in ROOTS else absolute(root) for root in given]
     for folder in folders:
         if not folder.is_dir():
             raise DataError(

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ import numpy as np
 from nerve.config import require
 from nerve.data.corpus import Corpus, Document
 from nerve.data.extras import import_extra
-from nerve.data.image_sets import ImageSet, LabelledImages
+from nerve.data.image_sets import ImageSet, LabeledImages
 from nerve.errors import DataError
+from nerve.files import absolute
 
 
 def hub_dataset(
@@ -43,7 +43,7 @@ def hub_dataset(
         ConfigError: for `n_documents` below 2 (one a split).
     """
     require(n_documents >= 2, f"data n_documents must be at least 2; got {n_documents}.")
-    arguments = {"path": path, "name": name, "split": split, "revision": revision}
+    arguments = {"path": _source(path), "name": name, "split": split, "revision": revision}
 
     @cache
     def read() -> list[Document]:
@@ -52,7 +52,7 @@ def hub_dataset(
             Document(f"{path}:{i}", _text(row, text_column, path)) for i, row in enumerate(rows)
         ]
 
-    if Path(path).is_dir():
+    if absolute(path).is_dir():
         return Corpus(f"hub:{path}", read)
     request = {**arguments, "text_column": text_column, "n_documents": n_documents}
     return Corpus(f"hub:{path}", read, request=f"hub:{json.dumps(request, sort_keys=True)}")
@@ -67,7 +67,7 @@ def hub_images(
     flips: bool = True,
     revision: str | None = None,
 ) -> ImageSet:
-    """The splits `train` and `test` of a dataset of labelled images, which is kept in memory.
+    """The splits `train` and `test` of a dataset of labeled images, which is kept in memory.
 
     Args:
         path: the dataset's name on the hub, or a folder of data files.
@@ -78,8 +78,10 @@ def hub_images(
         revision: a commit, tag or branch of the dataset.
     """
 
-    def split_of(split: str) -> LabelledImages:
-        rows = list(_stream({"path": path, "split": split, "revision": revision}))
+    source = _source(path)
+
+    def split_of(split: str) -> LabeledImages:
+        rows = list(_stream({"path": source, "split": split, "revision": revision}))
         for column in (image_column, label_column):
             if not rows or column not in rows[0]:
                 raise DataError(
@@ -89,11 +91,17 @@ def hub_images(
                 )
         images = np.stack([np.asarray(row[image_column], dtype=np.uint8) for row in rows])
         labels = np.array([row[label_column] for row in rows], dtype=np.int64)
-        return LabelledImages(images.transpose(0, 3, 1, 2), labels)
+        return LabeledImages(images.transpose(0, 3, 1, 2), labels)
 
     return ImageSet(
         f"hub:{path}", n_classes, flips, read=lambda: (split_of("train"), split_of("test"))
     )
+
+
+def _source(path: str) -> str:
+    """Where a dataset is: a folder, whole, or its name on the hub."""
+    folder = absolute(path)
+    return str(folder) if folder.is_dir() else path
 
 
 def _stream(arguments: dict[str, str | None]) -> Iterator[dict[str, Any]]:

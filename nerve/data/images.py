@@ -1,4 +1,4 @@
-"""Labelled images as batches for a classifier."""
+"""Labeled images as batches for a classifier."""
 
 import hashlib
 from functools import cached_property
@@ -19,7 +19,7 @@ from nerve.data.batches import (
     ShuffledOrder,
     random_bits,
 )
-from nerve.data.image_sets import ImageSet, LabelledImages
+from nerve.data.image_sets import ImageSet, LabeledImages
 from nerve.errors import DataError
 
 
@@ -50,11 +50,11 @@ class ImageDataModule(BatchDataModule):
 
     Args:
         images: the set.
-        batch_size: images a batch, over all processes.
+        batch_size: images per batch, over all processes.
         n_train_batches: length of the training loader.
         seed: decides the order of training and the mirroring only.
         n_heldout: images of the test set that are held out; None is all of them.
-        image_size: pixels a side to which images are resized (bilinear, antialiased); None keeps
+        image_size: pixels per side to which images are resized (bilinear, antialiased); None keeps
             the set's own.
 
     Raises:
@@ -80,7 +80,7 @@ class ImageDataModule(BatchDataModule):
         self.images = images
         self._n_heldout = n_heldout
         self._image_size = image_size
-        self._splits: tuple[LabelledImages, LabelledImages] | None = None
+        self._splits: tuple[LabeledImages, LabeledImages] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images; may be called again.
@@ -108,12 +108,12 @@ class ImageDataModule(BatchDataModule):
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the images in a batch."""
+        """Pixels per side of the images in a batch."""
         return self._image_size or self._train.images.shape[-1]
 
     @property
     def n_channels(self) -> int:
-        """Colours of an image."""
+        """Colors of an image."""
         return self._train.images.shape[1]
 
     @property
@@ -125,6 +125,11 @@ class ImageDataModule(BatchDataModule):
     def n_heldout(self) -> int:
         """Images of the held-out set."""
         return len(self._heldout.labels)
+
+    @property
+    def n_heldout_targets(self) -> int:
+        """What a validation is the mean of: images."""
+        return self.n_heldout
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -150,24 +155,24 @@ class ImageDataModule(BatchDataModule):
         }
 
     @property
-    def _train(self) -> LabelledImages:
+    def _train(self) -> LabeledImages:
         return self._both_splits()[0]
 
     @property
-    def _test(self) -> LabelledImages:
+    def _test(self) -> LabeledImages:
         return self._both_splits()[1]
 
-    def _both_splits(self) -> tuple[LabelledImages, LabelledImages]:
+    def _both_splits(self) -> tuple[LabeledImages, LabeledImages]:
         if self._splits is None:
             raise DataError("The data must be set up first. Call setup().")
         return self._splits
 
     @cached_property
-    def _heldout(self) -> LabelledImages:
+    def _heldout(self) -> LabeledImages:
         n_test = len(self._test.labels)
         n_heldout = n_test if self._n_heldout is None else self._n_heldout
         spread = np.arange(n_heldout) * n_test // n_heldout
-        return LabelledImages(self._test.images[spread], self._test.labels[spread])
+        return LabeledImages(self._test.images[spread], self._test.labels[spread])
 
     @cached_property
     def _order(self) -> Order:
@@ -194,7 +199,7 @@ class ImageDataModule(BatchDataModule):
     def _fetch_heldout(self, indices: np.ndarray) -> Batch:
         return self._normalized(self._heldout, indices)
 
-    def _normalized(self, split: LabelledImages, items: np.ndarray) -> Batch:
+    def _normalized(self, split: LabeledImages, items: np.ndarray) -> Batch:
         mean, std = self._mean_and_std
         images = (torch.from_numpy(split.images[items]).float() - mean) / std
         if self.image_size != images.shape[-1]:

@@ -1,6 +1,7 @@
 """Windows of a tokenized corpus as batches for a language model."""
 
 import hashlib
+import logging
 import math
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +12,24 @@ from torch import Tensor
 
 from nerve.config import require, require_type
 from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
-from nerve.data.cache import TokenCache, cached_tokens
+from nerve.data.cache import cache_root, cached_tokens
+from nerve.data.cache_entry import CacheMeta, TokenCache
 from nerve.data.corpus import Corpus
+from nerve.data.token_file import TokenFile
 from nerve.data.tokenizer import TokenizerSpec, token_byte_lengths
 from nerve.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+_LARGE_BYTES = 1 << 16
 
 
 class TextDataModule(BatchDataModule):
     """Batches `(inputs, targets)`, both int64 `[batch, seq_len]`, targets one token later.
 
     The tokens of a split are one stream, cut into windows of seq_len + 1 tokens that share one
-    token each, so every token but the first is a target once an epoch. The held-out set is made
+    token each, so every token but the first is a target once per epoch. The held-out set is made
     of windows spread evenly over the validation stream; it depends on the corpus, the tokenizer,
     `seq_len`, `n_heldout_tokens` and `val_fraction`, never on `seed`.
 
@@ -30,13 +38,16 @@ class TextDataModule(BatchDataModule):
 
     Args:
         corpus: the documents.
-        seq_len: tokens a sequence.
-        batch_size: sequences a batch, over all processes.
+        seq_len: tokens per sequence.
+        batch_size: sequences per batch, over all processes.
         n_train_batches: length of the training loader.
         n_heldout_tokens: held-out target tokens, rounded up to whole sequences.
         seed: decides the order of training only.
         vocab_size: tokens of the byte-level BPE that is trained on the training split.
         tokenizer: a tokenizer.json to use in its place.
+        separator_token: the tokenizer's token that ends a document; None takes the first that is
+            known of `<|endoftext|>` and the like.
+        tokenizer_sample_bytes: of how much text of the training split a BPE is trained at most.
         val_fraction: share of the corpus's bytes that is kept for validation, in whole documents.
         cache_dir: where token caches lie; None is NERVE_CACHE, else the user's cache folder.
 
@@ -55,6 +66,8 @@ class TextDataModule(BatchDataModule):
         seed: int,
         vocab_size: int = 1024,
         tokenizer: str | Path | None = None,
+        separator_token: str | None = None,
+        tokenizer_sample_bytes: int = 1_000_000_000,
         val_fraction: float = 0.05,
         cache_dir: str | Path | None = None,
     ) -> None:
@@ -72,9 +85,10 @@ class TextDataModule(BatchDataModule):
         self.corpus = corpus
         self.seq_len = seq_len
         self.n_heldout_sequences = math.ceil(n_heldout_tokens / seq_len)
-        self._spec = TokenizerSpec(vocab_size, None if tokenizer is None else Path(tokenizer))
+        path = None if tokenizer is None else Path(tokenizer)
+        self._spec = TokenizerSpec(vocab_size, path, separator_token, tokenizer_sample_bytes)
         self._val_fraction = val_fraction
-        self._cache_dir = cache_dir
+        self._cache_root = cache_root(cache_dir)
         self._cache: TokenCache | None = None
 
     def prepare_data(self) -> None:
@@ -90,8 +104,9 @@ class TextDataModule(BatchDataModule):
         """Opens the token cache, and builds it if another machine's `prepare_data` did not."""
         if self._cache is not None:
             return
-        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_dir)
+        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_root)
         self._check_lengths(cache)
+        _warn_of_large_document(cache.meta)
         self._cache = cache
 
     def train_dataloader(self) -> BatchLoader[Batch]:
@@ -108,25 +123,38 @@ class TextDataModule(BatchDataModule):
         return self._tokens.meta.vocab_size
 
     @property
+    def separator_token(self) -> str:
+        """The token that ends each document."""
+        return self._tokens.meta.separator
+
+    @property
     def n_heldout_tokens(self) -> int:
         """Target tokens of the held-out set."""
         return self.n_heldout_sequences * self.seq_len
+
+    @property
+    def n_heldout_targets(self) -> int:
+        """What a validation is the mean of: tokens."""
+        return self.n_heldout_tokens
 
     @cached_property
     def n_heldout_bytes(self) -> int:
         """Bytes of text that the held-out targets stand for; a document separator counts 0.
 
         Bits per byte of text = loss · n_heldout_tokens / (ln 2 · n_heldout_bytes), with the loss
-        in nats a token. Unlike the loss it can be compared between tokenizers.
+        in nats per token. Unlike the loss it can be compared between tokenizers.
         """
-        return int(token_byte_lengths(self._tokens.tokenizer)[self._heldout_windows[:, 1:]].sum())
+        tokenizer = self._tokens.tokenizer
+        lengths = token_byte_lengths(tokenizer)
+        lengths[tokenizer.token_to_id(self.separator_token)] = 0
+        return int(lengths[self._heldout_windows[:, 1:]].sum())
 
     @cached_property
     def unigram_loss(self) -> float:
-        """Nats a token, on the held-out targets, of the training split's unigram distribution.
+        """Nats per token, on the held-out targets, of the training split's unigram distribution.
 
         Each count is raised by one (Laplace), so that it is finite. A model whose loss stays
-        above it has learnt nothing from context.
+        above it has learned nothing from context.
         """
         counts = self._tokens.train_counts + 1.0
         log_probabilities = np.log(counts) - np.log(counts.sum())
@@ -152,6 +180,7 @@ class TextDataModule(BatchDataModule):
             "n_documents": meta.n_documents,
             "n_bytes": meta.n_bytes,
             "vocab_size": meta.vocab_size,
+            "separator": meta.separator,
             "n_train_tokens": meta.n_train_tokens,
             "n_val_tokens": meta.n_val_tokens,
             "n_train_sequences": n_train_windows,
@@ -203,13 +232,26 @@ class TextDataModule(BatchDataModule):
             )
 
 
+def _warn_of_large_document(meta: CacheMeta) -> None:
+    """Of one that is no part of a text that was cut: those are small."""
+    if meta.largest_val_share > 0.5 and meta.largest_val_bytes > _LARGE_BYTES:
+        log.warning(
+            "one document is %.0f%% of the validation split, so the validation loss is mostly its "
+            "own: %s of %s. Cut it, say what separates documents (data.corpus.separator), or raise "
+            "data.val_fraction",
+            100 * meta.largest_val_share,
+            meta.largest_val_document,
+            meta.corpus,
+        )
+
+
 def _n_windows(n_tokens: int, seq_len: int) -> int:
     return (n_tokens - 1) // seq_len
 
 
-def _windows(tokens: np.ndarray, indices: np.ndarray, seq_len: int) -> np.ndarray:
+def _windows(tokens: TokenFile, indices: np.ndarray, seq_len: int) -> np.ndarray:
     """The windows `indices` of a stream, int64 `[len(indices), seq_len + 1]`."""
-    return tokens[indices[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
+    return tokens.windows(indices * seq_len, seq_len + 1)
 
 
 def _inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nerve.config import require_type
+from nerve.config import require, require_type
+from nerve.data.progress import counted, progress
 from nerve.errors import DataError
+from nerve.files import absolute
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Tokens that end a document, by preference; a trained tokenizer has the first."""
@@ -25,17 +28,29 @@ class TokenizerSpec:
     Args:
         vocab_size: tokens of a tokenizer trained here, the separator included; at least 257.
         path: a tokenizer.json (of a byte-level model) that is used in its place.
+        separator: the token that ends a document; None takes the first of `SEPARATORS`.
+        sample_bytes: of how much text a tokenizer is trained at most.
 
     Raises:
-        ConfigError: for a `vocab_size` that is no whole number.
+        ConfigError: for values of another type, and a sample of nothing.
         DataError: for one below 257 and for a file that is none.
     """
 
     vocab_size: int = 1024
     path: Path | None = None
+    separator: str | None = None
+    sample_bytes: int = 1_000_000_000
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            object.__setattr__(self, "path", absolute(self.path))
         require_type("data.vocab_size", self.vocab_size, int)
+        require_type("data.separator_token", self.separator, str, NoneType)
+        require_type("data.tokenizer_sample_bytes", self.sample_bytes, int)
+        require(
+            self.sample_bytes >= 1,
+            f"data.tokenizer_sample_bytes must be at least 1; got {self.sample_bytes}.",
+        )
         if self.vocab_size <= N_BYTES:
             raise DataError(
                 f"vocab_size must be at least {N_BYTES + 1}, one token for each byte and the "
@@ -51,17 +66,34 @@ class TokenizerSpec:
     def key(self) -> str:
         """What names the tokenizer in the key of the token cache."""
         if self.path is None:
-            return f"bpe:{self.vocab_size}"
-        return f"file:{hashlib.sha256(self.path.read_bytes()).hexdigest()}"
+            decisive: list = ["bpe", self.vocab_size, self.sample_bytes]
+        else:
+            decisive = ["file", hashlib.sha256(self.path.read_bytes()).hexdigest()]
+        return json.dumps([*decisive, self.separator])
 
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer; `texts` are read only if it is to be trained."""
-        if self.path is None:
-            return train_tokenizer(texts, self.vocab_size)
-        return load_tokenizer(self.path)
+    def build(self, texts: Iterable[str], n_bytes: int | None = None) -> Tokenizer:
+        """The tokenizer; `texts`, of `n_bytes` in all, are read only if it is to be trained."""
+        if self.path is not None:
+            return load_tokenizer(self.path, self.separator)
+        with progress("training the tokenizer", n_bytes) as add:
+            sample = _first_bytes(counted(texts, add), self.sample_bytes)
+            return train_tokenizer(sample, self.vocab_size, self.separator or SEPARATORS[0])
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _first_bytes(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
+    """The texts, of which the last is cut where they come to `n_bytes`."""
+    for text in texts:
+        encoded = text.encode()
+        if len(encoded) >= n_bytes:
+            yield encoded[:n_bytes].decode(errors="ignore")
+            return
+        yield text
+        n_bytes -= len(encoded)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, separator: str = SEPARATORS[0]
+) -> Tokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); it is deterministic.
 
     A small corpus may not have enough different pairs: then the vocabulary is smaller than asked.
@@ -71,7 +103,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[SEPARATORS[0]],
+        special_tokens=[separator],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,11 +111,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _as_plain_encoder(tokenizer)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, separator: str | None = None) -> Tokenizer:
     """Reads a tokenizer.json; padding and truncation that it may ask for are switched off.
 
     Raises:
-        DataError: if the file cannot be read, is not byte-level or has no document separator.
+        DataError: if the file cannot be read, is not byte-level or has no document separator, or
+            not the one that is asked for.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -98,18 +131,34 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"stands for a known number of bytes; {path} is not. Use such a one, or leave it out "
             "to train one on the corpus."
         )
-    separator_id(tokenizer)
+    separator_of(tokenizer, separator)
     return _as_plain_encoder(tokenizer)
 
 
-def separator_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document, the first of `SEPARATORS` that there is."""
+def separator_of(tokenizer: Tokenizer, wanted: str | None = None) -> str:
+    """The token that ends a document: the one `wanted`, else the first of `SEPARATORS` there is.
+
+    Raises:
+        DataError: if there is none, or the one wanted is no special token of this tokenizer.
+    """
+    special = [
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    ]
+    there = ", ".join(special) or "none"
+    if wanted is not None:
+        if wanted not in special:
+            raise DataError(
+                f"data.separator_token must be a special token of the tokenizer, of {there}; "
+                f"got {wanted!r}. Take one of them, or add it to the file."
+            )
+        return wanted
     for token in SEPARATORS:
-        if (found := tokenizer.token_to_id(token)) is not None:
-            return found
+        if tokenizer.token_to_id(token) is not None:
+            return token
     raise DataError(
         f"A tokenizer must have a document separator, one of {', '.join(SEPARATORS)}; this one "
-        "has none. Add one to its special tokens."
+        f"has none. Say with data.separator_token which of its special tokens ends a document "
+        f"({there})."
     )
 
 

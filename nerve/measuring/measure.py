@@ -67,7 +67,7 @@ def measure(
             as exact and cheaper; False always takes the features themselves.
 
     Returns:
-        One row an FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
+        One row per FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
         participation ratio (pr), eigenvalue early enrichment (eee), total variance and corrected
         pr, shares of the farthest sample, of the farthest 0.1% and of the mean, each _pre and
         _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and status. NaN

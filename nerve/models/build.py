@@ -24,12 +24,12 @@ FACTORS: dict[str, type] = {
 _SUBGROUPS: dict[str, type] = {"token_mixing": Mixing, "channel_mixing": Mixing}
 
 
-def model_design(values: Mapping[str, Any], **facts: int) -> GPTConfig | MixerConfig:
+def model_design(values: Mapping[str, Any], **data_dims: int) -> GPTConfig | MixerConfig:
     """What defines the network that `values` describe, checked.
 
     Args:
         values: the resolved configuration; its groups `model` and those of `FACTORS` are read.
-        facts: what the data gives: `vocab_size`, or `image_size`, `n_channels` and `n_classes`.
+        data_dims: what the data gives: `vocab_size`, or `image_size`, `n_channels` and `n_classes`.
 
     Raises:
         ConfigError: for an unknown name, or a value out of range.
@@ -38,9 +38,9 @@ def model_design(values: Mapping[str, Any], **facts: int) -> GPTConfig | MixerCo
     require_choice("model.kind", kind, MODELS)
     network = MODELS[kind]
     require(
-        set(facts) == set(network.FACTS),
-        f"model.kind={kind} needs data that gives {', '.join(network.FACTS)}; the chosen "
-        f"data gives {', '.join(facts)}. Choose another data group or another model.",
+        set(data_dims) == set(network.DATA_DIMS),
+        f"model.kind={kind} needs data that gives {', '.join(network.DATA_DIMS)}; the chosen "
+        f"data gives {', '.join(data_dims)}. Choose another data group or another model.",
     )
     model = {
         key: from_mapping(_SUBGROUPS[key], value, f"model.{key}") if key in _SUBGROUPS else value
@@ -50,20 +50,20 @@ def model_design(values: Mapping[str, Any], **facts: int) -> GPTConfig | MixerCo
     factors: dict[str, Any] = {
         name: from_mapping(cls, values[name], name) for name, cls in FACTORS.items()
     }
-    design: Any = from_mapping(network.Config, {**model, **facts, **factors}, "model")
+    design: Any = from_mapping(network.Config, {**model, **data_dims, **factors}, "model")
     return cast(GPTConfig | MixerConfig, design)
 
 
-def build_model(values: Mapping[str, Any], *, seed: int, **facts: int) -> GPT | Mixer:
-    """The network that `values` describe, initialised from `seed`.
+def build_model(values: Mapping[str, Any], *, seed: int, **data_dims: int) -> GPT | Mixer:
+    """The network that `values` describe, initialized from `seed`.
 
     Args:
-        values, facts: as of `model_design`.
+        values, data_dims: as of `model_design`.
         seed: decides the initial weights.
 
     Raises:
         ConfigError: for an unknown name, a value out of range, a combination that cannot be built,
             or data that does not give what the model needs.
     """
-    config: Any = model_design(values, **facts)
+    config: Any = model_design(values, **data_dims)
     return MODELS[values["model"]["kind"]](config, seed=seed)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nerve.config import require
-from nerve.models.initialization import check_pre_std, initialise
+from nerve.config import require, require_count
+from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
 from nerve.nn.ffn import FeedForward, FFNDesign
@@ -58,11 +58,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.n_heads", "model.seq_len")
         for key in (*sizes, "data.vocab_size"):
-            value = getattr(self, key.split(".")[1])
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{key} must be a whole number of at least 1; got {value!r}.",
-            )
+            require_count(key, getattr(self, key.split(".")[1]))
         require(
             self.d_model % self.n_heads == 0,
             "model.d_model must be a multiple of model.n_heads; "
@@ -125,10 +121,10 @@ class GPT(nn.Module):
     """
 
     Config: ClassVar = GPTConfig
-    FACTS: ClassVar = ("vocab_size",)
+    DATA_DIMS: ClassVar = ("vocab_size",)
     """The fields of `Config` that the data gives."""
 
-    # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
+    # Layers draw weights as they are built, from the global generator; `initialize` replaces them.
     @torch.random.fork_rng(devices=[])
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -148,7 +144,7 @@ class GPT(nn.Module):
         )
         self.norm = config.normalization.build_final(d_model)
         self.head = nn.Linear(d_model, config.vocab_size, bias=False)
-        initialise(
+        initialize(
             self,
             seed=seed,
             std=config.init_std,

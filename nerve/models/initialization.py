@@ -15,7 +15,7 @@ from nerve.nn.ffn import FeedForward, FFNDesign
 
 
 @torch.no_grad()
-def initialise(
+def initialize(
     model: nn.Module,
     *,
     seed: int,
@@ -76,7 +76,7 @@ def scale_pre(model: nn.Module, inputs: Tensor, std: int | float) -> dict[str, f
     give with their scaled weights. Dropout is off meanwhile, and no random number is drawn.
 
     Args:
-        model: with `FeedForward`s without constraint, as it was initialised, biases 0.
+        model: with `FeedForward`s without constraint, as it was initialized, biases 0.
         inputs: a batch, as the model takes it.
         std: above 0.
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nerve.config import require, require_choice
-from nerve.models.initialization import check_pre_std, initialise
+from nerve.config import require, require_choice, require_count
+from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import ACTIVATIONS, Activation
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
 from nerve.nn.normalization import WIRINGS, Normalization
@@ -69,11 +69,7 @@ class MixerConfig:
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.patch_size")
         for key in (*sizes, "data.image_size", "data.n_channels", "data.n_classes"):
-            value = getattr(self, key.split(".")[1])
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{key} must be a whole number of at least 1; got {value!r}.",
-            )
+            require_count(key, getattr(self, key.split(".")[1]))
         require(
             self.image_size % self.patch_size == 0,
             "data.image_size must be a multiple of model.patch_size; got "
@@ -183,10 +179,10 @@ class Mixer(nn.Module):
     """
 
     Config: ClassVar = MixerConfig
-    FACTS: ClassVar = ("image_size", "n_channels", "n_classes")
+    DATA_DIMS: ClassVar = ("image_size", "n_channels", "n_classes")
     """The fields of `Config` that the data gives."""
 
-    # Layers draw weights as they are built, from the global generator; `initialise` replaces them.
+    # Layers draw weights as they are built, from the global generator; `initialize` replaces them.
     @torch.random.fork_rng(devices=[])
     def __init__(self, config: MixerConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -203,7 +199,7 @@ class Mixer(nn.Module):
         )
         self.norm = config.normalization.build_final(d_model)
         self.head = nn.Linear(d_model, config.n_classes)
-        initialise(self, seed=seed, std=config.init_std)
+        initialize(self, seed=seed, std=config.init_std)
 
     def forward(
         self, images: Float[Tensor, "batch n_channels height width"]

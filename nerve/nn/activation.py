@@ -33,6 +33,26 @@ class LearnableLeakyReLU(nn.Module):
         return F.prelu(x, self.slope)
 
 
+class Interpolated(nn.Module):
+    """α · base(x) + (1 - α) · x (ours): a nonlinearity of graded strength.
+
+    α = 0 is the identity and α = 1 the base, to the last bit; with ReLU it is the leaky ReLU of
+    slope 1 - α.
+
+    Args:
+        base: the nonlinearity at full strength.
+        alpha: in [0, 1].
+    """
+
+    def __init__(self, base: nn.Module, alpha: int | float) -> None:
+        super().__init__()
+        self.base = base
+        self.alpha = alpha
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return torch.lerp(x, self.base(x), self.alpha)
+
+
 @dataclass(frozen=True)
 class Activation:
     """The nonlinearity of every FFN.
@@ -40,7 +60,9 @@ class Activation:
     Attributes:
         name: a key of `ACTIVATIONS`.
         negative_slope: of the leaky ones, in [0, 1]; where the learnable one starts.
-        shared: the learnable slope is one parameter for all layers, instead of one a layer.
+        shared: the learnable slope is one parameter for all layers, instead of one per layer.
+        base: what the interpolated one is at full strength, a key of `BASES`.
+        alpha: the strength of the interpolated one, in [0, 1].
 
     Raises:
         ConfigError: for an unknown name, or an option that the activation does not have.
@@ -49,6 +71,8 @@ class Activation:
     name: str = "gelu"
     negative_slope: float = 0.01
     shared: bool = False
+    base: str = "gelu"
+    alpha: int | float = 0.5
 
     def __post_init__(self) -> None:
         require_choice("activation.name", self.name, ACTIVATIONS)
@@ -67,6 +91,18 @@ class Activation:
             f"activation.shared=true has no effect with activation.name={self.name}, which has "
             "nothing to share. Use activation.name=learnable_leaky_relu.",
         )
+        require_choice("activation.base", self.base, BASES)
+        require(
+            0 <= self.alpha <= 1,
+            f"activation.alpha must lie in [0, 1]; got {self.alpha}.",
+        )
+        for key in ("base", "alpha"):
+            value = getattr(self, key)
+            require(
+                self.name == "interpolated" or value == getattr(Activation, key),
+                f"activation.{key}={value} has no effect with activation.name={self.name}. Use "
+                "activation.name=interpolated.",
+            )
 
     def build(self, n_layers: int) -> list[nn.Module]:
         """One module for each of `n_layers` layers, so that each can be hooked by itself."""
@@ -89,6 +125,14 @@ def _learnable_leaky_relu(activation: Activation, n_layers: int) -> list[nn.Modu
     return [LearnableLeakyReLU(slope) for slope in each]
 
 
+def _interpolated(activation: Activation, n_layers: int) -> list[nn.Module]:
+    bases = ACTIVATIONS[activation.base](Activation(activation.base), n_layers)
+    return [Interpolated(base, activation.alpha) for base in bases]
+
+
+BASES = ("gelu", "relu", "silu", "relu_squared")
+"""The nonlinearities that `interpolated` can grade: those without options of their own."""
+
 ACTIVATIONS: dict[str, Callable[[Activation, int], list[nn.Module]]] = {
     "gelu": _separate(nn.GELU),
     "relu": _separate(nn.ReLU),
@@ -97,4 +141,5 @@ ACTIVATIONS: dict[str, Callable[[Activation, int], list[nn.Module]]] = {
     "silu": _separate(nn.SiLU),
     "relu_squared": _separate(ReLUSquared),
     "identity": _separate(nn.Identity),
+    "interpolated": _interpolated,
 }

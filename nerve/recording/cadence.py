@@ -13,8 +13,8 @@ from nerve.recording.solver import Labels
 class Cadence:
     """Sums losses and tokens up from one measured step to the next, and labels that step.
 
-    A step is labelled when its validation is over: with the validation loss of its weights, and the
-    mean training loss since the step that was labelled before. The label waits in `due` until the
+    A step is labeled when its validation is over: with the validation loss of its weights, and the
+    mean training loss since the step that was labeled before. The label waits in `due` until the
     features of that step are measured.
     """
 
@@ -22,7 +22,7 @@ class Cadence:
         self.due: Labels | None = None
         """The labels of the measurement that is to come; None between measurements."""
         self.val_loss: float | None = None
-        """The last validation loss, nats a target."""
+        """The last validation loss, nats per target."""
         self._tokens_seen = 0
         self._training = WeightedMean()
         self._validation = WeightedMean()
@@ -39,6 +39,11 @@ class Cadence:
     def add_validation(self, loss: Tensor, n_targets: int) -> None:
         """Counts a held-out batch."""
         self._validation.add(loss, n_targets)
+
+    @property
+    def n_validated(self) -> int:
+        """Targets of the last validation; 0 before the first of this process."""
+        return self._validation.weight
 
     def label(self, step: int, lr: float | None, *, n_processes: int, is_split: bool) -> None:
         """Labels the measurement of `step`; all processes must call it.
@@ -95,6 +100,11 @@ class WeightedMean:
     def add(self, loss: Tensor, n_targets: int) -> None:
         self._total = self._total + loss.double() * n_targets
         self._weight += n_targets
+
+    @property
+    def weight(self) -> int:
+        """How many targets it is of."""
+        return self._weight
 
     def value(self, *, over_processes: bool = False) -> float | None:
         """The mean, of all processes' losses together if asked for; None without any."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nerve.cores import allowed, share_among_cells
+from nerve.cores import allowed, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import dealt_back, gathered, n_processes
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
@@ -139,12 +139,12 @@ def spare_workers(device: torch.device, n_processes: int = 1) -> int:
     """Threads that can solve beside training on `device`: the cores of this process, shared with
     the other training processes of the host, but one.
 
-    0 where the cores train, or are so few that a GPU of its own is sooner done. A cell of a sweep
+    0 where the cores train, or are so few that a GPU of its own is sooner done. A trial of a sweep
     that runs beside others has at least one: on a GPU that they share it would hold them up.
     """
     if device.type != "cuda":
         return 0
-    share = share_among_cells()
+    share = share_among_trials()
     if share is not None:
         return max(1, share // n_processes - 1)
     cores = allowed() // n_processes

@@ -1,15 +1,15 @@
 """What becomes of measurements that are solved: rows of a run, and numbers for loggers."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from nerve.measuring.eigenproblem import FFNSpectra
-from nerve.metric_names import logged_values
+from nerve.recording.means import logged_values
 from nerve.recording.solver import Solved
 from nerve.storage.store import RunStore
 
 LARGEST_D_FF_FOR_SPECTRA = 1024
-"""Up to this width `spectra="auto"` stores the eigenvalues themselves (4 KiB a layer and site)."""
+"""Up to this width `spectra="auto"` stores the eigenvalues (4 KiB per layer and site)."""
 
 
 class Logger(Protocol):
@@ -35,7 +35,7 @@ class SpectraWriter:
         self,
         store: RunStore | None,
         loggers: Sequence[Logger],
-        spectra: bool | Literal["auto"],
+        spectra: bool | str,
     ) -> None:
         self.latest: list[dict[str, Any]] = []
         """The rows of the last measurement that was written."""
@@ -66,7 +66,7 @@ class SpectraWriter:
     def _stores(self, spectra: FFNSpectra) -> bool:
         if self._spectra == "auto":
             return spectra.d_ff <= LARGEST_D_FF_FOR_SPECTRA
-        return self._spectra
+        return bool(self._spectra)
 
 
 def _spectra_rows(step: int, spectra: FFNSpectra) -> list[dict[str, Any]]:

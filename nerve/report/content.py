@@ -9,6 +9,13 @@ from matplotlib.figure import Figure
 from nerve.metric_names import SITES
 from nerve.outliers import describe_outliers
 
+WINDOW_TEXTS = {
+    "all": "all measured steps",
+    "after_warmup": "the measured steps after the warm-up",
+    "differences": "the changes from one measured step to the next",
+}
+"""What the windows of correlations within runs take, in words."""
+
 
 @dataclass(frozen=True)
 class Drawing:

@@ -1,7 +1,7 @@
 """Figures of one run: the paper's overview, heat maps over depth, the spectra, training curves.
 
 Each function takes frames of one run and one FFN of its layers and gives a matplotlib `Figure`.
-What could not be measured is left blank or grey, never drawn as a number.
+What could not be measured is left blank or gray, never drawn as a number.
 """
 
 import math
@@ -9,18 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nerve.metric_names import SITES, Metric, shown_in
+from nerve.report.heat_map import heat_map
 from nerve.report.style import (
-    COLOURS,
-    FLAGGED_COLOUR,
-    LOSS_COLOUR,
-    NULL_COLOUR,
-    PLAIN_NUMBERS,
+    COLORS,
+    FLAGGED_COLOR,
+    LOSS_COLOR,
     axis_label,
     key,
     name_axes,
@@ -29,6 +27,7 @@ from nerve.report.style import (
     plain,
     say_empty,
     scale_by_ratio,
+    spread,
 )
 
 MAX_LAYERS = 6
@@ -57,12 +56,12 @@ def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> F
             _both_sites(panel, metrics, metric, pearson)
         else:
             text = f"{metric.short}; r with loss: {_r(pearson, metric.column)}"
-            _heat_map(figure, panel, metrics, metric, text)
+            heat_map(figure, panel, metrics, metric, text)
     for panel in panels[len(shown) :]:
         panel.remove()
-    entries = [key(f"{site}, mean ± SD over layers", color=COLOURS[site]) for site in COLOURS]
-    limit_entry = key("limit of pre by its rank", color=COLOURS["pre"], linestyle=":")
-    loss_entry = key("validation loss", color=LOSS_COLOUR, linestyle="--", linewidth=1)
+    entries = [key(f"{site}, mean ± SD over layers", color=COLORS[site]) for site in COLORS]
+    limit_entry = key("limit of pre by its rank", color=COLORS["pre"], linestyle=":")
+    loss_entry = key("validation loss", color=LOSS_COLOR, linestyle="--", linewidth=1)
     outside_legend(figure, [*entries, limit_entry, loss_entry])
     return figure
 
@@ -70,12 +69,12 @@ def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> F
 def gain_maps(metrics: pd.DataFrame, title: str) -> Figure:
     """PR gain (post/pre, logarithmic) and ΔEEE (post - pre) as layers × steps.
 
-    Purple is flattening in both, orange its contrary, white no change, grey not measured.
+    Purple is flattening in both, orange its contrary, white no change, gray not measured.
     """
     shown = shown_in("maps")
     figure, panels = new_figure(1, len(shown), title, width=4.6, height=2.8)
     for panel, metric in zip(panels, shown, strict=True):
-        _heat_map(figure, panel, metrics, metric, metric.short)
+        heat_map(figure, panel, metrics, metric, metric.short)
     return figure
 
 
@@ -93,11 +92,11 @@ def spectra(
         title: the figure's title.
         steps: stored steps, increasing.
     """
-    layers = _spread(sorted(spectra["layer"].unique()), MAX_LAYERS)
+    layers = spread(sorted(spectra["layer"].unique()), MAX_LAYERS)
     n_columns = 2 if len(layers) in (2, 4) else min(3, len(layers))
     n_rows = math.ceil(len(layers) / n_columns)
     figure, panels = new_figure(n_rows, n_columns, title, width=3.6, height=2.6)
-    # The last step has the full colour, also where it is the only one.
+    # The last step has the full color, also where it is the only one.
     shades = dict(zip(steps, np.linspace(1.0, 0.35, len(steps))[::-1], strict=True))
     for panel in panels[1 : len(layers)]:
         panel.sharex(panels[0])
@@ -109,11 +108,11 @@ def spectra(
             ordered["step"], ordered["site"], ordered["eigenvalues"], strict=True
         ):
             ranks, shares = _shares(values)
-            colour = _shade(COLOURS[site], shades[step])
-            panel.loglog(ranks, shares, color=colour, linewidth=1.2)
+            color = _shade(COLORS[site], shades[step])
+            panel.loglog(ranks, shares, color=color, linewidth=1.2)
         limits = metrics.loc[metrics["layer"] == layer, "rank_limit_pre"]
         if len(limits):
-            panel.axvline(limits.iloc[-1], color=COLOURS["pre"], linestyle=":", linewidth=1)
+            panel.axvline(limits.iloc[-1], color=COLORS["pre"], linestyle=":", linewidth=1)
         if rows.empty:
             say_empty(panel)
         panel.set_title(f"layer {layer}", fontsize=8)
@@ -122,11 +121,11 @@ def spectra(
     for panel in panels[len(layers) :]:
         panel.remove()
     entries = [
-        key(f"{site}, step {step:,}", color=_shade(COLOURS[site], shade))
+        key(f"{site}, step {step:,}", color=_shade(COLORS[site], shade))
         for step, shade in shades.items()
-        for site in COLOURS
+        for site in COLORS
     ]
-    limit_entry = key("rank limit of pre", color=COLOURS["pre"], linestyle=":")
+    limit_entry = key("rank limit of pre", color=COLORS["pre"], linestyle=":")
     outside_legend(figure, [*entries, limit_entry], n_columns=len(shades) + 1)
     return figure
 
@@ -152,22 +151,22 @@ def training(
     n_rows = math.ceil(n_panels / n_columns)
     figure, panels = new_figure(n_rows, n_columns, title, width=4.2, height=2.7)
     measured = metrics.drop_duplicates("step").sort_values("step")
-    panels[0].plot(train["step"], train["value"], color=FLAGGED_COLOUR, linewidth=1)
-    panels[0].plot(measured["step"], measured["val_loss"], color=LOSS_COLOUR, marker=".")
+    panels[0].plot(train["step"], train["value"], color=FLAGGED_COLOR, linewidth=1)
+    panels[0].plot(measured["step"], measured["val_loss"], color=LOSS_COLOR, marker=".")
     entries = [
-        key("training batch", color=FLAGGED_COLOUR),
-        key("validation", color=LOSS_COLOUR, marker="."),
+        key("training batch", color=FLAGGED_COLOR),
+        key("validation", color=LOSS_COLOR, marker="."),
     ]
     if unigram_loss is not None and np.isfinite(unigram_loss):
-        panels[0].axhline(unigram_loss, color=LOSS_COLOUR, linestyle=":", linewidth=1)
-        entries.append(key("unigram loss", color=LOSS_COLOUR, linestyle=":"))
+        panels[0].axhline(unigram_loss, color=LOSS_COLOR, linestyle=":", linewidth=1)
+        entries.append(key("unigram loss", color=LOSS_COLOR, linestyle=":"))
     if measured["val_loss"].isna().all() and train.empty:
         say_empty(panels[0], "no loss was stored")
-    name_axes(panels[0], "step", "loss", "loss")
-    panels[1].plot(measured["step"], measured["lr"], color=LOSS_COLOUR)
+    name_axes(panels[0], "step", "loss", "loss", ["val_loss"])
+    panels[1].plot(measured["step"], measured["lr"], color=LOSS_COLOR)
     name_axes(panels[1], "step", "lr", "learning rate of the hidden weights")
     for panel, (name, rows) in zip(panels[2:], others, strict=False):
-        panel.plot(rows["step"], rows["value"], color=LOSS_COLOUR, marker=".")
+        panel.plot(rows["step"], rows["value"], color=LOSS_COLOR, marker=".")
         name_axes(panel, "step", plain(name), plain(name))
     for panel in panels[n_panels:]:
         panel.remove()
@@ -182,42 +181,43 @@ def chosen_steps(stored: Sequence[int], asked: Sequence[int] = ()) -> list[int]:
     """
     stored = sorted(stored)
     if not asked:
-        return _spread(stored, 4)
+        return spread(stored, 4)
     return sorted({min(stored, key=lambda step: abs(step - wanted)) for wanted in asked})
 
 
 def _both_sites(panel: Axes, metrics: pd.DataFrame, metric: Metric, pearson: pd.Series) -> None:
     """A metric before and after the nonlinearity, with its limit and the loss."""
     for site in SITES:
-        _band(panel, metrics, metric.at(site), COLOURS[site], metric.bounds)
+        _band(panel, metrics, metric.at(site), COLORS[site], metric.bounds)
     limit = _rank_limit(metrics, metric)
     if limit is not None and np.isfinite(limit):
-        panel.axhline(limit, color=COLOURS["pre"], linestyle=":", linewidth=1)
+        panel.axhline(limit, color=COLORS["pre"], linestyle=":", linewidth=1)
     values = metrics[list(metric.columns)]
     if values.isna().all(axis=None):
         say_empty(panel)
     texts = [f"{site} {_r(pearson, metric.at(site))}" for site in SITES]
-    name_axes(panel, "step", metric.at("pre"), f"{metric.short}; r with loss: {', '.join(texts)}")
+    title = f"{metric.short}; r with loss: {', '.join(texts)}"
+    name_axes(panel, "step", metric.at("pre"), title, metric.columns)
     _add_loss(panel, metrics)
     if metric.is_ratio:
         scale_by_ratio(panel, pd.concat([values[name] for name in values]))
 
 
 def _band(
-    panel: Axes, metrics: pd.DataFrame, name: str, colour: str, bounds: tuple[float, float]
+    panel: Axes, metrics: pd.DataFrame, name: str, color: str, bounds: tuple[float, float]
 ) -> None:
     """Mean over layers and one SD to each side, as far as the metric's range goes."""
     over_layers = metrics.groupby("step")[name].agg(["mean", "std"])
     mean, spread = over_layers["mean"], over_layers["std"].fillna(0)
-    panel.plot(over_layers.index, mean, color=colour, linewidth=1.5)
+    panel.plot(over_layers.index, mean, color=color, linewidth=1.5)
     low, high = (mean - spread).clip(*bounds), (mean + spread).clip(*bounds)
-    panel.fill_between(over_layers.index, low, high, color=colour, alpha=0.2, linewidth=0)
+    panel.fill_between(over_layers.index, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _add_loss(panel: Axes, metrics: pd.DataFrame) -> None:
     loss = metrics.groupby("step")["val_loss"].first()
     right = panel.twinx()
-    right.plot(loss.index, loss, color=LOSS_COLOUR, linestyle="--", linewidth=1)
+    right.plot(loss.index, loss, color=LOSS_COLOR, linestyle="--", linewidth=1)
     right.set_ylabel(axis_label("val_loss"), fontsize=8)
     right.tick_params(labelsize=7)
     right.spines["top"].set_visible(False)
@@ -240,57 +240,6 @@ def _r(pearson: pd.Series, name: str) -> str:
     return "–" if pd.isna(value) else f"{value:+.2f}".replace("-", "−")
 
 
-def _heat_map(
-    figure: Figure, panel: Axes, metrics: pd.DataFrame, metric: Metric, title: str
-) -> None:
-    cells = metrics.pivot(index="layer", columns="step", values=metric.column)
-    values = np.ma.masked_invalid(cells.to_numpy(float))
-    name_axes(panel, "step", "layer", title)
-    panel.set_facecolor(NULL_COLOUR)
-    panel.set_yticks(_spread(list(cells.index), 12))
-    if values.count() == 0:
-        say_empty(panel)
-        return
-    palette, norm = _scale(metric, values)
-    mesh = panel.pcolormesh(
-        _edges(cells.columns.to_numpy(float)),
-        _edges(cells.index.to_numpy(float)),
-        values,
-        cmap=colormaps[palette].with_extremes(bad=NULL_COLOUR),
-        norm=norm,
-        rasterized=True,
-    )
-    bar = figure.colorbar(mesh, cax=panel.inset_axes((1.03, 0, 0.04, 1)))
-    bar.set_label(metric.label, fontsize=8)
-    if isinstance(norm, LogNorm):
-        bar.set_ticks(list(np.geomspace(*mesh.get_clim(), 5)), minor=False)
-        bar.set_ticks([], minor=True)
-        bar.ax.yaxis.set_major_formatter(PLAIN_NUMBERS)
-    bar.ax.tick_params(labelsize=7)
-
-
-def _scale(metric: Metric, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
-    """Colours of a heat map: from 0, or symmetrically around what says that nothing changes. Purple
-    is where the nonlinearity flattens the spectrum."""
-    if metric.neutral is None:
-        return "viridis", Normalize(0, max(float(values.max()), 1e-6))
-    palette = "PuOr" if metric.flatter == "above" else "PuOr_r"
-    if metric.is_ratio:
-        reach = max(float(np.exp(np.abs(np.log(values / metric.neutral)).max())), 1.1)
-        return palette, LogNorm(metric.neutral / reach, metric.neutral * reach)
-    reach = max(float(np.abs(values - metric.neutral).max()), 0.02)
-    return palette, Normalize(metric.neutral - reach, metric.neutral + reach)
-
-
-def _edges(centres: np.ndarray) -> np.ndarray:
-    """Cell edges halfway between centres."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    first, last = 2 * centres[0] - middle[0], 2 * centres[-1] - middle[-1]
-    return np.concatenate([[first], middle, [last]])
-
-
 def _shares(eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranks, evenly spaced on a logarithmic axis, and the shares of the variance there."""
     ordered = np.sort(np.asarray(eigenvalues, float))[::-1]
@@ -302,12 +251,6 @@ def _shares(eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ranks[shares >= FLOOR], shares[shares >= FLOOR]
 
 
-def _shade(colour: str, strength: float) -> tuple[float, float, float]:
-    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(colour))
+def _shade(color: str, strength: float) -> tuple[float, float, float]:
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(color))
     return red, green, blue
-
-
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the values, evenly spaced, with the first and the last."""
-    picked = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
-    return [values[i] for i in picked]

@@ -1,4 +1,4 @@
-"""Figures of several runs: curves and layers coloured by a factor, and the loss against metrics.
+"""Figures of several runs: curves and layers colored by a factor, and the loss against metrics.
 
 Each function takes rows of the comparisons, of one FFN of the layers and of runs that can be
 compared, and gives a matplotlib `Figure`. Seeds of one design are one line: their mean, with a band
@@ -22,9 +22,9 @@ from nerve.analysis.factors import levels_of, ordered_levels
 from nerve.metric_names import SITES, Place, columns_of, metric_of, shown_in
 from nerve.report.style import (
     DASHES,
-    FLAGGED_COLOUR,
+    FLAGGED_COLOR,
     key,
-    level_colours,
+    level_colors,
     level_keys,
     name_axes,
     new_figure,
@@ -63,11 +63,11 @@ SCATTERED = _scattered()
 
 
 def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], title: str) -> Figure:
-    """Validation loss and metrics (means over layers) over steps, coloured by a factor's levels.
+    """Validation loss and metrics (means over layers) over steps, colored by a factor's levels.
 
     Args:
         means: rows of `depth_means` of one region with `CURVES` and all factors.
-        factor: the column that gives the colour.
+        factor: the column that gives the color.
         others: the other factors that vary; where they have at most four combinations these give
             the dashes, else the lines do not tell them.
         title: the figure's title.
@@ -82,7 +82,7 @@ def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], ti
 def layers_by_factor(
     layers: pd.DataFrame, factor: str, others: Sequence[str], title: str
 ) -> Figure:
-    """PR_pre, PR_post and their ratio by layer, coloured by a factor's levels.
+    """PR_pre, PR_post and their ratio by layer, colored by a factor's levels.
 
     Args:
         layers: rows of `metrics_by_depth` at one step a run, with `LAYERS` and all factors. Runs of
@@ -103,7 +103,7 @@ def layers_by_factor(
 def loss_against_metrics(
     points: pd.DataFrame, correlations: pd.DataFrame, factor: str | None, title: str
 ) -> Figure:
-    """Final validation loss against each metric, one point a design, with the correlation.
+    """Final validation loss against each metric, one point per design, with the correlation.
 
     Points are means over seeds, their bars one SD (n - 1) where there are two or more seeds (and at
     most 40 designs). A design whose runs are all flagged has no point. A panel's title has
@@ -112,12 +112,12 @@ def loss_against_metrics(
     Args:
         points: rows of `average_seeds` of `final_metrics`, of one `data`.
         correlations: rows of `correlate_across_runs` of these points.
-        factor: the column that gives the colour; None for one colour.
+        factor: the column that gives the color; None for one color.
         title: the figure's title.
     """
     figure, panels = _two_rows(len(SCATTERED), title, height=2.8)
     levels = levels_of(points[factor]) if factor else pd.Series("", index=points.index)
-    colours = level_colours(ordered_levels(points[factor])) if factor else {"": "#000000"}
+    colors = level_colors(ordered_levels(points[factor])) if factor else {"": "#000000"}
     by_metric = correlations.set_index("metric")
     for panel, name in zip(panels, SCATTERED, strict=True):
         shown = points[[name, "val_loss"]].notna().all(axis=1)
@@ -130,13 +130,13 @@ def loss_against_metrics(
                 fmt="o",
                 markersize=4 if len(points) <= MAX_LINES else 2.5,
                 linewidth=0.8,
-                color=colours[str(level)],
+                color=colors[str(level)],
             )
         if not shown.any():
             say_empty(panel, "no run with this metric and a loss")
         name_axes(panel, "val_loss", name, f"{short_name(name)}\n{_coefficients(by_metric, name)}")
     if factor:
-        entries = level_keys(colours, marker="o", linestyle="none", markersize=4)
+        entries = level_keys(colors, marker="o", linestyle="none", markersize=4)
         outside_legend(figure, entries, plain(factor))
     return figure
 
@@ -152,10 +152,10 @@ def _two_rows(n: int, title: str, height: float = 2.6) -> tuple[Figure, list[Axe
 def _styled(
     rows: pd.DataFrame, factor: str, others: Sequence[str]
 ) -> tuple[pd.DataFrame, list[Line2D]]:
-    """The rows with the line they belong to and its `level`, `colour` and `dash`, and a legend."""
+    """The rows with the line they belong to and its `level`, `color` and `dash`, and a legend."""
     levels = levels_of(rows[factor])
-    colours = level_colours(ordered_levels(rows[factor]))
-    entries = level_keys(colours)
+    colors = level_colors(ordered_levels(rows[factor]))
+    entries = level_keys(colors)
     combination = pd.Series("", index=rows.index)
     if others:
         texts = [[f"{name} = {level}" for level in levels_of(rows[name])] for name in others]
@@ -171,12 +171,12 @@ def _styled(
     if 1 < len(combinations) <= len(DASHES):
         dashes = dict(zip(combinations, DASHES, strict=False))
         entries += [
-            key(plain(text), color=FLAGGED_COLOUR, linestyle=dash) for text, dash in dashes.items()
+            key(plain(text), color=FLAGGED_COLOR, linestyle=dash) for text, dash in dashes.items()
         ]
     styled = rows.assign(
         design=design,
         line=levels.str.cat(combination, sep=" ") if many else design,
-        colour=levels.map(colours),
+        color=levels.map(colors),
         dash=combination.map(dashes),
     )
     return styled, entries
@@ -185,23 +185,23 @@ def _styled(
 def _draw_lines(
     panels: Sequence[Axes], names: Sequence[str], rows: pd.DataFrame, x: str, marker: str = ""
 ) -> None:
-    """In each panel a line a design (or a level) with its band, and the axes' labels."""
-    centres, lows, highs = _summaries(rows, x, names)
+    """In each panel a line per design (or a level) with its band, and the axes' labels."""
+    centers, lows, highs = _summaries(rows, x, names)
     styles = rows.drop_duplicates("line")
-    for line, colour, dash in zip(styles["line"], styles["colour"], styles["dash"], strict=True):
-        centre, low, high = (frame.loc[line] for frame in (centres, lows, highs))
+    for line, color, dash in zip(styles["line"], styles["color"], styles["dash"], strict=True):
+        center, low, high = (frame.loc[line] for frame in (centers, lows, highs))
         for panel, name in zip(panels, names, strict=True):
             panel.plot(
-                centre.index,
-                centre[name],
-                color=colour,
+                center.index,
+                center[name],
+                color=color,
                 linestyle=dash,
                 marker=marker,
                 linewidth=1.3,
             )
             if len(styles) <= MAX_LINES:
                 panel.fill_between(
-                    centre.index, low[name], high[name], color=colour, alpha=0.15, linewidth=0
+                    center.index, low[name], high[name], color=color, alpha=0.15, linewidth=0
                 )
     for panel, name in zip(panels, names, strict=True):
         name_axes(panel, x, name, short_name(name))

@@ -6,12 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from nerve.analysis.correlate import correlate_within_runs
+from nerve.analysis.correlate import RESULTS, correlate_within_runs
 from nerve.analysis.factors import find_factors, levels_of
 from nerve.analysis.load import Runs
 from nerve.metric_names import columns_of, shown_in
 from nerve.report import figures_of_one_run
+from nerve.report.comparisons import within_drawings
 from nerve.report.content import (
+    WINDOW_TEXTS,
     Content,
     Drawing,
     Table,
@@ -21,11 +23,6 @@ from nerve.report.content import (
     outlying_rows,
 )
 
-WINDOW_TEXTS = {
-    "all": "all measured steps",
-    "after_warmup": "the measured steps after the warm-up",
-    "differences": "the changes from one measured step to the next",
-}
 SIZES = ("layer", "ffn", "step", "n_samples", "d_ff", "d_in")
 SHOWN = columns_of(lambda metric: "tables" in metric.shown)
 """The metrics in the table of the last step."""
@@ -130,10 +127,11 @@ def _drawings(
         Drawing(
             f"gain{suffix}",
             "PR gain = PR post / PR pre and ΔEEE = EEE post − EEE pre by layer and step. Purple: "
-            f"the nonlinearity flattens the spectrum; grey: nothing could be measured. {about}",
+            f"the nonlinearity flattens the spectrum; gray: nothing could be measured. {about}",
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]
+    drawings += within_drawings(correlations, window, suffix, f"{title}; r over {over}", about)
     if len(spectra):
         shown = figures_of_one_run.chosen_steps(spectra["step"].unique().tolist(), steps)
         drawings.append(
@@ -182,7 +180,7 @@ def _tables(
     settings = pd.DataFrame(
         {"name": values.index.astype(str), "value": levels_of(values).to_list()}
     )
-    shown = ("ffn", "metric", "window", "first_step", "n", "pearson", "spearman")
+    shown = ("ffn", "metric", "window", "first_step", *RESULTS)
     shown_last = (*SIZES, *known(last, SHOWN), "status")
     return [
         Table("layers", "The last measured step, layer by layer.", last, shown_last),
@@ -190,7 +188,9 @@ def _tables(
             "within",
             "Correlation of each metric (mean over layers) with the validation loss over the steps "
             "of this run: all measured steps, those after the warm-up, and of the changes from one "
-            "to the next, which shared trend does not move.",
+            "to the next, which shared trend does not move. r_clock and r_lr: of the loss with "
+            "log(step + 1) and with the learning rate; given_: what is left of r given these, with "
+            "its 95% interval.",
             within,
             shown,
         ),

@@ -10,12 +10,12 @@ from functools import partial
 
 import pandas as pd
 
-from nerve.analysis.compare import average_seeds, final_metrics
-from nerve.analysis.correlate import correlate_across_runs
+from nerve.analysis.compare import final_metrics
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
 from nerve.analysis.load import Runs
 from nerve.report import figures_of_several_runs
+from nerve.report.comparisons import Comparisons, comparison_drawings
 from nerve.report.content import Content, Drawing, dead_layers, limits, outlying_rows, seeds
 from nerve.report.style import one_line
 from nerve.report.tables import comparison_tables
@@ -23,7 +23,7 @@ from nerve.storage.find import listed
 
 MAX_FACTORS = 6
 MAX_NAMES = 12
-"""A factor whose levels are names has figures up to this many; the colours of more say nothing."""
+"""A factor whose levels are names has figures up to this many; the colors of more say nothing."""
 
 
 def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
@@ -38,7 +38,8 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
     is_ok = (flags["flag"] == "ok").to_numpy()
     factors = find_factors(runs[is_ok] if is_ok.any() else runs)
     points = final_metrics(metrics, runs, factors.varying)
-    designs = average_seeds(points)
+    compared = Comparisons(loaded, points, factors)
+    designs = compared.designs
     content = Content(title=title, facts=_facts(runs, flags, factors))
     content.notes += [*_flagged(flags), *dead_layers(metrics), *outlying_rows(metrics)]
     content.notes += describe_ties(factors)
@@ -51,14 +52,16 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
         content.notes.append(
             "No run can be compared, so figures show the flagged ones; statistics are left out."
         )
-    content.drawings += _drawings(metrics, runs[runs["run_id"].isin(drawn)], designs, factors)
-    hidden = [name for name in factors.varying if name not in _drawn_factors(runs, factors)]
+    content.drawings += _drawings(metrics, runs[runs["run_id"].isin(drawn)], compared)
+    shown = _drawn_factors(runs, factors)
+    content.drawings += comparison_drawings(compared, window, shown)
+    hidden = [name for name in factors.varying if name not in shown]
     if hidden:
         content.notes.append(
             f"No figures by {', '.join(hidden)}: they are drawn for the first {MAX_FACTORS} "
             f"factors whose levels are numbers or at most {MAX_NAMES} names. The tables have all."
         )
-    content.tables += comparison_tables(loaded, points, factors, window)
+    content.tables += comparison_tables(compared, window)
     return content
 
 
@@ -109,9 +112,8 @@ def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
     return suited[:MAX_FACTORS]
 
 
-def _drawings(
-    metrics: pd.DataFrame, runs: pd.DataFrame, designs: pd.DataFrame, factors: Factors
-) -> list[Drawing]:
+def _drawings(metrics: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons) -> list[Drawing]:
+    factors, designs = compared.factors, compared.designs
     rows = metrics[metrics["run_id"].isin(runs["run_id"])]
     if rows.empty:
         return []
@@ -128,12 +130,12 @@ def _drawings(
         means, layers = (frame.assign(design_id=frame["run_id"]) for frame in (means, layers))
     drawings = []
     for ffn in means["ffn"].unique():
-        drawings += _factor_drawings(
-            str(ffn),
-            *(frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)),
-            shown=shown,
-            factors=factors,
-        )
+        own = [frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)]
+        its_means, _, its_designs, its_rows = own
+        across = compared.across_designs
+        across = across[across["ffn"] == ffn]
+        drawings += _factor_drawings(str(ffn), *own, shown=shown, factors=factors)
+        drawings += _loss_drawings(str(ffn), its_means, its_designs, its_rows, across, shown)
     return drawings
 
 
@@ -147,25 +149,24 @@ def _factor_drawings(
     shown: Sequence[str],
     factors: Factors,
 ) -> list[Drawing]:
-    suffix, named = ("", "") if ffn == "ffn" else (f"_{ffn}", f", {ffn}")
     about = f"{limits(metrics)} {seeds(designs)} {_lines(means)}"
     drawings = []
     for factor in shown:
         others = [name for name in factors.varying if name != factor]
         drawings += [
             Drawing(
-                f"curves{suffix}_by_{factor}",
+                f"curves{_suffix(ffn)}_by_{factor}",
                 f"Validation loss and metrics (means over layers) over steps, by {factor}. {about}",
                 partial(
                     figures_of_several_runs.curves_by_factor,
                     means,
                     factor,
                     others,
-                    f"Training by {factor}{named}",
+                    f"Training by {factor}{_named(ffn)}",
                 ),
             ),
             Drawing(
-                f"layers{suffix}_by_{factor}",
+                f"layers{_suffix(ffn)}_by_{factor}",
                 f"PR before and after the nonlinearity and their ratio at the last measured step, "
                 f"layer by layer, by {factor}. {about}",
                 partial(
@@ -173,33 +174,59 @@ def _factor_drawings(
                     layers,
                     factor,
                     others,
-                    f"Last step by {factor}{named}",
+                    f"Last step by {factor}{_named(ffn)}",
                 ),
             ),
         ]
+    return drawings
+
+
+def _loss_drawings(
+    ffn: str,
+    means: pd.DataFrame,
+    designs: pd.DataFrame,
+    metrics: pd.DataFrame,
+    across: pd.DataFrame,
+    shown: Sequence[str],
+) -> list[Drawing]:
+    """Loss against metrics, a drawing for each of the data: their losses are not compared."""
+    drawings = []
     compared = designs[designs["n_seeds"] > 0]
     for i, (data, points) in enumerate(compared.groupby("data", dropna=False, sort=False)):
         which = f", data {data}" if compared["data"].nunique(dropna=False) > 1 else ""
-        same_data = means["data"].isna() if pd.isna(data) else means["data"] == data
+        same_data, same_group = (
+            frame["data"].isna() if pd.isna(data) else frame["data"] == data
+            for frame in (means, across)
+        )
         own = metrics[metrics["run_id"].isin(means.loc[same_data, "run_id"])]
-        colour = shown[0] if shown and shown[0] in points.columns else None
+        color = shown[0] if shown and shown[0] in points.columns else None
         drawings.append(
             Drawing(
-                f"loss{suffix}" + (f"_{i}" if which else ""),
+                f"loss{_suffix(ffn)}" + (f"_{i}" if which else ""),
                 f"Final validation loss against the metrics at the last measured step{which}. One "
-                "point a design: mean over its seeds, bars ± SD (of up to "
+                "point per design: mean over its seeds, bars ± SD (of up to "
                 f"{figures_of_several_runs.MAX_LINES} designs). r: Pearson with its 95% interval "
                 f"(Fisher), ρ: Spearman, n: designs. {limits(own)} {seeds(points)}",
                 partial(
                     figures_of_several_runs.loss_against_metrics,
                     points,
-                    correlate_across_runs(points),
-                    colour,
-                    f"Loss against metrics{named}{which}",
+                    across[same_group],
+                    color,
+                    f"Loss against metrics{_named(ffn)}{which}",
                 ),
             )
         )
     return drawings
+
+
+def _suffix(ffn: str) -> str:
+    """What a figure's name says of its FFN, where there are several kinds of them."""
+    return "" if ffn == "ffn" else f"_{ffn}"
+
+
+def _named(ffn: str) -> str:
+    """What its title says."""
+    return "" if ffn == "ffn" else f", {ffn}"
 
 
 def _lines(means: pd.DataFrame) -> str:

@@ -1,10 +1,10 @@
-"""How all figures look: colours, labels with units, legends beside the data, text shown as it is.
+"""How all figures look: colors, labels with units, legends beside the data, text shown as it is.
 
 Figures are made with matplotlib's objects alone; pyplot and its global state are never touched.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,17 +18,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from nerve.analysis.factors import is_number, level_text
 from nerve.metric_names import SITES, metric_of
 
-# Okabe & Ito (2008), which all common kinds of colour vision tell apart.
-COLOURS = {"pre": "#0072B2", "post": "#D55E00"}
-LOSS_COLOUR = "#333333"
-FLAGGED_COLOUR = "#8C8C8C"
-NULL_COLOUR = "#9A9A9A"
+T = TypeVar("T")
+
+# Okabe & Ito (2008), which all common kinds of color vision tell apart.
+COLORS = {"pre": "#0072B2", "post": "#D55E00"}
+LOSS_COLOR = "#333333"
+FLAGGED_COLOR = "#8C8C8C"
+NULL_COLOR = "#9A9A9A"
 
 # What is left of Okabe & Ito beside pre and post, and three of Tol's that keep apart from them.
-LEVEL_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
+LEVEL_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
-PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:.3g}")
+PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
 MAX_LEGEND = 12
 MAX_TEXT = 48
 MAX_TITLE = 110
@@ -39,7 +41,7 @@ LABELS = {
     "depth": "depth (0 first layer, 1 last)",
     "val_loss": "validation loss (nats)",
     "train_loss": "training loss (nats)",
-    "loss": "loss (nats a target)",
+    "loss": "loss (nats per target)",
     "lr": "learning rate",
 }
 """What an axis shows that is no metric; the catalogue has those."""
@@ -74,10 +76,16 @@ def plain(text: object, max_length: int = MAX_TEXT) -> str:
     return one_line(text, max_length).replace("$", r"\$")
 
 
+def spread(values: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the values, evenly spaced, with the first and the last."""
+    picked = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
+    return [values[i] for i in picked]
+
+
 def new_figure(
     n_rows: int, n_columns: int, title: str, *, width: float = 3.3, height: float = 2.6
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with room for its legend, and its panels row by row; sizes are inches a panel."""
+    """A figure with room for its legend, and its panels row by row; sizes are inches per panel."""
     figure = Figure(figsize=(width * n_columns, height * n_rows + 0.9), layout="constrained")
     figure.suptitle(plain(title, MAX_TITLE), fontsize=10)
     panels = [figure.add_subplot(n_rows, n_columns, i + 1) for i in range(n_rows * n_columns)]
@@ -87,12 +95,25 @@ def new_figure(
     return figure, panels
 
 
-def name_axes(panel: Axes, x: str, y: str, title: str = "") -> None:
-    """Labels an axis pair with columns' names and units."""
+def name_axes(
+    panel: Axes, x: str, y: str, title: str = "", columns: Sequence[str] | None = None
+) -> None:
+    """Labels an axis pair with columns' names and units.
+
+    Args:
+        columns: what the panel shows where that is more than `y`.
+    """
     panel.set_xlabel(axis_label(x), fontsize=8)
     panel.set_ylabel(axis_label(y), fontsize=8)
+    panel.set_gid(f"{x}:{','.join(columns or [y])}")
     if title:
         panel.set_title(title, fontsize=8)
+
+
+def panel_columns(panel: Axes) -> tuple[str, list[str]]:
+    """The columns that a panel was given by `name_axes`: that of x, and those that it shows."""
+    x, _, shown = (panel.get_gid() or "").partition(":")
+    return x, shown.split(",") if shown else []
 
 
 def scale_by_ratio(panel: Axes, values: pd.Series) -> None:
@@ -136,19 +157,18 @@ def outside_legend(
     )
 
 
-def level_colours(levels: Sequence[Any]) -> dict[str, Any]:
-    """A colour for each level's text: distinct ones, or a scale for numbers and for many levels."""
+def level_colors(levels: Sequence[Any]) -> dict[str, Any]:
+    """A color for each level's text: distinct ones, or a scale for numbers and for many levels."""
     texts = [level_text(level) for level in levels]
-    if len(texts) <= len(LEVEL_COLOURS) and not (len(texts) > 2 and all(map(is_number, levels))):
-        return dict(zip(texts, LEVEL_COLOURS, strict=False))
+    if len(texts) <= len(LEVEL_COLORS) and not (len(texts) > 2 and all(map(is_number, levels))):
+        return dict(zip(texts, LEVEL_COLORS, strict=False))
     positions = np.linspace(0, 0.9, len(texts))
     return dict(zip(texts, map(tuple, colormaps["viridis"](positions)), strict=True))
 
 
-def level_keys(colours: dict[str, Any], **style: Any) -> list[Line2D]:
+def level_keys(colors: dict[str, Any], **style: Any) -> list[Line2D]:
     """Entries of a legend for levels; of very many, a few evenly spaced."""
-    texts = list(colours)
+    texts = list(colors)
     if len(texts) > MAX_LEGEND:
-        picked = np.unique(np.linspace(0, len(texts) - 1, MAX_LEGEND).round().astype(int))
-        texts = [texts[i] for i in picked]
-    return [key(plain(text), color=colours[text], **style) for text in texts]
+        texts = spread(texts, MAX_LEGEND)
+    return [key(plain(text), color=colors[text], **style) for text in texts]

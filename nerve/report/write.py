@@ -6,6 +6,8 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,13 +17,20 @@ from nerve.analysis.correlate import WINDOWS
 from nerve.analysis.load import Runs
 from nerve.config import require_choice
 from nerve.errors import StoreError
-from nerve.report.content import Content, Table
+from nerve.files import building_folder
+from nerve.report.content import Content, Drawing, Table
 from nerve.report.one_run import content_of_run
 from nerve.report.page.render import MARK, PageFigure, PageTable, render
+from nerve.report.reference import mark, read_reference
 from nerve.report.several_runs import content_of_runs
 from nerve.storage.find import AnyPath
 
 PNG_DPI = 150
+INDEX = "index.html"
+PARTS = {"figures": (".png", ".svg"), "tables": (".csv", ".parquet")}
+"""Folders of a report, and what ends the names of its files there."""
+BUILDING = ".new-report-"
+"""How the name of the folder begins in which a report is written before it takes its place."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and of how many."""
@@ -33,30 +42,33 @@ def write_report(
     *,
     window: str = "after_warmup",
     steps: Sequence[int] = (),
+    reference: AnyPath | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Writes `index.html`, `figures/` and `tables/` and gives the path of the page.
 
     One run gets its own figures (overview, gains, spectra, training), several runs get compared.
     What the loaders warn of (damaged parts, copies, newer schemas, differing data) is in the page.
-    A report that is in the folder already is replaced.
+    A report that is in the folder already is replaced once the new one is whole; until then, and
+    also if this is killed, it stays as it is.
 
     Args:
         paths: a run, a sweep, a tree of outputs, or several of these.
         output: the folder; None takes `report` beside the first path.
         window: the steps that correlations within runs are first shown over, one of `WINDOWS`.
         steps: of one run, the steps whose spectra are drawn (the nearest stored ones).
+        reference: a CSV file with a paper's values, which figures show as marks (`read_reference`).
         progress: told what is being done.
 
     Raises:
         StoreError: when there is no run, or the folder holds something else or cannot be written.
-        ConfigError: for an unknown window.
+        ConfigError: for an unknown window, or a reference that is not as it should be.
     """
     roots = _listed(paths)
     beside = roots[0].resolve().parent if roots else Path()  # of no path, gather says so
     folder = Path(output) if output is not None else beside / "report"
     _require_own(folder)
-    content = gather(roots, window=window, steps=steps, progress=progress)
+    content = gather(roots, window=window, steps=steps, reference=reference, progress=progress)
     try:
         return _write(content, folder, progress)
     except OSError as error:
@@ -71,6 +83,7 @@ def gather(
     *,
     window: str = "after_warmup",
     steps: Sequence[int] = (),
+    reference: AnyPath | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Content:
     """What a report on the runs under `paths` holds, with nothing drawn or written yet.
@@ -78,6 +91,7 @@ def gather(
     Arguments and errors as of `write_report`.
     """
     require_choice("window", window, WINDOWS)
+    marks = None if reference is None else read_reference(reference)
     roots = _listed(paths)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -92,17 +106,42 @@ def gather(
             title = f"{len(runs):,} runs under {', '.join(str(root) for root in roots)}"
             content = content_of_runs(runs, window, title)
     content.notes[:0] = dict.fromkeys(_text(str(warning.message)) for warning in caught)
+    if marks is not None:
+        _add_marks(content, marks, _text(str(reference)))
     return content
 
 
+def _add_marks(content: Content, marks: pd.DataFrame, source: str) -> None:
+    """Every figure shows the reference values of what its panels show; a table has all of them."""
+    content.drawings = [
+        replace(drawing, draw=partial(_marked, drawing, marks)) for drawing in content.drawings
+    ]
+    caption = f"The values of {source}, which figures show as marks."
+    content.tables.append(Table("reference", caption, marks))
+
+
+def _marked(drawing: Drawing, marks: pd.DataFrame) -> Figure:
+    return mark(drawing.draw(), marks)
+
+
 def _write(content: Content, folder: Path, progress: Progress) -> Path:
-    total = len(content.drawings) + len(content.tables) + 1
-    for part in ("figures", "tables"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    index = folder / "index.html"
-    # Until the page is whole, this one marks the folder as a report's, also if it never gets there.
-    index.write_text(f"{MARK}<p>This report is being written, or was interrupted.</p>\n")
-    _remove_former(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with building_folder(folder, BUILDING) as new:
+        _build(content, new, progress)
+        _put_in_place(new, folder)
+    n_steps = _n_steps(content)
+    progress("done", n_steps, n_steps)
+    return folder / INDEX
+
+
+def _n_steps(content: Content) -> int:
+    return len(content.drawings) + len(content.tables) + 1
+
+
+def _build(content: Content, folder: Path, progress: Progress) -> None:
+    total = _n_steps(content)
+    for part in PARTS:
+        (folder / part).mkdir()
     figures, tables = [], []
     names = _file_names([drawing.name for drawing in content.drawings])
     for done, (name, drawing) in enumerate(zip(names, content.drawings, strict=True)):
@@ -115,9 +154,21 @@ def _write(content: Content, folder: Path, progress: Progress) -> Path:
         tables.append(_page_table(name, table, _save_table(table.frame, folder / "tables" / name)))
     progress("writing the page", total - 1, total)
     page = render(content.title, content.facts, content.notes, figures, tables)
-    index.write_text(page, encoding="utf-8")
-    progress("done", total, total)
-    return index
+    (folder / INDEX).write_text(page, encoding="utf-8")
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Each file at once, the page last; then what only the former report had goes."""
+    whole = {part: {path.name for path in (new / part).iterdir()} for part in PARTS}
+    for part, names in whole.items():
+        (folder / part).mkdir(exist_ok=True)
+        for name in names:
+            os.replace(new / part / name, folder / part / name)
+    os.replace(new / INDEX, folder / INDEX)
+    for part, suffixes in PARTS.items():
+        for path in (folder / part).iterdir():
+            if path.suffix in suffixes and path.name not in whole[part]:
+                path.unlink()
 
 
 def _save(figure: Figure, path: Path) -> bytes:
@@ -180,19 +231,15 @@ def _file_names(names: Sequence[str]) -> list[str]:
 
 
 def _require_own(folder: Path) -> None:
-    """Raises unless the folder is new, empty, or holds a report."""
+    """Raises unless the folder is new, empty, or holds a report or the beginning of one."""
     if not folder.exists():
         return
-    index = folder / "index.html"
-    is_report = index.is_file() and MARK.encode() in index.read_bytes()[:1000]
-    if not folder.is_dir() or (any(folder.iterdir()) and not is_report):
-        raise StoreError(
-            f"A report replaces an earlier report only; {folder} holds something else. Choose "
-            "another folder with -o."
-        )
-
-
-def _remove_former(folder: Path) -> None:
-    for pattern in ("figures/*.png", "figures/*.svg", "tables/*.csv", "tables/*.parquet"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    if folder.is_dir():
+        index, content = folder / INDEX, [path.name for path in folder.iterdir()]
+        is_report = index.is_file() and MARK.encode() in index.read_bytes()[:1000]
+        if is_report or not content or any(name.startswith(BUILDING) for name in content):
+            return
+    raise StoreError(
+        f"A report replaces an earlier report only; {folder} holds something else. Choose "
+        "another folder with -o."
+    )

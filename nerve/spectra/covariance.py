@@ -26,7 +26,7 @@ class StreamingCovariance:
     Holds the number of samples, their mean (float64, `[dim]`) and the sum of squares about it
     (float64, `[dim, dim]`) on `device`, merged by Chan's formula. Within an update:
 
-    - features are centred before they are multiplied wherever a mean could cost digits;
+    - features are centered before they are multiplied wherever a mean could cost digits;
     - each column is scaled by a power of two, which is exact, so that no scale of the features
       over- or underflows in the product;
     - the product is taken in chunks of rows that are summed in float64.
@@ -38,7 +38,7 @@ class StreamingCovariance:
     a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`; for `bfloat16` relative to the
     whole variance, so that entries of columns far below the loudest one can be off. No update
     records an autograd graph, and only those with a mask or of `bfloat16` wait for the device:
-    these products take the features uncentred, and where the mean turns out to be too large for
+    these products take the features uncentered, and where the mean turns out to be too large for
     that, the update is done again with `float16x2`.
 
     Args:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from nerve.spectra.product import PRODUCTS, Product, exact_products
 
-# Columns are scaled so that a centred value stays below 2**15: inside float16's range (65,504),
+# Columns are scaled so that a centered value stays below 2**15: inside float16's range (65,504),
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
 
-# Uncentred products are for features whose mean carries at most the power of their variance, which
+# Uncentered products are for features whose mean carries at most the power of their variance, which
 # keeps SE within 1e-5, and that are not so small that products vanish.
 _LARGEST_MEAN = 1.0
 _LEAST_SQUARE = 1e-30
@@ -31,19 +31,19 @@ class Moments(NamedTuple):
 
 def moments_of(x: Float[Tensor, "n dim"], product: str) -> tuple[Moments, str]:
     """The moments of the samples `x`, at least one, and the name of the product that took them:
-    `float16x2` where an uncentred one would lose digits."""
+    `float16x2` where an uncentered one would lose digits."""
     with exact_products(x.device):
-        if not PRODUCTS[product].centred:
+        if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
                 raw = _raw_moments(x, PRODUCTS[product])
                 if raw is not None:
                     return raw, product
             product = "float16x2"
-        return _centred_moments(x, PRODUCTS[product]), product
+        return _centered_moments(x, PRODUCTS[product]), product
 
 
 def _raw_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments | None:
-    """As `_centred_moments`, from products of the samples as they are: one pass over them.
+    """As `_centered_moments`, from products of the samples as they are: one pass over them.
 
     `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
     covariance loses the digits by which they exceed the variance. None where that, or the scale of
@@ -64,7 +64,7 @@ def _raw_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments | None:
     return Moments(n, mean, m2.addr_(mean * n, mean, alpha=-1))
 
 
-def _centred_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
+def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
     """Number, mean and sum of squares about the mean of the samples `x`.
 
     The samples are shifted by their mean, rounded to the working type. Each difference then has all

@@ -1,4 +1,4 @@
-"""How `y^T y` of centred features is taken: in which precision, and how exactly."""
+"""How `y^T y` of centered features is taken: in which precision, and how exactly."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ class Product:
             rows mean more rounding, fewer mean more additions of `dim x dim` float64 matrices.
         add: adds it to a float64 matrix, in place: to the lower triangle with the diagonal. What
             the upper one holds means nothing.
-        centred: whether `y` is centred first, which costs passes over it, or the mean is taken out
-            of the sum, which costs digits where the mean is large.
+        centered: whether `y` is centered first, which costs passes over it, or the mean is taken
+            out of the sum, which costs digits where the mean is large.
     """
 
     dtype: torch.dtype
     n_rows: int
     add: Callable[[Float64[Tensor, "dim dim"], Float[Tensor, "n dim"]], None]
-    centred: bool = True
+    centered: bool = True
 
 
 # Blocks of fewer columns would keep the cores less busy.
@@ -102,7 +102,7 @@ def _batched_matmul(
 
 # From the coarsest to the finest.
 PRODUCTS: dict[str, Product] = {
-    "bfloat16": Product(torch.bfloat16, 16_384, _add_bfloat16_product, centred=False),
+    "bfloat16": Product(torch.bfloat16, 16_384, _add_bfloat16_product, centered=False),
     "float16x2": Product(torch.float32, 16_384, _add_float16x2_product),
     "float32": Product(torch.float32, 2048, _add_product),
     "float64": Product(torch.float64, 4096, _add_product),
@@ -117,10 +117,10 @@ def coarsest(names: Iterable[str]) -> str:
 def default_product(dtype: torch.dtype, device: torch.device) -> str:
     """The name of the product that features of `dtype` deserve on `device`.
 
-    On an NVIDIA GPU of a data centre, float64 is as fast as float32 without its rounding, and
+    On an NVIDIA GPU of a data center, float64 is as fast as float32 without its rounding, and
     16-bit features have tensor cores; elsewhere 16-bit features are taken as float32. Products of
     bfloat16 numbers have 16 digits, which tensor cores sum without loss; those of float16 have 22,
-    some of which are cut off, so that they pay for being centred.
+    some of which are cut off, so that they pay for being centered.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return "float64" if dtype == torch.float64 else "float32"

@@ -24,7 +24,7 @@ class Shares(NamedTuple):
 
     Attributes:
         mean: the mean's share of the second moment, `N |mean|^2 / sum |x|^2`, in [0, 1]; 1 where
-            all samples are one vector, which centred spectra cannot see.
+            all samples are one vector, which centered spectra cannot see.
         largest: the share of all variance that the sample farthest from the mean has,
             `max |x - mean|^2 / sum |x - mean|^2`, in [1/N, 1 - 1/N].
         top: that of the farthest 0.1% of the samples, their number rounded up.

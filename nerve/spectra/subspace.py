@@ -34,9 +34,9 @@ def variance_outside(
     with torch.no_grad():
         basis = column_basis(weight)
         if samples is not None:
-            centred = samples.double()
-            centred = centred - centred.mean(0)
-            inside, total = (centred @ basis).square().sum(), centred.square().sum()
+            centered = samples.double()
+            centered = centered - centered.mean(0)
+            inside, total = (centered @ basis).square().sum(), centered.square().sum()
         else:
             assert scatter is not None
             inside, total = _trace_of_projection(scatter, basis), scatter.trace()

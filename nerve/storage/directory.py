@@ -6,14 +6,14 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nerve.config import require_choice
 from nerve.errors import StoreError
 from nerve.storage.identity import differences
-from nerve.storage.record import RECORD_NAME, RunRecord
+from nerve.storage.record import RECORD_NAME, NoRecordError, RunRecord, lost_record
 from nerve.storage.state import FRESH, LOCK_NAME, RunIsBusyError, RunLock, RunState, is_locked
 
 if TYPE_CHECKING:
@@ -37,15 +37,16 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._holds_lock = False
-        self._found: tuple[bool, RunRecord | None] | None = None
+        self._lock: RunLock | None = None
+        self._found: tuple[bool | None, RunRecord | None] | None = None
 
     @property
     def record(self) -> RunRecord | None:
-        """What `run.json` says; None where there is none.
+        """What `run.json` says; None where there is no run.
 
         Raises:
-            StoreError: as `RunRecord.load`, for a record that is damaged or of a newer nerve.
+            StoreError: as `RunRecord.load`, for a record that is damaged, gone from beside what its
+                run has stored, or of a newer nerve.
         """
         return self._look()[1]
 
@@ -58,8 +59,8 @@ class RunDirectory:
         """Where the run stands; a directory that is not there is `new`.
 
         The lock decides between alive and dead. A lock may not reach across hosts on every file
-        system, and code of one's own may take none: a run of another host, or without a lock file,
-        is alive, too, while its heartbeat is younger than a minute.
+        system, not every file system has locks, and code of one's own may take none: a run of which
+        no lock can tell is alive, too, while its heartbeat is less than a minute from now.
 
         Raises:
             StoreError: as `record`.
@@ -69,7 +70,7 @@ class RunDirectory:
             return RunState.ALIVE if locked else RunState.NEW
         if record.run_status == "done":
             return RunState.DONE
-        if locked or _beats_without_lock(record):
+        if locked or (_is_untold(record, locked) and abs(_age(record)) < FRESH):
             return RunState.ALIVE
         return RunState.DEAD if record.run_status == "running" else RunState(record.run_status)
 
@@ -92,12 +93,11 @@ class RunDirectory:
             StoreError: when the directory cannot be written.
         """
         self.reload()
-        lock = RunLock(self.path)
-        self._holds_lock = True
+        lock = self._lock = RunLock(self.path)
         try:
             yield
         finally:
-            self._holds_lock = False
+            self._lock = None
             lock.release()
 
     def is_done(self, config: Mapping[str, Any]) -> bool:
@@ -118,8 +118,8 @@ class RunDirectory:
         """The record of the run that starts here, at its beginning or where it was left.
 
         Of a run that is done it is as it was: nothing is to do. To be called within `locked`. That
-        no other host runs it takes up to a minute to know where that host's heartbeat is fresh:
-        after its node was lost, or where locks do not reach across hosts.
+        no other process runs it takes up to a minute to know where no lock tells and the heartbeat
+        is fresh, or ahead of this host's clock: after a node was lost, or without locks.
 
         Args:
             config: the full resolved configuration.
@@ -128,7 +128,7 @@ class RunDirectory:
             first: other fields of a new run's record.
 
         Raises:
-            RunIsBusyError: when a process of another host is at work here.
+            RunIsBusyError: when another process, of which no lock tells, is at work here.
             StoreError: when the directory holds a run of another configuration, or one that failed
                 and `retry` is not set.
         """
@@ -190,36 +190,57 @@ class RunDirectory:
         matches = (re.fullmatch(r"step-(\d{12})\.ckpt", name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
 
-    def _look(self) -> tuple[bool, RunRecord | None]:
-        """Whether another process has the lock, and the record."""
+    def _look(self) -> tuple[bool | None, RunRecord | None]:
+        """Whether another process has the lock (None: nobody can tell), and the record."""
         if self._found is None:
             # The lock first: a run that ends in between then shows as ended.
-            locked = not self._holds_lock and is_locked(self.path)
-            there = (self.path / RECORD_NAME).exists()
-            self._found = locked, RunRecord.load(self.path) if there else None
+            if self._lock is None:
+                locked = is_locked(self.path)
+            else:
+                locked = False if self._lock.is_held else None
+            self._found = locked, self._load()
         return self._found
 
+    def _load(self) -> RunRecord | None:
+        try:
+            return RunRecord.load(self.path)
+        except NoRecordError:
+            last = self.checkpoint("last")
+            if last.is_file():  # a run that begins here would take it for its own
+                raise lost_record(last, self.path / RECORD_NAME) from None
+            return None
+
     def _heard_out(self, record: RunRecord) -> RunRecord:
-        """The record once it is sure that no other host writes it."""
-        first = record.heartbeat
-        while _beats_without_lock(record):
+        """The record once it is sure that no other process writes it.
+
+        That is, once its heartbeat is old, or has not changed for a minute of this host's own: its
+        clock may be another than that of the host which wrote the time.
+        """
+        first, until = record.heartbeat, time.monotonic() + FRESH.total_seconds()
+        while _is_untold(record, self._look()[0]) and _age(record) < FRESH:
             if record.heartbeat != first:
                 raise RunIsBusyError(
                     f"One process at a time runs in a directory; {self.path} is in use on host "
                     f"{record.host}, whose heartbeat goes on. Let that one finish or stop it."
                 )
+            if time.monotonic() > until:
+                break
             time.sleep(1.0)
             record = self.reload().record or record
         return record
 
 
-def _beats_without_lock(record: RunRecord) -> bool:
-    """Whether a running run's heart has just beaten, though a lock on this host says nothing."""
+def _is_untold(record: RunRecord, locked: bool | None) -> bool:
+    """Whether a lock on this host says nothing about a running run."""
     if record.run_status != "running":
         return False
-    if record.host == socket.gethostname() and (record.directory / LOCK_NAME).exists():
-        return False
-    return datetime.now(UTC) - datetime.fromisoformat(record.heartbeat) < FRESH
+    is_of_here = record.host == socket.gethostname() and (record.directory / LOCK_NAME).exists()
+    return locked is None or not is_of_here
+
+
+def _age(record: RunRecord) -> timedelta:
+    """Since the heartbeat, by this host's clock; negative where the other's is ahead."""
+    return datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)
 
 
 def _at(config: Any, key: str) -> Any:

@@ -1,17 +1,20 @@
-"""Runs under a path: which directories hold one, and their records, one a run."""
+"""Runs under a path: which directories hold one, and their records, one per run."""
 
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nerve.errors import StoreError
+from nerve.errors import StoreError, warn_caller
 from nerve.storage.record import (
     RECORD_NAME,
     DamagedRecordError,
     DamagedRecordWarning,
     RunRecord,
+    left_by_a_run,
 )
-from nerve.storage.warn import warn_caller
+
+OF_A_RUN = ("checkpoints", "groups", "metrics", "scalars", "spectra")
+"""Folders of a run directory that hold no other run."""
 
 AnyPath = str | os.PathLike[str]
 
@@ -25,7 +28,8 @@ class FingerprintWarning(UserWarning):
 
 
 def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
-    """The run directories at or below `path`, each once, in the order of their names.
+    """The run directories at or below `path`, each once, in the order of their names; also those
+    that lie within the directory of another.
 
     Args:
         path: a run, a sweep, a whole tree of outputs, or several of these. Symbolic links are
@@ -38,7 +42,7 @@ def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
     seen: set[tuple[int, int]] = set()
     runs: list[Path] = []
     for root in roots:
-        if not root.is_dir():
+        if not os.path.isdir(root):  # False as well for one that may not be looked at
             raise StoreError(
                 f"Runs are read from directories; there is none at {root}. Give the directory of "
                 "a run, of a sweep, or of all outputs."
@@ -115,22 +119,30 @@ def listed(names: list[str]) -> str:
 
 
 def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    status = directory.stat()
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
     try:
+        status = directory.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
         with os.scandir(directory) as entries:
-            children = {entry.name: entry.is_dir() for entry in entries}
-    except PermissionError as error:
+            children = {entry.name: _is_directory(entry) for entry in entries}
+    except OSError as error:  # closed to this user, or gone since its parent was listed
         warn_caller(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
         return
-    if RECORD_NAME in children:
+    if RECORD_NAME in children or left_by_a_run(directory):
         yield directory
-        return
+        children = {name: children[name] for name in children if name not in OF_A_RUN}
     for name in sorted(children):
         if children[name] and not name.startswith("."):
             yield from _walk(directory / name, seen)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        warn_caller(f"Left out: {entry.path} cannot be followed: {error}", IncompleteWarning)
+        return False
 
 
 def _progress(record: RunRecord) -> tuple[int, str]:

@@ -25,7 +25,15 @@ EXCLUDED = (
 """Dotted keys of nerve-run, each with all below it, that change where or how fast a run goes, not
 its result. They are passed over in any configuration, also in one that nerve-run did not write."""
 
-ADDED: dict[str, Any] = {"monitor.skip_first": 0, "model.pre_std": None}
+ADDED: dict[str, Any] = {
+    "data.corpus.separator": None,
+    "data.images.reversed": False,
+    "data.separator_token": None,
+    "data.tokenizer_sample_bytes": 1_000_000_000,
+    "model.pre_std": None,
+    "monitor.skip_first": 0,
+    "regularizer": {"name": "none"},
+}
 """Dotted keys that nerve-run got after version 0.1.0, each with the value that means what was done
 before. A key with that value, and all below it, is passed over: runs of before keep their ids. A
 key of which no value means that has no place here, and runs of before are other runs."""
@@ -80,13 +88,16 @@ def to_json(
 def from_json(value: Any) -> Any:
     """`value` as it was before `to_json`: `{"float": "inf"}` is infinity again."""
     if isinstance(value, Mapping):
-        if _is_non_finite(value):
+        if is_non_finite(value):
             return NON_FINITE[value["float"]]
         return {key: from_json(item) for key, item in value.items()}
     return [from_json(item) for item in value] if isinstance(value, list) else value
 
 
-def _is_non_finite(value: Mapping[str, Any]) -> bool:
+def is_non_finite(value: Any) -> bool:
+    """Whether this is what `to_json` makes of NaN or an infinity."""
+    if not isinstance(value, Mapping):
+        return False
     name = value.get("float")
     return len(value) == 1 and isinstance(name, str) and name in NON_FINITE
 
@@ -124,7 +135,7 @@ def _text(canonical: Any) -> str:
 
 def _leaves(value: Any, path: str) -> dict[str, str]:
     """The texts of what is canonical, by dotted key."""
-    if not isinstance(value, Mapping) or not value or _is_non_finite(value):
+    if not isinstance(value, Mapping) or not value or is_non_finite(value):
         return {path: _text(value)}
     leaves: dict[str, str] = {}
     for key, item in value.items():

@@ -6,6 +6,7 @@ readers pass over them. A file without (an older part, or one that another progr
 unverified.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -16,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nerve.errors import StoreError
+from nerve.errors import StoreError, warn_caller
 from nerve.files import write_atomically
+from nerve.storage.manifest import MANIFEST_NAME, missing_parts
 from nerve.storage.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
-from nerve.storage.warn import warn_caller
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
@@ -33,7 +34,7 @@ class DamagedPartWarning(UserWarning):
 
 
 class DamagedPartError(StoreError):
-    """A Parquet part that cannot be read as what its folder holds."""
+    """A Parquet part that cannot be read as what its folder holds, or that is not there."""
 
 
 def part_path(directory: Path, dataset: Dataset, step: int) -> Path:
@@ -48,9 +49,26 @@ def part_step(path: Path) -> int:
 
 
 def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
-    """The dataset's parts, earliest first; none if there is no such folder."""
-    paths = (path for path in (directory / dataset.name).glob("*.parquet") if path.is_file())
-    return sorted(paths, key=lambda path: (part_step(path), path.name))
+    """The dataset's parts, earliest first; none if there is no such folder.
+
+    Raises:
+        DamagedPartError: when the folder cannot be listed.
+    """
+    folder = directory / dataset.name
+    try:
+        with os.scandir(folder) as entries:
+            names = [each.name for each in entries if each.name.endswith(".parquet")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DamagedPartError(
+            f"{folder} cannot be listed: {error}. Fix its permissions or restore it."
+        ) from error
+    paths = (folder / name for name in names)
+    return sorted(
+        (path for path in paths if not path.is_dir()),
+        key=lambda path: (part_step(path), path.name),
+    )
 
 
 def read_part(path: Path, dataset: Dataset) -> pa.Table:
@@ -67,29 +85,35 @@ def read_part(path: Path, dataset: Dataset) -> pa.Table:
         FileNotFoundError: when it is gone, for a compaction may run while others read.
     """
     try:
-        with pa.OSFile(str(path)) as file:
+        with pa.OSFile(os.fsencode(path)) as file:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
                 _check_version(path, parquet.schema_arrow.metadata)
                 return _fitted(parquet.read(use_threads=False), dataset.schema)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        if not path.is_symlink():
+            raise
+        raise _damaged(path, dataset, error) from error  # of a link to nowhere, which stays
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DamagedPartError(
-            f"{path} is not a readable part of {dataset.name}: {error}. Restore it or move it away."
-        ) from error
+        raise _damaged(path, dataset, error) from error
+
+
+def _damaged(path: Path, dataset: Dataset, error: Exception) -> DamagedPartError:
+    return DamagedPartError(
+        f"{path} is not a readable part of {dataset.name}: {error}. Restore it or move it away."
+    )
 
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:
     """What a part says of itself beside its rows. Raises `pa.ArrowException`, `OSError` or
     `ValueError` for a file that is damaged or gone."""
-    with pa.OSFile(str(path)) as file:
+    with pa.OSFile(os.fsencode(path)) as file:
         _verify_footer(file)
         return pq.read_schema(file).metadata or {}
 
 
 def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[DamagedPartError]]:
-    """All rows of a run's dataset, each once, and the parts that had to be left out.
+    """All rows of a run's dataset, each once, and the parts that are missing or had to be left out.
 
     Rows come earliest part first; of doubled rows the one in the latest part stays.
     """
@@ -104,7 +128,18 @@ def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[Damage
                     damaged.append(error)
         except FileNotFoundError:
             continue  # compacted between listing and reading: the new listing has all the rows
-        return joined(tables, dataset), damaged
+        return joined(tables, dataset), damaged + missing_errors(directory, dataset)
+
+
+def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
+    """One error for each part that was written and is not there any more."""
+    return [
+        DamagedPartError(
+            f"{path} is missing: its rows were stored and are not there any more. Restore it; to "
+            f"do without them, delete {directory / MANIFEST_NAME}."
+        )
+        for path in missing_parts(directory, dataset.name)
+    ]
 
 
 def _check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:

@@ -1,8 +1,10 @@
 """`run.json`: what was run, where, how far it is and how it ended."""
 
+import contextlib
 import json
 import os
 import socket
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -10,13 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from nerve.errors import StoreError
-from nerve.files import as_store_error, write_atomically
+from nerve.files import as_store_error, require_there, write_atomically
 from nerve.storage.identity import config_id, from_json, new_run_id, to_json
+from nerve.storage.manifest import MANIFEST_NAME
 from nerve.storage.provenance import git_commit, package_versions
+from nerve.storage.record_fields import check_fields
 
 RECORD_NAME = "run.json"
 RECORD_VERSION = 1
-RUN_STATUSES = ("running", "done", "failed", "interrupted")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What JSON of any content can come to."""
 FIXED = ("directory", "run_id", "config_id", "started")
 
 
@@ -24,8 +37,13 @@ class DamagedRecordWarning(UserWarning):
     """A `run.json` cannot be read and its run was left out; the message names the file and why."""
 
 
+class NoRecordError(StoreError):
+    """A directory without `run.json`, and without anything that a run has stored."""
+
+
 class DamagedRecordError(StoreError):
-    """A `run.json` that is cut short, overwritten, or not the record of a run."""
+    """A `run.json` that is cut short, overwritten, not the record of a run, or gone from beside
+    what its run has stored."""
 
 
 @dataclass(kw_only=True)
@@ -35,10 +53,13 @@ class RunRecord:
     Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
     and `message`. `job` holds the cluster's own names for the run, `fingerprints` the hashes of
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
-    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …).
+    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …). `stopped_by` is
+    the rule on results that ended a run before its last step, `warning` what is to be known of one
+    that is done beside its numbers.
     JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
     `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
-    stays null, and such a run is not taken for one with an infinite value.)
+    stays null, and such a run is not taken for one with an infinite value.) The file has a
+    `checksum` of all that it says; one without is read unverified.
     """
 
     directory: Path
@@ -56,7 +77,10 @@ class RunRecord:
     seed: int | None = None
     n_parameters: int | None = None
     unigram_loss: float | None = None
+    separator_token: str | None = None
     pre_scales: dict[str, float] = field(default_factory=dict)
+    stopped_by: str | None = None
+    warning: str | None = None
     final: dict[str, float | None] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -81,7 +105,8 @@ class RunRecord:
                 `objective` and the other `EXCLUDED` keys of nerve-run tell no runs apart.
             run_id: where the caller has made it already, for the directory's name.
             values: other fields, such as `sweep`, `seed`, `n_parameters`, `fingerprints`, `device`,
-                `job`, `unigram_loss`; `versions` adds to those of the installed packages.
+                `job`, `unigram_loss`, `separator_token`; `versions` adds to those of the installed
+                packages.
 
         Raises:
             StoreError: when the directory holds a run already, or cannot be written.
@@ -104,6 +129,8 @@ class RunRecord:
             host=socket.gethostname(),
             git_commit=git_commit(),
         )
+        with as_store_error(record.directory):
+            record.directory.mkdir(parents=True, exist_ok=True)
         record.update(**{**values, "versions": package_versions() | values.get("versions", {})})
         return record
 
@@ -115,30 +142,41 @@ class RunRecord:
         in the file or in the name of the directory, does not matter.
 
         Raises:
-            StoreError: when there is none or a newer nerve wrote it; its subclass
-                `DamagedRecordError` when it is cut short or not the record of a run.
+            NoRecordError: when there is no run.
+            DamagedRecordError: when it is cut short, not the record of a run, or gone.
+            StoreError: when a newer nerve wrote it.
         """
         path = Path(directory) / RECORD_NAME
         try:
             values = json.loads(path.read_bytes())
-            version = int(values.pop("schema_version"))
-        except FileNotFoundError as error:
-            raise StoreError(
+            version = int(values["schema_version"])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            left = left_by_a_run(path.parent)
+            if left is not None:
+                raise lost_record(left, path) from error
+            raise NoRecordError(
                 f"A run directory holds {RECORD_NAME}; {path.parent} has none. Give the directory "
                 "of a run."
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise _damaged(path, error) from error
         if version > RECORD_VERSION:
             raise StoreError(
                 f"This nerve reads records up to version {RECORD_VERSION}; {path} has version "
                 f"{version}. Install the nerve that wrote it, or a newer one."
             )
+        checksum = values.pop("checksum", None)
+        if checksum not in (None, _checksum(values)):
+            raise _damaged(
+                path,
+                "its checksum does not fit, so something in it was changed (if that was you, "
+                "delete the line of the checksum)",
+            )
         known = {entry.name for entry in fields(cls)} - {"directory", "config_id"}
         stored = {name: values[name] for name in known & values.keys()}
         try:
             record = cls(directory=path.parent, config_id="", **stored)
-            record._check()
+            check_fields(vars(record))
         except (TypeError, StoreError) as error:
             raise _damaged(path, error) from error
         record.config = from_json(record.config)
@@ -149,7 +187,8 @@ class RunRecord:
     def max_steps(self) -> int | None:
         """The last step, where the configuration has `trainer.max_steps`."""
         trainer = self.config.get("trainer")
-        return trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+        steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+        return steps if isinstance(steps, int) else None
 
     @property
     def progress(self) -> str:
@@ -160,8 +199,9 @@ class RunRecord:
         """Sets fields and writes the record; every update is also a heartbeat.
 
         Raises:
-            StoreError: for a field that is not there or stays as it was at the start, an unknown
-                `run_status`, or a file system that refuses; the record is then as before.
+            StoreError: for a field that is not there or stays as it was at the start, a value that
+                it cannot have, a directory that is gone or now another run's, or a file system that
+                refuses; the record is then as before.
         """
         names = [entry.name for entry in fields(self) if entry.name not in FIXED]
         unknown = sorted(changes.keys() - set(names))
@@ -175,7 +215,7 @@ class RunRecord:
         before = dict(vars(self))
         vars(self).update({"heartbeat": _now(), **changes})
         try:
-            self._check()
+            check_fields(vars(self))
             self._write()
         except BaseException:
             vars(self).update(before)
@@ -195,31 +235,56 @@ class RunRecord:
         named = error and {"type": type(error).__name__, "message": str(error)}
         self.update(run_status=run_status, error=named, ended=_now(), **changes)
 
-    def _check(self) -> None:
-        if self.run_status not in RUN_STATUSES:
-            raise StoreError(
-                f"run_status is one of {', '.join(RUN_STATUSES)}; got {self.run_status!r}."
-            )
-        for name in ("config", "final", "fingerprints", "pre_scales", "versions"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise StoreError(
-                    f"{name} of a run record is a mapping; got {getattr(self, name)!r}."
-                )
-
     def _write(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "directory"}
         plain = to_json({"schema_version": RECORD_VERSION, **values}, non_finite=lambda _: None)
-        text = json.dumps(plain | {"config": to_json(self.config)}, indent=2)
-        with as_store_error(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        plain["config"] = to_json(self.config)
+        text = json.dumps(plain | {"checksum": _checksum(plain)}, indent=2)
+        require_there(self.directory)
+        self._require_own()
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
+
+    def _require_own(self) -> None:
+        """Raises `StoreError` where the directory is that of another run by now."""
+        try:
+            run_id = json.loads((self.directory / RECORD_NAME).read_bytes())["run_id"]
+        except _UNREADABLE:
+            return  # not there yet, or damaged: what is written takes its place
+        if run_id != self.run_id:
+            raise StoreError(
+                f"A run writes in its own directory; {self.directory} is that of run {run_id} now, "
+                f"and not of run {self.run_id} any more, which stops. Leave a directory in its "
+                "place while its run is at work."
+            )
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _damaged(path: Path, error: Exception) -> DamagedRecordError:
+def left_by_a_run(directory: Path) -> Path | None:
+    """Something in a directory that only a run of this project can have stored there."""
+    parts = (directory / "metrics").glob("part-" + 12 * "[0-9]" + ".parquet")
+    with contextlib.suppress(OSError):  # it may be closed to this user, or just be removed
+        return next((path for path in (directory / MANIFEST_NAME, *parts) if path.is_file()), None)
+    return None
+
+
+def lost_record(left: Path, path: Path) -> DamagedRecordError:
+    """The error for a run whose record `path` is gone from beside `left`."""
+    return DamagedRecordError(
+        f"{path} is missing, and {left} shows that a run was recorded there. Restore it from a "
+        "copy, or move the directory away: what it holds cannot be told without."
+    )
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """CRC-32 of what the JSON of a record says, however it is laid out."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _damaged(path: Path, error: object) -> DamagedRecordError:
     return DamagedRecordError(
         f"{path} is not the record of a run: {error}. Restore it or move its directory away."
     )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -26,10 +27,14 @@ class RunLock:
 
     The lock is `flock` on `<directory>/.lock`: no kill and no power cut leaves it behind, and on
     NFS it holds across hosts. The file stays; it names its last holder. On a file system without
-    locks a warning says so, and the run goes on unguarded.
+    locks a warning says so: of two that start at once, the one that is named last goes on, and else
+    the heartbeat keeps them apart.
 
     Args:
         directory: the run directory; made if it is not there.
+
+    Attributes:
+        is_held: whether the lock keeps others out; False on a file system without locks.
 
     Raises:
         RunIsBusyError: when another process holds it.
@@ -46,35 +51,42 @@ class RunLock:
         except BaseException:
             self._file.close()
             raise
-        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        own = {"host": socket.gethostname(), "pid": os.getpid()}
         with as_store_error(path):
             self._file.truncate(0)
-            self._file.write(json.dumps(holder))
+            self._file.write(json.dumps(own))
             self._file.flush()
+        if not self.is_held:
+            time.sleep(PATIENCE_S)
+            if holder(path.parent) != own:
+                self._file.close()
+                raise _busy(path.parent)
 
     def release(self) -> None:
         """Lets others in; may be called again."""
         self._file.close()
 
     def _take(self, path: Path) -> None:
-        if not flock_within(self._file.fileno(), PATIENCE_S):
-            raise RunIsBusyError(
-                f"One process at a time runs in a directory; {path.parent} is in use by "
-                f"{_named(holder(path.parent))}. Let that one finish or stop it; this run has "
-                "nothing to do."
-            )
+        had = flock_within(self._file.fileno(), PATIENCE_S)
+        if had is False:
+            raise _busy(path.parent)
+        self.is_held = had is True
 
 
-def is_locked(directory: str | os.PathLike[str]) -> bool:
-    """Whether a live process holds the lock of a run directory; False where there is none."""
+def is_locked(directory: str | os.PathLike[str]) -> bool | None:
+    """Whether a live process holds the lock of a run directory; False where there is no lock file,
+    None where it cannot be told: the file system has no locks, or the file cannot be opened."""
     try:
         descriptor = os.open(Path(directory) / LOCK_NAME, os.O_RDONLY)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return None
     try:
-        return not flock(descriptor, shared=True)
+        is_free = flock(descriptor, shared=True)
     finally:
         os.close(descriptor)
+    return None if is_free is None else not is_free
 
 
 def holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -84,6 +96,13 @@ def holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
+
+
+def _busy(directory: Path) -> RunIsBusyError:
+    return RunIsBusyError(
+        f"One process at a time runs in a directory; {directory} is in use by "
+        f"{_named(holder(directory))}. Let that one finish or stop it; this run has nothing to do."
+    )
 
 
 def _named(process: dict[str, Any]) -> str:

@@ -1,19 +1,24 @@
 """The writer of a run's Parquet datasets: nothing half-written, nothing lost, nothing twice."""
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nerve.files import as_store_error, remove_temporaries, sync_directory
+from nerve.errors import StoreError
+from nerve.files import as_store_error, remove_temporaries, require_there, sync_directory
+from nerve.storage.manifest import read_manifest, write_manifest
 from nerve.storage.parts import (
     DamagedPartError,
     joined,
     list_parts,
+    missing_errors,
     part_path,
     part_step,
     read_metadata,
@@ -24,6 +29,8 @@ from nerve.storage.parts import (
 )
 from nerve.storage.schema import DATASETS, Dataset, table_of
 
+log = logging.getLogger(__name__)
+
 COMPACTED_KEY = b"nerve_compacted"
 
 
@@ -32,6 +39,8 @@ class RunStore:
 
     Rows wait in memory until `flush`; a killed run loses at most those. One process writes a run.
     Opening finishes what a killed writer left: an interrupted compaction, temporary files.
+
+    Beside the parts lies the list of them, so that one that is deleted is missed.
 
     Three rules make every interruption harmless:
     - a part appears whole, by `os.replace`, and rows never go to a part earlier than the last one,
@@ -48,16 +57,19 @@ class RunStore:
         self.directory = Path(directory)
         self.run_id = run_id
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in DATASETS}
+        self._listed = {name: set[str]() for name in DATASETS} | read_manifest(self.directory)
         with as_store_error(self.directory):
             for dataset in DATASETS.values():
                 folder = self.directory / dataset.name
                 folder.mkdir(parents=True, exist_ok=True)
                 remove_temporaries(folder)
                 self._finish_compaction(dataset)
+                self._list(dataset, list_parts(self.directory, dataset))
             remove_temporaries(self.directory)
+        _warn_of_columns(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `METRICS`: a mapping a row, `run_id` and nullable columns may be absent.
+        """Buffers rows of `METRICS`: a mapping per row; `run_id` and nullable ones may be absent.
 
         Raises:
             StoreError: for an unknown or a missing column or a value of the wrong type; none of
@@ -91,14 +103,14 @@ class RunStore:
             latest = max(pc.max(table["step"]).as_py() for table in tables if len(table))
             parts = list_parts(self.directory, dataset)
             path, earlier = self._part(dataset, max(step, latest, *map(part_step, parts)))
-            write_part(path, joined([*earlier, *tables], dataset))
+            self._write(dataset, path, joined([*earlier, *tables], dataset))
             self._buffers[dataset.name] = []
 
     def compact(self) -> None:
         """Makes each dataset one part, sorted by its key, without doubled rows.
 
-        A dataset with a damaged part is left as it is, with a `DamagedPartWarning`. Rows that wait
-        for a flush keep waiting.
+        A dataset with a damaged or a missing part is left as it is, with a `DamagedPartWarning`.
+        Rows that wait for a flush keep waiting.
 
         Raises:
             StoreError: when the file system refuses; every row can still be read.
@@ -114,17 +126,23 @@ class RunStore:
             ordered = table.sort_by([(name, "ascending") for name in dataset.key])
             mark = json.dumps([path.name for path in parts[:-1]])
             metadata = {**dataset.schema.metadata, COMPACTED_KEY: mark}
-            write_part(parts[-1], ordered.replace_schema_metadata(metadata))
-            _remove(parts[:-1])
+            self._write(dataset, parts[-1], ordered.replace_schema_metadata(metadata))
+            self._remove(dataset, parts[:-1])
 
     def truncate_after(self, step: int) -> None:
         """Drops all rows past `step`, stored or waiting: where a resumed run starts again.
 
-        A damaged part is left as it is, with a `DamagedPartWarning`.
+        A damaged part is left as it is, with a `DamagedPartWarning`; a missing one is named, too.
 
         Raises:
-            StoreError: when the file system refuses; the next call does the rest.
+            StoreError: for a step that is no whole number, and when the file system refuses; the
+                next call then does the rest.
         """
+        if not isinstance(step, Integral) or isinstance(step, bool):
+            raise StoreError(
+                f"Rows are dropped past a step, a whole number (-1 drops all); got {step!r}. Give "
+                "the step that the run goes on from."
+            )
         for dataset in DATASETS.values():
             waiting = self._buffers[dataset.name]
             self._buffers[dataset.name] = [_until(step, table) for table in waiting]
@@ -138,7 +156,8 @@ class RunStore:
                 kept = _until(step, table)
                 if len(kept) < len(table):
                     late[path] = kept
-            self._replace(dataset, step, late)
+            self._replace(dataset, int(step), late)
+            warn_damaged(missing_errors(self.directory, dataset))
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         self._buffers[name].append(table_of(DATASETS[name], rows, self.run_id))
@@ -157,13 +176,33 @@ class RunStore:
         if any(len(kept) for kept in late.values()):
             target, earlier = self._part(dataset, step)
             kept = [*([] if target in late else earlier), *late.values()]
-            write_part(target, joined(kept, dataset))
+            self._write(dataset, target, joined(kept, dataset))
             late.pop(target, None)
-        _remove(late)
+        self._remove(dataset, list(late))
 
     def _finish_compaction(self, dataset: Dataset) -> None:
         for path in list_parts(self.directory, dataset):
-            _remove(path.with_name(name) for name in _compacted_names(path))
+            self._remove(dataset, [path.with_name(name) for name in _compacted_names(path)])
+
+    def _write(self, dataset: Dataset, path: Path, table: pa.Table) -> None:
+        require_there(self.directory)
+        write_part(path, table)
+        self._list(dataset, [path])
+
+    def _remove(self, dataset: Dataset, paths: Sequence[Path]) -> None:
+        self._list(dataset, (), without=paths)
+        for path in paths:
+            with as_store_error(path):
+                path.unlink(missing_ok=True)
+                sync_directory(path.parent)
+
+    def _list(self, dataset: Dataset, paths: Iterable[Path], without: Iterable[Path] = ()) -> None:
+        """Puts parts on the list of those that must be there, or strikes them off."""
+        before = self._listed[dataset.name]
+        listed = before.union(path.name for path in paths) - {path.name for path in without}
+        if listed != before:
+            self._listed[dataset.name] = listed
+            write_manifest(self.directory, self._listed)
 
 
 def _until(step: int, table: pa.Table) -> pa.Table:
@@ -179,8 +218,15 @@ def _compacted_names(path: Path) -> list[str]:
     return json.loads(mark)
 
 
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with as_store_error(path):
-            path.unlink(missing_ok=True)
-            sync_directory(path.parent)
+def _warn_of_columns(directory: Path) -> None:
+    """Warns of a folder `column=value` in a path: that is how Hive and its kin store a column."""
+    columns = {name for dataset in DATASETS.values() for name in dataset.schema.names}
+    for folder in directory.absolute().parts:
+        key, sign, _ = folder.partition("=")
+        if sign and key in columns:
+            log.warning(
+                "for other readers of Parquet the folder %s can take the place of the column %s in "
+                "the runs below it; give them hive_partitioning=false, or name it otherwise",
+                folder,
+                key,
+            )

@@ -1,9 +1,9 @@
 """The Lightning callback that saves a run so that it can go on exactly where it was."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,85 +12,35 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from nerve.config import require
-from nerve.files import as_store_error
+from nerve.files import as_store_error, require_there
 from nerve.measuring.distributed import gathered, highest, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
+from nerve.training.checkpoint_cadence import CheckpointCadence
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
+    identity_of,
     weights_of,
     write_checkpoint,
 )
+from nerve.training.ending import follows_a_rule, take_timers
 from nerve.training.randomness import random_states, set_random_states
-from nerve.training.signals import StopSignals
+from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
 
 _SAVE, _STOP = 1, 2
 
 
-@dataclass(frozen=True)
-class Cadence:
-    """When a run saves, beside its end and when it is asked to stop: at whichever is due first.
-
-    Attributes:
-        every_n_steps: optimizer steps from one checkpoint to the next; None for no such rule.
-        every_n_minutes: minutes; None for no such rule.
-        keep: optimizer steps after which the weights are kept for good; 0 is before training.
-
-    Raises:
-        ConfigError: for values that are not positive, and for steps that are not whole numbers.
-    """
-
-    every_n_steps: int | None = None
-    every_n_minutes: int | float | None = None
-    keep: list = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        steps, minutes = self.every_n_steps, self.every_n_minutes
-        require(
-            steps is None or (isinstance(steps, int) and steps > 0),
-            f"checkpoint.every_n_steps must be null or a positive whole number; got {steps!r}.",
-        )
-        require(
-            minutes is None or (isinstance(minutes, int | float) and minutes > 0),
-            f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
-        )
-        require(
-            isinstance(self.keep, list) and all(map(_is_step, self.keep)),
-            "checkpoint.keep must be a list of optimizer steps, whole numbers from 0, as in "
-            f"[0,100]; got {self.keep!r}.",
-        )
-
-    def require_reached(self, max_steps: int) -> None:
-        """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
-        late = [step for step in self.keep if step > max_steps]
-        require(
-            not late,
-            "checkpoint.keep takes steps from 0 to trainer.max_steps; got "
-            f"{', '.join(map(str, late))} with trainer.max_steps={max_steps}. Leave these out, or "
-            "train for longer.",
-        )
-
-    def is_due(self, step: int, seconds: float) -> bool:
-        """Whether to save after `step`, `seconds` after the last checkpoint."""
-        steps, minutes = self.every_n_steps, self.every_n_minutes
-        return bool(steps and step % steps == 0) or bool(minutes and seconds >= 60 * minutes)
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 class Checkpointing(Checkpoint):
-    """Saves at a cadence, at the end, and when a signal asks the run to stop, which it then does.
+    """Saves at a cadence, at the end, and when a signal or `trainer.max_time` asks the run to stop,
+    which it then does.
 
     A checkpoint of step s is the state after s optimizer steps and the validation that falls on
     them: weights, optimizer, schedule, data position, random states of every process, and what the
-    other callbacks keep. Before it is written, the rows up to s are; a resumed run drops later
-    ones. The weights of the lowest validation loss are kept in memory and written along with it.
-    Those of the steps to keep are written at once, and dropped where a resumed run drops rows.
+    other callbacks keep. Before it is written, the rows up to s are; the monitor of a resumed run
+    drops later ones. The weights of the lowest validation loss are kept in memory and written along
+    with it. Those of the steps to keep are written at once, and dropped as rows are.
 
     Args:
         files: the plugin through which Lightning saves.
@@ -98,17 +48,17 @@ class Checkpointing(Checkpoint):
         cadence: when to save.
         signals: what may ask the run to stop.
         store: whose rows must be as far as the checkpoint; None in a process that does not write.
-        facts: what the model was built from beside the configuration, for `load_model`.
+        data_dims: what the model was built from beside the configuration, for `load_model`.
     """
 
     def __init__(
         self,
         files: CheckpointFiles,
         run: RunDirectory,
-        cadence: Cadence,
+        cadence: CheckpointCadence,
         signals: StopSignals,
         store: RunStore | None,
-        facts: Mapping[str, Any],
+        data_dims: Mapping[str, Any],
     ) -> None:
         self.scores: dict[str, float] = {}
         """What the last validation logged: `val_loss`, …"""
@@ -117,8 +67,9 @@ class Checkpointing(Checkpoint):
         self._cadence = cadence
         self._signals = signals
         self._store = store
-        self._facts = dict(facts)
+        self._data_dims = dict(data_dims)
         self._wish = 0
+        self._allowed = self._deadline = math.inf
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
         self._seconds_before = 0.0
@@ -151,15 +102,19 @@ class Checkpointing(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["facts"] = self._facts
-        checkpoint["should_stop"] = trainer.should_stop  # as early stopping has decided
+        checkpoint["facts"] = self._data_dims
+        if self._store:  # the process that writes, which knows the record
+            checkpoint |= identity_of(self._run.require_record())
+        # As early stopping has decided; what else stops a run does not stop it again.
+        checkpoint["should_stop"] = trainer.should_stop and follows_a_rule(trainer)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._store:
-            self._store.truncate_after(checkpoint["global_step"])
         self._had_stopped = checkpoint.get("should_stop", False)
+
+    def setup(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._allowed = take_timers(trainer)
 
     def on_sanity_check_start(self, *args: Any) -> None:
         self._signals.install()  # Lightning has just put its own handlers in their place
@@ -171,6 +126,8 @@ class Checkpointing(Checkpoint):
             set_random_states(own_part(self._random))
         if self._had_stopped:
             trainer.should_stop = True
+        if self._allowed < math.inf:
+            self._deadline = time.monotonic() + self._allowed
         self._signals.defer()
 
     # A state is taken at the end of a step or of the validation that falls on it, where Lightning
@@ -190,7 +147,8 @@ class Checkpointing(Checkpoint):
         self._keep(trainer, pl_module)
         waited = time.monotonic() - self._saved_at
         is_due = self._cadence.is_due(trainer.global_step, waited)
-        wish = _STOP if self._signals.received else _SAVE if is_due else 0
+        stops = self._signals.received or self._is_out_of_time
+        wish = _STOP if stops else _SAVE if is_due else 0
         self._wish = highest(wish, trainer.strategy.root_device)
         assert trainer.val_check_batch is not None
         validates_next = trainer.should_stop or n_batches % trainer.val_check_batch == 0
@@ -211,10 +169,16 @@ class Checkpointing(Checkpoint):
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._write(trainer)
         if self._wish == _STOP:
+            if self._is_out_of_time and not self._signals.received:
+                raise Interrupted(f"the {self._allowed:g} s of trainer.max_time are over")
             self._signals.stop()
 
     def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
         self._write(trainer)
+
+    @property
+    def _is_out_of_time(self) -> bool:
+        return self._deadline < math.inf and time.monotonic() >= self._deadline
 
     def _take(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self._run.checkpoint("last"))
@@ -240,6 +204,7 @@ class Checkpointing(Checkpoint):
             return
         weights = self._weights(trainer, pl_module)
         if self._store:
+            require_there(self._run.path)
             write_checkpoint(self._run.kept_checkpoint(trainer.global_step), weights)
 
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -263,6 +228,7 @@ class Checkpointing(Checkpoint):
     def _write(self, trainer: L.Trainer) -> None:
         if not (self._store and self._files.holds):
             return
+        require_there(self._run.path)
         self._store.flush(trainer.global_step)
         if self._best:
             self._best.write(self._run.checkpoint("best"))

@@ -1,25 +1,29 @@
 """The files that a run can be resumed from, and a model be loaded from.
 
 They appear whole or not at all, and hold only tensors, numbers, text and containers of these:
-nothing that is read from a run directory can run code.
+nothing that is read from a run directory can run code. Each names the run that wrote it. It is an
+archive with a checksum of each of its files, which torch writes and passes over: they are verified
+whenever a checkpoint is read.
 """
 
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins import CheckpointIO
 from torch import nn
 
 from nerve.config import require, require_type
-from nerve.errors import StoreError
+from nerve.errors import ConfigError, StoreError
 from nerve.files import as_store_error, write_atomically
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory, Which
-from nerve.storage.record import RunRecord
+from nerve.storage.identity import differences, to_json
+from nerve.storage.record import RECORD_NAME, RunRecord
 
 _MODULE = "model."
 
@@ -32,16 +36,54 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """
     with as_store_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: torch.save(dict(content), file))
+    write_atomically(path, lambda file: _save(content, file))
+
+
+def _save(content: Mapping[str, Any], file: BinaryIO) -> None:
+    """As `torch.save`, with the errors of `file` itself: torch raises one of its own in their
+    place, which says that a position was not expected."""
+    noting = _Noting(file)
+    try:
+        torch.save(dict(content), noting)  # type: ignore[arg-type]  # it needs no more of a file
+    except Exception:
+        if noting.refused is not None:
+            raise noting.refused from None
+        raise
+
+
+class _Noting:
+    """A file to write to that remembers what it was refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.refused: OSError | None = None
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        return self._do(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        self._do(self._file.flush)
+
+    def _do(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `write_checkpoint` wrote, with all tensors on the CPU.
 
     Raises:
-        StoreError: when there is no such file, it is damaged, or it holds more than data.
+        StoreError: when there is no such file, it is damaged, changed in a single bit that counts,
+            or it holds more than data.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+        if changed is not None:
+            raise ValueError(f"the checksum of {changed} does not fit")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict):
             return content
@@ -54,15 +96,62 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     ) from error
 
 
+def identity_of(record: RunRecord) -> dict[str, Any]:
+    """What a checkpoint says of the run that writes it: `run_id`, `config_id`, `config`."""
+    return {
+        "run_id": record.run_id,
+        "config_id": record.config_id,
+        "config": to_json(record.config),
+    }
+
+
+def check_checkpoint(path: Path, record: RunRecord) -> None:
+    """Refuses to go on from a checkpoint that is damaged or of another run.
+
+    Lightning does not read every checkpoint through `CheckpointFiles`: it has a way of its own
+    where weights are sharded.
+
+    Raises:
+        StoreError: as `read_checkpoint`, and for a checkpoint of another run or configuration, or
+            one that holds weights alone.
+    """
+    checkpoint = read_checkpoint(path)
+    _require_own(checkpoint, record, path)
+    if "state_dict" not in checkpoint:
+        raise StoreError(
+            f"A run goes on from weights, optimizer and all that has a state; {path} holds weights "
+            "alone. Put the run's own last checkpoint back, or delete this one: a run without a "
+            "last checkpoint starts from its beginning."
+        )
+
+
+def _require_own(checkpoint: Mapping[str, Any], record: RunRecord, path: Path) -> None:
+    if "run_id" not in checkpoint:
+        return  # version 0.1.0 did not say
+    different = differences(checkpoint["config"], record.config)
+    if checkpoint["run_id"] == record.run_id and not different:
+        return
+    values = f"other values of {', '.join(different)}" if different else "the same values"
+    raise StoreError(
+        f"A run directory holds its own checkpoints; {path} is of run {checkpoint['run_id']} "
+        f"(configuration {checkpoint['config_id']}), and this is run {record.run_id} "
+        f"(configuration {record.config_id}), with {values}. Put the run's own checkpoint back, or "
+        "delete this one: a run without a last checkpoint starts from its beginning."
+    )
+
+
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`."""
+    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`, and what
+    `identity_of` says."""
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     states = checkpoint["state_dict"]
+    said = ("run_id", "config_id", "config")
     return {
         "model": {name.removeprefix(_MODULE): states[name] for name in states},
         "facts": checkpoint["facts"],
         "step": checkpoint["global_step"],
+        **{name: checkpoint[name] for name in said if name in checkpoint},
     }
 
 
@@ -85,7 +174,8 @@ def load_model(
     Raises:
         ConfigError: when both `which` and `step` are given, `which` is another text, or `step` is
             no whole number.
-        StoreError: when there is no such run or checkpoint, or it is damaged.
+        StoreError: when there is no such run or checkpoint, it is damaged, or that of another run
+            or step.
     """
     require(
         which is None or step is None,
@@ -96,9 +186,23 @@ def load_model(
     run = RunDirectory(directory)
     record = run.require_record()
     path = _kept(run, record, step) if step is not None else _saved(run, record, which or "best")
-    weights = weights_of(read_checkpoint(path))
-    model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
-    model.load_state_dict(weights["model"])
+    checkpoint = read_checkpoint(path)
+    _require_own(checkpoint, record, path)
+    try:
+        weights = weights_of(checkpoint)
+        if step is not None and weights["step"] != step:
+            raise StoreError(
+                f"Weights are kept under the step that they are of; {path} holds the weights of "
+                f"step {weights['step']}. Give it its own name back, or restore it."
+            )
+        model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
+        model.load_state_dict(weights["model"])
+    except (ConfigError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise StoreError(
+            f"A checkpoint holds the weights of the model that {RECORD_NAME} describes; {path} "
+            f"does not: {why}. Restore it, or the record beside it."
+        ) from error
     return model.eval()
 
 

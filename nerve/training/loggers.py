@@ -11,17 +11,41 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nerve.files import as_store_error, write_atomically
+from nerve.files import (
+    as_store_error,
+    remove_temporaries,
+    require_there,
+    write_atomically,
+)
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
 Row = dict[str, str]
 
 
-class StoreLogger(Logger):
+class OwnLogger(Logger):
+    """A logger without a name and a version, so that ModelCheckpoint puts its files into
+    checkpoints/, and without hyperparameters: run.json holds the whole configuration."""
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+
+class StoreLogger(OwnLogger):
     """Appends what Lightning logs to the `scalars` table: one row a name and step.
 
-    A training scalar labelled step s was computed with the weights after s optimizer steps, as in
+    A training scalar labeled step s was computed with the weights after s optimizer steps, as in
     the `metrics` table.
 
     Args:
@@ -32,20 +56,6 @@ class StoreLogger(Logger):
         super().__init__()
         self._store = store
 
-    @property
-    def name(self) -> str:
-        return ""  # ModelCheckpoint puts its files below name and version: into checkpoints/
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to do: run.json holds the whole configuration."""
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._store.append_scalars(
@@ -55,7 +65,7 @@ class StoreLogger(Logger):
         )
 
 
-class CSVLogger(Logger):
+class CSVLogger(OwnLogger):
     """Keeps `metrics.csv`: a row for each call that logs, a column for each name.
 
     Rows are appended; where one brings a new column the file is written anew. A file that is there
@@ -69,22 +79,9 @@ class CSVLogger(Logger):
     def __init__(self, directory: str | Path) -> None:
         super().__init__()
         self._path = Path(directory) / "metrics.csv"
+        self._is_made = False
         self._columns: list[str] = []
         self._waiting: list[Row] = []
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Nothing to do: run.json holds the whole configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -118,8 +115,12 @@ class CSVLogger(Logger):
         columns = ["step", *sorted({name for row in rows.values() for name in row} - {"step"})]
         header = dict(zip(columns, columns, strict=True))
         text = _text(columns, [header, *rows.values()])
-        with as_store_error(self._path.parent):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._is_made:  # later on it is gone with the run's directory
+            with as_store_error(self._path.parent):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._is_made = True
+        require_there(self._path.parent)
+        remove_temporaries(self._path.parent)
         write_atomically(self._path, lambda file: file.write(text))
         self._columns, self._waiting = columns, []
 

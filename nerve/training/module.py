@@ -11,10 +11,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from nerve.errors import DivergedError
+from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
 from nerve.training.randomness import part_from_other_processes
 
 Batch = tuple[Tensor, Tensor]
+
+NO_REGULARIZER = Regularizer()
 
 CHECK_EVERY_N_BATCHES = 50
 """How often a diverged loss is looked for on a GPU; on the CPU after every batch."""
@@ -23,8 +26,10 @@ CHECK_EVERY_N_BATCHES = 50
 class TrainedModel(L.LightningModule):
     """Trains a model that maps the first part of a batch to logits for the second.
 
-    Logs `train_loss` and `val_loss` (cross-entropy, nats a target). A step of either kind returns
-    the mean `loss` and `n_targets`, the number of targets that it is a mean of.
+    Logs `train_loss` and `val_loss` (cross-entropy, nats per target). A step of either kind returns
+    the mean `loss` and `n_targets`, the number of targets that it is a mean of. Where there is a
+    regularizer, its term is logged as `penalty`; the loss that a step returns has the value of the
+    cross-entropy alone and the gradient of their sum.
 
     Args:
         model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
@@ -32,6 +37,7 @@ class TrainedModel(L.LightningModule):
         schedule: learning-rate schedule over the trainer's `max_steps`.
         compile: whether training runs model and loss as one compiled graph; validation does not,
             whose last batch may be of another size.
+        regularizer: of the features in training; its term is that of each micro-batch and process.
     """
 
     def __init__(
@@ -41,13 +47,15 @@ class TrainedModel(L.LightningModule):
         schedule: Schedule,
         *,
         compile: bool = False,
+        regularizer: Regularizer = NO_REGULARIZER,
     ) -> None:
         super().__init__()
         self.model = model
         self._build_optimizer = build_optimizer
         self._schedule = schedule
         self._first_bad_step: Tensor | None = None
-        self._training_loss = torch.compile(self._mean_loss) if compile else self._mean_loss
+        self._penalty = Penalty(model, regularizer) if regularizer.name != "none" else None
+        self._training_losses = torch.compile(self._losses) if compile else self._losses
 
     def on_fit_start(self) -> None:
         part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
@@ -57,9 +65,12 @@ class TrainedModel(L.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        loss, targets = self._training_loss(batch), batch[1]
+        (loss, penalty), targets = self._training_losses(batch), batch[1]
         self._note_divergence(loss.detach())
-        self.log("train_loss", loss.detach(), prog_bar=True)
+        if penalty is not None:
+            self.log("penalty", penalty, sync_dist=True)
+        # Over all processes, as in the rows of metrics.
+        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": loss, "n_targets": targets.numel()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -117,9 +128,15 @@ class TrainedModel(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _mean_loss(self, batch: Batch) -> Tensor:
-        """The loss alone: compiled code would have to keep the logits if it gave them too."""
-        return self._loss(batch)[0]
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The loss and what the regularizer adds to its gradient, without the logits: compiled code
+        would have to keep them."""
+        if self._penalty is None:
+            return self._loss(batch)[0], None
+        self._penalty.start()
+        loss, _ = self._loss(batch)
+        penalty = self._penalty.finish()
+        return loss + (penalty - penalty.detach()), penalty.detach()
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = batch

@@ -5,67 +5,92 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 log = logging.getLogger(__name__)
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop: a user, a batch system before it preempts or reaches the time limit."""
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop: a user, a connection that drops, a batch system before it preempts or
+reaches the time limit."""
+
+TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
+"""The exit status of a run that stopped without a signal before its end, and can go on."""
 
 SLURM_KILLS_WITHIN_S = 600.0
 """How long a job of SLURM waits after SIGTERM for the kill that follows."""
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop by a signal. `code` is the exit status that shells expect."""
+    """The run stopped before its end, and can go on.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signal_name = signal.Signals(signum).name
+    Args:
+        reason: why.
+        code: the exit status of the process.
+    """
+
+    def __init__(self, reason: str, code: int = TO_BE_GONE_ON_WITH) -> None:
+        super().__init__(code)
+        self._reason = reason
+
+    @classmethod
+    def by(cls, signum: int) -> "Interrupted":
+        """By a signal, with the exit status that shells expect."""
+        return cls(f"stopped by {signal.Signals(signum).name}", 128 + signum)
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal_name}"
+        return self._reason
 
 
-class StopSignals:
-    """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
-
-    Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
-    program asks for `received` when it can stop. A second Ctrl-C ends at once, as
-    KeyboardInterrupt. Outside the main thread, where Python lets nobody handle signals, nothing is
-    installed.
-    """
+class SignalsHandled:
+    """Handles signals while the `with` block runs, and restores what handled them before; one that
+    was ignored (`nohup`) stays so."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
-        self._deferred = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
-            self.install()
+    def __enter__(self) -> Self:
+        handlers = {signum: signal.getsignal(signum) for signum in self._signums()}
+        self._before = {s: own for s, own in handlers.items() if own is not signal.SIG_IGN}
+        self.install()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-
-    @property
-    def received(self) -> bool:
-        """Whether this process was asked to stop."""
-        return bool(self._received)
 
     def install(self) -> None:
         """Handles the signals here, also those that someone else has taken over since."""
         for signum in self._before:
             signal.signal(signum, self._note)
+
+    def _signums(self) -> Iterable[int]:
+        """Those to handle."""
+        raise NotImplementedError
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopSignals(SignalsHandled):
+    """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
+
+    Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
+    program asks for `received` when it can stop. A second Ctrl-C ends at once, as
+    KeyboardInterrupt. Outside the main thread, where
+    Python lets nobody handle signals, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deferred = False
+
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self._received)
 
     def defer(self) -> None:
         """From now on signals are only noted; also those that someone else has taken over since."""
@@ -74,7 +99,7 @@ class StopSignals:
 
     def stop(self) -> NoReturn:
         """Ends training: raises `Interrupted`, also where another process got the signal."""
-        raise Interrupted(self._received[0] if self._received else signal.SIGTERM)
+        raise Interrupted.by(self._received[0] if self._received else signal.SIGTERM)
 
     def hand_on(self) -> None:
         """Lets what handled the noted signals before have them, now that all is saved.
@@ -91,13 +116,16 @@ class StopSignals:
             log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
             time.sleep(SLURM_KILLS_WITHIN_S)
 
+    def _signums(self) -> Iterable[int]:
+        return STOPPING if threading.current_thread() is threading.main_thread() else ()
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in self._received:
             raise KeyboardInterrupt
         if signum not in self._received:
             self._received.append(signum)
         if not self._deferred:
-            raise Interrupted(signum)
+            raise Interrupted.by(signum)
         more = "; once more ends at once" if signum == signal.SIGINT else ""
         text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
         os.write(2, text.encode())  # a stream may be in the middle of a write of its own

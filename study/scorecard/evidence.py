@@ -91,7 +91,7 @@ class Sweep:
         return last_step(self.all_layers)
 
     def final(self, name: str, level: str, ffn: str = "ffn") -> np.ndarray:
-        """One value a seed of a design: the layers' mean of a metric, or the loss, at the end."""
+        """One value per seed of a design: the layers' mean of a metric, or the loss, at the end."""
         rows = self.ok[(self.ok["level"] == level) & (self.ok["ffn"] == ffn)]
         return rows.sort_values("seed")[name].to_numpy(float)
 
@@ -102,7 +102,7 @@ class Sweep:
         return rows.sort_values("seed")[name].to_numpy(float)
 
     def by_layer(self, name: str, level: str) -> pd.DataFrame:
-        """A metric of a design at the end, one row a seed and one column a layer."""
+        """A metric of a design at the end, one row per seed and one column per layer."""
         rows = self.layers[self.layers["level"] == level]
         return rows.pivot(index="seed", columns="layer", values=name)
 

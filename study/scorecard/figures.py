@@ -1,7 +1,7 @@
 """The figures of the study: one a question, drawn from its runs.
 
 Thin lines and points are seeds, bands reach from the lowest seed to the highest. Flagged runs are
-in no mean and no line; where a question is about them they are grey crosses.
+in no mean and no line; where a question is about them they are gray crosses.
 """
 
 import io
@@ -34,10 +34,10 @@ from PIL import Image
 
 from nerve import correlate_across_runs, correlate_within_runs
 from nerve.report.style import (
-    COLOURS,
+    COLORS,
     DASHES,
-    FLAGGED_COLOUR,
-    LOSS_COLOUR,
+    FLAGGED_COLOR,
+    LOSS_COLOR,
     name_axes,
     scale_by_ratio,
     short_name,
@@ -89,19 +89,19 @@ def overview(sweep: Sweep) -> Figure:
     about = f"GPT, {caption(sweep)} (bands: lowest to highest)"
     figure, axes = panels(2, 2, title, about, width=8.4, height=2.6)
     dashes = {"gelu": DASHES[0], "relu": DASHES[1]}
-    control = {"color": FLAGGED_COLOUR, "linestyle": DASHES[2]}
+    control = {"color": FLAGGED_COLOR, "linestyle": DASHES[2]}
     for panel, name in zip(axes, ("se", "pr", "eee"), strict=False):
-        for site, colour in COLOURS.items():
-            lines = {level: {"color": colour, "linestyle": dash} for level, dash in dashes.items()}
+        for site, color in COLORS.items():
+            lines = {level: {"color": color, "linestyle": dash} for level, dash in dashes.items()}
             over_steps(panel, sweep.curves, f"{name}_{site}", {**lines, "identity": control})
         name_axes(panel, "step", name, f"{name.upper()}, mean over layers")
     scale_by_ratio(axes[1], sweep.curves[["pr_pre", "pr_post"]].stack())
     rows = sweep.all_layers
     depth_map(figure, axes[3], rows[rows["level"] == "gelu"], "js", "JS of pre and post, gelu")
     styles = {
-        f"{level}, {site}": {"color": colour, "linestyle": dash}
+        f"{level}, {site}": {"color": color, "linestyle": dash}
         for level, dash in dashes.items()
-        for site, colour in COLOURS.items()
+        for site, color in COLORS.items()
     }
     legend(figure, {**styles, "identity (control), pre and post": control}, n_columns=5)
     return figure
@@ -172,10 +172,10 @@ def _settling(panel: Axes, sweep: Sweep, styles: Styles) -> None:
     """PR_post as a share of its final value, with the 10% to both sides."""
     final = sweep.curves["run_id"].map(sweep.ok.set_index("run_id")["pr_post"])
     over_steps(panel, sweep.curves.assign(share=sweep.curves["pr_post"] / final), "share", styles)
-    panel.axhspan(0.9, 1.1, color=LOSS_COLOUR, alpha=0.1, linewidth=0)
+    panel.axhspan(0.9, 1.1, color=LOSS_COLOR, alpha=0.1, linewidth=0)
     panel.set_ylim(0, 1.2)
     panel.set_ylabel("PR post / its final value", fontsize=8)
-    panel.set_title("settled: within 10% (grey)", fontsize=8)
+    panel.set_title("settled: within 10% (gray)", fontsize=8)
 
 
 def _windows(panel: Axes, within: pd.DataFrame, styles: Styles) -> None:
@@ -187,7 +187,7 @@ def _windows(panel: Axes, within: pd.DataFrame, styles: Styles) -> None:
             panel.plot(
                 np.full(len(values), place + side), values, **{**POINT, **style, "alpha": 0.6}
             )
-    panel.axhline(0, color=FLAGGED_COLOUR, linewidth=0.8)
+    panel.axhline(0, color=FLAGGED_COLOR, linewidth=0.8)
     panel.set_xticks(range(len(WINDOWS)), list(WINDOWS.values()))
     panel.set_xlim(-0.5, len(WINDOWS) - 0.5)
     panel.set_ylim(-1.08, 1.08)
@@ -207,7 +207,7 @@ def _of_size(sweep: Sweep, d_model: int) -> Sweep:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of 256 colours, a third of the size of one of all colours."""
+    """Writes a PNG of 256 colors, a third of the size of one of all colors."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
     image = Image.open(buffer).convert("RGB")

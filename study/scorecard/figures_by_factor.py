@@ -35,10 +35,10 @@ from panels import (
 
 from nerve import fit_width_scaling
 from nerve.report.style import (
-    COLOURS,
+    COLORS,
     DASHES,
-    FLAGGED_COLOUR,
-    LOSS_COLOUR,
+    FLAGGED_COLOR,
+    LOSS_COLOR,
     axis_label,
     key,
     name_axes,
@@ -186,9 +186,9 @@ def mixer(sweep: Sweep) -> Figure:
     styles = present(OPTIMIZERS, trained.ok)
     best = _mixer_optimizers(axes[4:], trained, styles)
     sites = {
-        f"{site}, {level}": {"color": colour, "linestyle": dash}
+        f"{site}, {level}": {"color": color, "linestyle": dash}
         for level, dash in MIXED.items()
-        for site, colour in COLOURS.items()
+        for site, color in COLORS.items()
     }
     names = {f"{level}, best lr {best[level]:g}": style for level, style in styles.items()}
     legend(figure, {**sites, **names})
@@ -200,15 +200,15 @@ def _mixer_activations(axes: Sequence[Axes], sweep: Sweep) -> None:
     axes[1].sharey(axes[0])
     for panel, ffn in zip(axes, FFNS, strict=False):
         layers = sweep.by(f"model.{ffn}.activation").layers
-        for site, colour in COLOURS.items():
-            lines = {level: {"color": colour, "linestyle": dash} for level, dash in MIXED.items()}
+        for site, color in COLORS.items():
+            lines = {level: {"color": color, "linestyle": dash} for level, dash in MIXED.items()}
             over_layers(panel, layers[layers["ffn"] == ffn], f"pr_{site}", lines)
         name_axes(panel, "layer", "pr", f"PR of {FFNS[ffn]},\nby its activation")
     scale_by_ratio(axes[0], sweep.layers[["pr_pre", "pr_post"]].stack())
     pairs = sweep.by(*(f"model.{ffn}.activation" for ffn in FFNS)).ok
     of_run = ["run_id", "level", "seed"]
     means = pairs.groupby(of_run)[["final.val_accuracy", "pr_post"]].mean().reset_index()
-    levels = {f"{token} {channel}": {"color": LOSS_COLOUR} for token in MIXED for channel in MIXED}
+    levels = {f"{token} {channel}": {"color": LOSS_COLOR} for token in MIXED for channel in MIXED}
     for panel, name in zip(axes[2:], ("final.val_accuracy", "pr_post"), strict=True):
         strip(panel, means, name, levels)
         panel.set_xticks(range(len(levels)), [level.replace(" ", "\n") for level in levels])
@@ -244,11 +244,11 @@ def _mixer_optimizers(axes: Sequence[Axes], sweep: Sweep, styles: Styles) -> dic
 
 
 def _flagged(panel: Axes, points: pd.DataFrame) -> list[Line2D]:
-    """Grey crosses, each with its level's name, for runs that cannot be compared."""
+    """Gray crosses, each with its level's name, for runs that cannot be compared."""
     flagged = points[(points["flag"] != "ok") & points["pr_post"].notna()]
     if flagged.empty:
         return []
-    cross: dict[str, Any] = {"marker": "x", "color": FLAGGED_COLOUR, "linestyle": "none"}
+    cross: dict[str, Any] = {"marker": "x", "color": FLAGGED_COLOR, "linestyle": "none"}
     panel.plot(flagged["d_ff"], flagged["pr_post"], **cross)
     for _, run in flagged.iterrows():
         panel.annotate(
@@ -259,7 +259,7 @@ def _flagged(panel: Axes, points: pd.DataFrame) -> list[Line2D]:
             ha="center",
             va="top",
             fontsize=7,
-            color=FLAGGED_COLOUR,
+            color=FLAGGED_COLOR,
         )
     return [key("flagged, with its warm-up; left panel only", **cross)]
 

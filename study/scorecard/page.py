@@ -109,7 +109,7 @@ def _runs(evidence: Evidence) -> str:
         "runs",
         "flagged",
         "steps",
-        "tokens a run",
+        "tokens per run",
         "tokens in all",
         "wall time",
         "tokens/s",
@@ -127,7 +127,7 @@ def _runs(evidence: Evidence) -> str:
 
 
 def each_run(evidence: Evidence) -> str:
-    """The page that has a row a run: its design, how it ended, its speed and measuring's share."""
+    """The page with a row per run: its design, how it ended, its speed and measuring's share."""
     rows = [row for name in evidence.names for row in _each(name, evidence.sweep(name))]
     header = ["sweep", "directory", "design", "loss", "flag", "steps", "tokens/s", "measuring"]
     return (

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nerve.report.style import (
-    FLAGGED_COLOUR,
-    LEVEL_COLOURS,
+    FLAGGED_COLOR,
+    LEVEL_COLORS,
     MAX_TITLE,
     axis_label,
     key,
@@ -29,12 +29,12 @@ from nerve.report.style import (
 Styles = Mapping[str, Mapping[str, Any]]
 """How the lines of each level look: arguments of matplotlib's `Line2D`."""
 
-GREEN, PINK, ORANGE, SKY, BLACK, WINE, OLIVE = LEVEL_COLOURS
+GREEN, PINK, ORANGE, SKY, BLACK, WINE, OLIVE = LEVEL_COLORS
 ACTIVATIONS = {
     "gelu": {"color": GREEN},
     "relu": {"color": PINK},
     "learnable_leaky_relu": {"color": ORANGE},
-    "identity": {"color": FLAGGED_COLOUR},
+    "identity": {"color": FLAGGED_COLOR},
 }
 WIDTH = 9.2
 """Inches: 1,380 pixels, so that 8-point text can be read where a page shows them on 900."""
@@ -72,15 +72,15 @@ def panels(
 
 
 def over_steps(panel: Axes, rows: pd.DataFrame, name: str, styles: Styles) -> None:
-    """A line a level, the mean over its seeds, with a band from the lowest to the highest."""
+    """A line per level, the mean over its seeds, with a band from the lowest to the highest."""
     for level, style in styles.items():
         seeds = rows[rows["level"] == level].groupby("step")[name]
         if not len(seeds):
             continue
         mean = seeds.mean()
         panel.plot(mean.index, mean, **{**MEAN_LINE, **style})
-        colour = style["color"]
-        panel.fill_between(mean.index, seeds.min(), seeds.max(), color=colour, alpha=0.2, lw=0)
+        color = style["color"]
+        panel.fill_between(mean.index, seeds.min(), seeds.max(), color=color, alpha=0.2, lw=0)
     name_axes(panel, "step", name, short_name(name))
 
 
@@ -99,7 +99,7 @@ def over_layers(panel: Axes, rows: pd.DataFrame, name: str, styles: Styles) -> N
 
 
 def strip(panel: Axes, points: pd.DataFrame, name: str, styles: Styles) -> None:
-    """A column of points a level, one a run, with a bar at their mean."""
+    """A column of points per level, one per run, with a bar at their mean."""
     for place, (level, style) in enumerate(styles.items()):
         values = points.loc[points["level"] == level].sort_values("seed")[name].to_numpy(float)
         beside = 0.12 * (np.arange(len(values)) - (len(values) - 1) / 2)
@@ -113,7 +113,7 @@ def strip(panel: Axes, points: pd.DataFrame, name: str, styles: Styles) -> None:
 
 
 def scatter(panel: Axes, points: pd.DataFrame, x: str, y: str, styles: Styles) -> None:
-    """One point a run."""
+    """One point per run."""
     for level, style in styles.items():
         own = points[points["level"] == level]
         panel.plot(own[x], own[y], **{**POINT, **style})

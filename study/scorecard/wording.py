@@ -77,12 +77,12 @@ def loss(values: Values) -> str:
 
 
 def perplexity(values: Values) -> str:
-    """`spread` of the perplexity a token, exp(loss)."""
+    """`spread` of the perplexity per token, exp(loss)."""
     return spread(np.exp(values), 4)
 
 
 def mean_perplexity(values: Values) -> str:
-    """`mean` of the perplexity a token."""
+    """`mean` of the perplexity per token."""
     return mean(np.exp(values), 4)
 
 

@@ -1,7 +1,6 @@
-"""One row a run: its last step, the step that reaches a loss, and the mean over its seeds."""
+"""One row per run: its last step, the step that reaches a loss, and the mean over its seeds."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from nerve.analysis.compare import average_seeds, final_metrics, metrics_at_loss
@@ -85,23 +84,49 @@ def test_a_factor_that_cannot_be_is_refused(tables, factor, message):
         final_metrics(metrics, runs, [factor])
 
 
-def test_the_first_step_at_a_loss(tables):
-    """The first measured step at or below it, also if the loss rises again; or none."""
+def test_where_a_loss_is_passed_by_hand(tables):
+    """From 6.5 to 4 it passes 5 after three fifths of the way, the last time; one meets it at its
+    end; one never does; one was below before it was measured."""
     points = metrics_at_loss(
-        *tables({"rows": rows(8, 6, 4.5, 6.5, 4)}, {"rows": rows(8, 5)}, {"rows": rows(8, 6, 5.5)}),
+        *tables(
+            {"rows": rows(8, 6, 4.5, 6.5, 4)},
+            {"rows": rows(8, 5)},
+            {"rows": rows(8, 6, 5.5)},
+            {"rows": rows(4.5, 4)},
+        ),
         loss=5,
     )
-    assert list(points["target_loss"]) == [5, 5, 5]
-    assert list(points["reached"]) == [True, True, False]
-    assert list(points["step"][:2]) == [20, 10]
-    assert list(points["val_loss"][:2]) == [4.5, 5]
-    assert list(points["pr_post"][:2]) == [4, 5]
-    assert pd.isna(points["step"][2])
-    assert np.isnan(points["pr_post"][2])
+    assert list(points["target_loss"]) == [5, 5, 5, 5]
+    assert list(points["reached"]) == [True, True, False, False]
+    assert list(points["step"][:2]) == [36, 10]
+    assert list(points["tokens_seen"][:2]) == [36 * 64, 640]
+    assert list(points["val_loss"][:2]) == [5, 5]
+    assert list(points["pr_post"][:2]) == [pytest.approx(2.4), 5]
+    assert points[["step", "val_loss", "pr_post"]][2:].isna().all(axis=None)
     assert points["ffn"][2] == "ffn"
 
 
-def test_the_lowest_loss_that_all_reach_is_the_default(tables):
+def test_equal_loss_does_not_depend_on_how_often_a_run_was_measured(tables):
+    """Two runs on one line, measured every 10 and every 30 steps: the same place at loss 5.25."""
+    losses = [8 - 0.5 * i for i in range(7)]
+    often = rows(*losses)
+    seldom = [row for row in often if row["step"] % 30 == 0]
+    points = metrics_at_loss(*tables({"rows": often}, {"rows": seldom}), loss=5.25)
+    for name in ("step", "tokens_seen", "val_loss", "pr_post"):
+        assert points[name][0] == pytest.approx(points[name][1])
+    assert points["step"][0] == pytest.approx(55)
+
+
+def test_dead_layers_on_either_side_are_counted(tables):
+    """One of two layers is dead at the step below the target, none above."""
+    both = rows(8, 4)
+    both[-1] |= {"pr_post": None, "status": "no variance"}
+    (point,) = metrics_at_loss(*tables({"rows": both}), loss=5).itertuples()
+    assert (point.n_layers, point.n_null) == (2, 1)
+    assert point.pr_post == pytest.approx(6 + 0.75 * (4 - 6))
+
+
+def test_the_highest_final_loss_is_the_default(tables):
     """Among runs of the same data; flagged runs do not set it, but may reach it."""
     there, elsewhere = {"corpus": "a"}, {"corpus": "b"}
     with pytest.warns(UserWarning, match="fingerprints"):
@@ -115,7 +140,8 @@ def test_the_lowest_loss_that_all_reach_is_the_default(tables):
     points = metrics_at_loss(metrics, runs)
     assert list(points["target_loss"]) == [5, 5, 5, 5, 2]
     assert list(points["reached"]) == [True, True, False, True, True]
-    assert list(points["val_loss"].dropna()) == [4, 5, 4.5, 2]
+    assert list(points["val_loss"].dropna()) == [5, 5, 5, 2]
+    assert list(points["step"].dropna()) == pytest.approx([7.5, 20, 10 * 3 / 3.5, 10])
 
 
 def test_no_common_loss_where_all_are_flagged(tables):
@@ -195,5 +221,5 @@ def test_how_many_seeds_reached_a_loss(tables):
     (design,) = average_seeds(metrics_at_loss(metrics, runs, loss=5)).itertuples()
     assert design.reached == pytest.approx(2 / 3)
     assert design.n_seeds == 3
-    assert design.val_loss == 4.5
-    assert design.step == 10
+    assert design.val_loss == 5
+    assert design.step == pytest.approx((10 + 7.5) / 2)

@@ -142,6 +142,85 @@ def test_no_rows_give_no_rows(tables):
     assert len(correlate_within_runs(metrics, runs[:0])) == 0
 
 
+def test_null_models_stand_beside_each_window_by_scipy(tables):
+    """Loss and metric follow a clock and the rate, with noise: r of each, and what is left."""
+    rng = np.random.default_rng(5)
+    steps = np.arange(0, 210, 10)
+    clock, rates = np.log1p(steps), 0.01 * (1 - (steps / 200) ** 2)
+    losses = 7 - clock / 2 + rng.normal(size=21) / 20
+    values = 3 + clock + rng.normal(size=21) / 20
+    rows = series(losses, values)
+    metrics, runs = tables(
+        {
+            "rows": [row | {"lr": rate} for row, rate in zip(rows, rates, strict=True)],
+            "config": {"optimizer.schedule.warmup": 0.1, "trainer.max_steps": 200},
+        }
+    )
+    windows = of(correlate_within_runs(metrics, runs))
+    assert windows.loc["after_warmup", "pearson"] < -0.95
+    late = slice(2, None)
+    for null, own in (("clock", clock), ("lr", rates)):
+        taken = {
+            "all": (values, losses, own),
+            "after_warmup": (values[late], losses[late], own[late]),
+            "differences": tuple(np.diff(series[late]) for series in (values, losses, own)),
+        }
+        for window, (x, y, z) in taken.items():
+            row = windows.loc[window]
+            xy, xz, yz = (scipy.stats.pearsonr(*p).statistic for p in ((x, y), (x, z), (y, z)))
+            assert row[f"r_{null}"] == pytest.approx(yz)
+            expected = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+            assert row[f"given_{null}"] == pytest.approx(expected)
+    row = windows.loc["after_warmup"]
+    assert row["given_clock_low"] < 0 < row["given_clock_high"]
+
+
+def test_a_constant_rate_is_no_null_model(tables):
+    losses, values = np.random.default_rng(6).random((2, 20))
+    metrics, runs = tables({"rows": series(losses, values)})
+    windows = of(correlate_within_runs(metrics, runs))
+    assert windows[["r_lr", "given_lr", "given_lr_low"]].isna().all(axis=None)
+    assert windows[["r_clock", "given_clock", "given_clock_low"]].notna().all(axis=None)
+
+
+def test_what_was_varied_stands_beside_r_across_runs(tables):
+    """Both follow the width of 9 designs of two seeds (one width a fraction), and no more."""
+    rng = np.random.default_rng(7)
+    widths = [1, 2, 3, 4, 5, 6, 7, 8, "26/3"]
+    numbers = np.repeat([*range(1, 9), 26 / 3], 2)
+    losses, values = 6 - numbers / 3 + rng.normal(size=18) / 9, numbers + rng.normal(size=18) / 3
+    metrics, runs = tables(
+        *(
+            {
+                "rows": [{"step": 10 + i % 3, "val_loss": losses[i], "pr_post": values[i]}],
+                "config": {"ffn.width": widths[i // 2]},
+                "seed": i % 2,
+            }
+            for i in range(18)
+        )
+    )
+    points = final_metrics(metrics, runs, ["ffn.width"])
+    (row,) = correlate_across_runs(points, given=["ffn.width"], names=["pr_post"]).to_dict(
+        "records"
+    )
+    of_width = scipy.stats.pearsonr(numbers, losses).statistic
+    assert row["r_ffn.width"] == pytest.approx(of_width)
+    xy, xz = (scipy.stats.pearsonr(values, other).statistic for other in (losses, numbers))
+    expected = (xy - xz * of_width) / np.sqrt((1 - xz**2) * (1 - of_width**2))
+    assert row["pearson"] < -0.9
+    assert row["given_ffn.width"] == pytest.approx(expected)
+    assert row["given_ffn.width_low"] < 0 < row["given_ffn.width_high"]
+    clock = np.log1p([10 + i % 3 for i in range(18)])
+    assert row["r_clock"] == pytest.approx(scipy.stats.pearsonr(clock, losses).statistic)
+
+
+def test_names_cannot_be_given(tables):
+    spec = {"rows": [{"step": 10, "val_loss": 3}], "config": {"activation.name": "gelu"}}
+    points = final_metrics(*tables(spec), ["activation.name"])
+    with pytest.raises(ConfigError, match=r"has 'gelu'.*by=\['activation.name'\]"):
+        correlate_across_runs(points, given=["activation.name"])
+
+
 def points_of(tables, pairs, **more):
     """Runs that end at the given losses with the given PR_post."""
     specs = [

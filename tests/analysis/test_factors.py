@@ -34,8 +34,22 @@ def test_factors_are_the_leaves_that_vary_design_factors_first():
 def test_seeds_results_places_and_targets_are_no_factors():
     factors = find_factors(
         runs_of(
-            {"data.cache_dir": "a", "threads": 1, "data._target_": "x", "flag": 1, "d_ff": 1},
-            {"data.cache_dir": "b", "threads": 2, "data._target_": "y", "flag": 2, "d_ff": 2},
+            {
+                "pre_scales.ffn/00": 2.0,
+                "data.cache_dir": "a",
+                "threads": 1,
+                "data._target_": "x",
+                "flag": 1,
+                "d_ff": 1,
+            },
+            {
+                "pre_scales.ffn/00": 3.0,
+                "data.cache_dir": "b",
+                "threads": 2,
+                "data._target_": "y",
+                "flag": 2,
+                "d_ff": 2,
+            },
         )
     )
     assert factors.varying == ()
@@ -68,7 +82,7 @@ def test_what_splits_the_runs_alike_goes_together():
     assert sentence.endswith("cannot be told from it: ffn.width, activation.slope.")
 
 
-def test_a_value_that_a_name_fixes_follows_it_but_numbers_fix_nothing():
+def test_a_value_that_a_name_fixes_follows_it_but_unique_numbers_fix_nothing():
     """The momentum follows from the optimizer; the decay does not follow from a unique rate."""
     designs = [
         {"optimizer.name": name, "optimizer.momentum": momentum, "optimizer.lr": lr, "z.decay": d}
@@ -82,6 +96,34 @@ def test_a_value_that_a_name_fixes_follows_it_but_numbers_fix_nothing():
     factors = find_factors(runs_of(*designs))
     assert factors.varying == ("optimizer.name", "optimizer.lr", "z.decay")
     assert factors.together == {"optimizer.name": ("optimizer.momentum",)}
+
+
+def test_the_rate_of_a_part_is_the_rate_where_there_is_that_part():
+    """Only one of two optimizers has it: nothing of its own to draw."""
+    designs = [
+        {"optimizer.name": name, "optimizer.lr": lr, "optimizer.parts.main.lr": own}
+        for name, lr, own in [
+            ("adamw", 1e-3, 1e-3),
+            ("adamw", 2e-3, 2e-3),
+            ("muon", 2e-3, None),
+            ("muon", 1e-2, None),
+        ]
+    ]
+    factors = find_factors(runs_of(*designs))
+    assert factors.varying == ("optimizer.name", "optimizer.lr")
+    assert factors.together == {"optimizer.lr": ("optimizer.parts.main.lr",)}
+
+
+def test_a_function_of_a_number_follows_it_where_it_is_told_by_several_designs():
+    """As many heads as the size asks for; each size has two widths."""
+    designs = [
+        {"ffn.width": width, "model.d_model": size, "model.n_heads": heads}
+        for width in (2, 4)
+        for size, heads in ((64, 4), (96, 4), (128, 8))
+    ]
+    factors = find_factors(runs_of(*designs))
+    assert factors.varying == ("ffn.width", "model.d_model")
+    assert factors.together == {"model.d_model": ("model.n_heads",)}
 
 
 def test_a_missing_leaf_is_a_level_and_many_ties_are_cut_short():

@@ -62,6 +62,14 @@ def test_a_large_mean_costs_no_digits():
     assert shifted[0] == pytest.approx(plain[0], abs=1e-7)
 
 
+def test_what_varies_by_rounding_alone_has_no_r():
+    """The steps of a straight line in floating point."""
+    x = np.diff([0.7, 0.6, 0.5, 0.4, 0.3])
+    assert len(set(x)) > 1
+    zeros = np.zeros(4, dtype=np.int64)
+    assert np.isnan(correlation(Pairs.of(zeros, x, np.array([1.0, 2.0, 4.0, 3.0]), 1)))
+
+
 @pytest.mark.parametrize(
     ("x", "y"),
     [

@@ -3,13 +3,14 @@
 import csv
 import json
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ranks
+from support import TINY_RUN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nerve
@@ -19,22 +20,7 @@ from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.training.checkpoint_files import read_checkpoint
 
-TINY = [
-    f"data.corpus.roots=[{Path(json.__file__).parent}]",
-    "data.vocab_size=300",
-    "data.batch_size=4",
-    "data.val_fraction=0.2",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.n_heads=2",
-    "model.seq_len=16",
-    "trainer.max_steps=5",
-    "trainer.log_every_n_steps=1",
-    "trainer.enable_progress_bar=false",
-    "monitor.every_n_steps=2",
-    "threads=1",
-    "hydra.run.dir=it",
-]
+TINY = [*TINY_RUN, "hydra.run.dir=it"]
 STEPS = [0, 2, 4, 5]
 
 
@@ -211,9 +197,8 @@ def test_processes_monitor_the_same_means(tmp_path):
     two += ["trainer.precision=32-true", "objective=ffn/mean/js", "logger=tensorboard"]
     stop = ["callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
     stop += ["callbacks.stop.monitor=js", "callbacks.stop.stopping_threshold=1"]
-    command = [sys.executable, "-m", "nerve.cli.run", *two, *(f"+{value}" for value in stop)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
+    statuses, output = ranks(2, [*two, *(f"+{value}" for value in stop)], tmp_path)
+    assert statuses == [0, 0], output
     directory = tmp_path / "it"
     assert nerve.load_metrics(directory).step.unique().tolist() == [0, 2]
     events = EventAccumulator(str(directory / "logs" / "tensorboard")).Reload()

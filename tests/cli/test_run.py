@@ -14,45 +14,22 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra.errors import HydraException
-from support import composed
+from support import TINY_RUN, composed
 
 import nerve
 from nerve.cli.config.compose import SWEEPS
-from nerve.cli.config.overrides import check_added, told
+from nerve.cli.config.overrides import check_added, explain_error
 from nerve.cli.experiment.build import build_trainer
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.training.checkpoint_files import CheckpointFiles
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A few real modules, so that a run takes seconds."""
-    folder = tmp_path_factory.mktemp("corpus")
-    library = Path(os.__file__).parent
-    for path in sorted([*library.glob("json/*.py"), *library.glob("email/*.py")]):
-        (folder / f"{path.parent.name}_{path.name}").write_text(path.read_text())
-    return folder
-
-
 @pytest.fixture
-def tiny(corpus) -> list[str]:
-    return [
-        f"data.corpus.roots=[{corpus}]",
-        "data.vocab_size=300",
-        "data.batch_size=4",
-        "data.val_fraction=0.2",
-        "model.n_layers=2",
-        "model.d_model=32",
-        "model.n_heads=2",
-        "model.seq_len=32",
-        "trainer.max_steps=5",
-        "trainer.enable_progress_bar=false",
-        "monitor.every_n_steps=2",
-        "threads=1",
-    ]
+def tiny() -> list[str]:
+    return [*TINY_RUN, "model.d_model=32", "model.seq_len=32"]
 
 
 def only_run(directory: Path) -> Path:
@@ -91,8 +68,8 @@ def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
     assert record.n_parameters == 2 * 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
 
     # What the user sees at the end.
-    assert f"validation loss: {last.val_loss:.3f} nats a target" in out
-    bits = re.search(r"([\d.]+) bits a byte", out)
+    assert f"validation loss: {last.val_loss:.3f} nats per target" in out
+    bits = re.search(r"([\d.]+) bits per byte", out)
     assert bits
     assert float(bits[1]) == pytest.approx(record["final.bits_per_byte"], abs=5e-4)
     assert str(directory) in out
@@ -127,25 +104,25 @@ def test_one_layer_can_be_measured_alone(run, tiny, tmp_path):
     assert nerve.load_metrics(tmp_path).layer.unique().tolist() == [1]
 
 
-def test_a_cell_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
+def test_a_trial_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
     """Its process of its own changes no bit; called again, the command starts none."""
     design = [*tiny, "activation=relu", "logger=none"]
     assert run(*design, "hydra.run.dir=single")[0] == 0
     status, out, _ = run("-m", *design)
     assert status == 0
-    assert "sweep outputs/multirun: 1 cell, 1 new; 1 to run" in out
+    assert "sweep outputs/multirun: 1 trial, 1 new; 1 to run" in out
     (single,) = nerve.load_runs("single").itertuples()
-    (cell,) = nerve.load_runs("outputs/multirun").itertuples()
-    assert (cell.sweep, cell.config_id) == ("multirun", single.config_id)
-    assert Path(cell.directory).name == cell.config_id
+    (trial,) = nerve.load_runs("outputs/multirun").itertuples()
+    assert (trial.sweep, trial.config_id) == ("multirun", single.config_id)
+    assert Path(trial.directory).name == trial.config_id
     np.testing.assert_array_equal(
         nerve.load_metrics("single")[METRICS], nerve.load_metrics("outputs/multirun")[METRICS]
     )
-    before = Path(cell.directory, "run.json").read_bytes()
+    before = Path(trial.directory, "run.json").read_bytes()
     status, out, _ = run("-m", *design)
     assert status == 0
-    assert "1 cell, 1 done; 0 to run" in out
-    assert before == Path(cell.directory, "run.json").read_bytes()
+    assert "1 trial, 1 done; 0 to run" in out
+    assert before == Path(trial.directory, "run.json").read_bytes()
 
 
 def test_threads_and_loggers_do_not_define_a_result(run, tiny, tmp_path):
@@ -175,6 +152,7 @@ COMMANDS = [
     (["+activaton=relu"], ["+activaton adds a value that nothing"]),
     (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
     (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
+    (["-m", "hydra/sweeper=cells"], ["'hydra/sweeper/cells'", "called hydra/sweeper=trials"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
     (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
@@ -193,7 +171,7 @@ def test_what_cannot_be_composed_is_told_with_what_was_likely_meant(overrides, e
     with pytest.raises(HydraException) as error:
         composed(*overrides, with_hydra=True)
     for text in expected:
-        assert text in told(error.value)
+        assert text in explain_error(error.value)
 
 
 @pytest.mark.parametrize(("override", "expected"), ADDED)
@@ -331,7 +309,7 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
     """Whatever the trainer is given beside the configuration, and what the monitor sets."""
     given: dict = {}
 
-    def build_nothing(node, **arguments):
+    def build_nothing(node, *, key, **arguments):
         given.update(arguments)
         raise ConfigError("that will do")
 
@@ -358,6 +336,7 @@ def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkey
     n = 2 * 300 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
     assert f"{n:,}" in out
     assert "what would run in mine" in out
+    assert "dash" not in out  # as there is none
     status, out, err = run(*tiny, "check=true", "model.n_heads=3")
     assert status == 1
     assert err.startswith("nerve-run: model.d_model must be a multiple of model.n_heads")
@@ -375,7 +354,7 @@ def test_check_knows_what_is_done(run, tiny, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     status, out, _ = run(*tiny, "hydra.run.dir=mine", "check=true")
     assert status == 0
-    assert "1 trials: 1 done; 0 to run" in out
+    assert "1 trial: 1 done; 0 to run" in out
     assert "1 done; 0 to run" in run("resume=mine", "check=true")[1]
     status, _, err = run(*tiny, "hydra.run.dir=mine", "check=true", "seed=3")
     assert status == 1
@@ -390,7 +369,7 @@ def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
-    monkeypatch.setattr("nerve.cli.experiment.build._has_gpu", lambda: False)
+    monkeypatch.setattr("nerve.cli.experiment.machine._has_gpu", lambda: False)
     status, _, err = run(*tiny, "trainer=gpu")
     assert status == 1
     assert "trainer.accelerator=gpu needs a GPU" in err

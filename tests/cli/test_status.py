@@ -1,5 +1,6 @@
 """`nerve-status`: what it says of runs in every state, from their directories alone."""
 
+import io
 import json
 import os
 import re
@@ -59,7 +60,8 @@ def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
     record.update(step=step)
     path = record.directory / RECORD_NAME
     then = datetime.now(UTC) - timedelta(seconds=seconds_ago)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"heartbeat": then.isoformat()}))
+    changed = {"heartbeat": then.isoformat(), "checksum": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 @pytest.fixture
@@ -103,6 +105,14 @@ def test_every_state_is_told_from_the_others(new_run, at_work, status):
     assert "7 runs: 1 running, 1 slow, 1 done, 1 interrupted, 1 dead, 1 failed, 1 unread" in below
     assert "sweep/failed failed: ValueError: no such value" in below
     assert "sweep/unreadable/run.json is not the record of a run" in below
+
+
+def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, status):
+    ahead = new_run("ahead")
+    at_work(ahead)
+    heard(ahead, -600)
+    rows, _ = status("sweep")
+    assert " running 0/100 – 0 s ago " in rows[-1]
 
 
 def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
@@ -198,6 +208,49 @@ def test_a_run_of_other_code_has_no_last_step(tmp_path, monkeypatch, status):
     rows, below = status("own")
     assert " done 7 " in rows[-1]
     assert "1 run: 1 done" in below
+
+
+BAD = {
+    "types": ("run.json", '{"schema_version": 1, "run_id": 3}'),
+    "cut": ("run.json", "{"),
+    "zone": ("run.json", {"heartbeat": "2026-01-01T00:00:00"}),
+    "error": ("run.json", {"error": "x"}),
+    "steps": ("run.json", {"config": {"trainer": {"max_steps": "all"}}}),
+    "loss": ("run.json", {"final": {"val_loss": "low"}}),
+    "yaml": (".hydra/overrides.yaml", "[a: b: c"),
+    "text": (".hydra/overrides.yaml", "nonsense"),
+    "number": (".hydra/overrides.yaml", "5"),
+    "keys": (".hydra/overrides.yaml", "a: 1"),
+    "bytes": (".hydra/overrides.yaml", b"\xff\xfe\x00"),
+    "zeros": (".hydra/overrides.yaml", b"\x00" * 50),
+    "part": ("metrics/part-000000000001.parquet", b"PAR1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_file_is_named_and_hides_no_other_run(new_run, status, name):
+    """Whichever file it is of, and whatever it holds."""
+    new_run("sound").finish("done", final={"val_loss": 1.25})
+    path, content = new_run(name, "seed=1").directory / BAD[name][0], BAD[name][1]
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content | {"checksum": None})
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows, below = status("sweep")
+    assert {row.split()[0] for row in rows} == {"sweep/sound", f"sweep/{name}"}
+    assert "2 runs: " in below
+    if name not in ("steps", "part"):  # which it can do without
+        assert str(path).removeprefix(f"{Path.cwd()}/") in below
+
+
+def test_names_that_are_no_text_are_shown(new_run, status, monkeypatch):
+    """To a terminal or a file that can write no such letters, nor dashes."""
+    new_run(os.fsdecode(b"caf\xe9")).finish("done")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
+    main()
+    sys.stdout.flush()
+    assert b"sweep/caf\\udce9" in sys.stdout.buffer.getvalue()
 
 
 def test_where_there_is_no_run_one_message_says_so(tmp_path, monkeypatch, capsys):

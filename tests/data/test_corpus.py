@@ -149,3 +149,14 @@ def test_the_standard_library_is_whole_and_has_no_tests():
     assert {"json/decoder.py", "asyncio/tasks.py", "argparse.py"} <= names
     assert not any({"test", "tests", "idle_test"} & set(Path(name).parts) for name in names)
     assert len(names) > 400
+
+
+@pytest.mark.parametrize("start", ["~", "."])
+def test_roots_begin_at_home_or_where_they_were_given(tmp_path, monkeypatch, start):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.py").write_text("a = 1")
+    corpus = python_source(f"{start}/src")
+    monkeypatch.chdir("/")
+    assert [document.text for document in corpus.documents()] == ["a = 1"]

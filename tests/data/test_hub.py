@@ -111,3 +111,15 @@ def test_images_of_the_hub_become_channels_first_with_their_labels(calls, monkey
 def test_images_without_the_columns_named_are_an_error_with_those_there_are(calls):
     with pytest.raises(DataError, match="column 'image'; its columns are 'content', 'id'"):
         hub_images("a", n_classes=2).read()
+
+
+@pytest.mark.parametrize("start", ["~", "."])
+def test_a_folder_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, start):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    corpora = [
+        hub_dataset(path, n_documents=2) for path in (f"{start}/rows", str(tmp_path / "rows"))
+    ]
+    monkeypatch.chdir("/")
+    assert [corpus.request for corpus in corpora] == [None, None]

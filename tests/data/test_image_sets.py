@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nerve.data.image_sets import cifar100, digits
-from nerve.errors import DataError
+from nerve.errors import ConfigError, DataError
 
 
 class Python2Pickler(pickle._Pickler):
@@ -183,3 +183,29 @@ def test_files_that_are_no_pickles_of_a_dictionary_are_errors(tmp_path, pickled)
         (tmp_path / name).write_bytes(pickled)
     with pytest.raises(DataError, match="damaged or another data set"):
         cifar100(tmp_path).read()
+
+
+@pytest.mark.parametrize("start", ["~", "."])
+def test_the_archive_of_cifar_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, start):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    images = cifar100(f"{start}/cifar.tar.gz")
+    monkeypatch.chdir("/")
+    with pytest.raises(DataError, match=f"no file {tmp_path}/cifar.tar.gz"):
+        images.read()
+
+
+def test_digits_may_be_split_the_other_way_round():
+    train, test = digits().read()
+    few, many = digits(reversed=True).read()
+    np.testing.assert_array_equal(few.images, test.images)
+    np.testing.assert_array_equal(few.labels, test.labels)
+    np.testing.assert_array_equal(many.images, train.images)
+    assert (len(few.labels), len(many.labels)) == (364, 1433)
+    assert (digits().name, digits(reversed=True).name) == ("digits", "digits_reversed")
+
+
+@pytest.mark.parametrize("value", [None, "true", 1])
+def test_which_way_digits_are_split_is_true_or_false(value):
+    with pytest.raises(ConfigError, match=r"data\.images\.reversed must be true or false"):
+        digits(reversed=value)

@@ -3,17 +3,17 @@ import pytest
 import torch
 
 from nerve.data.batches import ShuffledOrder
-from nerve.data.image_sets import ImageSet, LabelledImages, digits
+from nerve.data.image_sets import ImageSet, LabeledImages, digits
 from nerve.data.images import FlippedOrder, ImageDataModule
 from nerve.errors import ConfigError, DataError
 
 VALUES = {"batch_size": 4, "n_train_batches": 10, "seed": 0}
 
 
-def random_images(n: int, seed: int) -> LabelledImages:
+def random_images(n: int, seed: int) -> LabeledImages:
     rng = np.random.default_rng(seed)
     images = rng.integers([10, 60, 200], [20, 160, 250], size=(n, 6, 6, 3), dtype=np.uint8)
-    return LabelledImages(np.moveaxis(images, -1, 1).copy(), np.arange(n) % 5)
+    return LabeledImages(np.moveaxis(images, -1, 1).copy(), np.arange(n) % 5)
 
 
 @pytest.fixture

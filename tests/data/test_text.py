@@ -1,10 +1,12 @@
 import hashlib
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
+from nerve.data import cache_entry as entry_module
 from nerve.data.cache import cached_tokens
 from nerve.data.corpus import python_source
 from nerve.data.text import TextDataModule
@@ -57,10 +59,12 @@ def test_an_epoch_has_every_token_but_the_first_as_a_target_once(make, tokens):
     n_windows = (len(tokens.train) - 1) // 16
     module = make(batch_size=1, n_train_batches=n_windows)
     inputs, targets = (torch.cat(split) for split in zip(*module.train_dataloader(), strict=True))
-    start = {tuple(row): i for i, row in enumerate(tokens.train[: n_windows * 16].reshape(-1, 16))}
+    start = {
+        tuple(row): i for i, row in enumerate(tokens.train.all()[: n_windows * 16].reshape(-1, 16))
+    }
     order = np.argsort([start[tuple(row)] for row in inputs.numpy()])
     np.testing.assert_array_equal(
-        targets.numpy()[order].ravel(), tokens.train[1 : n_windows * 16 + 1]
+        targets.numpy()[order].ravel(), tokens.train.all()[1 : n_windows * 16 + 1]
     )
 
 
@@ -79,6 +83,23 @@ def test_the_held_out_set_is_the_same_whatever_the_seed_and_the_batch_size(make)
     assert one.fingerprints == other.fingerprints
 
 
+@pytest.mark.parametrize("token", [None, "<|im_end|>", "</s>"])
+def test_the_separator_that_is_taken_ends_documents_counts_no_bytes_and_is_said(
+    make, small_texts, tmp_path, token
+):
+    module = make(separator_token=token)
+    taken = token or "<|endoftext|>"
+    assert module.describe()["separator"] == module.separator_token == taken
+    other = make(separator_token=token, n_heldout_tokens=600)
+    tokens = other._tokens
+    separator = tokens.tokenizer.token_to_id(taken)
+    both = np.concatenate([tokens.train.all(), tokens.val.all()])
+    assert np.sum(both == separator) == len(small_texts)
+    targets = targets_of(other.val_dataloader()).tolist()
+    text = tokens.tokenizer.decode(targets, skip_special_tokens=True)
+    assert other.n_heldout_bytes == pytest.approx(len(text.encode()), abs=8)
+
+
 def test_held_out_tokens_are_rounded_up_to_sequences_and_the_last_batch_is_smaller(make):
     module = make()
     assert [len(inputs) for inputs, _ in module.val_dataloader()] == [4] * 8
@@ -90,7 +111,7 @@ def test_held_out_tokens_are_rounded_up_to_sequences_and_the_last_batch_is_small
 def test_held_out_windows_are_spread_evenly_over_the_validation_stream(make, tokens):
     n_windows = (len(tokens.val) - 1) // 16
     inputs = torch.cat([inputs for inputs, _ in make().val_dataloader()]).numpy()
-    windows = tokens.val[: n_windows * 16].reshape(-1, 16)
+    windows = tokens.val.all()[: n_windows * 16].reshape(-1, 16)
     chosen = [np.flatnonzero((windows == row).all(axis=1))[0] for row in inputs]
     gaps = np.diff([*chosen, n_windows])
     assert chosen[0] == 0
@@ -101,13 +122,13 @@ def test_held_out_windows_are_spread_evenly_over_the_validation_stream(make, tok
 def test_held_out_bytes_are_those_of_the_decoded_targets(make, tokens):
     """With the whole validation split held out, all its bytes but the first token's count."""
     module = make(seq_len=1, n_heldout_tokens=len(tokens.val) - 1)
-    text = tokens.tokenizer.decode(tokens.val[1:].tolist(), skip_special_tokens=True)
+    text = tokens.tokenizer.decode(tokens.val.all()[1:].tolist(), skip_special_tokens=True)
     assert module.n_heldout_bytes == len(text.encode())
 
 
 def test_unigram_loss_is_the_smoothed_cross_entropy_of_the_training_frequencies(make, tokens):
     module = make()
-    counts = np.bincount(tokens.train, minlength=module.vocab_size) + 1
+    counts = np.bincount(tokens.train.all(), minlength=module.vocab_size) + 1
     targets = targets_of(module.val_dataloader()).numpy()
     expected = -np.mean([math.log(counts[token] / counts.sum()) for token in targets])
     assert module.unigram_loss == pytest.approx(expected, rel=1e-12)
@@ -193,7 +214,7 @@ def test_more_held_out_tokens_than_there_are_is_an_error_with_both_numbers(make,
         make(n_heldout_tokens=available + 1)
 
 
-def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens(tmp_path):
+def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens():
     module = TextDataModule(
         python_source(),
         seq_len=256,
@@ -201,7 +222,6 @@ def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens(tmp
         n_train_batches=1,
         n_heldout_tokens=100_000,
         seed=0,
-        cache_dir=tmp_path,
     )
     module.prepare_data()
     assert module.vocab_size == 1024
@@ -210,3 +230,50 @@ def test_the_standard_library_has_a_held_out_set_of_more_than_100_000_tokens(tmp
     assert described["n_train_tokens"] > 10 * described["n_val_tokens"]
     assert 2 < module.n_heldout_bytes / module.n_heldout_tokens < 4
     assert 5.5 < module.unigram_loss < 6.5
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "val.tokens"])
+@pytest.mark.parametrize(
+    "change", [lambda data: bytes(len(data)), lambda data: data[2:] + data[:2]]
+)
+def test_tokens_that_changed_behind_the_files_time_are_refused_when_used_and_then_built_again(
+    make, tokens, name, change
+):
+    path = tokens.path / name
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(change(before))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    module = make()
+    with pytest.raises(DataError, match=rf"{name} .* is not what was written.*Start again"):
+        list(module.train_dataloader() if name == "train.tokens" else module.val_dataloader())
+    list(make().train_dataloader())
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share"),
+    [
+        ([1] * 20 + [200], 100),
+        ([1] * 20 + [30, 30, 30], 34),
+        ([1, 1, 160, 1, 1, 1], 99),
+        ([1] * 5 + [100], 0),
+    ],
+)
+def test_one_document_that_is_most_of_the_validation_split_is_warned_of_at_every_start(
+    make, make_corpus, monkeypatch, caplog, sizes, share
+):
+    """The validation split is made by size here: large documents first. One of less than 64 kB,
+    as all parts are of a text that was cut, is not meant."""
+    texts = [f"{i} " + "word " * 100 * size for i, size in enumerate(sizes)]
+    corpus = make_corpus(texts)
+    largest = sizes.index(max(sizes))
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    chosen = frozenset(digests[i] for i in by_size[: 3 if share == 34 else 1 + (share == 99)])
+    monkeypatch.setattr(entry_module, "validation_digests", lambda *_: chosen)
+    for _ in range(2):
+        caplog.clear()
+        make(corpus, n_heldout_tokens=16)
+        warned = [message for message in caplog.messages if "of the validation split" in message]
+        assert len(warned) == (share > 50)
+        assert all(f"mostly its own: {largest}.txt of small" in message for message in warned)

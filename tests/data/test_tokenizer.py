@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from nerve.data.tokenizer import (
     SEPARATORS,
     TokenizerSpec,
     load_tokenizer,
-    separator_id,
+    separator_of,
     token_byte_lengths,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -51,13 +52,13 @@ def test_byte_lengths_are_those_of_each_tokens_own_bytes(tokenizer):
     lengths = token_byte_lengths(tokenizer)
     merged = tokenizer.token_to_id("self")
     assert lengths[merged] == 4
-    assert lengths[separator_id(tokenizer)] == 0
+    assert lengths[tokenizer.token_to_id(SEPARATORS[0])] == 0
     assert np.sum(lengths == 1) == 256
 
 
 def test_the_separator_written_in_a_text_is_mere_text(tokenizer):
     ids = encode(tokenizer, f"a{SEPARATORS[0]}b")
-    assert separator_id(tokenizer) not in ids
+    assert tokenizer.token_to_id(SEPARATORS[0]) not in ids
     assert tokenizer.decode(ids) == f"a{SEPARATORS[0]}b"
 
 
@@ -141,3 +142,60 @@ def test_the_key_follows_the_contents_of_a_file_not_its_name(tokenizer, tmp_path
     paths[1].write_text(paths[1].read_text() + " ")
     assert TokenizerSpec(path=paths[0]).key != TokenizerSpec(path=paths[1]).key
     assert TokenizerSpec(1024).key != TokenizerSpec(1025).key
+
+
+@pytest.mark.parametrize("start", ["~", "."])
+def test_a_path_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, start):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(TEXTS, 290).save("tokenizer.json")
+    spec = TokenizerSpec(path=Path(start, "tokenizer.json"))
+    monkeypatch.chdir("/")
+    assert spec.build([]).get_vocab_size() == 290
+    assert spec.key == TokenizerSpec(path=tmp_path / "tokenizer.json").key
+
+
+def renamed(tokenizer: Tokenizer, token: str, path: Path) -> Path:
+    """A file of `tokenizer` with another token in the place of its separator."""
+    path.write_text(tokenizer.to_str().replace(SEPARATORS[0], token), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>"])
+def test_another_token_may_end_a_document(tokenizer, tmp_path, token):
+    path = renamed(tokenizer, token, tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"has none.*data\.separator_token"):
+        TokenizerSpec(path=path).build([])
+    loaded = TokenizerSpec(path=path, separator=token).build([])
+    assert separator_of(loaded, token) == token
+    assert token not in loaded.decode(encode(loaded, f"a{token}b"), skip_special_tokens=True)[:1]
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "[SEP]"])
+def test_a_trained_tokenizer_has_the_separator_that_is_asked_for(token):
+    trained = TokenizerSpec(290, separator=token).build(TEXTS)
+    assert separator_of(trained, token) == token
+    assert trained.token_to_id(SEPARATORS[0]) is None
+
+
+@pytest.mark.parametrize("token", ["<|absent|>", "self"])
+def test_a_separator_that_is_no_special_token_is_an_error_with_those_that_there_are(
+    tokenizer, tmp_path, token
+):
+    path = renamed(tokenizer, "<|im_end|>", tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"data\.separator_token must be .*<\|im_end\|>.*; got"):
+        TokenizerSpec(path=path, separator=token).build([])
+
+
+def test_the_first_known_separator_is_taken_where_none_is_asked_for(tokenizer):
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_special_tokens(["</s>", "<|im_end|>"])
+    assert separator_of(extended) == SEPARATORS[0]
+    assert separator_of(extended, "<|im_end|>") == "<|im_end|>"
+
+
+def test_the_key_tells_separators_apart(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "t.json"))
+    for values in ({"path": tmp_path / "t.json"}, {}):
+        keys = {TokenizerSpec(**values, separator=token).key for token in (None, "</s>", "<eos>")}
+        assert len(keys) == 3

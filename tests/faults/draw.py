@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from place import FAULTS, Fault, PlaceError, find, neighbours
+from place import FAULTS, Fault, PlaceError, find, neighbors
 
 ROOT = Path(__file__).parents[2]
 SEED, N_FAULTS, AT_LEAST = 14, 40, 2
@@ -191,7 +191,7 @@ def faults_of(path: Path, root: Path) -> Iterator[Fault]:
                 continue
         except SyntaxError:
             continue
-        around = neighbours(lines, first - 1, last - first + 1)
+        around = neighbors(lines, first - 1, last - first + 1)
         fault = Fault(
             id=0,
             kind=kind,

@@ -20,7 +20,8 @@ class PlaceError(Exception):
 @dataclass(frozen=True)
 class Fault:
     """One change of the source. `function` is "" at module level; `file` and `line` are of the day
-    it was drawn and help only where several places are alike."""
+    it was drawn, or last put into code that was rewritten, and help only where several places are
+    alike. `gone` says of code that nerve has no more what does its work."""
 
     id: int
     kind: str
@@ -31,6 +32,7 @@ class Fault:
     line_after: str
     file: str
     line: int
+    gone: str = ""
 
     def __str__(self) -> str:
         return f"{' '.join(self.before)}  ->  {' '.join(self.after)}"
@@ -64,7 +66,7 @@ def scopes(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
     return below(tree, "")
 
 
-def neighbours(lines: list[str], first: int, n: int) -> tuple[str, str]:
+def neighbors(lines: list[str], first: int, n: int) -> tuple[str, str]:
     """The nearest lines before and after that are not blank, stripped; "" at the file's ends."""
     before = next((line.strip() for line in reversed(lines[:first]) if line.strip()), "")
     after = next((line.strip() for line in lines[first + n :] if line.strip()), "")
@@ -75,11 +77,13 @@ def find(fault: Fault, tree: Path) -> Place:
     """The place of `fault` anywhere below `tree`/nerve.
 
     The function of its qualified name is looked for first, then one of the same last name, then
-    the lines with both neighbours anywhere.
+    the lines with both neighbors anywhere.
 
     Raises:
-        PlaceError: where no place or more than one is left.
+        PlaceError: where no place or more than one is left, or the code is gone.
     """
+    if fault.gone:
+        raise PlaceError(f"code is gone: {fault.gone}")
     exact, same_name, elsewhere = [], [], []
     for path in sorted((tree / "nerve").rglob("*.py")):
         source = path.read_text()
@@ -97,7 +101,7 @@ def find(fault: Fault, tree: Path) -> Place:
             named.append((name, node.lineno - 1, node.end_lineno))
         for i in hits:
             around = {name for name, first, end in named if first <= i < end}
-            match = neighbours(lines, i, n)
+            match = neighbors(lines, i, n)
             score = sum(
                 a == b for a, b in zip(match, (fault.line_before, fault.line_after), strict=True)
             )

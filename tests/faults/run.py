@@ -74,7 +74,7 @@ def _names(source: str, module: Path, tree: Path) -> bool:
 def failing_without_fault(tests: Sequence[str], root: Path) -> list[str]:
     """Those of `tests` that prove nothing, since they fail on the tree as it is."""
     with copy_with([], root) as (copy, _):
-        return failing(copy, tests) if tests else []
+        return failing(copy, ["-n0", *tests]) if tests else []
 
 
 def failing(tree: Path, arguments: Sequence[str]) -> list[str]:

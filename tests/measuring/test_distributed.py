@@ -8,20 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Barrier, local
+from typing import Any
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import ranks, together
+from support import TINY_RUN
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, TensorDataset
 
 import nerve
+from nerve import RunRecord, RunStore
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import reduce_covariance
 from nerve.measuring.eigenproblem import FFNEigenproblem
@@ -30,6 +35,7 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.solver import Solver
 from nerve.spectra import StreamingCovariance
+from nerve.training.monitor import SpectralMonitor
 
 WORLD = 2
 NUMBERS = [
@@ -162,7 +168,7 @@ def measure_shards(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def measured_shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    mp.spawn(measure_shards, args=(str(folder),), nprocs=WORLD)
+    together(measure_shards, WORLD, folder)
     return folder
 
 
@@ -206,7 +212,7 @@ def test_weights_sharded_over_processes_are_measured_as_whole_ones(tmp_path):
     """Both generations of FSDP, the data split as well."""
     model = make_model()
     one = nerve.measure(model, [data()], ffns=ffns(model))
-    mp.spawn(measure_sharded_weights, args=(str(tmp_path),), nprocs=WORLD)
+    together(measure_sharded_weights, WORLD, tmp_path)
     for newer in (True, False):
         paths = [tmp_path / f"{newer}-{rank}.json" for rank in range(WORLD)]
         rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
@@ -255,7 +261,7 @@ def make_eigenproblem(layer: int, broken: bool) -> FFNEigenproblem:
 
 def test_processes_share_the_problems_and_the_errors(tmp_path):
     """Process 0 gets all spectra in order, process 1 solved layer 1; its error reaches both."""
-    mp.spawn(solve_shares, args=(str(tmp_path),), nprocs=WORLD)
+    together(solve_shares, WORLD, tmp_path)
 
     def told(broken: int | None) -> list[dict]:
         names = [f"{broken}-{rank}.json" for rank in range(WORLD)]
@@ -270,36 +276,34 @@ def test_processes_share_the_problems_and_the_errors(tmp_path):
             assert f"layer 1 at step {step} could not be solved" in process["errors"][step]
 
 
-@pytest.mark.parametrize("source", ["heldout", "train"])
-def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source):
+def one_command(arguments: list[str], cwd: Path) -> tuple[list[int], str]:
+    """From nothing; Lightning starts the second process."""
+    command = [sys.executable, "-m", "nerve.cli.run", *arguments]
+    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+    return [ended.returncode], ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "launch"), [("heldout", one_command), ("train", partial(ranks, WORLD))]
+)
+def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source, launch):
     """float32 gradients are summed in another order, so rows agree to 1e-5, step 0 to 1e-6."""
-    library = Path(os.__file__).parent
     common = [
-        f"data.corpus.roots=[{library / 'json'},{library / 'email'}]",
-        "data.val_fraction=0.2",
-        "data.vocab_size=300",
-        "model.n_layers=2",
+        *TINY_RUN,
         "model.d_model=32",
-        "model.n_heads=2",
         "model.seq_len=32",
         "trainer.max_steps=4",
-        "trainer.enable_progress_bar=false",
         "trainer.accelerator=cpu",
         "trainer.precision=32-true",
-        "monitor.every_n_steps=2",
         f"monitor.source={source}",
-        "threads=1",
         "logger=none",
     ]
-    for name, extra in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
-        command = [sys.executable, "-m", "nerve.cli.run", *common, *extra]
-        result = subprocess.run(
-            [*command, f"hydra.run.dir={tmp_path / name}"],
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert result.returncode == 0, result.stderr
+    for name, extra, started in (
+        ("one", [], partial(ranks, 1)),
+        ("two", ["trainer=ddp", "trainer.devices=2"], launch),
+    ):
+        statuses, output = started([*common, *extra, f"hydra.run.dir={name}"], tmp_path)
+        assert set(statuses) == {0}, output
     one, two = (nerve.load_metrics(tmp_path / name) for name in ("one", "two"))
     assert one.step.tolist() == two.step.tolist()
     columns = [*NUMBERS, "tokens_seen", "train_loss", "val_loss", "lr"]
@@ -310,66 +314,46 @@ def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source):
     assert nerve.load_runs(tmp_path / "two").run_status.tolist() == ["done"]
 
 
-OWN_MODEL = """
-import sys
-import lightning as L
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from nerve.training.monitor import SpectralMonitor
-from nerve.measuring.ffns import FFNAdapter
-from nerve import RunRecord, RunStore
-from test_distributed import ffns, make_model, data
-
-
 class Model(L.LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.model = make_model()
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         loss = ((self.model(batch[0]) - 1) ** 2).mean()
         return {"loss": loss, "n_targets": len(batch[0])}
 
     validation_step = training_step
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-trainer = L.Trainer(
-    accelerator="cpu",
-    devices=2,
-    strategy="ddp",
-    precision="64-true",
-    max_steps=1,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-)
-module = Model()
-store = None
-if trainer.global_rank == 0:
-    store = RunStore(sys.argv[1], RunRecord.create(sys.argv[1], {}).run_id)
-trainer.callbacks.append(SpectralMonitor(store, every_n_steps=1, ffns=ffns(module.model)))
-loader = DataLoader(TensorDataset(data()), batch_size=30)
-trainer.fit(module, loader, loader)
-"""
+def train_own_model(rank: int, folder: str) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy="ddp",
+        precision="64-true",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Model()
+    store = None
+    if trainer.global_rank == 0:
+        directory = Path(folder, "run")
+        store = RunStore(directory, RunRecord.create(directory, {}).run_id)
+    trainer.callbacks.append(SpectralMonitor(store, every_n_steps=1, ffns=ffns(module.model)))
+    loader = DataLoader(TensorDataset(data()), batch_size=30)
+    trainer.fit(module, loader, loader)
 
 
 def test_held_out_data_that_lightning_splits_over_processes_are_measured_together(tmp_path):
     """An ordinary DataLoader: each process evaluates half of it."""
-    script = tmp_path / "own_model.py"
-    script.write_text(OWN_MODEL)
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ
-        | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(nerve.__file__).parents[1]}"},
-    )
-    assert result.returncode == 0, result.stderr
+    together(train_own_model, WORLD, tmp_path)
     rows = nerve.load_metrics(tmp_path / "run")
     assert rows["step"].tolist() == [0, 0, 1, 1]
     model = make_model()

@@ -272,8 +272,8 @@ def test_rounding_to_16_bits_is_measured_not_left_out(model):
 
 
 def shares_by_hand(features: np.ndarray, n_positions: int) -> dict[str, float]:
-    centred = features - features.mean(0)
-    squares = np.square(centred).sum(1)
+    centered = features - features.mean(0)
+    squares = np.square(centered).sum(1)
     position = squares.reshape(-1, n_positions).mean(0).max() / squares.mean()
     squares = np.sort(squares)[::-1]
     n_top = math.ceil(len(features) / 1000)
@@ -286,9 +286,9 @@ def shares_by_hand(features: np.ndarray, n_positions: int) -> dict[str, float]:
 
 
 def outside_by_hand(weight: np.ndarray, features: np.ndarray) -> float:
-    centred = features - features.mean(0)
+    centered = features - features.mean(0)
     basis, _ = np.linalg.qr(weight)
-    return 1 - np.square(centred @ basis).sum() / np.square(centred).sum()
+    return 1 - np.square(centered @ basis).sum() / np.square(centered).sum()
 
 
 @pytest.mark.parametrize("shortcut", [True, False])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import together
 
 from nerve.errors import StoreError
 from nerve.measuring.distributed import gathered, highest, own_part, rank
@@ -34,7 +34,7 @@ def test_what_another_number_of_processes_gathered_is_refused(n_processes):
 
 
 def test_two_processes_hear_each_other_in_order(tmp_path):
-    mp.spawn(tell, args=(str(tmp_path),), nprocs=2)
+    together(tell, 2, tmp_path)
     for index in range(2):
         heard = json.loads((tmp_path / f"{index}.json").read_text())
         assert heard == [index, [{"mine": 0}, {"mine": 1}], {"mine": index}, 5]

@@ -143,9 +143,9 @@ def test_the_seed_reaches_the_weights() -> None:
 
 
 def test_the_configuration_is_not_changed() -> None:
-    for values, facts in ((GPT_VALUES, {"vocab_size": 11}), (MIXER_VALUES, IMAGES)):
+    for values, data_dims in ((GPT_VALUES, {"vocab_size": 11}), (MIXER_VALUES, IMAGES)):
         before = deepcopy(values)
-        build_model(values, seed=0, **facts)
+        build_model(values, seed=0, **data_dims)
         assert values == before
 
 

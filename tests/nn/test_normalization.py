@@ -12,8 +12,8 @@ from nerve.nn.normalization import Normalization
 def test_layernorm_and_rmsnorm_follow_their_formulas() -> None:
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     array = x.double().numpy()
-    centred = array - array.mean(-1, keepdims=True)
-    layernorm = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3)
+    centered = array - array.mean(-1, keepdims=True)
+    layernorm = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-3)
     rmsnorm = array / np.sqrt((array**2).mean(-1, keepdims=True) + 1e-3)
     for kind, expected in (("layernorm", layernorm), ("rmsnorm", rmsnorm), ("none", array)):
         actual = Normalization(kind=kind, eps=1e-3).build(8)(x).detach().numpy()

@@ -1,4 +1,4 @@
-"""A measured step is labelled with its own losses, and what passed since the step before."""
+"""A measured step is labeled with its own losses, and what passed since the step before."""
 
 import torch
 

@@ -123,7 +123,7 @@ def test_cores_that_train_have_none_to_spare(monkeypatch):
     assert spare_workers(torch.device("cuda"), n_processes=4) == 0
 
 
-def test_a_cell_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
+def test_a_trial_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
     for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers

@@ -28,7 +28,7 @@ class Numbers:
 
 
 def solved(step: int, d_ff: int = 4, post: float = 1.0) -> Solved:
-    shares = Shares(0.0, 0.25, 0.25)
+    shares = Shares(0.0, 0.25, 0.25, 1.0)
     spectrum = torch.ones(d_ff, dtype=torch.float64)
     spectra = FFNSpectra(
         0, "ffn", 10, 4, d_ff, spectrum, spectrum * post, "float64", shares, shares, 0.5

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import LogNorm, to_rgb
 
 from nerve.report import figures_of_one_run
-from nerve.report.style import COLOURS, LOSS_COLOUR
+from nerve.report.style import COLORS, LOSS_COLOR
 
 STEPS = (0, 10, 30)
 CORRELATIONS = pd.DataFrame(
@@ -43,9 +43,9 @@ def unmeasured(frame: pd.DataFrame, rows: slice = slice(None)) -> pd.DataFrame:
     return frame.assign(status="no variance")
 
 
-def line_of(panel, colour):
+def line_of(panel, color):
     (line,) = [
-        line for line in panel.lines if line.get_color() == colour and line.get_linestyle() == "-"
+        line for line in panel.lines if line.get_color() == color and line.get_linestyle() == "-"
     ]
     return line
 
@@ -58,10 +58,10 @@ def test_overview_lines_are_means_over_layers_and_bands_one_sd():
     """By hand for three layers 0.1 apart: SD .1."""
     figure = figures_of_one_run.overview(measured(), CORRELATIONS, "run x")
     panel = figure.axes[0]
-    line = line_of(panel, COLOURS["pre"])
+    line = line_of(panel, COLORS["pre"])
     np.testing.assert_array_equal(line.get_xdata(), STEPS)
     np.testing.assert_allclose(line.get_ydata(), [0.6, 0.7, 0.9])
-    np.testing.assert_allclose(line_of(panel, COLOURS["post"]).get_ydata(), [1.1, 1.2, 1.4])
+    np.testing.assert_allclose(line_of(panel, COLORS["post"]).get_ydata(), [1.1, 1.2, 1.4])
     edges = panel.collections[0].get_paths()[0].vertices
     assert edges[edges[:, 0] == 10, 1].min() == pytest.approx(0.6)
     assert edges[edges[:, 0] == 10, 1].max() == pytest.approx(0.8)
@@ -83,12 +83,12 @@ def test_overview_has_units_correlations_loss_and_limits():
     for panel, limit in zip(panels, (np.log(4), 4, 0.75), strict=False):
         (dotted,) = [line for line in panel.lines if line.get_linestyle() == ":"]
         assert dotted.get_ydata()[0] == pytest.approx(limit)
-        assert dotted.get_color() == COLOURS["pre"]
+        assert dotted.get_color() == COLORS["pre"]
     twins = [axes for axes in figure.axes if axes.get_ylabel() == "validation loss (nats)"]
     assert len(twins) == 3
     for twin in twins:
         np.testing.assert_allclose(twin.lines[0].get_ydata(), [5, 5 - 1 / 3, 4])
-        assert twin.lines[0].get_color() == LOSS_COLOUR
+        assert twin.lines[0].get_color() == LOSS_COLOR
     assert len(figure.legends) == 1
 
 
@@ -112,7 +112,7 @@ def test_gain_maps_are_symmetric_about_no_change():
     low, high = delta.get_clim()
     assert low == -high
     assert high == pytest.approx(np.abs(measured()["delta_eee"]).max())
-    # Flattening (gain > 1, ΔEEE < 0) has one colour in both.
+    # Flattening (gain > 1, ΔEEE < 0) has one color in both.
     assert gain.cmap(1.0)[:3] == pytest.approx(delta.cmap(0.0)[:3])
 
 
@@ -121,7 +121,7 @@ def test_a_dead_layer_is_blank_in_maps_and_left_out_of_means():
     dead = frame["layer"] == 1
     frame.loc[dead, ["se_pre", "js", "pr_gain"]] = np.nan
     figure = figures_of_one_run.overview(frame, CORRELATIONS, "t")
-    np.testing.assert_allclose(line_of(figure.axes[0], COLOURS["pre"]).get_ydata()[0], 0.6)
+    np.testing.assert_allclose(line_of(figure.axes[0], COLORS["pre"]).get_ydata()[0], 0.6)
     (mesh,) = [item for item in figure.axes[3].collections if hasattr(item, "get_coordinates")]
     assert np.ma.getmaskarray(mesh.get_array()).tolist() == [[False] * 3, [True] * 3, [False] * 3]
     gain = figures_of_one_run.gain_maps(frame, "t").axes[0].collections[0]
@@ -179,13 +179,13 @@ def test_spectra_are_shares_of_the_variance_by_rank(stored):
     assert len(limits) == 1
 
 
-def test_later_spectra_are_darker_and_sites_keep_their_colours(stored):
+def test_later_spectra_are_darker_and_sites_keep_their_colors(stored):
     figure = figures_of_one_run.spectra(stored, measured(8), "t", STEPS)
     pre = [line.get_color() for line in figure.axes[0].lines[:-1:2]]
-    assert [sum(colour) for colour in pre] == sorted((sum(colour) for colour in pre), reverse=True)
-    assert pre[-1] == pytest.approx(to_rgb(COLOURS["pre"]))
+    assert [sum(color) for color in pre] == sorted((sum(color) for color in pre), reverse=True)
+    assert pre[-1] == pytest.approx(to_rgb(COLORS["pre"]))
     only = figures_of_one_run.spectra(stored, measured(8), "t", [30])
-    assert only.axes[0].lines[0].get_color() == pytest.approx(to_rgb(COLOURS["pre"]))
+    assert only.axes[0].lines[0].get_color() == pytest.approx(to_rgb(COLORS["pre"]))
 
 
 def test_steps_of_spectra():
@@ -210,7 +210,7 @@ def test_training_curves_and_what_else_was_logged():
     assert losses.lines[2].get_ydata()[0] == 4.9
     np.testing.assert_allclose(rate.lines[0].get_ydata(), [0.03, 0.02, 0])
     np.testing.assert_array_equal(accuracy.lines[0].get_ydata(), [0.5, 0.7])
-    assert (losses.get_ylabel(), rate.get_ylabel()) == ("loss (nats a target)", "learning rate")
+    assert (losses.get_ylabel(), rate.get_ylabel()) == ("loss (nats per target)", "learning rate")
     figure.draw_without_rendering()  # a name with dollars is no formula
 
 

@@ -1,4 +1,4 @@
-"""Figures of several runs: seeds are averaged, levels coloured, nothing is pooled in silence."""
+"""Figures of several runs: seeds are averaged, levels colored, nothing is pooled in silence."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from nerve.report import figures_of_several_runs
-from nerve.report.style import LEVEL_COLOURS
+from nerve.report.style import LEVEL_COLORS
 
 
 def curves(n_designs: int = 2, seeds: tuple[int, ...] = (0, 1), **changes) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def test_a_line_is_the_mean_over_seeds_and_its_band_their_range():
     np.testing.assert_array_equal(gelu.get_xdata(), [0, 10])
     np.testing.assert_allclose(gelu.get_ydata(), [1.5, 1.5])
     np.testing.assert_allclose(relu.get_ydata(), [2.5, 2.5])
-    assert [gelu.get_color(), relu.get_color()] == list(LEVEL_COLOURS[:2])
+    assert [gelu.get_color(), relu.get_color()] == list(LEVEL_COLORS[:2])
     band = panel.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (1, 2)
     (legend,) = figure.legends
@@ -164,7 +164,7 @@ def test_loss_against_metrics_has_a_point_a_design_with_bars():
     (container,) = panel.containers
     np.testing.assert_allclose(container.lines[0].get_xdata(orig=False), [3, 4, 5])
     np.testing.assert_allclose(container.lines[0].get_ydata(orig=False), [7, 6, 5])
-    assert to_rgba(container.lines[0].get_color()) == to_rgba(LEVEL_COLOURS[0])
+    assert to_rgba(container.lines[0].get_color()) == to_rgba(LEVEL_COLORS[0])
     (horizontal, vertical) = container.lines[2]
     np.testing.assert_allclose(horizontal.get_segments()[0], [[2.9, 7], [3.1, 7]])
     np.testing.assert_allclose(vertical.get_segments()[0], [[3, 6.9], [3, 7.1]])

@@ -1,4 +1,4 @@
-"""Text of runs is drawn as it is, colours keep apart, and legends stay off the data."""
+"""Text of runs is drawn as it is, colors keep apart, and legends stay off the data."""
 
 import numpy as np
 import pandas as pd
@@ -7,12 +7,12 @@ from matplotlib.colors import to_rgb
 
 from nerve.analysis.factors import level_text, ordered_levels
 from nerve.report.style import (
-    COLOURS,
-    LEVEL_COLOURS,
+    COLORS,
+    LEVEL_COLORS,
     MAX_LEGEND,
     axis_label,
     key,
-    level_colours,
+    level_colors,
     level_keys,
     name_axes,
     new_figure,
@@ -42,9 +42,9 @@ DICHROMATS = {
 }
 
 
-def lab(colour: str, matrix: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* (D65) of an sRGB colour as seen through a linear-RGB `matrix`."""
-    rgb = np.array(to_rgb(colour))
+def lab(color: str, matrix: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D65) of an sRGB color as seen through a linear-RGB `matrix`."""
+    rgb = np.array(to_rgb(color))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = np.clip(matrix @ linear, 0, 1)
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
@@ -56,15 +56,15 @@ def lab(colour: str, matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [None, *DICHROMATS])
-def test_colours_keep_apart_for_all_kinds_of_colour_vision(kind):
+def test_colors_keep_apart_for_all_kinds_of_color_vision(kind):
     """ΔE (CIE 1976) of pre and post, and of the first four levels; 10 is plainly visible."""
     matrix = np.eye(3) if kind is None else np.array(DICHROMATS[kind])
-    for group in (list(COLOURS.values()), list(LEVEL_COLOURS[:4])):
-        seen = [lab(colour, matrix) for colour in group]
+    for group in (list(COLORS.values()), list(LEVEL_COLORS[:4])):
+        seen = [lab(color, matrix) for color in group]
         for i, one in enumerate(seen):
             for other in seen[i + 1 :]:
                 assert np.linalg.norm(one - other) > 10
-    assert not set(COLOURS.values()) & set(LEVEL_COLOURS)
+    assert not set(COLORS.values()) & set(LEVEL_COLORS)
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,15 @@ def test_levels_are_ordered_and_written_as_on_the_command_line():
     assert level_text(float("nan")) == "not set"
 
 
-def test_names_get_distinct_colours_and_numbers_a_scale():
-    names = level_colours(["gelu", "relu", None])
+def test_names_get_distinct_colors_and_numbers_a_scale():
+    names = level_colors(["gelu", "relu", None])
     assert list(names) == ["gelu", "relu", "not set"]
     assert len(set(names.values())) == 3
-    assert set(names.values()) <= set(LEVEL_COLOURS)
-    widths = level_colours([1, 2, 4, 8])
-    luminance = [np.dot(colour[:3], [0.2126, 0.7152, 0.0722]) for colour in widths.values()]
+    assert set(names.values()) <= set(LEVEL_COLORS)
+    widths = level_colors([1, 2, 4, 8])
+    luminance = [np.dot(color[:3], [0.2126, 0.7152, 0.0722]) for color in widths.values()]
     assert luminance == sorted(luminance)
-    many = level_colours([f"name {i}" for i in range(40)])
+    many = level_colors([f"name {i}" for i in range(40)])
     assert len(set(many.values())) == 40
     keys = [entry.get_label() for entry in level_keys(many)]
     assert len(keys) == MAX_LEGEND

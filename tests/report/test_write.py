@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def test_several_runs_are_compared_by_what_varies(make, tmp_path):
         for seed in (0, 1):
             make(f"{activation}{seed}", activation, seed, pr_post=5.0 + len(activation) + seed)
     content = gather(tmp_path / "runs")
-    assert drawings(content) == ["curves_by_activation.name", "layers_by_activation.name", "loss"]
+    names = ["curves_by_activation.name", "layers_by_activation.name", "loss"]
+    assert drawings(content) == [*names, "contrasts_by_activation.name"]
     assert dict(content.facts)["runs"] == "4 ok"
     assert dict(content.facts)["activation.name"] == "gelu, relu"
     assert "normalization.kind = layernorm" in dict(content.facts)["the same in all runs"]
@@ -160,6 +162,55 @@ def test_several_runs_are_compared_by_what_varies(make, tmp_path):
     assert set(table(content, "across")["points"]) == {"designs", "runs"}
     assert table(content, "within_summary")["window"][0] == "after_warmup"
     assert len(table(content, "layers")) == 8
+
+
+def test_null_models_early_ranking_and_contrasts_are_shown_where_there_is_enough(make, tmp_path):
+    """Four rates of each activation, ten steps: a figure and a table of each comparison.
+
+    The first rate has a second seed, so that there is an error, of one degree of freedom.
+    """
+    names = ("gelu", "relu")
+    for i, activation, seed in [*product(range(4), names, [0]), *product([0], names, [1])]:
+        config = {"optimizer": {"lr": 0.001 * (i + 1), "schedule": {"warmup": 0.05}}}
+        loss = 5.0 - i / 20 + (activation == "relu") / 90
+        more = {"loss": loss, "pr_post": 5.0 + i / 9 + (i % 3) / 20}
+        make(f"{activation}{i}{seed}", activation, seed, tuple(range(10)), config=config, **more)
+    content = gather(tmp_path / "runs")
+    assert drawings(content)[-6:] == [
+        "loss",
+        "nulls_within",
+        "nulls_across",
+        "early",
+        "contrasts_by_activation.name",
+        "contrasts_by_optimizer.lr",
+    ]
+    for drawing in content.drawings[-5:]:
+        drawing.draw()
+    assert "10 runs of 8 designs" in content.drawings[-3].caption
+    assert set(table(content, "early")["step"]) == set(range(10))
+    contrasts = table(content, "contrasts")
+    assert list(contrasts["factor"].unique()) == ["activation.name", "optimizer.lr"]
+    assert (contrasts["df"] == 1).all()
+    assert set(contrasts["outcome"]) == {"undecided"}
+    across = table(content, "across")
+    own = across[(across["metric"] == "pr_post") & (across["points"] == "designs")]
+    assert own["r_optimizer.lr"].iloc[0] < -0.8
+    summary = table(content, "within_summary")
+    assert (summary["r_clock_median"] < -0.8).any()
+
+
+def test_a_reference_is_in_every_figure_of_its_metric(make, tmp_path):
+    make("gelu", "gelu")
+    make("relu", "relu")
+    path = tmp_path / "paper.csv"
+    path.write_text("metric,value,label,step\npr_post,9,the paper,20\n")
+    content = gather(tmp_path / "runs", reference=path)
+    assert list(table(content, "reference")["label"]) == ["the paper"]
+    figure = content.drawings[0].draw()
+    texts = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert "the paper" in texts
+    with pytest.raises(ConfigError, match="cannot be read"):
+        gather(tmp_path / "runs", reference=tmp_path / "none.csv")
 
 
 def test_runs_that_cannot_be_compared_are_flagged_and_not_mixed_in(make, tmp_path):
@@ -350,19 +401,6 @@ def test_a_report_is_replaced_and_nothing_else_is(make, tmp_path):
     with pytest.raises(StoreError, match="replaces an earlier report only"):
         write_report(tmp_path / "runs", tmp_path / "runs")
     assert not (tmp_path / "runs" / "figures").exists()
-
-
-def test_an_interrupted_report_can_be_written_again(make, tmp_path):
-    make("a", steps=())
-
-    def stop(what: str, done: int, total: int) -> None:
-        if what == "writing within":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        report(tmp_path, progress=stop)
-    assert "was interrupted" in (tmp_path / "report" / "index.html").read_text()
-    assert report(tmp_path)[1].title.startswith("Run ")
 
 
 def test_bad_input_is_one_message(make, tmp_path):

@@ -51,9 +51,9 @@ def new_sweep(
 
 @pytest.fixture(scope="session")
 def local(new_sweep: Callable[[str], Sweep]) -> Sweep:
-    """The same runs on this machine, one after the other, without Slurm."""
+    """The same runs on this machine, one after the other in one process, without Slurm."""
     sweep = new_sweep("local")
-    sweep.send("seed=0,1,2,3", where="")
+    sweep.send("hydra/sweeper=basic", "seed=0,1,2,3", where="")
     assert sweep.finish() == 0, sweep.everything
     return sweep
 

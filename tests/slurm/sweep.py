@@ -1,29 +1,25 @@
 """`nerve-run` as a user calls it, sending runs to a cluster or keeping them here."""
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
+from processes import ended, nerve_run
+from support import TINY_RUN
 
 import nerve
 from nerve.storage.find import find_runs
 from nerve.storage.record import RunRecord
 
-from .cluster import DYING_WITH_US, Cluster
+from .cluster import Cluster
 
 SITE = Path(__file__).parent / "site"
-COMMAND = Path(sys.executable).with_name("nerve-run")
-SEEDS = (0, 1, 2, 3)
-LIBRARY = Path(os.__file__).parent
 TINY = (
-    f"data.corpus.roots=[{LIBRARY / 'json'},{LIBRARY / 'email'}]",
-    *("data.val_fraction=0.2", "data.vocab_size=300", "data.batch_size=4"),
-    *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.seq_len=32"),
-    *("trainer.max_steps=150", "trainer.enable_progress_bar=false", "monitor.every_n_steps=50"),
-    *("checkpoint.every_n_steps=20", "logger=none", "threads=1"),
+    *TINY_RUN,
+    *("model.seq_len=32", "trainer.max_steps=150", "monitor.every_n_steps=50"),
+    *("checkpoint.every_n_steps=20", "logger=none"),
 )
 """A run of about two seconds, if nothing holds it."""
 
@@ -46,7 +42,7 @@ class Sweep:
         self._output = folder / "output.txt"
         self._braking = folder / "brake"
         self._braking.mkdir(parents=True)
-        self._command: subprocess.Popen[bytes] | None = None
+        self._command: BaseProcess | None = None
 
     @property
     def output(self) -> str:
@@ -70,34 +66,24 @@ class Sweep:
         """Starts the command; `where` is the launcher."""
         launcher = [f"hydra/launcher={where}"] if where else []
         path = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with open(self._output, "w") as output:
-            self._command = subprocess.Popen(
-                [
-                    *DYING_WITH_US,
-                    COMMAND,
-                    "-m",
-                    f"--config-dir={SITE}",
-                    *launcher,
-                    *TINY,
-                    *overrides,
-                ],
-                env={**self.cluster.environment, "PYTHONPATH": os.pathsep.join(path)},
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+        self._output.unlink(missing_ok=True)
+        self._command = nerve_run(
+            ["-m", f"--config-dir={SITE}", *launcher, *TINY, *overrides],
+            cwd=self.folder,
+            log=self._output,
+            environment={**self.cluster.environment, "PYTHONPATH": os.pathsep.join(path)},
+        )
 
     def finish(self) -> int:
         """Waits for the command to end; its exit status."""
         assert self._command is not None
-        return self._command.wait(timeout=200)
+        return ended(self._command)
 
     def abandon(self) -> None:
         """Ends the command, if it is still there; its jobs stay."""
         if self._command is not None:
             self._command.kill()
-            self._command.wait()
+            self._command.join()
 
     def release(self) -> None:
         """From now on runs go at full speed."""
@@ -114,7 +100,7 @@ class Sweep:
 
         def found() -> list[Start]:
             assert self._command is not None
-            assert self._command.poll() is None, self.everything
+            assert self._command.exitcode is None, self.everything
             return self.starts(seed)[number - 1 : number]
 
         return self.cluster.wait(f"start {number} of seed {seed}", found)[0]

@@ -1,71 +1,115 @@
-"""A sweep on a real Slurm gets the launcher's values and leaves what a local sweep leaves."""
+"""A sweep on a real Slurm gets the launcher's values and leaves what a local sweep leaves. Beside
+trials that raise, are killed or cancelled the others are kept, and the same command goes on with
+what is not done.
+"""
 
+import os
 import re
+import signal
 
 import pytest
+from support import composed
+
+from nerve.cli.config.compose import identity
+from nerve.storage.directory import RunDirectory
+
+from .sweep import TINY
 
 pytestmark = pytest.mark.slurm
 
 CPUS = 2  # of the three that a node has: no two jobs share one
+KILLED, CANCELLED, UNDISTURBED, UNLUCKY, WITHDRAWN = range(5)
+COMMAND = [
+    "seed=0,1,2,3,4",
+    "hydra.launcher.partition=spare",
+    "hydra.launcher.account=physics",
+    "hydra.launcher.qos=patient",
+    "hydra.launcher.constraint=fast",
+    "hydra.launcher.timeout_min=7",
+    "hydra.launcher.mem_gb=2",
+    f"hydra.launcher.cpus_per_task={CPUS}",
+    "hydra.launcher.gpus_per_node=1",
+    "hydra.launcher.array_parallelism=3",
+    "hydra.launcher.signal_delay_s=77",
+    "hydra.launcher.name=spectra",
+    "hydra.launcher.setup=['echo set up on $SLURMD_NODENAME']",
+    "+hydra.launcher.additional_parameters.comment=mine",
+]
+"""With every value of the launcher that Slurm can tell again; more trials than there are nodes."""
 
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """Four cells on two nodes, with every value of the launcher that Slurm can tell again."""
+    """One trial ends; one is killed as by a lack of memory, one is cancelled, one raises, and one
+    is cancelled while others wait with it: SLURM then keeps nothing of it.
+    """
     sent = new_sweep("sweep")
     cluster.call("sacctmgr", "-i", "add", "account", "physics")
     cluster.call("sacctmgr", "-i", "add", "qos", "patient")
     cluster.call("sacctmgr", "-i", "add", "user", cluster.user, "account=physics", "qos=patient")
-    sent.send(
-        "seed=0,1,2,3",
-        "hydra.launcher.partition=spare",
-        "hydra.launcher.account=physics",
-        "hydra.launcher.qos=patient",
-        "hydra.launcher.constraint=fast",
-        "hydra.launcher.timeout_min=7",
-        "hydra.launcher.mem_gb=2",
-        f"hydra.launcher.cpus_per_task={CPUS}",
-        "hydra.launcher.gpus_per_node=1",
-        "hydra.launcher.array_parallelism=3",
-        "hydra.launcher.signal_delay_s=77",
-        "hydra.launcher.name=spectra",
-        "hydra.launcher.setup=['echo set up on $SLURMD_NODENAME']",
-        "+hydra.launcher.additional_parameters.comment=mine",
-    )
-    assert sent.finish() == 0, sent.everything
+    sent.send(*COMMAND, sent.brake(unlucky=UNLUCKY))
+    killed = sent.wait_for_start(KILLED)
+    cluster.call("scancel", f"{killed.job.partition('_')[0]}_{WITHDRAWN}")
+    os.kill(killed.pid, signal.SIGKILL)
+    cluster.call("scancel", sent.wait_for_start(CANCELLED).job)
+    sent.wait_for_start(UNDISTURBED)
+    sent.wait_for_start(UNLUCKY)
+    sent.release()
     return sent
 
 
 @pytest.fixture(scope="module")
-def script(sweep):
-    """What was handed to sbatch: once, as the cells of a sweep are one array."""
+def status(sweep):
+    return sweep.finish()
+
+
+@pytest.fixture(scope="module")
+def script(sweep, status):
+    """What was handed to sbatch: once, as the trials of a sweep are one array."""
     (text,) = [path.read_text() for path in sweep.folder.glob("outputs/multirun/.submitit/*/*.sh")]
     return text
 
 
-def test_an_array_wider_than_the_nodes_runs_every_cell(sweep):
+@pytest.mark.parametrize(
+    ("seed", "why"),
+    [
+        (KILLED, "killed"),
+        (CANCELLED, "interrupted: Interrupted: stopped by SIGTERM"),
+        (UNLUCKY, "failed: RuntimeError: this run has no luck"),
+        (WITHDRAWN, "not started"),
+    ],
+)
+def test_the_launcher_returns_and_names_every_trial_that_is_not_done(sweep, status, seed, why):
+    assert status == 1, sweep.everything
+    assert "4 of 5 trials" in sweep.output
+    assert f"  {seed} (seed={seed}): {why}\n" in sweep.output
+
+
+def test_the_rows_of_the_others_are_those_of_a_local_run(sweep, status, assert_same_rows):
+    record = sweep.records()[UNDISTURBED]
+    assert (record.run_status, record.restarts, record.sweep) == ("done", 0, "multirun")
+    assert_same_rows(sweep, UNDISTURBED)
+
+
+def test_each_record_says_how_its_run_ended(sweep, status):
     records = sweep.records()
-    assert sorted(records) == [0, 1, 2, 3]
-    assert {record.run_status for record in records.values()} == {"done"}
-    assert {record.sweep for record in records.values()} == {"multirun"}
-    assert {record.restarts for record in records.values()} == {0}
+    assert records[CANCELLED].run_status == "interrupted"
+    assert records[UNLUCKY].run_status == "failed"
+    assert records[UNLUCKY].error == {"type": "RuntimeError", "message": "this run has no luck"}
+    assert RunDirectory(records[KILLED].directory).state == "dead"
 
 
-def test_the_rows_are_those_of_a_local_run(sweep, assert_same_rows):
-    for seed in range(4):
-        assert_same_rows(sweep, seed)
+def test_a_trial_is_in_the_directory_that_a_local_sweep_gives_it(sweep, status, local):
+    """Named by its id: a sweep that was begun on one machine can be finished on the other."""
+    for where, brake in ((sweep, [sweep.brake(unlucky=UNLUCKY)]), (local, [])):
+        records = where.records()
+        assert sorted(records) == [0, 1, 2, 3]
+        for seed, record in records.items():
+            name = identity(composed(*TINY, f"seed={seed}", *brake))
+            assert record.directory == where.folder / "outputs" / "multirun" / name
 
 
-def test_a_cell_is_in_the_directory_that_a_local_sweep_would_give_it(sweep, local):
-    """One config_id: a sweep that was begun on one machine can be finished on the other."""
-    names = [
-        {record.directory.relative_to(which.folder) for record in which.records().values()}
-        for which in (sweep, local)
-    ]
-    assert names[0] == names[1]
-
-
-def test_the_record_names_the_job(sweep):
+def test_the_record_names_the_job(sweep, status):
     jobs = [record.job for record in sweep.records().values()]
     assert {job["scheduler"] for job in jobs} == {"slurm"}
     assert len({job["array_id"] for job in jobs}) == 1
@@ -73,7 +117,7 @@ def test_the_record_names_the_job(sweep):
 
 
 def test_the_values_of_the_launcher_reach_slurm(cluster, sweep, script):
-    job = cluster.job(sweep.records()[2].job["id"])
+    job = cluster.job(sweep.records()[UNDISTURBED].job["id"])
     asked = {
         "JobName": "spectra",
         "Partition": "spare",
@@ -93,15 +137,46 @@ def test_the_values_of_the_launcher_reach_slurm(cluster, sweep, script):
     assert "--signal=USR2@77" in script
 
 
-def test_the_lines_of_setup_run_first_on_the_node(sweep):
+def test_the_lines_of_setup_run_first_on_the_node(sweep, status):
     logs = sweep.logs()
     assert len(logs) == 4
     assert {re.match(r"set up on (n\d)\n", log)[1] for log in logs} <= {"n0", "n1"}
 
 
-def test_the_process_gets_the_cpus_that_the_job_was_given(cluster, sweep):
+def test_the_process_gets_the_cpus_that_the_job_was_given(cluster, sweep, status):
     """srun does not take --cpus-per-task over from sbatch, and would leave all but one idle."""
-    job = sweep.records()[0].job
+    job = sweep.records()[UNDISTURBED].job
     step = f"{job['array_id']}_{job['array_task']}.0"
     given = cluster.call("sacct", "-n", "-P", "-j", step, "-o", "AllocCPUS")
     assert given.split() == [str(CPUS)]
+
+
+@pytest.fixture(scope="module")
+def sent_again(sweep, status):
+    """The same command."""
+    sweep.send(*COMMAND, sweep.brake(unlucky=UNLUCKY))
+    sweep.finish()
+    return sweep
+
+
+@pytest.mark.parametrize("seed", [KILLED, CANCELLED])
+def test_sent_again_a_killed_or_cancelled_run_ends_as_if_nothing_had_been(
+    sent_again, seed, assert_same_rows
+):
+    record = sent_again.records()[seed]
+    assert (record.run_status, record.restarts) == ("done", 1)
+    assert [start.step >= 20 for start in sent_again.starts(seed)] == [False, True]
+    assert_same_rows(sent_again, seed)
+
+
+def test_sent_again_only_what_is_left_to_do_is_queued(sent_again):
+    scripts = sent_again.folder.glob("outputs/multirun/.submitit/*/*.sh")
+    sizes = sorted(re.search(r"--array=0-(\d)", path.read_text())[1] for path in scripts)
+    assert sizes == ["2", "4"]  # the last index of each array
+    assert "1 killed, 1 interrupted, 1 done, 1 failed, 1 new; 3 to run" in sent_again.output
+    assert sent_again.records()[WITHDRAWN].run_status == "done"
+
+
+def test_sent_again_what_failed_is_left_as_it_is(sent_again):
+    assert sent_again.records()[UNLUCKY].restarts == 0
+    assert len(sent_again.starts(UNLUCKY)) == 1

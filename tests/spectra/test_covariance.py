@@ -342,7 +342,7 @@ def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean, rank
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_an_update_with_centred_products_does_not_wait_for_the_device(dtype):
+def test_an_update_with_centered_products_does_not_wait_for_the_device(dtype):
     x = draw().to("cuda", dtype)
     product = "float16x2" if dtype == torch.bfloat16 else None
     streaming = StreamingCovariance(DIM, device="cuda", product=product)
@@ -371,7 +371,7 @@ def test_an_update_with_centred_products_does_not_wait_for_the_device(dtype):
         (0.0, 1e-18, "float16x2"),
     ],
 )
-def test_uncentred_products_give_way_where_they_would_lose_digits(mean, scale, taken, masked):
+def test_uncentered_products_give_way_where_they_would_lose_digits(mean, scale, taken, masked):
     """The arithmetic of the tensor cores' path, products in float32, within 1e-5 either way."""
     x = draw()
     x = ((x / x.std() + mean) * scale).to(torch.bfloat16)

@@ -49,10 +49,10 @@ def features(kind: str, n: int = 3000, dim: int = 40) -> Tensor:
 def numpy_metrics(x: Tensor) -> tuple[float, float, float]:
     """SE, PR and EEE, the first from the singular values, the second from the covariance without
     any eigenvalue, the third as the mean absolute difference of all pairs (Gini)."""
-    centred = x.double().numpy() - x.double().numpy().mean(0)
-    values = np.linalg.svd(centred, compute_uv=False) ** 2
+    centered = x.double().numpy() - x.double().numpy().mean(0)
+    values = np.linalg.svd(centered, compute_uv=False) ** 2
     p = values[values > 0] / values.sum()
-    covariance = np.cov(centred, rowvar=False)
+    covariance = np.cov(centered, rowvar=False)
     ratio = np.trace(covariance) ** 2 / (covariance**2).sum()
     gini = np.abs(values[:, None] - values).mean() / (2 * values.mean())
     return -(p * np.log(p)).sum(), ratio, gini

@@ -24,9 +24,9 @@ def scatter_of(x: Tensor) -> Tensor:
 
 def oracle(weight: Tensor, x: Tensor) -> float:
     """With the projector from NumPy's pseudo-inverse."""
-    w, centred = weight.double().numpy(), (x - x.mean(0)).double().numpy()
-    inside = centred @ (w @ np.linalg.pinv(w, rcond=1e-6))
-    return 1 - np.square(inside).sum() / np.square(centred).sum()
+    w, centered = weight.double().numpy(), (x - x.mean(0)).double().numpy()
+    inside = centered @ (w @ np.linalg.pinv(w, rcond=1e-6))
+    return 1 - np.square(inside).sum() / np.square(centered).sum()
 
 
 def test_what_the_weight_itself_gives_lies_inside():

@@ -9,8 +9,9 @@ import pytest
 
 from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
-from nerve.storage.record import DamagedRecordError, RunRecord
+from nerve.storage.record import DamagedRecordError, NoRecordError, RunRecord
 from nerve.storage.state import FRESH, RunIsBusyError, RunLock, RunState
+from nerve.storage.store import RunStore
 
 
 def on_host(record: RunRecord, host: str, age: timedelta) -> None:
@@ -72,6 +73,45 @@ def test_a_damaged_record_is_no_state(tmp_path):
         _ = RunDirectory(tmp_path).state
 
 
+@pytest.mark.parametrize("left", ["checkpoint", "parts", "list of parts"])
+def test_a_record_that_is_gone_is_told_as_what_it_is(tmp_path, row, left):
+    """It is no new run, whose rows would be dropped or whose data would be called others."""
+    store = RunStore(tmp_path, RunRecord.create(tmp_path, {}).run_id)
+    store.append_metrics([row(0)])
+    store.flush(0)
+    run = RunDirectory(tmp_path)
+    run.checkpoint("last").parent.mkdir()
+    run.checkpoint("last").write_bytes(b"")
+    (tmp_path / "run.json").unlink()
+    if left != "checkpoint":
+        run.checkpoint("last").unlink()
+    if left != "list of parts":
+        (tmp_path / ".parts.json").unlink()
+    if left != "parts":
+        (tmp_path / "metrics" / "part-000000000000.parquet").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    for ask in (
+        lambda: run.state,
+        lambda: run.record,
+        lambda: run.n_starts,
+        lambda: run.create_or_resume({}),
+        lambda: run.is_done({}),
+        lambda: run.store(),
+    ):
+        with pytest.raises(DamagedRecordError, match=r"run\.json is missing, and .*Restore it"):
+            ask()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_nobodys_run_is_new(tmp_path):
+    """Checkpoints and parts of other programs."""
+    for name in ("checkpoints/epoch=3.ckpt", "metrics/part-00000-ab.snappy.parquet", "x/a.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert RunDirectory(tmp_path).state == "new"
+    assert RunDirectory(tmp_path / "x" / "a.parquet").state == "new"
+
+
 def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
     record = RunRecord.create(tmp_path, {})
     on_host(record, "elsewhere", FRESH - timedelta(seconds=1))
@@ -79,6 +119,45 @@ def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
     again = RunDirectory(tmp_path).create_or_resume({})
     assert time.monotonic() - began < 5
     assert (again.restarts, again.host) == (1, socket.gethostname())
+
+
+@pytest.mark.parametrize(
+    "ahead", [timedelta(minutes=10), timedelta(days=400), timedelta(seconds=90)]
+)
+def test_a_heart_that_beat_in_the_future_is_waited_for_a_minute_of_ones_own(
+    tmp_path, monkeypatch, ahead
+):
+    """The clock of the host that wrote it is ahead: by it alone the wait would have no end."""
+    on_host(RunRecord.create(tmp_path, {}), "elsewhere", -ahead)
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+    clock = Clock(monkeypatch)
+    assert RunDirectory(tmp_path).create_or_resume({}).restarts == 1
+    assert FRESH.total_seconds() <= clock.now < FRESH.total_seconds() + 5
+
+
+def test_a_heart_that_beats_on_in_the_future_is_given_way_to(tmp_path, monkeypatch):
+    record = RunRecord.create(tmp_path, {})
+    on_host(record, "elsewhere", -timedelta(minutes=10))
+    clock = Clock(monkeypatch)
+    clock.at_20_s = lambda: on_host(record, "elsewhere", -timedelta(minutes=11))
+    with pytest.raises(RunIsBusyError, match="elsewhere"):
+        RunDirectory(tmp_path).create_or_resume({})
+
+
+class Clock:
+    """Time that passes in sleep alone."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        self.at_20_s = lambda: None
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 1000
+        if self.now == 20:
+            self.at_20_s()
 
 
 def test_a_start_gives_way_to_a_heart_that_beats_on(tmp_path):
@@ -104,7 +183,13 @@ def test_a_run_that_another_host_ends_in_the_meantime_is_left_as_it_is(tmp_path,
 def n_reads(monkeypatch):
     """How often a record has been read so far."""
     load, reads = RunRecord.load, []
-    monkeypatch.setattr(RunRecord, "load", lambda path: reads.append(path) or load(path))
+
+    def counted(path):
+        record = load(path)
+        reads.append(path)
+        return record
+
+    monkeypatch.setattr(RunRecord, "load", counted)
     return lambda: len(reads)
 
 
@@ -183,7 +268,7 @@ def test_a_directory_that_another_has_is_looked_at_anew(tmp_path):
 
 
 def test_a_store_of_no_run_is_refused(tmp_path):
-    with pytest.raises(StoreError, match=r"holds run\.json"):
+    with pytest.raises(NoRecordError, match=r"holds run\.json"):
         RunDirectory(tmp_path).store()
     RunRecord.create(tmp_path, {}, run_id="mine")
     assert RunDirectory(tmp_path).store().run_id == "mine"

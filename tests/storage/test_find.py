@@ -1,5 +1,7 @@
 """Runs are found wherever the path points above them, once each, and oddities are named."""
 
+import errno
+import json
 import os
 import shutil
 
@@ -12,12 +14,14 @@ from nerve.storage.find import (
     find_runs,
     load_records,
 )
+from nerve.storage.parts import read_parts
 from nerve.storage.record import DamagedRecordWarning, RunRecord
+from nerve.storage.schema import DATASETS
 
 
 @pytest.fixture
 def tree(tmp_path, make_run):
-    """Two sweeps of two cells each and a single run."""
+    """Two sweeps of two trials each and a single run."""
     for name in ("sweep_a/c1", "sweep_a/c2", "sweep_b/c1", "sweep_b/c2", "single"):
         make_run(tmp_path / name, steps=())
     return tmp_path
@@ -48,6 +52,20 @@ def test_links_are_followed_and_their_loops_end(tree, tmp_path):
     assert len(find_runs(outside)) == 2
 
 
+def test_runs_within_runs_are_found(tree, make_run):
+    """In the run's directory itself, below a folder of one's own in it, and within each other."""
+    inner = [
+        tree / "single" / "a",
+        tree / "single" / "a" / "b",
+        tree / "sweep_a" / "c1" / "x" / "y",
+    ]
+    for path in inner:
+        make_run(path, steps=())
+    assert set(inner) <= set(find_runs(tree))
+    assert len(find_runs(tree)) == len(load_records(tree)) == 8
+    assert find_runs(tree / "single") == [tree / "single", *inner[:2]]
+
+
 def test_hidden_directories_and_insides_of_runs_are_passed_over(tree):
     shutil.copytree(tree / "single", tree / ".trash" / "single")
     shutil.copytree(tree / "single", tree / "single" / "checkpoints" / "copy")
@@ -75,6 +93,14 @@ def test_a_damaged_record_is_left_out_and_named(tree):
         load_records(tree / "single")
 
 
+def test_a_run_whose_record_is_gone_is_named(tree, make_run):
+    lost = make_run(tree / "sweep_a" / "lost").directory
+    (lost / "run.json").unlink()
+    assert lost in find_runs(tree)
+    with pytest.warns(DamagedRecordWarning, match=r"sweep_a/lost/run\.json is missing"):
+        assert len(load_records(tree)) == 5
+
+
 @pytest.mark.parametrize("further", ["original", "copy"])
 def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
     shutil.copytree(tree / "sweep_a", tree / "copy_of_a")
@@ -99,9 +125,9 @@ def test_a_copy_is_told_from_another_run_of_the_same_id(tree, make_run):
     (tree / "copy" / "run.json").unlink()
     make_run(tree / "other", steps=(), run_id=record.run_id)
     path = tree / "other" / "run.json"
-    path.write_text(
-        path.read_text().replace(f'"started": "{record.started[:4]}', '"started": "1999')
-    )
+    started = f"1999{record.started[4:]}"
+    changed = {"started": started, "checksum": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     with pytest.warns(IncompleteWarning, match=r"\(two runs of one id\)"):
         load_records(tree)
 
@@ -130,6 +156,46 @@ def test_differing_fingerprints_are_named(tmp_path, make_run):
     )
     assert f"py312: {ids[1]}, {ids[2]})" in str(warning.message)
     load_records([tmp_path / "1", tmp_path / "2", tmp_path / "3"])
+
+
+def test_a_link_to_itself_is_named(tree):
+    """Beside runs, in the place of a run, and of a sweep."""
+    for path in (tree / "self", tree / "sweep_a" / "self"):
+        path.symlink_to(path)
+    with pytest.warns(IncompleteWarning, match=r"self cannot be followed: .*links") as caught:
+        assert len(find_runs(tree)) == 5
+    assert len(caught) == 2
+    with pytest.raises(StoreError, match="there is none at"):
+        find_runs(tree / "self")
+
+
+@pytest.mark.parametrize("code", ["ENOENT", "ENOTDIR", "ESTALE", "EIO", "EACCES"])
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_a_directory_that_vanishes_while_the_tree_is_listed_is_named(tree, monkeypatch, code, call):
+    """Or one that its server does not find, or cannot read, any more."""
+    real = getattr(os, call)
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith("sweep_a/c2"):
+            raise OSError(getattr(errno, code), code, str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refused)
+    with pytest.warns(IncompleteWarning, match=r"Left out: .*sweep_a/c2 cannot be listed"):
+        assert len(find_runs(tree)) == 4
+
+
+def test_names_that_are_no_text_keep_nothing_from_being_read(tree, make_run):
+    """Of a file beside runs, of a run, and of a folder above one: bytes that are not UTF-8."""
+    odd = os.fsdecode(b"caf\xe9")
+    (tree / odd).write_text("")
+    (tree / "sweep_a" / "c1" / odd).write_text("")
+    for path in (tree / "sweep_a" / odd, tree / f"{odd}s" / "run"):
+        make_run(path)
+    assert len(load_records(tree)) == 7
+    for path in (tree / "sweep_a" / odd, tree / f"{odd}s" / "run"):
+        table, damaged = read_parts(path, DATASETS["metrics"])
+        assert (len(table), damaged) == (4, [])
 
 
 def test_a_directory_that_cannot_be_listed_is_named(tree, monkeypatch):

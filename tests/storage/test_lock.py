@@ -1,4 +1,4 @@
-"""One process a run directory, whatever becomes of the process that had it."""
+"""One process per run directory, whatever becomes of the process that had it."""
 
 import errno
 import fcntl
@@ -8,11 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from nerve.errors import StoreError
-from nerve.storage.state import RunIsBusyError, RunLock, holder, is_locked
+from nerve.files import _say_once
+from nerve.storage.directory import RunDirectory
+from nerve.storage.record import RunRecord
+from nerve.storage.state import RunIsBusyError, RunLock, RunState, holder, is_locked
 
 HOLD = """
 import sys
@@ -101,16 +106,83 @@ def test_no_directory_is_not_locked(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_file_system_without_locks_is_named_and_does_not_stop_a_run(
-    tmp_path, monkeypatch, caplog
-):
-    def refuse(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
+NO_LOCKS = ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EBADF", "EINVAL", "EPERM", "EIO", "EACCES"]
 
+
+@pytest.fixture(params=NO_LOCKS)
+def without_locks(request, monkeypatch):
+    """A file system that refuses to lock, each in its way; a start there waits for no second."""
+    code = getattr(errno, request.param)
+
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    _say_once.cache_clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr("nerve.storage.state.PATIENCE_S", 0.0)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_without_locks_is_said_once_and_does_not_stop_a_run(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        RunLock(tmp_path).release()
-    assert "no locks" in caplog.text
+        for _ in range(3):
+            lock = RunLock(tmp_path)
+            assert not lock.is_held
+            assert is_locked(tmp_path) is None
+            lock.release()
+    assert caplog.text.count("no locks") == 1
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_the_heartbeat_decides_also_on_one_host(tmp_path, monkeypatch):
+    """A run of this very host, whose lock file is there: alive while its heart beats, and left
+    alone; else dead, and gone on with."""
+    RunLock(tmp_path).release()
+    record = RunRecord.create(tmp_path, {})
+    assert RunDirectory(tmp_path).state == RunState.ALIVE
+    run = RunDirectory(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: record.update(heartbeat=at(1)))
+        with run.locked(), pytest.raises(RunIsBusyError, match="whose heartbeat goes on"):
+            run.create_or_resume({})
+    record.update(heartbeat=at(-61))
+    assert RunDirectory(tmp_path).state == RunState.DEAD
+    with run.locked():
+        assert run.create_or_resume({}).restarts == 1
+
+
+def at(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_of_two_that_start_at_once_without_locks_one_goes_on(tmp_path, monkeypatch):
+    """The one that is named last; the other looks again before it begins."""
+
+    def another_starts(seconds: float) -> None:
+        (tmp_path / ".lock").write_text('{"host": "elsewhere", "pid": 7}')
+
+    monkeypatch.setattr(time, "sleep", another_starts)
+    with pytest.raises(RunIsBusyError, match="process 7 on host elsewhere"):
+        RunLock(tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    RunLock(tmp_path).release()
+
+
+def test_a_lock_file_that_cannot_be_opened_tells_nothing(tmp_path, monkeypatch):
+    """That of another user, say: the heartbeat decides."""
+    RunLock(tmp_path).release()
+    RunRecord.create(tmp_path, {})
+    real = os.open
+
+    def refuse(path, *args):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert is_locked(tmp_path) is None
+    assert RunDirectory(tmp_path).state == RunState.ALIVE
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """DuckDB and Polars read what runs stored: the pages' two queries, and every column as it is."""
 
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,38 @@ def test_the_polars_query_of_the_pages(outputs):
     assert found["layer"].to_list() == [0, 0, 1, 1] * 4
     assert found["site"].to_list() == ["post", "pre"] * 8
     np.testing.assert_allclose(found["share"], [1 / 2, 68 / 78] * 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["val_loss=7", "pr_post=1", "step=0", "run_id=x", "layer=deep"])
+def test_folders_that_look_like_columns_change_no_answer_of_the_pages(outputs, folder):
+    """As `hydra.sweep.subdir="lr=…"` makes them: what is stored counts, not what a folder says."""
+    shutil.rmtree(outputs / "failed")
+    (outputs / "sweep").rename(outputs / folder)
+    test_the_duckdb_query_of_the_pages(outputs)
+    test_the_polars_query_of_the_pages(outputs)
+
+
+@pytest.mark.parametrize(
+    ("folder", "key"),
+    [
+        ("lr=0.1", "lr"),
+        ("lr=0.1/seed=3", "lr"),
+        ("sweep/layer=3,seed=1", "layer"),
+        ("name=a/run", "name"),
+        ("eigenvalues=", "eigenvalues"),
+    ],
+)
+def test_a_folder_that_other_readers_take_for_a_column_is_warned_of(tmp_path, caplog, folder, key):
+    with caplog.at_level(logging.WARNING):
+        RunStore(tmp_path / folder, "a")
+    assert f"take the place of the column {key} in" in caplog.text
+    assert "hive_partitioning=false" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["seed=3", "lr", "LR=3", "optimizer.lr=0.1", "=lr", "a"])
+def test_any_other_folder_is_not_warned_of(tmp_path, caplog, folder):
+    RunStore(tmp_path / folder, "a")
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("name", list(DATASETS))

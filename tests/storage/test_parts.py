@@ -1,5 +1,7 @@
 """Reading parts: doubled rows once, damaged files named, newer files not guessed at."""
 
+import errno
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -279,3 +281,27 @@ def test_a_compaction_while_reading_loses_nothing(filled, store, monkeypatch):
     assert not damaged
     assert sorted(table["step"].to_pylist()) == [5, 5, 40, 40, 300, 300]
     assert len(real(filled, DATASET)) == 1
+
+
+def test_what_is_in_the_place_of_a_part_is_named(filled):
+    """A link to itself, one to nowhere, and a name that is no text; a folder is none."""
+    folder = filled / "metrics"
+    (folder / "self.parquet").symlink_to(folder / "self.parquet")
+    (folder / "nowhere.parquet").symlink_to(folder / "gone")
+    (folder / os.fsdecode(b"caf\xe9.parquet")).write_bytes(b"")
+    (folder / "folder.parquet").mkdir()
+    table, damaged = read_parts(filled, DATASET)
+    assert len(table) == 6
+    assert len(damaged) == 3
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_of_parts_that_cannot_be_listed_is_named(filled, monkeypatch, code):
+    """Else its run would have no rows, in silence."""
+
+    def refuse(path):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DamagedPartError, match="metrics cannot be listed"):
+        list_parts(filled, DATASET)

@@ -21,7 +21,7 @@ def test_versions_are_those_installed(monkeypatch):
 
 
 def test_the_packages_are_by_names_that_the_index_knows():
-    """A misspelt one would be passed over as one that is not installed."""
+    """A misspelled one would be passed over as one that is not installed."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     assert set(provenance.PACKAGES) - {"nerve"} <= pins

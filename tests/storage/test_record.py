@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_the_id_is_that_of_the_configuration_whatever_an_earlier_version_called_
     """Also where it wrote none, and where it wrote null for an infinite value, which stays null."""
     record = RunRecord.create(tmp_path, {"clip": None, "_target_": "once.here.Thing"})
     path = tmp_path / "run.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text()) | {"checksum": None}
     without = {name: value for name, value in values.items() if name != "config_id"}
     for stored in ({**values, "config_id": "0123456789ab"}, without):
         path.write_text(json.dumps(stored))
@@ -124,7 +125,32 @@ def test_a_second_run_in_a_directory_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"stepp": 1}, {"run_id": "other"}, {"run_status": "finished"}, {"final": 3.0}],
+    [
+        {"stepp": 1},
+        {"run_id": "other"},
+        {"run_status": "finished"},
+        {"final": 3.0},
+        {"final": {"val_loss": "low"}},
+        {"error": "x"},
+        {"error": {"type": "ValueError", "message": None}},
+        {"error": {}},
+        {"job": 7},
+        {"job": "7"},
+        {"heartbeat": "2026-01-01T00:00:00"},
+        {"heartbeat": "today"},
+        {"heartbeat": 1.5e9},
+        {"ended": "2026-01-01"},
+        {"seed": "3"},
+        {"restarts": None},
+        {"restarts": True},
+        {"n_parameters": 1.5},
+        {"unigram_loss": "5"},
+        {"host": 3},
+        {"device": ["cpu"]},
+        {"config": None},
+        {"versions": ["torch"]},
+    ],
+    ids=str,
 )
 def test_a_wrong_update_changes_nothing(tmp_path, changes):
     record = RunRecord.create(tmp_path, CONFIG)
@@ -132,6 +158,14 @@ def test_a_wrong_update_changes_nothing(tmp_path, changes):
     with pytest.raises(StoreError, match=next(iter(changes))):
         record.update(step=9, **changes)
     assert vars(record) == before
+    assert RunRecord.load(tmp_path) == record
+
+
+@pytest.mark.parametrize("step", [None, "9", 9.5, True, [9]])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    record = RunRecord.create(tmp_path, CONFIG)
+    with pytest.raises(StoreError, match="step of a run record is a whole number"):
+        record.update(step=step)
     assert RunRecord.load(tmp_path) == record
 
 
@@ -164,6 +198,47 @@ def test_every_truncation_of_the_file_is_named(tmp_path):
             RunRecord.load(tmp_path)
 
 
+@pytest.mark.parametrize("mask", [0x01, 0x04])
+def test_a_changed_byte_anywhere_is_harmless_or_named(tmp_path, mask):
+    """Without a checksum a changed digit, letter or key would be another value in silence."""
+    record = RunRecord.create(tmp_path, {"optimizer": {"lr": 0.003}, "seed": 3}, seed=3)
+    record.finish("done", final={"val_loss": 4.25}, step=40)
+    path = tmp_path / "run.json"
+    content, n_changed, n_named, n_silent = path.read_bytes(), 0, 0, 0
+    for place in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[place] ^= mask
+        path.write_bytes(changed)
+        try:
+            assert RunRecord.load(tmp_path) == record, place
+        except StoreError as error:
+            n_named += str(path) in str(error)
+            n_silent += reads_otherwise(changed, content)
+        n_changed += 1
+    assert n_named > n_changed / 2
+    assert n_silent > len(content) / 12
+
+
+def reads_otherwise(changed: bytes, content: bytes) -> bool:
+    """Whether JSON alone has no complaint."""
+    try:
+        return json.loads(changed) != json.loads(content)
+    except ValueError:
+        return False
+
+
+def test_a_record_that_is_edited_on_purpose_reads_without_its_checksum(tmp_path):
+    RunRecord.create(tmp_path, CONFIG)
+    path = tmp_path / "run.json"
+    edited = json.loads(path.read_text()) | {"run_status": "done"}
+    path.write_text(json.dumps(edited))
+    with pytest.raises(DamagedRecordError, match="delete the line of the checksum"):
+        RunRecord.load(tmp_path)
+    del edited["checksum"]
+    path.write_text(json.dumps(edited))
+    assert RunRecord.load(tmp_path).run_status == "done"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -185,6 +260,55 @@ def test_what_is_not_a_record_is_named(tmp_path, text):
         RunRecord.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"heartbeat": "2026-01-01T00:00:00"},
+        {"heartbeat": None},
+        {"started": 5},
+        {"ended": []},
+        {"error": "x"},
+        {"error": {"type": 1, "message": 2}},
+        {"final": []},
+        {"final": {"val_loss": "1.5"}},
+        {"step": "40"},
+        {"step": None},
+        {"step": 1e400},
+        {"restarts": {}},
+        {"run_id": None},
+        {"run_id": ["a"]},
+        {"run_status": ["done"]},
+        {"run_status": {"done": 1}},
+        {"job": "7"},
+        {"host": 7},
+        {"config": "lr"},
+        {"fingerprints": None},
+        {"schema_version": 1e400},
+        {"schema_version": None},
+    ],
+    ids=str,
+)
+def test_a_record_with_a_value_of_another_type_is_named(tmp_path, values):
+    """Whichever it is: what a record says is shown, sorted and counted with elsewhere."""
+    RunRecord.create(tmp_path, CONFIG)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values | {"checksum": None}))
+    with pytest.raises(DamagedRecordError, match=r"run\.json"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_record_that_is_nested_without_end_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedRecordError, match=r"run\.json"):
+        RunRecord.load(tmp_path)
+
+
+def test_last_steps_of_another_type_are_none(tmp_path):
+    for steps in ("400", None, [1]):
+        record = RunRecord.create(tmp_path / str(steps), {"trainer": {"max_steps": steps}})
+        assert (record.max_steps, record.progress) == (None, "0")
+
+
 def test_a_newer_record_is_not_guessed_at(tmp_path):
     RunRecord.create(tmp_path, CONFIG)
     path = tmp_path / "run.json"
@@ -196,3 +320,47 @@ def test_a_newer_record_is_not_guessed_at(tmp_path):
 def test_no_record_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"has none\. Give the directory of a run"):
         RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["renamed", "deleted", "deleted with what is above it"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda record: record.update(step=9),
+        lambda record: record.restart(),
+        lambda record: record.finish("failed", ValueError("x")),
+    ],
+)
+def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_record(tmp_path, change, write):
+    directory = tmp_path / "sweep" / "run"
+    record = RunRecord.create(directory, CONFIG)
+    if change == "renamed":
+        directory.rename(tmp_path / "sweep" / "other")
+    else:
+        shutil.rmtree(directory if change == "deleted" else directory.parent)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"sweep/run is not there any more: it was renamed or del"):
+        write(record)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert record.step == 0
+
+
+def test_another_run_that_was_put_in_the_place_of_one_is_not_written_over(tmp_path):
+    record = RunRecord.create(tmp_path / "run", CONFIG, "mine")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    RunRecord.create(tmp_path / "run", {"seed": 4}, "its")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(StoreError, match="is that of run its now, and not of run mine any more"):
+        record.update(step=9)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}"])
+def test_a_record_that_is_lost_while_its_run_works_is_written_anew(tmp_path, content):
+    record = RunRecord.create(tmp_path, CONFIG)
+    if content is None:
+        (tmp_path / "run.json").unlink()
+    else:
+        (tmp_path / "run.json").write_bytes(content)
+    record.update(step=9)
+    assert RunRecord.load(tmp_path) == record

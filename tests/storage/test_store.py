@@ -2,10 +2,12 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -132,9 +134,12 @@ def test_restored_part_is_not_taken_for_a_leftover(store, row):
     fill(store, row)
     part = store.directory / "metrics" / "part-000000000010.parquet"
     part.rename(store.directory / "kept")
-    store.compact()
+    with pytest.warns(DamagedPartWarning, match="part-000000000010.parquet is missing"):
+        store.compact()
     (store.directory / "kept").rename(part)
-    RunStore(store.directory, store.run_id)
+    reopened = RunStore(store.directory, store.run_id)
+    assert [r["step"] for r in rows_of(store.directory)] == [0, 0, 10, 10, 20, 20, 30, 30]
+    reopened.compact()
     assert [r["step"] for r in rows_of(store.directory)] == [0, 0, 10, 10, 20, 20, 30, 30]
 
 
@@ -167,8 +172,10 @@ def test_truncation_of_a_part_that_somebody_renamed(store, row):
     store.compact()
     folder = store.directory / "metrics"
     (folder / "part-000000000030.parquet").rename(folder / "part-000000000020.parquet")
-    store.truncate_after(20)
-    assert [r["step"] for r in rows_of(store.directory)] == [10, 10]
+    with pytest.warns(DamagedPartWarning, match="part-000000000030.parquet is missing"):
+        store.truncate_after(20)
+    table, _ = read_parts(store.directory, DATASETS["metrics"])
+    assert table["step"].to_pylist() == [10, 10]
 
 
 def test_truncation_drops_waiting_rows_too(store, row):
@@ -281,6 +288,15 @@ def test_a_directory_that_cannot_be_is_refused(tmp_path):
         RunStore(tmp_path / "file" / "run", "a")
 
 
+def test_a_directory_that_is_gone_does_not_come_back(store, row):
+    fill(store, row, steps=(0,))
+    store.directory.rename(store.directory.with_name("moved"))
+    store.append_metrics([row(10)])
+    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+        store.flush(10)
+    assert not store.directory.exists()
+
+
 KILLED_AT_EACH_CALL = """
 import os, signal, sys
 from pathlib import Path
@@ -369,6 +385,86 @@ def test_sigkill_at_every_call(killed, row):
         if operation == "truncate":
             assert [(r["step"], r["layer"]) for r in rows_of(directory)] == after
     assert [(r["step"], r["layer"]) for r in rows_of(finished)] == after
+
+
+@pytest.mark.parametrize("step", [0, 10, 30])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_deleted_part_is_named_whoever_looks(store, row, step, reopened):
+    """The first, one in the middle, and the last, after which no other tells of it: by readers, by
+    a run that is resumed, at its end, and ever after."""
+    fill(store, row)
+    name = f"part-{step:012d}.parquet"
+    (store.directory / "metrics" / name).unlink()
+    store = RunStore(store.directory, store.run_id) if reopened else store
+    with pytest.warns(DamagedPartWarning, match=rf"metrics/{name} is missing: .*Restore it"):
+        store.truncate_after(30)
+    fill(store, row, steps=(40,))
+    with pytest.warns(DamagedPartWarning, match=f"{name} is missing"):
+        store.compact()
+    table, (error,) = read_parts(store.directory, DATASETS["metrics"])
+    assert f"{name} is missing" in str(error)
+    assert len(table) == 8
+    (store.directory / ".parts.json").unlink()
+    assert read_parts(store.directory, DATASETS["metrics"])[1] == []
+
+
+def test_a_deleted_dataset_is_named(store, row):
+    """And the part that a compaction left alone."""
+    fill(store, row)
+    store.compact()
+    shutil.rmtree(store.directory / "metrics")
+    for _ in range(2):
+        _, (error,) = read_parts(store.directory, DATASETS["metrics"])
+        assert "part-000000000030.parquet is missing" in str(error)
+        assert read_parts(store.directory, DATASETS["scalars"])[1] == []
+        RunStore(store.directory, store.run_id)
+
+
+def test_a_part_that_comes_back_is_missed_no_more(store, row):
+    fill(store, row)
+    part = store.directory / "metrics" / "part-000000000030.parquet"
+    part.rename(store.directory / "kept")
+    assert len(read_parts(store.directory, DATASETS["metrics"])[1]) == 1
+    (store.directory / "kept").rename(part)
+    assert len(rows_of(store.directory)) == 8
+
+
+def test_what_a_writer_removes_while_others_read_is_not_missed(store, row, monkeypatch):
+    """Between a reader's look at the list and its look at the files."""
+    fill(store, row)
+    exists, n_looks = Path.exists, []
+
+    def compacted_meanwhile(path):
+        n_looks.append(path)
+        if len(n_looks) == 1:
+            store.compact()
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", compacted_meanwhile)
+    table, damaged = read_parts(store.directory, DATASETS["metrics"])
+    assert (len(table), damaged) == (8, [])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"metrics": 3}', b"\xff\x00"])
+def test_a_damaged_list_keeps_nothing_from_being_read(store, row, content):
+    """As a power cut may leave it; the next opening makes it anew."""
+    fill(store, row)
+    (store.directory / ".parts.json").write_bytes(content)
+    assert len(rows_of(store.directory)) == 8
+    RunStore(store.directory, store.run_id)
+    (store.directory / "metrics" / "part-000000000010.parquet").unlink()
+    assert len(read_parts(store.directory, DATASETS["metrics"])[1]) == 1
+
+
+@pytest.mark.parametrize("step", [None, True, 2.5, float("nan"), "10"])
+def test_rows_are_dropped_past_a_whole_step_alone(store, row, step):
+    """A comparison with none would drop every row."""
+    fill(store, row)
+    with pytest.raises(StoreError, match=r"past a step, a whole number .*; got"):
+        store.truncate_after(step)
+    assert len(rows_of(store.directory)) == 8
+    store.truncate_after(np.int64(10))
+    assert len(rows_of(store.directory)) == 4
 
 
 def test_opening_removes_stale_temporaries_only(store, row):

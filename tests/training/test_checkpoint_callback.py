@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from support import Batches, KeepWeights
 from torch import nn
 from torch.optim import SGD
 
 from nerve.errors import ConfigError, StoreError
 from nerve.optim import Schedule
 from nerve.storage.directory import RunDirectory
+from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
-from nerve.training.checkpoint_callback import Cadence, Checkpointing
+from nerve.training.checkpoint_cadence import CheckpointCadence
+from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
     read_checkpoint,
@@ -31,21 +34,6 @@ def averaging() -> L.Callback:
     if make is None:
         pytest.skip("this Lightning averages no weights")
     return make(decay=0.9)
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
-
-
-class KeepWeights(L.Callback):
-    """Copies of the weights after every number of optimizer steps."""
-
-    def __init__(self) -> None:
-        self.after: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_batch_end(self, trainer, module, *args):
-        weights = module.model.state_dict()
-        self.after[trainer.global_step] = {name: weights[name].clone() for name in weights}
 
 
 class Scripted(ImageClassifier):
@@ -69,7 +57,7 @@ def batches(n: int) -> Batches:
 
 def fit(
     directory,
-    cadence: Cadence,
+    cadence: CheckpointCadence,
     losses: tuple[float, ...],
     *,
     accumulate: int = 1,
@@ -82,6 +70,7 @@ def fit(
         nn.Linear(4, 2), lambda model: SGD(model.parameters(), lr=0.1), Schedule("linear")
     )
     module.losses = losses
+    RunRecord.create(directory, {})
     files, kept = CheckpointFiles(), KeepWeights()
     with StopSignals() as signals:
         saving = Checkpointing(
@@ -137,30 +126,30 @@ def steps_saved(monkeypatch) -> list[int]:
 def test_a_checkpoint_is_written_every_so_many_steps_and_at_the_end(
     tmp_path, steps_saved, accumulate, every, expected
 ):
-    fit(tmp_path, Cadence(every_n_steps=every), (1.0,) * N_STEPS, accumulate=accumulate)
+    fit(tmp_path, CheckpointCadence(every_n_steps=every), (1.0,) * N_STEPS, accumulate=accumulate)
     assert steps_saved == list(expected)
     assert read_checkpoint(RunDirectory(tmp_path).checkpoint("last"))["global_step"] == N_STEPS
 
 
 def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one():
-    cadence = Cadence(every_n_minutes=2)
+    cadence = CheckpointCadence(every_n_minutes=2)
     assert not cadence.is_due(7, 119)
     assert cadence.is_due(7, 120)
-    both = Cadence(every_n_steps=5, every_n_minutes=2)
+    both = CheckpointCadence(every_n_steps=5, every_n_minutes=2)
     assert [both.is_due(step, seconds) for step, seconds in ((5, 0), (6, 0), (6, 130))] == [
         True,
         False,
         True,
     ]
-    assert not Cadence().is_due(1000, 1e9)
+    assert not CheckpointCadence().is_due(1000, 1e9)
 
 
 def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, monkeypatch):
-    """A clock that moves by 25 s at each look: one a step, and one at each checkpoint."""
+    """A clock that moves by 25 s at each look: one per step, and one at each checkpoint."""
     seconds = iter(range(0, 10**6, 25))
     clock = SimpleNamespace(monotonic=partial(next, seconds), perf_counter=time.perf_counter)
     monkeypatch.setattr("nerve.training.checkpoint_callback.time", clock)
-    fit(tmp_path, Cadence(every_n_minutes=1), (1.0,) * N_STEPS)
+    fit(tmp_path, CheckpointCadence(every_n_minutes=1), (1.0,) * N_STEPS)
     assert steps_saved == [3, 6, N_STEPS]
 
 
@@ -175,7 +164,9 @@ def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, mon
 @pytest.mark.parametrize("every", [None, 1, 3])
 def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, losses, best, every):
     """Whenever files are written; of equal losses the first counts."""
-    weights, saving = fit(tmp_path, Cadence(every_n_steps=every), tuple(map(float, losses)))
+    weights, saving = fit(
+        tmp_path, CheckpointCadence(every_n_steps=every), tuple(map(float, losses))
+    )
     kept = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
     assert (kept["step"], kept["val_loss"]) == (best, min(losses))
     assert kept["facts"] == {"vocab_size": 7}
@@ -186,7 +177,7 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, loss
 
 def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_kept_for(tmp_path):
     """They are validated in the place of those that are trained, which have another loss."""
-    weights, _ = fit(tmp_path, Cadence(), (), callbacks=(averaging(),))
+    weights, _ = fit(tmp_path, CheckpointCadence(), (), callbacks=(averaging(),))
     kept = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
 
     def loss(state: dict[str, torch.Tensor]) -> float:
@@ -203,31 +194,21 @@ def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_ke
 @pytest.mark.parametrize("validate_every", [1, 3, N_STEPS])
 def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate, validate_every):
     """Whether or not a validation falls on the step; as training begins, in its midst, its end."""
-    keep, start = Cadence(keep=[0, 2, 3, N_STEPS]), StartWeights()
     weights, _ = fit(
         tmp_path,
-        keep,
+        CheckpointCadence(keep=[0, 2, 3, N_STEPS]),
         (1.0,) * N_STEPS,
         accumulate=accumulate,
         validate_every=validate_every,
-        callbacks=(start,),
     )
-    weights = {0: start.weights, **weights}
     assert RunDirectory(tmp_path).kept_steps() == [0, 2, 3, N_STEPS]
     for step in RunDirectory(tmp_path).kept_steps():
         kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step))
-        assert set(kept) == {"model", "facts", "step"}
+        assert set(kept) == {"model", "facts", "step", "run_id", "config_id", "config"}
         assert (kept["step"], kept["facts"]) == (step, {"vocab_size": 7})
         for name, weight in weights[step].items():
             assert torch.equal(kept["model"][name], weight)
     assert not torch.equal(weights[2]["weight"], weights[3]["weight"])
-
-
-class StartWeights(L.Callback):
-    """The weights before training."""
-
-    def on_train_start(self, trainer, module):
-        self.weights = {name: value.clone() for name, value in module.model.state_dict().items()}
 
 
 def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch):
@@ -239,7 +220,7 @@ def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch)
         return gather(saving, trainer, module)
 
     monkeypatch.setattr(Checkpointing, "_weights", noting)
-    fit(tmp_path, Cadence(keep=[5]), (1.0,) * N_STEPS)
+    fit(tmp_path, CheckpointCadence(keep=[5]), (1.0,) * N_STEPS)
     assert steps == [1, 5]
 
 
@@ -247,7 +228,7 @@ def test_where_weights_are_averaged_the_kept_ones_are_the_averages_as_the_best_a
     """Of one step, the best and the kept are the same, and not those that are trained."""
     losses = (2.0, 2.0, 1.0, *(2.0,) * (N_STEPS - 3))
     average = averaging()
-    weights, _ = fit(tmp_path, Cadence(keep=[3]), losses, callbacks=(average,))
+    weights, _ = fit(tmp_path, CheckpointCadence(keep=[3]), losses, callbacks=(average,))
     best = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
     kept = read_checkpoint(RunDirectory(tmp_path).kept_checkpoint(3))
     assert best["step"] == 3
@@ -259,13 +240,13 @@ def test_where_weights_are_averaged_the_kept_ones_are_the_averages_as_the_best_a
 @pytest.mark.parametrize("keep", [[-1], [1.5], [True], ["3"], [None], "3", 3, None])
 def test_steps_to_keep_are_checked(keep):
     with pytest.raises(ConfigError, match=r"checkpoint\.keep must be a list of optimizer steps"):
-        Cadence(keep=keep)
+        CheckpointCadence(keep=keep)
 
 
 def test_steps_to_keep_are_those_of_the_run():
-    Cadence(keep=[0, 8]).require_reached(8)
+    CheckpointCadence(keep=[0, 8]).require_reached(8)
     with pytest.raises(ConfigError, match=r"got 9, 20 with trainer\.max_steps=8"):
-        Cadence(keep=[0, 9, 8, 20]).require_reached(8)
+        CheckpointCadence(keep=[0, 9, 8, 20]).require_reached(8)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_before(
@@ -284,7 +265,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_befo
     monkeypatch.setattr("nerve.training.checkpoint_files.write_checkpoint", refuse)
     monkeypatch.setattr("nerve.training.checkpoint_callback.write_checkpoint", refuse)
     with pytest.raises(StoreError, match="full"):
-        fit(tmp_path, Cadence(every_n_steps=2), tuple(float(9 - i) for i in range(N_STEPS)))
+        fit(
+            tmp_path,
+            CheckpointCadence(every_n_steps=2),
+            tuple(float(9 - i) for i in range(N_STEPS)),
+        )
     assert read_checkpoint(path)["global_step"] == 2
 
 
@@ -299,4 +284,26 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_befo
 )
 def test_a_cadence_is_checked(values):
     with pytest.raises(ConfigError, match=rf"checkpoint\.{next(iter(values))}"):
-        Cadence(**values)
+        CheckpointCadence(**values)
+
+
+class Rename(L.Callback):
+    """Renames the run's directory after three steps."""
+
+    def __init__(self, directory) -> None:
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 3:
+            self.directory.rename(self.directory.with_name("moved"))
+
+
+@pytest.mark.parametrize(
+    "cadence",
+    [CheckpointCadence(every_n_steps=2), CheckpointCadence(keep=[5]), CheckpointCadence()],
+)
+def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(tmp_path, cadence):
+    directory = tmp_path / "run"
+    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+        fit(directory, cadence, (1.0,) * N_STEPS, callbacks=(Rename(directory),))
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

@@ -26,7 +26,7 @@ def trained(optimizer: str, constraint: str) -> torch.nn.Module:
     model = build_model(values, seed=0, vocab_size=17)
     parts = {
         str(name): Part(tuple(part.roles), part.build)
-        for name, part in build(config.optimizer.parts).items()
+        for name, part in build(config.optimizer.parts, key="optimizer.parts").items()
     }
     stepper = build_optimizer(model, parts)
     tokens = torch.randint(17, (20, 4, 17), generator=torch.Generator().manual_seed(0))

@@ -111,3 +111,32 @@ def test_a_last_piece_that_has_nothing_to_log_leaves_each_row_once(tmp_path):
         ("1", "2.5"),
         ("2", "2.5"),
     ]
+
+
+def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_file(tmp_path):
+    """Neither for a row that is appended, nor for the whole file written anew."""
+    logger = CSVLogger(tmp_path / "run" / "logs")
+    logger.log_metrics({"loss": 0.25}, 0)
+    logger.save()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    logger.log_metrics({"loss": 0.5}, 1)
+    with pytest.raises(StoreError):
+        logger.save()
+    with pytest.raises(StoreError, match="logs is not there any more"):
+        logger.finalize("failed")
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+@pytest.mark.parametrize("when", ["new", "resumed"])
+def test_what_a_killed_writer_left_is_removed(tmp_path, when):
+    """A disk that fills, or a kill, in the middle of the file: half of it under a hidden name."""
+    if when == "resumed":
+        first = CSVLogger(tmp_path)
+        first.log_metrics({"loss": 0.25}, 0)
+        first.save()
+    for token in ("0a1b", "2c3d"):
+        (tmp_path / f".metrics.csv.{token}.tmp").write_text("step,lo")
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"loss": 0.5}, 1)
+    logger.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from support import Batches
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -18,10 +19,6 @@ from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
 N_CLASSES, N_PIXELS = 3, 4
 LR = 0.5
 SCHEDULE = Schedule("linear", warmup=0.3)
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 class Logged(Logger):
@@ -276,10 +273,10 @@ def test_nothing_without_matrix_shape_is_decayed_on_the_way_through_the_trainer(
         "position": {"name": "none"},
         "ffn": {"width": 2, "constraint": constraint},
     }
-    facts = {"image_size": 2, "n_channels": 1, "n_classes": N_CLASSES}
+    data_dims = {"image_size": 2, "n_channels": 1, "n_classes": N_CLASSES}
 
     def weights_after_one_step(weight_decay: float) -> tuple[dict, dict]:
-        model = build_model(values, seed=0, **facts)
+        model = build_model(values, seed=0, **data_dims)
         rng = torch.Generator().manual_seed(0)
         for parameter in model.parameters():  # biases are 0 at first, where decay would not show
             parameter.data = 0.5 + torch.rand(parameter.shape, generator=rng)
@@ -294,7 +291,7 @@ def test_nothing_without_matrix_shape_is_decayed_on_the_way_through_the_trainer(
 
     before, plain = weights_after_one_step(0.0)
     _, decayed = weights_after_one_step(decay)
-    roles = parameter_roles(build_model(values, seed=0, **facts))
+    roles = parameter_roles(build_model(values, seed=0, **data_dims))
     vectors = {name for name, role in roles.items() if role == "vector"}
     for kind in ("bias", "norm", "slope", *(["original0"] if constraint != "none" else [])):
         assert any(kind in name for name in vectors), kind

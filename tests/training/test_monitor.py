@@ -12,15 +12,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
+from support import Batches, KeepWeights
 from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
-from nerve.metric_names import logged_values, mean_values
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
+from nerve.recording.means import logged_values, mean_values
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger
@@ -50,10 +51,6 @@ def make_module(lr: float = 1e-2, compile: bool = False, **groups) -> LanguageMo
         Schedule("constant", warmup=0.2, cooldown=0.0),
         compile=compile,
     )
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -94,22 +91,6 @@ def fit(
     trainer.fit(module, Batches(train), Batches(heldout))
     store.flush(trainer.global_step)
     return callback, nerve.load_metrics(directory)
-
-
-class KeepWeights(L.Callback):
-    """Copies of the weights after every number of optimizer steps."""
-
-    def __init__(self) -> None:
-        self.after: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_start(self, trainer, module):
-        self._keep(trainer, module)
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self._keep(trainer, module)
-
-    def _keep(self, trainer, module):
-        self.after[trainer.global_step] = copy.deepcopy(module.model.state_dict())
 
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
@@ -284,7 +265,7 @@ def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp
 def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
     """Code that was compiled without a probe is compiled again, for this fit and for the next."""
     module, rows = make_module(compile=True), []
-    module._training_loss(batches(1)[0]).backward()
+    module._training_losses(batches(1)[0])[0].backward()
     module.zero_grad()
     state = copy.deepcopy(module.model.state_dict())
     for name in ("a", "b"):
@@ -572,13 +553,14 @@ def test_steps_must_say_how_many_targets_they_had(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"every_n_steps": 0}, "monitor.every_n_steps must be a positive whole number; got 0"),
+        ({"every_n_steps": 0}, "monitor.every_n_steps must be a whole number of at least 1; got 0"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
-        ({"layers": "all"}, "monitor.layers must be null .all. or a list of layers"),
+        ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
         ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
-        ({"skip_first": -1}, "monitor.skip_first is a number of positions, 0 or more; got -1"),
+        ({"every_n_step": 2}, "a key of monitor must be one of .*Did you mean 'every_n_steps'"),
+        ({"skip_first": -1}, "monitor.skip_first must be a whole number of at least 0; got -1"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, values, message):
@@ -661,7 +643,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
         return solve(problem)
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
-    monkeypatch.setattr("nerve.training.monitor.spare_workers", lambda *args: 1)
+    monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
     recorder, watch = Recorder(), Watch()
     data = batches(6), batches(1, seed=1)
     extra = {"loggers": [recorder], "callbacks": [watch]}
@@ -700,3 +682,62 @@ def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):
     assert recorder.logged
     assert all("train_loss" in values or "val_loss" in values for _, values in recorder.logged)
     assert not recorder.measured
+
+
+class Resumable(Batches):
+    """Lightning warns of a loader that cannot be resumed; which batches come is no matter here."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class SaveAt(L.Callback):
+    """Saves a checkpoint at a step, as code of one's own does."""
+
+    def __init__(self, path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("every_n_steps", "n_steps", "steps"),
+    [(2, 4, [0, 1, 2, 4]), (1, 3, [0, 1, 2, 3]), (100, 5, [0, 1, 2, 5])],
+)
+def test_who_resumes_leaves_no_rows_of_the_branch_that_it_abandons(
+    tmp_path, every_n_steps, n_steps, steps
+):
+    """At another cadence, and for fewer steps: rows past the checkpoint that no measurement takes
+    the place of. With a trainer of one's own, without anything else of this project."""
+    RunRecord.create(tmp_path, {}, run_id="run")
+
+    def fit_piece(every: int, n: int, callbacks=(), ckpt_path=None) -> None:
+        store = RunStore(tmp_path, "run")
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=n,
+            max_epochs=-1,
+            callbacks=[SpectralMonitor(store, every_n_steps=every), *callbacks],
+            logger=[StoreLogger(store)],
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        heldout = Batches(batches(1, seed=1))
+        trainer.fit(make_module(), Resumable(batches(6)), heldout, ckpt_path=ckpt_path)
+        store.flush(trainer.global_step)
+
+    fit_piece(1, 6, [SaveAt(tmp_path / "own.ckpt", 2)])
+    assert sorted(nerve.load_metrics(tmp_path).step.unique()) == [0, 1, 2, 3, 4, 5, 6]
+    fit_piece(every_n_steps, n_steps, ckpt_path=tmp_path / "own.ckpt")
+    assert sorted(nerve.load_metrics(tmp_path).step.unique()) == steps
+    assert nerve.load_spectra(tmp_path).step.max() == n_steps
+    assert nerve.load_scalars(tmp_path).step.max() <= n_steps
+    fit_piece(4, 4)
+    assert sorted(nerve.load_metrics(tmp_path).step.unique()) == [0, 4]

@@ -127,3 +127,18 @@ def test_a_thread_that_is_not_the_main_one_runs_without():
     thread.start()
     thread.join()
     assert errors == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_stays_so(signum):
+    """`nohup`, and a shell that runs a command in the background."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with StopSignals() as asked:
+            send(signum)
+            asked.defer()
+            send(signum)
+            assert not asked.received
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)

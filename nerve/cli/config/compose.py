@@ -50,8 +50,13 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def build(node: Any, **arguments: Any) -> Any:
-    """Instantiates what `_target_` names, with errors that the user can mend.
+def build(node: Any, *, key: str, **arguments: Any) -> Any:
+    """Instantiates what `_target_` names, with errors that the user can fix.
+
+    Args:
+        node: values, resolved.
+        key: what the configuration calls them, for messages.
+        arguments: others, which go before.
 
     Raises:
         NerveError: as the target raised it, or `ConfigError` where it could not be called.
@@ -61,10 +66,11 @@ def build(node: Any, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, NerveError):
             raise error.__cause__ from error
-        text, _, key = str(error).partition("\nfull_key: ")
+        text, _, inner = str(error).partition("\nfull_key: ")
         cause = error.__cause__
         reason = text if cause is None else f"{type(cause).__name__}: {cause}"
-        raise ConfigError(f"{key or 'An object'} cannot be built: {reason}") from error
+        where = f"{key}.{inner}" if inner else key
+        raise ConfigError(f"{where} cannot be built: {reason}") from error
 
 
 def identity(config: DictConfig) -> str:
@@ -94,6 +100,6 @@ def _config_id_of_root(*, _root_: DictConfig) -> str:
     return identity(_root_)
 
 
-# `${config_id:}`, the id of the configuration around it, names the directory of a sweep's cell; the
+# `${config_id:}`, the id of the configuration around it, names the directory of a trial; the
 # job of a cluster asks for it before it calls anything of ours.
 OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)

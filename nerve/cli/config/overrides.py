@@ -79,7 +79,7 @@ def has_own_files(arguments: Sequence[str]) -> bool:
     return any(argument.startswith(_OWN_FILES) for argument in arguments)
 
 
-def told(error: Exception) -> str:
+def explain_error(error: Exception) -> str:
     """What an error of Hydra or OmegaConf says, for one who need not know either."""
     text = str(error)
     if found := re.match(r"Could not override '([^']+)'", text):

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from nerve.cli.config.compose import CONF
 from nerve.cli.config.overrides import overrides_of
 from nerve.cli.config.targets import resolve_targets
-from nerve.config import require
+from nerve.cli.saved import load_saved
+from nerve.config import pasted, require
 from nerve.errors import StoreError
 from nerve.storage.identity import ADDED, EXCLUDED
 
@@ -40,15 +41,17 @@ def prepare_resume(arguments: Sequence[str]) -> str | None:
     require(
         not defining,
         f"A resumed run keeps what defines its result; got {' '.join(defining)} beside "
-        f"resume={directory}. Leave it out, or start a new run; {_free_keys()} may be given.",
+        f"{pasted('resume', directory)}. Leave it out, or start a new run; {_free_keys()} may be "
+        "given.",
     )
     named = any(
         argument.startswith(("--config-name", "-cn", "--multirun", "-m")) for argument in arguments
     )
     require(
         not named,
-        f"One run is resumed, with its own configuration; got resume={directory} beside --multirun "
-        "or --config-name. Leave that out; a sweep resumes by itself what was interrupted.",
+        f"One run is resumed, with its own configuration; got {pasted('resume', directory)} beside "
+        "--multirun or --config-name. Leave that out; a sweep resumes by itself what was "
+        "interrupted.",
     )
     _store(directory, chooses_logger=any(o.key_or_group == "logger" for o in overrides))
     return CONFIG_NAME
@@ -70,6 +73,7 @@ def _store(directory: Path, chooses_logger: bool) -> None:
             f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
             "does not. Give what nerve-run printed as the run directory."
         )
+    stored = load_saved(saved, dict)
     primary = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(primary, DictConfig)
     # The run's nerve may not have had a key that is free now, or one that was added since.
@@ -77,12 +81,13 @@ def _store(directory: Path, chooses_logger: bool) -> None:
         {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
     )
     for key, as_before in ADDED.items():
-        OmegaConf.update(known, key, as_before, force_add=True)
-    values = resolve_targets(OmegaConf.to_container(OmegaConf.merge(known, OmegaConf.load(saved))))
+        if not key.startswith("data."):  # which only some data take, with this default
+            OmegaConf.update(known, key, as_before, force_add=True)
+    values = resolve_targets(OmegaConf.to_container(OmegaConf.merge(known, stored)))
     assert isinstance(values, dict)
     defaults = [entry for entry in primary.defaults if any("hydra/" in key for key in entry)]
     if chooses_logger:
-        values.pop("logger")
+        values.pop("logger", None)
         defaults.insert(0, {"logger": "csv"})  # overrides must come last
     hydra = OmegaConf.merge(primary.hydra, {"run": {"dir": str(directory)}})
     node = {"defaults": [*defaults, "_self_"], **values, "hydra": hydra}

@@ -5,8 +5,10 @@ from typing import Any
 TARGETS = {
     path.rpartition(".")[2]: path
     for path in (
+        "nerve.cli.experiment.check.CheckInPlaceOfRun",
         "nerve.data.corpus.python_source",
         "nerve.data.files.text_files",
+        "nerve.data.glyphs.glyphs",
         "nerve.data.hub.hub_dataset",
         "nerve.data.hub.hub_images",
         "nerve.data.image_sets.cifar100",
@@ -21,6 +23,9 @@ TARGETS = {
 """All that conf/ names below `nerve.`, by its last name. Modules move; a configuration that was
 stored before names them where they were."""
 
+TRUSTED = ("nerve", "lightning", "torch")
+"""Packages whose classes and functions a configuration may call without a word."""
+
 
 def resolve_targets(values: Any) -> Any:
     """`values` with each `_target_` below `nerve.` where it is now; others are left as they are."""
@@ -33,3 +38,16 @@ def resolve_targets(values: Any) -> Any:
     if isinstance(target, str) and target.startswith("nerve."):
         resolved["_target_"] = TARGETS.get(target.rpartition(".")[2], target)
     return resolved
+
+
+def foreign_targets(values: Any) -> list[str]:
+    """What a configuration calls that is neither of this project nor of what it trains with."""
+    if isinstance(values, list):
+        return sorted({target for value in values for target in foreign_targets(value)})
+    if not isinstance(values, dict):
+        return []
+    inner = foreign_targets(list(values.values()))
+    target = values.get("_target_")
+    if isinstance(target, str) and target.partition(".")[0] not in TRUSTED:
+        inner = sorted({*inner, target})
+    return inner

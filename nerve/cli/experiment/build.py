@@ -1,18 +1,18 @@
 """The parts of a run, built from its configuration: data, model, trainer."""
 
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.checks import Plan
-from nerve.config import require
+from nerve.cli.experiment.machine import is_alone
+from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
 from nerve.optim import build_optimizer
@@ -30,41 +30,33 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
 """The kind of a model to the Lightning module that trains it, and what its batches count."""
 
 
-def check_machine(plan: Plan) -> None:
-    """Refuses a run that this machine has no device for."""
-    accelerator = plan.values["trainer"].get("accelerator")
-    require(
-        accelerator not in ("gpu", "cuda") or _has_gpu(),
-        f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
-        "it can use. Take trainer=cpu, or install torch for this machine's GPU.",
-    )
-
-
-def _has_gpu() -> bool:
-    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
-
-
 def build_data(plan: Plan) -> Any:
-    """The data module, prepared: the model needs facts that only the data knows."""
-    data = build(plan.config.data, **plan.data.sizes, seed=plan.seed)
-    data.prepare_data()
-    data.setup("fit")
+    """The data module, prepared: the model needs sizes that only the data knows.
+
+    Relative paths begin where the command was given, also if Hydra changed the directory.
+    """
+    given_in = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else "."
+    with chdir(given_in):
+        data = build(plan.values["data"], key="data", **plan.data.sizes, seed=plan.seed)
+        data.prepare_data()
+        data.setup("fit")
     return data
 
 
-def facts_of(data: Any, kind: str) -> dict[str, Any]:
+def data_dims_of(data: Any, kind: str) -> dict[str, Any]:
     """What a model of that kind must know of the data, such as `vocab_size`."""
-    return {fact: getattr(data, fact) for fact in MODELS[kind].FACTS if hasattr(data, fact)}
+    return {name: getattr(data, name) for name in MODELS[kind].DATA_DIMS if hasattr(data, name)}
 
 
-def build_module(plan: Plan, facts: Mapping[str, Any]) -> TrainedModel:
+def build_module(plan: Plan, data_dims: Mapping[str, Any]) -> TrainedModel:
     """The model, with its loss, optimizer and schedule."""
     trained_model, _ = TASKS[plan.model.kind]
     return trained_model(
-        build_model(plan.values, seed=plan.seed, **facts),
+        build_model(plan.values, seed=plan.seed, **data_dims),
         lambda model: build_optimizer(model, plan.optimizer.parts),
         plan.optimizer.schedule,
         compile=plan.compile,
+        regularizer=plan.regularizer,
     )
 
 
@@ -89,18 +81,21 @@ def build_trainer(
     files: CheckpointFiles,
 ) -> L.Trainer:
     """The trainer, with the loggers and callbacks of the configuration beside those given."""
-    loggers: list[Logger] = [build(logger) for logger in plan.config.logger.values()]
+    loggers: list[Logger] = _built(plan, "logger")
     if store:
         loggers.insert(0, StoreLogger(store))
-    callbacks = callbacks + [build(callback) for callback in plan.config.callbacks.values()]
+    callbacks = callbacks + _built(plan, "callbacks")
     if plan.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
     plugins: list[Any] = [files]
-    if SLURMEnvironment.detect():
+    if is_alone(plan.values["trainer"]):
+        plugins.append(LightningEnvironment())  # whatever a job around it says of its tasks
+    elif SLURMEnvironment.detect():
         # Lightning's own requeueing would act beside ours, and beside submitit's.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer: L.Trainer = build(
-        plan.config.trainer,
+        plan.values["trainer"],
+        key="trainer",
         log_every_n_steps=min(plan.trainer.log_every_n_steps, plan.trainer.max_steps),
         callbacks=callbacks,
         logger=loggers,
@@ -113,9 +108,15 @@ def build_trainer(
     return trainer
 
 
+def _built(plan: Plan, group: str) -> list[Any]:
+    """What each `_target_` in a group names."""
+    nodes = plan.values[group].items()
+    return [build(node, key=f"{group}.{name}") for name, node in nodes]
+
+
 def build_monitor(plan: Plan, store: RunStore | None) -> SpectralMonitor:
     """The monitor of the configuration; `store` as there."""
-    return SpectralMonitor(store, **plan.monitor)
+    return SpectralMonitor(store, **plan.monitor.settings)
 
 
 def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
@@ -130,5 +131,5 @@ def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
         except Exception as error:  # it may be about anything
             raise ConfigError(
                 f"A logger must be able to start; {type(logger).__name__} could not: "
-                f"{str(error).rstrip('.')}. Mend that, or choose another with logger=csv."
+                f"{str(error).rstrip('.')}. Fix that, or choose another with logger=csv."
             ) from error

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from nerve.cli.experiment.checks import Plan, width_of
+from nerve.cli.experiment.groups import width_of
+from nerve.cli.experiment.plan import Plan
 from nerve.measuring.ffns import sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.sites import n_inputs
@@ -81,10 +82,10 @@ def _n_state(plan: Plan, skeleton: nn.Module) -> float | None:
 def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
     """Numbers in the matrices of pre and post of every measured FFN."""
     total = 0
-    for ffn in find_ffns(skeleton, layers=plan.monitor["layers"]):
+    for ffn in find_ffns(skeleton, layers=plan.monitor.layers):
         width, d_in = width_of(ffn), n_inputs(sites_of(ffn)[0])
-        assert d_in is not None
+        assert isinstance(d_in, int)
         # Of 16-bit features pre itself is taken, not the input.
         exact = str(plan.values["trainer"].get("precision")).startswith("32")
-        total += width**2 + (d_in if plan.monitor["shortcut"] and exact else width) ** 2
+        total += width**2 + (d_in if plan.monitor.shortcut and exact else width) ** 2
     return total

@@ -3,7 +3,8 @@
 import math
 
 from nerve.config import require_choice
-from nerve.metric_names import MEASURED, mean_name, mean_values
+from nerve.metric_names import MEASURED
+from nerve.recording.means import mean_name, mean_values
 from nerve.storage.directory import RunDirectory
 from nerve.storage.parts import read_parts, warn_damaged
 from nerve.storage.schema import DATASETS

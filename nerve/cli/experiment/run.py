@@ -3,13 +3,11 @@
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.conf import HydraConf
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from nerve.cli.console import counts
@@ -18,26 +16,29 @@ from nerve.cli.experiment.build import (
     build_module,
     build_monitor,
     build_trainer,
-    check_machine,
-    facts_of,
+    data_dims_of,
     log_configuration,
     scale_pre_activations,
 )
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions, leads
 from nerve.cli.experiment.objective import objective_of
+from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import print_summary
-from nerve.cli.sweep.grid import Cell
-from nerve.cli.sweep.preview import preview
+from nerve.config import pasted
 from nerve.errors import DataError, StoreError
 from nerve.files import remove_temporaries
 from nerve.storage.directory import RunDirectory
-from nerve.storage.provenance import nvidia_driver
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
-from nerve.training.checkpoint_files import CheckpointFiles, drop_all_but_weights
+from nerve.training.checkpoint_files import (
+    CheckpointFiles,
+    check_checkpoint,
+    drop_all_but_weights,
+)
+from nerve.training.ending import require_validated, stopped_by
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     unless `retry` is set.
 
     Returns:
-        What `objective` names, by default the final validation loss in nats a target. Of several
+        What `objective` names, by default the final validation loss in nats per target. Of several
         processes only the one that records the run knows more than the loss.
 
     Raises:
@@ -68,32 +69,13 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     check_machine(plan)
     with StopSignals() as signals:
         # Of several processes, rank 0 records; it started the others with its directory.
-        if rank_zero_only.rank > 0:  # type: ignore[attr-defined]
+        if not leads(plan.values["trainer"]):
             return _follow(plan, run, signals)
         with run.locked():
             record = start(run, config, hydra_config)
             if record.run_status != "done":  # else it has been done just now
                 _lead(plan, run, record, signals)
     return objective_of(run, plan.objective)
-
-
-def check_experiment(config: DictConfig, run: RunDirectory, overrides: Sequence[str]) -> None:
-    """Shows what `run_experiment` would do in a directory, and does nothing.
-
-    Args:
-        config: as there.
-        run: the directory.
-        overrides: of the command line, which the table shows.
-
-    Raises:
-        NerveError: as there, where it can be told before.
-    """
-    plan = Plan.of(config)
-    run.require_same(plan.values)
-    trial = Cell(0, overrides, config, run, found=run.state, plan=plan)
-    if trial.is_to_do:
-        check_machine(plan)
-    preview(run.path, [trial])
 
 
 def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
@@ -114,7 +96,7 @@ def _lead(plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
-            log.warning("%s; to go on: nerve-run resume=%s", error, run.path)
+            log.warning("%s; to go on: nerve-run %s", error, pasted("resume", run.path))
             signals.hand_on()
         raise
     if signals.received:  # while it ended: nothing is left to save, but the command must stop
@@ -138,12 +120,12 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
 
     data = build_data(plan)
     log.info("data: %s", counts(data.describe()))
-    facts = facts_of(data, plan.model.kind)
-    module = build_module(plan, facts)
+    data_dims = data_dims_of(data, plan.model.kind)
+    module = build_module(plan, data_dims)
     store = run.store() if record else None
     monitor = build_monitor(plan, store)
     files = CheckpointFiles()
-    saving = Checkpointing(files, run, plan.checkpoint, signals, store, facts)
+    saving = Checkpointing(files, run, plan.checkpoint, signals, store, data_dims)
     callbacks = [monitor, saving, *([Heartbeat(record)] if record else [])]
     trainer = build_trainer(plan, run.path, store, callbacks, files)
     last = run.checkpoint("last")
@@ -155,8 +137,9 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
-            device=_device_names(trainer),
-            versions=record.versions | _gpu_versions(trainer),
+            separator_token=getattr(data, "separator_token", None),
+            device=device_names(trainer),
+            versions=record.versions | gpu_versions(trainer),
             pre_scales=record.pre_scales | pre_scales,
         )
     log_configuration(trainer, plan)
@@ -167,37 +150,24 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
             record.step = trainer.global_step
             store.flush(trainer.global_step)
             store.compact()
+    require_validated(monitor.n_validated, data.n_heldout_targets)
+    reason = stopped_by(trainer)
+    if reason is not None:
+        log.info("training ended at step %s: %s", f"{trainer.global_step:,}", reason)
     final = {
         **_final_scores(monitor.val_loss, saving.scores, data),
         "train_seconds": saving.seconds,
         "measuring_seconds": monitor.seconds,
     }
     if record:
-        record.finish("done", final=final)
+        warning = _warning(final["val_loss"], record.unigram_loss)
+        record.finish("done", final=final, stopped_by=reason, warning=warning)
         try:
             drop_all_but_weights(last)
         except StoreError as refused:  # the run is done all the same
             log.warning("the last checkpoint stays as large as it is: %s", refused)
-        print_summary(monitor.latest, _facts(final), run.path)
+        print_summary(monitor.latest, _facts(final, warning), run.path)
     return final["val_loss"]
-
-
-def _device_names(trainer: L.Trainer) -> str:
-    """The devices as run.json has them: each GPU of this node with what it is."""
-    root = trainer.strategy.root_device
-    if root.type != "cuda":
-        return str(root)
-    gpus = [torch.device("cuda", index) for index in trainer.device_ids]
-    names = ", ".join(f"{gpu} ({torch.cuda.get_device_name(gpu)})" for gpu in gpus)
-    return names + (f" on each of {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else "")
-
-
-def _gpu_versions(trainer: L.Trainer) -> dict[str, str]:
-    """What computes on a GPU beside packages: CUDA and NVIDIA's driver."""
-    if trainer.strategy.root_device.type != "cuda":
-        return {}
-    versions = {"cuda": torch.version.cuda, "nvidia-driver": nvidia_driver()}
-    return {name: version for name, version in versions.items() if version is not None}
 
 
 def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -> None:
@@ -205,8 +175,12 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     last = run.checkpoint("last")
     remove_temporaries(last.parent)
     if not last.exists():
+        if record.restarts:
+            log.warning("there is no %s: the run starts from its beginning", last)
         store.truncate_after(-1)
-    elif record.fingerprints != data.fingerprints:
+        return
+    check_checkpoint(last, record)
+    if record.fingerprints != data.fingerprints:
         raise DataError(
             f"A run goes on with the data that it began with; those of {run.path} had the "
             f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the old "
@@ -224,11 +198,21 @@ def _final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -
     return final
 
 
-def _facts(final: dict[str, float]) -> dict[str, str]:
-    loss = f"{final['val_loss']:.3f} nats a target"
+def _warning(val_loss: float, unigram_loss: float | None) -> str | None:
+    """What says that a run has learned nothing, however finite its loss is."""
+    if unigram_loss is None or val_loss < unigram_loss:
+        return None
+    return (
+        f"untrained: the loss of {val_loss:.4g} nats is not below {unigram_loss:.4g}, which the "
+        "frequencies of the tokens alone give"
+    )
+
+
+def _facts(final: dict[str, float], warning: str | None) -> dict[str, str]:
+    loss = f"{final['val_loss']:.3f} nats per target"
     if "bits_per_byte" in final:
-        loss += f", {final['bits_per_byte']:.3f} bits a byte"
-    facts = {"validation loss": loss}
+        loss += f", {final['bits_per_byte']:.3f} bits per byte"
+    facts = {"validation loss": loss} | ({"warning": warning} if warning else {})
     if "val_accuracy" in final:
         facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"
     share = final["measuring_seconds"] / final["train_seconds"]

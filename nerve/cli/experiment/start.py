@@ -7,6 +7,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import resolved
+from nerve.cli.config.targets import foreign_targets
+from nerve.files import as_store_error
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
 from nerve.storage.record import RunRecord
@@ -48,6 +50,8 @@ def start(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> Run
         _say_done(record)
     elif not is_new:
         log.info("run %s goes on in %s (restart %d)", record.run_id, run.path, record.restarts)
+        for target in foreign_targets(values):
+            log.warning("the configuration of this directory calls %s", target)
     return record
 
 
@@ -61,12 +65,13 @@ def _say_done(record: RunRecord) -> None:
 
 
 def _save(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> None:
-    """Writes `.hydra/`, from which a run is resumed."""
+    """Writes `.hydra/`, from which a run is resumed. Raises `StoreError` where that is refused."""
     for name, content in (
         ("config", config),
         ("hydra", OmegaConf.create({"hydra": hydra_config})),
         ("overrides", hydra_config.overrides.task),
     ):
         path = run.path / ".hydra" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        OmegaConf.save(content, path)
+        with as_store_error(path):
+            path.parent.mkdir(exist_ok=True)
+            OmegaConf.save(content, path)

@@ -1,5 +1,6 @@
 """What a run shows when it ends."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def print_summary(
             say(text)
     for label, text in facts.items():
         say(f"{label}: {text}")
-    say(f"run directory: {directory}")
+    say(f"run directory: {shlex.quote(str(directory))}")
     say(f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})")
 
 

@@ -1,6 +1,6 @@
-"""Devices that a cell of a sweep asks for, against what the launcher gives it."""
+"""Devices that a trial of a sweep asks for, against what the launcher gives it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM
@@ -8,12 +8,12 @@ from nerve.config import require
 
 
 def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
-    """Refuses a cell whose processes or GPUs would not be there.
+    """Refuses a trial whose processes or GPUs would not be there.
 
     Args:
-        trainer: `trainer` of the cell.
+        trainer: `trainer` of the trial.
         launcher: `hydra.launcher` of the sweep; jobs of SLURM are compared with what they ask for,
-            any other launcher gives a cell one process.
+            any other launcher gives a trial one process.
 
     Raises:
         ConfigError: naming the keys that do not fit together.
@@ -21,14 +21,14 @@ def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
     if launcher["_target_"] == SUBMITIT_SLURM:
         _check_job(trainer, launcher)
         return
-    n_devices = _number(trainer)
+    n_devices = n_devices_of(trainer)
     if n_devices is None and trainer["accelerator"] != "cpu":
         import torch  # takes seconds; asked only when the number of GPUs matters
 
         n_devices = torch.cuda.device_count()
     require(
         n_devices in (None, 0, 1) and trainer.get("num_nodes", 1) == 1,
-        "In a sweep on this machine each cell is one process; "
+        "In a sweep on this machine each trial is one process; "
         f"trainer.strategy={trainer['strategy']} with trainer.devices={trainer['devices']} starts "
         "others, by calling the whole command again. Use trainer.devices=1, send the sweep to a "
         "cluster with hydra/launcher=slurm, or start each run by itself, without --multirun.",
@@ -42,15 +42,15 @@ def check_counted(trainer: Mapping[str, Any]) -> None:
         ConfigError: for `trainer.devices` that is no number.
     """
     require(
-        _number(trainer) is not None,
+        n_devices_of(trainer) is not None,
         "A job of SLURM is sent with the number of its devices; got "
-        f"trainer.devices={trainer['devices']}. Give a number, the same for all cells.",
+        f"trainer.devices={trainer['devices']}. Give a number, the same for all trials.",
     )
 
 
 def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
     check_counted(trainer)
-    n_devices, n_nodes = _number(trainer), trainer.get("num_nodes", 1)
+    n_devices, n_nodes = n_devices_of(trainer), trainer.get("num_nodes", 1)
     assert n_devices is not None
     for key, expected, of in (
         ("tasks_per_node", n_devices, f"trainer.devices={trainer['devices']}"),
@@ -58,7 +58,7 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
     ):
         require(
             launcher[key] == expected,
-            f"SLURM starts one process a device; {of} needs hydra.launcher.{key}={expected}, got "
+            f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
             f"{launcher[key]}.",
         )
     if trainer["accelerator"] == "cpu" or launcher.get("gres"):
@@ -73,9 +73,9 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
     )
 
 
-def _number(trainer: Mapping[str, Any]) -> int | None:
-    """How many devices a node; None where Lightning is to find out."""
+def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
+    """How many devices per node; None where Lightning is to find out."""
     devices = trainer["devices"]
     if isinstance(devices, int | str) and str(devices).isdigit():
         return int(devices)
-    return None if isinstance(devices, int | str) else len(devices)
+    return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)

@@ -1,4 +1,4 @@
-"""The cells of a sweep: each composed, with its directory and what that holds already."""
+"""The trials of a sweep: each composed, with its directory and what that holds already."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import identity, resolved
-from nerve.cli.config.overrides import told
+from nerve.cli.config.overrides import explain_error
 from nerve.cli.console import say
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -22,35 +22,35 @@ from nerve.storage.record import RECORD_NAME
 from nerve.storage.state import RunState
 
 if TYPE_CHECKING:
-    from nerve.cli.experiment.checks import Plan
+    from nerve.cli.experiment.plan import Plan
 
 
 @dataclass
-class Cell:
+class Trial:
     """One point of a grid.
 
     Attributes:
         number: its place in the grid, from 0.
         overrides: what sets it apart on the command line, and what all share.
         config: composed, with Hydra's own node.
-        run: its directory; where that cannot be told, the sweep's. Twins share one.
-        found: what the directory held before the sweep.
+        run: its directory; where that cannot be told, the sweep's. Duplicates share one.
+        state_before: what the directory held before the sweep.
         job: that an earlier command has sent for it and that is queued or at work.
-        twin: the number of an earlier cell that defines the same result.
-        refusal: why it cannot be run.
-        trouble: why it could not be started, or its end not be recorded.
-        plan: of its run, once `plan_cells` has made it.
+        duplicate_of: the number of an earlier trial that defines the same result.
+        rejected_because: why it cannot be run.
+        start_error: why it could not be started, or its end not be recorded.
+        plan: of its run, once `plan_trials` has made it.
     """
 
     number: int
     overrides: Sequence[str]
     config: DictConfig
     run: RunDirectory
-    found: RunState = RunState.NEW
+    state_before: RunState = RunState.NEW
     job: str | None = None
-    twin: int | None = None
-    refusal: str | None = None
-    trouble: str | None = None
+    duplicate_of: int | None = None
+    rejected_because: str | None = None
+    start_error: str | None = None
     plan: "Plan | None" = None
 
     @property
@@ -61,11 +61,15 @@ class Cell:
     @property
     def is_to_do(self) -> bool:
         """Whether the sweep is to run it."""
-        if self.twin is not None or self.refusal is not None or self.job is not None:
+        if (
+            self.duplicate_of is not None
+            or self.rejected_because is not None
+            or self.job is not None
+        ):
             return False
-        if self.found == RunState.FAILED:
+        if self.state_before == RunState.FAILED:
             return bool(self.config.retry)
-        return self.found not in (RunState.DONE, RunState.ALIVE)
+        return self.state_before not in (RunState.DONE, RunState.ALIVE)
 
     def run_config(self) -> DictConfig:
         """The configuration without Hydra's own node, to which its interpolations refer."""
@@ -80,60 +84,60 @@ class Cell:
 
 def compose_grid(
     loader: ConfigLoader, config: DictConfig, grid: Sequence[Sequence[str]]
-) -> list[Cell]:
-    """The cells of a grid, in its order.
+) -> list[Trial]:
+    """The trials of a grid, in its order.
 
     Args:
         loader: Hydra's.
         config: the sweep's own configuration.
-        grid: the overrides of each cell.
+        grid: the overrides of each trial.
 
     Raises:
-        ConfigError: for overrides that cannot be composed, such as a misspelt option, and for cells
-            of different results that would share a directory.
+        ConfigError: for overrides that cannot be composed, such as a misspelled option, and for
+            trials of different results that would share a directory.
     """
-    cells: list[Cell] = []
-    first: dict[Path, tuple[Cell, dict[str, Any]]] = {}
+    trials: list[Trial] = []
+    first: dict[Path, tuple[Trial, dict[str, Any]]] = {}
     stored = StoredRuns()
     for number, overrides in enumerate(grid):
         try:
             composed = loader.load_sweep_config(config, list(overrides))
         except HydraException as error:
             raise ConfigError(
-                f"cell {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; nothing "
-                f"was started. {told(error)}"
+                f"trial {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; "
+                f"nothing was started. {explain_error(error)}"
             ) from error
         with open_dict(composed.hydra):
             composed.hydra.job.id = composed.hydra.job.num = number
-        cell = Cell(number, overrides, composed, stored.at(Path(str(composed.hydra.sweep.dir))))
+        trial = Trial(number, overrides, composed, stored.at(Path(str(composed.hydra.sweep.dir))))
         try:
-            _place(cell, stored)
-            values = cell.values()
-            other, its_values = first.setdefault(cell.directory, (cell, values))
-            if other is not cell:
-                _check_same(cell, other, differences(values, its_values))
-                cell.twin = other.number
-            cell.found = cell.run.state
-            cell.run.require_same(values)
+            _place(trial, stored)
+            values = trial.values()
+            other, its_values = first.setdefault(trial.directory, (trial, values))
+            if other is not trial:
+                _check_same(trial, other, differences(values, its_values))
+                trial.duplicate_of = other.number
+            trial.state_before = trial.run.state
+            trial.run.require_same(values)
         except OmegaConfBaseException as error:
-            cell.refusal = _unresolved(composed, error)
+            trial.rejected_because = _unresolved(composed, error)
         except StoreError as error:
-            cell.refusal = str(error)
-        cells.append(cell)
-    return cells
+            trial.rejected_because = str(error)
+        trials.append(trial)
+    return trials
 
 
-def plan_cells(cells: Sequence[Cell]) -> None:
-    """Plans each cell that is to be run; one that a plan refuses is refused."""
-    for cell in cells:
-        if not cell.is_to_do:
+def plan_trials(trials: Sequence[Trial]) -> None:
+    """Plans each trial that is to be run; one that a plan refuses is refused."""
+    for trial in trials:
+        if not trial.is_to_do:
             continue
-        from nerve.cli.experiment.checks import Plan  # torch takes seconds to import
+        from nerve.cli.experiment.plan import Plan  # torch takes seconds to import
 
         try:
-            cell.plan = Plan.of(cell.run_config())
+            trial.plan = Plan.of(trial.run_config())
         except NerveError as error:
-            cell.refusal = str(error)
+            trial.rejected_because = str(error)
 
 
 class StoredRuns:
@@ -195,29 +199,30 @@ def _worth(run: RunDirectory) -> tuple[bool, bool, int, str]:
     return is_done, is_alive, record.step, record.heartbeat
 
 
-def _place(cell: Cell, stored: StoredRuns) -> None:
-    """Finds the cell's directory: where Hydra would put it, or where its run is already."""
-    hydra = cell.config.hydra
-    HydraConfig.instance().set_config(cell.config)
+def _place(trial: Trial, stored: StoredRuns) -> None:
+    """Finds the trial's directory: where Hydra would put it, or where its run is already."""
+    hydra = trial.config.hydra
+    HydraConfig.instance().set_config(trial.config)
     subdir = str(hydra.sweep.subdir)
-    cell.run = stored.at(cell.directory / subdir)
-    own_id = identity(cell.config)
+    trial.run = stored.at(trial.directory / subdir)
+    own_id = identity(trial.config)
     if subdir == own_id:  # else it was chosen by hand
-        cell.run = stored.run_of(cell.run, own_id)
+        trial.run = stored.run_of(trial.run, own_id)
     OmegaConf.set_readonly(hydra, False)
     with open_dict(hydra):
-        hydra.sweep.subdir = cell.directory.name if subdir == own_id else subdir
-        hydra.runtime.output_dir = os.path.abspath(cell.directory)
+        hydra.sweep.subdir = trial.directory.name if subdir == own_id else subdir
+        hydra.runtime.output_dir = os.path.abspath(trial.directory)
 
 
-def _check_same(cell: Cell, other: Cell, different: Sequence[str]) -> None:
+def _check_same(trial: Trial, other: Trial, different: Sequence[str]) -> None:
     """Refuses the sweep where a directory that was chosen by hand is that of two results."""
     if different:
-        names = [f"{each.number} ({' '.join(each.overrides)})" for each in (other, cell)]
+        names = [f"{each.number} ({' '.join(each.overrides)})" for each in (other, trial)]
         raise ConfigError(
-            f"A directory holds one run; cells {' and '.join(names)} would share {cell.directory} "
-            f"with different values of {', '.join(different)}; nothing was started. Put what "
-            "varies into hydra.sweep.subdir, or leave that out: each cell then has its own."
+            f"A directory holds one run; trials {' and '.join(names)} would share "
+            f"{trial.directory} with different values of {', '.join(different)}; nothing was "
+            "started. Put what varies into hydra.sweep.subdir, or leave that out: each trial then "
+            "has its own."
         )
 
 
@@ -230,6 +235,6 @@ def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:
     ]
     where = f", which {error.full_key} refers to" if error.full_key else ""
     return (
-        f"The values of a cell must be there and fit together; {text.splitlines()[0]}{where}. "
+        f"The values of a trial must be there and fit together; {text.splitlines()[0]}{where}. "
         f"Choose groups that suit each other, or give the value; chosen: {', '.join(chosen)}."
     )

@@ -1,4 +1,4 @@
-"""Cells of a sweep on this machine, each in its own process: started, watched, told to stop."""
+"""Trials of a sweep on this machine, each in its own process: started, watched, told to stop."""
 
 import contextlib
 import os
@@ -9,130 +9,120 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 from nerve import cores
-from nerve.cli.sweep.grid import Cell
+from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.worker import encoded, record_end
 from nerve.errors import NerveError, StoreError
+from nerve.files import require_there
+from nerve.training.signals import SignalsHandled
 
 GRACE_S = 120.0
-"""How long a cell that is asked to stop may take to save; then it is killed."""
+"""How long a trial that is asked to stop may take to save; then it is killed."""
 
 COMMAND = [sys.executable, "-P", "-m", "nerve.cli.sweep.worker"]
 POLL_S = 0.1
 LOG_NAME = "output.log"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FROM_OUTSIDE = (signal.SIGKILL, *STOPPING)
-"""Signals that say nothing against the cell that they end."""
+"""Signals that say nothing against the trial that they end."""
 
 ASKED_TO_STOP = 128 + signal.SIGINT
-"""The exit status of a cell that stopped when it was asked to."""
+"""The exit status of a trial that stopped when it was asked to."""
 
 
 class KilledError(NerveError):
-    """The process of a cell was killed."""
+    """The process of a trial was killed."""
 
 
 class CrashedError(NerveError):
-    """The process of a cell ended before its run did, by its own doing."""
+    """The process of a trial ended before its run did, by its own doing."""
 
 
 class TimeLimitError(NerveError):
-    """A cell took longer than it was given."""
+    """A trial took longer than it was given."""
 
 
-class StopRequests:
+class StopRequests(SignalsHandled):
     """Counts the requests to stop that this process gets while the `with` block runs.
 
     A signal that is ignored (`nohup`) stays ignored.
     """
 
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._before: dict[int, Any] = {}
+    @property
+    def received(self) -> list[int]:
+        """The signals so far."""
+        return self._received
 
-    def __enter__(self) -> "StopRequests":
-        for signum in STOPPING:
-            if signal.getsignal(signum) != signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+    def _signums(self) -> Iterable[int]:
+        return [each for each in STOPPING if signal.getsignal(each) != signal.SIG_IGN]
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received.append(signum)
+        self._received.append(signum)
 
 
 def run_here(
-    cells: Iterable[Cell],
+    trials: Iterable[Trial],
     n_at_once: int,
     timeout_s: float | None,
-    starting: Callable[[Cell], None],
-    ended: Callable[[Cell], None],
+    starting: Callable[[Trial], None],
+    ended: Callable[[Trial], None],
 ) -> int | None:
-    """Runs the cells, in their order, until all have ended or this process is asked to stop.
+    """Runs the trials, in their order, until all have ended or this process is asked to stop.
 
-    Asked to stop (Ctrl-C), it passes the request on to the cells at work, which save, and starts no
-    other; asked again, they end without saving. How each cell ended is in its directory.
+    Asked to stop (Ctrl-C), it passes the request on to the trials at work, which save, and starts
+    no other; asked again, they end without saving. How each trial ended is in its directory.
 
     Args:
-        cells: not yet at work, each in a directory of its own.
+        trials: not yet at work, each in a directory of its own.
         n_at_once: how many run side by side. Of several, each writes to output.log in its directory
             and gets its share of the CPU cores, and one of the GPUs in turn.
-        timeout_s: how long a cell may take; then it is asked to stop.
-        starting: called with each cell before it starts.
-        ended: called with each cell once it has ended.
+        timeout_s: how long a trial may take; then it is asked to stop.
+        starting: called with each trial before it starts.
+        ended: called with each trial once it has ended.
 
     Returns:
         The signal that asked to stop, if any.
     """
-    waiting, running = deque(cells), list["_Process"]()
+    waiting, running = deque(trials), list["_Process"]()
     places = deque(range(n_at_once))
     with StopRequests() as requests:
         while running or (waiting and not requests.received):
             while waiting and len(running) < n_at_once and not requests.received:
-                cell = waiting.popleft()
-                starting(cell)
+                trial = waiting.popleft()
+                starting(trial)
                 try:
-                    running.append(_Process(cell, places[0], n_at_once, timeout_s))
+                    running.append(_Process(trial, places[0], n_at_once, timeout_s))
                     places.popleft()
                 except OSError as error:
-                    cell.trouble = f"its process could not be started: {error}"
-                    ended(cell)
+                    trial.start_error = f"its process could not be started: {error}"
+                    ended(trial)
             time.sleep(POLL_S)
             for process in running.copy():
                 if process.has_ended(len(requests.received)):
                     running.remove(process)
                     places.append(process.place)
-                    ended(process.cell)
+                    ended(process.trial)
     return requests.received[0] if requests.received else None
 
 
 class _Process:
-    """A cell at work, in one of the places for those that run at once."""
+    """A trial at work, in one of the places for those that run at once."""
 
-    def __init__(self, cell: Cell, place: int, n_at_once: int, timeout_s: float | None) -> None:
-        self.cell = cell
+    def __init__(self, trial: Trial, place: int, n_at_once: int, timeout_s: float | None) -> None:
+        self.trial = trial
         self.place = place
         self._timeout_s = timeout_s
         self._began = time.monotonic()
         self._requests = 0
         self._to_be_killed_at: float | None = None
         self._error: NerveError | None = None
-        self._n_starts = cell.run.reload().n_starts  # it may have been waiting for long
-        self._popen = _start(cell, place, n_at_once)
+        self._n_starts = trial.run.reload().n_starts  # it may have been waiting for long
+        self._popen = _start(trial, place, n_at_once)
 
     def has_ended(self, requests: int) -> bool:
-        """Whether the cell has ended; if not, and it ought to, it is told so.
+        """Whether the trial has ended; if not, and it ought to, it is told so.
 
         Args:
             requests: how often the sweep has been asked to stop.
@@ -148,7 +138,7 @@ class _Process:
             self._timeout_s = None
             self._error = TimeLimitError(
                 f"stopped after {_minutes(now - self._began)}; hydra.sweeper.timeout_min gives a "
-                "cell no longer"
+                "trial no longer"
             )
             self._ask_to_stop(now)
         elif self._to_be_killed_at is not None and now > self._to_be_killed_at:
@@ -165,28 +155,29 @@ class _Process:
         self._popen.send_signal(signal.SIGINT)
 
     def _kill(self) -> None:
-        """Ends all that is left of the cell: also data workers, which may hold the run's lock."""
+        """Ends all that is left of the trial: also data workers, which may hold the run's lock."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
 
     def _settle(self, status: int) -> None:
-        """Sees to it that the directory says how the cell ended."""
+        """Sees to it that the directory says how the trial ended."""
         assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
         self._kill()
         try:
-            with self.cell.run.locked():
+            require_there(self.trial.directory)
+            with self.trial.run.locked():
                 if not self._is_recorded(status):
                     error = self._error or _error(status)
                     run_status = "failed" if isinstance(error, CrashedError) else "interrupted"
-                    record_end(self.cell.run, self.cell.values(), run_status, error)
+                    record_end(self.trial.run, self.trial.values(), run_status, error)
         except StoreError as error:  # nothing can be written, or someone else goes on with it
-            self.cell.trouble = str(error)
+            self.trial.start_error = str(error)
 
     def _is_recorded(self, status: int) -> bool:
         """Whether the run itself has said all that there is to say of its end."""
-        run = self.cell.run
+        run = self.trial.run
         run_status = run.record.run_status if run.record else None
         if run.n_starts == self._n_starts:  # it never began
             asked = status == ASKED_TO_STOP and self._error is None
@@ -195,8 +186,9 @@ class _Process:
         return run_status != "running" and (run_status != "interrupted" or self._error is None)
 
 
-def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
+def _start(trial: Trial, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    trial.directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         log = None
         if n_at_once > 1:
@@ -207,8 +199,7 @@ def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
             gpus = _gpus()
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-            cell.directory.mkdir(parents=True, exist_ok=True)
-            log = stack.enter_context(open(cell.directory / LOG_NAME, "ab"))
+            log = stack.enter_context(open(trial.directory / LOG_NAME, "ab"))
         popen = subprocess.Popen(
             COMMAND,
             stdin=subprocess.PIPE,
@@ -219,7 +210,7 @@ def _start(cell: Cell, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
         )
     assert popen.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        popen.stdin.write(encoded(cell.config))
+        popen.stdin.write(encoded(trial.config))
         popen.stdin.flush()
     return popen
 

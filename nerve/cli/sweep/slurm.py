@@ -1,21 +1,27 @@
 """The jobs of a sweep in SLURM's queue, which alone says whether one still waits or is at work."""
 
+import functools
+import json
 import logging
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from nerve.cli.console import say
 from nerve.errors import NerveError
+from nerve.files import write_atomically
 
 SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 log = logging.getLogger(__name__)
 
-_SUBMITTED = "_submitted.pkl"
+_SENT = "_nerve.json"
+"""How the name of the file ends, beside submitit's own, that says what a job was sent for. Those of
+submitit are pickles: reading one from a folder that is shared runs what somebody put into it."""
+
 _LONGEST_PAUSE_S = 60  # from one question to the queue to the next
 _LONGEST_ENDING_S = 120
 _ENDING = "CG"  # completing: its processes are being ended, or have just been
@@ -40,6 +46,7 @@ class SentJobs:
         if launcher["_target_"] == SUBMITIT_SLURM:
             self._files = Path(launcher["submitit_folder"])
             self._squeue = _squeue(launcher)
+            _make_submitit_say_what_it_sends(self._folder)
             _make_submitit_ask_the_queue(self._squeue)
 
     def open(self) -> dict[str, str]:
@@ -88,7 +95,7 @@ class SentJobs:
 
     def _queue(self) -> dict[str, str]:
         """The states of the jobs of the sweep that the queue has, by their ids."""
-        files = self._submitted()
+        files = self._sent()
         known = files.keys() | self._overrides.keys()
         if not known:
             return {}
@@ -101,13 +108,13 @@ class SentJobs:
                 self._overrides[job_id] = overrides if folder == self._folder else []
         return {job_id: queue[job_id] for job_id in self._overrides.keys() & queue.keys()}
 
-    def _submitted(self) -> dict[str, Path]:
-        """What submitit keeps of each job, by the job's id."""
+    def _sent(self) -> dict[str, Path]:
+        """What is kept of each job, by the job's id."""
         if self._files is None:
             return {}
-        pattern = f"{self._files.name.replace('%j', '*')}/*{_SUBMITTED}"
+        pattern = f"{self._files.name.replace('%j', '*')}/*{_SENT}"
         files = self._files.parent.glob(pattern)
-        return {path.name.removesuffix(_SUBMITTED): path for path in files}
+        return {path.name.removesuffix(_SENT): path for path in files}
 
 
 def _load(file: Path) -> tuple[str, list[str]] | None:
@@ -115,15 +122,34 @@ def _load(file: Path) -> tuple[str, list[str]] | None:
 
     None if they cannot be told: what is sent twice runs once.
     """
-    from submitit.core.utils import DelayedSubmission
-
     try:
-        submission: Any = DelayedSubmission.load(file)
-        hydra = submission.function.config.hydra
-        folder = os.path.abspath(os.path.join(hydra.runtime.cwd, hydra.sweep.dir))
-        return folder, list(submission.args[0])
-    except Exception:  # a pickle of another version of anything
+        content = json.loads(file.read_bytes())
+        return str(content["folder"]), [str(override) for override in content["overrides"]]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _make_submitit_say_what_it_sends(folder: str) -> None:
+    """Lets submitit, in this process, write what each job is for beside its own files."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    submitit: Any = SlurmExecutor
+    process = submitit._internal_process_submissions
+    process = getattr(process, "__wrapped__", process)  # of a sweep before in this process
+
+    @functools.wraps(process)
+    def process_and_say(executor: Any, submissions: list[Any]) -> list[Any]:
+        jobs = process(executor, submissions)
+        for job, submission in zip(jobs, submissions, strict=True):
+            _say(Path(job.paths.folder, f"{job.job_id}{_SENT}"), folder, submission.args[0])
+        return jobs
+
+    submitit._internal_process_submissions = process_and_say
+
+
+def _say(path: Path, folder: str, overrides: Sequence[str]) -> None:
+    content = json.dumps({"folder": folder, "overrides": list(overrides)})
+    write_atomically(path, lambda file: file.write(content.encode()))
 
 
 def _make_submitit_ask_the_queue(squeue: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: every cell of a grid composed, what is left to do run, and all of them accounted for."""
+"""A sweep: every trial of a grid composed, what is left to do run, and all accounted for."""
 
 import signal
 import time
@@ -15,19 +15,20 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, resolved
+from nerve.cli.config.options import refuse_lists, refuse_merged
+from nerve.cli.experiment.check import preview
 from nerve.cli.sweep.devices import check_counted, check_devices
-from nerve.cli.sweep.grid import Cell, compose_grid, plan_cells
+from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here
-from nerve.cli.sweep.preview import preview
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
-from nerve.cli.sweep.table import Report
-from nerve.config import require, require_type
+from nerve.cli.sweep.table import SweepTable
+from nerve.config import pasted, quoted, require, require_type
 from nerve.cores import allowed
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.files import as_store_error
 from nerve.storage.state import FRESH, RunState
 
-NAME = "hydra_plugins.nerve.CellSweeper"
+NAME = "hydra_plugins.nerve.TrialSweeper"
 """What `_target_` calls the sweeper: Hydra makes plugins of such names only."""
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -35,27 +36,27 @@ JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
 
 def register_sweeper() -> None:
-    """Makes `CellSweeper` known to Hydra."""
-    Plugins.instance().class_name_to_class[NAME] = CellSweeper
+    """Makes `TrialSweeper` known to Hydra."""
+    Plugins.instance().class_name_to_class[NAME] = TrialSweeper
 
 
-class CellSweeper(Sweeper):
+class TrialSweeper(Sweeper):
     """Hydra's sweeper of grids, which runs only what has not been run.
 
-    Each cell is composed first, so that its directory is known, and what that holds decides: runs
-    that are done, at work or the same as another cell are left out, interrupted ones go on, failed
+    Each trial is composed first, so that its directory is known, and what that holds decides: runs
+    that are done, at work or the same as another trial are left out, interrupted ones go on, failed
     ones are left unless `retry` is set. Those that an earlier command has sent to a cluster, and
-    whose jobs are queued or at work, are waited for. How the cells ended is read from their
+    whose jobs are queued or at work, are waited for. How the trials ended is read from their
     directories.
 
-    On this machine each cell runs in a process of its own. Hydra's launcher `basic` stands for it;
-    any other launcher gets the cells that are left to do and not yet sent.
+    On this machine each trial runs in a process of its own. Hydra's launcher `basic` stands for it;
+    any other launcher gets the trials that are left to do and not yet sent.
 
     Args:
-        n_jobs: how many cells run side by side on this machine; -1 for as many as it has cores.
-        max_batch_size: how many cells another launcher gets at once; None for all.
+        n_jobs: how many trials run side by side on this machine; -1 for as many as it has cores.
+        max_batch_size: how many trials another launcher gets at once; None for all.
         params: axis to values, as on the command line, which goes before.
-        timeout_min: how many minutes a cell on this machine may take; None for no limit.
+        timeout_min: how many minutes a trial on this machine may take; None for no limit.
 
     Raises:
         ConfigError: for a time limit that is not positive, or a number of jobs that is none.
@@ -97,9 +98,9 @@ class CellSweeper(Sweeper):
         """Runs what is left to do of the grid; with `check`, shows it.
 
         Raises:
-            SweepError: when it ends with cells that are not done, after the summary.
-            ConfigError: for what a sweep cannot do, and for a cell that cannot be composed; nothing
-                is started then.
+            SweepError: when it ends with trials that are not done, after the summary.
+            ConfigError: for what a sweep cannot do, and for a trial that cannot be composed;
+                nothing is started then.
             NerveError: when SLURM does not say what became of the jobs that were sent before;
                 nothing is started then.
         """
@@ -107,44 +108,50 @@ class CellSweeper(Sweeper):
         assert self.hydra_context is not None
         if self.config.resume is not None:
             raise ConfigError(
-                f"A sweep resumes what was interrupted by itself; got resume={self.config.resume}. "
-                "Leave resume out, or go on with that one run without --multirun."
+                "A sweep resumes what was interrupted by itself; got "
+                f"{pasted('resume', self.config.resume)}. Leave resume out, or go on with that one "
+                "run without --multirun."
             )
         require_type("check", self.config.check, bool)
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         given = [f"{key}={values}" for key, values in self._params.items()]
         overrides = parser.parse_overrides([*given, *arguments])
+        refuse_lists(overrides)
+        name = self.config.hydra.job.config_name
+        refuse_merged(
+            loader, name, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+        )
         (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         launcher = resolved(self.config.hydra.launcher)
         self._check_launcher(launcher)
         folder = Path(str(self.config.hydra.sweep.dir))
         jobs = SentJobs(launcher, folder)
         jobs.settle()
-        cells = compose_grid(loader, self.config, grid)
-        for cell in cells:
-            _refuse_devices(cell, launcher)
-        plan_cells(cells)
+        trials = compose_grid(loader, self.config, grid)
+        for trial in trials:
+            _refuse_devices(trial, launcher)
+        plan_trials(trials)
         if self.config.check:
-            _find_jobs(cells, jobs)
-            preview(folder, cells)
+            _find_jobs(trials, jobs)
+            preview(folder, trials)
             return
         with as_store_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
-        _find_jobs(cells, jobs)
-        report = Report(folder, cells)
-        report.begin()
-        to_do = [cell for cell in cells if cell.is_to_do]
+        _find_jobs(trials, jobs)
+        table = SweepTable(folder, trials)
+        table.begin()
+        to_do = [trial for trial in trials if trial.is_to_do]
         if launcher["_target_"] == BASIC:
-            signum = run_here(to_do, self._n_jobs, self._timeout_s, report.starting, report.ended)
-            report.end(signum)
+            signum = run_here(to_do, self._n_jobs, self._timeout_s, table.starting, table.ended)
+            table.end(signum)
         else:
-            sent = [cell for cell in cells if cell.job is not None]
+            sent = [trial for trial in trials if trial.job is not None]
             signum, errors = self._hand_over(to_do, sent, jobs)
-            for cell in [*to_do, *sent]:
-                _refuse_other_values(cell)
-            report.end(signum, errors)
+            for trial in [*to_do, *sent]:
+                _refuse_other_values(trial)
+            table.end(signum, errors)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
         """Refuses a launcher that would take the place of `n_jobs`, or beside which it is none."""
@@ -161,88 +168,84 @@ class CellSweeper(Sweeper):
         )
 
     def _hand_over(
-        self, cells: Sequence[Cell], sent: Sequence[Cell], jobs: SentJobs
+        self, trials: Sequence[Trial], sent: Sequence[Trial], jobs: SentJobs
     ) -> tuple[int | None, list[Exception]]:
-        """Gives cells to the launcher and waits for them and for those that were sent before.
+        """Gives trials to the launcher and waits for them and for those that were sent before.
 
         Returns a signal that asked to stop, and what the launcher raised.
         """
         assert self.launcher is not None
         errors: list[Exception] = []
-        size = self._max_batch_size or max(1, len(cells))
+        size = self._max_batch_size or max(1, len(trials))
         try:
-            for number in range(0, len(cells), size):
-                batch = cells[number : number + size]
-                overrides = [[*cell.overrides, _place(cell)] for cell in batch]
+            for number in range(0, len(trials), size):
+                batch = trials[number : number + size]
+                overrides = [[*trial.overrides, _place(trial)] for trial in batch]
                 try:
                     returns = self.launcher.launch(overrides, initial_job_idx=number)
                     errors += [job._return_value for job in returns if _has_failed(job)]
                 except Exception as error:  # submitit's, when a job is killed
                     errors.append(error)
-                    jobs.wait({_place(cell) for cell in batch})
-            jobs.wait({_place(cell) for cell in sent})
-            _wait_for_silence([*cells, *sent])
+                    jobs.wait({_place(trial) for trial in batch})
+            jobs.wait({_place(trial) for trial in sent})
+            _wait_for_silence([*trials, *sent])
         except KeyboardInterrupt:
             errors.append(NerveError("no longer waited for; what it has sent goes on"))
             return signal.SIGINT, errors
         return None, errors
 
 
-def _refuse_devices(cell: Cell, launcher: Mapping[str, Any]) -> None:
-    if cell.is_to_do:
+def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:
+    if trial.is_to_do:
         try:
-            check_devices(cell.config.trainer, launcher)
+            check_devices(trial.config.trainer, launcher)
         except ConfigError as error:
-            cell.refusal = str(error)
+            trial.rejected_because = str(error)
 
 
-def _find_jobs(cells: Sequence[Cell], jobs: SentJobs) -> None:
-    """Finds the jobs that an earlier command has sent for cells and that will still run them."""
+def _find_jobs(trials: Sequence[Trial], jobs: SentJobs) -> None:
+    """Finds the jobs that an earlier command has sent for trials and that will still run them."""
     ended = (RunState.DONE, RunState.FAILED)
     waiting = [
-        cell
-        for cell in cells
-        if cell.twin is None and cell.refusal is None and cell.found not in ended
+        trial
+        for trial in trials
+        if trial.duplicate_of is None
+        and trial.rejected_because is None
+        and trial.state_before not in ended
     ]
     open_jobs = jobs.open() if waiting else {}
-    for cell in waiting:
-        cell.job = open_jobs.get(_place(cell))
+    for trial in waiting:
+        trial.job = open_jobs.get(_place(trial))
 
 
-def _wait_for_silence(cells: Sequence[Cell]) -> None:
+def _wait_for_silence(trials: Sequence[Trial]) -> None:
     """For a minute a run whose node was lost looks alive: its heart has just beaten."""
     until = time.monotonic() + FRESH.total_seconds()
-    while time.monotonic() < until and any(map(_is_alive, cells)):
+    while time.monotonic() < until and any(map(_is_alive, trials)):
         time.sleep(1.0)
 
 
-def _is_alive(cell: Cell) -> bool:
+def _is_alive(trial: Trial) -> bool:
     try:
-        return cell.run.reload().state == RunState.ALIVE
+        return trial.run.reload().state == RunState.ALIVE
     except StoreError:
         return False
 
 
-def _refuse_other_values(cell: Cell) -> None:
-    """A job of another cell may have come first, where directories are chosen by hand."""
-    if depends_on_place(cell.config):
+def _refuse_other_values(trial: Trial) -> None:
+    """A job of another trial may have come first, where directories are chosen by hand."""
+    if depends_on_place(trial.config):
         return
     try:
-        cell.run.reload().require_same(cell.values())
+        trial.run.reload().require_same(trial.values())
     except StoreError as error:
-        cell.refusal = str(error)
+        trial.rejected_because = str(error)
 
 
-def _place(cell: Cell) -> str:
-    """The override that names the cell's directory: another machine need not find the same."""
-    return f"hydra.sweep.subdir={_quoted(cell.config.hydra.sweep.subdir)}"
+def _place(trial: Trial) -> str:
+    """The override that names the trial's directory: another machine need not find the same."""
+    return f"hydra.sweep.subdir={quoted(trial.config.hydra.sweep.subdir)}"
 
 
 def _has_failed(job: JobReturn) -> bool:
     return job.status == JobStatus.FAILED and isinstance(job._return_value, Exception)
-
-
-def _quoted(text: str) -> str:
-    """As a value of the command line, whatever signs it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -2,7 +2,7 @@
 
 The configuration comes on stdin.
 
-Whatever happens to such a process, it cannot reach the other cells; and it stops, saving, when the
+Whatever happens to such a process, it cannot reach the other trials; and it stops, saving, when the
 one that started it is gone.
 """
 
@@ -47,8 +47,8 @@ def decoded(line: bytes) -> DictConfig:
     return config
 
 
-def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
-    """`run_experiment` for a cell, which leaves a record also if it fails before it begins."""
+def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:
+    """`run_experiment` for a trial, which leaves a record also if it fails before it begins."""
     from nerve.cli.experiment.run import (
         run_experiment,  # torch and Lightning take seconds to import
     )
@@ -60,9 +60,11 @@ def run_cell(config: DictConfig, hydra_config: HydraConf) -> float:
     except StoreError:
         raise  # the directory is another's, or cannot be written
     except Exception as error:
-        first = os.environ.get("SLURM_PROCID", "0") == "0"  # of several processes one records
-        if first and run.reload().record is None:
-            record_end(run, resolved(config), "failed", error)
+        from nerve.cli.experiment.machine import leads
+
+        values = resolved(config)
+        if leads(values["trainer"]) and run.path.is_dir() and run.reload().record is None:
+            record_end(run, values, "failed", error)
         raise
 
 
@@ -73,14 +75,14 @@ def _check_unchanged(config: DictConfig, run: RunDirectory) -> None:
     sent, now = _id_of(run), identity(config)
     if sent not in (None, now):
         raise StoreError(
-            f"A cell runs with the values that it was sent with; {run.path} is that of "
+            f"A trial runs with the values that it was sent with; {run.path} is that of "
             f"configuration {sent}, and the files of configuration now give {now}. Put "
-            "them back as they were, or call the sweep again for cells with the new values."
+            "them back as they were, or call the sweep again for trials with the new values."
         )
 
 
 def _id_of(run: RunDirectory) -> str | None:
-    """The id that a cell of this directory has; None where neither record nor name says."""
+    """The id that a trial of this directory has; None where neither record nor name says."""
     if run.record is not None:
         return run.record.config_id
     return run.path.name if re.fullmatch("[0-9a-f]{12}", run.path.name) else None
@@ -89,7 +91,7 @@ def _id_of(run: RunDirectory) -> str | None:
 def record_end(
     run: RunDirectory, values: Mapping[str, Any], run_status: str, error: BaseException
 ) -> None:
-    """Records how a cell ended whose run could not say so itself, or had not begun.
+    """Records how a trial ended whose run could not say so itself, or had not begun.
 
     Args:
         run: its directory.
@@ -103,7 +105,7 @@ def record_end(
 
 
 def main() -> None:
-    """Runs the cell whose configuration comes on stdin, which stays open while it is wanted."""
+    """Runs the trial whose configuration comes on stdin, which stays open while it is wanted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with open(STDIN, "rb", buffering=0, closefd=False) as stdin:
         line = stdin.readline()
@@ -117,13 +119,13 @@ def main() -> None:
 
 
 def _run(config: DictConfig) -> bool:
-    """Runs the cell as Hydra runs a job; whether it was done."""
+    """Runs the trial as Hydra runs a job; whether it was done."""
     done = False
 
     def task(task_config: DictConfig) -> None:
         nonlocal done
         try:
-            run_cell(task_config, HydraConfig.get())
+            run_trial(task_config, HydraConfig.get())
             done = True
         except NerveError as error:
             print(f"nerve-run: {error}", file=sys.stderr)

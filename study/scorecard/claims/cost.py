@@ -5,7 +5,7 @@ from judgement import Check, Finding, Table, outcome
 from wording import percent
 
 STALL_STEPS = 0.97
-"""Steps of training that one measurement takes, GPT-2 125M at 65,536 tokens a step on one H200.
+"""Steps of training that one measurement takes, GPT-2 125M at 65,536 tokens per step on one H200.
 
 From `python benchmarks/monitor.py`; see benchmarks/README.md.
 """

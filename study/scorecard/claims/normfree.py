@@ -127,7 +127,7 @@ def constraints(evidence: Evidence) -> Finding:
     sweep = sweep.where(norm_free_gelu).by("ffn.constraint")
     losses = {level: sweep.final("val_loss", level) for level in CONSTRAINTS}
     flatness = {level: sweep.final("eee_post", level) for level in CONSTRAINTS}
-    neighbours = [
+    neighbors = [
         lower_loss(
             f"loss: {label(first)} < {label(second)}",
             paper,
@@ -163,7 +163,7 @@ def constraints(evidence: Evidence) -> Finding:
     measured = ", ".join(
         f"{label(level)} {mean_perplexity(losses[level])}" for level in CONSTRAINTS
     )
-    return Finding.of(f"perplexity {measured}", sweep, [*neighbours, order], [table])
+    return Finding.of(f"perplexity {measured}", sweep, [*neighbors, order], [table])
 
 
 def _names(*norms: str) -> list[str]:

@@ -146,7 +146,7 @@ def _falling(quantity: str, samples: dict[str, Values], paper: list[str]) -> lis
 
 
 def _at_loss(best: Sweep) -> tuple[float, pd.DataFrame]:
-    """The lowest loss that all runs of the three reach, and where each run first reaches it."""
+    """The highest final loss of the runs of the three, and where each run passes it."""
     three = _three(best)
     target = metrics_at_loss(three.metrics, three.runs)["target_loss"].max()
     if not np.isfinite(target):
@@ -160,7 +160,7 @@ def _checks_at_loss(target: float, points: pd.DataFrame) -> list[Check]:
         rows = points[points["level"] == level]
         return label(level), rows.sort_values("seed")[name].to_numpy(float)
 
-    where = f"at equal loss (first step with loss ≤ {number(target, 4)})"
+    where = f"at equal loss ({number(target, 4)}, interpolated)"
     return [
         above(
             f"PR_pre {where}: Muon > AdamW",
@@ -222,16 +222,15 @@ def _table_at_loss(target: float, points: pd.DataFrame) -> Table:
         [
             label(level),
             spread(own["step"].to_numpy(float)),
-            loss(own["val_loss"].to_numpy(float)),
             *(spread(own[name].to_numpy(float)) for name in ("pr_pre", "pr_gain", "js")),
             str(len(own)),
         ]
         for level, own in points.groupby("level")
     ]
     return Table(
-        f"At the first measured step with a loss ≤ {number(target, 4)}, the lowest that all runs "
-        "of AdamW, Dion and Muon reach",
-        ["optimizer", "step", "loss there", "PR_pre", "PR gain", "JS", "seeds"],
+        f"Where the loss passes {number(target, 4)}, the highest at which a run of AdamW, Dion or "
+        "Muon ends, interpolated between measured steps",
+        ["optimizer", "step", "PR_pre", "PR gain", "JS", "seeds"],
         rows,
     )
 

@@ -8,7 +8,7 @@ import pandas as pd
 from evidence import Evidence
 
 from criteria.check import CoreCheck, Judged
-from criteria.estimate import contrast
+from nerve.analysis.estimate import contrast
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Benchmark(CoreCheck):
     """A check on a file beside the runs, `benchmarks/monitor.json`.
 
     The file has `started` (ISO 8601), `device`, `step_ms` (a step that is not measured) and
-    `stall_ms` (a list: what each measurement adds to its step), GPT-2 125M at 65,536 tokens a step.
+    `stall_ms` (a list: what each measurement adds to its step), of GPT-2 125M at 65,536 tokens
+    per step.
     """
 
     def judge(self, evidence: Evidence) -> Judged:

@@ -1,21 +1,18 @@
 """A core check: what it computes, what it asks for, its outcome, and the nulls that it passes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import pandas as pd
 from evidence import Evidence, Sweep
 
-from criteria.estimate import Estimate, Outcome, Reading, read
 from criteria.measured import Design, Measured, measure
 from criteria.nulls import CHANCE, FIXED, Labels, permutations
+from nerve.analysis.estimate import LEAST_DF, Estimate, Outcome, Reading, decide, read
 
 COMMITTED = pd.Timestamp("2026-11-26T18:40:00Z")
 """A run that began before is older than the rule: what it says is exploratory."""
-
-LEAST_DF = 3
-"""Degrees of freedom below which an interval decides nothing."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,9 @@ class Judged:
 
     @property
     def outcome(self) -> Outcome:
-        return "undecided" if self.missing or self.reading is None else self.reading
+        if self.estimate is None:
+            return "undecided"
+        return decide(self.estimate, self.check.smallest, self.missing)
 
     @property
     def exploratory(self) -> bool:
@@ -169,16 +168,3 @@ class Judged:
         """On runs of a null model, unless the check looks at nothing that it changes."""
         estimate = self.check.estimate(changed)
         return estimate != self.estimate and read(estimate, self.check.smallest) == "holds"
-
-
-def verdict(outcomes: Sequence[tuple[Outcome, bool]]) -> str:
-    """Of a claim, from the outcome of each core check and whether it passes a null.
-
-    `holds` where all hold and none passes a null; `does not hold` where one is opposite or within
-    noise; else `cannot be told here`.
-    """
-    if any(outcome in ("opposite", "within noise") for outcome, _ in outcomes):
-        return "does not hold"
-    if outcomes and all(outcome == "holds" and not passes for outcome, passes in outcomes):
-        return "holds"
-    return "cannot be told here"

@@ -1,4 +1,4 @@
-"""Effects of runs: of a value a run, what a check estimates."""
+"""Effects of runs: of a value per run, what a check estimates."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,8 +8,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from criteria import values as v
-from criteria.estimate import Estimate, contrast, correlation, slope_difference
 from criteria.measured import Measured
+from nerve.analysis.estimate import Estimate, contrast, correlation, slope_difference
 
 Value = Callable[[Measured], np.ndarray]
 """A number a run, shape (run,), or a number a run and step."""
@@ -29,7 +29,7 @@ def difference(value: Value, more: str, less: str) -> Effect:
 
 
 def descending(value: Value, *names: str) -> Effect:
-    """The least of the differences of neighbours, each design less the next."""
+    """The least of the differences of neighbors, each design less the next."""
     return least(*(difference(value, *pair) for pair in pairwise(names)))
 
 

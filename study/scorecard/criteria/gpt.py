@@ -1,74 +1,31 @@
 """Core checks of claims 1 to 10: the nonlinearity, tracking, widths, norms and positions."""
 
 import numpy as np
-from evidence import Sweep
 
 from criteria import values as v
 from criteria.check import CoreCheck, Scale
+from criteria.designs import (
+    ACTIVATIONS,
+    CONSTRAINTS,
+    GELU,
+    LONG,
+    NORM_FREE,
+    NORMS,
+    PLACEMENTS,
+    POSITIONS,
+    PRELN,
+    RELU,
+    THOUSANDS,
+    all_placements_trained,
+    largest,
+    most_complete_rate,
+    widths,
+)
 from criteria.effects import beyond_the_start, descending, difference, mean, steeper
-from criteria.measured import Design, Measured
-
-PRELN = {"normalization.kind": "layernorm", "normalization.placement": "pre"}
-NORM_FREE = {"normalization.kind": "none"}
-GELU, RELU, LEAKY = ({"activation.name": name} for name in ("gelu", "relu", "learnable_leaky_relu"))
-PLAIN = {"ffn.gated": False, "ffn.constraint": "none", "ffn.width": 4}
-ACTIVATIONS: dict[str, Design] = {
-    "PreLN GELU": PRELN | GELU | PLAIN,
-    "PreLN ReLU": PRELN | RELU | PLAIN,
-}
-NORMS: dict[str, Design] = {
-    "PreLN GELU": PRELN | GELU | PLAIN,
-    "norm-free GELU": NORM_FREE | GELU | PLAIN,
-    "norm-free ReLU": NORM_FREE | RELU | PLAIN,
-    "norm-free leaky": NORM_FREE | LEAKY | PLAIN,
-}
-CONSTRAINTS: dict[str, Design] = {
-    name: NORM_FREE | {"ffn.constraint": name}
-    for name in ("spectral_norm", "weight_norm", "hyperspherical")
-}
-PLACEMENTS: dict[str, Design] = {
-    f"{name} {width}": {"normalization.placement": place, "ffn.width": width}
-    for name, place in (("PreLN", "pre"), ("MixLN", "mix"), ("PostLN", "post"))
-    for width in (1, 2, 4, 8)
-}
-POSITIONS: dict[str, Design] = {
-    name: {"position.name": name} for name in ("rope", "learned", "none", "alibi")
-}
+from criteria.measured import Measured
 
 EARLY = 7 / 12
 """Through layer 6 of 12."""
-THOUSANDS = Scale(12, 768, 3_000, 190e6)
-LONG = Scale(12, 768, 10_000, 320e6)
-
-
-def widths(design: Design) -> dict[str, Design]:
-    """A design at widths 1 to 8, each under a name of its own."""
-    return {f"width {width}": {**design, "ffn.width": width} for width in range(1, 9)}
-
-
-def largest(sweep: Sweep) -> Sweep:
-    """The runs of the largest d_model: sizes are never pooled."""
-    sizes = sweep.runs["model.d_model"]
-    return sweep.where(sizes == sizes.max())
-
-
-def most_complete_rate(sweep: Sweep) -> Sweep:
-    """Norm-free runs at the rate, and all runs at the warm-up, that most of them finished at."""
-    ok = sweep.compared
-    free = ok["normalization.kind"] == "none"
-    rate = ok["optimizer.lr"][free].mode()
-    keep = sweep.runs["normalization.kind"] != "none"
-    return sweep.where(keep | (sweep.runs["optimizer.lr"] == (rate.max() if len(rate) else 0)))
-
-
-def all_placements_trained(sweep: Sweep) -> Sweep:
-    """The runs at the rate and warm-up at which PostLN has most runs that can be compared."""
-    names = ["optimizer.lr", "optimizer.schedule.warmup"]
-    post = sweep.compared[sweep.compared["normalization.placement"] == "post"]
-    if post.empty:
-        return sweep
-    best = post.groupby(names).size().idxmax()
-    return sweep.where((sweep.runs[names] == list(best)).all(axis=1))
 
 
 def pr_gain(runs: Measured) -> np.ndarray:
@@ -109,6 +66,35 @@ ACTIVATION = {
 }
 NORMFREE = {"sources": ("paper_normfree_gpu", "normfree_gpu"), "designs": NORMS, "scale": LONG}
 WIDTH = {"sources": ("paper_width_gpu", "ffn_width_gpu"), "narrow": most_complete_rate}
+ALONE = ACTIVATION | {
+    "compared": ("PreLN GELU",),
+    "labels": "step",
+    "seeds": 2,
+    "scale": THOUSANDS,
+}
+AGAINST_RELU = ACTIVATION | {
+    "compared": ("PreLN GELU", "PreLN ReLU"),
+    "labels": "design",
+    "seeds": 5,
+    "scale": THOUSANDS,
+}
+CONSTRAINT = {
+    "designs": CONSTRAINTS,
+    "compared": ("spectral_norm", "hyperspherical"),
+    "sources": ("paper_constraint_gpu", "ffn_constraint_gpu"),
+    "labels": "design",
+    "seeds": 3,
+    "scale": LONG,
+}
+PLACEMENT = {"designs": PLACEMENTS, "labels": "design", "narrow": all_placements_trained}
+POSITION = {
+    "designs": POSITIONS,
+    "compared": ("rope", "none"),
+    "sources": ("paper_position_gpu", "position_gpu"),
+    "labels": "design",
+    "seeds": 2,
+    "scale": THOUSANDS,
+}
 
 CHECKS = (
     CoreCheck(
@@ -116,65 +102,45 @@ CHECKS = (
         "training raises the PR gain of the nonlinearity",
         "log PR_post/PR_pre, means of layers, end less step 0; nats",
         mean(pr_gain, "PreLN GELU"),
-        compared=("PreLN GELU",),
-        labels="step",
-        seeds=2,
-        scale=THOUSANDS,
         paper="1.93 at the end (step 0 not given)",
         smallest=0.1,
         why="the shift itself stands at step 0; what training adds does not",
-        **ACTIVATION,
+        **ALONE,
     ),
     CoreCheck(
         "1.eee",
         "training deepens the fall of EEE from pre to post",
         "EEE_pre - EEE_post, mean of layers, end less step 0",
         mean(eee_fall, "PreLN GELU"),
-        compared=("PreLN GELU",),
-        labels="step",
-        seeds=2,
-        scale=THOUSANDS,
         paper="0.475 at the end (step 0 not given)",
         smallest=0.02,
-        **ACTIVATION,
+        **ALONE,
     ),
     CoreCheck(
         "2.loss",
         "GELU has a lower loss than ReLU",
         "loss, ReLU less GELU; nats",
         difference(loss_fall, "PreLN GELU", "PreLN ReLU"),
-        compared=("PreLN GELU", "PreLN ReLU"),
-        labels="design",
-        seeds=5,
-        scale=THOUSANDS,
         paper="0.022",
-        **ACTIVATION,
+        **AGAINST_RELU,
     ),
     CoreCheck(
         "2.pr",
         "GELU keeps more dimensions after the nonlinearity than ReLU",
         "log of mean PR_post, GELU less ReLU; nats",
         difference(log_pr_post, "PreLN GELU", "PreLN ReLU"),
-        compared=("PreLN GELU", "PreLN ReLU"),
-        labels="design",
-        seeds=5,
-        scale=THOUSANDS,
         paper="0.36",
         smallest=0.1,
-        **ACTIVATION,
+        **AGAINST_RELU,
     ),
     CoreCheck(
         "3.band",
         "JS of layers 2 to 4 of 12 lies above that of layer 0 and of the deeper half",
         "lowest JS of the band less the highest outside; nats",
         mean(v.band, "PreLN GELU"),
-        compared=("PreLN GELU",),
-        labels="layer",
-        seeds=2,
-        scale=THOUSANDS,
         paper="peak .28, layer 0 low",
         why="a peak anywhere is no band; that of a permuted depth is not there",
-        **ACTIVATION,
+        **ALONE | {"labels": "layer"},
     ),
     *(
         CoreCheck(
@@ -182,14 +148,10 @@ CHECKS = (
             f"{title} follows the loss within a run beyond the clock",
             "-r over checkpoints after warm-up, given log(step + 1)",
             mean(lambda runs, name=name: v.tracking(runs, name), "PreLN GELU"),
-            compared=("PreLN GELU",),
-            labels="step",
-            seeds=2,
-            scale=THOUSANDS,
             paper=paper,
             smallest=0.3,
             why=why,
-            **ACTIVATION,
+            **ALONE,
         )
         for name, title, paper, why in (
             (
@@ -276,72 +238,53 @@ CHECKS = (
         "without norms, spectral norm has a lower loss than hyperspherical weights",
         "loss, hyperspherical less spectral norm; nats",
         difference(loss_fall, "spectral_norm", "hyperspherical"),
-        CONSTRAINTS,
-        ("spectral_norm", "hyperspherical"),
-        ("paper_constraint_gpu", "ffn_constraint_gpu"),
-        "design",
-        seeds=3,
-        scale=LONG,
         paper="0.040",
+        **CONSTRAINT,
     ),
     CoreCheck(
         "8.flat",
         "and training makes its nonlinearity flatten more",
         "EEE_pre - EEE_post, mean of layers, end less step 0, spectral norm less hyperspherical",
         difference(eee_fall, "spectral_norm", "hyperspherical"),
-        CONSTRAINTS,
-        ("spectral_norm", "hyperspherical"),
-        ("paper_constraint_gpu", "ffn_constraint_gpu"),
-        "design",
-        seeds=3,
-        scale=LONG,
         paper="not known",
         why="the paper's best and its worst; constraints differ in EEE_post at step 0 already",
+        **CONSTRAINT,
     ),
     CoreCheck(
         "9.order",
         "at width 8 PreLN keeps more dimensions than MixLN, and MixLN more than PostLN",
-        "log of mean PR_post, the lesser difference of neighbours; nats",
+        "log of mean PR_post, the lesser difference of neighbors; nats",
         descending(log_pr_post, "PreLN 8", "MixLN 8", "PostLN 8"),
-        PLACEMENTS,
-        ("PreLN 8", "MixLN 8", "PostLN 8"),
-        labels="design",
+        compared=("PreLN 8", "MixLN 8", "PostLN 8"),
         seeds=3,
         scale=Scale(12, 768, 1_500, 98e6),
         paper="2.06 and 1.19",
         smallest=0.1,
-        narrow=all_placements_trained,
         why="runs at the unigram loss are flagged: an untrained PostLN is no evidence",
         sources=("paper_placement_gpu", "norm_placement_gpu"),
+        **PLACEMENT,
     ),
     CoreCheck(
         "9.returns",
         "training makes PR_post grow faster with width under PreLN than under PostLN",
         "exponent of mean PR_post over width, end less step 0, PreLN less PostLN",
         steeper(gained_pr_post, "PreLN", "PostLN"),
-        PLACEMENTS,
-        ("PreLN 8", "PreLN 4", "PreLN 1", "PostLN 1", "PostLN 4", "PostLN 8"),
-        labels="design",
+        compared=("PreLN 8", "PreLN 4", "PreLN 1", "PostLN 1", "PostLN 4", "PostLN 8"),
         seeds=4,
         unit="runs",
         scale=THOUSANDS,
         paper="diminishing returns under PostLN",
         why="untrained networks differ in the exponent already",
-        narrow=all_placements_trained,
         sources=("paper_width_placement_gpu", "norm_placement_gpu"),
+        **PLACEMENT,
     ),
     CoreCheck(
         "10.loss",
         "RoPE has a lower loss than no position encoding",
         "loss, none less RoPE; nats",
         difference(loss_fall, "rope", "none"),
-        POSITIONS,
-        ("rope", "none"),
-        ("paper_position_gpu", "position_gpu"),
-        "design",
-        seeds=2,
-        scale=THOUSANDS,
         paper="0.099",
+        **POSITION,
     ),
     CoreCheck(
         "10.deep",
@@ -350,13 +293,8 @@ CHECKS = (
         difference(
             lambda runs: v.final(v.mean_of(runs, "pr_post", 1 / 3, 1, log=True)), "rope", "none"
         ),
-        POSITIONS,
-        ("rope", "none"),
-        ("paper_position_gpu", "position_gpu"),
-        "design",
-        seeds=2,
-        scale=THOUSANDS,
         paper="not known",
         smallest=0.1,
+        **POSITION,
     ),
 )

@@ -9,6 +9,7 @@ from evidence import Sweep
 from criteria import values as v
 from criteria.benchmark import Benchmark
 from criteria.check import CoreCheck, Scale
+from criteria.designs import NORMS, largest
 from criteria.effects import (
     Effect,
     Value,
@@ -18,7 +19,7 @@ from criteria.effects import (
     mean,
     ranks_the_designs,
 )
-from criteria.gpt import NORMS, largest, log_pr_post, pr_gain
+from criteria.gpt import log_pr_post, pr_gain
 from criteria.measured import Design, Measured
 
 OPTIMIZERS: dict[str, Design] = {
@@ -41,7 +42,6 @@ CELLS: dict[str, Design] = {
 }
 MIXER_OPTIMIZERS: dict[str, Design] = {name: {"optimizer.name": name} for name in ("sgd", "adamw")}
 MIXER = Scale(4, 64, 600, 0)
-SWEEP = ("paper_optimizer_gpu", "optimizer_gpu")
 CEILING = 0.95
 NO_CEILING = (
     f"a task below its ceiling (accuracy < {CEILING})",
@@ -86,23 +86,42 @@ def middle_pr_post(runs: Measured) -> np.ndarray:
     return v.final(v.mean_of(runs, "pr_post", 1 / 3, 2 / 3, log=True))
 
 
+OPTIMIZER = {
+    "designs": OPTIMIZERS,
+    "sources": ("paper_optimizer_gpu", "optimizer_gpu"),
+    "labels": "design",
+    "seeds": 3,
+    "scale": Scale(24, 1024, 3_000, 190e6),
+    "smallest": 0.1,
+    "narrow": best_of_each,
+}
+MIXER_ACTIVATION = {
+    "designs": CELLS,
+    "sources": ("glyphs_activation", "mixer_activation"),
+    "seeds": 10,
+    "scale": MIXER,
+}
+MIXER_OPTIMIZER = {
+    "designs": MIXER_OPTIMIZERS,
+    "compared": ("sgd", "adamw"),
+    "sources": ("glyphs_optimizer", "mixer_optimizer"),
+    "labels": "design",
+    "seeds": 10,
+    "scale": MIXER,
+    "narrow": best_of_mixers,
+}
+
 CHECKS = (
     CoreCheck(
         "11.gain",
         "at the end and at equal loss AdamW's largest PR gain is above Dion's, and Dion's above "
         "Muon's",
-        "log of the largest PR gain, the least of four differences of neighbours; nats",
+        "log of the largest PR gain, the least of four differences of neighbors; nats",
         at_both(largest_gain, "adamw", "dion", "muon"),
-        OPTIMIZERS,
-        ("adamw", "dion", "muon"),
-        SWEEP,
-        "design",
-        seeds=3,
-        scale=Scale(24, 1024, 3_000, 190e6),
+        compared=("adamw", "dion", "muon"),
         paper="1.37 and 0.99, at the end",
-        smallest=0.1,
-        narrow=best_of_each,
         why="at the end they differ in loss too; at equal loss alone a clock orders them",
+        **OPTIMIZER,
     ),
     CoreCheck(
         "11.pre",
@@ -110,15 +129,9 @@ CHECKS = (
         "AdamW's",
         "log of mean PR_pre, Muon less AdamW, the lesser of the two; nats",
         at_both(first_pr_pre, "muon", "adamw"),
-        OPTIMIZERS,
-        ("muon", "adamw"),
-        SWEEP,
-        "design",
-        seeds=3,
-        scale=Scale(24, 1024, 3_000, 190e6),
+        compared=("muon", "adamw"),
         paper="about 2.9, at the end",
-        smallest=0.1,
-        narrow=best_of_each,
+        **OPTIMIZER,
     ),
     CoreCheck(
         "12.middle",
@@ -140,59 +153,41 @@ CHECKS = (
         "training raises the PR gain of a Mixer's nonlinearities",
         "log PR_post/PR_pre, means of all FFNs, mean of the four cells, end less step 0; nats",
         mean(pr_gain, *CELLS),
-        CELLS,
-        tuple(CELLS),
-        ("glyphs_activation", "mixer_activation"),
-        "step",
-        seeds=10,
-        scale=MIXER,
+        compared=tuple(CELLS),
+        labels="step",
         paper="not known",
         smallest=0.1,
         why="as in claim 1",
+        **MIXER_ACTIVATION,
     ),
     CoreCheck(
         "13.channel",
         "GELU does more for the accuracy in channel mixing than in token mixing",
         "accuracy, ReLU/GELU less GELU/ReLU (token/channel); points",
         difference(lambda runs: 100 * runs.accuracy, "relu/gelu", "gelu/relu"),
-        CELLS,
-        ("relu/gelu", "gelu/relu"),
-        ("glyphs_activation", "mixer_activation"),
-        "design",
-        seeds=10,
-        scale=MIXER,
+        compared=("relu/gelu", "gelu/relu"),
+        labels="design",
         paper="0.87",
         needs=NO_CEILING,
         why="the difference of the two factors' effects, with a sign",
+        **MIXER_ACTIVATION,
     ),
     CoreCheck(
         "14.accuracy",
         "SGD reaches a better accuracy than AdamW on an MLP-Mixer, each at its best rate",
         "accuracy, SGD less AdamW; points",
         difference(lambda runs: 100 * runs.accuracy, "sgd", "adamw"),
-        MIXER_OPTIMIZERS,
-        ("sgd", "adamw"),
-        ("glyphs_optimizer", "mixer_optimizer"),
-        "design",
-        seeds=10,
-        scale=MIXER,
         paper="1.11",
-        narrow=best_of_mixers,
         needs=NO_CEILING,
+        **MIXER_OPTIMIZER,
     ),
     CoreCheck(
         "14.pr",
         "and keeps more dimensions after the nonlinearity",
         "log of mean PR_post of all FFNs, SGD less AdamW; nats",
         difference(log_pr_post, "sgd", "adamw"),
-        MIXER_OPTIMIZERS,
-        ("sgd", "adamw"),
-        ("glyphs_optimizer", "mixer_optimizer"),
-        "design",
-        seeds=10,
-        scale=MIXER,
         paper="higher",
-        narrow=best_of_mixers,
+        **MIXER_OPTIMIZER,
     ),
     CoreCheck(
         "15.runs",

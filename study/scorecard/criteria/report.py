@@ -8,9 +8,10 @@ from page import markdown
 from wording import MISSING, number
 
 from criteria import CHECKS
-from criteria.check import COMMITTED, LEAST_DF, CoreCheck, Judged, verdict
-from criteria.estimate import LEVEL, Estimate
+from criteria.check import COMMITTED, CoreCheck, Judged
 from criteria.nulls import ALL_UP_TO, CHANCE, N_PERMUTATIONS
+from nerve.analysis.estimate import LEAST_DF, Estimate, verdict
+from nerve.analysis.statistics import LEVEL
 
 RULE = f"""\
 # How the paper's claims are judged

@@ -1,9 +1,10 @@
-"""What a run comes to, from its spectra and losses: one number, or one a step."""
+"""What a run comes to, from its spectra and losses: one number, or one per step."""
 
 import numpy as np
 
-from criteria.estimate import partial_correlation
 from criteria.measured import Measured
+from nerve.analysis.equal_loss import last_crossing
+from nerve.analysis.partial import partial_correlation
 
 
 def final(series: np.ndarray) -> np.ndarray:
@@ -68,16 +69,13 @@ def at_equal_loss(series: np.ndarray, runs: Measured, names: tuple[str, ...]) ->
     nan for a run that never passes it on its way down.
     """
     level = runs.loss[runs.of(names), -1].max()
-    found = np.full(len(runs), np.nan)
-    for i, loss in enumerate(runs.loss):
-        above = np.flatnonzero(loss > level)
-        if loss[-1] == level:
-            found[i] = series[i, -1]
-        elif len(above) and above[-1] + 1 < len(loss):
-            j = above[-1]
-            share = (loss[j] - level) / (loss[j] - loss[j + 1])
-            found[i] = series[i, j] + share * (series[i, j + 1] - series[i, j])
-    return found
+    places = [last_crossing(loss, level) for loss in runs.loss]
+    return np.array(
+        [
+            np.nan if place is None else place.interpolate(own)
+            for place, own in zip(places, series, strict=True)
+        ]
+    )
 
 
 def design_means(runs: Measured, values: np.ndarray) -> np.ndarray:

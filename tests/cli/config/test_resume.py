@@ -1,35 +1,10 @@
 """`resume=<run directory>`: the run's own configuration, and nothing that would make it another."""
 
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
-from omegaconf import OmegaConf
 
 from nerve.cli.config.compose import identity
-
-
-@pytest.fixture
-def experiments(monkeypatch) -> list[tuple]:
-    """What the command would run, in the place of training: the configuration and where."""
-    started = []
-
-    def run_experiment(config, hydra_config) -> float:
-        directory = Path(hydra_config.runtime.output_dir)
-        if "csv" in config.logger:
-            assert config.logger.csv.directory == str(directory / "logs")
-        started.append((config, directory))
-        saved = directory / ".hydra" / "config.yaml"
-        if not saved.exists():
-            saved.parent.mkdir()
-            OmegaConf.save(config, saved)
-        return 1.0
-
-    module = ModuleType("nerve.cli.experiment.run")
-    module.run_experiment = run_experiment
-    monkeypatch.setitem(sys.modules, "nerve.cli.experiment.run", module)
-    return started
+from nerve.cli.config.resume import prepare_resume
+from nerve.errors import StoreError
 
 
 @pytest.fixture
@@ -46,6 +21,16 @@ def test_the_saved_configuration_is_run_in_the_same_directory(run, begun, experi
     assert where == there
     assert identity(first) == identity(second)
     assert (second.optimizer.name, second.seed, second.threads) == ("muon", 3, 1)
+
+
+@pytest.mark.parametrize("data", ["digits", "python_source", "text_files"])
+def test_data_of_before_a_key_get_none_that_they_do_not_take(run, experiments, data):
+    kind = ["model=mixer_tiny"] if data == "digits" else []
+    given = ["data.corpus.paths=x.txt"] if data == "text_files" else []
+    assert run("hydra.run.dir=it", f"data={data}", *kind, *given)[0] == 0
+    assert run("resume=it")[0] == 0
+    (first, _), (second, _) = experiments
+    assert second.data == first.data
 
 
 def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
@@ -84,3 +69,15 @@ def test_a_directory_that_is_no_run_is_refused(run, experiments):
 def test_resume_null_is_an_ordinary_run(run, experiments):
     assert run("resume=null")[0] == 0
     assert experiments[0][1].parent.name == "outputs"
+
+
+@pytest.mark.parametrize(
+    "content", [b"[a: b: c", b"- 1\n- 2\n", b"5", b"\xff\xfe\x00", b"\x00" * 50, b"", b"a: ${"]
+)
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    """Cut, overwritten, or of another kind; before anything is composed of it."""
+    saved = tmp_path / ".hydra" / "config.yaml"
+    saved.parent.mkdir()
+    saved.write_bytes(content)
+    with pytest.raises(StoreError, match=r"config\.yaml is not what Hydra saves of a run"):
+        prepare_resume([f"resume={tmp_path}"])

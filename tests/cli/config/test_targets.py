@@ -5,7 +5,7 @@ import re
 from hydra.utils import get_object
 
 from nerve.cli.config.compose import CONF, SWEEPS
-from nerve.cli.config.targets import TARGETS, resolve_targets
+from nerve.cli.config.targets import TARGETS, foreign_targets, resolve_targets
 
 NAMED = {
     name
@@ -33,3 +33,16 @@ def test_a_moved_target_is_found_by_its_last_name_at_any_depth():
         "other": {"_target_": "torch.optim.AdamW"},
         "own": {"_target_": "nerve.mine.Unknown"},
     }
+
+
+def test_what_a_configuration_calls_of_others_is_found_at_any_depth():
+    values = {
+        "_target_": "torch.optim.AdamW",
+        "logger": {"csv": {"_target_": "nerve.training.loggers.CSVLogger"}},
+        "lists": [[{"_target_": "os.system", "inner": {"_target_": "torchvision.models.vgg"}}], 3],
+        "callbacks": {"a": {"_target_": "lightning.pytorch.callbacks.EarlyStopping"}},
+        "again": {"_target_": "os.system"},
+        "near": {"_target_": "nerves.of.steel"},
+        "text": "_target_: subprocess.run",
+    }
+    assert foreign_targets(values) == ["nerves.of.steel", "os.system", "torchvision.models.vgg"]

@@ -1,11 +1,11 @@
 """What a run returns to a sweeper, whether it is trained now or was before."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import TINY_RUN
 
 import nerve
 from nerve.cli.experiment import run as experiment
@@ -15,21 +15,7 @@ from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
-TINY = [
-    f"data.corpus.roots=[{Path(json.__file__).parent}]",
-    "data.vocab_size=300",
-    "data.batch_size=4",
-    "data.val_fraction=0.2",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.n_heads=2",
-    "model.seq_len=16",
-    "trainer.max_steps=3",
-    "trainer.enable_progress_bar=false",
-    "monitor.every_n_steps=2",
-    "threads=1",
-    "hydra.run.dir=it",
-]
+TINY = [*TINY_RUN, "trainer.max_steps=3", "hydra.run.dir=it"]
 
 
 @pytest.fixture
@@ -64,8 +50,8 @@ def test_a_run_returns_what_is_named_and_again_when_it_is_done(run, returned, mo
         assert returned.pop() == pytest.approx(value, rel=1e-15)
 
 
-def test_a_cell_of_another_sweeper_returns_it_too(run, returned):
-    """Of a sweeper that takes what tasks return; the id of the cell is that of any objective."""
+def test_a_trial_of_another_sweeper_returns_it_too(run, returned):
+    """Of a sweeper that takes what tasks return; the id of the trial is that of any objective."""
     several = ["-m", "hydra/sweeper=basic", *TINY[:-1], "seed=0,1"]
     status, _, err = run(*several, "objective=se_pre")
     assert (status, err) == (0, "")

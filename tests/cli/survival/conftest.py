@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
-from support import composed
+from support import TINY_RUN, composed
 
 import nerve
 from nerve.cli.experiment.run import run_experiment
@@ -21,22 +21,6 @@ from nerve.training.checkpoint_files import (
 )
 from nerve.training.module import TrainedModel
 
-SMALL = [
-    f"data.corpus.roots=[{Path(os.__file__).parent / 'json'}]",
-    "data.vocab_size=300",
-    "data.batch_size=4",
-    "data.val_fraction=0.2",
-    "model.n_layers=2",
-    "model.d_model=16",
-    "model.n_heads=2",
-    "model.seq_len=16",
-    "trainer.max_steps=5",
-    "trainer.log_every_n_steps=1",
-    "trainer.enable_progress_bar=false",
-    "monitor.every_n_steps=2",
-    "threads=1",
-]
-
 
 @pytest.fixture(autouse=True)
 def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +31,7 @@ def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small() -> list[str]:
     """Arguments of a run that takes a fraction of a second."""
-    return list(SMALL)
+    return list(TINY_RUN)
 
 
 @pytest.fixture
@@ -57,7 +41,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
     def call(name: str, *overrides: str) -> float:
-        config = composed(*SMALL, *overrides, with_hydra=True)
+        config = composed(*TINY_RUN, *overrides, with_hydra=True)
         HydraConfig.instance().set_config(config)
         hydra_config = HydraConfig.get()
         with read_write(config), open_dict(config):

@@ -1,19 +1,24 @@
 """What `nerve-run` does with a directory that a run has used before."""
 
+import errno
 import json
 import math
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
+from multiprocessing.connection import wait
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict, read_write
+from processes import ended, nerve_run
+from support import composed
 
 import nerve
+from nerve.cli.experiment.start import _save, start
+from nerve.errors import StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock, RunState
@@ -54,6 +59,7 @@ def as_an_earlier_version_wrote_it(directory: str) -> str:
     values["config_id"], now = "0123456789ab", values["config_id"]
     values["config"]["data"]["_target_"] = "nerve.where.it.was.TextDataModule"
     values["config"]["monitor"].pop("skip_first", None)
+    del values["checksum"]
     path.write_text(json.dumps(values))
     return now
 
@@ -172,7 +178,9 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, tiny, stop_at
     go_on()
     assert nerve.load_metrics("mine").step.max() == 2
     assert not RunDirectory("mine").checkpoint("last").exists()
-    assert run(*tiny, "retry=true")[0] == 0
+    status, out, err = run(*tiny, "retry=true")
+    assert status == 0
+    assert "the run starts from its beginning" in out + err
     rows = nerve.load_metrics("mine")
     assert rows.step.unique().tolist() == [0, 2, 4]
 
@@ -234,27 +242,23 @@ class Held(L.Callback):
 
 
 def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
-    """Started at the same moment, from a shell, with the same directory. The one that runs does not
-    end before the other, however late that begins."""
+    """Started at the same moment with the same directory. The one that runs does not end before the
+    other, however late that begins."""
     (tmp_path / "held.py").write_text(HELD)
-    held = "+callbacks.held._target_=held.Held"
-    command = [sys.executable, "-m", "nerve.cli.run", *tiny, held]
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    both = [
-        subprocess.Popen(
-            command, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, env=environment
-        )
-        for _ in range(2)
-    ]
-    while all(process.poll() is None for process in both):
-        time.sleep(0.05)
+    command = [*tiny, "+callbacks.held._target_=held.Held"]
+    logs = [tmp_path / f"{name}.log" for name in ("one", "other")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    both = [nerve_run(command, cwd=tmp_path, log=log, environment=environment) for log in logs]
+    wait([process.sentinel for process in both], timeout=100)
     (tmp_path / "one_has_ended").touch()
-    outcomes = [(*process.communicate(timeout=200), process.returncode) for process in both]
-    assert sorted(status for _, _, status in outcomes) == [0, 1], outcomes
-    pids = {process.returncode: process.pid for process in both}
-    (loser,) = (err for _, err, status in outcomes if status == 1)
-    assert loser.startswith("nerve-run: ")
-    assert f"in use by process {pids[0]}" in loser
+    outcomes = {
+        ended(process): (process.pid, log.read_text())
+        for process, log in zip(both, logs, strict=True)
+    }
+    assert sorted(outcomes) == [0, 1], outcomes
+    said = outcomes[1][1]
+    assert said.startswith("nerve-run: ")
+    assert f"in use by process {outcomes[0][0]}" in said
     record = RunRecord.load(tmp_path / "mine")
     assert (record.run_status, record.restarts) == ("done", 0)
     assert RunDirectory(tmp_path / "mine").state == RunState.DONE
@@ -268,3 +272,28 @@ def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_a
     status, out, _ = run(*bar)
     assert status == 0
     assert re.search(r"training: .* 4/4 ", out)
+
+
+@pytest.mark.parametrize("where", ["omegaconf.OmegaConf.save", "pathlib.Path.mkdir"])
+def test_a_disk_that_is_full_as_a_run_begins_is_told_as_that(tmp_path, monkeypatch, where):
+    """Before anything of ours is written: the configuration comes first."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = composed(with_hydra=True)
+    monkeypatch.setattr(where, refuse)
+    with pytest.raises(StoreError, match=r"config\.yaml was refused: .*No space left.*Free space"):
+        _save(RunDirectory(tmp_path), config, config.hydra)
+
+
+def test_a_resumed_run_says_what_its_directory_calls(tmp_path, caplog):
+    """Nobody has given it on the command line this time."""
+    config = composed("+callbacks.mine._target_=own.code.Thing", with_hydra=True)
+    HydraConfig.instance().set_config(config)
+    hydra_config = config.hydra
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    for n_said in (0, 1):
+        start(RunDirectory(tmp_path), config, hydra_config).finish("interrupted")
+        assert caplog.text.count("this directory calls own.code.Thing") == n_said

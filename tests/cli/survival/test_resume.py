@@ -1,13 +1,11 @@
 """A run that is stopped and resumed leaves what it would have left undisturbed, bit for bit."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from processes import ranks
 
 import nerve
 from nerve.cli.experiment import build
@@ -18,10 +16,10 @@ from nerve.storage.record import RunRecord
 from nerve.training.checkpoint_files import read_checkpoint
 from nerve.training.signals import Interrupted
 
-N_STEPS = 5
+N_STEPS = 4
 
 CASES = [
-    ["optimizer=adamw", "checkpoint.keep=[0,3,4,5]"],
+    ["optimizer=adamw", "checkpoint.keep=[0,2,3,4]"],
     ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=2", "checkpoint.keep=[1,3]"],
     ["model.dropout=0.2", "monitor.source=train", "ffn.constraint=spectral_norm"],
     ["optimizer=muon", "trainer.accumulate_grad_batches=2", "ffn.constraint=weight_norm"],
@@ -39,6 +37,7 @@ def test_a_run_stopped_in_every_step_equals_an_undisturbed_one(
 ):
     """Each process gets a signal in its first micro-batch, so it does one step, saves and ends: a
     run of n steps is resumed n - 1 times, from each of its steps."""
+    overrides = [f"trainer.max_steps={N_STEPS}", *overrides]
     experiment("whole", *overrides)
     stop_at(0, signal.SIGTERM, from_then_on=True)
     pieces = tmp_path / "pieces"
@@ -165,8 +164,8 @@ def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment
     record = RunRecord.load("run")
     assert record.run_status == "done"
     first, final = (nerve.load_model("run", step=step).state_dict() for step in (0, 5))
-    facts = read_checkpoint(RunDirectory("run").kept_checkpoint(0))["facts"]
-    built = build_model(record.config, seed=record.config["seed"], **facts).state_dict()
+    data_dims = read_checkpoint(RunDirectory("run").kept_checkpoint(0))["facts"]
+    built = build_model(record.config, seed=record.config["seed"], **data_dims).state_dict()
     last = nerve.load_model("run", "last").state_dict()
     assert all(torch.equal(first[name], built[name]) for name in built)
     assert all(torch.equal(final[name], last[name]) for name in last)
@@ -230,23 +229,18 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
 ):
     """The second process is asked to stop, in its third step; both save, end, and go on."""
     (tmp_path / "stopping.py").write_text(STOPPING)
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     two += ["trainer.precision=32-true", "model.dropout=0.2"]
     two += ["+callbacks.stop._target_=stopping.Stop", "checkpoint.keep=[0,1,4]"]
 
-    def launch(name: str, stop: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "nerve.cli.run", *small, *two, f"hydra.run.dir={name}"]
-        ended = subprocess.run(
-            command, cwd=tmp_path, env=environment | {"STOP": stop}, capture_output=True, text=True
-        )
-        return ended.returncode, ended.stdout + ended.stderr
+    def launch(name: str, stop: str) -> tuple[list[int], str]:
+        where = {"PYTHONPATH": str(tmp_path), "STOP": stop}
+        return ranks(2, [*small, *two, f"hydra.run.dir={name}"], tmp_path, **where)
 
-    status, output = launch("whole", "")
-    assert status == 0, output
-    status, output = launch("pieces", "1 2")
-    assert status == 128 + signal.SIGTERM, output
+    statuses, output = launch("whole", "")
+    assert statuses == [0, 0], output
+    statuses, output = launch("pieces", "1 2")
+    assert statuses == [128 + signal.SIGTERM, 0], output  # that of the run is the first one's
     record = RunRecord.load(tmp_path / "pieces")
     assert (record.run_status, record.step) == ("interrupted", 3)
     states = read_checkpoint(RunDirectory(tmp_path / "pieces").checkpoint("last"))["callbacks"]
@@ -255,8 +249,8 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
         torch.set_rng_state(random["torch"])
         masks.append(torch.rand(4))
     assert not torch.equal(*masks)  # what they drop out
-    status, output = launch("pieces", "")
-    assert status == 0, output
+    statuses, output = launch("pieces", "")
+    assert statuses == [0, 0], output
     assert_same("whole", "pieces")
 
 

@@ -1,4 +1,4 @@
-"""A cell whose training is a stand-in; all around it is what a cell goes through.
+"""A trial whose training is a stand-in; all around it is what a trial goes through.
 
 What befalls it stands in deeds.json in the working directory, seed to deed. Each start adds a line
 to `starts` in the run directory.
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from nerve.cli.experiment.start import is_done, start
-from nerve.cli.sweep import worker as cell
+from nerve.cli.sweep import worker as trial
 from nerve.errors import ConfigError
 from nerve.storage.directory import RunDirectory
 
@@ -67,4 +67,4 @@ def befall(deed: str, directory: Path) -> None:
 experiment = ModuleType("nerve.cli.experiment.run")
 experiment.run_experiment = run_experiment  # type: ignore[attr-defined]
 sys.modules["nerve.cli.experiment.run"] = experiment
-cell.main()
+trial.main()

@@ -1,4 +1,4 @@
-"""Devices of a cell against what the launcher gives it."""
+"""Devices of a trial against what the launcher gives it."""
 
 import pytest
 
@@ -13,7 +13,7 @@ JOB = {"_target_": SUBMITIT_SLURM, "nodes": 1, "tasks_per_node": 1, "gpus_per_no
 
 
 @pytest.mark.parametrize("devices", [1, "1", [3], "auto", -1])
-def test_one_process_is_what_a_cell_has_here(devices):
+def test_one_process_is_what_a_trial_has_here(devices):
     check_devices(CPU | {"devices": devices}, HERE)
 
 
@@ -25,8 +25,8 @@ def test_one_process_is_what_a_cell_has_here(devices):
         (CPU | {"num_nodes": 2}, "hydra/launcher=slurm"),
     ],
 )
-def test_cells_that_start_further_processes_are_refused_here(trainer, named):
-    with pytest.raises(ConfigError, match="each cell is one process") as refused:
+def test_trials_that_start_further_processes_are_refused_here(trainer, named):
+    with pytest.raises(ConfigError, match="each trial is one process") as refused:
         check_devices(trainer, HERE)
     assert named in str(refused.value)
 

@@ -1,4 +1,4 @@
-"""Where the run of a cell is, of those that its sweep's folder holds."""
+"""Where the run of a trial is, of those that its sweep's folder holds."""
 
 import pytest
 

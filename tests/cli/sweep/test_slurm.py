@@ -1,25 +1,18 @@
 """Jobs that submitit has sent, found again by its files and by what `squeue` says of them."""
 
+import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 import submitit
-from omegaconf import OmegaConf
-from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmExecutor
 
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
 from nerve.errors import NerveError
 
-
-class SentLauncher:
-    """What submitit keeps of Hydra's launcher, as far as it counts here."""
-
-    def __init__(self, folder: Path) -> None:
-        hydra = {"runtime": {"cwd": str(folder.parent)}, "sweep": {"dir": f"./{folder.name}"}}
-        self.config = OmegaConf.create({"hydra": hydra})
-
-    def __call__(self) -> None: ...
+PROCESS = SlurmExecutor._internal_process_submissions
 
 
 def launcher(folder: Path, **more: object) -> dict[str, object]:
@@ -31,9 +24,9 @@ def launcher(folder: Path, **more: object) -> dict[str, object]:
 
 
 def send(folder: Path, job_id: str, *overrides: str, sweep: Path | None = None) -> Path:
-    path = folder / ".submitit" / job_id / f"{job_id}_submitted.pkl"
+    path = folder / ".submitit" / job_id / f"{job_id}_nerve.json"
     path.parent.mkdir(parents=True)
-    DelayedSubmission(SentLauncher(sweep or folder), list(overrides)).dump(path)
+    path.write_text(json.dumps({"folder": str(sweep or folder), "overrides": overrides}))
     return path
 
 
@@ -44,6 +37,7 @@ def queue(monkeypatch, tmp_path):
     """
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(submitit.SlurmJob, "watcher", submitit.SlurmJob.watcher)
+    monkeypatch.setattr(SlurmExecutor, "_internal_process_submissions", PROCESS)
     script, answers, calls = (tmp_path / name for name in ("squeue", "answers", "calls"))
     script.write_text(
         f'#!/bin/sh\necho "$@ $SQUEUE_PARTITION" >> {calls}\n'
@@ -141,7 +135,7 @@ def test_a_job_whose_file_is_written_again_stays_known(jobs, queue, tmp_path):
     """As by a run that ran out of time."""
     queue("7_0:R 7_1:R")
     assert place(1) in jobs.open()
-    (tmp_path / ".submitit" / "7_1" / "7_1_submitted.pkl").unlink()
+    (tmp_path / ".submitit" / "7_1" / "7_1_nerve.json").unlink()
     assert place(1) in jobs.open()
 
 
@@ -162,11 +156,56 @@ def test_nothing_is_waited_for_without_a_job(jobs, queue):
     assert not calls.exists()
 
 
-def test_a_job_whose_overrides_cannot_be_read_is_not_known(tmp_path, queue):
+@pytest.mark.parametrize("content", [b"damaged", b"[]", b"{}", b'{"folder": 1}', b"\xff", b"3"])
+def test_a_job_whose_overrides_cannot_be_read_is_not_known(tmp_path, queue, content):
     queue("7_0:R 7_1:R")
-    send(tmp_path, "7_0", place(0)).write_bytes(b"damaged")
+    send(tmp_path, "7_0", place(0)).write_bytes(content)
     send(tmp_path, "7_1", place(1))
     assert SentJobs(launcher(tmp_path), tmp_path).open() == {place(1): "7_1"}
+
+
+class Evil:
+    """Pickles as a call that leaves a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_that_lies_in_the_folder_of_jobs_is_executed(tmp_path, queue):
+    """A pickle under submitit's name, which a colleague put there, and one under ours."""
+    queue("7_0:R 7_1:R 9:R")
+    for job_id in ("7_0", "9"):
+        path = send(tmp_path, job_id, place(0))
+        evil = pickle.dumps(Evil(tmp_path / "made"))
+        path.with_name(f"{job_id}_submitted.pkl").write_bytes(evil)
+        if job_id == "9":
+            path.write_bytes(evil)
+    opened = SentJobs(launcher(tmp_path), tmp_path).open()
+    assert not (tmp_path / "made").exists()
+    assert opened == {place(0): "7_0"}
+    pickle.loads(evil)
+    assert (tmp_path / "made").exists()  # the danger of the test is real
+
+
+@pytest.mark.parametrize("n_jobs", [1, 3])
+def test_what_submitit_sends_is_known_to_the_next_command(tmp_path, queue, monkeypatch, n_jobs):
+    """An array, and a single job, which submitit sends in another way; once, however often the
+    process has swept before."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho Submitted batch job 21\n")
+    sbatch.chmod(0o755)
+    for folder in (tmp_path / "other", tmp_path):
+        SentJobs(launcher(folder), folder)
+    executor = SlurmExecutor(launcher(tmp_path)["submitit_folder"])
+    given = [[["activation=gelu", place(number)] for number in range(n_jobs)], range(n_jobs)]
+    executor.map_array(print, *given)
+    ids = ["21"] if n_jobs == 1 else ["21_0", "21_1", "21_2"]
+    queue(" ".join(f"{job_id}:PD" for job_id in ids))
+    opened = SentJobs(launcher(tmp_path), tmp_path).open()
+    assert [opened[place(number)] for number in range(n_jobs)] == ids
 
 
 def test_without_an_answer_of_the_queue_nothing_is_sent(jobs, queue):

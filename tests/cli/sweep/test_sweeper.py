@@ -1,6 +1,6 @@
-"""Sweeps: each cell runs once, what befalls one costs only itself, and all are accounted for.
+"""Sweeps: each trial runs once, what befalls one costs only itself, and all are accounted for.
 
-Cells are processes as they always are; their training is a stand-in (stand_in.py), so that each
+Trials are processes as they always are; their training is a stand-in (stand_in.py), so that each
 takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps.py.
 """
 
@@ -23,10 +23,13 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
+from processes import start
 
 from nerve import cores
-from nerve.cli.experiment.checks import Plan
+from nerve.cli.experiment.plan import Plan
+from nerve.cli.run import main
 from nerve.cli.sweep import local
+from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.sweeper import JOBLIB
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -54,7 +57,7 @@ def sweep(run, monkeypatch) -> Sweep:
 
 
 def befalls(deeds: dict[int, str]) -> None:
-    """What happens to the cells of these seeds from now on."""
+    """What happens to the trials of these seeds from now on."""
     Path("deeds.json").write_text(json.dumps(deeds))
 
 
@@ -78,12 +81,12 @@ def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(swe
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     status, out, _ = sweep("seed=0,1")
     assert status == 0
-    assert "2 cells, 2 done; 0 to run" in out
+    assert "2 trials, 2 done; 0 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500" in out
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other cells of them
+    status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other trials of them
     assert status == 0
-    assert "3 cells, 2 done, 1 new; 1 to run" in out
+    assert "3 trials, 2 done, 1 new; 1 to run" in out
     assert "2 seed=2 run done 400/400 2.500" in out
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     assert statuses() == {0: "done", 1: "done", 2: "done"}
@@ -99,7 +102,7 @@ def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
         records()[seed].update(run_status=run_status, final={})
     status, out, _ = sweep("seed=0,1,2")
     assert status == 0
-    assert "3 cells, 1 interrupted, 1 killed, 1 done; 2 to run" in out
+    assert "3 trials, 1 interrupted, 1 killed, 1 done; 2 to run" in out
     for line in ("0 seed=0 resumed done", "1 seed=1 resumed done", "2 seed=2 skipped done"):
         assert line in out
     assert {seed: record.restarts for seed, record in records().items()} == {0: 1, 1: 1, 2: 0}
@@ -111,7 +114,8 @@ def as_an_earlier_version_left(seed: int, name: str) -> Path:
     record = records()[seed]
     moved = record.directory.rename(FOLDER / name)
     path = moved / "run.json"
-    path.write_text(path.read_text().replace(record.config_id, name))
+    values = json.loads(path.read_text().replace(record.config_id, name))
+    path.write_text(json.dumps(values | {"checksum": None}))
     return moved
 
 
@@ -131,7 +135,7 @@ def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_wit
     in_turn = [reads[str(records()[seed].directory)] for seed in range(4)]
     assert (in_turn, max(reads.values())) == ([2, 3, 2, 2], 3)
     assert status == 1
-    assert "5 cells, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
+    assert "5 trials, 2 done, 1 interrupted, 1 failed, 1 new; 2 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
     assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
     assert re.search(r"2 seed=2 skipped failed 400/400 \S* ?223456789abc", out)
@@ -156,7 +160,7 @@ def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(swe
         record.update(run_status="interrupted", step=20, final={})
     status, out, _ = sweep("seed=0,1")
     assert status == 0
-    assert "2 cells, 1 done, 1 interrupted; 1 to run" in out
+    assert "2 trials, 1 done, 1 interrupted; 1 to run" in out
     assert f"{FOLDER}/023456789abc (done, step 400/400) counts; of the same configuration" in out
     assert f"{FOLDER}/123456789abc (interrupted, step 30/400) counts" in out
     assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
@@ -164,7 +168,7 @@ def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(swe
     assert "left as they are" in sweep("seed=0,1")[1]
 
 
-def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_cell(sweep):
+def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_trial(sweep):
     assert sweep("seed=0")[0] == 0
     broken = as_an_earlier_version_left(0, "023456789abc") / "run.json"
     broken.write_text(broken.read_text()[:40])
@@ -174,7 +178,7 @@ def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_cell(sweep):
     assert "0 the only one run done" in out
 
 
-def test_a_cell_that_another_process_is_at_work_on_is_left_to_it(sweep):
+def test_a_trial_that_another_process_is_at_work_on_is_left_to_it(sweep):
     assert sweep("seed=0")[0] == 0
     record = records()[0]
     record.update(run_status="running")
@@ -197,7 +201,7 @@ MISHAPS = {
 
 
 @pytest.mark.parametrize("deed", MISHAPS)
-def test_a_mishap_costs_one_cell_and_is_named(sweep, deed):
+def test_a_mishap_costs_one_trial_and_is_named(sweep, deed):
     run_status, reason = MISHAPS[deed]
     befalls({0: deed})
     status, out, err = sweep("seed=0,1")
@@ -205,7 +209,7 @@ def test_a_mishap_costs_one_cell_and_is_named(sweep, deed):
     assert statuses() == {0: run_status, 1: "done"}
     assert f"0 seed=0 run {run_status}" in out
     assert "1 seed=1 run done" in out
-    assert "1 of 2 cells in outputs/multirun are not done" in err
+    assert "1 of 2 trials in outputs/multirun are not done" in err
     assert f"0 (seed=0): {run_status}" in err
     assert reason in err
     assert reason.partition(": ")[2] in records()[0].error["message"]
@@ -229,7 +233,7 @@ def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
 
 
 @pytest.mark.parametrize(("deed", "told"), [("hang", ""), ("hang deaf", "did not end within")])
-def test_a_cell_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed, told):
+def test_a_trial_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed, told):
     monkeypatch.setattr(local, "GRACE_S", 0.5)
     befalls({0: deed})
     began = time.monotonic()
@@ -237,7 +241,7 @@ def test_a_cell_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed
     assert time.monotonic() - began < 40
     assert status == 1
     assert statuses() == {0: "interrupted", 1: "done"}
-    assert "hydra.sweeper.timeout_min gives a cell no longer" in err
+    assert "hydra.sweeper.timeout_min gives a trial no longer" in err
     assert told in err
     assert RunDirectory(records()[0].directory).state == RunState.INTERRUPTED
     assert records()[0].error["type"] == ("KilledError" if told else "TimeLimitError")
@@ -249,7 +253,7 @@ def test_a_time_limit_must_be_positive(sweep):
     assert "hydra.sweeper.timeout_min must be null or a positive number; got 0" in err
 
 
-def test_cells_run_side_by_side_where_asked_to(sweep, monkeypatch):
+def test_trials_run_side_by_side_where_asked_to(sweep, monkeypatch):
     """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
     for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delenv(pool, raising=False)
@@ -266,38 +270,41 @@ def test_cells_run_side_by_side_where_asked_to(sweep, monkeypatch):
     assert sorted(gpu for *_, gpu in starts) == ["4", "7"]
 
 
-def test_cells_that_define_the_same_result_are_run_once(sweep):
+def test_trials_that_define_the_same_result_are_run_once(sweep):
     status, out, _ = sweep("seed=0,1,0", "activation=gelu")
     assert status == 0
-    assert "3 cells, 2 new, 1 doubled; 2 to run" in out
+    assert "3 trials, 2 new, 1 doubled; 2 to run" in out
     assert "2 seed=0 same as 0 done" in out
     assert n_starts(0) == 1
 
 
-def test_ctrl_c_stops_the_cell_at_work_and_starts_no_other(sweep):
+def test_ctrl_c_stops_the_trial_at_work_and_starts_no_other(sweep):
     befalls({0: "stop the sweep"})
     status, out, err = sweep("seed=0,1")
     assert status == 128 + signal.SIGINT
     assert statuses() == {0: "interrupted"}
     assert "0 seed=0 run interrupted" in out
     assert "1 seed=1 not started new" in out
-    assert "2 of 2 cells" in err
+    assert "2 of 2 trials" in err
     befalls({})
     assert sweep("seed=0,1")[0] == 0
     assert [n_starts(seed) for seed in (0, 1)] == [2, 1]
 
 
-def test_a_cell_stops_when_the_sweep_is_killed(sweep, tmp_path):
+def run_with(command: list[str]) -> None:
+    """A sweep of two trials whose processes are started so."""
+    local.COMMAND = command
+    sys.argv = ["nerve-run", "-m", "seed=0,1"]
+    main()
+
+
+def test_a_trial_stops_when_the_sweep_is_killed(sweep, tmp_path):
     befalls({0: "hang"})
-    code = (
-        "import sys; from nerve.cli import run; from nerve.cli.sweep import local\n"
-        f"local.COMMAND = [sys.executable, '-P', {str(STAND_IN)!r}]\n"
-        "sys.argv = ['nerve-run', '-m', 'seed=0,1']; run.main()"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as command:
-        wait_for(lambda: list(FOLDER.glob("*/starts")))
-        assert RunDirectory(records()[0].directory).state == RunState.ALIVE
-        command.kill()
+    log = tmp_path / "sweep.log"
+    command = start(run_with, [sys.executable, "-P", str(STAND_IN)], cwd=tmp_path, log=log)
+    wait_for(lambda: list(FOLDER.glob("*/starts")))
+    assert RunDirectory(records()[0].directory).state == RunState.ALIVE
+    command.kill()
     wait_for(lambda: statuses() == {0: "interrupted"})
 
 
@@ -308,10 +315,10 @@ def wait_for(happened: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def test_a_cell_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
+def test_a_trial_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
     status, out, err = sweep("model=gpt_tiny,mixer_tiny", "data=python_source")
     assert status == 1
-    assert "2 cells, 1 new, 1 refused; 1 to run" in out
+    assert "2 trials, 1 new, 1 refused; 1 to run" in out
     assert "0 model=gpt_tiny run done" in out
     assert "1 model=mixer_tiny refused" in out
     assert "'model.seq_len' not found, which data.seq_len refers to" in err
@@ -332,7 +339,7 @@ def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
     status, out, err = sweep("seed=0", "model.n_heads=2,3,4")
     assert status == 1
     assert planned == [(0, 2), (0, 3), (0, 4)]
-    assert "3 cells, 2 new, 1 refused; 2 to run" in out
+    assert "3 trials, 2 new, 1 refused; 2 to run" in out
     assert "1 model.n_heads=3 refused" in out
     assert "1 (model.n_heads=3): model.d_model must be a multiple of model.n_heads" in err
     assert len(list(FOLDER.glob("*/"))) == 2
@@ -345,7 +352,7 @@ def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
     status, _, err = sweep("activation=gelu,gelo")
     assert status == 1
     assert "activation/gelo" in err
-    assert "cell 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
+    assert "trial 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
     assert not FOLDER.exists()
 
 
@@ -388,7 +395,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(sweep):
     assert err.startswith("nerve-run: A run must be able to write in its directory; /proc/nerve")
 
 
-def test_cells_that_would_start_further_processes_are_refused(sweep):
+def test_trials_that_would_start_further_processes_are_refused(sweep):
     status, out, err = sweep("trainer.devices=1,2", "seed=0")
     assert status == 1
     assert "0 trainer.devices=1 run done" in out
@@ -402,7 +409,7 @@ def test_the_directories_are_those_that_hydra_is_told(sweep):
     assert Path("mine/1_4/starts").read_text().split()[0] == "1"  # hydra.job.num
     status, out, _ = sweep("seed=3,4", *chosen)
     assert status == 0
-    assert "2 cells, 2 done; 0 to run" in out
+    assert "2 trials, 2 done; 0 to run" in out
     status, _, err = sweep("seed=3,4", "activation=relu", *chosen)
     assert status == 1
     assert "mine/0_3 holds run" in err
@@ -410,23 +417,23 @@ def test_the_directories_are_those_that_hydra_is_told(sweep):
 
 
 @pytest.mark.parametrize("is_run_before", [False, True])
-def test_cells_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
+def test_trials_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
     """Else one of them would count as the other, which is done, and never run."""
     chosen = "hydra.sweep.subdir=${activation.name}"
     if is_run_before:
         assert sweep("seed=0", "activation=relu", chosen)[0] == 0
     status, _, err = sweep("seed=0,1", "activation=relu", chosen)
     assert status == 1
-    assert "cells 0 (seed=0 activation=relu) and 1 (seed=1 activation=relu) would share" in err
+    assert "trials 0 (seed=0 activation=relu) and 1 (seed=1 activation=relu) would share" in err
     assert f"{FOLDER}/relu with different values of seed; nothing was started" in err
     assert "hydra.sweep.subdir" in err
     assert statuses() == ({0: "done"} if is_run_before else {})
 
 
-def test_cells_of_one_result_in_a_chosen_directory_are_run_once(sweep):
+def test_trials_of_one_result_in_a_chosen_directory_are_run_once(sweep):
     status, out, _ = sweep("seed=0", "threads=1,2", "hydra.sweep.subdir=${activation.name}")
     assert status == 0
-    assert "2 cells, 1 new, 1 doubled; 1 to run" in out
+    assert "2 trials, 1 new, 1 doubled; 1 to run" in out
     assert n_starts(0) == 1
 
 
@@ -437,7 +444,7 @@ def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_made(sweep):
 
 
 class Returns(Launcher):
-    """Returns what the cells raised, as submitit's launcher does."""
+    """Returns what the trials raised, as submitit's launcher does."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
@@ -446,7 +453,7 @@ class Returns(Launcher):
         return [JobReturn(status=JobStatus.FAILED, _return_value=error) for _ in job_overrides]
 
 
-def test_what_cells_raised_elsewhere_is_said(sweep, monkeypatch):
+def test_what_trials_raised_elsewhere_is_said(sweep, monkeypatch):
     name = "hydra_plugins.returns.Returns"
     monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Returns)
     status, _, err = sweep("seed=0", f"hydra.launcher._target_={name}")
@@ -456,7 +463,7 @@ def test_what_cells_raised_elsewhere_is_said(sweep, monkeypatch):
 
 
 class GivesUp(Launcher):
-    """Takes the cells, and raises as submitit's launcher does when a job is killed."""
+    """Takes the trials, and raises as submitit's launcher does when a job is killed."""
 
     received: list[list[str]]
 
@@ -493,7 +500,7 @@ def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sw
 
 
 class FindsARun(Launcher):
-    """Meanwhile the directory of the cell has got the run that is in `other`."""
+    """Meanwhile the directory of the trial has got the run that is in `other`."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
@@ -504,7 +511,7 @@ class FindsARun(Launcher):
 
 @pytest.fixture
 def finds_a_run(sweep, monkeypatch):
-    """A sweep of one cell whose launcher is `FindsARun`, after one into `other`."""
+    """A sweep of one trial whose launcher is `FindsARun`, after one into `other`."""
     name = "hydra_plugins.finds_a_run.FindsARun"
     monkeypatch.setitem(Plugins.instance().class_name_to_class, name, FindsARun)
 
@@ -517,7 +524,7 @@ def finds_a_run(sweep, monkeypatch):
     return call
 
 
-def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_cells(finds_a_run):
+def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_trials(finds_a_run):
     status, _, err = finds_a_run([], ["activation=relu"], lambda: None)
     assert status == 1
     assert "mine/chosen holds run" in err
@@ -544,3 +551,18 @@ def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(fi
     status, _, err = finds_a_run([], [], lose_the_node)
     assert status == 1
     assert "0 (the only one): killed" in err
+
+
+def test_a_directory_that_was_renamed_while_its_trial_worked_does_not_come_back(tmp_path):
+    """However its process ended: what there is to say of it is said in the summary."""
+    run = RunDirectory(tmp_path / "run")
+    RunRecord.create(run.path, {"seed": 1})
+    ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
+    ended.wait()
+    process = object.__new__(local._Process)
+    process.trial = Trial(0, [], OmegaConf.create(), run)
+    process._popen = ended
+    run.path.rename(tmp_path / "moved")
+    process._settle(1)
+    assert "run is not there any more: it was renamed or deleted" in process.trial.start_error
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

@@ -1,4 +1,4 @@
-"""A cell in a job of a cluster, which composes its configuration again."""
+"""A trial in a job of a cluster, which composes its configuration again."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from omegaconf import open_dict, read_write
 from support import composed
 
 from nerve.cli.config.compose import identity, resolved
-from nerve.cli.sweep.worker import run_cell
+from nerve.cli.sweep.worker import run_trial
 from nerve.errors import StoreError
 from nerve.storage.record import RunRecord
 
 
-def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_refused(
+def test_a_trial_whose_files_of_configuration_have_changed_since_it_was_sent_is_refused(
     tmp_path, monkeypatch
 ):
     """Its directory has the id of what was sent; one with a name of its own says nothing."""
@@ -30,7 +30,7 @@ def test_a_cell_whose_files_of_configuration_have_changed_since_it_was_sent_is_r
         hydra_config = HydraConfig.get()
         with read_write(hydra_config), open_dict(hydra_config):
             hydra_config.runtime.output_dir = str(tmp_path / name)
-        return run_cell(config, hydra_config)
+        return run_trial(config, hydra_config)
 
     config = composed("seed=3", "logger=none")
     sent = identity(config)
@@ -76,14 +76,14 @@ class InThisProcess(Launcher):
         return returns
 
 
-def test_the_log_of_a_job_says_why_its_cell_failed(run, monkeypatch):
+def test_the_log_of_a_job_says_why_its_trial_failed(run, monkeypatch):
     name = "hydra_plugins.here.InThisProcess"
     monkeypatch.setitem(Plugins.instance().class_name_to_class, name, InThisProcess)
-    cell = Path("outputs", "multirun")
+    trial = Path("outputs", "multirun")
     status, _, err = run("-m", f"hydra.launcher._target_={name}", "data.corpus.roots=[/nowhere]")
     assert status == 1
-    log, _, summary = err.partition("1 of 1 cell in")
+    log, _, summary = err.partition("1 of 1 trial in")
     assert "nerve-run: A root of python_source must be a folder" in log
     assert "got '/nowhere'" in log
     assert "failed: DataError: A root of python_source" in summary
-    assert [path.name for path in cell.glob("*/run.json")] == ["run.json"]
+    assert [path.name for path in trial.glob("*/run.json")] == ["run.json"]

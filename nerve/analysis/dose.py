@@ -1,0 +1,197 @@
+"""Dose and response: what the loss does when a metric is moved, against what designs predict."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from nerve.analysis.compare import final_metrics
+from nerve.analysis.estimate import LeastSquares, paired_by_seed
+from nerve.analysis.frames import group_points, require_columns
+from nerve.analysis.paired import on_scale
+from nerve.analysis.statistics import Pairs, fit_line
+from nerve.config import require
+from nerve.errors import ConfigError
+from nerve.metric_names import CORRELATED
+
+
+def dose_response(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    *,
+    dose: str,
+    by: Sequence[str] = (),
+    names: Sequence[str] = CORRELATED,
+    reference: float | None = None,
+    designs: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """The final metrics and loss of runs that differ in one number, the dose, and in their seed.
+
+    One row per group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
+    (PR, exp(SE), PR gain) is taken as its natural logarithm. Flagged runs are left out.
+
+    Runs are paired by seed: value = dose + seed + error, by least squares, with the error pooled
+    over all doses; intervals are Student's at 95%, with `df` degrees of freedom. The slope of the
+    loss over the metric is that of loss = seed + slope · metric + error: what of the loss moves
+    with the metric when the dose moves both. What designs predict is the slope of the least squares
+    line through them, one point per design.
+
+    Columns:
+
+    - those of `by`, `data, ffn, metric`, and the dose under its own name
+    - `n_seeds` of this dose; `n_flagged`: runs of the group that were left out
+    - `value`: the mean of the metric (its logarithm); `change, change_low, change_high` against the
+      reference dose
+    - `val_loss`: its mean; `loss_change, loss_change_low, loss_change_high`
+    - `df` of these; `predicted_loss_change`: the predicted slope times `change`
+    - `slope, slope_low, slope_high`, observed, nats of loss a unit of the metric;
+      `predicted_slope, predicted_slope_low, predicted_slope_high`; `n_designs` behind it; the same
+      in all rows of a metric
+
+    What cannot be told is missing: changes of a dose that shares no seed with the reference, with
+    one seed all intervals, without `designs` what they predict.
+
+    Args:
+        metrics: rows of `load_metrics`.
+        runs: rows of `load_runs`.
+        dose: a column of `runs` with numbers, such as `"regularizer.weight"`.
+        by: columns of `runs` that tell other designs apart, such as `"activation.name"`.
+        names: the metrics, columns of `metrics`.
+        reference: the dose that others are held against; None for 0 where that is one, else the
+            lowest.
+        designs: rows of `average_seeds`, of designs that were not dosed and have the same data;
+            those that were dosed are passed over.
+
+    Raises:
+        ConfigError: for a name that is not a column, a dose without numbers, a reference that no
+            run has, or runs of equal dose and seed that differ in something else.
+    """
+    points = final_metrics(metrics, runs, factors=[dose, *by])
+    require_columns(points, names, "final_metrics")
+    require(
+        is_numeric_dtype(points[dose]),
+        f"A dose is a number; {dose} has values such as {points[dose].iloc[0]!r}. Take another "
+        "column, or runs that all have it.",
+    )
+    if reference is None:
+        reference = 0.0 if (points[dose] == 0).any() else float(points[dose].min())
+    require(
+        bool((points[dose] == reference).any()),
+        f"The reference is one of the doses, {', '.join(map(str, sorted(set(points[dose]))))}; got "
+        f"{reference}.",
+    )
+    codes, groups = group_points(points, by)
+    ok = ((points["flag"] == "ok") & points[[dose, "seed"]].notna().all(axis=1)).to_numpy()
+    rows: list[dict[str, Any]] = []
+    for group, values in enumerate(groups.to_dict("records")):
+        about = {str(key): value for key, value in values.items()}
+        own = points[ok & (codes == group)]
+        _require_pairs(own, dose, by)
+        for name in names:
+            said = {**about, "metric": name}
+            predicted = _predicted(designs, points["design_id"], about, name)
+            rows += (
+                {**said, dose: value, **response, **predicted}
+                for value, response in _responses(own, dose, name, reference, predicted)
+            )
+    frame = pd.DataFrame(rows, columns=_columns(by, dose))
+    return frame.astype({"n_seeds": int, "n_flagged": int, "df": int, "n_designs": int})
+
+
+def _columns(by: Sequence[str], dose: str) -> list[str]:
+    def with_interval(name: str) -> list[str]:
+        return [name, f"{name}_low", f"{name}_high"]
+
+    return [
+        *dict.fromkeys([*by, "data", "ffn", "metric", dose]),
+        *("n_seeds", "n_flagged", "value"),
+        *with_interval("change"),
+        "val_loss",
+        *with_interval("loss_change"),
+        *("df", "predicted_loss_change"),
+        *with_interval("slope"),
+        *with_interval("predicted_slope"),
+        "n_designs",
+    ]
+
+
+def _require_pairs(points: pd.DataFrame, dose: str, by: Sequence[str]) -> None:
+    doubled = points.duplicated([dose, "seed"], keep=False)
+    if doubled.any():
+        first = points[doubled].iloc[0]
+        raise ConfigError(
+            f"Runs of one group differ in {dose} and seed alone; several have {dose}={first[dose]} "
+            f"and seed={first['seed']}, such as {', '.join(points[doubled]['run_id'][:2])}. Name "
+            f"what else varies in by (now {', '.join(by) or 'empty'}), or leave runs out."
+        )
+
+
+def _responses(
+    points: pd.DataFrame,
+    dose: str,
+    name: str,
+    reference: float,
+    predicted: dict[str, float],
+) -> Iterator[tuple[float, dict[str, float]]]:
+    """Each dose of a group, and the columns of its row that are observed."""
+    values, _ = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
+    losses = points["val_loss"].to_numpy(float)
+    kept = np.isfinite(values) & np.isfinite(losses)
+    if not kept.any():
+        return
+    values, losses, points = values[kept], losses[kept], points[kept]
+    given, seeds = points[dose].to_numpy(float), points["seed"].to_numpy(int)
+    fit, _ = paired_by_seed(given, seeds)
+    doses = np.unique(given)  # the order of its first columns
+    of_seeds = [seeds == seed for seed in np.unique(seeds)]
+    line = LeastSquares(np.stack([values, *of_seeds], axis=1))
+    slope = _interval("slope", *line.effect(losses, np.eye(line.matrix.shape[1])[0])[:3])
+    for column, value in enumerate(doses):
+        weights = np.zeros(fit.matrix.shape[1])
+        weights[column] += 1.0
+        weights[: len(doses)] -= [other == reference for other in doses]
+        told = reference in doses
+        change, loss_change = (
+            fit.effect(each, weights)[:3] if told else (np.nan,) * 3 for each in (values, losses)
+        )
+        mine = given == value
+        yield (
+            value,
+            {
+                "n_seeds": mine.sum(),
+                "value": values[mine].mean(),
+                **_interval("change", *change),
+                "val_loss": losses[mine].mean(),
+                **_interval("loss_change", *loss_change),
+                "df": fit.df,
+                "predicted_loss_change": predicted["predicted_slope"] * change[0],
+                **slope,
+            },
+        )
+
+
+def _predicted(
+    designs: pd.DataFrame | None, dosed: pd.Series, about: dict[str, Any], name: str
+) -> dict[str, float]:
+    """The slope of the loss over the metric across designs of the same data and FFN."""
+    if designs is None:
+        return {**_interval("predicted_slope", np.nan, np.nan, np.nan), "n_designs": 0}
+    require_columns(designs, ["design_id", "flag", "n_seeds", "val_loss", name], "average_seeds")
+    mine = designs[
+        (designs["flag"] == "ok")
+        & ~designs["design_id"].isin(dosed)
+        & (designs["ffn"] == about["ffn"])
+        & (designs["data"].fillna("") == ("" if pd.isna(about["data"]) else about["data"]))
+    ]
+    losses = mine["val_loss"].to_numpy(float, na_value=np.nan)
+    values, _ = on_scale(name, mine[name].to_numpy(float, na_value=np.nan))
+    pairs = Pairs.of(np.zeros(len(mine), dtype=np.int64), values, losses, 1)
+    line = fit_line(pairs)
+    slope, low, high = (float(each[0]) for each in (line.slope, line.low, line.high))
+    return {**_interval("predicted_slope", slope, low, high), "n_designs": int(pairs.n[0])}
+
+
+def _interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -1,0 +1,170 @@
+"""Early ranking: what metrics of an early step say of the final loss, beside the loss so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from nerve.analysis.factors import level_text
+from nerve.analysis.flags import describe_runs, flag_runs
+from nerve.analysis.frames import average_layers, join_runs, number_rows, require_columns, rows_of
+from nerve.analysis.partial import cluster_weights, interval_of_draws
+from nerve.analysis.statistics import Array
+from nerve.metric_names import CORRELATED
+
+BUDGET = ("trainer.max_steps", "data.batch_size", "model.seq_len")
+SCHEDULE = "optimizer.schedule."
+"""Runs are ranked within one budget and one schedule (all values of this group)."""
+
+ESTIMATES = ("kendall", "loss_kendall", "given_loss")
+
+
+def rank_early(
+    metrics: pd.DataFrame,
+    runs: pd.DataFrame,
+    by: Sequence[str] = (),
+    *,
+    names: Sequence[str] = CORRELATED,
+) -> pd.DataFrame:
+    """How well each metric at each measured step ranks runs by their final loss.
+
+    One row per group, step and metric. A group has the same `data`, FFN, `schedule` and values of
+    `by`: a longer run ends lower whatever its spectra are. Flagged runs are left out.
+
+    A metric that follows the loss ranks the final loss as the loss so far does, and that costs
+    nothing: what counts is `given_loss`, Kendall's partial τ of the metric and the final loss given
+    the validation loss at the same step, (τ_mf - τ_ml·τ_lf)/√((1 - τ_ml²)(1 - τ_lf²)). Below 0: of
+    two runs with the same loss so far, that with the higher metric tends to end lower.
+
+    A partial τ is not quite 0 where there is nothing but the loss so far: a noisy copy of it has
+    one of about ±.1. `null` is what it comes to where metric and final loss are independent given
+    the loss, all three Gaussian but for their scales (τ = (2/π) asin ρ). An interval that leaves
+    out 0 and not this says nothing.
+
+    Columns: those of `by`, `data, ffn, schedule` (budget and schedule as overrides), `step, metric,
+    n` (runs), `n_designs`, and with `_low` and `_high`, the 95% interval, each of
+
+    - `kendall`: τ (τ-b) of the metric (mean over layers) and the final loss
+    - `loss_kendall`: τ of the loss so far and the final loss; 1 at the last step
+    - `given_loss`: the partial τ; missing where one of the two others of the loss is ±1
+
+    and `null`, to be read beside `given_loss`.
+
+    Intervals are those of a bootstrap over designs (seeds of a design are no independent runs),
+    missing for less than 8 of them; τ is missing for less than 4 runs and where nothing varies.
+
+    Args:
+        metrics: rows of `load_metrics`.
+        runs: rows of `load_runs`.
+        by: columns of `runs` to group by, too, such as `"model.d_model"`.
+        names: the metrics, columns of `metrics`.
+
+    Raises:
+        ConfigError: for a name or factor that is not a column.
+    """
+    require_columns(metrics, ["run_id", "ffn", "step", "val_loss", *names], "load_metrics")
+    taken = ["ffn", "schedule", "step", "metric", "n", "n_designs", "null", *ESTIMATES]
+    flags = flag_runs(metrics, runs)
+    described = describe_runs(flags, runs, by, taken)
+    described = described.assign(schedule=_schedules(runs), final_loss=flags["final_loss"])
+    rows, _ = rows_of(metrics, runs)
+    rows = join_runs(average_layers(rows, names), described[described["flag"] == "ok"])
+    keys = [*dict.fromkeys([*by, "data", "ffn", "schedule"])]
+    tables = []
+    for _, group in rows.groupby(number_rows(rows, keys)):
+        for step, at_step in group.groupby("step"):
+            found = _of_step(at_step.dropna(subset=["val_loss", "final_loss"]), names)
+            first = group[keys].iloc[[0] * len(found)].reset_index(drop=True)
+            tables.append(first.assign(step=step).join(found))
+    if not tables:
+        estimates = [f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")]
+        return pd.DataFrame(columns=[*keys, "step", "metric", "n", "n_designs", *estimates, "null"])
+    return pd.concat(tables, ignore_index=True)
+
+
+def _schedules(runs: pd.DataFrame) -> list[str]:
+    """Budget and schedule of each run as overrides; what is not set is left out."""
+    names = [name for name in BUDGET if name in runs]
+    names += sorted(name for name in runs.columns if name.startswith(SCHEDULE))
+    texts = [[(name, level_text(value)) for value in runs[name]] for name in names]
+    return [
+        " ".join(f"{name}={text}" for name, text in row if text != "not set")
+        for row in (zip(*texts, strict=True) if names else [()] * len(runs))
+    ]
+
+
+def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """One row per metric, of the runs of one group at one step."""
+    found = []
+    for name in names:
+        own = rows[rows[name].notna()]
+        designs = number_rows(own, ["design_id"])
+        weights = cluster_weights(designs)
+        metric, loss, final = (
+            Order(own[column].to_numpy(float)) for column in (name, "val_loss", "final_loss")
+        )
+        counts = {"metric": name, "n": len(own), "n_designs": own["design_id"].nunique()}
+        estimates = _estimates(metric, loss, final, np.ones((1, len(own))))
+        draws = None if weights is None else _estimates(metric, loss, final, weights)
+        row: dict[str, object] = {**counts}
+        for i, estimate in enumerate(ESTIMATES):
+            ends = [np.nan] * 2 if draws is None else interval_of_draws(draws[i])
+            row |= {
+                estimate: estimates[i][0] if len(own) > 3 else np.nan,
+                f"{estimate}_low": float(ends[0]),
+                f"{estimate}_high": float(ends[1]),
+            }
+        found.append(row | {"null": _null(metric, loss, final)})
+    return pd.DataFrame(found)
+
+
+def _estimates(metric: "Order", loss: "Order", final: "Order", weights: Array) -> list[Array]:
+    """The three `ESTIMATES` in each weighted sample, each of shape (draw,)."""
+    with_final, of_loss = metric.kendall(final, weights), loss.kendall(final, weights)
+    return [with_final, of_loss, _partial(with_final, metric.kendall(loss, weights), of_loss)]
+
+
+def _null(metric: "Order", loss: "Order", final: "Order") -> float:
+    """The partial τ of a metric and a final loss that share nothing but the loss so far."""
+    one = np.ones((1, len(loss.values)))
+    with_loss, of_loss = metric.kendall(loss, one), loss.kendall(final, one)
+    rho = np.sin(np.pi / 2 * with_loss) * np.sin(np.pi / 2 * of_loss)
+    return float(_partial(2 / np.pi * np.arcsin(rho), with_loss, of_loss)[0])
+
+
+def _partial(with_final: Array, with_loss: Array, of_loss: Array) -> Array:
+    left = np.sqrt(np.maximum((1 - with_loss**2) * (1 - of_loss**2), 0.0))
+    given = np.full_like(left, np.nan)
+    np.divide(with_final - with_loss * of_loss, left, out=given, where=left > 1e-9)
+    return given
+
+
+@dataclass(frozen=True)
+class Order:
+    """How each value stands to each other one, shape (n, n): 1 above, 0 equal, -1 below."""
+
+    values: Array
+
+    @cached_property
+    def signs(self) -> Array:
+        return np.sign(self.values[:, None] - self.values[None, :])
+
+    def kendall(self, other: "Order", weights: Array) -> Array:
+        """Kendall's τ-b of weighted samples; a value that is drawn twice is tied with itself.
+
+        Args:
+            weights: how often each value is in a sample, shape (draw, n).
+
+        Returns:
+            Shape (draw,), NaN where all values of the one or the other are equal.
+        """
+
+        def pairs(matrix: Array) -> Array:
+            return np.einsum("bi,bi->b", weights @ matrix, weights)
+
+        size = np.sqrt(pairs(self.signs**2) * pairs(other.signs**2))
+        tau = np.full(len(weights), np.nan)
+        np.divide(pairs(self.signs * other.signs), size, out=tau, where=size > 0)
+        return tau

@@ -1,0 +1,223 @@
+"""Effects with their 95% intervals, what an interval says, and what follows from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+
+from nerve.analysis.partial import partial_correlation
+from nerve.analysis.statistics import LEVEL, student_t
+
+Reading = Literal["holds", "opposite", "within noise"]
+Outcome = Literal["holds", "opposite", "within noise", "undecided"]
+Verdict = Literal["holds", "does not hold", "cannot be told here"]
+
+LEAST_DF = 3
+"""Degrees of freedom below which an interval decides nothing."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An effect, positive in the direction that a claim says.
+
+    Attributes:
+        effect: the estimate; nan where it cannot be made.
+        low, high: its 95% interval; nan where nothing is left to estimate an error from.
+        sd: of one value of one run, after what design and seed explain; nan for correlations.
+        df: degrees of freedom of the interval; of a correlation n - 3 - its controls.
+        n_seeds: seeds that every compared design has; of a correlation its points, of slopes the
+            points of the design with fewest.
+        n_runs: runs that the effect is computed from.
+    """
+
+    effect: float
+    low: float
+    high: float
+    sd: float
+    df: int
+    n_seeds: int
+    n_runs: int
+
+    @property
+    def has_interval(self) -> bool:
+        return bool(np.isfinite([self.low, self.high]).all())
+
+
+def read(estimate: Estimate, smallest: float) -> Reading | None:
+    """What an interval says, whatever seeds and scale it rests on; None where there is none.
+
+    `holds` where it lies above `smallest`, `opposite` where it lies below 0, else `within noise`.
+    """
+    if not estimate.has_interval:
+        return None
+    if estimate.low > smallest:
+        return "holds"
+    return "opposite" if estimate.high < 0 else "within noise"
+
+
+def decide(estimate: Estimate, smallest: float = 0.0, missing: Sequence[str] = ()) -> Outcome:
+    """What follows from an estimate: what its interval says (`read`), or that nothing does.
+
+    `undecided` where anything that was asked for is `missing` (seeds, scale), where there is no
+    interval, and with less than `LEAST_DF` degrees of freedom.
+    """
+    reading = read(estimate, smallest)
+    if missing or reading is None or estimate.df < LEAST_DF:
+        return "undecided"
+    return reading
+
+
+def verdict(outcomes: Sequence[tuple[Outcome, bool]]) -> Verdict:
+    """Of a claim, from the outcome of each of its checks and whether it passes a null model.
+
+    `holds` where all hold and none passes a null; `does not hold` where one is opposite or within
+    noise; else `cannot be told here`.
+    """
+    if any(outcome in ("opposite", "within noise") for outcome, _ in outcomes):
+        return "does not hold"
+    if outcomes and all(outcome == "holds" and not passes for outcome, passes in outcomes):
+        return "holds"
+    return "cannot be told here"
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Ordinary least squares on one design matrix, for any values and effects.
+
+    Attributes:
+        matrix: shape (run, column).
+    """
+
+    matrix: np.ndarray
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        return np.linalg.pinv(self.matrix)
+
+    @cached_property
+    def df(self) -> int:
+        """Degrees of freedom of the error."""
+        return len(self.matrix) - int(np.linalg.matrix_rank(self.matrix))
+
+    def effect(
+        self, values: np.ndarray, weights: np.ndarray
+    ) -> tuple[float, float, float, float, int]:
+        """Effect `weights · β`, its t interval, residual SD and df.
+
+        All nan where the data do not determine the effect. Without a degree of freedom the effect
+        has no interval. A residual that is rounding counts as none: constants have an interval of
+        no width.
+
+        Args:
+            values: shape (run,).
+            weights: shape (column,).
+        """
+        if not np.allclose(weights @ self.inverse @ self.matrix, weights, atol=1e-8):
+            return (np.nan, np.nan, np.nan, np.nan, 0)
+        effect = float(weights @ self.inverse @ values)
+        if self.df < 1:
+            return effect, np.nan, np.nan, np.nan, 0
+        residual = values - self.matrix @ (self.inverse @ values)
+        square = float(residual @ residual)
+        if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
+            square = 0.0
+        sd = np.sqrt(square / self.df)
+        error = sd * float(np.linalg.norm(weights @ self.inverse))
+        half = float(student_t(np.array([self.df]))[0]) * error
+        if abs(effect) < 1e-12:
+            effect = 0.0
+        return effect, effect - half, effect + half, float(sd), self.df
+
+    def contrast(
+        self,
+        values: np.ndarray,
+        names: Sequence[str],
+        weights: Mapping[str, float],
+        n_seeds: int,
+    ) -> Estimate:
+        """The effect of `weights`, by the names of the first columns."""
+        row = np.zeros(self.matrix.shape[1])
+        row[: len(names)] = [weights.get(name, 0.0) for name in names]
+        n_runs = int(self.matrix[:, np.flatnonzero(row)].any(axis=1).sum())
+        return Estimate(*self.effect(values, row), n_seeds=n_seeds, n_runs=n_runs)
+
+
+def paired_by_seed(
+    design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool = True
+) -> tuple[LeastSquares, list[str]]:
+    """values = design + seed + error, and the names of its first columns, the designs.
+
+    Args:
+        design, seed: shape (run,).
+        seeds_differ: False leaves seeds in the error.
+    """
+    names, numbers = sorted(set(design.tolist())), sorted(set(seed.tolist()))
+    columns = [design == name for name in names]
+    if seeds_differ:
+        columns += [seed == number for number in numbers[1:]]
+    return LeastSquares(np.stack([np.asarray(own, float) for own in columns], axis=1)), names
+
+
+def contrast(
+    values: np.ndarray, design: np.ndarray, seed: np.ndarray, weights: Mapping[str, float]
+) -> Estimate:
+    """A weighted sum of the designs' means with runs paired by seed.
+
+    values = design + seed + error, by ordinary least squares over all designs given, those of
+    weight 0 among them: their errors are pooled. With two designs and weights 1 and -1 this is the
+    paired t interval. Where weights do not sum to 0 (a design's mean) seeds are part of the error.
+
+    Args:
+        values: shape (run,); runs without a finite value are left out.
+        design, seed: shape (run,).
+        weights: by the names of designs.
+    """
+    kept = np.isfinite(values)
+    values, design, seed = values[kept], design[kept], seed[kept]
+    seeds = [set(seed[design == name].tolist()) for name in weights]
+    shared = set.intersection(*seeds)
+    n_runs = int(np.isin(design, list(weights)).sum())
+    if not all(seeds):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, len(shared), n_runs)
+    is_difference = abs(sum(weights.values())) < 1e-12
+    fit, names = paired_by_seed(design, seed, seeds_differ=is_difference)
+    return fit.contrast(values, names, weights, len(shared))
+
+
+def slope_difference(
+    values: np.ndarray, design: np.ndarray, x: np.ndarray, weights: Mapping[str, float]
+) -> Estimate:
+    """A weighted sum of the designs' slopes over x, each design with its own intercept."""
+    kept = np.isfinite(values) & np.isfinite(x) & np.isin(design, list(weights))
+    values, design, x = values[kept], design[kept], x[kept]
+    own = [design == name for name in weights]
+    if not all(part.any() for part in own):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0, len(values))
+    columns = [part.astype(float) for part in own] + [part * x for part in own]
+    row = np.array([0.0] * len(own) + list(weights.values()))
+    n_points = min(len(set(x[part].tolist())) for part in own)
+    fit = LeastSquares(np.stack(columns, axis=1))
+    return Estimate(*fit.effect(values, row), n_points, len(values))
+
+
+def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> Estimate:
+    """Partial correlation over n points with Fisher's interval, tanh(atanh r ± z / √(n-3-k)).
+
+    k controls; fewer than 4 + k points have no interval.
+
+    Args:
+        x, y: shape (n,); `given`: each of shape (n,).
+    """
+    kept = np.isfinite(x) & np.isfinite(y)
+    n = int(kept.sum())
+    df = n - 3 - len(given)
+    if df < 1:
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, n, n)
+    r = float(partial_correlation(x[kept], y[kept], [control[kept] for control in given]))
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) / np.sqrt(df)
+    middle = np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
+    low, high = np.tanh(middle - half), np.tanh(middle + half)
+    return Estimate(r, float(low), float(high), np.nan, df, n, n)

@@ -1,0 +1,167 @@
+"""Designs that differ in one factor alone, compared with runs paired by seed."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nerve.analysis.early import BUDGET
+from nerve.analysis.estimate import LeastSquares, Outcome, decide, paired_by_seed
+from nerve.analysis.factors import find_factors, level_text, ordered_levels
+from nerve.analysis.frames import number_rows, require_columns
+from nerve.analysis.statistics import Array
+from nerve.errors import ConfigError
+from nerve.metric_names import CORRELATED, metric_of
+
+SCALE = ("model.kind", "model.n_layers", "model.d_model", *BUDGET)
+"""Designs of one scale have these in common, and their seeds' variance is pooled."""
+
+PAIRED = ("val_loss", *CORRELATED)
+
+OUTCOMES: dict[Outcome, str] = {
+    "holds": "higher",
+    "opposite": "lower",
+    "within noise": "within noise",
+    "undecided": "undecided",
+}
+"""What `decide` says of the claim that the one level has the higher value."""
+
+
+def compare_seeds(
+    points: pd.DataFrame,
+    runs: pd.DataFrame,
+    factor: str,
+    *,
+    names: Sequence[str] = PAIRED,
+) -> pd.DataFrame:
+    """Differences between designs that differ in one factor alone, with runs paired by seed.
+
+    Runs of one seed have the same initialization and order of data, so that what a seed does to
+    both designs is not in their difference. The error is that of values = design + seed + error by
+    least squares over all designs of one scale (`SCALE`, the same `data` and FFN), not of the two
+    alone: two or three seeds say next to nothing of a variance. With as many designs as there are
+    in a sweep its degrees of freedom are enough; where they are less than 3, the outcome is
+    `undecided`.
+
+    One row per pair of levels, setting of the other factors, FFN and metric. Columns:
+
+    - `factor, level, other`: the difference is of `level` less `other`
+    - `where`: the other factors that vary, as overrides; `data, ffn, metric`
+    - `unit`: `nats` where the difference is one of natural logarithms (of PR and its gain; .1 is
+      10%), else empty: that of the metric
+    - `n_pairs`: seeds that both designs have; `n_higher`: those of them in which `level` is higher
+    - `difference, low, high`: with its 95% interval (Student's t with `df`)
+    - `sd`: of one run, after what design and seed explain; `df`: its degrees of freedom;
+      `n_designs`: those pooled
+    - `outcome`: `higher` or `lower` where the interval leaves out 0, `within noise`, `undecided`
+
+    Args:
+        points: rows of `final_metrics` or `metrics_at_loss`; flagged ones are left out.
+        runs: rows of `load_runs`.
+        factor: a column of `runs` that varies.
+        names: what is compared, columns of `points`.
+
+    Raises:
+        ConfigError: for a name that is not a column, or a factor that does not vary or goes
+            together with another that does.
+    """
+    require_columns(
+        points, ["run_id", "design_id", "seed", "flag", "data", *names], "final_metrics"
+    )
+    require_columns(runs, [factor], "load_runs")
+    points = points[(points["flag"] == "ok") & points["seed"].notna() & points["ffn"].notna()]
+    runs = runs[runs["run_id"].isin(points["run_id"])]
+    factors = find_factors(runs)
+    others = [name for name in factors.varying if name != factor]
+    if factor not in factors.varying:
+        owner = next((name for name, own in factors.together.items() if factor in own), None)
+        reason = f"goes together with {owner}" if owner else "has one level"
+        raise ConfigError(
+            f"A factor to compare varies among runs that can be compared; {factor} {reason}. Those "
+            f"that vary: {', '.join(factors.varying) or 'none'}."
+        )
+    scale = [name for name in SCALE if name in runs]
+    settings = runs.set_index("run_id")[[*dict.fromkeys([*scale, factor, *others])]]
+    own = points[["run_id", "design_id", "seed", "data", "ffn", *names]]
+    own = own.join(settings, on="run_id")
+    rows = [
+        {"factor": factor, **row}
+        for _, group in own.groupby(number_rows(own, [*scale, "data", "ffn"]))
+        for row in _of_scale(group, factor, others, names)
+    ]
+    columns = ["factor", "level", "other", "where", "data", "ffn", "metric", "unit", "n_pairs"]
+    columns += ["n_higher", "difference", "low", "high", "sd", "df", "n_designs", "outcome"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _of_scale(
+    points: pd.DataFrame, factor: str, others: Sequence[str], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one scale, data and FFN."""
+    design, seed = points["design_id"].to_numpy(str), points["seed"].to_numpy(int)
+    fits: dict[bytes, tuple[LeastSquares, list[str]]] = {}
+    for one, two, where in _pairs(points, factor, others):
+        for name in names:
+            values, unit = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
+            kept = np.isfinite(values)
+            first, second = (
+                dict(zip(seed[own], values[own], strict=True))
+                for own in (
+                    kept & (design == one["design_id"]),
+                    kept & (design == two["design_id"]),
+                )
+            )
+            shared = sorted(first.keys() & second.keys())
+            if not shared:
+                continue
+            if kept.tobytes() not in fits:
+                fits[kept.tobytes()] = paired_by_seed(design[kept], seed[kept])
+            fit, designs = fits[kept.tobytes()]
+            weights = {two["design_id"]: 1.0, one["design_id"]: -1.0}
+            found = fit.contrast(values[kept], designs, weights, len(shared))
+            yield {
+                "level": level_text(two[factor]),
+                "other": level_text(one[factor]),
+                "where": where,
+                "data": one["data"],
+                "ffn": one["ffn"],
+                "metric": name,
+                "unit": unit,
+                "n_pairs": len(shared),
+                "n_higher": sum(second[i] > first[i] for i in shared),
+                "difference": found.effect,
+                "low": found.low,
+                "high": found.high,
+                "sd": found.sd,
+                "df": found.df,
+                "n_designs": len(designs),
+                "outcome": OUTCOMES[decide(found)],
+            }
+
+
+def _pairs(
+    points: pd.DataFrame, factor: str, others: Sequence[str]
+) -> Iterator[tuple[dict[Any, Any], dict[Any, Any], str]]:
+    """Pairs of designs that differ in the factor alone, in the order of its levels."""
+    order = {level_text(level): i for i, level in enumerate(ordered_levels(points[factor]))}
+    designs = points.drop_duplicates("design_id")
+    designs = designs.assign(_place=designs[factor].map(level_text).map(order))
+    for _, alike in designs.groupby(number_rows(designs, others)):
+        rows = alike.sort_values("_place").to_dict("records")
+        texts = ((name, level_text(rows[0][name])) for name in others)
+        where = " ".join(f"{name}={text}" for name, text in texts if text != "not set")
+        for one, two in combinations(rows, 2):
+            if one["_place"] != two["_place"]:
+                yield one, two, where
+
+
+def on_scale(name: str, values: Array) -> tuple[Array, str]:
+    """A ratio as its logarithm, in nats; all else as it is."""
+    metric = metric_of(name)
+    if metric is None or not metric.is_ratio:
+        return values, ""
+    logs = np.full_like(values, np.nan)
+    np.log(values, out=logs, where=values > 0)
+    return logs, "nats"

@@ -1,0 +1,205 @@
+"""What is left of a correlation once a third series is given, and how sure that is.
+
+Two series that both follow time, or both follow a width, correlate whatever else they are. Their
+partial correlation is that of what a linear fit on the third leaves of each.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nerve.analysis.statistics import LEVEL, ROUNDING, Array, Counts
+
+N_DRAWS = 1000
+"""Samples of a bootstrap."""
+
+LEAST_POINTS = 8
+"""With fewer points (of a bootstrap over runs: designs) there is no interval."""
+
+_CHUNK = 512
+"""Series whose draws are in memory at once."""
+
+
+def partial_correlation(x: Array, y: Array, given: Sequence[Array] = ()) -> Array:
+    """Pearson's r of what is left of x and of y after a linear fit on `given`.
+
+    Args:
+        x, y: shape (..., n); `given`: each of a shape that goes with these.
+
+    Returns:
+        Shape (...); NaN where a fit leaves no more than rounding of x or y.
+    """
+    rest_x, rest_y = _residuals(x, given), _residuals(y, given)
+    size = np.linalg.norm(rest_x, axis=-1) * np.linalg.norm(rest_y, axis=-1)
+    scale = np.linalg.norm(_residuals(x), axis=-1) * np.linalg.norm(_residuals(y), axis=-1)
+    r = np.full(np.shape(size), np.nan)
+    np.divide((rest_x * rest_y).sum(axis=-1), size, out=r, where=size > 1e-9 * scale)
+    return r
+
+
+def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: int) -> Array:
+    """Partial r of x and y given z of each series, with its 95% interval over steps.
+
+    The interval is that of a bootstrap of blocks of √n neighboring steps, on a circle. What is
+    drawn is widened by √(n/(n-3)) on Fisher's z scale, for what a fit of few points takes away.
+    Against independent series with AR(1) errors it held the truth in 88 to 95% of simulations, of
+    n from 8 to 80 and coefficients from 0 to .8: less where errors are more alike.
+
+    Args:
+        codes: the series of each value, whole numbers from 0, or -1 for none; those of one stand
+            in the order of their steps, all else in any.
+        x, y, z: shape (value,); where one of the three is not finite the value is left out.
+
+    Returns:
+        r, low and high, shape (3, group). r is NaN for n < 4 and where one of the three does
+        not vary, the interval for n < `LEAST_POINTS`.
+    """
+    kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
+    order = np.flatnonzero(kept)[np.argsort(codes[kept], kind="stable")]
+    n = np.bincount(codes[order], minlength=n_groups)
+    starts = np.cumsum(n) - n
+    found = np.full((3, n_groups), np.nan)
+    for size in np.unique(n[n > 3]):
+        weights = block_weights(int(size)) if size >= LEAST_POINTS else None
+        groups = np.flatnonzero(n == size)
+        for part in np.array_split(groups, -(-len(groups) // _CHUNK)):
+            rows = order[starts[part][:, None] + np.arange(size)]
+            found[:, part] = _with_interval(x[rows], y[rows], z[rows], weights, int(size))
+    return found
+
+
+def partial_over_runs(
+    codes: Counts, clusters: Counts, x: Array, y: Array, z: Array, n_groups: int
+) -> Array:
+    """Partial r of x and y given z over the points of each group, with its 95% interval over runs.
+
+    The interval is that of a bootstrap over clusters (runs of one design are no independent
+    points), widened as in `partial_over_steps`.
+
+    Args:
+        codes: the group of each point, -1 for none.
+        clusters: which points are drawn together, whole numbers from 0.
+        x, y, z: shape (point,); where one of the three is not finite the point is left out.
+
+    Returns:
+        r, low and high, shape (3, group). r is NaN for n < 4 and where one of the three does
+        not vary, the interval for less than `LEAST_POINTS` clusters.
+    """
+    kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
+    found = np.full((3, n_groups), np.nan)
+    for group in np.unique(codes[kept]):
+        own = kept & (codes == group)
+        if own.sum() > 3:
+            weights = cluster_weights(clusters[own])
+            n = len(np.unique(clusters[own]))
+            values = (x[own][None], y[own][None], z[own][None])
+            found[:, group] = _with_interval(*values, weights, n)[:, 0]
+    return found
+
+
+def block_weights(n: int) -> Array:
+    """How often a bootstrap of blocks on a circle takes each of n steps, shape (draw, n).
+
+    The draws are the same whenever they are asked for.
+    """
+    length = max(1, round(n**0.5))
+    starts = np.random.default_rng(0).integers(0, n, (N_DRAWS, -(-n // length)))
+    taken = (starts[:, :, None] + np.arange(length)).reshape(N_DRAWS, -1)[:, :n] % n
+    return _counts(taken, n)
+
+
+def cluster_weights(clusters: Counts) -> Array | None:
+    """How often a bootstrap over clusters takes each point, shape (draw, point).
+
+    None for less than `LEAST_POINTS` clusters. The draws are the same whenever they are asked for.
+    """
+    _, own = np.unique(clusters, return_inverse=True)
+    n = int(own.max(initial=-1)) + 1
+    if n < LEAST_POINTS:
+        return None
+    return _counts(np.random.default_rng(0).integers(0, n, (N_DRAWS, n)), n)[:, own]
+
+
+def interval_of_draws(draws: Array) -> tuple[Array, Array]:
+    """The quantiles of draws between which `LEVEL` of them lie, along the first axis.
+
+    Draws that are NaN (of a sample in which nothing varies) are left out; NaN where that is more
+    than half of them.
+    """
+    ordered = np.sort(draws, axis=0)  # NaN stands last
+    n = np.isfinite(ordered).sum(axis=0)
+    ends = []
+    for level in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
+        place = level * np.maximum(n - 1, 0)
+        below = np.floor(place).astype(int)
+        low, high = (
+            np.take_along_axis(ordered, np.minimum(i, len(draws) - 1)[None], axis=0)[0]
+            for i in (below, below + 1)
+        )
+        # At a whole place the next draw, which may be NaN, has no part.
+        value = low + np.where(place > below, (place - below) * (high - low), 0.0)
+        ends.append(np.where(n > len(draws) / 2, value, np.nan))
+    return ends[0], ends[1]
+
+
+def _counts(taken: Counts, n: int) -> Array:
+    rows = np.arange(len(taken))[:, None]
+    flat = np.bincount((rows * n + taken).ravel(), minlength=len(taken) * n)
+    return flat.reshape(len(taken), n).astype(float)
+
+
+def _residuals(values: Array, given: Sequence[Array] = ()) -> Array:
+    controls = np.stack(np.broadcast_arrays(np.ones_like(values), *given), axis=-1)
+    fitted = controls @ (np.linalg.pinv(controls) @ values[..., None])
+    return values - fitted[..., 0]
+
+
+def _varies(values: Array) -> Array:
+    """Whether a series is more than a constant and its rounding."""
+    size = np.linalg.norm(values, axis=-1)
+    return np.asarray(np.linalg.norm(_residuals(values), axis=-1) > ROUNDING * size)
+
+
+def _with_interval(x: Array, y: Array, z: Array, weights: Array | None, n: int) -> Array:
+    """r, low and high, shape (3, series), of values of shape (series, n)."""
+    varies = np.logical_and.reduce([_varies(values) for values in (x, y, z)])
+    r = np.where(varies, partial_correlation(x, y, [z]), np.nan)
+    if weights is None:
+        return np.stack([r, np.full_like(r, np.nan), np.full_like(r, np.nan)])
+    # A partial r does not change when z is added to x and y: without it rounding is small.
+    draws = _partial_draws(_residuals(x, [z]), _residuals(y, [z]), _unit(_residuals(z)), weights)
+    middle = np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
+    away = np.arctanh(np.clip(draws, -1 + 1e-9, 1 - 1e-9)) - middle
+    low, high = interval_of_draws(away * np.sqrt(n / (n - 3)))
+    return np.stack([r, np.tanh(middle + low), np.tanh(middle + high)])
+
+
+def _partial_draws(x: Array, y: Array, z: Array, weights: Array) -> Array:
+    """Partial r in each weighted sample, shape (draw, series)."""
+    weights = weights / weights.sum(axis=1, keepdims=True)
+
+    def mean(values: Array) -> Array:
+        return weights @ values.T
+
+    x, y = _unit(x), _unit(y)
+    means = {name: mean(values) for name, values in (("x", x), ("y", y), ("z", z))}
+    series = {"x": x, "y": y, "z": z}
+    moments = {
+        a + b: mean(series[a] * series[b]) - means[a] * means[b]
+        for a, b in ("xx", "yy", "zz", "xy", "xz", "yz")
+    }
+    tiny = 1e-12
+    zz = np.where(moments["zz"] > tiny, moments["zz"], np.nan)
+    xx = moments["xx"] - moments["xz"] ** 2 / zz
+    yy = moments["yy"] - moments["yz"] ** 2 / zz
+    xy = moments["xy"] - moments["xz"] * moments["yz"] / zz
+    r = np.full(xy.shape, np.nan)
+    valid = (xx > tiny) & (yy > tiny)
+    np.divide(xy, np.sqrt(xx * yy, where=valid, out=np.ones_like(xx)), out=r, where=valid)
+    return np.clip(r, -1.0, 1.0)
+
+
+def _unit(values: Array) -> Array:
+    """Scaled to a mean square of 1; what is constant stays 0."""
+    size = np.sqrt((values**2).mean(axis=-1, keepdims=True))
+    return np.divide(values, size, out=np.zeros_like(values), where=size > 0)

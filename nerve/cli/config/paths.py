@@ -1,0 +1,55 @@
+"""Values of the command line that are taken as they are: paths and marks, whatever their signs."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import HydraException
+
+from nerve.config import quoted
+
+DIRECTORIES = ("resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir")
+"""Keys of one path, of which no sweep makes several."""
+
+TEXTS = (
+    *("data.corpus.path", "data.corpus.paths", "data.corpus.roots", "data.images.path"),
+    *("data.tokenizer", "data.corpus.separator", "data.separator_token"),
+)
+"""Keys of a path or a mark, which a sweep may vary and which may have a list."""
+
+_UNREADABLE = object()
+
+
+def with_literal_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with quotes around the values of `DIRECTORIES` and `TEXTS` that Hydra's
+    grammar does not read as that text; `~` is the user's home in directories that Hydra makes.
+
+    What it reads as a list, null or (of `TEXTS`) a choice for a sweep stays, unless a file has that
+    very name.
+    """
+    return [_literal(argument) for argument in arguments]
+
+
+def _literal(argument: str) -> str:
+    given, is_override, value = argument.partition("=")
+    key = given.lstrip("+")
+    if not is_override or not value or key not in (*DIRECTORIES, *TEXTS):
+        return argument
+    read = _read(argument)
+    is_choice = isinstance(read, ChoiceSweep) and key in TEXTS and not os.path.exists(value)
+    if read is None or isinstance(read, list | dict) or is_choice:
+        return argument
+    text = read if isinstance(read, str) else value
+    if key in DIRECTORIES:
+        text = os.path.expanduser(text)
+    return argument if text == read else f"{given}={quoted(text)}"
+
+
+def _read(argument: str) -> Any:
+    """The value that Hydra reads; `_UNREADABLE` for what is not of its grammar."""
+    try:
+        return OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return _UNREADABLE

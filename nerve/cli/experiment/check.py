@@ -1,0 +1,152 @@
+"""`check=true`: shows what a command would run, and runs nothing."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.table import Table
+
+from nerve.cli.config.options import refuse_merged
+from nerve.cli.console import console, say
+from nerve.cli.sweep.grid import Trial
+from nerve.cli.sweep.table import FOUND, SweepError, n_trials
+from nerve.config import require
+from nerve.errors import NerveError
+from nerve.storage.directory import RunDirectory
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+class CheckInPlaceOfRun(Callback):
+    """Hydra's callback that ends a single run with `check=true` before it has a directory. That of
+    a sweep is `TrialSweeper`'s."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.check is not True:
+            return
+        HydraConfig.instance().set_config(config)
+        try:
+            check_composed(config.hydra)
+            check_experiment(config)
+        except NerveError as error:
+            print(f"nerve-run: {error}", file=sys.stderr)
+            sys.exit(1)
+        sys.exit(0)
+
+
+def check_composed(hydra_config: HydraConf) -> None:
+    """Refuses what Hydra composes for a single run and would pass over: a launcher, and all but
+    the last of several options of a group."""
+    if hydra_config.mode != RunMode.MULTIRUN:
+        refuse_merged(
+            GlobalHydra.instance().config_loader(),
+            hydra_config.job.config_name,
+            hydra_config.overrides.task,
+        )
+    launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
+    require(
+        hydra_config.mode == RunMode.MULTIRUN or launcher == "basic",
+        f"A launcher runs the trials of a sweep; hydra/launcher={launcher} would be passed over "
+        "and the run be made here. Add -m.",
+    )
+
+
+def check_experiment(config: DictConfig) -> None:
+    """Shows what `run_experiment` would do, and does nothing.
+
+    Args:
+        config: composed, with Hydra's own node.
+
+    Raises:
+        NerveError: as there, where it can be told before.
+    """
+    from nerve.cli.experiment.machine import check_machine  # torch takes seconds to import
+    from nerve.cli.experiment.plan import Plan
+
+    run = RunDirectory(_directory(config))
+    trial = Trial(0, list(config.hydra.overrides.task), config, run)
+    trial.plan = Plan.of(trial.run_config())
+    run.require_same(trial.plan.values)
+    trial.state_before = run.state
+    if trial.is_to_do:
+        check_machine(trial.plan)
+    preview(run.path, [trial])
+
+
+def _directory(config: DictConfig) -> Path:
+    """Where the run would be; "a new directory" where it would be named for the time."""
+    named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
+    if named or config.resume is not None:
+        return Path(str(config.hydra.run.dir))
+    return Path("a new directory")
+
+
+def preview(folder: Path, trials: Sequence[Trial]) -> None:
+    """Prints the trials of a sweep, each with its state and what it would take; starts nothing.
+
+    Args:
+        folder: of the sweep.
+        trials: all of the grid, planned where they are to be run.
+
+    Raises:
+        SweepError: where some are refused, with the reasons.
+    """
+    from nerve.cli.experiment.estimate import COUNTED, Estimate  # torch takes seconds to import
+
+    table = Table(title=f"what would run in {folder}", title_justify="left")
+    for name in ("", "trial", "state", "parameters", "memory"):
+        right = name in ("", "parameters", "memory")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    estimates = [
+        Estimate.of(trial.plan) if trial.plan else Estimate(None, None) for trial in trials
+    ]
+    for trial, estimate in zip(trials, estimates, strict=True):
+        n, memory = estimate.n_parameters, estimate.memory_bytes
+        table.add_row(
+            str(trial.number),
+            " ".join(each for each in trial.overrides if not each.startswith("check=")),
+            _state(trial),
+            "–" if n is None else f"{n:,}",
+            "–" if memory is None else _size(memory),
+        )
+    console().print(table)
+    kinds = Counter(
+        "doubled" if trial.duplicate_of is not None else _state(trial) for trial in trials
+    )
+    n_to_do = sum(trial.is_to_do for trial in trials)
+    found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    say(f"{n_trials(len(trials))}: {found}; {n_to_do} to run. Nothing was started.")
+    memories = {estimate.memory_bytes for estimate in estimates}
+    if memories - {None}:
+        say(COUNTED)
+    if None in memories:
+        say("A dash: of a trial that is not to run, of what only the data tell, or not known.")
+    refused = [trial for trial in trials if trial.rejected_because is not None]
+    if refused:
+        lines = [f"{len(refused)} of {n_trials(len(trials))} in {folder} are refused."]
+        lines += [f"  {trial.number}: {trial.rejected_because}" for trial in refused]
+        raise SweepError("\n".join(lines), exit_status=1)
+
+
+def _state(trial: Trial) -> str:
+    if trial.rejected_because is not None:
+        return "refused"
+    if trial.duplicate_of is not None:
+        return f"same as {trial.duplicate_of}"
+    return "sent before" if trial.job is not None else FOUND[trial.state_before]
+
+
+def _size(n_bytes: float) -> str:
+    for unit in UNITS:
+        if n_bytes < 1000 or unit == UNITS[-1]:
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} {unit}"

@@ -1,0 +1,229 @@
+"""Groups of a configuration as a run takes them, each checked by itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from lightning.fabric.connector import _convert_precision_to_unified_args
+from torch import nn
+
+from nerve.cli.config.compose import build
+from nerve.config import from_mapping, require, require_choice, require_count, require_type
+from nerve.errors import ConfigError
+from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.find import find_ffns
+from nerve.models import MODELS, model_design
+from nerve.models.gpt import GPTConfig
+from nerve.models.mixer import MixerConfig
+from nerve.optim import Part, Schedule, check_parts
+from nerve.recording.settings import MonitorSettings
+
+SAMPLES_PER_DIMENSION = 8
+"""`monitor.n_tokens=auto` measures this many tokens per dimension of the widest FFN (N/D)."""
+
+_OPTIMIZER_NUMBERS = (
+    "lr",
+    "rest_lr",
+    "weight_decay",
+    "rest_weight_decay",
+    "momentum",
+    "rank_fraction",
+    "matrix_eps",
+    "precondition_frequency",
+)
+"""Values of the optimizers in conf/optimizer, all of them numbers."""
+
+
+_WHOLE: Mapping[str, tuple[Any, str]] = {
+    "limit_val_batches": (
+        1.0,
+        "monitor.n_tokens (images: data.n_heldout) says how much to hold out",
+    ),
+    "limit_train_batches": (1.0, "trainer.max_steps says how long to train"),
+    "overfit_batches": (0.0, "data.corpus.roots says what to train on"),
+    "fast_dev_run": (False, "trainer.max_steps=2 is a short run"),
+}
+"""Values of Lightning's trainer that cut a run short, each with the one that does not, and with
+what to set in its place."""
+
+
+@dataclass(frozen=True)
+class TrainerPlan:
+    """What the run itself reads of `trainer`, and what Lightning would take, or fail on in words of
+    its own, once the data has been loaded. Lightning gets all of `trainer`.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    max_steps: int
+    accumulate_grad_batches: int
+    log_every_n_steps: int
+    enable_progress_bar: bool
+    gradient_clip_val: float | None = None
+    limit_val_batches: int | float | None = None
+    limit_train_batches: int | float | None = None
+    overfit_batches: int | float | None = None
+    fast_dev_run: bool | int | None = None
+    precision: int | str | None = None
+
+    def __post_init__(self) -> None:
+        require_count("trainer.max_steps", self.max_steps)
+        require_count("trainer.accumulate_grad_batches", self.accumulate_grad_batches)
+        clip, every = self.gradient_clip_val, self.log_every_n_steps
+        require(
+            clip is None or clip >= 0,
+            f"trainer.gradient_clip_val must be null or at least 0; got {clip!r}.",
+        )
+        require(every >= 0, f"trainer.log_every_n_steps must be at least 0; got {every!r}.")
+        for name, (whole, instead) in _WHOLE.items():
+            value = getattr(self, name)
+            require(
+                # Of these numbers 1 is one batch, and 1.0 are all.
+                value is None or (value == whole and (not whole or isinstance(value, float))),
+                f"A run trains and validates on all that it was asked for; got trainer.{name}="
+                f"{value!r}. Leave it out; {instead}.",
+            )
+        try:
+            _convert_precision_to_unified_args(self.precision)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(f"trainer cannot be built: ValueError: {error}") from error
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> "TrainerPlan":
+        """That of the values of `trainer`."""
+        read = {each.name for each in fields(cls)} & trainer.keys()
+        return from_mapping(cls, {name: trainer[name] for name in read}, "trainer")
+
+
+@dataclass(frozen=True)
+class MonitorPlan(MonitorSettings):
+    """What is measured, and of how many held-out tokens: a number, or `auto`, which is worked out
+    from the width of the widest FFN."""
+
+    n_tokens: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_tokens != "auto":
+            require(
+                isinstance(self.n_tokens, int) and self.n_tokens >= 1,
+                "monitor.n_tokens must be auto or a whole number of at least 1; got "
+                f"{self.n_tokens!r}.",
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of `SpectralMonitor`, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(MonitorSettings)}
+
+    def n_heldout_tokens(self, widest: int) -> int:
+        """Tokens to measure, where the widest FFN has that d_ff."""
+        return SAMPLES_PER_DIMENSION * widest if self.n_tokens == "auto" else int(self.n_tokens)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The network.
+
+    Attributes:
+        kind: a key of `MODELS`.
+        design: what defines it; what only the data can tell is as `data_dims` has it.
+        data_dims: what the data gives, so far as the configuration says it, else a stand-in.
+        n_unknown: how many of `data_dims` are stand-ins.
+        skeleton: the network of `design` on the meta device, without memory.
+    """
+
+    kind: str
+    design: GPTConfig | MixerConfig
+    data_dims: Mapping[str, int]
+    n_unknown: int
+    skeleton: nn.Module
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "ModelPlan":
+        """That of a configuration."""
+        kind = values["model"]["kind"]
+        data_dims: dict[str, int] = {}
+        n_unknown = 0
+        for name in MODELS[kind].DATA_DIMS:
+            given = values["data"].get(name)
+            if not isinstance(given, int) or given < 1:
+                n_unknown += 1
+                given = values["model"].get("patch_size", 1) if name == "image_size" else 1
+            data_dims[name] = given
+        design: Any = model_design(values, **data_dims)
+        with torch.device("meta"):
+            skeleton = MODELS[kind](design, seed=0)
+        return cls(kind, design, data_dims, n_unknown, skeleton)
+
+    def widths(self, layers: list[int] | None) -> list[int]:
+        """d_ff of each FFN of these layers; None for all."""
+        return [width_of(ffn) for ffn in find_ffns(self.skeleton, layers=layers)]
+
+
+def width_of(ffn: FFN) -> int:
+    """d_ff of an FFN of ours."""
+    width = sites_of(ffn)[1].width
+    assert width is not None
+    return width
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The data, apart from where they come from.
+
+    Attributes:
+        n_train_batches: batches that the run trains on.
+        n_heldout_tokens: tokens to measure, before they are rounded up; None with images.
+    """
+
+    n_train_batches: int
+    n_heldout_tokens: int | None
+
+    @classmethod
+    def of(cls, trainer: TrainerPlan, monitor: MonitorPlan, kind: str, widest: int) -> "DataPlan":
+        """What these groups need of the data, for a model of that kind whose widest FFN has that
+        d_ff."""
+        return cls(
+            trainer.max_steps * trainer.accumulate_grad_batches,
+            monitor.n_heldout_tokens(widest) if kind == "gpt" else None,
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As the data module takes them."""
+        tokens = self.n_heldout_tokens
+        sizes = {"n_train_batches": self.n_train_batches}
+        return sizes if tokens is None else sizes | {"n_heldout_tokens": tokens}
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """The optimizers of the parameters' roles, and their common schedule."""
+
+    parts: Mapping[str, Part]
+    schedule: Schedule
+
+
+def schedule_of(optimizer: Mapping[str, Any]) -> Schedule:
+    """The schedule, after the numbers of which optimizers would complain in words of their own."""
+    for name in _OPTIMIZER_NUMBERS:
+        if name in optimizer:
+            value = optimizer[name]
+            require_type(f"optimizer.{name}", value, float)
+            require(value >= 0, f"optimizer.{name} must be at least 0; got {value!r}.")
+    return from_mapping(Schedule, optimizer["schedule"], "optimizer.schedule")
+
+
+def parts_of(optimizer: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Part]:
+    """The optimizers, each of the values that it takes and with parameters of the network."""
+    parts: dict[str, Part] = {}
+    for name, part in optimizer["parts"].items():
+        for key in part:
+            require_choice(f"a key of optimizer.parts.{name}", key, ("roles", "build"))
+        built = build(part["build"], key=f"optimizer.parts.{name}.build")
+        parts[name] = Part(part["roles"], built)
+    check_parts(skeleton, parts)
+    return parts

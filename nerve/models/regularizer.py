@@ -1,0 +1,110 @@
+"""The spectral regularizer: a term of the training loss that widens or narrows spectra (ours)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nerve.config import require, require_choice
+from nerve.nn.ffn import FeedForward
+from nerve.spectra.log_ratio import log_participation_ratio
+
+REGULARIZERS = ("none", "participation_ratio")
+SITES = ("post", "pre")
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """What is added to the training loss: `weight` · Σ log PR over FFNs.
+
+    The sum, so that each layer is pushed as hard whichever others are. PR does not depend on the
+    size of features: what the weight means is the same in every layer.
+
+    Attributes:
+        name: one of `REGULARIZERS`.
+        weight: below 0 it raises PR, above 0 it lowers it.
+        site: one of `SITES`, the features whose PR it is.
+        layers: the layers whose FFNs it is of; None for all.
+        n_tokens: samples of each FFN that are taken of a micro-batch, spread evenly.
+
+    Raises:
+        ConfigError: for a value out of range, or one that nothing would come of.
+    """
+
+    name: str = "none"
+    weight: int | float = 0.0
+    site: str = "post"
+    layers: list | None = None
+    n_tokens: int = 16_384
+
+    def __post_init__(self) -> None:
+        require_choice("regularizer.name", self.name, REGULARIZERS)
+        require_choice("regularizer.site", self.site, SITES)
+        require(
+            self.name != "none" or self.weight == 0,
+            f"regularizer.weight={self.weight} has no effect with regularizer.name=none. Use "
+            "regularizer=participation_ratio.",
+        )
+        require(
+            self.n_tokens >= 2,
+            "regularizer.n_tokens must be at least 2, since one sample has no covariance; got "
+            f"{self.n_tokens}.",
+        )
+
+    def ffns(self, model: nn.Module) -> list[FeedForward]:
+        """Those of a network that it acts on.
+
+        Raises:
+            ConfigError: for layers that the network does not have.
+        """
+        if self.name == "none":
+            return []
+        found = [module for module in model.modules() if isinstance(module, FeedForward)]
+        known = sorted({ffn.layer for ffn in found})
+        layers = known if self.layers is None else self.layers
+        require(
+            len(layers) > 0 and set(layers) <= set(known),
+            f"regularizer.layers must be null (all) or layers that have FFNs, as "
+            f"{', '.join(map(str, known))} have; got {layers}.",
+        )
+        return [ffn for ffn in found if ffn.layer in layers]
+
+
+class Penalty:
+    """The term of a `Regularizer` in a forward pass of a network, by hooks on its FFNs.
+
+    They must be in place before the network is compiled, and do nothing between `finish` and the
+    next `start`.
+
+    Args:
+        model: the network.
+        regularizer: which acts on it.
+
+    Raises:
+        ConfigError: as `Regularizer.ffns`.
+    """
+
+    def __init__(self, model: nn.Module, regularizer: Regularizer) -> None:
+        self.regularizer = regularizer
+        self._terms: list[Tensor] | None = None
+        for ffn in regularizer.ffns(model):
+            # What goes into these two, so that no hook stands at the weight that makes pre.
+            behind = ffn.act if regularizer.site == "pre" else ffn.post
+            behind.register_forward_pre_hook(self._take)
+
+    def start(self) -> None:
+        """From now on features are taken."""
+        self._terms = []
+
+    def finish(self) -> Float[Tensor, ""]:
+        """The term of the one forward pass since `start`."""
+        terms, self._terms = self._terms, None
+        assert terms is not None
+        return self.regularizer.weight * torch.stack(terms).sum()
+
+    def _take(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if self._terms is not None:
+            term = log_participation_ratio(arguments[0], self.regularizer.n_tokens)
+            self._terms.append(term)

@@ -1,0 +1,228 @@
+"""Measures a model's FFNs while something else trains it, and writes the rows of a run."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nerve.measuring.ffns import FFN
+from nerve.measuring.measurement import Measurement
+from nerve.measuring.probe import Probe
+from nerve.recording.cadence import Cadence
+from nerve.recording.settings import MonitorSettings
+from nerve.recording.solver import Solved, Solver, spare_workers
+from nerve.recording.writer import Logger, SpectraWriter
+from nerve.storage.store import RunStore
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """What a loop that trains calls, whoever's it is, so that measured steps become rows.
+
+    Between `open` and `close`, at each step to measure: `start_validation`, `add_validation` for
+    every held-out batch, `label`, `end_validation`. Each forward pass whose features count stands
+    between `start` and `stop`: those of the held-out batches, or those of the training step that
+    follows. `finish` hands what was measured on to the solver; `write_solved` and `drain` write
+    what it has solved. Every process of a run must call all of it alike.
+
+    Args:
+        settings: what is measured, and when.
+        store: where rows go; flushed after each measurement. None in a process that is not the one
+            that writes: of several processes, rank 0. All of them share the solving.
+    """
+
+    def __init__(self, settings: MonitorSettings, store: RunStore | None) -> None:
+        self.settings = settings
+        self.seconds = 0.0
+        """Wall time spent measuring, validating, and waiting for what was not solved in time."""
+        self._store = store
+        self._rank, self._n_processes = 0, 1
+        self._is_split = False
+        self._began = 0.0
+        self._cadence = Cadence()
+        self._probe: Probe | None = None
+        self._measurement: Measurement | None = None
+        self._solver: Solver | None = None
+        self._writer: SpectraWriter | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a step is labeled whose features are still to be measured."""
+        return self._cadence.due is not None
+
+    @property
+    def due_step(self) -> int | None:
+        """That step."""
+        return self._cadence.due["step"] if self._cadence.due is not None else None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process validates its own part of the held-out set."""
+        return self._is_split
+
+    @property
+    def val_loss(self) -> float | None:
+        """The last validation loss, nats per target."""
+        return self._cadence.val_loss
+
+    @property
+    def n_validated(self) -> int:
+        """Targets of the last validation, of this process; 0 before the first."""
+        return self._cadence.n_validated
+
+    @property
+    def latest(self) -> list[dict[str, Any]]:
+        """The rows of the last measurement that is solved."""
+        return self._writer.latest if self._writer else []
+
+    def drop_after(self, step: int) -> None:
+        """Drops rows past `step`: of a branch that is abandoned where training begins there."""
+        if self._store is not None:
+            self._store.truncate_after(step)
+
+    def open(
+        self,
+        ffns: Sequence[FFN],
+        device: torch.device,
+        loggers: Sequence[Logger] = (),
+        *,
+        anew: bool,
+        rank: int = 0,
+        n_processes: int = 1,
+        n_here: int = 1,
+    ) -> None:
+        """Installs the probe, and starts what solves.
+
+        Args:
+            ffns: the FFNs to measure.
+            device: where the model trains.
+            loggers: get each measurement with its own step.
+            anew: whether training begins at step 0; else the counts of losses and tokens go on.
+            rank: this process's number of those that train.
+            n_processes: how many train.
+            n_here: how many of them on this host, which share its cores.
+        """
+        self._probe = Probe(ffns)
+        self._probe.install()
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is not None and compiler.utils.counters["frames"]:
+            torch.compiler.reset()  # code that was compiled before knows no probe
+        if anew:
+            self.seconds = 0.0
+            self._cadence = Cadence()
+        self._rank, self._n_processes = rank, n_processes
+        self._solver = Solver(device, spare_workers(device, n_here))
+        threads = f"{self._solver.n_workers} threads of the host, beside training"
+        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
+        self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
+
+    # Losses, and the labels of a step
+
+    def add_training(self, loss: Tensor, n_targets: int) -> None:
+        """Counts a training batch: the mean loss of this process's targets."""
+        self._cadence.add_training(loss, n_targets, self._n_processes)
+
+    def start_validation(self, *, is_split: bool = False) -> None:
+        """Begins the held-out set anew; `is_split` as the property."""
+        self._began = time.perf_counter()
+        self._is_split = is_split
+        self._cadence.start_validation()
+
+    def add_validation(self, loss: Tensor, n_targets: int) -> None:
+        """Counts a held-out batch."""
+        self._cadence.add_validation(loss, n_targets)
+
+    def label(self, step: int, lr: float | None) -> None:
+        """Labels the measurement of `step` with its losses and the hidden weights' rate."""
+        self._cadence.label(step, lr, n_processes=self._n_processes, is_split=self._is_split)
+
+    def end_validation(self) -> None:
+        """Ends the time that validation took."""
+        self.seconds += time.perf_counter() - self._began
+
+    # Features
+
+    def start(self, mask: Tensor | None = None) -> None:
+        """Begins to take the features of a forward pass; `mask` says which samples count."""
+        if self._measurement is None:
+            assert self._probe is not None
+            self._measurement = Measurement(
+                self._probe,
+                shortcut=self.settings.shortcut,
+                skip_first=self.settings.skip_first,
+            )
+        self._measurement.start(mask)
+
+    def stop(self) -> None:
+        """Ends the forward pass, if one is measured."""
+        if self._measurement is not None:
+            self._measurement.finish_forward()
+            self._measurement.stop()
+
+    def finish(self, *, of_all: bool) -> None:
+        """Hands the measurement on; that of all processes where each saw a part of the samples."""
+        measurement, due = self._measurement, self._cadence.take_due()
+        self._measurement = None
+        if measurement is not None and due is not None:
+            assert self._solver is not None
+            if of_all:
+                measurement.reduce()
+            share = measurement.eigenproblems(self._rank, self._n_processes)
+            self._write(self._solver.submit(due, share))
+
+    def drop_due(self) -> None:
+        """Gives the step up whose features do not come any more."""
+        self._cadence.take_due()
+
+    # What is solved
+
+    def write_solved(self) -> None:
+        """Writes what is solved by now."""
+        assert self._solver is not None
+        self._write(self._solver.finished())
+
+    def drain(self) -> None:
+        """Waits for all that is being solved, and writes it."""
+        if self._solver is not None:
+            self._write(self._solver.drain())
+
+    def wait(self) -> None:
+        """Drains, where training stands still for it."""
+        began = time.perf_counter()
+        self.drain()
+        self.seconds += time.perf_counter() - began
+
+    def abort(self) -> None:
+        """Stops taking features, wherever a forward pass was."""
+        if self._probe is not None:
+            self._probe.stop()
+
+    def close(self) -> None:
+        """Removes the probe and ends what solves; what is still pending is dropped."""
+        if self._solver is not None:
+            self._solver.close()
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+        self._measurement = None  # of a fit that was cut off
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, once all rows up to its step are written."""
+        self.wait()
+        return {**self._cadence.state_dict(), "latest": self.latest, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint; all processes must call it."""
+        self._cadence.load_state_dict(state)
+        if self._writer is not None:
+            self._writer.latest = state["latest"]
+        self.seconds = state["seconds"]
+
+    def _write(self, solved: Iterable[Solved]) -> None:
+        assert self._writer is not None
+        self._writer.write(solved)

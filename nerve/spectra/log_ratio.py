@@ -1,0 +1,113 @@
+"""log PR of features as a term of a loss: its value and its gradient, without eigenvalues."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def log_participation_ratio(
+    features: Float[Tensor, "*samples dim"], n_samples: int
+) -> Float[Tensor, ""]:
+    """log PR = log(tr(C)² / ||C||²_F) of some samples of `features`, with its gradient.
+
+    C is the covariance. Of the matrices YᵀY and YYᵀ of the centered samples, which share what is
+    not 0 of their spectra, the smaller one is taken; it costs two products, one for the value and
+    one for the gradient. Those of 16-bit features are bfloat16 with sums in float32, whatever
+    autocast says; of others, in their own type.
+
+    It lies in [0, log dim] and does not depend on the size of the features. Its gradient is that of
+    the samples taken, 0 for the others. Where the spectrum is flat or has one direction, PR is at
+    an end of its range and the gradient is 0, up to rounding; without any variance (a dead layer, a
+    single sample) value and gradient are 0.
+
+    Args:
+        features: floats; the last dimension holds the features of a sample.
+        n_samples: how many to take, spread evenly over all of them and over the positions in a
+            sequence; all where there are fewer.
+    """
+    value, _, _ = _log_ratio(features, n_samples)
+    return value
+
+
+def evenly(n: int, n_taken: int) -> Int64[Tensor, " n_taken"]:
+    """`n_taken` numbers below `n`, at most all, none twice: the multiples of a step modulo `n`.
+
+    Any run of them is spread evenly over all samples, and over the positions in sequences whose
+    length divides `n`. The step has no factor in common with `n`; it is the one nearest to the
+    golden ratio's share of it.
+    """
+    golden = round(n * (5**0.5 - 1) / 2)
+    steps = (golden + sign * offset for offset in range(n) for sign in (1, -1))
+    step = next(step for step in steps if math.gcd(step, n) == 1)
+    return torch.arange(min(n, n_taken)) * step % n
+
+
+_MEAN_ROUNDING = 32
+"""How many units of rounding a mean may be off. What varies by less is a constant feature: dividing
+by its size would make a spectrum of the rounding alone."""
+
+
+# An operator, so that compiled code holds it as it is.
+@torch.library.custom_op("nerve::log_ratio", mutates_args=())
+def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log PR, its gradient by the samples that were taken, and which these are."""
+    rows = features.detach().flatten(0, -2)
+    taken = evenly(len(rows), n_samples).to(rows.device, non_blocking=True)
+    narrow, wide = _types(rows)
+    x = rows[taken].to(wide)
+    noise = _MEAN_ROUNDING * torch.finfo(wide).eps * x.abs().amax(dim=0)
+    x -= x.mean(dim=0)
+    x = torch.where(x.abs().amax(dim=0) > noise, x, 0.0)
+    size = x.abs().amax()
+    x /= size  # neither too small nor too large to be squared; NaN where nothing varies
+    y = x.to(narrow)
+    with torch.autocast(rows.device.type, enabled=False):
+        if len(y) < y.shape[1]:
+            matrix = y @ y.T
+            product = matrix @ y
+        else:
+            matrix = y.T @ y
+            product = y @ matrix
+    x = y.to(wide)
+    trace, norm = x.square().sum(), matrix.to(wide).square().sum()
+    gradient = (4 / trace * x - 4 / norm * product) / size
+    varies = size > 0
+    value = torch.where(varies, 2 * trace.log() - norm.log(), 0.0)
+    return value, torch.where(varies, gradient, 0.0).to(narrow), taken
+
+
+def _types(features: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What products are taken in, and everything else."""
+    narrow = torch.bfloat16 if features.dtype.itemsize == 2 else features.dtype
+    return narrow, torch.promote_types(features.dtype, torch.float32)
+
+
+@_log_ratio.register_fake
+def _(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    narrow, wide = _types(features)
+    dim = features.shape[-1]
+    n = min(features.numel() // dim, n_samples)
+    return (
+        features.new_empty((), dtype=wide),
+        features.new_empty((n, dim), dtype=narrow),
+        features.new_empty((n,), dtype=torch.int64),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, gradient, taken = output
+    ctx.save_for_backward(gradient, taken)
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _backward(ctx: Any, of_value: Tensor, *_: Any) -> tuple[Tensor, None]:
+    gradient, taken = ctx.saved_tensors
+    rows = (gradient * of_value).to(ctx.dtype)
+    whole = rows.new_zeros((ctx.shape[:-1].numel(), ctx.shape[-1]))
+    return whole.index_copy(0, taken, rows).view(ctx.shape), None
+
+
+_log_ratio.register_autograd(_backward, setup_context=_keep)

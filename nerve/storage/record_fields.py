@@ -1,0 +1,71 @@
+"""What each field of `run.json` holds, which whoever reads a record can rely on."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from nerve.errors import StoreError
+from nerve.storage.identity import is_non_finite, to_json
+
+RUN_STATUSES = ("running", "done", "failed", "interrupted")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float) or is_non_finite(value)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (f"one of {', '.join(RUN_STATUSES)}", RUN_STATUSES.__contains__, ("run_status",)),
+    ("a text", _is_text, ("run_id", "sweep", "git_commit", "host", "device")),
+    ("a time with its zone, in ISO 8601", _is_time, ("started", "heartbeat", "ended")),
+    (
+        "a whole number",
+        lambda value: isinstance(value, int) and not isinstance(value, bool),
+        ("restarts", "step", "seed", "n_parameters"),
+    ),
+    ("a number", _is_number, ("unigram_loss",)),
+    ("a mapping", _is_mapping, ("config", "fingerprints", "pre_scales", "versions", "job")),
+    (
+        "a mapping of numbers",
+        lambda value: _is_mapping(value) and all(map(_is_number, value.values())),
+        ("final",),
+    ),
+    (
+        "a mapping with type and message, both texts",
+        lambda value: (
+            _is_mapping(value) and bool(value) and all(isinstance(v, str) for v in value.values())
+        ),
+        ("error",),
+    ),
+)
+"""What each field holds, as JSON has it; those of `OPTIONAL` may be None."""
+
+OPTIONAL = (
+    *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
+    *("unigram_loss", "job", "error"),
+)
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Raises `StoreError` for a value that JSON would give back as something else than its field
+    holds; it names the field."""
+    for kind, holds, names in KINDS:
+        for name in names:
+            value = to_json(values[name])
+            if not holds(value) and (value is not None or name not in OPTIONAL):
+                raise StoreError(f"{name} of a run record is {kind}; got {value!r:.200}.")

@@ -1,0 +1,125 @@
+"""Early ranking against SciPy's Kendall, and what it says where the loss so far says all."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from nerve.analysis.early import Order, rank_early
+from nerve.errors import ConfigError
+
+N = 9
+RNG = np.random.default_rng(0)
+FINAL = RNG.permutation(N) / 10 + 2.0
+SO_FAR = FINAL + RNG.normal(size=N) / 3 + 2.0
+METRIC = RNG.normal(size=N) + 5.0
+
+
+def specs(metric=METRIC, n_steps=100, final=FINAL, **more):
+    """Runs measured at step 0, 10 and 20 of so many."""
+    config = {"trainer.max_steps": n_steps, "optimizer.schedule.warmup": 0.1}
+    return [
+        {
+            "rows": [
+                {"step": step, "val_loss": loss, "pr_post": value}
+                for step, loss in ((0, 7.0), (10, SO_FAR[i]), (20, final[i]))
+            ],
+            "config": config | {"ffn.width": i},
+            **more,
+        }
+        for i, value in enumerate(metric)
+    ]
+
+
+def row_of(table, step, metric="pr_post"):
+    (row,) = table[(table["step"] == step) & (table["metric"] == metric)].itertuples()
+    return row
+
+
+def tau(x, y):
+    return stats.kendalltau(x, y).statistic
+
+
+def test_one_step_is_scipys(tables):
+    row = row_of(rank_early(*tables(*specs()), names=["pr_post"]), 10)
+    mf, ml, lf = tau(METRIC, FINAL), tau(METRIC, SO_FAR), tau(SO_FAR, FINAL)
+    assert (row.n, row.n_designs) == (N, N)
+    assert (row.kendall, row.loss_kendall) == pytest.approx((mf, lf))
+    assert row.given_loss == pytest.approx((mf - ml * lf) / np.sqrt((1 - ml**2) * (1 - lf**2)))
+    for name in ("kendall", "loss_kendall", "given_loss"):
+        low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
+        assert low < getattr(row, name) < high
+    assert row.schedule == "trainer.max_steps=100 optimizer.schedule.warmup=0.1"
+
+
+def test_at_the_last_step_the_loss_says_all_and_at_step_0_nothing(tables):
+    table = rank_early(*tables(*specs()), names=["pr_post"])
+    last = row_of(table, 20)
+    assert last.loss_kendall == 1
+    assert np.isnan(last.given_loss)
+    assert np.isnan(row_of(table, 0).loss_kendall)  # all have the same
+
+
+def test_runs_of_another_budget_are_another_group(tables):
+    """Longer runs end lower and have a higher metric: within each budget there is no order."""
+    longer = specs(METRIC + 100, 1000, FINAL - 1.5)
+    metrics, runs = tables(*specs(), *(each | {"seed": 99} for each in longer))
+    table = rank_early(metrics, runs, names=["pr_post"])
+    at_step = table[table["step"] == 10]
+    assert list(at_step["n"]) == [N, N]
+    assert list(at_step["kendall"]) == pytest.approx([tau(METRIC, FINAL)] * 2)
+    pooled = tau(np.r_[METRIC, METRIC + 100], np.r_[FINAL, FINAL - 1.5])
+    assert pooled < at_step["kendall"].min()
+
+
+def test_factors_make_groups_and_flagged_runs_are_left_out(tables):
+    some = specs()
+    some[0] |= {"run_status": "failed"}
+    for i, spec in enumerate(some):
+        spec["config"] = spec["config"] | {"model.d_model": 64 if i < 5 else 128}
+    metrics, runs = tables(*some)
+    table = rank_early(metrics, runs, ["model.d_model"], names=["pr_post"])
+    at_step = table[table["step"] == 10]
+    assert list(at_step["model.d_model"]) == [64, 128]
+    assert list(at_step["n"]) == [4, 4]
+    assert at_step["kendall_low"].isna().all()
+    assert np.isfinite(at_step["kendall"]).all()
+
+
+def test_nothing_to_rank_gives_no_rows_and_names_are_checked(tables):
+    metrics, runs = tables(*specs())
+    assert len(rank_early(metrics[:0], runs)) == 0
+    with pytest.raises(ConfigError, match=r"Near names: .*pr_post"):
+        rank_early(metrics, runs, names=["pr_pos"])
+
+
+def test_a_value_that_is_drawn_twice_is_tied_with_itself():
+    """Of weighted samples, against SciPy's of the values repeated; none of what does not vary."""
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 6, size=(2, 15)).astype(float)
+    weights = rng.multinomial(15, np.ones(15) / 15, size=20).astype(float)
+    found = Order(x).kendall(Order(y), weights)
+    repeated = [(np.repeat(x, w), np.repeat(y, w)) for w in weights.astype(int)]
+    assert found == pytest.approx([tau(*pair) for pair in repeated])
+    assert np.isnan(Order(np.ones(15)).kendall(Order(y), weights)).all()
+
+
+def test_a_noisy_copy_of_the_loss_has_the_partial_tau_of_the_null(tables):
+    """Metric and final loss are the loss so far and noise of their own: 300 runs."""
+    rng = np.random.default_rng(2)
+    loss, noise, other = rng.normal(size=(3, 300))
+    frame = pd.DataFrame({"loss": 3 + loss / 10, "metric": np.exp(-(loss + noise))})
+    frame["final"] = 2 + (loss + 0.5 * other) / 10
+    metrics, runs = tables(*specs())
+    first = metrics["run_id"].iloc[0]
+    rows = metrics[(metrics["run_id"] == first) & (metrics["step"] > 0)]
+    names = [f"r{i}" for i in range(300)]
+    rows = pd.concat([rows] * 300).assign(run_id=np.repeat(names, 2))
+    rows["val_loss"] = frame[["loss", "final"]].to_numpy().ravel()
+    rows["pr_post"] = np.repeat(frame["metric"].to_numpy(), 2)
+    own = pd.concat([runs[runs["run_id"] == first]] * 300).assign(
+        run_id=names, design_id=names, config_id=names
+    )
+    row = row_of(rank_early(rows, own, names=["pr_post"]), 10)
+    assert -0.2 < row.null < -0.05
+    assert row.given_loss_low < row.null < row.given_loss_high < 0

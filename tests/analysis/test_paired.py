@@ -1,0 +1,140 @@
+"""Differences of designs paired by seed, against SciPy and by hand, and what pools their error."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from nerve.analysis.compare import final_metrics, metrics_at_loss
+from nerve.analysis.paired import compare_seeds
+from nerve.errors import ConfigError
+
+RNG = np.random.default_rng(0)
+
+
+def specs(losses, pr_post=None, **config):
+    """Seeds 0, 1, … of one design, which end at these losses."""
+    pr_post = pr_post or [5.0] * len(losses)
+    return [
+        {
+            "rows": [
+                {"step": 0, "val_loss": 6.5, "pr_post": 1.0},
+                {"step": 10, "val_loss": loss, "pr_post": value},
+            ],
+            "seed": seed,
+            "config": {name.replace("__", "."): value for name, value in config.items()},
+        }
+        for seed, (loss, value) in enumerate(zip(losses, pr_post, strict=True))
+    ]
+
+
+def compared(tables, designs, factor, names=("val_loss",)):
+    spec = [dict(one, run_id=f"r{i}") for i, one in enumerate(s for d in designs for s in d)]
+    metrics, runs = tables(*spec)
+    points = final_metrics(metrics, runs)
+    return compare_seeds(points, runs, factor, names=names)
+
+
+def test_two_designs_are_scipys_paired_t(tables):
+    gelu, relu = [5.0, 4.0, 4.5, 4.2], [5.2, 4.1, 4.4, 4.5]
+    designs = [specs(gelu, activation__name="gelu"), specs(relu, activation__name="relu")]
+    (row,) = compared(tables, designs, "activation.name").itertuples()
+    expected = stats.ttest_rel(relu, gelu)
+    assert (row.level, row.other, row.where, row.unit) == ("relu", "gelu", "", "")
+    assert (row.n_pairs, row.n_higher, row.df, row.n_designs) == (4, 3, 3, 2)
+    assert row.difference == pytest.approx(np.mean(relu) - np.mean(gelu))
+    assert (row.low, row.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert row.outcome == "within noise"
+
+
+def test_two_seeds_of_two_designs_alone_decide_nothing(tables):
+    """However far apart they are: one degree of freedom."""
+    noise = iter(RNG.normal(size=16) / 100)
+    two = [
+        specs([4 + drop + next(noise), 4.2 + drop + next(noise)], activation__name=name)
+        for name, drop in (("gelu", 0.0), ("relu", 0.5))
+    ]
+    alone = compared(tables, two, "activation.name").iloc[0]
+    assert (alone["df"], alone["outcome"]) == (1, "undecided")
+
+
+def test_the_error_is_pooled_over_the_designs_of_one_scale(tables):
+    """Those of another d_model have their own, as those of other data."""
+    noise = iter(RNG.normal(size=32) / 100)
+    designs = [
+        specs(
+            [scale * next(noise) + drop + 4 + seed / 5 for seed in range(2)],
+            activation__name=name,
+            ffn__width=width,
+            model__d_model=d_model,
+        )
+        for d_model, scale in ((64, 1), (128, 10))
+        for width in (1, 2, 4, 8)
+        for name, drop in (("gelu", 0.0), ("relu", 0.5))
+    ]
+    table = compared(tables, designs, "activation.name")
+    assert len(table) == 8  # a pair at each width and d_model
+    assert (table["df"] == 7).all()  # (8 designs - 1)(2 seeds - 1)
+    assert (table["n_designs"] == 8).all()
+    small = table["where"].str.contains("model.d_model=64")
+    assert table.loc[small, "sd"].nunique() == 1
+    assert table.loc[small, "sd"].iloc[0] < 0.03 < table.loc[~small, "sd"].iloc[0]
+    assert (table.loc[small, "outcome"] == "higher").all()
+    losses = np.array([[each["rows"][1]["val_loss"] for each in own] for own in designs[:8]])
+    rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+    assert table.loc[small, "sd"].iloc[0] == pytest.approx(np.sqrt((rest**2).sum() / 7))
+
+
+def test_only_designs_that_differ_in_the_factor_alone_and_share_a_seed(tables):
+    """GELU at width 1, ReLU at 2: no pair. At width 4 there is one; SiLU's seed is another."""
+    silu = [dict(specs([4.4], activation__name="silu", ffn__width=4)[0], seed=7)]
+    designs = [
+        specs([4.0, 4.1], activation__name="gelu", ffn__width=1),
+        specs([4.2, 4.3], activation__name="relu", ffn__width=2),
+        specs([4.0, 4.1], activation__name="gelu", ffn__width=4),
+        specs([4.2, 4.3], activation__name="relu", ffn__width=4),
+        silu,
+    ]
+    (row,) = compared(tables, designs, "activation.name").itertuples()
+    assert (row.level, row.other, row.where) == ("relu", "gelu", "ffn.width=4")
+
+
+def test_levels_in_their_order_and_ratios_as_logarithms(tables):
+    """PR_post doubles with the width: a difference of ln 2, whichever the width."""
+    pr = {width: [width * 10.0, width * 11.0] for width in (1, 2, 4)}
+    designs = [specs([4.0, 4.1], pr[width], ffn__width=width) for width in (4, 1, 2)]
+    table = compared(tables, designs, "ffn.width", names=["pr_post", "val_loss"])
+    own = table[table["metric"] == "pr_post"]
+    assert list(zip(own["level"], own["other"], strict=True)) == [
+        ("2", "1"),
+        ("4", "1"),
+        ("4", "2"),
+    ]
+    assert list(own["difference"]) == pytest.approx(np.log([2, 4, 2]))
+    assert set(own["unit"]) == {"nats"}
+    assert list(table.loc[table["metric"] == "val_loss", "difference"]) == pytest.approx([0] * 3)
+
+
+def test_at_equal_loss_the_difference_is_that_of_the_interpolated_values(tables):
+    designs = [
+        specs([4.5, 4.5], [3.0, 3.0], activation__name="gelu"),
+        specs([2.5, 2.5], [9.0, 9.0], activation__name="relu"),
+    ]
+    spec = [dict(one, run_id=f"r{i}") for i, one in enumerate(s for d in designs for s in d)]
+    metrics, runs = tables(*spec)
+    table = compare_seeds(
+        metrics_at_loss(metrics, runs), runs, "activation.name", names=["pr_post"]
+    )
+    assert table["difference"][0] == pytest.approx(np.log(5 / 3))  # half of the way from 1 to 9
+
+
+def test_a_factor_that_does_not_vary_or_follows_another_is_refused(tables):
+    designs = [
+        specs([4.0], activation__name="gelu", activation__slope=0.0, ffn__width=4),
+        specs([4.2], activation__name="relu", activation__slope=0.1, ffn__width=4),
+    ]
+    metrics, runs = tables(*(dict(one[0], run_id=f"r{i}") for i, one in enumerate(designs)))
+    points = final_metrics(metrics, runs)
+    with pytest.raises(ConfigError, match=r"ffn\.width has one level"):
+        compare_seeds(points, runs, "ffn.width")
+    with pytest.raises(ConfigError, match=r"activation\.slope goes together with activation\.name"):
+        compare_seeds(points, runs, "activation.slope")

@@ -1,0 +1,102 @@
+"""A group of which one option is meant takes no list: two options would be merged into one run."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from nerve.cli.config.compose import CONF, SWEEPS
+from nerve.cli.config.options import refuse_lists
+from nerve.errors import ConfigError
+
+
+def parsed(*overrides: str):
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+LISTS = [
+    ("activation=[gelu,relu]", "activation=gelu,relu"),
+    ("normalization=[preln]", "normalization=preln"),
+    ("+optimizer=[adamw,muon]", "optimizer=adamw,muon"),
+    ("model=[gpt_tiny,gpt_mini],[gpt_tiny]", "model=gpt_tiny,gpt_mini,gpt_tiny"),
+    ("data=[digits,cifar100]", "data=digits,cifar100"),
+    ("hydra/sweeper=[cells,basic]", "hydra/sweeper=cells,basic"),
+    ("design=[preln_gelu,normfree_gelu]", "design=preln_gelu,normfree_gelu"),
+    ("scale/paper=[cpu,gpu]", "scale/paper=cpu,gpu"),
+]
+
+
+@pytest.mark.parametrize(("override", "meant"), LISTS)
+def test_a_list_for_a_group_is_refused_with_what_is_meant(override, meant):
+    with pytest.raises(ConfigError, match="takes one option; got a list") as error:
+        refuse_lists(parsed("seed=0", override))
+    assert f"write {meant}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "logger=[csv,wandb]",
+        "activation=gelu,relu",
+        "checkpoint.keep=[0,100]",
+        "monitor.layers=[0,1]",
+        "data.corpus.roots=[stdlib,site-packages]",
+        "callbacks=[a,b]",
+        "hydra/callbacks=[a,b]",
+        "of_my_own=[a,b]",
+        "~activation",
+        "activation=null",
+    ],
+)
+def test_lists_elsewhere_and_groups_that_take_several_are_let_pass(override):
+    refuse_lists(parsed(override))
+
+
+def test_every_group_that_is_shipped_is_known():
+    groups = {path.parent for root in (CONF, SWEEPS) for path in root.rglob("*/*.yaml")}
+    assert len(groups) > 10
+    for folder in groups:
+        root = CONF if folder.is_relative_to(CONF) else SWEEPS
+        group = folder.relative_to(root).as_posix()
+        if group != "logger":
+            with pytest.raises(ConfigError, match=f"^{group} takes one option"):
+                refuse_lists(parsed(f"{group}=[a,b]"))
+
+
+SWEEP = """
+defaults: [config, _self_{more}]
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {params}
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "params", "arguments"),
+    [
+        ("", "{activation: [gelu, relu]}", []),
+        ("", "{seed: '0,1', ffn: [dense, gated]}", []),
+        ("", "{seed: '0'}", ["+hydra.sweeper.params.position=[rope,alibi]"]),
+        ("", "{}", ["activation=[gelu,relu]"]),
+        ("", "{}", ["activation=[gelu,relu],silu"]),
+        (", override activation: [gelu, relu]", "{seed: '0,1'}", []),
+        (", override optimizer: [adamw, muon]", "{seed: '0,1'}", ["seed=0"]),
+    ],
+)
+def test_a_sweep_with_a_list_where_one_option_is_meant_is_refused_before_it_starts(
+    run, tmp_path, more, params, arguments
+):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text(SWEEP.format(more=more, params=params))
+    status, out, err = run("--config-dir=own", "--config-name=mine", *arguments, "check=true")
+    assert status == 1
+    assert "takes one option; got a list" in err
+    assert "Traceback" not in out + err
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize("override", ["activation=[gelu,relu]", "trainer=[cpu]"])
+def test_a_run_with_a_list_where_one_option_is_meant_leaves_no_directory(run, tmp_path, override):
+    status, _, err = run(override)
+    assert (status, list(tmp_path.iterdir())) == (1, [])
+    assert err.startswith("nerve-run: ")
+    assert "takes one option; got a list" in err

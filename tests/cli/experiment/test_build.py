@@ -1,0 +1,58 @@
+"""What is built of a plan, from where."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nerve.cli.experiment.build import build_data
+from nerve.cli.experiment.plan import Plan
+
+
+@pytest.fixture
+def built(monkeypatch) -> list:
+    """The data that the command would train on."""
+    built: list = []
+
+    def run_experiment(config, _) -> float:
+        assert Path.cwd().name == "it"
+        built.append(build_data(Plan.of(config)))
+        return 1.0
+
+    module = ModuleType("nerve.cli.experiment.run")
+    module.run_experiment = run_experiment
+    monkeypatch.setitem(sys.modules, "nerve.cli.experiment.run", module)
+    return built
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["data=text_files", "data.corpus.paths=some/a.py"],
+        ["data=text_files", "data.corpus.paths=['some/*.py']", "data.cache_dir=cache"],
+        ["data.corpus.roots=some"],
+        ["data.corpus.roots=[some]", "data.cache_dir=./cache"],
+    ],
+)
+def test_relative_paths_begin_where_the_command_was_given_also_with_chdir(
+    run, tmp_path, built, paths
+):
+    (tmp_path / "some").mkdir()
+    for name in "ab":
+        (tmp_path / "some" / f"{name}.py").write_text(f"{name} = 1\n" * 5000)
+    small = [
+        "model.seq_len=8",
+        "monitor.n_tokens=8",
+        "data.val_fraction=0.3",
+        "data.vocab_size=257",
+    ]
+    status, _, err = run("hydra.job.chdir=true", "hydra.run.dir=it", *small, *paths)
+    assert (status, err) == (0, "")
+    [data] = built
+    assert data.describe()["n_documents"] >= 2
+    folders = [path.name for path in tmp_path.iterdir()]
+    assert sorted(folders) == (
+        ["cache", "it", "some"] if "cache" in " ".join(paths) else ["it", "some"]
+    )
+    assert not list((tmp_path / "it").iterdir())

@@ -1,0 +1,121 @@
+"""A loop that knows nothing of Lightning records the rows of its measured steps."""
+
+import pytest
+import torch
+from torch import nn
+
+from nerve import FFNAdapter, measure
+from nerve.analysis.load import load_metrics
+from nerve.recording.recorder import Recorder
+from nerve.recording.settings import MonitorSettings
+from nerve.storage.record import RunRecord
+from nerve.storage.store import RunStore
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+
+
+def ffns(model: nn.Sequential) -> list[FFNAdapter]:
+    return [FFNAdapter(0, "ffn", model[0], model[2])]
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(32, 4, generator=generator), torch.randn(32, 1, generator=generator)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path, RunRecord.create(tmp_path, {}).run_id)
+
+
+def validate(recorder: Recorder, model: nn.Module, step: int, lr: float = 0.1) -> None:
+    """The held-out batches of seeds 100 and 101, measured."""
+    recorder.start_validation()
+    for seed in (100, 101):
+        x, y = batch(seed)
+        recorder.start()
+        with torch.no_grad():
+            loss = nn.functional.mse_loss(model(x), y)
+        recorder.stop()
+        recorder.add_validation(loss, len(y))
+    recorder.label(step, lr)
+    recorder.finish(of_all=False)
+    recorder.end_validation()
+
+
+def test_a_plain_loop_records_what_measuring_by_hand_gives(store):
+    """Each row has the weights of its own step; losses and targets are summed up in between."""
+    model, recorder = network(), Recorder(MonitorSettings(every_n_steps=2), store)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    by_hand, losses = [], []
+    recorder.open(ffns(model), CPU, anew=True)
+    for step in range(5):
+        if step % recorder.settings.every_n_steps == 0:
+            validate(recorder, model, step)
+            by_hand.append(measure(model, [batch(100)[0], batch(101)[0]], ffns=ffns(model)))
+        x, y = batch(step)
+        loss = nn.functional.mse_loss(model(x), y)
+        recorder.add_training(loss.detach(), len(y))
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    recorder.drain()
+    recorder.close()
+    rows = load_metrics(store.directory)
+    assert rows["step"].tolist() == [0, 2, 4]
+    assert rows["tokens_seen"].tolist() == [0, 64, 128]
+    assert rows["pr_post"].tolist() == [float(each["pr_post"][0]) for each in by_hand]
+    assert rows["train_loss"].tolist()[1:] == pytest.approx(
+        [sum(losses[:2]) / 2, sum(losses[2:4]) / 2]
+    )
+    assert recorder.val_loss == rows["val_loss"].iloc[-1]
+    assert recorder.latest[0]["step"] == 4
+    assert not model[0]._forward_hooks
+
+
+def test_a_step_that_is_labeled_waits_for_features_that_come_later(store):
+    """Of training data: label, then the forward pass of the step that follows."""
+    model, recorder = network(), Recorder(MonitorSettings(source="train"), store)
+    recorder.open(ffns(model), CPU, anew=True)
+    recorder.start_validation()
+    recorder.label(7, None)
+    assert (recorder.is_due, recorder.due_step) == (True, 7)
+    recorder.start()
+    model(batch(0)[0])
+    recorder.stop()
+    recorder.finish(of_all=False)
+    assert (recorder.is_due, recorder.due_step) == (False, None)
+    assert load_metrics(store.directory)["step"].tolist() == [7]
+    recorder.label(8, None)
+    recorder.drop_due()
+    recorder.finish(of_all=False)
+    assert not recorder.is_due
+    recorder.close()
+
+
+def test_a_recorder_goes_on_where_another_was(store):
+    """Counts of targets, the last rows and the time, but anew where training begins anew."""
+    model, first = network(), Recorder(MonitorSettings(), store)
+    first.open(ffns(model), CPU, anew=True)
+    first.add_training(torch.tensor(2.0), 32)
+    validate(first, model, 1)
+    state = first.state_dict()
+    first.close()
+    second = Recorder(MonitorSettings(), store)
+    second.open(ffns(model), CPU, anew=True)
+    second.load_state_dict(state)
+    assert (second.latest, second.val_loss) == (first.latest, first.val_loss)
+    assert second.seconds == first.seconds > 0
+    second.add_training(torch.tensor(1.0), 32)
+    validate(second, model, 2)
+    assert load_metrics(store.directory)["tokens_seen"].tolist() == [32, 64]
+    second.close()
+    second.open(ffns(model), CPU, anew=True)
+    assert (second.seconds, second.val_loss) == (0.0, None)
+    second.close()
