@@ -144,12 +144,22 @@ class _Choice:
     def of(self, batch: Any) -> tuple[Masks, list[Order | None] | None]:
         """Masks and orders, as `Measurement.start` takes them."""
         streams = streams_of(batch, is_encoder_decoder=self._is_encoder_decoder)
+        if self._trace is not None and self._trace.lengths.keys() != streams.keys():
+            raise MeasurementError(
+                "All batches must be mappings of the same streams of tokens, as the first one is; "
+                f"got a {type(batch).__name__} without, or with other ones."
+            )
         if self._mask is not None:
             return self._given(batch, streams)
         if (self._exclude or self._only_labeled) and not streams:
             raise MeasurementError(
                 "exclude= and only_labeled= need batches that are mappings with input_ids and "
                 f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
+            )
+        if self._only_labeled and all(stream.labels is None for stream in streams.values()):
+            raise MeasurementError(
+                "only_labeled= leaves out tokens whose labels are -100, so that a batch must have "
+                "labels of the shape of its tokens; it has none. Leave out only_labeled=."
             )
         counts = {
             name: counting(stream, name, self._exclude, self._only_labeled)

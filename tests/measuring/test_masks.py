@@ -274,6 +274,11 @@ def test_exclusion_needs_tokens_and_goes_with_no_other_mask():
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     with pytest.raises(MeasurementError, match="need batches that are mappings"):
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3])
+    with pytest.raises(MeasurementError, match="must have labels of the shape of its tokens"):
+        nerve.measure(model, [{"input_ids": tokens(1)}], ffns=ffns, only_labeled=True)
+    embedded = {"inputs_embeds": torch.randn(N, T, D)}
+    with pytest.raises(MeasurementError, match="must have input_ids; it has none"):
+        nerve.measure(model, [embedded], ffns=ffns, exclude=[3])
     with pytest.raises(MeasurementError, match="Leave them out, or mask="):
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3], mask=lambda _: None)
 
@@ -286,3 +291,12 @@ def test_what_is_wrong_with_a_description_is_said_whatever_the_mask():
     ffns = [FFNAdapter(0, "x", model.encoder.up, model.decoder.down)]
     with pytest.raises(MeasurementError, match="follow from pre through the nonlinearity alone"):
         nerve.measure(model, [batch], ffns=ffns, mask=lambda b: [b["attention_mask"]])
+
+
+def test_batches_of_other_streams_are_refused():
+    model, mask = EncoderDecoder(), padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
+    embedded = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+    ffns = model.ffns()
+    with pytest.raises(MeasurementError, match="the same streams of tokens"):
+        nerve.measure(model, [batch, embedded], ffns=ffns)
