@@ -113,7 +113,10 @@ class Dependence:
         fitting = {leaf.rows.shape[1] for leaf in self._leaves if len(leaf.rows) == len(rows)}
         if len(rows) < 2 or not fitting & {width, 2 * width}:
             return
-        link = self._link(module, rows)
+        try:
+            link = self._link(module, rows)
+        except RuntimeError:  # no derivative: of what a recurrence has overwritten, say
+            return
         if link is not None:
             self.links.setdefault(link.key, link)
             self._now[link.key] += 1

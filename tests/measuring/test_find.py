@@ -355,6 +355,27 @@ def test_an_encoder_and_a_decoder_are_numbered_each_by_itself():
     assert places(found) == [(layer, name) for layer in range(2) for name in names]
 
 
+class Recurrent(nn.Module):
+    """Overwrites its state, of which there is no derivative then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, FF), nn.Linear(FF, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.a(x)
+        gate = state.exp()
+        state.mul_(gate)
+        gate.add_(1)
+        return self.b(state)
+
+
+def test_what_has_no_derivative_is_no_ffn_and_hides_none():
+    ffn = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+    (found,) = find_ffns(nn.Sequential(Recurrent(), ffn), torch.randn(3, 7, D))
+    assert found.pre is ffn.up
+
+
 class Looped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
