@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nerve.measuring.ffns import find_ffns
+from nerve.measuring.find import find_ffns
 from nerve.measuring.probe import Probe
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer

@@ -34,7 +34,7 @@ from nerve.cli.config.compose import SWEEPS, build, identity
 from nerve.cli.run import main
 from nerve.cli.sweep.grid import StoredRuns, Trial, compose_grid
 from nerve.config import from_mapping
-from nerve.measuring.ffns import find_ffns
+from nerve.measuring.find import find_ffns
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
 from nerve.storage.state import RunState
