@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--batch", type=int, default=512, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=512, help="sequences per step")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=50304)
     parser.add_argument("--n-tokens", type=int, default=16_384)

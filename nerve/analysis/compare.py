@@ -174,7 +174,7 @@ def _described(
 
 
 def _joined(described: pd.DataFrame, metrics: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
-    """One row a run and FFN, with what `means` has of it."""
+    """One row per run and FFN, with what `means` has of it."""
     ffns = metrics[["run_id", "ffn"]].drop_duplicates()
     points = described.merge(ffns, on="run_id", how="left")
     points = points.merge(means, on=["run_id", "ffn"], how="left")

@@ -8,11 +8,13 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from nerve.analysis.compare import final_metrics
+from nerve.analysis.estimate import LeastSquares, paired_by_seed
 from nerve.analysis.frames import group_points, require_columns
-from nerve.analysis.statistics import Array, Pairs, fit_line, student_t
+from nerve.analysis.paired import on_scale
+from nerve.analysis.statistics import Pairs, fit_line
 from nerve.config import require
 from nerve.errors import ConfigError
-from nerve.metric_names import CORRELATED, metric_of
+from nerve.metric_names import CORRELATED
 
 
 def dose_response(
@@ -27,14 +29,14 @@ def dose_response(
 ) -> pd.DataFrame:
     """The final metrics and loss of runs that differ in one number, the dose, and in their seed.
 
-    One row a group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
+    One row per group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
     (PR, exp(SE), PR gain) is taken as its natural logarithm. Flagged runs are left out.
 
     Runs are paired by seed: value = dose + seed + error, by least squares, with the error pooled
     over all doses; intervals are Student's at 95%, with `df` degrees of freedom. The slope of the
     loss over the metric is that of loss = seed + slope · metric + error: what of the loss moves
     with the metric when the dose moves both. What designs predict is the slope of the least squares
-    line through them, a point a design.
+    line through them, one point per design.
 
     Columns:
 
@@ -81,7 +83,7 @@ def dose_response(
         f"{reference}.",
     )
     codes, groups = group_points(points, by)
-    ok = (points["flag"] == "ok").to_numpy() & points[dose].notna().to_numpy()
+    ok = ((points["flag"] == "ok") & points[[dose, "seed"]].notna().all(axis=1)).to_numpy()
     rows: list[dict[str, Any]] = []
     for group, values in enumerate(groups.to_dict("records")):
         about = {str(key): value for key, value in values.items()}
@@ -134,85 +136,48 @@ def _responses(
     predicted: dict[str, float],
 ) -> Iterator[tuple[float, dict[str, float]]]:
     """Each dose of a group, and the columns of its row that are observed."""
-    values, losses = _scaled(points, name), points["val_loss"].to_numpy(float)
-    there = np.isfinite(values) & np.isfinite(losses)
-    values, losses, points = values[there], losses[there], points[there]
-    doses, dose_codes = np.unique(points[dose].to_numpy(float), return_inverse=True)
-    seeds = np.unique(points["seed"].to_numpy(float), return_inverse=True)[1]
-    slope = _slope(seeds, values, losses)
-    of_value = _changes(dose_codes, seeds, values, doses == reference)
-    of_loss = _changes(dose_codes, seeds, losses, doses == reference)
-    n_seeds = np.bincount(dose_codes, minlength=len(doses))
-    for i, value in enumerate(doses):
-        mine = dose_codes == i
+    values, _ = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
+    losses = points["val_loss"].to_numpy(float)
+    kept = np.isfinite(values) & np.isfinite(losses)
+    if not kept.any():
+        return
+    values, losses, points = values[kept], losses[kept], points[kept]
+    given, seeds = points[dose].to_numpy(float), points["seed"].to_numpy(int)
+    fit, _ = paired_by_seed(given, seeds)
+    doses = np.unique(given)  # the order of its first columns
+    of_seeds = [seeds == seed for seed in np.unique(seeds)]
+    line = LeastSquares(np.stack([values, *of_seeds], axis=1))
+    slope = _interval("slope", *line.effect(losses, np.eye(line.matrix.shape[1])[0])[:3])
+    for column, value in enumerate(doses):
+        weights = np.zeros(fit.matrix.shape[1])
+        weights[column] += 1.0
+        weights[: len(doses)] -= [other == reference for other in doses]
+        told = reference in doses
+        change, loss_change = (
+            fit.effect(each, weights)[:3] if told else (np.nan,) * 3 for each in (values, losses)
+        )
+        mine = given == value
         yield (
             value,
             {
-                "n_seeds": n_seeds[i],
+                "n_seeds": mine.sum(),
                 "value": values[mine].mean(),
-                **_interval("change", of_value[0][i], of_value[1][i]),
+                **_interval("change", *change),
                 "val_loss": losses[mine].mean(),
-                **_interval("loss_change", of_loss[0][i], of_loss[1][i]),
-                "df": of_loss[2],
-                "predicted_loss_change": predicted["predicted_slope"] * of_value[0][i],
+                **_interval("loss_change", *loss_change),
+                "df": fit.df,
+                "predicted_loss_change": predicted["predicted_slope"] * change[0],
                 **slope,
             },
         )
-
-
-def _scaled(points: pd.DataFrame, name: str) -> Array:
-    """The metric, or its logarithm where it is a ratio."""
-    values = points[name].to_numpy(float, na_value=np.nan)
-    metric = metric_of(name)
-    if metric is None or not metric.is_ratio:
-        return values
-    return np.log(values, out=np.full(len(values), np.nan), where=values > 0)
-
-
-def _changes(
-    doses: np.ndarray, seeds: np.ndarray, values: Array, is_reference: np.ndarray
-) -> tuple[Array, Array, int]:
-    """Of value = dose + seed + error: each dose less the reference, half of its interval, and the
-    degrees of freedom; missing where no seeds connect the two."""
-    n_doses = len(is_reference)
-    n_seeds = int(seeds.max(initial=-1)) + 1
-    design = np.concatenate([np.eye(n_doses)[doses], np.eye(n_seeds)[seeds]], axis=1)
-    contrasts = np.zeros((n_doses, n_doses + n_seeds))
-    contrasts[:, :n_doses] = np.eye(n_doses) - is_reference
-    inverse = np.linalg.pinv(design.T @ design)
-    effects = inverse @ design.T @ values
-    free = len(values) - int(np.linalg.matrix_rank(design)) if len(values) else 0
-    residuals = values - design @ effects
-    variance = residuals @ residuals / free if free else np.nan
-    spread = np.sqrt(variance * np.einsum("ij,jk,ik->i", contrasts, inverse, contrasts))
-    half = student_t(np.array([free]))[0] * spread
-    told = np.isclose(contrasts @ inverse @ design.T @ design, contrasts, atol=1e-8).all(axis=1)
-    told &= is_reference.any()
-    changes = np.where(told, contrasts @ effects, np.nan)
-    changes[is_reference] = 0.0
-    return changes, np.where(told & ~is_reference, half, np.nan), free
-
-
-def _slope(seeds: np.ndarray, values: Array, losses: Array) -> dict[str, float]:
-    """That of loss = seed + slope · value + error, and its interval."""
-    n_seeds = int(seeds.max(initial=-1)) + 1
-    pairs = Pairs.of(seeds, values, losses, n_seeds)
-    xx, yy, xy = (moments.sum() for moments in pairs.moments)
-    if not xx > 0:
-        return _interval("slope", np.nan, np.nan)
-    free = int(pairs.n.sum()) - n_seeds - 1
-    unexplained = max(yy - xy * xy / xx, 0.0)
-    half = student_t(np.array([free]))[0] * np.sqrt(unexplained / free / xx) if free > 0 else np.nan
-    return _interval("slope", xy / xx, half)
 
 
 def _predicted(
     designs: pd.DataFrame | None, dosed: pd.Series, about: dict[str, Any], name: str
 ) -> dict[str, float]:
     """The slope of the loss over the metric across designs of the same data and FFN."""
-    nothing = {**_interval("predicted_slope", np.nan, np.nan), "n_designs": 0}
     if designs is None:
-        return nothing
+        return {**_interval("predicted_slope", np.nan, np.nan, np.nan), "n_designs": 0}
     require_columns(designs, ["design_id", "flag", "n_seeds", "val_loss", name], "average_seeds")
     mine = designs[
         (designs["flag"] == "ok")
@@ -221,11 +186,12 @@ def _predicted(
         & (designs["data"].fillna("") == ("" if pd.isna(about["data"]) else about["data"]))
     ]
     losses = mine["val_loss"].to_numpy(float, na_value=np.nan)
-    pairs = Pairs.of(np.zeros(len(mine), dtype=np.int64), _scaled(mine, name), losses, 1)
+    values, _ = on_scale(name, mine[name].to_numpy(float, na_value=np.nan))
+    pairs = Pairs.of(np.zeros(len(mine), dtype=np.int64), values, losses, 1)
     line = fit_line(pairs)
-    slope, high = float(line.slope[0]), float(line.high[0])
-    return {**_interval("predicted_slope", slope, high - slope), "n_designs": int(pairs.n[0])}
+    slope, low, high = (float(each[0]) for each in (line.slope, line.low, line.high))
+    return {**_interval("predicted_slope", slope, low, high), "n_designs": int(pairs.n[0])}
 
 
-def _interval(name: str, value: float, half: float) -> dict[str, float]:
-    return {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+def _interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}

@@ -30,7 +30,7 @@ def rank_early(
 ) -> pd.DataFrame:
     """How well each metric at each measured step ranks runs by their final loss.
 
-    One row a group, step and metric. A group has the same `data`, FFN, `schedule` and values of
+    One row per group, step and metric. A group has the same `data`, FFN, `schedule` and values of
     `by`: a longer run ends lower whatever its spectra are. Flagged runs are left out.
 
     A metric that follows the loss ranks the final loss as the loss so far does, and that costs
@@ -96,7 +96,7 @@ def _schedules(runs: pd.DataFrame) -> list[str]:
 
 
 def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """One row a metric, of the runs of one group at one step."""
+    """One row per metric, of the runs of one group at one step."""
     found = []
     for name in names:
         own = rows[rows[name].notna()]

@@ -59,17 +59,17 @@ class Runs:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row a measured FFN and step; columns and errors are those of `load_metrics`."""
+        """One row per measured FFN and step; columns and errors are those of `load_metrics`."""
         return with_derived(self._rows(DATASETS["metrics"]))
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
-        """One row a measured FFN, step and site, as of `load_spectra`."""
+        """One row per measured FFN, step and site, as of `load_spectra`."""
         return self._rows(DATASETS["spectra"])
 
     @cached_property
     def scalars(self) -> pd.DataFrame:
-        """One row a logged value, as of `load_scalars`."""
+        """One row per logged value, as of `load_scalars`."""
         return self._rows(DATASETS["scalars"])
 
     @cached_property
@@ -105,8 +105,8 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
 
     Columns: `run_id, config_id, design_id` (as `config_id`, but without the seed: runs that differ
     in nothing else share it), `sweep, directory, run_status, error ("Type: message"), step,
-    restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by`, the times (UTC),
-    `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
+    restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times
+    (UTC), `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
     pre_scales.*`, and every leaf of the configuration by its dotted name (`normalization.kind`,
     `ffn.width`; a list as its JSON text). What a run does not have is missing in its row.
 
@@ -117,7 +117,7 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
 
 
 def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a measured FFN and step, joined with `run_status` and the `factors` of its run.
+    """One row per measured FFN and step, joined with `run_status` and the `factors` of its run.
 
     `n_damaged_parts` counts the parts of its run that could not be read. Derived columns, missing
     where what they derive from is:
@@ -145,12 +145,15 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
 
 
 def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a measured FFN, step and site; `eigenvalues` are float32 arrays. Else as metrics."""
+    """One row per measured FFN, step and site; `eigenvalues` are float32 arrays.
+
+    Else as `load_metrics`.
+    """
     return Runs(path, factors).spectra
 
 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a logged value: `run_id, step, name, value`. Else as `load_metrics`."""
+    """One row per logged value: `run_id, step, name, value`. Else as `load_metrics`."""
     return Runs(path, factors).scalars
 
 

@@ -45,7 +45,7 @@ def compare_seeds(
     in a sweep its degrees of freedom are enough; where they are less than 3, the outcome is
     `undecided`.
 
-    One row a pair of levels, setting of the other factors, FFN and metric. Columns:
+    One row per pair of levels, setting of the other factors, FFN and metric. Columns:
 
     - `factor, level, other`: the difference is of `level` less `other`
     - `where`: the other factors that vary, as overrides; `data, ffn, metric`
@@ -104,7 +104,7 @@ def _of_scale(
     fits: dict[bytes, tuple[LeastSquares, list[str]]] = {}
     for one, two, where in _pairs(points, factor, others):
         for name in names:
-            values, unit = _on_scale(name, points[name].to_numpy(float, na_value=np.nan))
+            values, unit = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
             kept = np.isfinite(values)
             first, second = (
                 dict(zip(seed[own], values[own], strict=True))
@@ -157,7 +157,7 @@ def _pairs(
                 yield one, two, where
 
 
-def _on_scale(name: str, values: Array) -> tuple[Array, str]:
+def on_scale(name: str, values: Array) -> tuple[Array, str]:
     """A ratio as its logarithm, in nats; all else as it is."""
     metric = metric_of(name)
     if metric is None or not metric.is_ratio:

@@ -1,6 +1,7 @@
 """`nerve-report`: figures, tables and a page about runs."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except NerveError as error:
         _fail(str(error))
-    say(f"report: {index}")
+    say(f"report: {shlex.quote(str(index))}")
 
 
 def _parser() -> argparse.ArgumentParser:

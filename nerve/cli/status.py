@@ -41,7 +41,7 @@ class Status:
         val_loss: the last that is known.
         left_s: seconds of training left; None where nothing trains, or too little is known.
         silent_s: seconds since the last sign of life; None once it has ended.
-        reason: why it ended, or cannot be read.
+        reason: why it ended, cannot be read, or what to know of one that is done.
     """
 
     directory: Path
@@ -104,7 +104,9 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         record.final.get("val_loss", _last_val_loss(directory)),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
-        "; ".join(filter(None, [": ".join((record.error or {}).values()), damaged])),
+        "; ".join(
+            filter(None, [": ".join((record.error or {}).values()), record.warning, damaged])
+        ),
     )
 
 

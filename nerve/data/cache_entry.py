@@ -62,6 +62,7 @@ class CacheMeta:
     n_train_tokens: int
     n_val_tokens: int
     largest_val_document: str
+    largest_val_bytes: int
     largest_val_share: float
 
 
@@ -191,6 +192,7 @@ def build_entry(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction:
         n_train_tokens=int(counts["train"].sum()),
         n_val_tokens=int(counts["val"].sum()),
         largest_val_document=largest.name,
+        largest_val_bytes=largest.n_bytes,
         largest_val_share=largest.share,
     )
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _SMALL_FILES}

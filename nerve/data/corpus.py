@@ -160,14 +160,15 @@ def sample_digests(hashes: Sequence[DocumentHash], n_bytes: int) -> frozenset[by
     return frozenset(chosen)
 
 
-class Share(NamedTuple):
-    """A document's name, and its share of the bytes of a split."""
+class Largest(NamedTuple):
+    """The largest document of a split: its name, its bytes, and their share of the split's."""
 
     name: str
+    n_bytes: int
     share: float
 
 
-def largest_document(corpus: Corpus, digests: frozenset[bytes]) -> Share:
+def largest_document(corpus: Corpus, digests: frozenset[bytes]) -> Largest:
     """The largest of a corpus's documents with these `digests`, its copies counted with it."""
     sizes: dict[bytes, int] = {}
     names: dict[bytes, str] = {}
@@ -176,7 +177,7 @@ def largest_document(corpus: Corpus, digests: frozenset[bytes]) -> Share:
             sizes[digest] = sizes.get(digest, 0) + n_bytes
             names.setdefault(digest, name)
     largest = max(sizes, key=lambda digest: sizes[digest])
-    return Share(names[largest], sizes[largest] / sum(sizes.values()))
+    return Largest(names[largest], sizes[largest], sizes[largest] / sum(sizes.values()))
 
 
 def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Corpus:

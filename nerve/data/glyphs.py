@@ -1,4 +1,4 @@
-"""Letters of the fonts that matplotlib ships, as labelled images; no file but those is read."""
+"""Letters of the fonts that matplotlib ships, as labeled images; no file but those is read."""
 
 import os
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ TRAIN_FONTS = (
     *("DejaVuSerif-BoldItalic", "cmr10", "cmb10", "cmss10", "cmmi10"),
 )
 TEST_FONTS = ("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "STIXGeneralBolIta", "cmtt10")
-"""Of other families than those to train on: what is learnt must carry over to shapes not seen."""
+"""Of other families than those to train on: what is learned must carry over to shapes not seen."""
 
-SIZE = 32  # pixels a side
+SIZE = 32  # pixels per side
 _EM = 22.0  # pixels; a capital letter takes two thirds of it
 _MAX_SHIFT = 5.0  # pixels, either way and up or down
 _MAX_TURN = np.pi / 5  # 36°, either way: an n is not yet a u

@@ -22,6 +22,9 @@ from nerve.errors import DataError
 log = logging.getLogger(__name__)
 
 
+_LARGE_BYTES = 1 << 16
+
+
 class TextDataModule(BatchDataModule):
     """Batches `(inputs, targets)`, both int64 `[batch, seq_len]`, targets one token later.
 
@@ -230,7 +233,8 @@ class TextDataModule(BatchDataModule):
 
 
 def _warn_of_large_document(meta: CacheMeta) -> None:
-    if meta.largest_val_share > 0.5:
+    """Of one that is no part of a text that was cut: those are small."""
+    if meta.largest_val_share > 0.5 and meta.largest_val_bytes > _LARGE_BYTES:
         log.warning(
             "one document is %.0f%% of the validation split, so the validation loss is mostly its "
             "own: %s of %s. Cut it, say what separates documents (data.corpus.separator), or raise "

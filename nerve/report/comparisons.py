@@ -61,12 +61,12 @@ class Comparisons:
 
     @cached_property
     def across_designs(self) -> pd.DataFrame:
-        """Rows of `correlate_across_runs`, a point a design."""
+        """Rows of `correlate_across_runs`, one point per design."""
         return correlate_across_runs(self.designs, given=self.numbers)
 
     @cached_property
     def across_runs(self) -> pd.DataFrame:
-        """Rows of `correlate_across_runs`, a point a run."""
+        """Rows of `correlate_across_runs`, one point per run."""
         return correlate_across_runs(self.points, given=self.numbers)
 
     @cached_property
@@ -112,7 +112,7 @@ def within_drawings(
     yield Drawing(
         f"nulls_within{suffix}",
         f"Correlation of each metric (mean over layers) with the validation loss over "
-        f"{WINDOW_TEXTS[window]}, one point a run, and that of the clock, log(step + 1), and of "
+        f"{WINDOW_TEXTS[window]}, one point per run, and that of the clock, log(step + 1), and of "
         "the learning rate by themselves (lines, median over runs). Right: what is left given "
         f"these, with 95% intervals over steps (block bootstrap). {FILLED} {about}",
         partial(figures_of_comparisons.beside_nulls, correlations, NULLS, NULL_NAMES, title),
@@ -176,7 +176,7 @@ def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawin
                 f"Designs that differ in {factor} alone, runs paired by seed: differences of means "
                 "with 95% intervals, the error pooled over all designs of one scale "
                 f"({_ends(own['df'])} degrees of freedom; {_ends(own['n_pairs'])} pairs). "
-                f"{FILLED} Grey: less than 3 degrees of freedom decide nothing. Of more than "
+                f"{FILLED} Gray: less than 3 degrees of freedom decide nothing. Of more than "
                 f"{figures_of_comparisons.MAX_LEVELS} levels each is drawn against the first, and "
                 f"at most {figures_of_comparisons.MAX_CONTRASTS} pairs; the table has all. "
                 f"{group.about}",

@@ -137,9 +137,9 @@ def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
 def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     """Differences between designs that differ in one factor alone, with runs paired by seed.
 
-    One row a pair of levels and setting of the other factors (so far as these differ), one panel a
-    metric. Of more than three levels each is drawn against the first of its setting. Grey: fewer
-    than 3 degrees of freedom, nothing is decided.
+    One row per pair of levels and setting of the other factors (so far as these differ), one panel
+    per metric. Of more than three levels each is drawn against the first of its setting. Gray:
+    fewer than 3 degrees of freedom, nothing is decided.
 
     Args:
         compared: rows of `compare_seeds` of one factor, data and FFN.

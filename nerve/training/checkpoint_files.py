@@ -112,9 +112,17 @@ def check_checkpoint(path: Path, record: RunRecord) -> None:
     where weights are sharded.
 
     Raises:
-        StoreError: as `read_checkpoint`, and for a checkpoint of another run or configuration.
+        StoreError: as `read_checkpoint`, and for a checkpoint of another run or configuration, or
+            one that holds weights alone.
     """
-    _require_own(read_checkpoint(path), record, path)
+    checkpoint = read_checkpoint(path)
+    _require_own(checkpoint, record, path)
+    if "state_dict" not in checkpoint:
+        raise StoreError(
+            f"A run goes on from weights, optimizer and all that has a state; {path} holds weights "
+            "alone. Put the run's own last checkpoint back, or delete this one: a run without a "
+            "last checkpoint starts from its beginning."
+        )
 
 
 def _require_own(checkpoint: Mapping[str, Any], record: RunRecord, path: Path) -> None:

@@ -68,8 +68,9 @@ class TrainedModel(L.LightningModule):
         (loss, penalty), targets = self._training_losses(batch), batch[1]
         self._note_divergence(loss.detach())
         if penalty is not None:
-            self.log("penalty", penalty)
-        self.log("train_loss", loss.detach(), prog_bar=True)
+            self.log("penalty", penalty, sync_dist=True)
+        # Over all processes, as in the rows of metrics.
+        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
         return {"loss": loss, "n_targets": targets.numel()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_a_pure_clock_has_a_partial_r_of_zero_within_its_interval():
 @pytest.mark.parametrize("alike", [0.0, 0.5, 0.8])
 def test_intervals_over_steps_hold_the_truth(n, alike):
     """In 86 to 98% of 400 pairs of independent series; the nominal 95% are not reached where the
-    errors of neighbouring steps are alike, as the docstring says."""
+    errors of neighboring steps are alike, as the docstring says."""
     _, low, high = over_steps(*independent(400, n, alike))
     assert 0.86 <= np.mean((low <= 0) & (high >= 0)) <= 0.98
 
@@ -137,7 +137,7 @@ def test_intervals_over_runs_hold_the_truth():
 
 
 def test_weights_count_what_is_drawn():
-    """Each draw has n values; blocks have neighbours in common; clusters share their counts."""
+    """Each draw has n values; blocks have neighbors in common; clusters share their counts."""
     weights = block_weights(16)
     assert (weights.sum(axis=1) == 16).all()
     assert ((weights > 0) == (np.roll(weights, 1, axis=1) > 0)).mean() > 0.6

@@ -97,7 +97,7 @@ def contrast(metric, difference, outcome, where="", unit=""):
     }
 
 
-def test_contrasts_are_rows_and_what_is_undecided_is_grey():
+def test_contrasts_are_rows_and_what_is_undecided_is_gray():
     table = pd.DataFrame(
         [
             contrast("val_loss", 2.0, "higher", "model.d_model=64 ffn.width=4"),

@@ -16,7 +16,8 @@ from nerve.optim import Schedule
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
-from nerve.training.checkpoint_callback import CheckpointCadence, Checkpointing
+from nerve.training.checkpoint_cadence import CheckpointCadence
+from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
     CheckpointFiles,
     read_checkpoint,

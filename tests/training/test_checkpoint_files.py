@@ -229,6 +229,9 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
         check_checkpoint(path, record)
     write_checkpoint(path, whole)  # as version 0.1.0 wrote it
     check_checkpoint(path, record)
+    write_checkpoint(path, weights_of(whole | identity_of(record)))  # its best, under this name
+    with pytest.raises(StoreError, match="holds weights alone"):
+        check_checkpoint(path, record)
 
 
 @pytest.mark.parametrize(

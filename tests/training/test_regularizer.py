@@ -117,7 +117,7 @@ def test_compiled_code_gives_the_same_in_one_graph(monkeypatch, precision):
         gradients.append([parameter.grad for parameter in module.model.parameters()])
     assert len(graphs) == 1
     ops = [str(node.target) for node in graphs[0].graph.nodes]
-    assert sum("nerve.log_ratio" in op for op in ops) == 2, "one a layer"
+    assert sum("nerve.log_ratio" in op for op in ops) == 2, "one per layer"
     for eager, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
 

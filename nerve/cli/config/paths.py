@@ -26,7 +26,8 @@ def with_literal_paths(arguments: Sequence[str]) -> list[str]:
     """The arguments, with quotes around the values of `DIRECTORIES` and `TEXTS` that Hydra's
     grammar does not read as that text; `~` is the user's home in directories that Hydra makes.
 
-    What it reads as a list, null or (of `TEXTS`) a choice for a sweep stays.
+    What it reads as a list, null or (of `TEXTS`) a choice for a sweep stays, unless a file has that
+    very name.
     """
     return [_literal(argument) for argument in arguments]
 
@@ -37,8 +38,8 @@ def _literal(argument: str) -> str:
     if not is_override or not value or key not in (*DIRECTORIES, *TEXTS):
         return argument
     read = _read(argument)
-    is_choice = isinstance(read, ChoiceSweep)
-    if read is None or isinstance(read, list | dict) or (is_choice and key in TEXTS):
+    is_choice = isinstance(read, ChoiceSweep) and key in TEXTS and not os.path.exists(value)
+    if read is None or isinstance(read, list | dict) or is_choice:
         return argument
     text = read if isinstance(read, str) else value
     if key in DIRECTORIES:

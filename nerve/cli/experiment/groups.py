@@ -34,6 +34,19 @@ _OPTIMIZER_NUMBERS = (
 """Values of the optimizers in conf/optimizer, all of them numbers."""
 
 
+_WHOLE: Mapping[str, tuple[Any, str]] = {
+    "limit_val_batches": (
+        1.0,
+        "monitor.n_tokens (images: data.n_heldout) says how much to hold out",
+    ),
+    "limit_train_batches": (1.0, "trainer.max_steps says how long to train"),
+    "overfit_batches": (0.0, "data.corpus.roots says what to train on"),
+    "fast_dev_run": (False, "trainer.max_steps=2 is a short run"),
+}
+"""Values of Lightning's trainer that cut a run short, each with the one that does not, and with
+what to set in its place."""
+
+
 @dataclass(frozen=True)
 class TrainerPlan:
     """What the run itself reads of `trainer`, and what Lightning would take, or fail on in words of
@@ -48,7 +61,10 @@ class TrainerPlan:
     log_every_n_steps: int
     enable_progress_bar: bool
     gradient_clip_val: float | None = None
-    limit_val_batches: float | None = None
+    limit_val_batches: int | float | None = None
+    limit_train_batches: int | float | None = None
+    overfit_batches: int | float | None = None
+    fast_dev_run: bool | int | None = None
     precision: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -60,12 +76,14 @@ class TrainerPlan:
             f"trainer.gradient_clip_val must be null or at least 0; got {clip!r}.",
         )
         require(every >= 0, f"trainer.log_every_n_steps must be at least 0; got {every!r}.")
-        require(
-            self.limit_val_batches != 0,
-            "A run must validate, as its result is the loss; got trainer.limit_val_batches="
-            f"{self.limit_val_batches!r}. Leave it out; for less to validate on set "
-            "monitor.n_tokens (images: data.n_heldout).",
-        )
+        for name, (whole, instead) in _WHOLE.items():
+            value = getattr(self, name)
+            require(
+                # Of these numbers 1 is one batch, and 1.0 are all.
+                value is None or (value == whole and (not whole or isinstance(value, float))),
+                f"A run trains and validates on all that it was asked for; got trainer.{name}="
+                f"{value!r}. Leave it out; {instead}.",
+            )
         try:
             _convert_precision_to_unified_args(self.precision)  # type: ignore[arg-type]
         except ValueError as error:

@@ -30,7 +30,7 @@ from nerve.cli.experiment.groups import (
 from nerve.cli.experiment.objective import check_objective
 from nerve.config import from_mapping
 from nerve.models import Regularizer
-from nerve.training.checkpoint_callback import CheckpointCadence
+from nerve.training.checkpoint_cadence import CheckpointCadence
 
 
 @dataclass(frozen=True)

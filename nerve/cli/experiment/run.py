@@ -160,12 +160,13 @@ def _run(plan: Plan, run: RunDirectory, record: RunRecord | None, signals: StopS
         "measuring_seconds": monitor.seconds,
     }
     if record:
-        record.finish("done", final=final, stopped_by=reason)
+        warning = _warning(final["val_loss"], record.unigram_loss)
+        record.finish("done", final=final, stopped_by=reason, warning=warning)
         try:
             drop_all_but_weights(last)
         except StoreError as refused:  # the run is done all the same
             log.warning("the last checkpoint stays as large as it is: %s", refused)
-        print_summary(monitor.latest, _facts(final), run.path)
+        print_summary(monitor.latest, _facts(final, warning), run.path)
     return final["val_loss"]
 
 
@@ -197,11 +198,21 @@ def _final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -
     return final
 
 
-def _facts(final: dict[str, float]) -> dict[str, str]:
+def _warning(val_loss: float, unigram_loss: float | None) -> str | None:
+    """What says that a run has learned nothing, however finite its loss is."""
+    if unigram_loss is None or val_loss < unigram_loss:
+        return None
+    return (
+        f"untrained: the loss of {val_loss:.4g} nats is not below {unigram_loss:.4g}, which the "
+        "frequencies of the tokens alone give"
+    )
+
+
+def _facts(final: dict[str, float], warning: str | None) -> dict[str, str]:
     loss = f"{final['val_loss']:.3f} nats per target"
     if "bits_per_byte" in final:
         loss += f", {final['bits_per_byte']:.3f} bits per byte"
-    facts = {"validation loss": loss}
+    facts = {"validation loss": loss} | ({"warning": warning} if warning else {})
     if "val_accuracy" in final:
         facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"
     share = final["measuring_seconds"] / final["train_seconds"]

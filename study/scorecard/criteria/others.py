@@ -9,6 +9,7 @@ from evidence import Sweep
 from criteria import values as v
 from criteria.benchmark import Benchmark
 from criteria.check import CoreCheck, Scale
+from criteria.designs import NORMS, largest
 from criteria.effects import (
     Effect,
     Value,
@@ -18,7 +19,7 @@ from criteria.effects import (
     mean,
     ranks_the_designs,
 )
-from criteria.gpt import NORMS, largest, log_pr_post, pr_gain
+from criteria.gpt import log_pr_post, pr_gain
 from criteria.measured import Design, Measured
 
 OPTIMIZERS: dict[str, Design] = {

@@ -61,6 +61,14 @@ def test_what_hydra_reads_as_it_is_meant_stays(argument):
     assert with_literal_paths([argument]) == [argument]
 
 
+@pytest.mark.parametrize("name", ["a,b.txt", "a b, c", "a,b,"])
+def test_a_file_with_a_comma_is_no_choice(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    assert value_of(f"data.corpus.paths={name}") == name
+    assert value_of(f"data.tokenizer={tmp_path / name}") == str(tmp_path / name)
+
+
 @pytest.mark.parametrize("given", ["~/runs/a", "'~/runs/a'", "~"])
 @pytest.mark.parametrize("key", ["resume", "hydra.run.dir", "hydra.sweep.dir"])
 def test_home_is_found_in_the_directories_that_hydra_makes(monkeypatch, key, given):

@@ -26,8 +26,16 @@ BAD_GPT = [
     (["optimizer.lr=-1"], ["optimizer.lr must be at least 0; got -1"]),
     (["optimizer=muon", "optimizer.rest_lr=x"], ["optimizer.rest_lr must be a number; got 'x'"]),
     (["trainer.enable_progress_bar=maybe"], ["trainer.enable_progress_bar must be true or false"]),
-    (["+trainer.limit_val_batches=0"], ["must validate", "got trainer.limit_val_batches=0."]),
-    (["+trainer.limit_val_batches=0.0"], ["got trainer.limit_val_batches=0.0."]),
+    *(
+        ([f"+trainer.{key}={value}"], [f"on all that it was asked for; got trainer.{key}={value}."])
+        for key, values in {
+            "limit_val_batches": ("0", "0.0", "1", "0.5"),
+            "limit_train_batches": ("0", "1", "10", "0.5"),
+            "overfit_batches": ("1", "0.1"),
+            "fast_dev_run": ("True", "3"),
+        }.items()
+        for value in values
+    ),
     (["trainer.log_every_n_steps=null"], ["log_every_n_steps must be a whole number; got None"]),
     (["trainer.log_every_n_steps=-1"], ["log_every_n_steps must be at least 0; got -1"]),
     (["trainer.gradient_clip_val=-1"], ["gradient_clip_val must be null or at least 0; got -1"]),

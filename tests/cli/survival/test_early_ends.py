@@ -8,6 +8,8 @@ import lightning as L
 import pytest
 
 import nerve
+from nerve.cli.experiment.run import _warning
+from nerve.cli.status import status_of
 from nerve.errors import MeasurementError
 from nerve.storage.record import RunRecord
 from nerve.training.signals import Interrupted
@@ -90,3 +92,16 @@ def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path,
     assert result.returncode == 0, result.stderr
     assert RunRecord.load(tmp_path / "run").run_status == "done"
     assert nerve.load_metrics(tmp_path / "run").step.max() == 5
+
+
+def test_a_run_that_learned_nothing_says_so(experiment, tmp_path, capsys):
+    """A finite loss, however absurd: done, with a warning in its record, its summary and the
+    command that lists runs. One that learned has none, nor one of images."""
+    experiment("absurd", "optimizer=sgd", "optimizer.lr=1e-9")
+    record = RunRecord.load(tmp_path / "absurd")
+    assert record.run_status == "done"
+    assert (record.warning or "").startswith("untrained: the loss of")
+    assert f"warning: {record.warning}"[:60] in capsys.readouterr().out
+    assert status_of(tmp_path / "absurd").reason == record.warning
+    assert _warning(4.1, 4.2) is None
+    assert _warning(4.1, None) is None

@@ -1,0 +1,55 @@
+"""When a run saves."""
+
+from dataclasses import dataclass, field
+
+from nerve.config import require, require_count
+
+
+@dataclass(frozen=True)
+class CheckpointCadence:
+    """When a run saves, beside its end and when it is asked to stop: at whichever is due first.
+
+    Attributes:
+        every_n_steps: optimizer steps from one checkpoint to the next; None for no such rule.
+        every_n_minutes: minutes; None for no such rule.
+        keep: optimizer steps after which the weights are kept for good; 0 is before training.
+
+    Raises:
+        ConfigError: for values that are not positive, and for steps that are not whole numbers.
+    """
+
+    every_n_steps: int | None = None
+    every_n_minutes: int | float | None = None
+    keep: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require_count("checkpoint.every_n_steps", self.every_n_steps, or_null=True)
+        minutes = self.every_n_minutes
+        require(
+            minutes is None or (isinstance(minutes, int | float) and minutes > 0),
+            f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
+        )
+        require(
+            isinstance(self.keep, list) and all(map(_is_step, self.keep)),
+            "checkpoint.keep must be a list of optimizer steps, whole numbers from 0, as in "
+            f"[0,100]; got {self.keep!r}.",
+        )
+
+    def require_reached(self, max_steps: int) -> None:
+        """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
+        late = [step for step in self.keep if step > max_steps]
+        require(
+            not late,
+            "checkpoint.keep takes steps from 0 to trainer.max_steps; got "
+            f"{', '.join(map(str, late))} with trainer.max_steps={max_steps}. Leave these out, or "
+            "train for longer.",
+        )
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether to save after `step`, `seconds` after the last checkpoint."""
+        steps, minutes = self.every_n_steps, self.every_n_minutes
+        return bool(steps and step % steps == 0) or bool(minutes and seconds >= 60 * minutes)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,66 @@
+"""The designs that claims 1 to 10 compare, the scales asked of them, and which runs count."""
+
+from evidence import Sweep
+
+from criteria.check import Scale
+from criteria.measured import Design
+
+PRELN = {"normalization.kind": "layernorm", "normalization.placement": "pre"}
+NORM_FREE = {"normalization.kind": "none"}
+GELU, RELU, LEAKY = ({"activation.name": name} for name in ("gelu", "relu", "learnable_leaky_relu"))
+PLAIN = {"ffn.gated": False, "ffn.constraint": "none", "ffn.width": 4}
+ACTIVATIONS: dict[str, Design] = {
+    "PreLN GELU": PRELN | GELU | PLAIN,
+    "PreLN ReLU": PRELN | RELU | PLAIN,
+}
+NORMS: dict[str, Design] = {
+    "PreLN GELU": PRELN | GELU | PLAIN,
+    "norm-free GELU": NORM_FREE | GELU | PLAIN,
+    "norm-free ReLU": NORM_FREE | RELU | PLAIN,
+    "norm-free leaky": NORM_FREE | LEAKY | PLAIN,
+}
+CONSTRAINTS: dict[str, Design] = {
+    name: NORM_FREE | {"ffn.constraint": name}
+    for name in ("spectral_norm", "weight_norm", "hyperspherical")
+}
+PLACEMENTS: dict[str, Design] = {
+    f"{name} {width}": {"normalization.placement": place, "ffn.width": width}
+    for name, place in (("PreLN", "pre"), ("MixLN", "mix"), ("PostLN", "post"))
+    for width in (1, 2, 4, 8)
+}
+POSITIONS: dict[str, Design] = {
+    name: {"position.name": name} for name in ("rope", "learned", "none", "alibi")
+}
+
+THOUSANDS = Scale(12, 768, 3_000, 190e6)
+LONG = Scale(12, 768, 10_000, 320e6)
+
+
+def widths(design: Design) -> dict[str, Design]:
+    """A design at widths 1 to 8, each under a name of its own."""
+    return {f"width {width}": {**design, "ffn.width": width} for width in range(1, 9)}
+
+
+def largest(sweep: Sweep) -> Sweep:
+    """The runs of the largest d_model: sizes are never pooled."""
+    sizes = sweep.runs["model.d_model"]
+    return sweep.where(sizes == sizes.max())
+
+
+def most_complete_rate(sweep: Sweep) -> Sweep:
+    """Norm-free runs at the rate, and all runs at the warm-up, that most of them finished at."""
+    ok = sweep.compared
+    free = ok["normalization.kind"] == "none"
+    rate = ok["optimizer.lr"][free].mode()
+    keep = sweep.runs["normalization.kind"] != "none"
+    return sweep.where(keep | (sweep.runs["optimizer.lr"] == (rate.max() if len(rate) else 0)))
+
+
+def all_placements_trained(sweep: Sweep) -> Sweep:
+    """The runs at the rate and warm-up at which PostLN has most runs that can be compared."""
+    names = ["optimizer.lr", "optimizer.schedule.warmup"]
+    post = sweep.compared[sweep.compared["normalization.placement"] == "post"]
+    if post.empty:
+        return sweep
+    best = post.groupby(names).size().idxmax()
+    return sweep.where((sweep.runs[names] == list(best)).all(axis=1))
