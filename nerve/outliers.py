@@ -20,6 +20,10 @@ POSITION_RATIO = 4
 """… or where the samples of one position of the sequences, such as the first tokens, lie at more
 than so many times the mean squared distance: too many for the farthest 0.1%."""
 
+OF_CHANNELS = "token_mixing"
+"""The FFN of a Mixer whose samples stand side by side as channels, of which each has a spread of
+its own by nature, and not as positions."""
+
 
 def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray:
     """By what part samples with this share of the variance may have moved PR, at most.
@@ -49,8 +53,8 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
     distance is 16 times the average, and 4 times where they share a position.
 
     Args:
-        rows: with `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*`, `position_ratio_*` of
-            both sites.
+        rows: with `ffn`, `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*`,
+            `position_ratio_*` of both sites.
     """
     named = [np.where(_stands_out(rows, site), site, "") for site in SITES]
     texts = [", ".join(filter(None, sites)) for sites in zip(*named, strict=True)]
@@ -85,5 +89,5 @@ def _stands_out(rows: pd.DataFrame, site: str) -> np.ndarray:
     return (
         (largest_move(largest, ratio) > LARGEST_MOVES)
         | (top > TOP_MULTIPLE * fair)
-        | (position > POSITION_RATIO)
+        | ((position > POSITION_RATIO) & (rows["ffn"] != OF_CHANNELS).to_numpy())
     )

@@ -1,5 +1,7 @@
 """Rows whose spectrum may be that of a few samples: each that is must be flagged, by a proof."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,7 +24,7 @@ def ratio_of(x: torch.Tensor) -> float:
 
 
 def row_of(pre: torch.Tensor, post: torch.Tensor) -> pd.DataFrame:
-    row: dict[str, float] = {"n_samples": pre.shape[:-1].numel()}
+    row: dict[str, Any] = {"ffn": "ffn", "n_samples": pre.shape[:-1].numel()}
     for site, x in (("pre", pre), ("post", post)):
         found = SampleShares(x.shape[-1])
         found.update(x)
@@ -91,6 +93,15 @@ def test_a_token_of_every_sequence_is_flagged(seq_len, position, factor):
     x[:, position] = factor * x.norm(dim=-1).median() / 8
     row = row_of(x, torch.randn(16, seq_len, 64))
     assert outliers(row).tolist() == ["pre"]
+
+
+def test_a_channel_that_lies_far_is_none():
+    """Channels of token mixing stand where tokens stand in a sequence."""
+    x = torch.randn(128, 64, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 2.5
+    row = row_of(x, torch.randn(128, 64, 64))
+    assert outliers(row).tolist() == ["pre"]
+    assert outliers(row.assign(ffn="token_mixing")).tolist() == [""]
 
 
 def test_a_flag_is_told_with_its_numbers():
