@@ -16,7 +16,10 @@ from .analysis.load import load_spectra as load_spectra
 from .analysis.paired import compare_seeds as compare_seeds
 from .analysis.scaling import fit_width_scaling as fit_width_scaling
 from .measuring.ffns import FFNAdapter as FFNAdapter
-from .measuring.measurement import measure as measure
+from .measuring.find import FoundFFNs as FoundFFNs
+from .measuring.find import find_ffns as find_ffns
+from .measuring.measure import measure as measure
+from .measuring.sites import Site as Site
 from .report.write import write_report as write_report
 from .storage.find import FingerprintWarning as FingerprintWarning
 from .storage.find import IncompleteWarning as IncompleteWarning

@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
 
 torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
+
+
+# A shell ignores them in what it runs in the background, and what is ignored stays so.
+for _signum, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, _handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,6 +108,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def _turn(item: pytest.Item) -> int:

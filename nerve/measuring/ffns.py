@@ -1,20 +1,21 @@
-"""What the measurement must know of a feed-forward network (FFN), and how a model's are found."""
+"""What the measurement must know of a feed-forward network (FFN)."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from nerve.errors import MeasurementError
+from nerve.measuring.sites import Site, declared_widths
 
 
 @runtime_checkable
 class FFN(Protocol):
-    """What the measurement must know of an FFN: its place, and the modules around its nonlinearity.
+    """What the measurement must know of an FFN: its place, and the sites around its nonlinearity.
 
-    A module of a model fulfils it by having these attributes; for a model that has not, pass
-    `FFNAdapter`s.
+    A module of a model fulfils it by having these attributes; for a model that has not, there are
+    `nerve.find_ffns` and `FFNAdapter`. One that does not run once in each forward pass says so with
+    `n_runs`, as there.
     """
 
     @property
@@ -26,12 +27,12 @@ class FFN(Protocol):
         """Which FFN of the block: `ffn`, `token_mixing`, `channel_mixing`, …"""
 
     @property
-    def pre(self) -> nn.Module:
-        """The module whose output is the pre-activation (up; gate where gated)."""
+    def pre(self) -> nn.Module | Site:
+        """The module whose output is the pre-activation (up; gate where gated), or its site."""
 
     @property
-    def post(self) -> nn.Module:
-        """The module whose input is the post-activation (down)."""
+    def post(self) -> nn.Module | Site:
+        """The module whose input is the post-activation (down), or its site."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +40,54 @@ class FFNAdapter:
     """Describes one FFN of a model that does not fulfil the `FFN` protocol itself.
 
     For a GPT-2 of Hugging Face: `FFNAdapter(i, "ffn", block.mlp.c_fc, block.mlp.c_proj)`.
+
+    Attributes:
+        layer: index of the block, from 0.
+        name: which FFN of the block.
+        pre: the module whose output is the pre-activation (up; gate where gated), or a `Site`.
+        post: the module whose input is the post-activation (down), or a `Site`.
+        n_runs: how often it runs in one forward pass; None for any number, also none: layers that
+            are shared, looped or skipped. The samples of all its runs are pooled.
+        gated: whether what the nonlinearity gives is multiplied by a second projection; None where
+            nobody said. It changes nothing that is measured.
     """
 
     layer: int
     name: str
-    pre: nn.Module
-    post: nn.Module
+    pre: nn.Module | Site
+    post: nn.Module | Site
+    n_runs: int | None = 1
+    gated: bool | None = None
 
 
-def find_ffns(model: nn.Module, layers: Collection[int] | None = None) -> list[FFN]:
-    """The FFNs among a model's modules, by layer, in the order in which the model lists them.
-
-    Args:
-        model: whose modules fulfil `FFN`.
-        layers: the layers to take; None for all.
+def sites_of(ffn: FFN) -> tuple[Site, Site]:
+    """The sites of pre and post.
 
     Raises:
-        MeasurementError: if there is none, or if one of `layers` has none.
+        MeasurementError: where pre is given by a module that has no weight, as an activation is.
     """
-    found: list[FFN] = [module for module in model.modules() if isinstance(module, FFN)]
-    if not found:
+    pre = ffn.pre if isinstance(ffn.pre, Site) else Site(ffn.pre, "output")
+    post = ffn.post if isinstance(ffn.post, Site) else Site(ffn.post, "input")
+    if pre.of == "output" and not _has_weight(pre.module):
         raise MeasurementError(
-            f"A model to measure needs FFNs with attributes layer, name, pre and post; "
-            f"{type(model).__name__} has none. Describe them with nerve.FFNAdapter."
+            "Pre must be the output of a projection, before the nonlinearity; of "
+            f"{named(ffn)} it is that of {type(pre.module).__name__}, which has no matrix of "
+            "weights. Name the projection, or take what the activation gets: "
+            'nerve.Site(activation, "input").'
         )
-    known = sorted({ffn.layer for ffn in found})
-    unknown = sorted(set(layers or ()) - set(known))
-    if unknown or (layers is not None and not layers):
-        raise MeasurementError(
-            f"Layers to measure must have FFNs, as {', '.join(map(str, known))} have; got "
-            f"{', '.join(map(str, unknown)) or 'none'}."
-        )
-    chosen = [ffn for ffn in found if layers is None or ffn.layer in layers]
-    return sorted(chosen, key=lambda ffn: ffn.layer)
+    return pre, post
+
+
+def n_runs_of(ffn: FFN) -> int | None:
+    """How often it is said to run in one forward pass; None for any number."""
+    return getattr(ffn, "n_runs", 1)
+
+
+def named(ffn: FFN) -> str:
+    """As messages name it."""
+    return f"{ffn.name} in layer {ffn.layer}"
+
+
+def _has_weight(module: nn.Module) -> bool:
+    held = [*module.parameters(), *module.buffers()]
+    return declared_widths(module) is not None or any(tensor.ndim > 1 for tensor in held)

@@ -1,14 +1,12 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
-import sys
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import (
@@ -18,15 +16,16 @@ from nerve.measuring.distributed import (
     shared_from,
 )
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.measuring.ffns import FFN, find_ffns
+from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.masks import Masks, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
-from nerve.measuring.weights import gives, is_unrounded, weight_of
-from nerve.outliers import outliers
+from nerve.measuring.sites import Site, n_inputs
+from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.covariance import Tally
 from nerve.spectra.product import coarsest
 
-Site = Literal["input", "pre", "post"]
+Side = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
 
 
@@ -54,23 +53,32 @@ class Measurement:
         self._probe = probe
         self._shortcut = shortcut
         self._skip_first = skip_first
-        self._mask: Tensor | None = None
+        self._masks: Sequence[Tensor | None] = [None] * len(probe.ffns)
+        self._orders: Orders = [None] * len(probe.ffns)
+        self._n_forwards = 0
         self._d_in: dict[int, int] = {}
         self._weights: dict[int, Tensor] = {}
         self._biases: dict[int, Tensor | None] = {}
         self._of_input: set[int] = set()
         self._altered: set[int] = set()
-        self._covariances: dict[tuple[int, Site], StreamingCovariance] = {}
-        self._shares: dict[tuple[int, Site], SampleShares] = {}
+        self._covariances: dict[tuple[int, Side], StreamingCovariance] = {}
+        self._shares: dict[tuple[int, Side], SampleShares] = {}
 
-    def start(self, mask: Tensor | None = None) -> None:
+    def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
         """Measures forward passes from now on.
 
         Args:
-            mask: bool, True for the samples that count (False: padding), in the shape of the
-                features without their last dimension.
+            mask: True or 1 for the samples that count (False or 0: padding), in the shape of the
+                features without their last dimension, or flattened as they are; one for all FFNs or
+                one for each.
+            orders: for each FFN how the tokens of its stream lie in its features, where that is
+                known; its mask is then `[n_sequences, n_positions]`.
+
+        Raises:
+            MeasurementError: for a mask with other values, or one that belongs to no FFN.
         """
-        self._mask = mask
+        self._masks = for_each(self._probe.ffns, mask)
+        self._orders = [None] * len(self._probe.ffns) if orders is None else orders
         self._probe.start(self._accumulate)
 
     def stop(self) -> None:
@@ -78,8 +86,10 @@ class Measurement:
         self._probe.stop()
 
     def finish_forward(self) -> None:
-        """Ends one forward pass; raises `MeasurementError` for missing or doubled features."""
+        """Ends one forward pass; raises `MeasurementError` for an FFN that did not run as often as
+        its description says."""
         self._probe.finish_forward()
+        self._n_forwards += 1
 
     def reduce(self) -> None:
         """Makes the measurement that of all processes' samples together: each process then has the
@@ -93,7 +103,8 @@ class Measurement:
         lengths = {index: of.n_positions for (index, _), of in self._shares.items()}
         weights = {index: weight.dtype for index, weight in self._weights.items()}
         everyone = gathered((self._d_in, weights, self._of_input, seen, lengths))
-        tallies: dict[tuple[int, Site], list[Tally]] = defaultdict(list)
+        self._n_forwards = sum(gathered(self._n_forwards))
+        tallies: dict[tuple[int, Side], list[Tally]] = defaultdict(list)
         n_positions: dict[int, list[int]] = defaultdict(list)
         for d_in, _, of_input, theirs, of_shares in everyone:
             for index, length in of_shares.items():
@@ -136,8 +147,7 @@ class Measurement:
                 eigenproblem, from number `share` on.
 
         Raises:
-            MeasurementError: if nothing was measured, or if the features of an FFN before and after
-                its nonlinearity are not of the same samples and width.
+            MeasurementError: if nothing was measured.
         """
         numbered = list(enumerate(self._probe.ffns))
         return [self._eigenproblem_of(index, ffn) for index, ffn in numbered[share::n_shares]]
@@ -147,36 +157,47 @@ class Measurement:
         return [eigenproblem.solve() for eigenproblem in self.eigenproblems()]
 
     def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
-        module = self._probe.ffns[index].pre
+        site = self._probe.sites[index][0]
         if index not in self._d_in:
-            self._d_in[index] = inputs.shape[-1]
-            self._take_weight(index, module, inputs, pre)
-        elif index in self._weights and not self._is_same(index, module, inputs, pre):
+            self._d_in[index] = n_inputs(site) or inputs.shape[-1]
+            self._take_weight(index, site, inputs, pre)
+        elif index in self._weights and not self._is_same(index, site, inputs, pre):
             self._leave_weight(index)
-        first: Site = "input" if index in self._of_input else "pre"
-        features: dict[Site, Tensor] = {"input": inputs, "pre": pre, "post": post}
-        mask = self._mask
+        first: Side = "input" if index in self._of_input else "pre"
+        features: dict[Side, Tensor] = {"input": inputs} if first == "input" else {}
+        features |= {"pre": pre, "post": post}
+        features, mask = self._in_sequences(index, features)
         if self._skip_first:
-            features = {site: self._skipped(features[site]) for site in features}
+            features = {side: self._skipped(x) for side, x in features.items()}
             mask = None if mask is None else mask[..., self._skip_first :]
-        for site in (first, "post"):
-            x = features[site]
-            self._covariance(index, site, x.shape[-1], x.device).update(x, mask)
-        for site in ("pre", "post"):
-            x = features[site]
-            self._shares_of(index, site, x.shape[-1], x.device).update(x, mask)
+        for side in (first, "post"):
+            x = features[side]
+            self._covariance(index, side, x.shape[-1], x.device).update(x, mask)
+        for side in ("pre", "post"):
+            x = features[side]
+            self._shares_of(index, side, x.shape[-1], x.device).update(x, mask)
 
-    def _take_weight(self, index: int, module: nn.Module, inputs: Tensor, pre: Tensor) -> None:
+    def _in_sequences(
+        self, index: int, features: dict[Side, Tensor]
+    ) -> tuple[dict[Side, Tensor], Tensor | None]:
+        """The features `[*, sequence, width]` of the same samples in the same order, and their
+        mask."""
+        ffn, order, mask = self._probe.ffns[index], self._orders[index], self._masks[index]
+        if order is not None:
+            features = {side: order.sequences(each, named(ffn)) for side, each in features.items()}
+        samples = features["pre"].shape[:-1]
+        features = {side: x.reshape(*samples, x.shape[-1]) for side, x in features.items()}
+        return features, None if mask is None else fitted(mask, samples, ffn)
+
+    def _take_weight(self, index: int, site: Site, inputs: Tensor, pre: Tensor) -> None:
         """Notes W and b of `pre = W x + b`, where it is that."""
-        weight = weight_of(module, inputs, pre)
-        if weight is None:
+        affine = affine_of(site, inputs, pre)
+        if affine is None:
             return
-        bias = module.bias
-        assert bias is None or isinstance(bias, Tensor)
         # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
         # forward has used them rounded, as its outputs tell.
-        weight = weight.to(pre.dtype, copy=True)
-        bias = None if bias is None else bias.detach().to(pre.dtype, copy=True)
+        weight = affine[0].to(pre.dtype, copy=True)
+        bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         if not gives(weight, bias, inputs, pre):
             self._altered.add(index)
             return
@@ -184,12 +205,12 @@ class Measurement:
         if self._shortcut and is_unrounded(inputs, pre):
             self._of_input.add(index)
 
-    def _is_same(self, index: int, module: nn.Module, inputs: Tensor, pre: Tensor) -> bool:
+    def _is_same(self, index: int, site: Site, inputs: Tensor, pre: Tensor) -> bool:
         """Whether this forward pass has used the weight of the first one, and nothing else."""
-        weight, noted = weight_of(module, inputs, pre), self._weights[index]
+        affine, noted = affine_of(site, inputs, pre), self._weights[index]
         return (
-            weight is not None
-            and torch.equal(weight.to(noted.dtype), noted)
+            affine is not None
+            and torch.equal(affine[0].to(noted.dtype), noted)
             and gives(noted, self._biases[index], inputs, pre)
         )
 
@@ -215,7 +236,7 @@ class Measurement:
         return features[..., self._skip_first :, :]
 
     def _covariance(
-        self, index: int, site: Site, dim: int, device: torch.device
+        self, index: int, site: Side, dim: int, device: torch.device
     ) -> StreamingCovariance:
         key = (index, site)
         if key not in self._covariances:
@@ -224,34 +245,23 @@ class Measurement:
             self._covariances[key] = StreamingCovariance(dim, device=device, product=product)
         return self._covariances[key]
 
-    def _shares_of(self, index: int, site: Site, dim: int, device: torch.device) -> SampleShares:
+    def _shares_of(self, index: int, site: Side, dim: int, device: torch.device) -> SampleShares:
         key = (index, site)
         if key not in self._shares:
             self._shares[key] = SampleShares(dim, device=device)
         return self._shares[key]
 
     def _eigenproblem_of(self, index: int, ffn: FFN) -> FFNEigenproblem:
-        where = f"{ffn.name} in layer {ffn.layer}"
         if (index, "post") not in self._covariances:
-            raise MeasurementError(
-                f"A measurement needs at least one forward pass; {where} saw none. "
-                "Give at least one batch."
-            )
+            self._add_nothing(index)
         weight, post = self._weights.get(index), self._covariances[index, "post"]
         of_input = index in self._of_input
         before = self._covariances[index, "input" if of_input else "pre"]
-        d_ff = self._shares[index, "pre"].dim
-        if (before.n_samples, d_ff) != (post.n_samples, post.dim):
-            raise MeasurementError(
-                "Features before and after a nonlinearity must be of the same samples and width; "
-                f"{where} has {before.n_samples} × {d_ff} before and {post.n_samples} × {post.dim} "
-                "after. Check which modules its description names."
-            )
         return FFNEigenproblem(
             layer=ffn.layer,
             ffn=ffn.name,
             d_in=self._d_in[index],
-            d_ff=d_ff,
+            d_ff=post.dim,
             precision=coarsest([before.precision, post.precision]),
             n_samples=post.n_samples,
             before=before.scatter() if of_input else before.eigenproblem(),
@@ -262,83 +272,31 @@ class Measurement:
             post_samples=None if weight is None else post.held_samples(),
         )
 
+    def _add_nothing(self, index: int) -> None:
+        """Makes an FFN that never ran, and need not, one without samples.
+
+        Raises:
+            MeasurementError: for one that should have run.
+        """
+        ffn, (pre, post) = self._probe.ffns[index], self._probe.sites[index]
+        width, d_in = pre.width or post.width, n_inputs(pre)
+        if not self._n_forwards or n_runs_of(ffn) is not None:
+            raise MeasurementError(
+                f"A measurement needs at least one forward pass; {named(ffn)} saw none. "
+                "Give at least one batch."
+            )
+        if width is None or d_in is None:
+            raise MeasurementError(
+                f"{named(ffn)} never ran, and its modules do not say how wide it is. Leave it out, "
+                "or give batches that reach it."
+            )
+        self._d_in[index] = d_in
+        for side in ("pre", "post"):
+            device = _device(ffn)
+            self._covariance(index, side, width, device).update(torch.zeros(0, width))
+            self._shares_of(index, side, width, device)
+
 
 def _device(ffn: FFN) -> torch.device:
-    return next(ffn.pre.parameters()).device
-
-
-def measure(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    ffns: Sequence[FFN] | None = None,
-    forward: Callable[[nn.Module, Any], object] | None = None,
-    mask: Callable[[Any], Tensor | None] | None = None,
-    shortcut: bool = True,
-    skip_first: int = 0,
-) -> pd.DataFrame:
-    """Measures the FFNs of any torch model over batches; neither Lightning nor Hydra is needed.
-
-    The model runs in eval mode without gradients, uncompiled, and is left as it was: weights,
-    modes, hooks, compiled code and random states.
-
-    Args:
-        model: the model, on the device of the batches.
-        batches: what `forward` takes; all of them make one measurement.
-        ffns: descriptions of the FFNs, for a model whose modules do not fulfil
-            `nerve.measuring.ffns.FFN`, or those to measure of them.
-        forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
-            mapping.
-        mask: gives a batch's mask `[*samples]`, True (or 1) for the samples that count; by default
-            the `attention_mask` of a mapping that has one. None counts all.
-        shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper; False always takes the features themselves.
-        skip_first: leaves out so many positions at the beginning of each sequence, which in many
-            trained models hold most of the variance.
-
-    Returns:
-        One row per FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
-        participation ratio (pr), eigenvalue early enrichment (eee), total variance and corrected
-        pr, shares of the farthest sample, of the farthest 0.1% and of the mean, each _pre and
-        _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and status. NaN
-        where nothing can be measured, status says why. `outliers` names the sites whose spectrum
-        may be that of a few samples.
-
-    Raises:
-        MeasurementError: for a model without FFNs, no batches, or wrong, missing or doubled
-            features.
-    """
-    run, mask_of = forward or _call, mask or _attention_mask
-    modes = {module: module.training for module in model.modules()}
-    probe = Probe(find_ffns(model) if ffns is None else ffns)
-    measurement = Measurement(probe, shortcut=shortcut, skip_first=skip_first)
-    model.eval()
-    probe.install()
-    try:
-        with torch.no_grad(), _uncompiled():
-            for batch in batches:
-                samples = mask_of(batch)
-                measurement.start(samples if samples is None else samples.bool())
-                run(model, batch)
-                measurement.finish_forward()
-    finally:
-        probe.remove()
-        for module, training in modes.items():
-            module.training = training
-    rows = pd.DataFrame([spectra.row() for spectra in measurement.spectra()])
-    rows = rows.astype({name: float for name in rows if rows[name].isna().all()})
-    return rows.assign(outliers=outliers(rows))
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    """Code that was compiled before knows no probe; without its compiler nothing is compiled."""
-    loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def _attention_mask(batch: Any) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    pre, post = sites_of(ffn)
+    return next(itertools.chain(pre.module.parameters(), post.module.parameters())).device

@@ -1,13 +1,13 @@
 """Taps the features of feed-forward networks (FFNs) while their model runs.
 
-A probe knows modules and tensors' names, nothing of covariance or metrics: what it taps goes to the
+A probe knows sites and tensors, nothing of covariance or metrics: what it taps goes to the
 `receive` function that it is given, as it appears, so that no activation is kept.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,14 +16,39 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFN
+from nerve.measuring.checks import (
+    check_follows,
+    check_is_no_factor,
+    check_same_samples,
+    of_site,
+    plain,
+    split,
+)
+from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.sites import Site, declared_widths, last
 
 SAMPLES = 8
 """How many samples of features are compared, at least, to see that a nonlinearity left them."""
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]`, and what
-there is before and after its nonlinearity `[*samples, d_ff]`."""
+"""Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
+where pre is what a module gets), and what there is before and after its nonlinearity
+`[*samples, d_ff]`."""
+
+
+class _Before(NamedTuple):
+    """What is known of an FFN until its nonlinearity is through.
+
+    Attributes:
+        inputs, pre: as `Receive` takes them.
+        sample: of pre, as it was when it appeared.
+        recorded: pre as the model goes on with it, where autograd records what follows.
+    """
+
+    inputs: Tensor
+    pre: Tensor
+    sample: Tensor
+    recorded: Tensor | None
 
 
 class Probe:
@@ -33,11 +58,16 @@ class Probe:
     compiled code. That code then exists in two versions, with the taps and without them, and
     starting and stopping chooses; a probe that is stopped costs nothing.
 
+    What the descriptions promise is checked at each run. That post follows from pre, with no matrix
+    in between, is checked at the first run of each FFN: autograd records what happens between the
+    two, and there alone. Compiled code and inference mode do not allow for that.
+
     Args:
         ffns: the FFNs to tap.
 
     Raises:
-        MeasurementError: if there is none, or if two share layer and name.
+        MeasurementError: if there is none, if two share layer and name, or if pre is the output of
+            a module without weights.
     """
 
     def __init__(self, ffns: Sequence[FFN]) -> None:
@@ -50,10 +80,13 @@ class Probe:
                 f"{doubled[0]} stands for several."
             )
         self.ffns = ffns
+        self.sites = [sites_of(ffn) for ffn in ffns]
+        self._names = [named(ffn) for ffn in ffns]
         self._receive: Receive | None = None
-        # An FFN's input, pre, and a sample of pre as it was, until its nonlinearity is through.
-        self._before: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
+        self._followed: set[int] = set()
+        self._recording: set[int] = set()
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
         self._number = next(_numbers)
@@ -62,10 +95,16 @@ class Probe:
 
     def install(self) -> None:
         """Puts the hooks in place."""
-        for index, ffn in enumerate(self.ffns):
+        for index, (pre, post) in enumerate(self.sites):
             self._handles += [
-                ffn.pre.register_forward_hook(self._hook_pre(index)),
-                ffn.post.register_forward_pre_hook(self._hook_post(index)),
+                pre.module.register_forward_hook(self._hook_output(index), with_kwargs=True)
+                if pre.of == "output"
+                else pre.module.register_forward_pre_hook(
+                    self._hook_input(index), with_kwargs=True
+                ),
+                post.module.register_forward_pre_hook(self._hook_post(index), with_kwargs=True)
+                if post.of == "input"
+                else post.module.register_forward_hook(self._hook_given(index)),
             ]
 
     def remove(self) -> None:
@@ -76,29 +115,47 @@ class Probe:
         self._handles.clear()
 
     def start(self, receive: Receive) -> None:
-        """From now on calls `receive` once for each FFN that runs."""
+        """From now on calls `receive` once for each run of an FFN."""
         self._receive = receive
 
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
-        self._before.clear()
-        self._times.clear()
+        # Not gradients: whatever turned them off has turned them on again where an error has led
+        # here, and else the forward pass was finished.
+        self._forget()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether autograd records what happens between pre and post of an FFN."""
+        return bool(self._recording)
 
     def finish_forward(self) -> None:
-        """Ends one forward pass: every FFN must have run exactly once.
+        """Ends one forward pass: every FFN must have run as often as its description says.
 
         Raises:
-            MeasurementError: for an FFN that did not run, or ran more than once.
+            MeasurementError: for an FFN that did not, or whose post never came.
         """
-        for index in range(len(self.ffns)):
-            if self._times[index] != 1:
+        times, pending = Counter(self._times), set(self._before)
+        if self._recording:
+            torch.set_grad_enabled(False)
+        self._forget()
+        for index, ffn in enumerate(self.ffns):
+            promised = n_runs_of(ffn)
+            if index in pending:
                 raise MeasurementError(
-                    "Each FFN must run exactly once in a measured forward pass; "
-                    f"{self._named(index)} appeared {self._times[index]} times. Compiled models "
-                    "must be measured through the module that was compiled."
+                    f"Post must follow pre; of {named(ffn)} it never came. Check which modules its "
+                    "description names, and whether the forward pass ended early."
                 )
-        self._times.clear()
+            if promised is not None and times[index] != promised:
+                raise MeasurementError(
+                    f"{named(ffn)} is described as running n_runs={promised} times in a measured "
+                    f"forward pass; it ran {times[index]} times. Where layers are shared, looped "
+                    "or skipped, or a module runs twice by design, describe it with n_runs=None, "
+                    "which pools what runs. Otherwise: the model must be called once a forward "
+                    "pass, without activation checkpointing, and a compiled model through the "
+                    "module that was compiled."
+                )
 
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
         """What the taps call with features, and a sample of pre as it was when it appeared;
@@ -109,12 +166,14 @@ class Probe:
         """
         if self._receive is None:
             return
-        if any(isinstance(parameter, DTensor) for parameter in self.ffns[index].pre.parameters()):
-            raise self._split(index)  # the features are a slice, which no type shows
+        module = self.sites[index][0].module
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise split(self._names[index])  # the features are a slice, which no type shows
+        check_same_samples(pre, post, self._names[index])
         if not torch.allclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True):
             raise MeasurementError(
                 "A nonlinearity must leave its input as it is; that of "
-                f"{self._named(index)} overwrites it. Use one with inplace=False."
+                f"{self._names[index]} overwrites it. Use one with inplace=False."
             )
         self._times[index] += 1
         self._receive(index, inputs, pre, post)
@@ -122,49 +181,130 @@ class Probe:
     # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
     # make compiled code keep more for the backward pass than it keeps without.
 
-    def _hook_pre(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._receive is not None:
-                before = self._checked(index, "input", inputs[0] if inputs else None)
-                pre = self._checked(index, "pre", output)
-                self._before[index] = (before, pre, sample_of(pre).clone())
+    def _hook_output(self, index: int) -> Callable[..., Any]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            if self._receive is None:
+                return None
+            site = self.sites[index][0]
+            given = plain(argument(args, kwargs), "input", self._names[index])
+            widths = declared_widths(module)
+            inputs = last(given, site.feature_axis if widths is None else widths.axis)
+            output, changed = self._recorded(index, output)
+            self._keep(index, inputs, site, output)
+            return output if changed else None
 
         return hook
 
-    def _hook_post(self, index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._receive is not None:
-                if index not in self._before:
-                    raise MeasurementError(
-                        f"Post must follow pre; of {self._named(index)} it comes first. Check "
-                        "which modules its description names."
-                    )
-                before, pre, sample = self._before.pop(index)
-                post = self._checked(index, "post", inputs[0] if inputs else None)
-                _tap(before, pre, post, sample, self._order, self._number, index)
+    def _hook_input(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._receive is None:
+                return None
+            given, changed = self._recorded(index, argument(args, kwargs))
+            self._keep(index, None, self.sites[index][0], given)
+            return replaced(args, kwargs, given) if changed else None
 
         return hook
 
-    def _checked(self, index: int, site: str, features: Any) -> Tensor:
-        if isinstance(features, DTensor):
-            raise self._split(index)
-        if not isinstance(features, Tensor) or not features.is_floating_point():
+    def _hook_post(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._receive is None:
+                return None
+            given, changed = self._finish(index, argument(args, kwargs))
+            return replaced(args, kwargs, given) if changed else None
+
+        return hook
+
+    def _hook_given(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._receive is None:
+                return None
+            given, changed = self._finish(index, output)
+            return given if changed else None
+
+        return hook
+
+    def _keep(self, index: int, inputs: Tensor | None, site: Site, tensor: Tensor) -> None:
+        """Notes pre until post comes."""
+        where = self._names[index]
+        if index in self._before:
             raise MeasurementError(
-                f"Features must be one tensor of floats; {site} of {self._named(index)} is "
-                f"{type(features).__name__}. Give the modules whose output (pre) and first "
-                "positional input (post) are the features."
+                f"Post must follow pre; of {where} pre came twice. Check which "
+                "modules its description names, and whether another part of the model uses them."
             )
-        return features.detach()
+        pre = of_site(plain(tensor, "pre", where), site, where)
+        compiling = torch.compiler.is_compiling()
+        known = compiling or index in self._followed or tensor.grad_fn is None
+        inputs = pre if inputs is None else inputs
+        recorded = None if known else tensor
+        self._before[index] = _Before(inputs, pre, sample_of(pre).clone(), recorded)
 
-    def _split(self, index: int) -> MeasurementError:
-        return MeasurementError(
-            "Features must be whole, since the spectra of slices do not add up; those of "
-            f"{self._named(index)} are split over processes by tensor parallelism. Train with "
-            "data parallelism or FSDP."
-        )
+    def _finish(self, index: int, tensor: Any) -> tuple[Any, bool]:
+        """Hands on what there is before and after; `tensor` as the model may go on with it, and
+        whether it is another one."""
+        where = self._names[index]
+        if index not in self._before:
+            raise MeasurementError(
+                f"Post must follow pre; of {where} it comes first. Check "
+                "which modules its description names."
+            )
+        before = self._before.pop(index)
+        given = plain(tensor, "post", where)
+        recorded = not torch.compiler.is_compiling() and index in self._recording
+        if recorded:
+            self._recording.discard(index)
+            torch.set_grad_enabled(bool(self._recording))
+        site, site_of_post = self.sites[index]
+        if before.recorded is not None:
+            check_follows(before.recorded, tensor, where)
+            if recorded:
+                check_is_no_factor(before.recorded, tensor, site, where)
+            self._followed.add(index)
+        post = of_site(given, site_of_post, where)
+        _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
+        return (given, True) if recorded else (tensor, False)
 
-    def _named(self, index: int) -> str:
-        return f"{self.ffns[index].name} in layer {self.ffns[index].layer}"
+    # Whether post follows from pre
+
+    def _recorded(self, index: int, tensor: Any) -> tuple[Any, bool]:
+        """`tensor` so that autograd records what happens to it from now on, where that was never
+        seen and does not disturb; and whether it is another one."""
+        if (
+            torch.compiler.is_compiling()
+            or index in self._followed
+            or torch.is_grad_enabled()
+            or torch.is_inference_mode_enabled()
+            or index in self._recording
+        ):
+            return tensor, False
+        given = plain(tensor, "pre", self._names[index])
+        self._recording.add(index)
+        torch.set_grad_enabled(True)
+        return given.requires_grad_().clone(), True
+
+    def _forget(self) -> None:
+        """Ends a forward pass, however it went."""
+        self._recording.clear()
+        self._before.clear()
+        self._times.clear()
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module gets: the first positional argument, or the one tensor given by keyword."""
+    if args:
+        return args[0]
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another tensor in the place where `argument` found one."""
+    if args:
+        return (tensor, *args[1:]), kwargs
+    return args, {k: tensor if isinstance(v, Tensor) else v for k, v in kwargs.items()}
 
 
 def is_tap(hook: object) -> bool:

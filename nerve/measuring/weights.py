@@ -1,31 +1,61 @@
 """The weight before a nonlinearity: whether it can be read, and gives what the layer gave."""
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.measuring.probe import is_tap, sample_of
+from nerve.measuring.sites import Site, is_pointwise
 
 
-def weight_of(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
-    """W of outputs = W x + b where these are wider than x; None where no weight says what they are.
+def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """W and b of outputs = W x + b where these are wider than x; None where no weight says what
+    they are.
 
     A forward of the module's own or a hook may change them (an adapter, an ablation); a
     parametrized weight in training is another at each reading (spectral norm iterates).
+
+    Args:
+        site: of pre; the outputs may be a part of what its module gives.
+        inputs: what the module gets, `[*samples, d_in]`.
+        outputs: pre, `[*samples, d_ff]`.
     """
+    module = site.module
     if (
-        type(module).forward is not nn.Linear.forward
+        site.of != "output"
+        or not _is_affine(module)
         or "forward" in vars(module)
         or not all(is_tap(hook) for hook in module._forward_hooks.values())
         or (module.training and is_parametrized(module))
     ):
         return None
-    weight = module.weight
+    weight, bias = module.weight, module.bias
     if type(weight) not in (Tensor, nn.Parameter) or outputs.shape[-1] <= inputs.shape[-1]:
         return None
     assert isinstance(weight, Tensor)
-    whole = weight.shape == (outputs.shape[-1], inputs.shape[-1])
-    return weight.detach() if whole else None
+    assert bias is None or isinstance(bias, Tensor)
+    matrix = weight.detach()
+    matrix = matrix.T if _is_conv1d(module) else matrix.flatten(1) if matrix.ndim > 2 else matrix
+    matrix = matrix[site.part]
+    if matrix.shape != (outputs.shape[-1], inputs.shape[-1]):
+        return None  # of other weights than the features', as those of a shard
+    return matrix, None if bias is None else bias.detach()[site.part]
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether its forward is that of a linear layer, of the Conv1D of transformers or of a
+    convolution that is a matrix."""
+    forward = type(module).forward
+    if is_pointwise(module):
+        return forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return forward is nn.Linear.forward or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    known = sys.modules.get("transformers.pytorch_utils")
+    return known is not None and type(module).forward is known.Conv1D.forward
 
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}

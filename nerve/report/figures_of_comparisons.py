@@ -40,9 +40,9 @@ def beside_nulls(
 ) -> Figure:
     """r of each metric and the loss beside that of null models, and the partial r given each.
 
-    The left panel has r, one point a row, the median where there are several, and the null models'
-    own r as lines: a metric that lies on a line says of the loss what the null model says. The
-    others have the partial r, with its interval where rows are few.
+    The left panel has r, one point per row, the median where there are several, and the null
+    models' own r as lines: a metric that lies on a line says of the loss what the null model
+    says. The others have the partial r, with its interval where rows are few.
 
     Args:
         correlations: rows of `correlate_within_runs` of one window, or of `correlate_across_runs`.

@@ -14,7 +14,8 @@ from torch.utils.data import DistributedSampler
 
 from nerve.config import from_mapping, require
 from nerve.errors import MeasurementError, noted
-from nerve.measuring.ffns import FFN, find_ffns
+from nerve.measuring.ffns import FFN
+from nerve.measuring.find import find_ffns
 from nerve.optim import hidden_lr
 from nerve.recording.means import mean_values
 from nerve.recording.recorder import Recorder
@@ -100,7 +101,7 @@ class SpectralMonitor(L.Callback):
             return
         layers = self.settings.layers
         self._recorder.open(
-            find_ffns(pl_module, layers) if self._ffns is None else self._ffns,
+            find_ffns(pl_module, layers=layers) if self._ffns is None else self._ffns,
             trainer.strategy.root_device,
             # The store has the rows themselves.
             [each for each in trainer.loggers if not isinstance(each, StoreLogger)],

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFNAdapter, find_ffns
+from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.find import find_ffns
 from nerve.measuring.probe import Probe
 from nerve.models import build_model
 
@@ -106,7 +107,7 @@ def test_no_ffns_are_refused():
 @pytest.mark.parametrize("times", [0, 2])
 def test_missing_and_doubled_features_raise(times):
     model = Foreign(times)
-    with pytest.raises(MeasurementError, match=f"layer 0 appeared {times} times"):
+    with pytest.raises(MeasurementError, match=f"n_runs=1 times .* it ran {times} times"):
         tap(model, torch.randn(3, 4), [FFNAdapter(0, "ffn", model.fc, model.proj)])
 
 

@@ -8,7 +8,7 @@ from support import composed
 from torch.nn import functional as F
 
 from nerve.cli.config.compose import CONF, build, resolved
-from nerve.measuring.ffns import find_ffns
+from nerve.measuring.find import find_ffns
 from nerve.models import build_model
 from nerve.optim import Part, build_optimizer
 

@@ -535,7 +535,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_rows(tmp_path):
 def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
     module = make_module()
     module.model.blocks.append(module.model.blocks[0])
-    with pytest.raises(MeasurementError, match="appeared 2 times"):
+    with pytest.raises(MeasurementError, match="it ran 2 times"):
         fit(tmp_path, module, batches(2), batches(1), every_n_steps=1, source="train")
     assert not module.model.blocks[0].ffn.up._forward_hooks
 

@@ -9,6 +9,7 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
+from support import Batches
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,10 +37,6 @@ def make_module(regularizer: Regularizer = NONE, compile: bool = False) -> Langu
         compile=compile,
         regularizer=regularizer,
     )
-
-
-class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
 
 
 def batches(n: int, seed: int = 0) -> Batches:

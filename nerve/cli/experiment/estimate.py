@@ -8,7 +8,9 @@ from torch import nn
 
 from nerve.cli.experiment.groups import width_of
 from nerve.cli.experiment.plan import Plan
-from nerve.measuring.ffns import find_ffns
+from nerve.measuring.ffns import sites_of
+from nerve.measuring.find import find_ffns
+from nerve.measuring.sites import n_inputs
 from nerve.optim import parameter_roles
 
 COUNTED = (
@@ -99,8 +101,8 @@ def _n_state(plan: Plan, skeleton: nn.Module) -> float | None:
 def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
     """Numbers in the matrices of pre and post of every measured FFN."""
     total = 0
-    for ffn in find_ffns(skeleton, plan.monitor.layers):
-        width, d_in = width_of(ffn), ffn.pre.in_features
+    for ffn in find_ffns(skeleton, layers=plan.monitor.layers):
+        width, d_in = width_of(ffn), n_inputs(sites_of(ffn)[0])
         assert isinstance(d_in, int)
         # Of 16-bit features pre itself is taken, not the input.
         exact = str(plan.values["trainer"].get("precision")).startswith("32")

@@ -11,7 +11,8 @@ from torch import nn
 from nerve.cli.config.compose import build
 from nerve.config import from_mapping, require, require_choice, require_count, require_type
 from nerve.errors import ConfigError
-from nerve.measuring.ffns import FFN, find_ffns
+from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.find import find_ffns
 from nerve.models import MODELS, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
@@ -165,13 +166,13 @@ class ModelPlan:
 
     def widths(self, layers: list[int] | None) -> list[int]:
         """d_ff of each FFN of these layers; None for all."""
-        return [width_of(ffn) for ffn in find_ffns(self.skeleton, layers)]
+        return [width_of(ffn) for ffn in find_ffns(self.skeleton, layers=layers)]
 
 
 def width_of(ffn: FFN) -> int:
     """d_ff of an FFN of ours."""
-    width = ffn.post.in_features
-    assert isinstance(width, int)
+    width = sites_of(ffn)[1].width
+    assert width is not None
     return width
 
 

@@ -1,7 +1,7 @@
 """Sweeps: each trial runs once, what befalls one costs only itself, and all are accounted for.
 
 Trials are processes as they always are; their training is a stand-in (stand_in.py), so that each
-takes a second. Real training in a sweep is in test_run.py and tests/test_sweeps.py.
+takes a second. Real training in a sweep is in test_run.py.
 """
 
 import json

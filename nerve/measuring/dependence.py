@@ -1,0 +1,237 @@
+"""Which features follow from which, element by element, in one forward pass.
+
+The output of every projection is made a leaf of autograd; what a projection gets is then asked for
+its derivatives with respect to them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nerve.measuring.graph import decides
+from nerve.measuring.probe import argument
+from nerve.measuring.sites import Site, declared_widths, last
+
+N_ELEMENTS = 32
+
+Kind = Literal["plain", "gated", "unclear"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """That what a projection gets follows from what one or two others gave, and in which way.
+
+    Attributes:
+        pre: what the nonlinearity gets; where `kind` is unclear, what may be.
+        post: the projection after it.
+        other: what the nonlinearity's output is multiplied with, where gated.
+        kind: `plain`, `gated`, or unclear.
+        why: what speaks against it, where unclear.
+    """
+
+    pre: Site
+    post: nn.Module
+    other: Site | None
+    kind: Kind
+    why: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells links apart: modules and parts."""
+        part = self.pre.part
+        return (self.pre.module, part.start, part.stop, part.step, self.post)
+
+
+@dataclass
+class _Leaf:
+    """One output of a projection, as a leaf of autograd."""
+
+    module: nn.Module
+    tensor: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """`[samples, features]`."""
+        return _rows(self.tensor, self.module)
+
+
+@dataclass
+class Dependence:
+    """What the forward passes inside of `watch` tell.
+
+    Attributes:
+        links: in the order in which they appeared.
+        n_links: how often each link appeared in one pass, at most, by its key.
+    """
+
+    projections: Iterable[nn.Module]
+    is_gate: Callable[[nn.Module], bool]
+    links: dict[tuple[Any, ...], Link] = field(default_factory=dict)
+    n_links: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    _now: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    _leaves: list[_Leaf] = field(default_factory=list)
+
+    def watch(self, run: Callable[[], object]) -> None:
+        """Runs the model once; its projections' outputs are made leaves."""
+        handles: list[RemovableHandle] = []
+        try:
+            for module in self.projections:
+                handles.append(module.register_forward_pre_hook(self._take_input, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._take_output))
+            with torch.inference_mode(False), torch.enable_grad():
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._leaves.clear()
+            self.n_links |= self._now  # the larger count
+            self._now.clear()
+
+    def forget(self) -> None:
+        """As if there had been no forward pass."""
+        self.links.clear()
+        self.n_links.clear()
+
+    def _take_output(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        leaf = output.detach().requires_grad_()
+        self._leaves.append(_Leaf(module, leaf))
+        return leaf.clone()  # a nonlinearity may overwrite it
+
+    def _take_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        features = argument(args, kwargs)
+        if not isinstance(features, Tensor) or not features.requires_grad:
+            return
+        rows = _rows(features, module)
+        width = rows.shape[1]
+        fitting = {leaf.rows.shape[1] for leaf in self._leaves if len(leaf.rows) == len(rows)}
+        if len(rows) < 2 or not fitting & {width, 2 * width}:
+            return
+        try:
+            link = self._link(module, rows)
+        except RuntimeError:  # no derivative: of what a recurrence has overwritten, say
+            return
+        if link is not None:
+            self.links.setdefault(link.key, link)
+            self._now[link.key] += 1
+
+    def _link(self, post: nn.Module, h: Tensor) -> Link | None:
+        chosen = _chosen(h.detach())
+        given = _gradients(h[chosen].sum(), self._leaves)
+        reaching = [
+            (leaf, gradient != 0)
+            for leaf, gradient in zip(self._leaves, given, strict=True)
+            if gradient is not None and bool((gradient != 0).any())
+        ]
+        sources = [leaf for leaf, _ in reaching]
+        if not 1 <= len(sources) <= 2 or any(len(leaf.rows) != len(h) for leaf in sources):
+            return None
+        reached = [_rows(hit, leaf.module) for leaf, hit in reaching]
+        width = h.shape[1]
+        if len(sources) == 1 and sources[0].rows.shape[1] == 2 * width:
+            return self._fused(post, h, sources[0], reached[0], chosen)
+        if any(leaf.rows.shape[1] != width for leaf in sources):
+            return None
+        if not all(_only_at(hit, chosen, [0]) for hit in reached):
+            return _mixed(post, sources, reached, chosen)
+        sites = [Site(leaf.module, "output") for leaf in sources]
+        slopes = _gradients(h.sum(), sources)
+        d = [_rows(slope, leaf.module) for slope, leaf in zip(slopes, sources, strict=True)]
+        x = [leaf.rows.detach() for leaf in sources]
+        if len(sources) == 1:
+            varies = not torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0)
+            return Link(sites[0], post, None, "plain") if varies else None
+        return self._gated(post, h.detach(), sites, x, d)
+
+    def _fused(
+        self, post: nn.Module, h: Tensor, source: _Leaf, reached: Tensor, chosen: Any
+    ) -> Link | None:
+        """Of one projection that gives both sides of a gated FFN."""
+        width = h.shape[1]
+        layouts = {
+            "halves": ([0, width], (slice(0, width), slice(width, 2 * width)), 1),
+            "turns": ([0, 1], (slice(0, None, 2), slice(1, None, 2)), 2),
+        }
+        for offsets, parts, stride in layouts.values():
+            if not _only_at(reached, (chosen[0], chosen[1] * stride), offsets):
+                continue
+            (slope,) = _gradients(h.sum(), [source])
+            slopes, values = _rows(slope, source.module), source.rows.detach()
+            sites = [Site(source.module, "output", part) for part in parts]
+            x, d = [values[:, part] for part in parts], [slopes[:, part] for part in parts]
+            return self._gated(post, h.detach(), sites, x, d)
+        return None
+
+    def _gated(
+        self, post: nn.Module, h: Tensor, sites: list[Site], x: list[Tensor], d: list[Tensor]
+    ) -> Link:
+        """Which of two sides the nonlinearity gets: h is not linear in it.
+
+        Euler: what is linear (and homogeneous) in x is x dh/dx. Where it holds for both sides (ReLU
+        is homogeneous, too), h / (x0 x1) depends on the sign of the gate alone.
+        """
+        off = [float((x[i] * d[i] - h).abs().sum() / h.abs().sum()) for i in (0, 1)]
+        if not min(off) <= (1e-3 if h.dtype.itemsize > 2 else 5e-2):
+            return Link(sites[0], post, sites[1], "unclear", "it is linear in neither side")
+        if max(off) > 2 * torch.finfo(h.dtype).eps and max(off) > 4 * min(off):
+            gate = off.index(max(off))
+        else:
+            decides_h = [decides(x[i], x[0] * x[1], h) for i in (0, 1)]
+            if decides_h[0] != decides_h[1]:
+                gate = decides_h.index(True)
+            else:
+                named = [self.is_gate(site.module) for site in sites]
+                if named[0] == named[1]:
+                    why = "it is linear in both sides"
+                    return Link(sites[0], post, sites[1], "unclear", why)
+                gate = named.index(True)
+        return Link(sites[gate], post, sites[1 - gate], "gated")
+
+
+def _mixed(
+    post: nn.Module, sources: list[_Leaf], reached: list[Tensor], chosen: Any
+) -> Link | None:
+    """Features that follow from one projection's in the same sample, but not one by one."""
+    rows = torch.zeros(len(reached[0]), dtype=torch.bool, device=reached[0].device)
+    rows[chosen[0]] = True
+    if any(bool(hit[~rows].any()) for hit in reached):
+        return None
+    why = "features are mixed in between, as by a normalization"
+    return Link(Site(sources[0].module, "output"), post, None, "unclear", why)
+
+
+def _rows(tensor: Tensor, module: nn.Module) -> Tensor:
+    widths = declared_widths(module)
+    moved = last(tensor, -1 if widths is None else widths.axis)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def _chosen(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of some elements, large ones, each of another row, from all over them."""
+    rows = torch.linspace(0, len(h) - 1, min(N_ELEMENTS, len(h))).long().unique().to(h.device)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(len(rows), h.shape[1], generator=generator).to(h.device)
+    return rows, (h[rows].float().abs() * (weight + 0.05)).argmax(1)
+
+
+def _gradients(of: Tensor, leaves: list[_Leaf]) -> tuple[Any, ...]:
+    tensors = [leaf.tensor for leaf in leaves]
+    return torch.autograd.grad(of, tensors, retain_graph=True, allow_unused=True)
+
+
+def _only_at(reached: Tensor, chosen: tuple[Tensor, Tensor], offsets: list[int]) -> bool:
+    """Whether derivatives are at the chosen elements, moved by the offsets, and nowhere else."""
+    rows, columns = chosen
+    if int(columns.max()) + max(offsets) >= reached.shape[1]:
+        return False
+    expected = torch.zeros_like(reached)
+    for offset in offsets:
+        expected[rows, columns + offset] = True
+    hit = [bool(reached[rows, columns + offset].any()) for offset in offsets]
+    return all(hit) and not bool((reached & ~expected).any())

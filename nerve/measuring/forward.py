@@ -1,0 +1,44 @@
+"""Running a model that is measured."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients, uncompiled, with plain tensors; after it as it
+    was."""
+    modes = {module: module.training for module in model.modules()}
+    # Autograd may record what happens to features: not to weights, which a forward may overwrite.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # nn.TransformerEncoder's own way past its modules, with nested tensors where there is padding.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), _uncompiled():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in trained:
+            parameter.requires_grad_()
+        for module, training in modes.items():
+            module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Code that was compiled before knows no probe; without its compiler nothing is compiled."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
+def call(model: nn.Module, batch: Any) -> object:
+    """Runs a model on a batch; the entries of a mapping are its arguments."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)

@@ -1,0 +1,136 @@
+"""Which samples count: masks, and the streams of tokens that they belong to."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFN, named
+
+Masks = Tensor | None | Mapping[str, Tensor | None] | Sequence[Tensor | None]
+"""One mask for all FFNs, or one for each: by the FFN's name, or in the order of the FFNs. None
+counts all samples."""
+
+
+class Order(NamedTuple):
+    """How the tokens of a stream lie in an FFN's features.
+
+    Attributes:
+        n_sequences, n_positions: of the stream, as its mask has them.
+        batch_first: whether the features' samples go sequence by sequence.
+    """
+
+    n_sequences: int
+    n_positions: int
+    batch_first: bool
+
+    def sequences(self, features: Tensor, where: str) -> Tensor:
+        """`[n_sequences, n_positions, width]` of features in this order, flattened or not.
+
+        Raises:
+            MeasurementError: for another number of samples.
+        """
+        sizes = (self.n_sequences, self.n_positions)
+        if features[..., 0].numel() != sizes[0] * sizes[1]:
+            raise MeasurementError(
+                f"{where} has had the tokens of one stream in the first batch; now its features "
+                f"have the shape {tuple(features.shape)} for {sizes[0]} sequences of {sizes[1]}."
+            )
+        if self.batch_first:
+            return features.reshape(*sizes, features.shape[-1])
+        return features.reshape(*sizes[::-1], features.shape[-1]).transpose(0, 1)
+
+
+class UnknownOrder:
+    """The order of an FFN's tokens where nothing has shown it; none of them may come then."""
+
+    def sequences(self, features: Tensor, where: str) -> Tensor:
+        """Raises `MeasurementError`: features have come."""
+        raise MeasurementError(
+            f"{where} did not run on the two short sequences that show which tokens an FFN has and "
+            "in which order; now it runs, beside a mask or skip_first=. Give batches that are not "
+            "mappings, with forward=, and one mask for each FFN with mask=."
+        )
+
+
+Orders = Sequence[Order | UnknownOrder | None]
+"""For each FFN how its tokens lie; None where they are taken as they lie."""
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """A mask as bool: True for the samples that count.
+
+    Raises:
+        MeasurementError: for other values than 0 and 1.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    ones = mask == 1
+    if not bool((ones | (mask == 0)).all()):
+        raise MeasurementError(
+            "A mask must be 1 (or True) for the samples that count and 0 for padding; got values "
+            f"from {mask.min().item():g} to {mask.max().item():g}. Of an additive mask (0 and "
+            "-inf): mask=lambda batch: batch[...] == 0."
+        )
+    return ones
+
+
+def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
+    """The mask of each FFN.
+
+    Raises:
+        MeasurementError: where an FFN has none, a mask belongs to none, or has other values than 0
+            and 1.
+    """
+    if masks is None or isinstance(masks, Tensor):
+        each: list[Tensor | None] = [masks] * len(ffns)
+    elif isinstance(masks, Mapping):
+        names = {ffn.name for ffn in ffns}
+        if set(masks) != names:
+            raise MeasurementError(
+                "A mapping of masks must have one for each name of an FFN (None counts all): "
+                f"{', '.join(sorted(names))}; got {', '.join(sorted(map(str, masks))) or 'none'}."
+            )
+        each = [masks[ffn.name] for ffn in ffns]
+    else:
+        each = list(masks)
+        if len(each) != len(ffns):
+            raise MeasurementError(
+                f"A list of masks must have one for each FFN (None counts all), {len(ffns)}; got "
+                f"{len(each)}."
+            )
+    known: dict[int, Tensor] = {}
+    for mask in each:
+        if mask is not None and id(mask) not in known:
+            known[id(mask)] = as_bool(mask)
+    return [None if mask is None else known[id(mask)] for mask in each]
+
+
+def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
+    """The mask in the shape of an FFN's samples: as it is, or flattened as they are.
+
+    Raises:
+        MeasurementError: where it is of other samples.
+    """
+    if mask.shape == samples:
+        return mask
+    if mask.numel() == samples.numel() and _is_flattened(list(mask.shape), list(samples)):
+        return mask.reshape(samples)
+    raise MeasurementError(
+        f"A mask must have one number for each sample; of {named(ffn)} they are "
+        f"{tuple(samples)}, the mask is {tuple(mask.shape)}. If it belongs to another stream of "
+        "tokens, give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
+    )
+
+
+def _is_flattened(sizes: list[int], flat: list[int]) -> bool:
+    """Whether neighbors among `sizes` multiplied give `flat`."""
+    for size in flat:
+        product = sizes.pop(0) if sizes else 0
+        while product < size and sizes:
+            product *= sizes.pop(0)
+        if product != size:
+            return False
+    return all(size == 1 for size in sizes)

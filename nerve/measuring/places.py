@@ -1,0 +1,103 @@
+"""Where in its model an FFN lies: which layer, and which FFN of it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+_Path = tuple[str, ...]
+
+
+class Place(NamedTuple):
+    """The layer, from 0 along the depth of its stack, and the name of an FFN in it."""
+
+    layer: int
+    name: str
+
+
+class Tree:
+    """A model's modules as a tree.
+
+    A block is an item of a container (ModuleList, Sequential, ModuleDict), the innermost one of
+    which several items have FFNs. Blocks are numbered in the order in which they run, through
+    stages, which are containers in a row; siblings that are none and have blocks of their own, as
+    an encoder and a decoder, are stacks: each begins at 0, and gives its name to its FFNs.
+
+    Attributes:
+        paths: of each module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {module: path for path, module in model.named_modules()}
+        self._modules = {_parts(path): module for module, path in self.paths.items()}
+
+    def holder(self, modules: Sequence[nn.Module]) -> str:
+        """The path of the smallest module that holds all of these."""
+        return ".".join(self._holder(modules))
+
+    def places(self, ffns: Sequence[Sequence[nn.Module]]) -> list[Place]:
+        """Those of FFNs, given by the modules of each, in the order in which they run."""
+        holders = [self._holder(modules) for modules in ffns]
+        bearing: dict[_Path, set[_Path]] = defaultdict(set)
+        for holder in holders:
+            for depth in range(len(holder)):
+                bearing[holder[:depth]].add(holder[: depth + 1])
+        shared = Counter(holders)
+        keys, layers, numbers = [], [], defaultdict[str, dict[tuple[_Path, int], int]](dict)
+        for index, holder in enumerate(holders):
+            block = self._block(holder, bearing)
+            stack = self._stack(block, bearing)
+            # FFNs that lie bare in one Sequential follow one another in depth.
+            bare = shared[holder] > 1 and isinstance(self._modules[holder], nn.Sequential)
+            key = (block, index if bare else -1)
+            layers.append(numbers[stack].setdefault(key, len(numbers[stack])))
+            keys.append((stack, key))
+        alone = Counter(keys)
+        places: list[Place] = []
+        taken: set[Place] = set()
+        for (stack, (block, _)), layer, holder, modules in zip(
+            keys, layers, holders, ffns, strict=True
+        ):
+            name = "ffn"
+            if alone[stack, (block, _)] > 1:
+                inside = holder[len(block) :] or _parts(self.paths[modules[0]])[len(block) :]
+                name = "_".join(inside)
+            place = Place(layer, f"{stack}_{name}" if stack else name)
+            n = 2
+            while place in taken:
+                place, n = Place(layer, f"{stack}_{name}_{n}" if stack else f"{name}_{n}"), n + 1
+            taken.add(place)
+            places.append(place)
+        return places
+
+    def _holder(self, modules: Sequence[nn.Module]) -> _Path:
+        paths = [_parts(self.paths[module])[:-1] for module in modules]
+        depth = 0
+        while all(len(path) > depth and path[depth] == paths[0][depth] for path in paths):
+            depth += 1
+        return paths[0][:depth]
+
+    def _block(self, holder: _Path, bearing: dict[_Path, set[_Path]]) -> _Path:
+        items = [
+            holder[:depth]
+            for depth in range(len(holder), 0, -1)
+            if isinstance(self._modules[holder[: depth - 1]], _CONTAINERS)
+        ]
+        several = [item for item in items if len(bearing[item[:-1]]) > 1]
+        return (several or items or [holder])[0]
+
+    def _stack(self, block: _Path, bearing: dict[_Path, set[_Path]]) -> str:
+        return "_".join(
+            block[depth - 1]
+            for depth in range(1, len(block))
+            if len(bearing[block[: depth - 1]]) > 1
+            and not isinstance(self._modules[block[:depth]], _CONTAINERS)
+            and not isinstance(self._modules[block[: depth - 1]], _CONTAINERS)
+        )
+
+
+def _parts(path: str) -> _Path:
+    return tuple(path.split(".")) if path else ()

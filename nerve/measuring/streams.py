@@ -1,0 +1,233 @@
+"""The streams of tokens in a batch, and how they lie in the features of each FFN."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFN, named
+from nerve.measuring.masks import as_bool
+from nerve.measuring.probe import Probe
+
+UNLABELED = -100
+"""The label of a token that no loss counts, torch's and transformers' convention."""
+
+_NAMES = {"": "the batch's tokens", "decoder_": "the decoder's tokens"}
+
+
+class TraceError(MeasurementError):
+    """The model does not run on two shortened sequences, or they cannot be told apart."""
+
+
+class Stream(NamedTuple):
+    """Tokens of a batch that belong together.
+
+    Attributes:
+        sizes: of the batch, as `[n_sequences, n_positions]`.
+        mask: of padding, where the batch has one.
+        ids, labels: the tokens and what is to be predicted, where the batch has them.
+    """
+
+    sizes: tuple[int, int]
+    mask: Tensor | None
+    ids: Tensor | None
+    labels: Tensor | None
+
+
+def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
+    """The streams of a mapping, by the prefix of their keys: `""`, and `decoder_` where it has one;
+    none of another batch."""
+    if not isinstance(batch, Mapping):
+        return {}
+    found = {}
+    for prefix in _NAMES:
+        mask, ids, embedded = (
+            _tensor(batch, prefix + name)
+            for name in ("attention_mask", "input_ids", "inputs_embeds")
+        )
+        if not prefix and mask is None:
+            padding = _tensor(batch, "src_key_padding_mask")
+            mask = None if padding is None else ~as_bool(padding)
+        labels = _tensor(batch, "labels") if is_encoder_decoder == bool(prefix) else None
+        for tensor in (ids, embedded, mask, labels if prefix else None):
+            if tensor is not None and tensor.ndim >= 2:
+                sizes = (tensor.shape[0], tensor.shape[1])
+                of_tokens = labels is not None and tuple(labels.shape) == sizes
+                found[prefix] = Stream(sizes, mask, ids, labels if of_tokens else None)
+                break
+    return found
+
+
+class Traced(NamedTuple):
+    """Where an FFN's samples come from.
+
+    Attributes:
+        stream: the prefix of its stream; None where its samples are no tokens of a stream.
+        batch_first: whether they go sequence by sequence.
+        ran: whether there were any.
+    """
+
+    stream: str | None
+    batch_first: bool = True
+    ran: bool = True
+
+
+class Trace(NamedTuple):
+    """What a forward pass of two equal, shortened sequences has told.
+
+    Attributes:
+        ffns: for each FFN where its samples come from.
+        batch: the batch of that pass.
+        lengths: positions of each stream in it, by prefix.
+    """
+
+    ffns: list[Traced]
+    batch: dict[str, Any]
+    lengths: dict[str, int]
+
+    def stream_of(self, mask: Tensor) -> str | None:
+        """The stream that a mask of `batch` belongs to, `[sequence, position]`; None if to none."""
+        sizes = {torch.Size((2, n)): prefix for prefix, n in self.lengths.items()}
+        return sizes.get(mask.shape)
+
+
+def trace(
+    probe: Probe, run: Callable[[Any], object], batch: Mapping[str, Any], streams: dict[str, Stream]
+) -> Trace:
+    """Finds out which stream each FFN has the tokens of, and in which order.
+
+    Equal shapes prove nothing: the model runs on one sequence, twice in a batch, each stream cut to
+    a length of its own. Features whose number goes along are of the stream, and the two sequences
+    are alike in the order in which they lie.
+
+    Raises:
+        TraceError: where the model cannot run on such a batch.
+        MeasurementError: for features that are not those that the FFNs are described with.
+    """
+    cut, lengths = _reduced(batch, streams)
+    seen: dict[int, Tensor] = {}
+
+    def receive(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
+        if index not in seen:
+            seen[index] = pre.clone()
+
+    probe.start(receive)
+    try:
+        run(cut)
+        probe.finish_forward()
+    except MeasurementError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            "To see which FFNs a mask belongs to, and in which order their tokens lie, the model "
+            f"runs on two equal, shorter sequences; it failed: {error}. Give one mask for each FFN "
+            "with mask=, and neither skip_first= nor exclude=."
+        ) from error
+    finally:
+        probe.stop()
+    traced = [_traced(seen.get(index), lengths, ffn) for index, ffn in enumerate(probe.ffns)]
+    return Trace(traced, cut, lengths)
+
+
+def _reduced(
+    batch: Mapping[str, Any], streams: dict[str, Stream]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The batch with its fullest sequence twice, and how many positions each stream has left."""
+    lengths: dict[str, int] = {}
+    for prefix, stream in streams.items():
+        n = stream.sizes[1]
+        lengths[prefix] = next(
+            m for m in (n - 1, n - 2, n, 1) if m > 0 and m not in lengths.values()
+        )
+    first = next(iter(streams.values()))
+    row = 0 if first.mask is None else int(as_bool(first.mask).sum(1).argmax())
+    return {key: _cut(key, value, streams, lengths, row) for key, value in batch.items()}, lengths
+
+
+def _cut(
+    key: str, value: Any, streams: dict[str, Stream], lengths: dict[str, int], row: int
+) -> Any:
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    of_decoder = key.startswith("decoder_") or key == "labels"
+    prefix = "decoder_" if of_decoder and "decoder_" in streams else ""
+    if prefix not in streams or value.shape[0] != streams[prefix].sizes[0]:
+        return value
+    twice = value[[row, row]]
+    stream = streams[prefix]
+    # Beside token ids, numbers of three dimensions may be something else, such as patches.
+    of_tokens = value.ndim == 2 or not value.is_floating_point() or stream.ids is None
+    if value.ndim >= 2 and of_tokens and value.shape[1] == stream.sizes[1]:
+        return twice[:, : lengths[prefix]]
+    return twice
+
+
+def _traced(pre: Tensor | None, sizes: dict[str, int], ffn: FFN) -> Traced:
+    """What features of two equal sequences tell."""
+    if pre is None:
+        return Traced(None, ran=False)
+    n_samples, width = pre[..., 0].numel(), pre.shape[-1]
+    for prefix, n_positions in sizes.items():
+        if n_samples != 2 * n_positions:
+            continue
+        by_sequence = pre.reshape(2, n_positions, width)
+        by_position = pre.reshape(n_positions, 2, width)
+        apart = _difference(*by_sequence), _difference(*by_position.unbind(1))
+        if min(apart) < (1e-3 if pre.dtype.itemsize > 2 else 5e-2):
+            return Traced(prefix, batch_first=apart[0] <= apart[1])
+        raise TraceError(
+            f"Tokens must lie sequence by sequence or position by position; those of {named(ffn)} "
+            "do not. Give its mask with mask=."
+        )
+    return Traced(None)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a part of the largest value; where both are NaN there is none."""
+    size = float(one.abs().nan_to_num().amax())
+    apart = (one - other).abs().masked_fill(one.isnan() & other.isnan(), 0)
+    return float(apart.nan_to_num(torch.inf).amax()) / size if size else 0.0
+
+
+def counting(
+    stream: Stream, name: str, exclude: Sequence[int], only_labeled: bool
+) -> Tensor | None:
+    """The mask of a stream's tokens that count; None where all do.
+
+    Raises:
+        MeasurementError: where the batch does not say what a token is.
+    """
+    mask = None if stream.mask is None else as_bool(stream.mask)
+    if mask is not None and tuple(mask.shape) != stream.sizes:
+        raise MeasurementError(
+            f"The attention_mask of {_NAMES[name]} must be [batch, sequence], {stream.sizes}; got "
+            f"{tuple(mask.shape)}. Give mask=lambda batch: …, True for the tokens that count."
+        )
+    parts = [] if mask is None else [mask]
+    if exclude:
+        if stream.ids is None:
+            raise MeasurementError(
+                f"exclude= leaves out token ids, so that a batch must have {name}input_ids; it has "
+                "none. Leave out exclude=, or give mask=."
+            )
+        ids = torch.tensor(list(exclude), device=stream.ids.device)
+        parts.append(~torch.isin(stream.ids, ids))
+    if only_labeled and stream.labels is not None:
+        parts.append(stream.labels != UNLABELED)
+    if not parts:
+        return None
+    counts = torch.stack([part.to(parts[0].device) for part in parts]).all(0)
+    return None if bool(counts.all()) else counts
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model of transformers has a decoder beside an encoder, so that labels are the
+    decoder's."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _tensor(batch: Mapping[str, Any], key: str) -> Tensor | None:
+    value = batch.get(key)
+    return value if isinstance(value, Tensor) else None

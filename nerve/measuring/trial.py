@@ -1,0 +1,190 @@
+"""Runs a model, or its blocks by themselves, to see which features follow from which."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nerve.errors import MeasurementError
+from nerve.measuring.dependence import Dependence
+from nerve.measuring.forward import call, evaluating
+from nerve.measuring.sites import declared_widths, is_pointwise
+
+_FEW = 2
+_SHORT = 16
+"""How many sequences, and positions of each, the forward pass gets that looks for FFNs."""
+
+
+def projections_of(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that multiply by a matrix: one that wraps another of the same widths,
+    as adapters do, and no network that says how wide it is."""
+    found: dict[nn.Module, None] = {}
+
+    def walk(module: nn.Module) -> None:
+        if _is_projection(module):
+            found[module] = None
+            return
+        for child in module.children():
+            walk(child)
+
+    walk(model)
+    return list(found)
+
+
+def _is_projection(module: nn.Module) -> bool:
+    widths = declared_widths(module)
+    if widths is None or (isinstance(module, nn.modules.conv._ConvNd) and not is_pointwise(module)):
+        return False
+    inner = [declared_widths(each) for each in module.modules() if each is not module]
+    return not any(inner) or widths in inner
+
+
+# One forward pass
+
+
+def look_at(
+    model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], object]
+) -> Dependence:
+    """What follows from what in a forward pass: of a few sequences of the batch, of an example that
+    the model has itself, or else of its blocks alone.
+
+    Args:
+        model: the model, which is left as it was.
+        batch: what `forward` takes; None for none.
+        forward: runs the model on one batch.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    seen = Dependence(projections_of(model), lambda module: "gate" in paths[module])
+    with evaluating(model):
+        if batch is not None:
+            _watch_few(seen, partial(forward, model), batch)
+        elif not any(_works(seen, model, example) for example in _examples(model)):
+            _watch_blocks(seen, model)
+    return seen
+
+
+def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> None:
+    """Runs on few and short sequences where the model can, or else on the whole batch."""
+    for part in (_cut(batch, _FEW, _SHORT), _cut(batch, _FEW, None)):
+        try:
+            seen.watch(partial(run, part))
+        except Exception:
+            seen.forget()
+            continue
+        if seen.links:
+            return
+        seen.forget()
+    try:
+        seen.watch(partial(run, batch))
+    except RuntimeError as error:
+        raise MeasurementError(
+            "To find FFNs the model runs on the first batch while autograd records; it failed: "
+            f"{error}. If the batch is right, describe the FFNs with nerve.FFNAdapter."
+        ) from error
+
+
+def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:
+    """The first sequences of every tensor that has as many as the first one, and of tokens (whole
+    numbers, `[batch, sequence]`) and their masks the first positions."""
+    tensors = [each for each in _leaves(batch) if each.ndim]
+    n = len(tensors[0]) if tensors else 0
+
+    def cut(each: Any) -> Any:
+        if isinstance(each, Mapping):
+            return {key: cut(value) for key, value in each.items()}
+        if isinstance(each, tuple | list) and type(each) in (tuple, list):
+            return type(each)(cut(value) for value in each)
+        if not isinstance(each, Tensor) or not each.ndim or len(each) != n:
+            return each
+        each = each[:n_sequences]
+        short = each.ndim == 2 and not each.is_floating_point()
+        return each[:, :n_positions] if short else each
+
+    return cut(batch)
+
+
+def _leaves(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _leaves(value)
+
+
+def _examples(model: nn.Module) -> Iterator[Any]:
+    """Batches that the model itself gives as examples."""
+    for name in ("dummy_inputs", "example_input_array"):
+        example = getattr(model, name, None)
+        if example is not None:
+            device = next(model.parameters()).device
+            yield _moved(example, device)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return batch
+
+
+def _works(seen: Dependence, model: nn.Module, batch: Any) -> bool:
+    try:
+        seen.watch(partial(call, model, batch))
+    except Exception:
+        seen.forget()
+    return bool(seen.links)
+
+
+# Without a batch: blocks by themselves
+
+
+def _watch_blocks(seen: Dependence, model: nn.Module) -> None:
+    """Runs the smallest modules that hold two projections which fit, each on random features."""
+    projections = set(projections_of(model))
+    done: set[nn.Module] = set()
+    for module in _inner_first(model):
+        if module in projections:
+            continue
+        inside = [each for each in module.modules() if each in projections and each not in done]
+        for first, x in _inputs(inside):
+            if first in done:
+                continue
+            try:
+                seen.watch(partial(module, x))
+            except Exception:
+                continue
+            for link in seen.links.values():
+                done |= {link.pre.module, link.post}
+                done |= set() if link.other is None else {link.other.module}
+
+
+def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _inner_first(child)
+    yield module
+
+
+def _inputs(inside: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Random features for each pair of projections that fits."""
+    for first in inside:
+        a = declared_widths(first)
+        fits = any(
+            (b := declared_widths(each)) is not None
+            and each is not first
+            and a is not None
+            and a.d_out in (b.d_in, 2 * b.d_in)
+            and a.d_in == b.d_out
+            for each in inside
+        )
+        weight = next((p for p in first.parameters() if p.is_floating_point()), None)
+        if a is not None and fits and weight is not None:
+            sizes = [2, 8] if a.axis == -1 else [2] + [4] * (-1 - a.axis)
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(*sizes, a.d_in, generator=generator).to(weight)
+            yield first, x if a.axis == -1 else x.movedim(-1, 1)

@@ -1,0 +1,443 @@
+"""FFNs are found by what follows from what: forms, gates, places, and what cannot be told."""
+
+import pytest
+import torch
+from by_hand import Plain, assert_measured
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nerve
+from nerve.errors import MeasurementError
+from nerve.measuring.find import find_ffns
+
+D, FF = 6, 10
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def places(found: list) -> list[tuple[int, str]]:
+    return [(ffn.layer, ffn.name) for ffn in found]
+
+
+class Gated(nn.Module):
+    """down(act(one(x)) * two(x)), the names of the projections telling nothing."""
+
+    def __init__(self, act) -> None:
+        super().__init__()
+        self.one, self.two, self.down = nn.Linear(D, FF), nn.Linear(D, FF), nn.Linear(FF, D)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.two(x) * self.act(self.one(x)))
+
+
+class GatedLast(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.one(x) * self.act(self.two(x)))
+
+
+ACTS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "leaky relu": functional.leaky_relu,
+    "squared relu": lambda x: x.relu().square(),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("last", [False, True])
+def test_the_gate_is_what_the_nonlinearity_gets(act, last):
+    model = (GatedLast if last else Gated)(ACTS[act]).double()
+    x = torch.randn(4, 20, D, dtype=torch.float64)
+    (ffn,) = find_ffns(model, x)
+    assert ffn.pre is (model.two if last else model.one)
+    assert (ffn.post, ffn.gated, ffn.n_runs) == (model.down, True, 1)
+    (row,) = nerve.measure(model, [x]).to_dict("records")
+    gate, other = (model.two, model.one) if last else (model.one, model.two)
+    assert_measured(row, gate(x), model.act(gate(x)) * other(x))
+
+
+def test_names_decide_where_nothing_else_does():
+    """A product of two projections has no nonlinearity of one side."""
+    model = Gated(lambda x: x)
+    with pytest.raises(MeasurementError, match="linear in both sides"):
+        find_ffns(model, torch.randn(4, 20, D))
+    model.gate_proj, model.one = model.one, None
+    model.forward = lambda x: model.down(model.gate_proj(x) * model.two(x))
+    (ffn,) = find_ffns(model, torch.randn(4, 20, D))
+    assert ffn.pre is model.gate_proj
+
+
+class Packed(nn.Module):
+    """Both sides in one projection, as halves or in turns, either first."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.both, self.down, self.layout = nn.Linear(D, 2 * FF), nn.Linear(FF, D), layout
+
+    def sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.both(x)
+        a, b = (both[..., ::2], both[..., 1::2]) if "turns" in self.layout else both.chunk(2, -1)
+        return (b, a) if "last" in self.layout else (a, b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.sides(x)
+        return self.down(functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("layout", ["halves", "halves, last", "turns", "turns, last"])
+def test_the_gate_within_a_fused_projection_is_found(layout):
+    model = Packed(layout).double()
+    x = torch.randn(4, 20, D, dtype=torch.float64)
+    (row,) = nerve.measure(model, [x]).to_dict("records")
+    gate, up = model.sides(x)
+    assert_measured(row, gate, functional.silu(gate) * up)
+
+
+class MixerBlock(nn.Module):
+    """As timm's: token mixing, then channel mixing."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.mlp_tokens = Plain(nn.Linear(n_tokens, FF), nn.Linear(FF, n_tokens))
+        self.mlp_channels = Plain(nn.Linear(D, 12), nn.Linear(12, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.mlp_channels(self.norm2(x))
+
+
+def test_a_mixer_has_two_ffns_a_layer():
+    model = nn.Sequential(*[MixerBlock(8) for _ in range(3)]).double()
+    x = torch.randn(30, 8, D, dtype=torch.float64)
+    for found in (find_ffns(model, x), find_ffns(model)):
+        names = ("mlp_tokens", "mlp_channels")
+        assert places(found) == [(layer, name) for layer in range(3) for name in names]
+    rows = nerve.measure(model, [x]).to_dict("records")
+    for layer, block in enumerate(model):
+        tokens = block.mlp_tokens.up(block.norm1(x).transpose(1, 2))
+        assert_measured(rows[2 * layer], tokens, tokens.relu())
+        x = x + block.mlp_tokens(block.norm1(x).transpose(1, 2)).transpose(1, 2)
+        channels = block.mlp_channels.up(block.norm2(x))
+        assert_measured(rows[2 * layer + 1], channels, channels.relu())
+        x = x + block.mlp_channels(block.norm2(x))
+
+
+class ConvNeXtBlock(nn.Module):
+    """As timm's with `conv_mlp`, or with linear layers on channels moved last."""
+
+    def __init__(self, width: int, conv_mlp: bool) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        make = (lambda i, o: nn.Conv2d(i, o, 1)) if conv_mlp else nn.Linear
+        self.mlp = Plain(make(width, 4 * width), make(4 * width, width))
+        self.conv_mlp = conv_mlp
+
+    def before(self, x: Tensor) -> Tensor:
+        x = self.conv_dw(x)
+        return x if self.conv_mlp else x.movedim(1, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.before(x))
+        return x + (y if self.conv_mlp else y.movedim(-1, 1))
+
+
+class Stage(nn.Module):
+    def __init__(self, d_in: int, width: int, depth: int, conv_mlp: bool) -> None:
+        super().__init__()
+        self.downsample = nn.Conv2d(d_in, width, 2, stride=2)
+        self.blocks = nn.Sequential(*[ConvNeXtBlock(width, conv_mlp) for _ in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+@pytest.mark.parametrize("conv_mlp", [True, False])
+def test_layers_of_a_convnext_are_numbered_through_its_stages(conv_mlp):
+    widths, depths = (4, 5, 6), (1, 2, 1)
+    stages = [Stage(*two, n, conv_mlp) for *two, n in zip((3, 4, 5), widths, depths, strict=True)]
+    model = nn.Sequential(*stages).double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    found = find_ffns(model, x)
+    assert places(found) == [(layer, "ffn") for layer in range(4)]
+    assert found.table()["d_ff"].tolist() == [16, 20, 20, 24]
+    rows = nerve.measure(model, [x]).to_dict("records")
+    for stage in model:
+        x = stage.downsample(x)
+        for block in stage.blocks:
+            pre = block.mlp.up(block.before(x))
+            pre = pre.movedim(1, -1) if conv_mlp else pre
+            assert_measured(rows.pop(0), pre, pre.relu())
+            x = block(x)
+
+
+class Attention(nn.Module):
+    """With more features within than without, which its widths share with an FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(D, FF) for _ in range(3))
+        self.o = nn.Linear(FF, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x))
+
+
+class Block(nn.Module):
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.norm, self.mlp = Attention(), nn.LayerNorm(D), ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(self.norm(x))
+
+
+def test_attention_is_no_ffn():
+    model = nn.Sequential(*[Block(Plain(nn.Linear(D, FF), nn.Linear(FF, D))) for _ in range(2)])
+    for batch in (torch.randn(3, 7, D), None):
+        found = find_ffns(model, batch)
+        assert [ffn.pre for ffn in found] == [block.mlp.up for block in model]
+    with pytest.raises(MeasurementError, match="Attention has none"):
+        find_ffns(Attention(), torch.randn(3, 7, D))
+
+
+class GatedAttention(Attention):
+    """Whose output is multiplied by an activation of a projection, element by element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+        return self.o(attended * self.gate(x).sigmoid())
+
+
+def test_gated_attention_is_no_ffn():
+    with pytest.raises(MeasurementError, match="has none"):
+        find_ffns(GatedAttention(), torch.randn(3, 7, D))
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, 3), nn.Linear(3, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * 2)
+
+
+def test_two_projections_without_a_nonlinearity_are_no_ffn():
+    with pytest.raises(MeasurementError, match="LowRank has none"):
+        find_ffns(LowRank(), torch.randn(3, 7, D))
+
+
+class NormedWithin(Plain):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(D, FF), nn.Linear(FF, D))
+        self.norm = nn.LayerNorm(FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.act(self.up(x))))
+
+
+def test_what_cannot_be_told_is_said_with_the_line_that_describes_it():
+    model = nn.Sequential(Plain(nn.Linear(D, FF), nn.Linear(FF, D)), NormedWithin()).double()
+    x = torch.randn(3, 30, D, dtype=torch.float64)
+    found = find_ffns(model, x)
+    assert places(found) == [(0, "ffn")]
+    (line,) = found.unclear
+    code, why = line.split("  # ")
+    assert why == "features are mixed in between, as by a normalization"
+    assert line in str(found)
+    ffn = eval(code.replace("model.1.", "model[1]."), {"nerve": nerve, "model": model})
+    (row,) = nerve.measure(model, [x], ffns=[ffn]).to_dict("records")
+    pre = model[1].up(model[0](x))
+    assert_measured(row, pre, model[1].norm(pre.relu()))
+
+
+class Lora(nn.Module):
+    """As adapters wrap a projection."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer = base
+        self.a, self.b = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.b(self.a(x))
+
+
+def test_a_wrapped_projection_is_measured_with_what_the_wrapper_adds():
+    model = Plain(Lora(nn.Linear(D, FF)), Lora(nn.Linear(FF, D))).double()
+    x = torch.randn(3, 30, D, dtype=torch.float64)
+    (row,) = nerve.measure(model, [x]).to_dict("records")
+    assert_measured(row, model.up(x), model.up(x).relu())
+    assert row["d_in"] == D
+
+
+class Declaring(Plain):
+    """A whole network that says how wide it is."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(D, FF), nn.Linear(FF, D))
+        self.in_features = self.out_features = D
+
+
+def test_a_network_that_declares_its_width_is_no_projection():
+    model = Declaring()
+    (ffn,) = find_ffns(nn.Sequential(model, nn.Linear(D, D)), torch.randn(3, 30, D))
+    assert ffn.pre is model.up
+
+
+def test_layers_that_lie_bare_in_a_row_follow_one_another():
+    def two() -> list[nn.Module]:
+        return [nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D)]
+
+    model = nn.Sequential(*two(), *two())
+    assert places(find_ffns(model, torch.randn(9, D))) == [(0, "ffn"), (1, "ffn")]
+
+
+def test_a_classifier_of_two_layers_is_measured_where_nothing_returns_to_its_width():
+    model = nn.Sequential(nn.Linear(D, FF), nn.ReLU(), nn.Linear(FF, 3))
+    assert places(find_ffns(model, torch.randn(9, D))) == [(0, "ffn")]
+    block = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+    both = nn.Sequential(block, model)
+    assert [ffn.pre for ffn in find_ffns(both, torch.randn(9, D))] == [block.up]
+    assert [ffn.pre for ffn in find_ffns(both, torch.randn(9, D), select="1*")] == [model[0]]
+
+
+def test_select_takes_paths_and_layers_take_numbers():
+    model = nn.ModuleDict({"blocks": nn.Sequential(*[MixerBlock(8) for _ in range(2)])})
+    model.forward = lambda x: model["blocks"](x)
+    x = torch.randn(3, 8, D)
+    channels = find_ffns(model, x, select="*.mlp_channels")
+    assert [ffn.post for ffn in channels] == [b.mlp_channels.down for b in model["blocks"]]
+    assert {ffn.layer for ffn in find_ffns(model, x, layers=[1])} == {1}
+    with pytest.raises(MeasurementError, match="none that select='x' takes"):
+        find_ffns(model, x, select="x")
+    with pytest.raises(MeasurementError, match="as 0, 1 have; got 2"):
+        find_ffns(model, x, layers=[2])
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Stack(), Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x + self.encoder(x).mean(1, keepdim=True))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        ffns = [Plain(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(2)]
+        self.layers = nn.ModuleList(ffns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_an_encoder_and_a_decoder_are_numbered_each_by_itself():
+    found = find_ffns(EncoderDecoder(), torch.randn(3, 7, D))
+    names = ("encoder_ffn", "decoder_ffn")
+    assert places(found) == [(layer, name) for layer in range(2) for name in names]
+
+
+class Recurrent(nn.Module):
+    """Overwrites its state, of which there is no derivative then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, FF), nn.Linear(FF, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.a(x)
+        gate = state.exp()
+        state.mul_(gate)
+        gate.add_(1)
+        return self.b(state)
+
+
+def test_what_has_no_derivative_is_no_ffn_and_hides_none():
+    ffn = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+    (found,) = find_ffns(nn.Sequential(Recurrent(), ffn), torch.randn(3, 7, D))
+    assert found.pre is ffn.up
+
+
+class Looped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.ffn(x)
+        return x
+
+
+def test_a_looped_ffn_is_found_once_and_pools_its_runs():
+    model = Looped()
+    (ffn,) = find_ffns(model, torch.randn(4, 20, D))
+    assert ffn.n_runs is None
+    assert nerve.measure(model, [torch.randn(4, 20, D)]).n_samples.item() == 240
+
+
+def test_a_nonlinearity_that_overwrites_its_input_is_found_and_then_refused():
+    model = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+    model.act = nn.ReLU(inplace=True)
+    assert len(find_ffns(model, torch.randn(9, D))) == 1
+    with pytest.raises(MeasurementError, match="overwrites it"):
+        nerve.measure(model, [torch.randn(9, D)])
+
+
+def test_looking_for_ffns_leaves_the_model_as_it_was():
+    model = nn.Sequential(*[Block(Gated(functional.silu)) for _ in range(2)]).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    find_ffns(model, torch.randn(3, 7, D, generator=torch.Generator().manual_seed(0)))
+    find_ffns(model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for module in model.modules():
+        assert module.training
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for parameter in model.parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is None
+
+
+def test_what_is_found_is_a_table():
+    model = nn.Sequential(*[Block(Gated(functional.silu)) for _ in range(2)])
+    table = find_ffns(model, torch.randn(3, 7, D)).table()
+    columns = ["layer", "name", "pre", "post", "d_in", "d_ff", "gated", "n_runs"]
+    assert table.columns.tolist() == columns
+    assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1]
+
+
+class NeedsMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, FF), nn.Linear(FF, D)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))) * scale
+
+
+def test_a_model_whose_blocks_cannot_run_alone_asks_for_a_batch():
+    with pytest.raises(MeasurementError, match=r"Give a batch, nerve.find_ffns\(model, batch\)"):
+        find_ffns(NeedsMore())
+    batch = {"x": torch.randn(3, 7, D), "scale": torch.ones(())}
+    assert len(find_ffns(NeedsMore(), batch)) == 1

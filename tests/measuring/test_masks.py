@@ -1,0 +1,322 @@
+"""Padding counts nowhere: a mask goes to the tokens that it was made for, or is refused."""
+
+import re
+
+import pytest
+import torch
+from by_hand import Plain, values
+from torch import Tensor, nn
+
+import nerve
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFNAdapter
+
+N, T, D = 5, 5, 6
+"""As many sequences as positions: shapes tell nothing."""
+
+
+def ffn() -> Plain:
+    return Plain(nn.Linear(D, 16), nn.Linear(16, D))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(30, D)
+
+
+class EncoderDecoder(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = ffn(), ffn()
+
+    def forward(self, input_ids, decoder_input_ids, **masks) -> Tensor:
+        x, y = self.embedding(input_ids), self.embedding(decoder_input_ids)
+        return self.encoder(x).mean() + self.decoder(y)
+
+    def ffns(self) -> list[FFNAdapter]:
+        return [
+            FFNAdapter(0, "encoder", self.encoder.up, self.encoder.down),
+            FFNAdapter(0, "decoder", self.decoder.up, self.decoder.down),
+        ]
+
+    def pre(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, y = (self.embedding(batch[name]) for name in ("input_ids", "decoder_input_ids"))
+        return {"encoder": self.encoder.up(x).detach(), "decoder": self.decoder.up(y).detach()}
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(3, 30, (N, T), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(*lengths: int) -> Tensor:
+    return (torch.arange(T) < torch.tensor(lengths)[:, None]).long()
+
+
+def assert_counts(row: dict, features: Tensor) -> None:
+    n, pr, variance = values(features)
+    assert row["n_samples"] == n
+    assert row["pr_pre"] == pytest.approx(pr, rel=1e-5)
+    assert row["variance_pre"] == pytest.approx(variance, rel=1e-5)
+
+
+def by_name(rows) -> dict[str, dict]:
+    return {row["ffn"]: row for row in rows.to_dict("records")}
+
+
+@pytest.mark.parametrize("with_decoders", [False, True])
+def test_each_stream_has_its_own_padding_also_at_equal_lengths(with_decoders):
+    model, mask = EncoderDecoder().double(), padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
+    if with_decoders:
+        batch["decoder_attention_mask"] = padding(1, 5, 5, 4, 5)
+    rows = by_name(nerve.measure(model, [batch], ffns=model.ffns()))
+    features = model.pre(batch)
+    decoder = batch.get("decoder_attention_mask", torch.ones(N, T))
+    assert_counts(rows["encoder"], features["encoder"][mask.bool()])
+    assert_counts(rows["decoder"], features["decoder"][decoder.bool()])
+
+
+def test_one_mask_for_all_is_refused_where_an_ffn_has_other_tokens():
+    model, mask = EncoderDecoder(), padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
+    with pytest.raises(MeasurementError, match="decoder in layer 0 gets others"):
+        nerve.measure(model, [batch], ffns=model.ffns(), mask=lambda b: b["attention_mask"])
+
+
+@pytest.mark.parametrize("by", ["name", "order"])
+def test_each_ffn_may_be_given_its_mask(by):
+    model, mask = EncoderDecoder().double(), padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2)}
+    masks = {"encoder": None, "decoder": mask} if by == "name" else [None, mask]
+    rows = by_name(nerve.measure(model, [batch], ffns=model.ffns(), mask=lambda _: masks))
+    features = model.pre(batch)
+    assert_counts(rows["encoder"], features["encoder"])
+    assert_counts(rows["decoder"], features["decoder"][mask.bool()])
+
+
+@pytest.mark.parametrize(
+    ("masks", "match"),
+    [
+        ({"encoder": None}, "one for each name of an FFN .* decoder, encoder; got encoder"),
+        ({"encoder": None, "decoder": None, "x": None}, "got decoder, encoder, x"),
+        ([None], "one for each FFN .*, 2; got 1"),
+        ([None, torch.ones(N, T + 1)], r"decoder in layer 0 they are \(5, 5\), the mask is"),
+    ],
+)
+def test_masks_that_do_not_suit_the_ffns_are_refused(masks, match):
+    model = EncoderDecoder()
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2)}
+    with pytest.raises(MeasurementError, match=match):
+        nerve.measure(model, [batch], ffns=model.ffns(), mask=lambda _: masks)
+
+
+class Ordered(Model):
+    """One FFN whose tokens lie in an order of its own."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.ffn, self.order = ffn(), order
+
+    def forward(self, input_ids: Tensor, **masks: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        if self.order.startswith("positions"):
+            x = x.transpose(0, 1)
+        return self.ffn(x.flatten(0, 1) if self.order.endswith("flat") else x)
+
+    def pre(self, input_ids: Tensor) -> Tensor:
+        return self.ffn.up(self.embedding(input_ids)).detach()
+
+
+ORDERS = ["sequences", "sequences, flat", "positions", "positions, flat"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_mask_follows_the_order_in_which_tokens_lie(order, explicit):
+    model, mask = Ordered(order).double(), padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "attention_mask": mask}
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    given = {"mask": lambda b: b["attention_mask"]} if explicit else {}
+    (row,) = nerve.measure(model, [batch], ffns=ffns, **given).to_dict("records")
+    assert_counts(row, model.pre(batch["input_ids"])[mask.bool()])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_first_positions_special_tokens_and_unlabeled_ones_are_left_out(order):
+    model, mask = Ordered(order).double(), padding(5, 4, 5, 3, 1)
+    ids = tokens(1)
+    labels = ids.masked_fill(
+        torch.rand(N, T, generator=torch.Generator().manual_seed(0)) > 0.8, -100
+    )
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    special = ids[0, 2].item()
+    (row,) = nerve.measure(
+        model, [batch], ffns=ffns, exclude=[special], only_labeled=True, skip_first=1
+    ).to_dict("records")
+    counts = mask.bool() & (ids != special) & (labels != -100) & (torch.arange(T) >= 1)
+    assert_counts(row, model.pre(ids)[counts])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_positions_are_those_of_sequences_in_any_order(padded):
+    """`position_ratio`, batch first or not, flattened or not: the same number."""
+    ids = torch.randint(3, 30, (20, T), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(20, T, dtype=torch.long)
+    mask[3, 4] = 1 - padded
+    found = []
+    for order in ORDERS:
+        model = Ordered(order).double()
+        ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+        rows = nerve.measure(model, [{"input_ids": ids, "attention_mask": mask}], ffns=ffns)
+        found.append(rows.position_ratio_post.item())
+    assert found == pytest.approx([found[0]] * 4, rel=1e-9)
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e9, 2])
+def test_only_0_and_1_are_masks(value):
+    model = Ordered("sequences")
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    additive = torch.zeros(N, T).masked_fill(padding(5, 2, 1, 3, 1) == 0, value)
+    additive[0, 0] = 1 if value == 2 else 0
+    text = re.escape("1 (or True) for the samples that count and 0 for padding")
+    for mask in (None, lambda b: b["attention_mask"]):
+        batch = {"input_ids": tokens(1), "attention_mask": additive}
+        with pytest.raises(MeasurementError, match=text):
+            nerve.measure(model, [batch], ffns=ffns, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_masks_of_0_and_1_may_have_any_type(dtype):
+    model, mask = Ordered("sequences").double(), padding(5, 2, 1, 3, 1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    batch = {"input_ids": tokens(1), "attention_mask": mask.to(dtype)}
+    (row,) = nerve.measure(model, [batch], ffns=ffns).to_dict("records")
+    assert_counts(row, model.pre(batch["input_ids"])[mask.bool()])
+
+
+class WithImages(Model):
+    """Patches of an image beside the text, as many as it has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.vision = ffn(), ffn()
+
+    def forward(self, input_ids, pixels, attention_mask) -> Tensor:
+        return self.ffn(self.embedding(input_ids)) + self.vision(pixels).mean()
+
+
+def test_a_mask_of_tokens_is_none_of_patches():
+    model, mask = WithImages().double(), padding(5, 2, 1, 3, 1)
+    pixels = torch.randn(N, T, D, dtype=torch.float64)
+    batch = {"input_ids": tokens(1), "pixels": pixels, "attention_mask": mask}
+    ffns = [
+        FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down),
+        FFNAdapter(0, "vision", model.vision.up, model.vision.down),
+    ]
+    rows = by_name(nerve.measure(model, [batch], ffns=ffns))
+    assert rows["ffn"]["n_samples"] == mask.sum()
+    assert rows["vision"]["n_samples"] == N * T
+
+
+class Fixed(Ordered):
+    def forward(self, input_ids: Tensor, **masks: Tensor) -> Tensor:
+        if input_ids.shape[1] != T:
+            raise ValueError("this model takes 5 positions")
+        return super().forward(input_ids)
+
+
+def test_a_model_that_cannot_run_on_the_trace_is_refused_and_says_what_to_do():
+    model = Fixed("sequences")
+    batch = {"input_ids": tokens(1), "attention_mask": padding(5, 2, 1, 3, 1)}
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    with pytest.raises(MeasurementError, match=r"this model takes 5 positions.* with mask="):
+        nerve.measure(model, [batch], ffns=ffns)
+    rows = nerve.measure(model, [batch], ffns=ffns, mask=lambda b: [b["attention_mask"]])
+    assert rows.n_samples.item() == 12
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_of_a_torch_transformer_is_left_out(batch_first):
+    """Whose own way past its modules would pack the tokens into nested tensors.
+
+    Batch first its mask is found in the batch; else it is given as it lies.
+    """
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(D, 2, 16, 0.0, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).double().eval()
+    x, mask = torch.randn(N, T, D).double(), padding(5, 2, 1, 3, 5)
+    src = x if batch_first else x.transpose(0, 1)
+    lying = mask if batch_first else mask.T
+    ffns = [FFNAdapter(i, "ffn", each.linear1, each.linear2) for i, each in enumerate(model.layers)]
+    batch = {"src": src, "src_key_padding_mask": mask == 0}
+    given = {} if batch_first else {"mask": lambda _: {"ffn": lying}}
+    rows = nerve.measure(model, [batch], ffns=ffns, **given)
+    expected: list[Tensor] = []
+    for each in model.layers:
+        each.linear1.register_forward_hook(lambda module, args, output: expected.append(output))
+    model.enable_nested_tensor = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    for row, features in zip(rows.to_dict("records"), expected, strict=True):
+        assert_counts(row, features[lying.bool()])
+
+
+def test_exclusion_needs_tokens_and_goes_with_no_other_mask():
+    model = Ordered("sequences")
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    with pytest.raises(MeasurementError, match="need batches that are mappings"):
+        nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3])
+    with pytest.raises(MeasurementError, match="must have labels of the shape of its tokens"):
+        nerve.measure(model, [{"input_ids": tokens(1)}], ffns=ffns, only_labeled=True)
+    embedded = {"inputs_embeds": torch.randn(N, T, D)}
+    with pytest.raises(MeasurementError, match="must have input_ids; it has none"):
+        nerve.measure(model, [embedded], ffns=ffns, exclude=[3])
+    with pytest.raises(MeasurementError, match="Leave them out, or mask="):
+        nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3], mask=lambda _: None)
+
+
+def test_what_is_wrong_with_a_description_is_said_whatever_the_mask():
+    """Also where the trace, which a mask needs no more, is the first to see it."""
+    model = EncoderDecoder()
+    mask = padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
+    ffns = [FFNAdapter(0, "x", model.encoder.up, model.decoder.down)]
+    with pytest.raises(MeasurementError, match="follow from pre through the nonlinearity alone"):
+        nerve.measure(model, [batch], ffns=ffns, mask=lambda b: [b["attention_mask"]])
+
+
+def test_batches_of_other_streams_are_refused():
+    model, mask = EncoderDecoder(), padding(5, 2, 1, 3, 1)
+    batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
+    embedded = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+    ffns = model.ffns()
+    with pytest.raises(MeasurementError, match="the same streams of tokens"):
+        nerve.measure(model, [batch, embedded], ffns=ffns)
+
+
+class Rare(Ordered):
+    """Runs its FFN only where there are more than two sequences."""
+
+    def forward(self, input_ids: Tensor, **masks: Tensor) -> Tensor:
+        return super().forward(input_ids) if len(input_ids) > 2 else input_ids
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_ffn_whose_order_nothing_has_shown_is_refused_beside_a_mask(explicit):
+    model, ids = Rare("positions, flat"), tokens(1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=None)]
+    batch = {"input_ids": ids, "attention_mask": padding(5, 2, 1, 3, 1)}
+    mask = (lambda b: b["attention_mask"]) if explicit else None
+    with pytest.raises(MeasurementError, match="did not run on the two short sequences"):
+        nerve.measure(model, [batch], ffns=ffns, mask=mask)
+    assert nerve.measure(model, [{"input_ids": ids}], ffns=ffns).n_samples.item() == N * T
+    few = {name: value[:2] for name, value in batch.items()}
+    assert nerve.measure(model, [few], ffns=ffns, mask=mask).n_samples.item() == 0
