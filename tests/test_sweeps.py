@@ -347,6 +347,8 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
 STATES = {
     "normfree": {RunState.DONE: 3, RunState.NEW: 15},  # they say more than those of scale=gpu
     "normfree_gpu": {RunState.DONE: 17, RunState.FAILED: 1},  # the loss of one became infinite
+    # Norm-free with SD(u) = 1 diverged; two of the four sizes are not there yet.
+    "cause_pre_scale_gpu": {RunState.DONE: 9, RunState.FAILED: 3, RunState.NEW: 12},
     "paper_residual_gpu": {RunState.DONE: 2, RunState.NEW: 2},  # as the queue says
 }
 """Of the folders that do not hold every trial of their command, done."""

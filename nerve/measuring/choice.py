@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
-from nerve.measuring.masks import Masks, Order, for_each
+from nerve.measuring.masks import Masks, Order, Orders, UnknownOrder, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
@@ -56,7 +56,7 @@ class Choice:
         self._skips = skips_first
         self._trace: Trace | None = None
 
-    def of(self, batch: Any) -> tuple[Masks, list[Order | None] | None]:
+    def of(self, batch: Any) -> tuple[Masks, Orders | None]:
         """Masks and orders, as `Measurement.start` takes them."""
         streams = streams_of(batch, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
@@ -82,18 +82,17 @@ class Choice:
         }
         if not streams:
             return None, None
+        is_needed = self._skips or any(each is not None for each in counts.values())
         try:
             ffns = self._traced(batch, streams).ffns
         except TraceError:
-            if self._skips or any(each is not None for each in counts.values()):
+            if is_needed:
                 raise
             return None, None  # all count, in whatever order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
-        return masks, [_order(each, streams) for each in ffns]
+        return masks, [_order(each, streams) if each.ran or is_needed else None for each in ffns]
 
-    def _given(
-        self, batch: Any, streams: dict[str, Stream]
-    ) -> tuple[Masks, list[Order | None] | None]:
+    def _given(self, batch: Any, streams: dict[str, Stream]) -> tuple[Masks, Orders | None]:
         """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
         the batch of the trace, are put into the order of the features; any other is taken as it
         lies."""
@@ -113,12 +112,12 @@ class Choice:
         of_trace = self._mask(traced.batch)
         if isinstance(of_trace, Tensor) != of_all:
             return masks, None
-        orders: list[Order | None] = []
+        orders: list[Order | UnknownOrder | None] = []
         for ffn, mask, short, place in zip(
             ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
         ):
             stream = None if short is None else traced.stream_of(short)
-            is_of_tokens = stream is not None and stream == place.stream
+            is_of_tokens = stream is not None and (stream == place.stream or not place.ran)
             if stream is not None and mask is not None and not is_of_tokens:
                 raise MeasurementError(
                     f"A mask belongs to the tokens that it was made for; {named(ffn)} gets others. "
@@ -133,8 +132,10 @@ class Choice:
         return self._trace
 
 
-def _order(place: Traced, streams: dict[str, Stream]) -> Order | None:
-    return None if place.stream is None else Order(*streams[place.stream].sizes, place.batch_first)
+def _order(place: Traced, streams: dict[str, Stream]) -> Order | UnknownOrder | None:
+    if place.stream is None:
+        return None if place.ran else UnknownOrder()
+    return Order(*streams[place.stream].sizes, place.batch_first)
 
 
 def call_probed(

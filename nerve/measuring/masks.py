@@ -43,6 +43,22 @@ class Order(NamedTuple):
         return features.reshape(*sizes[::-1], features.shape[-1]).transpose(0, 1)
 
 
+class UnknownOrder:
+    """The order of an FFN's tokens where nothing has shown it; none of them may come then."""
+
+    def sequences(self, features: Tensor, where: str) -> Tensor:
+        """Raises `MeasurementError`: features have come."""
+        raise MeasurementError(
+            f"{where} did not run on the two short sequences that show which tokens an FFN has and "
+            "in which order; now it runs, beside a mask or skip_first=. Give batches that are not "
+            "mappings, with forward=, and one mask for each FFN with mask=."
+        )
+
+
+Orders = Sequence[Order | UnknownOrder | None]
+"""For each FFN how its tokens lie; None where they are taken as they lie."""
+
+
 def as_bool(mask: Tensor) -> Tensor:
     """A mask as bool: True for the samples that count.
 

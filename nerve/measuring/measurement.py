@@ -17,7 +17,7 @@ from nerve.measuring.distributed import (
 )
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
-from nerve.measuring.masks import Masks, Order, fitted, for_each
+from nerve.measuring.masks import Masks, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.sites import Site, n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
@@ -54,7 +54,7 @@ class Measurement:
         self._shortcut = shortcut
         self._skip_first = skip_first
         self._masks: Sequence[Tensor | None] = [None] * len(probe.ffns)
-        self._orders: Sequence[Order | None] = [None] * len(probe.ffns)
+        self._orders: Orders = [None] * len(probe.ffns)
         self._n_forwards = 0
         self._d_in: dict[int, int] = {}
         self._weights: dict[int, Tensor] = {}
@@ -64,7 +64,7 @@ class Measurement:
         self._covariances: dict[tuple[int, Side], StreamingCovariance] = {}
         self._shares: dict[tuple[int, Side], SampleShares] = {}
 
-    def start(self, mask: Masks = None, orders: Sequence[Order | None] | None = None) -> None:
+    def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
         """Measures forward passes from now on.
 
         Args:

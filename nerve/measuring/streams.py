@@ -66,10 +66,12 @@ class Traced(NamedTuple):
     Attributes:
         stream: the prefix of its stream; None where its samples are no tokens of a stream.
         batch_first: whether they go sequence by sequence.
+        ran: whether there were any.
     """
 
     stream: str | None
-    batch_first: bool
+    batch_first: bool = True
+    ran: bool = True
 
 
 class Trace(NamedTuple):
@@ -165,7 +167,7 @@ def _cut(
 def _traced(pre: Tensor | None, sizes: dict[str, int], ffn: FFN) -> Traced:
     """What features of two equal sequences tell."""
     if pre is None:
-        return Traced(None, True)
+        return Traced(None, ran=False)
     n_samples, width = pre[..., 0].numel(), pre.shape[-1]
     for prefix, n_positions in sizes.items():
         if n_samples != 2 * n_positions:
@@ -179,7 +181,7 @@ def _traced(pre: Tensor | None, sizes: dict[str, int], ffn: FFN) -> Traced:
             f"Tokens must lie sequence by sequence or position by position; those of {named(ffn)} "
             "do not. Give its mask with mask=."
         )
-    return Traced(None, True)
+    return Traced(None)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nerve.measuring.ffns import FFN
-from nerve.measuring.masks import Masks, Order
+from nerve.measuring.masks import Masks, Orders
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.cadence import Cadence
@@ -154,7 +154,7 @@ class Recorder:
 
     # Features
 
-    def start(self, mask: Masks = None, orders: Sequence[Order | None] | None = None) -> None:
+    def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
         """Begins to take the features of a forward pass; which of them count is said as to
         `Measurement.start`."""
         if self._measurement is None:

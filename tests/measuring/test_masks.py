@@ -300,3 +300,23 @@ def test_batches_of_other_streams_are_refused():
     ffns = model.ffns()
     with pytest.raises(MeasurementError, match="the same streams of tokens"):
         nerve.measure(model, [batch, embedded], ffns=ffns)
+
+
+class Rare(Ordered):
+    """Runs its FFN only where there are more than two sequences."""
+
+    def forward(self, input_ids: Tensor, **masks: Tensor) -> Tensor:
+        return super().forward(input_ids) if len(input_ids) > 2 else input_ids
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_ffn_whose_order_nothing_has_shown_is_refused_beside_a_mask(explicit):
+    model, ids = Rare("positions, flat"), tokens(1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=None)]
+    batch = {"input_ids": ids, "attention_mask": padding(5, 2, 1, 3, 1)}
+    mask = (lambda b: b["attention_mask"]) if explicit else None
+    with pytest.raises(MeasurementError, match="did not run on the two short sequences"):
+        nerve.measure(model, [batch], ffns=ffns, mask=mask)
+    assert nerve.measure(model, [{"input_ids": ids}], ffns=ffns).n_samples.item() == N * T
+    few = {name: value[:2] for name, value in batch.items()}
+    assert nerve.measure(model, [few], ffns=ffns, mask=mask).n_samples.item() == 0
