@@ -19,8 +19,8 @@ from .integrations.loop import watch as watch
 from .measuring.ffns import FFNAdapter as FFNAdapter
 from .measuring.find import FoundFFNs as FoundFFNs
 from .measuring.find import find_ffns as find_ffns
-from .measuring.measure import measure as measure
 from .measuring.sites import Site as Site
+from .recording.measure import measure as measure
 from .report.write import write_report as write_report
 from .storage.find import FingerprintWarning as FingerprintWarning
 from .storage.find import IncompleteWarning as IncompleteWarning

@@ -217,6 +217,9 @@ def check_own_model(found: SimpleNamespace) -> None:
     stored = nerve.load_metrics("outputs/gpt2", factors=["optimizer.lr"])
     assert sorted(set(stored["step"])) == list(range(0, 1001, 100))
     assert set(stored["optimizer.lr"]) == {1e-4}
+    measured = nerve.load_metrics("outputs/series", factors=["family"])
+    assert measured["step"].tolist() == [0, 0, 1000, 1000]
+    assert nerve.load_metrics("outputs/measured")["step"].tolist() == [1000, 1000]
     watched = nerve.load_metrics("outputs/mine", factors=["design"])
     assert sorted(set(watched["step"])) == [0, 100, 200]
     assert nerve.load_runs("outputs/mine")["run_status"].tolist() == ["done"]
