@@ -6,6 +6,7 @@ batch, and the buffered way (features copied to the host, and back for covarianc
 """
 
 import argparse
+import json
 import logging
 import os
 import statistics
@@ -13,7 +14,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -244,8 +247,9 @@ def compare_loops(args: argparse.Namespace) -> None:
     )
 
 
-def measure_stall(args: argparse.Namespace) -> tuple[list[str], float]:
-    """What measuring adds to training: lines to print, and the stall of a measurement in ms."""
+def measure_stall(args: argparse.Namespace) -> tuple[list[str], float, list[float]]:
+    """What measuring adds to training: lines to print, ms of a step between measurements, and of
+    the stall of each."""
     bare_peak = lightning_run(args, None)[1]
     times, peak = lightning_run(args, args.every)
     typical = statistics.median(times[20:])
@@ -254,7 +258,7 @@ def measure_stall(args: argparse.Namespace) -> tuple[list[str], float]:
     each = ", ".join(f"{ms:.0f}" for ms in found)
     around = [round(t) for t in times[args.every - 5 : args.every + 25]]
     gib = 2**30
-    return [
+    lines = [
         f"Lightning, every {args.every} steps:         {typical:8.1f} ms per step between",
         f"stall of a measurement:            {stall:8.1f} ms ({stall / typical:.2f} steps); {each}",
         f"overhead at every 100 steps:       {stall / typical / 100:8.2%}",
@@ -262,7 +266,20 @@ def measure_stall(args: argparse.Namespace) -> tuple[list[str], float]:
         f"device memory: {bare_peak / gib:.1f} GiB without the monitor, {peak / gib:.1f} with it "
         f"({peak / bare_peak - 1:+.1%})",
         f"steps around the measurement, ms: {around}",
-    ], stall
+    ]
+    return lines, typical, found
+
+
+def write(path: Path, started: datetime, step_ms: float, stall_ms: list[float]) -> None:
+    """The result as the study reads it."""
+    result = {
+        "started": started.isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "step_ms": step_ms,
+        "stall_ms": stall_ms,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> None:
@@ -275,7 +292,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")
     parser.add_argument("--devices", type=int, default=1, help="GPUs; of several, the stall alone")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the stalls as JSON")
     args = parser.parse_args()
+    started = datetime.now(UTC)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING)
@@ -285,12 +304,15 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
     if args.devices == 1:
         compare_loops(args)
-    lines, stall = measure_stall(args)
+    lines, step_ms, stall_ms = measure_stall(args)
     if rank() == 0:
         print("\n".join(lines), flush=True)
+        if args.write:
+            write(args.write, started, step_ms, stall_ms)
     if args.devices == 1:
         seconds = buffered(args)
-        print(f"buffered way: {seconds:.1f} s, {1000 * seconds / stall:.0f} times the stall")
+        times = 1000 * seconds / statistics.median(stall_ms)
+        print(f"buffered way: {seconds:.1f} s, {times:.0f} times the stall")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_equal_loss_is_interpolated_and_a_run_that_never_gets_there_has_no_value
 
 
 def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule):
-    check = next(check for check in rule.CHECKS if check.id == "6.price")
+    check = next(check for check in rule.CHECKS if check.id == "8.loss")
     found = check.judge(rule.evidence)
     assert (found.reading, found.outcome, found.missing) == ("opposite", "undecided", ["scale"])
     assert found.exploratory
@@ -205,7 +205,7 @@ def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule):
 def test_the_price_of_norm_free_gelu_recomputed_without_nerve(rule):
     """6.price from the tables: paired by seed, the error pooled over the four designs."""
     rows = []
-    for path in sorted((STUDY / "runs/normfree_gpu").glob("*/run.json")):
+    for path in sorted((STUDY / "runs/paper_normfree_gpu").glob("*/run.json")):
         record = json.loads(path.read_text())
         config = record["config"]
         design = f"{config['normalization']['kind']} {config['activation']['name']}"
@@ -309,7 +309,7 @@ def test_the_queue_gives_every_check_of_new_runs_its_designs_and_its_scale(rule)
     """Every command composes; together the cells of a folder have what its checks ask for."""
     folders: dict[str, list[dict]] = {}
     rows = queued()
-    assert list(rows)[:5] == ["0a", "0b", "0c", "1a", "3"]
+    assert list(rows)[:5] == ["0a", "0b", "0c", "1a", "2"]
     for line in (STUDY / "queue.md").read_text("utf-8").splitlines():
         if match := re.match(r"\| (\w+) \| `nerve-run .*?\| .*?\| (\d+) \|", line):
             row, n_runs = match.groups()

@@ -152,7 +152,7 @@ COMMANDS = [
     (["+activaton=relu"], ["+activaton adds a value that nothing"]),
     (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
     (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
-    (["-m", "hydra/sweeper=cells"], ["'hydra/sweeper/cells'", "called hydra/sweeper=trials"]),
+    (["hydra/sweeper=cells", "-m"], ["'hydra/sweeper/cells'", "called hydra/sweeper=trials"]),
     (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
     (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),

@@ -63,8 +63,9 @@ def test_the_share_is_that_of_numpys_projector(dtype, n):
         lambda w: torch.cat([w, w[:, :2]], 1),
         lambda w: w[:, :2] @ draw(2, D_IN, seed=3),
         lambda w: w[:, :2].float() @ draw(2, D_IN, seed=3).float(),
+        lambda w: 0 * w,
     ],
-    ids=["dead column", "doubled columns", "low rank", "low rank in float32"],
+    ids=["dead column", "doubled columns", "low rank", "low rank in float32", "dead weight"],
 )
 def test_columns_that_add_nothing_do_not_count(change):
     weight, x = change(draw(DIM, D_IN)), draw(N, DIM, seed=1)
