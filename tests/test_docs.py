@@ -217,6 +217,22 @@ def check_own_model(found: SimpleNamespace) -> None:
     stored = nerve.load_metrics("outputs/gpt2", factors=["optimizer.lr"])
     assert sorted(set(stored["step"])) == list(range(0, 1001, 100))
     assert set(stored["optimizer.lr"]) == {1e-4}
+    measured = nerve.load_metrics("outputs/series", factors=["family"])
+    assert measured["step"].tolist() == [0, 0, 1000, 1000]
+    assert nerve.load_metrics("outputs/measured")["step"].tolist() == [1000, 1000]
+    watched = nerve.load_metrics("outputs/mine", factors=["design"])
+    assert sorted(set(watched["step"])) == [0, 100, 200]
+    assert nerve.load_runs("outputs/mine")["run_status"].tolist() == ["done"]
+    assert torch.load("last.pt")["watch"]["n_steps"] == 250
+
+
+def test_watching_a_loop_takes_few_lines():
+    """At most six of a loop of twenty, none longer than formatters leave it."""
+    lines = [line for line in example("python", "nerve.watch(").splitlines() if line]
+    assert max(map(len, lines)) <= 88
+    ours = [line for line in lines if any(word in line for word in ("nerve", "run.", "config"))]
+    assert len(ours) + len(["import nerve"]) <= 6
+    assert len(lines) <= 20
 
 
 RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[SimpleNamespace], None]]] = {

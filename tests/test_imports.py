@@ -31,6 +31,7 @@ ALLOWED = {
     "storage": BASE - {"spectra"},
     "recording": BASE | {"measuring", "storage"},
     "training": BASE | {"measuring", "storage", "recording", "optim", "models"},
+    "integrations": BASE | {"measuring", "storage", "recording"},
     "analysis": BASE - {"spectra"} | {"storage"},
     "report": BASE - {"spectra"} | {"storage", "analysis"},
 }
@@ -44,6 +45,7 @@ WITHOUT = {
     "measuring": ("lightning",),
     "storage": ("lightning", "torch", "matplotlib"),
     "recording": ("lightning",),
+    "integrations": ("lightning",),
     "analysis": ("lightning", "torch", "matplotlib"),
     "report": ("lightning", "torch"),
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nerve.measuring.ffns import FFN
+from nerve.measuring.masks import Masks, Orders
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.cadence import Cadence
@@ -59,6 +60,12 @@ class Recorder:
     def due_step(self) -> int | None:
         """That step."""
         return self._cadence.due["step"] if self._cadence.due is not None else None
+
+    @property
+    def probe(self) -> Probe:
+        """What taps the features, between `open` and `close`."""
+        assert self._probe is not None
+        return self._probe
 
     @property
     def is_split(self) -> bool:
@@ -147,8 +154,9 @@ class Recorder:
 
     # Features
 
-    def start(self, mask: Tensor | None = None) -> None:
-        """Begins to take the features of a forward pass; `mask` says which samples count."""
+    def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
+        """Begins to take the features of a forward pass; which of them count is said as to
+        `Measurement.start`."""
         if self._measurement is None:
             assert self._probe is not None
             self._measurement = Measurement(
@@ -156,7 +164,7 @@ class Recorder:
                 shortcut=self.settings.shortcut,
                 skip_first=self.settings.skip_first,
             )
-        self._measurement.start(mask)
+        self._measurement.start(mask, orders)
 
     def stop(self) -> None:
         """Ends the forward pass, if one is measured."""

@@ -1,0 +1,1 @@
+"""The monitor for training loops that are not nerve's own; no Lightning."""

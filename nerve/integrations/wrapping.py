@@ -1,0 +1,40 @@
+"""The module within a model, and where its weights are."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from nerve.config import require
+from nerve.errors import MeasurementError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within what distributes or compiles it."""
+    require(
+        not isinstance(model, DataParallel),
+        "DataParallel runs copies of a model, which cannot be measured; take "
+        "DistributedDataParallel.",
+    )
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+            continue
+        compiled = getattr(model, "_orig_mod", None)  # of torch.compile
+        if not isinstance(compiled, nn.Module):
+            return model
+        model = compiled
+
+
+def device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise MeasurementError(
+            f"A model to watch needs weights; {type(model).__name__} has none. Watch the module "
+            "that is trained."
+        )
+    return parameter.device
+
+
+def device_name_of(model: nn.Module) -> str:
+    device = device_of(model)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

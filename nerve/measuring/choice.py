@@ -1,0 +1,158 @@
+"""Which samples of a batch count: what its caller says, or what the batch itself shows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import named
+from nerve.measuring.masks import Masks, Order, Orders, UnknownOrder, for_each
+from nerve.measuring.probe import Probe
+from nerve.measuring.streams import (
+    Stream,
+    Trace,
+    Traced,
+    TraceError,
+    counting,
+    is_encoder_decoder,
+    streams_of,
+    trace,
+)
+
+
+class Choice:
+    """Which samples of a batch count, for each FFN.
+
+    Args:
+        model: the model.
+        probe: taps the FFNs; installed.
+        run: runs the model on a batch, without gradients and in eval mode.
+        mask, exclude, only_labeled: as `nerve.measure` takes them.
+        skips_first: whether first positions are left out, whose order must be known then.
+
+    Raises:
+        MeasurementError: for `mask` beside what it replaces.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        run: Callable[[Any], object],
+        mask: Callable[[Any], Masks] | None,
+        exclude: Sequence[int],
+        only_labeled: bool,
+        skips_first: bool,
+    ) -> None:
+        if mask is not None and (exclude or only_labeled):
+            raise MeasurementError(
+                "mask= says itself which samples count; exclude= and only_labeled= are for batches "
+                "whose mask is not given. Leave them out, or mask=."
+            )
+        self._is_encoder_decoder = is_encoder_decoder(model)
+        self._probe, self._run, self._mask = probe, run, mask
+        self._exclude, self._only_labeled = exclude, only_labeled
+        self._skips = skips_first
+        self._trace: Trace | None = None
+
+    def of(self, batch: Any) -> tuple[Masks, Orders | None]:
+        """Masks and orders, as `Measurement.start` takes them."""
+        streams = streams_of(batch, is_encoder_decoder=self._is_encoder_decoder)
+        if self._trace is not None and self._trace.lengths.keys() != streams.keys():
+            raise MeasurementError(
+                "All batches must be mappings of the same streams of tokens, as the first one is; "
+                f"got a {type(batch).__name__} without, or with other ones."
+            )
+        if self._mask is not None:
+            return self._given(batch, streams)
+        if (self._exclude or self._only_labeled) and not streams:
+            raise MeasurementError(
+                "exclude= and only_labeled= need batches that are mappings with input_ids and "
+                f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
+            )
+        if self._only_labeled and all(stream.labels is None for stream in streams.values()):
+            raise MeasurementError(
+                "only_labeled= leaves out tokens whose labels are -100, so that a batch must have "
+                "labels of the shape of its tokens; it has none. Leave out only_labeled=."
+            )
+        counts = {
+            name: counting(stream, name, self._exclude, self._only_labeled)
+            for name, stream in streams.items()
+        }
+        if not streams:
+            return None, None
+        is_needed = self._skips or any(each is not None for each in counts.values())
+        try:
+            ffns = self._traced(batch, streams).ffns
+        except TraceError:
+            if is_needed:
+                raise
+            return None, None  # all count, in whatever order
+        masks = [None if each.stream is None else counts[each.stream] for each in ffns]
+        return masks, [_order(each, streams) if each.ran or is_needed else None for each in ffns]
+
+    def _given(self, batch: Any, streams: dict[str, Stream]) -> tuple[Masks, Orders | None]:
+        """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
+        the batch of the trace, are put into the order of the features; any other is taken as it
+        lies."""
+        assert self._mask is not None
+        ffns = self._probe.ffns
+        given = self._mask(batch)
+        masks = for_each(ffns, given)
+        of_all = isinstance(given, Tensor)
+        if not streams:
+            return masks, None
+        try:
+            traced = self._traced(batch, streams)
+        except TraceError:
+            if of_all:
+                raise
+            return masks, None
+        of_trace = self._mask(traced.batch)
+        if isinstance(of_trace, Tensor) != of_all:
+            return masks, None
+        orders: list[Order | UnknownOrder | None] = []
+        for ffn, mask, short, place in zip(
+            ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
+        ):
+            stream = None if short is None else traced.stream_of(short)
+            is_of_tokens = stream is not None and (stream == place.stream or not place.ran)
+            if stream is not None and mask is not None and not is_of_tokens:
+                raise MeasurementError(
+                    f"A mask belongs to the tokens that it was made for; {named(ffn)} gets others. "
+                    "Give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
+                )
+            orders.append(_order(place, streams) if is_of_tokens else None)
+        return masks, orders
+
+    def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
+        if self._trace is None:
+            self._trace = trace(self._probe, self._run, batch, streams)
+        return self._trace
+
+
+def _order(place: Traced, streams: dict[str, Stream]) -> Order | UnknownOrder | None:
+    if place.stream is None:
+        return None if place.ran else UnknownOrder()
+    return Order(*streams[place.stream].sizes, place.batch_first)
+
+
+def call_probed(
+    probe: Probe, forward: Callable[[nn.Module, Any], object], model: nn.Module, batch: Any
+) -> object:
+    """Runs the model on a batch while the probe may record what follows from pre.
+
+    Raises:
+        MeasurementError: where that is what the model cannot do.
+    """
+    try:
+        return forward(model, batch)
+    except RuntimeError as error:
+        if not probe.is_recording:
+            raise
+        raise MeasurementError(
+            "To see how post follows from pre, autograd records what happens in between; the "
+            f"model does there what cannot be recorded: {error}. An overwritten tensor (mul_, "
+            "inplace=True) is the usual cause."
+        ) from error

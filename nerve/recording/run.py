@@ -1,0 +1,104 @@
+"""The run directory of a caller who has no command around it: begun, gone on with, and ended."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from nerve.errors import StoreError
+from nerve.measuring.distributed import gathered, rank
+from nerve.storage.directory import RunDirectory
+from nerve.storage.record import RunRecord
+from nerve.storage.state import RunState
+from nerve.storage.store import RunStore
+
+log = logging.getLogger(__name__)
+
+
+class RecordedRun(NamedTuple):
+    """A run that this process records: its `run.json`, and where its rows go."""
+
+    record: RunRecord
+    store: RunStore
+
+
+@contextmanager
+def recorded_run(
+    directory: str | os.PathLike[str], config: Mapping[str, Any], *, goes_on: bool, **first: Any
+) -> Iterator[RecordedRun | None]:
+    """Records a run within the block; None in a process that does not: of several, all but rank 0.
+
+    The directory is locked within the block. A run that comes to its end is done; where it raises,
+    the run has failed, or was interrupted (Ctrl-C, SystemExit). All processes must enter alike.
+
+    Args:
+        directory: the run directory.
+        config: what tells runs apart.
+        goes_on: whether the caller has the state of a checkpoint. Without it a run that is there
+            and has not ended begins anew.
+        first: fields of a new run's record.
+
+    Raises:
+        StoreError: when the directory holds a run of another configuration, one that is done and
+            does not go on, or one that another process is at work in; in every process.
+    """
+    with ExitStack() as stack:
+        run = _opened(stack, RunDirectory(directory), config, goes_on, first)
+        try:
+            yield run
+        except BaseException as error:
+            if run is not None:
+                _end(run, error)
+            raise
+        if run is not None:
+            run.store.compact()
+            run.record.finish("done")
+
+
+def _opened(
+    stack: ExitStack,
+    run: RunDirectory,
+    config: Mapping[str, Any],
+    goes_on: bool,
+    first: Mapping[str, Any],
+) -> RecordedRun | None:
+    """What rank 0 has opened; what has kept it from that is raised in all processes."""
+    opened, refused = None, None
+    if rank() == 0:
+        try:
+            stack.enter_context(run.locked())
+            opened = RecordedRun(_begun(run, config, goes_on, first), run.store())
+        except StoreError as error:
+            refused = error
+    told = gathered(None if refused is None else str(refused))[0]
+    if told is not None:
+        raise refused or StoreError(told)
+    return opened
+
+
+def _begun(
+    run: RunDirectory, config: Mapping[str, Any], goes_on: bool, first: Mapping[str, Any]
+) -> RunRecord:
+    run.require_same(config)
+    if run.state == RunState.DONE:
+        if not goes_on:
+            raise StoreError(
+                f"A directory holds one run; that of {run.path} is done. Choose another directory, "
+                "delete that one, or go on from a checkpoint of it with resume=."
+            )
+        record = run.require_record()
+        record.restart()
+        return record
+    if run.record is not None and not goes_on:
+        log.warning("without resume= the run in %s starts from its beginning", run.path)
+    return run.create_or_resume(config, retry=True, **first)
+
+
+def _end(run: RecordedRun, error: BaseException) -> None:
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    try:
+        run.store.flush(run.record.step)
+        run.record.finish("interrupted" if interrupted else "failed", error=error)
+    except StoreError as refused:
+        log.error("run.json cannot say how the run ended: %s", refused)

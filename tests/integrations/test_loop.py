@@ -1,0 +1,383 @@
+"""A plain loop that is watched leaves the rows of the Lightning monitor, also after a kill."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+from processes import ended, start, together
+from support import Batches
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import nerve
+from nerve.errors import ConfigError, MeasurementError, StoreError
+
+N_STEPS = 7
+
+
+class Net(nn.Module):
+    """Two residual FFNs with dropout, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)) for _ in range(2)
+        )
+        self.drop = nn.Dropout(0.1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + self.drop(block(x))
+        return x
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def ffns(model: Net) -> list[nerve.FFNAdapter]:
+    return [nerve.FFNAdapter(i, "ffn", b[0], b[2]) for i, b in enumerate(model.blocks)]
+
+
+def pairs(n: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, 2, 32, 4, generator=generator, dtype=torch.float64)
+    return [(x, y) for x, y in values]
+
+
+def mean_loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> dict:
+    inputs, targets = pair
+    loss = (model(inputs) - targets).square().mean()
+    return {"loss": loss, "n_targets": targets.numel()}
+
+
+class Training(L.LightningModule):
+    def __init__(self, model: Net) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, index):
+        return mean_loss(self.model, batch)
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def in_lightning(directory: Path, *, accumulate: int, source: str) -> pd.DataFrame:
+    model = network()
+    store = nerve.RunStore(directory, nerve.RunRecord.create(directory, {}).run_id)
+    monitor = nerve.SpectralMonitor(store, ffns=ffns(model), every_n_steps=3, source=source)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=N_STEPS,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[monitor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(1)
+    trainer.fit(Training(model), Batches(pairs(N_STEPS * accumulate)), Batches(pairs(2, seed=9)))
+    return nerve.load_metrics(directory)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def train(
+    directory: Path,
+    model: nn.Module,
+    *,
+    accumulate: int = 1,
+    source: str = "train",
+    checkpoint: dict | None = None,
+    save_at: int | None = None,
+    within: Callable[[int], None] = lambda step: None,
+    share: slice = slice(None),
+    **more,
+) -> dict:
+    """Trains to step 7, perhaps from a checkpoint; gives the one of step `save_at`.
+
+    Args:
+        within: is called in each step between its backward pass and the optimizer, with the number
+            of steps before it.
+        share: of each batch the part that this process has.
+    """
+    optimizer, data = optimizer_of(model), pairs(N_STEPS * accumulate)
+    heldout = {"heldout": pairs(2, seed=9), "forward": mean_loss} if source == "heldout" else {}
+    kept: dict = checkpoint if checkpoint is not None else {}
+    if "model" in kept:
+        model.load_state_dict(kept["model"])
+    first = kept["n_steps"] if kept else 0
+    torch.manual_seed(1 + first)
+    with nerve.watch(
+        model,
+        directory,
+        **{"every_n_steps": 3, "optimizer": optimizer, "config": {"seed": 5}, **heldout, **more},
+        resume=kept.get("watch"),
+    ) as run:
+        for step in range(first, N_STEPS):
+            total = torch.zeros(())
+            for x, y in data[step * accumulate : (step + 1) * accumulate]:
+                loss = mean_loss(model, (x[share], y[share]))["loss"] / accumulate
+                loss.backward()
+                total = total + loss.detach()
+            within(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(total, y[share].numel() * accumulate)
+            if run.n_steps == save_at:
+                kept = {
+                    "model": {k: v.clone() for k, v in model.state_dict().items()},
+                    "watch": run.state_dict(),
+                    "n_steps": save_at,
+                }
+                torch.save(kept, directory / "checkpoint.pt")
+                torch.manual_seed(1 + save_at)
+    return kept
+
+
+def assert_same(rows: pd.DataFrame, other: pd.DataFrame, leaving: tuple[str, ...] = ()) -> None:
+    """All columns but those that tell of the run, to 1e-12."""
+    rows, other = (each.drop(columns=["run_id", "run_status", *leaving]) for each in (rows, other))
+    pd.testing.assert_frame_equal(rows, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_the_rows_are_those_of_the_lightning_monitor(tmp_path, accumulate, source):
+    """Also over micro-batches, whose dropout shows that measuring draws no random numbers."""
+    expected = in_lightning(tmp_path / "lightning", accumulate=accumulate, source=source)
+    train(tmp_path / "loop", network(), accumulate=accumulate, source=source)
+    rows = nerve.load_metrics(tmp_path / "loop")
+    steps = [0, 3, 6] if source == "train" else [0, 3, 6, 7]
+    assert sorted(set(rows["step"])) == steps
+    assert (rows["status"] == "ok").all()
+    # Lightning validates for its labels whatever the source is.
+    assert_same(rows, expected, leaving=("val_loss",) if source == "train" else ())
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_watching_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
+    watched, alone = network(), network()
+    train(tmp_path, watched, source=source)
+    torch.manual_seed(1)
+    optimizer = optimizer_of(alone)
+    for pair in pairs(N_STEPS):
+        mean_loss(alone, pair)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(watched.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for module in watched.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert watched.training
+
+
+def test_the_run_is_one_that_is_read_as_any_other(tmp_path):
+    train(tmp_path, network(), source="heldout", config={"seed": 5, "design": "plain"})
+    runs = nerve.load_runs(tmp_path)
+    (run,) = runs.to_dict("records")
+    assert (run["run_status"], run["seed"], run["design"]) == ("done", 5, "plain")
+    assert (run["step"], run["monitor.source"]) == (N_STEPS, "heldout")
+    assert run["n_parameters"] == sum(p.numel() for p in network().parameters())
+    spectra = nerve.load_spectra(tmp_path)
+    assert len(spectra) == 4 * 2 * 2  # steps, layers, sites
+    rows = nerve.load_metrics(tmp_path, factors=["design"])
+    assert set(rows["design"]) == {"plain"}
+
+
+def raising(error: BaseException) -> Callable[[int], None]:
+    def within(step: int) -> None:
+        if step == 6:
+            raise error
+
+    return within
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+@pytest.mark.parametrize("save_at", [3, 5])
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no"), "failed"), (KeyboardInterrupt(), "interrupted")]
+)
+def test_a_loop_that_raised_goes_on_as_if_it_had_not(tmp_path, source, save_at, error, status):
+    """From a step that is measured, whose features may still be to come, and between two."""
+    train(tmp_path / "whole", network(), source=source, save_at=save_at)
+    model, cut = network(), tmp_path / "cut"
+    with pytest.raises(type(error)):
+        train(cut, model, source=source, save_at=save_at, within=raising(error))
+    record = nerve.RunRecord.load(cut)
+    assert (record.run_status, record.error and record.error["type"]) == (
+        status,
+        type(error).__name__,
+    )
+    # Everything that was measured is there, also what was measured when it raised.
+    assert sorted(set(nerve.load_metrics(cut)["step"])) == (
+        [0, 3] if source == "train" else [0, 3, 6]
+    )
+    assert not any(module._forward_hooks for module in model.modules())
+    checkpoint = torch.load(cut / "checkpoint.pt")
+    train(cut, network(), source=source, checkpoint=checkpoint)
+    again = nerve.RunRecord.load(cut)
+    assert (again.run_status, again.restarts, again.run_id) == ("done", 1, record.run_id)
+    assert_same(nerve.load_metrics(cut), nerve.load_metrics(tmp_path / "whole"))
+
+
+def killed(directory: str) -> None:
+    """Saves at step 4, and is killed within the step that follows the sixth."""
+
+    def within(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(Path(directory), network(), source="heldout", save_at=4, within=within)
+
+
+def test_a_loop_that_was_killed_keeps_its_rows_and_goes_on(tmp_path):
+    """Without a checkpoint it begins anew, and so do its rows."""
+    train(tmp_path / "whole", network(), source="heldout", save_at=4)
+    whole, cut = nerve.load_metrics(tmp_path / "whole"), tmp_path / "cut"
+    cut.mkdir()
+    process = start(killed, str(cut), cwd=tmp_path, log=tmp_path / "log")
+    assert ended(process) == -signal.SIGKILL
+    assert nerve.RunRecord.load(cut).run_status == "running"
+    assert sorted(set(nerve.load_metrics(cut)["step"])) == [0, 3, 6]
+    checkpoint = torch.load(cut / "checkpoint.pt")
+    train(cut, network(), source="heldout", checkpoint=checkpoint)
+    assert_same(nerve.load_metrics(cut), whole)
+
+
+def test_without_a_checkpoint_a_run_begins_anew_and_one_that_is_done_does_not(tmp_path, caplog):
+    with pytest.raises(ValueError, match="no"):
+        train(tmp_path, network(), within=raising(ValueError("no")))
+    train(tmp_path, network())
+    assert "starts from its beginning" in caplog.text
+    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 3, 6]
+    with pytest.raises(StoreError, match=r"done\..*another directory"):
+        train(tmp_path, network())
+    with pytest.raises(StoreError, match="every_n_steps"):
+        train(tmp_path, network(), every_n_steps=2)
+
+
+def in_processes(rank: int, directory: str) -> None:
+    """Each has half of every batch, and of the held-out batches one of two."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    half = slice(16 * rank, 16 * (rank + 1))
+    for source in ("train", "heldout"):
+        model = DistributedDataParallel(without_dropout())
+        own = {"heldout": pairs(2, seed=9)[rank : rank + 1]} if source == "heldout" else {}
+        train(Path(directory, source), model, source=source, share=half, **own)
+    torch.distributed.destroy_process_group()
+
+
+def without_dropout() -> Net:
+    model = network()
+    model.drop = nn.Dropout(0.0)
+    return model
+
+
+def test_two_processes_leave_the_rows_of_one(tmp_path):
+    """But for rounding: sums are of halves."""
+    together(in_processes, 2, tmp_path)
+    for source in ("train", "heldout"):
+        train(tmp_path / "one", without_dropout(), source=source, config={"source": source})
+        one, two = nerve.load_metrics(tmp_path / "one"), nerve.load_metrics(tmp_path / source)
+        assert one["n_samples"].tolist() == two["n_samples"].tolist()
+        pd.testing.assert_frame_equal(
+            one.drop(columns="run_id"), two.drop(columns="run_id"), rtol=1e-9, atol=1e-12
+        )
+        shutil.rmtree(tmp_path / "one")
+
+
+class Masked(nn.Module):
+    """Takes tokens and their mask by keyword, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.ffn = (
+            nn.Embedding(9, 4),
+            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)),
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        y = self.ffn(self.embed(input_ids)) * attention_mask[..., None]
+        return {"loss": y.square().mean()}
+
+
+@pytest.mark.parametrize("is_heldout", [False, True])
+def test_padding_does_not_count(tmp_path, is_heldout):
+    torch.manual_seed(0)
+    model = Masked()
+    mask = (torch.arange(8) < torch.tensor([[8], [3], [5]])).long()
+    batch = {"input_ids": torch.randint(9, (3, 8)), "attention_mask": mask}
+    expected = nerve.measure(model, [batch], skip_first=1)
+    given = {"heldout": [batch]} if is_heldout else {}
+    with nerve.watch(model, tmp_path, skip_first=1, **given) as run:
+        model(**batch)["loss"].backward()
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    rows = rows[rows["step"] == 0]
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist() == [13]
+    assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-12)
+    assert rows["train_loss"].isna().all()
+    assert rows["val_loss"].notna().all() == is_heldout
+
+
+def test_a_compiled_model_is_the_one_to_watch(tmp_path):
+    """The loop calls it, and so it says where a pass begins; the rows are those of eager."""
+    train(tmp_path / "eager", without_dropout())
+    train(tmp_path / "compiled", torch.compile(without_dropout(), backend="aot_eager"))
+    eager, compiled = (nerve.load_metrics(tmp_path / n) for n in ("eager", "compiled"))
+    assert_same(compiled, eager)
+
+
+def test_features_that_never_come_are_an_error(tmp_path):
+    """The loop calls another module than the one that is watched."""
+    model, inputs = network(), pairs(1)[0][0]
+
+    def loop() -> None:
+        with nerve.watch(model, tmp_path, ffns=ffns(model)) as run:
+            model.eval()(inputs)
+            run.step()
+
+    with pytest.raises(MeasurementError, match=r"step 0 .*that the loop calls"):
+        loop()
+    assert nerve.RunRecord.load(tmp_path).run_status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"heldout": torch.zeros(3, 4)}, "list of batches"),
+        ({"heldout": []}, "got none"),
+        ({"config": {"monitor": 1}}, "another name"),
+        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):
+    with pytest.raises(ConfigError, match=words), nerve.watch(network(), tmp_path / "run", **given):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_needs_the_number_of_its_targets(tmp_path):
+    with (
+        pytest.raises(ConfigError, match="or neither"),
+        nerve.watch(network(), tmp_path) as run,
+    ):
+        run.step(0.5)
