@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -71,7 +72,9 @@ def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(tmp_p
     call(*build, tmp_path / "clean", clone, cwd=tmp_path)  # sdist, and the wheel from it
     built = sorted((tmp_path / "clean").iterdir())
     assert [path.suffix for path in built] == [".whl", ".gz"]
-    assert [commit_in(path) for path in built] == [commit, commit]
+    wheel, source = (commit_in(path) for path in built)
+    assert wheel == commit  # built from the source distribution, whose files are what was packed
+    assert re.fullmatch(rf"{commit.strip()} sha256:[0-9a-f]{{64}}\n", source)
     assert call("git", "status", "--porcelain", cwd=clone) == ""
     with open(clone / "nerve" / "errors.py", "a") as file:
         file.write("# changed\n")

@@ -15,7 +15,7 @@ from nerve.analysis.load import Runs
 from nerve.analysis.paired import compare_seeds
 from nerve.analysis.partial import LEAST_POINTS
 from nerve.report import figures_of_comparisons
-from nerve.report.content import WINDOW_TEXTS, Drawing, limits
+from nerve.report.content import WINDOW_TEXTS, Drawing, limits, seeds
 
 NULL_NAMES = {"clock": "the clock, log(step + 1)", "lr": "the learning rate"}
 
@@ -206,7 +206,8 @@ def _groups(
         kind = "" if ffn == "ffn" else str(ffn)
         suffix = [kind, str(place) if several else ""]
         named = [kind, f"data {data}" if rows["data"].nunique(dropna=False) > 1 else ""]
-        about = limits(metrics[metrics["ffn"] == ffn])
+        designs = compared.designs[compared.designs["ffn"] == ffn]
+        about = f"{limits(metrics[metrics['ffn'] == ffn])} {seeds(designs)}"
         yield own, _Group(_joined("_", suffix), _joined(", ", named), about)
 
 
