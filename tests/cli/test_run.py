@@ -369,7 +369,7 @@ def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
-    monkeypatch.setattr("nerve.cli.experiment.machine._has_gpu", lambda: False)
+    monkeypatch.setattr("nerve.cli.experiment.machine.CUDAAccelerator.is_available", lambda: False)
     status, _, err = run(*tiny, "trainer=gpu")
     assert status == 1
     assert "trainer.accelerator=gpu needs a GPU" in err
