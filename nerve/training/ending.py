@@ -26,7 +26,7 @@ def take_timers(trainer: L.Trainer) -> float:
 
 
 def follows_a_rule(trainer: L.Trainer) -> bool:
-    """Whether a callback may end training by its results."""
+    """Whether a callback has ended training by its results."""
     return bool(_rules(trainer))
 
 
@@ -63,5 +63,7 @@ def require_validated(n_targets: int, n_heldout: int) -> None:
 
 
 def _rules(trainer: L.Trainer) -> list[EarlyStopping]:
+    """Those that have ended training: all, where Lightning (before 2.6) keeps no reason."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in callbacks if isinstance(each, EarlyStopping)]
+    rules = [each for each in callbacks if isinstance(each, EarlyStopping)]
+    return [rule for rule in rules if getattr(rule, "stopping_reason_message", "") is not None]

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from nerve.errors import MeasurementError
-from nerve.training.ending import require_validated, stopped_by, take_timers
+from nerve.training.ending import follows_a_rule, require_validated, stopped_by, take_timers
 from nerve.training.signals import Interrupted
 
 
@@ -25,10 +25,24 @@ def test_at_its_last_step_training_is_done_whoever_asked_it_to_stop():
 
 
 def test_a_rule_on_results_is_named():
-    rule = EarlyStopping("val_loss")
-    assert stopped_by(trainer(7, rule)) == "EarlyStopping(val_loss)"
+    rule, other = EarlyStopping("val_loss"), EarlyStopping("train_loss")
     rule.stopping_reason_message = "val_loss did not improve in the last 3 records."
-    assert stopped_by(trainer(7, rule)) == "val_loss did not improve in the last 3 records."
+    assert stopped_by(trainer(7, other, rule)) == "val_loss did not improve in the last 3 records."
+
+
+def test_a_rule_of_a_lightning_that_keeps_no_reason_is_named():
+    rule = EarlyStopping("val_loss")
+    vars(rule).pop("stopping_reason_message", None)
+    assert stopped_by(trainer(7, rule)) == "EarlyStopping(val_loss)"
+
+
+def test_a_rule_that_has_not_decided_answers_for_nobody():
+    """Beside it something else has asked to stop."""
+    rule = EarlyStopping("val_loss")
+    rule.stopping_reason_message = None  # as it begins, where Lightning keeps reasons
+    assert not follows_a_rule(trainer(7, rule))
+    with pytest.raises(Interrupted, match="nothing says that it is done"):
+        stopped_by(trainer(7, rule))
 
 
 @pytest.mark.parametrize("callbacks", [(), (L.Callback(),), (EarlyStopping("val_loss"),)])
