@@ -4,7 +4,6 @@ import copy
 import time
 from functools import partial
 
-import jaxtyping
 import lightning as L
 import numpy as np
 import pandas as pd
@@ -229,20 +228,6 @@ def test_scalars_carry_the_step_of_the_weights(tmp_path):
     np.testing.assert_allclose(val, expected[val.index], rtol=1e-6)
     means = rows.groupby("step").train_loss.first()
     np.testing.assert_allclose([train[:2].mean(), train[2:].mean()], means[[2, 4]], rtol=1e-6)
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Compiles as far as AOTAutograd goes, and keeps the graphs that were made."""
-    made = []
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks cannot be compiled
-    return made
 
 
 def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp_path, graphs):

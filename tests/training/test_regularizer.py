@@ -1,10 +1,8 @@
 """Training with a regularizer: what its term changes, and what stays the cross-entropy alone."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import lightning as L
 import pandas as pd
 import pytest
@@ -98,15 +96,7 @@ def test_a_step_has_the_value_of_the_cross_entropy_and_the_gradient_of_the_sum()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_compiled_code_gives_the_same_in_one_graph(monkeypatch, precision):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks cannot be compiled
+def test_compiled_code_gives_the_same_in_one_graph(graphs, precision):
     gradients = []
     for compile in (False, True):
         module = make_module(STRONG, compile)
