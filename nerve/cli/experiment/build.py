@@ -9,6 +9,7 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.further import callbacks_of
@@ -82,6 +83,9 @@ def build_trainer(
     files: CheckpointFiles,
 ) -> L.Trainer:
     """The trainer, with the loggers and callbacks of the configuration beside those given."""
+    alone = is_alone(plan.values["trainer"])
+    if alone:  # whatever a job around it says of its tasks, which Lightning has read
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     loggers: list[Logger] = [
         build(node, key=f"logger.{name}") for name, node in plan.values["logger"].items()
     ]
@@ -91,8 +95,8 @@ def build_trainer(
     if plan.trainer.enable_progress_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
     plugins: list[Any] = [files]
-    if is_alone(plan.values["trainer"]):
-        plugins.append(LightningEnvironment())  # whatever a job around it says of its tasks
+    if alone:
+        plugins.append(LightningEnvironment())
     elif SLURMEnvironment.detect():
         # Lightning's own requeueing would act beside ours, and beside submitit's.
         plugins.append(SLURMEnvironment(auto_requeue=False))

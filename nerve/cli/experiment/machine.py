@@ -84,9 +84,7 @@ def is_alone(trainer: Mapping[str, Any]) -> bool:
 
 def leads(trainer: Mapping[str, Any]) -> bool:
     """Whether this process records the run: of several processes the first, of one that one."""
-    if is_alone(trainer):
-        rank_zero_only.rank = 0  # type: ignore[attr-defined]  # from variables of the job
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    return is_alone(trainer) or rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def device_names(trainer: L.Trainer) -> str:

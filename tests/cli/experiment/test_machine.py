@@ -71,7 +71,6 @@ def test_a_run_of_one_process_leads_whatever_task_of_a_job_it_is(monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 3)
     assert not leads(ONE | {"devices": 4})
     assert leads(ONE)
-    assert rank_zero_only.rank == 0
 
 
 @pytest.fixture
