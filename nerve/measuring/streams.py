@@ -60,6 +60,14 @@ def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
     return found
 
 
+def tokens_of(batch: Any) -> Tensor | None:
+    """The token ids of a batch that is no mapping: whole numbers, `[sequence, position]`, the batch
+    itself or what comes first in it."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
+    return first if is_ids else None
+
+
 class Traced(NamedTuple):
     """Where an FFN's samples come from.
 

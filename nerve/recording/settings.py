@@ -1,8 +1,9 @@
 """What is measured of a model while it trains, and when."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nerve.config import require, require_choice, require_count
+from nerve.metric_names import AROUND, GROUPS
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class MonitorSettings:
             as exact and cheaper.
         skip_first: leaves so many positions at the beginning of each sequence out of the features,
             not of the loss.
+        groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
+            measured by themselves as well.
+        groups_every: groups and sites are measured with every so many-th measurement, the first
+            among them.
+        sites: of `stream_in`, `input`, `output` and `stream_out` those that are measured as well.
 
     Raises:
         ConfigError: for a value out of range.
@@ -31,6 +37,9 @@ class MonitorSettings:
     layers: list | None = None
     shortcut: bool = True
     skip_first: int = 0
+    groups: list = field(default_factory=list)
+    groups_every: int = 1
+    sites: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_count("monitor.every_n_steps", self.every_n_steps)
@@ -40,3 +49,12 @@ class MonitorSettings:
             f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
         )
         require_count("monitor.skip_first", self.skip_first, least=0)
+        for key, options in (("groups", GROUPS), ("sites", AROUND)):
+            chosen = getattr(self, key)
+            for each in chosen:
+                require_choice(f"an entry of monitor.{key}", each, options)
+            require(
+                len(set(chosen)) == len(chosen),
+                f"monitor.{key} names each once; got {chosen!r}.",
+            )
+        require_count("monitor.groups_every", self.groups_every)

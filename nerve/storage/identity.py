@@ -31,6 +31,9 @@ ADDED: dict[str, Any] = {
     "data.separator_token": None,
     "data.tokenizer_sample_bytes": 1_000_000_000,
     "model.pre_std": None,
+    "monitor.groups": [],
+    "monitor.groups_every": 1,
+    "monitor.sites": [],
     "monitor.skip_first": 0,
     "regularizer": {"name": "none"},
 }
