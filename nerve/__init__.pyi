@@ -9,6 +9,7 @@ from .analysis.dose import dose_response as dose_response
 from .analysis.early import rank_early as rank_early
 from .analysis.flags import flag_runs as flag_runs
 from .analysis.load import Runs as Runs
+from .analysis.load import load_groups as load_groups
 from .analysis.load import load_metrics as load_metrics
 from .analysis.load import load_runs as load_runs
 from .analysis.load import load_scalars as load_scalars

@@ -73,6 +73,11 @@ class Runs:
         return self._rows(DATASETS["scalars"])
 
     @cached_property
+    def groups(self) -> pd.DataFrame:
+        """One row per site and group of a measured FFN and step, as of `load_groups`."""
+        return self._rows(DATASETS["groups"])
+
+    @cached_property
     def flags(self) -> pd.DataFrame:
         """Which runs can be compared, and why others cannot: `flag_runs` of `metrics`, `frame`."""
         return flag_runs(self.metrics, self.frame)
@@ -91,7 +96,7 @@ class Runs:
         runs = self.frame.assign(n_damaged_parts=[len(errors) for _, errors in reads])
         found = zip(self.records, tables, strict=True)
         empty = [record.run_id for record, table in found if not len(table)]
-        if empty:
+        if empty and not dataset.is_optional:
             warn_caller(f"Runs without {dataset.name}: {listed(empty)}.", IncompleteWarning)
         frame = pa.concat_tables(tables).to_pandas()
         rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
@@ -150,6 +155,23 @@ def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
     Else as `load_metrics`.
     """
     return Runs(path, factors).spectra
+
+
+def load_groups(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
+    """One row per measured FFN, step, site, grouping and group, of runs that measured any.
+
+    - `site`: along a block `stream_in` (the residual stream before the FFN and its norm), `input`
+      (of the FFN), `pre`, `post`, `output`, `stream_out`
+    - `grouping` and `group`: `all` and `all` for all samples; `position` has `0`, `like_0` (as many
+      others, one of each sequence) and `q1` to `q4`; `frequency` has `head`, `mid` and `tail`;
+      `halves` has `a` and `b`
+    - `n_samples`, `dim` (features), `se`, `pr`, `eee`, `variance`, `pr_corrected`, `status` as of
+      `load_metrics`; `se_spread`, `pr_spread` and `eee_spread` over √N are the standard errors of N
+      independent Gaussian samples (`sampling_error` says what they are of these)
+
+    Else as `load_metrics`; empty where no run measured groups.
+    """
+    return Runs(path, factors).groups
 
 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:

@@ -17,12 +17,14 @@ from nerve.config import from_mapping, require
 from nerve.integrations.features import TrainingFeatures
 from nerve.integrations.heldout import Forward, batches_of, evaluate
 from nerve.integrations.wrapping import device_name_of, device_of, unwrapped
+from nerve.measuring.around import Stream, find_streams
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.distributed import n_processes, rank
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.masks import Masks
+from nerve.measuring.streams import count_tokens
 from nerve.recording.recorder import Recorder
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.settings import MonitorSettings
@@ -48,6 +50,7 @@ def watch(
     only_labeled: bool = False,
     ffns: Sequence[FFN] | None = None,
     resume: Mapping[str, Any] | None = None,
+    token_counts: Tensor | None = None,
     **settings: Any,
 ) -> Iterator["WatchedLoop"]:
     """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
@@ -89,8 +92,11 @@ def watch(
         ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds.
         resume: what `state_dict` gave; rows past its step are dropped. Without it training begins
             at step 0, and so does the run.
-        settings: `spectra`, `layers`, `shortcut`, `skip_first`, as the monitor of nerve-run has
-            them.
+        token_counts: how often each token id occurs in the training text, for groups by frequency;
+            None counts the held-out batches.
+        settings: `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`, `sites`,
+            as the monitor of nerve-run has them. Where a model does not say where its residual
+            stream is, the first held-out batch shows it.
 
     Raises:
         ConfigError: for a setting that is out of range.
@@ -120,13 +126,21 @@ def watch(
     )
     seed = config.get("seed")
     counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    choose = partial(Choice, mask=mask, skips_first=chosen.skip_first > 0, **counted)
+    choose = partial(
+        Choice,
+        mask=mask,
+        skips_first=chosen.skip_first > 0,
+        groups=bool(chosen.groups),
+        **counted,
+    )
     inner = unwrapped(model)
     batches = None if heldout is None else batches_of(heldout)
     if ffns is None:
         first = None if batches is None else batches[0]
         ffns = find_ffns(inner, first, layers=chosen.layers, forward=forward)
         log.info("FFNs to measure:\n%s", ffns)
+    if "frequency" in chosen.groups and token_counts is None and batches is not None:
+        token_counts = count_tokens(batches)
     with recorded_run(
         directory,
         {**config, "monitor": asdict(chosen) | counted},
@@ -137,7 +151,7 @@ def watch(
     ) as recorded:
         loop = WatchedLoop(model, chosen, optimizer, recorded)
         try:
-            loop._begin(ffns, choose, batches, forward or call, resume)
+            loop._begin(ffns, choose, batches, forward or call, resume, token_counts)
             yield loop
             loop._end()
         except BaseException:
@@ -231,8 +245,9 @@ class WatchedLoop:
         batches: Sequence[Any] | None,
         forward: Forward,
         state: Mapping[str, Any] | None,
+        token_counts: Tensor | None,
     ) -> None:
-        n = n_processes()
+        n, inner = n_processes(), unwrapped(self._model)
         self._recorder.open(
             ffns,
             self._device,
@@ -240,8 +255,12 @@ class WatchedLoop:
             rank=rank(),
             n_processes=n,
             n_here=int(os.environ.get("LOCAL_WORLD_SIZE", n)),
+            token_counts=token_counts,
+            find_streams=None
+            if batches is None
+            else partial(_streams, inner, ffns, batches[0], forward),
         )
-        inner, recorder = unwrapped(self._model), self._recorder
+        recorder = self._recorder
 
         def run(batch: Any) -> object:
             with evaluating(inner):
@@ -293,6 +312,13 @@ class WatchedLoop:
         if self._features is not None:
             self._features.close()
         self._recorder.close()
+
+
+def _streams(
+    model: nn.Module, ffns: Sequence[FFN], batch: Any, forward: Forward
+) -> list[Stream | None]:
+    with evaluating(model):
+        return find_streams(model, ffns, lambda: forward(model, batch))
 
 
 def _rate(optimizer: Optimizer | None) -> float | None:

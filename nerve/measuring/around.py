@@ -4,7 +4,8 @@ Where a model says nothing of it, it is seen in one forward pass: the stream aft
 stream before it plus what the FFN gives.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from nerve.measuring.ffns import FFN, named, sites_of
 from nerve.measuring.sites import Site, declared_widths, last
 
+log = logging.getLogger(__name__)
+
 Stream = tuple[Site, Site]
 """The residual stream before an FFN, and after it."""
 
@@ -20,17 +23,37 @@ _ROWS = 32
 """How many samples of a stream tell it from others, at least."""
 
 
-def sites_around(ffn: FFN, stream: Stream | None) -> dict[str, Site]:
-    """The sites `stream_in`, `output` and `stream_out` of an FFN, so far as they are known; `input`
-    is what the probe takes beside pre."""
-    around = {}
-    _, post = sites_of(ffn)
-    if post.of == "input" and declared_widths(post.module) is not None:
-        around["output"] = Site(post.module, "output")
-    stream = stream_of(ffn) or stream
-    if stream is not None:
-        around["stream_in"], around["stream_out"] = stream
-    return around
+def sites_around(
+    ffns: Sequence[FFN],
+    wanted: Collection[str],
+    find: Callable[[], list[Stream | None]] | None = None,
+) -> list[dict[str, Site]]:
+    """For each FFN the sites to tap, of those that are wanted, so far as they are known; what is
+    not is named in a warning. `input` is not among them: a probe has it beside pre.
+
+    Args:
+        ffns: the FFNs.
+        wanted: some of `nerve.metric_names.AROUND`.
+        find: gives the streams around FFNs whose descriptions do not; None where nothing can.
+    """
+    streams = [stream_of(ffn) for ffn in ffns]
+    of_stream = not {"stream_in", "stream_out"}.isdisjoint(wanted)
+    if find is not None and of_stream and not all(streams):
+        streams = [own or found for own, found in zip(streams, find(), strict=True)]
+    given = []
+    for ffn, stream in zip(ffns, streams, strict=True):
+        around = {}
+        pre, post = sites_of(ffn)
+        if post.of == "input" and declared_widths(post.module) is not None:
+            around["output"] = Site(post.module, "output")
+        if stream is not None:
+            around["stream_in"], around["stream_out"] = stream
+        known = {*around, "input"} if pre.of == "output" else {*around}
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            log.warning("%s: where to measure %s is not known", named(ffn), ", ".join(unknown))
+        given.append({name: site for name, site in around.items() if name in wanted})
+    return given
 
 
 def stream_of(ffn: FFN) -> Stream | None:
@@ -120,9 +143,7 @@ def _stream(model: nn.Module, ffn: FFN, events: Sequence[_Event]) -> Stream | No
     return None
 
 
-def _normalized(
-    total: _Event, later: Sequence[_Event], before: _Event, given: _Event
-) -> Site:
+def _normalized(total: _Event, later: Sequence[_Event], before: _Event, given: _Event) -> Site:
     """The stream after the FFN: the sum, or what a norm behind it makes of it where the FFN gets
     the stream as it is."""
     gets_stream = _is_same(before.rows, given.rows) if before.shape == given.shape else False
@@ -136,17 +157,3 @@ def _normalized(
 def _is_same(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-5 * float(other.abs().nan_to_num().amax())
     return torch.allclose(one, other, rtol=1e-4, atol=tolerance)
-
-
-def described(ffns: Sequence[FFN], streams: Sequence[Stream | None]) -> list[str]:
-    """Sentences on FFNs around which no stream is known."""
-    return [
-        f"the residual stream around {named(ffn)} is not known: its output is added to nothing that "
-        "the forward pass shows"
-        for ffn, stream in zip(ffns, streams, strict=True)
-        if stream is None and stream_of(ffn) is None
-    ]
-
-
-Around = Mapping[str, Site]
-"""Sites around an FFN, by name."""

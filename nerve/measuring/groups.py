@@ -4,7 +4,7 @@ The samples of a forward pass are divided on the host, once for all FFNs that sh
 of rows for each group, of which the features of every FFN are then taken.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,9 @@ from nerve.metric_names import GROUPS
 
 REST = "rest"
 """The group of the samples that count and are in no other; it has no row."""
+
+OVERLAPPING = ("like_0",)
+"""Groups whose samples are in other groups of their grouping, too."""
 
 _COUNTED = -1
 _NOT_COUNTED = -2
@@ -87,12 +90,6 @@ def frequency_classes(counts: Int64[Tensor, " vocab"]) -> Int64[Tensor, " vocab"
     return classes
 
 
-def count_tokens(ids: Collection[Tensor]) -> Int64[Tensor, " vocab"]:
-    """How often each token id occurs."""
-    flat = torch.cat([each.detach().reshape(-1).cpu() for each in ids])
-    return torch.bincount(flat.clamp(min=0).long())
-
-
 class Divider:
     """Divides the samples of forward passes.
 
@@ -137,8 +134,9 @@ class Divider:
         mask = torch.ones(sizes, dtype=torch.bool) if mask is None else mask.cpu()
         # Padding may come first: positions count from the first sample that is none.
         start = torch.where(mask.any(1), mask.int().argmax(1), 0)[:, None]
-        place = torch.arange(sizes[1])[None] - start
-        counts = mask & (place >= self._skip_first)
+        position = torch.arange(sizes[1])[None]
+        place = position - start
+        counts = mask & (position >= self._skip_first)
         number = (first + torch.arange(sizes[0]) // per_sequence)[:, None]
         given = {}
         for grouping in self._groupings:
@@ -151,7 +149,7 @@ class Divider:
                 labels = self._classes_of(ids, sizes)
             else:
                 labels = (number % 2).expand(sizes)
-            names = [name for name in self.names(grouping) if name not in others]
+            names = [name for name in self.names(grouping) if name not in OVERLAPPING]
             labels = torch.where(counts, labels, _NOT_COUNTED)
             parts = {name: self._rows(labels == i) for i, name in enumerate(names)}
             parts[REST] = self._rows(labels == _COUNTED)
@@ -159,12 +157,11 @@ class Divider:
         return given
 
     def _quarters(self, place: Tensor, n_positions: int) -> Tensor:
-        """0 for position 0, then four equal parts of the others; those alone where it is skipped."""
+        """0 for position 0, then four equal parts of the others; these alone without it."""
         first = max(self._skip_first, 1)
         quarter = ((place - first) * 4).div(max(n_positions - first, 1), rounding_mode="floor")
-        if self._skip_first:
-            return quarter.clamp(max=3)
-        return torch.where(place == 0, 0, 1 + quarter.clamp(max=3))
+        quarter = quarter.clamp(0, 3)
+        return quarter if self._skip_first else torch.where(place == 0, 0, 1 + quarter)
 
     def _classes_of(self, ids: Tensor | None, sizes: tuple[int, int]) -> Tensor:
         assert self._classes is not None

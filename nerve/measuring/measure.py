@@ -2,17 +2,21 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
+from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
+from nerve.measuring.group_spectra import GroupSpectrum
+from nerve.measuring.groups import Grouped
 from nerve.measuring.masks import Masks
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
@@ -32,11 +36,14 @@ def spectra_of(
     only_labeled: bool,
     skip_first: int,
     shortcut: bool,
+    grouped: Grouped,
+    sites: Collection[str],
     give: Callable[[object], None],
-) -> list[FFNSpectra]:
-    """The spectra of a model's FFNs over batches, solved.
+) -> tuple[list[FFNSpectra], list[GroupSpectrum]]:
+    """The spectra of a model's FFNs over batches, solved, and those of groups and sites.
 
     Args:
+        grouped, sites: as `Measurement` takes them.
         give: gets what `forward` returned, for each batch.
         others: as `nerve.measure` takes them.
 
@@ -50,17 +57,25 @@ def spectra_of(
 
     with evaluating(model):
         batches = iter(batches)
+        first = list(_first(batches))
+        batches = chain(first, batches)
         if ffns is None:
-            first = list(_first(batches))
             found = find_ffns(model, first[0] if first else None, forward=forward)
             log.info("FFNs to measure:\n%s", found)
             for line in found.unclear:
                 log.warning("not measured; by hand, if it is an FFN: %s", line)
             ffns = found
-            batches = chain(first, batches)
-        probe = Probe(ffns)
-        measurement = Measurement(probe, shortcut=shortcut, skip_first=skip_first)
-        choice = Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first > 0)
+        known = ffns
+        find = partial(
+            find_streams, model, known, lambda: [(forward or call)(model, each) for each in first]
+        )
+        probe = Probe(known, sites_around(known, sites, find))
+        measurement = Measurement(
+            probe, shortcut=shortcut, skip_first=skip_first, grouped=grouped, sites=sites
+        )
+        is_grouped = bool(grouped.groupings)
+        counted = (mask, tuple(exclude), only_labeled)
+        choice = Choice(model, probe, run, *counted, skip_first > 0, is_grouped)
         probe.install()
         try:
             for batch in batches:
@@ -70,7 +85,8 @@ def spectra_of(
                 give(output)
         finally:
             probe.remove()
-    return measurement.spectra()
+    spectra = measurement.spectra()
+    return spectra, [each.solve() for each in measurement.group_eigenproblems()]
 
 
 def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:

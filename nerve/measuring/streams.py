@@ -1,6 +1,6 @@
 """The streams of tokens in a batch, and how they lie in the features of each FFN."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,34 @@ def tokens_of(batch: Any) -> Tensor | None:
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
     return first if is_ids else None
+
+
+def count_tokens(batches: Iterable[Any]) -> Tensor:
+    """How often each token id occurs in batches, padding left out, `[highest id + 1]`.
+
+    Raises:
+        MeasurementError: where they have no token ids.
+    """
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in batches:
+        streams = streams_of(batch, is_encoder_decoder=False).values()
+        found = [(each.ids, each.mask) for each in streams] or [(tokens_of(batch), None)]
+        for ids, mask in found:
+            if ids is not None:
+                flat = ids.reshape(-1) if mask is None else ids[as_bool(mask)]
+                here = torch.bincount(flat.clamp(min=0).cpu())
+                length = max(len(counts), len(here))
+                counts, here = (
+                    torch.nn.functional.pad(each, (0, length - len(each)))
+                    for each in (counts, here)
+                )
+                counts = counts + here
+    if not counts.sum():
+        raise MeasurementError(
+            "Groups by frequency need token ids: batches that are mappings with input_ids, or "
+            "tensors of them, [sequence, position]; got none. Leave frequency out of groups."
+        )
+    return counts
 
 
 class Traced(NamedTuple):

@@ -112,9 +112,7 @@ class MixerConfig:
             return self.ffn.hidden_width(self.d_model)
         return hidden_width(own.width, own.d_ff, self.d_model, f"model.{name}")
 
-    def build_ffn(
-        self, name: str, layer: int, act: nn.Module, stream: nn.Module
-    ) -> FeedForward:
+    def build_ffn(self, name: str, layer: int, act: nn.Module, stream: nn.Module) -> FeedForward:
         """The `token_mixing` or `channel_mixing` FFN of block `layer`, in that stream."""
         return FeedForward(
             self.n_patches if name == "token_mixing" else self.d_model,

@@ -8,10 +8,13 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from nerve.config import require, require_count
+from nerve.config import require, require_count, require_several
 from nerve.measuring.ffns import FFN
+from nerve.measuring.groups import Grouped
 from nerve.measuring.masks import Masks
 from nerve.measuring.measure import frame_of, spectra_of
+from nerve.measuring.streams import count_tokens
+from nerve.metric_names import AROUND, GROUPS
 from nerve.recording.cadence import WeightedMean
 from nerve.recording.losses import loss_of
 from nerve.recording.measured_run import OWN, measured_run
@@ -32,6 +35,9 @@ def measure(
     only_labeled: bool = False,
     skip_first: int = 0,
     shortcut: bool = True,
+    groups: Sequence[str] = (),
+    sites: Sequence[str] = (),
+    token_counts: Tensor | None = None,
 ) -> pd.DataFrame:
     """Measures the FFNs of any torch model over batches; neither Lightning nor Hydra is needed.
 
@@ -65,6 +71,14 @@ def measure(
             trained models hold most of the variance.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper; False always takes the features themselves.
+        groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
+            measured by themselves as well and stored in `into`, where `nerve.load_groups` reads
+            them.
+        sites: of `stream_in`, `input`, `output` and `stream_out` those that are measured as well,
+            likewise; where a model does not say where its residual stream is, one forward pass of
+            the first batch shows it, or a warning says that it does not.
+        token_counts: how often each token id occurs in the text that the model learned from, for
+            groups by frequency; None counts the batches.
 
     Returns:
         One row per FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
@@ -96,10 +110,20 @@ def measure(
         "skip_first": skip_first,
         "shortcut": shortcut,
     }
+    for name, chosen, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+        require_several(name, chosen, options)
+    require(
+        into is not None or not (groups or sites),
+        "Groups and sites are stored in a run, for nerve.load_groups; got none. Give into=.",
+    )
     is_series = not isinstance(model, nn.Module)
     series = [(step, model)] if isinstance(model, nn.Module) else model
-    batches, frames = list(batches) if is_series else batches, []
+    counts_here = "frequency" in groups and token_counts is None
+    batches, frames = list(batches) if is_series or counts_here else batches, []
+    grouped = Grouped(tuple(groups), count_tokens(batches) if counts_here else token_counts)
     asked = {**labels, "measure": {**how, "mask": mask is not None}}
+    if groups or sites:
+        asked["measure"] |= {"groups": list(groups), "sites": list(sites)}
     with nullcontext() if into is None else measured_run(into, asked, spectra) as run:
         for at, each in series:
             loss = WeightedMean()
@@ -109,17 +133,19 @@ def measure(
                 if found is not None:
                     loss.add(*found)
 
-            found = spectra_of(
+            found, of_groups = spectra_of(
                 each,
                 batches if run is None else run.noting(batches),
                 ffns=ffns,
                 forward=forward,
                 mask=mask,
                 **how,
+                grouped=grouped,
+                sites=sites,
                 give=add_loss,
             )
             if run is not None:
-                run.add(at, each, found, loss.value())
+                run.add(at, each, found, of_groups, loss.value())
             frames.append(frame_of(found))
             if is_series:
                 frames[-1].insert(0, "step", at)

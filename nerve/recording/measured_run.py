@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.measuring.group_spectra import GroupSpectrum
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter
@@ -42,11 +43,16 @@ class MeasuredRun:
         self.told["batches"] = digest.hexdigest()[:16]
 
     def add(
-        self, step: int, model: nn.Module, spectra: Sequence[FFNSpectra], val_loss: float | None
+        self,
+        step: int,
+        model: nn.Module,
+        spectra: Sequence[FFNSpectra],
+        groups: Sequence[GroupSpectrum],
+        val_loss: float | None,
     ) -> None:
         """Stores a measurement."""
         labels = {"step": step, "tokens_seen": 0, "val_loss": val_loss}
-        self._writer.write([Solved(labels, list(spectra))])
+        self._writer.write([Solved(labels, list(spectra), groups)])
         _add(self._weights, model.state_dict().values())
         self.told |= {"model": _config_of(model), "weights": self._weights.hexdigest()[:16]}
         n_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nerve.config import require, require_choice, require_count
+from nerve.config import require, require_choice, require_count, require_several
 from nerve.metric_names import AROUND, GROUPS
 
 
@@ -49,12 +49,6 @@ class MonitorSettings:
             f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
         )
         require_count("monitor.skip_first", self.skip_first, least=0)
-        for key, options in (("groups", GROUPS), ("sites", AROUND)):
-            chosen = getattr(self, key)
-            for each in chosen:
-                require_choice(f"an entry of monitor.{key}", each, options)
-            require(
-                len(set(chosen)) == len(chosen),
-                f"monitor.{key} names each once; got {chosen!r}.",
-            )
+        require_several("monitor.groups", self.groups, GROUPS)
+        require_several("monitor.sites", self.sites, AROUND)
         require_count("monitor.groups_every", self.groups_every)

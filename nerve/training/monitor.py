@@ -47,13 +47,15 @@ class SpectralMonitor(L.Callback):
         ffns: the FFNs of a model whose modules do not fulfil the protocol `FFN`; None to look for
             them in the module that is trained.
         settings: those of `MonitorSettings`, by name: `every_n_steps`, `source`, `spectra`,
-            `layers`, `shortcut`, `skip_first`.
+            `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`, `sites`.
 
     Raises:
         ConfigError: for a setting that is out of range.
 
     A module that pads its batches says which samples count with a method `padding_mask(batch)`:
-    bool, True for those that do, in the shape of the features without their last dimension.
+    bool, True for those that do, in the shape of the features without their last dimension. Groups
+    by frequency take the tokens from a method `token_ids(batch)`, in that shape, too, and from the
+    data module's `token_counts` how often each token id occurs in training.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class SpectralMonitor(L.Callback):
             rank=trainer.global_rank,
             n_processes=trainer.world_size,
             n_here=trainer.num_devices,
+            token_counts=_token_counts(trainer),
         )
         every_n_steps = self.settings.every_n_steps
         trainer.val_check_interval = every_n_steps * trainer.accumulate_grad_batches
@@ -146,7 +149,7 @@ class SpectralMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *index: int
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self.source == "heldout":
-            self._recorder.start(_mask(pl_module, batch))
+            self._recorder.start(_mask(pl_module, batch), ids=_ids(pl_module, batch))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any
@@ -172,7 +175,7 @@ class SpectralMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._recorder.is_due:
-            self._recorder.start(_mask(pl_module, batch))
+            self._recorder.start(_mask(pl_module, batch), ids=_ids(pl_module, batch))
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
@@ -220,6 +223,18 @@ def _mask(pl_module: L.LightningModule, batch: Any) -> Tensor | None:
     """Which samples of a batch count, where the module says it."""
     mask_of = getattr(pl_module, "padding_mask", None)
     return None if mask_of is None else mask_of(batch)
+
+
+def _ids(pl_module: L.LightningModule, batch: Any) -> Tensor | None:
+    """The tokens that the samples of a batch are of, where the module says it."""
+    ids_of = getattr(pl_module, "token_ids", None)
+    return None if ids_of is None else ids_of(batch)
+
+
+def _token_counts(trainer: L.Trainer) -> Tensor | None:
+    """How often each token occurs in training, where the data module says it."""
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "token_counts", None)
 
 
 def _warn_of_split_windows(trainer: L.Trainer) -> None:
