@@ -40,14 +40,18 @@ stated). `opposite`: it lies below 0. `within noise`: neither, and what the chec
 there. `undecided`: seeds, runs or scale that it asks for are missing, or less than {LEAST_DF} df.
 *Reads* is what the interval says by itself, whatever is missing.
 
+**Changed since.** On 2026-11-27, after the runs that `15.runs` judges: both checks of claim 15 also
+ask that the cost be seen, so that permuted labels can test them. This can only take outcomes away.
+
 **Null models.** Each check is computed again on spectra in which there is nothing to find; losses
 stay as they are. *untrained*: every step has the spectra of step 0. *clock*: every metric is 1 +
 log(step + 1), or falls as this rises. *identity*: post is pre, JS is 0. *permuted labels*: the
 designs go to other runs (up to {ALL_UP_TO} runs all orders, else {N_PERMUTATIONS}; orders that
-only rename designs left out), or the steps of each run, its layers, or the spectra of designs
-against their losses; passed where the check holds in more than {CHANCE:.0%} of them. A null that
-changes nothing that a check looks at does not test it: losses alone meet the permutation only. A
-check that holds on a null is stored with `passes_null`; it cannot make its claim hold.
+only rename designs left out), or the steps of each run, its layers, the spectra of designs
+against their losses, or what was measured and what was not; passed where the check holds in more
+than {CHANCE:.0%} of them. A null that changes nothing that a check looks at does not test it:
+losses and times meet the permutation only. A check that holds on a null is stored with
+`passes_null`; it cannot make its claim hold.
 
 **Outcome of a claim.** `holds`: all core checks hold and none passes a null. `does not hold`: one
 is opposite, or within noise with all that it asks for. Else `cannot be told here`.
