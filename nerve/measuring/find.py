@@ -32,7 +32,7 @@ class FoundFFNs(list[FFN]):
 
     def table(self) -> pd.DataFrame:
         """One row an FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs, pool."""
-        return pd.DataFrame([self._row(ffn) for ffn in self])
+        return pd.DataFrame([self._row(ffn) for ffn in self]).astype({"n_runs": "Int64"})
 
     def __repr__(self) -> str:
         lines = [self.table().to_string(index=False)]

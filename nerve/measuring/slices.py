@@ -48,6 +48,14 @@ class Slice(nn.Module):
         return matrices[self.index] if self.stack.out_first else matrices[self.index].T
 
     @property
+    def bias(self) -> Tensor | None:
+        """`[out_features]`; None where none was added so far."""
+        if self.stack.bias_name is None:
+            return None
+        biases = getattr(self.holder, self.stack.bias_name).detach().flatten(0, -2)
+        return biases[self.index]
+
+    @property
     def label(self) -> str:
         """Its place in the holder, such as `down_proj[3]`."""
         return f"{self.stack.name}[{self.index}]"
@@ -65,12 +73,20 @@ class Stack:
         name: of the parameter.
         out_first: whether a matrix is `[out_features, in_features]`, as of a linear layer.
         slices: the matrices, in order.
+        bias_name: the parameter of the biases that are added to the products, once that was seen.
     """
 
     def __init__(self, products: "Products", name: str, *, out_first: bool) -> None:
         self.products, self.holder, self.name = products, products.holder, name
         self.out_first = out_first
+        self.bias_name: str | None = None
         self.slices = [Slice(self, index) for index in range(self.parameter.shape[:-2].numel())]
+
+    @property
+    def may_have_bias(self) -> bool:
+        """Whether the holder has a parameter that is one vector for each product."""
+        size = (*self.parameter.shape[:-2], self.slices[0].out_features)
+        return any(each.shape == size for each in self.holder.parameters(recurse=False))
 
     @property
     def parameter(self) -> Tensor:
@@ -157,6 +173,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, products: Products, found: Callable[[Slice], None]) -> None:
         super().__init__()
         self._products, self._found = products, found
+        self._waiting: tuple[Tensor, Slice, Tensor, Callable[[Tensor], Any]] | None = None
         self._config = getattr(products.holder, "config", None)
         self._implementation = getattr(self._config, "_experts_implementation", None)
 
@@ -187,12 +204,14 @@ class _Watch(TorchFunctionMode):
             self._config._experts_implementation = self._implementation
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        place = _PLACES.get(getattr(func, "__name__", ""))
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("add", "__add__") and len(args) == 2 and not kwargs:
+            return self._sum(func, *args)
+        place = _PLACES.get(name)
         if place is None or len(args) <= place[1]:
             return func(*args, **kwargs)
         at, of_matrix = place
-        matrix = self._products.slice_of(args[of_matrix], is_linear=func.__name__ == "linear")
+        matrix = self._products.slice_of(args[of_matrix], is_linear=name == "linear")
         if matrix is None:
             return func(*args, **kwargs)
         self._found(matrix)
@@ -200,7 +219,29 @@ class _Watch(TorchFunctionMode):
         def multiply(features: Tensor) -> Any:
             return func(*args[:at], features, *args[at + 1 :], **kwargs)
 
-        return matrix(args[at], multiply)
+        is_whole = name == "addmm" or len(args) > 2 or bool(kwargs)
+        if is_whole or not matrix.stack.may_have_bias:
+            return matrix(args[at], multiply)
+        # It runs where its bias is added, if that is the next that happens to it.
+        product = multiply(args[at])
+        self._waiting = (product, matrix, args[at], multiply)
+        return product
+
+    def _sum(self, func: Any, one: Any, other: Any) -> Any:
+        """A sum, which is the output of a slice where its bias is added to the product."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or one is not waiting[0] or not isinstance(other, Tensor):
+            return func(one, other)
+        _, matrix, features, multiply = waiting
+        for name, biases in matrix.holder.named_parameters(recurse=False):
+            if (
+                biases.shape == (*matrix.stack.parameter.shape[:-2], matrix.out_features)
+                and other.shape == biases.shape[-1:]
+                and other.data_ptr() == biases.flatten(0, -2)[matrix.index].data_ptr()
+            ):
+                matrix.stack.bias_name = name
+                return matrix(features, lambda given: func(multiply(given), other))
+        return func(one, other)
 
 
 def stacked(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
