@@ -174,7 +174,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._products, self._found = products, found
         self._waiting: tuple[Tensor, Slice, Tensor, Callable[[Tensor], Any]] | None = None
-        self._config = getattr(products.holder, "config", None)
+        self._config: Any = getattr(products.holder, "config", None)
         self._implementation = getattr(self._config, "_experts_implementation", None)
 
     def __enter__(self) -> "_Watch":
