@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from claims.long_runs import SWEEP
 from claims.width import DESIGNS, FOUR, RATES, at_their_rates
 from criteria.check import Judged
 from evidence import Evidence, Sweep
 from figure_of_effects import effects
+from figure_of_long_runs import long_runs
 from figures_by_factor import constraint, mixer, normfree, optimizer, placement, position
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,6 +70,7 @@ def draw(evidence: Evidence, judged: Sequence[Judged], folder: Path) -> list[Pat
         "activation": (activation, ["activation_gpu"]),
         "depth": (depth, ["activation_gpu"]),
         "width": (width, ["ffn_width_gpu"]),
+        "long_runs": (long_runs, [SWEEP]),
         "normfree": (normfree, ["normfree_gpu"]),
         "constraint": (constraint, ["ffn_constraint_gpu", "normfree_gpu"]),
         "placement": (placement, ["norm_placement_gpu"]),
