@@ -1,6 +1,6 @@
 """What a measurement holds of one FFN: covariances, shares of samples, the weight before pre."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sites_of
 from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.groups import Division
 from nerve.measuring.parts import Parts
@@ -80,16 +80,33 @@ class Accumulator:
                 not.
         """
         first: Side = "input" if self.of_input else "pre"
-        for side in (first, "post"):
+        sides: tuple[Side, ...] = (first, "post")
+        for side in sides:
             x = features[side]
             if divisions:
                 self.parts.add(side, x, divisions)
                 self._merging = next(iter(divisions))
             else:
                 self.covariance(side, x.shape[-1], x.device).update(x, mask)
-        for side in ("pre", "post"):
+        self.add_shares(features, mask)
+
+    def add_shares(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
+        """Adds the samples of a run to the shares alone. Arguments as of `add`."""
+        sides: tuple[Side, ...] = ("pre", "post")
+        for side in sides:
             x = features[side]
             self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+
+    def merge(self, other: "Accumulator") -> None:
+        """Adds the covariances of another FFN's samples; its shares go to `add_shares`."""
+        for side, covariance in other.covariances.items():
+            if side == "input":
+                assert other.weight is not None
+                covariance = covariance.projected(other.weight, other._bias)
+            of: Side = "post" if side == "post" else "pre"
+            self.covariance(of, covariance.dim, covariance.device).merge(covariance)
+        if other.covariances:
+            self.d_in = n_inputs(self._pre) or other.d_in
 
     def leave_weight(self) -> None:
         """From now on takes pre itself; what was accumulated of the input is converted."""
@@ -104,7 +121,7 @@ class Accumulator:
             if weight is not None:
                 self.parts.project(weight, self._bias)
 
-    def pool(self) -> None:
+    def merge_groups(self) -> None:
         """Merges groups into the covariances of all samples; no more are added then."""
         grouping, self._merging = self._merging, None
         if grouping is not None:
@@ -137,7 +154,7 @@ class Accumulator:
         Raises:
             MeasurementError: where it never ran and should have.
         """
-        self.pool()
+        self.merge_groups()
         if "post" not in self.covariances:
             self._add_nothing(n_forwards)
         post = self.covariances["post"]
@@ -203,3 +220,16 @@ class Accumulator:
         self.d_in = d_in
         nothing = torch.zeros(0, width, device=self.device)
         self.add({"pre": nothing, "post": nothing}, None)
+
+
+def pools_of(members: Sequence[Accumulator]) -> dict[int, Accumulator]:
+    """By the index of an FFN the accumulator of the samples of all FFNs in its pool."""
+    pools: dict[tuple[int, str], Accumulator] = {}
+    found = {}
+    for index, member in enumerate(members):
+        ffn, name = member.ffn, pool_of(member.ffn)
+        if name is not None:
+            pool = FFNAdapter(ffn.layer, name, ffn.pre, ffn.post, n_runs=None)
+            key = (ffn.layer, name)
+            found[index] = pools.setdefault(key, Accumulator(pool, shortcut=False))
+    return found

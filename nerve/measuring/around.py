@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nerve.measuring.ffns import FFN, named, sites_of
+from nerve.measuring.ffns import FFN, named, sites_of, tokens_of
 from nerve.measuring.sites import Site, declared_widths, last
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,10 @@ def sites_around(
     for ffn, stream in zip(ffns, streams, strict=True):
         around = {}
         pre, post = sites_of(ffn)
-        if post.of == "input" and declared_widths(post.module) is not None:
+        of_all = tokens_of(ffn) is None  # an expert gets some of the tokens
+        if of_all and post.of == "input" and declared_widths(post.module) is not None:
             around["output"] = Site(post.module, "output")
-        if stream is not None:
+        if of_all and stream is not None:
             around["stream_in"], around["stream_out"] = stream
         known = {*around, "input"} if pre.of == "output" else {*around}
         unknown = [name for name in wanted if name not in known]

@@ -15,9 +15,9 @@ from nerve.measuring.streams import (
     Traced,
     TraceError,
     counting,
+    ids_of,
     is_encoder_decoder,
     streams_of,
-    tokens_of,
     trace,
 )
 
@@ -100,7 +100,7 @@ class Choice:
             for name, stream in streams.items()
         }
         if not streams:
-            return Chosen(None, ids=tokens_of(batch))
+            return Chosen(None, ids=ids_of(batch))
         counted = any(each is not None for each in counts.values())
         is_needed = self._skips or self._groups or counted
         try:
@@ -123,7 +123,7 @@ class Choice:
         masks = for_each(ffns, given)
         of_all = isinstance(given, Tensor)
         if not streams:
-            return Chosen(masks, ids=tokens_of(batch))
+            return Chosen(masks, ids=ids_of(batch))
         as_they_lie = Chosen(masks, in_sequences=[False] * len(ffns))
         try:
             traced = self._traced(batch, streams)

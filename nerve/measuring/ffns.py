@@ -52,6 +52,9 @@ class FFNAdapter:
             nobody said. It changes nothing that is measured.
         stream: where the residual stream is before the FFN (and its norm), and where after; or the
             module whose first argument and whose output these are. None where nobody said.
+        pool: the name of one more row, of its samples together with those of the other FFNs of the
+            layer that give this name: `experts`.
+        tokens: of an expert, which gets some tokens in any order, where all of them appear.
     """
 
     layer: int
@@ -61,6 +64,8 @@ class FFNAdapter:
     n_runs: int | None = 1
     gated: bool | None = None
     stream: nn.Module | tuple[Site, Site] | None = None
+    pool: str | None = None
+    tokens: Site | None = None
 
 
 def sites_of(ffn: FFN) -> tuple[Site, Site]:
@@ -84,6 +89,16 @@ def sites_of(ffn: FFN) -> tuple[Site, Site]:
 def n_runs_of(ffn: FFN) -> int | None:
     """How often it is said to run in one forward pass; None for any number."""
     return getattr(ffn, "n_runs", 1)
+
+
+def pool_of(ffn: FFN) -> str | None:
+    """The name under which its samples are pooled with those of others; None where they are not."""
+    return getattr(ffn, "pool", None)
+
+
+def tokens_of(ffn: FFN) -> Site | None:
+    """Where all tokens appear of which it gets some, in any order; None where it gets all."""
+    return getattr(ffn, "tokens", None)
 
 
 def named(ffn: FFN) -> str:

@@ -35,8 +35,6 @@ def reduce(accumulators: Sequence[Accumulator]) -> None:
     altered = [index for index, each in enumerate(accumulators) if each.altered]
     for index in set[int]().union(*gathered(altered)):
         accumulators[index].leave_weight()
-    for each in accumulators:
-        each.pool()
     everyone = gathered([_seen(each) for each in accumulators])
     for index, each in enumerate(accumulators):
         _reduce(each, [seen[index] for seen in everyone], to=index % len(everyone))

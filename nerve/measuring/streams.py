@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFN, named
+from nerve.measuring.ffns import FFN, named, tokens_of
 from nerve.measuring.masks import as_bool
 from nerve.measuring.probe import Probe
 
@@ -60,7 +60,7 @@ def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
     return found
 
 
-def tokens_of(batch: Any) -> Tensor | None:
+def ids_of(batch: Any) -> Tensor | None:
     """The token ids of a batch that is no mapping: whole numbers, `[sequence, position]`, the batch
     itself or what comes first in it."""
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -77,7 +77,7 @@ def count_tokens(batches: Iterable[Any]) -> Tensor:
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in batches:
         streams = streams_of(batch, is_encoder_decoder=False).values()
-        found = [(each.ids, each.mask) for each in streams] or [(tokens_of(batch), None)]
+        found = [(each.ids, each.mask) for each in streams] or [(ids_of(batch), None)]
         for ids, mask in found:
             if ids is not None:
                 flat = ids.reshape(-1) if mask is None else ids[as_bool(mask)]
@@ -146,12 +146,15 @@ def trace(
     seen: dict[int, Tensor] = {}
 
     def receive(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
-        if index not in seen:
+        if index not in seen and tokens_of(probe.ffns[index]) is None:
             seen[index] = pre.clone()
 
     probe.start(receive)
     try:
         run(cut)
+        # Of experts it is the tokens of all, also where one of them got none.
+        tokens = {index: probe.tokens_of(index) for index in range(len(probe.ffns))}
+        seen |= {index: each for index, each in tokens.items() if each is not None}
         probe.finish_forward()
     except MeasurementError:
         raise

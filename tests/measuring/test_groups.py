@@ -295,6 +295,50 @@ def test_where_the_stream_is_not_shown_a_warning_says_so(tmp_path, caplog):
     assert set(nerve.load_groups(tmp_path / "run")["site"]) == {"pre", "post", "output"}
 
 
+class TokenModel(nn.Module):
+    """One that takes a mapping, as those of transformers: its FFN has the tokens in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(8, 6), nn.LayerNorm(6)
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(input_ids)
+        flat = self.norm(x).flatten(0, 1)
+        return x + self.down(torch.relu(self.up(flat))).reshape(x.shape)
+
+
+@pytest.mark.parametrize("heldout", [True, False])
+def test_a_loop_that_is_watched_groups_what_measuring_by_hand_groups(tmp_path, heldout):
+    """Of padded sequences whose FFN has them flattened; tokens are counted where no counts come."""
+    torch.manual_seed(0)
+    net = TokenModel()
+    mask = torch.ones(24, 17, dtype=torch.long)
+    mask[::3, 9:] = 0
+    batch = {"input_ids": tokens(), "attention_mask": mask}
+    ffn = [nerve.FFNAdapter(0, "ffn", net.up, net.down)]
+    sites = ["stream_in", "stream_out"] if heldout else ["input", "output"]
+    given = {"groups": ALL, "sites": sites, "ffns": ffn}
+    counts = torch.bincount(tokens()[mask == 1])
+    nerve.measure(net, [batch], into=tmp_path / "measured", **given)
+    source = {"heldout": [batch]} if heldout else {"token_counts": counts}
+    with nerve.watch(net, tmp_path / "watched", **given, **source) as run:
+        if not heldout:
+            net(**batch).sum().backward()
+            run.step()
+    keys = ["site", "grouping", "group"]
+    by_hand, watched = (
+        nerve.load_groups(tmp_path / name).set_index(keys).sort_index()
+        for name in ("measured", "watched")
+    )
+    assert watched.index.tolist() == by_hand.index.tolist()
+    assert by_hand.loc[("pre", "position", "0"), "n_samples"] == 24
+    assert by_hand.loc[("pre", "halves", "a"), "n_samples"] == 12 * 17 - 4 * 8
+    numbers = ["n_samples", "se", "pr", "eee", "variance"]
+    np.testing.assert_allclose(watched[numbers], by_hand[numbers], rtol=2e-5)
+
+
 # What is refused
 
 
