@@ -112,7 +112,8 @@ class Measurement:
 
     def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
         """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
-        eigenproblems, solved = self.eigenproblems(), []
+        eigenproblems = self.eigenproblems()
+        solved: list[FFNSpectra] = []
         for eigenproblem in eigenproblems:
             progress("eigenproblems", len(solved), len(eigenproblems))
             solved.append(eigenproblem.solve())

@@ -24,7 +24,7 @@ class Digest:
     """Of tensors: their types, shapes and values."""
 
     def __init__(self) -> None:
-        self._sha = hashlib.sha256()
+        self._sha: Any = hashlib.sha256()
 
     def add(self, tensors: Iterable[Any]) -> None:
         """Adds tensors; what else there is does not count."""
