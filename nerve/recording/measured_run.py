@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.recording.digest import add_tensors
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter
@@ -37,7 +37,7 @@ class MeasuredRun:
         """The batches, of which a digest is made as they pass."""
         digest = hashlib.sha256()
         for batch in batches:
-            _add(digest, (each for each in tree_leaves(batch) if isinstance(each, Tensor)))
+            add_tensors(digest, (each for each in tree_leaves(batch) if isinstance(each, Tensor)))
             yield batch
         self.told["batches"] = digest.hexdigest()[:16]
 
@@ -47,7 +47,7 @@ class MeasuredRun:
         """Stores a measurement."""
         labels = {"step": step, "tokens_seen": 0, "val_loss": val_loss}
         self._writer.write([Solved(labels, list(spectra))])
-        _add(self._weights, model.state_dict().values())
+        add_tensors(self._weights, model.state_dict().values())
         self.told |= {"model": _config_of(model), "weights": self._weights.hexdigest()[:16]}
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         final = {"val_loss": val_loss}
@@ -76,15 +76,6 @@ def measured_run(
         run = MeasuredRun(recorded, spectra)
         yield run
         recorded.record.update(config={**asked, **run.told})
-
-
-def _add(digest: Any, tensors: Iterable[Any]) -> None:
-    """Adds types, shapes and values to a digest."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-            plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(plain.numpy())
 
 
 def _config_of(model: nn.Module) -> Any:
