@@ -12,7 +12,7 @@ from nerve.cli.probing.machine import device_of, dtype_of
 from nerve.cli.probing.places import arguments_of, check_place, expanded, name_of
 from nerve.cli.probing.source import Asked, Checkpoint, Data
 from nerve.cli.probing.steps import steps_of
-from nerve.config import require, require_count
+from nerve.config import require
 from nerve.data.corpus import Corpus, python_source
 from nerve.data.extras import import_extra
 from nerve.data.files import text_files
@@ -199,7 +199,6 @@ class Folders:
         longest = getattr(_text_config(model), "max_position_embeddings", None)
         if self._asked.seq_len is None:
             return min(LONGEST, longest or LONGEST)
-        require_count("--seq-len", self._asked.seq_len, least=2)
         require(
             longest is None or self._asked.seq_len <= longest,
             f"--seq-len must not exceed the positions of the model, {longest}; got "

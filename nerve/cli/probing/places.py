@@ -78,9 +78,8 @@ def arguments_of(place: str) -> tuple[str, dict[str, Any]]:
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return str(path), {}
-        return str(path), {"gguf_file": next(path.glob("*.gguf")).name}
+        gguf = [] if (path / "config.json").is_file() else [*path.glob("*.gguf")]
+        return str(path), {"gguf_file": gguf[0].name} if gguf else {}
     name, _, revision = place.partition("@")
     return name, {"revision": revision} if revision else {}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+from nerve.config import require_count
 from nerve.measuring.find import FoundFFNs
 
 
@@ -25,6 +26,9 @@ class Asked:
         skip_first: positions at the beginning of each sequence that are left out.
         spectra: whether eigenvalues are stored.
         steps: of the models, in their order.
+
+    Raises:
+        ConfigError: for numbers that are too small.
     """
 
     models: tuple[str, ...]
@@ -40,6 +44,13 @@ class Asked:
     skip_first: int | None = None
     spectra: bool = True
     steps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
+        for name, number in least.items():
+            if getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                require_count(option, getattr(self, name), least=number)
 
 
 class Checkpoint(NamedTuple):
