@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 
+import nerve
 from nerve.cli.probe import main
 
 transformers.logging.set_verbosity_error()
@@ -78,3 +81,28 @@ def nerve_probe(*arguments: Any) -> tuple[int, str, str]:
         except SystemExit as exit_:
             status = int(exit_.code or 0)
     return status, out.getvalue(), err.getvalue()
+
+
+def save_series(steps: Iterable[int]) -> None:
+    """Weights that differ from step to step, in `ckpt/step_*`, and text."""
+    for step in steps:
+        save(llama(seed=step), Path(f"ckpt/step_{step}"))
+    write_text(Path("text"))
+
+
+def probed(*asked: Any) -> tuple[int, str, str]:
+    """`nerve-probe` on 64 tokens of that text, into `out`."""
+    return nerve_probe(*asked, "--text", "text/*.txt", "-o", "out", "--n-tokens", 64)
+
+
+def assert_same_run(one: str, other: str) -> None:
+    """Rows and eigenvalues, to the last bit."""
+    for load in (nerve.load_metrics, nerve.load_spectra):
+        keys = ["step", "layer", *(["site"] if load is nerve.load_spectra else [])]
+        left, right = (
+            load(each).drop(columns="run_id").sort_values(keys, ignore_index=True)
+            for each in (one, other)
+        )
+        pd.testing.assert_frame_equal(left, right)
+    ids = [nerve.RunRecord.load(each).config_id for each in (one, other)]
+    assert ids[0] == ids[1]

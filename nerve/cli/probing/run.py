@@ -78,7 +78,7 @@ def probe(source: Source, *, spectra: bool, output: str | None, progress: Progre
         say(f"not measured; by hand, if it is an FFN: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
-    left = _left(source.checkpoints, directory, data)
+    left, n_new = _left(source.checkpoints, directory, data), 0
     first = {"n_parameters": sum(each.numel() for each in now.model.parameters()), **data.record}
     if left:
         with series_run(directory, data.config, spectra=spectra, **first) as series:
@@ -88,10 +88,11 @@ def probe(source: Source, *, spectra: bool, output: str | None, progress: Progre
                     progress(f"loading {checkpoint.place}", number, total)
                     now = opened(source, checkpoint)
                 _require_alike(now, table)
-                _measure(series, now, data, partial(progress, done=number, total=total))
+                say_what = partial(progress, done=number, total=total)
+                n_new += _measure(series, now, data, say_what)
                 now = None
     now = None
-    _show(directory, table, data, total - len(left))
+    _show(directory, table, data, total - n_new)
 
 
 def _left(checkpoints: Sequence[Checkpoint], directory: Path, data: Data) -> list[Checkpoint]:
@@ -112,12 +113,12 @@ def _require_alike(now: Opened, table: pd.DataFrame) -> None:
         )
 
 
-def _measure(series: Series, now: Opened, data: Data, say_what: Callable[[str], None]) -> None:
-    """Measures a checkpoint, unless these very weights have been."""
+def _measure(series: Series, now: Opened, data: Data, say_what: Callable[[str], None]) -> bool:
+    """Measures a checkpoint, unless these very weights have been; says whether it did."""
     step, digest = now.checkpoint.step, weights_digest(now.model)
     known = series.digests.get(step)
     if known == digest:
-        return
+        return False
     if known is not None:
         raise StoreError(
             f"A step is of one model; step {step} was measured with other weights than those that "
@@ -150,6 +151,7 @@ def _measure(series: Series, now: Opened, data: Data, say_what: Callable[[str], 
     )
     labels = {"step": step, "tokens_seen": data.tokens_seen(step), "val_loss": loss.value()}
     series.add(labels, spectra, digest)
+    return True
 
 
 def _show(directory: Path, table: pd.DataFrame, data: Data, n_before: int) -> None:
