@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from nerve.errors import StoreError
 from nerve.measuring.eigenproblem import FFNSpectra
@@ -61,17 +61,29 @@ class Series:
             self._record.update()
 
 
-def measured_steps(
-    directory: str | os.PathLike[str], config: Mapping[str, Any]
-) -> tuple[dict[int, str], str | None]:
-    """What a directory has of a series: the digests of its weights by step, and when it began.
+class Measured(NamedTuple):
+    """What there is of a series.
+
+    Attributes:
+        digests: of the weights, by step.
+        began: when it was measured first; None where it was not.
+        is_done: whether the last process that measured came to its end.
+    """
+
+    digests: dict[int, str]
+    began: str | None = None
+    is_done: bool = False
+
+
+def measured_of(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> Measured:
+    """What a directory has of a series of this configuration.
 
     Raises:
         StoreError: for a directory with another run.
     """
     record = RunDirectory(directory).record
     if record is None:
-        return {}, None
+        return Measured({})
     different = [key for key in differences(record.config, config) if key != WEIGHTS]
     if different:
         more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
@@ -80,7 +92,8 @@ def measured_steps(
             f"({record.run_status}) with other values of {', '.join(different[:_SHOWN])}{more}. "
             "Choose another directory, or delete that one."
         )
-    return {int(step): digest for step, digest in record.config.get(WEIGHTS, [])}, record.started
+    digests = {int(step): digest for step, digest in record.config.get(WEIGHTS, [])}
+    return Measured(digests, record.started, record.run_status == "done")
 
 
 @contextmanager
@@ -100,9 +113,9 @@ def series_run(
         first: fields of a new run's record.
 
     Raises:
-        StoreError: as `measured_steps` and `recorded_run`.
+        StoreError: as `measured_of` and `recorded_run`.
     """
-    digests, _ = measured_steps(directory, config)
+    digests = measured_of(directory, config).digests
     asked = {**config, WEIGHTS: _listed(digests)}
     with recorded_run(directory, asked, goes_on=True, **first) as run:
         assert run is not None  # of a single process

@@ -19,7 +19,7 @@ from nerve.measuring.measure import spectra_of
 from nerve.recording.cadence import WeightedMean
 from nerve.recording.digest import weights_digest
 from nerve.recording.losses import loss_of
-from nerve.recording.series import Series, measured_steps, series_run
+from nerve.recording.series import Measured, Series, measured_of, series_run
 from nerve.storage.identity import config_id
 from nerve.storage.record import RECORD_NAME
 
@@ -78,9 +78,10 @@ def probe(source: Source, *, spectra: bool, output: str | None, progress: Progre
         say(f"not measured; by hand, if it is an FFN: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
-    left, n_new = _left(source.checkpoints, directory, data), 0
+    before, n_new = measured_of(directory, data.config), 0
+    left = _left(source.checkpoints, before)
     first = {"n_parameters": sum(each.numel() for each in now.model.parameters()), **data.record}
-    if left:
+    if left or not before.is_done:
         with series_run(directory, data.config, spectra=spectra, **first) as series:
             for number, checkpoint in enumerate(left, total - len(left)):
                 if now is None or now.checkpoint != checkpoint:
@@ -95,13 +96,14 @@ def probe(source: Source, *, spectra: bool, output: str | None, progress: Progre
     _show(directory, table, data, total - n_new)
 
 
-def _left(checkpoints: Sequence[Checkpoint], directory: Path, data: Data) -> list[Checkpoint]:
+def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
     """Those that are not measured yet, or whose files may be others than those that were."""
-    digests, began = measured_steps(directory, data.config)
     return [
         each
         for each in checkpoints
-        if began is None or each.step not in digests or not each.is_older_than(began)
+        if before.began is None
+        or each.step not in before.digests
+        or not each.is_older_than(before.began)
     ]
 
 

@@ -13,12 +13,10 @@ from trained import assert_same_run, probed, save_series
 
 from nerve.storage.directory import RunDirectory
 
-STEPS = range(0, 80, 10)
-
 
 def _killer(seed: int, n_kills: int) -> None:
     """Probes in pieces, each of which is killed at some change that it makes to the files."""
-    rng, kills, status = random.Random(seed), 0, 1
+    rng, kills, n_done, status = random.Random(seed), 0, 0, 1
     while kills < n_kills or status:
         moment = rng.randrange(1, 60) if kills < n_kills else None
         child = os.fork()
@@ -28,7 +26,8 @@ def _killer(seed: int, n_kills: int) -> None:
         assert status in (0, -signal.SIGKILL), status
         kills += status != 0
         if kills < n_kills and not status:
-            shutil.move("out", f"done{kills}")
+            shutil.move("out", f"done{n_done}")
+            n_done += 1
     assert kills == n_kills
 
 
@@ -56,10 +55,14 @@ def _count_down(left: int) -> None:
         setattr(owner, name, dying(getattr(owner, name)))
 
 
-@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_series_that_is_killed_ends_as_one_that_was_not(n_kills, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("n_checkpoints", "n_kills"), [(4, 3), pytest.param(8, 20, marks=pytest.mark.slow)]
+)
+def test_a_series_that_is_killed_ends_as_one_that_was_not(
+    n_checkpoints, n_kills, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    save_series(STEPS)
+    save_series(range(n_checkpoints))
     assert probed("ckpt/step_*")[0] == 0
     shutil.move("out", "whole")
     log = tmp_path / "killer.log"
