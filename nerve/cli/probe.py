@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 from nerve.cli.console import say
 from nerve.errors import NerveError
+from nerve.progress import shown
 
 DESCRIPTION = """\
 Measures the FFNs of trained models, and leaves a run that nerve-report takes.
@@ -20,8 +19,6 @@ checkpoints of one model: one run, whose rows stand at the steps that the names 
 
 Called again it measures what is not there yet, and goes on with what was cut off.
 """
-
-SAY_EVERY_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             source = source_of(asked)
             say(str(opened(source, source.checkpoints[0]).ffns))
             return
-        with _progress() as progress:
-            probe(source_of(asked), spectra=asked.spectra, output=output, progress=progress)
+        with shown() as progress:
+            probe(source_of(asked), asked, output=output, progress=progress)
     except NerveError as error:
         _fail(str(error))
 
@@ -62,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-first", type=int, metavar="N", help="positions that begin each sequence, left out")
     either = argparse.BooleanOptionalAction
     add("--spectra", action=either, default=True, help="store the eigenvalues (default)")
+    add("--memory", metavar="SIZE", help="matrices held at once, such as 8GiB; else more passes")
     add("--steps", type=_numbers, metavar="S,S,…", help="of the models; default: as names say")
     add("--device", help="default: a GPU where there is one")
     add("--dtype", help="float32, bfloat16, float16 or float64; default: that of the weights")
@@ -87,38 +85,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"whole numbers with commas between, such as 0,100,400; got {text!r}"
         ) from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[..., None]]:
-    """A bar on a terminal; elsewhere a line from time to time."""
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    description = TextColumn("{task.description}", markup=False)
-    console = Console(stderr=True)
-    with Progress(*columns, description, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
-
-
-def _lines() -> Callable[..., None]:
-    """A line for each model, and of one that takes long more of them."""
-    said = [0.0, -1.0]
-
-    def progress(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done != said[1] or now - said[0] > SAY_EVERY_S:
-            said[:] = now, done
-            print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
-
-    return progress
 
 
 def _fail(message: str) -> NoReturn:

@@ -21,7 +21,7 @@ from nerve.measuring.checks import check_same_samples, of_site, plain, split
 from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, tokens_of
 from nerve.measuring.following import Following
 from nerve.measuring.sites import Site, declared_widths, last
-from nerve.measuring.slices import Slice
+from nerve.measuring.slices import products_of
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -90,9 +90,7 @@ class Probe:
     def install(self) -> None:
         """Puts the hooks in place."""
         # Those that watch products come first: slices run within them.
-        modules = [site.module for pair in self.sites for site in pair]
-        products = {each.stack.products for each in modules if isinstance(each, Slice)}
-        for each in products:
+        for each in products_of(self.sites):
             self._handles += each.install(lambda: self._receive is not None)
         for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
             hook = self._hook_tokens

@@ -19,8 +19,12 @@ NULLS: Mapping[str, str] = {
     "identity": "an activation that does nothing",
     "permuted labels": "runs with permuted labels",
 }
-SIZES: Mapping[int, str] = {512: "46M", 768: "125M", 1024: "350M"}
-"""Parameters of a GPT of this d_model, as the page names it."""
+SIZES: Mapping[int, str] = {
+    512: "12 × 512 (46M)",
+    768: "12 × 768 (98M, 125M)",
+    1024: "24 × 1024 (350M)",
+}
+"""The GPT of a d_model, with its parameters."""
 
 
 def of_claim(judged: Sequence[Judged], number: int) -> list[Judged]:

@@ -1,10 +1,10 @@
 """Measures checkpoints one by one into one run, and shows what came of it."""
 
+import gc
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import pandas as pd
 from torch import nn
@@ -15,22 +15,21 @@ from nerve.cli.experiment.summary import print_summary
 from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
 from nerve.errors import DataError, StoreError
 from nerve.measuring.find import FoundFFNs
-from nerve.measuring.measure import spectra_of
-from nerve.recording.cadence import WeightedMean
-from nerve.recording.digest import weights_digest
-from nerve.recording.losses import loss_of
-from nerve.recording.series import Measured, Series, measured_of, series_run
+from nerve.measuring.measure import How
+from nerve.progress import Progress
+from nerve.recording.measure import measure_one
+from nerve.recording.measured_run import (
+    Measured,
+    MeasuredRun,
+    measured_of,
+    measured_run,
+    weights_of,
+)
 from nerve.storage.identity import config_id
 from nerve.storage.record import RECORD_NAME
 
 OUTPUTS = Path("outputs", "probe")
 """Where runs go that are not told where."""
-
-
-class Progress(Protocol):
-    """Gets what is being done, and how much of how much is done."""
-
-    def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
 def source_of(asked: Asked) -> Source:
@@ -58,42 +57,41 @@ def opened(source: Source, checkpoint: Checkpoint) -> Opened:
     return Opened(checkpoint, model, source.find(model))
 
 
-def probe(source: Source, *, spectra: bool, output: str | None, progress: Progress) -> None:
+def probe(source: Source, asked: Asked, *, output: str | None, progress: Progress) -> None:
     """Measures what is not measured yet, and prints the layers of the last step.
 
     Args:
         source: what is probed.
-        spectra: whether eigenvalues are stored.
+        asked: what the command was asked.
         output: the run directory; None for one that is named after the model and what is asked.
-        progress: told of each batch.
+        progress: told of checkpoints, batches and eigenproblems.
 
     Raises:
         NerveError: for what the user can fix; what was measured before stays.
     """
-    total = len(source.checkpoints)
-    progress(f"loading {source.checkpoints[0].place}", 0, total)
+    progress(f"loading {source.checkpoints[0].place}", 0, len(source.checkpoints))
     now: Opened | None = opened(source, source.checkpoints[0])
     assert now is not None
     for line in now.ffns.unclear:
         say(f"not measured; by hand, if it is an FFN: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
-    before, n_new = measured_of(directory, data.config), 0
+    before = measured_of(directory, data.config)
     left = _left(source.checkpoints, before)
-    first = {"n_parameters": sum(each.numel() for each in now.model.parameters()), **data.record}
+    n_new = 0
     if left or not before.is_done:
-        with series_run(directory, data.config, spectra=spectra, **first) as series:
-            for number, checkpoint in enumerate(left, total - len(left)):
+        with measured_run(directory, data.config, asked.spectra, resume=True, **data.record) as run:
+            assert run is not None  # in a single process
+            for number, checkpoint in enumerate(left):
                 if now is None or now.checkpoint != checkpoint:
                     now = None  # one at a time is in memory
-                    progress(f"loading {checkpoint.place}", number, total)
+                    gc.collect()  # hooks and graphs may keep a model until then
+                    progress(f"loading {checkpoint.place}", number, len(left))
                     now = opened(source, checkpoint)
                 _require_alike(now, table)
-                say_what = partial(progress, done=number, total=total)
-                n_new += _measure(series, now, data, say_what)
+                n_new += _measure(run, now, data, asked.memory, progress)
                 now = None
-    now = None
-    _show(directory, table, data, total - n_new)
+    _show(directory, table, data, len(source.checkpoints) - n_new)
 
 
 def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
@@ -102,7 +100,7 @@ def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoin
         each
         for each in checkpoints
         if before.began is None
-        or each.step not in before.digests
+        or each.step not in before.steps
         or not each.is_older_than(before.began)
     ]
 
@@ -115,44 +113,35 @@ def _require_alike(now: Opened, table: pd.DataFrame) -> None:
         )
 
 
-def _measure(series: Series, now: Opened, data: Data, say_what: Callable[[str], None]) -> bool:
+def _measure(
+    run: MeasuredRun, now: Opened, data: Data, memory: str | None, progress: Progress
+) -> bool:
     """Measures a checkpoint, unless these very weights have been; says whether it did."""
-    step, digest = now.checkpoint.step, weights_digest(now.model)
-    known = series.digests.get(step)
-    if known == digest:
-        return False
+    step = now.checkpoint.step
+    known = run.steps.get(step)
     if known is not None:
+        if known == str(weights_of(now.model)):
+            return False
         raise StoreError(
             f"A step is of one model; step {step} was measured with other weights than those that "
             f"are in {now.checkpoint.place} now. Choose another directory with -o."
         )
-    loss = WeightedMean()
 
-    def give(output: object) -> None:
-        found = loss_of(output)
-        if found is not None:
-            loss.add(*found)
+    def tell(what: str, done: int, total: int | None) -> None:
+        run.beat()
+        progress(f"step {step}: {what}", done, total)
 
-    def counted() -> Iterator[Any]:
-        for i, batch in enumerate(data.batches, 1):
-            say_what(f"step {step}: batch {i} of {len(data.batches)}")
-            series.beat()
-            yield batch
-
-    spectra = spectra_of(
+    measure_one(
         now.model,
-        counted(),
+        data.batches,
+        How(data.forward, None, (), False, data.skip_first, data.shortcut),
         ffns=now.ffns,
-        forward=data.forward,
-        mask=None,
-        exclude=(),
-        only_labeled=False,
-        skip_first=data.skip_first,
-        shortcut=data.shortcut,
-        give=give,
+        memory=memory,
+        progress=tell,
+        run=run,
+        step=step,
+        tokens_seen=data.tokens_seen(step),
     )
-    labels = {"step": step, "tokens_seen": data.tokens_seen(step), "val_loss": loss.value()}
-    series.add(labels, spectra, digest)
     return True
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from nerve.config import require_count
 from nerve.measuring.find import FoundFFNs
+from nerve.measuring.passes import bytes_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Asked:
         select, layers: which FFNs.
         skip_first: positions at the beginning of each sequence that are left out.
         spectra: whether eigenvalues are stored.
+        memory: of matrices that are held at once, as `nerve.measure` takes it.
         steps: of the models, in their order.
 
     Raises:
@@ -43,10 +45,13 @@ class Asked:
     layers: tuple[int, ...] | None = None
     skip_first: int | None = None
     spectra: bool = True
+    memory: str | None = None
     steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
+        if self.memory is not None:
+            bytes_of(self.memory)
         for name, number in least.items():
             if getattr(self, name) is not None:
                 option = f"--{name.replace('_', '-')}"
