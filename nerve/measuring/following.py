@@ -8,9 +8,13 @@ from torch import Tensor
 from nerve.measuring.checks import check_follows, check_is_no_factor, plain
 from nerve.measuring.sites import Site
 
+ENOUGH = 64
+"""With so many samples an FFN is known; fewer may look like what they are not."""
+
 
 class Following:
-    """Lets autograd record what happens between pre and post of each FFN, at its first run alone.
+    """Lets autograd record what happens between pre and post of each FFN, until it is known: at its
+    first run, and where that was of few samples at those that follow.
 
     Gradients are off elsewhere: they are turned on when pre appears and off when post is there.
     Where a model trains, its own graph is looked at. Compiled code and inference mode do not allow
@@ -75,7 +79,8 @@ class Following:
             check_follows(pre, post, where)
             if is_ours:
                 check_is_no_factor(pre, post, site, where)
-            self._known.add(index)
+            if pre.numel() >= ENOUGH * pre.shape[site.feature_axis]:
+                self._known.add(index)
         return is_ours
 
     def finish_forward(self) -> None:
