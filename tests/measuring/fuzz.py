@@ -113,6 +113,8 @@ class Case:
             drawn |= {"form": rng.choice(("plain", "gated")), "alter": "nothing"}
         if drawn["description"] in ("wrong axis", "fewer after"):
             drawn |= {"order": "sequences", "padding": "none", "streams": "one", "skip": "0"}
+        if drawn["description"] == "fewer after":
+            drawn["mask"] = "of the batch"
         if drawn["description"] == "next layer":
             drawn |= {"streams": "one", "repeat": "once"}
         if drawn["form"] in EXPERTS:
@@ -392,11 +394,14 @@ def outcome(seed: int) -> tuple[Case, str]:
     with torch.random.fork_rng():
         model = Model(case, rng).double().eval()
         batches = batches_of(case, rng)
+    # Batches that show no streams, whose order would tell as well.
+    is_hidden = case.description == "fewer after"
     with altered(case, model):
         try:
             rows = nerve.measure(
                 model,
-                batches,
+                [(batch,) for batch in batches] if is_hidden else batches,
+                forward=(lambda model, batch: model(**batch[0])) if is_hidden else None,
                 ffns=describe(case, model),
                 mask=mask_of(case),
                 skip_first=int(case.skip),
