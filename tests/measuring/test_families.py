@@ -158,6 +158,17 @@ FAMILIES = {
         ),
         t5,
     ),
+    # The two that were added when the finder was finished, at the tag finder-finished.
+    "codegen": Family(
+        "AutoModel",
+        config("CodeGenConfig", rotary_dim=4, **gpt2_like),
+        mlps("h", "mlp.fc_in", "mlp.fc_out"),
+    ),
+    "apertus": Family(
+        "AutoModel",
+        config("ApertusConfig", num_key_value_heads=1),
+        mlps("layers", "mlp.up_proj", "mlp.down_proj"),
+    ),
     "vit": Family(
         "AutoModel",
         config("ViTConfig", image_size=8, patch_size=4, num_channels=3),
