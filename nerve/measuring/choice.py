@@ -14,6 +14,7 @@ from nerve.measuring.streams import (
     Trace,
     Traced,
     TraceError,
+    as_mapping,
     counting,
     ids_of,
     is_encoder_decoder,
@@ -72,20 +73,23 @@ class Choice:
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
         self._exclude, self._only_labeled = exclude, only_labeled
-        self._skips, self._groups = skips_first, groups
+        self._needs_order = skips_first or groups
         self._trace: Trace | None = None
 
     def of(self, batch: Any) -> Chosen:
         """Which samples of this batch."""
-        streams = streams_of(batch, is_encoder_decoder=self._is_encoder_decoder)
+        named = as_mapping(batch)
+        streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
+            if isinstance(batch, Tensor) and isinstance(self._trace.batch, Tensor):
+                return self._of_other_shape(batch)
             raise MeasurementError(
                 "All batches must be mappings of the same streams of tokens, as the first one is; "
                 f"got a {type(batch).__name__} without, or with other ones."
             )
         if self._mask is not None:
             return self._given(batch, streams)
-        if (self._exclude or self._only_labeled) and not streams:
+        if (self._exclude or self._only_labeled) and not (streams and named is batch):
             raise MeasurementError(
                 "exclude= and only_labeled= need batches that are mappings with input_ids and "
                 f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
@@ -101,8 +105,7 @@ class Choice:
         }
         if not streams:
             return Chosen(None, ids=ids_of(batch))
-        counted = any(each is not None for each in counts.values())
-        is_needed = self._skips or self._groups or counted
+        is_needed = self._needs_order or any(each is not None for each in counts.values())
         try:
             ffns = self._traced(batch, streams).ffns
         except TraceError:
@@ -112,6 +115,15 @@ class Choice:
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
         return Chosen(masks, orders, *_tokens(ffns, streams))
+
+    def _of_other_shape(self, batch: Tensor) -> Chosen:
+        """Of a bare tensor that is no batch of sequences as the first one was."""
+        if self._needs_order:
+            raise MeasurementError(
+                "skip_first= and groups= count positions, so that all batches must have sequences "
+                f"as the first one has; got {tuple(batch.shape)}. Leave these out."
+            )
+        return Chosen(None if self._mask is None else self._mask(batch))
 
     def _given(self, batch: Any, streams: dict[str, Stream]) -> Chosen:
         """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
@@ -124,34 +136,36 @@ class Choice:
         of_all = isinstance(given, Tensor)
         if not streams:
             return Chosen(masks, ids=ids_of(batch))
-        as_they_lie = Chosen(masks, in_sequences=[False] * len(ffns))
+        is_bare = as_mapping(batch) is not batch
         try:
             traced = self._traced(batch, streams)
         except TraceError:
-            if of_all or self._groups:
+            if (of_all and not is_bare) or self._needs_order:
                 raise
-            return as_they_lie
+            return Chosen(masks)
         of_trace = self._mask(traced.batch)
-        if isinstance(of_trace, Tensor) != of_all:
-            return as_they_lie
+        if isinstance(of_trace, Tensor) != of_all and not self._needs_order:
+            return Chosen(masks)
         orders: list[Order | UnknownOrder | None] = []
         for ffn, mask, short, place in zip(
             ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
         ):
+            if mask is None:
+                orders.append(_order(place, streams))
+                continue
             stream = None if short is None else traced.stream_of(short)
             is_of_tokens = stream is not None and (stream == place.stream or not place.ran)
-            if stream is not None and mask is not None and not is_of_tokens:
+            if stream is not None and not is_of_tokens:
                 raise MeasurementError(
                     f"A mask belongs to the tokens that it was made for; {named(ffn)} gets others. "
                     "Give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
                 )
-            is_free = self._groups and mask is None and place.stream is not None
-            orders.append(_order(place, streams) if is_of_tokens or is_free else None)
-        ids, in_sequences = _tokens(traced.ffns, streams)
-        known = [
-            order is not None and each for order, each in zip(orders, in_sequences, strict=True)
+            orders.append(_order(place, streams) if is_of_tokens else None)
+        ids, of_streams = _tokens(traced.ffns, streams)
+        in_sequences = [
+            order is not None and known for order, known in zip(orders, of_streams, strict=True)
         ]
-        return Chosen(masks, orders, ids, known)
+        return Chosen(masks, orders, ids, in_sequences)
 
     def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
         if self._trace is None:

@@ -60,6 +60,15 @@ class Grouped:
                 "number for each id; got none. Give them, or leave frequency out of groups."
             )
 
+    @property
+    def n_matrices(self) -> int:
+        """Covariances of each side of an FFN: of all groups, and what the first grouping leaves
+        out; without groups the one of all samples."""
+        return sum(len(GROUPS[name]) for name in self.groupings) + 1
+
+
+NOT_GROUPED = Grouped()
+
 
 class Division(NamedTuple):
     """The rows of the samples of one forward pass, `[n_sequences · n_positions]` of them, that

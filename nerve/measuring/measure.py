@@ -1,92 +1,157 @@
 """A model and batches to the spectra of each of its FFNs, in one go."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
+from nerve.measuring.accumulator import Pools
 from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra
-from nerve.measuring.ffns import FFN
+from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
-from nerve.measuring.forward import call, evaluating
+from nerve.measuring.forward import evaluating
 from nerve.measuring.group_spectra import GroupSpectrum
-from nerve.measuring.groups import Grouped
-from nerve.measuring.masks import Masks
+from nerve.measuring.groups import NOT_GROUPED, Grouped
+from nerve.measuring.masks import Masks, for_each
 from nerve.measuring.measurement import Measurement
+from nerve.measuring.passes import passes
 from nerve.measuring.probe import Probe
+from nerve.measuring.slices import products_of
 from nerve.outliers import outliers
+from nerve.progress import Progress
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a model is measured: as `nerve.measure` takes it."""
+
+    forward: Callable[[nn.Module, Any], object]
+    mask: Callable[[Any], Masks] | None
+    exclude: tuple[int, ...]
+    only_labeled: bool
+    skip_first: int
+    shortcut: bool
+    grouped: Grouped = NOT_GROUPED
+    sites: tuple[str, ...] = ()
 
 
 def spectra_of(
     model: nn.Module,
     batches: Iterable[Any],
+    how: How,
     *,
     ffns: Sequence[FFN] | None,
-    forward: Callable[[nn.Module, Any], object] | None,
-    mask: Callable[[Any], Masks] | None,
-    exclude: Collection[int],
-    only_labeled: bool,
-    skip_first: int,
-    shortcut: bool,
-    grouped: Grouped,
-    sites: Collection[str],
-    give: Callable[[object], None],
+    memory: int | str | None,
+    progress: Progress,
+    give: Callable[[Any, object], None],
 ) -> tuple[list[FFNSpectra], list[GroupSpectrum]]:
     """The spectra of a model's FFNs over batches, solved, and those of groups and sites.
 
     Args:
-        grouped, sites: as `Measurement` takes them.
-        give: gets what `forward` returned, for each batch.
-        others: as `nerve.measure` takes them.
+        model, batches, ffns, memory: as `nerve.measure` takes them.
+        how: what else it takes.
+        progress: told of batches and eigenproblems.
+        give: gets each batch once, with what the model returned.
 
     Raises:
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are not what they are said to be.
     """
-
-    def run(batch: Any) -> object:
-        return call_probed(probe, forward or call, model, batch)
-
-    with evaluating(model):
-        batches = iter(batches)
-        first = list(_first(batches))
-        batches = chain(first, batches)
+    with evaluating(model), ExitStack() as stack:
+        first: list[Any] = []
+        if ffns is None or how.sites:
+            first, batches = _first_of(batches)
         if ffns is None:
-            found = find_ffns(model, first[0] if first else None, forward=forward)
+            found = find_ffns(model, first[0] if first else None, forward=how.forward)
             log.info("FFNs to measure:\n%s", found)
             for line in found.unclear:
                 log.warning("not measured; by hand, if it is an FFN: %s", line)
             ffns = found
-        known = ffns
-        find = partial(
-            find_streams, model, known, lambda: [(forward or call)(model, each) for each in first]
+        around = sites_around(
+            ffns,
+            how.sites,
+            partial(find_streams, model, ffns, lambda: [how.forward(model, x) for x in first]),
         )
-        probe = Probe(known, sites_around(known, sites, find))
-        measurement = Measurement(
-            probe, shortcut=shortcut, skip_first=skip_first, grouped=grouped, sites=sites
-        )
-        is_grouped = bool(grouped.groupings)
-        counted = (mask, tuple(exclude), only_labeled)
-        choice = Choice(model, probe, run, *counted, skip_first > 0, is_grouped)
-        probe.install()
-        try:
-            for batch in batches:
-                measurement.start(*choice.of(batch))
-                output = run(batch)
-                measurement.finish_forward()
-                give(output)
-        finally:
-            probe.remove()
-    spectra = measurement.spectra()
-    return spectra, [each.solve() for each in measurement.group_eigenproblems()]
+        plan = passes(ffns, model, memory, how.grouped.n_matrices)
+        if len(plan) > 1 and iter(batches) is batches:
+            batches = list(batches)
+        pools: Pools = {}
+        spectra: list[FFNSpectra] = []
+        groups: list[GroupSpectrum] = []
+        # In each pass the model does the same, also where experts are not those of the pass.
+        for products in products_of(sites_of(ffn) for ffn in ffns):
+            for handle in products.install(lambda: True):
+                stack.callback(handle.remove)
+        for number, planned in enumerate(plan):
+            sites = [around[index] for index in planned.indices] if how.sites else None
+            probe = Probe([ffns[index] for index in planned.indices], sites)
+            measurement = Measurement(
+                probe,
+                shortcut=how.shortcut,
+                skip_first=how.skip_first,
+                pools=pools,
+                open_pools=planned.open_pools,
+                grouped=how.grouped,
+                sites=how.sites,
+            )
+            some = replace(how, mask=_of_some(how.mask, ffns, planned.indices))
+            which = "" if len(plan) == 1 else f", pass {number + 1} of {len(plan)}"
+            _run(
+                model,
+                _told(batches, f"batches{which}", progress),
+                some,
+                probe,
+                measurement,
+                give if number == 0 else lambda batch, output: None,
+            )
+            spectra += measurement.spectra(progress)
+            groups += [each.solve() for each in measurement.group_eigenproblems()]
+    return spectra, groups
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    how: How,
+    probe: Probe,
+    measurement: Measurement,
+    give: Callable[[Any, object], None],
+) -> None:
+    """Measures all batches once."""
+
+    def run(batch: Any) -> object:
+        return call_probed(probe, how.forward, model, batch)
+
+    counted = (how.mask, how.exclude, how.only_labeled)
+    is_grouped = bool(how.grouped.groupings)
+    choice = Choice(model, probe, run, *counted, how.skip_first > 0, is_grouped)
+    probe.install()
+    try:
+        for batch in batches:
+            measurement.start(*choice.of(batch))
+            output = run(batch)
+            measurement.finish_forward()
+            give(batch, output)
+    finally:
+        probe.remove()
+
+
+def _told(batches: Iterable[Any], what: str, progress: Progress) -> Iterator[Any]:
+    """The batches, of which `progress` is told."""
+    n_batches = len(batches) if isinstance(batches, Sized) else None
+    for done, batch in enumerate(batches):
+        progress(what, done, n_batches)
+        yield batch
 
 
 def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
@@ -96,7 +161,26 @@ def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
     return rows.assign(outliers=outliers(rows))
 
 
-def _first(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        yield batch
-        return
+def _first_of(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
+    """The first batch, if there is one, and all of them."""
+    iterator = iter(batches)
+    first = list(islice(iterator, 1))
+    return first, chain(first, iterator) if iterator is batches else batches
+
+
+def _of_some(
+    mask: Callable[[Any], Masks] | None, ffns: Sequence[FFN], indices: Sequence[int]
+) -> Callable[[Any], Masks] | None:
+    """The masks of some of the FFNs, of what gives those of all."""
+
+    if mask is None or len(indices) == len(ffns):
+        return mask
+
+    def of_some(batch: Any) -> Masks:
+        given = mask(batch)
+        if given is None or isinstance(given, Tensor):
+            return given
+        each = for_each(ffns, given)
+        return [each[index] for index in indices]
+
+    return of_some

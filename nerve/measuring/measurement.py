@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.accumulator import Accumulator, Side, pools_of
+from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
 from nerve.measuring.distributed import gathered
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.ffns import named, tokens_of
 from nerve.measuring.group_spectra import GroupEigenproblem
-from nerve.measuring.groups import Divider, Division, Grouped
+from nerve.measuring.groups import NOT_GROUPED, Divider, Division, Grouped
 from nerve.measuring.masks import Masks, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
 from nerve.measuring.routing import counted_of
+from nerve.progress import Progress, unseen
 
 log = logging.getLogger(__name__)
-
-NOT_GROUPED = Grouped()
 
 
 class Measurement:
@@ -39,6 +38,10 @@ class Measurement:
         grouped: groups of the samples that are measured by themselves, too.
         sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
             tap them, but for `input`.
+        pools: by layer and name the pools of an earlier measurement, which go on; those that begin
+            here are added.
+        open_pools: layer and name of pools that a later measurement goes on with: they have no
+            eigenproblem yet.
 
     Raises:
         MeasurementError: for a `skip_first` that is no whole number from 0 on.
@@ -52,6 +55,8 @@ class Measurement:
         skip_first: int = 0,
         grouped: Grouped = NOT_GROUPED,
         sites: Collection[str] = (),
+        pools: Pools | None = None,
+        open_pools: Collection[tuple[int, str]] = (),
     ) -> None:
         if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
             raise MeasurementError(
@@ -70,7 +75,8 @@ class Measurement:
         self._sites = sites
         self._n_forwards = 0
         self._of = [Accumulator(ffn, shortcut=shortcut) for ffn in probe.ffns]
-        self._pools = pools_of(self._of)
+        self._pools = pools_of(self._of, {} if pools is None else pools)
+        self._open_pools = open_pools
         self._is_pooled = False
 
     def start(
@@ -153,9 +159,14 @@ class Measurement:
         held += [c for each in self._of for c in each.covariances.values()]
         return sum(8 * covariance.dim**2 for covariance in held)
 
-    def spectra(self) -> list[FFNSpectra]:
+    def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
         """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
-        return [eigenproblem.solve() for eigenproblem in self.eigenproblems()]
+        eigenproblems = self.eigenproblems()
+        solved: list[FFNSpectra] = []
+        for eigenproblem in eigenproblems:
+            progress("eigenproblems", len(solved), len(eigenproblems))
+            solved.append(eigenproblem.solve())
+        return solved
 
     def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
         self._of[index].see(inputs, pre)
@@ -255,7 +266,11 @@ class Measurement:
 
     def _rows(self) -> list[Accumulator]:
         """Those of FFNs and pools, as rows go; the pools are whole from the first call on."""
-        pools = dict.fromkeys(self._pools.values())
+        pools = [
+            pool
+            for pool in dict.fromkeys(self._pools.values())
+            if (pool.ffn.layer, pool.ffn.name) not in self._open_pools
+        ]
         last = {pool: index for index, pool in self._pools.items()}
         if not self._is_pooled:
             self._is_pooled = True

@@ -22,7 +22,7 @@ from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, token
 from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.sites import Site, declared_widths, last
-from nerve.measuring.slices import Slice
+from nerve.measuring.slices import products_of
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -85,7 +85,8 @@ class Probe:
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
         self._tokens: dict[nn.Module, Tensor] = {}
-        self._following = Following()
+        described = (i for i, ffn in enumerate(ffns) if not isinstance(ffn, nn.Module))
+        self._following = Following(described)
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
         self._number = next(_numbers)
@@ -95,9 +96,7 @@ class Probe:
     def install(self) -> None:
         """Puts the hooks in place."""
         # Those that watch products come first: slices run within them.
-        modules = [site.module for pair in self.sites for site in pair]
-        products = {each.stack.products for each in modules if isinstance(each, Slice)}
-        for each in products:
+        for each in products_of(self.sites):
             self._handles += each.install(lambda: self._receive is not None)
         for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
             hook = self._hook_tokens
@@ -127,10 +126,11 @@ class Probe:
 
     def start(self, receive: Receive, receive_site: ReceiveSite | None = None) -> None:
         """From now on calls `receive` once for each run of an FFN, and `receive_site` for each
-        tensor at a site around one."""
+        tensor at a site around one, in the forward pass that `finish_forward` ends."""
         self._receive = receive
         if self._around is not None and receive_site is not None:
             self._around.start(receive_site)
+        self._following.start_forward()
 
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from nerve.config import require, require_choice, require_count, require_several
 from nerve.metric_names import AROUND, GROUPS
+from nerve.recording.steps import MeasuredSteps, check_steps, steps_of
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,11 @@ class MonitorSettings:
     """The values of `monitor` that decide what a run measures.
 
     Attributes:
-        every_n_steps: optimizer steps from one measurement to the next.
+        every_n_steps: optimizer steps from one measurement to the next, at steps 0, k, 2k, …; None
+            for no such cadence.
+        steps: single steps beside it, in any order; or `log:n`: n steps that divide 1 to the last
+            one by like factors, and step 0. None for none. Of held-out data the last step is always
+            measured.
         source: `heldout` takes the features of the validation batches, in eval mode: one forward
             pass gives the loss and the spectra. `train` takes those of every micro-batch of the
             training step that follows, in train mode; the last step has no row then.
@@ -31,7 +36,8 @@ class MonitorSettings:
         ConfigError: for a value out of range.
     """
 
-    every_n_steps: int = 25
+    every_n_steps: int | None = 25
+    steps: list | str | None = None
     source: str = "heldout"
     spectra: bool | str = "auto"
     layers: list | None = None
@@ -42,7 +48,13 @@ class MonitorSettings:
     sites: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require_count("monitor.every_n_steps", self.every_n_steps)
+        require_count("monitor.every_n_steps", self.every_n_steps, or_null=True)
+        check_steps("monitor.steps", self.steps)
+        require(
+            self.every_n_steps is not None or self.steps is not None,
+            "monitor.every_n_steps or monitor.steps says which steps are measured; got null for "
+            "both.",
+        )
         require_choice("monitor.source", self.source, ("heldout", "train"))
         require(
             self.spectra in (True, False, "auto"),
@@ -52,3 +64,25 @@ class MonitorSettings:
         require_several("monitor.groups", self.groups, GROUPS)
         require_several("monitor.sites", self.sites, AROUND)
         require_count("monitor.groups_every", self.groups_every)
+
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether step 0 is measured, as it is of each cadence and each spacing."""
+        return (
+            self.every_n_steps is not None or isinstance(self.steps, str) or 0 in (self.steps or ())
+        )
+
+    def measured_steps(self, last: int | None) -> MeasuredSteps:
+        """The steps to measure of a training whose last step is `last`, None where that is not
+        known. Raises `ConfigError` for a spacing that needs it."""
+        return MeasuredSteps(self.every_n_steps, steps_of(self.steps, last))
+
+    def require_reached(self, last: int) -> None:
+        """Raises `ConfigError` for single steps that a run of `last` steps does not come to."""
+        late = [step for step in steps_of(self.steps, last) if step > last]
+        require(
+            not late,
+            f"monitor.steps takes steps from 0 to trainer.max_steps; got "
+            f"{', '.join(map(str, late))} with trainer.max_steps={last}. Leave these out, or train "
+            "for longer.",
+        )

@@ -35,6 +35,7 @@ ADDED: dict[str, Any] = {
     "monitor.groups_every": 1,
     "monitor.sites": [],
     "monitor.skip_first": 0,
+    "monitor.steps": None,
     "regularizer": {"name": "none"},
 }
 """Dotted keys that nerve-run got after version 0.1.0, each with the value that means what was done

@@ -203,10 +203,6 @@ def _mean_over_processes(loss: Tensor) -> Tensor:
 class LanguageModel(TrainedModel):
     """Next-token prediction: inputs `[batch, seq]`, targets `[batch, seq]`, both token ids."""
 
-    def token_ids(self, batch: Batch) -> Tensor:
-        """The tokens that the samples of features are of, `[batch, seq]`."""
-        return batch[0]
-
 
 class ImageClassifier(TrainedModel):
     """Image classification: inputs `[batch, channels, height, width]`, targets `[batch]` labels.
