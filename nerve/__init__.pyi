@@ -15,6 +15,8 @@ from .analysis.load import load_runs as load_runs
 from .analysis.load import load_scalars as load_scalars
 from .analysis.load import load_spectra as load_spectra
 from .analysis.paired import compare_seeds as compare_seeds
+from .analysis.sampling import renyi_ranks as renyi_ranks
+from .analysis.sampling import sampling_error as sampling_error
 from .analysis.scaling import fit_width_scaling as fit_width_scaling
 from .integrations.watch import watch as watch
 from .measuring.ffns import FFNAdapter as FFNAdapter

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
+from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import config_id
@@ -60,7 +61,7 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per measured FFN and step; columns and errors are those of `load_metrics`."""
-        return with_derived(self._rows(DATASETS["metrics"]))
+        return with_sampling(with_derived(self._rows(DATASETS["metrics"])), self.groups)
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
@@ -137,6 +138,9 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
       LayerNorm the first is one less still)
     - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
       empty (see `nerve.outliers`)
+    - `sampling`: whether there were enough samples, `well`, `under` or `severely under`: by how far
+      PR moves when it is extrapolated from halves to endlessly many samples (5%, 20%; of pre and
+      post the worse), or by N/D where no halves were measured (8, 2)
 
     Args:
         path: a run, a sweep, a tree of outputs, or several of these.
