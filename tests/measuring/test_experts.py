@@ -235,6 +235,27 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
         nerve.measure(net, batches_of(padded=True), ffns=ffns)
 
 
+@pytest.mark.parametrize("make", [listed, lambda: model_of("olmoe")])
+def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, make):
+    """With padding; one without tokens has a row that says so."""
+    model, batches = make(), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    with nerve.watch(
+        model,
+        tmp_path,
+        every_n_steps=1,
+        heldout=batches,
+        forward=lambda model, batch: model(**batch),
+    ) as run:
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    first = rows[rows["step"] == 0].reset_index(drop=True)
+    assert first["ffn"].tolist() == expected["ffn"].tolist()
+    assert first["n_samples"].tolist() == expected["n_samples"].tolist()
+    np.testing.assert_allclose(first["pr_post"], expected["pr_post"], rtol=1e-12)
+    assert "too_few_samples" in set(first["status"])
+
+
 # Stacked parameters of one's own
 
 
