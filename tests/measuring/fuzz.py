@@ -46,20 +46,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "act": tuple(ACTS),
     "order": ("sequences", "sequences, flat", "positions", "positions, flat"),
     "alter": (
-        *("nothing",) * 7,
+        *("nothing",) * 2,
         *("hook", "global hook", "new weight", "own forward", "own type", "overwritten"),
     ),
     "repeat": ("once",) * 3 + ("looped", "skipped"),
-    "padding": ("none",) * 3 + ("mask",) * 8 + ("additive",),
+    "padding": ("none",) * 3 + ("mask",) * 10 + ("additive",),
     "mask": ("of the batch", "of the batch", "one", "by name"),
     "description": (
-        *("right",) * 10,
+        *("right",) * 8,
         *("found",) * 4,
         *("act", "next layer", "wrong side", "n_runs", "wrong axis", "fewer after"),
     ),
     "input": ("position", "keyword"),
     "sizes": ("equal", "different"),
-    "streams": ("one", "one", "two"),
+    "streams": ("one", "one", "one", "two"),
     "skip": ("0", "0", "1"),
 }
 
@@ -117,6 +117,8 @@ class Case:
             drawn["mask"] = "of the batch"
         if drawn["description"] == "next layer":
             drawn |= {"streams": "one", "repeat": "once"}
+        if drawn["alter"] == "own type" and drawn["form"] == "convolution":
+            drawn["form"] = "plain"
         if drawn["form"] in EXPERTS:
             drawn |= {"description": "found", "repeat": "once"}
             if drawn["alter"] != "new weight":
