@@ -218,7 +218,6 @@ class Mixture(nn.Module):
             if self.case.form == EXPERTS[0]:
                 up, down = self.experts[e]["up"], self.experts[e]["down"]
             else:
-                up = partial(functional.linear, weight=self.w_up[e])
                 up = lambda given, e=e: functional.linear(given, self.w_up[e])  # noqa: E731
                 down = lambda given, e=e: given @ self.w_down[e].T  # noqa: E731
             if len(rows):
@@ -544,11 +543,6 @@ def without() -> dict[str, list[Any]]:
         self._following.finish_forward()
         self._forget()
 
-    def keep(self: probe.Probe, index: int, *how: Any) -> None:
-        self._before.pop(index, None)
-        original_keep(self, index, *how)
-
-    original_keep = probe.Probe._keep
     as_given = lambda tensor, site, where: site.features(tensor)  # noqa: E731
     any_bool = lambda mask: mask if mask.dtype == torch.bool else mask != 0  # noqa: E731
     first = lambda *how: streams.Traced("", True)  # noqa: E731
