@@ -9,7 +9,7 @@ import torch
 import transformers
 from measuring.test_families import FAMILIES, build
 from torch import nn
-from trained import llama, nerve_probe, save, save_tokenizer, write_text
+from trained import llama, nerve_probe, save, save_gguf, save_tokenizer, write_text
 
 import nerve
 from nerve.cli.probing.machine import device_of
@@ -131,6 +131,22 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
     assert without["outliers"][0] == ""
     assert without["n_samples"].tolist() == [20 * 31] * 2
     assert without["pr_post"][0] > 4 * first["pr_post"][0]
+
+
+@pytest.mark.parametrize("place", ["model", "model/tiny.gguf"])
+def test_a_gguf_file_is_a_model(place, tmp_path):
+    """As a file or in a folder of its own, with the tokenizer that it holds."""
+    model = llama(vocab_size=261)
+    (tmp_path / "model").mkdir()
+    save_gguf(model, tmp_path / "model" / "tiny.gguf")
+    status, _, err = nerve_probe(place, "--text", "text/*.txt", "-o", "out", "--seq-len", 32)
+    assert status == 0, err
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model", gguf_file="tiny.gguf")
+    packed = pack(text_files("text/*.txt"), tokenizer, seq_len=32, n_sequences=10)
+    batches = [{"input_ids": torch.from_numpy(packed.sequences)}]
+    rows, got = nerve.measure(model, batches), stored()
+    assert got["pr_post"].tolist() == pytest.approx(rows["pr_post"].tolist(), rel=1e-4)
+    assert got["n_samples"].tolist() == [320, 320]
 
 
 def test_the_table_shows_what_would_be_measured_and_measures_nothing(tmp_path):
