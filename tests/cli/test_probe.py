@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from measuring.test_families import FAMILIES, build
+from mixtures import model_of
 from torch import nn
 from trained import llama, nerve_probe, save, save_gguf, save_tokenizer, write_text
 
@@ -57,11 +58,31 @@ def test_a_family_is_measured_as_in_python(name, tmp_path):
     d_ff = 64 if name == "bloom" else 40
     rows = nerve.measure(model, batches_of(tmp_path / "model", model, 8 * d_ff // 32))
     n_runs, got = 3 if name == "albert" else 1, stored()
-    n_samples = 8 * d_ff * n_runs
-    assert f"{n_samples}, N/D = {8.0 * n_runs} for the widest FFN (d_ff {d_ff})" in out
+    assert f"samples for each unit of d_ff (N/D): {8.0 * n_runs}\n" in out
     columns = [each for each in rows if rows[each].dtype == float or each in ("layer", "ffn")]
     pd.testing.assert_frame_equal(got[columns], rows[columns], rtol=1e-10, check_dtype=False)
     assert len(nerve.load_spectra("out")) == 2 * len(rows)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
+    """Those of `nerve.measure`, one without tokens among them; N/D says how few they have."""
+    model = model_of(family)
+    save(model, tmp_path / "model")
+    status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 320)
+    assert status == 0, err
+    assert "samples for each unit of d_ff (N/D): 0.0 to " in out
+    keys = ["layer", "ffn"]
+    rows = nerve.measure(model, batches_of(tmp_path / "model", model, 10)).sort_values(keys)
+    got = stored().sort_values(keys)
+    assert {"experts", "expert_0", "expert_4"} <= set(got["ffn"])
+    columns = [*keys, "n_samples", "pr_pre", "pr_post", "status"]
+    pd.testing.assert_frame_equal(
+        got[columns].reset_index(drop=True),
+        rows[columns].reset_index(drop=True),
+        rtol=1e-10,
+        check_dtype=False,
+    )
 
 
 def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
