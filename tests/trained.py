@@ -59,6 +59,7 @@ def llama(seed: int = 0, **values: Any) -> nn.Module:
 def save_gguf(model: nn.Module, file: Path) -> None:
     """A model of `llama` with 261 tokens, and a tokenizer of bytes, in one file."""
     config, writer = model.config, gguf.GGUFWriter(str(file), "llama")
+    writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nerve.cli.probing.machine import device_of, dtype_of
@@ -19,6 +20,7 @@ from nerve.data.files import text_files
 from nerve.data.packing import pack
 from nerve.errors import DataError
 from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.measuring.streams import UNLABELED
 
 SAMPLES_PER_FEATURE = 8
 """Tokens that are measured for each feature of the widest FFN."""
@@ -214,9 +216,10 @@ class Folders:
             return lambda model, batch: model(**batch)
 
         def forward(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-            ids = batch["input_ids"]
-            n_targets = ids[:, 1:].numel()
-            return {"loss": model(**batch, labels=ids).loss, "n_targets": n_targets}
+            logits, ids = model(**batch).logits, batch["input_ids"]
+            targets = F.pad(ids[:, 1:], (0, 1), value=UNLABELED)  # so that logits are not copied
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return {"loss": loss, "n_targets": ids[:, 1:].numel()}
 
         return forward
 
