@@ -216,9 +216,11 @@ class Folders:
             return lambda model, batch: model(**batch)
 
         def forward(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-            logits, ids = model(**batch).logits, batch["input_ids"]
-            targets = F.pad(ids[:, 1:], (0, 1), value=UNLABELED)  # so that logits are not copied
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            # Not by the model: transformers 4 keeps every model that has computed its loss.
+            logits, ids = model(**batch).logits.flatten(0, 1), batch["input_ids"]
+            targets = F.pad(ids[:, 1:], (0, 1), value=UNLABELED)  # logits need not be copied so
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            loss = F.cross_entropy(logits, targets.flatten())
             return {"loss": loss, "n_targets": ids[:, 1:].numel()}
 
         return forward
