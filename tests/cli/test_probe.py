@@ -16,7 +16,7 @@ import nerve
 from nerve.cli.probing.machine import device_of
 from nerve.cli.probing.steps import steps_of
 from nerve.data.files import text_files
-from nerve.data.packing import pack
+from nerve.data.packing import PackedText, pack
 from nerve.errors import ConfigError
 
 OF_TOKENS = [name for name in FAMILIES if name != "vit"]
@@ -33,11 +33,14 @@ def stored(directory: str | Path = "out") -> pd.DataFrame:
     return nerve.load_metrics(directory)
 
 
+def packed_text(folder: Path, n: int, seq_len: int) -> PackedText:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return pack(text_files("text/*.txt"), tokenizer, seq_len=seq_len, n_sequences=n)
+
+
 def batches_of(folder: Path, model: nn.Module, n: int, seq_len: int = 32) -> list[dict]:
     """What the command measures, put together by hand: a batch of four sequences each."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    packed = pack(text_files("text/*.txt"), tokenizer, seq_len=seq_len, n_sequences=n)
-    ids = torch.from_numpy(packed.sequences)
+    ids = torch.from_numpy(packed_text(folder, n, seq_len).sequences)
     parts = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
     if model.config.is_encoder_decoder:
         parts = [part | {f"decoder_{key}": part[key] for key in part} for part in parts]
@@ -105,6 +108,7 @@ def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "run_status": "done",
         "step": 0,
+        "unigram_loss": packed_text(folder, 20, 16).unigram_loss,
     }
     assert {name: run[name] for name in expected} == expected
     assert run["fingerprints.tokenizer"] == run["probe.tokenizer"]

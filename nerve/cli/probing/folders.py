@@ -122,10 +122,11 @@ class Folders:
                 "model's own with --tokenizer."
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
-        skip_first = asked.skip_first or 0
+        skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
         probe = {
             "n_tokens": ids.numel(),
             "seq_len": seq_len,
+            "batch_size": batch_size,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "select": asked.select,
             "layers": asked.layers,
@@ -134,10 +135,10 @@ class Folders:
             **text.fingerprints,
         }
         return Data(
-            batches=[_batch(model, part) for part in ids.split(asked.batch_size or BATCH_SIZE)],
+            batches=[_batch(model, part) for part in ids.split(batch_size)],
             forward=self._forward(model),
             config={**_columns(model, ffns), "probe": probe},
-            record={"fingerprints": text.fingerprints},
+            record={"fingerprints": text.fingerprints, "unigram_loss": text.unigram_loss},
             skip_first=skip_first,
         )
 
