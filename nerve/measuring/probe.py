@@ -80,7 +80,8 @@ class Probe:
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
         self._tokens: dict[nn.Module, Tensor] = {}
-        self._following = Following()
+        described = (i for i, ffn in enumerate(ffns) if not isinstance(ffn, nn.Module))
+        self._following = Following(described)
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
         self._number = next(_numbers)
@@ -115,8 +116,10 @@ class Probe:
         self._handles.clear()
 
     def start(self, receive: Receive) -> None:
-        """From now on calls `receive` once for each run of an FFN."""
+        """From now on calls `receive` once for each run of an FFN, in the forward pass that
+        `finish_forward` ends."""
         self._receive = receive
+        self._following.start_forward()
 
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""

@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 import torch
 from by_hand import Plain
-from mixtures import FAMILIES, FF, IDLE, TOP, D, N, Net, Stacked, batches_of, listed, model_of
+from mixtures import (
+    FAMILIES,
+    FF,
+    IDLE,
+    TOP,
+    D,
+    N,
+    Net,
+    Stacked,
+    batches_of,
+    listed,
+    model_of,
+    router_of,
+)
 from torch import Tensor, nn
 
 import nerve
@@ -15,6 +28,19 @@ from nerve.errors import MeasurementError
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.measuring.routing import origins
+
+
+def unfused(mixture: Any, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features of one expert, before and after."""
+    experts = mixture.experts
+    both = experts.gate_up_proj[e].detach().numpy()
+    if hasattr(experts, "gate_up_proj_bias"):  # of gpt-oss: in turns, and a product with up + 1
+        values = x @ both + experts.gate_up_proj_bias[e].detach().numpy()
+        gate, up = values[:, ::2], values[:, 1::2].clip(-experts.limit, experts.limit)
+        cut = gate.clip(max=experts.limit)
+        return gate, (up + 1) * cut / (1 + np.exp(-experts.alpha * cut))
+    gate, up = np.split(x @ both.T, 2, axis=1)
+    return gate, gate / (1 + np.exp(-gate)) * up
 
 
 def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str, np.ndarray]]]:
@@ -37,7 +63,7 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
 
             handles += [
                 layer.mlp.register_forward_pre_hook(take),
-                layer.mlp.gate.register_forward_hook(choose),
+                router_of(layer.mlp).register_forward_hook(choose),
             ]
         with torch.no_grad():
             model(**batch)
@@ -45,12 +71,10 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
             handle.remove()
         counts = batch["attention_mask"].reshape(-1).bool().numpy()
         for i, layer in enumerate(model.layers):
-            both = layer.mlp.experts.gate_up_proj.detach().numpy()
             for e in range(N):
                 x = given[i][(chosen[i] == e).any(1) & counts]
-                gate, up = np.split(x @ both[e].T, 2, axis=1)
-                seen[i][e]["pre"].append(gate)
-                seen[i][e]["post"].append(gate / (1 + np.exp(-gate)) * up)
+                for side, features in zip(("pre", "post"), unfused(layer.mlp, e, x), strict=True):
+                    seen[i][e][side].append(features)
     return [
         [{side: np.concatenate(parts) for side, parts in each.items()} for each in layer]
         for layer in seen
@@ -106,7 +130,9 @@ def test_a_model_that_takes_all_products_at_once_does_so_afterwards():
     before = model(**batches[0]).last_hidden_state
     chosen = [[], []]
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda m, a, output, i=i: chosen[i].append(output[2]))
+        router_of(layer.mlp).register_forward_hook(
+            lambda m, a, output, i=i: chosen[i].append(output[2])
+        )
         for i, layer in enumerate(model.layers)
     ]
     for batch in batches:
