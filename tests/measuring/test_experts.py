@@ -235,6 +235,27 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
         nerve.measure(net, batches_of(padded=True), ffns=ffns)
 
 
+@pytest.mark.parametrize("make", [listed, lambda: model_of("olmoe")])
+def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, make):
+    """With padding; one without tokens has a row that says so."""
+    model, batches = make(), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    with nerve.watch(
+        model,
+        tmp_path,
+        every_n_steps=1,
+        heldout=batches,
+        forward=lambda model, batch: model(**batch),
+    ) as run:
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    first = rows[rows["step"] == 0].reset_index(drop=True)
+    assert first["ffn"].tolist() == expected["ffn"].tolist()
+    assert first["n_samples"].tolist() == expected["n_samples"].tolist()
+    np.testing.assert_allclose(first["pr_post"], expected["pr_post"], rtol=1e-12)
+    assert "too_few_samples" in set(first["status"])
+
+
 # Stacked parameters of one's own
 
 
@@ -295,3 +316,24 @@ def test_rows_are_found_among_equal_ones():
     assert (partly >= 0).tolist() == [True, False, True, False, False]
     assert origins(torch.tensor([[0.0, 0]]), source) is None
     assert origins(source[[1, 1]], source) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_on_a_gpu_are_those_of_a_cpu(family):
+    """In float64, with padding; and as the model runs by itself, in bfloat16 and grouped."""
+    model, batches = model_of(family), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    model.cuda()
+    there = [{name: each.cuda() for name, each in batch.items()} for batch in batches]
+    rows = nerve.measure(model, there)
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist()
+    for name in ("pr_pre", "pr_post", "variance_post", "mean_share_post"):
+        np.testing.assert_allclose(rows[name], expected[name], rtol=1e-6)
+    model.bfloat16()
+    before = model(**there[0])
+    rows = nerve.measure(model, there, memory="1MiB")
+    pooled = rows[rows["ffn"] == "experts"]
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert pooled["n_samples"].tolist() == [TOP * n_tokens] * 2
+    assert torch.equal(model(**there[0]).last_hidden_state, before.last_hidden_state)
