@@ -133,7 +133,7 @@ def _drawings(
             f"gain{suffix}",
             "PR gain = PR post / PR pre, ΔEEE = EEE post − EEE pre, and the share of "
             "post's variance outside the span of pre, by layer and step. Purple: the "
-            "nonlinearity flattens the "
+            f"nonlinearity flattens the spectrum; gray: nothing could be measured. {about}",
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]
