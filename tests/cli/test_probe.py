@@ -263,6 +263,11 @@ def without_a_tokenizer() -> str:
     return "Text needs the model's tokenizer; model has none"
 
 
+def with_a_tokenizer_that_is_made_up() -> str:
+    build("bert").save_pretrained("model")  # of which transformers makes one without letters
+    return "100% of it is unknown"
+
+
 def with_the_tokenizer_of_another() -> str:
     save(llama(vocab_size=8), Path("model"))
     return "and the model embeds 8"
@@ -293,6 +298,7 @@ def an_empty_folder() -> str:
         of_an_unknown_architecture,
         of_images,
         without_a_tokenizer,
+        with_a_tokenizer_that_is_made_up,
         with_the_tokenizer_of_another,
         with_little_text,
         a_folder_of_checkpoints,
