@@ -81,10 +81,10 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
     ]
 
 
-def assert_row(row: dict[str, Any], features: dict[str, np.ndarray]) -> None:
+def assert_row(row: dict[str, Any], features: dict[str, np.ndarray], d_in: int = D) -> None:
     """A row has the values of these features, to 1e-9, or says why it has none."""
     n = len(features["pre"])
-    assert (row["n_samples"], row["d_ff"], row["d_in"]) == (n, FF, D)
+    assert (row["n_samples"], row["d_ff"], row["d_in"]) == (n, FF, d_in)
     if n < 2:
         assert row["status"] == "too_few_samples"
         return
@@ -118,7 +118,7 @@ def test_experts_are_measured_as_unfused_by_hand(family, padded):
             int(batch["attention_mask"].sum()) for batch in batches
         )
         together = {s: np.concatenate([each[s] for each in experts]) for s in ("pre", "post")}
-        assert_row(rows.loc[layer, "experts"].to_dict(), together)
+        assert_row(rows.loc[layer, "experts"].to_dict(), together, d_in=N * D)
     dense = {"mlp_shared_expert"} if family == "qwen2_moe" else set()
     names = {*(f"expert_{e}" for e in range(N)), "experts", *dense}
     assert set(rows.index.get_level_values("ffn")) == names
@@ -235,6 +235,27 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
         nerve.measure(net, batches_of(padded=True), ffns=ffns)
 
 
+@pytest.mark.parametrize("make", [listed, lambda: model_of("olmoe")])
+def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, make):
+    """With padding; one without tokens has a row that says so."""
+    model, batches = make(), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    with nerve.watch(
+        model,
+        tmp_path,
+        every_n_steps=1,
+        heldout=batches,
+        forward=lambda model, batch: model(**batch),
+    ) as run:
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    first = rows[rows["step"] == 0].reset_index(drop=True)
+    assert first["ffn"].tolist() == expected["ffn"].tolist()
+    assert first["n_samples"].tolist() == expected["n_samples"].tolist()
+    np.testing.assert_allclose(first["pr_post"], expected["pr_post"], rtol=1e-12)
+    assert "too_few_samples" in set(first["status"])
+
+
 # Stacked parameters of one's own
 
 
@@ -295,3 +316,24 @@ def test_rows_are_found_among_equal_ones():
     assert (partly >= 0).tolist() == [True, False, True, False, False]
     assert origins(torch.tensor([[0.0, 0]]), source) is None
     assert origins(source[[1, 1]], source) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_on_a_gpu_are_those_of_a_cpu(family):
+    """In float64, with padding; and as the model runs by itself, in bfloat16 and grouped."""
+    model, batches = model_of(family), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    model.cuda()
+    there = [{name: each.cuda() for name, each in batch.items()} for batch in batches]
+    rows = nerve.measure(model, there)
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist()
+    for name in ("pr_pre", "pr_post", "variance_post", "mean_share_post"):
+        np.testing.assert_allclose(rows[name], expected[name], rtol=1e-6)
+    model.bfloat16()
+    before = model(**there[0])
+    rows = nerve.measure(model, there, memory="1MiB")
+    pooled = rows[rows["ffn"] == "experts"]
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert pooled["n_samples"].tolist() == [TOP * n_tokens] * 2
+    assert torch.equal(model(**there[0]).last_hidden_state, before.last_hidden_state)

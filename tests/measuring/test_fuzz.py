@@ -23,18 +23,18 @@ def test_models_drawn_at_random_give_the_right_numbers_or_a_refusal():
 
 
 FAILS = {
-    "post follows from pre": 1,
-    "pre is no factor": 29,
-    "pre has a weight": 38,
-    "masks are 0 and 1": 8,
-    "W x + b is what the layer gave": 48,
-    "the weight is that of the first batch": 22,
-    "the number of runs": 66,
-    "the axis is as wide as declared": 39,
-    "post of the same samples": 3,
-    "the order of tokens": 0,
-    "the tokens of an expert": 2,
-    "pre unchanged": 61,
+    "post follows from pre": 28,
+    "pre is no factor": 10,
+    "pre has a weight": 0,
+    "masks are 0 and 1": 2,
+    "W x + b is what the layer gave": 34,
+    "the weight is that of the first batch": 9,
+    "the number of runs": 1,
+    "the axis is as wide as declared": 33,
+    "post of the same samples": 41,
+    "the order of tokens": 5,
+    "the tokens of an expert": 19,
+    "pre unchanged": 279,
 }
 """By check the number of a case that fails without it."""
 
