@@ -234,7 +234,7 @@ CATALOGUE = (
         bounds=(0.0, 1.0),
         logged=True,
         compared=True,
-        shown=("tables", "depth"),
+        shown=("maps", "layers", "tables", "depth"),
     ),
     Metric(
         "largest_share_{site}",
