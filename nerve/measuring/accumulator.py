@@ -1,6 +1,6 @@
 """What a measurement holds of one FFN: covariances, shares of samples, the weight before pre."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sites_of
 from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
@@ -67,12 +67,29 @@ class Accumulator:
             mask: True for the samples that count.
         """
         first: Side = "input" if self.of_input else "pre"
-        for side in (first, "post"):
+        sides: tuple[Side, ...] = (first, "post")
+        for side in sides:
             x = features[side]
             self.covariance(side, x.shape[-1], x.device).update(x, mask)
-        for side in ("pre", "post"):
+        self.add_shares(features, mask)
+
+    def add_shares(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
+        """Adds the samples of a run to the shares alone. Arguments as of `add`."""
+        sides: tuple[Side, ...] = ("pre", "post")
+        for side in sides:
             x = features[side]
             self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+
+    def merge(self, other: "Accumulator") -> None:
+        """Adds the covariances of another FFN's samples; its shares go to `add_shares`."""
+        for side, covariance in other.covariances.items():
+            if side == "input":
+                assert other.weight is not None
+                covariance = covariance.projected(other.weight, other._bias)
+            of: Side = "post" if side == "post" else "pre"
+            self.covariance(of, covariance.dim, covariance.device).merge(covariance)
+        if other.covariances:
+            self.d_in = n_inputs(self._pre) or other.d_in
 
     def leave_weight(self) -> None:
         """From now on takes pre itself; what was accumulated of the input is converted."""
@@ -169,3 +186,19 @@ class Accumulator:
         self.d_in = d_in
         nothing = torch.zeros(0, width, device=self.device)
         self.add({"pre": nothing, "post": nothing}, None)
+
+
+Pools = dict[tuple[int, str], Accumulator]
+"""By layer and name the samples of all FFNs that are pooled under it."""
+
+
+def pools_of(members: Sequence[Accumulator], pools: Pools) -> dict[int, Accumulator]:
+    """By the index of an FFN the accumulator of its pool, which is added to `pools` where new."""
+    found = {}
+    for index, member in enumerate(members):
+        ffn, name = member.ffn, pool_of(member.ffn)
+        if name is not None:
+            pool = FFNAdapter(ffn.layer, name, ffn.pre, ffn.post, n_runs=None)
+            key = (ffn.layer, name)
+            found[index] = pools.setdefault(key, Accumulator(pool, shortcut=False))
+    return found

@@ -25,10 +25,11 @@ class Benchmark(CoreCheck):
     65,536 tokens per step.
     """
 
-    def judge(self, evidence: Evidence) -> Judged:
+    def on_each_source(self, evidence: Evidence) -> Iterator[Judged]:
+        """On the file, where there is one."""
         path = evidence.root.parent / self.sources[0]
         if not path.is_file():
-            return Judged(self, None, None, None, None, lambda _: iter(()))
+            return
         result = json.loads(path.read_text("utf-8"))
         stall, between = (
             np.asarray(result[name], float) / result["step_ms"]
@@ -43,7 +44,7 @@ class Benchmark(CoreCheck):
                 )
 
         started = pd.Timestamp(result["started"])
-        return Judged(self, self.sources[0], None, self.estimate(stall, between), started, permuted)
+        yield Judged(self, self.sources[0], None, self.estimate(stall, between), started, permuted)
 
 
 def small_and_seen(stall: np.ndarray, between: np.ndarray) -> Estimate:

@@ -50,6 +50,7 @@ class CoreCheck:
         seeds: asked for in each compared design, or how many points of a correlation or slope.
         scale: asked for.
         paper: the paper's value of the effect, in its unit.
+        paper_value: the same as a number, where it can be one.
         smallest: the interval must lie above it.
         why: why this and not another effect.
         unit: what `seeds` counts.
@@ -68,6 +69,7 @@ class CoreCheck:
     seeds: int
     scale: Scale
     paper: str
+    paper_value: float | None = None
     smallest: float = 0.0
     why: str = ""
     unit: str = "seeds"
@@ -80,18 +82,32 @@ class CoreCheck:
 
     def judge(self, evidence: Evidence) -> "Judged":
         """The outcome on the first source that has all compared designs, else on none."""
+        return next(self.on_each_source(evidence), Judged(self, None, None, None, None, _none))
+
+    def on_each_source(self, evidence: Evidence) -> Iterator["Judged"]:
+        """On every source that has all compared designs, in their order."""
         for source in self.sources:
             if source in evidence.names:
-                runs = measure(self.narrow(evidence.sweep(source)), self.designs)
-                if runs is not None and all(runs.of([name]).any() for name in self.compared):
-                    first = runs.runs["started"].min()
-                    return Judged(self, source, runs, self.estimate(runs), first, self._permuted)
-        return Judged(self, None, None, None, None, self._permuted)
+                judged = self.on(source, evidence.sweep(source))
+                if judged is not None:
+                    yield judged
+
+    def on(self, source: str, sweep: Sweep) -> "Judged | None":
+        """On runs of one source; None where a compared design has none."""
+        runs = measure(self.narrow(sweep), self.designs)
+        if runs is None or not all(runs.of([name]).any() for name in self.compared):
+            return None
+        first = runs.runs["started"].min()
+        return Judged(self, source, runs, self.estimate(runs), first, self._permuted)
 
     def _permuted(self, judged: "Judged") -> Iterator[Estimate]:
         if judged.runs is not None:
             changed = permutations(judged.runs, self.labels, self.compared)
             yield from map(self.estimate, changed)
+
+
+def _none(judged: "Judged") -> Iterator[Estimate]:
+    return iter(())
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 from claims import CLAIMS
-from evidence import Evidence
 from page import markdown
+from verdicts import interval, of_claim, outcome
 from wording import MISSING, number
 
-from criteria import CHECKS
+from criteria import CHECKS, OURS
 from criteria.check import COMMITTED, CoreCheck, Judged
 from criteria.nulls import ALL_UP_TO, CHANCE, N_PERMUTATIONS
-from nerve.analysis.estimate import LEAST_DF, Estimate, verdict
+from criteria.ours import TITLES
+from nerve.analysis.estimate import LEAST_DF
 from nerve.analysis.statistics import LEVEL
 
 RULE = f"""\
@@ -58,22 +59,23 @@ is opposite, or within noise with all that it asks for. Else `cannot be told her
 """
 
 
-def page(evidence: Evidence) -> str:
+def page(judged: Sequence[Judged]) -> str:
     """The text of study/criteria.md."""
-    judged = [check.judge(evidence) for check in CHECKS]
     parts = [
         RULE,
         "## The core checks\n",
         markdown(
             ["check", "what must hold", "effect", "least", "asks for", "permutes", "paper"],
-            [_asked(check) for check in CHECKS],
+            [_asked(check) for check in (*CHECKS, *OURS)],
         ),
         "\nWhy this effect and not another:\n",
-        *(f"- `{check.id}`: {check.why}" for check in CHECKS if check.why),
+        *(f"- `{check.id}`: {check.why}" for check in (*CHECKS, *OURS) if check.why),
         f"\n{len(CHECKS)} checks at {LEVEL:.0%}: were nothing there, chance would let about "
         f"{len(CHECKS) * 0.025:.1f} hold and as many be opposite.\n",
         "## The claims on the runs at hand\n",
         *(f"{claim.number}. {_claim(judged, claim.number)}" for claim in CLAIMS),
+        "\nOf our own; the readings are older than the runs, the checks are not:\n",
+        *(f"- {number}. {title}: {_claim(judged, number)}" for number, title in TITLES.items()),
         "\n## The checks on the runs at hand\n",
         markdown(
             ["check", "runs", "scale", "effect", "df", "reads", "outcome", "passes_null"],
@@ -90,15 +92,14 @@ def _asked(check: CoreCheck) -> Sequence[str]:
 
 
 def _claim(judged: Sequence[Judged], claim: int) -> str:
-    own = [each for each in judged if each.check.claim == claim]
-    outcome = verdict([(each.outcome, bool(each.passes_null)) for each in own])
+    own = of_claim(judged, claim)
     said = []
     for each in own:
         passed = f", passes_null: {', '.join(each.passes_null)}" if each.passes_null else ""
         lacks = f" for want of {', '.join(each.missing)}" if each.missing else ""
         said.append(f"`{each.check.id}` {each.outcome}{lacks}{passed}")
     mark = " (exploratory)" if any(each.exploratory for each in own) else ""
-    return f"**{outcome}**{mark}: {'; '.join(said)}"
+    return f"**{outcome(own)}**{mark}: {'; '.join(said)}"
 
 
 def _found(each: Judged) -> Sequence[str]:
@@ -109,7 +110,7 @@ def _found(each: Judged) -> Sequence[str]:
         f"`{each.check.id}`",
         f"{each.source}, {each.estimate.n_seeds} {each.check.unit}",
         MISSING if each.runs is None else _scale(each),
-        _interval(each.estimate),
+        interval(each.estimate),
         str(each.estimate.df),
         f"{each.reading or MISSING}{mark}",
         each.outcome,
@@ -122,8 +123,3 @@ def _scale(each: Judged) -> str:
     runs = each.runs.runs
     size = f"{runs['model.n_layers'].min():.0f} × {runs['model.d_model'].min():.0f}"
     return f"{size}, {each.runs.steps[-1]:,} steps"
-
-
-def _interval(estimate: Estimate) -> str:
-    low, high = (number(bound, 2) for bound in (estimate.low, estimate.high))
-    return f"{number(estimate.effect, 2)} [{low}, {high}]"
