@@ -39,7 +39,7 @@ def only_run(directory: Path) -> Path:
 
 
 def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
-    status, out, _ = run(*tiny)
+    status, out, _ = run(*tiny, "monitor.n_tokens=auto")
     assert status == 0
     directory = only_run(tmp_path / "outputs")
     metrics = nerve.load_metrics(directory, factors=["activation.name", "ffn.width"])
