@@ -316,7 +316,7 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
     plan = Plan.of(composed("logger=none", "trainer.enable_progress_bar=false"))
     monkeypatch.setattr("nerve.cli.experiment.build.build", build_nothing)
     with pytest.raises(ConfigError, match="that will do"):
-        build_trainer(plan, Path(), None, [], CheckpointFiles())
+        build_trainer(plan, Path(), None, [], CheckpointFiles(), LightningEnvironment())
     own = given.keys() - plan.values["trainer"].keys()
     assert "max_epochs" in own
     for key in [*own, "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"]:

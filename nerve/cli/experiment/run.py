@@ -21,7 +21,13 @@ from nerve.cli.experiment.build import (
     scale_pre_activations,
 )
 from nerve.cli.experiment.further import callbacks_of
-from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions, leads
+from nerve.cli.experiment.machine import (
+    check_machine,
+    device_names,
+    gathering_of,
+    gpu_versions,
+    leads,
+)
 from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
@@ -41,6 +47,7 @@ from nerve.training.checkpoint_files import (
     require_other_files,
 )
 from nerve.training.ending import require_validated, stopped_by
+from nerve.training.gathering import Gathering
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -66,37 +73,44 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
     run = RunDirectory(hydra_config.runtime.output_dir)
-    if is_done(run, config):
-        return objective_of(run, plan.objective)
-    check_machine(plan)
-    require_other_files(callbacks_of(plan.values), run)
-    with StopSignals() as signals:
+    with gathering_of(plan.values["trainer"]) as gathering:
         # Of several processes, rank 0 records; it started the others with its directory.
-        if not leads(plan.values["trainer"]):
-            return _follow(plan, run, signals)
-        with run.locked():
-            record = start(run, config, hydra_config)
-            if record.run_status != "done":  # else it has been done just now
-                _lead(plan, run, record, signals)
+        is_first = leads(plan.values["trainer"])
+        if is_first and is_done(run, config):
+            return objective_of(run, plan.objective)
+        check_machine(plan)
+        require_other_files(callbacks_of(plan.values), run)
+        with StopSignals() as signals:
+            if not is_first:
+                if gathering.begin():
+                    return _follow(plan, run, signals, gathering)
+                return objective_of(run, plan.objective)
+            with run.locked():
+                record = start(run, config, hydra_config)
+                if record.run_status != "done":  # else it has been done just now
+                    gathering.begin()
+                    _lead(plan, run, record, signals, gathering)
     return objective_of(run, plan.objective)
 
 
-def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
+def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gathering) -> float:
     """The run in a process that does not record it."""
     try:
-        return _run(plan, run, None, signals, None)
+        return _run(plan, run, None, signals, None, gathering)
     except Interrupted as interrupted:
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
         raise SystemExit(0) from interrupted
 
 
-def _lead(plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals) -> None:
+def _lead(
+    plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals, gathering: Gathering
+) -> None:
     """The run in the process that records how it ends."""
     heartbeat = Heartbeat(record)
     try:
         with heartbeat:
-            _run(plan, run, record, signals, heartbeat)
+            _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
@@ -124,6 +138,7 @@ def _run(
     record: RunRecord | None,
     signals: StopSignals,
     heartbeat: Heartbeat | None,
+    gathering: Gathering,
 ) -> float:
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
@@ -138,7 +153,7 @@ def _run(
     files = CheckpointFiles()
     saving = Checkpointing(files, run, plan.checkpoint, signals, store, data_dims)
     callbacks = [monitor, saving, *([heartbeat] if heartbeat else [])]
-    trainer = build_trainer(plan, run.path, store, callbacks, files)
+    trainer = build_trainer(plan, run.path, store, callbacks, files, gathering.environment)
     last = run.checkpoint("last")
     # A run that goes on has its weights in the checkpoint, and the factors in its record.
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
@@ -154,6 +169,7 @@ def _run(
             pre_scales=record.pre_scales | pre_scales,
         )
     log_configuration(trainer, plan)
+    gathering.before(trainer)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except BaseException as error:
