@@ -37,6 +37,13 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def unquoted(value: str) -> str:
+    """The text that `quoted` has made a value of."""
+    if not value.startswith("'"):
+        return value
+    return re.sub(r"(\\+)('|\Z)", lambda m: len(m[1]) // 2 * "\\" + m[2], value[1:-1])
+
+
 def pasted(key: str, value: object) -> str:
     """An override that can be pasted into a shell: `key=value`, quoted where it must be."""
     text = f"{key}={quoted(str(value))}"

@@ -27,7 +27,7 @@ from nerve.cli.config.overrides import (
 from nerve.cli.config.paths import with_literal_paths
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.experiment.check import check_composed
-from nerve.cli.sweep.sweeper import register_sweeper
+from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
 from nerve.errors import NerveError
@@ -90,6 +90,8 @@ class _Command:
         except NerveError as error:
             if self._show_tracebacks:
                 raise
+            if is_trial and hydra_config.sweeper._target_ != NAME:
+                raise  # another sweeper says of a trial that returns nothing no more than that
             _remove_if_empty(Path(hydra_config.runtime.output_dir))
             self.failures.append(error)
             if is_trial:  # a job of a cluster, in whose log this belongs

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra.errors import HydraException
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from support import TINY_RUN, composed
 
 import nerve

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -94,7 +95,8 @@ def build_trainer(
     if store:
         loggers.insert(0, StoreLogger(store))
     callbacks = callbacks + callbacks_of(plan.values)
-    if plan.trainer.enable_progress_bar:
+    has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if plan.trainer.enable_progress_bar and not has_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
     trainer: L.Trainer = build(
         plan.values["trainer"],

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
+from nerve import cores
 from nerve.cli.console import counts
 from nerve.cli.experiment.build import (
     build_data,
@@ -48,6 +50,7 @@ from nerve.training.checkpoint_files import (
 )
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.gathering import Gathering
+from nerve.training.loggers import wandb_id_in
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -142,6 +145,8 @@ def _run(
 ) -> float:
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
+    elif cores.are_fewer() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores.allowed())  # torch counts those of the host
     L.seed_everything(plan.seed, verbose=False)
 
     data = build_data(plan)
@@ -164,6 +169,7 @@ def _run(
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
             separator_token=getattr(data, "separator_token", None),
+            wandb_id=wandb_id_in(trainer.loggers),
             device=device_names(trainer),
             versions=record.versions | gpu_versions(trainer),
             pre_scales=record.pre_scales | pre_scales,

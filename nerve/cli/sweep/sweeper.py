@@ -21,7 +21,7 @@ from nerve.cli.sweep.devices import check_counted, check_devices
 from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
-from nerve.cli.sweep.table import SweepTable
+from nerve.cli.sweep.table import SweepTable, n_starts
 from nerve.config import pasted, quoted, require, require_type
 from nerve.cores import allowed
 from nerve.errors import ConfigError, NerveError, StoreError
@@ -148,9 +148,12 @@ class TrialSweeper(Sweeper):
             table.end(signum)
         else:
             sent = [trial for trial in trials if trial.job is not None]
+            before = {trial.number: n_starts(trial) for trial in trials}
             signum, errors = self._hand_over(to_do, sent, jobs)
             for trial in [*to_do, *sent]:
                 _refuse_other_values(trial)
+                if signum is None and n_starts(trial) == before[trial.number]:
+                    trial.start_error = jobs.ended(_place(trial))
             table.end(signum, errors)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:

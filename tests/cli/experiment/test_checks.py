@@ -105,6 +105,14 @@ BAD_GPT = [
     (["monitor=5"], ["monitor must be a group of values; got 5"]),
     (["checkpoint=often"], ["checkpoint must be a group of values; got 'often'"]),
     (["callbacks=null"], ["callbacks must be a group of values; got None"]),
+    (
+        [f"+callbacks.{name}._target_={CALLBACKS}.TQDMProgressBar" for name in ("a", "b")],
+        ["one progress bar, or none; got callbacks.a and callbacks.b"],
+    ),
+    (
+        ["trainer.enable_progress_bar=false", f"+callbacks.a._target_={CALLBACKS}.RichProgressBar"],
+        ["one progress bar, or none; got callbacks.a with trainer.enable_progress_bar=false"],
+    ),
     (["optimizer.parts=null"], ["optimizer.parts must be a mapping", "got None"]),
     (["+callbacks.a=5"], ["callbacks.a must be a mapping with the class of a callback"]),
     (["+callbacks.a._target_=builtins.dict"], ["callbacks.a._target_", "builtins.dict makes dict"]),
