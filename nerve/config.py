@@ -1,5 +1,6 @@
 """Plain configuration mappings to frozen dataclasses, with errors that name the key."""
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +23,9 @@ KINDS: dict[type, str] = {
     NoneType: "null",
 }
 """Types of values, as messages name them."""
+
+LONGEST_NAME = 255
+"""Bytes in a name, of all file systems that matter here (NAME_MAX)."""
 
 _ABSTRACT: dict[type, type] = {int: Integral, float: Real, list: Sequence}
 
@@ -76,6 +80,19 @@ def require_type(key: str, value: object, *kinds: type) -> None:
         return
     named = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
     raise ConfigError(f"{key} must be {named}; got {value!r}.")
+
+
+def require_path(key: str, value: object) -> None:
+    """Raises `ConfigError` unless `value` is a path that a file system can have."""
+    require_type(key, value, str)
+    path = str(value)
+    require(path.strip() != "", f"{key} must name a file or a folder; got {path!r}.")
+    longest = max(path.split("/"), key=lambda name: len(os.fsencode(name)))
+    require(
+        len(os.fsencode(longest)) <= LONGEST_NAME,
+        f"A name of a file or a folder has at most {LONGEST_NAME} bytes; {key} has one of "
+        f"{len(os.fsencode(longest))}, {longest[:20]!r}…",
+    )
 
 
 def require_count(key: str, value: object, *, least: int = 1, or_null: bool = False) -> None:

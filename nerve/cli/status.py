@@ -165,7 +165,7 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         overrides,
         ("slow" if silent_s > SLOW_S else "running") if is_alive else str(state),
         record,
-        record.final.get("val_loss", _last_val_loss(directory)),
+        record.final.get("val_loss", _last_val_loss(record)),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
         "; ".join(
@@ -233,11 +233,12 @@ def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
         return (), str(error)
 
 
-def _last_val_loss(directory: Path) -> float | None:
+def _last_val_loss(record: RunRecord) -> float | None:
     """Of the newest part of the metrics that has one."""
-    for path in reversed(list_parts(directory, METRICS)):
+    for path in reversed(list_parts(record.directory, METRICS)):
         try:
-            losses = [loss for loss in read_part(path, METRICS)["val_loss"].to_pylist() if loss]
+            part = read_part(path, METRICS, record.run_id)
+            losses = [loss for loss in part["val_loss"].to_pylist() if loss]
         except (StoreError, FileNotFoundError):
             continue
         if losses:

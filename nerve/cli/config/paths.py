@@ -1,14 +1,14 @@
 """Values of the command line that are taken as they are: paths and marks, whatever their signs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from nerve.config import quoted
+from nerve.config import quoted, require_path
 
 DIRECTORIES = ("resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir")
 """Keys of one path, of which no sweep makes several."""
@@ -18,6 +18,9 @@ TEXTS = (
     *("data.tokenizer", "data.corpus.separator", "data.separator_token"),
 )
 """Keys of a path or a mark, which a sweep may vary and which may have a list."""
+
+OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+"""Those of which Hydra makes directories before anything else is looked at."""
 
 _UNREADABLE = object()
 
@@ -30,6 +33,23 @@ def with_literal_paths(arguments: Sequence[str]) -> list[str]:
     very name.
     """
     return [_literal(argument) for argument in arguments]
+
+
+def require_directories(overrides: Iterable[Override]) -> None:
+    """Refuses what can be no directory of a run.
+
+    Raises:
+        ConfigError: for a value that is empty, null, no text, or has too long a name.
+    """
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_delete() or key not in (*OF_HYDRA, "resume"):
+            continue
+        value = override.value()
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(override.get_value_element_as_str())  # a directory may be called 5
+        if not (key == "resume" and value is None) and not isinstance(value, ChoiceSweep):
+            require_path(key, str(value) if type(value).__name__ == "QuotedString" else value)
 
 
 def _literal(argument: str) -> str:

@@ -14,6 +14,7 @@ from nerve.cli.experiment.checks import (
     require_devices,
     require_given,
     require_packages,
+    require_paths,
     require_positions,
     require_single_values,
     require_suited,
@@ -89,6 +90,7 @@ class Plan:
         require_packages(values["logger"])
         callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)
+        require_paths(values["data"])
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
