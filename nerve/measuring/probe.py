@@ -5,7 +5,7 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,19 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.checks import (
-    check_follows,
-    check_is_no_factor,
-    check_same_samples,
-    of_site,
-    plain,
-    split,
-)
-from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.arguments import argument, replaced, sample_of
+from nerve.measuring.checks import check_same_samples, of_site, plain, split
+from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, tokens_of
+from nerve.measuring.following import Following
 from nerve.measuring.sites import Site, declared_widths, last
-
-SAMPLES = 8
-"""How many samples of features are compared, at least, to see that a nonlinearity left them."""
+from nerve.measuring.slices import products_of
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -59,8 +52,7 @@ class Probe:
     starting and stopping chooses; a probe that is stopped costs nothing.
 
     What the descriptions promise is checked at each run. That post follows from pre, with no matrix
-    in between, is checked at the first run of each FFN: autograd records what happens between the
-    two, and there alone. Compiled code and inference mode do not allow for that.
+    in between, is checked at the first run of each FFN (`Following`).
 
     Args:
         ffns: the FFNs to tap.
@@ -73,7 +65,9 @@ class Probe:
     def __init__(self, ffns: Sequence[FFN]) -> None:
         if not ffns:
             raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
-        doubled = [key for key, n in Counter((f.layer, f.name) for f in ffns).items() if n > 1]
+        pools = {(ffn.layer, pool) for ffn in ffns if (pool := pool_of(ffn)) is not None}
+        names = Counter([*((ffn.layer, ffn.name) for ffn in ffns), *pools])
+        doubled = [key for key, n in names.items() if n > 1]
         if doubled:
             raise MeasurementError(
                 "Layer and name must tell FFNs apart; (layer, name) = "
@@ -85,8 +79,8 @@ class Probe:
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
-        self._followed: set[int] = set()
-        self._recording: set[int] = set()
+        self._tokens: dict[nn.Module, Tensor] = {}
+        self._following = Following()
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
         self._number = next(_numbers)
@@ -95,6 +89,12 @@ class Probe:
 
     def install(self) -> None:
         """Puts the hooks in place."""
+        # Those that watch products come first: slices run within them.
+        for each in products_of(self.sites):
+            self._handles += each.install(lambda: self._receive is not None)
+        for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
+            hook = self._hook_tokens
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
                 pre.module.register_forward_hook(self._hook_output(index), with_kwargs=True)
@@ -121,14 +121,12 @@ class Probe:
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
-        # Not gradients: whatever turned them off has turned them on again where an error has led
-        # here, and else the forward pass was finished.
         self._forget()
 
     @property
     def is_recording(self) -> bool:
         """Whether autograd records what happens between pre and post of an FFN."""
-        return bool(self._recording)
+        return self._following.is_recording
 
     def finish_forward(self) -> None:
         """Ends one forward pass: every FFN must have run as often as its description says.
@@ -137,8 +135,7 @@ class Probe:
             MeasurementError: for an FFN that did not, or whose post never came.
         """
         times, pending = Counter(self._times), set(self._before)
-        if self._recording:
-            torch.set_grad_enabled(False)
+        self._following.finish_forward()
         self._forget()
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
@@ -156,6 +153,13 @@ class Probe:
                     "pass, without activation checkpointing, and a compiled model through the "
                     "module that was compiled."
                 )
+
+    def tokens_of(self, index: int) -> Tensor | None:
+        """Of an expert, all tokens of which it gets some, `[*tokens, d_in]`, as the forward pass
+        has them by now; None of another FFN, or where there were none."""
+        site = tokens_of(self.ffns[index])
+        tokens = None if site is None else self._tokens.get(site.module)
+        return None if site is None or tokens is None else site.features(tokens)
 
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
         """What the taps call with features, and a sample of pre as it was when it appeared;
@@ -181,6 +185,12 @@ class Probe:
     # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
     # make compiled code keep more for the backward pass than it keeps without.
 
+    def _hook_tokens(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._receive is not None and not torch.compiler.is_compiling():
+            self._tokens[module] = plain(argument(args, kwargs), "input", type(module).__name__)
+
     def _hook_output(self, index: int) -> Callable[..., Any]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -191,7 +201,7 @@ class Probe:
             given = plain(argument(args, kwargs), "input", self._names[index])
             widths = declared_widths(module)
             inputs = last(given, site.feature_axis if widths is None else widths.axis)
-            output, changed = self._recorded(index, output)
+            output, changed = self._following.begin(index, output, self._names[index])
             self._keep(index, inputs, site, output)
             return output if changed else None
 
@@ -201,7 +211,8 @@ class Probe:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._receive is None:
                 return None
-            given, changed = self._recorded(index, argument(args, kwargs))
+            given = argument(args, kwargs)
+            given, changed = self._following.begin(index, given, self._names[index])
             self._keep(index, None, self.sites[index][0], given)
             return replaced(args, kwargs, given) if changed else None
 
@@ -234,10 +245,8 @@ class Probe:
                 "modules its description names, and whether another part of the model uses them."
             )
         pre = of_site(plain(tensor, "pre", where), site, where)
-        compiling = torch.compiler.is_compiling()
-        known = compiling or index in self._followed or tensor.grad_fn is None
         inputs = pre if inputs is None else inputs
-        recorded = None if known else tensor
+        recorded = self._following.recorded(index, tensor)
         self._before[index] = _Before(inputs, pre, sample_of(pre).clone(), recorded)
 
     def _finish(self, index: int, tensor: Any) -> tuple[Any, bool]:
@@ -251,71 +260,23 @@ class Probe:
             )
         before = self._before.pop(index)
         given = plain(tensor, "post", where)
-        recorded = not torch.compiler.is_compiling() and index in self._recording
-        if recorded:
-            self._recording.discard(index)
-            torch.set_grad_enabled(bool(self._recording))
         site, site_of_post = self.sites[index]
-        if before.recorded is not None:
-            check_follows(before.recorded, tensor, where)
-            if recorded:
-                check_is_no_factor(before.recorded, tensor, site, where)
-            self._followed.add(index)
+        is_new = self._following.end(index, before.recorded, tensor, site, where)
         post = of_site(given, site_of_post, where)
         _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
-        return (given, True) if recorded else (tensor, False)
-
-    # Whether post follows from pre
-
-    def _recorded(self, index: int, tensor: Any) -> tuple[Any, bool]:
-        """`tensor` so that autograd records what happens to it from now on, where that was never
-        seen and does not disturb; and whether it is another one."""
-        if (
-            torch.compiler.is_compiling()
-            or index in self._followed
-            or torch.is_grad_enabled()
-            or torch.is_inference_mode_enabled()
-            or index in self._recording
-        ):
-            return tensor, False
-        given = plain(tensor, "pre", self._names[index])
-        self._recording.add(index)
-        torch.set_grad_enabled(True)
-        return given.requires_grad_().clone(), True
+        return (given, True) if is_new else (tensor, False)
 
     def _forget(self) -> None:
         """Ends a forward pass, however it went."""
-        self._recording.clear()
+        self._following.forget()
         self._before.clear()
         self._times.clear()
-
-
-def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module gets: the first positional argument, or the one tensor given by keyword."""
-    if args:
-        return args[0]
-    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-    return tensors[0] if len(tensors) == 1 else None
-
-
-def replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with another tensor in the place where `argument` found one."""
-    if args:
-        return (tensor, *args[1:]), kwargs
-    return args, {k: tensor if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        self._tokens.clear()
 
 
 def is_tap(hook: object) -> bool:
     """Whether a hook of a module is a probe's, which looks at features and leaves them."""
     return getattr(hook, "__module__", None) == __name__
-
-
-def sample_of(features: Tensor) -> Tensor:
-    """Some of the samples, from all over them."""
-    rows = features.reshape(-1, features.shape[-1])
-    return rows[:: max(1, len(rows) // SAMPLES)]
 
 
 _numbers = count()
