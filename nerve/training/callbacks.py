@@ -112,15 +112,9 @@ class RunProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
         # Lightning sets these when an epoch starts; a resumed run starts in the middle of one.
-        self.train_progress_bar.total = trainer.num_training_batches
-        self._begin_at(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self._begin_at(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
-
-    def _begin_at(self, n_batches: int) -> None:
-        self.train_progress_bar.initial = self.train_progress_bar.n = n_batches
+        bar = self.train_progress_bar
+        bar.total = trainer.num_training_batches
+        bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch_began = time.perf_counter()

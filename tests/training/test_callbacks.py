@@ -157,7 +157,7 @@ def bar_of(n_batches: int, of: int, resumed_at: int, metrics: dict[str, float], 
     """The line that is shown once a run that went on at a batch has done `n_batches` in all, at
     half a second each, of which 100,000 tokens a batch."""
     bar = RunProgressBar(unit)
-    batches = SimpleNamespace(current=SimpleNamespace(completed=resumed_at))
+    batches = SimpleNamespace(current=SimpleNamespace(processed=resumed_at))
     trainer = SimpleNamespace(
         num_training_batches=of,
         progress_bar_metrics=metrics,
