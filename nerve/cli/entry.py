@@ -13,6 +13,11 @@ def run() -> None:
     _enter("run")
 
 
+def probe() -> None:
+    """`nerve-probe`."""
+    _enter("probe")
+
+
 def report() -> None:
     """`nerve-report`."""
     _enter("report")
