@@ -114,7 +114,7 @@ class RunProgressBar(TQDMProgressBar):
         # Lightning sets these when an epoch starts; a resumed run starts in the middle of one.
         bar = self.train_progress_bar
         bar.total = trainer.num_training_batches
-        bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch_began = time.perf_counter()
