@@ -1,14 +1,14 @@
 """Values of the command line that are taken as they are: paths and marks, whatever their signs."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from nerve.config import quoted, require_path
+from nerve.config import quoted, require, require_path
 
 DIRECTORIES = ("resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir")
 """Keys of one path, of which no sweep makes several."""
@@ -21,6 +21,9 @@ TEXTS = (
 
 OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 """Those of which Hydra makes directories before anything else is looked at."""
+
+_PATHS_OF_DATA = ("cache_dir", "tokenizer", "corpus.path", "images.path")
+_LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
 
 _UNREADABLE = object()
 
@@ -46,10 +49,29 @@ def require_directories(overrides: Iterable[Override]) -> None:
         if override.is_delete() or key not in (*OF_HYDRA, "resume"):
             continue
         value = override.value()
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(override.get_value_element_as_str())  # a directory may be called 5
-        if not (key == "resume" and value is None) and not isinstance(value, ChoiceSweep):
-            require_path(key, str(value) if type(value).__name__ == "QuotedString" else value)
+        if isinstance(value, ChoiceSweep) or (key == "resume" and value is None):
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        require_path(key, str(value) if is_number else value)  # a directory may be called 5
+
+
+def require_paths_of_data(data: Mapping[str, Any]) -> None:
+    """Refuses what can be no path where one belongs; whether it is there is not looked at."""
+    for name in (*_PATHS_OF_DATA, *_LISTS_OF_PATHS):
+        node: Any = data
+        *groups, leaf = name.split(".")
+        for group in groups:
+            node = node.get(group)
+            node = node if isinstance(node, Mapping) else {}
+        if node.get(leaf) is None and (name != "corpus.paths" or leaf not in node):
+            continue
+        value, key = node[leaf], f"data.{name}"
+        if name in _LISTS_OF_PATHS and isinstance(value, list):
+            require(bool(value), f"{key} must have a path; got an empty list.")
+            for i, path in enumerate(value):
+                require_path(f"{key}[{i}]", path)
+        else:
+            require_path(key, value)
 
 
 def _literal(argument: str) -> str:

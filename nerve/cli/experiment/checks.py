@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
-from nerve.config import require, require_choice, require_count, require_path, require_type
+from nerve.config import require, require_choice, require_count, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError, NerveError
 from nerve.models import MODELS
@@ -252,31 +252,6 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
         raise
     except Exception as error:  # of a value that has another type than its argument
         raise ConfigError(f"data cannot be built: {type(error).__name__}: {error}") from error
-
-
-PATHS = ("cache_dir", "tokenizer", "corpus.path", "images.path")
-"""Values of `data` that are a path, or null where the data can do without."""
-
-LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
-
-
-def require_paths(data: Mapping[str, Any]) -> None:
-    """Refuses what can be no path where one belongs; whether it is there is not looked at."""
-    for name in (*PATHS, *LISTS_OF_PATHS):
-        node: Any = data
-        *groups, leaf = name.split(".")
-        for group in groups:
-            node = node.get(group)
-            node = node if isinstance(node, Mapping) else {}
-        if node.get(leaf) is None and (name != "corpus.paths" or leaf not in node):
-            continue
-        value, key = node[leaf], f"data.{name}"
-        if name in LISTS_OF_PATHS and isinstance(value, list):
-            require(bool(value), f"{key} must have a path; got an empty list.")
-            for i, path in enumerate(value):
-                require_path(f"{key}[{i}]", path)
-        else:
-            require_path(key, value)
 
 
 def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:

@@ -8,13 +8,13 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from nerve.cli.config.compose import resolved
+from nerve.cli.config.paths import require_paths_of_data
 from nerve.cli.experiment.checks import (
     require_arguments,
     require_data,
     require_devices,
     require_given,
     require_packages,
-    require_paths,
     require_positions,
     require_single_values,
     require_suited,
@@ -91,7 +91,7 @@ class Plan:
         require_packages(values["logger"])
         callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)
-        require_paths(values["data"])
+        require_paths_of_data(values["data"])
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")

@@ -143,10 +143,7 @@ def _run(
     heartbeat: Heartbeat | None,
     gathering: Gathering,
 ) -> float:
-    if plan.threads is not None:
-        torch.set_num_threads(plan.threads)
-    elif cores.are_fewer() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores.allowed())  # torch counts those of the host
+    _set_threads(plan.threads)
     L.seed_everything(plan.seed, verbose=False)
 
     data = build_data(plan)
@@ -201,6 +198,13 @@ def _run(
             log.warning("the last checkpoint stays as large as it is: %s", refused)
         print_summary(monitor.latest, _facts(final, warning), run.path)
     return final["val_loss"]
+
+
+def _set_threads(n: int | None) -> None:
+    if n is not None:
+        torch.set_num_threads(n)
+    elif cores.are_fewer() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores.allowed())  # torch counts those of the host
 
 
 def _close(trainer: L.Trainer, record: RunRecord | None, store: RunStore | None) -> None:

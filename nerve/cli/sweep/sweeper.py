@@ -139,9 +139,7 @@ class TrialSweeper(Sweeper):
             preview(folder, trials)
             return
         if any(trial.rejected_because is None for trial in trials):
-            with as_store_error(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                OmegaConf.save(self.config, folder / "multirun.yaml")
+            _make(folder, self.config)
         _find_jobs(trials, jobs)
         table = SweepTable(folder, trials)
         table.begin()
@@ -199,6 +197,12 @@ class TrialSweeper(Sweeper):
             errors.append(NerveError("no longer waited for; what it has sent goes on"))
             return signal.SIGINT, errors
         return None, errors
+
+
+def _make(folder: Path, config: DictConfig) -> None:
+    with as_store_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "multirun.yaml")
 
 
 def _require_values(overrides: Sequence[Override]) -> None:
