@@ -213,6 +213,12 @@ BAD = [([*GPT, *bad], texts) for bad, texts in BAD_GPT] + [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """What the first plan of a process imports is no work of a plan."""
+    Plan.of(composed(*GPT))
+
+
 @pytest.fixture(autouse=True)
 def _without_data(monkeypatch):
     """A plan that reads data, or makes a directory or a file, fails."""
