@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from hydra.errors import HydraException
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from processes import lean_path
 from support import TINY_RUN, composed
 
 import nerve
@@ -39,7 +40,7 @@ def only_run(directory: Path) -> Path:
 
 
 def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
-    status, out, _ = run(*tiny)
+    status, out, _ = run(*tiny, "monitor.n_tokens=auto")
     assert status == 0
     directory = only_run(tmp_path / "outputs")
     metrics = nerve.load_metrics(directory, factors=["activation.name", "ffn.width"])
@@ -105,8 +106,9 @@ def test_one_layer_can_be_measured_alone(run, tiny, tmp_path):
     assert nerve.load_metrics(tmp_path).layer.unique().tolist() == [1]
 
 
-def test_a_trial_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, tmp_path):
+def test_a_trial_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, monkeypatch):
     """Its process of its own changes no bit; called again, the command starts none."""
+    monkeypatch.setenv("PYTHONPATH", lean_path())
     design = [*tiny, "activation=relu", "logger=none"]
     assert run(*design, "hydra.run.dir=single")[0] == 0
     status, out, _ = run("-m", *design)

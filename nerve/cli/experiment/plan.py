@@ -7,7 +7,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
-from nerve.cli.config.compose import resolved
+from nerve.cli.config.compose import resolved, unresolved
 from nerve.cli.config.paths import require_paths_of_data
 from nerve.cli.experiment.checks import (
     require_arguments,
@@ -70,9 +70,10 @@ class Plan:
             ConfigError: for all that a configuration alone can tell to be wrong, naming the keys.
             NerveError: for what a part of the run refuses, in its words.
         """
-        require_whole(config)
+        given = unresolved(config)
+        require_whole(given)
         require_suited(config)
-        require_given(config)
+        require_given(given)
         values = resolved(config)
         kind = values["model"]["kind"]
         require_single_values(values)
