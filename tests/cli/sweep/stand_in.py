@@ -27,6 +27,8 @@ def run_experiment(config: Any, hydra_config: Any) -> float:
     deed = json.loads(Path("deeds.json").read_text()).get(str(config.seed), "train")
     if deed == "refuse":
         raise ConfigError("seed must be lucky")
+    if deed == "start slowly":
+        time.sleep(60)
     loss = 0.5 + config.seed
     if is_done(run, config):
         return loss
