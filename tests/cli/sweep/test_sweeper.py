@@ -216,6 +216,12 @@ def test_a_mishap_costs_one_trial_and_is_named(sweep, deed):
     assert reason.partition(": ")[2] in records()[0].error["message"]
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_that_ends_without_a_word_is_named_by_its_exit_status(status):
+    """Also by 0, with which a library may end it."""
+    assert f"exit status {status} before the run did" in str(local._error(status))
+
+
 def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
     befalls({0: "raise"})
     assert sweep("seed=0,1")[0] == 1
