@@ -77,6 +77,7 @@ def test_the_fewest_count(host, monkeypatch):
 
 
 def test_where_the_system_does_not_say_they_are_all_or_one(monkeypatch):
+    """On macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert cores.allowed() == 5

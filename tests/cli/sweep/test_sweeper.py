@@ -440,7 +440,7 @@ def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
 def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
     status, _, err = sweep("activation=gelu,gelo")
     assert status == 1
-    assert "activation/gelo" in err
+    assert "got 'gelo'. Did you mean activation=gelu?" in err
     assert "trial 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
     assert not FOLDER.exists()
 
