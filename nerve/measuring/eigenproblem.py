@@ -1,8 +1,9 @@
 """The eigenproblems that a measurement leaves, and the spectra that solve them."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,21 @@ from torch import Tensor
 from nerve.metric_names import STORED
 from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_outside
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+TOO_FEW_SAMPLES = "too_few_samples"
+"""The status of what has fewer than two samples."""
+
+WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
+    "non_finite": lambda spectrum: not bool(torch.isfinite(spectrum).all()),
+    "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
+}
+"""Why nothing can be said of a spectrum, and whether it is so."""
+
+E = TypeVar("E", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -49,11 +65,8 @@ class FFNSpectra:
         """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
         the last two with `_pre` or `_post` where it is one side alone."""
         if self.n_samples < 2:
-            return "too_few_samples"
-        for reason, holds in (
-            ("non_finite", lambda spectrum: not bool(torch.isfinite(spectrum).all())),
-            ("zero_variance", lambda spectrum: not bool(spectrum.sum() > 0)),
-        ):
+            return TOO_FEW_SAMPLES
+        for reason, holds in WHY_NULL.items():
             pre, post = holds(self.pre), holds(self.post)
             if pre or post:
                 return reason if pre and post else f"{reason}_{'pre' if pre else 'post'}"
@@ -121,18 +134,7 @@ class FFNEigenproblem:
 
     def to_host(self, stream: torch.cuda.Stream) -> "FFNEigenproblem":
         """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        copies: dict[str, Any] = {}
-        with torch.cuda.stream(stream):
-            for name in (field.name for field in fields(self)):
-                tensor = getattr(self, name)
-                if isinstance(tensor, Tensor):
-                    copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                    copies[name].copy_(tensor, non_blocking=True)
-                    tensor.record_stream(stream)
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        return replace(self, **copies, copied=copied)
+        return on_host(self, stream)
 
     def solve(self) -> FFNSpectra:
         """Solves both eigenproblems where the tensors lie."""
@@ -165,3 +167,20 @@ class FFNEigenproblem:
         if self.post_samples is None:
             return float(variance_outside(self.weight, scatter=self.post))
         return float(variance_outside(self.weight, samples=self.post_samples))
+
+
+def on_host(eigenproblem: E, stream: torch.cuda.Stream) -> E:
+    """The same with its tensors in pinned host memory, to which they are copied on `stream`; its
+    field `copied` says when they are there."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    copies: dict[str, Any] = {}
+    with torch.cuda.stream(stream):
+        for name in (field.name for field in fields(eigenproblem)):
+            tensor = getattr(eigenproblem, name)
+            if isinstance(tensor, Tensor):
+                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                copies[name].copy_(tensor, non_blocking=True)
+                tensor.record_stream(stream)
+        copied = torch.cuda.Event()
+        copied.record(stream)
+    return replace(eigenproblem, **copies, copied=copied)

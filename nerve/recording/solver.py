@@ -16,6 +16,7 @@ from nerve.cores import allowed, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import dealt_back, gathered, n_processes
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+from nerve.measuring.group_spectra import GroupEigenproblem, GroupSpectrum, pooled_spectra
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +31,31 @@ MOST_PENDING = 2
 
 Labels = dict[str, Any]
 
+Eigenproblem = FFNEigenproblem | GroupEigenproblem
+
 
 @dataclass(frozen=True)
 class Solved:
-    """A measurement's labels (its step, losses, …) and the spectra of its FFNs."""
+    """A measurement's labels (its step, losses, …), the spectra of its FFNs, and those of groups
+    and sites where they were measured."""
 
     labels: Labels
     spectra: list[FFNSpectra]
+    groups: Sequence[GroupSpectrum] = ()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Those of the `metrics` table."""
         return [self.labels | spectra.row() for spectra in self.spectra]
+
+    @property
+    def group_rows(self) -> list[dict[str, Any]]:
+        """Those of the `groups` table: with pre and post of all samples, where there are others."""
+        if not self.groups:
+            return []
+        step = {"step": self.labels["step"]}
+        pooled = [each for spectra in self.spectra for each in pooled_spectra(spectra)]
+        return [step | each.row() for each in (*pooled, *self.groups)]
 
 
 class Solver:
@@ -62,14 +76,12 @@ class Solver:
 
     def __init__(self, device: torch.device, n_workers: int = 0) -> None:
         self.n_workers = n_workers
-        self._pending: deque[tuple[Labels, list[tuple[FFNEigenproblem, Future[FFNSpectra]]]]] = (
-            deque()
-        )
+        self._pending: deque[tuple[Labels, list[tuple[Eigenproblem, Future[Any]]]]] = deque()
         self._pool = _single_threaded(self.n_workers) if self.n_workers else None
         self._stream = torch.cuda.Stream(device) if self._pool and device.type == "cuda" else None
         self._shares = n_processes() > 1
 
-    def submit(self, labels: Labels, eigenproblems: Sequence[FFNEigenproblem]) -> Iterator[Solved]:
+    def submit(self, labels: Labels, eigenproblems: Sequence[Eigenproblem]) -> Iterator[Solved]:
         """Takes a measurement at once; gives what is solved by then, after waiting if too much is
         pending.
 
@@ -109,10 +121,10 @@ class Solver:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _start(self, eigenproblem: FFNEigenproblem) -> Future[FFNSpectra]:
+    def _start(self, eigenproblem: Eigenproblem) -> Future[Any]:
         if self._pool:
             return self._pool.submit(eigenproblem.solve)
-        future: Future[FFNSpectra] = Future()
+        future: Future[Any] = Future()
         try:
             future.set_result(eigenproblem.solve())
         except Exception as error:
@@ -122,10 +134,12 @@ class Solver:
     def _oldest(self) -> Solved:
         labels, waiting = self._pending.popleft()
         spectra: list[FFNSpectra] = []
+        groups: list[GroupSpectrum] = []
         error: MeasurementError | None = None
         for eigenproblem, future in waiting:
             try:
-                spectra.append(future.result())
+                result = future.result()
+                (spectra if isinstance(result, FFNSpectra) else groups).append(result)
             except Exception as cause:
                 error = MeasurementError(
                     f"The spectra of {eigenproblem.ffn} in layer {eigenproblem.layer} at "
@@ -134,12 +148,12 @@ class Solver:
                 error.__cause__ = cause
         if self._shares:
             told = gathered(None if error is None else str(error))
-            spectra = dealt_back(spectra)
+            spectra, groups = dealt_back(spectra), dealt_back(groups)
             if error is None:
                 error = next((MeasurementError(text) for text in told if text is not None), None)
         if error is not None:
             raise error
-        return Solved(labels, spectra)
+        return Solved(labels, spectra, groups)
 
 
 def spare_workers(device: torch.device, n_processes: int = 1) -> int:
