@@ -23,7 +23,9 @@ from nerve.measuring.sites import Site, n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.covariance import Tally
+from nerve.spectra.flag import Flag
 from nerve.spectra.product import coarsest
+from nerve.spectra.spread import Spread
 
 Side = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
@@ -61,6 +63,7 @@ class Measurement:
         self._biases: dict[int, Tensor | None] = {}
         self._of_input: set[int] = set()
         self._altered: set[int] = set()
+        self._presumed: list[tuple[int, Flag]] = []
         self._covariances: dict[tuple[int, Side], StreamingCovariance] = {}
         self._shares: dict[tuple[int, Side], SampleShares] = {}
 
@@ -89,6 +92,9 @@ class Measurement:
         """Ends one forward pass; raises `MeasurementError` for an FFN that did not run as often as
         its description says."""
         self._probe.finish_forward()
+        for index in {index for index, is_so in self._presumed if not is_so}:
+            self._leave_weight(index)
+        self._presumed.clear()
         self._n_forwards += 1
 
     def reduce(self) -> None:
@@ -161,8 +167,8 @@ class Measurement:
         if index not in self._d_in:
             self._d_in[index] = n_inputs(site) or inputs.shape[-1]
             self._take_weight(index, site, inputs, pre)
-        elif index in self._weights and not self._is_same(index, site, inputs, pre):
-            self._leave_weight(index)
+        elif index in self._weights:
+            self._compare_weight(index, site, inputs, pre)
         first: Side = "input" if index in self._of_input else "pre"
         features: dict[Side, Tensor] = {"input": inputs} if first == "input" else {}
         features |= {"pre": pre, "post": post}
@@ -170,12 +176,14 @@ class Measurement:
         if self._skip_first:
             features = {side: self._skipped(x) for side, x in features.items()}
             mask = None if mask is None else mask[..., self._skip_first :]
-        for side in (first, "post"):
-            x = features[side]
-            self._covariance(index, side, x.shape[-1], x.device).update(x, mask)
+        spreads: dict[Side, Spread | None] = {"input": None}
         for side in ("pre", "post"):
             x = features[side]
-            self._shares_of(index, side, x.shape[-1], x.device).update(x, mask)
+            spreads[side] = self._shares_of(index, side, x.shape[-1], x.device).update(x, mask)
+        for side in (first, "post"):
+            x = features[side]
+            covariance = self._covariance(index, side, x.shape[-1], x.device)
+            covariance.update(x, mask, spreads[side])
 
     def _in_sequences(
         self, index: int, features: dict[Side, Tensor]
@@ -198,21 +206,27 @@ class Measurement:
         # forward has used them rounded, as its outputs tell.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
-        if not gives(weight, bias, inputs, pre):
-            self._altered.add(index)
-            return
         self._weights[index], self._biases[index] = weight, bias
         if self._shortcut and is_unrounded(inputs, pre):
             self._of_input.add(index)
+        self._presume(index, Flag(gives(weight, bias, inputs, pre)))
 
-    def _is_same(self, index: int, site: Site, inputs: Tensor, pre: Tensor) -> bool:
-        """Whether this forward pass has used the weight of the first one, and nothing else."""
+    def _compare_weight(self, index: int, site: Site, inputs: Tensor, pre: Tensor) -> None:
+        """Leaves the weight of the first forward pass where this one used another, or more."""
         affine, noted = affine_of(site, inputs, pre), self._weights[index]
-        return (
-            affine is not None
-            and torch.equal(affine[0].to(noted.dtype), noted)
-            and gives(noted, self._biases[index], inputs, pre)
-        )
+        if affine is None:
+            self._leave_weight(index)
+            return
+        same = (affine[0].to(noted.dtype) == noted).all()
+        self._presume(index, Flag(same & gives(noted, self._biases[index], inputs, pre)))
+
+    def _presume(self, index: int, is_so: Flag) -> None:
+        """Goes on as if the weight gave pre. Where the features are not taken by way of it, the
+        answer is awaited at the end of the forward pass, so that the device does not run dry."""
+        if index not in self._of_input:
+            self._presumed.append((index, is_so))
+        elif not is_so:
+            self._leave_weight(index)
 
     def _leave_weight(self, index: int) -> None:
         """From now on measures pre itself; what was accumulated of the input is converted."""

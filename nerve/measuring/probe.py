@@ -26,6 +26,7 @@ from nerve.measuring.checks import (
 )
 from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
 from nerve.measuring.sites import Site, declared_widths, last
+from nerve.spectra.flag import Flag
 
 SAMPLES = 8
 """How many samples of features are compared, at least, to see that a nonlinearity left them."""
@@ -85,6 +86,7 @@ class Probe:
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
+        self._unchanged: list[tuple[int, Flag]] = []
         self._followed: set[int] = set()
         self._recording: set[int] = set()
         self._handles: list[RemovableHandle] = []
@@ -134,12 +136,19 @@ class Probe:
         """Ends one forward pass: every FFN must have run as often as its description says.
 
         Raises:
-            MeasurementError: for an FFN that did not, or whose post never came.
+            MeasurementError: for an FFN that did not, whose post never came, or whose pre was
+                overwritten.
         """
         times, pending = Counter(self._times), set(self._before)
+        unchanged = list(self._unchanged)
         if self._recording:
             torch.set_grad_enabled(False)
         self._forget()
+        for index in (index for index, is_so in unchanged if not is_so):
+            raise MeasurementError(
+                "A nonlinearity must leave its input as it is; that of "
+                f"{self._names[index]} overwrites it. Use one with inplace=False."
+            )
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
             if index in pending:
@@ -170,11 +179,8 @@ class Probe:
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise split(self._names[index])  # the features are a slice, which no type shows
         check_same_samples(pre, post, self._names[index])
-        if not torch.allclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True):
-            raise MeasurementError(
-                "A nonlinearity must leave its input as it is; that of "
-                f"{self._names[index]} overwrites it. Use one with inplace=False."
-            )
+        is_unchanged = torch.isclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True).all()
+        self._unchanged.append((index, Flag(is_unchanged)))
         self._times[index] += 1
         self._receive(index, inputs, pre, post)
 
@@ -288,6 +294,7 @@ class Probe:
         self._recording.clear()
         self._before.clear()
         self._times.clear()
+        self._unchanged.clear()
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
