@@ -1,6 +1,5 @@
 """Measures a model's FFNs while something else trains it, and writes the rows of a run."""
 
-import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,9 @@ from nerve.measuring.probe import Probe
 from nerve.recording.cadence import Cadence
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Solved, Solver, spare_workers
+from nerve.recording.staging import expected_bytes
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
-
-log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -123,9 +121,8 @@ class Recorder:
             self.seconds = 0.0
             self._cadence = Cadence()
         self._rank, self._n_processes = rank, n_processes
-        self._solver = Solver(device, spare_workers(device, n_here))
-        threads = f"{self._solver.n_workers} threads of the host, beside training"
-        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
+        n_bytes = max(map(expected_bytes, ffns))
+        self._solver = Solver(device, spare_workers(device, n_here), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
 
     # Losses, and the labels of a step
