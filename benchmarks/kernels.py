@@ -8,6 +8,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,14 +74,16 @@ def main() -> None:
         print(f"{n:,} × {dim}")
         exact = x.double().T @ x.double()
         flop = n * dim * (dim + 1.0)
-        told("product, torch", lambda x=x: by_torch(x), exact, args.repeats, flop)
-        told("product, kernel", lambda x=x: by_kernel(x), exact, args.repeats, flop)
+        told("product, torch", partial(by_torch, x), exact, args.repeats, flop)
+        told("product, kernel", partial(by_kernel, x), exact, args.repeats, flop)
         center = x.double().mean(0).float()
         far = (x.double() - center.double()).square().sum(1)
-        of_torch, of_kernel = distances_by_torch, kernels.square_distances
-        told("distances, torch", lambda x=x, c=center: of_torch(x, c), far, args.repeats, 0)
-        told("distances, kernel", lambda x=x, c=center: of_kernel(x, c), far, args.repeats, 0)
-        if args.variants and dim > 512:
+        for name, run in (
+            ("torch", distances_by_torch),
+            ("kernel", kernels.square_distances),
+        ):
+            told(f"distances, {name}", partial(run, x, center), far, args.repeats, 0)
+        if args.variants and dim == 3072:
             variants(x, exact, args.repeats, flop)
 
 
@@ -106,7 +109,7 @@ def variants(x: Tensor, exact: Tensor, repeats: int, flop: float) -> None:
         kernels._lower_tiles = Other()
         try:
             name = f"tile {tile}, depth {depth}, {warps} warps, {stages} stages"
-            told(name, lambda: by_kernel(x), exact, repeats, flop)
+            told(name, partial(by_kernel, x), exact, repeats, flop)
         except Exception as error:
             print(f"  {tile, depth, warps, stages}: {type(error).__name__}: {str(error)[:80]}")
         finally:

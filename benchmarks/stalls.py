@@ -79,7 +79,9 @@ def one(args: argparse.Namespace) -> None:
         sum(times[s - 1 : s - 1 + args.every]) - typical * len(times[s - 1 : s - 1 + args.every])
         for s in starts
     ]
-    host = torch.cuda.host_memory_stats()
+    host: dict[str, Any] = {}
+    if hasattr(torch.cuda, "host_memory_stats"):
+        host = torch.cuda.host_memory_stats()
     found: dict[str, Any] = {
         "step_ms": typical,
         "spread_ms": statistics.median(abs(t - typical) for t in first),
