@@ -218,15 +218,17 @@ def buffered(args: argparse.Namespace) -> float:
     return time.perf_counter() - began
 
 
-def stalls(times: list[float], every: int, typical: float) -> list[float]:
-    """For each measurement, the ms by which the steps up to the next one exceed typical ones.
+def stalls(times: list[float], every: int, typical: float) -> list[tuple[float, float]]:
+    """For each measurement, the ms by which the steps up to the next one exceed typical ones, and
+    what of that the later half of them has, far from a measurement.
 
-    Each step counts only for what it takes beyond twice the spread of typical steps.
+    Each step counts only where it takes more than 4 times the spread of typical steps.
     """
     spread = statistics.median(abs(t - typical) for t in times)
     excess = [t - typical if abs(t - typical) > 4 * spread else 0.0 for t in times]
-    starts = range(every - 2, len(times) - every // 2, every)  # times[i] is that of step i + 1
-    return [sum(excess[start : start + every - 2]) for start in starts]
+    starts = range(every - 2, len(times) - every + 2, every)  # times[i] is that of step i + 1
+    windows = [excess[start : start + every - 2] for start in starts]
+    return [(sum(window), sum(window[len(window) // 2 :])) for window in windows]
 
 
 def compare_loops(args: argparse.Namespace) -> None:
@@ -247,20 +249,26 @@ def compare_loops(args: argparse.Namespace) -> None:
     )
 
 
-def measure_stall(args: argparse.Namespace) -> tuple[list[str], float, list[float]]:
+def measure_stall(
+    args: argparse.Namespace,
+) -> tuple[list[str], float, list[tuple[float, float]]]:
     """What measuring adds to training: lines to print, ms of a step between measurements, and of
-    the stall of each."""
+    the stall of each, as `stalls` gives it."""
     bare_peak = lightning_run(args, None)[1]
     times, peak = lightning_run(args, args.every)
     typical = statistics.median(times[20:])
     found = stalls(times, args.every, typical)
-    stall = statistics.median(found)
-    each = ", ".join(f"{ms:.0f}" for ms in found)
+    all_stalls = [whole for whole, _ in found]
+    stall, worst = statistics.mean(all_stalls), max(all_stalls)
+    each = ", ".join(f"{ms:.0f}" for ms in all_stalls)
+    later = ", ".join(f"{ms:.0f}" for _, ms in found)
     around = [round(t) for t in times[args.every - 5 : args.every + 25]]
     gib = 2**30
     lines = [
         f"Lightning, every {args.every} steps:         {typical:8.1f} ms per step between",
-        f"stall of a measurement:            {stall:8.1f} ms ({stall / typical:.2f} steps); {each}",
+        f"stall of a measurement, mean:      {stall:8.1f} ms ({stall / typical:.2f} steps); {each}",
+        f"                        worst:     {worst:8.1f} ms ({worst / typical:.2f} steps)",
+        f"    of it far from a measurement, ms: {later}",
         f"overhead at every 100 steps:       {stall / typical / 100:8.2%}",
         f"overhead at every 1000 steps:      {stall / typical / 1000:8.3%}",
         f"device memory: {bare_peak / gib:.1f} GiB without the monitor, {peak / gib:.1f} with it "
@@ -270,13 +278,16 @@ def measure_stall(args: argparse.Namespace) -> tuple[list[str], float, list[floa
     return lines, typical, found
 
 
-def write(path: Path, started: datetime, step_ms: float, stall_ms: list[float]) -> None:
+def write(
+    path: Path, started: datetime, step_ms: float, stalls_ms: list[tuple[float, float]]
+) -> None:
     """The result as the study reads it."""
     result = {
         "started": started.isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "step_ms": step_ms,
-        "stall_ms": stall_ms,
+        "stall_ms": [whole for whole, _ in stalls_ms],
+        "between_ms": [later for _, later in stalls_ms],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
@@ -304,14 +315,14 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
     if args.devices == 1:
         compare_loops(args)
-    lines, step_ms, stall_ms = measure_stall(args)
+    lines, step_ms, stalls_ms = measure_stall(args)
     if rank() == 0:
         print("\n".join(lines), flush=True)
         if args.write:
-            write(args.write, started, step_ms, stall_ms)
+            write(args.write, started, step_ms, stalls_ms)
     if args.devices == 1:
         seconds = buffered(args)
-        times = 1000 * seconds / statistics.median(stall_ms)
+        times = 1000 * seconds / statistics.mean(whole for whole, _ in stalls_ms)
         print(f"buffered way: {seconds:.1f} s, {times:.0f} times the stall")
 
 

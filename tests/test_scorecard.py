@@ -1,5 +1,6 @@
 """The study in docs: its page says what its runs say, by rules that hold on cases made by hand."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -40,7 +41,7 @@ def scorecard() -> Iterator[SimpleNamespace]:
     folder = STUDY / "scorecard"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        names = ("claims", "evidence", "judgement", "page")
+        names = ("claims", "criteria", "evidence", "judgement", "page", "verdicts")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name, module in list(sys.modules.items()):
         if folder in Path(getattr(module, "__file__", None) or "").parents:
@@ -50,6 +51,13 @@ def scorecard() -> Iterator[SimpleNamespace]:
 @pytest.fixture(scope="module")
 def text() -> str:
     return PAGE.read_text("utf-8")
+
+
+def blocks(scorecard, runs: Path) -> dict[str, str]:
+    """The generated blocks of the page, from the runs of a folder."""
+    evidence = scorecard.evidence.Evidence(runs)
+    judged = [check.judge(evidence) for check in scorecard.criteria.CHECKS]
+    return scorecard.page.blocks(evidence, judged)
 
 
 def rows_of(sweep: str, **where: Any) -> pd.DataFrame:
@@ -115,8 +123,45 @@ def mean_and_range(values: Sequence[float]) -> list[float]:
 
 def test_the_page_is_what_its_runs_give(scorecard, text):
     """Nothing changes when the blocks are computed again from the committed runs."""
-    contents = scorecard.page.blocks(scorecard.evidence.Evidence(RUNS))
-    assert scorecard.page.fill(text, contents) == text
+    assert scorecard.page.fill(text, blocks(scorecard, RUNS)) == text
+
+
+def test_the_first_line_of_a_claim_says_its_verdict_why_and_which_null_passes(scorecard):
+    """Of checks made by hand: it holds, is opposite, has no runs, passes a null."""
+    checks = {check.id: check for check in scorecard.criteria.CHECKS}
+    Judged, Estimate = scorecard.criteria.check.Judged, scorecard.criteria.check.Estimate
+    no_runs = Judged(checks["15.stall"], None, None, None, None, lambda _: iter(()))
+    holds = Estimate(0.5, 0.25, 0.75, sd=0.1, df=4, n_seeds=6, n_runs=6)
+    opposite = Estimate(-0.5, -0.75, -0.25, sd=0.1, df=4, n_seeds=6, n_runs=6)
+
+    def judged(estimate, permuted):
+        return Judged(checks["15.stall"], "made", None, estimate, None, lambda _: iter(permuted))
+
+    line = scorecard.verdicts.first_line
+    assert line([judged(holds, [opposite])]).startswith("**✓ Holds** because `15.stall` holds")
+    assert line([judged(opposite, [])]).startswith("**✗ Does not hold** because `15.stall` is opp")
+    assert line([no_runs]).startswith("**? Cannot be told here** because `15.stall` has no runs")
+    passes = line([judged(holds, [dataclasses.replace(holds, effect=0.6)])])
+    assert passes.startswith("**? Cannot be told here**")
+    assert "runs with permuted labels would pass a check of it as well" in passes
+
+
+def test_the_scorecard_has_a_verdict_and_a_number_of_each_claim(scorecard, text):
+    """The first screen: at most eight words a claim, the effect of its first check."""
+    judged = [check.judge(scorecard.evidence.Evidence(RUNS)) for check in scorecard.criteria.CHECKS]
+    rows = [row for row in block(text, "scorecard").splitlines() if row.startswith("| [")]
+    assert len(rows) == len(scorecard.claims.CLAIMS)
+    for claim, row in zip(scorecard.claims.CLAIMS, rows, strict=True):
+        _, short, symbol, ours, *_ = (cell.strip() for cell in row.strip("|").split(" | "))
+        assert short == claim.short
+        assert len(short.split()) <= 8
+        own = [each for each in judged if each.check.claim == claim.number]
+        assert symbol == scorecard.verdicts.SYMBOLS[scorecard.verdicts.outcome(own)]
+        if own[0].estimate is not None:
+            low, high = own[0].estimate.low, own[0].estimate.high
+            assert [float(n.replace(",", "")) for n in re.findall(r"-?[\d.,]*\d", ours)] == (
+                pytest.approx([own[0].estimate.effect, low, high], rel=0.05, abs=0.005)
+            )
 
 
 def test_the_list_of_runs_has_each_with_its_speed_and_the_share_of_measuring(scorecard):
@@ -271,25 +316,6 @@ def test_claim_13_has_the_accuracies_of_its_cells(text):
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "expected"),
-    [
-        (["yes", "yes"], "reproduced"),
-        (["yes", "no"], "reproduced in part"),
-        (["yes", "one seed"], "reproduced in part"),
-        (["yes", "not run"], "reproduced in part"),
-        (["no", "no"], "not reproduced"),
-        (["no", "one seed"], "not reproduced"),
-        (["one seed", "one seed"], "not testable at this scale"),
-        (["one seed", "not run"], "not testable at this scale"),
-        (["not run", "not run"], "not run"),
-        ([], "not run"),
-    ],
-)
-def test_a_verdict_follows_from_the_outcomes_of_the_checks(scorecard, outcomes, expected):
-    assert scorecard.judgement.verdict(outcomes) == expected
-
-
-@pytest.mark.parametrize(
     ("greater", "less", "expected"),
     [
         ([4.0, 5.0, 6.0], [1.0, 2.0, 3.0], "yes"),
@@ -404,7 +430,7 @@ def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, 
     monkeypatch.setattr("nerve.storage.record.package_versions", dict)
     for seed, (loss, pr_post) in enumerate([(3.0, 5.0), (3.1, 7.0), (6.5, 1000.0)]):
         make_run(tmp_path, "gelu", seed, loss, pr_post)
-    contents = scorecard.page.blocks(scorecard.evidence.Evidence(tmp_path))
+    contents = blocks(scorecard, tmp_path)
     assert cells(contents["claim 2"], "GELU", "512")[1] == "6.00 (5.00 to 7.00)"
     assert "1,000" not in contents["claim 2"]
     assert cells(contents["runs"], "activation_gpu")[:2] == ["3", "1"]
@@ -414,7 +440,7 @@ def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, 
     # ReLU is not there, and neither are the other sweeps.
     assert cells(contents["claim 2"], "PR_post, mean over layers")[-1] == "not run"
     assert contents["claim 4"] == "Not run."
-    assert "**not run**" in cells(contents["scorecard"], "[4]")
+    assert contents["verdict 4"].startswith("**? Cannot be told here**")
 
 
 def test_only_what_is_between_its_marks_is_replaced(scorecard):

@@ -1,6 +1,7 @@
 """The rule for verdicts: nulls that catch what has nothing in it, and the
 page and the queue against the code and the sweeps."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -68,7 +69,7 @@ def judged(rule, estimate, runs, labels="design", compared=("a", "b")):
     check = rule.check.CoreCheck(
         "1.x", "", "", estimate, {}, compared, (), labels, 2, rule.check.Scale(0, 0, 0, 0), ""
     )
-    return rule.check.Judged(check, "made", runs, estimate(runs), None)
+    return rule.check.Judged(check, "made", runs, estimate(runs), None, check._permuted)
 
 
 def last_post(runs):
@@ -234,7 +235,7 @@ def test_each_claim_has_one_or_two_core_checks(rule):
 
 def test_the_page_of_the_rule_is_what_its_code_prints(rule):
     page = (STUDY / "criteria.md").read_text("utf-8")
-    assert page == rule.report.page(rule.evidence)
+    assert page == rule.report.page([check.judge(rule.evidence) for check in rule.CHECKS])
     assert len(page.splitlines()) <= 150
 
 
@@ -243,12 +244,47 @@ def test_a_stored_benchmark_gives_the_share_of_a_measurement(rule, tmp_path):
     (tmp_path / "runs").mkdir()
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    result = {"started": "2026-11-27T00:00:00Z", "step_ms": 100, "stall_ms": [90, 100, 110, 100]}
-    (folder / "monitor.json").write_text(json.dumps(result))
     check = next(check for check in rule.CHECKS if check.id == "15.stall")
-    found = check.judge(SimpleNamespace(root=tmp_path / "runs"))
+
+    def judge(stall: list[float], between: list[float]):
+        result = {"started": "2026-11-27T00:00:00Z", "step_ms": 100}
+        result |= {"stall_ms": stall, "between_ms": between}
+        (folder / "monitor.json").write_text(json.dumps(result))
+        return check.judge(SimpleNamespace(root=tmp_path / "runs"))
+
+    stalls = [90, 100, 110, 100, 95, 105]
+    found = judge(stalls, [0, 0, 5, 0, 5, 0])
     assert found.estimate.effect == pytest.approx(0.9)
     assert (found.outcome, found.exploratory, found.passes_null) == ("holds", False, ())
+    assert judge([9 * ms for ms in stalls], [0] * 6).outcome == "holds"
+    assert judge([11 * ms for ms in stalls], [0] * 6).outcome == "opposite"
+    unseen = judge(stalls, [95, 110, 90, 105, 100, 100])
+    assert unseen.outcome == "within noise", "a cost that cannot be told from none is no evidence"
+
+
+def test_what_runs_spent_on_measuring_is_small_and_seen(rule):
+    """Measurements of 30 steps each: at every 1000 steps 3%; of 3 steps: .3%, and seen; where
+    the times are permuted neither holds."""
+    check = next(check for check in rule.CHECKS if check.id == "15.runs")
+    runs = made(rule, ["PreLN GELU", "norm-free GELU"] * 2, [0, 0, 1, 1])
+
+    def judged(n_steps: float, noise: float = 0.01):
+        step = 0.06 * np.exp(noise * np.random.default_rng(2).normal(size=4))
+        measuring = 0.06 * n_steps * len(runs.steps)
+        took = {
+            "final.measuring_seconds": np.full(4, measuring),
+            "final.train_seconds": measuring + step * runs.steps[-1],
+        }
+        changed = dataclasses.replace(runs, runs=runs.runs.assign(**took))
+        estimate = check.estimate
+        return rule.check.Judged(check, "made", changed, estimate(changed), None, check._permuted)
+
+    assert judged(3).estimate.effect == pytest.approx(0.7, abs=0.01)
+    assert judged(3).reading == "holds"
+    assert judged(30).reading == "opposite"
+    assert judged(3).passes_null == ()
+    assert len(list(judged(3).permuted(judged(3)))) == 3, "of two runs one, the other or both"
+    assert judged(1, noise=0.5).reading == "within noise", "a measurement that is no longer"
 
 
 def queued() -> dict[str, list[str]]:

@@ -18,10 +18,20 @@ Draw = Callable[[Path, Path], list[Path]]
 
 @pytest.fixture(scope="module")
 def draw() -> Iterator[Draw]:
-    """`draw`, found as `python study/scorecard` finds it."""
+    """`draw`, found as `python study/scorecard` finds it; of all runs with their core checks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(STUDY / "scorecard"), *sys.path])
-        yield importlib.import_module("figures").draw
+        figures, evidence, criteria = map(
+            importlib.import_module, ("figures", "evidence", "criteria")
+        )
+
+        def draw(runs: Path, folder: Path) -> list[Path]:
+            found = evidence.Evidence(runs)
+            whole = runs == RUNS
+            judged = [check.judge(found) for check in criteria.CHECKS] if whole else []
+            return figures.draw(found, judged, folder)
+
+        yield draw
 
 
 @pytest.fixture(scope="module")

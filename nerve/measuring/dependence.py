@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nerve.measuring.arguments import argument
 from nerve.measuring.graph import decides
-from nerve.measuring.probe import argument
 from nerve.measuring.sites import Site, declared_widths, last
 
 N_ELEMENTS = 32

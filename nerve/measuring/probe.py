@@ -5,7 +5,7 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,20 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.checks import (
-    check_follows,
-    check_is_no_factor,
-    check_same_samples,
-    of_site,
-    plain,
-    split,
-)
+from nerve.measuring.arguments import argument, replaced, sample_of
+from nerve.measuring.checks import check_same_samples, of_site, plain, split
 from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.following import Following
 from nerve.measuring.sites import Site, declared_widths, last
 from nerve.spectra.flag import Flag
-
-SAMPLES = 8
-"""How many samples of features are compared, at least, to see that a nonlinearity left them."""
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -60,8 +52,7 @@ class Probe:
     starting and stopping chooses; a probe that is stopped costs nothing.
 
     What the descriptions promise is checked at each run. That post follows from pre, with no matrix
-    in between, is checked at the first run of each FFN: autograd records what happens between the
-    two, and there alone. Compiled code and inference mode do not allow for that.
+    in between, is checked at the first run of each FFN (`Following`).
 
     Args:
         ffns: the FFNs to tap.
@@ -87,8 +78,7 @@ class Probe:
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
         self._unchanged: list[tuple[int, Flag]] = []
-        self._followed: set[int] = set()
-        self._recording: set[int] = set()
+        self._following = Following()
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
         self._number = next(_numbers)
@@ -123,14 +113,12 @@ class Probe:
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
-        # Not gradients: whatever turned them off has turned them on again where an error has led
-        # here, and else the forward pass was finished.
         self._forget()
 
     @property
     def is_recording(self) -> bool:
         """Whether autograd records what happens between pre and post of an FFN."""
-        return bool(self._recording)
+        return self._following.is_recording
 
     def finish_forward(self) -> None:
         """Ends one forward pass: every FFN must have run as often as its description says.
@@ -141,8 +129,7 @@ class Probe:
         """
         times, pending = Counter(self._times), set(self._before)
         unchanged = list(self._unchanged)
-        if self._recording:
-            torch.set_grad_enabled(False)
+        self._following.finish_forward()
         self._forget()
         for index in (index for index, is_so in unchanged if not is_so):
             raise MeasurementError(
@@ -197,7 +184,7 @@ class Probe:
             given = plain(argument(args, kwargs), "input", self._names[index])
             widths = declared_widths(module)
             inputs = last(given, site.feature_axis if widths is None else widths.axis)
-            output, changed = self._recorded(index, output)
+            output, changed = self._following.begin(index, output, self._names[index])
             self._keep(index, inputs, site, output)
             return output if changed else None
 
@@ -207,7 +194,8 @@ class Probe:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._receive is None:
                 return None
-            given, changed = self._recorded(index, argument(args, kwargs))
+            given = argument(args, kwargs)
+            given, changed = self._following.begin(index, given, self._names[index])
             self._keep(index, None, self.sites[index][0], given)
             return replaced(args, kwargs, given) if changed else None
 
@@ -240,10 +228,8 @@ class Probe:
                 "modules its description names, and whether another part of the model uses them."
             )
         pre = of_site(plain(tensor, "pre", where), site, where)
-        compiling = torch.compiler.is_compiling()
-        known = compiling or index in self._followed or tensor.grad_fn is None
         inputs = pre if inputs is None else inputs
-        recorded = None if known else tensor
+        recorded = self._following.recorded(index, tensor)
         self._before[index] = _Before(inputs, pre, sample_of(pre).clone(), recorded)
 
     def _finish(self, index: int, tensor: Any) -> tuple[Any, bool]:
@@ -257,72 +243,23 @@ class Probe:
             )
         before = self._before.pop(index)
         given = plain(tensor, "post", where)
-        recorded = not torch.compiler.is_compiling() and index in self._recording
-        if recorded:
-            self._recording.discard(index)
-            torch.set_grad_enabled(bool(self._recording))
         site, site_of_post = self.sites[index]
-        if before.recorded is not None:
-            check_follows(before.recorded, tensor, where)
-            if recorded:
-                check_is_no_factor(before.recorded, tensor, site, where)
-            self._followed.add(index)
+        is_new = self._following.end(index, before.recorded, tensor, site, where)
         post = of_site(given, site_of_post, where)
         _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
-        return (given, True) if recorded else (tensor, False)
-
-    # Whether post follows from pre
-
-    def _recorded(self, index: int, tensor: Any) -> tuple[Any, bool]:
-        """`tensor` so that autograd records what happens to it from now on, where that was never
-        seen and does not disturb; and whether it is another one."""
-        if (
-            torch.compiler.is_compiling()
-            or index in self._followed
-            or torch.is_grad_enabled()
-            or torch.is_inference_mode_enabled()
-            or index in self._recording
-        ):
-            return tensor, False
-        given = plain(tensor, "pre", self._names[index])
-        self._recording.add(index)
-        torch.set_grad_enabled(True)
-        return given.requires_grad_().clone(), True
+        return (given, True) if is_new else (tensor, False)
 
     def _forget(self) -> None:
         """Ends a forward pass, however it went."""
-        self._recording.clear()
+        self._following.forget()
         self._before.clear()
         self._times.clear()
         self._unchanged.clear()
 
 
-def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module gets: the first positional argument, or the one tensor given by keyword."""
-    if args:
-        return args[0]
-    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-    return tensors[0] if len(tensors) == 1 else None
-
-
-def replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with another tensor in the place where `argument` found one."""
-    if args:
-        return (tensor, *args[1:]), kwargs
-    return args, {k: tensor if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-
-
 def is_tap(hook: object) -> bool:
     """Whether a hook of a module is a probe's, which looks at features and leaves them."""
     return getattr(hook, "__module__", None) == __name__
-
-
-def sample_of(features: Tensor) -> Tensor:
-    """Some of the samples, from all over them."""
-    rows = features.reshape(-1, features.shape[-1])
-    return rows[:: max(1, len(rows) // SAMPLES)]
 
 
 _numbers = count()

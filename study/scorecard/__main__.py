@@ -6,7 +6,7 @@ python study/scorecard
 from argparse import ArgumentParser
 from pathlib import Path
 
-from criteria import report
+from criteria import CHECKS, report
 from evidence import Evidence
 from figures import draw
 from page import blocks, each_run, fill
@@ -23,12 +23,13 @@ def main() -> None:
     runs = parser.parse_args().runs
     page = STUDY / "findings.md"
     evidence = Evidence(runs)
-    page.write_text(fill(page.read_text("utf-8"), blocks(evidence)), "utf-8")
+    judged = [check.judge(evidence) for check in CHECKS]
+    page.write_text(fill(page.read_text("utf-8"), blocks(evidence, judged)), "utf-8")
     criteria = STUDY / "criteria.md"
-    criteria.write_text(report.page(evidence), "utf-8")
+    criteria.write_text(report.page(judged), "utf-8")
     listing = STUDY / "runs.md"
     listing.write_text(each_run(evidence), "utf-8")
-    for path in [page, criteria, listing, *draw(runs, STUDY / "figures")]:
+    for path in [page, criteria, listing, *draw(evidence, judged, STUDY / "figures")]:
         print(path)
 
 

@@ -5,12 +5,15 @@ in no mean and no line; where a question is about them they are gray crosses.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from claims.width import DESIGNS, FOUR, RATES, at_their_rates
+from criteria.check import Judged
 from evidence import Evidence, Sweep
+from figure_of_effects import effects
 from figures_by_factor import constraint, mixer, normfree, optimizer, placement, position
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,13 +54,13 @@ WINDOWS = {"all": "all", "after_warmup": "after\nwarm-up", "differences": "diffe
 DPI = 150
 
 
-def draw(runs: Path, folder: Path) -> list[Path]:
+def draw(evidence: Evidence, judged: Sequence[Judged], folder: Path) -> list[Path]:
     """Draws every figure whose runs are there and gives the paths of the images.
 
     The same runs give the same bytes.
 
     Args:
-        runs: holds a folder of runs for each sweep.
+        judged: the core checks; none gives no figure of effects.
         folder: where the images go; other files there stay as they are.
     """
     figures = {
@@ -74,7 +77,9 @@ def draw(runs: Path, folder: Path) -> list[Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    evidence = Evidence(runs)
+    if judged:
+        paths.append(folder / "effects.png")
+        _save(effects(judged), paths[-1])
     for name, (make, sweeps) in figures.items():
         if evidence.has(sweeps):
             paths.append(folder / f"{name}.png")

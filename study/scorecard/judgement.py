@@ -1,4 +1,4 @@
-"""What a claim is judged by: checks that were fixed before the runs, and the verdict they give."""
+"""What the runs say to a claim beside its core checks: criteria of before the rule, and tables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +74,7 @@ class Claim:
     Attributes:
         number: as the sweeps count them.
         statement: in one sentence.
+        short: in at most eight words.
         paper: the main numbers that it reports.
         sweeps: the runs without which nothing can be said.
         judge: what they say.
@@ -82,6 +83,7 @@ class Claim:
 
     number: int
     statement: str
+    short: str
     paper: str
     sweeps: tuple[str, ...]
     judge: Callable[[Evidence], Finding]
@@ -90,18 +92,6 @@ class Claim:
     def find(self, evidence: Evidence) -> Finding:
         """What the runs say, or that they are not there."""
         return self.judge(evidence) if evidence.has(self.sweeps) else NOT_RUN
-
-
-def verdict(outcomes: Sequence[Outcome]) -> str:
-    """All checks hold, some, none; or none can be decided."""
-    if set(outcomes) <= {"not run"}:
-        return "not run"
-    if not {"yes", "no"} & set(outcomes):
-        return "not testable at this scale"
-    n_held = list(outcomes).count("yes")
-    if n_held == len(outcomes):
-        return "reproduced"
-    return "reproduced in part" if n_held else "not reproduced"
 
 
 def beyond_noise(greater: Values, less: Values) -> Outcome:

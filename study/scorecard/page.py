@@ -1,5 +1,5 @@
-"""The generated blocks of study/findings.md (the scorecard, the checks of each claim, the runs),
-and the list of all runs.
+"""The generated blocks of study/findings.md (the scorecard, verdict and tables of each claim, the
+runs), and the list of all runs.
 
 A block stands between `<!-- name -->` and `<!-- end -->`; all other text is written by hand.
 """
@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from claims import CLAIMS
+from criteria.check import Judged
 from evidence import Evidence, Sweep, span
-from judgement import Claim, Finding, Table, verdict
+from judgement import Claim, Finding, Table
+from verdicts import first_line, of_claim, over_scales, scorecard
 from wording import MISSING, number, percent
 
 from nerve.analysis.factors import find_factors, level_text
@@ -20,13 +22,18 @@ from nerve.analysis.factors import find_factors, level_text
 PACKAGES = ("torch", "lightning")
 
 
-def blocks(evidence: Evidence) -> dict[str, str]:
-    """The text of every block by its name: `scorecard`, `claim 1` to `claim 15`, `runs`."""
-    findings = {claim: claim.find(evidence) for claim in CLAIMS}
+def blocks(evidence: Evidence, judged: Sequence[Judged]) -> dict[str, str]:
+    """The text of every block by its name: `scorecard`, `verdict 1` and `claim 1` to those of
+    claim 15, `scales`, `runs`."""
     return {
-        "scorecard": _scorecard(findings),
-        **{f"claim {claim.number}": _checks(finding) for claim, finding in findings.items()},
-        "runs": _runs(evidence),
+        "scorecard": _scorecard(judged),
+        **{
+            f"verdict {claim.number}": first_line(of_claim(judged, claim.number))
+            for claim in CLAIMS
+        },
+        **{f"claim {claim.number}": _beside(claim, claim.find(evidence)) for claim in CLAIMS},
+        "scales": markdown(*over_scales(evidence)),
+        "runs": folded("The sweeps, and the flagged runs", _runs(evidence)),
     }
 
 
@@ -56,27 +63,15 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scorecard(findings: Mapping[Claim, Finding]) -> str:
-    rows = []
-    for claim, finding in findings.items():
-        outcomes = [check.holds for check in finding.checks]
-        held = f" ({outcomes.count('yes')} of {len(outcomes)} checks)" if outcomes else ""
-        rows.append(
-            [
-                f"[{claim.number}](#{anchor(claim)})",
-                claim.statement,
-                f"**{verdict(outcomes)}**{held}",
-                finding.measured,
-                claim.paper,
-                finding.scale,
-                finding.seeds,
-                f"[figure](figures/{claim.figure}.png)"
-                if claim.figure and finding.checks
-                else MISSING,
-            ]
-        )
-    header = ["#", "claim", "verdict", "measured", "paper", "scale", "seeds", "figure"]
-    return markdown(header, rows)
+def folded(summary: str, content: str) -> str:
+    """What a reader opens to see."""
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
+
+
+def _scorecard(judged: Sequence[Judged]) -> str:
+    links = {claim: f"#{anchor(claim)}" for claim in CLAIMS}
+    header = ["#", "claim", "", "ours", "paper", "of", "trained on"]
+    return markdown(header, scorecard(judged, links))
 
 
 def heading(claim: Claim) -> str:
@@ -89,16 +84,23 @@ def anchor(claim: Claim) -> str:
     return re.sub(r"[^\w\- ]", "", heading(claim).lower()).replace(" ", "-")
 
 
-def _checks(finding: Finding) -> str:
-    if not finding.checks:
+def _beside(claim: Claim, finding: Finding) -> str:
+    if not finding.checks and not finding.tables:
         return "Not run."
     rows = [(check.criterion, check.paper, check.measured, check.holds) for check in finding.checks]
-    parts = [markdown(["criterion", "paper", "measured", "holds"], rows)]
-    parts += [_beside(table) for table in finding.tables if table.rows]
-    return "\n\n".join(parts)
+    header = ["criterion", "paper", "measured", "holds"]
+    parts = [
+        f"{finding.scale}; seeds: {finding.seeds}.",
+        f"Measured: {finding.measured}.",
+        f"The paper: {claim.paper}.",
+    ]
+    if rows:
+        parts.append(f"Criteria of before the rule:\n\n{markdown(header, rows)}")
+    parts += [_titled(table) for table in finding.tables if table.rows]
+    return folded("Tables", "\n\n".join(parts))
 
 
-def _beside(table: Table) -> str:
+def _titled(table: Table) -> str:
     return f"{table.title}:\n\n{markdown(table.header, table.rows)}"
 
 

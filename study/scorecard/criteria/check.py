@@ -1,6 +1,6 @@
 """A core check: what it computes, what it asks for, its outcome, and the nulls that it passes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,7 +42,7 @@ class CoreCheck:
         id: the claim's number and a word.
         states: what must hold, in one sentence.
         effect: what is computed, positive as the claim says; with its unit.
-        estimate: computes it.
+        estimate: computes it, from the runs (of a benchmark, from its times).
         designs: all that are loaded, by name: those compared and those whose errors are pooled.
         compared: the designs that the effect is about.
         sources: folders of runs; the first that has a run of each compared design is judged.
@@ -50,6 +50,7 @@ class CoreCheck:
         seeds: asked for in each compared design, or how many points of a correlation or slope.
         scale: asked for.
         paper: the paper's value of the effect, in its unit.
+        paper_value: the same as a number, where it can be one.
         smallest: the interval must lie above it.
         why: why this and not another effect.
         unit: what `seeds` counts.
@@ -60,7 +61,7 @@ class CoreCheck:
     id: str
     states: str
     effect: str
-    estimate: Callable[[Measured], Estimate]
+    estimate: Callable[..., Estimate]
     designs: Mapping[str, Design]
     compared: tuple[str, ...]
     sources: tuple[str, ...]
@@ -68,6 +69,7 @@ class CoreCheck:
     seeds: int
     scale: Scale
     paper: str
+    paper_value: float | None = None
     smallest: float = 0.0
     why: str = ""
     unit: str = "seeds"
@@ -80,13 +82,32 @@ class CoreCheck:
 
     def judge(self, evidence: Evidence) -> "Judged":
         """The outcome on the first source that has all compared designs, else on none."""
+        return next(self.on_each_source(evidence), Judged(self, None, None, None, None, _none))
+
+    def on_each_source(self, evidence: Evidence) -> Iterator["Judged"]:
+        """On every source that has all compared designs, in their order."""
         for source in self.sources:
             if source in evidence.names:
-                runs = measure(self.narrow(evidence.sweep(source)), self.designs)
-                if runs is not None and all(runs.of([name]).any() for name in self.compared):
-                    first = runs.runs["started"].min()
-                    return Judged(self, source, runs, self.estimate(runs), first)
-        return Judged(self, None, None, None, None)
+                judged = self.on(source, evidence.sweep(source))
+                if judged is not None:
+                    yield judged
+
+    def on(self, source: str, sweep: Sweep) -> "Judged | None":
+        """On runs of one source; None where a compared design has none."""
+        runs = measure(self.narrow(sweep), self.designs)
+        if runs is None or not all(runs.of([name]).any() for name in self.compared):
+            return None
+        first = runs.runs["started"].min()
+        return Judged(self, source, runs, self.estimate(runs), first, self._permuted)
+
+    def _permuted(self, judged: "Judged") -> Iterator[Estimate]:
+        if judged.runs is not None:
+            changed = permutations(judged.runs, self.labels, self.compared)
+            yield from map(self.estimate, changed)
+
+
+def _none(judged: "Judged") -> Iterator[Estimate]:
+    return iter(())
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,7 @@ class Judged:
         source: the folder of the runs, or the file.
         runs: None for a file.
         started: when the first of them began.
+        permuted: gives the estimates on permuted labels.
     """
 
     check: CoreCheck
@@ -104,6 +126,7 @@ class Judged:
     runs: Measured | None
     estimate: Estimate | None
     started: pd.Timestamp | None
+    permuted: Callable[["Judged"], Iterator[Estimate]]
 
     @property
     def reading(self) -> Reading | None:
@@ -142,13 +165,12 @@ class Judged:
     @cached_property
     def passes_null(self) -> tuple[str, ...]:
         """The null models on which the check holds, whatever is missing."""
-        if self.runs is None:
-            return ()
-        passed = [
-            name
-            for name, functions in FIXED.items()
-            if any(self._holds(function(self.runs)) for function in functions)
-        ]
+        passed = []
+        if self.runs is not None:
+            for name, functions in FIXED.items():
+                changed = (self.check.estimate(function(self.runs)) for function in functions)
+                if any(map(self._holds, changed)):
+                    passed.append(name)
         if self.share_permuted > CHANCE:
             passed.append("permuted labels")
         return tuple(passed)
@@ -156,15 +178,9 @@ class Judged:
     @cached_property
     def share_permuted(self) -> float:
         """The share of permutations in which the check holds; 0 where none changes anything."""
-        if self.runs is None:
-            return 0.0
-        held = [
-            self._holds(changed)
-            for changed in permutations(self.runs, self.check.labels, self.check.compared)
-        ]
+        held = [self._holds(estimate) for estimate in self.permuted(self)]
         return sum(held) / len(held) if held else 0.0
 
-    def _holds(self, changed: Measured) -> bool:
-        """On runs of a null model, unless the check looks at nothing that it changes."""
-        estimate = self.check.estimate(changed)
+    def _holds(self, estimate: Estimate) -> bool:
+        """On a null model, unless the check looks at nothing that it changes."""
         return estimate != self.estimate and read(estimate, self.check.smallest) == "holds"

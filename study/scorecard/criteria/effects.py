@@ -1,6 +1,6 @@
 """Effects of runs: of a value per run, what a check estimates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -34,15 +34,15 @@ def descending(value: Value, *names: str) -> Effect:
 
 
 def least(*effects: Effect) -> Effect:
+    """The lowest of several effects, as `lowest` has it."""
+    return lambda runs: lowest([effect(runs) for effect in effects])
+
+
+def lowest(found: Sequence[Estimate]) -> Estimate:
     """The effect whose interval has the lowest bound: it lies above a limit just where all do. It
     has the seeds that all of them have."""
-
-    def estimate(runs: Measured) -> Estimate:
-        found = [effect(runs) for effect in effects]
-        lowest = min(found, key=lambda each: each.low if each.has_interval else -np.inf)
-        return replace(lowest, n_seeds=min(each.n_seeds for each in found))
-
-    return estimate
+    least = min(found, key=lambda each: each.low if each.has_interval else -np.inf)
+    return replace(least, n_seeds=min(each.n_seeds for each in found))
 
 
 def steeper(value: Value, more: str, less: str) -> Effect:

@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 
 from criteria.measured import Measured
+from criteria.values import seconds
 
-Labels = Literal["design", "step", "layer", "spectrum"]
+Labels = Literal["design", "step", "layer", "spectrum", "measured"]
 """What a check tells apart by its label, and so what is permuted."""
 
 N_PERMUTATIONS = 400
@@ -68,9 +69,14 @@ def permutations(runs: Measured, labels: Labels, compared: Sequence[str]) -> Ite
     - `step`: the spectra of each run go to other steps, in each run by themselves; losses stay
     - `layer`: the layers change places, in each run by themselves
     - `spectrum`: the spectra of each design go to another; losses stay
+    - `measured`: what was measured and what was not change places, in each of the compared runs
+      by themselves: a step takes a measurement's time, and a measurement a step's
     """
     if labels == "design":
         yield from _designs(runs, np.flatnonzero(runs.of(compared)))
+        return
+    if labels == "measured":
+        yield from _durations(runs, np.flatnonzero(runs.of(compared)))
         return
     generator = np.random.default_rng(0)
     for _ in range(N_PERMUTATIONS):
@@ -139,6 +145,22 @@ def _spectra(runs: Measured, generator: np.random.Generator) -> Measured | None:
         for d, s in zip(runs.design, runs.seed, strict=True)
     ]
     return runs.with_spectra({name: values[order] for name, values in runs.spectra.items()})
+
+
+def _durations(runs: Measured, own: np.ndarray) -> Iterator[Measured]:
+    measurement, step = seconds(runs)
+    changes = np.zeros(len(runs), bool)
+    for change in itertools.islice(
+        itertools.product([False, True], repeat=len(own)), 1, 1 + N_PERMUTATIONS
+    ):
+        changes[own] = change
+        measuring = np.where(changes, step, measurement) * len(runs.steps)
+        training = np.where(changes, measurement, step) * runs.steps[-1]
+        took = {
+            "final.measuring_seconds": measuring,
+            "final.train_seconds": measuring + training,
+        }
+        yield replace(runs, runs=runs.runs.assign(**took))
 
 
 _PERMUTE: dict[Labels, Callable[[Measured, np.random.Generator], Measured | None]] = {

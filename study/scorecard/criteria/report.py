@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from claims import CLAIMS
-from evidence import Evidence
 from page import markdown
+from verdicts import interval, of_claim, outcome
 from wording import MISSING, number
 
 from criteria import CHECKS
 from criteria.check import COMMITTED, CoreCheck, Judged
 from criteria.nulls import ALL_UP_TO, CHANCE, N_PERMUTATIONS
-from nerve.analysis.estimate import LEAST_DF, Estimate, verdict
+from nerve.analysis.estimate import LEAST_DF
 from nerve.analysis.statistics import LEVEL
 
 RULE = f"""\
@@ -40,23 +40,26 @@ stated). `opposite`: it lies below 0. `within noise`: neither, and what the chec
 there. `undecided`: seeds, runs or scale that it asks for are missing, or less than {LEAST_DF} df.
 *Reads* is what the interval says by itself, whatever is missing.
 
+**Changed since.** On 2026-11-27, after the runs that `15.runs` judges: both checks of claim 15 also
+ask that the cost be seen, so that permuted labels can test them. This can only take outcomes away.
+
 **Null models.** Each check is computed again on spectra in which there is nothing to find; losses
 stay as they are. *untrained*: every step has the spectra of step 0. *clock*: every metric is 1 +
 log(step + 1), or falls as this rises. *identity*: post is pre, JS is 0. *permuted labels*: the
 designs go to other runs (up to {ALL_UP_TO} runs all orders, else {N_PERMUTATIONS}; orders that
-only rename designs left out), or the steps of each run, its layers, or the spectra of designs
-against their losses; passed where the check holds in more than {CHANCE:.0%} of them. A null that
-changes nothing that a check looks at does not test it: losses alone meet the permutation only. A
-check that holds on a null is stored with `passes_null`; it cannot make its claim hold.
+only rename designs left out), or the steps of each run, its layers, the spectra of designs
+against their losses, or what was measured and what was not; passed where the check holds in more
+than {CHANCE:.0%} of them. A null that changes nothing that a check looks at does not test it:
+losses and times meet the permutation only. A check that holds on a null is stored with
+`passes_null`; it cannot make its claim hold.
 
 **Outcome of a claim.** `holds`: all core checks hold and none passes a null. `does not hold`: one
 is opposite, or within noise with all that it asks for. Else `cannot be told here`.
 """
 
 
-def page(evidence: Evidence) -> str:
+def page(judged: Sequence[Judged]) -> str:
     """The text of study/criteria.md."""
-    judged = [check.judge(evidence) for check in CHECKS]
     parts = [
         RULE,
         "## The core checks\n",
@@ -86,15 +89,14 @@ def _asked(check: CoreCheck) -> Sequence[str]:
 
 
 def _claim(judged: Sequence[Judged], claim: int) -> str:
-    own = [each for each in judged if each.check.claim == claim]
-    outcome = verdict([(each.outcome, bool(each.passes_null)) for each in own])
+    own = of_claim(judged, claim)
     said = []
     for each in own:
         passed = f", passes_null: {', '.join(each.passes_null)}" if each.passes_null else ""
         lacks = f" for want of {', '.join(each.missing)}" if each.missing else ""
         said.append(f"`{each.check.id}` {each.outcome}{lacks}{passed}")
     mark = " (exploratory)" if any(each.exploratory for each in own) else ""
-    return f"**{outcome}**{mark}: {'; '.join(said)}"
+    return f"**{outcome(own)}**{mark}: {'; '.join(said)}"
 
 
 def _found(each: Judged) -> Sequence[str]:
@@ -105,7 +107,7 @@ def _found(each: Judged) -> Sequence[str]:
         f"`{each.check.id}`",
         f"{each.source}, {each.estimate.n_seeds} {each.check.unit}",
         MISSING if each.runs is None else _scale(each),
-        _interval(each.estimate),
+        interval(each.estimate),
         str(each.estimate.df),
         f"{each.reading or MISSING}{mark}",
         each.outcome,
@@ -118,8 +120,3 @@ def _scale(each: Judged) -> str:
     runs = each.runs.runs
     size = f"{runs['model.n_layers'].min():.0f} × {runs['model.d_model'].min():.0f}"
     return f"{size}, {each.runs.steps[-1]:,} steps"
-
-
-def _interval(estimate: Estimate) -> str:
-    low, high = (number(bound, 2) for bound in (estimate.low, estimate.high))
-    return f"{number(estimate.effect, 2)} [{low}, {high}]"

@@ -83,11 +83,20 @@ def design_means(runs: Measured, values: np.ndarray) -> np.ndarray:
     return np.array([values[runs.design == name].mean() for name in np.unique(runs.design)])
 
 
-def share_at_1000(runs: Measured) -> np.ndarray:
-    """What measuring would take of the training time at every 1000 steps, shape (run,).
-
-    One measurement's seconds over those of 1000 steps; validation counts as measuring.
-    """
+def seconds(runs: Measured) -> tuple[np.ndarray, np.ndarray]:
+    """Of one measurement, validation included, and of one training step; each of shape (run,)."""
     measuring = runs.runs["final.measuring_seconds"].to_numpy(float)
     training = runs.runs["final.train_seconds"].to_numpy(float)
-    return (measuring / len(runs.steps)) / (1000 * (training - measuring) / runs.steps[-1])
+    return measuring / len(runs.steps), (training - measuring) / runs.steps[-1]
+
+
+def share_at_1000(runs: Measured) -> np.ndarray:
+    """What measuring would take of the training time at every 1000 steps, shape (run,)."""
+    measurement, step = seconds(runs)
+    return measurement / (1000 * step)
+
+
+def log_steps(runs: Measured) -> np.ndarray:
+    """Logarithm of the steps that one measurement takes the time of, shape (run,)."""
+    measurement, step = seconds(runs)
+    return np.log(measurement / step)

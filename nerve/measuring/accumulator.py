@@ -1,0 +1,186 @@
+"""What a measurement holds of one FFN: covariances, shares of samples, the weight before pre."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nerve.errors import MeasurementError
+from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.sites import n_inputs
+from nerve.measuring.weights import affine_of, gives, is_unrounded
+from nerve.spectra import SampleShares, StreamingCovariance
+from nerve.spectra.flag import Flag
+from nerve.spectra.product import coarsest
+from nerve.spectra.spread import Spread
+
+Side = Literal["input", "pre", "post"]
+"""What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
+
+
+class Accumulator:
+    """Takes the features of one FFN, run by run.
+
+    Attributes:
+        d_in: width of the FFN's input; None before the first run.
+        weight: W of pre = W x + b as the first run used it; None where it cannot be read, or was
+            not what all runs used.
+        of_input: whether the covariance of the input is taken in place of pre's.
+        altered: whether some run used more than the weight.
+        covariances: of the input or of pre, and of post.
+        shares: of pre and of post.
+    """
+
+    def __init__(self, ffn: FFN, *, shortcut: bool) -> None:
+        self.ffn = ffn
+        self.d_in: int | None = None
+        self.weight: Tensor | None = None
+        self.of_input = False
+        self.altered = False
+        self.covariances: dict[Side, StreamingCovariance] = {}
+        self.shares: dict[Side, SampleShares] = {}
+        self._bias: Tensor | None = None
+        self._pre, self._post = sites_of(ffn)
+        self._shortcut = shortcut
+        self._presumed: list[Flag] = []
+
+    @property
+    def device(self) -> torch.device:
+        """That of the FFN's weights."""
+        for site in (self._pre, self._post):
+            for parameter in site.module.parameters():
+                return parameter.device
+        return torch.device("cpu")
+
+    def see(self, inputs: Tensor, pre: Tensor) -> None:
+        """Notes what gave pre: to be called at each run, before `add`."""
+        if self.d_in is None:
+            self.d_in = n_inputs(self._pre) or inputs.shape[-1]
+            self._take_weight(inputs, pre)
+        elif self.weight is not None:
+            self._compare_weight(self.weight, inputs, pre)
+
+    def add(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
+        """Adds the samples of a run.
+
+        Args:
+            features: of each side, `[*samples, width]`.
+            mask: True for the samples that count.
+        """
+        spreads: dict[Side, Spread | None] = {"input": None}
+        for side in ("pre", "post"):
+            x = features[side]
+            spreads[side] = self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+        first: Side = "input" if self.of_input else "pre"
+        for side in (first, "post"):
+            x = features[side]
+            self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads[side])
+
+    def finish_forward(self) -> None:
+        """Ends one forward pass: leaves the weight where it did not give pre after all."""
+        if not all(self._presumed):
+            self.leave_weight()
+        self._presumed.clear()
+
+    def leave_weight(self) -> None:
+        """From now on takes pre itself; what was accumulated of the input is converted."""
+        self.altered = True
+        weight, self.weight = self.weight, None
+        if self.of_input:
+            self.of_input = False
+            of_input = self.covariances.pop("input", None)
+            if of_input is not None:
+                assert weight is not None
+                self.covariances["pre"] = of_input.projected(weight, self._bias)
+
+    def covariance(self, side: Side, dim: int, device: torch.device) -> StreamingCovariance:
+        """That of one side, which begins without samples."""
+        if side not in self.covariances:
+            # The input's eigenproblem is small, and its rounding would be magnified by the weight.
+            product = "float64" if side == "input" else None
+            self.covariances[side] = StreamingCovariance(dim, device=device, product=product)
+        return self.covariances[side]
+
+    def shares_of(self, side: Side, dim: int, device: torch.device) -> SampleShares:
+        """Those of one side, which begin without samples."""
+        if side not in self.shares:
+            self.shares[side] = SampleShares(dim, device=device)
+        return self.shares[side]
+
+    def eigenproblem(self, *, n_forwards: int) -> FFNEigenproblem:
+        """What is left to solve.
+
+        Args:
+            n_forwards: forward passes that were measured.
+
+        Raises:
+            MeasurementError: where it never ran and should have.
+        """
+        if "post" not in self.covariances:
+            self._add_nothing(n_forwards)
+        post = self.covariances["post"]
+        before = self.covariances["input" if self.of_input else "pre"]
+        assert self.d_in is not None
+        return FFNEigenproblem(
+            layer=self.ffn.layer,
+            ffn=self.ffn.name,
+            d_in=self.d_in,
+            d_ff=post.dim,
+            precision=coarsest([before.precision, post.precision]),
+            n_samples=post.n_samples,
+            before=before.scatter() if self.of_input else before.eigenproblem(),
+            post=post.eigenproblem(),
+            shares=torch.stack([self.shares[side].shares() for side in ("pre", "post")]),
+            weight=self.weight,
+            of_input=self.of_input,
+            post_samples=None if self.weight is None else post.held_samples(),
+        )
+
+    def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
+        """Notes W and b of `pre = W x + b`, where it is that."""
+        affine = affine_of(self._pre, inputs, pre)
+        if affine is None:
+            return
+        # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
+        # forward has used them rounded, as its outputs tell.
+        weight = affine[0].to(pre.dtype, copy=True)
+        bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
+        self.weight, self._bias = weight, bias
+        self.of_input = self._shortcut and is_unrounded(inputs, pre)
+        self._presume(Flag(gives(weight, bias, inputs, pre)))
+
+    def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
+        """Leaves the weight of the first run where this one used another, or more."""
+        affine = affine_of(self._pre, inputs, pre)
+        if affine is None:
+            self.leave_weight()
+            return
+        same = (affine[0].to(noted.dtype) == noted).all()
+        self._presume(Flag(same & gives(noted, self._bias, inputs, pre)))
+
+    def _presume(self, is_so: Flag) -> None:
+        """Goes on as if the weight gave pre. Where the features are not taken by way of it, the
+        answer is awaited at the end of the forward pass, so that the device does not run dry."""
+        if not self.of_input:
+            self._presumed.append(is_so)
+        elif not is_so:
+            self.leave_weight()
+
+    def _add_nothing(self, n_forwards: int) -> None:
+        """Makes an FFN that never ran, and need not, one without samples."""
+        width, d_in = self._pre.width or self._post.width, n_inputs(self._pre)
+        if not n_forwards or n_runs_of(self.ffn) is not None:
+            raise MeasurementError(
+                f"A measurement needs at least one forward pass; {named(self.ffn)} saw none. "
+                "Give at least one batch."
+            )
+        if width is None or d_in is None:
+            raise MeasurementError(
+                f"{named(self.ffn)} never ran, and its modules do not say how wide it is. Leave it "
+                "out, or give batches that reach it."
+            )
+        self.d_in = d_in
+        nothing = torch.zeros(0, width, device=self.device)
+        self.add({"pre": nothing, "post": nothing}, None)

@@ -1,0 +1,79 @@
+"""The samples of all processes, brought together: each process gets the FFNs of its share."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from nerve.measuring.accumulator import Accumulator, Side
+from nerve.measuring.distributed import (
+    gathered,
+    reduce_covariance,
+    reduce_shares,
+    shared_from,
+)
+from nerve.spectra.covariance import Tally
+
+
+class _Seen(NamedTuple):
+    """What one process has of an FFN, in numbers that others may read."""
+
+    d_in: int | None
+    weight: torch.dtype | None
+    of_input: bool
+    covariances: dict[Side, tuple[int, Tally]]
+    n_positions: int | None
+
+
+def reduce(accumulators: Sequence[Accumulator]) -> None:
+    """Gives the FFNs to the processes in turns, each with the samples of all.
+
+    Every process must call it, with accumulators of the same FFNs; one may have seen nothing.
+    """
+    altered = [index for index, each in enumerate(accumulators) if each.altered]
+    for index in set[int]().union(*gathered(altered)):
+        accumulators[index].leave_weight()
+    everyone = gathered([_seen(each) for each in accumulators])
+    for index, each in enumerate(accumulators):
+        _reduce(each, [seen[index] for seen in everyone], to=index % len(everyone))
+
+
+def _seen(each: Accumulator) -> _Seen:
+    covariances = {side: (c.dim, c.tally()) for side, c in each.covariances.items()}
+    n_positions = each.shares["pre"].n_positions if each.shares else None
+    weight = None if each.weight is None else each.weight.dtype
+    return _Seen(each.d_in, weight, each.of_input, covariances, n_positions)
+
+
+def _reduce(mine: Accumulator, everyone: Sequence[_Seen], to: int) -> None:
+    sides: tuple[Side, ...] = ("input", "post", "pre")
+    of_shares: tuple[Literal["pre", "post"], ...] = ("pre", "post")
+    lengths = [seen.n_positions for seen in everyone if seen.n_positions is not None]
+    for seen in everyone:
+        mine.d_in = seen.d_in if mine.d_in is None else mine.d_in
+        mine.of_input |= seen.of_input
+    for side in sides:
+        theirs = [seen.covariances[side] for seen in everyone if side in seen.covariances]
+        if not theirs:
+            continue
+        covariance = mine.covariance(side, theirs[0][0], mine.device)
+        tallies = [tally for _, tally in theirs]
+        reduce_covariance(covariance, to, tallies)
+        for of in of_shares if side == "post" else ():
+            shares = mine.shares_of(of, covariance.dim, covariance.device)
+            reduce_shares(shares, to, [tally.n for tally in tallies], lengths)
+    _share_weight(mine, everyone)
+
+
+def _share_weight(mine: Accumulator, everyone: Sequence[_Seen]) -> None:
+    """Gives the weight to the processes that saw no forward pass."""
+    dtypes = [seen.weight for seen in everyone]
+    owner = next((rank for rank, dtype in enumerate(dtypes) if dtype is not None), None)
+    if owner is None or None not in dtypes:
+        return
+    if mine.weight is None:
+        assert mine.d_in is not None
+        post = mine.covariances["post"]
+        size = (post.dim, mine.d_in)
+        mine.weight = torch.empty(size, dtype=dtypes[owner], device=post.device)
+    shared_from(owner, mine.weight)

@@ -1,0 +1,122 @@
+"""What the rule says of each claim, as the page writes it: the scorecard, the first line of each
+claim, and the headline of each over the scales that were run."""
+
+from collections.abc import Mapping, Sequence
+
+from claims import CLAIMS
+from criteria import CHECKS
+from criteria.check import Judged
+from evidence import Evidence
+from judgement import Claim
+from wording import MISSING, number
+
+from nerve.analysis.estimate import Estimate, Verdict, verdict
+
+SYMBOLS: Mapping[Verdict, str] = {"holds": "✓", "does not hold": "✗", "cannot be told here": "?"}
+NULLS: Mapping[str, str] = {
+    "untrained": "an untrained network",
+    "clock": "a clock",
+    "identity": "an activation that does nothing",
+    "permuted labels": "runs with permuted labels",
+}
+SIZES: Mapping[int, str] = {512: "46M", 768: "125M", 1024: "350M"}
+"""Parameters of a GPT of this d_model, as the page names it."""
+
+
+def of_claim(judged: Sequence[Judged], number: int) -> list[Judged]:
+    """The checks of a claim."""
+    return [each for each in judged if each.check.claim == number]
+
+
+def outcome(checks: Sequence[Judged]) -> Verdict:
+    """Of a claim, by its checks."""
+    return verdict([(each.outcome, bool(each.passes_null)) for each in checks])
+
+
+def interval(estimate: Estimate) -> str:
+    """An effect and its 95% interval."""
+    low, high = (number(bound, 2) for bound in (estimate.low, estimate.high))
+    return f"{number(estimate.effect, 2)} [{low}, {high}]"
+
+
+def scorecard(judged: Sequence[Judged], links: Mapping[Claim, str]) -> list[list[str]]:
+    """A row for each claim: its verdict, and one number of ours and of the paper's."""
+    rows = []
+    for claim in CLAIMS:
+        checks = of_claim(judged, claim.number)
+        headline = checks[0]
+        rows.append(
+            [
+                f"[{claim.number}]({links[claim]})",
+                claim.short,
+                SYMBOLS[outcome(checks)],
+                MISSING if headline.estimate is None else interval(headline.estimate),
+                MISSING
+                if headline.check.paper_value is None
+                else number(headline.check.paper_value, 2),
+                headline.check.effect.partition("; or")[0],
+                _trained_on(headline),
+            ]
+        )
+    return rows
+
+
+def first_line(checks: Sequence[Judged]) -> str:
+    """The verdict and why, in one paragraph."""
+    found = outcome(checks)
+    parts = [_because(each) for each in checks]
+    nulls = sorted({NULLS[name] for each in checks for name in each.passes_null})
+    also = (
+        f" **It says less than it seems**: {_listed(nulls)} would pass a check of it as well."
+        if nulls
+        else ""
+    )
+    old = " These runs are older than the rule." if any(each.exploratory for each in checks) else ""
+    return f"**{SYMBOLS[found]} {found.capitalize()}** because {'; '.join(parts)}.{also}{old}"
+
+
+def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each check of GPTs on its sources of runs, by the size of their network."""
+    rows = []
+    for check in CHECKS:
+        found: dict[str, list[str]] = {size: [] for size in SIZES.values()}
+        for source in filter(evidence.names.__contains__, check.sources):
+            sweep = evidence.sweep(source)
+            for d_model, size in SIZES.items():
+                judged = check.on(source, sweep.where(sweep.runs["model.d_model"] == d_model))
+                if judged is not None and judged.runs is not None and judged.estimate is not None:
+                    tokens = judged.runs.tokens.max() / 1e6
+                    found[size].append(f"{tokens:,.0f}M: {interval(judged.estimate)}")
+        if any(found.values()):
+            texts = ("; ".join(sorted(each)) or MISSING for each in found.values())
+            rows.append([f"`{check.id}`", check.states, *texts, check.paper])
+    return ["check", "what must hold", *SIZES.values(), "paper"], rows
+
+
+def _because(each: Judged) -> str:
+    """An outcome with what it rests on."""
+    check = each.check
+    if each.estimate is None:
+        return f"`{check.id}` has no runs ({check.states})"
+    limit = f", asked: above {number(check.smallest, 2)}" if check.smallest else ""
+    words: dict[str, str] = {"undecided": f"is undecided for want of {_listed(each.missing)}"}
+    said = words.get(each.outcome, "is " * (each.outcome != "holds") + each.outcome)
+    reads = ""
+    if each.outcome == "undecided" and each.reading is not None:
+        reads = f", would be read as {each.reading!r}"
+    return f"`{check.id}` {said}: {check.states}, {interval(each.estimate)}{limit}{reads}"
+
+
+def _trained_on(each: Judged) -> str:
+    if each.estimate is None:
+        return MISSING
+    if each.runs is None:
+        return f"{each.estimate.n_seeds} {each.check.unit}"
+    tokens = each.runs.tokens.max()
+    amount = f"{tokens / 1e6:,.0f}M tokens" if tokens >= 1e6 else f"{tokens / 1e3:,.0f}K images"
+    return f"{amount}, {each.estimate.n_seeds} {each.check.unit}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
