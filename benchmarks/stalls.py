@@ -86,7 +86,7 @@ def one(args: argparse.Namespace) -> None:
         "step_ms": typical,
         "spread_ms": statistics.median(abs(t - typical) for t in first),
         "stall_ms": stalls,
-        "robust_ms": monitor.stalls(times, args.every, typical),
+        "robust_ms": [ms for ms, _ in monitor.stalls(times, args.every, typical)],
         "around_ms": [[round(t) for t in times[s - 2 : s + 4]] for s in starts],
         "peak_gib": peak / 2**30,
         "pinned_mb": host.get("allocated_bytes.peak", 0) / 1e6,

@@ -1,6 +1,6 @@
 """What a measurement holds of one FFN: covariances, shares of samples, the weight before pre."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sites_of
 from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
@@ -69,20 +69,40 @@ class Accumulator:
             features: of each side, `[*samples, width]`.
             mask: True for the samples that count.
         """
-        spreads: dict[Side, Spread | None] = {"input": None}
-        for side in ("pre", "post"):
-            x = features[side]
-            spreads[side] = self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+        spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
         first: Side = "input" if self.of_input else "pre"
-        for side in (first, "post"):
+        sides: tuple[Side, ...] = (first, "post")
+        for side in sides:
             x = features[side]
-            self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads[side])
+            self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads.get(side))
+
+    def add_shares(
+        self, features: Mapping[Side, Tensor], mask: Tensor | None
+    ) -> dict[Side, Spread | None]:
+        """Adds the samples of a run to the shares alone; the spread of each side. Arguments as of
+        `add`."""
+        sides: tuple[Side, ...] = ("pre", "post")
+        return {
+            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+            for side, x in ((side, features[side]) for side in sides)
+        }
 
     def finish_forward(self) -> None:
         """Ends one forward pass: leaves the weight where it did not give pre after all."""
         if not all(self._presumed):
             self.leave_weight()
         self._presumed.clear()
+
+    def merge(self, other: "Accumulator") -> None:
+        """Adds the covariances of another FFN's samples; its shares go to `add_shares`."""
+        for side, covariance in other.covariances.items():
+            if side == "input":
+                assert other.weight is not None
+                covariance = covariance.projected(other.weight, other._bias)
+            of: Side = "post" if side == "post" else "pre"
+            self.covariance(of, covariance.dim, covariance.device).merge(covariance)
+        if other.covariances:
+            self.d_in = n_inputs(self._pre) or other.d_in
 
     def leave_weight(self) -> None:
         """From now on takes pre itself; what was accumulated of the input is converted."""
@@ -184,3 +204,16 @@ class Accumulator:
         self.d_in = d_in
         nothing = torch.zeros(0, width, device=self.device)
         self.add({"pre": nothing, "post": nothing}, None)
+
+
+def pools_of(members: Sequence[Accumulator]) -> dict[int, Accumulator]:
+    """By the index of an FFN the accumulator of the samples of all FFNs in its pool."""
+    pools: dict[tuple[int, str], Accumulator] = {}
+    found = {}
+    for index, member in enumerate(members):
+        ffn, name = member.ffn, pool_of(member.ffn)
+        if name is not None:
+            pool = FFNAdapter(ffn.layer, name, ffn.pre, ffn.post, n_runs=None)
+            key = (ffn.layer, name)
+            found[index] = pools.setdefault(key, Accumulator(pool, shortcut=False))
+    return found

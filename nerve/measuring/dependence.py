@@ -5,8 +5,9 @@ its derivatives with respect to them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from nerve.measuring.arguments import argument
 from nerve.measuring.graph import decides
 from nerve.measuring.sites import Site, declared_widths, last
+from nerve.measuring.slices import Products
 
 N_ELEMENTS = 32
 
@@ -39,6 +41,12 @@ class Link:
     other: Site | None
     kind: Kind
     why: str = ""
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Its projections: of pre, of the other side where gated, and of post."""
+        other = [] if self.other is None else [self.other.module]
+        return [self.pre.module, *other, self.post]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -65,29 +73,39 @@ class Dependence:
     """What the forward passes inside of `watch` tell.
 
     Attributes:
+        projections: modules whose outputs are made leaves, beside slices of parameters.
+        is_gate: whether a projection's name says so.
+        products: of the modules that have such parameters.
+        also: installs further hooks.
         links: in the order in which they appeared.
         n_links: how often each link appeared in one pass, at most, by its key.
     """
 
     projections: Iterable[nn.Module]
     is_gate: Callable[[nn.Module], bool]
+    products: Sequence[Products] = ()
+    also: Callable[[], list[RemovableHandle]] = list
     links: dict[tuple[Any, ...], Link] = field(default_factory=dict)
     n_links: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _now: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _leaves: list[_Leaf] = field(default_factory=list)
+    _hooked: dict[nn.Module, list[RemovableHandle]] = field(default_factory=dict)
 
     def watch(self, run: Callable[[], object]) -> None:
         """Runs the model once; its projections' outputs are made leaves."""
         handles: list[RemovableHandle] = []
         try:
             for module in self.projections:
-                handles.append(module.register_forward_pre_hook(self._take_input, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._take_output))
+                self._hook(module)
+            for products in self.products:
+                handles += products.install(lambda: True, self._hook)
+            handles += self.also()
             with torch.inference_mode(False), torch.enable_grad():
                 run()
         finally:
-            for handle in handles:
+            for handle in chain(handles, *self._hooked.values()):
                 handle.remove()
+            self._hooked.clear()
             self._leaves.clear()
             self.n_links |= self._now  # the larger count
             self._now.clear()
@@ -96,6 +114,13 @@ class Dependence:
         """As if there had been no forward pass."""
         self.links.clear()
         self.n_links.clear()
+
+    def _hook(self, module: nn.Module) -> None:
+        if module not in self._hooked:
+            self._hooked[module] = [
+                module.register_forward_pre_hook(self._take_input, with_kwargs=True),
+                module.register_forward_hook(self._take_output),
+            ]
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or not output.is_floating_point():

@@ -50,6 +50,9 @@ class FFNAdapter:
             are shared, looped or skipped. The samples of all its runs are pooled.
         gated: whether what the nonlinearity gives is multiplied by a second projection; None where
             nobody said. It changes nothing that is measured.
+        pool: the name of one more row, of its samples together with those of the other FFNs of the
+            layer that give this name: `experts`.
+        tokens: of an expert, which gets some tokens in any order, where all of them appear.
     """
 
     layer: int
@@ -58,6 +61,8 @@ class FFNAdapter:
     post: nn.Module | Site
     n_runs: int | None = 1
     gated: bool | None = None
+    pool: str | None = None
+    tokens: Site | None = None
 
 
 def sites_of(ffn: FFN) -> tuple[Site, Site]:
@@ -81,6 +86,16 @@ def sites_of(ffn: FFN) -> tuple[Site, Site]:
 def n_runs_of(ffn: FFN) -> int | None:
     """How often it is said to run in one forward pass; None for any number."""
     return getattr(ffn, "n_runs", 1)
+
+
+def pool_of(ffn: FFN) -> str | None:
+    """The name under which its samples are pooled with those of others; None where they are not."""
+    return getattr(ffn, "pool", None)
+
+
+def tokens_of(ffn: FFN) -> Site | None:
+    """Where all tokens appear of which it gets some, in any order; None where it gets all."""
+    return getattr(ffn, "tokens", None)
 
 
 def named(ffn: FFN) -> str:

@@ -8,12 +8,14 @@ import pandas as pd
 from torch import nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.dependence import Dependence, Link
-from nerve.measuring.ffns import FFN, FFNAdapter, sites_of
+from nerve.measuring.dependence import Link
+from nerve.measuring.experts import Experts, grouped
+from nerve.measuring.ffns import FFN, FFNAdapter, pool_of, sites_of
 from nerve.measuring.forward import call
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.sites import declared_widths, n_inputs
-from nerve.measuring.trial import look_at
+from nerve.measuring.slices import stacked
+from nerve.measuring.trial import Seen, look_at
 
 
 class FoundFFNs(list[FFN]):
@@ -29,8 +31,8 @@ class FoundFFNs(list[FFN]):
         self.unclear = list(unclear)
 
     def table(self) -> pd.DataFrame:
-        """One row an FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs."""
-        return pd.DataFrame([self._row(ffn) for ffn in self])
+        """One row an FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs, pool."""
+        return pd.DataFrame([self._row(ffn) for ffn in self]).astype({"n_runs": "Int64"})
 
     def __repr__(self) -> str:
         lines = [self.table().to_string(index=False)]
@@ -49,6 +51,7 @@ class FoundFFNs(list[FFN]):
             "d_ff": post.width,
             "gated": getattr(ffn, "gated", None),
             "n_runs": getattr(ffn, "n_runs", 1),
+            "pool": pool_of(ffn),
         }
 
 
@@ -83,7 +86,7 @@ def find_ffns(
     Raises:
         MeasurementError: if there is none, or if one of `layers` has none.
     """
-    paths = {module: path for path, module in model.named_modules()}
+    paths: Mapping[nn.Module, str] = {module: path for path, module in model.named_modules()}
     own = [module for module in model.modules() if isinstance(module, FFN)]
     found: list[FFN]
     unclear: list[str] = []
@@ -91,7 +94,7 @@ def find_ffns(
         found = [m for m in own if select is None or fnmatch.fnmatch(paths[m], select)]
     else:
         seen = look_at(model, batch, forward or call)
-        found, unclear = _described(Tree(model), seen, select)
+        found, paths, unclear = _described(model, seen, select)
     if not found:
         raise _none_found(model, select, unclear)
     _check_layers(found, layers)
@@ -99,40 +102,75 @@ def find_ffns(
     return FoundFFNs(sorted(found, key=lambda ffn: ffn.layer), paths, unclear)
 
 
-def _described(tree: Tree, seen: Dependence, select: str | None) -> tuple[list[FFN], list[str]]:
-    """What is sure, as FFNs, and what is not, as lines to describe it by hand."""
-    links = list(seen.links.values())
-    sure = [link for link in links if link.kind != "unclear" and _is_chosen(tree, link, select)]
-    through = [link for link in sure if _returns(link)]
+def _described(
+    model: nn.Module, seen: Seen, select: str | None
+) -> tuple[list[FFN], Mapping[nn.Module, str], list[str]]:
+    """What is sure, as FFNs, the paths of modules, and what is not sure, as lines to describe it by
+    hand."""
+    slices = [s for each in seen.products for stack in each.stacks.values() for s in stack.slices]
+    tree, dependence = Tree(model, slices), seen.dependence
+    links = grouped(tree, seen, dependence.links.values())
+    sure = [
+        each for each in links if _one(each).kind != "unclear" and _is_chosen(tree, each, select)
+    ]
+    through = [each for each in sure if _returns(_one(each))]
     sure = sure if select is not None or not through else through
-    places = tree.places([_modules(link) for link in sure])
-    found: list[FFN] = [
-        FFNAdapter(
-            place.layer,
-            place.name,
-            link.pre.module if link.pre.part == slice(None) else link.pre,
-            link.post,
-            n_runs=1 if seen.n_links[link.key] == 1 else None,
-            gated=link.kind == "gated",
-        )
-        for link, place in zip(sure, places, strict=True)
-    ]
-    taken = {link.post for link in sure}
+    found: list[FFN] = []
+    for each, place in zip(sure, _places(tree, sure), strict=True):
+        if isinstance(each, Experts):
+            found += each.ffns(place)
+            continue
+        pre = each.pre.module if each.pre.part == slice(None) else each.pre
+        n_runs = 1 if dependence.n_links[each.key] == 1 else None
+        gated = each.kind == "gated"
+        found.append(FFNAdapter(place.layer, place.name, pre, each.post, n_runs, gated))
+    taken = {module for each in sure for module in each.modules}
     unclear = [
-        _by_hand(tree, link, place)
-        for link, place in zip(links, tree.places([_modules(each) for each in links]), strict=True)
-        if link.kind == "unclear" and link.post not in taken and _returns(link) and _widens(link)
+        _by_hand(tree, each, place)
+        for each, place in zip(links, _places(tree, links), strict=True)
+        if _one(each).kind == "unclear"
+        and _one(each).post not in taken
+        and _returns(_one(each))
+        and _widens(_one(each))
     ]
-    return found, unclear
+    if select is None:
+        unclear += _unseen(tree, seen, taken)
+    return found, tree.paths, unclear
 
 
-def _modules(link: Link) -> list[nn.Module]:
-    other = [] if link.other is None else [link.other.module]
-    return [link.pre.module, *other, link.post]
+def _one(each: Link | Experts) -> Link:
+    return each.links[0] if isinstance(each, Experts) else each
 
 
-def _is_chosen(tree: Tree, link: Link, select: str | None) -> bool:
-    paths = (tree.holder(_modules(link)), tree.paths[link.pre.module])
+def _places(tree: Tree, links: Sequence[Link | Experts]) -> list[Place]:
+    names = ["experts" if isinstance(each, Experts) else None for each in links]
+    return tree.places([each.modules for each in links], names)
+
+
+def _unseen(tree: Tree, seen: Seen, taken: Collection[nn.Module]) -> list[str]:
+    """Stacked parameters that may be those of experts, and are not those of what was found."""
+    lines = []
+    for products in seen.products:
+        known = {
+            name
+            for name, stack in products.stacks.items()
+            if any(each in taken for each in stack.slices)
+        }
+        other = [
+            f"{name} {tuple(parameter.shape)}"
+            for name, parameter in stacked(products.holder)
+            if name not in known and min(parameter.shape[-2:]) > 1
+        ]
+        if other:
+            lines.append(
+                f"# model.{tree.paths[products.holder]}: {', '.join(other)} hold several matrices "
+                "each; if they are those of experts, no FFN of theirs was seen"
+            )
+    return lines
+
+
+def _is_chosen(tree: Tree, link: Link | Experts, select: str | None) -> bool:
+    paths = (tree.holder(link.modules), tree.paths[_one(link).pre.module])
     return select is None or any(fnmatch.fnmatch(path, select) for path in paths)
 
 
@@ -147,7 +185,10 @@ def _widens(link: Link) -> bool:
     return post is not None and post.d_in > post.d_out
 
 
-def _by_hand(tree: Tree, link: Link, place: Place) -> str:
+def _by_hand(tree: Tree, each: Link | Experts, place: Place) -> str:
+    link = _one(each)
+    if isinstance(each, Experts):
+        return f"# the experts in model.{tree.holder(each.modules)}: {link.why}"
     pre, post = (f"model.{tree.paths[module]}" for module in (link.pre.module, link.post))
     return f'nerve.FFNAdapter({place.layer}, "{place.name}", {pre}, {post})  # {link.why}'
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.accumulator import Accumulator, Side
+from nerve.measuring.accumulator import Accumulator, Side, pools_of
 from nerve.measuring.distributed import gathered
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.measuring.ffns import named
+from nerve.measuring.ffns import named, tokens_of
 from nerve.measuring.masks import Masks, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
+from nerve.measuring.routing import counted_of
 
 
 class Measurement:
@@ -41,6 +43,8 @@ class Measurement:
         self._orders: Orders = [None] * len(probe.ffns)
         self._n_forwards = 0
         self._of = [Accumulator(ffn, shortcut=shortcut) for ffn in probe.ffns]
+        self._pools = pools_of(self._of)
+        self._is_pooled = False
 
     def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
         """Measures forward passes from now on.
@@ -77,11 +81,12 @@ class Measurement:
 
         Every process must call it; one may have measured nothing.
         """
-        reduce(self._of)
+        reduce(self._rows())
         self._n_forwards = sum(gathered(self._n_forwards))
 
     def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
-        """What is left to solve: one eigenproblem for each FFN, in the order given.
+        """What is left to solve: one eigenproblem for each FFN, in the order given, and one for
+        each pool, after its last FFN.
 
         Args:
             share, n_shares: of several processes, which one takes its share: every `n_shares`-th
@@ -90,7 +95,7 @@ class Measurement:
         Raises:
             MeasurementError: if nothing was measured.
         """
-        mine = self._of[share::n_shares]
+        mine = self._rows()[share::n_shares]
         return [each.eigenproblem(n_forwards=self._n_forwards) for each in mine]
 
     def spectra(self) -> list[FFNSpectra]:
@@ -101,11 +106,56 @@ class Measurement:
         self._of[index].see(inputs, pre)
         features: dict[Side, Tensor] = {"input": inputs} if self._of[index].of_input else {}
         features |= {"pre": pre, "post": post}
-        features, mask = self._in_sequences(index, features)
-        if self._skip_first:
-            features = {side: self._skipped(x) for side, x in features.items()}
-            mask = None if mask is None else mask[..., self._skip_first :]
+        if tokens_of(self._probe.ffns[index]) is None:
+            features, mask = self._in_sequences(index, features)
+            if self._skip_first:
+                features = {side: self._skipped(x) for side, x in features.items()}
+                mask = None if mask is None else mask[..., self._skip_first :]
+        else:
+            samples = pre.shape[:-1]
+            features = {side: x.reshape(*samples, x.shape[-1]) for side, x in features.items()}
+            mask = self._counted_of(index, inputs)
         self._of[index].add(features, mask)
+        if index in self._pools:
+            self._pools[index].add_shares(features, mask)
+
+    def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
+        """Which samples of an expert count: those of the tokens that do."""
+        ffn, order, mask = self._probe.ffns[index], self._orders[index], self._masks[index]
+        if mask is None and not self._skip_first:
+            return None
+        tokens = self._probe.tokens_of(index)
+        if tokens is None:
+            raise MeasurementError(
+                f"{named(ffn)} is described with a module whose input are its tokens; it ran, and "
+                "the module did not. Check its description."
+            )
+        number = torch.arange(tokens[..., 0].numel(), device=tokens.device)
+        number = number.reshape(*tokens.shape[:-1], 1)
+        if order is not None:
+            number = order.sequences(number, named(ffn))
+        kept = None if mask is None else fitted(mask, number.shape[:-1], ffn).to(tokens.device)
+        if self._skip_first:
+            number = self._skipped(number)
+            kept = None if kept is None else kept[..., self._skip_first :]
+        number = number[..., 0] if kept is None else number[..., 0][kept]
+        counts = torch.zeros(tokens[..., 0].numel(), dtype=torch.bool, device=tokens.device)
+        counts[number.flatten()] = True
+        return counted_of(inputs, tokens, counts, named(ffn))
+
+    def _rows(self) -> list[Accumulator]:
+        """Those of FFNs and pools, as rows go; the pools are whole from the first call on."""
+        pools = dict.fromkeys(self._pools.values())
+        last = {pool: index for index, pool in self._pools.items()}
+        if not self._is_pooled:
+            self._is_pooled = True
+            for index, pool in self._pools.items():
+                pool.merge(self._of[index])
+        rows: list[Accumulator] = []
+        for index, each in enumerate(self._of):
+            rows.append(each)
+            rows += [pool for pool in pools if last[pool] == index]
+        return rows
 
     def _in_sequences(
         self, index: int, features: dict[Side, Tensor]

@@ -1,10 +1,12 @@
 """Where in its model an FFN lies: which layer, and which FFN of it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import nn
+
+from nerve.measuring.slices import Slice
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -28,18 +30,44 @@ class Tree:
 
     Attributes:
         paths: of each module.
+
+    Args:
+        slices: matrices of parameters, which lie in the module that has the parameter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, slices: Iterable[Slice] = ()) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
         self._modules = {_parts(path): module for module, path in self.paths.items()}
+        for each in slices:
+            path = self.paths[each.holder]
+            self.paths[each] = f"{path}.{each.label}" if path else each.label
 
     def holder(self, modules: Sequence[nn.Module]) -> str:
         """The path of the smallest module that holds all of these."""
         return ".".join(self._holder(modules))
 
-    def places(self, ffns: Sequence[Sequence[nn.Module]]) -> list[Place]:
-        """Those of FFNs, given by the modules of each, in the order in which they run."""
+    def module(self, path: str) -> nn.Module:
+        """The module at a path."""
+        return self._modules[_parts(path)]
+
+    def runs(self, path: str) -> str:
+        """The path of the smallest module around this one, or itself, that runs as a whole: a list
+        does not."""
+        parts = _parts(path)
+        while parts and type(self._modules[parts]).forward is nn.Module.forward:
+            parts = parts[:-1]
+        return ".".join(parts)
+
+    def places(
+        self, ffns: Sequence[Sequence[nn.Module]], names: Sequence[str | None] | None = None
+    ) -> list[Place]:
+        """Those of FFNs, in the order in which they run.
+
+        Args:
+            ffns: the modules of each.
+            names: of those that have one whatever else their block has.
+        """
+        names = [None] * len(ffns) if names is None else names
         holders = [self._holder(modules) for modules in ffns]
         bearing: dict[_Path, set[_Path]] = defaultdict(set)
         for holder in holders:
@@ -58,11 +86,11 @@ class Tree:
         alone = Counter(keys)
         places: list[Place] = []
         taken: set[Place] = set()
-        for (stack, (block, _)), layer, holder, modules in zip(
-            keys, layers, holders, ffns, strict=True
+        for (stack, (block, _)), layer, holder, modules, given in zip(
+            keys, layers, holders, ffns, names, strict=True
         ):
-            name = "ffn"
-            if alone[stack, (block, _)] > 1:
+            name = given or "ffn"
+            if given is None and alone[stack, (block, _)] > 1:
                 inside = holder[len(block) :] or _parts(self.paths[modules[0]])[len(block) :]
                 name = "_".join(inside)
             place = Place(layer, f"{stack}_{name}" if stack else name)

@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from nerve.errors import MeasurementError
 from nerve.measuring.arguments import argument, replaced, sample_of
 from nerve.measuring.checks import check_same_samples, of_site, plain, split
-from nerve.measuring.ffns import FFN, n_runs_of, named, sites_of
+from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, tokens_of
 from nerve.measuring.following import Following
 from nerve.measuring.sites import Site, declared_widths, last
+from nerve.measuring.slices import Slice
 from nerve.spectra.flag import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -65,7 +66,9 @@ class Probe:
     def __init__(self, ffns: Sequence[FFN]) -> None:
         if not ffns:
             raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
-        doubled = [key for key, n in Counter((f.layer, f.name) for f in ffns).items() if n > 1]
+        pools = {(ffn.layer, pool) for ffn in ffns if (pool := pool_of(ffn)) is not None}
+        names = Counter([*((ffn.layer, ffn.name) for ffn in ffns), *pools])
+        doubled = [key for key, n in names.items() if n > 1]
         if doubled:
             raise MeasurementError(
                 "Layer and name must tell FFNs apart; (layer, name) = "
@@ -78,6 +81,7 @@ class Probe:
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
         self._unchanged: list[tuple[int, Flag]] = []
+        self._tokens: dict[nn.Module, Tensor] = {}
         self._following = Following()
         self._handles: list[RemovableHandle] = []
         # Compiled code can name a probe by a number alone.
@@ -87,6 +91,14 @@ class Probe:
 
     def install(self) -> None:
         """Puts the hooks in place."""
+        # Those that watch products come first: slices run within them.
+        modules = [site.module for pair in self.sites for site in pair]
+        products = {each.stack.products for each in modules if isinstance(each, Slice)}
+        for each in products:
+            self._handles += each.install(lambda: self._receive is not None)
+        for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
+            hook = self._hook_tokens
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
                 pre.module.register_forward_hook(self._hook_output(index), with_kwargs=True)
@@ -153,6 +165,13 @@ class Probe:
                     "module that was compiled."
                 )
 
+    def tokens_of(self, index: int) -> Tensor | None:
+        """Of an expert, all tokens of which it gets some, `[*tokens, d_in]`, as the forward pass
+        has them by now; None of another FFN, or where there were none."""
+        site = tokens_of(self.ffns[index])
+        tokens = None if site is None else self._tokens.get(site.module)
+        return None if site is None or tokens is None else site.features(tokens)
+
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
         """What the taps call with features, and a sample of pre as it was when it appeared;
         nothing happens while stopped.
@@ -173,6 +192,12 @@ class Probe:
 
     # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
     # make compiled code keep more for the backward pass than it keeps without.
+
+    def _hook_tokens(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._receive is not None and not torch.compiler.is_compiling():
+            self._tokens[module] = plain(argument(args, kwargs), "input", type(module).__name__)
 
     def _hook_output(self, index: int) -> Callable[..., Any]:
         def hook(
@@ -255,6 +280,7 @@ class Probe:
         self._before.clear()
         self._times.clear()
         self._unchanged.clear()
+        self._tokens.clear()
 
 
 def is_tap(hook: object) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFN, named
+from nerve.measuring.ffns import FFN, named, tokens_of
 from nerve.measuring.masks import as_bool
 from nerve.measuring.probe import Probe
 
@@ -110,12 +110,15 @@ def trace(
     seen: dict[int, Tensor] = {}
 
     def receive(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
-        if index not in seen:
+        if index not in seen and tokens_of(probe.ffns[index]) is None:
             seen[index] = pre.clone()
 
     probe.start(receive)
     try:
         run(cut)
+        # Of experts it is the tokens of all, also where one of them got none.
+        tokens = {index: probe.tokens_of(index) for index in range(len(probe.ffns))}
+        seen |= {index: each for index, each in tokens.items() if each is not None}
         probe.finish_forward()
     except MeasurementError:
         raise

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from nerve.errors import MeasurementError
 from nerve.measuring.dependence import Dependence
 from nerve.measuring.forward import call, evaluating
+from nerve.measuring.routing import Routing
 from nerve.measuring.sites import declared_widths, is_pointwise
+from nerve.measuring.slices import Products, Slice, stacked
 
 _FEW = 2
 _SHORT = 16
@@ -44,9 +46,21 @@ def _is_projection(module: nn.Module) -> bool:
 # One forward pass
 
 
-def look_at(
-    model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], object]
-) -> Dependence:
+class Seen(NamedTuple):
+    """What a forward pass has shown.
+
+    Attributes:
+        dependence: which features follow from which.
+        products: of the modules whose parameters hold several matrices.
+        mixtures: by list of experts, the module whose tokens they get.
+    """
+
+    dependence: Dependence
+    products: Sequence[Products]
+    mixtures: Mapping[nn.Module, nn.Module]
+
+
+def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], object]) -> Seen:
     """What follows from what in a forward pass: of a few sequences of the batch, of an example that
     the model has itself, or else of its blocks alone.
 
@@ -56,13 +70,21 @@ def look_at(
         forward: runs the model on one batch.
     """
     paths = {module: path for path, module in model.named_modules()}
-    seen = Dependence(projections_of(model), lambda module: "gate" in paths[module])
+
+    def is_gate(module: nn.Module) -> bool:
+        return "gate" in (module.label if isinstance(module, Slice) else paths[module])
+
+    products = [Products(each) for each in model.modules() if any(stacked(each))]
+    routing = Routing(model)
+    seen = Dependence(
+        projections_of(model), is_gate, products, lambda: routing.install(projections_of)
+    )
     with evaluating(model):
         if batch is not None:
             _watch_few(seen, partial(forward, model), batch)
         elif not any(_works(seen, model, example) for example in _examples(model)):
             _watch_blocks(seen, model)
-    return seen
+    return Seen(seen, products, routing.mixtures)
 
 
 def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> None:

@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from nerve.measuring.arguments import sample_of
 from nerve.measuring.probe import is_tap
 from nerve.measuring.sites import Site, is_pointwise
+from nerve.measuring.slices import Slice
 
 
 def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -32,7 +33,7 @@ def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tens
         or (module.training and is_parametrized(module))
     ):
         return None
-    weight, bias = module.weight, module.bias
+    weight, bias = module.weight, getattr(module, "bias", None)
     if type(weight) not in (Tensor, nn.Parameter) or outputs.shape[-1] <= inputs.shape[-1]:
         return None
     assert isinstance(weight, Tensor)
@@ -46,12 +47,12 @@ def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tens
 
 
 def _is_affine(module: nn.Module) -> bool:
-    """Whether its forward is that of a linear layer, of the Conv1D of transformers or of a
-    convolution that is a matrix."""
+    """Whether its forward is that of a linear layer, of a slice of a parameter, of the Conv1D of
+    transformers or of a convolution that is a matrix."""
     forward = type(module).forward
     if is_pointwise(module):
         return forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    return forward is nn.Linear.forward or _is_conv1d(module)
+    return forward in (nn.Linear.forward, Slice.forward) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

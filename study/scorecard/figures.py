@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from claims.long_runs import SWEEP
 from claims.width import DESIGNS, FOUR, RATES, at_their_rates
 from criteria.check import Judged
 from evidence import Evidence, Sweep
 from figure_of_effects import effects
+from figure_of_long_runs import long_runs
 from figures_by_factor import constraint, mixer, normfree, optimizer, placement, position
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,6 +43,7 @@ from nerve.report.style import (
     DASHES,
     FLAGGED_COLOR,
     LOSS_COLOR,
+    NULL_COLOR,
     name_axes,
     scale_by_ratio,
     short_name,
@@ -51,6 +54,7 @@ STYLES = {
     "none relu": {"color": PINK, "marker": "s"},
 }
 WINDOWS = {"all": "all", "after_warmup": "after\nwarm-up", "differences": "differ-\nences"}
+CLOCK = {"color": NULL_COLOR, "marker": "_", "markersize": 14, "linestyle": "none"}
 DPI = 150
 
 
@@ -63,17 +67,21 @@ def draw(evidence: Evidence, judged: Sequence[Judged], folder: Path) -> list[Pat
         judged: the core checks; none gives no figure of effects.
         folder: where the images go; other files there stay as they are.
     """
+    mixers = ["glyphs_activation", "glyphs_optimizer"]
+    if not evidence.has(mixers):
+        mixers = ["mixer_activation", "mixer_optimizer"]
     figures = {
         "overview": (overview, ["activation_gpu"]),
         "activation": (activation, ["activation_gpu"]),
         "depth": (depth, ["activation_gpu"]),
         "width": (width, ["ffn_width_gpu"]),
+        "long_runs": (long_runs, [SWEEP]),
         "normfree": (normfree, ["normfree_gpu"]),
         "constraint": (constraint, ["ffn_constraint_gpu", "normfree_gpu"]),
         "placement": (placement, ["norm_placement_gpu"]),
         "position": (position, ["position_gpu"]),
         "optimizer": (optimizer, ["optimizer_gpu"]),
-        "mixer": (mixer, ["mixer_activation", "mixer_optimizer"]),
+        "mixer": (mixer, mixers),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -142,34 +150,33 @@ def depth(sweep: Sweep) -> Figure:
 
 
 def width(sweep: Sweep) -> Figure:
-    """Final metrics against final loss over widths; below, correlations over steps in each run."""
+    """Final metrics against final loss over widths, a row a design; below, correlations over steps
+    in each run, beside that of the clock."""
     sweep = at_their_rates(sweep)
-    title = "Metrics and loss: above across widths, below within runs"
-    figure, axes = panels(2, 4, title, f"GPT, {caption(sweep)}; numbers: ffn.width", height=2.6)
+    title = "Metrics and loss: across widths, and (below) within runs"
+    figure, axes = panels(3, 4, title, f"GPT, {caption(sweep)}; numbers: ffn.width", height=2.4)
     across = correlate_across_runs(sweep.points, ["level"], names=FOUR)
     across = across.set_index(["level", "metric"])["pearson"]
     within = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=FOUR)
     within = within[within["flag"] == "ok"]
     styles = present(STYLES, sweep.ok)
-    for above, below, name in zip(axes[:4], axes[4:], FOUR, strict=True):
-        for level, style in styles.items():
-            own = sweep.ok[sweep.ok["level"] == level].sort_values("d_ff")
-            above.plot(own["val_loss"], own[name], color=style["color"], linewidth=0.8)
+    for row, (level, style) in enumerate(styles.items()):
+        own = sweep.ok[sweep.ok["level"] == level].sort_values("d_ff")
+        for panel, name in zip(axes[4 * row : 4 * row + 4], FOUR, strict=True):
+            panel.plot(own["val_loss"], own[name], color=style["color"], linewidth=0.8)
             for _, end in own.iloc[[0, -1]].iterrows():
-                above.annotate(f" {end['ffn.width']:g}", (end["val_loss"], end[name]), fontsize=7)
-        scatter(above, sweep.ok, "val_loss", name, styles)
-        scale_by_ratio(above, sweep.ok[name])
-        texts = ",\n".join(
-            f"r of {DESIGNS[level].split()[0]} {_signed(across[level, name])}" for level in styles
-        )
-        above.set_title(f"{short_name(name)}, last step\n{texts}", fontsize=8)
-        _windows(below, within[within["metric"] == name], styles)
-        below.set_title(f"{short_name(name)}, over steps", fontsize=8)
+                panel.annotate(f" {end['ffn.width']:g}", (end["val_loss"], end[name]), fontsize=7)
+            scatter(panel, own, "val_loss", name, {level: style})
+            r = _signed(across[level, name])
+            panel.set_title(f"{short_name(name)}, {DESIGNS[level]}: r {r}", fontsize=8)
+    for panel, name in zip(axes[8:], FOUR, strict=True):
+        _windows(panel, within[within["metric"] == name], styles)
+        panel.set_title(f"{short_name(name)}, over steps", fontsize=8)
     names = {
         f"{DESIGNS[level]}, lr {RATES[level]:g}": {**POINT, **style}
         for level, style in styles.items()
     }
-    legend(figure, names)
+    legend(figure, {**names, "the clock, log(step + 1)": CLOCK})
     return figure
 
 
@@ -184,7 +191,9 @@ def _settling(panel: Axes, sweep: Sweep, styles: Styles) -> None:
 
 
 def _windows(panel: Axes, within: pd.DataFrame, styles: Styles) -> None:
-    """Pearson's r of each run in the three windows of steps."""
+    """Pearson's r of each run in the three windows of steps, and the median of the clock's."""
+    clock = within.groupby("window")["r_clock"].median().reindex(list(WINDOWS))
+    panel.plot(range(len(WINDOWS)), clock, **CLOCK)
     for side, (level, style) in zip((-0.15, 0.15), styles.items(), strict=False):
         own = within[within["level"] == level]
         for place, window in enumerate(WINDOWS):

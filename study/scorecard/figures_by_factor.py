@@ -1,10 +1,10 @@
 """Figures of one factor each: norms, weight constraints, positions, optimizers, the Mixer's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import pandas as pd
-from claims.mixer import best_rates as best_mixer_rates
 from claims.optimizer import best_rates
 from claims.position import in_setting
 from evidence import Sweep, last_step
@@ -22,7 +22,6 @@ from panels import (
     POINT,
     SKY,
     WINE,
-    Styles,
     caption,
     legend,
     over_layers,
@@ -35,13 +34,10 @@ from panels import (
 
 from nerve import fit_width_scaling
 from nerve.report.style import (
-    COLORS,
-    DASHES,
     FLAGGED_COLOR,
     LOSS_COLOR,
     axis_label,
     key,
-    name_axes,
     plain,
     scale_by_ratio,
     short_name,
@@ -65,9 +61,11 @@ OPTIMIZERS = {
     "soap": {"color": WINE},
     "shampoo": {"color": BLACK},
 }
+NEAR = 1.0
+"""Nats above the lowest loss that the axis of losses reaches."""
 REGIONS = {"middle": "middle third", "all": "all layers"}
-FFNS = {"token_mixing": "token mixing", "channel_mixing": "channel mixing"}
-MIXED = {"gelu": DASHES[0], "relu": DASHES[1]}
+FFNS = ("token_mixing", "channel_mixing")
+MIXED = ("gelu", "relu")
 
 
 def normfree(sweep: Sweep) -> Figure:
@@ -165,82 +163,56 @@ def optimizer(sweep: Sweep) -> Figure:
         panel.set_title(f"{short_name(name)}, best rates", fontsize=8)
     hollow = {level: {**style, "markerfacecolor": "none"} for level, style in styles.items()}
     final = last_step(sweep.means)
+    limit = final["val_loss"].min() + NEAR
     for panel, (region, where) in zip((axes[2], axes[5]), REGIONS.items(), strict=True):
         rows = final[final["region"] == region]
-        scatter(panel, rows, "val_loss", "pr_post", hollow)
-        scatter(panel, _at_rates(rows, best), "val_loss", "pr_post", styles)
-        scale_by_ratio(panel, rows["pr_post"])
-        panel.set_title(f"PR post, {where} (hollow: other rates)", fontsize=8)
+        near = rows[rows["val_loss"] <= limit]
+        scatter(panel, near, "val_loss", "pr_post", hollow)
+        scatter(panel, _at_rates(near, best), "val_loss", "pr_post", styles)
+        scale_by_ratio(panel, near["pr_post"])
+        panel.set_title(
+            f"PR post, {where}\n(hollow: other rates; {len(rows) - len(near)} runs beyond)",
+            fontsize=8,
+        )
     names = {f"{level}, best lr {best[level]:g}": style for level, style in styles.items()}
     legend(figure, names, n_columns=3)
     return figure
 
 
 def mixer(sweep: Sweep) -> Figure:
-    """Above, by activation of the two FFNs of a block; below, AdamW and SGD."""
-    about = f"{caption(sweep)}; best rate: highest mean accuracy, of equal ones lowest loss"
-    figure, axes = panels(2, 4, "MLP-Mixer on scikit-learn's digits", about, height=2.6)
-    folder = sweep.runs["folder"]
-    _mixer_activations(axes[:4], sweep.where(folder == "mixer_activation"))
-    trained = sweep.where(folder == "mixer_optimizer").by("optimizer.name")
-    styles = present(OPTIMIZERS, trained.ok)
-    best = _mixer_optimizers(axes[4:], trained, styles)
-    sites = {
-        f"{site}, {level}": {"color": color, "linestyle": dash}
-        for level, dash in MIXED.items()
-        for site, color in COLORS.items()
-    }
-    names = {f"{level}, best lr {best[level]:g}": style for level, style in styles.items()}
-    legend(figure, {**sites, **names})
-    return figure
-
-
-def _mixer_activations(axes: Sequence[Axes], sweep: Sweep) -> None:
-    """PR of each FFN by its own activation; accuracy and PR_post by the activations of both."""
-    axes[1].sharey(axes[0])
-    for panel, ffn in zip(axes, FFNS, strict=False):
-        layers = sweep.by(f"model.{ffn}.activation").layers
-        for site, color in COLORS.items():
-            lines = {level: {"color": color, "linestyle": dash} for level, dash in MIXED.items()}
-            over_layers(panel, layers[layers["ffn"] == ffn], f"pr_{site}", lines)
-        name_axes(panel, "layer", "pr", f"PR of {FFNS[ffn]},\nby its activation")
-    scale_by_ratio(axes[0], sweep.layers[["pr_pre", "pr_post"]].stack())
-    pairs = sweep.by(*(f"model.{ffn}.activation" for ffn in FFNS)).ok
-    of_run = ["run_id", "level", "seed"]
-    means = pairs.groupby(of_run)[["final.val_accuracy", "pr_post"]].mean().reset_index()
-    levels = {f"{token} {channel}": {"color": LOSS_COLOR} for token in MIXED for channel in MIXED}
-    for panel, name in zip(axes[2:], ("final.val_accuracy", "pr_post"), strict=True):
+    """Accuracy and PR_post by the activations of both FFNs; of AdamW and SGD over their rates."""
+    figure, axes = panels(1, 4, "MLP-Mixer", caption(sweep), height=2.8)
+    cells = sweep.where(sweep.runs["folder"].str.endswith("_activation"))
+    pairs = cells.by(*(f"model.{ffn}.activation" for ffn in FFNS)).ok
+    means = _of_runs(pairs)
+    levels = {" ".join(pair): {"color": LOSS_COLOR} for pair in product(MIXED, repeat=2)}
+    for panel, name in zip(axes[:2], ("final.val_accuracy", "pr_post"), strict=True):
         strip(panel, means, name, levels)
         panel.set_xticks(range(len(levels)), [level.replace(" ", "\n") for level in levels])
         panel.set_xlabel("above: of token mixing,\nbelow: of channel mixing", fontsize=8)
-    axes[2].set_ylabel("accuracy", fontsize=8)
-    axes[2].set_title("final accuracy,\nby both activations", fontsize=8)
-    axes[3].set_title("PR post, mean over all FFNs,\nby both activations", fontsize=8)
+    trained = sweep.where(sweep.runs["folder"].str.endswith("_optimizer")).by("optimizer.name")
+    styles = present(OPTIMIZERS, trained.ok)
+    runs = _of_runs(trained.ok)
+    for panel, name in zip(axes[2:], ("final.val_accuracy", "pr_post"), strict=True):
+        over_rates = runs.groupby(["level", "optimizer.lr"])[name].mean()
+        for level, style in styles.items():
+            line = over_rates.xs(level)
+            panel.plot(line.index, line, **style)
+        scatter(panel, runs, "optimizer.lr", name, styles)
+        panel.set_xscale("log")
+    for panel in (axes[0], axes[2]):
+        panel.set_ylabel("accuracy", fontsize=8)
+        panel.set_title("final accuracy", fontsize=8)
+    for panel in (axes[1], axes[3]):
+        panel.set_title("PR post, mean over all FFNs", fontsize=8)
+    legend(figure, styles)
+    return figure
 
 
-def _mixer_optimizers(axes: Sequence[Axes], sweep: Sweep, styles: Styles) -> dict[str, float]:
-    """PR_post and SE_post of each FFN at the best rates, and accuracy over rates; gives these."""
-    runs = sweep.ok.drop_duplicates("run_id")
-    best = best_mixer_rates(runs)
-    layers, points = _at_rates(sweep.layers, best), _at_rates(sweep.ok, best)
-    axes[1].sharey(axes[0])
-    for panel, ffn in zip(axes, FFNS, strict=False):
-        over_layers(panel, layers[layers["ffn"] == ffn], "pr_post", styles)
-        panel.set_title(f"PR post of {FFNS[ffn]},\nbest rates", fontsize=8)
-    scale_by_ratio(axes[0], layers["pr_post"])
-    levels = {f"{ffn} {level}": style for ffn in FFNS for level, style in styles.items()}
-    strip(axes[2], points.assign(level=points["ffn"] + " " + points["level"]), "se_post", levels)
-    ticks = [(i + 0.5) * len(styles) - 0.5 for i in range(len(FFNS))]
-    axes[2].set_xticks(ticks, [name.replace(" ", "\n") for name in FFNS.values()])
-    axes[2].set_title("SE post, mean over blocks,\nbest rates", fontsize=8)
-    means = runs.groupby(["level", "optimizer.lr"])["final.val_accuracy"].mean()
-    for level, style in styles.items():
-        over_rates = means.xs(level)
-        axes[3].plot(over_rates.index, over_rates, **style)
-    scatter(axes[3], runs, "optimizer.lr", "final.val_accuracy", styles)
-    name_axes(axes[3], "lr", "accuracy", "final accuracy, all rates")
-    axes[3].set_xscale("log")
-    return best
+def _of_runs(points: pd.DataFrame) -> pd.DataFrame:
+    """A row a run: its accuracy, and the mean of PR_post over both FFNs."""
+    of_run = ["run_id", "level", "seed", "optimizer.lr"]
+    return points.groupby(of_run)[["final.val_accuracy", "pr_post"]].mean().reset_index()
 
 
 def _flagged(panel: Axes, points: pd.DataFrame) -> list[Line2D]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CLAIMS
+from claims import CLAIMS, long_runs
 from criteria.check import Judged
 from evidence import Evidence, Sweep, span
 from judgement import Claim, Finding, Table
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "lightning")
 
 def blocks(evidence: Evidence, judged: Sequence[Judged]) -> dict[str, str]:
     """The text of every block by its name: `scorecard`, `verdict 1` and `claim 1` to those of
-    claim 15, `scales`, `runs`."""
+    claim 15, `long runs`, `scales`, `runs`."""
     return {
         "scorecard": _scorecard(judged),
         **{
@@ -32,6 +32,7 @@ def blocks(evidence: Evidence, judged: Sequence[Judged]) -> dict[str, str]:
             for claim in CLAIMS
         },
         **{f"claim {claim.number}": _beside(claim, claim.find(evidence)) for claim in CLAIMS},
+        "long runs": folded("Tables", "\n\n".join(map(_titled, long_runs.tables(evidence)))),
         "scales": markdown(*over_scales(evidence)),
         "runs": folded("The sweeps, and the flagged runs", _runs(evidence)),
     }

@@ -99,11 +99,13 @@ def over_layers(panel: Axes, rows: pd.DataFrame, name: str, styles: Styles) -> N
 
 
 def strip(panel: Axes, points: pd.DataFrame, name: str, styles: Styles) -> None:
-    """A column of points per level, one per run, with a bar at their mean."""
+    """A column of points per level, one per run, with a bar at their mean; thin lines connect the
+    runs of one seed, which share their initialization and the order of their data."""
+    seeds = points.pivot_table(index="level", columns="seed", values=name).reindex(list(styles))
+    panel.plot(range(len(styles)), seeds, color=FLAGGED_COLOR, linewidth=0.6, alpha=0.7)
     for place, (level, style) in enumerate(styles.items()):
         values = points.loc[points["level"] == level].sort_values("seed")[name].to_numpy(float)
-        beside = 0.12 * (np.arange(len(values)) - (len(values) - 1) / 2)
-        panel.plot(place + beside, values, **{**POINT, **style})
+        panel.plot(np.full(len(values), place), values, **{**POINT, **style})
         if len(values):
             panel.plot([place - 0.25, place + 0.25], [values.mean()] * 2, color=style["color"])
     panel.set_xticks(range(len(styles)), [plain(level) for level in styles])

@@ -422,7 +422,7 @@ def test_looking_for_ffns_leaves_the_model_as_it_was():
 def test_what_is_found_is_a_table():
     model = nn.Sequential(*[Block(Gated(functional.silu)) for _ in range(2)])
     table = find_ffns(model, torch.randn(3, 7, D)).table()
-    columns = ["layer", "name", "pre", "post", "d_in", "d_ff", "gated", "n_runs"]
+    columns = ["layer", "name", "pre", "post", "d_in", "d_ff", "gated", "n_runs", "pool"]
     assert table.columns.tolist() == columns
     assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1]
 

@@ -26,7 +26,7 @@ CONSTRAINTS = ("spectral_norm", "weight_norm", "hyperspherical", "none")
 
 def inertia(evidence: Evidence) -> Finding:
     """Claim 6: EEE_post, JS and PR gain of norm-free GELU in layers 0 to 6, and its loss."""
-    sweep = _named(evidence.sweep("normfree_gpu"))
+    sweep = named(evidence.sweep("normfree_gpu"))
     gelu = "norm-free GELU"
     profiles = {name: sweep.by_layer(name, gelu).mean() for name in ("eee_post", "js", "pr_gain")}
     early = {name: profile[profile.index.isin(EARLY)] for name, profile in profiles.items()}
@@ -58,7 +58,7 @@ def inertia(evidence: Evidence) -> Finding:
     ratio = (variances[0] / variances[1]).mean()
     rows.append(["variance after / before", *(number(value) for value in ratio)])
     rows += [
-        [f"SD of u, {name}", *(number(value) for value in _deviation(sweep, name))]
+        [f"SD of u, {name}", *(number(value) for value in deviation(sweep, name))]
         for name in (gelu, "norm-free ReLU", "PreLN GELU")
     ]
     layers = [str(layer) for layer in profiles["js"].index]
@@ -79,7 +79,7 @@ def inertia(evidence: Evidence) -> Finding:
 
 def overcompensation(evidence: Evidence) -> Finding:
     """Claim 7: largest PR gain and JS over layers, and where, with norms and without."""
-    sweep = _named(evidence.sweep("normfree_gpu"))
+    sweep = named(evidence.sweep("normfree_gpu"))
     gains, places, divergences, parts = [], [], [], []
     for name in map(label, ACTIVATIONS[1:]):
         free, normed = f"norm-free {name}", f"PreLN {name}"
@@ -171,14 +171,14 @@ def _names(*norms: str) -> list[str]:
     return [f"{norm} {label(name)}" for name in ACTIVATIONS for norm in norms]
 
 
-def _named(sweep: Sweep) -> Sweep:
+def named(sweep: Sweep) -> Sweep:
     """With `norm-free GELU` and so on as level."""
     norms = sweep.runs["normalization.kind"].map(NORMS)
     names = sweep.runs["activation.name"].map(label)
     return Sweep(sweep.runs.assign(level=norms + " " + names), sweep.metrics)
 
 
-def _deviation(sweep: Sweep, level: str) -> pd.Series:
+def deviation(sweep: Sweep, level: str) -> pd.Series:
     """√(Σλ / d_ff) before the nonlinearity by layer, the mean over seeds."""
     (d_ff,) = sweep.ok["d_ff"].unique()
     return np.sqrt(sweep.by_layer("variance_pre", level) / d_ff).mean()
@@ -214,7 +214,7 @@ def _rates(evidence: Evidence) -> list[Table]:
     """Norm-free GELU and ReLU at further learning rates, where these were run."""
     if not evidence.has(["normfree_rates_gpu"]):
         return []
-    sweep = _named(evidence.sweep("normfree_gpu", "normfree_rates_gpu"))
+    sweep = named(evidence.sweep("normfree_gpu", "normfree_rates_gpu"))
     points = sweep.ok[(sweep.ok["seed"] == 0) & sweep.ok["level"].isin(_names("norm-free")[:2])]
     layers = sweep.layers.groupby("run_id", observed=True)
     rows = [

@@ -1,0 +1,187 @@
+"""Which tokens an expert gets: rows of what its mixture gets, in any order."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nerve.errors import MeasurementError
+from nerve.measuring.arguments import argument
+from nerve.measuring.sites import declared_widths, last
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def origins(rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where each of `rows` stands in `source`, by equal bits; None where one of them does not.
+
+    Equal rows of the source are taken in their order.
+
+    Args:
+        rows: `[n, width]`.
+        source: `[m, width]`.
+
+    Returns:
+        The indices `[n]`; and for each row of the source a number of its set of equal rows, `[m]`,
+        or -1 where all or none of that set are taken, so that it does not matter which.
+    """
+    ours, theirs = _digest(rows), _digest(source.to(rows.dtype))
+    (r, by_r), (s, by_s) = ours.sort(stable=True), theirs.sort(stable=True)
+    begin, end = torch.searchsorted(s, r), torch.searchsorted(s, r, right=True)
+    begin_of_ours = torch.searchsorted(r, r)
+    at = begin + torch.arange(len(r), device=r.device) - begin_of_ours
+    if bool((at >= end).any()):
+        return None
+    index = torch.empty_like(by_r)
+    index[by_r] = by_s[at]
+    if not torch.equal(_bits(rows), _bits(source.to(rows.dtype)[index])):
+        return None
+    partly = torch.full((len(s),), -1, device=s.device)
+    n_ours = torch.searchsorted(r, s, right=True) - torch.searchsorted(r, s)
+    n_theirs = torch.searchsorted(s, s, right=True) - torch.searchsorted(s, s)
+    is_split = (n_ours > 0) & (n_ours < n_theirs)
+    partly[by_s] = torch.where(is_split, torch.searchsorted(s, s), -1)
+    return index, partly
+
+
+def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tensor:
+    """Which of the rows that an expert got count.
+
+    Args:
+        rows: what it got, `[*samples, width]`.
+        source: what its mixture got, `[*tokens, width]`.
+        counts: which of those tokens count, bool, flattened.
+        where: for messages.
+
+    Raises:
+        MeasurementError: for rows that are none of the source's, or equal ones of which some count
+            and some do not, and only some of which the expert got.
+    """
+    given, tokens = rows.reshape(-1, rows.shape[-1]), source.reshape(-1, source.shape[-1])
+    found = origins(given, tokens) if given.shape[-1] == tokens.shape[-1] else None
+    if found is None:
+        raise MeasurementError(
+            f"Beside a mask or skip_first=, an expert must get tokens as its mixture got them; "
+            f"{where} gets others, {tuple(rows.shape)} of {tuple(source.shape)}. Give batches "
+            "without padding, and leave skip_first out."
+        )
+    index, partly = found
+    numbers = partly[partly >= 0]
+    if len(numbers):
+        of_counts = counts[partly >= 0]
+        sets = numbers.unique()
+        n = torch.stack([(numbers[None] == sets[:, None]).sum(1)])
+        n_counted = ((numbers[None] == sets[:, None]) & of_counts[None]).sum(1)
+        if bool(((n_counted > 0) & (n_counted < n[0])).any()):
+            raise MeasurementError(
+                f"Of equal tokens, {where} got some, and only some of them count: which is not to "
+                "be seen. Give batches without padding."
+            )
+    return counts[index].reshape(rows.shape[:-1])
+
+
+def _bits(rows: Tensor) -> Tensor:
+    return rows.detach().contiguous().view(_BITS[rows.element_size()])
+
+
+def _digest(rows: Tensor) -> Tensor:
+    """A number of 64 bits for each row, of its bits."""
+    bits = _bits(rows).long()
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) * 2 + 1
+    return (bits * odd.to(rows.device)).sum(-1)
+
+
+class Routing:
+    """Finds the lists whose modules each get some of the tokens that the module around them gets:
+    experts, and no blocks.
+
+    Attributes:
+        mixtures: by list, the module that gets the tokens.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mixtures: dict[nn.Module, nn.Module] = {}
+        self._around = {
+            module: outer
+            for module, outer in _with_outer(model)
+            if isinstance(module, _LISTS) and len(module) > 1
+        }
+        self._given: dict[nn.Module, Tensor | None] = {}
+        self._entered: dict[nn.Module, dict[nn.Module, int | None]] = {}
+
+    def install(self, projections: Callable[[nn.Module], list[nn.Module]]) -> list[RemovableHandle]:
+        """Watches forward passes, until the handles are removed.
+
+        Args:
+            projections: those in a module.
+        """
+        handles: list[RemovableHandle] = []
+        for of_list, outer in self._around.items():
+            handles += [
+                outer.register_forward_pre_hook(self._enter(of_list), with_kwargs=True),
+                outer.register_forward_hook(self._leave(of_list)),
+            ]
+            for item in of_list.children():
+                for each in projections(item):
+                    hook = self._take(of_list, item)
+                    handles.append(each.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def _enter(self, of_list: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            given = argument(args, kwargs)
+            is_given = isinstance(given, Tensor) and given.is_floating_point()
+            self._given[of_list] = given if is_given else None
+            self._entered[of_list] = {}
+
+        return hook
+
+    def _take(self, of_list: nn.Module, item: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            entered, source = self._entered.get(of_list, {}), self._given.get(of_list)
+            if item in entered or source is None:
+                return
+            x = argument(args, kwargs)
+            entered[item] = None  # where it is not a part of the source
+            widths = declared_widths(module)
+            if not isinstance(x, Tensor) or widths is None or x.ndim == 0:
+                return
+            rows = last(x, widths.axis).reshape(-1, widths.d_in)
+            if source.shape[-1] == widths.d_in and source.element_size() in _BITS:
+                found = origins(rows, source.reshape(-1, source.shape[-1]))
+                entered[item] = None if found is None else len(rows)
+
+        return hook
+
+    def _leave(self, of_list: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            source, entered = self._given.pop(of_list, None), self._entered.pop(of_list, {})
+            if source is None or not entered:
+                return
+            n_tokens = source.shape[:-1].numel()
+            counts = list(entered.values())
+            are_parts = all(n is not None for n in counts)
+            is_idle = len(entered) < len(list(of_list.children()))
+            if are_parts and (is_idle or any(n != n_tokens for n in counts)):
+                self.mixtures[of_list] = module
+
+        return hook
+
+
+def _with_outer(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Each module with the smallest one around it (or itself) that runs as a whole."""
+    found: list[tuple[nn.Module, nn.Module]] = []
+
+    def walk(module: nn.Module, outer: nn.Module) -> None:
+        runs = type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
+        outer = module if runs else outer
+        found.append((module, outer))
+        for child in module.children():
+            walk(child, outer)
+
+    walk(model, model)
+    return found
