@@ -30,6 +30,7 @@ from nerve.cli.experiment.check import check_composed
 from nerve.cli.sweep.sweeper import register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
+from nerve.cores import spin_briefly
 from nerve.errors import NerveError
 
 HINTS = {
@@ -45,6 +46,7 @@ def main() -> None:
 
     Set HYDRA_FULL_ERROR=1 to see tracebacks instead.
     """
+    spin_briefly()
     register()
     register_sweeper()
     command = _Command(show_tracebacks=os.environ.get("HYDRA_FULL_ERROR") == "1")
