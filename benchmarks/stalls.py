@@ -140,7 +140,7 @@ def main() -> None:
         "--processes", type=int, default=3, help="as many at once as there are GPUs"
     )
     parser.add_argument("--measurements", type=int, default=12, help="after that of step 0")
-    parser.add_argument("--every", type=int, default=30, help="steps between measurements")
+    parser.add_argument("--every", type=int, default=60, help="steps between measurements")
     parser.add_argument("--devices", type=int, default=1, help="GPUs of each process")
     parser.add_argument("--parts", action="store_true", help="time the parts, which costs some")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)

@@ -3,12 +3,12 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 from nerve.cli.console import say
 from nerve.errors import NerveError
+from nerve.progress import shown
 
 DESCRIPTION = """\
 Writes a folder about the runs under PATH: index.html (one file that opens without a network),
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nerve.report.write import write_report  # pandas and matplotlib take a second to import
 
     try:
-        with _progress() as progress:
+        with shown() as progress:
             index = write_report(
                 asked.paths,
                 asked.output,
@@ -83,24 +83,6 @@ def _steps(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"steps are whole numbers with commas between, such as 0,100,400; got {text!r}"
         ) from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line per step, so that a log says where it is."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    description = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), description)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
 
 
 def _fail(message: str) -> NoReturn:

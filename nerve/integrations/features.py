@@ -1,47 +1,67 @@
-"""The features of a training step that somebody else's loop runs."""
+"""The features of passes that somebody else's loop runs."""
 
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
 from nerve.recording.recorder import Recorder
 
 
-class TrainingFeatures:
-    """Takes the features of each training pass of a model while a step is due.
+class PassFeatures:
+    """Takes the features of the passes of a model while it is open.
 
-    A training pass is a call in train mode with gradients; each of a step's micro-batches is one.
-    It ends where the model returns: activation checkpointing runs parts of it again in the backward
-    pass, which do not count.
+    A pass ends where the model returns: activation checkpointing runs parts of it again in the
+    backward pass, which do not count. Compiled code leaves what happens here to Python.
 
     Args:
         model: the module that is called.
-        recorder: open; says when a step is due, and takes the features.
+        recorder: open; takes the features.
         choice: which samples of a batch count.
+        of_training: whether its passes in train mode with gradients are meant, of which each of a
+            step's micro-batches is one; else those in eval mode without.
     """
 
-    def __init__(self, model: nn.Module, recorder: Recorder, choice: Choice) -> None:
+    def __init__(
+        self, model: nn.Module, recorder: Recorder, choice: Choice, *, of_training: bool
+    ) -> None:
+        self.is_open = False
+        self.n_sequences = 0
+        """How many rows the batches had since it was last asked for passes."""
         self._recorder = recorder
         self._choice = choice
+        self._of_training = of_training
         self._n_seen = 0
         self._is_taking = False
         self._handles = [
-            model.register_forward_pre_hook(self._start, with_kwargs=True),
-            model.register_forward_hook(self._stop),
+            model.register_forward_pre_hook(untraced(self._start), with_kwargs=True),
+            model.register_forward_hook(untraced(self._stop)),
         ]
 
     def require_seen(self, step: int) -> None:
-        """Raises `MeasurementError` where no training pass has come since this was last called."""
+        """Ends the passes of a step.
+
+        Raises:
+            MeasurementError: where none has come.
+        """
+        self.is_open = False
         if self._n_seen == 0:
-            raise MeasurementError(
-                f"The features of step {step} are those of the training pass that follows it, and "
-                "none was seen: the module that is watched must be the one that the loop calls, in "
-                "train mode and with gradients. Watch the compiled or distributed one if the loop "
-                "calls that, or give held-out batches with heldout=."
+            kind = (
+                "those of the training pass that follows it, and none was seen: the module that is "
+                "watched must be the one that the loop calls, in train mode and with gradients. "
+                "Watch the compiled or distributed one if the loop calls that, or give held-out "
+                "batches with heldout=."
+                if self._of_training
+                else "those of the evaluation at it, and none was seen. Give the Trainer an "
+                "eval_dataset that is not empty, or take source='train'."
             )
+            raise MeasurementError(f"The features of step {step} are {kind}")
         self._n_seen = 0
 
     def close(self) -> None:
@@ -50,9 +70,13 @@ class TrainingFeatures:
             handle.remove()
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._recorder.is_due and module.training and torch.is_grad_enabled():
+        is_meant = (module.training and torch.is_grad_enabled()) == self._of_training
+        if self.is_open and is_meant and module.training == self._of_training:
             self._is_taking = True
-            self._recorder.start(*self._choice.of(_batch(args, kwargs)))
+            batch = batch_of(module, args, kwargs)
+            first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
+            self.n_sequences += 0 if first is None else len(first)
+            self._recorder.start(*self._choice.of(batch))
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking:
@@ -61,8 +85,17 @@ class TrainingFeatures:
             self._n_seen += 1
 
 
-def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a model is called with, as the batch that it is."""
+def untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that compiled code leaves to Python. Where nothing is compiled the compiler is not
+    loaded for it, which takes seconds and, beside a process group, keeps its threads alive."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
+def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module is called with, as the batch that it is: its one argument, the tuple of those
+    by position, or a mapping of all by name."""
     if not args:
         return kwargs
-    return args[0] if len(args) == 1 and not kwargs else args
+    if not kwargs:
+        return args[0] if len(args) == 1 else args
+    return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments}

@@ -1,11 +1,8 @@
-"""`nerve.watch`: measures a model while a plain loop trains it, and records the run."""
+"""A training loop that is watched: what it tells of its steps, measured and recorded."""
 
-import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,138 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nerve.config import from_mapping, require
-from nerve.integrations.features import TrainingFeatures
-from nerve.integrations.heldout import Forward, batches_of, evaluate
-from nerve.integrations.wrapping import device_name_of, device_of, unwrapped
+from nerve.config import require
+from nerve.integrations.features import PassFeatures
+from nerve.integrations.heldout import Forward, evaluate
+from nerve.integrations.wrapping import device_of, unwrapped
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.distributed import n_processes, rank
 from nerve.measuring.ffns import FFN
-from nerve.measuring.find import find_ffns
-from nerve.measuring.forward import call, evaluating
-from nerve.measuring.masks import Masks
+from nerve.measuring.forward import evaluating
 from nerve.recording.recorder import Recorder
-from nerve.recording.run import RecordedRun, recorded_run
+from nerve.recording.run import RecordedRun
 from nerve.recording.settings import MonitorSettings
-
-log = logging.getLogger(__name__)
+from nerve.recording.steps import MeasuredSteps
 
 HEARTBEAT_S = 10.0
 """Least time between two writings of run.json while training goes on."""
-
-
-@contextmanager
-def watch(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    *,
-    every_n_steps: int = 100,
-    config: Mapping[str, Any] | None = None,
-    optimizer: Optimizer | None = None,
-    heldout: Iterable[Any] | None = None,
-    forward: Forward | None = None,
-    mask: Callable[[Any], Masks] | None = None,
-    exclude: Collection[int] = (),
-    only_labeled: bool = False,
-    ffns: Sequence[FFN] | None = None,
-    resume: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> Iterator["WatchedLoop"]:
-    """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
-
-    ```
-    with nerve.watch(model, "outputs/mine", every_n_steps=100, config={"lr": lr}) as run:
-        for inputs, targets in batches:
-            ...
-            optimizer.step()
-            run.step(loss, targets.numel())
-    ```
-
-    A row labeled step s holds the features computed with the weights after s steps: of the training
-    batch that follows, with all its micro-batches, in train mode; or of held-out batches, in eval
-    mode, and then the last step has a row, too. Measuring draws no random numbers and leaves
-    weights, gradients and modes as they are. Where the block ends the run is done; where it raises,
-    the run has failed, or was interrupted, and everything that was measured is stored.
-
-    Several processes (DistributedDataParallel) measure their samples together, and rank 0 records
-    the run. All of them must call all of it alike, `state_dict` too.
-
-    Args:
-        model: the module that the loop calls, with its weights of the step to begin at: also one
-            that is compiled or distributed.
-        directory: the run directory.
-        every_n_steps: steps from one measurement to the next.
-        config: whatever tells your runs apart, by name; what is measured is added as `monitor`. Its
-            `seed`, if it is a number, is the run's.
-        optimizer: gives the learning rate of the rows; null without, or where groups differ.
-        heldout: batches whose features are measured in place of those of training; of several
-            processes, each gives its own part.
-        forward: runs the model on a held-out batch; by default `model(batch)`, or `model(**batch)`
-            for a mapping. If what it returns has a `loss`, it is the validation loss, weighted by
-            `n_targets` where that is there, too.
-        mask: gives a batch's mask, as `nerve.measure` takes it; a training batch is what the model
-            is called with: the one argument, the mapping of keyword arguments, or the tuple of
-            positional ones. By default the attention masks of a mapping that has them.
-        exclude, only_labeled: as `nerve.measure` takes them.
-        ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds.
-        resume: what `state_dict` gave; rows past its step are dropped. Without it training begins
-            at step 0, and so does the run.
-        settings: `spectra`, `layers`, `shortcut`, `skip_first`, as the monitor of nerve-run has
-            them.
-
-    Raises:
-        ConfigError: for a setting that is out of range.
-        MeasurementError: for a model without FFNs, or features, masks or descriptions that are not
-            what they are said to be.
-        StoreError: when the directory holds a run of another configuration, or one that is done.
-    """
-    chosen = from_mapping(
-        MonitorSettings,
-        {
-            **settings,
-            "every_n_steps": every_n_steps,
-            "source": "train" if heldout is None else "heldout",
-        },
-        "monitor",
-    )
-    require(
-        ffns is None or chosen.layers is None,
-        "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
-        "those of the other layers.",
-    )
-    config = dict(config or {})
-    require(
-        "monitor" not in config,
-        "monitor is what is measured, which config= gets by itself; got a value for it. Give that "
-        "one another name.",
-    )
-    seed = config.get("seed")
-    counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    choose = partial(Choice, mask=mask, skips_first=chosen.skip_first > 0, **counted)
-    inner = unwrapped(model)
-    batches = None if heldout is None else batches_of(heldout)
-    if ffns is None:
-        first = None if batches is None else batches[0]
-        ffns = find_ffns(inner, first, layers=chosen.layers, forward=forward)
-        log.info("FFNs to measure:\n%s", ffns)
-    with recorded_run(
-        directory,
-        {**config, "monitor": asdict(chosen) | counted},
-        goes_on=resume is not None,
-        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
-        n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
-        device=device_name_of(inner),
-    ) as recorded:
-        loop = WatchedLoop(model, chosen, optimizer, recorded)
-        try:
-            loop._begin(ffns, choose, batches, forward or call, resume)
-            yield loop
-            loop._end()
-        except BaseException:
-            loop._abort()
-            raise
-        finally:
-            loop._close()
 
 
 class WatchedLoop:
@@ -154,18 +34,23 @@ class WatchedLoop:
         self,
         model: nn.Module,
         settings: MonitorSettings,
+        steps: MeasuredSteps,
         optimizer: Optimizer | None,
         recorded: RecordedRun | None,
     ) -> None:
         self.n_steps = 0
         """Steps so far."""
+        self.recorder = Recorder(settings, recorded and recorded.store)
+        self.features: PassFeatures | None = None
+        """Takes those of passes that the loop runs; None where held-out batches are at hand."""
+        self.awaits_evaluation = False
+        """Whether the present step is measured by an evaluation that is still to come."""
         self._model = model
         self._device = device_of(model)
-        self._every_n_steps = settings.every_n_steps
+        self._steps = steps
+        self._is_train = settings.source == "train"
         self._optimizer = optimizer
         self._record = recorded and recorded.record
-        self._recorder = Recorder(settings, recorded and recorded.store)
-        self._features: TrainingFeatures | None = None
         self._evaluate: Callable[[], None] | None = None
         self._measured_at: int | None = None
         self._heartbeat = time.monotonic()
@@ -173,40 +58,45 @@ class WatchedLoop:
     @property
     def latest(self) -> list[dict[str, Any]]:
         """The rows of the last measurement that is solved."""
-        return self._recorder.latest
+        return self.recorder.latest
 
     @property
     def val_loss(self) -> float | None:
         """The last validation loss; None where the held-out batches give none."""
-        return self._recorder.val_loss
+        return self.recorder.val_loss
 
     def step(self, loss: Tensor | float | None = None, n_targets: int | None = None) -> None:
         """To be called once after each step of the optimizer (and of the schedule).
 
         Args:
             loss: the mean loss of the step's targets, over its micro-batches; of this process.
-            n_targets: how many they are, such as tokens: `tokens_seen` is their sum, 0 without.
+            n_targets: how many they are, such as tokens: `tokens_seen` is their sum. Without it
+                steps count alike, and `tokens_seen` is 0.
 
         Raises:
-            ConfigError: for one of both without the other.
+            ConfigError: for a number of targets without their loss.
             MeasurementError: where the features that were due did not come, or are not what they
                 are described as.
         """
         require(
-            (loss is None) == (n_targets is None),
-            "step takes a mean loss and the number of targets that it is a mean of, or neither; "
-            f"got loss={loss!r}, n_targets={n_targets!r}.",
+            loss is not None or n_targets is None,
+            "step takes a mean loss and the number of targets that it is a mean of, or the loss "
+            f"alone, or neither; got loss=None, n_targets={n_targets!r}.",
         )
-        recorder = self._recorder
-        if loss is not None and n_targets is not None:
+        if loss is not None:
             mean = torch.as_tensor(loss, device=self._device).detach()
-            recorder.add_training(mean, int(n_targets))
-        if recorder.is_due and self._features is not None:
-            self._features.require_seen(self.n_steps)
+            self.recorder.add_training(mean, None if n_targets is None else int(n_targets))
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Ends a step whose losses are told; raises as `step`."""
+        recorder = self.recorder
+        if recorder.is_due and self.features is not None:
+            self.features.require_seen(self.n_steps)
             recorder.finish(of_all=n_processes() > 1)
         self.n_steps += 1
         recorder.write_solved()
-        if self.n_steps % self._every_n_steps == 0:
+        if self.n_steps in self._steps:
             self._measure()
         if self._record is not None:
             self._record.step = self.n_steps
@@ -219,21 +109,30 @@ class WatchedLoop:
 
         Rows up to that step are then written. All processes must call it.
         """
-        state = self._recorder.state_dict()
+        state = self.recorder.state_dict()
         return {**state, "n_steps": self.n_steps, "measured_at": self._measured_at}
 
-    # What `watch` does around the loop
+    # What is done around the loop
 
-    def _begin(
+    def begin(
         self,
         ffns: Sequence[FFN],
         choose: Callable[..., Choice],
         batches: Sequence[Any] | None,
         forward: Forward,
         state: Mapping[str, Any] | None,
+        first: int = 0,
     ) -> None:
+        """Opens what measures, and measures the first step if it is one of those.
+
+        Args:
+            choose: makes the `Choice` for a model, a probe and what runs the model on a batch.
+            batches: the held-out ones; None for features of passes that the loop runs.
+            state: of the checkpoint that the loop goes on from.
+            first: the step that a loop without `state` begins at.
+        """
         n = n_processes()
-        self._recorder.open(
+        self.recorder.open(
             ffns,
             self._device,
             anew=state is None,
@@ -241,7 +140,7 @@ class WatchedLoop:
             n_processes=n,
             n_here=int(os.environ.get("LOCAL_WORLD_SIZE", n)),
         )
-        inner, recorder = unwrapped(self._model), self._recorder
+        inner, recorder = unwrapped(self._model), self.recorder
 
         def run(batch: Any) -> object:
             with evaluating(inner):
@@ -249,50 +148,78 @@ class WatchedLoop:
 
         choice = choose(inner, recorder.probe, run)
         if batches is None:
-            self._features = TrainingFeatures(self._model, recorder, choice)
+            called = self._model
+            self.features = PassFeatures(called, recorder, choice, of_training=self._is_train)
         else:
             self._evaluate = partial(evaluate, inner, batches, forward, recorder, choice)
         if state is not None:
-            self._recorder.load_state_dict(state)
+            self.recorder.load_state_dict(state)
             self.n_steps, self._measured_at = state["n_steps"], state["measured_at"]
-        self._recorder.drop_after(self.n_steps if state is not None else -1)
+            if self.features is not None:
+                self.features.is_open = recorder.is_due
+        else:
+            self.n_steps = first
+        self.recorder.drop_after(self.n_steps if state is not None else first - 1)
         if self._record is not None:
             self._record.step = self.n_steps
-        if state is None:
+        if state is None and self.n_steps in self._steps:
             self._measure()
 
     def _measure(self) -> None:
         """Labels the present weights; measures them, or has what follows measured."""
-        is_split = n_processes() > 1
-        self._recorder.start_validation(is_split=is_split)
+        self.recorder.start_validation(is_split=n_processes() > 1)
+        if self.features is not None:
+            self.features.is_open = True
+            if not self._is_train:
+                self.awaits_evaluation = True
+                return
         if self._evaluate is not None:
             self._evaluate()
-        self._recorder.label(self.n_steps, _rate(self._optimizer))
-        if self._evaluate is not None:
-            self._recorder.finish(of_all=is_split)
-        self._recorder.end_validation()
+        self._label()
+
+    def end_evaluation(self, loss: float | None) -> None:
+        """Ends the evaluation that a measured step has waited for, with its loss.
+
+        Raises:
+            MeasurementError: where no pass was seen.
+        """
+        assert self.features is not None
+        self.awaits_evaluation = False
+        self.features.require_seen(self.n_steps)
+        if loss is not None:
+            self.recorder.add_validation(torch.tensor(loss, dtype=torch.float64), None)
+        self._label()
+
+    def _label(self) -> None:
+        self.recorder.label(self.n_steps, _rate(self._optimizer))
+        if not self._is_train:
+            self.recorder.finish(of_all=n_processes() > 1)
+        self.recorder.end_validation()
         self._measured_at = self.n_steps
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Measures the last step, of held-out batches, and writes all that is measured."""
         if self._evaluate is not None and self._measured_at != self.n_steps:
             self._measure()
-        self._recorder.drop_due()
-        self._recorder.wait()
+        self.recorder.drop_due()
+        self.recorder.wait()
         if self._record is not None:
             self._record.final = {
                 "val_loss": self.val_loss,
-                "measuring_seconds": self._recorder.seconds,
+                "measuring_seconds": self.recorder.seconds,
             }
 
-    def _abort(self) -> None:
-        self._recorder.abort()
+    def abort(self) -> None:
+        """Stops measuring wherever it was, and writes what is measured."""
+        self.recorder.abort()
         if n_processes() == 1:  # else the others may never come to exchange their spectra
-            self._recorder.drain()
+            self.recorder.drain()
 
-    def _close(self) -> None:
-        if self._features is not None:
-            self._features.close()
-        self._recorder.close()
+    def close(self) -> None:
+        """Lets the model alone."""
+        if self.features is not None:
+            self.features.close()
+        self.recorder.close()
 
 
 def _rate(optimizer: Optimizer | None) -> float | None:

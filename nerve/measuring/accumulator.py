@@ -206,9 +206,12 @@ class Accumulator:
         self.add({"pre": nothing, "post": nothing}, None)
 
 
-def pools_of(members: Sequence[Accumulator]) -> dict[int, Accumulator]:
-    """By the index of an FFN the accumulator of the samples of all FFNs in its pool."""
-    pools: dict[tuple[int, str], Accumulator] = {}
+Pools = dict[tuple[int, str], Accumulator]
+"""By layer and name the samples of all FFNs that are pooled under it."""
+
+
+def pools_of(members: Sequence[Accumulator], pools: Pools) -> dict[int, Accumulator]:
+    """By the index of an FFN the accumulator of its pool, which is added to `pools` where new."""
     found = {}
     for index, member in enumerate(members):
         ffn, name = member.ffn, pool_of(member.ffn)

@@ -14,7 +14,7 @@ from nerve.measuring.ffns import FFN, FFNAdapter, pool_of, sites_of
 from nerve.measuring.forward import call
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.sites import declared_widths, n_inputs
-from nerve.measuring.slices import stacked
+from nerve.measuring.slices import products_of, stacked
 from nerve.measuring.trial import Seen, look_at
 
 
@@ -23,19 +23,29 @@ class FoundFFNs(list[FFN]):
 
     Attributes:
         unclear: lines that describe by hand what might be an FFN, each with what speaks against it.
+        notes: what the model does otherwise while these are measured.
     """
 
     def __init__(self, ffns: Iterable[FFN], paths: Mapping[nn.Module, str], unclear: Sequence[str]):
         super().__init__(ffns)
         self._paths = paths
         self.unclear = list(unclear)
+        replaced = {
+            (type(each.holder).__name__, each.replaces)
+            for each in products_of(sites_of(ffn) for ffn in self)
+            if each.replaces is not None
+        }
+        self.notes = [
+            f"{name}: its plain implementation runs in place of {what} while it is measured."
+            for name, what in sorted(replaced)
+        ]
 
     def table(self) -> pd.DataFrame:
         """One row an FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs, pool."""
         return pd.DataFrame([self._row(ffn) for ffn in self]).astype({"n_runs": "Int64"})
 
     def __repr__(self) -> str:
-        lines = [self.table().to_string(index=False)]
+        lines = [self.table().to_string(index=False), *self.notes]
         if self.unclear:
             lines += ["Not measured; by hand, if it is an FFN:", *self.unclear]
         return "\n".join(lines)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nerve.errors import MeasurementError
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, uncompiled, with plain tensors; after it as it
-    was."""
+    """The model in eval mode, without gradients, uncompiled, with plain tensors, out of inference
+    mode, which would keep autograd from showing what follows from what; after it as it was."""
     modes = {module: module.training for module in model.modules()}
     # Autograd may record what happens to features: not to weights, which a forward may overwrite.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -23,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(False)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), _uncompiled():
+        with torch.inference_mode(False), torch.no_grad(), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -40,5 +42,20 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 
 def call(model: nn.Module, batch: Any) -> object:
-    """Runs a model on a batch; the entries of a mapping are its arguments."""
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    """Runs a model on a batch; the entries of a mapping are its arguments.
+
+    Raises:
+        MeasurementError: where the model does not take a mapping or a tuple so.
+    """
+    if not isinstance(batch, Mapping | tuple | list):
+        return model(batch)
+    try:
+        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    except (TypeError, AttributeError) as error:
+        how = "model(**batch)" if isinstance(batch, Mapping) else "model(batch)"
+        name = "['x']" if isinstance(batch, Mapping) else "[0]"
+        raise MeasurementError(
+            f"A batch is what the model is called with, {how} of a {type(batch).__name__}; "
+            f"{type(model).__name__} says: {error}. If a loader gives more than that, say how: "
+            f"forward=lambda model, batch: model(batch{name})."
+        ) from error

@@ -1,76 +1,137 @@
 """A model and batches to the spectra of each of its FFNs, in one go."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
+from nerve.measuring.accumulator import Pools
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra
-from nerve.measuring.ffns import FFN
+from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
-from nerve.measuring.forward import call, evaluating
-from nerve.measuring.masks import Masks
+from nerve.measuring.forward import evaluating
+from nerve.measuring.masks import Masks, for_each
 from nerve.measuring.measurement import Measurement
+from nerve.measuring.passes import passes
 from nerve.measuring.probe import Probe
+from nerve.measuring.slices import products_of
 from nerve.outliers import outliers
+from nerve.progress import Progress
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a model is measured: as `nerve.measure` takes it."""
+
+    forward: Callable[[nn.Module, Any], object]
+    mask: Callable[[Any], Masks] | None
+    exclude: tuple[int, ...]
+    only_labeled: bool
+    skip_first: int
+    shortcut: bool
 
 
 def spectra_of(
     model: nn.Module,
     batches: Iterable[Any],
+    how: How,
     *,
     ffns: Sequence[FFN] | None,
-    forward: Callable[[nn.Module, Any], object] | None,
-    mask: Callable[[Any], Masks] | None,
-    exclude: Collection[int],
-    only_labeled: bool,
-    skip_first: int,
-    shortcut: bool,
-    give: Callable[[object], None],
+    memory: int | str | None,
+    progress: Progress,
+    give: Callable[[Any, object], None],
 ) -> list[FFNSpectra]:
     """The spectra of a model's FFNs over batches, solved.
 
     Args:
-        give: gets what `forward` returned, for each batch.
-        others: as `nerve.measure` takes them.
+        model, batches, ffns, memory: as `nerve.measure` takes them.
+        how: what else it takes.
+        progress: told of batches and eigenproblems.
+        give: gets each batch once, with what the model returned.
 
     Raises:
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are not what they are said to be.
     """
-
-    def run(batch: Any) -> object:
-        return call_probed(probe, forward or call, model, batch)
-
-    with evaluating(model):
-        batches = iter(batches)
+    with evaluating(model), ExitStack() as stack:
         if ffns is None:
-            first = list(_first(batches))
-            found = find_ffns(model, first[0] if first else None, forward=forward)
+            first, batches = _first_of(batches)
+            found = find_ffns(model, first[0] if first else None, forward=how.forward)
             log.info("FFNs to measure:\n%s", found)
             for line in found.unclear:
                 log.warning("not measured; by hand, if it is an FFN: %s", line)
             ffns = found
-            batches = chain(first, batches)
-        probe = Probe(ffns)
-        measurement = Measurement(probe, shortcut=shortcut, skip_first=skip_first)
-        choice = Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first > 0)
-        probe.install()
-        try:
-            for batch in batches:
-                measurement.start(*choice.of(batch))
-                output = run(batch)
-                measurement.finish_forward()
-                give(output)
-        finally:
-            probe.remove()
-    return measurement.spectra()
+        plan = passes(ffns, model, memory)
+        if len(plan) > 1 and iter(batches) is batches:
+            batches = list(batches)
+        pools: Pools = {}
+        spectra: list[FFNSpectra] = []
+        # In each pass the model does the same, also where experts are not those of the pass.
+        for products in products_of(sites_of(ffn) for ffn in ffns):
+            for handle in products.install(lambda: True):
+                stack.callback(handle.remove)
+        for number, planned in enumerate(plan):
+            probe = Probe([ffns[index] for index in planned.indices])
+            measurement = Measurement(
+                probe,
+                shortcut=how.shortcut,
+                skip_first=how.skip_first,
+                pools=pools,
+                open_pools=planned.open_pools,
+            )
+            some = replace(how, mask=_of_some(how.mask, ffns, planned.indices))
+            which = "" if len(plan) == 1 else f", pass {number + 1} of {len(plan)}"
+            _run(
+                model,
+                _told(batches, f"batches{which}", progress),
+                some,
+                probe,
+                measurement,
+                give if number == 0 else lambda batch, output: None,
+            )
+            spectra += measurement.spectra(progress)
+    return spectra
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    how: How,
+    probe: Probe,
+    measurement: Measurement,
+    give: Callable[[Any, object], None],
+) -> None:
+    """Measures all batches once."""
+
+    def run(batch: Any) -> object:
+        return call_probed(probe, how.forward, model, batch)
+
+    choice = Choice(model, probe, run, how.mask, how.exclude, how.only_labeled, how.skip_first > 0)
+    probe.install()
+    try:
+        for batch in batches:
+            measurement.start(*choice.of(batch))
+            output = run(batch)
+            measurement.finish_forward()
+            give(batch, output)
+    finally:
+        probe.remove()
+
+
+def _told(batches: Iterable[Any], what: str, progress: Progress) -> Iterator[Any]:
+    """The batches, of which `progress` is told."""
+    n_batches = len(batches) if isinstance(batches, Sized) else None
+    for done, batch in enumerate(batches):
+        progress(what, done, n_batches)
+        yield batch
 
 
 def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
@@ -80,7 +141,26 @@ def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
     return rows.assign(outliers=outliers(rows))
 
 
-def _first(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        yield batch
-        return
+def _first_of(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
+    """The first batch, if there is one, and all of them."""
+    iterator = iter(batches)
+    first = list(islice(iterator, 1))
+    return first, chain(first, iterator) if iterator is batches else batches
+
+
+def _of_some(
+    mask: Callable[[Any], Masks] | None, ffns: Sequence[FFN], indices: Sequence[int]
+) -> Callable[[Any], Masks] | None:
+    """The masks of some of the FFNs, of what gives those of all."""
+
+    if mask is None or len(indices) == len(ffns):
+        return mask
+
+    def of_some(batch: Any) -> Masks:
+        given = mask(batch)
+        if given is None or isinstance(given, Tensor):
+            return given
+        each = for_each(ffns, given)
+        return [each[index] for index in indices]
+
+    return of_some

@@ -1,12 +1,12 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.accumulator import Accumulator, Side, pools_of
+from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
 from nerve.measuring.distributed import gathered
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.ffns import named, tokens_of
@@ -14,6 +14,7 @@ from nerve.measuring.masks import Masks, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
 from nerve.measuring.routing import counted_of
+from nerve.progress import Progress, unseen
 
 
 class Measurement:
@@ -27,12 +28,24 @@ class Measurement:
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
             W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features).
         skip_first: leaves out so many positions at the beginning of each sequence.
+        pools: by layer and name the pools of an earlier measurement, which go on; those that begin
+            here are added.
+        open_pools: layer and name of pools that a later measurement goes on with: they have no
+            eigenproblem yet.
 
     Raises:
         MeasurementError: for a `skip_first` that is no whole number from 0 on.
     """
 
-    def __init__(self, probe: Probe, *, shortcut: bool = True, skip_first: int = 0) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        *,
+        shortcut: bool = True,
+        skip_first: int = 0,
+        pools: Pools | None = None,
+        open_pools: Collection[tuple[int, str]] = (),
+    ) -> None:
         if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
             raise MeasurementError(
                 f"skip_first is a number of positions, 0 or more; got {skip_first!r}."
@@ -43,7 +56,8 @@ class Measurement:
         self._orders: Orders = [None] * len(probe.ffns)
         self._n_forwards = 0
         self._of = [Accumulator(ffn, shortcut=shortcut) for ffn in probe.ffns]
-        self._pools = pools_of(self._of)
+        self._pools = pools_of(self._of, {} if pools is None else pools)
+        self._open_pools = open_pools
         self._is_pooled = False
 
     def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
@@ -98,9 +112,14 @@ class Measurement:
         mine = self._rows()[share::n_shares]
         return [each.eigenproblem(n_forwards=self._n_forwards) for each in mine]
 
-    def spectra(self) -> list[FFNSpectra]:
+    def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
         """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
-        return [eigenproblem.solve() for eigenproblem in self.eigenproblems()]
+        eigenproblems = self.eigenproblems()
+        solved: list[FFNSpectra] = []
+        for eigenproblem in eigenproblems:
+            progress("eigenproblems", len(solved), len(eigenproblems))
+            solved.append(eigenproblem.solve())
+        return solved
 
     def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
         self._of[index].see(inputs, pre)
@@ -145,7 +164,11 @@ class Measurement:
 
     def _rows(self) -> list[Accumulator]:
         """Those of FFNs and pools, as rows go; the pools are whole from the first call on."""
-        pools = dict.fromkeys(self._pools.values())
+        pools = [
+            pool
+            for pool in dict.fromkeys(self._pools.values())
+            if (pool.ffn.layer, pool.ffn.name) not in self._open_pools
+        ]
         last = {pool: index for index, pool in self._pools.items()}
         if not self._is_pooled:
             self._is_pooled = True

@@ -6,7 +6,7 @@ one slice after the other, with no module to name for any of them. Which slice a
 shows in where its numbers lie in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
+from nerve.measuring.sites import Site
 
 _PLACES = {"linear": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
 """By the name of a product, where among its arguments the features and the matrix stand."""
@@ -112,11 +113,13 @@ class Products:
         self.stacks: dict[str, Stack] = {}
         self.replaces: str | None = None
         """The implementation that the plain one stood in for."""
+        self._is_watched = False
 
     def install(
         self, is_on: Callable[[], bool], found: Callable[[Slice], None] = lambda each: None
     ) -> list[RemovableHandle]:
-        """Watches forward passes of the holder, until the handles are removed.
+        """Watches forward passes of the holder, until the handles are removed; one that is watched
+        already is not watched twice.
 
         Args:
             is_on: whether a forward pass that begins is watched.
@@ -125,13 +128,15 @@ class Products:
         running: list[_Watch] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            if is_on():
+            if is_on() and not self._is_watched:
                 watch = _Watch(self, found)
                 watch.__enter__()
+                self._is_watched = True
                 running.append(watch)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if running:
+                self._is_watched = False
                 running.pop().__exit__(None, None, None)
 
         return [
@@ -252,3 +257,9 @@ def stacked(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 3 and len(parameter.flatten(0, -3)) > 1:
             yield name, parameter
+
+
+def products_of(pairs: Iterable[tuple[Site, Site]]) -> set[Products]:
+    """Those whose slices are among the sites of FFNs."""
+    modules = [site.module for pair in pairs for site in pair]
+    return {each.stack.products for each in modules if isinstance(each, Slice)}

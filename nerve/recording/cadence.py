@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nerve.measuring.distributed import add_up, gathered, own_part
+from nerve.measuring.distributed import gathered, own_part
 from nerve.recording.solver import Labels
 
 
@@ -27,18 +26,31 @@ class Cadence:
         self._training = WeightedMean()
         self._validation = WeightedMean()
 
-    def add_training(self, loss: Tensor, n_targets: int, n_processes: int) -> None:
-        """Counts a batch: the mean loss of this process's targets, of which all have as many."""
-        self._training.add(loss, n_targets)
-        self._tokens_seen += n_targets * n_processes
+    def add_training(self, loss: Tensor | None, n_targets: int | None, n_processes: int) -> None:
+        """Counts a batch.
+
+        Args:
+            loss: the mean of this process's targets; None where that is not known.
+            n_targets: how many they are; None where that is not known, and batches count alike.
+            n_processes: how many processes have as many.
+        """
+        if loss is not None:
+            self._training.add(loss, n_targets)
+        self._tokens_seen += (n_targets or 0) * n_processes
 
     def start_validation(self) -> None:
         """Begins the held-out set anew."""
         self._validation = WeightedMean()
 
-    def add_validation(self, loss: Tensor, n_targets: int) -> None:
-        """Counts a held-out batch."""
+    def add_validation(self, loss: Tensor, n_targets: int | None) -> None:
+        """Counts a held-out batch; those without `n_targets` count alike."""
         self._validation.add(loss, n_targets)
+
+    def note_validation(self, loss: float) -> None:
+        """Takes the validation loss of the weights that are labeled, found by somebody else."""
+        self.val_loss = loss
+        if self.due is not None:
+            self.due["val_loss"] = loss
 
     @property
     def n_validated(self) -> int:
@@ -97,9 +109,12 @@ class WeightedMean:
         self._total = total
         self._weight = weight
 
-    def add(self, loss: Tensor, n_targets: int) -> None:
-        self._total = self._total + loss.double() * n_targets
-        self._weight += n_targets
+    def add(self, loss: Tensor, n_targets: int | None) -> None:
+        """Adds the mean loss of so many targets; without their number it weighs 1."""
+        weight = 1 if n_targets is None else n_targets
+        if weight:  # else the mean is of nothing, and NaN
+            self._total = self._total + loss.double() * weight
+            self._weight += weight
 
     @property
     def weight(self) -> int:
@@ -107,13 +122,12 @@ class WeightedMean:
         return self._weight
 
     def value(self, *, over_processes: bool = False) -> float | None:
-        """The mean, of all processes' losses together if asked for; None without any."""
-        if not self._weight:
-            return None
-        sums = torch.as_tensor(self._total).new_tensor([float(self._total), self._weight])
-        if over_processes:
-            add_up(sums)
-        return float(sums[0] / sums[1])
+        """The mean, of all processes' losses together if asked for, which then all must ask for;
+        None without any."""
+        states = gathered(self.state()) if over_processes else [self.state()]
+        total, weight = (sum(part) for part in zip(*states, strict=True))
+        return total / weight if weight else None
 
     def state(self) -> tuple[float, int]:
+        """What it begins again with."""
         return float(self._total), self._weight

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 
-def loss_of(output: Any) -> tuple[Tensor, int] | None:
-    """The mean loss and the number of targets that it is of; None where the model gives none.
+def loss_of(output: Any) -> tuple[Tensor, int | None] | None:
+    """The mean loss and the number of targets that it is of, None where that is not said; None
+    where the model gives no loss.
 
     Args:
         output: what a model returned. The loss is the entry or attribute `loss`, a tensor with one
@@ -18,7 +19,7 @@ def loss_of(output: Any) -> tuple[Tensor, int] | None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         return None
     n_targets = _entry(output, "n_targets")
-    return loss.detach().reshape(()), 1 if n_targets is None else int(n_targets)
+    return loss.detach().reshape(()), None if n_targets is None else int(n_targets)
 
 
 def _entry(output: Any, name: str) -> Any:

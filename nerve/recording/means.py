@@ -36,6 +36,25 @@ def mean_values(rows: Rows) -> dict[str, float]:
     }
 
 
+def layer_name(ffn: str, layer: int, metric: str) -> str:
+    """`ffn/03/pr_post`: a metric of one layer."""
+    return f"{ffn}/{layer:02d}/{metric}"
+
+
+def monitored_values(rows: Rows) -> dict[str, float]:
+    """What callbacks can monitor: the means of `mean_values`, and each metric of each layer,
+    `ffn/03/pr_post`; NaN where nothing could be measured."""
+    rows = list(rows)
+    layers = {
+        layer_name(row["ffn"], row["layer"], metric): row.get(metric)
+        for row in rows
+        for metric in MEASURED
+    }
+    return mean_values(rows) | {
+        name: math.nan if value is None else value for name, value in layers.items()
+    }
+
+
 def logged_values(rows: Rows) -> dict[str, float]:
     """What loggers get: each metric of each layer, `ffn/03/pr_post`, and its `ffn/mean/pr_post`.
 
@@ -44,14 +63,10 @@ def logged_values(rows: Rows) -> dict[str, float]:
     Args:
         rows: of one measurement, as in the `metrics` table.
     """
-    rows = list(rows)
-    layers: dict[str, Any] = {
-        f"{row['ffn']}/{row['layer']:02d}/{metric}": row.get(metric)
-        for row in rows
-        for metric in MEASURED
+    values = monitored_values(rows)
+    return {
+        name: value for name, value in values.items() if name not in MEASURED and _is_there(value)
     }
-    means = {name: mean for name, mean in mean_values(rows).items() if name not in MEASURED}
-    return {name: value for name, value in (layers | means).items() if _is_there(value)}
 
 
 def _is_there(value: float | None) -> bool:

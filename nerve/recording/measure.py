@@ -1,30 +1,41 @@
 """`nerve.measure`: a model and batches to one row an FFN, and to a run that stays."""
 
+import gc
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nerve.config import require, require_count
+from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN
+from nerve.measuring.forward import call
 from nerve.measuring.masks import Masks
-from nerve.measuring.measure import frame_of, spectra_of
+from nerve.measuring.measure import How, frame_of, spectra_of
+from nerve.measuring.passes import bytes_of
+from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean
 from nerve.recording.losses import loss_of
-from nerve.recording.measured_run import OWN, measured_run
+from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+
+Loaded = nn.Module | Callable[[], nn.Module]
+"""A model, or what loads it."""
 
 
 def measure(
-    model: nn.Module | Iterable[tuple[int, nn.Module]],
+    model: nn.Module | Iterable[tuple[int, Loaded]],
     batches: Iterable[Any],
     *,
     into: str | os.PathLike[str] | None = None,
     step: int = 0,
     labels: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
     spectra: bool | str = True,
+    resume: bool = False,
     ffns: Sequence[FFN] | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     mask: Callable[[Any], Masks] | None = None,
@@ -32,6 +43,8 @@ def measure(
     only_labeled: bool = False,
     skip_first: int = 0,
     shortcut: bool = True,
+    memory: int | str | None = None,
+    progress: bool | Progress = False,
 ) -> pd.DataFrame:
     """Measures the FFNs of any torch model over batches; neither Lightning nor Hydra is needed.
 
@@ -40,16 +53,22 @@ def measure(
 
     Args:
         model: the model, on the device of the batches; or a series of (step, model), such as
-            checkpoints as they are loaded, which are measured one after the other.
-        batches: what `forward` takes; all of them make one measurement.
+            checkpoints, which are measured one after the other. In place of a model stands a
+            function that loads it, so that one at a time is in memory.
+        batches: what `forward` takes; all of them make one measurement. They are gone through more
+            than once where `memory` asks for it, and are then held.
         into: a run directory, which must be new: what is measured is stored there as a run stores
             it, with the validation loss where the model returns a `loss` (weighted by `n_targets`
             where that is there, too). Its configuration has `model`, the model's own or its class;
-            `weights` and `batches`, digests; and `measure`, what was asked.
+            `weights` (for each step) and `batches`, digests; and `measure`, what was asked.
             `tokens_seen` is 0, as nothing says it.
         step: of a single model, the step that it is of.
         labels: what else tells the run apart, by name; they are columns of `nerve.load_runs`.
+        fingerprints: hashes of the `corpus` and the `tokenizer` that the batches are of, by these
+            names: of the record, as a run of `nerve-run` has them, and of the configuration.
         spectra: whether eigenvalues are stored, too; `auto` for d_ff up to 1024.
+        resume: goes on with the run that is there, done or not: steps that it has are not measured
+            again, nor loaded. Labels, fingerprints and what was asked must be the same.
         ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds with the first batch.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
@@ -65,6 +84,12 @@ def measure(
             trained models hold most of the variance.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper; False always takes the features themselves.
+        memory: bytes of matrices that are held at once, as a number or as a text such as `8GiB`:
+            two of d_ff x d_ff in float64 for each FFN. Where all do not fit, the model runs over
+            the batches again for those that are left; values are the same. By default 8 GiB on a
+            CPU, and half of what is free on a GPU, or what one FFN takes.
+        progress: whether batches, passes and eigenproblems are shown on stderr; or what is told of
+            them, as (what, done, total or None).
 
     Returns:
         One row per FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
@@ -72,7 +97,8 @@ def measure(
         pr, shares of the farthest sample, of the farthest 0.1% and of the mean, each _pre and
         _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and status. NaN
         where nothing can be measured, status says why. `outliers` names the sites whose spectrum
-        may be that of a few samples. Of a series the first column is the step.
+        may be that of a few samples. Of a series the first column is the step, and steps that were
+        there already have no rows.
 
     Raises:
         ConfigError: for one batch in place of a list, or labels with a name that is taken.
@@ -81,46 +107,96 @@ def measure(
             that are not what they are said to be.
     """
 
-    require(
-        not isinstance(batches, Tensor | Mapping),
-        f"batches is a list of batches; got one, a {type(batches).__name__}. Give [batch].",
-    )
+    _check_batches(batches)
     require_count("step", step, least=0)
     require(spectra in (True, False, "auto"), f"spectra is true, false or 'auto'; got {spectra!r}.")
-    labels = dict(labels or {})
+    require(not resume or into is not None, "resume=True goes on with the run of into=; got none.")
+    labels, text = dict(labels or {}), dict(fingerprints or {})
     taken = sorted(labels.keys() & {*OWN})
     require(not taken, f"labels are named otherwise than {', '.join(OWN)}; got {', '.join(taken)}.")
-    how: dict[str, Any] = {
-        "exclude": tuple(exclude),
-        "only_labeled": only_labeled,
-        "skip_first": skip_first,
-        "shortcut": shortcut,
-    }
+    how = How(forward or call, mask, tuple(exclude), only_labeled, skip_first, shortcut)
+    if memory is not None:
+        bytes_of(memory)
+    told = {name: getattr(how, name) for name in _ASKED} | {"mask": mask is not None}
+    asked = {**labels, "measure": told, **({"text": text} if text else {})}
     is_series = not isinstance(model, nn.Module)
     series = [(step, model)] if isinstance(model, nn.Module) else model
     batches, frames = list(batches) if is_series else batches, []
-    asked = {**labels, "measure": {**how, "mask": mask is not None}}
-    with nullcontext() if into is None else measured_run(into, asked, spectra) as run:
-        for at, each in series:
-            loss = WeightedMean()
-
-            def add_loss(output: object, loss: WeightedMean = loss) -> None:
-                found = loss_of(output)
-                if found is not None:
-                    loss.add(*found)
-
-            found = spectra_of(
-                each,
-                batches if run is None else run.noting(batches),
-                ffns=ffns,
-                forward=forward,
-                mask=mask,
-                **how,
-                give=add_loss,
+    with ExitStack() as stack:
+        run = None
+        if into is not None:
+            run = stack.enter_context(
+                measured_run(into, asked, spectra, resume=resume, fingerprints=text)
             )
-            if run is not None:
-                run.add(at, each, found, loss.value())
+        show = stack.enter_context(shown()) if progress is True else progress or unseen
+        for at, each in series:
+            if run is not None and at in run.steps:
+                continue
+            which = f"step {at}: " if is_series else ""
+            tell = _prefixed(show, which)
+            found = measure_one(
+                each, batches, how, ffns=ffns, memory=memory, progress=tell, run=run, step=at
+            )
             frames.append(frame_of(found))
             if is_series:
                 frames[-1].insert(0, "step", at)
-    return pd.concat(frames, ignore_index=True)
+                del each
+                gc.collect()  # hooks and graphs may keep a model until then
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+_ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
+
+
+def measure_one(
+    model: Loaded,
+    batches: Iterable[Any],
+    how: How,
+    *,
+    ffns: Sequence[FFN] | None,
+    memory: int | str | None,
+    progress: Progress,
+    run: MeasuredRun | None,
+    step: int,
+    tokens_seen: int = 0,
+) -> list[FFNSpectra]:
+    """Measures one model, and stores it where there is a run. Arguments are those of `measure`."""
+    loaded = model if isinstance(model, nn.Module) else model()
+    loss, digest = WeightedMean(), Digest()
+
+    def give(batch: Any, output: object) -> None:
+        if run is not None:
+            digest.add(tree_leaves(batch))
+        found = loss_of(output)
+        if found is not None:
+            loss.add(*found)
+
+    spectra = spectra_of(
+        loaded, batches, how, ffns=ffns, memory=memory, progress=progress, give=give
+    )
+    if run is not None:
+        run.add(step, loaded, digest, spectra, loss.value(), tokens_seen)
+    return spectra
+
+
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    return lambda what, done, total: progress(prefix + what, done, total)
+
+
+def _check_batches(batches: Any) -> None:
+    """Raises `ConfigError` for one batch in place of several."""
+    require(
+        not isinstance(batches, Tensor | Mapping | str),
+        f"batches is a list of batches; got one, a {type(batches).__name__}. Give [batch].",
+    )
+    if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
+        # A list may well have batches of several shapes, a tuple is what loaders give.
+        is_tuple = isinstance(batches, tuple)
+        kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
+        require(
+            len(kinds) < 2,
+            f"batches is a list of batches, which are alike; got a {type(batches).__name__} of "
+            f"{', '.join(f'{each.dtype} {tuple(each.shape)}' for each in batches)}, as a loader "
+            "gives one batch. Give [batch], and say how the model takes it: "
+            "forward=lambda model, batch: model(batch[0]).",
+        )

@@ -2,89 +2,198 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from nerve.errors import StoreError
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter
+from nerve.storage.directory import RunDirectory
+from nerve.storage.identity import differences
 
-OWN = ("model", "weights", "batches", "measure")
+OWN = ("model", "weights", "batches", "measure", "text")
 """What the configuration of such a run says by itself."""
+
+
+class Digest:
+    """Of tensors: their types, shapes and values."""
+
+    def __init__(self) -> None:
+        self._sha: Any = hashlib.sha256()
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        """Adds tensors; what else there is does not count."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._sha.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+                plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                self._sha.update(plain.numpy())
+
+    def __str__(self) -> str:
+        return self._sha.hexdigest()[:16]
 
 
 class MeasuredRun:
     """Takes the measurements of a run, each of a step.
 
-    Attributes:
-        told: what is known of the run by now, for its configuration.
+    Its configuration has what was asked, and grows with each step: `model`, `batches` (a digest),
+    and `weights`, for each step in order a text of the step and a digest. A `model` that was asked
+    for stays as it is.
     """
 
-    def __init__(self, recorded: RecordedRun, spectra: bool | str) -> None:
-        self.told: dict[str, Any] = {}
+    def __init__(
+        self, recorded: RecordedRun, asked: Mapping[str, Any], spectra: bool | str
+    ) -> None:
         self._record = recorded.record
         self._writer = SpectraWriter(recorded.store, (), spectra)
-        self._weights = hashlib.sha256()
-        self._val_loss: float | None = None
+        self._own_model = "model" not in asked
+        known = recorded.record.config
+        self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
+        self._heard = time.monotonic()
 
-    def noting(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, of which a digest is made as they pass."""
-        digest = hashlib.sha256()
-        for batch in batches:
-            _add(digest, (each for each in tree_leaves(batch) if isinstance(each, Tensor)))
-            yield batch
-        self.told["batches"] = digest.hexdigest()[:16]
+    @property
+    def steps(self) -> dict[int, str]:
+        """Those that are measured and stored, each with the digest of its weights."""
+        return _steps_of(self._config)
+
+    def beat(self) -> None:
+        """Tells from time to time that the run lives; to be called often."""
+        if time.monotonic() - self._heard > BEAT_EVERY_S:
+            self._heard = time.monotonic()
+            self._record.update()
 
     def add(
-        self, step: int, model: nn.Module, spectra: Sequence[FFNSpectra], val_loss: float | None
+        self,
+        step: int,
+        model: nn.Module,
+        batches: Digest,
+        spectra: Sequence[FFNSpectra],
+        val_loss: float | None,
+        tokens_seen: int = 0,
     ) -> None:
-        """Stores a measurement."""
-        labels = {"step": step, "tokens_seen": 0, "val_loss": val_loss}
+        """Stores a measurement.
+
+        Raises:
+            StoreError: for other batches than those of the steps before.
+        """
+        if self._config.get("batches", str(batches)) != str(batches):
+            raise StoreError(
+                "All steps of a run are measured on the same batches; those of "
+                f"{self._record.directory} had the digest {self._config['batches']}, these have "
+                f"{batches}. Choose another directory."
+            )
+        labels = {"step": step, "tokens_seen": tokens_seen, "val_loss": val_loss}
         self._writer.write([Solved(labels, list(spectra))])
-        _add(self._weights, model.state_dict().values())
-        self.told |= {"model": _config_of(model), "weights": self._weights.hexdigest()[:16]}
+        steps = self.steps | {step: str(weights_of(model))}
+        self._config |= {
+            "batches": str(batches),
+            "weights": [f"{each} {steps[each]}" for each in sorted(steps)],
+        }
+        if self._own_model:
+            self._config["model"] = _config_of(model)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        final = {"val_loss": val_loss}
-        self._record.update(step=step, n_parameters=n_parameters, final=final)
+        final = {"final": {"val_loss": val_loss}} if step == max(steps) else {}
+        self._record.update(
+            config=self._config, step=max(steps), n_parameters=n_parameters, **final
+        )
+
+
+BEAT_EVERY_S = 10.0
+_SHOWN = 5
+_FOUND = ("model", "weights", "batches")
+
+
+def weights_of(model: nn.Module) -> Digest:
+    """The digest of a model's state."""
+    digest = Digest()
+    digest.add(model.state_dict().values())
+    return digest
+
+
+class Measured(NamedTuple):
+    """What there is of a run that is measured.
+
+    Attributes:
+        steps: each with the digest of its weights.
+        began: when it was begun; None where it was not.
+        is_done: whether the process that measured last came to its end.
+    """
+
+    steps: dict[int, str]
+    began: str | None = None
+    is_done: bool = False
+
+
+def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> Measured:
+    """What a directory has of the run that was asked for.
+
+    Raises:
+        StoreError: for a directory with another run.
+    """
+    record = RunDirectory(directory).record
+    if record is None:
+        return Measured({})
+    different = differences(_asked_of(record.config, asked), asked)
+    if different:
+        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        raise StoreError(
+            f"A directory holds one run; {record.directory} holds run {record.run_id} "
+            f"({record.run_status}) with other values of {', '.join(different[:_SHOWN])}{more}. "
+            "Choose another directory, or delete that one."
+        )
+    return Measured(_steps_of(record.config), record.started, record.run_status == "done")
+
+
+def _asked_of(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what such a run finds by itself."""
+    return {key: value for key, value in config.items() if key in asked or key not in _FOUND}
+
+
+def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
+    steps = (each.split() for each in config.get("weights", ()))
+    return {int(step): digest for step, digest in steps}
 
 
 @contextmanager
 def measured_run(
-    directory: str | os.PathLike[str], asked: Mapping[str, Any], spectra: bool | str
+    directory: str | os.PathLike[str],
+    asked: Mapping[str, Any],
+    spectra: bool | str,
+    *,
+    resume: bool,
+    **first: Any,
 ) -> Iterator[MeasuredRun | None]:
-    """A new run that is measured within the block; its configuration is whole where that ends.
+    """A run that is measured within the block.
 
     Args:
         directory: the run directory.
         asked: what is known of the configuration beforehand.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
+        resume: whether a run that is there goes on; else it is refused where it is done, and begun
+            anew where it is not.
+        first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
         StoreError: as `recorded_run`.
     """
-    with recorded_run(directory, asked, goes_on=False) as recorded:
-        if recorded is None:
+    known = RunDirectory(directory).record
+    found = {} if known is None else known.config
+    config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
+    with recorded_run(directory, config, goes_on=resume, **first) as run:
+        if run is None:
             yield None
             return
-        recorded.store.truncate_after(-1)
-        run = MeasuredRun(recorded, spectra)
-        yield run
-        recorded.record.update(config={**asked, **run.told})
-
-
-def _add(digest: Any, tensors: Iterable[Any]) -> None:
-    """Adds types, shapes and values to a digest."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-            plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(plain.numpy())
+        if not resume:
+            run.store.truncate_after(-1)
+            run.record.update(config=dict(asked))
+        yield MeasuredRun(run, asked, spectra)
 
 
 def _config_of(model: nn.Module) -> Any:

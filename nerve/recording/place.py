@@ -17,8 +17,9 @@ GPU of a data center (.08 s, training beside it)."""
 FIRST_S = 10.0
 """What the host may take for the first measurement, when nobody knows when the next one comes."""
 
-_MARGIN = 0.9
-"""Of the time between two measurements the host is to be done in so much."""
+_ROOM = 1.5
+"""What is pending on the host is to be done within so many times between two measurements: more
+than one, as the next one may find some pending, and fewer than training would wait for."""
 _NEWEST = 0.3
 """What the last solution counts for in the mean of what they take."""
 
@@ -26,10 +27,10 @@ _NEWEST = 0.3
 class Placement:
     """Decides for each eigenproblem whether the host or the GPU solves it.
 
-    What the host can solve until the next measurement comes costs training nothing, and goes there;
-    the rest goes to the GPU, where it takes its time from training, or, if the GPU is slower at it
-    than all the threads are, to the host as well. Times are those that were measured here, beside
-    everything else that runs; the time between measurements is that of the last two.
+    What the host can solve while measurements come as they do costs training nothing, and goes
+    there. The rest goes to the GPU, where it takes its time from training, or, if the GPU is slower
+    at it than all the threads are, to the host as well. Times are those that were measured here,
+    beside everything else that runs; the time between measurements is that of the last two.
 
     Args:
         n_threads: of the host.
@@ -70,8 +71,8 @@ class Placement:
                 self._seconds[place] += _NEWEST * (seconds / work - self._seconds[place])
 
     def _room(self, now: float) -> float:
-        """The work that the host can do until the next measurement."""
-        seconds = FIRST_S if self._last is None else _MARGIN * (now - self._last)
+        """The work that may be pending on the host."""
+        seconds = FIRST_S if self._last is None else _ROOM * (now - self._last)
         return seconds * self._n_threads / self._seconds["host"]
 
 

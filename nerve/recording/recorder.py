@@ -39,6 +39,8 @@ class Recorder:
         self.settings = settings
         self.seconds = 0.0
         """Wall time spent measuring, validating, and waiting for what was not solved in time."""
+        self.n_measured = 0
+        """Measurements since it was opened."""
         self._store = store
         self._rank, self._n_processes = 0, 1
         self._is_split = False
@@ -120,6 +122,7 @@ class Recorder:
         if anew:
             self.seconds = 0.0
             self._cadence = Cadence()
+        self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
         n_bytes = max(map(expected_bytes, ffns))
         self._solver = Solver(device, spare_workers(device, n_here), n_bytes)
@@ -127,9 +130,12 @@ class Recorder:
 
     # Losses, and the labels of a step
 
-    def add_training(self, loss: Tensor, n_targets: int) -> None:
-        """Counts a training batch: the mean loss of this process's targets."""
-        self._cadence.add_training(loss, n_targets, self._n_processes)
+    def add_training(
+        self, loss: Tensor | None, n_targets: int | None, *, of_all: bool = False
+    ) -> None:
+        """Counts a training batch: the mean loss of this process's targets, and how many they are;
+        with `of_all` that number is of all processes. Either may be unknown, None."""
+        self._cadence.add_training(loss, n_targets, 1 if of_all else self._n_processes)
 
     def start_validation(self, *, is_split: bool = False) -> None:
         """Begins the held-out set anew; `is_split` as the property."""
@@ -137,9 +143,13 @@ class Recorder:
         self._is_split = is_split
         self._cadence.start_validation()
 
-    def add_validation(self, loss: Tensor, n_targets: int) -> None:
-        """Counts a held-out batch."""
+    def add_validation(self, loss: Tensor, n_targets: int | None) -> None:
+        """Counts a held-out batch, by its targets where they are known."""
         self._cadence.add_validation(loss, n_targets)
+
+    def note_validation(self, loss: float) -> None:
+        """Takes a validation loss of the labeled weights that somebody else has found."""
+        self._cadence.note_validation(loss)
 
     def label(self, step: int, lr: float | None) -> None:
         """Labels the measurement of `step` with its losses and the hidden weights' rate."""
@@ -175,6 +185,7 @@ class Recorder:
         self._measurement = None
         if measurement is not None and due is not None:
             assert self._solver is not None
+            self.n_measured += 1
             if of_all:
                 measurement.reduce()
             share = measurement.eigenproblems(self._rank, self._n_processes)

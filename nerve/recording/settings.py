@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from nerve.config import require, require_choice, require_count
+from nerve.recording.steps import MeasuredSteps, check_steps, steps_of
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,11 @@ class MonitorSettings:
     """The values of `monitor` that decide what a run measures.
 
     Attributes:
-        every_n_steps: optimizer steps from one measurement to the next.
+        every_n_steps: optimizer steps from one measurement to the next, at steps 0, k, 2k, …; None
+            for no such cadence.
+        steps: single steps beside it, in any order; or `log:n`: n steps that divide 1 to the last
+            one by like factors, and step 0. None for none. Of held-out data the last step is always
+            measured.
         source: `heldout` takes the features of the validation batches, in eval mode: one forward
             pass gives the loss and the spectra. `train` takes those of every micro-batch of the
             training step that follows, in train mode; the last step has no row then.
@@ -25,7 +30,8 @@ class MonitorSettings:
         ConfigError: for a value out of range.
     """
 
-    every_n_steps: int = 25
+    every_n_steps: int | None = 25
+    steps: list | str | None = None
     source: str = "heldout"
     spectra: bool | str = "auto"
     layers: list | None = None
@@ -33,10 +39,38 @@ class MonitorSettings:
     skip_first: int = 0
 
     def __post_init__(self) -> None:
-        require_count("monitor.every_n_steps", self.every_n_steps)
+        require_count("monitor.every_n_steps", self.every_n_steps, or_null=True)
+        check_steps("monitor.steps", self.steps)
+        require(
+            self.every_n_steps is not None or self.steps is not None,
+            "monitor.every_n_steps or monitor.steps says which steps are measured; got null for "
+            "both.",
+        )
         require_choice("monitor.source", self.source, ("heldout", "train"))
         require(
             self.spectra in (True, False, "auto"),
             f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
         )
         require_count("monitor.skip_first", self.skip_first, least=0)
+
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether step 0 is measured, as it is of each cadence and each spacing."""
+        return (
+            self.every_n_steps is not None or isinstance(self.steps, str) or 0 in (self.steps or ())
+        )
+
+    def measured_steps(self, last: int | None) -> MeasuredSteps:
+        """The steps to measure of a training whose last step is `last`, None where that is not
+        known. Raises `ConfigError` for a spacing that needs it."""
+        return MeasuredSteps(self.every_n_steps, steps_of(self.steps, last))
+
+    def require_reached(self, last: int) -> None:
+        """Raises `ConfigError` for single steps that a run of `last` steps does not come to."""
+        late = [step for step in steps_of(self.steps, last) if step > last]
+        require(
+            not late,
+            f"monitor.steps takes steps from 0 to trainer.max_steps; got "
+            f"{', '.join(map(str, late))} with trainer.max_steps={last}. Leave these out, or train "
+            "for longer.",
+        )

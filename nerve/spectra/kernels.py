@@ -4,6 +4,8 @@ To import this module is to import triton, which torch brings along where it is 
 Linux: ask `nerve.spectra.product.has_kernels` first.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,8 @@ def _with_columns_together(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _lower_tiles(  # type: ignore[no-untyped-def]
+@no_type_check
+def _lower_tiles(
     x,
     products,
     n,
@@ -98,7 +101,8 @@ def _lower_tiles(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _square_distances(  # type: ignore[no-untyped-def]
+@no_type_check
+def _square_distances(
     x, center, squares, n, dim, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Those of some rows."""

@@ -32,6 +32,7 @@ ADDED: dict[str, Any] = {
     "data.tokenizer_sample_bytes": 1_000_000_000,
     "model.pre_std": None,
     "monitor.skip_first": 0,
+    "monitor.steps": None,
     "regularizer": {"name": "none"},
 }
 """Dotted keys that nerve-run got after version 0.1.0, each with the value that means what was done

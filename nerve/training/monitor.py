@@ -1,44 +1,64 @@
 """The Lightning callback that measures FFN spectra while a model trains, and stores them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DistributedSampler
+from torch import Tensor, nn
 
 from nerve.config import from_mapping, require
-from nerve.errors import MeasurementError, noted
-from nerve.measuring.ffns import FFN
+from nerve.errors import noted
+from nerve.measuring.choice import Choice, call_probed
+from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
-from nerve.optim import hidden_lr
-from nerve.recording.means import mean_values
+from nerve.measuring.forward import call, evaluating
+from nerve.measuring.masks import Masks
+from nerve.recording.losses import loss_of
+from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
+from nerve.recording.steps import MeasuredSteps
 from nerve.storage.store import RunStore
+from nerve.training.fit_checks import (
+    require_batches,
+    require_reached,
+    require_validation,
+    shares_batches,
+    warn_of_loaders,
+    warn_of_nothing,
+)
 from nerve.training.loggers import StoreLogger
+from nerve.training.updates import (
+    NEVER,
+    WeightUpdates,
+    is_last_batch,
+    last_update,
+    rate_of,
+    validate_next,
+)
 
 
 class SpectralMonitor(L.Callback):
     """Measures every FFN at steps 0, k, 2k, … and the last, and writes one row per FFN.
 
-    A row labeled step s holds the features computed with the weights after s optimizer steps, and
-    the validation loss of the same weights. The monitor sets Lightning's validation cadence to its
-    own; a validation loader that Lightning splits over processes is taken as a whole.
-    `validation_step` and `training_step` must return a mapping with the mean `loss` and
-    `n_targets`. Measuring draws no random numbers and leaves weights, gradients and modes as they
-    are.
+    A row labeled step s holds the features computed with the weights after s updates, and the
+    validation loss of the same weights. Updates are Lightning's steps; with manual optimization,
+    optimizers that each step once in a batch have made one together. The monitor has Lightning
+    validate at the steps that it measures, and at no others; of several validation loaders it takes
+    the first. A validation loader that Lightning splits over processes is taken as a whole.
+
+    What steps return is used as far as it goes: a tensor, or the entry `loss` of a mapping, is the
+    mean loss of a batch; `n_targets` beside it is how much it weighs, and what `tokens_seen`
+    counts. Measuring draws no random numbers and leaves weights, gradients and modes as they are.
 
     The trainer's loggers get each measurement with its own step, which may be some steps ago:
     `ffn/03/pr_post` is that of layer 3, `ffn/mean/pr_post` the mean over layers. Callbacks such as
-    `EarlyStopping` and `ModelCheckpoint` can monitor that mean, or `pr_post`, the mean over all
-    FFNs, of the last measurement that is solved when validation ends: that of the same step on the
-    CPU, up to two measurements ago on a GPU; with `source="train"` at best the one before.
+    `EarlyStopping` and `ModelCheckpoint` can monitor these, or `pr_post`, the mean over all FFNs,
+    of the last measurement that is solved when validation ends: that of the same step on the CPU,
+    up to two measurements ago on a GPU; with `source="train"` at best the one before.
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that is not the one
@@ -46,18 +66,29 @@ class SpectralMonitor(L.Callback):
             begins at step s, from whatever checkpoint, drops the rows past s.
         ffns: the FFNs of a model whose modules do not fulfil the protocol `FFN`; None to look for
             them in the module that is trained.
-        settings: those of `MonitorSettings`, by name: `every_n_steps`, `source`, `spectra`,
-            `layers`, `shortcut`, `skip_first`.
+        mask: gives a batch's mask, as `nerve.measure` takes it. By default that of the module's
+            method `padding_mask(batch)`, where it has one; else the attention masks of a batch that
+            is a mapping and has them.
+        exclude, only_labeled: as `nerve.measure` takes them, of batches that are mappings. Which
+            tokens an FFN has is seen by calling the part of the module that holds all FFNs with
+            such a batch, shortened.
+        settings: those of `MonitorSettings`, by name: `every_n_steps`, `steps`, `source`,
+            `spectra`, `layers`, `shortcut`, `skip_first`.
 
     Raises:
-        ConfigError: for a setting that is out of range.
-
-    A module that pads its batches says which samples count with a method `padding_mask(batch)`:
-    bool, True for those that do, in the shape of the features without their last dimension.
+        ConfigError: for a setting that is out of range; and as a fit begins, where it would measure
+            nothing.
     """
 
     def __init__(
-        self, store: RunStore | None, *, ffns: Sequence[FFN] | None = None, **settings: Any
+        self,
+        store: RunStore | None,
+        *,
+        ffns: Sequence[FFN] | None = None,
+        mask: Callable[[Any], Masks] | None = None,
+        exclude: Collection[int] = (),
+        only_labeled: bool = False,
+        **settings: Any,
     ) -> None:
         self.settings = from_mapping(MonitorSettings, settings, "monitor")
         require(
@@ -66,7 +97,12 @@ class SpectralMonitor(L.Callback):
             "those of the other layers.",
         )
         self._ffns = ffns
-        self._last_step = math.inf
+        self._counted = mask, tuple(exclude), only_labeled
+        self._choice: Choice | None = None
+        self._updates = WeightUpdates()
+        self._steps = MeasuredSteps(self.settings.every_n_steps)
+        self._next: int | None = None
+        self._is_taking = False
         self._recorder = Recorder(self.settings, store)
 
     @property
@@ -99,71 +135,131 @@ class SpectralMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        require_validation(trainer, self.source)
+        begins = trainer.global_step == 0  # else a trainer goes on, and its last step has its row
+        if begins:
+            self._updates.n = 0
         layers = self.settings.layers
+        ffns = find_ffns(pl_module, layers=layers) if self._ffns is None else self._ffns
         self._recorder.open(
-            find_ffns(pl_module, layers=layers) if self._ffns is None else self._ffns,
+            ffns,
             trainer.strategy.root_device,
             # The store has the rows themselves.
             [each for each in trainer.loggers if not isinstance(each, StoreLogger)],
-            anew=trainer.global_step == 0,  # else a trainer goes on, and its last step has its row
+            anew=begins,
             rank=trainer.global_rank,
             n_processes=trainer.world_size,
             n_here=trainer.num_devices,
         )
-        every_n_steps = self.settings.every_n_steps
-        trainer.val_check_interval = every_n_steps * trainer.accumulate_grad_batches
+        self._choice = self._choice_for(pl_module, ffns)
+        trainer.val_check_interval = NEVER
         trainer.check_val_every_n_epoch = None
+        trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of a time for it
         # The validation before training is that of step 0.
-        trainer.num_sanity_val_steps = 0 if trainer.global_step else math.inf
+        trainer.num_sanity_val_steps = math.inf if begins and self.settings.begins_at_zero else 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step = _last_step(trainer)
-        self._recorder.drop_after(trainer.global_step)
-        _warn_of_split_windows(trainer)
+        require_batches(trainer, self.source)
+        last = last_update(trainer, pl_module)
+        self._steps = steps = self.settings.measured_steps(last)
+        self._updates.open(trainer, pl_module, self._stop_taking)
+        begun = self._updates.n
+        self._recorder.drop_after(begun)
+        if begun == 0:
+            require_reached(self.settings, steps, last)
+            if 0 in steps and not trainer.enable_validation:
+                self._label(trainer)
+        self._next = steps.after(begun)
+        validate_next(trainer, begun in steps)  # asked where Lightning goes on from a checkpoint
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        loss, n_targets = _step_outputs(outputs)
+        self._stop_taking()
+        loss, n_targets = _loss_of(outputs)
         # Lightning reports the loss as it was divided for gradient accumulation.
-        self._recorder.add_training(loss * trainer.accumulate_grad_batches, n_targets)
-        due_step = self._recorder.due_step
-        if due_step is not None and trainer.global_step > due_step:
-            self._recorder.finish(of_all=trainer.world_size > 1)
+        scaled = None if loss is None else loss * trainer.accumulate_grad_batches
+        self._recorder.add_training(scaled, n_targets)
+        validate_next(trainer, self._updates.end_batch(trainer) and self._end_update(trainer))
         self._recorder.write_solved()
-        if trainer.global_step == self._last_step:
+        if is_last_batch(trainer, batch_idx):
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
+
+    def _end_update(self, trainer: L.Trainer) -> bool:
+        """Ends the step whose features were due; whether the one that begins is due."""
+        n, due_step = self._updates.n, self._recorder.due_step
+        if due_step is not None and n > due_step:
+            self._recorder.finish(of_all=trainer.world_size > 1)
+        is_due = self._next is not None and n >= self._next
+        if is_due:
+            self._next = self._steps.after(n)
+            if not trainer.enable_validation:
+                self._label(trainer)
+        return is_due
+
+    def _label(self, trainer: L.Trainer) -> None:
+        """Labels the present weights, where no validation does."""
+        self._recorder.start_validation()
+        self._recorder.label(self._updates.n, self._rate(trainer))
+        self._recorder.end_validation()
+
+    def _rate(self, trainer: L.Trainer) -> float | None:
+        return rate_of(trainer.optimizers, self._recorder.probe.ffns)
 
     # Validation: the loss of every measured step; the features where the source is held-out data
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        shares = trainer.world_size > 1 and any(map(_splits, tree_leaves(trainer.val_dataloaders)))
-        self._recorder.start_validation(is_split=shares)
+        if not self._recorder.n_measured:
+            warn_of_loaders(trainer)
+        self._recorder.start_validation(is_split=shares_batches(trainer))
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *index: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self.source == "heldout":
-            self._recorder.start(_mask(pl_module, batch))
+        if (
+            trainer.state.fn == TrainerFn.FITTING
+            and self.source == "heldout"
+            and not dataloader_idx
+        ):
+            self._take(batch)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or dataloader_idx:
             return
-        self._recorder.add_validation(*_step_outputs(outputs))
-        self._recorder.stop()
+        self._stop_taking()
+        loss, n_targets = _loss_of(outputs)
+        if loss is not None:
+            self._recorder.add_validation(loss, n_targets)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._recorder.label(trainer.global_step, hidden_lr(trainer.optimizers[0]))
+        self._recorder.label(self._updates.n, self._rate(trainer))
         if self.source == "heldout":
             self._recorder.finish(of_all=self._recorder.is_split)
         if not trainer.sanity_checking:
-            pl_module.log_dict(self._means(trainer), logger=False, sync_dist=True)
+            values = self._monitored(trainer)
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         self._recorder.end_validation()
 
     # Training: the features of a whole training step where the source is training data
@@ -172,13 +268,24 @@ class SpectralMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._recorder.is_due:
-            self._recorder.start(_mask(pl_module, batch))
+            self._take(batch)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         # Stopped before the backward pass: activation checkpointing runs the forward again there.
-        if self._recorder.is_due:
+        self._stop_taking()
+
+    def _take(self, batch: Any) -> None:
+        """Takes the features of the pass that follows."""
+        assert self._choice is not None
+        self._recorder.start(*self._choice.of(batch))
+        self._is_taking = True
+
+    def _stop_taking(self) -> None:
+        """Ends that pass, if one is measured."""
+        if self._is_taking:
+            self._is_taking = False
             self._recorder.stop()
 
     # The end
@@ -186,6 +293,8 @@ class SpectralMonitor(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        self._is_taking = False
+        self._updates.close()
         with noted(exception):
             self._recorder.abort()
         if trainer.world_size == 1:  # else the others may never come to exchange their spectra
@@ -195,63 +304,52 @@ class SpectralMonitor(L.Callback):
             self._recorder.close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._updates.close()
         self._recorder.drop_due()
         self._recorder.wait()
+        if not (self._recorder.n_measured or self.latest):
+            warn_of_nothing(self.settings, self._updates.n)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._updates.close()
         self._recorder.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._recorder.state_dict()
+        return {**self._recorder.state_dict(), "n_updates": self._updates.n}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._recorder.load_state_dict(state_dict)
+        self._updates.n = state_dict.get("n_updates", 0)  # Lightning's checkpoints of before
 
-    def _means(self, trainer: L.Trainer) -> dict[str, float]:
-        """Those of the last measurement that is solved, in every process."""
-        means = trainer.strategy.broadcast(mean_values(self.latest))
-        if not means:  # the first one is waited for: a callback may monitor it
+    def _monitored(self, trainer: L.Trainer) -> dict[str, float]:
+        """The values of the last measurement that is solved, in every process."""
+        values = trainer.strategy.broadcast(monitored_values(self.latest))
+        if not values:  # the first one is waited for: a callback may monitor it
             self._recorder.drain()
-            means = trainer.strategy.broadcast(mean_values(self.latest))
-        return means
+            values = trainer.strategy.broadcast(monitored_values(self.latest))
+        return values
+
+    def _choice_for(self, pl_module: L.LightningModule, ffns: Sequence[FFN]) -> Choice:
+        """Which samples of this module's batches count."""
+        mask, exclude, only_labeled = self._counted
+        model, probe = _holder(pl_module, ffns), self._recorder.probe
+
+        def run(batch: Any) -> object:
+            with evaluating(model):
+                return call_probed(probe, call, model, batch)
+
+        mask = getattr(pl_module, "padding_mask", None) if mask is None else mask
+        skips = self.settings.skip_first > 0
+        return Choice(model, probe, run, mask, exclude, only_labeled, skips)
 
 
-def _mask(pl_module: L.LightningModule, batch: Any) -> Tensor | None:
-    """Which samples of a batch count, where the module says it."""
-    mask_of = getattr(pl_module, "padding_mask", None)
-    return None if mask_of is None else mask_of(batch)
+def _holder(module: L.LightningModule, ffns: Sequence[FFN]) -> nn.Module:
+    """The part of a module that holds all FFNs, where it is one; else the module itself."""
+    sites = {site.module for ffn in ffns for site in sites_of(ffn)}
+    return next((part for part in module.children() if sites <= {*part.modules()}), module)
 
 
-def _warn_of_split_windows(trainer: L.Trainer) -> None:
-    """Warns of epochs that end within an optimizer step."""
-    batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
-    if trainer.max_epochs != 1 and math.isfinite(batches) and batches % window:
-        rank_zero_warn(
-            f"An epoch should be whole steps of accumulate_grad_batches={window} batches; it "
-            f"has {batches}, so that measurements fall beside the cadence, and with "
-            f"source='train' miss micro-batches. Take "
-            f"limit_train_batches={batches - batches % window}."
-        )
-
-
-def _last_step(trainer: L.Trainer) -> float:
-    """The optimizer step that ends the fit, infinite where none does."""
-    try:
-        return trainer.estimated_stepping_batches
-    except MisconfigurationException:  # of accumulation that changes from epoch to epoch
-        return trainer.max_steps
-
-
-def _splits(loader: Any) -> bool:
-    """Whether a loader gives each process a part of the data, as Lightning makes it by itself;
-    those of nerve give each all of the held-out set."""
-    return isinstance(getattr(loader, "sampler", None), DistributedSampler)
-
-
-def _step_outputs(outputs: Any) -> tuple[Tensor, int]:
-    if not isinstance(outputs, Mapping) or not {"loss", "n_targets"} <= outputs.keys():
-        raise MeasurementError(
-            "training_step and validation_step must return a mapping with loss and n_targets (the "
-            f"number of targets that the loss is a mean of); got {type(outputs).__name__}."
-        )
-    return outputs["loss"].detach(), int(outputs["n_targets"])
+def _loss_of(outputs: Any) -> tuple[Tensor | None, int | None]:
+    """The mean loss and the number of targets of a step, as far as it returned them."""
+    found = loss_of({"loss": outputs} if isinstance(outputs, Tensor) else outputs)
+    return (None, None) if found is None else found

@@ -375,9 +375,38 @@ def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_needs_the_number_of_its_targets(tmp_path):
+def test_without_targets_steps_count_alike_and_targets_need_their_loss(tmp_path):
+    model, pair = network(), pairs(1)[0]
+    with nerve.watch(model, tmp_path / "a", heldout=[pair[0]], every_n_steps=2) as run:
+        run.step(0.5)
+        run.step(1.0)
+    row = nerve.load_metrics(tmp_path / "a").iloc[-1]
+    assert (row["train_loss"], row["tokens_seen"]) == (0.75, 0)
     with (
         pytest.raises(ConfigError, match="or neither"),
-        nerve.watch(network(), tmp_path) as run,
+        nerve.watch(model, tmp_path / "b") as run,
     ):
-        run.step(0.5)
+        run.step(n_targets=3)
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ({"every_n_steps": None, "steps": [5, 0, 1]}, [0, 1, 5]),
+        ({"every_n_steps": 3, "steps": [1, 100]}, [0, 1, 3, 6]),
+        ({"every_n_steps": None, "steps": "log:4", "last_step": N_STEPS}, [0, 1, 2, 4]),
+        ({"every_n_steps": None, "steps": [2]}, [2]),
+    ],
+    ids=["list", "union", "log", "not at first"],
+)
+def test_steps_are_measured_wherever_they_lie(tmp_path, source, accumulate, asked, steps):
+    train(tmp_path, network(), source=source, accumulate=accumulate, **asked)
+    found = nerve.load_metrics(tmp_path)
+    assert sorted(set(found["step"])) == (steps if source == "train" else [*steps, N_STEPS])
+
+
+def test_a_spacing_needs_the_last_step(tmp_path):
+    with pytest.raises(ConfigError, match="log:4 divides the steps"):
+        train(tmp_path, network(), every_n_steps=None, steps="log:4")

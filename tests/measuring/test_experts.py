@@ -6,8 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from by_hand import Plain
+from mixtures import (
+    FAMILIES,
+    FF,
+    IDLE,
+    TOP,
+    D,
+    N,
+    Net,
+    Stacked,
+    batches_of,
+    listed,
+    model_of,
+    router_of,
+)
 from torch import Tensor, nn
 
 import nerve
@@ -16,57 +29,18 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.measuring.routing import origins
 
-transformers.logging.set_verbosity_error()
 
-D, FF, N, TOP, VOCAB = 8, 12, 5, 2, 32
-IDLE = 0
-
-FAMILIES = {
-    "mixtral": ("MixtralConfig", {"num_local_experts": N, "intermediate_size": FF}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        {"num_experts": N, "moe_intermediate_size": FF, "shared_expert_intermediate_size": 10},
-    ),
-    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": N, "moe_intermediate_size": FF, "head_dim": 4}),
-    "olmoe": ("OlmoeConfig", {"num_experts": N, "intermediate_size": FF}),
-}
-
-
-def model_of(family: str) -> Any:
-    """A tiny random model in float64, of whose experts the first gets no token: among the logits of
-    the others, those of v, -v, u and -u, two are always above its own, 0."""
-    name, values = FAMILIES[family]
-    config = getattr(transformers, name)(
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts_per_tok=TOP,
-        vocab_size=VOCAB,
-        max_position_embeddings=32,
-        **values,
-    )
-    torch.manual_seed(0)
-    with torch.random.fork_rng():
-        model = transformers.AutoModel.from_config(config).double().eval()
-    for layer in model.layers:
-        with torch.no_grad():
-            for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
-                weight.normal_()
-            v, u = torch.randn(2, D, dtype=torch.float64)
-            layer.mlp.gate.weight.copy_(torch.stack([torch.zeros_like(v), v, -v, u, -u]))
-    return model
-
-
-def batches_of(*, padded: bool) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(2):
-        ids = torch.randint(3, VOCAB, (4, 7), generator=generator)
-        lengths = torch.tensor([[7], [3], [5], [7 if not padded else 1]])
-        mask = (torch.arange(7) < lengths).long() if padded else torch.ones_like(ids)
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
+def unfused(mixture: Any, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features of one expert, before and after."""
+    experts = mixture.experts
+    both = experts.gate_up_proj[e].detach().numpy()
+    if hasattr(experts, "gate_up_proj_bias"):  # of gpt-oss: in turns, and a product with up + 1
+        values = x @ both + experts.gate_up_proj_bias[e].detach().numpy()
+        gate, up = values[:, ::2], values[:, 1::2].clip(-experts.limit, experts.limit)
+        cut = gate.clip(max=experts.limit)
+        return gate, (up + 1) * cut / (1 + np.exp(-experts.alpha * cut))
+    gate, up = np.split(x @ both.T, 2, axis=1)
+    return gate, gate / (1 + np.exp(-gate)) * up
 
 
 def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str, np.ndarray]]]:
@@ -89,7 +63,7 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
 
             handles += [
                 layer.mlp.register_forward_pre_hook(take),
-                layer.mlp.gate.register_forward_hook(choose),
+                router_of(layer.mlp).register_forward_hook(choose),
             ]
         with torch.no_grad():
             model(**batch)
@@ -97,12 +71,10 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
             handle.remove()
         counts = batch["attention_mask"].reshape(-1).bool().numpy()
         for i, layer in enumerate(model.layers):
-            both = layer.mlp.experts.gate_up_proj.detach().numpy()
             for e in range(N):
                 x = given[i][(chosen[i] == e).any(1) & counts]
-                gate, up = np.split(x @ both[e].T, 2, axis=1)
-                seen[i][e]["pre"].append(gate)
-                seen[i][e]["post"].append(gate / (1 + np.exp(-gate)) * up)
+                for side, features in zip(("pre", "post"), unfused(layer.mlp, e, x), strict=True):
+                    seen[i][e][side].append(features)
     return [
         [{side: np.concatenate(parts) for side, parts in each.items()} for each in layer]
         for layer in seen
@@ -158,7 +130,9 @@ def test_a_model_that_takes_all_products_at_once_does_so_afterwards():
     before = model(**batches[0]).last_hidden_state
     chosen = [[], []]
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda m, a, output, i=i: chosen[i].append(output[2]))
+        router_of(layer.mlp).register_forward_hook(
+            lambda m, a, output, i=i: chosen[i].append(output[2])
+        )
         for i, layer in enumerate(model.layers)
     ]
     for batch in batches:
@@ -182,6 +156,11 @@ def test_what_is_found_names_the_parameter_and_the_pool():
     assert table["post"][3] == "layers.0.mlp.experts.down_proj[3]"
     assert set(table["pool"]) == {"experts"}
     assert table["n_runs"].isna().all()
+    note = (
+        "MixtralExperts: its plain implementation runs in place of grouped_mm while it is measured."
+    )
+    assert found.notes == [note]
+    assert note in repr(found)
 
 
 def test_left_out_positions_are_left_out_of_experts():
@@ -210,54 +189,6 @@ def test_left_out_positions_are_left_out_of_experts():
 
 
 # Experts in a list
-
-
-class Mixture(nn.Module):
-    """Sends each token to the expert that a projection chooses, if any."""
-
-    def __init__(self, experts: nn.Module, n: int, *, scaled: bool = False) -> None:
-        super().__init__()
-        self.router, self.experts, self.n, self.scaled = nn.Linear(D, n), experts, n, scaled
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, D)
-        chosen = self.router(tokens).argmax(-1)
-        given = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
-            rows = torch.where(chosen == index)[0]
-            if len(rows):
-                given[rows] = expert(tokens[rows] * (2 if self.scaled else 1))
-        return x + given.reshape(x.shape)
-
-
-class Net(nn.Module):
-    """Embeds tokens, and runs two mixtures."""
-
-    def __init__(self, mixtures: list[nn.Module]) -> None:
-        super().__init__()
-        self.embedding, self.blocks = nn.Embedding(VOCAB, D), nn.ModuleList(mixtures)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.embedding(input_ids)
-        x = x + torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None]
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def listed(**how: Any) -> Net:
-    torch.manual_seed(3)
-    with torch.random.fork_rng():
-        mixtures: list[nn.Module] = []
-        for _ in range(2):
-            ffns = nn.ModuleList(Plain(nn.Linear(D, FF), nn.Linear(FF, D)) for _ in range(3))
-            mixtures.append(Mixture(ffns, 3, **how))
-        net = Net(mixtures).double().eval()
-        with torch.no_grad():  # of equal weights and the larger bias: the third gets nothing
-            for mixture in mixtures:
-                mixture.router.weight[2] = mixture.router.weight[1]
-                mixture.router.bias[2] = mixture.router.bias[1] - 1
-    return net
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -304,32 +235,28 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
         nerve.measure(net, batches_of(padded=True), ffns=ffns)
 
 
+@pytest.mark.parametrize("make", [listed, lambda: model_of("olmoe")])
+def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, make):
+    """With padding; one without tokens has a row that says so."""
+    model, batches = make(), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    with nerve.watch(
+        model,
+        tmp_path,
+        every_n_steps=1,
+        heldout=batches,
+        forward=lambda model, batch: model(**batch),
+    ) as run:
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    first = rows[rows["step"] == 0].reset_index(drop=True)
+    assert first["ffn"].tolist() == expected["ffn"].tolist()
+    assert first["n_samples"].tolist() == expected["n_samples"].tolist()
+    np.testing.assert_allclose(first["pr_post"], expected["pr_post"], rtol=1e-12)
+    assert "too_few_samples" in set(first["status"])
+
+
 # Stacked parameters of one's own
-
-
-class Stacked(nn.Module):
-    """A mixture over slices, multiplied as `x @ W[e] + b[e]`."""
-
-    def __init__(self, *, together: bool = False) -> None:
-        super().__init__()
-        self.router, self.together = nn.Linear(D, 3), together
-        self.up = nn.Parameter(torch.randn(3, D, FF))
-        self.up_bias = nn.Parameter(torch.randn(3, FF))
-        self.down = nn.Parameter(torch.randn(3, FF, D))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, D)
-        chosen = self.router(tokens).argmax(-1)
-        given = torch.zeros_like(tokens)
-        if self.together:
-            h = torch.relu(torch.einsum("nd,edf->enf", tokens, self.up))
-            every = torch.einsum("enf,efd->end", h, self.down)
-            return x + every[chosen, torch.arange(len(tokens))].reshape(x.shape)
-        for e in range(3):
-            rows = torch.where(chosen == e)[0]
-            h = torch.relu(tokens[rows] @ self.up[e] + self.up_bias[e])
-            given[rows] = h @ self.down[e]
-        return x + given.reshape(x.shape)
 
 
 def test_a_bias_that_is_added_to_the_product_belongs_to_pre():
@@ -389,3 +316,24 @@ def test_rows_are_found_among_equal_ones():
     assert (partly >= 0).tolist() == [True, False, True, False, False]
     assert origins(torch.tensor([[0.0, 0]]), source) is None
     assert origins(source[[1, 1]], source) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_on_a_gpu_are_those_of_a_cpu(family):
+    """In float64, with padding; and as the model runs by itself, in bfloat16 and grouped."""
+    model, batches = model_of(family), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    model.cuda()
+    there = [{name: each.cuda() for name, each in batch.items()} for batch in batches]
+    rows = nerve.measure(model, there)
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist()
+    for name in ("pr_pre", "pr_post", "variance_post", "mean_share_post"):
+        np.testing.assert_allclose(rows[name], expected[name], rtol=1e-6)
+    model.bfloat16()
+    before = model(**there[0])
+    rows = nerve.measure(model, there, memory="1MiB")
+    pooled = rows[rows["ffn"] == "experts"]
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert pooled["n_samples"].tolist() == [TOP * n_tokens] * 2
+    assert torch.equal(model(**there[0]).last_hidden_state, before.last_hidden_state)

@@ -424,7 +424,7 @@ def test_what_is_found_is_a_table():
     table = find_ffns(model, torch.randn(3, 7, D)).table()
     columns = ["layer", "name", "pre", "post", "d_in", "d_ff", "gated", "n_runs", "pool"]
     assert table.columns.tolist() == columns
-    assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1]
+    assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1, None]
 
 
 class NeedsMore(nn.Module):

@@ -1,11 +1,15 @@
 """A measurement that stays is a run: its rows, its spectra, its loss, and what it was of."""
 
+import weakref
+from functools import partial
+
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nerve
-from nerve.errors import ConfigError, StoreError
+from nerve.errors import ConfigError, MeasurementError, StoreError
 
 
 class Net(nn.Module):
@@ -66,6 +70,69 @@ def test_a_series_is_one_run_of_all_its_steps(tmp_path, model, batches):
         assert nerve.load_spectra(tmp_path).empty
 
 
+def test_models_of_a_series_that_are_loaded_are_in_memory_one_at_a_time(tmp_path, batches):
+    """Each is gone when the next one is loaded."""
+    alive: list[weakref.ref[nn.Module]] = []
+
+    def load() -> nn.Module:
+        assert all(each() is None for each in alive)
+        net = Net()
+        alive.append(weakref.ref(net))
+        return net
+
+    nerve.measure([(step, load) for step in (0, 5)], batches, into=tmp_path)
+    assert len(alive) == 2
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 5]
+
+
+def test_a_series_goes_on_where_it_was_left(tmp_path, model, batches):
+    """Cut off at any step, or done and longer now: the same rows and the same config_id, and no
+    step is loaded twice. Without resume= it begins anew."""
+    loaded: list[int] = []
+
+    def series(*steps: int, broken: int | None = None):
+        def load(step: int) -> nn.Module:
+            if step == broken:
+                raise KeyboardInterrupt
+            loaded.append(step)
+            torch.manual_seed(step)
+            return Net()
+
+        return [(step, partial(load, step)) for step in steps]
+
+    how = {"labels": {"family": "mine"}, "fingerprints": {"corpus": "ab", "tokenizer": "cd"}}
+    nerve.measure(series(0, 5, 9), batches, into=tmp_path / "whole", **how)
+    loaded.clear()
+    parts = tmp_path / "parts"
+    for broken in (5, 9):
+        with pytest.raises(KeyboardInterrupt):
+            nerve.measure(series(0, 5, 9, broken=broken), batches, into=parts, resume=True, **how)
+    nerve.measure(series(0, 5), batches, into=parts, resume=True, **how)
+    nerve.measure(series(0, 5, 9), batches, into=parts, resume=True, **how)
+    assert loaded == [0, 5, 9]
+    assert nerve.measure(series(0, 5, 9), batches, into=parts, resume=True, **how).empty
+    whole, record = (nerve.RunRecord.load(tmp_path / name) for name in ("whole", "parts"))
+    assert record.config_id == whole.config_id
+    assert record.fingerprints == {"corpus": "ab", "tokenizer": "cd"}
+    rows = [
+        nerve.load_metrics(tmp_path / name).drop(columns="run_id") for name in ("whole", "parts")
+    ]
+    pd.testing.assert_frame_equal(*rows)
+    other = {**how, "fingerprints": {"corpus": "ab", "tokenizer": "ef"}}
+    with pytest.raises(StoreError, match=r"text\.tokenizer"):
+        nerve.measure(series(0, 5, 9), batches, into=parts, resume=True, **other)
+    with pytest.raises(StoreError, match="the same batches"):
+        nerve.measure(series(12), batches[:1], into=parts, resume=True, **how)
+
+
+def test_a_batch_that_the_model_does_not_take_says_how(model):
+    """As a loader of features and targets gives them, or a mapping of another's names."""
+    with pytest.raises(MeasurementError, match=r"forward=lambda model, batch: model\(batch\[0\]"):
+        nerve.measure(model, [(torch.zeros(9, 4), torch.zeros(9))])
+    with pytest.raises(MeasurementError, match=r"unexpected keyword.*model\(batch\['x'\]"):
+        nerve.measure(model, [{"pixels": torch.zeros(9, 4)}])
+
+
 def config_id(directory, model, batches, **how) -> str:
     nerve.measure(model, batches, into=directory, **how)
     return nerve.RunRecord.load(directory).config_id
@@ -107,7 +174,10 @@ def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model,
     [
         (torch.zeros(3, 4), {}, "list of batches"),
         ({"x": torch.zeros(3, 4)}, {}, "list of batches"),
+        ("some text", {}, "list of batches"),
+        ((torch.zeros(3, 4), torch.zeros(3).long()), {}, r"forward=lambda .* model\(batch\[0\]\)"),
         ([torch.zeros(3, 4)], {"labels": {"weights": 1}}, "got weights"),
+        ([torch.zeros(3, 4)], {"memory": "much"}, "8GiB"),
         ([torch.zeros(3, 4)], {"step": -1}, "step"),
         ([torch.zeros(3, 4)], {"spectra": "some"}, "spectra"),
     ],

@@ -1,4 +1,4 @@
-"""The host gets what it can solve until the next measurement; the GPU gets the rest."""
+"""The host gets what it can solve while measurements come as they do; the GPU gets the rest."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_one_core_takes_what_it_solves_in_time(clock):
     each = HOST_S * WORK
     placement.choose([WORK])
     placement.solved("host", WORK, each)
-    clock.now += 4.5 * each / 0.9
+    clock.now += 4.5 * each / 1.5
     assert placement.choose([WORK] * 12) == ["host"] * 4 + ["device"] * 8
 
 
@@ -44,7 +44,7 @@ def test_what_is_pending_counts(clock):
     each = HOST_S * WORK
     placement.choose([WORK] * 3)
     placement.solved("host", WORK, each)
-    clock.now += 4.5 * each / 0.9
+    clock.now += 4.5 * each / 1.5
     assert placement.choose([WORK] * 12).count("host") == 2
 
 
@@ -55,7 +55,7 @@ def test_times_are_those_that_were_measured(clock):
         clock.now += 100
         assert placement.choose([WORK]) == ["host"]
         placement.solved("host", WORK, 5 * HOST_S * WORK)
-    clock.now += 5 * HOST_S * WORK * 2.3 / 0.9
+    clock.now += 5 * HOST_S * WORK * 2.3 / 1.5
     assert placement.choose([WORK] * 12).count("host") == 4  # two for each thread
 
 
@@ -83,5 +83,5 @@ def test_one_that_failed_is_no_longer_pending(clock):
     placement = Placement(1, clock)
     placement.choose([WORK])
     placement.solved("host", WORK, None)
-    clock.now += 1.5 * HOST_S * WORK / 0.9
+    clock.now += 1.5 * HOST_S * WORK / 1.5
     assert placement.choose([WORK]) == ["host"]

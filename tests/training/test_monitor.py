@@ -21,7 +21,7 @@ from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
-from nerve.recording.means import logged_values, mean_values
+from nerve.recording.means import logged_values, mean_values, monitored_values
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger
@@ -488,13 +488,18 @@ def test_the_last_step_of_a_number_of_epochs_is_measured(tmp_path):
     assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 4, 8, 10]
 
 
-def test_epochs_that_end_within_a_window_of_accumulation_are_warned_of(tmp_path):
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_epochs_that_end_within_a_window_of_accumulation_keep_to_the_cadence(tmp_path, source):
+    """Of 5 batches an epoch the last is an update of its own: 3 updates an epoch."""
     store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
     module = Foreign()
-    callback = SpectralMonitor(store, every_n_steps=2, ffns=module.ffns())
+    callback = SpectralMonitor(store, every_n_steps=2, ffns=module.ffns(), source=source)
     windows = {"max_epochs": 2, "accumulate_grad_batches": 2}
-    with pytest.warns(UserWarning, match=r"whole steps .*=2 .* it has 5.*limit_train_batches=4\."):
-        fit_again(callback, module, batches(5), batches(2, seed=1), **windows)
+    fit_again(callback, module, batches(5), batches(1, seed=1), **windows)
+    rows = nerve.load_metrics(tmp_path)
+    assert rows["step"].tolist() == ([0, 2, 4, 6] if source == "heldout" else [0, 2, 4])
+    if source == "train":
+        assert (rows["n_samples"] // (BATCH * SEQ)).tolist() == [2, 1, 2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_rows(tmp_path):
@@ -525,21 +530,15 @@ def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
     assert not module.model.blocks[0].ffn.up._forward_hooks
 
 
-def test_steps_must_say_how_many_targets_they_had(tmp_path):
-    class Silent(LanguageModel):
-        def validation_step(self, batch, batch_idx):
-            return super().validation_step(batch, batch_idx)["loss"]
-
-    module = make_module()
-    silent = Silent(module.model, module._build_optimizer, module._schedule)
-    with pytest.raises(MeasurementError, match="must return a mapping with loss and n_targets"):
-        fit(tmp_path, silent, batches(2), batches(1), every_n_steps=1)
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"every_n_steps": 0}, "monitor.every_n_steps must be a whole number of at least 1; got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be null or a whole number of at least 1; got 0"),
+        ({"every_n_steps": None}, "which steps are measured; got null for both"),
+        ({"steps": []}, r"must be a list of optimizer steps.* as in \[0,1,2,4,8\]; got \[\]"),
+        ({"steps": [1, -2]}, r"whole numbers from 0.*got \[1, -2\]"),
+        ({"steps": "log"}, "a spacing such as log:30 .*got 'log'"),
+        ({"steps": "log:1"}, "a spacing such as log:30 .*got 'log:1'"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
@@ -606,17 +605,17 @@ def test_loggers_get_each_measurement_with_its_step_and_the_store_has_it_once(tm
 
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
-def test_callbacks_can_monitor_means_over_layers(tmp_path, source):
+def test_callbacks_can_monitor_layers_and_their_means(tmp_path, source):
     """Those of the same step; of training data they are those of the step before."""
     watch = Watch()
     values = {"every_n_steps": 2, "source": source}
     data = batches(6), batches(2, seed=1)
     _, rows = fit(tmp_path, make_module(), *data, callbacks=[watch], **values)
-    means = by_step(rows, mean_values)
+    values_of = by_step(rows, monitored_values)
     assert list(watch.seen) == [2, 4, 6]
     for step, seen in watch.seen.items():
-        there = means[step if source == "heldout" else step - 2]
-        assert {"pr_post", "ffn/mean/pr_post"} <= there.keys()
+        there = values_of[step if source == "heldout" else step - 2]
+        assert {"pr_post", "ffn/mean/pr_post", "ffn/00/pr_post", "ffn/01/js"} <= there.keys()
         assert {name: seen[name] for name in there} == pytest.approx(there, rel=1e-6)
 
 
@@ -646,14 +645,16 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
     assert max(lags) >= 1  # else nothing was late
 
 
-@pytest.mark.parametrize("monitor", ["pr_post", "ffn/mean/se_pre", "val_loss"])
-def test_training_can_be_stopped_early_by_a_mean_over_layers(tmp_path, monitor):
+@pytest.mark.parametrize("monitor", ["pr_post", "ffn/mean/se_pre", "ffn/01/js", "val_loss"])
+def test_training_can_be_stopped_early_by_what_was_measured(tmp_path, monitor):
     stop = EarlyStopping(monitor, mode="min", patience=0, min_delta=1e9)
     data = batches(9), batches(2, seed=1)
     _, rows = fit(tmp_path, make_module(), *data, callbacks=[stop], every_n_steps=2)
     assert (stop.stopped_epoch, rows.step.max()) == (0, 4)  # 4 is not better than 2 by so much
-    column = monitor.rpartition("/")[2]
-    assert float(stop.best_score) == pytest.approx(rows[rows.step == 2][column].mean(), rel=1e-6)
+    column, measured = monitor.rpartition("/")[2], rows[rows.step == 2]
+    if "/01/" in monitor:
+        measured = measured[measured.layer == 1]
+    assert float(stop.best_score) == pytest.approx(measured[column].mean(), rel=1e-6)
 
 
 def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.objective import objectives
+from nerve.cli.experiment.objective import objectives, of_layers
 from nerve.config import require, require_choice
 
 
@@ -30,9 +30,10 @@ def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
     if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
         kind = values["model"]["kind"]
         logged = ("train_loss", "penalty", *objectives(kind))
+        layers = range(n) if isinstance(n := values["model"].get("n_layers"), int) else ()
         for name, callback in zip(values["callbacks"], callbacks, strict=True):
             monitor = getattr(callback, "monitor", None)
-            if monitor is not None:
+            if monitor is not None and monitor not in of_layers(kind, layers):
                 require_choice(f"callbacks.{name}.monitor", monitor, logged)
     return callbacks
 

@@ -1,10 +1,11 @@
 """`objective`: the number that a run returns, for sweepers that look for the best one."""
 
 import math
+from collections.abc import Iterable
 
 from nerve.config import require_choice
 from nerve.metric_names import MEASURED
-from nerve.recording.means import mean_name, mean_values
+from nerve.recording.means import layer_name, mean_name, mean_values
 from nerve.storage.directory import RunDirectory
 from nerve.storage.parts import read_parts, warn_damaged
 from nerve.storage.schema import DATASETS
@@ -29,6 +30,16 @@ def objectives(kind: str) -> tuple[str, ...]:
     """The numbers that a run of a model of that kind has at its end."""
     means = (mean_name(ffn, metric) for ffn in FFNS[kind] for metric in MEASURED)
     return (*SCORES[kind], *MEASURED, *means)
+
+
+def of_layers(kind: str, layers: Iterable[int]) -> set[str]:
+    """The numbers of single layers that callbacks of such a run can monitor."""
+    return {
+        layer_name(ffn, layer, metric)
+        for ffn in FFNS[kind]
+        for layer in layers
+        for metric in MEASURED
+    }
 
 
 def objective_of(run: RunDirectory, name: str) -> float:

@@ -84,6 +84,7 @@ class Plan:
         checkpoint.require_reached(trainer.max_steps)
         schedule = schedule_of(values["optimizer"])
         monitor = from_mapping(MonitorPlan, values["monitor"], "monitor")
+        monitor.require_reached(trainer.max_steps)
         require_tokens_of_text(monitor.n_tokens, kind)
         require_positions(monitor, values)
         require_packages(values["logger"])

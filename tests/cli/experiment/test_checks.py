@@ -11,6 +11,7 @@ from nerve.cli.experiment.plan import Plan
 from nerve.errors import NerveError
 from nerve.models import build_model
 from nerve.optim import build_optimizer
+from nerve.storage.identity import config_id
 
 GPT = ("logger=none", "model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.seq_len=32")
 MIXER = ("logger=none", "model=mixer_tiny", "model.n_layers=2", "model.d_model=24", "ffn.width=4")
@@ -157,6 +158,17 @@ BAD_GPT = [
     (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
     (["monitor.skip_first=yes"], ["monitor.skip_first must be a whole number; got 'yes'"]),
     (["monitor.skip_first=32"], ["got monitor.skip_first=32 of data.seq_len=32"]),
+    (["monitor.every_n_steps=null"], ["which steps are measured; got null for both"]),
+    (["monitor.steps=log"], ["monitor.steps", "a spacing such as log:30", "got 'log'"]),
+    (["monitor.steps=[0,-1]"], ["monitor.steps", "whole numbers from 0", "got [0, -1]"]),
+    (
+        ["monitor.steps=[0,9,11]", "trainer.max_steps=10"],
+        ["monitor.steps takes steps from 0 to trainer.max_steps; got 11"],
+    ),
+    (
+        [f"+callbacks.a._target_={CALLBACKS}.EarlyStopping", "+callbacks.a.monitor=ffn/99/js"],
+        ["callbacks.a.monitor must be one of"],
+    ),
     (["monitor.skip_first=-1"], ["skip_first must be a whole number of at least 0; got -1"]),
     (["data=digits"], ["model.kind=gpt", "ImageDataModule", "kind=mixer"]),
 ]
@@ -282,3 +294,16 @@ def test_a_callback_of_ones_own_may_log_what_another_monitors():
         "+callbacks.a.monitor=what_mine_logs",
     )
     Plan.of(composed(*GPT, *own, *stop))
+
+
+def test_steps_are_asked_for_on_the_command_line_and_change_no_id_where_they_are_not():
+    spaced = Plan.of(composed(*GPT, "monitor.every_n_steps=null", "monitor.steps=log:30"))
+    assert spaced.monitor.settings["steps"] == "log:30"
+    plain = Plan.of(composed(*GPT)).values
+    before = {**plain, "monitor": {k: v for k, v in plain["monitor"].items() if k != "steps"}}
+    assert config_id(plain) == config_id(before) != config_id(spaced.values)
+
+
+def test_a_callback_may_monitor_a_layer():
+    stop = f"+callbacks.a._target_={CALLBACKS}.EarlyStopping"
+    Plan.of(composed(*GPT, stop, "+callbacks.a.monitor=ffn/01/js"))

@@ -1,0 +1,178 @@
+"""`nerve.watch`: measures a model while a plain loop trains it, and records the run."""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nerve.config import from_mapping, require
+from nerve.integrations.heldout import Forward, batches_of
+from nerve.integrations.loop import WatchedLoop
+from nerve.integrations.wrapping import device_name_of, unwrapped
+from nerve.measuring.choice import Choice
+from nerve.measuring.ffns import FFN
+from nerve.measuring.find import find_ffns
+from nerve.measuring.forward import call
+from nerve.measuring.masks import Masks
+from nerve.recording.run import recorded_run
+from nerve.recording.settings import MonitorSettings
+
+log = logging.getLogger(__name__)
+
+
+def watch(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    every_n_steps: int | None = 100,
+    config: Mapping[str, Any] | None = None,
+    optimizer: Optimizer | None = None,
+    heldout: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    mask: Callable[[Any], Masks] | None = None,
+    exclude: Collection[int] = (),
+    only_labeled: bool = False,
+    ffns: Sequence[FFN] | None = None,
+    resume: Mapping[str, Any] | None = None,
+    last_step: int | None = None,
+    **settings: Any,
+) -> AbstractContextManager[WatchedLoop]:
+    """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
+
+    ```
+    with nerve.watch(model, "outputs/mine", every_n_steps=100, config={"lr": lr}) as run:
+        for inputs, targets in batches:
+            ...
+            optimizer.step()
+            run.step(loss, targets.numel())
+    ```
+
+    A row labeled step s holds the features computed with the weights after s steps: of the training
+    batch that follows, with all its micro-batches, in train mode; or of held-out batches, in eval
+    mode, and then the last step has a row, too. Measuring draws no random numbers and leaves
+    weights, gradients and modes as they are. Where the block ends the run is done; where it raises,
+    the run has failed, or was interrupted, and everything that was measured is stored.
+
+    Several processes (DistributedDataParallel) measure their samples together, and rank 0 records
+    the run. All of them must call all of it alike, `state_dict` too.
+
+    Args:
+        model: the module that the loop calls, with its weights of the step to begin at: also one
+            that is compiled or distributed.
+        directory: the run directory.
+        every_n_steps: steps from one measurement to the next; None where `steps` says all.
+        config: whatever tells your runs apart, by name; what is measured is added as `monitor`. Its
+            `seed`, if it is a number, is the run's.
+        optimizer: gives the learning rate of the rows; null without, or where groups differ.
+        heldout: batches whose features are measured in place of those of training; of several
+            processes, each gives its own part.
+        forward: runs the model on a held-out batch; by default `model(batch)`, or `model(**batch)`
+            for a mapping. If what it returns has a `loss`, it is the validation loss, weighted by
+            `n_targets` where that is there, too.
+        mask: gives a batch's mask, as `nerve.measure` takes it; a training batch is what the model
+            is called with: its one argument, the tuple of those by position, or the mapping of all
+            by name. By default the attention masks of a mapping that has them.
+        exclude, only_labeled: as `nerve.measure` takes them.
+        ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds.
+        resume: what `state_dict` gave; rows past its step are dropped. Without it training begins
+            at step 0, and so does the run.
+        last_step: the step that ends training, which `steps="log:30"` needs.
+        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as the monitor of
+            nerve-run has them.
+
+    Raises:
+        ConfigError: for a setting that is out of range.
+        MeasurementError: for a model without FFNs, or features, masks or descriptions that are not
+            what they are said to be.
+        StoreError: when the directory holds a run of another configuration, or one that is done.
+    """
+    source = "train" if heldout is None else "heldout"
+    return watched(
+        model,
+        directory,
+        {**settings, "every_n_steps": every_n_steps, "source": source},
+        config=config,
+        optimizer=optimizer,
+        batches=None if heldout is None else batches_of(heldout),
+        forward=forward,
+        mask=mask,
+        exclude=exclude,
+        only_labeled=only_labeled,
+        ffns=ffns,
+        resume=resume,
+        last_step=last_step,
+    )
+
+
+@contextmanager
+def watched(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any] | None,
+    optimizer: Optimizer | None,
+    batches: Sequence[Any] | None,
+    forward: Forward | None,
+    mask: Callable[[Any], Masks] | None,
+    exclude: Collection[int],
+    only_labeled: bool,
+    ffns: Sequence[FFN] | None,
+    resume: Mapping[str, Any] | None,
+    last_step: int | None,
+    first: int = 0,
+) -> Iterator[WatchedLoop]:
+    """As `watch`, of any loop.
+
+    Args:
+        settings: those of `MonitorSettings`, by name.
+        batches: held-out ones; None for features of the passes that the loop runs, in train or in
+            eval mode as the source is.
+        first: the step that a loop without `resume` begins at.
+        others: as `watch` takes them.
+    """
+    chosen = from_mapping(MonitorSettings, settings, "monitor")
+    steps = chosen.measured_steps(last_step)
+    require(
+        ffns is None or chosen.layers is None,
+        "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
+        "those of the other layers.",
+    )
+    config = dict(config or {})
+    require(
+        "monitor" not in config,
+        "monitor is what is measured, which config= gets by itself; got a value for it. Give that "
+        "one another name.",
+    )
+    seed = config.get("seed")
+    counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
+    choose = partial(Choice, mask=mask, skips_first=chosen.skip_first > 0, **counted)
+    inner = unwrapped(model)
+    if ffns is None:
+        example = None if batches is None else batches[0]
+        ffns = find_ffns(inner, example, layers=chosen.layers, forward=forward)
+        log.info("FFNs to measure:\n%s", ffns)
+    with recorded_run(
+        directory,
+        {**config, "monitor": asdict(chosen) | counted},
+        goes_on=resume is not None,
+        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+        n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
+        device=device_name_of(inner),
+    ) as recorded:
+        loop = WatchedLoop(model, chosen, steps, optimizer, recorded)
+        try:
+            loop.begin(ffns, choose, batches, forward or call, resume, first)
+            yield loop
+            loop.end()
+        except BaseException:
+            loop.abort()
+            raise
+        finally:
+            loop.close()

@@ -1,0 +1,112 @@
+"""Which FFNs are measured in one pass over the batches, so that their matrices fit into memory."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from nerve.config import require
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFN, named, pool_of, sites_of
+
+ON_CPU = 8 * 2**30
+"""Bytes of matrices at once by default, on a CPU; on a GPU it is half of what is free there."""
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{infix}b": base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+_NUMBER = 8  # bytes of float64
+_AT_WORK = 4  # matrices beside those that are held: a chunk's, a merge's, an eigenproblem's
+
+
+class Pass(NamedTuple):
+    """FFNs that are measured together.
+
+    Attributes:
+        indices: of the FFNs.
+        open_pools: layer and name of pools of which a later pass has members, too.
+    """
+
+    indices: list[int]
+    open_pools: set[tuple[int, str]]
+
+
+def bytes_of(memory: int | str) -> int:
+    """A number of bytes, as a number or as a text such as `8GiB` or `500 MB`.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    text = str(memory)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    known = match is not None and match[2] in _UNITS and not isinstance(memory, bool)
+    n = int(float(match[1]) * _UNITS[match[2]]) if match is not None and known else 0
+    require(n > 0, f"memory is a number of bytes, or a text such as '8GiB'; got {memory!r}.")
+    return n
+
+
+def passes(ffns: Sequence[FFN], model: nn.Module, memory: int | str | None) -> list[Pass]:
+    """As few passes as the memory allows, FFNs in their order.
+
+    An FFN counts with two matrices of d_ff x d_ff in float64, as does a pool in each pass that has
+    one of its members; the widest one four times more, for what is at work.
+
+    Args:
+        ffns: the FFNs.
+        model: whose device says how much there is by default.
+        memory: bytes of matrices at once, as of `bytes_of`; None for the default.
+
+    Raises:
+        MeasurementError: where one FFN alone does not fit into a `memory` that was given.
+    """
+    known = memory is not None
+    limit = _default(model) if memory is None else bytes_of(memory)
+    sizes = [_matrix(ffn) for ffn in ffns]
+    found: list[list[int]] = []
+    held, widest, pools = 0, 0, set[tuple[int, str]]()
+    for index, (ffn, size) in enumerate(zip(ffns, sizes, strict=True)):
+        pool = pool_of(ffn)
+        key = None if pool is None else (ffn.layer, pool)
+        more = 2 * size * (1 if key is None or key in pools else 2)
+        if not found or held + more + _AT_WORK * max(widest, size) > limit:
+            alone = (2 if key is None else 4) * size + _AT_WORK * size
+            if known and alone > limit:
+                raise MeasurementError(
+                    "memory must have room for the matrices of one FFN; "
+                    f"{named(ffn)} takes {alone / 2**30:.3g} GiB, memory is {limit / 2**30:.3g} "
+                    "GiB."
+                )
+            found.append([])
+            held, widest, pools = 0, 0, set()
+            more = 2 * size * (1 if key is None else 2)
+        found[-1].append(index)
+        held, widest = held + more, max(widest, size)
+        if key is not None:
+            pools.add(key)
+    return [
+        Pass(indices, _pools(ffns, indices) & _pools(ffns, range(indices[-1] + 1, len(ffns))))
+        for indices in found
+    ]
+
+
+def _pools(ffns: Sequence[FFN], indices: Sequence[int]) -> set[tuple[int, str]]:
+    each = ((ffns[index].layer, pool_of(ffns[index])) for index in indices)
+    return {(layer, pool) for layer, pool in each if pool is not None}
+
+
+def _matrix(ffn: FFN) -> int:
+    """Bytes of a matrix of d_ff x d_ff; 0 where no module says how wide it is."""
+    pre, post = sites_of(ffn)
+    return _NUMBER * (post.width or pre.width or 0) ** 2
+
+
+def _default(model: nn.Module) -> int:
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        return ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 2

@@ -1,0 +1,50 @@
+"""Which steps are measured: a cadence, single steps, a spacing, and their union."""
+
+from itertools import pairwise
+
+import pytest
+
+from nerve.errors import ConfigError
+from nerve.recording.settings import MonitorSettings
+from nerve.recording.steps import MeasuredSteps, steps_of
+
+
+@pytest.mark.parametrize("every", [None, 1, 3, 7])
+@pytest.mark.parametrize("single", [(), (0,), (2, 5, 6, 21)])
+def test_the_next_step_is_the_first_one_that_is_measured(every, single):
+    """Against the set of all of them, counted out."""
+    steps = MeasuredSteps(every, single)
+    cadence = set(range(0, 100, every)) if every else set()
+    expected = sorted(cadence | set(single))
+    assert [step for step in range(50) if step in steps] == [s for s in expected if s < 50]
+    for step in range(30):
+        later = [each for each in expected if each > step]
+        assert steps.after(step) == (later[0] if later else None)
+
+
+@pytest.mark.parametrize(("n", "last"), [(2, 1), (2, 9), (4, 8), (30, 1000), (30, 20), (5, 10**6)])
+def test_a_spacing_goes_from_one_to_the_last_by_like_factors(n, last):
+    steps = steps_of(f"log:{n}", last)
+    assert steps[:2] == (0, 1)
+    assert steps[-1] == last
+    assert len(steps) <= n + 1
+    assert list(steps) == sorted(set(steps))
+    factor = last ** (1 / (n - 1))
+    for one, other in pairwise(steps[1:]):
+        assert other - one == 1 or abs(other - one * factor) <= 0.5 * (1 + factor)
+
+
+def test_a_list_is_taken_in_its_order_and_once():
+    assert steps_of([8, 0, 2, 2], None) == (0, 2, 8)
+    assert steps_of(None, 5) == ()
+    with pytest.raises(ConfigError, match="log:3 divides the steps up to the last one"):
+        steps_of("log:3", None)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "begins"),
+    [(5, None, True), (None, [0, 3], True), (None, [3], False), (None, "log:4", True)],
+)
+def test_step_0_is_measured_where_it_is_asked_for(every, steps, begins):
+    settings = MonitorSettings(every_n_steps=every, steps=steps)
+    assert settings.begins_at_zero == begins == (0 in settings.measured_steps(10))
