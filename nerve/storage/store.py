@@ -124,7 +124,7 @@ class RunStore:
             parts = list_parts(self.directory, dataset)
             if len(parts) < 2:
                 continue
-            table, damaged = read_parts(self.directory, dataset)
+            table, damaged = read_parts(self.directory, dataset, self.run_id)
             if damaged:
                 warn_damaged(damaged)
                 continue
@@ -154,7 +154,7 @@ class RunStore:
             late: dict[Path, pa.Table] = {}
             for path in list_parts(self.directory, dataset):
                 try:
-                    table = read_part(path, dataset)
+                    table = read_part(path, dataset, self.run_id)
                 except DamagedPartError as error:
                     warn_damaged([error])
                     continue
@@ -172,7 +172,7 @@ class RunStore:
         while True:
             path = part_path(self.directory, dataset, step)
             try:
-                return path, [read_part(path, dataset)] if path.exists() else []
+                return path, [read_part(path, dataset, self.run_id)] if path.exists() else []
             except DamagedPartError:
                 step += 1
 
