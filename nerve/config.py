@@ -73,6 +73,13 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
     raise ConfigError(f"{key} must be one of {', '.join(options)}; got {value!r}.{hint}")
 
 
+def require_several(key: str, values: Collection[object], options: Collection[str]) -> None:
+    """Raises `ConfigError` unless `values` are some of `options`, each once."""
+    for each in values:
+        require_choice(f"an entry of {key}", each, options)
+    require(len({*values}) == len(values), f"{key} names each once; got {list(values)!r}.")
+
+
 def require_type(key: str, value: object, *kinds: type) -> None:
     """Raises `ConfigError` unless `value` is of one of `kinds`. A whole number is a number, too;
     true is neither. Any sequence but a text is a list."""

@@ -9,6 +9,9 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sites_of
+from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.groups import Division
+from nerve.measuring.parts import Parts
 from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
@@ -32,6 +35,7 @@ class Accumulator:
         altered: whether some run used more than the weight.
         covariances: of the input or of pre, and of post.
         shares: of pre and of post.
+        parts: covariances of groups of the samples, and of sites around the FFN.
     """
 
     def __init__(self, ffn: FFN, *, shortcut: bool) -> None:
@@ -42,6 +46,8 @@ class Accumulator:
         self.altered = False
         self.covariances: dict[Side, StreamingCovariance] = {}
         self.shares: dict[Side, SampleShares] = {}
+        self.parts = Parts()
+        self._merging: str | None = None
         self._bias: Tensor | None = None
         self._pre, self._post = sites_of(ffn)
         self._shortcut = shortcut
@@ -63,19 +69,30 @@ class Accumulator:
         elif self.weight is not None:
             self._compare_weight(self.weight, inputs, pre)
 
-    def add(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
+    def add(
+        self,
+        features: Mapping[Side, Tensor],
+        mask: Tensor | None,
+        divisions: Mapping[str, Division] | None = None,
+    ) -> None:
         """Adds the samples of a run.
 
         Args:
             features: of each side, `[*samples, width]`.
             mask: True for the samples that count.
+            divisions: how the samples that count are grouped, by grouping; None or empty: they are
+                not.
         """
         spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
         first: Side = "input" if self.of_input else "pre"
         sides: tuple[Side, ...] = (first, "post")
         for side in sides:
             x = features[side]
-            self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads.get(side))
+            if divisions:
+                self.parts.add(side, x, divisions)
+                self._merging = next(iter(divisions))
+            else:
+                self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads.get(side))
 
     def add_shares(
         self, features: Mapping[Side, Tensor], mask: Tensor | None
@@ -117,6 +134,18 @@ class Accumulator:
             if of_input is not None:
                 assert weight is not None
                 self.covariances["pre"] = of_input.projected(weight, self._bias)
+            if weight is not None:
+                self.parts.project(weight, self._bias)
+
+    def merge_groups(self) -> None:
+        """Merges groups into the covariances of all samples; no more are added then."""
+        grouping, self._merging = self._merging, None
+        if grouping is not None:
+            first: Side = "input" if self.of_input else "pre"
+            for side in (first, "post"):
+                merged = self.parts.merged(side, grouping, self.covariances.get(side))
+                if merged is not None:
+                    self.covariances[side] = merged
 
     def covariance(self, side: Side, dim: int, device: torch.device) -> StreamingCovariance:
         """That of one side, which begins without samples."""
@@ -141,6 +170,7 @@ class Accumulator:
         Raises:
             MeasurementError: where it never ran and should have.
         """
+        self.merge_groups()
         if "post" not in self.covariances:
             self._add_nothing(n_forwards)
         post = self.covariances["post"]
@@ -160,6 +190,10 @@ class Accumulator:
             of_input=self.of_input,
             post_samples=None if self.weight is None else post.held_samples(),
         )
+
+    def group_eigenproblems(self) -> list[GroupEigenproblem]:
+        """What is left to solve of groups and sites."""
+        return list(self.parts.eigenproblems(self.ffn, self.weight if self.of_input else None))
 
     def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
         """Notes W and b of `pre = W x + b`, where it is that."""

@@ -1,6 +1,7 @@
 """The eigenproblems that a measurement leaves, and the spectra that solve them."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,15 @@ from torch import Tensor
 from nerve.metric_names import STORED
 from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_outside
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
+
+TOO_FEW_SAMPLES = "too_few_samples"
+"""The status of what has fewer than two samples."""
+
+WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
+    "non_finite": lambda spectrum: not bool(torch.isfinite(spectrum).all()),
+    "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
+}
+"""Why nothing can be said of a spectrum, and whether it is so."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,8 @@ class FFNSpectra:
         """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
         the last two with `_pre` or `_post` where it is one side alone."""
         if self.n_samples < 2:
-            return "too_few_samples"
-        for reason, holds in (
-            ("non_finite", lambda spectrum: not bool(torch.isfinite(spectrum).all())),
-            ("zero_variance", lambda spectrum: not bool(spectrum.sum() > 0)),
-        ):
+            return TOO_FEW_SAMPLES
+        for reason, holds in WHY_NULL.items():
             pre, post = holds(self.pre), holds(self.post)
             if pre or post:
                 return reason if pre and post else f"{reason}_{'pre' if pre else 'post'}"

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.group_spectra import GroupEigenproblem
 
+Eigenproblem = FFNEigenproblem | GroupEigenproblem
 Place = Literal["host", "device"]
 
 HOST_S = 6e-11
@@ -76,6 +78,8 @@ class Placement:
         return seconds * self._n_threads / self._seconds["host"]
 
 
-def work_of(eigenproblem: FFNEigenproblem) -> float:
+def work_of(eigenproblem: Eigenproblem) -> float:
     """What it costs to solve: the cubes of the widths of its matrices."""
+    if isinstance(eigenproblem, GroupEigenproblem):
+        return float(len(eigenproblem.matrix)) ** 3
     return float(len(eigenproblem.before)) ** 3 + float(len(eigenproblem.post)) ** 3

@@ -18,8 +18,9 @@ import torch
 from nerve.cores import allowed, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import dealt_back, gathered, n_processes
-from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.recording.place import Place, Placement, work_of
+from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.measuring.group_spectra import GroupSpectrum, pooled_spectra
+from nerve.recording.place import Eigenproblem, Place, Placement, work_of
 from nerve.recording.staging import Staging
 
 log = logging.getLogger(__name__)
@@ -35,22 +36,33 @@ Labels = dict[str, Any]
 
 @dataclass(frozen=True)
 class Solved:
-    """A measurement's labels (its step, losses, …) and the spectra of its FFNs."""
+    """A measurement's labels (its step, losses, …), the spectra of its FFNs, and those of groups
+    and sites where they were measured."""
 
     labels: Labels
     spectra: list[FFNSpectra]
+    groups: Sequence[GroupSpectrum] = ()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Those of the `metrics` table."""
         return [self.labels | spectra.row() for spectra in self.spectra]
 
+    @property
+    def group_rows(self) -> list[dict[str, Any]]:
+        """Those of the `groups` table: with pre and post of all samples, where there are others."""
+        if not self.groups:
+            return []
+        step = {"step": self.labels["step"]}
+        pooled = [each for spectra in self.spectra for each in pooled_spectra(spectra)]
+        return [step | each.row() for each in (*pooled, *self.groups)]
+
 
 class _Waiting(NamedTuple):
     """An FFN as messages name it, and its spectra to come."""
 
     name: str
-    future: Future[FFNSpectra]
+    future: Future[Any]
 
 
 class Solver:
@@ -86,7 +98,7 @@ class Solver:
         if self._pool and is_gpu:
             self._pool.submit(self._staging.reserve, n_bytes)
 
-    def submit(self, labels: Labels, eigenproblems: Sequence[FFNEigenproblem]) -> Iterator[Solved]:
+    def submit(self, labels: Labels, eigenproblems: Sequence[Eigenproblem]) -> Iterator[Solved]:
         """Takes a measurement at once; gives what is solved by then, after waiting if too much is
         pending.
 
@@ -138,11 +150,11 @@ class Solver:
             if pool:
                 pool.shutdown(cancel_futures=True)
 
-    def _start(self, task: Callable[[], FFNSpectra], place: Place) -> Future[FFNSpectra]:
+    def _start(self, task: Callable[[], Any], place: Place) -> Future[Any]:
         pool = self._pool if place == "host" else self._of_gpu
         if pool:
             return pool.submit(task)
-        future: Future[FFNSpectra] = Future()
+        future: Future[Any] = Future()
         try:
             future.set_result(task())
         except Exception as error:
@@ -151,11 +163,11 @@ class Solver:
 
     def _solve(
         self,
-        taken: list[FFNEigenproblem],
+        taken: list[Eigenproblem],
         place: Place,
         work: float,
         ready: torch.cuda.Event | None,
-    ) -> FFNSpectra:
+    ) -> FFNSpectra | GroupSpectrum:
         began, seconds = time.monotonic(), None
         try:
             if place == "host" and self._stream is not None:
@@ -189,10 +201,12 @@ class Solver:
     def _oldest(self) -> Solved:
         labels, waiting = self._pending.popleft()
         spectra: list[FFNSpectra] = []
+        groups: list[GroupSpectrum] = []
         error: MeasurementError | None = None
         for each in waiting:
             try:
-                spectra.append(each.future.result())
+                result = each.future.result()
+                (spectra if isinstance(result, FFNSpectra) else groups).append(result)
             except Exception as cause:
                 error = MeasurementError(
                     f"The spectra of {each.name} at step {labels.get('step')} could not be "
@@ -201,12 +215,12 @@ class Solver:
                 error.__cause__ = cause
         if self._shares:
             told = gathered(None if error is None else str(error))
-            spectra = dealt_back(spectra)
+            spectra, groups = dealt_back(spectra), dealt_back(groups)
             if error is None:
                 error = next((MeasurementError(text) for text in told if text is not None), None)
         if error is not None:
             raise error
-        return Solved(labels, spectra)
+        return Solved(labels, spectra, groups)
 
 
 def spare_workers(device: torch.device, n_processes: int = 1) -> int:

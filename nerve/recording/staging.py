@@ -4,21 +4,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from queue import LifoQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.sites import n_inputs
+
+E = TypeVar("E", bound=FFNEigenproblem | GroupEigenproblem)
 
 N_BUFFERS = 2
 """One is filled while what the other holds is copied on."""
 
 _WIDTH = 384
 _ALIGNMENT = 64
-_LOWER = ("before", "post")
+_LOWER = ("before", "post", "matrix")
 """Of these matrices the lower triangle alone counts, and is copied."""
 
 
@@ -46,9 +49,7 @@ class Staging:
             buffer.reserve(n_bytes)
             self._buffers.put(buffer)
 
-    def to_host(
-        self, eigenproblem: FFNEigenproblem, ready: torch.cuda.Event | None = None
-    ) -> FFNEigenproblem:
+    def to_host(self, eigenproblem: E, ready: torch.cuda.Event | None = None) -> E:
         """The same eigenproblem on the host, copied once the device has come to `ready`."""
         tensors = {
             name: value for name, value in vars(eigenproblem).items() if isinstance(value, Tensor)
@@ -113,7 +114,7 @@ def expected_bytes(ffn: FFN) -> int:
     pre, post = sites_of(ffn)
     d_ff, d_in = pre.width or post.width or 0, n_inputs(pre) or 0
     blocks = sum((d_ff - s) * min(_WIDTH, d_ff - s) for s in range(0, d_ff, _WIDTH))
-    return len(_LOWER) * 8 * blocks + 4 * d_ff * d_in + 4096
+    return 2 * 8 * blocks + 4 * d_ff * d_in + 4096
 
 
 def _lower_blocks(matrix: Tensor) -> list[Tensor]:

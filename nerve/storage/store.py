@@ -35,7 +35,7 @@ COMPACTED_KEY = b"nerve_compacted"
 
 
 class RunStore:
-    """Appends rows to `metrics/`, `spectra/` and `scalars/` of one run directory.
+    """Appends rows to `metrics/`, `spectra/`, `scalars/` and `groups/` of one run directory.
 
     Rows wait in memory until `flush`; a killed run loses at most those. One process writes a run.
     Opening finishes what a killed writer left: an interrupted compaction, temporary files.
@@ -63,7 +63,10 @@ class RunStore:
         with as_store_error(self.directory):
             for dataset in DATASETS.values():
                 folder = self.directory / dataset.name
-                folder.mkdir(parents=True, exist_ok=True)
+                if not dataset.is_optional:
+                    folder.mkdir(parents=True, exist_ok=True)
+                elif not folder.is_dir():
+                    continue
                 remove_temporaries(folder)
                 self._finish_compaction(dataset)
                 parts = list_parts(self.directory, dataset)
@@ -90,6 +93,10 @@ class RunStore:
     def append_scalars(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Buffers rows of `SCALARS`. Raises as above."""
         self._append("scalars", rows)
+
+    def append_groups(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Buffers rows of `GROUPS`. Raises as above."""
+        self._append("groups", rows)
 
     def flush(self, step: int) -> None:
         """Writes each dataset's waiting rows, durably, to the part of `step`.
@@ -191,6 +198,8 @@ class RunStore:
 
     def _write(self, dataset: Dataset, path: Path, table: pa.Table) -> None:
         require_there(self.directory)
+        with as_store_error(path):
+            path.parent.mkdir(exist_ok=True)
         write_part(path, table)
         self._latest[dataset.name] = max(self._latest[dataset.name], part_step(path))
         self._list(dataset, [path])

@@ -6,6 +6,7 @@ from torch import nn
 
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.recording.staging import N_BUFFERS, HostBuffer, Staging, expected_bytes
 
 CPU = torch.device("cpu")
@@ -111,3 +112,12 @@ def test_a_copy_that_fails_gives_its_buffer_back(monkeypatch):
             with pytest.raises(RuntimeError, match="no memory"):
                 staging.to_host(eigenproblem(5, 0))
     staging.to_host(eigenproblem(5, 0))
+
+
+def test_a_groups_eigenproblem_comes_over_as_an_ffns():
+    matrix = torch.randn(500, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = GroupEigenproblem(0, "ffn", "pre", "halves", "a", 9, 500, matrix, torch.ones(500, 3))
+    taken = Staging(CPU).to_host(given)
+    torch.testing.assert_close(taken.matrix.tril(), matrix.tril(), rtol=0, atol=0)
+    torch.testing.assert_close(taken.weight, given.weight, rtol=0, atol=0)
+    assert (taken.site, taken.group, taken.dim) == ("pre", "a", 500)

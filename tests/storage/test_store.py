@@ -532,3 +532,23 @@ def test_a_part_of_another_run_is_not_read_as_the_runs_own(tmp_path, row, datase
     with pytest.warns(DamagedPartWarning, match="holds rows of run other"):
         stores[0].truncate_after(0)
     assert Path(moved).exists()  # whoever put it there decides
+
+
+def test_a_run_without_groups_has_no_folder_of_them_and_one_with_them_is_resumed_as_any(
+    tmp_path, row
+):
+    """Rows past a step are dropped of groups as well, and compacted to one part."""
+    group = {"layer": 0, "ffn": "ffn", "grouping": "halves", "group": "a", "n_samples": 9, "dim": 4}
+    store = RunStore(tmp_path, "a")
+    store.append_metrics([row(1)])
+    store.append_groups([])
+    store.flush(1)
+    assert not (tmp_path / "groups").exists()
+    for step in (1, 2, 3):
+        site = {"site": "stream_in", "status": "ok", "pr": float(step)}
+        store.append_groups([group | site | {"step": step}])
+        store.flush(step)
+    RunStore(tmp_path, "a").truncate_after(2)
+    RunStore(tmp_path, "a").compact()
+    (part,) = (tmp_path / "groups").iterdir()
+    assert pq.read_table(part)["pr"].to_pylist() == [1.0, 2.0]

@@ -264,8 +264,14 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
 
 
 def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
-    """Refuses positions to skip where there are none, or none would be left."""
+    """Refuses positions to skip, or to group by, where there are none, or none would be left."""
     kind, skip_first = values["model"]["kind"], monitor.skip_first
+    of_text = [name for name in monitor.groups if name != "halves"]
+    require(
+        kind == "gpt" or not of_text,
+        f"monitor.groups={of_text} are of tokens of text; with model.kind={kind} halves alone can "
+        "be grouped. Leave the others out.",
+    )
     if not skip_first:
         return
     require(
