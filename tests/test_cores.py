@@ -74,3 +74,12 @@ def test_the_fewest_count(host, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5})
     assert cores.allowed() == 2
     assert not cores.are_fewer()
+
+
+def test_where_the_system_does_not_say_they_are_all_or_one(monkeypatch):
+    """On macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert cores.allowed() == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores.allowed() == 1

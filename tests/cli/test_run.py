@@ -24,7 +24,7 @@ from nerve.cli.config.overrides import check_added, explain_error
 from nerve.cli.experiment.build import build_trainer
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
-from nerve.training.checkpoint_files import CheckpointFiles
+from nerve.training.checkpoint_io import CheckpointFiles
 
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js", "val_loss"]
 

@@ -103,6 +103,35 @@ def fit(module: Looks, heartbeat: Heartbeat) -> None:
     ).fit(module, Batches([torch.zeros(1)]), Batches([torch.zeros(1)]))
 
 
+class Counts(L.LightningModule):
+    """A step of training says how many targets it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self.weight.sum(), "n_targets": 4}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_bar_moves_with_each_batch_of_training():
+    bar, module = RunProgressBar("tokens"), Counts()
+    batches = Batches([torch.zeros(1)] * 3)
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[bar],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    ).fit(module, batches)
+    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (3, 3)
+    assert "tokens/s" in bar.get_metrics(module.trainer, module)
+
+
 def test_as_a_callback_of_ones_own_trainer_it_beats_through_the_fit(record):
     module = Looks(record)
     fit(module, Heartbeat(record))

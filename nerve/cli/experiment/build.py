@@ -21,7 +21,7 @@ from nerve.models import MODELS, build_model, scale_pre
 from nerve.optim import build_optimizer
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import RunProgressBar
-from nerve.training.checkpoint_files import CheckpointFiles
+from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.loggers import StoreLogger
 from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
 from nerve.training.monitor import SpectralMonitor

@@ -76,7 +76,7 @@ def check_experiment(config: DictConfig) -> None:
     from nerve.cli.experiment.further import callbacks_of  # torch takes seconds to import
     from nerve.cli.experiment.machine import check_machine
     from nerve.cli.experiment.plan import Plan
-    from nerve.training.checkpoint_files import require_other_files
+    from nerve.training.checkpoint_io import require_other_files
 
     run = RunDirectory(_directory(config))
     trial = Trial(0, list(config.hydra.overrides.task), config, run)

@@ -43,11 +43,10 @@ from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
-    CheckpointFiles,
     check_checkpoint,
     drop_all_but_weights,
-    require_other_files,
 )
+from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.gathering import Gathering
 from nerve.training.loggers import wandb_id_in

@@ -216,6 +216,12 @@ def test_a_mishap_costs_one_trial_and_is_named(sweep, deed):
     assert reason.partition(": ")[2] in records()[0].error["message"]
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_that_ends_without_a_word_is_named_by_its_exit_status(status):
+    """Also by 0, with which a library may end it."""
+    assert f"exit status {status} before the run did" in str(local._error(status))
+
+
 def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
     befalls({0: "raise"})
     assert sweep("seed=0,1")[0] == 1
@@ -434,7 +440,7 @@ def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
 def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
     status, _, err = sweep("activation=gelu,gelo")
     assert status == 1
-    assert "activation/gelo" in err
+    assert "got 'gelo'. Did you mean activation=gelu?" in err
     assert "trial 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
     assert not FOLDER.exists()
 
