@@ -11,6 +11,21 @@ SHARE = "NERVE_CORES"
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
+SPINS = "10000"
+"""How often a thread of OpenMP looks for work before it sleeps, about a fifth of a millisecond.
+
+Left alone it looks for some milliseconds, and takes the core from whoever else wants it: beside two
+busy processes a run then takes ten times as long. One that sleeps at once is late when the cores
+are idle.
+"""
+
+
+def spin_briefly() -> None:
+    """Has the threads of OpenMP sleep soon, where the user did not say how they wait; to be called
+    before torch is imported, which reads it then."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
 
 def share_among_trials() -> int | None:
     """Cores of this process, where it is one of several trials that run side by side."""

@@ -33,6 +33,7 @@ from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
 from nerve.config import LONGEST_NAME
+from nerve.cores import spin_briefly
 from nerve.errors import NerveError
 
 HINTS = {
@@ -48,6 +49,7 @@ def main() -> None:
 
     Set HYDRA_FULL_ERROR=1 to see tracebacks instead.
     """
+    spin_briefly()
     register()
     register_sweeper()
     command = _Command(show_tracebacks=os.environ.get("HYDRA_FULL_ERROR") == "1")

@@ -165,7 +165,7 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         overrides,
         ("slow" if silent_s > SLOW_S else "running") if is_alive else str(state),
         record,
-        record.final.get("val_loss", _last_val_loss(record)),
+        record.final["val_loss"] if "val_loss" in record.final else _last_val_loss(record),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
         "; ".join(
