@@ -15,6 +15,7 @@ from .analysis.load import load_scalars as load_scalars
 from .analysis.load import load_spectra as load_spectra
 from .analysis.paired import compare_seeds as compare_seeds
 from .analysis.scaling import fit_width_scaling as fit_width_scaling
+from .integrations.trainer import SpectralCallback as SpectralCallback
 from .integrations.watch import watch as watch
 from .measuring.ffns import FFNAdapter as FFNAdapter
 from .measuring.find import FoundFFNs as FoundFFNs

@@ -1,0 +1,321 @@
+"""The callback for the Trainer of transformers leaves the rows of the other loops, also resumed."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from processes import ended, start, together
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import nerve
+from nerve.errors import ConfigError, MeasurementError, StoreError
+
+N_STEPS = 7
+BATCH = 4
+
+
+class Net(nn.Module):
+    """Two residual FFNs in float64 that give their own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)) for _ in range(2)
+        )
+        self.double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = x + block(x)
+        return {"loss": (x - labels).square().mean(), "logits": x}
+
+
+def samples(n: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, 2, 16, 4, generator=generator, dtype=torch.float64)
+    return [{"x": x, "labels": y} for x, y in values]
+
+
+def arguments(folder: Path, **changed) -> TrainingArguments:
+    values = {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "max_steps": N_STEPS,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(**values | changed)
+
+
+def train(
+    folder: Path, *, accumulate: int = 1, resume: str | None = None, callbacks=(), how=None, **asked
+) -> Trainer:
+    """Trains to step 7; what is measured is in `folder`/run."""
+    asked = {"every_n_steps": 3} | asked
+    callback = nerve.SpectralCallback(folder / "run", **asked)
+    trainer = Trainer(
+        Net(),
+        arguments(folder, gradient_accumulation_steps=accumulate, **how or {}),
+        train_dataset=samples(N_STEPS * BATCH * accumulate),
+        eval_dataset=samples(2 * BATCH, seed=9),
+        callbacks=[callback, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def in_a_plain_loop(folder: Path, source: str, accumulate: int = 1) -> pd.DataFrame:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def batch_of(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: torch.stack([row[key] for row in rows]) for key in ("x", "labels")}
+
+    data, held = samples(N_STEPS * BATCH * accumulate), samples(2 * BATCH, seed=9)
+    batches = [batch_of(data[i : i + BATCH]) for i in range(0, len(data), BATCH)]
+    heldout = [batch_of(held[i : i + BATCH]) for i in range(0, len(held), BATCH)]
+    given = {"heldout": heldout} if source == "heldout" else {}
+    with nerve.watch(model, folder, every_n_steps=3, optimizer=optimizer, **given) as run:
+        for step in range(N_STEPS):
+            total = torch.zeros(())
+            for batch in batches[step * accumulate : (step + 1) * accumulate]:
+                loss = model(**batch)["loss"] / accumulate
+                loss.backward()
+                total = total + loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(total)
+    return nerve.load_metrics(folder)
+
+
+def assert_same(rows: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-12) -> None:
+    rows, other = (each.drop(columns=["run_id", "run_status"]) for each in (rows, other))
+    pd.testing.assert_frame_equal(rows, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_the_rows_are_those_of_a_plain_loop(tmp_path, source, accumulate):
+    """Which has those of the Lightning monitor."""
+    train(tmp_path, source=source, accumulate=accumulate)
+    expected = in_a_plain_loop(tmp_path / "plain", source, accumulate)
+    rows = nerve.load_metrics(tmp_path / "run")
+    assert sorted(set(rows["step"])) == ([0, 3, 6] if source == "train" else [0, 3, 6, 7])
+    assert_same(rows, expected)
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_measuring_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
+    watched = train(tmp_path, source=source, steps=[1, 2]).model
+    alone = Net()
+    Trainer(alone, arguments(tmp_path), train_dataset=samples(N_STEPS * BATCH)).train()
+    for one, other in zip(watched.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for module in watched.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_path):
+    """Every second step; of training data only the losses are taken from them."""
+    evaluated: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **others):
+            evaluated.append(state.global_step)
+            if state.global_step in (0, 3, 6) and heldout:
+                assert metrics["eval_ffn/01/pr_post"] > 1
+
+    how = {"eval_strategy": "steps", "eval_steps": 2}
+    heldout = False
+    train(tmp_path / "a", callbacks=[Count()], how=how)
+    rows = nerve.load_metrics(tmp_path / "a" / "run").groupby("step")["val_loss"].first()
+    assert evaluated == [2, 4, 6, 7]
+    assert rows.notna().tolist() == [False, False, True]
+    evaluated.clear()
+    heldout = True
+    train(tmp_path / "b", source="heldout", callbacks=[Count()], how=how)
+    held = nerve.load_metrics(tmp_path / "b" / "run").groupby("step")["val_loss"].first()
+    assert evaluated == [0, 2, 3, 4, 6, 7]
+    assert held.index.tolist() == [0, 3, 6, 7]
+    assert held[6] == pytest.approx(rows[6], rel=1e-12)
+
+
+class Raise(TrainerCallback):
+    def on_step_begin(self, args, state, control, **others):
+        if state.global_step == 5:
+            raise ValueError("no")
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+@pytest.mark.parametrize("save_at", [3, 4])
+def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, save_at):
+    """From a step that is measured, whose features may still be to come, and between two."""
+    how = {"save_strategy": "steps", "save_steps": save_at}
+    train(tmp_path / "whole", source=source, how=how)
+    cut = tmp_path / "cut"
+    with pytest.raises(ValueError, match="no"):
+        train(cut, source=source, how=how, callbacks=[Raise()])
+    checkpoint = str(cut / "trainer" / f"checkpoint-{save_at}")
+    train(cut, source=source, how=how, resume=checkpoint)
+    assert_same(*(nerve.load_metrics(each / "run") for each in (cut, tmp_path / "whole")))
+    record = nerve.RunRecord.load(cut / "run")
+    assert (record.run_status, record.restarts) == ("done", 1)
+    again = nerve.RunRecord.load(tmp_path / "whole" / "run")
+    assert record.config_id == again.config_id
+    with pytest.raises(StoreError, match=rf"state of steps {save_at}.* resumes at step 2"):
+        nerve.SpectralCallback(cut / "run")._saved(2)
+
+
+def dies(directory: str) -> None:
+    """An exception that nobody catches."""
+    train(Path(directory), callbacks=[Raise()])
+
+
+def test_a_run_whose_program_dies_of_an_exception_has_failed(tmp_path):
+    """The Trainer tells no callback; everything that was measured is stored."""
+    program = Path(tmp_path, "program.py")
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    program.write_text(f"import sys; sys.path[:0] = {here}\nimport test_trainer as t\n")
+    program.write_text(program.read_text() + f"t.dies({str(tmp_path)!r})\n")
+    assert os.spawnvp(os.P_WAIT, "python", ["python", "-W", "ignore", str(program)]) == 1
+    record = nerve.RunRecord.load(tmp_path / "run")
+    assert record.run_status == "failed"
+    assert record.error is not None
+    assert (record.error["type"], record.error["message"]) == ("ValueError", "no")
+    assert sorted(set(nerve.load_metrics(tmp_path / "run")["step"])) == [0, 3]
+
+
+def killed(directory: str) -> None:
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **others):
+            if state.global_step == 5:
+                os.kill(os.getpid(), 9)
+
+    how = {"save_strategy": "steps", "save_steps": 4}
+    train(Path(directory), source="heldout", how=how, callbacks=[Kill()])
+
+
+def test_a_killed_training_goes_on(tmp_path):
+    process = start(killed, str(tmp_path / "cut"), cwd=tmp_path, log=tmp_path / "log")
+    assert ended(process) == -9
+    train(tmp_path / "whole", source="heldout")
+    train(tmp_path / "cut", source="heldout", resume=str(tmp_path / "cut/trainer/checkpoint-4"))
+    assert_same(*(nerve.load_metrics(tmp_path / each / "run") for each in ("cut", "whole")))
+
+
+def in_processes(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}  # as torchrun has it
+    for source in ("train", "heldout"):
+        how = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo"}
+        train(Path(folder, source), source=source, how=how)
+    how = {"per_device_eval_batch_size": 3, "ddp_backend": "gloo"}
+    with pytest.raises(MeasurementError, match=r"evaluated 12 of an eval_dataset of 8"):
+        train(Path(folder, "twice"), source="heldout", how=how)
+
+
+def test_two_processes_leave_the_rows_of_one(tmp_path):
+    """Each batch is dealt to the two, row by row or half by half: the samples are the same."""
+    together(in_processes, 2, tmp_path)
+    for source in ("train", "heldout"):
+        train(tmp_path / f"{source}-one", source=source)
+        one, two = (
+            nerve.load_metrics(tmp_path / each / "run") for each in (f"{source}-one", source)
+        )
+        assert_same(one, two, 1e-9)
+
+
+def language_model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0))
+
+
+def texts(n: int) -> list[dict[str, Tensor]]:
+    """Sequences of 12 tokens, every second one padded after 7, whose padding has no label."""
+    tokens = torch.randint(1, 20, (n, 12), generator=torch.Generator().manual_seed(1))
+    found = []
+    for i, ids in enumerate(tokens):
+        mask = torch.ones(12, dtype=torch.long)
+        mask[7:] = 1 - i % 2
+        found.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": ids.masked_fill(mask == 0, -100),
+            }
+        )
+    return found
+
+
+# Dynamo's own look at a tensor, where a graph breaks.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=["float32", "bf16", "compiled"],
+)
+def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
+    """Padding does not count; losses are means over the labels of both micro-batches."""
+    data, losses = texts(3 * 2 * BATCH), []
+
+    class Loss(TrainerCallback):
+        def on_log(self, args, state, control, logs, **others):
+            losses.append(logs.get("loss"))
+
+    trainer = Trainer(
+        language_model(),
+        arguments(
+            tmp_path,
+            max_steps=3,
+            gradient_accumulation_steps=2,
+            **{"logging_strategy": "steps", "logging_steps": 1} | how,
+        ),
+        train_dataset=data,
+        callbacks=[nerve.SpectralCallback(tmp_path / "run", every_n_steps=1), Loss()],
+    )
+    trainer.train()
+    rows = nerve.load_metrics(tmp_path / "run")
+    assert rows["n_samples"].tolist() == [4 * (12 + 7)] * 6
+    assert rows["precision"].eq("bf16").all() == ("bf16" in how), set(rows["precision"])
+    first = {key: torch.stack([row[key] for row in data[: 2 * BATCH]]) for key in data[0]}
+    model = language_model()
+    if "bf16" in how:
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    by_hand = nerve.measure(model, [first])
+    measured = rows[rows["step"] == 0]
+    tolerance = 1e-3 if "bf16" in how else 1e-5
+    for name in ("pr_pre", "pr_post", "js", "variance_post"):
+        assert measured[name].tolist() == pytest.approx(by_hand[name].tolist(), rel=tolerance)
+    told = rows.groupby("step")["train_loss"].first()
+    assert told[[1, 2]].tolist() == pytest.approx(losses[:2], rel=1e-4)
+    assert rows.groupby("step")["tokens_seen"].first().tolist() == [0, 68, 136]
+
+
+def test_what_cannot_be_is_said_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="source must be one of heldout, train"):
+        nerve.SpectralCallback(tmp_path, source="eval")
+    with pytest.raises(ConfigError, match="would measure nothing: it ends at step 7"):
+        train(tmp_path, every_n_steps=None, steps=[7])
+    with pytest.raises(ConfigError, match="which steps are measured"):
+        train(tmp_path, every_n_steps=None)
