@@ -62,7 +62,7 @@ class PassFeatures:
                 "eval_dataset that is not empty, or take source='train'."
             )
             raise MeasurementError(f"The features of step {step} are {kind}")
-        self._n_seen = 0
+        self._n_seen = self.n_sequences = 0
 
     def close(self) -> None:
         """Lets the model alone."""

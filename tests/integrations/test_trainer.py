@@ -244,11 +244,11 @@ def test_two_processes_leave_the_rows_of_one(tmp_path):
         assert_same(one, two, 1e-9)
 
 
-def language_model() -> GPT2LMHeadModel:
+def language_model(dtype: torch.dtype) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 20}
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0)).to(dtype)
 
 
 def texts(n: int) -> list[dict[str, Tensor]]:
@@ -278,13 +278,14 @@ def texts(n: int) -> list[dict[str, Tensor]]:
 def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
     """Padding does not count; losses are means over the labels of both micro-batches."""
     data, losses = texts(3 * 2 * BATCH), []
+    dtype = torch.float32 if "bf16" in how else torch.float64
 
     class Loss(TrainerCallback):
         def on_log(self, args, state, control, logs, **others):
             losses.append(logs.get("loss"))
 
     trainer = Trainer(
-        language_model(),
+        language_model(dtype),
         arguments(
             tmp_path,
             max_steps=3,
@@ -297,19 +298,26 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
     trainer.train()
     rows = nerve.load_metrics(tmp_path / "run")
     assert rows["n_samples"].tolist() == [4 * (12 + 7)] * 6
-    assert rows["precision"].eq("bf16").all() == ("bf16" in how), set(rows["precision"])
-    first = {key: torch.stack([row[key] for row in data[: 2 * BATCH]]) for key in data[0]}
-    model = language_model()
+    batches = [
+        {key: torch.stack([row[key] for row in data[i : i + BATCH]]) for key in data[0]}
+        for i in (0, BATCH)
+    ]
+    model = language_model(dtype)
+    exact = nerve.measure(model, batches)
     if "bf16" in how:
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    by_hand = nerve.measure(model, [first])
+    by_hand = nerve.measure(model, batches)
+    assert (by_hand["pr_post"] == exact["pr_post"]).all() == ("bf16" not in how)
     measured = rows[rows["step"] == 0]
-    tolerance = 1e-3 if "bf16" in how else 1e-5
     for name in ("pr_pre", "pr_post", "js", "variance_post"):
-        assert measured[name].tolist() == pytest.approx(by_hand[name].tolist(), rel=tolerance)
+        assert measured[name].tolist() == pytest.approx(by_hand[name].tolist(), rel=1e-9)
     told = rows.groupby("step")["train_loss"].first()
     assert told[[1, 2]].tolist() == pytest.approx(losses[:2], rel=1e-4)
-    assert rows.groupby("step")["tokens_seen"].first().tolist() == [0, 68, 136]
+    assert rows.groupby("step")["tokens_seen"].first().tolist() == [
+        0,
+        76,
+        152,
+    ]  # as it counts labels
 
 
 def test_what_cannot_be_is_said_before_training(tmp_path):
