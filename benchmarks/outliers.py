@@ -7,6 +7,8 @@ more than 10% should be flagged. Runs: the rows after step 0 of the runs below; 
     python benchmarks/outliers.py                        # the plants
     python benchmarks/outliers.py --train --runs FOLDER  # trains the runs, about a minute each
     python benchmarks/outliers.py --runs FOLDER          # the plants and the rows of the runs
+
+With another --seed, and a folder of its own, the runs are twelve new ones.
 """
 
 import argparse
@@ -34,7 +36,7 @@ RUNS = (
     "activation=learnable_leaky_relu",
     "model=mixer_tiny",
 )
-"""Overrides of the twelve runs, fixed before the first of them."""
+"""Overrides of the twelve runs of a seed, fixed before the first of them."""
 
 FACTORS = (3, 5, 10, 30, 100, 300, 1000)
 N_SEQUENCES, SEQ_LEN, D_MODEL, D_FF = 32, 128, 128, 512
@@ -95,12 +97,12 @@ def plants() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def train(folder: Path, side_by_side: int) -> None:
+def train(folder: Path, side_by_side: int, seed: int) -> None:
     """Trains the runs that are not done."""
 
     def start(overrides: str) -> None:
         directory = folder / overrides.replace(" ", ",")
-        command = [sys.executable, "-m", "nerve.cli.run", *overrides.split()]
+        command = [sys.executable, "-m", "nerve.cli.run", *overrides.split(), f"seed={seed}"]
         command += [f"hydra.run.dir='{directory}'", "trainer.enable_progress_bar=false"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder of the twelve runs")
     parser.add_argument("--train", action="store_true", help="train those that are not done")
     parser.add_argument("--side-by-side", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the runs that --train trains")
     args = parser.parse_args()
     found = plants()
     for tokens, rows in found.groupby("tokens"):
@@ -127,7 +130,7 @@ def main() -> None:
     if args.runs is None:
         return
     if args.train:
-        train(args.runs, args.side_by_side)
+        train(args.runs, args.side_by_side, args.seed)
     rows = nerve.load_metrics(args.runs)
     rows = rows[rows["step"] > 0]
     flagged = rows[rows["outliers"] != ""]

@@ -134,7 +134,9 @@ def measure(
                 continue
             which = f"step {at}: " if is_series else ""
             tell = _prefixed(show, which)
-            found = _measured(each, batches, how, ffns, memory, tell, run, at)
+            found = measure_one(
+                each, batches, how, ffns=ffns, memory=memory, progress=tell, run=run, step=at
+            )
             frames.append(frame_of(found))
             if is_series:
                 frames[-1].insert(0, "step", at)
@@ -146,17 +148,19 @@ def measure(
 _ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
 
 
-def _measured(
+def measure_one(
     model: Loaded,
     batches: Iterable[Any],
     how: How,
+    *,
     ffns: Sequence[FFN] | None,
     memory: int | str | None,
     progress: Progress,
     run: MeasuredRun | None,
     step: int,
+    tokens_seen: int = 0,
 ) -> list[FFNSpectra]:
-    """Measures one model, and stores it where there is a run."""
+    """Measures one model, and stores it where there is a run. Arguments are those of `measure`."""
     loaded = model if isinstance(model, nn.Module) else model()
     loss, digest = WeightedMean(), Digest()
 
@@ -171,7 +175,7 @@ def _measured(
         loaded, batches, how, ffns=ffns, memory=memory, progress=progress, give=give
     )
     if run is not None:
-        run.add(step, loaded, digest, spectra, loss.value())
+        run.add(step, loaded, digest, spectra, loss.value(), tokens_seen)
     return spectra
 
 

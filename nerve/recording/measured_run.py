@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter
 from nerve.storage.directory import RunDirectory
+from nerve.storage.identity import differences
 
 OWN = ("model", "weights", "batches", "measure", "text")
 """What the configuration of such a run says by itself."""
@@ -42,7 +44,8 @@ class MeasuredRun:
     """Takes the measurements of a run, each of a step.
 
     Its configuration has what was asked, and grows with each step: `model`, `batches` (a digest),
-    and `weights`, for each step in order a text of the step and a digest.
+    and `weights`, for each step in order a text of the step and a digest. A `model` that was asked
+    for stays as it is.
     """
 
     def __init__(
@@ -50,13 +53,21 @@ class MeasuredRun:
     ) -> None:
         self._record = recorded.record
         self._writer = SpectraWriter(recorded.store, (), spectra)
+        self._own_model = "model" not in asked
         known = recorded.record.config
         self._config = {**asked, **{key: known[key] for key in _FOUND if key in known}}
+        self._heard = time.monotonic()
 
     @property
-    def steps(self) -> list[int]:
-        """Those that are measured and stored."""
-        return [int(each.split()[0]) for each in self._config.get("weights", ())]
+    def steps(self) -> dict[int, str]:
+        """Those that are measured and stored, each with the digest of its weights."""
+        return _steps_of(self._config)
+
+    def beat(self) -> None:
+        """Tells from time to time that the run lives; to be called often."""
+        if time.monotonic() - self._heard > BEAT_EVERY_S:
+            self._heard = time.monotonic()
+            self._record.update()
 
     def add(
         self,
@@ -65,6 +76,7 @@ class MeasuredRun:
         batches: Digest,
         spectra: Sequence[FFNSpectra],
         val_loss: float | None,
+        tokens_seen: int = 0,
     ) -> None:
         """Stores a measurement.
 
@@ -77,27 +89,76 @@ class MeasuredRun:
                 f"{self._record.directory} had the digest {self._config['batches']}, these have "
                 f"{batches}. Choose another directory."
             )
-        self._writer.write(
-            [Solved({"step": step, "tokens_seen": 0, "val_loss": val_loss}, list(spectra))]
-        )
-        weights = Digest()
-        weights.add(model.state_dict().values())
-        of_steps = [*self._config.get("weights", ()), f"{step} {weights}"]
+        labels = {"step": step, "tokens_seen": tokens_seen, "val_loss": val_loss}
+        self._writer.write([Solved(labels, list(spectra))])
+        steps = self.steps | {step: str(weights_of(model))}
         self._config |= {
-            "model": _config_of(model),
             "batches": str(batches),
-            "weights": sorted(of_steps, key=lambda each: int(each.split()[0])),
+            "weights": [f"{each} {steps[each]}" for each in sorted(steps)],
         }
+        if self._own_model:
+            self._config["model"] = _config_of(model)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        final = {"final": {"val_loss": val_loss}} if step == max(steps) else {}
         self._record.update(
-            config=self._config,
-            step=max(self.steps),
-            n_parameters=n_parameters,
-            final={"val_loss": val_loss},
+            config=self._config, step=max(steps), n_parameters=n_parameters, **final
         )
 
 
+BEAT_EVERY_S = 10.0
+_SHOWN = 5
 _FOUND = ("model", "weights", "batches")
+
+
+def weights_of(model: nn.Module) -> Digest:
+    """The digest of a model's state."""
+    digest = Digest()
+    digest.add(model.state_dict().values())
+    return digest
+
+
+class Measured(NamedTuple):
+    """What there is of a run that is measured.
+
+    Attributes:
+        steps: each with the digest of its weights.
+        began: when it was begun; None where it was not.
+        is_done: whether the process that measured last came to its end.
+    """
+
+    steps: dict[int, str]
+    began: str | None = None
+    is_done: bool = False
+
+
+def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> Measured:
+    """What a directory has of the run that was asked for.
+
+    Raises:
+        StoreError: for a directory with another run.
+    """
+    record = RunDirectory(directory).record
+    if record is None:
+        return Measured({})
+    different = differences(_asked_of(record.config, asked), asked)
+    if different:
+        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        raise StoreError(
+            f"A directory holds one run; {record.directory} holds run {record.run_id} "
+            f"({record.run_status}) with other values of {', '.join(different[:_SHOWN])}{more}. "
+            "Choose another directory, or delete that one."
+        )
+    return Measured(_steps_of(record.config), record.started, record.run_status == "done")
+
+
+def _asked_of(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what such a run finds by itself."""
+    return {key: value for key, value in config.items() if key in asked or key not in _FOUND}
+
+
+def _steps_of(config: Mapping[str, Any]) -> dict[int, str]:
+    steps = (each.split() for each in config.get("weights", ()))
+    return {int(step): digest for step, digest in steps}
 
 
 @contextmanager
@@ -107,7 +168,7 @@ def measured_run(
     spectra: bool | str,
     *,
     resume: bool,
-    fingerprints: Mapping[str, str],
+    **first: Any,
 ) -> Iterator[MeasuredRun | None]:
     """A run that is measured within the block.
 
@@ -117,15 +178,15 @@ def measured_run(
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
         resume: whether a run that is there goes on; else it is refused where it is done, and begun
             anew where it is not.
-        fingerprints: of the run's record.
+        first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
         StoreError: as `recorded_run`.
     """
     known = RunDirectory(directory).record
-    found = {} if known is None else {key: known.config.get(key) for key in _FOUND}
-    config = {**asked, **{key: value for key, value in found.items() if value is not None}}
-    with recorded_run(directory, config, goes_on=resume, fingerprints=dict(fingerprints)) as run:
+    found = {} if known is None else known.config
+    config = {**{key: found[key] for key in _FOUND if key in found}, **asked}
+    with recorded_run(directory, config, goes_on=resume, **first) as run:
         if run is None:
             yield None
             return

@@ -1,0 +1,96 @@
+"""`nerve-probe`: measures a model that is trained, or its checkpoints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nerve.cli.console import say
+from nerve.errors import NerveError
+from nerve.progress import shown
+
+DESCRIPTION = """\
+Measures the FFNs of trained models, and leaves a run that nerve-report takes.
+
+MODEL is a folder that transformers reads (save_pretrained; a .gguf file), a name on the hub
+(name@revision), or the directory of a run of nerve, of which the weights that checkpoint.keep
+kept are measured on its own held-out data. Several, or a pattern such as 'ckpt/step_*', are the
+checkpoints of one model: one run, whose rows stand at the steps that the names give.
+
+Called again it measures what is not there yet, and goes on with what was cut off.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `nerve-probe`. Errors that the user can fix are shown as one message."""
+    given = vars(_parser().parse_args(arguments))
+    given["models"] = tuple(given["models"])
+    if given["text"] is not None:
+        given["text"] = tuple(given["text"])
+    lists, output = given.pop("list"), given.pop("output")
+    # torch and pandas take seconds to import
+    from nerve.cli.probing.run import opened, probe, source_of
+    from nerve.cli.probing.source import Asked
+
+    try:
+        asked = Asked(**given)
+        if lists:
+            source = source_of(asked)
+            say(str(opened(source, source.checkpoints[0]).ffns))
+            return
+        with shown() as progress:
+            probe(source_of(asked), asked, output=output, progress=progress)
+    except NerveError as error:
+        _fail(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nerve-probe",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="a model, or the checkpoints of one")
+    add("-o", "--output", metavar="FOLDER", help="default: outputs/probe/<model>-<id>")
+    add("--list", action="store_true", help="show the FFNs that are found, and measure nothing")
+    add("--select", metavar="GLOB", help="FFNs by their path in the model, such as '*.mlp'")
+    add("--layers", type=_numbers, metavar="I,I,…", help="default: all")
+    add("--skip-first", type=int, metavar="N", help="positions that begin each sequence, left out")
+    either = argparse.BooleanOptionalAction
+    add("--spectra", action=either, default=True, help="store the eigenvalues (default)")
+    add("--memory", metavar="SIZE", help="matrices held at once, such as 8GiB; else more passes")
+    add("--steps", type=_numbers, metavar="S,S,…", help="of the models; default: as names say")
+    add("--device", help="default: a GPU where there is one")
+    add("--dtype", help="float32, bfloat16, float16 or float64; default: that of the weights")
+    text = parser.add_argument_group("text (not for runs of nerve)").add_argument
+    text(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        help="files or patterns: plain text, .jsonl, .json, .parquet, also compressed; "
+        "default: the source of Python's standard library",
+    )
+    text("--tokenizer", metavar="FOLDER", help="default: beside the weights")
+    text("--n-tokens", type=int, metavar="N", help="default: 8 for each unit of the widest FFN")
+    text("--seq-len", type=int, metavar="N", help="default: what the model takes, up to 1024")
+    text("--batch-size", type=int, metavar="N", help="sequences of a batch; default: 4")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"whole numbers with commas between, such as 0,100,400; got {text!r}"
+        ) from error
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"nerve-probe: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Checkpoints that transformers reads, on text."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nerve.cli.probing.machine import device_of, dtype_of
+from nerve.cli.probing.places import arguments_of, check_place, expanded, name_of
+from nerve.cli.probing.source import Asked, Checkpoint, Data
+from nerve.cli.probing.steps import steps_of
+from nerve.config import require
+from nerve.data.corpus import Corpus, python_source
+from nerve.data.extras import import_extra
+from nerve.data.files import text_files
+from nerve.data.packing import pack
+from nerve.errors import DataError
+from nerve.measuring.find import FoundFFNs, find_ffns
+
+SAMPLES_PER_FEATURE = 8
+"""Tokens that are measured for each feature of the widest FFN."""
+
+LONGEST = 1024
+"""Tokens of a sequence, where the model can take so many."""
+
+BATCH_SIZE = 4
+"""Sequences of a batch."""
+
+_AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
+_TOLD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_ACTIVATION = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "dense_act_fn",
+    "activation",
+)
+
+
+class Folders:
+    """A model of transformers, or a series of its checkpoints.
+
+    Args:
+        asked: what the command was asked.
+
+    Raises:
+        DataError: for what cannot be a model.
+        ConfigError: for steps, a device or a dtype that cannot be.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._device = device_of(asked.device)
+        self._dtype = dtype_of(asked.dtype)
+        places = expanded(asked.models)
+        for place in places:
+            check_place(place)
+        steps = steps_of(places, asked.steps)
+        self.name = name_of(places)
+        self.checkpoints = sorted(map(Checkpoint, steps, places))
+        self._transformers = import_extra("transformers", "hf", "A model of transformers")
+        self._transformers.logging.set_verbosity_error()
+        self._transformers.logging.disable_progress_bar()
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model, in eval mode.
+
+        Raises:
+            DataError: for an architecture that transformers does not know or that takes no tokens,
+                and weights that cannot be read, are missing or do not fit.
+        """
+        where, extra = arguments_of(checkpoint.place)
+        auto = self._transformers.AutoConfig
+        config = self._read(checkpoint, lambda: auto.from_pretrained(where, **extra))
+        network = self._network(checkpoint, config)
+        # Its name in every version; 4.x reads float32 where nothing is said.
+        extra["torch_dtype" if self._version < 5 else "dtype"] = self._dtype or "auto"
+        model, found = self._read(
+            checkpoint, lambda: network.from_pretrained(where, output_loading_info=True, **extra)
+        )
+        lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        if lacking:
+            raise DataError(
+                f"A checkpoint holds all weights of its model; {checkpoint.place} lacks "
+                f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}, or has them in "
+                f"another shape than {network.__name__}. Restore it, or name the right class as "
+                "architectures in its config.json."
+            )
+        return model.to(self._device).eval()
+
+    def find(self, model: nn.Module) -> FoundFFNs:
+        """The FFNs that are asked for."""
+        layers, select = self._asked.layers, self._asked.select
+        n_tokens = min(16, self._seq_len(model))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(_n_embedded(model), (2, n_tokens), generator=generator)
+        batch = _batch(model, ids.to(self._device))
+        return find_ffns(model, batch, layers=layers, select=select)
+
+    def data(self, model: nn.Module, ffns: FoundFFNs) -> Data:
+        """The text, as sequences of tokens.
+
+        Raises:
+            DataError: for a tokenizer that is not there, or another model's, and text that cannot
+                be read or is too short.
+        """
+        asked, seq_len = self._asked, self._seq_len(model)
+        table = ffns.table()
+        n_tokens = asked.n_tokens or SAMPLES_PER_FEATURE * int(table["d_ff"].max())
+        tokenizer = self._tokenizer()
+        n_sequences = math.ceil(n_tokens / seq_len)
+        text = pack(_corpus(asked), tokenizer, seq_len=seq_len, n_sequences=n_sequences)
+        if text.sequences.max() >= _n_embedded(model):
+            raise DataError(
+                f"A tokenizer belongs to its model; this one gives the token "
+                f"{text.sequences.max()}, and the model embeds {_n_embedded(model)}. Give the "
+                "model's own with --tokenizer."
+            )
+        ids = torch.from_numpy(text.sequences).to(self._device)
+        skip_first = asked.skip_first or 0
+        probe = {
+            "n_tokens": ids.numel(),
+            "seq_len": seq_len,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "select": asked.select,
+            "layers": asked.layers,
+            "skip_first": skip_first,
+            "spectra": asked.spectra,
+            **text.fingerprints,
+        }
+        return Data(
+            batches=[_batch(model, part) for part in ids.split(asked.batch_size or BATCH_SIZE)],
+            forward=self._forward(model),
+            config={**_columns(model, ffns), "probe": probe},
+            record={"fingerprints": text.fingerprints},
+            skip_first=skip_first,
+        )
+
+    @property
+    def _version(self) -> int:
+        return int(self._transformers.__version__.partition(".")[0])
+
+    def _read(self, checkpoint: Checkpoint, read: Callable[[], Any]) -> Any:
+        """What transformers reads, with its errors as one message."""
+        try:
+            return read()
+        except ImportError as error:
+            raise DataError(
+                f"{checkpoint.place} needs a package that is not installed: {_first_line(error)}. "
+                'In the checkout of nerve: pip install -c constraints.txt -e ".[hf]"'
+            ) from error
+        except Exception as error:  # a damaged file may lead it to any
+            is_here = Path(checkpoint.place).exists()
+            where = "" if is_here else "is no folder here, and on the hub "
+            raise DataError(
+                f"A model is one that transformers reads; {checkpoint.place} {where}cannot be read "
+                f"by transformers {self._transformers.__version__}: {_first_line(error)}"
+            ) from error
+
+    def _network(self, checkpoint: Checkpoint, config: Any) -> Any:
+        """The class that the weights are of."""
+        named = config.architectures or ()
+        classes = [getattr(self._transformers, name, None) for name in named]
+        for auto in _AUTO:
+            mapping = getattr(self._transformers, auto)._model_mapping
+            classes += [mapping[type(config)]] if type(config) in mapping else []
+        network: Any = next((each for each in classes if isinstance(each, type)), None)
+        if network is None:
+            raise DataError(
+                f"A model's architecture is one of transformers; {checkpoint.place} has "
+                f"{', '.join(named) or config.model_type}. In Python nerve.measure takes any model."
+            )
+        if network.main_input_name != "input_ids":
+            raise DataError(
+                f"nerve-probe measures on text; {network.__name__} takes "
+                f"{network.main_input_name}, not tokens. In Python nerve.measure(model, batches) "
+                "takes any batches."
+            )
+        return network
+
+    def _tokenizer(self) -> Any:
+        where, extra = arguments_of(self._asked.tokenizer or self.checkpoints[0].place)
+        try:
+            tokenizer = self._transformers.AutoTokenizer.from_pretrained(where, **extra)
+            if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+                raise ValueError("its vocabulary is empty")
+            return tokenizer
+        except Exception as error:  # it may be about anything
+            raise DataError(
+                f"Text needs the model's tokenizer; {where} has none that transformers reads "
+                f"({_first_line(error)}). Put its files there, or say with --tokenizer where it is."
+            ) from error
+
+    def _seq_len(self, model: nn.Module) -> int:
+        """As asked, else as long as the model takes, up to `LONGEST`."""
+        longest = getattr(_text_config(model), "max_position_embeddings", None)
+        if self._asked.seq_len is None:
+            return min(LONGEST, longest or LONGEST)
+        require(
+            longest is None or self._asked.seq_len <= longest,
+            f"--seq-len must not exceed the positions of the model, {longest}; got "
+            f"{self._asked.seq_len}.",
+        )
+        return self._asked.seq_len
+
+    def _forward(self, model: nn.Module) -> Callable[[nn.Module, Any], object]:
+        """Gives the loss of a causal language model, and of another none."""
+        mapping = self._transformers.AutoModelForCausalLM._model_mapping
+        kind = type(model.config)
+        if not (kind in mapping and mapping[kind] is type(model)):
+            return lambda model, batch: model(**batch)
+
+        def forward(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+            ids = batch["input_ids"]
+            n_targets = ids[:, 1:].numel()
+            return {"loss": model(**batch, labels=ids).loss, "n_targets": n_targets}
+
+        return forward
+
+
+def _batch(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        batch |= {f"decoder_{key}": value for key, value in batch.items()}
+    return batch
+
+
+def _corpus(asked: Asked) -> Corpus:
+    return python_source() if asked.text is None else text_files(asked.text)
+
+
+def _n_embedded(model: nn.Module) -> int:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
+
+
+def _text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config()  # type: ignore[union-attr, operator]
+
+
+def _columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
+    """What tells a model from others, by the names that nerve-run has for it, and all that the
+    model says of itself."""
+    config, table = _text_config(model), ffns.table()
+    sizes = {
+        "n_layers": "num_hidden_layers",
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "seq_len": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+    }
+    said = {name: getattr(config, key, None) for name, key in sizes.items()}
+    activations = (getattr(config, name, None) for name in _ACTIVATION)
+    whole = model.config.to_dict()  # type: ignore[union-attr, operator]
+    return {
+        "model": {"kind": config.model_type, "class": type(model).__name__, **said},
+        "activation": {"name": next((each for each in activations if each), None)},
+        "normalization": {"kind": _normalization(model)},
+        "ffn": {name: _only(table[name].tolist()) for name in ("d_ff", "gated")},
+        "transformers": {key: value for key, value in whole.items() if key not in _TOLD},
+    }
+
+
+def _normalization(model: nn.Module) -> str:
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    if any(isinstance(module, nn.LayerNorm) for module in norms):
+        return "layernorm"
+    return "rmsnorm" if norms else "none"
+
+
+def _only(values: list[Any]) -> Any:
+    """The value that all have, else each once."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else different
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}…"

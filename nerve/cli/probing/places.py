@@ -1,0 +1,93 @@
+"""Where checkpoints for transformers are: folders, gguf files, names on the hub."""
+
+import re
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from nerve.config import require
+from nerve.errors import DataError
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
+
+
+def expanded(models: Sequence[str]) -> list[str]:
+    """The models, each pattern of which as what it matches, in the order of the names.
+
+    Raises:
+        ConfigError: for a pattern that matches nothing.
+    """
+    found: list[str] = []
+    for model in models:
+        if Path(model).exists() or not re.search(r"[*?\[]", model):
+            found.append(model)
+            continue
+        matches = sorted(glob(model))
+        require(bool(matches), f"A pattern must match checkpoints; {model!r} matches nothing here.")
+        found += matches
+    return found
+
+
+def check_place(place: str) -> None:
+    """Refuses what cannot be a model, before anything is loaded.
+
+    Raises:
+        DataError: saying what it is.
+    """
+    path = Path(place)
+    if not path.exists():
+        if _HUB_NAME.fullmatch(place):
+            return
+        raise DataError(
+            f"A model is a folder, a run directory or a name on the hub; there is no {place}. "
+            "Check the path."
+        )
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return
+        raise DataError(
+            f"A model is a folder that transformers reads, or a .gguf file; {place} is another "
+            "file. Give the folder that it is in."
+        )
+    gguf = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").is_file() and not gguf:
+        within = sorted({each.parent.parent for each in path.glob("*/*/config.json")})
+        within += [path] if any(path.glob("*/config.json")) else []
+        hint = f"Its checkpoints: '{within[-1]}/*'." if within else "Check the path."
+        raise DataError(
+            f"A model's folder holds config.json and weights, a run directory run.json; {place} "
+            f"has neither. {hint}"
+        )
+    if not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+        raise DataError(
+            f"A model's folder holds its weights ({', '.join(WEIGHTS)}); {place} has config.json "
+            "and no weights. Copy them there, or give the folder that save_pretrained wrote."
+        )
+    if len(gguf) > 1 and not (path / "config.json").is_file():
+        raise DataError(
+            f"A folder without config.json holds one .gguf file; {place} has {len(gguf)}. Give the "
+            f"file itself, such as {gguf[0]}."
+        )
+
+
+def arguments_of(place: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` of transformers takes for a model, its weights and its tokenizer."""
+    path = Path(place)
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        gguf = [] if (path / "config.json").is_file() else [*path.glob("*.gguf")]
+        return str(path), {"gguf_file": gguf[0].name} if gguf else {}
+    name, _, revision = place.partition("@")
+    return name, {"revision": revision} if revision else {}
+
+
+def name_of(places: Sequence[str]) -> str:
+    """A short name for a series: of several folders that of the folder around them."""
+    path = Path(places[0])
+    if not path.exists():
+        return places[0].partition("@")[0].split("/")[-1]
+    path = path.resolve()
+    return (path.parent if len(places) > 1 else path).name.removesuffix(".gguf") or "model"

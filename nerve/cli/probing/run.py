@@ -1,0 +1,168 @@
+"""Measures checkpoints one by one into one run, and shows what came of it."""
+
+import gc
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from torch import nn
+
+from nerve.analysis.load import load_metrics
+from nerve.cli.console import say
+from nerve.cli.experiment.summary import print_summary
+from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
+from nerve.errors import DataError, StoreError
+from nerve.measuring.find import FoundFFNs
+from nerve.measuring.measure import How
+from nerve.progress import Progress
+from nerve.recording.measure import measure_one
+from nerve.recording.measured_run import (
+    Measured,
+    MeasuredRun,
+    measured_of,
+    measured_run,
+    weights_of,
+)
+from nerve.storage.identity import config_id
+from nerve.storage.record import RECORD_NAME
+
+OUTPUTS = Path("outputs", "probe")
+"""Where runs go that are not told where."""
+
+
+def source_of(asked: Asked) -> Source:
+    """What is to be probed. Raises `NerveError` for what cannot be."""
+    if any(Path(model, RECORD_NAME).is_file() for model in asked.models):
+        from nerve.cli.probing.runs import KeptCheckpoints  # Hydra and Lightning
+
+        return KeptCheckpoints(asked)
+    from nerve.cli.probing.folders import Folders
+
+    return Folders(asked)
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose model is in memory, and its FFNs."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    ffns: FoundFFNs
+
+
+def opened(source: Source, checkpoint: Checkpoint) -> Opened:
+    """Loads a checkpoint and finds its FFNs. Raises as the source."""
+    model = source.load(checkpoint)
+    return Opened(checkpoint, model, source.find(model))
+
+
+def probe(source: Source, asked: Asked, *, output: str | None, progress: Progress) -> None:
+    """Measures what is not measured yet, and prints the layers of the last step.
+
+    Args:
+        source: what is probed.
+        asked: what the command was asked.
+        output: the run directory; None for one that is named after the model and what is asked.
+        progress: told of checkpoints, batches and eigenproblems.
+
+    Raises:
+        NerveError: for what the user can fix; what was measured before stays.
+    """
+    progress(f"loading {source.checkpoints[0].place}", 0, len(source.checkpoints))
+    now: Opened | None = opened(source, source.checkpoints[0])
+    assert now is not None
+    for line in now.ffns.unclear:
+        say(f"not measured; by hand, if it is an FFN: {line}")
+    data, table = source.data(now.model, now.ffns), now.ffns.table()
+    directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
+    before = measured_of(directory, data.config)
+    left = _left(source.checkpoints, before)
+    n_new = 0
+    if left or not before.is_done:
+        with measured_run(directory, data.config, asked.spectra, resume=True, **data.record) as run:
+            assert run is not None  # in a single process
+            for number, checkpoint in enumerate(left):
+                if now is None or now.checkpoint != checkpoint:
+                    now = None  # one at a time is in memory
+                    gc.collect()  # hooks and graphs may keep a model until then
+                    progress(f"loading {checkpoint.place}", number, len(left))
+                    now = opened(source, checkpoint)
+                _require_alike(now, table)
+                n_new += _measure(run, now, data, asked.memory, progress)
+                now = None
+    _show(directory, table, data, len(source.checkpoints) - n_new)
+
+
+def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
+    """Those that are not measured yet, or whose files may be others than those that were."""
+    return [
+        each
+        for each in checkpoints
+        if before.began is None
+        or each.step not in before.steps
+        or not each.is_older_than(before.began)
+    ]
+
+
+def _require_alike(now: Opened, table: pd.DataFrame) -> None:
+    if not now.ffns.table().equals(table):
+        raise DataError(
+            f"The checkpoints of a series are of one model; the FFNs of {now.checkpoint.place} are "
+            "others than those of the first. Probe it apart."
+        )
+
+
+def _measure(
+    run: MeasuredRun, now: Opened, data: Data, memory: str | None, progress: Progress
+) -> bool:
+    """Measures a checkpoint, unless these very weights have been; says whether it did."""
+    step = now.checkpoint.step
+    known = run.steps.get(step)
+    if known is not None:
+        if known == str(weights_of(now.model)):
+            return False
+        raise StoreError(
+            f"A step is of one model; step {step} was measured with other weights than those that "
+            f"are in {now.checkpoint.place} now. Choose another directory with -o."
+        )
+
+    def tell(what: str, done: int, total: int | None) -> None:
+        run.beat()
+        progress(f"step {step}: {what}", done, total)
+
+    measure_one(
+        now.model,
+        data.batches,
+        How(data.forward, None, (), False, data.skip_first, data.shortcut),
+        ffns=now.ffns,
+        memory=memory,
+        progress=tell,
+        run=run,
+        step=step,
+        tokens_seen=data.tokens_seen(step),
+    )
+    return True
+
+
+def _show(directory: Path, table: pd.DataFrame, data: Data, n_before: int) -> None:
+    """Prints the layers of the last step, what is flagged, and how to go on."""
+    metrics = load_metrics(directory)
+    steps = sorted(set(metrics["step"]))
+    last = metrics[metrics["step"] == steps[-1]]
+    n_samples, widest = int(last["n_samples"].max()), int(table["d_ff"].max())
+    facts = {
+        "steps": f"{len(steps)} ({', '.join(map(str, steps[:8]))}{', …' if steps[8:] else ''})"
+        + (f", of which {n_before} had been measured before" if n_before else ""),
+        "samples": f"{n_samples:,}, N/D = {n_samples / widest:.1f} for the widest FFN (d_ff "
+        f"{widest:,})",
+    }
+    loss = last["val_loss"].iloc[0]
+    if pd.notna(loss):
+        facts["loss"] = f"{loss:.3f} nats per target"
+    n_flagged = int((metrics["outliers"] != "").sum())
+    if n_flagged:
+        hint = "" if data.skip_first else "; --skip-first 1 leaves the first tokens out"
+        facts["flagged"] = f"{n_flagged} of {len(metrics)} rows may be those of few samples{hint}"
+    print_summary(last.to_dict("records"), facts, directory)
+    say(f"for the report: nerve-report {shlex.quote(str(directory))}")

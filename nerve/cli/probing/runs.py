@@ -1,0 +1,122 @@
+"""The checkpoints that a run has kept, on its own held-out data."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from nerve.cli.experiment.build import build_data
+from nerve.cli.experiment.plan import Plan
+from nerve.cli.probing.machine import device_of, dtype_of
+from nerve.cli.probing.source import Asked, Checkpoint, Data
+from nerve.config import require
+from nerve.errors import DataError
+from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.storage.directory import RunDirectory
+from nerve.training.checkpoint_files import load_model
+
+_OF_TEXT = ("text", "tokenizer", "n_tokens", "seq_len", "batch_size", "steps")
+
+
+class KeptCheckpoints:
+    """The weights that a run has kept, or its last ones where it was not to keep any.
+
+    Args:
+        asked: what the command was asked; its one model is the run directory.
+
+    Raises:
+        StoreError: for a run that has no checkpoint.
+        ConfigError: for what only a model without held-out data can be asked.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        given = [f"--{name.replace('_', '-')}" for name in _OF_TEXT if getattr(asked, name)]
+        require(
+            not given,
+            f"A run is probed at the steps that it kept, on its own held-out data; got "
+            f"{', '.join(given)}. Leave that out.",
+        )
+        require(
+            len(asked.models) == 1,
+            f"One run is probed at a time; got {', '.join(asked.models)}. Give one directory.",
+        )
+        self._asked = asked
+        self._device, self._dtype = device_of(asked.device), dtype_of(asked.dtype)
+        self._run = RunDirectory(asked.models[0])
+        self._record = self._run.require_record()
+        self._plan = Plan.of(OmegaConf.create(self._record.config))
+        self.name = self._run.path.resolve().name
+        self.checkpoints = [
+            Checkpoint(step, str(self._run.kept_checkpoint(step)))
+            for step in self._run.kept_steps()
+        ] or [Checkpoint(self._record.step, str(self._run.checkpoint("last")))]
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model. Raises as `load_model`."""
+        if checkpoint.step in self._run.kept_steps():
+            model = load_model(self._run.path, step=checkpoint.step)
+        else:
+            model = load_model(self._run.path, "last")
+        return model.to(self._device, self._dtype)
+
+    def find(self, model: nn.Module) -> FoundFFNs:
+        """The FFNs that are asked for, by default those that the run measures."""
+        layers = self._asked.layers or self._plan.monitor.layers
+        return find_ffns(model, layers=layers, select=self._asked.select)
+
+    def data(self, model: nn.Module, ffns: FoundFFNs) -> Data:
+        """The held-out data of the run.
+
+        Raises:
+            DataError: where they are not what they were.
+        """
+        plan, record, asked = self._plan, self._record, self._asked
+        data = build_data(plan)
+        if data.fingerprints != record.fingerprints:
+            raise DataError(
+                f"A run is probed on its own held-out data; those of {self._run.path} had the "
+                f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the "
+                "old data back."
+            )
+        own = plan.monitor.skip_first
+        skip_first = own if asked.skip_first is None else asked.skip_first
+        dtype = next(model.parameters()).dtype
+
+        def placed(tensor: Any) -> Any:
+            return tensor.to(self._device, dtype if tensor.is_floating_point() else None)
+
+        n_targets = plan.values["data"]["batch_size"] * plan.trainer.accumulate_grad_batches
+        if plan.model.kind == "gpt":
+            n_targets *= plan.values["model"]["seq_len"]
+        probe = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "select": asked.select,
+            "layers": asked.layers,
+            "skip_first": skip_first,
+            "spectra": asked.spectra,
+            **data.fingerprints,
+        }
+        return Data(
+            batches=[tree_map(placed, tuple(batch)) for batch in data.val_dataloader()],
+            forward=_loss_of,
+            config={**record.config, "probe": probe},
+            record={
+                "fingerprints": record.fingerprints,
+                "seed": record.seed,
+                "unigram_loss": record.unigram_loss,
+                "separator_token": record.separator_token,
+            },
+            skip_first=skip_first,
+            shortcut=plan.monitor.shortcut,
+            tokens_seen=lambda step: step * n_targets,
+        )
+
+
+def _loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """As in training: the mean over the targets."""
+    inputs, targets = batch
+    logits = model(inputs)
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return {"loss": loss, "n_targets": targets.numel()}

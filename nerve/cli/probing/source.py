@@ -1,0 +1,119 @@
+"""What is probed, wherever it comes from: checkpoints, one at a time, and the batches for them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from nerve.config import require_count
+from nerve.measuring.find import FoundFFNs
+from nerve.measuring.passes import bytes_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked; None leaves a choice to the model.
+
+    Attributes:
+        models: MODEL, as typed.
+        text: files; None for the standard library's source.
+        tokenizer: where it is, if not beside the weights.
+        n_tokens, seq_len, batch_size: of the text that is measured; a batch counts sequences.
+        device, dtype: what the model runs on and in.
+        select, layers: which FFNs.
+        skip_first: positions at the beginning of each sequence that are left out.
+        spectra: whether eigenvalues are stored.
+        memory: of matrices that are held at once, as `nerve.measure` takes it.
+        steps: of the models, in their order.
+
+    Raises:
+        ConfigError: for numbers that are too small.
+    """
+
+    models: tuple[str, ...]
+    text: tuple[str, ...] | None = None
+    tokenizer: str | None = None
+    n_tokens: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    select: str | None = None
+    layers: tuple[int, ...] | None = None
+    skip_first: int | None = None
+    spectra: bool = True
+    memory: str | None = None
+    steps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
+        if self.memory is not None:
+            bytes_of(self.memory)
+        for name, number in least.items():
+            if getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                require_count(option, getattr(self, name), least=number)
+
+
+class Checkpoint(NamedTuple):
+    """Weights of a step.
+
+    Attributes:
+        step: optimizer steps that they have seen.
+        place: the folder or file, or the name on the hub.
+    """
+
+    step: int
+    place: str
+
+    def is_older_than(self, time: str) -> bool:
+        """Whether nothing in it has been written since, nor put there; of what is no file here
+        nobody knows."""
+        path = Path(self.place)
+        files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+        if not files or not path.exists():
+            return False
+        states = [each.stat() for each in files]
+        latest = max(max(state.st_mtime, state.st_ctime) for state in states)
+        return latest < datetime.fromisoformat(time).timestamp()
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the models of a series all get.
+
+    Attributes:
+        batches: on the device; they can be gone through again and again.
+        forward: runs a model on one, and returns its loss where there is one.
+        config: the configuration of the run but for the weights.
+        record: further fields of its record, such as `fingerprints`.
+        skip_first, shortcut: of the measurement.
+        tokens_seen: by a model at a step.
+    """
+
+    batches: Sequence[Any]
+    forward: Callable[[nn.Module, Any], object]
+    config: Mapping[str, Any]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    skip_first: int = 0
+    shortcut: bool = True
+    tokens_seen: Callable[[int], int] = lambda step: 0
+
+
+class Source(Protocol):
+    """A series of checkpoints of one model."""
+
+    name: str
+    checkpoints: list[Checkpoint]
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model, in eval mode, on the device."""
+
+    def find(self, model: nn.Module) -> FoundFFNs:
+        """Its FFNs, of which those asked for."""
+
+    def data(self, model: nn.Module, ffns: FoundFFNs) -> Data:
+        """What is measured, given one of the models."""

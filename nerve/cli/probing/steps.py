@@ -1,0 +1,61 @@
+"""The steps that names of checkpoints give."""
+
+import re
+from collections.abc import Sequence
+
+from nerve.config import require
+
+_OF_A_STEP = re.compile(
+    r"(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=.]?(\d+)(?!\d)", re.IGNORECASE
+)
+_NUMBER = re.compile(r"\d+")
+
+
+def steps_of(names: Sequence[str], given: Sequence[int] | None) -> list[int]:
+    """The step of each checkpoint: as given, else as its name says.
+
+    `step_100`, `checkpoint-100` and `ckpt/100` say it; of several also any last number of the name.
+    A single one that does not say it stands at step 0.
+
+    Raises:
+        ConfigError: for a number of steps that is not that of the checkpoints, names that do not
+            tell, and two checkpoints of one step.
+    """
+    if given is not None:
+        require(
+            len(given) == len(names),
+            f"--steps gives one step for each model; got {len(given)} for {len(names)}: "
+            f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}.",
+        )
+        steps = list(given)
+    else:
+        steps = [_step_of(name, is_single=len(names) == 1) for name in names]
+    for i, step in enumerate(steps):
+        first = steps.index(step)
+        require(
+            first == i,
+            f"Checkpoints of one series are of different steps; {names[first]} and {names[i]} are "
+            f"both of step {step}. Leave one out, or give --steps.",
+        )
+    return steps
+
+
+def _step_of(name: str, *, is_single: bool) -> int:
+    last = re.split(r"[/@]", name.rstrip("/"))[-1]
+    found = [*_OF_A_STEP.finditer(last)]
+    numbers = [match[0] for match in _NUMBER.finditer(last)]
+    if found:
+        text, end = found[-1][1], found[-1].end(1)
+        require(
+            last[end : end + 1].lower() not in ("k", "m", "b"),
+            f"Names give steps as plain numbers; got {name}. Say it with --steps.",
+        )
+        return int(text)
+    if is_single:
+        return int(last) if last.isdigit() else 0
+    require(
+        bool(numbers),
+        f"The rows of a series stand at the steps that names give, as step_100 does; {name} gives "
+        "none. Say it with --steps 0,100,…, in the order of the models.",
+    )
+    return int(numbers[-1])

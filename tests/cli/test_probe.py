@@ -1,0 +1,351 @@
+"""`nerve-probe`, as a user calls it: what `nerve.measure` measures, kept as a run."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from measuring.test_families import FAMILIES, build
+from torch import nn
+from trained import llama, nerve_probe, save, save_tokenizer, write_text
+
+import nerve
+from nerve.cli.probing.machine import device_of
+from nerve.cli.probing.steps import steps_of
+from nerve.data.files import text_files
+from nerve.data.packing import pack
+from nerve.errors import ConfigError
+
+OF_TOKENS = [name for name in FAMILIES if name != "vit"]
+FEW = ("gpt2", "llama", "bert", "t5 gated", "opt")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("text"))
+
+
+def stored(directory: str | Path = "out") -> pd.DataFrame:
+    return nerve.load_metrics(directory)
+
+
+def batches_of(folder: Path, model: nn.Module, n: int, seq_len: int = 32) -> list[dict]:
+    """What the command measures, put together by hand: a batch of four sequences each."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    packed = pack(text_files("text/*.txt"), tokenizer, seq_len=seq_len, n_sequences=n)
+    ids = torch.from_numpy(packed.sequences)
+    parts = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
+    if model.config.is_encoder_decoder:
+        parts = [part | {f"decoder_{key}": part[key] for key in part} for part in parts]
+    return parts
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in OF_TOKENS]
+)
+def test_a_family_is_measured_as_in_python(name, tmp_path):
+    """The rows of `nerve.measure` on the same tokens, of the model as it was before it was saved.
+    Eight tokens for each unit of d_ff."""
+    model = build(name)
+    save(model, tmp_path / "model")
+    status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out")
+    assert status == 0, err
+    assert "nerve-report out" in out
+    d_ff = 64 if name == "bloom" else 40
+    rows = nerve.measure(model, batches_of(tmp_path / "model", model, 8 * d_ff // 32))
+    n_runs, got = 3 if name == "albert" else 1, stored()
+    n_samples = 8 * d_ff * n_runs
+    assert f"{n_samples}, N/D = {8.0 * n_runs} for the widest FFN (d_ff {d_ff})" in out
+    columns = [each for each in rows if rows[each].dtype == float or each in ("layer", "ffn")]
+    pd.testing.assert_frame_equal(got[columns], rows[columns], rtol=1e-10, check_dtype=False)
+    assert len(nerve.load_spectra("out")) == 2 * len(rows)
+
+
+def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
+    """The names that nerve-run has; the loss is that of the same tokens; the report takes it."""
+    model = llama()
+    folder = save(model, tmp_path / "model")
+    assert nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--seq-len", 16)[0] == 0
+    (run,) = nerve.load_runs("out").to_dict("records")
+    expected = {
+        "model.n_layers": 2,
+        "model.d_model": 16,
+        "model.kind": "llama",
+        "activation.name": "silu",
+        "normalization.kind": "rmsnorm",
+        "ffn.d_ff": 40,
+        "ffn.gated": True,
+        "probe.seq_len": 16,
+        "probe.dtype": "float64",
+        "transformers.rms_norm_eps": 1e-6,
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "run_status": "done",
+        "step": 0,
+    }
+    assert {name: run[name] for name in expected} == expected
+    assert run["fingerprints.tokenizer"] == run["probe.tokenizer"]
+    with torch.no_grad():
+        losses = [
+            (model(**b, labels=b["input_ids"]).loss, len(b["input_ids"]))
+            for b in batches_of(folder, model, 20, 16)
+        ]
+    loss = sum(float(value) * n for value, n in losses) / sum(n for _, n in losses)
+    assert stored()["val_loss"].tolist() == pytest.approx([loss, loss], rel=1e-12)
+    assert run["final.val_loss"] == pytest.approx(loss, rel=1e-12)
+    assert nerve.write_report("out", "page").is_file()
+
+
+def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_path):
+    """Planted: a direction that only the first position has, and that one feature reads."""
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=32)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+        block = model.transformer.h[0]
+        for embedding in (model.transformer.wte, model.transformer.wpe):
+            embedding.weight[:, :2] = 0
+        model.transformer.wpe.weight[0, :2] = torch.tensor([9.0, -9.0])
+        block.attn.c_proj.weight.zero_()
+        block.attn.c_proj.bias.zero_()
+        block.ln_2.weight.fill_(1)
+        block.ln_2.bias.zero_()
+        block.mlp.c_fc.weight[:, 5] = 0
+        block.mlp.c_fc.weight[:2, 5] = torch.tensor([50.0, -50.0])
+    save(model, tmp_path / "model")
+    status, out, _ = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 640)
+    assert status == 0
+    assert "post: the farthest sample holds" in out
+    assert "--skip-first 1 leaves the first tokens out" in out
+    first = stored()
+    assert "post" in first["outliers"][0]
+    again = ("model", "--text", "text/*.txt", "-o", "without", "--n-tokens", 640)
+    status, out, _ = nerve_probe(*again, "--skip-first", 1)
+    assert "layer 0" not in out
+    without = stored("without")
+    assert without["outliers"][0] == ""
+    assert without["n_samples"].tolist() == [20 * 31] * 2
+    assert without["pr_post"][0] > 4 * first["pr_post"][0]
+
+
+def test_the_table_shows_what_would_be_measured_and_measures_nothing(tmp_path):
+    llama().save_pretrained(tmp_path / "model")  # no tokenizer is needed for that
+    status, out, _ = nerve_probe("model", "--list", "--layers", "1")
+    assert status == 0
+    assert out.splitlines()[0].split()[:5] == ["layer", "name", "pre", "post", "d_in"]
+    (row,) = [line.split() for line in out.splitlines()[1:]]
+    assert row[:4] == ["1", "ffn", "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"]
+    assert not Path("outputs").exists()
+
+
+def test_which_ffns_and_how_many_tokens_can_be_chosen(tmp_path):
+    save(llama(), tmp_path / "model")
+    asked = ("--select", "*.mlp", "--layers", 1, "--n-tokens", 100, "--no-spectra")
+    status, _, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", *asked)
+    assert status == 0, err
+    assert stored()[["layer", "n_samples"]].to_numpy().tolist() == [[1, 128]]
+    with pytest.warns(nerve.IncompleteWarning, match="without spectra"):
+        assert nerve.load_spectra("out").empty
+
+
+def test_the_dtype_is_that_of_the_weights_or_the_one_that_is_asked_for(tmp_path):
+    save(llama().to(torch.bfloat16), tmp_path / "model")
+    for dtype in ((), ("--dtype", "float32")):
+        assert nerve_probe("model", "--text", "text/*.txt", *dtype)[0] == 0
+    assert sorted(nerve.load_runs("outputs")["probe.dtype"]) == ["bfloat16", "float32"]
+
+
+def test_other_text_and_another_tokenizer_are_other_runs(tmp_path):
+    """In a directory of their own each; never in one."""
+    save(llama(), tmp_path / "model")
+    write_text(tmp_path / "other", seed=1)
+    save_tokenizer(tmp_path / "reversed", " etaoinshrdlcumwfgypbvk"[::-1])
+    for asked in (
+        ("--text", "text/*.txt"),
+        ("--text", "other/*.txt"),
+        ("--text", "text/*.txt", "--tokenizer", "reversed"),
+    ):
+        assert nerve_probe("model", *asked)[0] == 0
+        first = ("--text", "text/*.txt", "-o", "out")
+        assert nerve_probe("model", *first)[0] == 0
+        if asked != first[:2]:
+            status, _, err = nerve_probe("model", *asked, "-o", "out")
+            assert status == 1
+            assert "A directory holds one run; out holds run" in err
+    with pytest.warns(nerve.FingerprintWarning):
+        runs = nerve.load_runs("outputs")
+    assert runs["config_id"].nunique() == 3
+    assert len(nerve.load_runs("out")) == 1
+
+
+def without_weights() -> str:
+    llama().save_pretrained("model")
+    Path("model/model.safetensors").unlink()
+    return "has config.json and no weights"
+
+
+def with_part_of_its_weights() -> str:
+    from safetensors.torch import load_file, save_file
+
+    save(llama(), Path("model"))
+    weights = load_file("model/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
+    return "model lacks model.layers.1.mlp.up_proj.weight"
+
+
+def with_damaged_weights() -> str:
+    save(llama(), Path("model"))
+    Path("model/model.safetensors").write_bytes(b"\0" * 64)
+    return "model cannot be read by transformers"
+
+
+def of_an_unknown_architecture() -> str:
+    save(llama(), Path("model"))
+    Path("model/config.json").write_text(json.dumps({"model_type": "mamba9"}))
+    return "cannot be read by transformers"
+
+
+def of_images() -> str:
+    build("vit").save_pretrained("model")
+    return "ViTModel takes pixel_values, not tokens"
+
+
+def without_a_tokenizer() -> str:
+    llama().save_pretrained("model")
+    return "Text needs the model's tokenizer; model has none"
+
+
+def with_the_tokenizer_of_another() -> str:
+    save(llama(vocab_size=8), Path("model"))
+    return "and the model embeds 8"
+
+
+def with_little_text() -> str:
+    save(llama(), Path("model"))
+    write_text(Path("text"), n_letters=90)
+    return "320 tokens; text_files:text/*.txt comes to 96"
+
+
+def a_folder_of_checkpoints() -> str:
+    save(llama(), Path("model/step_1"))
+    return "model has neither. Its checkpoints: 'model/*'"
+
+
+def an_empty_folder() -> str:
+    Path("model").mkdir()
+    return "a run directory run.json; model has neither"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        without_weights,
+        with_part_of_its_weights,
+        with_damaged_weights,
+        of_an_unknown_architecture,
+        of_images,
+        without_a_tokenizer,
+        with_the_tokenizer_of_another,
+        with_little_text,
+        a_folder_of_checkpoints,
+        an_empty_folder,
+    ],
+)
+def test_a_model_that_cannot_be_probed_is_one_message(make):
+    words = make()
+    status, out, err = nerve_probe("model", "--text", "text/*.txt")
+    assert (status, out) == (1, "")
+    (message,) = [line for line in err.splitlines() if line.startswith("nerve-probe: ")]
+    assert words in message
+    assert "Traceback" not in err
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["./nowhere"], "there is no ./nowhere"),
+        (["nothing/step_*"], "matches nothing here"),
+        (["text/0.txt"], "is another file"),
+        (["model", "--seq-len", "64"], "the positions of the model, 32; got 64"),
+        (["model", "--seq-len", "1"], "--seq-len must be a whole number of at least 2"),
+        (["model", "--n-tokens", "0"], "--n-tokens must be a whole number of at least 1; got 0"),
+        (["model", "--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
+        (["model", "--skip-first", "-1"], "--skip-first must be a whole number of at least 0"),
+        (["model", "--device", "abacus"], "--device must be a device of this machine"),
+        (["model", "--dtype", "float"], "--dtype must be one of float32, bfloat16"),
+        (["model", "--layers", "7"], "Layers to measure must have FFNs, as 0, 1 have; got 7"),
+        (["model", "--select", "x"], "that select='x' takes"),
+        (["model", "--text", "gone.txt"], "gone.txt' matches none"),
+        (["model", "--steps", "1,2"], "got 2 for 1: model"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_message(asked, words, tmp_path):
+    save(llama(), tmp_path / "model")
+    status, out, err = nerve_probe(*asked)
+    assert (status, out) == (1, "")
+    assert words in err
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["ckpt/step_0", "ckpt/step_1000"], [0, 1000]),
+        (["out/checkpoint-500/", "out/checkpoint-1500"], [500, 1500]),
+        (["step-000000000040.ckpt"], [40]),
+        (["x/iter_007", "x/iter_8"], [7, 8]),
+        (["o/pythia@step1000", "o/pythia@step3000"], [1000, 3000]),
+        (["a/step1000-tokens4B", "a/step2000-tokens8B"], [1000, 2000]),
+        (["runs/0", "runs/25"], [0, 25]),
+        (["w2-10", "w2-20"], [10, 20]),
+        (["pythia-70m"], [0]),
+        (["gpt2"], [0]),
+        (["150"], [150]),
+    ],
+)
+def test_steps_are_what_names_say(names, steps):
+    assert steps_of(names, None) == steps
+    assert steps_of(names, range(len(names))) == [*range(len(names))]
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "words"),
+    [
+        (["first", "second_2"], None, "first gives none"),
+        (["step_10k", "step_20k"], None, "plain numbers; got step_10k"),
+        (["a/step_1", "b/step_1"], None, "are both of step 1"),
+        (["step_1", "step_2"], [5], "got 1 for 2"),
+        (["step_1", "step_2"], [5, 5], "are both of step 5"),
+    ],
+)
+def test_names_that_do_not_say_it_are_refused(names, given, words):
+    with pytest.raises(ConfigError, match=words):
+        steps_of(names, given)
+
+
+def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):
+    """What `from_pretrained` gets for it, without a network."""
+    asked = []
+
+    def config(name, **how):
+        asked.append((name, how))
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    status, _, err = nerve_probe("EleutherAI/pythia-70m@step1000")
+    assert status == 1
+    assert asked == [("EleutherAI/pythia-70m", {"revision": "step1000"})]
+    assert "is no folder here, and on the hub cannot be read" in err
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
+    assert device_of(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(None).type == "cuda"

@@ -1,0 +1,155 @@
+"""A series of checkpoints is one run: each measured once, whatever happens in between."""
+
+import shutil
+import weakref
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support import TINY_RUN
+from trained import assert_same_run, llama, nerve_probe, probed, save, save_series
+
+import nerve
+from nerve.cli.probing.folders import Folders
+
+STEPS = (0, 10, 20, 30, 40, 50, 60, 70)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps whose weights are loaded; at most one model is in memory."""
+    steps: list[int] = []
+    alive: list[weakref.ref] = []
+    load = Folders.load
+
+    def noting(self, checkpoint):
+        assert not any(reference() for reference in alive)
+        model = load(self, checkpoint)
+        alive.append(weakref.ref(model))
+        steps.append(checkpoint.step)
+        return model
+
+    monkeypatch.setattr(Folders, "load", noting)
+    return steps
+
+
+def test_the_kept_checkpoints_of_a_run_give_the_rows_that_it_wrote(run):
+    """Five of them, on its own held-out data: metrics, losses and eigenvalues to 1e-10."""
+    kept = "checkpoint.keep=[0,2,4,6,7]"
+    where = ("trainer.max_steps=7", kept, "hydra.run.dir=trained", "monitor.skip_first=1")
+    status, _, err = run(*TINY_RUN, *where)
+    assert status == 0, err
+    status, out, err = nerve_probe("trained", "-o", "probed")
+    assert status == 0, err
+    assert "steps: 5 (0, 2, 4, 6, 7)" in out
+    own, got = (nerve.load_metrics(each) for each in ("trained", "probed"))
+    unknown = ["train_loss", "lr"]
+    columns = own.columns.drop(["run_id", *unknown])
+    pd.testing.assert_frame_equal(got[columns], own[columns], rtol=1e-10, atol=0)
+    assert len(own) == 10
+    assert got[unknown].isna().all(axis=None)
+    own, got = (nerve.load_spectra(each) for each in ("trained", "probed"))
+    assert len(own) == len(got) == 20
+    for ours, theirs in zip(own["eigenvalues"], got["eigenvalues"], strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-12)  # stored as float32
+    runs = nerve.load_runs(["trained", "probed"])
+    same = ["normalization.kind", "activation.name", "seed", "unigram_loss", "fingerprints.heldout"]
+    assert (runs[same].nunique() == 1).all()
+    assert runs["config_id"].nunique() == 2
+    for asked in (("--seq-len", 8), ("--steps", "1,2"), ("--text", "a.txt")):
+        status, _, err = nerve_probe("trained", *asked)
+        assert status == 1
+        assert f"on its own held-out data; got {asked[0]}. Leave that out." in err
+
+
+def test_a_run_that_kept_none_is_probed_at_its_end(run):
+    assert run(*TINY_RUN, "hydra.run.dir=trained")[0] == 0
+    status, _, err = nerve_probe("trained", "-o", "probed", "--layers", 1, "--skip-first", 2)
+    assert status == 0, err
+    rows = nerve.load_metrics("probed")
+    assert rows[["step", "layer"]].to_numpy().tolist() == [[5, 1]]
+    trained = nerve.load_metrics("trained")
+    assert rows["val_loss"][0] == pytest.approx(trained["val_loss"].iloc[-1], rel=1e-10)
+    assert rows["n_samples"][0] == trained["n_samples"].iloc[-1] / 16 * 14
+    assert nerve_probe("trained", "probed")[0] == 1  # one at a time
+
+
+def test_a_series_is_measured_once_and_goes_on_when_it_grows(loaded, monkeypatch):
+    """What is done is not loaded again; an earlier step comes in between; the same rows as at
+    once."""
+    later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
+    monkeypatch.setattr("nerve.storage.record._now", later.isoformat)
+    save_series(STEPS[1:4])
+    shutil.move("ckpt/step_20", "later_20")
+    status, out, err = probed("ckpt/step_*")
+    assert status == 0, err
+    assert loaded == [10, 30]
+    assert err.splitlines()[0] == "0/2 loading ckpt/step_10"
+    del loaded[:]
+    assert "steps: 2 (10, 30), of which 2" in probed("ckpt/step_*")[1]
+    assert loaded == [10]  # what there is of FFNs and text is seen on the first
+    del loaded[:]
+    shutil.move("later_20", "ckpt/step_20")
+    status, out, err = probed("ckpt/step_*")
+    assert status == 0, err
+    assert "steps: 3 (10, 20, 30), of which 2 had been measured before" in out
+    assert loaded == [10, 20]
+    assert nerve.load_metrics("out")["run_id"].nunique() == 1
+    assert nerve.RunRecord.load("out").step == 30
+    shutil.move("out", "pieces")
+    assert probed("ckpt/step_*")[0] == 0
+    assert_same_run("pieces", "out")
+
+
+def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
+    save_series(STEPS[:2])
+    assert probed("ckpt/step_*")[0] == 0
+    before = nerve.load_metrics("out")
+    for step in STEPS[:2]:
+        save(llama(seed=step), Path(f"ckpt/step_{step}"))  # the same once more
+    del loaded[:]
+    assert probed("ckpt/step_*")[0] == 0
+    assert loaded == [0, 10]
+    save(llama(seed=5), Path("ckpt/step_10"))
+    status, _, err = probed("ckpt/step_*")
+    assert status == 1
+    assert "step 10 was measured with other weights than those that are in ckpt/step_10 now" in err
+    assert nerve.load_metrics("out")["pr_post"].tolist() == before["pr_post"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: save(llama(intermediate_size=48), Path("ckpt/step_10")), "of one model; the FFNs"),
+        (lambda: Path("ckpt/step_10/model.safetensors").write_bytes(b"gone"), "cannot be read"),
+    ],
+)
+def test_one_that_fails_leaves_those_before_it(make, words):
+    save_series(STEPS[:3])
+    make()
+    status, _, err = probed("ckpt/step_*")
+    assert (status, words in err) == (1, True)
+    assert set(nerve.load_metrics("out")["step"]) == {0}
+    assert nerve.RunRecord.load("out").run_status == "failed"
+    save(llama(seed=10), Path("ckpt/step_10"))
+    assert probed("ckpt/step_*")[0] == 0
+    assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10, 20]
+    assert nerve.RunRecord.load("out").run_status == "done"
+
+
+def test_folders_can_be_given_one_by_one_with_steps_of_their_own():
+    save_series(STEPS[:1])
+    save(llama(seed=1), Path("final"))
+    assert probed("final", "ckpt/step_0", "--steps", "99,7")[0] == 0
+    rows = nerve.load_metrics("out")
+    assert rows["step"].tolist() == [7, 7, 99, 99]
+    own = nerve.measure(llama(seed=1), [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}])
+    assert own["layer"].tolist() == rows["layer"].tolist()[:2]
