@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
+import lightning as L
 import pandas as pd
 import pytest
 import torch
 from processes import ended, start, together
+from support import Batches
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -83,16 +85,50 @@ def train(
     return trainer
 
 
-def in_a_plain_loop(folder: Path, source: str, accumulate: int = 1) -> pd.DataFrame:
+def batches_of(rows: list[dict[str, Tensor]]) -> Batches:
+    return Batches(
+        {key: torch.stack([row[key] for row in rows[i : i + BATCH]]) for key in rows[0]}
+        for i in range(0, len(rows), BATCH)
+    )
+
+
+class Training(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch)["loss"]
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def in_lightning(folder: Path, source: str, accumulate: int) -> pd.DataFrame:
+    store = nerve.RunStore(folder, nerve.RunRecord.create(folder, {}).run_id)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=N_STEPS,
+        accumulate_grad_batches=accumulate,
+        callbacks=[nerve.SpectralMonitor(store, every_n_steps=3, source=source)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=None if source == "heldout" else 0,
+    )
+    loaders = batches_of(samples(N_STEPS * BATCH * accumulate)), batches_of(samples(2 * BATCH, 9))
+    trainer.fit(Training(), *loaders)
+    return nerve.load_metrics(folder)
+
+
+def in_a_plain_loop(folder: Path, source: str, accumulate: int) -> pd.DataFrame:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def batch_of(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {key: torch.stack([row[key] for row in rows]) for key in ("x", "labels")}
-
-    data, held = samples(N_STEPS * BATCH * accumulate), samples(2 * BATCH, seed=9)
-    batches = [batch_of(data[i : i + BATCH]) for i in range(0, len(data), BATCH)]
-    heldout = [batch_of(held[i : i + BATCH]) for i in range(0, len(held), BATCH)]
+    batches = batches_of(samples(N_STEPS * BATCH * accumulate))
+    heldout = batches_of(samples(2 * BATCH, seed=9))
     given = {"heldout": heldout} if source == "heldout" else {}
     with nerve.watch(model, folder, every_n_steps=3, optimizer=optimizer, **given) as run:
         for step in range(N_STEPS):
@@ -114,10 +150,10 @@ def assert_same(rows: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-1
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("source", ["train", "heldout"])
-def test_the_rows_are_those_of_a_plain_loop(tmp_path, source, accumulate):
-    """Which has those of the Lightning monitor."""
+def test_the_rows_are_those_of_a_plain_loop_and_of_lightning(tmp_path, source, accumulate):
     train(tmp_path, source=source, accumulate=accumulate)
     expected = in_a_plain_loop(tmp_path / "plain", source, accumulate)
+    assert_same(in_lightning(tmp_path / "lightning", source, accumulate), expected)
     rows = nerve.load_metrics(tmp_path / "run")
     assert sorted(set(rows["step"])) == ([0, 3, 6] if source == "train" else [0, 3, 6, 7])
     assert_same(rows, expected)
@@ -298,10 +334,7 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
     trainer.train()
     rows = nerve.load_metrics(tmp_path / "run")
     assert rows["n_samples"].tolist() == [4 * (12 + 7)] * 6
-    batches = [
-        {key: torch.stack([row[key] for row in data[i : i + BATCH]]) for key in data[0]}
-        for i in (0, BATCH)
-    ]
+    batches = batches_of(data[: 2 * BATCH])
     model = language_model(dtype)
     exact = nerve.measure(model, batches)
     if "bf16" in how:
