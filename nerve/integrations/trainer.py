@@ -1,12 +1,9 @@
 """`nerve.SpectralCallback`: measures a model while the Hugging Face Trainer trains it."""
 
-import json
-import logging
 import os
-import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,19 +12,18 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nerve.config import from_mapping
-from nerve.errors import MeasurementError, StoreError, noted
-from nerve.files import write_atomically
+from nerve.errors import MeasurementError, noted
 from nerve.integrations.loop import WatchedLoop
 from nerve.integrations.losses import StepLosses
+from nerve.integrations.open_run import OpenRun
+from nerve.integrations.trainer_states import TrainerStates
 from nerve.integrations.watch import watched
-from nerve.measuring.distributed import gathered, n_processes, rank
+from nerve.measuring.distributed import gathered, n_processes
 from nerve.measuring.ffns import FFN
 from nerve.measuring.masks import Masks
 from nerve.recording.means import monitored_values
 from nerve.recording.settings import MonitorSettings
 from nerve.storage.directory import RunDirectory
-
-log = logging.getLogger(__name__)
 
 
 class SpectralCallback(TrainerCallback):
@@ -91,11 +87,11 @@ class SpectralCallback(TrainerCallback):
             "only_labeled": only_labeled,
             "ffns": ffns,
         }
-        self._opened = _Opened()
-        self._losses: StepLosses | None = None
+        self._opened = OpenRun()
+        self._states = TrainerStates(self._run)
         self._evaluates_at_start = False
         # The Trainer tells no callback of an exception.
-        weakref.finalize(self, _Opened.give_up, self._opened)
+        weakref.finalize(self, OpenRun.give_up, self._opened)
 
     @property
     def latest(self) -> list[dict[str, Any]]:
@@ -113,10 +109,11 @@ class SpectralCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         assert model is not None
-        self._opened.give_up()
         step = state.global_step
-        saved = self._saved(step)
+        OpenRun.give_up_in(self._run.path)
+        saved = self._states.load(step)
         loop = self._opened.open(
+            self._run.path,
             watched(
                 model,
                 self._run.path,
@@ -128,10 +125,10 @@ class SpectralCallback(TrainerCallback):
                 resume=saved,
                 first=step,
                 last_step=state.max_steps,
-            )
+            ),
         )
-        self._losses = StepLosses(model, of_all=args.average_tokens_across_devices)
-        self._opened.losses = self._losses
+        losses = StepLosses(model, of_all=args.average_tokens_across_devices)
+        self._opened.losses = losses
         self._evaluates_at_start = args.eval_on_start
         args.eval_on_start = args.eval_on_start or loop.awaits_evaluation
 
@@ -143,8 +140,8 @@ class SpectralCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         with self._watching() as loop:
-            assert self._losses is not None
-            self._losses.give(loop.recorder)
+            assert self._opened.losses is not None
+            self._opened.losses.give(loop.recorder)
             loop.end_step()
             if state.global_step >= state.max_steps or control.should_training_stop:
                 loop.measure_last()
@@ -184,11 +181,7 @@ class SpectralCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         with self._watching() as loop:
-            saved = loop.state_dict()
-            if rank() == 0:
-                path = self._state_path(state.global_step)
-                path.parent.mkdir(exist_ok=True)
-                write_atomically(path, lambda file: file.write(json.dumps(saved).encode()))
+            self._states.save(state.global_step, loop.state_dict())
 
     def on_train_end(
         self,
@@ -210,83 +203,6 @@ class SpectralCallback(TrainerCallback):
             with noted(error):
                 self._opened.close(error)
             raise
-
-    # The state of each checkpoint of the Trainer, which says only to which step it has come
-
-    def _saved(self, step: int) -> dict[str, Any] | None:
-        """What was kept with the Trainer's checkpoint of that step; in every process.
-
-        Raises:
-            StoreError: where the run has come further without one.
-        """
-        found: tuple[dict[str, Any] | None, str | None] | None = None
-        if rank() == 0:
-            found = self._found(step)
-        saved, refused = gathered(found)[0]
-        if refused is not None:
-            raise StoreError(refused)
-        return saved
-
-    def _found(self, step: int) -> tuple[dict[str, Any] | None, str | None]:
-        if step == 0:
-            return None, None
-        path = self._state_path(step)
-        if path.is_file():
-            return json.loads(path.read_text()), None
-        if self._run.record is None:
-            log.warning(
-                "the run in %s begins at step %d of the Trainer; tokens_seen counts from there",
-                self._run.path,
-                step,
-            )
-            return None, None
-        there = sorted(int(each.stem.partition("-")[2]) for each in path.parent.glob("trainer-*"))
-        return None, (
-            f"A run goes on from a checkpoint that the Trainer saved while it was measured; "
-            f"{self._run.path} has the state of steps {', '.join(map(str, there)) or 'none'}, and "
-            f"the Trainer resumes at step {step}. Resume from one of these, or record in another "
-            "directory."
-        )
-
-    def _state_path(self, step: int) -> Any:
-        return self._run.path / "checkpoints" / f"trainer-{step}.json"
-
-
-class _Opened:
-    """The run that is open, apart from the callback, so that it can be closed without it."""
-
-    def __init__(self) -> None:
-        self.loop: WatchedLoop | None = None
-        self.losses: StepLosses | None = None
-        self._context: AbstractContextManager[WatchedLoop] | None = None
-
-    def open(self, context: AbstractContextManager[WatchedLoop]) -> WatchedLoop:
-        """Enters what records the run."""
-        self.loop = context.__enter__()
-        self._context = context
-        return self.loop
-
-    def close(self, error: BaseException | None) -> None:
-        """Ends the run: done, or as the error says."""
-        context, self._context, self.loop = self._context, None, None
-        if self.losses is not None:
-            self.losses.close()
-            self.losses = None
-        if context is None:
-            return
-        if error is None:
-            context.__exit__(None, None, None)
-        else:
-            context.__exit__(type(error), error, error.__traceback__)
-
-    def give_up(self) -> None:
-        """Ends a run whose training did not come to its end, with the error that ended the program
-        where that is known."""
-        if self._context is not None:
-            last = getattr(sys, "last_value", None)
-            error = last or RuntimeError("Training ended before its last step, by an exception.")
-            with noted(error):
-                self.close(error)
 
 
 def require_once(n_sequences: int, loader: Any) -> None:

@@ -1,13 +1,15 @@
 """The callback for the Trainer of transformers leaves the rows of the other loops, also resumed."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import lightning as L
 import pandas as pd
 import pytest
 import torch
-from processes import ended, start, together
+from processes import together
 from support import Batches
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +22,8 @@ from transformers import (
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations.trainer_states import TrainerStates
+from nerve.storage.directory import RunDirectory
 
 N_STEPS = 7
 BATCH = 4
@@ -209,54 +213,46 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, 
     how = {"save_strategy": "steps", "save_steps": save_at}
     train(tmp_path / "whole", source=source, how=how)
     cut = tmp_path / "cut"
-    with pytest.raises(ValueError, match="no"):
+    with pytest.raises(ValueError, match="no") as raised:  # which keeps the callback alive
         train(cut, source=source, how=how, callbacks=[Raise()])
     checkpoint = str(cut / "trainer" / f"checkpoint-{save_at}")
     train(cut, source=source, how=how, resume=checkpoint)
     assert_same(*(nerve.load_metrics(each / "run") for each in (cut, tmp_path / "whole")))
     record = nerve.RunRecord.load(cut / "run")
     assert (record.run_status, record.restarts) == ("done", 1)
+    del raised
     again = nerve.RunRecord.load(tmp_path / "whole" / "run")
     assert record.config_id == again.config_id
     with pytest.raises(StoreError, match=rf"state of steps {save_at}.* resumes at step 2"):
-        nerve.SpectralCallback(cut / "run")._saved(2)
+        TrainerStates(RunDirectory(cut / "run")).load(2)
 
 
-def dies(directory: str) -> None:
-    """An exception that nobody catches."""
-    train(Path(directory), callbacks=[Raise()])
-
-
-def test_a_run_whose_program_dies_of_an_exception_has_failed(tmp_path):
-    """The Trainer tells no callback; everything that was measured is stored."""
-    program = Path(tmp_path, "program.py")
-    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    program.write_text(f"import sys; sys.path[:0] = {here}\nimport test_trainer as t\n")
-    program.write_text(program.read_text() + f"t.dies({str(tmp_path)!r})\n")
-    assert os.spawnvp(os.P_WAIT, "python", ["python", "-W", "ignore", str(program)]) == 1
+def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monkeypatch):
+    """As it does where the program ends: the Trainer tells no callback of an exception."""
+    with pytest.raises(ValueError, match="no") as raised:
+        train(tmp_path, callbacks=[Raise()])
+    assert nerve.RunRecord.load(tmp_path / "run").run_status == "running"
+    monkeypatch.setattr(sys, "last_value", raised.value, raising=False)
+    raised.value.__traceback__ = None
+    del raised
+    gc.collect()
     record = nerve.RunRecord.load(tmp_path / "run")
-    assert record.run_status == "failed"
     assert record.error is not None
-    assert (record.error["type"], record.error["message"]) == ("ValueError", "no")
+    assert (record.run_status, record.error["type"]) == ("failed", "ValueError")
     assert sorted(set(nerve.load_metrics(tmp_path / "run")["step"])) == [0, 3]
 
 
-def killed(directory: str) -> None:
-    class Kill(TrainerCallback):
-        def on_step_begin(self, args, state, control, **others):
-            if state.global_step == 5:
-                os.kill(os.getpid(), 9)
-
-    how = {"save_strategy": "steps", "save_steps": 4}
-    train(Path(directory), source="heldout", how=how, callbacks=[Kill()])
-
-
-def test_a_killed_training_goes_on(tmp_path):
-    process = start(killed, str(tmp_path / "cut"), cwd=tmp_path, log=tmp_path / "log")
-    assert ended(process) == -9
-    train(tmp_path / "whole", source="heldout")
-    train(tmp_path / "cut", source="heldout", resume=str(tmp_path / "cut/trainer/checkpoint-4"))
-    assert_same(*(nerve.load_metrics(tmp_path / each / "run") for each in ("cut", "whole")))
+def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tmp_path, caplog):
+    how = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path / "whole", how=how)
+    saved = tmp_path / "whole" / "trainer" / "checkpoint-3"
+    train(tmp_path / "late", how=how, resume=str(saved))
+    assert "begins at step 3 of the Trainer" in caplog.text
+    whole, late = (nerve.load_metrics(tmp_path / each / "run") for each in ("whole", "late"))
+    assert sorted(set(late["step"])) == [3, 6]
+    expected = whole[whole["step"] > 0].reset_index(drop=True)
+    expected.loc[expected["step"] == 3, "train_loss"] = float("nan")
+    assert_same(late, expected)
 
 
 def in_processes(rank: int, folder: str) -> None:
