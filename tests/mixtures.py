@@ -19,6 +19,7 @@ FAMILIES = {
         {"num_experts": N, "moe_intermediate_size": FF, "shared_expert_intermediate_size": 10},
     ),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": N, "moe_intermediate_size": FF, "head_dim": 4}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": N, "intermediate_size": FF, "head_dim": 4}),
     "olmoe": ("OlmoeConfig", {"num_experts": N, "intermediate_size": FF}),
 }
 
@@ -42,11 +43,19 @@ def model_of(family: str) -> Any:
         model = transformers.AutoModel.from_config(config).double().eval()
     for layer in model.layers:
         with torch.no_grad():
-            for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+            for weight in layer.mlp.experts.parameters():
                 weight.normal_()
             v, u = torch.randn(2, D, dtype=torch.float64)
-            layer.mlp.gate.weight.copy_(torch.stack([torch.zeros_like(v), v, -v, u, -u]))
+            router = router_of(layer.mlp)
+            router.weight.copy_(torch.stack([torch.zeros_like(v), v, -v, u, -u]))
+            if getattr(router, "bias", None) is not None:
+                router.bias.zero_()
     return model
+
+
+def router_of(mixture: Any) -> Any:
+    """What chooses the experts; its output has their numbers as its third part."""
+    return mixture.gate if hasattr(mixture, "gate") else mixture.router
 
 
 def batches_of(*, padded: bool) -> list[dict[str, Tensor]]:

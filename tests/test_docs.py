@@ -15,8 +15,10 @@ import torch
 from hydra import compose
 from omegaconf import OmegaConf
 from support import PAGES, ROOT, example, examples, hydra_at_conf
+from trained import llama, save, write_text
 
 import nerve
+from nerve.cli import probe, report
 from nerve.cli.config.compose import CONF
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -31,7 +33,7 @@ def anchors(page: Path) -> set[str]:
 def test_the_readme_is_short_and_links_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 130
-    assert len(PAGES) == 7
+    assert len(PAGES) == 8
     for page in PAGES[1:]:
         assert f"(docs/{page.name})" in readme
 
@@ -194,10 +196,36 @@ def test_a_recipe_stands_alone_and_takes_few_lines():
         assert {"import nerve", "import torch"} <= set(lines)
 
 
+def given_trained_models() -> dict[str, Any]:
+    """What the page on trained models takes as given, after its commands."""
+    save(llama(), Path("models/tiny"))
+    for step in (0, 10):
+        save(llama(seed=step), Path(f"ckpt/step_{step}"))
+    text = write_text(Path("texts"))
+    calls = {"nerve-probe": probe.main, "nerve-report": report.main}
+    (block,) = [each.text for each in examples("bash") if each.page == "docs/probing.md"]
+    called = []
+    for command, *arguments in (shlex.split(line, comments=True) for line in block.splitlines()):
+        if command in calls:
+            calls[command](arguments)
+            called.append(command)
+    assert called == 3 * ["nerve-probe"] + ["nerve-report"]
+    return {"texts": [file.read_text()[:32] for file in sorted(text.parent.glob("*.txt"))]}
+
+
+def check_trained_models(found: SimpleNamespace) -> None:
+    assert found.last[["step", "layer"]].to_numpy().tolist() == [[0, 0], [0, 1], [10, 0], [10, 1]]
+    assert found.last["probe.skip_first"].tolist() == [0, 0, 1, 1]
+    assert set(found.last["model.kind"]) == {"llama"}
+    assert Path("report/index.html").is_file()
+    assert nerve.load_metrics("outputs/mine")["pr_pre"].tolist() == found.rows["pr_pre"].tolist()
+
+
 RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[SimpleNamespace], None]]] = {
     "README.md": (dict, check_readme),
     "docs/reports.md": (dict, check_comparison),
     "docs/own-model.md": (dict, check_own_model),
+    "docs/probing.md": (given_trained_models, check_trained_models),
 }
 """Pages to what their code takes as given, and what holds after it."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pandas as pd
 import torch
 import transformers
@@ -53,6 +54,38 @@ def llama(seed: int = 0, **values: Any) -> nn.Module:
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model.double().eval()
+
+
+def save_gguf(model: nn.Module, file: Path) -> None:
+    """A model of `llama` with 261 tokens, and a tokenizer of bytes, in one file."""
+    config, writer = model.config, gguf.GGUFWriter(str(file), "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "<unk>", *letters, "ab", "abc"])
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_token_types(3 * [gguf.TokenType.CONTROL] + 258 * [gguf.TokenType.NORMAL])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if ".q_proj." in name or ".k_proj." in name:  # llama.cpp turns neighbors, not halves
+            halves = weight.reshape(config.num_attention_heads, 2, -1, config.hidden_size)
+            weight = halves.transpose(1, 2).reshape(weight.shape)
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(stored, weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def save(model: nn.Module, folder: Path) -> Path:

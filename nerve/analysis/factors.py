@@ -35,6 +35,8 @@ DESIGN_FACTORS = (
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
 RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
+DIGESTS = ("weights", "batches")
+"""What the configuration of a model that was measured has of its tensors: no two are alike."""
 TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
 
 
@@ -121,6 +123,7 @@ def _is_leaf(name: str) -> bool:
     return (
         name not in RECORDED
         and name not in TAKEN
+        and name not in DIGESTS
         and parts[0] not in RECORDED_GROUPS
         and not any(name == other or name.startswith(f"{other}.") for other in EXCLUDED)
         and not any(part.startswith("_") for part in parts)

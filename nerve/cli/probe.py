@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             probe(source_of(asked), asked, output=output, progress=progress)
     except NerveError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on after the last checkpoint", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,9 +89,9 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, exit_status: int = 1) -> NoReturn:
     print(f"nerve-probe: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(exit_status)
 
 
 if __name__ == "__main__":

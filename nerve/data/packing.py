@@ -29,6 +29,14 @@ class PackedText:
     n_documents: int
     fingerprints: dict[str, str]
 
+    @property
+    def unigram_loss(self) -> float:
+        """Nats per token of the best prediction that knows no context: the entropy of the tokens
+        that are predicted. A model whose loss stays above it has learned nothing from context."""
+        _, counts = np.unique(self.sequences[:, 1:], return_counts=True)
+        p = counts / counts.sum()
+        return float(-(p * np.log(p)).sum())
+
 
 def pack(corpus: Corpus, tokenizer: Any, *, seq_len: int, n_sequences: int) -> PackedText:
     """A sample of a corpus as sequences of equal length.

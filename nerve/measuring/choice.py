@@ -14,6 +14,7 @@ from nerve.measuring.streams import (
     Trace,
     Traced,
     TraceError,
+    as_mapping,
     counting,
     is_encoder_decoder,
     streams_of,
@@ -58,15 +59,18 @@ class Choice:
 
     def of(self, batch: Any) -> tuple[Masks, Orders | None]:
         """Masks and orders, as `Measurement.start` takes them."""
-        streams = streams_of(batch, is_encoder_decoder=self._is_encoder_decoder)
+        named = as_mapping(batch)
+        streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
+            if isinstance(batch, Tensor) and isinstance(self._trace.batch, Tensor):
+                return self._of_other_shape(batch)
             raise MeasurementError(
                 "All batches must be mappings of the same streams of tokens, as the first one is; "
                 f"got a {type(batch).__name__} without, or with other ones."
             )
         if self._mask is not None:
             return self._given(batch, streams)
-        if (self._exclude or self._only_labeled) and not streams:
+        if (self._exclude or self._only_labeled) and not (streams and named is batch):
             raise MeasurementError(
                 "exclude= and only_labeled= need batches that are mappings with input_ids and "
                 f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
@@ -92,6 +96,15 @@ class Choice:
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         return masks, [_order(each, streams) if each.ran or is_needed else None for each in ffns]
 
+    def _of_other_shape(self, batch: Tensor) -> tuple[Masks, Orders | None]:
+        """Of a bare tensor that is no batch of sequences as the first one was."""
+        if self._skips:
+            raise MeasurementError(
+                "skip_first= counts positions, so that all batches must have sequences as the "
+                f"first one has; got {tuple(batch.shape)}. Leave skip_first out."
+            )
+        return (None if self._mask is None else self._mask(batch)), None
+
     def _given(self, batch: Any, streams: dict[str, Stream]) -> tuple[Masks, Orders | None]:
         """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
         the batch of the trace, are put into the order of the features; any other is taken as it
@@ -103,22 +116,26 @@ class Choice:
         of_all = isinstance(given, Tensor)
         if not streams:
             return masks, None
+        is_bare = as_mapping(batch) is not batch
         try:
             traced = self._traced(batch, streams)
         except TraceError:
-            if of_all:
+            if (of_all and not is_bare) or self._skips:
                 raise
             return masks, None
         of_trace = self._mask(traced.batch)
-        if isinstance(of_trace, Tensor) != of_all:
+        if isinstance(of_trace, Tensor) != of_all and not self._skips:
             return masks, None
         orders: list[Order | UnknownOrder | None] = []
         for ffn, mask, short, place in zip(
             ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
         ):
+            if mask is None:
+                orders.append(_order(place, streams))
+                continue
             stream = None if short is None else traced.stream_of(short)
             is_of_tokens = stream is not None and (stream == place.stream or not place.ran)
-            if stream is not None and mask is not None and not is_of_tokens:
+            if stream is not None and not is_of_tokens:
                 raise MeasurementError(
                     f"A mask belongs to the tokens that it was made for; {named(ffn)} gets others. "
                     "Give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."

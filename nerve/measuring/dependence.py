@@ -172,7 +172,7 @@ class Dependence:
         if len(sources) == 1:
             varies = not torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0)
             return Link(sites[0], post, None, "plain") if varies else None
-        return self._gated(post, h.detach(), sites, x, d)
+        return self._gated(post, h, sources, sites, x, d)
 
     def _fused(
         self, post: nn.Module, h: Tensor, source: _Leaf, reached: Tensor, chosen: Any
@@ -190,19 +190,31 @@ class Dependence:
             slopes, values = _rows(slope, source.module), source.rows.detach()
             sites = [Site(source.module, "output", part) for part in parts]
             x, d = [values[:, part] for part in parts], [slopes[:, part] for part in parts]
-            return self._gated(post, h.detach(), sites, x, d)
+            return self._gated(post, h, [source, source], sites, x, d)
         return None
 
     def _gated(
-        self, post: nn.Module, h: Tensor, sites: list[Site], x: list[Tensor], d: list[Tensor]
+        self,
+        post: nn.Module,
+        features: Tensor,
+        sources: list[_Leaf],
+        sites: list[Site],
+        x: list[Tensor],
+        d: list[Tensor],
     ) -> Link:
         """Which of two sides the nonlinearity gets: h is not linear in it.
 
         Euler: what is linear (and homogeneous) in x is x dh/dx. Where it holds for both sides (ReLU
-        is homogeneous, too), h / (x0 x1) depends on the sign of the gate alone.
+        is homogeneous, too), h / (x0 x1) depends on the sign of the gate alone. Where it holds for
+        neither, as of `(x1 + 1) act(x0)`, the gate is the side along which h curves.
         """
+        h = features.detach()
         off = [float((x[i] * d[i] - h).abs().sum() / h.abs().sum()) for i in (0, 1)]
         if not min(off) <= (1e-3 if h.dtype.itemsize > 2 else 5e-2):
+            curves = [_curves(features, sources[i], sites[i].part) for i in (0, 1)]
+            if curves[0] != curves[1]:
+                gate = curves.index(True)
+                return Link(sites[gate], post, sites[1 - gate], "gated")
             return Link(sites[0], post, sites[1], "unclear", "it is linear in neither side")
         if max(off) > 2 * torch.finfo(h.dtype).eps and max(off) > 4 * min(off):
             gate = off.index(max(off))
@@ -217,6 +229,16 @@ class Dependence:
                     return Link(sites[0], post, sites[1], "unclear", why)
                 gate = named.index(True)
         return Link(sites[gate], post, sites[1 - gate], "gated")
+
+
+def _curves(h: Tensor, leaf: _Leaf, part: slice) -> bool:
+    """Whether the slope of h along a part of a leaf depends on that part."""
+    (slope,) = torch.autograd.grad(h.sum(), leaf.tensor, create_graph=True)
+    if slope.grad_fn is None:
+        return False
+    rows = _rows(slope, leaf.module)[:, part]
+    (second,) = torch.autograd.grad(rows.sum(), leaf.tensor, retain_graph=True, allow_unused=True)
+    return second is not None and bool((_rows(second, leaf.module)[:, part] != 0).any())
 
 
 def _mixed(

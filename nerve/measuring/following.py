@@ -1,5 +1,6 @@
 """Whether post follows from pre with no matrix in between, as autograd records it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,18 +9,36 @@ from torch import Tensor
 from nerve.measuring.checks import check_follows, check_is_no_factor, plain
 from nerve.measuring.sites import Site
 
+ENOUGH = 64
+"""With so many samples an FFN is known; fewer may look like what they are not."""
+
 
 class Following:
-    """Lets autograd record what happens between pre and post of each FFN, at its first run alone.
+    """Lets autograd record what happens between pre and post of each FFN, until it is known: at its
+    first run, and where that was of few samples at those that follow.
 
     Gradients are off elsewhere: they are turned on when pre appears and off when post is there.
-    Where a model trains, its own graph is looked at. Compiled code and inference mode do not allow
-    for either.
+    Where a model trains, its own graph is looked at. Inference mode does not allow for that, and is
+    left for the forward passes that it takes; of compiled code nothing can be seen.
+
+    Args:
+        described: indices of the FFNs for which inference mode is left: those that are not modules
+            of the model, which says itself what they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, described: Iterable[int]) -> None:
+        self._described = set(described)
         self._known: set[int] = set()
         self._recording: set[int] = set()
+        self._outside: Any = None
+
+    def start_forward(self) -> None:
+        """Leaves inference mode, where there is an FFN that is not known."""
+        if torch.is_inference_mode_enabled() and not self._described <= self._known:
+            self._outside = torch.inference_mode(False)
+            self._outside.__enter__()
+            torch.set_grad_enabled(False)
+            _OPEN.append(self._outside)
 
     @property
     def is_recording(self) -> bool:
@@ -75,13 +94,17 @@ class Following:
             check_follows(pre, post, where)
             if is_ours:
                 check_is_no_factor(pre, post, site, where)
-            self._known.add(index)
+            if pre.numel() >= ENOUGH * pre.shape[site.feature_axis]:
+                self._known.add(index)
         return is_ours
 
     def finish_forward(self) -> None:
         """Ends a forward pass that came to its end."""
         if self._recording:
             torch.set_grad_enabled(False)
+        if self._outside is not None:
+            self._outside.__exit__(None, None, None)
+            _OPEN.remove(self._outside)
         self.forget()
 
     def forget(self) -> None:
@@ -91,3 +114,9 @@ class Following:
         here, and else the forward pass was finished.
         """
         self._recording.clear()
+        self._outside = None
+
+
+_OPEN: list[Any] = []
+"""Inference modes that were left, and not yet entered again. One that an error has ended stays: to
+let go of it would enter it again."""

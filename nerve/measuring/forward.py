@@ -13,8 +13,8 @@ from nerve.errors import MeasurementError
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, uncompiled, with plain tensors; after it as it
-    was."""
+    """The model in eval mode, without gradients, uncompiled, with plain tensors, out of inference
+    mode, which would keep autograd from showing what follows from what; after it as it was."""
     modes = {module: module.training for module in model.modules()}
     # Autograd may record what happens to features: not to weights, which a forward may overwrite.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -25,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(False)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), _uncompiled():
+        with torch.inference_mode(False), torch.no_grad(), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

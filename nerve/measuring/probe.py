@@ -6,9 +6,7 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, token
 from nerve.measuring.following import Following
 from nerve.measuring.sites import Site, declared_widths, last
 from nerve.measuring.slices import products_of
+from nerve.measuring.tap import registered, tap
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -80,12 +79,11 @@ class Probe:
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
         self._tokens: dict[nn.Module, Tensor] = {}
-        self._following = Following()
+        described = (i for i, ffn in enumerate(ffns) if not isinstance(ffn, nn.Module))
+        self._following = Following(described)
         self._handles: list[RemovableHandle] = []
-        # Compiled code can name a probe by a number alone.
-        self._number = next(_numbers)
+        self._number = registered(self)
         self._order = torch.zeros(())
-        _probes[self._number] = self
 
     def install(self) -> None:
         """Puts the hooks in place."""
@@ -115,8 +113,10 @@ class Probe:
         self._handles.clear()
 
     def start(self, receive: Receive) -> None:
-        """From now on calls `receive` once for each run of an FFN."""
+        """From now on calls `receive` once for each run of an FFN, in the forward pass that
+        `finish_forward` ends."""
         self._receive = receive
+        self._following.start_forward()
 
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
@@ -263,7 +263,7 @@ class Probe:
         site, site_of_post = self.sites[index]
         is_new = self._following.end(index, before.recorded, tensor, site, where)
         post = of_site(given, site_of_post, where)
-        _tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
+        tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
         return (given, True) if is_new else (tensor, False)
 
     def _forget(self) -> None:
@@ -277,25 +277,3 @@ class Probe:
 def is_tap(hook: object) -> bool:
     """Whether a hook of a module is a probe's, which looks at features and leaves them."""
     return getattr(hook, "__module__", None) == __name__
-
-
-_numbers = count()
-_probes: WeakValueDictionary[int, Probe] = WeakValueDictionary()
-
-
-@torch.library.custom_op("nerve::tap", mutates_args={"order"})
-def _tap(
-    inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor, order: Tensor, probe: int, index: int
-) -> None:
-    """Gives features to a probe: an operator, so that compiled code holds it as it is.
-
-    It is said to change `order`, so that the compiler neither drops nor reorders it.
-    """
-    _probes[probe].take(index, inputs, pre, post, sample)
-
-
-@_tap.register_fake
-def _(
-    inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor, order: Tensor, probe: int, index: int
-) -> None:
-    """Tracing taps nothing."""

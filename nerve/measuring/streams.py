@@ -60,6 +60,16 @@ def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
     return found
 
 
+def as_mapping(batch: Any) -> Any:
+    """A bare tensor of tokens, `[batch, sequence]` of whole numbers or `[batch, sequence, width]`
+    of floats, by the name that it would have in a mapping; any other batch as it is."""
+    if not isinstance(batch, Tensor) or batch.is_nested:
+        return batch
+    if batch.ndim == 2 and not batch.is_floating_point():
+        return {"input_ids": batch}
+    return {"inputs_embeds": batch} if batch.ndim == 3 and batch.is_floating_point() else batch
+
+
 class Traced(NamedTuple):
     """Where an FFN's samples come from.
 
@@ -79,12 +89,12 @@ class Trace(NamedTuple):
 
     Attributes:
         ffns: for each FFN where its samples come from.
-        batch: the batch of that pass.
+        batch: the batch of that pass, as the model's own are.
         lengths: positions of each stream in it, by prefix.
     """
 
     ffns: list[Traced]
-    batch: dict[str, Any]
+    batch: Any
     lengths: dict[str, int]
 
     def stream_of(self, mask: Tensor) -> str | None:
@@ -94,7 +104,7 @@ class Trace(NamedTuple):
 
 
 def trace(
-    probe: Probe, run: Callable[[Any], object], batch: Mapping[str, Any], streams: dict[str, Stream]
+    probe: Probe, run: Callable[[Any], object], batch: Any, streams: dict[str, Stream]
 ) -> Trace:
     """Finds out which stream each FFN has the tokens of, and in which order.
 
@@ -106,7 +116,9 @@ def trace(
         TraceError: where the model cannot run on such a batch.
         MeasurementError: for features that are not those that the FFNs are described with.
     """
-    cut, lengths = _reduced(batch, streams)
+    cut, lengths = _reduced(as_mapping(batch), streams)
+    if not isinstance(batch, Mapping):
+        (cut,) = cut.values()
     seen: dict[int, Tensor] = {}
 
     def receive(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
@@ -130,20 +142,21 @@ def trace(
         ) from error
     finally:
         probe.stop()
-    traced = [_traced(seen.get(index), lengths, ffn) for index, ffn in enumerate(probe.ffns)]
+    is_short = {prefix: lengths[prefix] == 1 < streams[prefix].sizes[1] for prefix in streams}
+    traced = [
+        _traced(seen.get(index), lengths, ffn, is_short) for index, ffn in enumerate(probe.ffns)
+    ]
     return Trace(traced, cut, lengths)
 
 
-def _reduced(
-    batch: Mapping[str, Any], streams: dict[str, Stream]
-) -> tuple[dict[str, Any], dict[str, int]]:
+def _reduced(batch: Mapping[str, Any], streams: dict[str, Stream]) -> tuple[Any, dict[str, int]]:
     """The batch with its fullest sequence twice, and how many positions each stream has left."""
     lengths: dict[str, int] = {}
     for prefix, stream in streams.items():
         n = stream.sizes[1]
-        lengths[prefix] = next(
-            m for m in (n - 1, n - 2, n, 1) if m > 0 and m not in lengths.values()
-        )
+        # Two positions at least: one would not show how sequences and positions lie.
+        others = (m for m in (n - 1, n - 2, n) if m >= 2 and m not in lengths.values())
+        lengths[prefix] = next(others, 1)
     first = next(iter(streams.values()))
     row = 0 if first.mask is None else int(as_bool(first.mask).sum(1).argmax())
     return {key: _cut(key, value, streams, lengths, row) for key, value in batch.items()}, lengths
@@ -167,14 +180,22 @@ def _cut(
     return twice
 
 
-def _traced(pre: Tensor | None, sizes: dict[str, int], ffn: FFN) -> Traced:
-    """What features of two equal sequences tell."""
+def _traced(
+    pre: Tensor | None, sizes: dict[str, int], ffn: FFN, is_short: dict[str, bool]
+) -> Traced:
+    """What features of two equal sequences tell; not their order, where one position is left of
+    more."""
     if pre is None:
         return Traced(None, ran=False)
     n_samples, width = pre[..., 0].numel(), pre.shape[-1]
     for prefix, n_positions in sizes.items():
         if n_samples != 2 * n_positions:
             continue
+        if is_short[prefix]:
+            raise TraceError(
+                "Sequences must have three tokens or more to show in which order they lie; those "
+                f"of {named(ffn)} have two. Give its mask with mask=."
+            )
         by_sequence = pre.reshape(2, n_positions, width)
         by_position = pre.reshape(n_positions, 2, width)
         apart = _difference(*by_sequence), _difference(*by_position.unbind(1))

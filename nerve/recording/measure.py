@@ -190,7 +190,9 @@ def _check_batches(batches: Any) -> None:
         f"batches is a list of batches; got one, a {type(batches).__name__}. Give [batch].",
     )
     if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
-        kinds = {(each.dtype, each.ndim) for each in batches}
+        # A list may well have batches of several shapes, a tuple is what loaders give.
+        is_tuple = isinstance(batches, tuple)
+        kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
         require(
             len(kinds) < 2,
             f"batches is a list of batches, which are alike; got a {type(batches).__name__} of "

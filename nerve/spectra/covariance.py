@@ -249,6 +249,8 @@ class StreamingCovariance:
             return
         n, mean, scatter = self._moments
         total = n + other.n
+        if not total:
+            return
         delta = other.mean - mean
         scatter.add_(other.scatter).addr_(delta * (n * other.n / total), delta)
         mean.add_(delta * (other.n / total))

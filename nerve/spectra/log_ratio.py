@@ -28,7 +28,7 @@ def log_participation_ratio(
         n_samples: how many to take, spread evenly over all of them and over the positions in a
             sequence; all where there are fewer.
     """
-    value, _, _ = _log_ratio(features, n_samples)
+    value, *_ = _log_ratio(features, n_samples)
     return value
 
 
@@ -50,20 +50,24 @@ _MEAN_ROUNDING = 32
 by its size would make a spectrum of the rounding alone."""
 
 
-# An operator, so that compiled code holds it as it is.
+# An operator, so that compiled code holds it as it is. Its passes over the samples, which cost as
+# much as its products, are kept few: no copy of them in float32 is made.
 @torch.library.custom_op("nerve::log_ratio", mutates_args=())
-def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log PR, its gradient by the samples that were taken, and which these are."""
+def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log PR; its gradient by the samples that were taken, as a direction and a factor; and which
+    samples these are."""
     rows = features.detach().flatten(0, -2)
     taken = evenly(len(rows), n_samples).to(rows.device, non_blocking=True)
     narrow, wide = _types(rows)
-    x = rows[taken].to(wide)
-    noise = _MEAN_ROUNDING * torch.finfo(wide).eps * x.abs().amax(dim=0)
-    x -= x.mean(dim=0)
-    x = torch.where(x.abs().amax(dim=0) > noise, x, 0.0)
-    size = x.abs().amax()
-    x /= size  # neither too small nor too large to be squared; NaN where nothing varies
-    y = x.to(narrow)
+    x = rows[taken]
+    low, high = (end.to(wide) for end in torch.aminmax(x, dim=0))
+    noise = _MEAN_ROUNDING * torch.finfo(wide).eps * torch.maximum(-low, high)
+    size = (high - low).amax()
+    varies = high - low > noise
+    # Divided by their size samples are neither too small nor too large to be squared.
+    scale = torch.where(varies, 1 / size, 0.0)
+    y = torch.empty_like(x, dtype=narrow)
+    torch.addcmul(-scale * x.mean(dim=0, dtype=wide), x, scale, out=y)
     with torch.autocast(rows.device.type, enabled=False):
         if len(y) < y.shape[1]:
             matrix = y @ y.T
@@ -71,12 +75,12 @@ def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor
         else:
             matrix = y.T @ y
             product = y @ matrix
-    x = y.to(wide)
-    trace, norm = x.square().sum(), matrix.to(wide).square().sum()
-    gradient = (4 / trace * x - 4 / norm * product) / size
-    varies = size > 0
-    value = torch.where(varies, 2 * trace.log() - norm.log(), 0.0)
-    return value, torch.where(varies, gradient, 0.0).to(narrow), taken
+    trace, norm = (torch.linalg.vector_norm(each, dtype=wide).square() for each in (y, matrix))
+    alive = varies.any()
+    value = torch.where(alive, 2 * trace.log() - norm.log(), 0.0)
+    direction = torch.addcmul(y, product, torch.where(alive, -trace / norm, 0.0))
+    factor = torch.where(alive, 4 / (trace * size), 0.0)
+    return value, direction, factor, taken
 
 
 def _types(features: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -86,28 +90,29 @@ def _types(features: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 @_log_ratio.register_fake
-def _(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     narrow, wide = _types(features)
     dim = features.shape[-1]
     n = min(features.numel() // dim, n_samples)
     return (
         features.new_empty((), dtype=wide),
         features.new_empty((n, dim), dtype=narrow),
+        features.new_empty((), dtype=wide),
         features.new_empty((n,), dtype=torch.int64),
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, gradient, taken = output
-    ctx.save_for_backward(gradient, taken)
+def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
+    _, direction, factor, taken = output
+    ctx.save_for_backward(direction, factor, taken)
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
 
 
 def _backward(ctx: Any, of_value: Tensor, *_: Any) -> tuple[Tensor, None]:
-    gradient, taken = ctx.saved_tensors
-    rows = (gradient * of_value).to(ctx.dtype)
+    direction, factor, taken = ctx.saved_tensors
+    rows = (direction * (factor * of_value)).to(ctx.dtype)
     whole = rows.new_zeros((ctx.shape[:-1].numel(), ctx.shape[-1]))
-    return whole.index_copy(0, taken, rows).view(ctx.shape), None
+    return whole.index_copy_(0, taken, rows).view(ctx.shape), None
 
 
 _log_ratio.register_autograd(_backward, setup_context=_keep)

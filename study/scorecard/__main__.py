@@ -6,7 +6,7 @@ python study/scorecard
 from argparse import ArgumentParser
 from pathlib import Path
 
-from criteria import CHECKS, report
+from criteria import CHECKS, OURS, report
 from evidence import Evidence
 from figures import draw
 from page import blocks, each_run, fill
@@ -23,7 +23,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     page = STUDY / "findings.md"
     evidence = Evidence(runs)
-    judged = [check.judge(evidence) for check in CHECKS]
+    judged = [check.judge(evidence) for check in (*CHECKS, *OURS)]
     page.write_text(fill(page.read_text("utf-8"), blocks(evidence, judged)), "utf-8")
     criteria = STUDY / "criteria.md"
     criteria.write_text(report.page(judged), "utf-8")

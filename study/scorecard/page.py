@@ -23,13 +23,13 @@ PACKAGES = ("torch", "lightning")
 
 
 def blocks(evidence: Evidence, judged: Sequence[Judged]) -> dict[str, str]:
-    """The text of every block by its name: `scorecard`, `verdict 1` and `claim 1` to those of
+    """The text of every block by its name: `scorecard`, `verdict 1` to 18, `claim 1` to those of
     claim 15, `long runs`, `scales`, `runs`."""
     return {
         "scorecard": _scorecard(judged),
         **{
-            f"verdict {claim.number}": first_line(of_claim(judged, claim.number))
-            for claim in CLAIMS
+            f"verdict {number}": first_line(of_claim(judged, number))
+            for number in sorted({each.check.claim for each in judged})
         },
         **{f"claim {claim.number}": _beside(claim, claim.find(evidence)) for claim in CLAIMS},
         "long runs": folded("Tables", "\n\n".join(map(_titled, long_runs.tables(evidence)))),

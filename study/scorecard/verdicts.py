@@ -4,7 +4,7 @@ claim, and the headline of each over the scales that were run."""
 from collections.abc import Mapping, Sequence
 
 from claims import CLAIMS
-from criteria import CHECKS
+from criteria import CHECKS, OURS
 from criteria.check import Judged
 from evidence import Evidence
 from judgement import Claim
@@ -20,6 +20,7 @@ NULLS: Mapping[str, str] = {
     "permuted labels": "runs with permuted labels",
 }
 SIZES: Mapping[int, str] = {
+    128: "4 × 128 (1M)",
     512: "12 × 512 (46M)",
     768: "12 × 768 (98M, 125M)",
     1024: "24 × 1024 (350M)",
@@ -82,7 +83,7 @@ def first_line(checks: Sequence[Judged]) -> str:
 def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each check of GPTs on its sources of runs, by the size of their network."""
     rows = []
-    for check in CHECKS:
+    for check in (*CHECKS, *OURS):
         found: dict[str, list[str]] = {size: [] for size in SIZES.values()}
         for source in filter(evidence.names.__contains__, check.sources):
             sweep = evidence.sweep(source)
@@ -90,7 +91,8 @@ def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
                 judged = check.on(source, sweep.where(sweep.runs["model.d_model"] == d_model))
                 if judged is not None and judged.runs is not None and judged.estimate is not None:
                     tokens = judged.runs.tokens.max() / 1e6
-                    found[size].append(f"{tokens:,.0f}M: {interval(judged.estimate)}")
+                    amount = f"{tokens:,.0f}" if tokens >= 1 else number(tokens, 1)
+                    found[size].append(f"{amount}M: {interval(judged.estimate)}")
         if any(found.values()):
             texts = ("; ".join(sorted(each)) or MISSING for each in found.values())
             rows.append([f"`{check.id}`", check.states, *texts, check.paper])

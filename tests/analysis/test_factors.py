@@ -41,6 +41,7 @@ def test_seeds_results_places_and_targets_are_no_factors():
                 "data._target_": "x",
                 "flag": 1,
                 "d_ff": 1,
+                "weights": '["0 12ab"]',
             },
             {
                 "pre_scales.ffn/00": 3.0,
@@ -49,6 +50,7 @@ def test_seeds_results_places_and_targets_are_no_factors():
                 "data._target_": "y",
                 "flag": 2,
                 "d_ff": 2,
+                "weights": '["0 34cd"]',
             },
         )
     )

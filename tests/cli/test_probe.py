@@ -8,14 +8,15 @@ import pytest
 import torch
 import transformers
 from measuring.test_families import FAMILIES, build
+from mixtures import model_of
 from torch import nn
-from trained import llama, nerve_probe, save, save_tokenizer, write_text
+from trained import llama, nerve_probe, save, save_gguf, save_tokenizer, write_text
 
 import nerve
 from nerve.cli.probing.machine import device_of
 from nerve.cli.probing.steps import steps_of
 from nerve.data.files import text_files
-from nerve.data.packing import pack
+from nerve.data.packing import PackedText, pack
 from nerve.errors import ConfigError
 
 OF_TOKENS = [name for name in FAMILIES if name != "vit"]
@@ -32,11 +33,14 @@ def stored(directory: str | Path = "out") -> pd.DataFrame:
     return nerve.load_metrics(directory)
 
 
+def packed_text(folder: Path, n: int, seq_len: int) -> PackedText:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return pack(text_files("text/*.txt"), tokenizer, seq_len=seq_len, n_sequences=n)
+
+
 def batches_of(folder: Path, model: nn.Module, n: int, seq_len: int = 32) -> list[dict]:
     """What the command measures, put together by hand: a batch of four sequences each."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    packed = pack(text_files("text/*.txt"), tokenizer, seq_len=seq_len, n_sequences=n)
-    ids = torch.from_numpy(packed.sequences)
+    ids = torch.from_numpy(packed_text(folder, n, seq_len).sequences)
     parts = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
     if model.config.is_encoder_decoder:
         parts = [part | {f"decoder_{key}": part[key] for key in part} for part in parts]
@@ -57,11 +61,31 @@ def test_a_family_is_measured_as_in_python(name, tmp_path):
     d_ff = 64 if name == "bloom" else 40
     rows = nerve.measure(model, batches_of(tmp_path / "model", model, 8 * d_ff // 32))
     n_runs, got = 3 if name == "albert" else 1, stored()
-    n_samples = 8 * d_ff * n_runs
-    assert f"{n_samples}, N/D = {8.0 * n_runs} for the widest FFN (d_ff {d_ff})" in out
+    assert f"samples for each unit of d_ff (N/D): {8.0 * n_runs}\n" in out
     columns = [each for each in rows if rows[each].dtype == float or each in ("layer", "ffn")]
     pd.testing.assert_frame_equal(got[columns], rows[columns], rtol=1e-10, check_dtype=False)
     assert len(nerve.load_spectra("out")) == 2 * len(rows)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
+    """Those of `nerve.measure`, one without tokens among them; N/D says how few they have."""
+    model = model_of(family)
+    save(model, tmp_path / "model")
+    status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 320)
+    assert status == 0, err
+    assert "samples for each unit of d_ff (N/D): 0.0 to " in out
+    keys = ["layer", "ffn"]
+    rows = nerve.measure(model, batches_of(tmp_path / "model", model, 10)).sort_values(keys)
+    got = stored().sort_values(keys)
+    assert {"experts", "expert_0", "expert_4"} <= set(got["ffn"])
+    columns = [*keys, "n_samples", "pr_pre", "pr_post", "status"]
+    pd.testing.assert_frame_equal(
+        got[columns].reset_index(drop=True),
+        rows[columns].reset_index(drop=True),
+        rtol=1e-10,
+        check_dtype=False,
+    )
 
 
 def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
@@ -84,15 +108,17 @@ def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "run_status": "done",
         "step": 0,
+        "unigram_loss": packed_text(folder, 20, 16).unigram_loss,
     }
     assert {name: run[name] for name in expected} == expected
     assert run["fingerprints.tokenizer"] == run["probe.tokenizer"]
-    with torch.no_grad():
-        losses = [
-            (model(**b, labels=b["input_ids"]).loss, len(b["input_ids"]))
-            for b in batches_of(folder, model, 20, 16)
-        ]
-    loss = sum(float(value) * n for value, n in losses) / sum(n for _, n in losses)
+    total, n_targets = 0.0, 0
+    for batch in batches_of(folder, model, 20, 16):
+        with torch.no_grad():
+            p = model(**batch).logits[:, :-1].softmax(-1)
+        total -= float(p.gather(-1, batch["input_ids"][:, 1:, None]).log().sum())
+        n_targets += batch["input_ids"][:, 1:].numel()
+    loss = total / n_targets
     assert stored()["val_loss"].tolist() == pytest.approx([loss, loss], rel=1e-12)
     assert run["final.val_loss"] == pytest.approx(loss, rel=1e-12)
     assert nerve.write_report("out", "page").is_file()
@@ -131,6 +157,22 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
     assert without["outliers"][0] == ""
     assert without["n_samples"].tolist() == [20 * 31] * 2
     assert without["pr_post"][0] > 4 * first["pr_post"][0]
+
+
+@pytest.mark.parametrize("place", ["model", "model/tiny.gguf"])
+def test_a_gguf_file_is_a_model(place, tmp_path):
+    """As a file or in a folder of its own, with the tokenizer that it holds."""
+    model = llama(vocab_size=261)
+    (tmp_path / "model").mkdir()
+    save_gguf(model, tmp_path / "model" / "tiny.gguf")
+    status, _, err = nerve_probe(place, "--text", "text/*.txt", "-o", "out", "--seq-len", 32)
+    assert status == 0, err
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model", gguf_file="tiny.gguf")
+    packed = pack(text_files("text/*.txt"), tokenizer, seq_len=32, n_sequences=10)
+    batches = [{"input_ids": torch.from_numpy(packed.sequences)}]
+    rows, got = nerve.measure(model, batches), stored()
+    assert got["pr_post"].tolist() == pytest.approx(rows["pr_post"].tolist(), rel=1e-4)
+    assert got["n_samples"].tolist() == [320, 320]
 
 
 def test_the_table_shows_what_would_be_measured_and_measures_nothing(tmp_path):

@@ -13,6 +13,7 @@ from support import TINY_RUN
 from trained import assert_same_run, llama, nerve_probe, probed, save, save_series
 
 import nerve
+from nerve.cli.probing import run as probing
 from nerve.cli.probing.folders import Folders
 
 STEPS = (0, 10, 20, 30, 40, 50, 60, 70)
@@ -143,6 +144,24 @@ def test_one_that_fails_leaves_those_before_it(make, words):
     assert probed("ckpt/step_*")[0] == 0
     assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10, 20]
     assert nerve.RunRecord.load("out").run_status == "done"
+
+
+def test_ctrl_c_leaves_what_is_measured(monkeypatch):
+    save_series(STEPS[:3])
+    measure_one, steps = probing.measure_one, []
+
+    def interrupted(*model, step, **how):
+        steps.append(step)
+        if step == 20:
+            raise KeyboardInterrupt
+        return measure_one(*model, step=step, **how)
+
+    monkeypatch.setattr(probing, "measure_one", interrupted)
+    status, _, err = probed("ckpt/step_*")
+    assert status == 130
+    assert "nerve-probe: interrupted; the same command goes on" in err
+    assert nerve.RunRecord.load("out").run_status == "interrupted"
+    assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10]
 
 
 def test_folders_can_be_given_one_by_one_with_steps_of_their_own():

@@ -52,6 +52,13 @@ def test_documents_are_laid_end_to_end_each_with_its_end():
     assert packed.n_documents == 4
 
 
+def test_the_unigram_loss_is_the_entropy_of_what_is_predicted():
+    """Of three a, two b and an end among the targets: ln 6 - (3 ln 3 + 2 ln 2) / 6."""
+    packed = pack(corpus("aaaabb"), Letters(), seq_len=7, n_sequences=1)
+    expected = np.log(6) - (3 * np.log(3) + 2 * np.log(2)) / 6
+    assert packed.unigram_loss == pytest.approx(expected, rel=1e-12)
+
+
 def test_what_stands_around_a_text_stands_around_each_sequence():
     around = pack(corpus(*TEXTS), Letters([50], [51, 52]), seq_len=9, n_sequences=3)
     plain = pack(corpus(*TEXTS), Letters(), seq_len=6, n_sequences=3)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Barrier, local
@@ -46,10 +47,10 @@ NUMBERS = [
 ]
 
 
-def make_model() -> nn.Sequential:
+def make_model(width: int = 12) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)]
-    return nn.Sequential(*layers, nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)).double()
+    return nn.Sequential(*layers, nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6)).double()
 
 
 def ffns(model: nn.Sequential) -> list[FFNAdapter]:
@@ -162,7 +163,26 @@ def measure_shards(rank: int, folder: str) -> None:
             (problem,) = measurement.eigenproblems(rank, WORLD)
             row = json.dumps(problem.solve().row())
             Path(folder, f"{number}-{shortcut}-{rank}.json").write_text(row)
+    model = make_model(width=16)
+    probe = Probe(pooled(model))
+    probe.install()
+    measurement = Measurement(probe)
+    measurement.start()
+    model(data()[150 * rank : 150 * (rank + 1)])
+    measurement.finish_forward()
+    measurement.stop()
+    measurement.reduce()
+    rows = [problem.solve().row() for problem in measurement.eigenproblems(rank, WORLD)]
+    Path(folder, f"pooled-{rank}.json").write_text(json.dumps(rows))
     leave()
+
+
+def pooled(model: nn.Sequential) -> list[FFNAdapter]:
+    """Its FFNs as if they were experts of one layer."""
+    return [
+        replace(ffn, layer=0, name=f"expert_{number}", pool="experts")
+        for number, ffn in enumerate(ffns(model))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +202,18 @@ def test_two_processes_equal_one_over_the_union(measured_shards, number, shortcu
     rows = [json.loads((measured_shards / name).read_text()) for name in names]
     np.testing.assert_allclose(pd.DataFrame(rows)[NUMBERS], one[NUMBERS], rtol=1e-10)
     assert [row["layer"] for row in rows] == [0, 1]
+
+
+def test_a_pool_is_that_of_the_samples_of_all_processes(measured_shards):
+    """Merged from inputs that were taken in place of pre, then reduced."""
+    model = make_model(width=16)
+    one = nerve.measure(model, [data()], ffns=pooled(model))
+    dealt = [json.loads((measured_shards / f"pooled-{r}.json").read_text()) for r in range(WORLD)]
+    rows = pd.DataFrame([dealt[0][0], dealt[1][0], dealt[0][1]])
+    assert rows["ffn"].tolist() == one["ffn"].tolist() == ["expert_0", "expert_1", "experts"]
+    assert rows["n_samples"].tolist() == [1200, 1200, 2400]
+    numbers = [name for name in NUMBERS if one[name].notna().all()]
+    np.testing.assert_allclose(rows[numbers].astype(float), one[numbers], rtol=1e-10)
 
 
 def measure_sharded_weights(rank: int, folder: str) -> None:

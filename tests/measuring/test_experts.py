@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 import torch
 from by_hand import Plain
-from mixtures import FAMILIES, FF, IDLE, TOP, D, N, Net, Stacked, batches_of, listed, model_of
+from mixtures import (
+    FAMILIES,
+    FF,
+    IDLE,
+    TOP,
+    D,
+    N,
+    Net,
+    Stacked,
+    batches_of,
+    listed,
+    model_of,
+    router_of,
+)
 from torch import Tensor, nn
 
 import nerve
@@ -15,6 +28,19 @@ from nerve.errors import MeasurementError
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.measuring.routing import origins
+
+
+def unfused(mixture: Any, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features of one expert, before and after."""
+    experts = mixture.experts
+    both = experts.gate_up_proj[e].detach().numpy()
+    if hasattr(experts, "gate_up_proj_bias"):  # of gpt-oss: in turns, and a product with up + 1
+        values = x @ both + experts.gate_up_proj_bias[e].detach().numpy()
+        gate, up = values[:, ::2], values[:, 1::2].clip(-experts.limit, experts.limit)
+        cut = gate.clip(max=experts.limit)
+        return gate, (up + 1) * cut / (1 + np.exp(-experts.alpha * cut))
+    gate, up = np.split(x @ both.T, 2, axis=1)
+    return gate, gate / (1 + np.exp(-gate)) * up
 
 
 def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str, np.ndarray]]]:
@@ -37,7 +63,7 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
 
             handles += [
                 layer.mlp.register_forward_pre_hook(take),
-                layer.mlp.gate.register_forward_hook(choose),
+                router_of(layer.mlp).register_forward_hook(choose),
             ]
         with torch.no_grad():
             model(**batch)
@@ -45,12 +71,10 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
             handle.remove()
         counts = batch["attention_mask"].reshape(-1).bool().numpy()
         for i, layer in enumerate(model.layers):
-            both = layer.mlp.experts.gate_up_proj.detach().numpy()
             for e in range(N):
                 x = given[i][(chosen[i] == e).any(1) & counts]
-                gate, up = np.split(x @ both[e].T, 2, axis=1)
-                seen[i][e]["pre"].append(gate)
-                seen[i][e]["post"].append(gate / (1 + np.exp(-gate)) * up)
+                for side, features in zip(("pre", "post"), unfused(layer.mlp, e, x), strict=True):
+                    seen[i][e][side].append(features)
     return [
         [{side: np.concatenate(parts) for side, parts in each.items()} for each in layer]
         for layer in seen
@@ -106,7 +130,9 @@ def test_a_model_that_takes_all_products_at_once_does_so_afterwards():
     before = model(**batches[0]).last_hidden_state
     chosen = [[], []]
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda m, a, output, i=i: chosen[i].append(output[2]))
+        router_of(layer.mlp).register_forward_hook(
+            lambda m, a, output, i=i: chosen[i].append(output[2])
+        )
         for i, layer in enumerate(model.layers)
     ]
     for batch in batches:
@@ -209,6 +235,27 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
         nerve.measure(net, batches_of(padded=True), ffns=ffns)
 
 
+@pytest.mark.parametrize("make", [listed, lambda: model_of("olmoe")])
+def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, make):
+    """With padding; one without tokens has a row that says so."""
+    model, batches = make(), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    with nerve.watch(
+        model,
+        tmp_path,
+        every_n_steps=1,
+        heldout=batches,
+        forward=lambda model, batch: model(**batch),
+    ) as run:
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    first = rows[rows["step"] == 0].reset_index(drop=True)
+    assert first["ffn"].tolist() == expected["ffn"].tolist()
+    assert first["n_samples"].tolist() == expected["n_samples"].tolist()
+    np.testing.assert_allclose(first["pr_post"], expected["pr_post"], rtol=1e-12)
+    assert "too_few_samples" in set(first["status"])
+
+
 # Stacked parameters of one's own
 
 
@@ -269,3 +316,24 @@ def test_rows_are_found_among_equal_ones():
     assert (partly >= 0).tolist() == [True, False, True, False, False]
     assert origins(torch.tensor([[0.0, 0]]), source) is None
     assert origins(source[[1, 1]], source) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_on_a_gpu_are_those_of_a_cpu(family):
+    """In float64, with padding; and as the model runs by itself, in bfloat16 and grouped."""
+    model, batches = model_of(family), batches_of(padded=True)
+    expected = nerve.measure(model, batches)
+    model.cuda()
+    there = [{name: each.cuda() for name, each in batch.items()} for batch in batches]
+    rows = nerve.measure(model, there)
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist()
+    for name in ("pr_pre", "pr_post", "variance_post", "mean_share_post"):
+        np.testing.assert_allclose(rows[name], expected[name], rtol=1e-6)
+    model.bfloat16()
+    before = model(**there[0])
+    rows = nerve.measure(model, there, memory="1MiB")
+    pooled = rows[rows["ffn"] == "experts"]
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert pooled["n_samples"].tolist() == [TOP * n_tokens] * 2
+    assert torch.equal(model(**there[0]).last_hidden_state, before.last_hidden_state)

@@ -176,6 +176,44 @@ def test_positions_are_those_of_sequences_in_any_order(padded):
     assert found[0] > 0
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("given", ["a bare tensor", "a mask that is None", "bare features"])
+def test_first_positions_are_those_of_sequences_however_a_batch_is_given(order, given):
+    """As many sequences as positions: which axis is which shows in a forward pass alone."""
+    model, ids = Ordered(order).double(), tokens(1)
+    how = {"ffns": [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)], "skip_first": 1}
+    expected, batch = model.pre(ids)[:, 1:], ids
+    if given == "a mask that is None":
+        batch, how["mask"] = {"input_ids": ids}, lambda batch: None
+    elif given == "bare features":
+        batch, model.embedding = model.embedding(ids).detach(), nn.Identity()
+    (row,) = nerve.measure(model, [batch], **how).to_dict("records")
+    assert_counts(row, expected)
+
+
+def test_two_streams_of_three_tokens_keep_their_order():
+    """Cut to one position a stream would show none: sequences and positions would look alike."""
+
+    class Both(EncoderDecoder):
+        def forward(self, input_ids, decoder_input_ids, **masks) -> Tensor:
+            x, y = (self.embedding(ids).transpose(0, 1) for ids in (input_ids, decoder_input_ids))
+            return self.encoder(x).mean() + self.decoder(y)
+
+    model = Both().double()
+    ids = tokens(1)[:3, :3]
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    batch |= {"attention_mask": mask, "decoder_attention_mask": mask.flip(0)}
+    rows = by_name(nerve.measure(model, [batch], ffns=model.ffns()))
+    pre = model.pre(batch)
+    assert_counts(rows["encoder"], pre["encoder"][mask.bool()])
+    assert_counts(rows["decoder"], pre["decoder"][mask.flip(0).bool()])
+    two = {name: value[:, :2] for name, value in batch.items()}
+    two["attention_mask"] = two["decoder_attention_mask"] = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    with pytest.raises(MeasurementError, match="three tokens or more"):
+        nerve.measure(model, [two], ffns=model.ffns())
+
+
 @pytest.mark.parametrize("value", [-torch.inf, -1e9, 2])
 def test_only_0_and_1_are_masks(value):
     model = Ordered("sequences")

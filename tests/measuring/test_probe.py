@@ -1,9 +1,14 @@
 """The probe finds FFNs, and taps what a computation by hand gives: all of it, once."""
 
+import gc
+
+import pandas as pd
 import pytest
 import torch
+from by_hand import Plain
 from torch import nn
 
+import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.find import find_ffns
@@ -128,3 +133,52 @@ def test_a_detached_probe_leaves_no_hook():
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+def test_in_inference_mode_post_must_follow_from_pre_too():
+    """It is left for the forward passes that show it, and stands as it was afterwards, whatever
+    comes of them."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Plain(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2))
+    model = nn.Sequential(*blocks)
+    x = torch.randn(100, 4)
+    right = FFNAdapter(0, "ffn", blocks[0].up, blocks[0].down)
+    wrong = FFNAdapter(0, "ffn", blocks[0].up, blocks[1].down)
+    probe = Probe([right])
+    probe.install()
+    modes = []
+    blocks[0].act.register_forward_hook(
+        lambda *how: modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+    )
+    with torch.inference_mode():
+        for _ in range(2):
+            probe.start(lambda *how: None)
+            given = model(x)
+            probe.finish_forward()
+            assert torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
+    assert modes == [(False, True), (True, False)]
+    assert not given.requires_grad
+    probe.remove()
+    probe = Probe([wrong])
+    probe.install()
+    with torch.inference_mode():
+        probe.start(lambda *how: None)
+        with pytest.raises(MeasurementError, match="through a matrix"):
+            model(x)
+    probe.remove()
+    assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == (False, True)
+    del probe
+    gc.collect()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_in_inference_mode_a_model_is_measured_as_out_of_it():
+    torch.manual_seed(0)
+    model = Plain(nn.Linear(4, 8), nn.Linear(8, 4))
+    x = torch.randn(100, 4)
+    expected = nerve.measure(model, [x])
+    with torch.inference_mode():
+        rows = nerve.measure(model, [x])
+        assert torch.is_inference_mode_enabled()
+    pd.testing.assert_frame_equal(rows, expected)

@@ -369,3 +369,24 @@ def test_no_nonlinearity_passes_for_a_factor_at_any_scale(act, scale, dtype):
         model = model.to(dtype)
         ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
         assert nerve.measure(model, [x.to(dtype)], ffns=ffns).status.item() == "ok"
+
+
+def test_a_factor_among_few_samples_is_not_taken_for_the_gate():
+    """Looked at until there are samples enough: two of them let a ReLU's slope pass for any."""
+    torch.manual_seed(0)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+    model = Gated().double()
+    ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
+    x = torch.randn(200, 4, dtype=torch.float64)
+    with torch.no_grad():
+        few = x[(model.up(x) > 0).all(1)][:1]
+    with pytest.raises(MeasurementError, match="Name the gate"):
+        nerve.measure(model, [few, x], ffns=ffns)

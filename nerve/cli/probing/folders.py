@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nerve.cli.probing.machine import device_of, dtype_of
@@ -19,6 +20,7 @@ from nerve.data.files import text_files
 from nerve.data.packing import pack
 from nerve.errors import DataError
 from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.measuring.streams import UNLABELED
 
 SAMPLES_PER_FEATURE = 8
 """Tokens that are measured for each feature of the widest FFN."""
@@ -120,10 +122,11 @@ class Folders:
                 "model's own with --tokenizer."
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
-        skip_first = asked.skip_first or 0
+        skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
         probe = {
             "n_tokens": ids.numel(),
             "seq_len": seq_len,
+            "batch_size": batch_size,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "select": asked.select,
             "layers": asked.layers,
@@ -132,10 +135,10 @@ class Folders:
             **text.fingerprints,
         }
         return Data(
-            batches=[_batch(model, part) for part in ids.split(asked.batch_size or BATCH_SIZE)],
+            batches=[_batch(model, part) for part in ids.split(batch_size)],
             forward=self._forward(model),
             config={**_columns(model, ffns), "probe": probe},
-            record={"fingerprints": text.fingerprints},
+            record={"fingerprints": text.fingerprints, "unigram_loss": text.unigram_loss},
             skip_first=skip_first,
         )
 
@@ -214,9 +217,12 @@ class Folders:
             return lambda model, batch: model(**batch)
 
         def forward(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-            ids = batch["input_ids"]
-            n_targets = ids[:, 1:].numel()
-            return {"loss": model(**batch, labels=ids).loss, "n_targets": n_targets}
+            # Not by the model: transformers 4 keeps every model that has computed its loss.
+            logits, ids = model(**batch).logits.flatten(0, 1), batch["input_ids"]
+            targets = F.pad(ids[:, 1:], (0, 1), value=UNLABELED)  # logits need not be copied so
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            loss = F.cross_entropy(logits, targets.flatten())
+            return {"loss": loss, "n_targets": ids[:, 1:].numel()}
 
         return forward
 

@@ -91,7 +91,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
                 _require_alike(now, table)
                 n_new += _measure(run, now, data, asked.memory, progress)
                 now = None
-    _show(directory, table, data, len(source.checkpoints) - n_new)
+    _show(directory, data, len(source.checkpoints) - n_new)
 
 
 def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
@@ -145,17 +145,15 @@ def _measure(
     return True
 
 
-def _show(directory: Path, table: pd.DataFrame, data: Data, n_before: int) -> None:
+def _show(directory: Path, data: Data, n_before: int) -> None:
     """Prints the layers of the last step, what is flagged, and how to go on."""
     metrics = load_metrics(directory)
     steps = sorted(set(metrics["step"]))
     last = metrics[metrics["step"] == steps[-1]]
-    n_samples, widest = int(last["n_samples"].max()), int(table["d_ff"].max())
     facts = {
         "steps": f"{len(steps)} ({', '.join(map(str, steps[:8]))}{', …' if steps[8:] else ''})"
         + (f", of which {n_before} had been measured before" if n_before else ""),
-        "samples": f"{n_samples:,}, N/D = {n_samples / widest:.1f} for the widest FFN (d_ff "
-        f"{widest:,})",
+        "samples for each unit of d_ff (N/D)": _range_of(last["n_samples"] / last["d_ff"]),
     }
     loss = last["val_loss"].iloc[0]
     if pd.notna(loss):
@@ -166,3 +164,8 @@ def _show(directory: Path, table: pd.DataFrame, data: Data, n_before: int) -> No
         facts["flagged"] = f"{n_flagged} of {len(metrics)} rows may be those of few samples{hint}"
     print_summary(last.to_dict("records"), facts, directory)
     say(f"for the report: nerve-report {shlex.quote(str(directory))}")
+
+
+def _range_of(values: pd.Series) -> str:
+    least, most = f"{values.min():.1f}", f"{values.max():.1f}"
+    return most if least == most else f"{least} to {most}"

@@ -3,6 +3,9 @@
 Effects, intervals and what follows from them are those of `nerve.analysis.estimate`.
 """
 
-from criteria import gpt, others
+from criteria import gpt, others, ours
 
 CHECKS = (*gpt.CHECKS, *others.CHECKS)
+"""Of the paper's claims."""
+OURS = ours.CHECKS
+"""Of claims of our own."""

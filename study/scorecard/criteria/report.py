@@ -7,9 +7,10 @@ from page import markdown
 from verdicts import interval, of_claim, outcome
 from wording import MISSING, number
 
-from criteria import CHECKS
+from criteria import CHECKS, OURS
 from criteria.check import COMMITTED, CoreCheck, Judged
 from criteria.nulls import ALL_UP_TO, CHANCE, N_PERMUTATIONS
+from criteria.ours import TITLES
 from nerve.analysis.estimate import LEAST_DF
 from nerve.analysis.statistics import LEVEL
 
@@ -65,14 +66,16 @@ def page(judged: Sequence[Judged]) -> str:
         "## The core checks\n",
         markdown(
             ["check", "what must hold", "effect", "least", "asks for", "permutes", "paper"],
-            [_asked(check) for check in CHECKS],
+            [_asked(check) for check in (*CHECKS, *OURS)],
         ),
         "\nWhy this effect and not another:\n",
-        *(f"- `{check.id}`: {check.why}" for check in CHECKS if check.why),
+        *(f"- `{check.id}`: {check.why}" for check in (*CHECKS, *OURS) if check.why),
         f"\n{len(CHECKS)} checks at {LEVEL:.0%}: were nothing there, chance would let about "
         f"{len(CHECKS) * 0.025:.1f} hold and as many be opposite.\n",
         "## The claims on the runs at hand\n",
         *(f"{claim.number}. {_claim(judged, claim.number)}" for claim in CLAIMS),
+        "\nOf our own; the readings are older than the runs, the checks are not:\n",
+        *(f"- {number}. {title}: {_claim(judged, number)}" for number, title in TITLES.items()),
         "\n## The checks on the runs at hand\n",
         markdown(
             ["check", "runs", "scale", "effect", "df", "reads", "outcome", "passes_null"],
