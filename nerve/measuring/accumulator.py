@@ -22,7 +22,8 @@ class Accumulator:
     """Takes the features of one FFN, run by run.
 
     Attributes:
-        d_in: width of the FFN's input; None before the first run.
+        d_in: width of the FFN's input, of a pool that of all its FFNs together; None before the
+            first run.
         weight: W of pre = W x + b as the first run used it; None where it cannot be read, or was
             not what all runs used.
         of_input: whether the covariance of the input is taken in place of pre's.
@@ -81,15 +82,17 @@ class Accumulator:
             self.shares_of(side, x.shape[-1], x.device).update(x, mask)
 
     def merge(self, other: "Accumulator") -> None:
-        """Adds the covariances of another FFN's samples; its shares go to `add_shares`."""
+        """Adds the covariances of another FFN's samples; its shares go to `add_shares`.
+
+        What pre is made of adds up: each projection has directions of its own.
+        """
         for side, covariance in other.covariances.items():
             if side == "input":
                 assert other.weight is not None
                 covariance = covariance.projected(other.weight, other._bias)
             of: Side = "post" if side == "post" else "pre"
             self.covariance(of, covariance.dim, covariance.device).merge(covariance)
-        if other.covariances:
-            self.d_in = n_inputs(self._pre) or other.d_in
+        self.d_in = (self.d_in or 0) + (n_inputs(other._pre) or other.d_in or 0)
 
     def leave_weight(self) -> None:
         """From now on takes pre itself; what was accumulated of the input is converted."""
@@ -183,7 +186,7 @@ class Accumulator:
                 f"{named(self.ffn)} never ran, and its modules do not say how wide it is. Leave it "
                 "out, or give batches that reach it."
             )
-        self.d_in = d_in
+        self.d_in = self.d_in or d_in
         nothing = torch.zeros(0, width, device=self.device)
         self.add({"pre": nothing, "post": nothing}, None)
 

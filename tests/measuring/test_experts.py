@@ -81,10 +81,10 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
     ]
 
 
-def assert_row(row: dict[str, Any], features: dict[str, np.ndarray]) -> None:
+def assert_row(row: dict[str, Any], features: dict[str, np.ndarray], d_in: int = D) -> None:
     """A row has the values of these features, to 1e-9, or says why it has none."""
     n = len(features["pre"])
-    assert (row["n_samples"], row["d_ff"], row["d_in"]) == (n, FF, D)
+    assert (row["n_samples"], row["d_ff"], row["d_in"]) == (n, FF, d_in)
     if n < 2:
         assert row["status"] == "too_few_samples"
         return
@@ -118,7 +118,7 @@ def test_experts_are_measured_as_unfused_by_hand(family, padded):
             int(batch["attention_mask"].sum()) for batch in batches
         )
         together = {s: np.concatenate([each[s] for each in experts]) for s in ("pre", "post")}
-        assert_row(rows.loc[layer, "experts"].to_dict(), together)
+        assert_row(rows.loc[layer, "experts"].to_dict(), together, d_in=N * D)
     dense = {"mlp_shared_expert"} if family == "qwen2_moe" else set()
     names = {*(f"expert_{e}" for e in range(N)), "experts", *dense}
     assert set(rows.index.get_level_values("ffn")) == names
