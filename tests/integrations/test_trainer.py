@@ -200,6 +200,22 @@ def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_pa
     assert held[6] == pytest.approx(rows[6], rel=1e-12)
 
 
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_of_several_evaluation_sets_the_first_is_measured(tmp_path, source):
+    found = {}
+    for name, sets in (
+        ("one", {"own": samples(2 * BATCH, seed=9)}),
+        ("two", {"own": samples(2 * BATCH, seed=9), "other": samples(BATCH, seed=8)}),
+    ):
+        spectra = nerve.SpectralCallback(tmp_path / name, every_n_steps=1, source=source)
+        how = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+        data = samples(2 * BATCH)
+        Trainer(Net(), how, train_dataset=data, eval_dataset=sets, callbacks=[spectra]).train()
+        found[name] = nerve.load_metrics(tmp_path / name)
+    assert found["one"]["val_loss"].notna().tolist()[-2:] == [True, True]
+    assert_same(found["one"], found["two"])
+
+
 class Raise(TrainerCallback):
     def on_step_begin(self, args, state, control, **others):
         if state.global_step == 5:
