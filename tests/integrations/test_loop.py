@@ -359,11 +359,16 @@ def test_padding_does_not_count_in_any_micro_batch_nor_what_is_computed_again(tm
 
 
 def test_a_compiled_model_is_the_one_to_watch(tmp_path):
-    """The loop calls it, and so it says where a pass begins; the rows are those of eager."""
+    """The loop calls it, and so it says where a pass begins; the rows are those of eager. So they
+    are where it was compiled in its place."""
     train(tmp_path / "eager", without_dropout())
     train(tmp_path / "compiled", torch.compile(without_dropout(), backend="aot_eager"))
-    eager, compiled = (nerve.load_metrics(tmp_path / n) for n in ("eager", "compiled"))
-    assert_same(compiled, eager)
+    in_place = without_dropout()
+    in_place.compile(backend="aot_eager")
+    train(tmp_path / "in place", in_place)
+    eager = nerve.load_metrics(tmp_path / "eager")
+    for name in ("compiled", "in place"):
+        assert_same(nerve.load_metrics(tmp_path / name), eager)
 
 
 def test_features_that_never_come_are_an_error(tmp_path):

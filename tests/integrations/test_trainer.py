@@ -324,8 +324,9 @@ def texts(n: int) -> list[dict[str, Tensor]]:
     ids=["float32", "bf16", "compiled"],
 )
 def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
-    """Padding does not count; losses are means over the labels of both micro-batches."""
+    """Padding and what is excluded do not count; losses are means over both micro-batches."""
     data, losses = texts(3 * 2 * BATCH), []
+    counted = {"exclude": [3], "only_labeled": True}
     dtype = torch.float32 if "bf16" in how else torch.float64
 
     class Loss(TrainerCallback):
@@ -341,19 +342,22 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
             **{"logging_strategy": "steps", "logging_steps": 1} | how,
         ),
         train_dataset=data,
-        callbacks=[nerve.SpectralCallback(tmp_path / "run", every_n_steps=1), Loss()],
+        callbacks=[nerve.SpectralCallback(tmp_path / "run", every_n_steps=1, **counted), Loss()],
     )
     trainer.train()
     rows = nerve.load_metrics(tmp_path / "run")
-    assert rows["n_samples"].tolist() == [4 * (12 + 7)] * 6
     batches = batches_of(data[: 2 * BATCH])
     model = language_model(dtype)
-    exact = nerve.measure(model, batches)
+    exact = nerve.measure(model, batches, **counted)
+    n_counted = sum(
+        int((ids != 3).sum()) for ids in (x["labels"][x["labels"] > 0] for x in batches)
+    )
     if "bf16" in how:
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    by_hand = nerve.measure(model, batches)
+    by_hand = nerve.measure(model, batches, **counted)
     assert (by_hand["pr_post"] == exact["pr_post"]).all() == ("bf16" not in how)
     measured = rows[rows["step"] == 0]
+    assert measured["n_samples"].tolist() == by_hand["n_samples"].tolist() == [n_counted] * 2
     for name in ("pr_pre", "pr_post", "js", "variance_post"):
         assert measured[name].tolist() == pytest.approx(by_hand[name].tolist(), rel=1e-9)
     told = rows.groupby("step")["train_loss"].first()
