@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
+from nerve.analysis.frames import require_names
 from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
@@ -41,9 +42,11 @@ class Runs:
 
     Raises:
         StoreError: when there is no run under `paths`.
+        ConfigError: for `factors` that are no list.
     """
 
     def __init__(self, paths: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> None:
+        require_names(factors=factors)
         self.records = load_records(paths)
         self.factors = tuple(factors)
 
@@ -186,7 +189,7 @@ def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
 def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
     """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
     try:
-        return read_parts(record.directory, dataset)
+        return read_parts(record.directory, dataset, record.run_id)
     except StoreError as error:
         return dataset.schema.empty_table(), [error]
 

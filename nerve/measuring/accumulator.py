@@ -15,7 +15,9 @@ from nerve.measuring.parts import Parts
 from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
+from nerve.spectra.flag import Flag
 from nerve.spectra.product import coarsest
+from nerve.spectra.spread import Spread
 
 Side = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
@@ -49,6 +51,7 @@ class Accumulator:
         self._bias: Tensor | None = None
         self._pre, self._post = sites_of(ffn)
         self._shortcut = shortcut
+        self._presumed: list[Flag] = []
 
     @property
     def device(self) -> torch.device:
@@ -63,8 +66,8 @@ class Accumulator:
         if self.d_in is None:
             self.d_in = n_inputs(self._pre) or inputs.shape[-1]
             self._take_weight(inputs, pre)
-        elif self.weight is not None and not self._is_same(inputs, pre):
-            self.leave_weight()
+        elif self.weight is not None:
+            self._compare_weight(self.weight, inputs, pre)
 
     def add(
         self,
@@ -80,6 +83,7 @@ class Accumulator:
             divisions: how the samples that count are grouped, by grouping; None or empty: they are
                 not.
         """
+        spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
         first: Side = "input" if self.of_input else "pre"
         sides: tuple[Side, ...] = (first, "post")
         for side in sides:
@@ -88,15 +92,24 @@ class Accumulator:
                 self.parts.add(side, x, divisions)
                 self._merging = next(iter(divisions))
             else:
-                self.covariance(side, x.shape[-1], x.device).update(x, mask)
-        self.add_shares(features, mask)
+                self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads.get(side))
 
-    def add_shares(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
-        """Adds the samples of a run to the shares alone. Arguments as of `add`."""
+    def add_shares(
+        self, features: Mapping[Side, Tensor], mask: Tensor | None
+    ) -> dict[Side, Spread | None]:
+        """Adds the samples of a run to the shares alone; the spread of each side. Arguments as of
+        `add`."""
         sides: tuple[Side, ...] = ("pre", "post")
-        for side in sides:
-            x = features[side]
-            self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+        return {
+            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+            for side, x in ((side, features[side]) for side in sides)
+        }
+
+    def finish_forward(self) -> None:
+        """Ends one forward pass: leaves the weight where it did not give pre after all."""
+        if not all(self._presumed):
+            self.leave_weight()
+        self._presumed.clear()
 
     def merge(self, other: "Accumulator") -> None:
         """Adds the covariances of another FFN's samples; its shares go to `add_shares`.
@@ -191,21 +204,26 @@ class Accumulator:
         # forward has used them rounded, as its outputs tell.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
-        if not gives(weight, bias, inputs, pre):
-            self.altered = True
-            return
         self.weight, self._bias = weight, bias
         self.of_input = self._shortcut and is_unrounded(inputs, pre)
+        self._presume(Flag(gives(weight, bias, inputs, pre)))
 
-    def _is_same(self, inputs: Tensor, pre: Tensor) -> bool:
-        """Whether this forward pass has used the weight of the first one, and nothing else."""
-        affine, noted = affine_of(self._pre, inputs, pre), self.weight
-        return (
-            affine is not None
-            and noted is not None
-            and torch.equal(affine[0].to(noted.dtype), noted)
-            and gives(noted, self._bias, inputs, pre)
-        )
+    def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
+        """Leaves the weight of the first run where this one used another, or more."""
+        affine = affine_of(self._pre, inputs, pre)
+        if affine is None:
+            self.leave_weight()
+            return
+        same = (affine[0].to(noted.dtype) == noted).all()
+        self._presume(Flag(same & gives(noted, self._bias, inputs, pre)))
+
+    def _presume(self, is_so: Flag) -> None:
+        """Goes on as if the weight gave pre. Where the features are not taken by way of it, the
+        answer is awaited at the end of the forward pass, so that the device does not run dry."""
+        if not self.of_input:
+            self._presumed.append(is_so)
+        elif not is_so:
+            self.leave_weight()
 
     def _add_nothing(self, n_forwards: int) -> None:
         """Makes an FFN that never ran, and need not, one without samples."""

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,6 @@ from nerve.metric_names import STORED
 from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_outside
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-
 TOO_FEW_SAMPLES = "too_few_samples"
 """The status of what has fewer than two samples."""
 
@@ -25,8 +21,6 @@ WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
     "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
 }
 """Why nothing can be said of a spectrum, and whether it is so."""
-
-E = TypeVar("E", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,6 @@ class FFNEigenproblem:
         weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, where it can be read.
         of_input: whether `before` is that of x, so that pre's is `W C_x W^T`.
         post_samples: where `post` is their Gram matrix, the samples themselves, `[k, d_ff]`.
-        copied: what to wait for before the tensors may be read on the host.
     """
 
     layer: int
@@ -130,16 +123,9 @@ class FFNEigenproblem:
     weight: Tensor | None = None
     of_input: bool = False
     post_samples: Tensor | None = None
-    copied: torch.cuda.Event | None = None
-
-    def to_host(self, stream: torch.cuda.Stream) -> "FFNEigenproblem":
-        """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
-        return on_host(self, stream)
 
     def solve(self) -> FFNSpectra:
         """Solves both eigenproblems where the tensors lie."""
-        if self.copied is not None:
-            self.copied.synchronize()
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
         if self.of_input:
             assert self.weight is not None
@@ -167,20 +153,3 @@ class FFNEigenproblem:
         if self.post_samples is None:
             return float(variance_outside(self.weight, scatter=self.post))
         return float(variance_outside(self.weight, samples=self.post_samples))
-
-
-def on_host(eigenproblem: E, stream: torch.cuda.Stream) -> E:
-    """The same with its tensors in pinned host memory, to which they are copied on `stream`; its
-    field `copied` says when they are there."""
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    copies: dict[str, Any] = {}
-    with torch.cuda.stream(stream):
-        for name in (field.name for field in fields(eigenproblem)):
-            tensor = getattr(eigenproblem, name)
-            if isinstance(tensor, Tensor):
-                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                copies[name].copy_(tensor, non_blocking=True)
-                tensor.record_stream(stream)
-        copied = torch.cuda.Event()
-        copied.record(stream)
-    return replace(eigenproblem, **copies, copied=copied)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nerve.measuring.eigenproblem import TOO_FEW_SAMPLES, WHY_NULL, FFNSpectra, on_host
+from nerve.measuring.eigenproblem import TOO_FEW_SAMPLES, WHY_NULL, FFNSpectra
 from nerve.metric_names import POOLED
 from nerve.spectra import eigenvalues, projected_eigenvalues
 from nerve.spectra.metrics import OF_A_GROUP
@@ -69,7 +69,6 @@ class GroupEigenproblem:
         matrix: float64 `[k, k]`, whose lower triangle counts; its eigenvalues are (N - 1) times
             those of the covariance, or of that of the FFN's input where there is a `weight`.
         weight: W where the features are pre = W x + b and the matrix is that of x.
-        copied: what to wait for before the tensors may be read on the host.
     """
 
     layer: int
@@ -81,16 +80,9 @@ class GroupEigenproblem:
     dim: int
     matrix: Tensor
     weight: Tensor | None = None
-    copied: torch.cuda.Event | None = None
-
-    def to_host(self, stream: torch.cuda.Stream) -> "GroupEigenproblem":
-        """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
-        return on_host(self, stream)
 
     def solve(self) -> GroupSpectrum:
         """Solves the eigenproblem where the tensors lie."""
-        if self.copied is not None:
-            self.copied.synchronize()
         if self.n_samples < 2:
             values = torch.full((self.dim,), math.nan, dtype=torch.float64)
         elif self.weight is not None:

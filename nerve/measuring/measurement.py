@@ -118,6 +118,8 @@ class Measurement:
         """Ends one forward pass; raises `MeasurementError` for an FFN that did not run as often as
         its description says."""
         self._probe.finish_forward()
+        for of in self._of:
+            of.finish_forward()
         self._n_forwards += 1
         for index, n in enumerate(self._n_sequences_now):
             self._n_sequences[index] += n

@@ -22,6 +22,7 @@ from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.sites import Site, declared_widths, last
 from nerve.measuring.slices import products_of
 from nerve.measuring.tap import registered, tap
+from nerve.spectra.flag import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -83,6 +84,7 @@ class Probe:
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
+        self._unchanged: list[tuple[int, Flag]] = []
         self._tokens: dict[nn.Module, Tensor] = {}
         described = (i for i, ffn in enumerate(ffns) if not isinstance(ffn, nn.Module))
         self._following = Following(described)
@@ -145,11 +147,18 @@ class Probe:
         """Ends one forward pass: every FFN must have run as often as its description says.
 
         Raises:
-            MeasurementError: for an FFN that did not, or whose post never came.
+            MeasurementError: for an FFN that did not, whose post never came, or whose pre was
+                overwritten.
         """
         times, pending = Counter(self._times), set(self._before)
+        unchanged = list(self._unchanged)
         self._following.finish_forward()
         self._forget()
+        for index in (index for index, is_so in unchanged if not is_so):
+            raise MeasurementError(
+                "A nonlinearity must leave its input as it is; that of "
+                f"{self._names[index]} overwrites it. Use one with inplace=False."
+            )
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
             if index in pending:
@@ -187,11 +196,8 @@ class Probe:
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise split(self._names[index])  # the features are a slice, which no type shows
         check_same_samples(pre, post, self._names[index])
-        if not torch.allclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True):
-            raise MeasurementError(
-                "A nonlinearity must leave its input as it is; that of "
-                f"{self._names[index]} overwrites it. Use one with inplace=False."
-            )
+        is_unchanged = torch.isclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True).all()
+        self._unchanged.append((index, Flag(is_unchanged)))
         self._times[index] += 1
         self._receive(index, inputs, pre, post)
 
@@ -284,6 +290,7 @@ class Probe:
         self._following.forget()
         self._before.clear()
         self._times.clear()
+        self._unchanged.clear()
         self._tokens.clear()
 
 

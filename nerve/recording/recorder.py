@@ -18,6 +18,7 @@ from nerve.measuring.probe import Probe
 from nerve.recording.cadence import Cadence
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Eigenproblem, Solved, Solver, spare_workers
+from nerve.recording.staging import expected_bytes
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
 
@@ -136,9 +137,8 @@ class Recorder:
             self._cadence = Cadence()
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
-        self._solver = Solver(device, spare_workers(device, n_here))
-        threads = f"{self._solver.n_workers} threads of the host, beside training"
-        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
+        n_bytes = max(map(expected_bytes, ffns))
+        self._solver = Solver(device, spare_workers(device, n_here), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
 
     # Losses, and the labels of a step

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ranks, together
+from processes import lean_path, ranks, together
 from support import TINY_RUN
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -369,7 +369,10 @@ def test_processes_share_the_problems_and_the_errors(tmp_path):
 def one_command(arguments: list[str], cwd: Path) -> tuple[list[int], str]:
     """From nothing; Lightning starts the second process."""
     command = [sys.executable, "-m", "nerve.cli.run", *arguments]
-    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"PYTHONPATH": lean_path()}
+    ended = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
+    )
     return [ended.returncode], ended.stdout + ended.stderr
 
 
