@@ -245,11 +245,11 @@ class WatchedLoop:
         self.recorder.close()
 
 
-def _count_of(n_targets: object) -> int:
+def _count_of(n_targets: Any) -> int:
     """The number of targets, which may be a tensor's sum."""
     value = n_targets.item() if isinstance(n_targets, Tensor) else n_targets
     is_whole = isinstance(value, float) and value.is_integer()
-    count: Any = int(value) if is_whole else value
+    count = int(value) if is_whole else value
     require_count("n_targets of step", count, least=0)
     return int(count)
 
