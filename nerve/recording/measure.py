@@ -70,7 +70,7 @@ def measure(
             where that is there, too). Its configuration has `model`, the model's own or its class;
             `weights` (for each step) and `batches`, digests; and `measure`, what was asked.
             `tokens_seen` is 0, as nothing says it.
-        step: of a single model, the step that it is of.
+        step: of a single model that goes into a run, the step that it is of.
         labels: what else tells the run apart, by name; they are columns of `nerve.load_runs`.
         fingerprints: hashes of the `corpus` and the `tokenizer` that the batches are of, by these
             names: of the record, as a run of `nerve-run` has them, and of the configuration.
@@ -78,6 +78,7 @@ def measure(
         resume: goes on with the run that is there, done or not: steps that it has are not measured
             again, nor loaded. Labels, fingerprints and what was asked must be the same.
         ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds with the first batch.
+            Some of these: `ffns=nerve.find_ffns(model, batch, select="*.mlp")`.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
         mask: gives a batch's mask, True (or 1) for the samples that count, in the shape of the
