@@ -9,11 +9,14 @@ from .analysis.dose import dose_response as dose_response
 from .analysis.early import rank_early as rank_early
 from .analysis.flags import flag_runs as flag_runs
 from .analysis.load import Runs as Runs
+from .analysis.load import load_groups as load_groups
 from .analysis.load import load_metrics as load_metrics
 from .analysis.load import load_runs as load_runs
 from .analysis.load import load_scalars as load_scalars
 from .analysis.load import load_spectra as load_spectra
 from .analysis.paired import compare_seeds as compare_seeds
+from .analysis.sampling import renyi_ranks as renyi_ranks
+from .analysis.sampling import sampling_error as sampling_error
 from .analysis.scaling import fit_width_scaling as fit_width_scaling
 from .integrations.trainer import SpectralCallback as SpectralCallback
 from .integrations.watch import watch as watch

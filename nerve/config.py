@@ -1,5 +1,6 @@
 """Plain configuration mappings to frozen dataclasses, with errors that name the key."""
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,9 @@ KINDS: dict[type, str] = {
 }
 """Types of values, as messages name them."""
 
+LONGEST_NAME = 255
+"""Bytes in a name, of all file systems that matter here (NAME_MAX)."""
+
 _ABSTRACT: dict[type, type] = {int: Integral, float: Real, list: Sequence}
 
 
@@ -35,6 +39,13 @@ def quoted(text: str) -> str:
         return text
     escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and "\\'"), text)
     return f"'{escaped}'"
+
+
+def unquoted(value: str) -> str:
+    """The text that `quoted` has made a value of."""
+    if not value.startswith("'"):
+        return value
+    return re.sub(r"(\\+)('|\Z)", lambda m: len(m[1]) // 2 * "\\" + m[2], value[1:-1])
 
 
 def pasted(key: str, value: object) -> str:
@@ -62,6 +73,13 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
     raise ConfigError(f"{key} must be one of {', '.join(options)}; got {value!r}.{hint}")
 
 
+def require_several(key: str, values: Collection[object], options: Collection[str]) -> None:
+    """Raises `ConfigError` unless `values` are some of `options`, each once."""
+    for each in values:
+        require_choice(f"an entry of {key}", each, options)
+    require(len({*values}) == len(values), f"{key} names each once; got {list(values)!r}.")
+
+
 def require_type(key: str, value: object, *kinds: type) -> None:
     """Raises `ConfigError` unless `value` is of one of `kinds`. A whole number is a number, too;
     true is neither. Any sequence but a text is a list."""
@@ -69,6 +87,19 @@ def require_type(key: str, value: object, *kinds: type) -> None:
         return
     named = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
     raise ConfigError(f"{key} must be {named}; got {value!r}.")
+
+
+def require_path(key: str, value: object) -> None:
+    """Raises `ConfigError` unless `value` is a path that a file system can have."""
+    require_type(key, value, str)
+    path = str(value)
+    require(path.strip() != "", f"{key} must name a file or a folder; got {path!r}.")
+    longest = max(path.split("/"), key=lambda name: len(os.fsencode(name)))
+    require(
+        len(os.fsencode(longest)) <= LONGEST_NAME,
+        f"A name of a file or a folder has at most {LONGEST_NAME} bytes; {key} has one of "
+        f"{len(os.fsencode(longest))}, {longest[:20]!r}…",
+    )
 
 
 def require_count(key: str, value: object, *, least: int = 1, or_null: bool = False) -> None:

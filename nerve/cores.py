@@ -1,9 +1,30 @@
 """The cores that a process may count on; light, as a sweep that starts trials needs it, too."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 SHARE = "NERVE_CORES"
 """The environment variable that says how many of the cores are those of a trial beside others."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+
+SPINS = "10000"
+"""How often a thread of OpenMP looks for work before it sleeps, about a fifth of a millisecond.
+
+Left alone it looks for some milliseconds, and takes the core from whoever else wants it: beside two
+busy processes a run then takes ten times as long. One that sleeps at once is late when the cores
+are idle.
+"""
+
+
+def spin_briefly() -> None:
+    """Has the threads of OpenMP sleep soon, where the user did not say how they wait; to be called
+    before torch is imported, which reads it then."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def share_among_trials() -> int | None:
@@ -13,7 +34,54 @@ def share_among_trials() -> int | None:
 
 
 def allowed() -> int:
-    """Cores that the system lets this process use."""
+    """Cores that the system lets this process use: the fewest of those that it may run on, those
+    that its container may keep busy (rounded down), and those that a job of SLURM has for a task.
+    """
+    return int(max(1, min([_of_system(), *_quotas(), *_of_task()])))
+
+
+def are_fewer() -> bool:
+    """Whether they are fewer than libraries that count cores by themselves will find."""
+    return allowed() < _of_system()
+
+
+def _of_system() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS does not say
+
+
+def _of_task() -> list[int]:
+    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return [int(told)] if told.isdigit() and int(told) else []
+
+
+def _quotas() -> Iterator[float]:
+    """Cores' time per time that the control groups of this process allow, and those around them."""
+    with suppress(OSError):
+        for line in _MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                for folder in _upwards(_CGROUPS, path):
+                    yield from _quota(folder / "cpu.max")
+            elif "cpu" in controllers.split(","):
+                for folder in _upwards(_CGROUPS / "cpu", path):
+                    yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+
+
+def _upwards(root: Path, path: str) -> Iterator[Path]:
+    """The folder of a control group and those above it; within a container only the root's may be
+    there, under whatever name it has outside."""
+    folder = root / path.lstrip("/")
+    while folder != root and root in folder.parents:
+        yield folder
+        folder = folder.parent
+    yield root
+
+
+def _quota(*files: Path) -> Iterator[float]:
+    """Of `max` and negative numbers: none."""
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (int(number) for file in files for number in file.read_text().split())
+        if quota > 0:
+            yield quota / period

@@ -14,6 +14,33 @@ from typing import Literal
 SITES = ("pre", "post")
 """Where features are measured: before and after the nonlinearity."""
 
+GROUP_SITES = ("stream_in", "input", "pre", "post", "output", "stream_out")
+"""Where the `groups` table has features of, along a block: the residual stream before the FFN, what
+the FFN gets, before and after the nonlinearity, what the FFN gives, the stream after it."""
+
+AROUND = ("stream_in", "input", "output", "stream_out")
+"""Those around the nonlinearity, which `monitor.sites` chooses from."""
+
+GROUPS = {
+    "position": ("0", "like_0", "q1", "q2", "q3", "q4"),
+    "frequency": ("head", "mid", "tail"),
+    "halves": ("a", "b"),
+}
+"""The groupings of samples, which `monitor.groups` chooses from, and the groups of each:
+
+- by position in the sequence: 0 alone, and the others in four equal parts; `like_0` has as many of
+  the others as `0` has, one of each sequence, so that these two can be compared
+- by how often the token occurs: the most frequent ones, which make a third of all occurrences, the
+  next third, and the last
+- halves: every other sequence
+"""
+
+POOLED = "all"
+"""The grouping of the rows that have all samples of a site, and the group of these."""
+
+SPREAD = ("se", "pr", "eee")
+"""The metrics whose sampling error follows from halves."""
+
 Place = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
 """Where a metric is shown: in the summary when a run ends; of one run, in its overview and its maps
 over depth and time; of several, as curves over steps, over layers, and against the loss; in tables;
@@ -38,6 +65,7 @@ class Metric:
         logged: whether loggers, callbacks and `objective` get it.
         compared: whether `final_metrics` has it, averaged over layers, then over seeds.
         correlated: whether it is correlated with the loss unless others are named.
+        grouped: whether sites and groups of samples have it, too, in the `groups` table.
         shown: the places that show it.
     """
 
@@ -55,6 +83,7 @@ class Metric:
     logged: bool = False
     compared: bool = False
     correlated: bool = False
+    grouped: bool = False
     shown: tuple[Place, ...] = ()
 
     @property
@@ -86,6 +115,7 @@ CATALOGUE = (
         logged=True,
         compared=True,
         correlated=True,
+        grouped=True,
         shown=("summary", "overview", "curves", "scatter", "tables"),
     ),
     Metric(
@@ -109,6 +139,7 @@ CATALOGUE = (
         logged=True,
         compared=True,
         correlated=True,
+        grouped=True,
         shown=("summary", "overview", "curves", "layers", "scatter", "tables"),
     ),
     Metric(
@@ -121,6 +152,7 @@ CATALOGUE = (
         logged=True,
         compared=True,
         correlated=True,
+        grouped=True,
         shown=("summary", "overview", "curves", "scatter", "tables"),
     ),
     Metric(
@@ -183,6 +215,7 @@ CATALOGUE = (
         "squared units of the features",
         "trace of the covariance",
         is_ratio=True,
+        grouped=True,
     ),
     Metric(
         "pr_{site}_corrected",
@@ -191,6 +224,7 @@ CATALOGUE = (
         "participation ratio without the bias of a finite sample",
         bounds=(1.0, math.inf),
         is_ratio=True,
+        grouped=True,
     ),
     Metric(
         "variance_outside",
@@ -200,7 +234,7 @@ CATALOGUE = (
         bounds=(0.0, 1.0),
         logged=True,
         compared=True,
-        shown=("tables", "depth"),
+        shown=("maps", "layers", "tables", "depth"),
     ),
     Metric(
         "largest_share_{site}",
@@ -275,6 +309,13 @@ MEASURED = columns_of(lambda metric: metric.logged)
 
 COMPARED = columns_of(lambda metric: metric.compared)
 """The columns that comparisons average over layers and seeds."""
+
+GROUPED = (
+    *(metric.column.replace("_{site}", "") for metric in CATALOGUE if metric.grouped),
+    *(f"{name}_spread" for name in SPREAD),
+)
+"""The columns of the `groups` table that are measured, each of one site: a metric, or the standard
+error that one has of N independent Gaussian samples, times √N."""
 
 CORRELATED = columns_of(lambda metric: metric.correlated)
 """The columns that are correlated with the loss unless others are named."""

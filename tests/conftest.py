@@ -1,40 +1,13 @@
-"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
+"""How the tests are run: by whom, in which order, side by side; what they share is shared.py."""
 
 import gc
-import itertools
-import logging
-import os
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from jaxtyping import install_import_hook
-from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
 from xdist.scheduler import LoadScopeScheduling
 
 from nerve import cores
-
-SWEEP = (
-    "threads=1",
-    "trainer.max_steps=50",
-    "trainer.enable_progress_bar=false",
-    "monitor.every_n_steps=10",
-    "model.n_layers=2",
-    "model.d_model=32",
-    "model.n_heads=2",
-    "model.seq_len=32",
-    "data.batch_size=32",
-    "optimizer.lr=2e-2",
-)
-
-CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
-install_import_hook(list(CHECKED), "beartype.beartype")
-
-torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
-
 
 # A shell ignores them in what it runs in the background, and what is ignored stays so.
 for _signum, _handler in (
@@ -43,33 +16,6 @@ for _signum, _handler in (
 ):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, _handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["NERVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2 activations × 2 normalizations × 2 seeds, trained on the default data for 50 steps."""
-    from nerve.cli.run import main  # after the import hook
-
-    folder = tmp_path_factory.mktemp("sweep")
-    handlers, level = logging.root.handlers.copy(), logging.root.level
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for trial in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
-            names = ("activation", "normalization", "seed")
-            factors = [f"{name}={value}" for name, value in zip(names, trial, strict=True)]
-            directory = f"hydra.run.dir=runs/{'-'.join(map(str, trial))}"
-            patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
-            main()
-    # Hydra's handlers write to what was stdout meanwhile.
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    return folder / "runs"
-
 
 TOGETHER = {
     "tests/slurm/": "cluster",
@@ -106,6 +52,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores.allowed() + 1
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not _only_hands_out(config):  # to whom torch and Lightning would be six seconds for nothing
+        config.pluginmanager.import_plugin("shared")
+
+
+def _only_hands_out(config: pytest.Config) -> bool:
+    """Whether the tests run in other processes than this one."""
+    is_worker = hasattr(config, "workerinput")
+    return config.getoption("dist") != "no" and not config.option.collectonly and not is_worker
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
 
@@ -121,7 +78,3 @@ def _turn(item: pytest.Item) -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
-    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-            item.add_marker(without_gpu)

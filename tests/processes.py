@@ -8,6 +8,7 @@ where they are called so: in test_install.py, by the jobs of slurm/ and by the t
 
 import ctypes
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -19,8 +20,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PRELOADED = ("nerve.cli.run", "nerve.cli.experiment.run", "nerve.cli.sweep.sweeper")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+LEAN = Path(__file__).with_name("lean")
+"""On PYTHONPATH, it hides what a run does not need; an interpreter then starts in less time."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(PRELOADED))
@@ -47,8 +53,16 @@ def start(
     process = _context.Process(
         target=_begin, args=(function, arguments, str(cwd), str(log), values)
     )
+    with pytest.MonkeyPatch.context() as patch:  # for the one that all are forked from
+        patch.setenv("PYTHONPATH", lean_path())
+        multiprocessing.forkserver.ensure_running()
     process.start()
     return process
+
+
+def lean_path(*others: Path) -> str:
+    """PYTHONPATH with `LEAN` and these folders before what it has."""
+    return os.pathsep.join(map(str, filter(None, [*others, LEAN, os.environ.get("PYTHONPATH")])))
 
 
 def nerve_run(arguments: Sequence[str], **where: Any) -> BaseProcess:
@@ -119,10 +133,10 @@ def _begin(
             os.dup2(file.fileno(), descriptor)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     import torch
-    from lightning.pytorch.utilities import rank_zero_only
+    from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
     torch.set_num_threads(1)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # read when it was imported
+    rank_zero_only.rank = _get_rank() or 0  # as Lightning reads it, which it does when imported
     try:
         function(*arguments)
     except Exception:  # multiprocessing prints what it knows of it, and this is more

@@ -43,6 +43,7 @@ TINY_RUN = (
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "monitor.every_n_steps=2",
+    "monitor.n_tokens=128",
     "threads=1",
 )
 """Arguments of a run that takes a fraction of a second. What is given after them wins."""

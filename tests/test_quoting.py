@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nerve.config import pasted, quoted
+from nerve.config import pasted, quoted, unquoted
 
 NAMES = [
     *("plain/name-1.2", "a=b", "a,b", "a(1)", "a#b", "~/a", "a~", "a b", " a ", "Größe/λ₁"),
@@ -24,6 +24,7 @@ def parsed(override: str) -> object:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quoted_value_is_that_text_to_hydra(name):
     assert parsed(f"key={quoted(name)}") == name
+    assert unquoted(quoted(name)) == name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,17 +49,25 @@ def scorecard() -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="module")
+def evidence(scorecard: SimpleNamespace) -> Any:
+    """The committed runs, each sweep loaded once."""
+    return scorecard.evidence.Evidence(RUNS)
+
+
+@pytest.fixture(scope="module")
+def judged(scorecard: SimpleNamespace, evidence: Any) -> list[Any]:
+    """All checks of the committed runs."""
+    return judgements(scorecard, evidence)
+
+
+@pytest.fixture(scope="module")
 def text() -> str:
     return PAGE.read_text("utf-8")
 
 
-def blocks(scorecard, runs: Path) -> dict[str, str]:
-    """The generated blocks of the page, from the runs of a folder."""
-    evidence = scorecard.evidence.Evidence(runs)
-    judged = [
-        check.judge(evidence) for check in scorecard.criteria.CHECKS + scorecard.criteria.OURS
-    ]
-    return scorecard.page.blocks(evidence, judged)
+def judgements(scorecard, evidence) -> list[Any]:
+    """Of the paper's checks, then of our own."""
+    return [check.judge(evidence) for check in scorecard.criteria.CHECKS + scorecard.criteria.OURS]
 
 
 def rows_of(sweep: str, **where: Any) -> pd.DataFrame:
@@ -123,9 +131,9 @@ def mean_and_range(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values)), min(values), max(values)]
 
 
-def test_the_page_is_what_its_runs_give(scorecard, text):
+def test_the_page_is_what_its_runs_give(scorecard, evidence, judged, text):
     """Nothing changes when the blocks are computed again from the committed runs."""
-    assert scorecard.page.fill(text, blocks(scorecard, RUNS)) == text
+    assert scorecard.page.fill(text, scorecard.page.blocks(evidence, judged)) == text
 
 
 def test_the_first_line_of_a_claim_says_its_verdict_why_and_which_null_passes(scorecard):
@@ -148,9 +156,8 @@ def test_the_first_line_of_a_claim_says_its_verdict_why_and_which_null_passes(sc
     assert "runs with permuted labels would pass a check of it as well" in passes
 
 
-def test_the_scorecard_has_a_verdict_and_a_number_of_each_claim(scorecard, text):
+def test_the_scorecard_has_a_verdict_and_a_number_of_each_claim(scorecard, judged, text):
     """The first screen: at most eight words a claim, the effect of its first check."""
-    judged = [check.judge(scorecard.evidence.Evidence(RUNS)) for check in scorecard.criteria.CHECKS]
     rows = [row for row in block(text, "scorecard").splitlines() if row.startswith("| [")]
     assert len(rows) == len(scorecard.claims.CLAIMS)
     for claim, row in zip(scorecard.claims.CLAIMS, rows, strict=True):
@@ -166,9 +173,9 @@ def test_the_scorecard_has_a_verdict_and_a_number_of_each_claim(scorecard, text)
             )
 
 
-def test_the_list_of_runs_has_each_with_its_speed_and_the_share_of_measuring(scorecard):
+def test_the_list_of_runs_has_each_with_its_speed_and_the_share_of_measuring(scorecard, evidence):
     page = (STUDY / "runs.md").read_text("utf-8")
-    assert page == scorecard.page.each_run(scorecard.evidence.Evidence(RUNS))
+    assert page == scorecard.page.each_run(evidence)
     paths = sorted(RUNS.glob("*/*/run.json"))
     assert page.count("\n| ") == len(paths) + 2
     for path in paths[::20]:
@@ -432,7 +439,8 @@ def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, 
     monkeypatch.setattr("nerve.storage.record.package_versions", dict)
     for seed, (loss, pr_post) in enumerate([(3.0, 5.0), (3.1, 7.0), (6.5, 1000.0)]):
         make_run(tmp_path, "gelu", seed, loss, pr_post)
-    contents = blocks(scorecard, tmp_path)
+    evidence = scorecard.evidence.Evidence(tmp_path)
+    contents = scorecard.page.blocks(evidence, judgements(scorecard, evidence))
     assert cells(contents["claim 2"], "GELU", "512")[1] == "6.00 (5.00 to 7.00)"
     assert "1,000" not in contents["claim 2"]
     assert cells(contents["runs"], "activation_gpu")[:2] == ["3", "1"]

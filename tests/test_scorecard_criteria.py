@@ -9,6 +9,8 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +20,12 @@ import pandas as pd
 import pytest
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from support import hydra_at_conf
 
 from nerve.analysis.estimate import Estimate, contrast
 from nerve.analysis.partial import partial_correlation
+from nerve.cli.config.compose import CONF, SWEEPS
 
 STUDY = Path(__file__).parents[1] / "study"
 MODULES = ("measured", "effects", "values", "nulls", "check", "gpt", "report")
@@ -275,6 +278,23 @@ def queued() -> dict[str, list[str]]:
     return rows
 
 
+@cache
+def with_options(name: str, options: tuple[str, ...]) -> DictConfig:
+    return compose(name, list(options))
+
+
+def composed(name: str, overrides: list[str]) -> DictConfig:
+    """As Hydra composes it, but for its own values: the options of groups, then the others."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    groups = {path.name for root in (CONF, SWEEPS) for path in root.iterdir() if path.is_dir()}
+    options = [each.input_line for each in parsed if each.key_or_group in groups]
+    cell = deepcopy(with_options(name, tuple(options)))
+    for each in parsed:
+        if each.input_line not in options and not each.is_hydra_override():
+            OmegaConf.update(cell, each.key_or_group, each.value())
+    return cell
+
+
 def cells_of(command: list[str]) -> tuple[str, list[dict]]:
     """The folder that a command writes to, and each of its cells as plain values by dotted name."""
     name = command[0].removeprefix("--config-name=")
@@ -295,7 +315,7 @@ def cells_of(command: list[str]) -> tuple[str, list[dict]]:
         }
         # A seed changes nothing else, and to compose takes a tenth of a second.
         seeds = [int(each.partition("=")[2]) for each in values.pop("seed", [])]
-        cells = [compose(name, [*cell, *fixed]) for cell in product(*values.values())]
+        cells = [composed(name, [*cell, *fixed]) for cell in product(*values.values())]
     # The logger's paths are known to a running job only.
     kept = [OmegaConf.masked_copy(cell, [str(k) for k in cell if k != "logger"]) for cell in cells]
     plain = [OmegaConf.to_container(cell, resolve=True) for cell in kept]

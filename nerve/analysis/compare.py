@@ -17,6 +17,7 @@ from nerve.analysis.frames import (
     average_layers,
     group_points,
     require_columns,
+    require_names,
     rows_of,
 )
 from nerve.errors import ConfigError
@@ -168,6 +169,7 @@ def _described(
     metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str], flags: pd.DataFrame
 ) -> pd.DataFrame:
     """What the rows of points say of their runs, once the frames have what points are made of."""
+    require_names(factors=factors)
     require_columns(metrics, [*AT_STEP, *SIZES, *COMPARED], "load_metrics")
     taken = ["ffn", "target_loss", "reached", *NUMBERS, *COUNTS]
     return describe_runs(flags, runs, factors, taken)

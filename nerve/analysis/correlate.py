@@ -20,6 +20,7 @@ from nerve.analysis.frames import (
     join_runs,
     number_rows,
     require_columns,
+    require_names,
     rows_of,
 )
 from nerve.analysis.partial import partial_over_runs, partial_over_steps
@@ -97,6 +98,7 @@ def correlate_within_runs(
     Raises:
         ConfigError: for a name or factor that is not a column, or a factor that the frame has.
     """
+    require_names(factors=factors, names=names)
     keys = ["run_id", "ffn", *(["layer"] if by_layer else [])]
     require_columns(metrics, [*keys, "step", "val_loss", "lr", *names], "load_metrics")
     taken = ["ffn", "layer", "metric", "window", "first_step", *RESULTS]
@@ -178,6 +180,7 @@ def correlate_across_runs(
         ConfigError: for a name that is not a column of `points`, or a `given` one whose values are
             texts.
     """
+    require_names(by=by, given=given, names=names)
     needed = ["design_id", "step", "flag", "heldout", *by, against, *given, *names]
     require_columns(points, needed, "final_metrics")
     nulls = {"clock": np.log1p(points["step"].to_numpy(float, na_value=np.nan))}

@@ -6,7 +6,14 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.flags import describe_runs, flag_runs
-from nerve.analysis.frames import AT_STEP, average_layers, join_runs, require_columns, rows_of
+from nerve.analysis.frames import (
+    AT_STEP,
+    average_layers,
+    join_runs,
+    require_columns,
+    require_names,
+    rows_of,
+)
 from nerve.metric_names import columns_of
 
 DEPTH_NAMES = columns_of(lambda metric: "depth" in metric.shown)
@@ -92,6 +99,7 @@ def _n_layers(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
 def _described(
     metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str], names: Sequence[str]
 ) -> pd.DataFrame:
+    require_names(factors=factors, names=names)
     keys = ["ffn", "step", "layer", *AT_STEP, "status", *names]
     require_columns(metrics, keys, "load_metrics")
     taken = [*keys, "depth", "middle", "region", "n_layers", "n_null"]

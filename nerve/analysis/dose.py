@@ -9,7 +9,7 @@ from pandas.api.types import is_numeric_dtype
 
 from nerve.analysis.compare import final_metrics
 from nerve.analysis.estimate import LeastSquares, paired_by_seed
-from nerve.analysis.frames import group_points, require_columns
+from nerve.analysis.frames import group_points, require_columns, require_names
 from nerve.analysis.paired import on_scale
 from nerve.analysis.statistics import Pairs, fit_line
 from nerve.config import require
@@ -68,6 +68,7 @@ def dose_response(
         ConfigError: for a name that is not a column, a dose without numbers, a reference that no
             run has, or runs of equal dose and seed that differ in something else.
     """
+    require_names(by=by, names=names)
     points = final_metrics(metrics, runs, factors=[dose, *by])
     require_columns(points, names, "final_metrics")
     require(

@@ -9,7 +9,14 @@ import pandas as pd
 
 from nerve.analysis.factors import level_text
 from nerve.analysis.flags import describe_runs, flag_runs
-from nerve.analysis.frames import average_layers, join_runs, number_rows, require_columns, rows_of
+from nerve.analysis.frames import (
+    average_layers,
+    join_runs,
+    number_rows,
+    require_columns,
+    require_names,
+    rows_of,
+)
 from nerve.analysis.partial import cluster_weights, interval_of_draws
 from nerve.analysis.statistics import Array
 from nerve.metric_names import CORRELATED
@@ -64,6 +71,7 @@ def rank_early(
     Raises:
         ConfigError: for a name or factor that is not a column.
     """
+    require_names(by=by, names=names)
     require_columns(metrics, ["run_id", "ffn", "step", "val_loss", *names], "load_metrics")
     taken = ["ffn", "schedule", "step", "metric", "n", "n_designs", "null", *ESTIMATES]
     flags = flag_runs(metrics, runs)

@@ -1,6 +1,6 @@
 """What the comparisons share: columns asked for, rows joined with their runs, means over layers."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 import numpy as np
@@ -10,6 +10,14 @@ from nerve.errors import ConfigError
 
 AT_STEP = ("tokens_seen", "train_loss", "val_loss")
 """Columns of `load_metrics` that all rows of a run and step share."""
+
+
+def require_names(**lists: object) -> None:
+    """Raises `ConfigError` for an argument that is no list of names: one name would be taken for
+    its letters."""
+    for key, names in lists.items():
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ConfigError(f"{key} is a list of names; got {names!r}. Write {key}=[{names!r}].")
 
 
 def require_columns(frame: pd.DataFrame, names: Sequence[str], source: str) -> None:

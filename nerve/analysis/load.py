@@ -19,6 +19,8 @@ import pyarrow as pa
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
+from nerve.analysis.frames import require_names
+from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import config_id
@@ -40,9 +42,11 @@ class Runs:
 
     Raises:
         StoreError: when there is no run under `paths`.
+        ConfigError: for `factors` that are no list.
     """
 
     def __init__(self, paths: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> None:
+        require_names(factors=factors)
         self.records = load_records(paths)
         self.factors = tuple(factors)
 
@@ -60,7 +64,7 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per measured FFN and step; columns and errors are those of `load_metrics`."""
-        return with_derived(self._rows(DATASETS["metrics"]))
+        return with_sampling(with_derived(self._rows(DATASETS["metrics"])), self.groups)
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
@@ -71,6 +75,11 @@ class Runs:
     def scalars(self) -> pd.DataFrame:
         """One row per logged value, as of `load_scalars`."""
         return self._rows(DATASETS["scalars"])
+
+    @cached_property
+    def groups(self) -> pd.DataFrame:
+        """One row per site and group of a measured FFN and step, as of `load_groups`."""
+        return self._rows(DATASETS["groups"])
 
     @cached_property
     def flags(self) -> pd.DataFrame:
@@ -91,7 +100,7 @@ class Runs:
         runs = self.frame.assign(n_damaged_parts=[len(errors) for _, errors in reads])
         found = zip(self.records, tables, strict=True)
         empty = [record.run_id for record, table in found if not len(table)]
-        if empty:
+        if empty and not dataset.is_optional:
             warn_caller(f"Runs without {dataset.name}: {listed(empty)}.", IncompleteWarning)
         frame = pa.concat_tables(tables).to_pandas()
         rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
@@ -132,6 +141,9 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
       LayerNorm the first is one less still)
     - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
       empty (see `nerve.outliers`)
+    - `sampling`: whether there were enough samples, `well`, `under` or `severely under`: by how far
+      PR moves when it is extrapolated from halves to endlessly many samples (5%, 20%; of pre and
+      post the worse), or by N/D where no halves were measured (8, 2)
 
     Args:
         path: a run, a sweep, a tree of outputs, or several of these.
@@ -152,6 +164,23 @@ def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
     return Runs(path, factors).spectra
 
 
+def load_groups(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
+    """One row per measured FFN, step, site, grouping and group, of runs that measured any.
+
+    - `site`: along a block `stream_in` (the residual stream before the FFN and its norm), `input`
+      (of the FFN), `pre`, `post`, `output`, `stream_out`
+    - `grouping` and `group`: `all` and `all` for all samples; `position` has `0`, `like_0` (as many
+      others, one of each sequence) and `q1` to `q4`; `frequency` has `head`, `mid` and `tail`;
+      `halves` has `a` and `b`
+    - `n_samples`, `dim` (features), `se`, `pr`, `eee`, `variance`, `pr_corrected`, `status` as of
+      `load_metrics`; `se_spread`, `pr_spread` and `eee_spread` over √N are the standard errors of N
+      independent Gaussian samples (`sampling_error` says what they are of these)
+
+    Else as `load_metrics`; empty where no run measured groups.
+    """
+    return Runs(path, factors).groups
+
+
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row per logged value: `run_id, step, name, value`. Else as `load_metrics`."""
     return Runs(path, factors).scalars
@@ -160,7 +189,7 @@ def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
 def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
     """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
     try:
-        return read_parts(record.directory, dataset)
+        return read_parts(record.directory, dataset, record.run_id)
     except StoreError as error:
         return dataset.schema.empty_table(), [error]
 

@@ -10,7 +10,7 @@ import pandas as pd
 from nerve.analysis.early import BUDGET
 from nerve.analysis.estimate import LeastSquares, Outcome, decide, paired_by_seed
 from nerve.analysis.factors import find_factors, level_text, ordered_levels
-from nerve.analysis.frames import number_rows, require_columns
+from nerve.analysis.frames import number_rows, require_columns, require_names
 from nerve.analysis.statistics import Array
 from nerve.errors import ConfigError
 from nerve.metric_names import CORRELATED, metric_of
@@ -67,6 +67,7 @@ def compare_seeds(
         ConfigError: for a name that is not a column, or a factor that does not vary or goes
             together with another that does.
     """
+    require_names(names=names)
     require_columns(
         points, ["run_id", "design_id", "seed", "flag", "data", *names], "final_metrics"
     )

@@ -10,6 +10,7 @@ from nerve.analysis.frames import (
     group_points,
     interleave,
     require_columns,
+    require_names,
 )
 from nerve.analysis.statistics import Pairs, fit_line
 from nerve.metric_names import columns_of
@@ -49,6 +50,7 @@ def fit_width_scaling(
     Raises:
         ConfigError: for a name that is not a column of `points`.
     """
+    require_names(by=by, names=names)
     require_columns(points, ["flag", "heldout", "d_ff", *by, *names], "final_metrics")
     codes, groups = group_points(points, by)
     n_groups = len(groups)

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=_numbers, metavar="I,I,…", help="default: all")
     add("--skip-first", type=int, metavar="N", help="positions that begin each sequence, left out")
     either = argparse.BooleanOptionalAction
+    add("--groups", type=_names, metavar="G,G,…", help="of position, frequency, halves")
     add("--spectra", action=either, default=True, help="store the eigenvalues (default)")
     add("--memory", metavar="SIZE", help="matrices held at once, such as 8GiB; else more passes")
     add("--steps", type=_numbers, metavar="S,S,…", help="of the models; default: as names say")
@@ -78,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     text("--seq-len", type=int, metavar="N", help="default: what the model takes, up to 1024")
     text("--batch-size", type=int, metavar="N", help="sequences of a batch; default: 4")
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

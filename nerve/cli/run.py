@@ -1,8 +1,10 @@
 """`nerve-run`: composes a configuration and runs it."""
 
+import errno
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -24,12 +26,14 @@ from nerve.cli.config.overrides import (
     no_such_sweep,
     overrides_of,
 )
-from nerve.cli.config.paths import with_literal_paths
+from nerve.cli.config.paths import require_directories, with_literal_paths
 from nerve.cli.config.resume import prepare_resume
-from nerve.cli.experiment.check import check_composed
-from nerve.cli.sweep.sweeper import register_sweeper
+from nerve.cli.experiment.check import CheckInPlaceOfRun, check_composed
+from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
+from nerve.config import LONGEST_NAME
+from nerve.cores import spin_briefly
 from nerve.errors import NerveError
 
 HINTS = {
@@ -45,6 +49,7 @@ def main() -> None:
 
     Set HYDRA_FULL_ERROR=1 to see tracebacks instead.
     """
+    spin_briefly()
     register()
     register_sweeper()
     command = _Command(show_tracebacks=os.environ.get("HYDRA_FULL_ERROR") == "1")
@@ -56,7 +61,9 @@ def main() -> None:
     try:
         sys.argv = [sys.argv[0], *with_literal_paths(sys.argv[1:])]
         check_added(sys.argv[1:])
-        refuse_lists(overrides_of(sys.argv[1:]))
+        overrides = overrides_of(sys.argv[1:])
+        require_directories(overrides)
+        refuse_lists(overrides)
         config_name = prepare_resume(sys.argv[1:]) or "config"
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except Exception as error:
@@ -90,7 +97,10 @@ class _Command:
         except NerveError as error:
             if self._show_tracebacks:
                 raise
-            _remove_if_empty(Path(hydra_config.runtime.output_dir))
+            if is_trial and hydra_config.sweeper._target_ != NAME:
+                raise  # another sweeper says of a trial that returns nothing no more than that
+            directory = Path(hydra_config.runtime.output_dir)
+            _remove_if_empty([directory] if is_trial else CheckInPlaceOfRun.missing)
             self.failures.append(error)
             if is_trial:  # a job of a cluster, in whose log this belongs
                 print(f"nerve-run: {error}", file=sys.stderr, flush=True)
@@ -108,8 +118,11 @@ class _Command:
             return str(error)
         if self._started:
             return None
-        if isinstance(error, ValueError) and str(error).startswith("Only one of --"):
-            return str(error)  # so Hydra refuses options that exclude each other
+        if isinstance(error, ValueError) and str(error).startswith(("Only one of --", "The --")):
+            return str(error)  # so Hydra refuses options that do not go together
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = Path(str(error.filename)).name
+            return f"A name of a file has at most {LONGEST_NAME} bytes; {name[:20]}… has more."
         if isinstance(error, OSError):
             return (
                 f"The output directory must be writable; {error.filename}: {error.strerror}. "
@@ -118,12 +131,11 @@ class _Command:
         return None
 
 
-def _remove_if_empty(directory: Path) -> None:
-    """Removes the directory that Hydra made for a run that never began; one that the user named
-    may be his own."""
-    if not any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+def _remove_if_empty(folders: Iterable[Path]) -> None:
+    """Removes what Hydra has made for a run that never began."""
+    for folder in folders:
         with suppress(OSError):
-            directory.rmdir()
+            folder.rmdir()
 
 
 def _explained(error: Exception) -> str:

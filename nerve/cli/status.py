@@ -1,18 +1,22 @@
 """`nerve-status PATH…`: where each run stands, read from what it has left on disk."""
 
 import argparse
+import os
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.table import Table
 
 from nerve.cli.console import console, duration, figure, say
+from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_saved
-from nerve.errors import StoreError
+from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
 from nerve.storage.parts import list_parts, part_step, read_part
@@ -23,7 +27,15 @@ from nerve.storage.state import LOCK_NAME, RunState
 SLOW_S = 60.0
 """A run whose process lives is slow when its heartbeat, due every ten seconds, is older."""
 
-ORDER = ("running", "slow", "done", "interrupted", "dead", "failed", "unreadable")
+GO_ON = ("running", "slow", "queued", "starting")
+"""States in which something is still to come."""
+
+ORDER = (*GO_ON, "done", "interrupted", "dead", "failed", "unreadable")
+
+WATCHED_EVERY_S = 10.0
+
+SHOWN_PATH = 40
+"""Letters of a path for which the table has room."""
 METRICS = DATASETS["metrics"]
 
 
@@ -34,14 +46,17 @@ class Status:
     Attributes:
         directory: of the run.
         overrides: of its command line.
-        state: running, slow (its process lives and has not been heard of for a minute), done,
+        state: running, slow (its process lives and has not been heard of for a minute), queued
+            (its job of SLURM waits), starting (its job has begun, the run has not), done,
             interrupted (stopped, and saved), dead (its process is gone without a word), failed, or
             unreadable.
-        record: None where it cannot be read.
+        record: None where it cannot be read, or there is none yet.
         val_loss: the last that is known.
         left_s: seconds of training left; None where nothing trains, or too little is known.
         silent_s: seconds since the last sign of life; None once it has ended.
-        reason: why it ended, cannot be read, or what to know of one that is done.
+        reason: why it ended, cannot be read, waits for somebody, or what to know of one that is
+            done.
+        job: the cluster's id of it.
     """
 
     directory: Path
@@ -52,6 +67,7 @@ class Status:
     left_s: float | None = None
     silent_s: float | None = None
     reason: str = ""
+    job: str = ""
 
 
 def main() -> None:
@@ -60,6 +76,7 @@ def main() -> None:
         prog="nerve-status",
         description="Shows where each run stands: state, step, loss, time left, host, job.",
         epilog="slow: its process lives, but has not been heard of for a minute. "
+        "queued: its job of SLURM waits. starting: its job has begun, the run has not. "
         "dead: its process is gone without a word; starting it again resumes it.",
     )
     parser.add_argument(
@@ -68,12 +85,59 @@ def main() -> None:
         default=["outputs"],
         help="a run, a sweep, or a tree of outputs (default: outputs)",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help=f"show it again every {WATCHED_EVERY_S:g} s, as long as something goes on",
+    )
+    asked = parser.parse_args()
     try:
-        statuses = [status_of(directory) for directory in find_runs(parser.parse_args().path)]
+        while True:
+            statuses = statuses_of(asked.path)
+            if asked.watch and sys.stdout.isatty():
+                print("\x1b[2J\x1b[H", end="")  # clears the screen
+            show(statuses)
+            if not asked.watch or not any(status.state in GO_ON for status in statuses):
+                return
+            time.sleep(WATCHED_EVERY_S)
     except StoreError as error:
         print(f"nerve-status: {error}", file=sys.stderr)
         sys.exit(1)
-    show(statuses)
+    except KeyboardInterrupt:
+        if not asked.watch:
+            sys.exit(128 + signal.SIGINT)
+
+
+def statuses_of(paths: Sequence[str]) -> list[Status]:
+    """Where each run stands that `paths` hold, and each trial that waits in SLURM's queue.
+
+    Raises:
+        StoreError: where there is none.
+    """
+    none: StoreError | None = None
+    try:
+        statuses = [status_of(directory) for directory in find_runs(paths)]
+    except StoreError as error:
+        statuses, none = [], error
+    by_path = {os.path.abspath(status.directory): status for status in statuses}
+    at_rest = {Path(path) for path, each in by_path.items() if each.state in (*GO_ON, "done")}
+    try:
+        trials = queued_trials(paths, at_rest)
+    except NerveError as error:
+        say(f"trials that may be queued are not shown: {error}")
+        trials = []
+    for trial in trials:
+        path = os.path.abspath(trial.directory)
+        known = by_path.get(path, Status(trial.directory, trial.overrides, ""))
+        by_path[path] = replace(
+            known,
+            state="starting" if trial.job.state == "R" else "queued",
+            job=trial.job_id,
+            reason=trial.job.reason if trial.job.waits_for_ever else "",
+        )
+    if none is not None and not by_path:
+        raise none
+    return list(by_path.values())
 
 
 def status_of(directory: Path) -> Status:
@@ -101,12 +165,13 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         overrides,
         ("slow" if silent_s > SLOW_S else "running") if is_alive else str(state),
         record,
-        record.final.get("val_loss", _last_val_loss(directory)),
+        record.final["val_loss"] if "val_loss" in record.final else _last_val_loss(record),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
         "; ".join(
             filter(None, [": ".join((record.error or {}).values()), record.warning, damaged])
         ),
+        _job(record),
     )
 
 
@@ -118,6 +183,9 @@ def show(statuses: Sequence[Status]) -> None:
         for status in statuses
     }
     ordered = sorted(statuses, key=lambda s: (s.directory.parent, labels[s.directory], s.directory))
+    folder = _folder(statuses)
+    if folder:
+        say(f"in {folder}:")
     table = Table()
     for name in ("run", "of its own", "state", "step", "val loss", "left", "last sign", "host"):
         right = name in ("step", "val loss", "left", "last sign")
@@ -126,7 +194,7 @@ def show(statuses: Sequence[Status]) -> None:
     for status in ordered:
         record = status.record
         table.add_row(
-            str(status.directory),
+            os.path.relpath(status.directory, folder) if folder else str(status.directory),
             labels[status.directory],
             status.state,
             record.progress if record else "",
@@ -134,7 +202,7 @@ def show(statuses: Sequence[Status]) -> None:
             "" if status.left_s is None else duration(status.left_s),
             "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
             (record.host or "") if record else "",
-            _job(record) if record else "",
+            status.job,
         )
     console().print(table)
     states = Counter(status.state for status in statuses)
@@ -143,6 +211,17 @@ def show(statuses: Sequence[Status]) -> None:
     for status in ordered:
         if status.reason:
             say(f"{status.directory} {status.state}: {status.reason}")
+
+
+def _folder(statuses: Sequence[Status]) -> str:
+    """That all runs lie in, to be named once where their paths would be cut to pieces."""
+    if max(len(str(status.directory)) for status in statuses) <= SHOWN_PATH:
+        return ""
+    parents = {str(status.directory.parent) for status in statuses}
+    if len({Path(parent).is_absolute() for parent in parents}) != 1:
+        return ""
+    folder = os.path.commonpath(parents)
+    return "" if folder in ("/", ".") else folder
 
 
 def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
@@ -154,11 +233,12 @@ def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
         return (), str(error)
 
 
-def _last_val_loss(directory: Path) -> float | None:
+def _last_val_loss(record: RunRecord) -> float | None:
     """Of the newest part of the metrics that has one."""
-    for path in reversed(list_parts(directory, METRICS)):
+    for path in reversed(list_parts(record.directory, METRICS)):
         try:
-            losses = [loss for loss in read_part(path, METRICS)["val_loss"].to_pylist() if loss]
+            part = read_part(path, METRICS, record.run_id)
+            losses = [loss for loss in part["val_loss"].to_pylist() if loss]
         except (StoreError, FileNotFoundError):
             continue
         if losses:

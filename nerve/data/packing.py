@@ -11,6 +11,9 @@ from nerve.data.corpus import Corpus, sample_digests
 from nerve.data.tokenizer import tokenizer_fingerprint
 from nerve.errors import DataError
 
+MOST_UNKNOWN = 0.25
+"""The share of a text that may be unknown to a tokenizer."""
+
 _BYTES_PER_TOKEN = 6
 """Of how much text a first sample is taken; more follows where that does not do."""
 
@@ -112,13 +115,29 @@ def _tokens(corpus: Corpus, tokenizer: Any, n_tokens: int) -> tuple[np.ndarray, 
         for n_documents, text in enumerate(_sample(corpus, n_bytes), 1):
             ids += _encoded(tokenizer, text) + end
             if len(ids) >= n_tokens:
+                _require_known(ids, tokenizer, end)
                 return np.array(ids[:n_tokens], np.int64), n_documents
+        _require_known(ids, tokenizer, end)
         if n_bytes >= n_all:
             raise DataError(
                 f"A measurement needs as much text as was asked for, {n_tokens:,} tokens; "
                 f"{corpus.name} comes to {len(ids):,}. Give more text, or ask for fewer tokens."
             )
         n_bytes *= 2
+
+
+def _require_known(ids: list[int], tokenizer: Any, end: list[int]) -> None:
+    """Refuses a tokenizer that does not know what it reads, such as the one without tokens that
+    transformers makes where there are no files of any."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    text = [token for token in ids if [token] != end]
+    share = text.count(unknown) / max(1, len(text)) if unknown is not None else 0.0
+    if share > MOST_UNKNOWN:
+        raise DataError(
+            f"A tokenizer must know the text; to this one ({type(tokenizer).__name__}, "
+            f"{len(tokenizer):,} tokens) {share:.0%} of it is unknown. If the model's folder "
+            "has no tokenizer, put its files there, or say with --tokenizer where it is."
+        )
 
 
 def _sample(corpus: Corpus, n_bytes: int) -> Iterator[str]:

@@ -149,6 +149,11 @@ class TextDataModule(BatchDataModule):
         lengths[tokenizer.token_to_id(self.separator_token)] = 0
         return int(lengths[self._heldout_windows[:, 1:]].sum())
 
+    @property
+    def token_counts(self) -> Tensor:
+        """How often each token id occurs in the training split, `[vocab_size]`."""
+        return torch.from_numpy(self._tokens.train_counts)
+
     @cached_property
     def unigram_loss(self) -> float:
         """Nats per token, on the held-out targets, of the training split's unigram distribution.

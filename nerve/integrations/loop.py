@@ -15,6 +15,7 @@ from nerve.config import require
 from nerve.integrations.features import PassFeatures
 from nerve.integrations.heldout import Forward, evaluate
 from nerve.integrations.wrapping import device_of, unwrapped
+from nerve.measuring.around import Stream, find_streams
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.distributed import n_processes, rank
 from nerve.measuring.ffns import FFN
@@ -125,6 +126,7 @@ class WatchedLoop:
         forward: Forward,
         state: Mapping[str, Any] | None,
         first: int = 0,
+        token_counts: Tensor | None = None,
     ) -> None:
         """Opens what measures, and measures the first step if it is one of those.
 
@@ -133,8 +135,9 @@ class WatchedLoop:
             batches: the held-out ones; None for features of passes that the loop runs.
             state: of the checkpoint that the loop goes on from.
             first: the step that a loop without `state` begins at.
+            token_counts: how often each token occurs, for groups by frequency.
         """
-        n = n_processes()
+        n, inner, recorder = n_processes(), unwrapped(self._model), self.recorder
         self.recorder.open(
             ffns,
             self._device,
@@ -142,8 +145,11 @@ class WatchedLoop:
             rank=rank(),
             n_processes=n,
             n_here=int(os.environ.get("LOCAL_WORLD_SIZE", n)),
+            token_counts=token_counts,
+            find_streams=None
+            if batches is None
+            else partial(_streams, inner, ffns, batches[0], forward),
         )
-        inner, recorder = unwrapped(self._model), self.recorder
 
         def run(batch: Any) -> object:
             with evaluating(inner):
@@ -230,6 +236,13 @@ class WatchedLoop:
         if self.features is not None:
             self.features.close()
         self.recorder.close()
+
+
+def _streams(
+    model: nn.Module, ffns: Sequence[FFN], batch: Any, forward: Forward
+) -> list[Stream | None]:
+    with evaluating(model):
+        return find_streams(model, ffns, lambda: forward(model, batch))
 
 
 def _rate(optimizer: Optimizer | None) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nerve.config import from_mapping, require
@@ -20,6 +20,7 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call
 from nerve.measuring.masks import Masks
+from nerve.measuring.streams import count_tokens
 from nerve.recording.run import recorded_run
 from nerve.recording.settings import MonitorSettings
 
@@ -41,6 +42,7 @@ def watch(
     ffns: Sequence[FFN] | None = None,
     resume: Mapping[str, Any] | None = None,
     last_step: int | None = None,
+    token_counts: Tensor | None = None,
     **settings: Any,
 ) -> AbstractContextManager[WatchedLoop]:
     """Measures a model's FFNs at steps 0, k, 2k, … of a training loop, and records the run.
@@ -83,8 +85,11 @@ def watch(
         resume: what `state_dict` gave; rows past its step are dropped. Without it training begins
             at step 0, and so does the run.
         last_step: the step that ends training, which `steps="log:30"` needs.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as the monitor of
-            nerve-run has them.
+        token_counts: how often each token id occurs in the training text, for groups by frequency;
+            None counts the held-out batches.
+        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
+            `sites`, as the monitor of nerve-run has them. Where a model does not say where its
+            residual stream is, the first held-out batch shows it.
 
     Raises:
         ConfigError: for a setting that is out of range.
@@ -107,6 +112,7 @@ def watch(
         ffns=ffns,
         resume=resume,
         last_step=last_step,
+        token_counts=token_counts,
     )
 
 
@@ -127,6 +133,7 @@ def watched(
     resume: Mapping[str, Any] | None,
     last_step: int | None,
     first: int = 0,
+    token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
     """As `watch`, of any loop.
 
@@ -154,12 +161,15 @@ def watched(
     )
     seed = config.get("seed")
     counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    choose = partial(Choice, mask=mask, skips_first=chosen.skip_first > 0, **counted)
+    skips, groups = chosen.skip_first > 0, bool(chosen.groups)
+    choose = partial(Choice, mask=mask, skips_first=skips, groups=groups, **counted)
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
         ffns = find_ffns(inner, example, layers=chosen.layers, forward=forward)
         log.info("FFNs to measure:\n%s", ffns)
+    if "frequency" in chosen.groups and token_counts is None and batches is not None:
+        token_counts = count_tokens(batches)
     with recorded_run(
         directory,
         {**config, "monitor": asdict(chosen) | counted},
@@ -170,7 +180,7 @@ def watched(
     ) as recorded:
         loop = WatchedLoop(model, chosen, steps, optimizer, recorded)
         try:
-            loop.begin(ffns, choose, batches, forward or call, resume, first)
+            loop.begin(ffns, choose, batches, forward or call, resume, first, token_counts)
             yield loop
             loop.end()
         except BaseException:

@@ -9,10 +9,15 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sites_of
+from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.groups import Division
+from nerve.measuring.parts import Parts
 from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
+from nerve.spectra.flag import Flag
 from nerve.spectra.product import coarsest
+from nerve.spectra.spread import Spread
 
 Side = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
@@ -30,6 +35,7 @@ class Accumulator:
         altered: whether some run used more than the weight.
         covariances: of the input or of pre, and of post.
         shares: of pre and of post.
+        parts: covariances of groups of the samples, and of sites around the FFN.
     """
 
     def __init__(self, ffn: FFN, *, shortcut: bool) -> None:
@@ -40,9 +46,12 @@ class Accumulator:
         self.altered = False
         self.covariances: dict[Side, StreamingCovariance] = {}
         self.shares: dict[Side, SampleShares] = {}
+        self.parts = Parts()
+        self._merging: str | None = None
         self._bias: Tensor | None = None
         self._pre, self._post = sites_of(ffn)
         self._shortcut = shortcut
+        self._presumed: list[Flag] = []
 
     @property
     def device(self) -> torch.device:
@@ -57,29 +66,50 @@ class Accumulator:
         if self.d_in is None:
             self.d_in = n_inputs(self._pre) or inputs.shape[-1]
             self._take_weight(inputs, pre)
-        elif self.weight is not None and not self._is_same(inputs, pre):
-            self.leave_weight()
+        elif self.weight is not None:
+            self._compare_weight(self.weight, inputs, pre)
 
-    def add(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
+    def add(
+        self,
+        features: Mapping[Side, Tensor],
+        mask: Tensor | None,
+        divisions: Mapping[str, Division] | None = None,
+    ) -> None:
         """Adds the samples of a run.
 
         Args:
             features: of each side, `[*samples, width]`.
             mask: True for the samples that count.
+            divisions: how the samples that count are grouped, by grouping; None or empty: they are
+                not.
         """
+        spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
         first: Side = "input" if self.of_input else "pre"
         sides: tuple[Side, ...] = (first, "post")
         for side in sides:
             x = features[side]
-            self.covariance(side, x.shape[-1], x.device).update(x, mask)
-        self.add_shares(features, mask)
+            if divisions:
+                self.parts.add(side, x, divisions)
+                self._merging = next(iter(divisions))
+            else:
+                self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads.get(side))
 
-    def add_shares(self, features: Mapping[Side, Tensor], mask: Tensor | None) -> None:
-        """Adds the samples of a run to the shares alone. Arguments as of `add`."""
+    def add_shares(
+        self, features: Mapping[Side, Tensor], mask: Tensor | None
+    ) -> dict[Side, Spread | None]:
+        """Adds the samples of a run to the shares alone; the spread of each side. Arguments as of
+        `add`."""
         sides: tuple[Side, ...] = ("pre", "post")
-        for side in sides:
-            x = features[side]
-            self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+        return {
+            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+            for side, x in ((side, features[side]) for side in sides)
+        }
+
+    def finish_forward(self) -> None:
+        """Ends one forward pass: leaves the weight where it did not give pre after all."""
+        if not all(self._presumed):
+            self.leave_weight()
+        self._presumed.clear()
 
     def merge(self, other: "Accumulator") -> None:
         """Adds the covariances of another FFN's samples; its shares go to `add_shares`.
@@ -104,6 +134,18 @@ class Accumulator:
             if of_input is not None:
                 assert weight is not None
                 self.covariances["pre"] = of_input.projected(weight, self._bias)
+            if weight is not None:
+                self.parts.project(weight, self._bias)
+
+    def merge_groups(self) -> None:
+        """Merges groups into the covariances of all samples; no more are added then."""
+        grouping, self._merging = self._merging, None
+        if grouping is not None:
+            first: Side = "input" if self.of_input else "pre"
+            for side in (first, "post"):
+                merged = self.parts.merged(side, grouping, self.covariances.get(side))
+                if merged is not None:
+                    self.covariances[side] = merged
 
     def covariance(self, side: Side, dim: int, device: torch.device) -> StreamingCovariance:
         """That of one side, which begins without samples."""
@@ -128,6 +170,7 @@ class Accumulator:
         Raises:
             MeasurementError: where it never ran and should have.
         """
+        self.merge_groups()
         if "post" not in self.covariances:
             self._add_nothing(n_forwards)
         post = self.covariances["post"]
@@ -148,6 +191,10 @@ class Accumulator:
             post_samples=None if self.weight is None else post.held_samples(),
         )
 
+    def group_eigenproblems(self) -> list[GroupEigenproblem]:
+        """What is left to solve of groups and sites."""
+        return list(self.parts.eigenproblems(self.ffn, self.weight if self.of_input else None))
+
     def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
         """Notes W and b of `pre = W x + b`, where it is that."""
         affine = affine_of(self._pre, inputs, pre)
@@ -157,21 +204,26 @@ class Accumulator:
         # forward has used them rounded, as its outputs tell.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
-        if not gives(weight, bias, inputs, pre):
-            self.altered = True
-            return
         self.weight, self._bias = weight, bias
         self.of_input = self._shortcut and is_unrounded(inputs, pre)
+        self._presume(Flag(gives(weight, bias, inputs, pre)))
 
-    def _is_same(self, inputs: Tensor, pre: Tensor) -> bool:
-        """Whether this forward pass has used the weight of the first one, and nothing else."""
-        affine, noted = affine_of(self._pre, inputs, pre), self.weight
-        return (
-            affine is not None
-            and noted is not None
-            and torch.equal(affine[0].to(noted.dtype), noted)
-            and gives(noted, self._bias, inputs, pre)
-        )
+    def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
+        """Leaves the weight of the first run where this one used another, or more."""
+        affine = affine_of(self._pre, inputs, pre)
+        if affine is None:
+            self.leave_weight()
+            return
+        same = (affine[0].to(noted.dtype) == noted).all()
+        self._presume(Flag(same & gives(noted, self._bias, inputs, pre)))
+
+    def _presume(self, is_so: Flag) -> None:
+        """Goes on as if the weight gave pre. Where the features are not taken by way of it, the
+        answer is awaited at the end of the forward pass, so that the device does not run dry."""
+        if not self.of_input:
+            self._presumed.append(is_so)
+        elif not is_so:
+            self.leave_weight()
 
     def _add_nothing(self, n_forwards: int) -> None:
         """Makes an FFN that never ran, and need not, one without samples."""

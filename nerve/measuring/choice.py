@@ -1,7 +1,7 @@
 """Which samples of a batch count: what its caller says, or what the batch itself shows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,10 +16,27 @@ from nerve.measuring.streams import (
     TraceError,
     as_mapping,
     counting,
+    ids_of,
     is_encoder_decoder,
     streams_of,
     trace,
 )
+
+
+class Chosen(NamedTuple):
+    """Which samples of a batch count, as `Measurement.start` takes it.
+
+    Attributes:
+        masks, orders: as there.
+        ids: for each FFN the tokens of its stream, `[n_sequences, n_positions]`; or those of all.
+        in_sequences: for each FFN whether its samples are those of sequences, which groups need;
+            None where they are taken as they lie.
+    """
+
+    masks: Masks
+    orders: Orders | None = None
+    ids: Tensor | Sequence[Tensor | None] | None = None
+    in_sequences: Sequence[bool] | None = None
 
 
 class Choice:
@@ -31,6 +48,7 @@ class Choice:
         run: runs the model on a batch, without gradients and in eval mode.
         mask, exclude, only_labeled: as `nerve.measure` takes them.
         skips_first: whether first positions are left out, whose order must be known then.
+        groups: whether samples are grouped, whose order must be known, too.
 
     Raises:
         MeasurementError: for `mask` beside what it replaces.
@@ -45,6 +63,7 @@ class Choice:
         exclude: Sequence[int],
         only_labeled: bool,
         skips_first: bool,
+        groups: bool = False,
     ) -> None:
         if mask is not None and (exclude or only_labeled):
             raise MeasurementError(
@@ -54,11 +73,11 @@ class Choice:
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
         self._exclude, self._only_labeled = exclude, only_labeled
-        self._skips = skips_first
+        self._needs_order = skips_first or groups
         self._trace: Trace | None = None
 
-    def of(self, batch: Any) -> tuple[Masks, Orders | None]:
-        """Masks and orders, as `Measurement.start` takes them."""
+    def of(self, batch: Any) -> Chosen:
+        """Which samples of this batch."""
         named = as_mapping(batch)
         streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
@@ -85,27 +104,28 @@ class Choice:
             for name, stream in streams.items()
         }
         if not streams:
-            return None, None
-        is_needed = self._skips or any(each is not None for each in counts.values())
+            return Chosen(None, ids=ids_of(batch))
+        is_needed = self._needs_order or any(each is not None for each in counts.values())
         try:
             ffns = self._traced(batch, streams).ffns
         except TraceError:
             if is_needed:
                 raise
-            return None, None  # all count, in whatever order
+            return Chosen(None)  # all count, in whatever order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
-        return masks, [_order(each, streams) if each.ran or is_needed else None for each in ffns]
+        orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
+        return Chosen(masks, orders, *_tokens(ffns, streams))
 
-    def _of_other_shape(self, batch: Tensor) -> tuple[Masks, Orders | None]:
+    def _of_other_shape(self, batch: Tensor) -> Chosen:
         """Of a bare tensor that is no batch of sequences as the first one was."""
-        if self._skips:
+        if self._needs_order:
             raise MeasurementError(
-                "skip_first= counts positions, so that all batches must have sequences as the "
-                f"first one has; got {tuple(batch.shape)}. Leave skip_first out."
+                "skip_first= and groups= count positions, so that all batches must have sequences "
+                f"as the first one has; got {tuple(batch.shape)}. Leave these out."
             )
-        return (None if self._mask is None else self._mask(batch)), None
+        return Chosen(None if self._mask is None else self._mask(batch))
 
-    def _given(self, batch: Any, streams: dict[str, Stream]) -> tuple[Masks, Orders | None]:
+    def _given(self, batch: Any, streams: dict[str, Stream]) -> Chosen:
         """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
         the batch of the trace, are put into the order of the features; any other is taken as it
         lies."""
@@ -115,17 +135,17 @@ class Choice:
         masks = for_each(ffns, given)
         of_all = isinstance(given, Tensor)
         if not streams:
-            return masks, None
+            return Chosen(masks, ids=ids_of(batch))
         is_bare = as_mapping(batch) is not batch
         try:
             traced = self._traced(batch, streams)
         except TraceError:
-            if (of_all and not is_bare) or self._skips:
+            if (of_all and not is_bare) or self._needs_order:
                 raise
-            return masks, None
+            return Chosen(masks)
         of_trace = self._mask(traced.batch)
-        if isinstance(of_trace, Tensor) != of_all and not self._skips:
-            return masks, None
+        if isinstance(of_trace, Tensor) != of_all and not self._needs_order:
+            return Chosen(masks)
         orders: list[Order | UnknownOrder | None] = []
         for ffn, mask, short, place in zip(
             ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
@@ -141,12 +161,24 @@ class Choice:
                     "Give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
                 )
             orders.append(_order(place, streams) if is_of_tokens else None)
-        return masks, orders
+        ids, of_streams = _tokens(traced.ffns, streams)
+        in_sequences = [
+            order is not None and known for order, known in zip(orders, of_streams, strict=True)
+        ]
+        return Chosen(masks, orders, ids, in_sequences)
 
     def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
         if self._trace is None:
             self._trace = trace(self._probe, self._run, batch, streams)
         return self._trace
+
+
+def _tokens(
+    ffns: Sequence[Traced], streams: dict[str, Stream]
+) -> tuple[list[Tensor | None], list[bool]]:
+    """For each FFN the tokens of its stream, and whether its samples are of one."""
+    ids = [None if each.stream is None else streams[each.stream].ids for each in ffns]
+    return ids, [each.stream is not None for each in ffns]
 
 
 def _order(place: Traced, streams: dict[str, Stream]) -> Order | UnknownOrder | None:

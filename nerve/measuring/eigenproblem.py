@@ -1,7 +1,8 @@
 """The eigenproblems that a measurement leaves, and the spectra that solve them."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,15 @@ from torch import Tensor
 from nerve.metric_names import STORED
 from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_outside
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
+
+TOO_FEW_SAMPLES = "too_few_samples"
+"""The status of what has fewer than two samples."""
+
+WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
+    "non_finite": lambda spectrum: not bool(torch.isfinite(spectrum).all()),
+    "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
+}
+"""Why nothing can be said of a spectrum, and whether it is so."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,8 @@ class FFNSpectra:
         """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
         the last two with `_pre` or `_post` where it is one side alone."""
         if self.n_samples < 2:
-            return "too_few_samples"
-        for reason, holds in (
-            ("non_finite", lambda spectrum: not bool(torch.isfinite(spectrum).all())),
-            ("zero_variance", lambda spectrum: not bool(spectrum.sum() > 0)),
-        ):
+            return TOO_FEW_SAMPLES
+        for reason, holds in WHY_NULL.items():
             pre, post = holds(self.pre), holds(self.post)
             if pre or post:
                 return reason if pre and post else f"{reason}_{'pre' if pre else 'post'}"
@@ -102,7 +109,6 @@ class FFNEigenproblem:
         weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, where it can be read.
         of_input: whether `before` is that of x, so that pre's is `W C_x W^T`.
         post_samples: where `post` is their Gram matrix, the samples themselves, `[k, d_ff]`.
-        copied: what to wait for before the tensors may be read on the host.
     """
 
     layer: int
@@ -117,27 +123,9 @@ class FFNEigenproblem:
     weight: Tensor | None = None
     of_input: bool = False
     post_samples: Tensor | None = None
-    copied: torch.cuda.Event | None = None
-
-    def to_host(self, stream: torch.cuda.Stream) -> "FFNEigenproblem":
-        """Starts to copy the tensors to pinned host memory on `stream`, beside other work."""
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        copies: dict[str, Any] = {}
-        with torch.cuda.stream(stream):
-            for name in (field.name for field in fields(self)):
-                tensor = getattr(self, name)
-                if isinstance(tensor, Tensor):
-                    copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                    copies[name].copy_(tensor, non_blocking=True)
-                    tensor.record_stream(stream)
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        return replace(self, **copies, copied=copied)
 
     def solve(self) -> FFNSpectra:
         """Solves both eigenproblems where the tensors lie."""
-        if self.copied is not None:
-            self.copied.synchronize()
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
         if self.of_input:
             assert self.weight is not None

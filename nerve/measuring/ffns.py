@@ -15,7 +15,7 @@ class FFN(Protocol):
 
     A module of a model fulfils it by having these attributes; for a model that has not, there are
     `nerve.find_ffns` and `FFNAdapter`. One that does not run once in each forward pass says so with
-    `n_runs`, as there.
+    `n_runs`, as there, and one that knows the residual stream around it with `stream`.
     """
 
     @property
@@ -50,6 +50,8 @@ class FFNAdapter:
             are shared, looped or skipped. The samples of all its runs are pooled.
         gated: whether what the nonlinearity gives is multiplied by a second projection; None where
             nobody said. It changes nothing that is measured.
+        stream: where the residual stream is before the FFN (and its norm), and where after; or the
+            module whose first argument and whose output these are. None where nobody said.
         pool: the name of one more row, of its samples together with those of the other FFNs of the
             layer that give this name: `experts`.
         tokens: of an expert, which gets some tokens in any order, where all of them appear.
@@ -61,6 +63,7 @@ class FFNAdapter:
     post: nn.Module | Site
     n_runs: int | None = 1
     gated: bool | None = None
+    stream: nn.Module | tuple[Site, Site] | None = None
     pool: str | None = None
     tokens: Site | None = None
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -11,11 +12,14 @@ import pandas as pd
 from torch import Tensor, nn
 
 from nerve.measuring.accumulator import Pools
+from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import evaluating
+from nerve.measuring.group_spectra import GroupSpectrum
+from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, for_each
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.passes import passes
@@ -37,6 +41,8 @@ class How:
     only_labeled: bool
     skip_first: int
     shortcut: bool
+    grouped: Grouped = NOT_GROUPED
+    sites: tuple[str, ...] = ()
 
 
 def spectra_of(
@@ -48,8 +54,8 @@ def spectra_of(
     memory: int | str | None,
     progress: Progress,
     give: Callable[[Any, object], None],
-) -> list[FFNSpectra]:
-    """The spectra of a model's FFNs over batches, solved.
+) -> tuple[list[FFNSpectra], list[GroupSpectrum]]:
+    """The spectra of a model's FFNs over batches, solved, and those of groups and sites.
 
     Args:
         model, batches, ffns, memory: as `nerve.measure` takes them.
@@ -62,30 +68,41 @@ def spectra_of(
             that are not what they are said to be.
     """
     with evaluating(model), ExitStack() as stack:
-        if ffns is None:
+        first: list[Any] = []
+        if ffns is None or how.sites:
             first, batches = _first_of(batches)
+        if ffns is None:
             found = find_ffns(model, first[0] if first else None, forward=how.forward)
             log.info("FFNs to measure:\n%s", found)
             for line in found.unclear:
                 log.warning("not measured; by hand, if it is an FFN: %s", line)
             ffns = found
-        plan = passes(ffns, model, memory)
+        around = sites_around(
+            ffns,
+            how.sites,
+            partial(find_streams, model, ffns, lambda: [how.forward(model, x) for x in first]),
+        )
+        plan = passes(ffns, model, memory, how.grouped.n_matrices)
         if len(plan) > 1 and iter(batches) is batches:
             batches = list(batches)
         pools: Pools = {}
         spectra: list[FFNSpectra] = []
+        groups: list[GroupSpectrum] = []
         # In each pass the model does the same, also where experts are not those of the pass.
         for products in products_of(sites_of(ffn) for ffn in ffns):
             for handle in products.install(lambda: True):
                 stack.callback(handle.remove)
         for number, planned in enumerate(plan):
-            probe = Probe([ffns[index] for index in planned.indices])
+            sites = [around[index] for index in planned.indices] if how.sites else None
+            probe = Probe([ffns[index] for index in planned.indices], sites)
             measurement = Measurement(
                 probe,
                 shortcut=how.shortcut,
                 skip_first=how.skip_first,
                 pools=pools,
                 open_pools=planned.open_pools,
+                grouped=how.grouped,
+                sites=how.sites,
             )
             some = replace(how, mask=_of_some(how.mask, ffns, planned.indices))
             which = "" if len(plan) == 1 else f", pass {number + 1} of {len(plan)}"
@@ -98,7 +115,8 @@ def spectra_of(
                 give if number == 0 else lambda batch, output: None,
             )
             spectra += measurement.spectra(progress)
-    return spectra
+            groups += [each.solve() for each in measurement.group_eigenproblems()]
+    return spectra, groups
 
 
 def _run(
@@ -114,7 +132,9 @@ def _run(
     def run(batch: Any) -> object:
         return call_probed(probe, how.forward, model, batch)
 
-    choice = Choice(model, probe, run, how.mask, how.exclude, how.only_labeled, how.skip_first > 0)
+    counted = (how.mask, how.exclude, how.only_labeled)
+    is_grouped = bool(how.grouped.groupings)
+    choice = Choice(model, probe, run, *counted, how.skip_first > 0, is_grouped)
     probe.install()
     try:
         for batch in batches:

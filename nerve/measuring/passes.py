@@ -49,16 +49,19 @@ def bytes_of(memory: int | str) -> int:
     return n
 
 
-def passes(ffns: Sequence[FFN], model: nn.Module, memory: int | str | None) -> list[Pass]:
+def passes(
+    ffns: Sequence[FFN], model: nn.Module, memory: int | str | None, n_matrices: int = 1
+) -> list[Pass]:
     """As few passes as the memory allows, FFNs in their order.
 
-    An FFN counts with two matrices of d_ff x d_ff in float64, as does a pool in each pass that has
-    one of its members; the widest one four times more, for what is at work.
+    An FFN counts with two matrices of d_ff x d_ff in float64 (two for each group), as does a pool
+    in each pass that has one of its members; the widest one four times more, for what is at work.
 
     Args:
         ffns: the FFNs.
         model: whose device says how much there is by default.
         memory: bytes of matrices at once, as of `bytes_of`; None for the default.
+        n_matrices: of each FFN's sides, where its samples are grouped.
 
     Raises:
         MeasurementError: where one FFN alone does not fit into a `memory` that was given.
@@ -71,9 +74,10 @@ def passes(ffns: Sequence[FFN], model: nn.Module, memory: int | str | None) -> l
     for index, (ffn, size) in enumerate(zip(ffns, sizes, strict=True)):
         pool = pool_of(ffn)
         key = None if pool is None else (ffn.layer, pool)
-        more = 2 * size * (1 if key is None or key in pools else 2)
+        more = 2 * size * (n_matrices if key is None or key in pools else n_matrices + 1)
         if not found or held + more + _AT_WORK * max(widest, size) > limit:
-            alone = (2 if key is None else 4) * size + _AT_WORK * size
+            more = 2 * size * (n_matrices if key is None else n_matrices + 1)
+            alone = more + _AT_WORK * size
             if known and alone > limit:
                 raise MeasurementError(
                     "memory must have room for the matrices of one FFN; "
@@ -82,7 +86,6 @@ def passes(ffns: Sequence[FFN], model: nn.Module, memory: int | str | None) -> l
                 )
             found.append([])
             held, widest, pools = 0, 0, set()
-            more = 2 * size * (1 if key is None else 2)
         found[-1].append(index)
         held, widest = held + more, max(widest, size)
         if key is not None:

@@ -5,7 +5,7 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,11 @@ from nerve.measuring.arguments import argument, replaced, sample_of
 from nerve.measuring.checks import check_same_samples, of_site, plain, split
 from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, tokens_of
 from nerve.measuring.following import Following
+from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.sites import Site, declared_widths, last
 from nerve.measuring.slices import products_of
 from nerve.measuring.tap import registered, tap
+from nerve.spectra.flag import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -55,13 +57,16 @@ class Probe:
 
     Args:
         ffns: the FFNs to tap.
+        around: for each FFN the sites around it that are tapped, too, by name.
 
     Raises:
         MeasurementError: if there is none, if two share layer and name, or if pre is the output of
             a module without weights.
     """
 
-    def __init__(self, ffns: Sequence[FFN]) -> None:
+    def __init__(
+        self, ffns: Sequence[FFN], around: Sequence[Mapping[str, Site]] | None = None
+    ) -> None:
         if not ffns:
             raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
         pools = {(ffn.layer, pool) for ffn in ffns if (pool := pool_of(ffn)) is not None}
@@ -75,9 +80,11 @@ class Probe:
         self.ffns = ffns
         self.sites = [sites_of(ffn) for ffn in ffns]
         self._names = [named(ffn) for ffn in ffns]
+        self._around = None if around is None else SiteProbe(around, self._names)
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
+        self._unchanged: list[tuple[int, Flag]] = []
         self._tokens: dict[nn.Module, Tensor] = {}
         described = (i for i, ffn in enumerate(ffns) if not isinstance(ffn, nn.Module))
         self._following = Following(described)
@@ -104,6 +111,8 @@ class Probe:
                 if post.of == "input"
                 else post.module.register_forward_hook(self._hook_given(index)),
             ]
+        if self._around is not None:
+            self._around.install()
 
     def remove(self) -> None:
         """Takes the hooks away; allowed at any time."""
@@ -111,16 +120,22 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._around is not None:
+            self._around.remove()
 
-    def start(self, receive: Receive) -> None:
-        """From now on calls `receive` once for each run of an FFN, in the forward pass that
-        `finish_forward` ends."""
+    def start(self, receive: Receive, receive_site: ReceiveSite | None = None) -> None:
+        """From now on calls `receive` once for each run of an FFN, and `receive_site` for each
+        tensor at a site around one, in the forward pass that `finish_forward` ends."""
         self._receive = receive
+        if self._around is not None and receive_site is not None:
+            self._around.start(receive_site)
         self._following.start_forward()
 
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
+        if self._around is not None:
+            self._around.stop()
         self._forget()
 
     @property
@@ -132,11 +147,18 @@ class Probe:
         """Ends one forward pass: every FFN must have run as often as its description says.
 
         Raises:
-            MeasurementError: for an FFN that did not, or whose post never came.
+            MeasurementError: for an FFN that did not, whose post never came, or whose pre was
+                overwritten.
         """
         times, pending = Counter(self._times), set(self._before)
+        unchanged = list(self._unchanged)
         self._following.finish_forward()
         self._forget()
+        for index in (index for index, is_so in unchanged if not is_so):
+            raise MeasurementError(
+                "A nonlinearity must leave its input as it is; that of "
+                f"{self._names[index]} overwrites it. Use one with inplace=False."
+            )
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
             if index in pending:
@@ -174,11 +196,8 @@ class Probe:
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise split(self._names[index])  # the features are a slice, which no type shows
         check_same_samples(pre, post, self._names[index])
-        if not torch.allclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True):
-            raise MeasurementError(
-                "A nonlinearity must leave its input as it is; that of "
-                f"{self._names[index]} overwrites it. Use one with inplace=False."
-            )
+        is_unchanged = torch.isclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True).all()
+        self._unchanged.append((index, Flag(is_unchanged)))
         self._times[index] += 1
         self._receive(index, inputs, pre, post)
 
@@ -271,9 +290,10 @@ class Probe:
         self._following.forget()
         self._before.clear()
         self._times.clear()
+        self._unchanged.clear()
         self._tokens.clear()
 
 
 def is_tap(hook: object) -> bool:
     """Whether a hook of a module is a probe's, which looks at features and leaves them."""
-    return getattr(hook, "__module__", None) == __name__
+    return getattr(hook, "__module__", None) in (__name__, SiteProbe.__module__)

@@ -12,6 +12,7 @@ from nerve.measuring.distributed import (
     reduce_shares,
     shared_from,
 )
+from nerve.measuring.parts import Key
 from nerve.spectra.covariance import Tally
 
 
@@ -22,6 +23,7 @@ class _Seen(NamedTuple):
     weight: torch.dtype | None
     of_input: bool
     covariances: dict[Side, tuple[int, Tally]]
+    parts: dict[Key, tuple[int, Tally]]
     n_positions: int | None
 
 
@@ -40,9 +42,10 @@ def reduce(accumulators: Sequence[Accumulator]) -> None:
 
 def _seen(each: Accumulator) -> _Seen:
     covariances = {side: (c.dim, c.tally()) for side, c in each.covariances.items()}
+    parts = {key: (c.dim, c.tally()) for key, c in each.parts.covariances.items()}
     n_positions = each.shares["pre"].n_positions if each.shares else None
     weight = None if each.weight is None else each.weight.dtype
-    return _Seen(each.d_in, weight, each.of_input, covariances, n_positions)
+    return _Seen(each.d_in, weight, each.of_input, covariances, parts, n_positions)
 
 
 def _reduce(mine: Accumulator, everyone: Sequence[_Seen], to: int) -> None:
@@ -62,6 +65,10 @@ def _reduce(mine: Accumulator, everyone: Sequence[_Seen], to: int) -> None:
         for of in of_shares if side == "post" else ():
             shares = mine.shares_of(of, covariance.dim, covariance.device)
             reduce_shares(shares, to, [tally.n for tally in tallies], lengths)
+    for key in sorted({key for seen in everyone for key in seen.parts}):
+        theirs = [seen.parts[key] for seen in everyone if key in seen.parts]
+        covariance = mine.parts.covariance(key, theirs[0][0], mine.device)
+        reduce_covariance(covariance, to, [tally for _, tally in theirs])
     _share_weight(mine, everyone)
 
 

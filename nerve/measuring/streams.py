@@ -1,6 +1,6 @@
 """The streams of tokens in a batch, and how they lie in the features of each FFN."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,42 @@ def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
                 found[prefix] = Stream(sizes, mask, ids, labels if of_tokens else None)
                 break
     return found
+
+
+def ids_of(batch: Any) -> Tensor | None:
+    """The token ids of a batch without streams: whole numbers, `[sequence, position]`, that come
+    first in it."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else None
+    is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
+    return first if is_ids else None
+
+
+def count_tokens(batches: Iterable[Any]) -> Tensor:
+    """How often each token id occurs in batches, padding left out, `[highest id + 1]`.
+
+    Raises:
+        MeasurementError: where they have no token ids.
+    """
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in batches:
+        streams = streams_of(as_mapping(batch), is_encoder_decoder=False).values()
+        found = [(each.ids, each.mask) for each in streams] or [(ids_of(batch), None)]
+        for ids, mask in found:
+            if ids is not None:
+                flat = ids.reshape(-1) if mask is None else ids[as_bool(mask)]
+                here = torch.bincount(flat.clamp(min=0).cpu())
+                length = max(len(counts), len(here))
+                counts, here = (
+                    torch.nn.functional.pad(each, (0, length - len(each)))
+                    for each in (counts, here)
+                )
+                counts = counts + here
+    if not counts.sum():
+        raise MeasurementError(
+            "Groups by frequency need token ids: batches that are mappings with input_ids, or "
+            "tensors of them, [sequence, position]; got none. Leave frequency out of groups."
+        )
+    return counts
 
 
 def as_mapping(batch: Any) -> Any:

@@ -65,13 +65,14 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}
 TF32 rounds the factors of float32 to 11 digits. Types of 16 bits: 2**-6."""
 
 
-def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> bool:
-    """Whether some of the outputs, from all over them, are W x + b, up to rounding."""
+def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Whether some of the outputs, from all over them, are W x + b, up to rounding; on their
+    device, which is not waited for."""
     x, y = (sample_of(features).detach().double() for features in (inputs, outputs))
     w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
     size = x.abs() @ w.abs().T + b.abs()
     close = (y - (x @ w.T + b)).abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size
-    return bool((close | ~y.isfinite()).all())
+    return (close | ~y.isfinite()).all()
 
 
 def is_unrounded(inputs: Tensor, outputs: Tensor) -> bool:

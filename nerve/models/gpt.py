@@ -13,7 +13,7 @@ from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
 from nerve.nn.ffn import FeedForward, FFNDesign
-from nerve.nn.normalization import WIRINGS, Normalization
+from nerve.nn.normalization import WIRINGS, Normalization, Residual
 from nerve.nn.position import AttentionPosition, Position
 
 
@@ -90,6 +90,8 @@ class GPTBlock(nn.Module):
             bias=config.attention_bias,
             dropout=config.dropout,
         )
+        wire_attention, wire_ffn = WIRINGS[placement]
+        self.wire_attention, self.wire_ffn = wire_attention, Residual(wire_ffn)
         self.ffn_norm = config.normalization.build(d_model)
         self.ffn = FeedForward(
             d_model,
@@ -100,8 +102,8 @@ class GPTBlock(nn.Module):
             constraint=config.ffn.constraint,
             dropout=config.dropout,
             layer=layer,
+            stream=self.wire_ffn,
         )
-        self.wire_attention, self.wire_ffn = WIRINGS[placement]
 
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         x = self.wire_attention(x, self.attention_norm, self.attention)

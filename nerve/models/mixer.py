@@ -11,7 +11,7 @@ from nerve.config import require, require_choice, require_count
 from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import ACTIVATIONS, Activation
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
-from nerve.nn.normalization import WIRINGS, Normalization
+from nerve.nn.normalization import WIRINGS, Normalization, Residual
 from nerve.nn.position import Position
 
 
@@ -112,8 +112,8 @@ class MixerConfig:
             return self.ffn.hidden_width(self.d_model)
         return hidden_width(own.width, own.d_ff, self.d_model, f"model.{name}")
 
-    def build_ffn(self, name: str, layer: int, act: nn.Module) -> FeedForward:
-        """The `token_mixing` or `channel_mixing` FFN of block `layer`."""
+    def build_ffn(self, name: str, layer: int, act: nn.Module, stream: nn.Module) -> FeedForward:
+        """The `token_mixing` or `channel_mixing` FFN of block `layer`, in that stream."""
         return FeedForward(
             self.n_patches if name == "token_mixing" else self.d_model,
             self.d_ff_of(name),
@@ -124,6 +124,7 @@ class MixerConfig:
             dropout=self.dropout,
             layer=layer,
             name=name,
+            stream=stream,
         )
 
 
@@ -148,11 +149,13 @@ class MixerBlock(nn.Module):
         channel_act: nn.Module,
     ) -> None:
         super().__init__()
+        self.wire_tokens, self.wire_channels = map(Residual, WIRINGS[placement])
         self.token_norm = config.normalization.build(config.d_model)
-        self.token_mixing = config.build_ffn("token_mixing", layer, token_act)
+        self.token_mixing = config.build_ffn("token_mixing", layer, token_act, self.wire_tokens)
         self.channel_norm = config.normalization.build(config.d_model)
-        self.channel_mixing = config.build_ffn("channel_mixing", layer, channel_act)
-        self.wire_tokens, self.wire_channels = WIRINGS[placement]
+        self.channel_mixing = config.build_ffn(
+            "channel_mixing", layer, channel_act, self.wire_channels
+        )
 
     def forward(
         self, x: Float[Tensor, "batch n_patches d_model"]

@@ -37,8 +37,21 @@ class UnitRows(nn.Module):
         return F.normalize(weight, dim=1)
 
 
+class SpectralNorm(parametrizations._SpectralNorm):
+    """That of torch, which iterates nothing where there are no values: on the meta device."""
+
+    def _power_method(self, weight_mat: Weight, n_power_iterations: int) -> None:
+        if not weight_mat.is_meta:
+            super()._power_method(weight_mat, n_power_iterations)
+
+
 def _none(linear: nn.Linear) -> None:
     return
+
+
+def _spectral_norm(linear: nn.Linear) -> None:
+    norm = SpectralNorm(linear.weight, N_POWER_ITERATIONS)
+    parametrize.register_parametrization(linear, "weight", norm)
 
 
 def _hyperspherical(linear: nn.Linear) -> None:
@@ -48,9 +61,7 @@ def _hyperspherical(linear: nn.Linear) -> None:
 CONSTRAINTS: dict[str, Callable[[nn.Linear], object]] = {
     "none": _none,
     "weight_norm": partial(parametrizations.weight_norm, name="weight", dim=0),
-    "spectral_norm": partial(
-        parametrizations.spectral_norm, name="weight", n_power_iterations=N_POWER_ITERATIONS
-    ),
+    "spectral_norm": _spectral_norm,
     "hyperspherical": _hyperspherical,
 }
 

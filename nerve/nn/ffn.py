@@ -97,7 +97,7 @@ def _fraction(width: Width) -> Fraction:
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) (Shazeer 2020).
 
-    It names what a probe needs: `layer`, `name`, `pre` and `post`.
+    It names what a probe needs: `layer`, `name`, `pre` and `post`, and where it is known `stream`.
 
     Args:
         d_in: width of the input and of the output.
@@ -107,6 +107,8 @@ class FeedForward(nn.Module):
         dropout: on the output, in training.
         layer: depth of the block, from 0.
         name: which FFN of its block: `ffn`, `token_mixing` or `channel_mixing`.
+        stream: the module whose first argument is the residual stream before this FFN and its norm,
+            and whose output the stream after them; no part of this module.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
         layer: int = 0,
         name: str = "ffn",
+        stream: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -130,6 +133,13 @@ class FeedForward(nn.Module):
         self.act = act
         self.down = constrain(nn.Linear(d_ff, d_in, bias=bias), constraint)
         self.dropout = nn.Dropout(dropout)
+        self._around = (stream,)  # in a tuple: as an attribute it would become a part
+
+    @property
+    def stream(self) -> nn.Module | None:
+        """What brings this FFN into the residual stream: its first argument is the stream before,
+        its output the stream after."""
+        return self._around[0]
 
     @property
     def pre(self) -> nn.Linear:

@@ -40,6 +40,22 @@ WIRINGS: dict[str, tuple[Wiring, Wiring]] = {
 """The placement of a layer to the wirings of its first and second sublayer."""
 
 
+class Residual(nn.Module):
+    """A sublayer's way into the stream: its first argument is the stream before the sublayer and
+    its norm, and its output the stream after them.
+
+    Args:
+        wiring: how, one of those in `WIRINGS`.
+    """
+
+    def __init__(self, wiring: Wiring) -> None:
+        super().__init__()
+        self._wiring = wiring
+
+    def forward(self, x: Stream, norm: Map, sublayer: Map) -> Stream:
+        return self._wiring(x, norm, sublayer)
+
+
 NORMS: dict[str, type[nn.Module]] = {
     "layernorm": nn.LayerNorm,
     "rmsnorm": nn.RMSNorm,

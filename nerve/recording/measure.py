@@ -10,13 +10,16 @@ import pandas as pd
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nerve.config import require, require_count
+from nerve.config import require, require_count, require_several
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN
 from nerve.measuring.forward import call
+from nerve.measuring.groups import Grouped
 from nerve.measuring.masks import Masks
 from nerve.measuring.measure import How, frame_of, spectra_of
 from nerve.measuring.passes import bytes_of
+from nerve.measuring.streams import count_tokens
+from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean
 from nerve.recording.losses import loss_of
@@ -43,6 +46,9 @@ def measure(
     only_labeled: bool = False,
     skip_first: int = 0,
     shortcut: bool = True,
+    groups: Sequence[str] = (),
+    sites: Sequence[str] = (),
+    token_counts: Tensor | None = None,
     memory: int | str | None = None,
     progress: bool | Progress = False,
 ) -> pd.DataFrame:
@@ -84,6 +90,14 @@ def measure(
             trained models hold most of the variance.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper; False always takes the features themselves.
+        groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
+            measured by themselves as well and stored in `into`, where `nerve.load_groups` reads
+            them.
+        sites: of `stream_in`, `input`, `output` and `stream_out` those that are measured as well,
+            likewise; where a model does not say where its residual stream is, one forward pass of
+            the first batch shows it, or a warning says that it does not.
+        token_counts: how often each token id occurs in the text that the model learned from, for
+            groups by frequency; None counts the batches.
         memory: bytes of matrices that are held at once, as a number or as a text such as `8GiB`:
             two of d_ff x d_ff in float64 for each FFN. Where all do not fit, the model runs over
             the batches again for those that are left; values are the same. By default 8 GiB on a
@@ -114,10 +128,29 @@ def measure(
     labels, text = dict(labels or {}), dict(fingerprints or {})
     taken = sorted(labels.keys() & {*OWN})
     require(not taken, f"labels are named otherwise than {', '.join(OWN)}; got {', '.join(taken)}.")
-    how = How(forward or call, mask, tuple(exclude), only_labeled, skip_first, shortcut)
+    for name, chosen, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+        require_several(name, chosen, options)
+    require(
+        into is not None or not (groups or sites),
+        "Groups and sites are stored in a run, for nerve.load_groups; got none. Give into=.",
+    )
+    if "frequency" in groups and token_counts is None:
+        batches = list(batches)
+        token_counts = count_tokens(batches)
+    how = How(
+        forward or call,
+        mask,
+        tuple(exclude),
+        only_labeled,
+        skip_first,
+        shortcut,
+        Grouped(tuple(groups), token_counts),
+        tuple(sites),
+    )
     if memory is not None:
         bytes_of(memory)
     told = {name: getattr(how, name) for name in _ASKED} | {"mask": mask is not None}
+    told |= {name: list(each) for name, each in (("groups", groups), ("sites", sites)) if each}
     asked = {**labels, "measure": told, **({"text": text} if text else {})}
     is_series = not isinstance(model, nn.Module)
     series = [(step, model)] if isinstance(model, nn.Module) else model
@@ -171,11 +204,11 @@ def measure_one(
         if found is not None:
             loss.add(*found)
 
-    spectra = spectra_of(
+    spectra, groups = spectra_of(
         loaded, batches, how, ffns=ffns, memory=memory, progress=progress, give=give
     )
     if run is not None:
-        run.add(step, loaded, digest, spectra, loss.value(), tokens_seen)
+        run.add(step, loaded, digest, spectra, loss.value(), tokens_seen, groups)
     return spectra
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nerve.errors import StoreError
 from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.measuring.group_spectra import GroupSpectrum
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter
@@ -77,6 +78,7 @@ class MeasuredRun:
         spectra: Sequence[FFNSpectra],
         val_loss: float | None,
         tokens_seen: int = 0,
+        groups: Sequence[GroupSpectrum] = (),
     ) -> None:
         """Stores a measurement.
 
@@ -90,7 +92,7 @@ class MeasuredRun:
                 f"{batches}. Choose another directory."
             )
         labels = {"step": step, "tokens_seen": tokens_seen, "val_loss": val_loss}
-        self._writer.write([Solved(labels, list(spectra))])
+        self._writer.write([Solved(labels, list(spectra), groups)])
         steps = self.steps | {step: str(weights_of(model))}
         self._config |= {
             "batches": str(batches),

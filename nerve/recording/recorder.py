@@ -3,19 +3,22 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nerve.measuring.around import Stream, sites_around
 from nerve.measuring.ffns import FFN
+from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, Orders
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.cadence import Cadence
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.solver import Solved, Solver, spare_workers
+from nerve.recording.solver import Eigenproblem, Solved, Solver, spare_workers
+from nerve.recording.staging import expected_bytes
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
 
@@ -49,6 +52,8 @@ class Recorder:
         self._began = 0.0
         self._cadence = Cadence()
         self._probe: Probe | None = None
+        self._grouped = NOT_GROUPED
+        self._n_measurements = 0
         self._measurement: Measurement | None = None
         self._solver: Solver | None = None
         self._writer: SpectraWriter | None = None
@@ -104,6 +109,8 @@ class Recorder:
         rank: int = 0,
         n_processes: int = 1,
         n_here: int = 1,
+        token_counts: Tensor | None = None,
+        find_streams: Callable[[], list[Stream | None]] | None = None,
     ) -> None:
         """Installs the probe, and starts what solves.
 
@@ -115,20 +122,23 @@ class Recorder:
             rank: this process's number of those that train.
             n_processes: how many train.
             n_here: how many of them on this host, which share its cores.
+            token_counts: how often each token occurs, for groups by frequency.
+            find_streams: gives the streams around FFNs whose descriptions do not.
         """
-        self._probe = Probe(ffns)
+        self._grouped = Grouped(tuple(self.settings.groups), token_counts)
+        around = sites_around(ffns, self.settings.sites, find_streams)
+        self._probe = Probe(ffns, around if self.settings.sites else None)
         self._probe.install()
         compiler = sys.modules.get("torch._dynamo")
         if compiler is not None and compiler.utils.counters["frames"]:
             torch.compiler.reset()  # code that was compiled before knows no probe
         if anew:
-            self.seconds = 0.0
+            self.seconds, self._n_measurements = 0.0, 0
             self._cadence = Cadence()
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
-        self._solver = Solver(device, spare_workers(device, n_here))
-        threads = f"{self._solver.n_workers} threads of the host, beside training"
-        log.info("spectra are solved on %s", threads if self._solver.n_workers else device)
+        n_bytes = max(map(expected_bytes, ffns))
+        self._solver = Solver(device, spare_workers(device, n_here), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
 
     # Losses, and the labels of a step
@@ -164,17 +174,27 @@ class Recorder:
 
     # Features
 
-    def start(self, mask: Masks = None, orders: Orders | None = None) -> None:
+    def start(
+        self,
+        mask: Masks = None,
+        orders: Orders | None = None,
+        ids: Tensor | Sequence[Tensor | None] | None = None,
+        in_sequences: Sequence[bool] | None = None,
+    ) -> None:
         """Begins to take the features of a forward pass; which of them count is said as to
         `Measurement.start`."""
         if self._measurement is None:
             assert self._probe is not None
+            is_grouped = self._n_measurements % self.settings.groups_every == 0
+            self._n_measurements += 1
             self._measurement = Measurement(
                 self._probe,
                 shortcut=self.settings.shortcut,
                 skip_first=self.settings.skip_first,
+                grouped=self._grouped if is_grouped else NOT_GROUPED,
+                sites=self.settings.sites if is_grouped else (),
             )
-        self._measurement.start(mask, orders)
+        self._measurement.start(mask, orders, ids, in_sequences)
 
     def stop(self) -> None:
         """Ends the forward pass, if one is measured."""
@@ -191,7 +211,10 @@ class Recorder:
             self.n_measured += 1
             if of_all:
                 measurement.reduce()
-            share = measurement.eigenproblems(self._rank, self._n_processes)
+            mine = (self._rank, self._n_processes)
+            share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
+            share += measurement.group_eigenproblems(*mine)
+            log.debug("covariances: %.3g GiB", measurement.n_bytes / 2**30)
             self._write(self._solver.submit(due, share))
 
     def drop_due(self) -> None:
@@ -235,7 +258,12 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, once all rows up to its step are written."""
         self.wait()
-        return {**self._cadence.state_dict(), "latest": self.latest, "seconds": self.seconds}
+        return {
+            **self._cadence.state_dict(),
+            "latest": self.latest,
+            "seconds": self.seconds,
+            "n_measurements": self._n_measurements,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint; all processes must call it."""
@@ -243,6 +271,7 @@ class Recorder:
         if self._writer is not None:
             self._writer.latest = state["latest"]
         self.seconds = state["seconds"]
+        self._n_measurements = state.get("n_measurements", 0)  # a checkpoint of 0.1 has none
 
     def _write(self, solved: Iterable[Solved]) -> None:
         assert self._writer is not None

@@ -1,8 +1,9 @@
 """What is measured of a model while it trains, and when."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nerve.config import require, require_choice, require_count
+from nerve.config import require, require_choice, require_count, require_several
+from nerve.metric_names import AROUND, GROUPS
 from nerve.recording.steps import MeasuredSteps, check_steps, steps_of
 
 
@@ -25,6 +26,11 @@ class MonitorSettings:
             as exact and cheaper.
         skip_first: leaves so many positions at the beginning of each sequence out of the features,
             not of the loss.
+        groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
+            measured by themselves as well.
+        groups_every: groups and sites are measured with every so many-th measurement, the first
+            among them.
+        sites: of `stream_in`, `input`, `output` and `stream_out` those that are measured as well.
 
     Raises:
         ConfigError: for a value out of range.
@@ -37,6 +43,9 @@ class MonitorSettings:
     layers: list | None = None
     shortcut: bool = True
     skip_first: int = 0
+    groups: list = field(default_factory=list)
+    groups_every: int = 1
+    sites: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_count("monitor.every_n_steps", self.every_n_steps, or_null=True)
@@ -52,6 +61,9 @@ class MonitorSettings:
             f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
         )
         require_count("monitor.skip_first", self.skip_first, least=0)
+        require_several("monitor.groups", self.groups, GROUPS)
+        require_several("monitor.sites", self.sites, AROUND)
+        require_count("monitor.groups_every", self.groups_every)
 
     @property
     def begins_at_zero(self) -> bool:

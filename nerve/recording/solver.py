@@ -4,23 +4,26 @@ import logging
 import os
 import sys
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from nerve.cores import allowed, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import dealt_back, gathered, n_processes
-from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+from nerve.measuring.eigenproblem import FFNSpectra
+from nerve.measuring.group_spectra import GroupSpectrum, pooled_spectra
+from nerve.recording.place import Eigenproblem, Place, Placement, work_of
+from nerve.recording.staging import Staging
 
 log = logging.getLogger(__name__)
-
-LEAST_WORKERS = 4
-"""With fewer spare cores than this a GPU solves its own eigenproblems sooner than the host does."""
 
 NICENESS = 19
 """Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
@@ -33,23 +36,41 @@ Labels = dict[str, Any]
 
 @dataclass(frozen=True)
 class Solved:
-    """A measurement's labels (its step, losses, …) and the spectra of its FFNs."""
+    """A measurement's labels (its step, losses, …), the spectra of its FFNs, and those of groups
+    and sites where they were measured."""
 
     labels: Labels
     spectra: list[FFNSpectra]
+    groups: Sequence[GroupSpectrum] = ()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Those of the `metrics` table."""
         return [self.labels | spectra.row() for spectra in self.spectra]
 
+    @property
+    def group_rows(self) -> list[dict[str, Any]]:
+        """Those of the `groups` table: with pre and post of all samples, where there are others."""
+        if not self.groups:
+            return []
+        step = {"step": self.labels["step"]}
+        pooled = [each for spectra in self.spectra for each in pooled_spectra(spectra)]
+        return [step | each.row() for each in (*pooled, *self.groups)]
+
+
+class _Waiting(NamedTuple):
+    """An FFN as messages name it, and its spectra to come."""
+
+    name: str
+    future: Future[Any]
+
 
 class Solver:
     """Takes a measurement's eigenproblems and gives their solutions, in the order of measurements.
 
-    Those of a GPU are copied to the host beside its work and solved there, one thread for each of
-    them, while training goes on. Without spare cores, or on the CPU, whose cores train, they are
-    solved where they lie, at once.
+    Those of a GPU are solved while training goes on, each where it costs less (`Placement`): copied
+    to the host and solved there, one thread for each of them, or on the GPU, between its other
+    work. On the CPU, whose cores train, they are solved at once.
 
     Of several processes each submits its share of a measurement's eigenproblems: process r of n
     every n-th, from number r on. Process 0 gets the spectra of all, the others their own. They
@@ -57,29 +78,48 @@ class Solver:
 
     Args:
         device: where the model trains.
-        n_workers: threads; 0 solves in place.
+        n_workers: threads of the host; 0 solves on `device`.
+        n_bytes: what an eigenproblem is expected to take on the host: room for it is made now,
+            beside what comes first.
     """
 
-    def __init__(self, device: torch.device, n_workers: int = 0) -> None:
+    def __init__(self, device: torch.device, n_workers: int = 0, n_bytes: int = 0) -> None:
         self.n_workers = n_workers
-        self._pending: deque[tuple[Labels, list[tuple[FFNEigenproblem, Future[FFNSpectra]]]]] = (
-            deque()
-        )
+        self._device = device
+        self._pending: deque[tuple[Labels, list[_Waiting]]] = deque()
         self._pool = _single_threaded(self.n_workers) if self.n_workers else None
-        self._stream = torch.cuda.Stream(device) if self._pool and device.type == "cuda" else None
+        is_gpu = device.type == "cuda"
+        self._of_gpu = ThreadPoolExecutor(1, thread_name_prefix="spectra-gpu") if is_gpu else None
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._staging = Staging(device)
+        self._placement = Placement(n_workers)
+        self._said: Counter[Place] = Counter()
         self._shares = n_processes() > 1
+        if self._pool and is_gpu:
+            self._pool.submit(self._staging.reserve, n_bytes)
 
-    def submit(self, labels: Labels, eigenproblems: Sequence[FFNEigenproblem]) -> Iterator[Solved]:
+    def submit(self, labels: Labels, eigenproblems: Sequence[Eigenproblem]) -> Iterator[Solved]:
         """Takes a measurement at once; gives what is solved by then, after waiting if too much is
         pending.
 
         Raises:
             MeasurementError: for one that could not be solved, with its layer and step.
         """
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.current_stream(self._device).record_event()
+        works = [work_of(each) for each in eigenproblems]
+        if self._of_gpu:
+            places = self._placement.choose(works)
+        else:
+            places = ["host" if self._pool else "device"] * len(works)
+        self._say(places, labels.get("step"))
         waiting = []
-        for eigenproblem in eigenproblems:
-            on_host = eigenproblem.to_host(self._stream) if self._stream else eigenproblem
-            waiting.append((on_host, self._start(on_host)))
+        for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
+            name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
+            # What solves it takes it from the list, so that a GPU's memory is free once copied.
+            task = partial(self._solve, [eigenproblem], place, work, ready)
+            waiting.append(_Waiting(name, self._start(task, place)))
         self._pending.append((labels, waiting))
         return self._solved_by_now()
 
@@ -94,7 +134,7 @@ class Solver:
         while (
             not self._shares
             and self._pending
-            and all(future.done() for _, future in self._pending[0][1])
+            and all(each.future.done() for each in self._pending[0][1])
         ):
             yield self._oldest()
 
@@ -106,56 +146,90 @@ class Solver:
     def close(self) -> None:
         """Ends the threads; what is still pending is dropped."""
         self._pending.clear()
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._of_gpu):
+            if pool:
+                pool.shutdown(cancel_futures=True)
 
-    def _start(self, eigenproblem: FFNEigenproblem) -> Future[FFNSpectra]:
-        if self._pool:
-            return self._pool.submit(eigenproblem.solve)
-        future: Future[FFNSpectra] = Future()
+    def _start(self, task: Callable[[], Any], place: Place) -> Future[Any]:
+        pool = self._pool if place == "host" else self._of_gpu
+        if pool:
+            return pool.submit(task)
+        future: Future[Any] = Future()
         try:
-            future.set_result(eigenproblem.solve())
+            future.set_result(task())
         except Exception as error:
             future.set_exception(error)
         return future
 
+    def _solve(
+        self,
+        taken: list[Eigenproblem],
+        place: Place,
+        work: float,
+        ready: torch.cuda.Event | None,
+    ) -> FFNSpectra | GroupSpectrum:
+        began, seconds = time.monotonic(), None
+        try:
+            if place == "host" and self._stream is not None:
+                spectra = self._staging.to_host(taken.pop(), ready).solve()
+            else:
+                with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                    if self._stream is not None and ready is not None:
+                        self._stream.wait_event(ready)
+                    spectra = taken.pop().solve()
+            seconds = time.monotonic() - began
+        finally:
+            self._placement.solved(place, work, seconds)
+        return spectra
+
+    def _say(self, places: Sequence[Place], step: Any) -> None:
+        """Logs where the eigenproblems go, when that changes."""
+        counted = Counter(places)
+        if counted != self._said:
+            self._said = counted
+            log.info(
+                "of the %s spectra of step %s, %s are solved by %s threads of the host beside "
+                "training, %s on %s",
+                len(places),
+                step,
+                counted["host"],
+                self.n_workers,
+                counted["device"],
+                self._device,
+            )
+
     def _oldest(self) -> Solved:
         labels, waiting = self._pending.popleft()
         spectra: list[FFNSpectra] = []
+        groups: list[GroupSpectrum] = []
         error: MeasurementError | None = None
-        for eigenproblem, future in waiting:
+        for each in waiting:
             try:
-                spectra.append(future.result())
+                result = each.future.result()
+                (spectra if isinstance(result, FFNSpectra) else groups).append(result)
             except Exception as cause:
                 error = MeasurementError(
-                    f"The spectra of {eigenproblem.ffn} in layer {eigenproblem.layer} at "
-                    f"step {labels.get('step')} could not be solved: {cause}"
+                    f"The spectra of {each.name} at step {labels.get('step')} could not be "
+                    f"solved: {cause}"
                 )
                 error.__cause__ = cause
         if self._shares:
             told = gathered(None if error is None else str(error))
-            spectra = dealt_back(spectra)
+            spectra, groups = dealt_back(spectra), dealt_back(groups)
             if error is None:
                 error = next((MeasurementError(text) for text in told if text is not None), None)
         if error is not None:
             raise error
-        return Solved(labels, spectra)
+        return Solved(labels, spectra, groups)
 
 
 def spare_workers(device: torch.device, n_processes: int = 1) -> int:
     """Threads that can solve beside training on `device`: the cores of this process, shared with
-    the other training processes of the host, but one.
-
-    0 where the cores train, or are so few that a GPU of its own is sooner done. A trial of a sweep
-    that runs beside others has at least one: on a GPU that they share it would hold them up.
-    """
+    the other training processes of the host, but one. 0 where the cores train."""
     if device.type != "cuda":
         return 0
-    share = share_among_trials()
-    if share is not None:
-        return max(1, share // n_processes - 1)
-    cores = allowed() // n_processes
-    return cores - 1 if cores > LEAST_WORKERS else 0
+    cores = share_among_trials() or allowed()
+    return max(0, cores // n_processes - 1)
 
 
 def _single_threaded(n_workers: int) -> ThreadPoolExecutor:

@@ -54,6 +54,7 @@ class SpectraWriter:
             step = measured.labels["step"]
             self.latest = measured.rows
             self._store.append_metrics(self.latest)
+            self._store.append_groups(measured.group_rows)
             for spectra in measured.spectra:
                 if self._stores(spectra):
                     self._store.append_spectra(_spectra_rows(step, spectra))

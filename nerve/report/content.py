@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
+from nerve.analysis.sampling import VERDICTS
 from nerve.metric_names import SITES
 from nerve.outliers import describe_outliers
 
@@ -104,6 +105,20 @@ def dead_layers(metrics: pd.DataFrame) -> list[str]:
     return [
         f"In {every} rows of metrics (a row is a layer at a step) nothing could be measured: "
         f"{reasons}. They are blank in figures and left out of means."
+    ]
+
+
+def sampled_rows(metrics: pd.DataFrame) -> list[str]:
+    """A sentence on how many rows have enough samples, where some have not."""
+    counts = metrics["sampling"].value_counts()
+    if metrics.empty or counts.get(VERDICTS[0], 0) == counts.sum():
+        return []
+    told = ", ".join(f"{counts[each]:,} {each}" for each in VERDICTS if each in counts)
+    return [
+        f"Sampling, of {counts.sum():,} rows of metrics: {told}. By how far PR moves when it is "
+        "extrapolated from halves to endlessly many samples (well up to 5%, under up to 20%), or "
+        "where no halves were measured by N/D (well from 8, under from 2). Fewer samples lower PR "
+        "and SE and raise EEE; monitor.n_tokens raises their number."
     ]
 
 

@@ -21,7 +21,9 @@ from nerve.report.content import (
     known,
     limits,
     outlying_rows,
+    sampled_rows,
 )
+from nerve.report.groups import group_drawings, group_tables, last_of
 
 SIZES = ("layer", "ffn", "step", "n_samples", "d_ff", "d_in")
 SHOWN = columns_of(lambda metric: "tables" in metric.shown)
@@ -41,9 +43,10 @@ def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Cont
     content = Content(title=f"Run {run['run_id']}", facts=_facts(run, flags, runs))
     if flags["flag"] != "ok":
         content.notes.append(f"This run is flagged “{flags['flag']}”: {flags['reason']}")
-    content.notes += [*dead_layers(metrics), *outlying_rows(metrics)]
+    content.notes += [*dead_layers(metrics), *outlying_rows(metrics), *sampled_rows(metrics)]
     within = correlate_within_runs(metrics, runs)
     chosen = within[within["window"] == window]
+    groups = last_of(loaded.groups)
     for ffn, rows in metrics.groupby("ffn", sort=False):
         own = chosen[chosen["ffn"] == ffn]
         content.drawings += _drawings(
@@ -55,12 +58,14 @@ def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Cont
             window,
             steps,
         )
+        content.drawings += group_drawings(str(ffn), groups[groups["ffn"] == ffn], run["run_id"])
     if len(metrics) and spectra.empty:
         content.notes.append("No spectra were stored (monitor.spectra), so none are drawn.")
     content.notes += _unmeasured(spectra, steps)
     if len(metrics) or len(loaded.scalars):
         content.drawings.append(_training(metrics, loaded.scalars, run))
     content.tables += _tables(run, metrics, within, runs)
+    content.tables += group_tables(groups)
     return content
 
 
@@ -126,8 +131,9 @@ def _drawings(
         ),
         Drawing(
             f"gain{suffix}",
-            "PR gain = PR post / PR pre and ΔEEE = EEE post − EEE pre by layer and step. Purple: "
-            f"the nonlinearity flattens the spectrum; gray: nothing could be measured. {about}",
+            "PR gain = PR post / PR pre, ΔEEE = EEE post − EEE pre, and the share of "
+            "post's variance outside the span of pre, by layer and step. Purple: the "
+            f"nonlinearity flattens the spectrum; gray: nothing could be measured. {about}",
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]

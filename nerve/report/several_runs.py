@@ -16,7 +16,15 @@ from nerve.analysis.factors import Factors, describe_ties, find_factors, level_t
 from nerve.analysis.load import Runs
 from nerve.report import figures_of_several_runs
 from nerve.report.comparisons import Comparisons, comparison_drawings
-from nerve.report.content import Content, Drawing, dead_layers, limits, outlying_rows, seeds
+from nerve.report.content import (
+    Content,
+    Drawing,
+    dead_layers,
+    limits,
+    outlying_rows,
+    sampled_rows,
+    seeds,
+)
 from nerve.report.style import one_line
 from nerve.report.tables import comparison_tables
 from nerve.storage.find import listed
@@ -42,6 +50,7 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
     designs = compared.designs
     content = Content(title=title, facts=_facts(runs, flags, factors))
     content.notes += [*_flagged(flags), *dead_layers(metrics), *outlying_rows(metrics)]
+    content.notes += sampled_rows(metrics)
     content.notes += describe_ties(factors)
     if not factors.varying and not factors.taken:
         content.notes.append("No configuration value varies among these runs but the seed.")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from nerve.analysis.correlate import WINDOWS
 from nerve.analysis.load import Runs
 from nerve.config import require_choice
-from nerve.errors import StoreError
+from nerve.errors import ConfigError, StoreError
 from nerve.files import building_folder
 from nerve.report.content import Content, Drawing, Table
 from nerve.report.one_run import content_of_run
@@ -62,7 +62,8 @@ def write_report(
 
     Raises:
         StoreError: when there is no run, or the folder holds something else or cannot be written.
-        ConfigError: for an unknown window, or a reference that is not as it should be.
+        ConfigError: for an unknown window, steps of several runs, or a reference that is not as it
+            should be.
     """
     roots = _listed(paths)
     beside = roots[0].resolve().parent if roots else Path()  # of no path, gather says so
@@ -97,6 +98,12 @@ def gather(
         warnings.simplefilter("always")
         progress("reading runs", 0, 3)
         runs = Runs(roots)
+        if steps and len(runs) != 1:
+            raise ConfigError(
+                "steps are those whose spectra are drawn of one run; got "
+                f"{', '.join(map(str, steps))} for {len(runs):,} runs, which are compared at their "
+                "last steps. Leave them out, or give the path of one run."
+            )
         progress(f"reading metrics of {len(runs):,} runs", 1, 3)
         _ = runs.metrics
         progress("comparing", 2, 3)

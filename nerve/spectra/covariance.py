@@ -11,6 +11,7 @@ from nerve.errors import MeasurementError
 from nerve.spectra.eigenvalues import gram, mirrored
 from nerve.spectra.moments import Moments, moments_of
 from nerve.spectra.product import PRODUCTS, coarsest, default_product
+from nerve.spectra.spread import Spread
 
 
 class Tally(NamedTuple):
@@ -38,8 +39,8 @@ class StreamingCovariance:
     a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`; for `bfloat16` relative to the
     whole variance, so that entries of columns far below the loudest one can be off. No update
     records an autograd graph, and only those with a mask or of `bfloat16` wait for the device:
-    these products take the features uncentered, and where the mean turns out to be too large for
-    that, the update is done again with `float16x2`.
+    these products take the features uncentered, but `float16x2` where the mean is too large for
+    that.
 
     Args:
         dim: number of features.
@@ -75,12 +76,14 @@ class StreamingCovariance:
         self,
         x: Float[Tensor, "*samples dim"],
         mask: Bool[Tensor, "*samples"] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         """Adds samples. `x` is left as it is.
 
         Args:
             x: features; all dimensions but the last are samples.
             mask: True for the samples that count; what the others hold, NaN included, is ignored.
+            spread: of those that count, where it is known.
 
         Raises:
             MeasurementError: if `x` does not end in `dim` features or `mask` has another shape than
@@ -95,7 +98,7 @@ class StreamingCovariance:
                 self._held.append(x.clone())
             else:
                 self._fold()
-                self._add(x)
+                self._add(x, spread)
 
     def merge(self, other: "StreamingCovariance") -> None:
         """Adds all samples that `other` has seen; `other` is left as it is.
@@ -228,10 +231,10 @@ class StreamingCovariance:
             self._held.clear()
             self._add(samples)
 
-    def _add(self, x: Float[Tensor, "n dim"]) -> None:
+    def _add(self, x: Float[Tensor, "n dim"], spread: Spread | None = None) -> None:
         name = self._product or default_product(x.dtype, self.device)
         if len(x):
-            moments, name = moments_of(x, name)
+            moments, name = moments_of(x, name, spread)
             self._merge(moments)
         self._taken.add(name)
 

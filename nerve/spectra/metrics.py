@@ -58,11 +58,7 @@ def eigenvalue_early_enrichment(
     variance. Source: NerVE's EEE.
     """
     p = _shares(eigenvalues)
-    dim = p.shape[-1]
-    # The sum over k, taken per share: p_i is in S_k for the dim - i + 1 values of k from i on.
-    rank = torch.arange(1, dim + 1, dtype=p.dtype, device=p.device)
-    enrichment = (p * ((dim + 1 - 2 * rank) / dim)).sum(-1)
-    return enrichment.clamp(min=0)
+    return (p * _early_weights(p)).sum(-1).clamp(min=0)
 
 
 def jensen_shannon(
@@ -84,6 +80,49 @@ def jensen_shannon(
     return (total / 4 * divergence).sum(-1).clamp(min=0)
 
 
+def spectral_entropy_spread(eigenvalues: Float[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch"]:
+    """The standard error that SE has of N independent Gaussian samples, times sqrt(N).
+
+    To first order in the error of the covariance, an eigenvalue of N such samples has the variance
+    `2 lambda^2 / N`, and none covaries with another: `sqrt(2 sum((lambda dSE/dlambda)^2))`, with
+    `lambda dSE/dlambda = -p (ln p + SE)`. 0 where the metric is at its extreme. Source: ours.
+    """
+    p = _shares(eigenvalues)
+    entropy = torch.special.entr(p)
+    return _spread(entropy - p * entropy.sum(-1, keepdim=True))
+
+
+def participation_ratio_spread(
+    eigenvalues: Float[Tensor, "*batch dim"],
+) -> Float64[Tensor, "*batch"]:
+    """As `spectral_entropy_spread`, of PR: `lambda dPR/dlambda = 2 PR p (1 - PR p)`."""
+    p = _shares(eigenvalues)
+    ratio = p.square().sum(-1, keepdim=True).reciprocal()
+    return _spread(2 * ratio * p * (1 - ratio * p))
+
+
+def eigenvalue_early_enrichment_spread(
+    eigenvalues: Float[Tensor, "*batch dim"],
+) -> Float64[Tensor, "*batch"]:
+    """As `spectral_entropy_spread`, of EEE: `lambda dEEE/dlambda = p (w - EEE)`, with
+    `w = (dim + 1 - 2 rank) / dim`."""
+    p = _shares(eigenvalues)
+    weight = _early_weights(p)
+    return _spread(p * (weight - (p * weight).sum(-1, keepdim=True)))
+
+
+def _early_weights(p: Float64[Tensor, "*batch dim"]) -> Float64[Tensor, " dim"]:
+    """What each share counts in EEE. The sum over k, taken per share: the i-th is in S_k for the
+    dim - i + 1 values of k from i on."""
+    dim = p.shape[-1]
+    rank = torch.arange(1, dim + 1, dtype=p.dtype, device=p.device)
+    return (dim + 1 - 2 * rank) / dim
+
+
+def _spread(slopes: Float64[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch"]:
+    return (2 * slopes.square().sum(-1)).sqrt()
+
+
 OF_ONE_SPECTRUM: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "se_{site}": lambda spectrum, n_samples: spectral_entropy(spectrum),
     "pr_{site}": lambda spectrum, n_samples: participation_ratio(spectrum),
@@ -94,6 +133,14 @@ OF_ONE_SPECTRUM: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     ),
 }
 """What a spectrum `[dim]` of so many samples says, by the column that stores it for each site."""
+
+OF_A_GROUP: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    **{column.replace("_{site}", ""): of_one for column, of_one in OF_ONE_SPECTRUM.items()},
+    "se_spread": lambda spectrum, n_samples: spectral_entropy_spread(spectrum),
+    "pr_spread": lambda spectrum, n_samples: participation_ratio_spread(spectrum),
+    "eee_spread": lambda spectrum, n_samples: eigenvalue_early_enrichment_spread(spectrum),
+}
+"""What the spectrum of a site or a group of its samples says, by the column of `groups`."""
 
 OF_TWO_SPECTRA: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"js": jensen_shannon}
 """What the spectra of pre and post say together, by column."""

@@ -7,15 +7,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nerve.spectra.product import PRODUCTS, Product, exact_products
+from nerve.spectra.spread import Spread
 
 # Columns are scaled so that a centered value stays below 2**15: inside float16's range (65,504),
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
-
-# Uncentered products are for features whose mean carries at most the power of their variance, which
-# keeps SE within 1e-5, and that are not so small that products vanish.
-_LARGEST_MEAN = 1.0
-_LEAST_SQUARE = 1e-30
 
 
 class Moments(NamedTuple):
@@ -29,39 +25,32 @@ class Moments(NamedTuple):
     scatter: Float64[Tensor, "dim dim"]
 
 
-def moments_of(x: Float[Tensor, "n dim"], product: str) -> tuple[Moments, str]:
+def moments_of(
+    x: Float[Tensor, "n dim"], product: str, spread: Spread | None = None
+) -> tuple[Moments, str]:
     """The moments of the samples `x`, at least one, and the name of the product that took them:
-    `float16x2` where an uncentered one would lose digits."""
+    `float16x2` where an uncentered one would lose digits. Their spread, where that is known, spares
+    passes over them."""
     with exact_products(x.device):
         if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
-                raw = _raw_moments(x, PRODUCTS[product])
-                if raw is not None:
-                    return raw, product
+                spread = Spread.of(x) if spread is None else spread
+                if spread.suits_raw:
+                    return _raw_moments(x, PRODUCTS[product], spread), product
             product = "float16x2"
         return _centered_moments(x, PRODUCTS[product]), product
 
 
-def _raw_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments | None:
+def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) -> Moments:
     """As `_centered_moments`, from products of the samples as they are: one pass over them.
 
     `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
-    covariance loses the digits by which they exceed the variance. None where that, or the scale of
-    the features, would cost more than a trifle; to know it is to wait for the device once.
+    covariance loses the digits by which they exceed the variance.
     """
-    n = len(x)
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    m2 = torch.diag(total)
+    m2 = torch.diag(torch.zeros_like(spread.mean))
     for rows in x.split(product.n_rows):
-        total += rows.sum(0, dtype=torch.float32)
         product.add(m2, rows)
-    mean = total / n
-    squares = m2.trace()
-    of_mean = n * mean.dot(mean)
-    fits = (of_mean <= _LARGEST_MEAN * (squares - of_mean)) & (squares > _LEAST_SQUARE * n)
-    if not (fits & squares.isfinite()):
-        return None
-    return Moments(n, mean, m2.addr_(mean * n, mean, alpha=-1))
+    return Moments(len(x), spread.mean, m2.addr_(spread.mean * len(x), spread.mean, alpha=-1))
 
 
 def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:

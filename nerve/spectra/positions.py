@@ -10,6 +10,7 @@ LEAST_SEQUENCES = 8
 """A position counts where at least so many sequences reach it: fewer are single samples."""
 
 _ROWS = 8192
+_ROWS_OF_16_BITS = 32_768
 
 
 class Positions:
@@ -43,9 +44,10 @@ class Positions:
         """
         x = x.reshape(-1, _length(x.shape[:-1]), self._dim)
         mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
-        dtype = torch.float64 if x.dtype.itemsize > 2 else torch.float32
+        is_wide = x.dtype.itemsize > 2
+        dtype = torch.float64 if is_wide else torch.float32
         sums = x.new_zeros(x.shape[1:], dtype=torch.float64)
-        size = max(1, _ROWS // max(1, x.shape[1]))
+        size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
         for first in range(0, len(x), size):
             sequences = x[first : first + size]
             if mask is not None:

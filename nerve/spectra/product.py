@@ -1,8 +1,10 @@
 """How `y^T y` of centered features is taken: in which precision, and how exactly."""
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -53,7 +55,28 @@ def _add_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n dim"]) -
 
 
 def _add_bfloat16_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n dim"]) -> None:
-    add_lower(total, y, y, _tensor_core_matmul(512))
+    if has_kernels(y.device):
+        from nerve.spectra import kernels  # not everywhere is triton
+
+        total += kernels.lower_products(y).sum(0, dtype=torch.float64)
+        return
+    for rows in y.split(16_384):
+        add_lower(total, rows, rows, _tensor_core_matmul(512))
+
+
+_LEAST_CAPABILITY = (8, 0)
+"""From this compute capability on GPUs multiply bfloat16."""
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether `device` runs those of `nerve.spectra.kernels`."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    )
 
 
 def _add_float16x2_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor, "n dim"]) -> None:
@@ -102,7 +125,7 @@ def _batched_matmul(
 
 # From the coarsest to the finest.
 PRODUCTS: dict[str, Product] = {
-    "bfloat16": Product(torch.bfloat16, 16_384, _add_bfloat16_product, centered=False),
+    "bfloat16": Product(torch.bfloat16, 65_536, _add_bfloat16_product, centered=False),
     "float16x2": Product(torch.float32, 16_384, _add_float16x2_product),
     "float32": Product(torch.float32, 2048, _add_product),
     "float64": Product(torch.float64, 4096, _add_product),

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from nerve.spectra.positions import Positions, largest_mean
+from nerve.spectra.spread import Spread, square_distances
 
 TOP = 1000
 """`top` is the share of the farthest sample in so many, rounded up: 0.1%."""
 
 _LEAST_CANDIDATES = 64
 _CANDIDATES_FOR_EACH_OF_THE_TOP = 4
-_ROWS = 8192
 _MOST_BOUNDS = 16
 
 
@@ -97,29 +97,39 @@ class SampleShares:
 
     def update(
         self, x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None = None
-    ) -> None:
+    ) -> Spread | None:
         """Adds samples. `x` is left as it is.
 
         Args:
             x: features; all dimensions but the last are samples, of which the last one, where there
                 are several, is the position in a sequence.
             mask: True for the samples that count; what the others hold is ignored.
+
+        Returns:
+            The spread of the samples that count, which a covariance of the same ones needs; None
+            where there are none.
         """
         with torch.inference_mode(False), torch.no_grad():
             x, mask = x.detach().to(self.device), None if mask is None else mask.to(self.device)
             counted = x.reshape(-1, self.dim)
             if mask is not None:
                 counted = counted[mask.reshape(-1)]
-            if not len(counted):
-                return
+            n = len(counted)
+            if not n:
+                return None
             sums = self._positions.sums_of(x, mask)
-            self.n += len(counted)
-            move = (sums.sum(0) - len(counted) * self.mean) / self.n
+            own_mean = sums.sum(0) / n
+            self.n += n
+            move = (own_mean - self.mean) * (n / self.n)
             self.mean += move
-            squares = _squares(counted, self.mean)
-            self._square += squares.sum() + (self.n - len(counted)) * move.square().sum()
+            squares = square_distances(counted, self.mean)
+            square = squares.sum()
+            # First of all, so that it is there when the covariance asks.
+            spread = Spread(n, own_mean, square - n * (own_mean - self.mean).square().sum())
+            self._square += square + (self.n - n) * move.square().sum()
             self._positions.add(sums, squares, self.mean, x.shape[:-1], mask)
             self._choose(counted, squares)
+            return spread
 
     def shares(self) -> Float64[Tensor, "4"]:
         """`Shares` so far, on the device; all NaN below two samples, or if a feature of a sample
@@ -173,7 +183,7 @@ class SampleShares:
     def _choose(self, x: Float[Tensor, "n dim"], squares: Float64[Tensor, " n"]) -> None:
         """Takes the candidates among those so far and `x`."""
         held = x[:0] if self._candidates is None else self._candidates
-        squares = torch.cat([_squares(held, self.mean), squares])
+        squares = torch.cat([square_distances(held, self.mean), squares])
         n_kept = self.n_candidates(self.n)
         if len(squares) <= n_kept:
             self._candidates = torch.cat([held, x])
@@ -189,23 +199,12 @@ class SampleShares:
     def about(self, mean: Float64[Tensor, " dim"]) -> Distances:
         """The distances of the samples from `mean`; the farthest are those of the candidates."""
         held = self._candidates
-        squares = mean.new_zeros(1) if held is None else _squares(held, mean)
+        squares = mean.new_zeros(1) if held is None else square_distances(held, mean)
         reach = mean.new_zeros(())
         for center, radius in self._bounds:
             reach = torch.maximum(reach, radius + (mean - center).norm())
         farthest = squares.sort(descending=True).values
         return Distances(farthest, reach.square(), self._positions.about(mean))
-
-
-def _squares(x: Float[Tensor, "n dim"], mean: Float64[Tensor, " dim"]) -> Float64[Tensor, " n"]:
-    """The squared distance of each sample from `mean`, summed in float64; differences are taken in
-    float32 for narrower features."""
-    center = mean.to(torch.promote_types(x.dtype, torch.float32))
-    pieces = [
-        torch.linalg.vector_norm(rows - center, dim=1, dtype=torch.float64)
-        for rows in x.split(_ROWS)
-    ]
-    return torch.cat(pieces).square() if pieces else mean.new_zeros(0)
 
 
 def _rows_of(

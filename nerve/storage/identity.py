@@ -31,6 +31,9 @@ ADDED: dict[str, Any] = {
     "data.separator_token": None,
     "data.tokenizer_sample_bytes": 1_000_000_000,
     "model.pre_std": None,
+    "monitor.groups": [],
+    "monitor.groups_every": 1,
+    "monitor.sites": [],
     "monitor.skip_first": 0,
     "monitor.steps": None,
     "regularizer": {"name": "none"},
@@ -75,6 +78,13 @@ def to_json(
         value: any value of a configuration or a record.
         non_finite: what becomes of NaN and infinities, which JSON does not have.
     """
+    kind = type(value)
+    if (
+        kind is str or kind is int or kind is bool or value is None
+    ):  # most are, of ten thousand runs
+        return value
+    if kind is dict:
+        return {str(key): to_json(item, non_finite) for key, item in value.items()}
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, Mapping):
@@ -83,12 +93,12 @@ def to_json(
         return [to_json(item, non_finite) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else non_finite(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return value if isinstance(value, bool | int | str) else str(value)
 
 
 def from_json(value: Any) -> Any:
     """`value` as it was before `to_json`: `{"float": "inf"}` is infinity again."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         if is_non_finite(value):
             return NON_FINITE[value["float"]]
         return {key: from_json(item) for key, item in value.items()}
@@ -105,10 +115,10 @@ def is_non_finite(value: Any) -> bool:
 
 def _canonical(value: Any, path: str) -> Any:
     """What counts of the JSON `value` at the dotted key `path`."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         counted = {}
         for key, item in value.items():
-            dotted = f"{path}.{key}".lstrip(".")
+            dotted = f"{path}.{key}" if path else key
             if dotted in EXCLUDED:
                 continue
             canonical = _canonical(item, dotted)

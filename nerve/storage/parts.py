@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nerve.errors import StoreError, warn_caller
@@ -71,8 +72,13 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
     )
 
 
-def read_part(path: Path, dataset: Dataset) -> pa.Table:
+def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
     """One part as a table of exactly the dataset's schema.
+
+    Args:
+        path: of the part.
+        dataset: what it holds.
+        run_id: of the run whose rows these must be; None for any run's.
 
     A nullable column that the part lacks reads as null: an older nerve did not know it. A column
     that the dataset lacks, such as one that somebody added, is left out, and a compaction drops it.
@@ -80,7 +86,7 @@ def read_part(path: Path, dataset: Dataset) -> pa.Table:
 
     Raises:
         DamagedPartError: when the file is cut short, overwritten, changed in a single byte that
-            counts, or lacks a required column.
+            counts, lacks a required column, or holds rows of another run.
         StoreError: when a newer nerve wrote it.
         FileNotFoundError: when it is gone, for a compaction may run while others read.
     """
@@ -89,13 +95,20 @@ def read_part(path: Path, dataset: Dataset) -> pa.Table:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
                 _check_version(path, parquet.schema_arrow.metadata)
-                return _fitted(parquet.read(use_threads=False), dataset.schema)
+                table = _fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
         if not path.is_symlink():
             raise
         raise _damaged(path, dataset, error) from error  # of a link to nowhere, which stays
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _damaged(path, dataset, error) from error
+    others = set(pc.unique(table["run_id"]).to_pylist()) - {run_id}
+    if run_id is not None and others:
+        raise DamagedPartError(
+            f"{path} holds rows of run {', '.join(sorted(others))}; the run of its directory is "
+            f"{run_id}. Move it to the directory of its own run."
+        )
+    return table
 
 
 def _damaged(path: Path, dataset: Dataset, error: Exception) -> DamagedPartError:
@@ -112,7 +125,9 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
         return pq.read_schema(file).metadata or {}
 
 
-def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[DamagedPartError]]:
+def read_parts(
+    directory: Path, dataset: Dataset, run_id: str | None = None
+) -> tuple[pa.Table, list[DamagedPartError]]:
     """All rows of a run's dataset, each once, and the parts that are missing or had to be left out.
 
     Rows come earliest part first; of doubled rows the one in the latest part stays.
@@ -123,12 +138,14 @@ def read_parts(directory: Path, dataset: Dataset) -> tuple[pa.Table, list[Damage
         try:
             for path in list_parts(directory, dataset):
                 try:
-                    tables.append(read_part(path, dataset))
+                    tables.append(read_part(path, dataset, run_id))
                 except DamagedPartError as error:
                     damaged.append(error)
         except FileNotFoundError:
             continue  # compacted between listing and reading: the new listing has all the rows
-        return joined(tables, dataset), damaged + missing_errors(directory, dataset)
+        # One part, as a run that has ended has it, was written without doubled rows.
+        table = tables[0] if len(tables) == 1 else joined(tables, dataset)
+        return table, damaged + missing_errors(directory, dataset)
 
 
 def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:

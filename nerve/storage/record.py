@@ -57,9 +57,9 @@ class RunRecord:
     Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
     and `message`. `job` holds the cluster's own names for the run, `fingerprints` the hashes of
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
-    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …). `stopped_by` is
-    the rule on results that ended a run before its last step, `warning` what is to be known of one
-    that is done beside its numbers.
+    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …). `wandb_id` is the
+    run's at wandb, `stopped_by` the rule on results that ended it before its last step, `warning`
+    what is to be known of one that is done beside its numbers.
     JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
     `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
     stays null, and such a run is not taken for one with an infinite value.) The file has a
@@ -82,6 +82,7 @@ class RunRecord:
     n_parameters: int | None = None
     unigram_loss: float | None = None
     separator_token: str | None = None
+    wandb_id: str | None = None
     pre_scales: dict[str, float] = field(default_factory=dict)
     stopped_by: str | None = None
     warning: str | None = None

@@ -31,7 +31,7 @@ def _is_mapping(value: Any) -> bool:
 
 KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (f"one of {', '.join(RUN_STATUSES)}", RUN_STATUSES.__contains__, ("run_status",)),
-    ("a text", _is_text, ("run_id", "sweep", "git_commit", "host", "device")),
+    ("a text", _is_text, ("run_id", "sweep", "git_commit", "host", "device", "wandb_id")),
     ("a time with its zone, in ISO 8601", _is_time, ("started", "heartbeat", "ended")),
     (
         "a whole number",
@@ -57,7 +57,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 
 OPTIONAL = (
     *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
-    *("unigram_loss", "job", "error"),
+    *("unigram_loss", "job", "error", "wandb_id"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The columns of the three Parquet datasets of a run, and rows checked against them."""
+"""The columns of the four Parquet datasets of a run, and rows checked against them."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nerve.errors import StoreError
-from nerve.metric_names import SITES, STORED
+from nerve.metric_names import GROUP_SITES, GROUPED, SITES, STORED
 
 SCHEMA_VERSION = 2
 """Written into each part. 2 added the columns from `variance_outside` to `position_ratio_post`."""
@@ -80,19 +80,54 @@ SCALARS = _schema(
 """One row a logged value."""
 
 
+GROUPS = _schema(
+    _always("run_id", pa.string()),
+    _always("step", pa.int64()),
+    _always("layer", pa.int16()),
+    _always("ffn", pa.string()),
+    _always("site", pa.string()),
+    _always("grouping", pa.string()),
+    _always("group", pa.string()),
+    _always("n_samples", pa.int64()),
+    _always("dim", pa.int32()),
+    *_measured(*GROUPED),
+    _always("status", pa.string()),
+)
+"""One row a measured FFN, step, site (stream_in | input | pre | post | output | stream_out),
+grouping (all | position | frequency | halves) and group. `dim` is the number of features of the
+site; `se_spread` and its like times 1/√N are the standard error of N independent samples."""
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of parts: its name, its columns, and the columns that tell rows apart."""
+    """A folder of parts.
+
+    Attributes:
+        name: of the folder.
+        schema: its columns.
+        key: the columns that tell rows apart.
+        sites: the values of the column `site`, where there is one.
+        is_optional: whether the folder is there only once it has rows.
+    """
 
     name: str
     schema: pa.Schema
     key: tuple[str, ...]
+    sites: tuple[str, ...] = ()
+    is_optional: bool = False
 
 
 DATASETS = {
     "metrics": Dataset("metrics", METRICS, ("run_id", "step", "layer", "ffn")),
-    "spectra": Dataset("spectra", SPECTRA, ("run_id", "step", "layer", "ffn", "site")),
+    "spectra": Dataset("spectra", SPECTRA, ("run_id", "step", "layer", "ffn", "site"), SITES),
     "scalars": Dataset("scalars", SCALARS, ("run_id", "step", "name")),
+    "groups": Dataset(
+        "groups",
+        GROUPS,
+        ("run_id", "step", "layer", "ffn", "site", "grouping", "group"),
+        GROUP_SITES,
+        is_optional=True,
+    ),
 }
 
 
@@ -142,8 +177,8 @@ def _column(dataset: Dataset, field: pa.Field, values: list[Any]) -> pa.Array:
             return pa.array([operator.index(value) for value in values], field.type)
         if pa.types.is_list(field.type):
             return pa.array([_eigenvalues(value) for value in values], field.type)
-        if field.name == "site" and not set(values) <= set(SITES):
-            raise ValueError(f"a site is {' or '.join(SITES)}, got {sorted(set(values))}")
+        if field.name == "site" and not set(values) <= set(dataset.sites):
+            raise ValueError(f"a site is {' or '.join(dataset.sites)}, got {sorted(set(values))}")
         array = pa.array(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise StoreError(

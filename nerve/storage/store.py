@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, remove_temporaries, require_there, sync_directory
-from nerve.storage.manifest import read_manifest, write_manifest
+from nerve.storage.manifest import add_to_manifest, read_manifest, write_manifest
 from nerve.storage.parts import (
     DamagedPartError,
     joined,
@@ -35,7 +35,7 @@ COMPACTED_KEY = b"nerve_compacted"
 
 
 class RunStore:
-    """Appends rows to `metrics/`, `spectra/` and `scalars/` of one run directory.
+    """Appends rows to `metrics/`, `spectra/`, `scalars/` and `groups/` of one run directory.
 
     Rows wait in memory until `flush`; a killed run loses at most those. One process writes a run.
     Opening finishes what a killed writer left: an interrupted compaction, temporary files.
@@ -58,14 +58,23 @@ class RunStore:
         self.run_id = run_id
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in DATASETS}
         self._listed = {name: set[str]() for name in DATASETS} | read_manifest(self.directory)
+        # Of each dataset, the step of its last part: a flush need not look at those that are there.
+        self._latest = dict.fromkeys(DATASETS, 0)
         with as_store_error(self.directory):
             for dataset in DATASETS.values():
                 folder = self.directory / dataset.name
-                folder.mkdir(parents=True, exist_ok=True)
+                if not dataset.is_optional:
+                    folder.mkdir(parents=True, exist_ok=True)
+                elif not folder.is_dir():
+                    continue
                 remove_temporaries(folder)
                 self._finish_compaction(dataset)
-                self._list(dataset, list_parts(self.directory, dataset))
+                parts = list_parts(self.directory, dataset)
+                self._listed[dataset.name] |= {path.name for path in parts}
+                self._latest[dataset.name] = max(map(part_step, parts), default=0)
             remove_temporaries(self.directory)
+        if any(self._listed.values()):  # whole again, whatever became of it
+            write_manifest(self.directory, self._listed)
         _warn_of_columns(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -85,6 +94,10 @@ class RunStore:
         """Buffers rows of `SCALARS`. Raises as above."""
         self._append("scalars", rows)
 
+    def append_groups(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Buffers rows of `GROUPS`. Raises as above."""
+        self._append("groups", rows)
+
     def flush(self, step: int) -> None:
         """Writes each dataset's waiting rows, durably, to the part of `step`.
 
@@ -101,8 +114,7 @@ class RunStore:
             if not any(len(table) for table in tables):
                 continue
             latest = max(pc.max(table["step"]).as_py() for table in tables if len(table))
-            parts = list_parts(self.directory, dataset)
-            path, earlier = self._part(dataset, max(step, latest, *map(part_step, parts)))
+            path, earlier = self._part(dataset, max(step, latest, self._latest[dataset.name]))
             self._write(dataset, path, joined([*earlier, *tables], dataset))
             self._buffers[dataset.name] = []
 
@@ -119,7 +131,7 @@ class RunStore:
             parts = list_parts(self.directory, dataset)
             if len(parts) < 2:
                 continue
-            table, damaged = read_parts(self.directory, dataset)
+            table, damaged = read_parts(self.directory, dataset, self.run_id)
             if damaged:
                 warn_damaged(damaged)
                 continue
@@ -149,7 +161,7 @@ class RunStore:
             late: dict[Path, pa.Table] = {}
             for path in list_parts(self.directory, dataset):
                 try:
-                    table = read_part(path, dataset)
+                    table = read_part(path, dataset, self.run_id)
                 except DamagedPartError as error:
                     warn_damaged([error])
                     continue
@@ -167,7 +179,7 @@ class RunStore:
         while True:
             path = part_path(self.directory, dataset, step)
             try:
-                return path, [read_part(path, dataset)] if path.exists() else []
+                return path, [read_part(path, dataset, self.run_id)] if path.exists() else []
             except DamagedPartError:
                 step += 1
 
@@ -186,7 +198,10 @@ class RunStore:
 
     def _write(self, dataset: Dataset, path: Path, table: pa.Table) -> None:
         require_there(self.directory)
+        with as_store_error(path):
+            path.parent.mkdir(exist_ok=True)
         write_part(path, table)
+        self._latest[dataset.name] = max(self._latest[dataset.name], part_step(path))
         self._list(dataset, [path])
 
     def _remove(self, dataset: Dataset, paths: Sequence[Path]) -> None:
@@ -195,14 +210,21 @@ class RunStore:
             with as_store_error(path):
                 path.unlink(missing_ok=True)
                 sync_directory(path.parent)
+        if paths:
+            left = list_parts(self.directory, dataset)
+            self._latest[dataset.name] = max(map(part_step, left), default=0)
 
     def _list(self, dataset: Dataset, paths: Iterable[Path], without: Iterable[Path] = ()) -> None:
         """Puts parts on the list of those that must be there, or strikes them off."""
-        before = self._listed[dataset.name]
-        listed = before.union(path.name for path in paths) - {path.name for path in without}
-        if listed != before:
-            self._listed[dataset.name] = listed
+        listed = self._listed[dataset.name]
+        new = {path.name for path in paths} - listed
+        gone = listed & {path.name for path in without}
+        listed |= new
+        listed -= gone
+        if gone:
             write_manifest(self.directory, self._listed)
+        elif new:
+            add_to_manifest(self.directory, dataset.name, new)
 
 
 def _until(step: int, table: pa.Table) -> pa.Table:

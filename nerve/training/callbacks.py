@@ -86,9 +86,14 @@ class Heartbeat(L.Callback):
 class RunProgressBar(TQDMProgressBar):
     """One bar over the training batches; validation, which the loss beside it reports, shows none.
 
+    It fits into 80 columns. The rate and the time left are those of this process: a resumed run did
+    not do in its seconds what was done before.
+
     Args:
         unit: what the rate counts (`tokens`, `images`).
     """
+
+    BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def __init__(self, unit: str) -> None:
         # A terminal is redrawn often; a file (a cluster job's log) gets a line now and then.
@@ -107,12 +112,9 @@ class RunProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
         # Lightning sets these when an epoch starts; a resumed run starts in the middle of one.
-        self.train_progress_bar.total = trainer.num_training_batches
-        self.train_progress_bar.set_description("training")
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("training")
+        bar = self.train_progress_bar
+        bar.total = trainer.num_training_batches
+        bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch_began = time.perf_counter()
@@ -133,8 +135,14 @@ class RunProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
+        logged = super().get_metrics(trainer, pl_module)
+        shown = {short: logged[name] for name, short in _SHOWN.items() if name in logged}
+        if "acc" in shown:
+            shown.pop("val", None)  # both beside the rate are too wide
         if self._seconds:
-            metrics[f"{self._unit}/s"] = f"{self._n_targets / self._seconds:,.0f}"
-        return metrics
+            shown[f"{self._unit}/s"] = Tqdm.format_sizeof(self._n_targets / self._seconds)
+        return shown
+
+
+_SHOWN = {"train_loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
+"""What a run logs for the bar, by its name there."""

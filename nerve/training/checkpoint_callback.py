@@ -17,12 +17,8 @@ from nerve.measuring.distributed import gathered, highest, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
 from nerve.training.checkpoint_cadence import CheckpointCadence
-from nerve.training.checkpoint_files import (
-    CheckpointFiles,
-    identity_of,
-    weights_of,
-    write_checkpoint,
-)
+from nerve.training.checkpoint_files import identity_of, weights_of, write_checkpoint
+from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.ending import follows_a_rule, take_timers
 from nerve.training.randomness import random_states, set_random_states
 from nerve.training.signals import Interrupted, StopSignals

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import logging
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from nerve.files import (
 )
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, str]
 
@@ -136,21 +140,32 @@ class WandbLogger(LightningWandbLogger):
     """Lightning's, for the run of a run directory.
 
     At wandb the run has the id of its record, with which a resumed run goes on there, and the group
-    of its sweep. It ends there when it ends here: a next one in this process gets its own.
+    of its sweep; a run that begins under wandb's agent, or with WANDB_RUN_ID, WANDB_NAME or
+    WANDB_RUN_GROUP, has those. It ends there when it ends here: a next one in this process gets its
+    own.
 
     Args:
         directory: of the run, which has its record already; wandb keeps its files in wandb/ there.
         arguments: others of Lightning's logger, such as `project`.
+
+    Attributes:
+        wandb_id: of the run at wandb, for its record; None in a process that writes nothing.
 
     Raises:
         StoreError: when there is no record.
     """
 
     def __init__(self, directory: str | Path, **arguments: Any) -> None:
+        self.wandb_id: str | None = None
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # the others write nothing
             record = RunRecord.load(directory)
-            own = {"id": record.run_id, "name": record.run_id, "group": record.sweep}
+            own = {"id": wandb_id_of(record)}
+            if "WANDB_NAME" not in os.environ:
+                own["name"] = record.run_id
+            if record.sweep is not None and "WANDB_RUN_GROUP" not in os.environ:
+                own["group"] = record.sweep
             arguments = own | arguments
+            self.wandb_id = str(arguments["id"])
         super().__init__(save_dir=directory, **arguments)
 
     @rank_zero_only
@@ -159,6 +174,26 @@ class WandbLogger(LightningWandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+def wandb_id_of(record: RunRecord) -> str:
+    """The id of a run at wandb: that of its record, or the one that its environment gives it when
+    it begins. Trials of a sweep share an environment, and one id would make them one run."""
+    if record.wandb_id is not None:
+        return record.wandb_id
+    given = os.environ.get("WANDB_RUN_ID")
+    if not given or record.restarts:
+        return record.run_id
+    if record.sweep is not None:
+        log.warning("WANDB_RUN_ID=%s names one run, and is left out in a sweep", given)
+        return record.run_id
+    return given
+
+
+def wandb_id_in(loggers: Iterable[Logger]) -> str | None:
+    """The id that a run has at wandb; None for one that is not there."""
+    ids = (logger.wandb_id for logger in loggers if isinstance(logger, WandbLogger))
+    return next(ids, None)
 
 
 def _text(columns: Sequence[str], rows: Iterable[Row]) -> bytes:

@@ -72,7 +72,7 @@ class SpectralMonitor(L.Callback):
             tokens an FFN has is seen by calling the part of the module that holds all FFNs with
             such a batch, shortened.
         settings: those of `MonitorSettings`, by name: `every_n_steps`, `steps`, `source`,
-            `spectra`, `layers`, `shortcut`, `skip_first`.
+            `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`, `sites`.
 
     Raises:
         ConfigError: for a setting that is out of range; and as a fit begins, where it would measure
@@ -149,6 +149,7 @@ class SpectralMonitor(L.Callback):
             rank=trainer.global_rank,
             n_processes=trainer.world_size,
             n_here=trainer.num_devices,
+            token_counts=_token_counts(trainer),
         )
         self._choice = self._choice_for(pl_module, ffns)
         trainer.val_check_interval = NEVER
@@ -339,7 +340,14 @@ class SpectralMonitor(L.Callback):
 
         mask = getattr(pl_module, "padding_mask", None) if mask is None else mask
         skips = self.settings.skip_first > 0
-        return Choice(model, probe, run, mask, exclude, only_labeled, skips)
+        groups = bool(self.settings.groups)
+        return Choice(model, probe, run, mask, exclude, only_labeled, skips, groups)
+
+
+def _token_counts(trainer: L.Trainer) -> Tensor | None:
+    """How often each token occurs in training, where the data module says it."""
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "token_counts", None)
 
 
 def _holder(module: L.LightningModule, ffns: Sequence[FFN]) -> nn.Module:

@@ -20,8 +20,12 @@ reaches the time limit."""
 TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
 """The exit status of a run that stopped without a signal before its end, and can go on."""
 
-SLURM_KILLS_WITHIN_S = 600.0
-"""How long a job that SLURM ends waits at most for the kill that follows SIGTERM."""
+SLURM_KILLS_WITHIN_S = 30.0
+"""How long a job that SLURM ends waits at most for the kill that follows SIGTERM, where SLURM does
+not say (KillWait, GraceTime): its default."""
+
+SLURM_IS_LATE_BY_S = 10.0
+"""By how much the kill may come later than that."""
 
 SLURM_ANSWERS_WITHIN_S = 10.0
 
@@ -98,6 +102,12 @@ class StopSignals(SignalsHandled):
     def __init__(self) -> None:
         super().__init__()
         self._deferred = False
+        self._is_handed_on = False
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__()
+        if isinstance(exception[1], Interrupted):
+            self.hand_on()
 
     @property
     def received(self) -> bool:
@@ -120,6 +130,9 @@ class StopSignals(SignalsHandled):
         requeues a preempted job only if it is still there when its time of grace ends: after
         SIGTERM a job waits to be killed, as long as SLURM says that it will be.
         """
+        if self._is_handed_on:
+            return
+        self._is_handed_on = True
         for signum in self._received:
             handler = self._before.get(signum)
             if callable(handler) and handler is not signal.default_int_handler:
@@ -145,21 +158,45 @@ class StopSignals(SignalsHandled):
 
 def _wait_for_kill(job: str) -> None:
     """Waits while SLURM says that it ends `job`; not after a SIGTERM of anyone else."""
-    deadline = time.monotonic() + SLURM_KILLS_WITHIN_S
-    if _is_ended_by_slurm(job):
+    told = _asked("scontrol", "show", "job", job)
+    if SLURM_ENDS.search(told):
         log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
-        while time.monotonic() < deadline:
+        until = time.monotonic() + _kills_within_s(told) + SLURM_IS_LATE_BY_S
+        while time.monotonic() < until and SLURM_ENDS.search(told):
             time.sleep(SLURM_ASKED_EVERY_S)
-            if not _is_ended_by_slurm(job):
-                break
+            told = _asked("scontrol", "show", "job", job)
 
 
-def _is_ended_by_slurm(job: str) -> bool:
-    command = ["scontrol", "show", "job", job]
+def _kills_within_s(job: str) -> float:
+    """From SIGTERM to SIGKILL: KillWait, of a preempted job after the GraceTime of its partition
+    or QOS.
+
+    Args:
+        job: what SLURM says of it.
+    """
+    kill = re.search(r"\bKillWait\s*=\s*(\d+)", _asked("scontrol", "show", "config"))
+    wait_s = float(kill[1]) if kill else SLURM_KILLS_WITHIN_S
+    if not re.search(r"PREEMPTED|PreemptTime=\d", job):
+        return wait_s
+    graces = [0.0]
+    if partition := re.search(r"\bPartition=(\S+)", job):
+        told = _asked("scontrol", "show", "partition", partition[1])
+        graces += [float(s) for s in re.findall(r"\bGraceTime=(\d+)", told)]
+    if qos := re.search(r"\bQOS=(\S+)", job):
+        told = _asked("sacctmgr", "-nP", "show", "qos", qos[1], "format=GraceTime")
+        graces += [3600 * float(h) + 60 * float(m) + float(s) for h, m, s in _CLOCK.findall(told)]
+    return wait_s + max(graces)
+
+
+_CLOCK = re.compile(r"^(\d+):(\d+):(\d+)$", re.MULTILINE)
+
+
+def _asked(*command: str) -> str:
+    """What a command of SLURM prints; nothing where it does not answer."""
     try:
         told = subprocess.run(
             command, capture_output=True, text=True, timeout=SLURM_ANSWERS_WITHIN_S
         )
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return SLURM_ENDS.search(told.stdout) is not None
+        return ""
+    return told.stdout

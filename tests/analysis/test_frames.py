@@ -1,9 +1,12 @@
 """What the comparisons share: columns that must be there, runs of rows, groups of points."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 
+import nerve
 from nerve.analysis.frames import (
     average_layers,
     count_distinct,
@@ -99,3 +102,35 @@ def test_different_values_are_counted_in_each_group():
 def test_interleaved_tables():
     a, b = pd.DataFrame({"n": [1, 3]}), pd.DataFrame({"n": [2, 4]})
     assert interleave([a, b])["n"].tolist() == [1, 2, 3, 4]
+
+
+def calls(frame, runs):
+    """Each function that takes names, given a text where it takes a list."""
+    across = nerve.correlate_across_runs
+    return [
+        (nerve.final_metrics, (frame, runs), "factors"),
+        (nerve.metrics_at_loss, (frame, runs), "factors"),
+        (nerve.metrics_by_depth, (frame, runs), "factors"),
+        (nerve.depth_means, (frame, runs), "names"),
+        (nerve.correlate_within_runs, (frame, runs), "factors"),
+        (nerve.correlate_within_runs, (frame, runs), "names"),
+        (across, (frame,), "by"),
+        (across, (frame,), "given"),
+        (across, (frame,), "names"),
+        (nerve.fit_width_scaling, (frame,), "by"),
+        (partial(nerve.dose_response, dose="optimizer.lr"), (frame, runs), "by"),
+        (nerve.rank_early, (frame, runs), "by"),
+        (nerve.compare_seeds, (frame, runs, "optimizer.lr"), "names"),
+    ]
+
+
+@pytest.mark.parametrize("given", ["seed", "level", 3, None])
+def test_a_name_where_a_list_of_names_belongs_is_refused(tables, tmp_path, given):
+    """It would be taken for its letters."""
+    frame, runs = tables({"rows": [{"step": 0}]})
+    for function, arguments, key in calls(frame, runs):
+        with pytest.raises(ConfigError, match=rf"{key} is a list of names; got {given!r}"):
+            function(*arguments, **{key: given})
+    for load in (nerve.load_metrics, nerve.load_spectra, nerve.load_scalars, nerve.Runs):
+        with pytest.raises(ConfigError, match="factors is a list of names; got"):
+            load(tmp_path, factors=given)

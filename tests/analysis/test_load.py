@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,9 +20,9 @@ from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, loa
 from nerve.errors import ConfigError, StoreError
 from nerve.storage.find import FingerprintWarning, IncompleteWarning
 from nerve.storage.identity import config_id
-from nerve.storage.parts import DamagedPartWarning
+from nerve.storage.parts import DamagedPartWarning, read_part
 from nerve.storage.record import DamagedRecordWarning, RunRecord
-from nerve.storage.schema import METRICS
+from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore
 
 HOSTILE = 'two\nlines <script>alert(1)</script> "=cmd|1" ü \u202e'
@@ -316,12 +317,14 @@ def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
     store = RunStore(tmp_path / "0", record.run_id)
     store.append_metrics(row(step, layer) for step in range(10) for layer in range(12))
     store.flush(10)
-    part = next((tmp_path / "0" / "metrics").iterdir()).read_bytes()
+    table = read_part(next((tmp_path / "0" / "metrics").iterdir()), DATASETS["metrics"])
+    ids = table.column_names.index("run_id")
     text = (tmp_path / "0" / "run.json").read_text()
     for index in range(1, 200):
         folder = tmp_path / str(index) / "metrics"
         folder.mkdir(parents=True)
-        (folder / "part-000000000010.parquet").write_bytes(part)
+        own = pa.array([f"{index:08d}"] * len(table))
+        pq.write_table(table.set_column(ids, "run_id", own), folder / "part-000000000010.parquet")
         renamed = re.sub('"checksum": "[0-9a-f]*"', '"checksum": null', text)
         renamed = renamed.replace(record.run_id, f"{index:08d}")
         (folder.parent / "run.json").write_text(renamed)

@@ -175,6 +175,20 @@ def test_a_gguf_file_is_a_model(place, tmp_path):
     assert got["n_samples"].tolist() == [320, 320]
 
 
+def test_groups_are_measured_as_in_python(tmp_path):
+    """The rows that `nerve.measure` stores of the same groups."""
+    model = llama()
+    folder = save(model, tmp_path / "model")
+    groups = ["position", "frequency", "halves"]
+    asked = ("--groups", ",".join(groups), "--n-tokens", 320)
+    status, _, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", *asked)
+    assert status == 0, err
+    nerve.measure(model, batches_of(folder, model, 10), into="by_hand", groups=groups)
+    got, expected = (nerve.load_groups(each).drop(columns="run_id") for each in ("out", "by_hand"))
+    pd.testing.assert_frame_equal(got, expected, rtol=1e-10)
+    assert set(got["grouping"]) == {"all", *groups}
+
+
 def test_the_table_shows_what_would_be_measured_and_measures_nothing(tmp_path):
     llama().save_pretrained(tmp_path / "model")  # no tokenizer is needed for that
     status, out, _ = nerve_probe("model", "--list", "--layers", "1")
@@ -263,6 +277,11 @@ def without_a_tokenizer() -> str:
     return "Text needs the model's tokenizer; model has none"
 
 
+def with_a_tokenizer_that_is_made_up() -> str:
+    build("bert").save_pretrained("model")  # of which transformers makes one without letters
+    return "100% of it is unknown"
+
+
 def with_the_tokenizer_of_another() -> str:
     save(llama(vocab_size=8), Path("model"))
     return "and the model embeds 8"
@@ -293,6 +312,7 @@ def an_empty_folder() -> str:
         of_an_unknown_architecture,
         of_images,
         without_a_tokenizer,
+        with_a_tokenizer_that_is_made_up,
         with_the_tokenizer_of_another,
         with_little_text,
         a_folder_of_checkpoints,
@@ -321,6 +341,7 @@ def test_a_model_that_cannot_be_probed_is_one_message(make):
         (["model", "--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
         (["model", "--skip-first", "-1"], "--skip-first must be a whole number of at least 0"),
         (["model", "--device", "abacus"], "--device must be a device of this machine"),
+        (["model", "--groups", "place"], "--groups"),
         (["model", "--dtype", "float"], "--dtype must be one of float32, bfloat16"),
         (["model", "--layers", "7"], "Layers to measure must have FFNs, as 0, 1 have; got 7"),
         (["model", "--select", "x"], "that select='x' takes"),

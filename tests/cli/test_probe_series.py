@@ -45,10 +45,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_kept_checkpoints_of_a_run_give_the_rows_that_it_wrote(run):
     """Five of them, on its own held-out data: metrics, losses and eigenvalues to 1e-10."""
     kept = "checkpoint.keep=[0,2,4,6,7]"
-    where = ("trainer.max_steps=7", kept, "hydra.run.dir=trained", "monitor.skip_first=1")
+    where = ["trainer.max_steps=7", kept, "hydra.run.dir=trained", "monitor.skip_first=1"]
+    where.append("monitor.groups=[frequency,halves]")
     status, _, err = run(*TINY_RUN, *where)
     assert status == 0, err
-    status, out, err = nerve_probe("trained", "-o", "probed")
+    status, out, err = nerve_probe("trained", "-o", "probed")  # and its groups
     assert status == 0, err
     assert "steps: 5 (0, 2, 4, 6, 7)" in out
     own, got = (nerve.load_metrics(each) for each in ("trained", "probed"))
@@ -61,6 +62,8 @@ def test_the_kept_checkpoints_of_a_run_give_the_rows_that_it_wrote(run):
     assert len(own) == len(got) == 20
     for ours, theirs in zip(own["eigenvalues"], got["eigenvalues"], strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-12)  # stored as float32
+    own, got = (nerve.load_groups(each).drop(columns="run_id") for each in ("trained", "probed"))
+    pd.testing.assert_frame_equal(got, own, rtol=1e-10, atol=0)
     runs = nerve.load_runs(["trained", "probed"])
     same = ["normalization.kind", "activation.name", "seed", "unigram_loss", "fingerprints.heldout"]
     assert (runs[same].nunique() == 1).all()

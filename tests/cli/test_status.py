@@ -15,6 +15,7 @@ import pytest
 
 from nerve.cli.console import duration
 from nerve.cli.status import main, status_of
+from nerve.config import quoted
 from nerve.storage.record import RECORD_NAME, RunRecord
 from nerve.storage.state import LOCK_NAME, RunLock
 from nerve.storage.store import RunStore
@@ -281,3 +282,103 @@ def test_neither_torch_nor_hydra_is_loaded():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())
+
+
+def test_long_paths_are_whole_below_the_folder_that_is_named_once(new_run, status, capsys):
+    deep = "a_folder_of_a_project_that_is_deep/in_the_tree/of_a_group"
+    for name in ("gelu", "relu"):
+        new_run(f"../{deep}/{name}").finish("done")
+    rows, _ = status(deep)
+    assert [row.split()[0] for row in rows] == ["gelu", "relu"]
+    main()
+    assert f"in {deep}:" in capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def queue(monkeypatch, tmp_path):
+    """Sends jobs for trials of `sweep` as `nerve-run` does, and sets what squeue prints."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "squeue"
+
+    def send(answer: str, **jobs: str) -> None:
+        script.write_text(f"#!/bin/sh\n{answer}\n")
+        script.chmod(0o755)
+        for job_id, subdir in jobs.items():
+            overrides = [f"seed={job_id[1:]}", f"hydra.sweep.subdir={quoted(subdir)}"]
+            folder = tmp_path / "sweep" / ".submitit" / job_id
+            folder.mkdir(parents=True)
+            content = {"folder": str(tmp_path / "sweep"), "overrides": overrides}
+            (folder / f"{job_id}_nerve.json").write_text(json.dumps(content))
+
+    return send
+
+
+def test_trials_in_slurms_queue_are_listed(new_run, status, queue):
+    """Also where no run is there yet, and one that goes on in its place; of those that are at work
+    or done the directory says more."""
+    new_run("going on").finish("interrupted", step=50)
+    new_run("done").finish("done", final={"val_loss": 1.25})
+    queue(
+        "echo j1 PD Priority; echo j2 R None; echo j3 PD JobHeldUser; echo j4 R None; echo 9 PD x",
+        j1="it's new",
+        j2="begun",
+        j3="going on",
+        j4="done",
+        j5="cancelled",
+    )
+    for path in ("sweep", "."):
+        rows, below = status(path)
+        shown = {re.search(r"j\d$", row)[0]: row for row in rows if row[-2] == "j"}
+        assert shown.keys() == {"j1", "j2", "j3"}
+        assert re.search(r"it's new .*seed=1 queued –", shown["j1"])
+        assert "starting" in shown["j2"]
+        assert re.search(r"queued 50/100", shown["j3"])
+        assert len(rows) == 4
+        assert "4 runs: 2 queued, 1 starting, 1 done" in below
+        assert "going on queued: JobHeldUser" in below
+        assert "Priority" not in below
+
+
+@pytest.mark.parametrize("answer", ["echo no socket >&2; exit 1", "exec sleep 60"])
+def test_a_queue_that_does_not_answer_hides_no_run(new_run, status, queue, monkeypatch, answer):
+    monkeypatch.setattr("nerve.cli.sweep.queue.ANSWERS_WITHIN_S", 0.2)
+    new_run("dead").finish("interrupted")
+    queue(answer, j1="new")
+    rows, _ = status("sweep")
+    assert len(rows) == 1
+
+
+def test_slurm_is_not_asked_where_nothing_waits(new_run, status, queue):
+    new_run("done").finish("done")
+    queue("exit 1", j1="done")
+    rows, below = status("sweep")
+    assert len(rows) == 1
+    assert "not shown" not in below
+
+
+def test_it_is_shown_again_as_long_as_something_goes_on(new_run, at_work, status, monkeypatch):
+    record = new_run("run")
+    at_work(record)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            record.finish("done", final={"val_loss": 1.25})
+
+    monkeypatch.setattr("time.sleep", sleep)
+    rows, _ = status("--watch", "sweep")
+    assert [row.split()[1] for row in rows] == ["running", "running", "done"]
+    assert slept == [10.0, 10.0]
+
+
+def test_ctrl_c_ends_the_watch(new_run, at_work, status, monkeypatch):
+    at_work(new_run("run"))
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    rows, _ = status("sweep", "--watch")
+    assert len(rows) == 1

@@ -27,6 +27,9 @@ class Letters:
         ids = [ord(letter) - ord("a") for letter in text]
         return {"input_ids": [*self._before, *ids, *self._after] if add_special_tokens else ids}
 
+    def __len__(self) -> int:
+        return 26
+
     def get_vocab(self) -> dict[str, int]:
         return {chr(ord("a") + i): i for i in range(26)}
 
@@ -93,6 +96,19 @@ def test_more_documents_are_read_where_a_first_sample_does_not_do():
 def test_text_that_is_too_short_is_said_with_what_there_is(ends, n):
     with pytest.raises(DataError, match=f"24 tokens; some comes to {n}"):
         pack(corpus(*TEXTS), Letters(**ends), seq_len=6, n_sequences=4)
+
+
+@pytest.mark.parametrize(("unknown", "fails"), [(3, True), (1, False), (END, False), (None, False)])
+def test_a_tokenizer_must_know_three_quarters_of_the_text(unknown, fails):
+    """Of "bddd" three letters in four are token 3. A tokenizer whose unknown token is its end of
+    text, as GPT-2's is, knows all."""
+    texts = corpus("bddd", "dbdd")
+    tokenizer = Letters(unk_token_id=unknown)
+    if fails:
+        with pytest.raises(DataError, match=r"26 tokens\) 75% of it is unknown"):
+            pack(texts, tokenizer, seq_len=5, n_sequences=2)
+    else:
+        assert pack(texts, tokenizer, seq_len=5, n_sequences=2).n_documents == 2
 
 
 def test_a_sequence_must_hold_text():

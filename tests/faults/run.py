@@ -20,7 +20,10 @@ QUICK = "not slow and not slurm and not install and not cuda"
 NOT_COPIED = (".git", ".venv", ".*_cache", "__pycache__", "outputs", "build", "dist")
 ALL_PASSED, SOME_FAILED, COLLECTION_FAILED, NONE_COLLECTED = 0, 1, 2, 5  # pytest's exit codes
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", re.MULTILINE)
-_CONFTEST = re.compile(r"ImportError while loading conftest '(.+)'")
+_CONFTEST = re.compile(
+    r"""ImportError while loading conftest '(.+)'|File "(.+)", line \d+, in pytest_configure$""",
+    re.MULTILINE,
+)
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def failing(tree: Path, arguments: Sequence[str]) -> list[str]:
     if ended.returncode in (ALL_PASSED, NONE_COLLECTED):
         return []
     if conftest := _CONFTEST.search(ended.stdout + ended.stderr):
-        return [str(Path(conftest[1]).relative_to(tree))]
+        return [str(Path(conftest[1] or conftest[2]).relative_to(tree))]
     failed = _FAILED.findall(ended.stdout)
     if ended.returncode not in (SOME_FAILED, COLLECTION_FAILED) or not failed:
         raise RuntimeError(

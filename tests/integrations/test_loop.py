@@ -283,6 +283,8 @@ def in_processes(rank: int, directory: str) -> None:
         model = DistributedDataParallel(without_dropout())
         own = {"heldout": pairs(2, seed=9)[rank : rank + 1]} if source == "heldout" else {}
         train(Path(directory, source), model, source=source, share=half, **own)
+    # A thread of gloo that still frees a tensor needs the interpreter, which whoever ends it holds.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

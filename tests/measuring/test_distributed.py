@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ranks, together
+from processes import lean_path, ranks, together
 from support import TINY_RUN
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,11 +29,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import nerve
 from nerve import RunRecord, RunStore
 from nerve.errors import MeasurementError
+from nerve.measuring.around import sites_around
 from nerve.measuring.distributed import reduce_covariance
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
+from nerve.measuring.sites import Site
 from nerve.recording.solver import Solver
 from nerve.spectra import StreamingCovariance
 from nerve.training.monitor import SpectralMonitor
@@ -177,6 +180,61 @@ def measure_shards(rank: int, folder: str) -> None:
     leave()
 
 
+def sequences(bounds: list[int]) -> torch.Tensor:
+    """The data as sequences of five, so that each quarter of the later positions is one."""
+    return data().reshape(240, 5, 6)[bounds[0] * 4 // 5 : bounds[1] * 4 // 5]
+
+
+def around(model: nn.Sequential) -> list[FFNAdapter]:
+    """The FFNs, each with its own input and output for the stream."""
+    streams = [(Site(model[i], "input"), Site(model[i + 2], "output")) for i in (0, 3)]
+    return [replace(ffn, stream=stream) for ffn, stream in zip(ffns(model), streams, strict=True)]
+
+
+def measure_groups_of_shards(rank: int, folder: str) -> None:
+    join(rank, folder)
+    for number, bounds in enumerate(SHARDS):
+        model = make_model()
+        described, sites = around(model), ("stream_in", "input", "output")
+        probe = Probe(described, sites_around(described, sites))
+        probe.install()
+        measurement = Measurement(probe, grouped=Grouped(("position",)), sites=sites)
+        measurement.start()
+        for batch in sequences(bounds[rank : rank + 2]).split(70):
+            if len(batch):
+                model(batch)
+                measurement.finish_forward()
+        measurement.stop()
+        measurement.reduce()
+        (problem,) = measurement.eigenproblems(rank, WORLD)
+        groups = [each.solve().row() for each in measurement.group_eigenproblems(rank, WORLD)]
+        row = json.dumps([problem.solve().row(), groups])
+        Path(folder, f"groups-{number}-{rank}.json").write_text(row)
+    leave()
+
+
+def test_groups_and_sites_of_two_processes_are_those_of_one_over_the_union(tmp_path):
+    """Position by position, and their merge; even, uneven and empty shards."""
+    together(measure_groups_of_shards, WORLD, tmp_path)
+    model = make_model()
+    one = nerve.measure(
+        model, [sequences([0, 300])], ffns=around(model), into=tmp_path / "one",
+        groups=["position"], sites=["stream_in", "input", "output"],
+    )  # fmt: skip
+    keys = ["layer", "site", "grouping", "group"]
+    groups = nerve.load_groups(tmp_path / "one").set_index(keys)
+    for number in range(len(SHARDS)):
+        paths = [tmp_path / f"groups-{number}-{rank}.json" for rank in range(WORLD)]
+        found = [json.loads(path.read_text()) for path in paths]
+        rows = pd.DataFrame([row for row, _ in found])
+        np.testing.assert_allclose(rows[NUMBERS], one[NUMBERS], rtol=1e-10)
+        split = pd.DataFrame([row for _, rows in found for row in rows]).set_index(keys)
+        split = split.drop(index="like_0", level="group")  # which of the others, each decides
+        assert len(split) == 2 * (2 * 5 + 3)
+        numbers = ["n_samples", "se", "pr", "eee", "variance"]
+        np.testing.assert_allclose(split[numbers], groups.loc[split.index, numbers], rtol=1e-10)
+
+
 def pooled(model: nn.Sequential) -> list[FFNAdapter]:
     """Its FFNs as if they were experts of one layer."""
     return [
@@ -311,7 +369,10 @@ def test_processes_share_the_problems_and_the_errors(tmp_path):
 def one_command(arguments: list[str], cwd: Path) -> tuple[list[int], str]:
     """From nothing; Lightning starts the second process."""
     command = [sys.executable, "-m", "nerve.cli.run", *arguments]
-    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"PYTHONPATH": lean_path()}
+    ended = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
+    )
     return [ended.returncode], ended.stdout + ended.stderr
 
 

@@ -1,9 +1,12 @@
 """Problems are solved in order, errors name their place, and nothing pending is lost."""
 
 import errno
+import gc
 import os
 import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from nerve.cores import SHARE
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+from nerve.recording.place import Placement
 from nerve.recording.solver import MOST_PENDING, NICENESS, Solver, spare_workers
 
 CPU = torch.device("cpu")
@@ -121,11 +125,11 @@ def test_cores_that_train_have_none_to_spare(monkeypatch):
     assert spare_workers(CPU) == 0
     assert spare_workers(torch.device("cuda")) == 15
     assert spare_workers(torch.device("cuda"), n_processes=2) == 7
-    assert spare_workers(torch.device("cuda"), n_processes=4) == 0
+    assert spare_workers(torch.device("cuda"), n_processes=16) == 0
 
 
-def test_a_trial_beside_others_solves_on_its_share_of_the_cores_and_on_one_at_least(monkeypatch):
-    for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
+def test_a_trial_beside_others_solves_on_its_share_of_the_cores(monkeypatch):
+    for share, n_workers in (("8", 7), ("2", 1), ("1", 0)):
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers
         assert spare_workers(CPU) == 0
@@ -195,3 +199,46 @@ def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):
     solver.submit({"step": 0}, [make_eigenproblem(0)])
     solver.submit({"step": 1}, [make_eigenproblem(0)])
     assert [item.labels["step"] for item in solver.drain()] == [0, 1]
+
+
+@pytest.fixture
+def gpu_like():
+    """A solver with a GPU's two ways, on the CPU."""
+    solver = Solver(CPU, n_workers=2)
+    solver._of_gpu = ThreadPoolExecutor(1)
+    yield solver
+    solver.close()
+
+
+def test_both_ways_give_the_same_in_order(gpu_like, monkeypatch):
+    monkeypatch.setattr(
+        Placement, "choose", lambda self, works: ["host", "device"] * (len(works) // 2)
+    )
+    gpu_like.submit({"step": 0}, [make_eigenproblem(layer, scale=2) for layer in range(4)])
+    (solved,) = gpu_like.drain()
+    assert [spectra.layer for spectra in solved.spectra] == [0, 1, 2, 3]
+    for spectra in solved.spectra:
+        torch.testing.assert_close(spectra.post, torch.tensor([8.0, 6, 4, 2]).double())
+
+
+def test_where_spectra_are_solved_is_said_when_it_changes(gpu_like, monkeypatch, caplog):
+    places = iter([["host"] * 2, ["host"] * 2, ["host", "device"]])
+    monkeypatch.setattr(Placement, "choose", lambda self, works: next(places))
+    with caplog.at_level("INFO"):
+        for step in range(3):
+            gpu_like.submit({"step": step}, [make_eigenproblem(layer) for layer in range(2)])
+    assert [record.args for record in caplog.records] == [
+        (2, 0, 2, 2, 0, CPU),
+        (2, 2, 1, 2, 1, CPU),
+    ]
+
+
+def test_what_waits_for_its_solution_holds_no_memory_of_the_device(gpu_like):
+    """Once a thread has taken it."""
+    problem = make_eigenproblem(0)
+    tensor = weakref.ref(problem.post)
+    gpu_like.submit({"step": 0}, [problem])
+    del problem
+    wait([each.future for each in gpu_like._pending[0][1]])
+    gc.collect()
+    assert tensor() is None

@@ -33,13 +33,14 @@ def measured(n_layers: int = 3, steps: tuple[int, ...] = STEPS) -> pd.DataFrame:
     return frame.assign(
         pr_gain=frame["pr_post"] / frame["pr_pre"],
         delta_eee=frame["eee_post"] - frame["eee_pre"],
+        variance_outside=0.1 * layer,
     )
 
 
 def unmeasured(frame: pd.DataFrame, rows: slice = slice(None)) -> pd.DataFrame:
     names = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
     frame = frame.copy()
-    frame.loc[frame.index[rows], [*names, "pr_gain", "delta_eee"]] = np.nan
+    frame.loc[frame.index[rows], [*names, "pr_gain", "delta_eee", "variance_outside"]] = np.nan
     return frame.assign(status="no variance")
 
 
@@ -132,7 +133,7 @@ def test_where_nothing_was_measured_the_figure_says_so():
     frame = unmeasured(measured())
     overview = figures_of_one_run.overview(frame, CORRELATIONS.iloc[:0], "t")
     assert texts_of(overview) == ["nothing could be measured"] * 4
-    assert texts_of(figures_of_one_run.gain_maps(frame, "t")) == ["nothing could be measured"] * 2
+    assert texts_of(figures_of_one_run.gain_maps(frame, "t")) == ["nothing could be measured"] * 3
     overview.draw_without_rendering()
 
 

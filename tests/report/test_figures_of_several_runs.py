@@ -21,7 +21,10 @@ def curves(n_designs: int = 2, seeds: tuple[int, ...] = (0, 1), **changes) -> pd
             "step": step,
             "layer": layer,
             "depth": (layer + 0.5) / 2,
-            **dict.fromkeys((*figures_of_several_runs.CURVES, "pr_gain"), 1.0 + design + seed),
+            **dict.fromkeys(
+                (*figures_of_several_runs.CURVES, *figures_of_several_runs.LAYERS),
+                1.0 + design + seed,
+            ),
         }
         for design in range(n_designs)
         for seed in seeds
@@ -122,7 +125,12 @@ def test_a_median_is_of_the_same_designs_all_along_its_line():
 
 def test_layers_at_the_last_step():
     figure = figures_of_several_runs.layers_by_factor(layers(), "activation.name", [], "t")
-    assert [panel.get_title() for panel in figure.axes] == ["PR pre", "PR post", "PR gain"]
+    assert [panel.get_title() for panel in figure.axes] == [
+        "PR pre",
+        "PR post",
+        "PR gain",
+        "variance outside",
+    ]
     assert {panel.get_xlabel() for panel in figure.axes} == {"layer"}
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_xdata(), [0, 1])
 

@@ -437,3 +437,13 @@ def test_reports_leave_pyplot_and_torch_alone():
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("steps", [(0,), (0, 10), (5, 5)])
+def test_steps_of_several_runs_are_refused(tmp_path, make_run, steps):
+    """They choose the spectra of one; nothing is written."""
+    for name in ("a", "b", "c"):
+        make_run(tmp_path / "runs" / name)
+    with pytest.raises(ConfigError, match=f"of one run; got {', '.join(map(str, steps))} for 3 "):
+        write_report(tmp_path / "runs", tmp_path / "report", steps=steps)
+    assert not (tmp_path / "report").exists()

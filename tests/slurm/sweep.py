@@ -1,12 +1,11 @@
 """`nerve-run` as a user calls it, sending runs to a cluster or keeping them here."""
 
-import os
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
-from processes import ended, nerve_run
+from processes import ended, lean_path, nerve_run
 from support import TINY_RUN
 
 import nerve
@@ -65,13 +64,12 @@ class Sweep:
     def send(self, *overrides: str, where: str = "site") -> None:
         """Starts the command; `where` is the launcher."""
         launcher = [f"hydra/launcher={where}"] if where else []
-        path = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._output.unlink(missing_ok=True)
         self._command = nerve_run(
             ["-m", f"--config-dir={SITE}", *launcher, *TINY, *overrides],
             cwd=self.folder,
             log=self._output,
-            environment={**self.cluster.environment, "PYTHONPATH": os.pathsep.join(path)},
+            environment={**self.cluster.environment, "PYTHONPATH": lean_path(SITE)},
         )
 
     def finish(self) -> int:

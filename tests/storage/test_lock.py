@@ -60,6 +60,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, other):
     assert not is_locked(directory)
     lock = RunLock(directory)
     assert holder(directory) == {"host": socket.gethostname(), "pid": os.getpid()}
+    assert holder(str(directory)) == holder(directory)
     lock.release()
 
 

@@ -58,6 +58,8 @@ def write_run(
             for site, spectrum in SPECTRA.items():
                 key = {"step": step, "layer": layer, "ffn": "ffn", "site": site}
                 store.append_spectra([{**key, "eigenvalues": spectrum}])
+                group = {"grouping": "halves", "group": "a", "n_samples": 9, "dim": 16}
+                store.append_groups([{**key, **group, "pr": 2.0, "status": "ok"}])
         store.append_scalars([{"step": step, "name": "train_loss", "value": None}])
         store.flush(step)
     record.finish("done", step=10)

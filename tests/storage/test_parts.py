@@ -188,11 +188,14 @@ def test_whatever_the_store_writes_is_verified(store, row, name):
     """A changed byte in the middle of a page is named after a flush, a merge, a truncation and a
     compaction, and in every dataset."""
     spectrum = {"layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [4.0, 3.0, 2.0, 1.0]}
+    group = {"ffn": "ffn", "site": "pre", "grouping": "halves", "group": "a", "n_samples": 9}
+    group |= {"dim": 4, "pr": 2.0, "status": "ok"}
 
     def append(step: int, layer: int = 0) -> None:
         store.append_metrics([row(step, layer)])
         store.append_spectra([spectrum | {"step": step, "layer": layer}])
         store.append_scalars([{"step": step, "name": f"of {layer}", "value": 1.0}])
+        store.append_groups([group | {"step": step, "layer": layer}])
         store.flush(max(step, 1))
 
     def check() -> None:

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from nerve.errors import StoreError
-from nerve.storage.schema import DATASETS, METRICS, SCALARS, SPECTRA, table_of
+from nerve.storage.schema import DATASETS, GROUPS, METRICS, SCALARS, SPECTRA, table_of
 
 SPECTRUM = {"step": 1, "layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [2.0, 1.0]}
 
@@ -47,7 +47,25 @@ def test_spectra_and_scalars_columns_and_types():
     assert SCALARS.field("value").type == pa.float64()
 
 
-@pytest.mark.parametrize("schema", [METRICS, SPECTRA, SCALARS])
+def test_groups_columns_and_types():
+    """One row a site and group of a measured FFN."""
+    measured = ["se", "pr", "eee", "variance", "pr_corrected"]
+    measured += ["se_spread", "pr_spread", "eee_spread"]
+    expected = {
+        "run_id": pa.string(),
+        "step": pa.int64(),
+        "layer": pa.int16(),
+        **dict.fromkeys(("ffn", "site", "grouping", "group"), pa.string()),
+        "n_samples": pa.int64(),
+        "dim": pa.int32(),
+        **dict.fromkeys(measured, pa.float64()),
+        "status": pa.string(),
+    }
+    assert dict(zip(GROUPS.names, GROUPS.types, strict=True)) == expected
+    assert GROUPS.names == list(expected)
+
+
+@pytest.mark.parametrize("schema", [METRICS, SPECTRA, SCALARS, GROUPS])
 def test_version_is_in_the_metadata(schema):
     assert schema.metadata == {b"nerve_schema_version": b"2"}
 

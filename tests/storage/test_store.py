@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nerve.errors import StoreError
-from nerve.storage.parts import DamagedPartWarning, read_parts
+from nerve.storage.manifest import read_manifest
+from nerve.storage.parts import DamagedPartWarning, part_path, read_parts
 from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore
 
@@ -480,3 +481,74 @@ def test_opening_removes_stale_temporaries_only(store, row):
     assert not any(path.exists() for path in stale)
     assert all(path.exists() for path in kept)
     assert len(rows_of(store.directory)) == 8
+
+
+def test_a_flush_does_the_same_work_however_many_parts_there_are(store, row, monkeypatch):
+    """It neither looks at them nor writes their list anew."""
+    fill(store, row)
+    forbidden = []
+    for name in ("list_parts", "write_manifest"):
+        monkeypatch.setattr(f"nerve.storage.store.{name}", lambda *args: forbidden.append(args))
+    for step in range(100, 200, 10):
+        store.append_metrics([row(step)])
+        store.flush(step)
+    assert not forbidden
+    assert len(read_manifest(store.directory)["metrics"]) == 14
+
+
+def test_a_list_that_was_cut_off_ends_there(store, row):
+    """As a power cut may leave the last line."""
+    fill(store, row)
+    before = read_manifest(store.directory)
+    with open(store.directory / ".parts.json", "ab") as file:
+        file.write(b'["metrics", ["part-0000')
+    assert read_manifest(store.directory) == before
+    store.append_metrics([row(100)])
+    store.flush(100)  # behind the cut, and so not on the list until the next opening
+    assert len(rows_of(store.directory)) == 9
+    RunStore(store.directory, store.run_id)
+    assert len(read_manifest(store.directory)["metrics"]) == len(before["metrics"]) + 1
+
+
+@pytest.mark.parametrize("dataset", ["metrics", "scalars", "spectra"])
+def test_a_part_of_another_run_is_not_read_as_the_runs_own(tmp_path, row, dataset):
+    """Somebody has copied it into the wrong folder."""
+    stores = [RunStore(tmp_path / name, name) for name in ("mine", "other")]
+    for store, steps in zip(stores, ((0, 10), (20, 30)), strict=True):
+        for step in steps:
+            store.append_metrics([row(step)])
+            store.append_scalars([{"step": step, "name": "loss", "value": 1.0}])
+            values = {"layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [1.0]}
+            store.append_spectra([{"step": step, **values}])
+            store.flush(step)
+    folder = tmp_path / "mine" / dataset
+    moved = shutil.copy(part_path(tmp_path / "other", DATASETS[dataset], 30), folder)
+    with pytest.warns(DamagedPartWarning, match="holds rows of run other; the run of its direct"):
+        stores[0].compact()
+    table, (error,) = read_parts(tmp_path / "mine", DATASETS[dataset], "mine")
+    assert table["step"].to_pylist() == [0, 10]
+    assert str(moved) in str(error)
+    assert "Move it to the directory of its own run" in str(error)
+    with pytest.warns(DamagedPartWarning, match="holds rows of run other"):
+        stores[0].truncate_after(0)
+    assert Path(moved).exists()  # whoever put it there decides
+
+
+def test_a_run_without_groups_has_no_folder_of_them_and_one_with_them_is_resumed_as_any(
+    tmp_path, row
+):
+    """Rows past a step are dropped of groups as well, and compacted to one part."""
+    group = {"layer": 0, "ffn": "ffn", "grouping": "halves", "group": "a", "n_samples": 9, "dim": 4}
+    store = RunStore(tmp_path, "a")
+    store.append_metrics([row(1)])
+    store.append_groups([])
+    store.flush(1)
+    assert not (tmp_path / "groups").exists()
+    for step in (1, 2, 3):
+        site = {"site": "stream_in", "status": "ok", "pr": float(step)}
+        store.append_groups([group | site | {"step": step}])
+        store.flush(step)
+    RunStore(tmp_path, "a").truncate_after(2)
+    RunStore(tmp_path, "a").compact()
+    (part,) = (tmp_path / "groups").iterdir()
+    assert pq.read_table(part)["pr"].to_pylist() == [1.0, 2.0]

@@ -1,9 +1,12 @@
 """A run shows that it lives whatever it is at, and stops where it ends."""
 
+import io
 import json
 import pickle
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,7 +16,7 @@ from support import Batches
 from nerve.errors import StoreError
 from nerve.storage.record import RunRecord
 from nerve.training import callbacks
-from nerve.training.callbacks import Heartbeat
+from nerve.training.callbacks import Heartbeat, RunProgressBar
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +103,35 @@ def fit(module: Looks, heartbeat: Heartbeat) -> None:
     ).fit(module, Batches([torch.zeros(1)]), Batches([torch.zeros(1)]))
 
 
+class Counts(L.LightningModule):
+    """A step of training says how many targets it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self.weight.sum(), "n_targets": 4}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_bar_moves_with_each_batch_of_training():
+    bar, module = RunProgressBar("tokens"), Counts()
+    batches = Batches([torch.zeros(1)] * 3)
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[bar],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    ).fit(module, batches)
+    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (3, 3)
+    assert "tokens/s" in bar.get_metrics(module.trainer, module)
+
+
 def test_as_a_callback_of_ones_own_trainer_it_beats_through_the_fit(record):
     module = Looks(record)
     fit(module, Heartbeat(record))
@@ -141,3 +173,68 @@ def test_it_can_be_sent_to_a_process_that_trains(record):
     with sent:
         assert beats(record)
     assert is_still(record)
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def bar_of(n_batches: int, of: int, resumed_at: int, metrics: dict[str, float], unit: str) -> str:
+    """The line that is shown once a run that went on at a batch has done `n_batches` in all, at
+    half a second each, of which 100,000 tokens a batch."""
+    bar = RunProgressBar(unit)
+    batches = SimpleNamespace(current=SimpleNamespace(processed=resumed_at))
+    trainer = SimpleNamespace(
+        num_training_batches=of,
+        progress_bar_metrics=metrics,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
+        loggers=[],
+        world_size=1,
+    )
+    bar._trainer = trainer
+    bar.on_train_start(trainer)
+    began = bar.train_progress_bar.start_t
+    n_done = n_batches - resumed_at
+    bar._seconds, bar._n_targets = 0.5 * n_done, 100_000 * n_done
+    tqdm = bar.train_progress_bar
+    tqdm.n, tqdm._time = n_batches, lambda: began + 0.5 * n_done
+    tqdm.set_postfix(bar.get_metrics(trainer, None), refresh=False)
+    line = str(tqdm)
+    tqdm.disable = True
+    return line
+
+
+LOSSES = {"train_loss": 10.8249, "val_loss": 10.8251, "v_num": 3}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "unit"),
+    [({}, "tokens"), (LOSSES, "tokens"), (LOSSES | {"val_accuracy": 0.12345}, "images")],
+)
+@pytest.mark.parametrize("n", [100, 5_000, 100_000])
+def test_the_bar_is_whole_at_80_columns(monkeypatch, metrics, unit, n):
+    """Also for a run of 14 hours; every part is there."""
+    monkeypatch.setattr(sys, "stdout", Screen())
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (80, 24))
+    line = bar_of(n // 2, n, 0, metrics, unit)
+    assert len(line) <= 80
+    assert line.startswith(" 50%|")
+    assert f"| {n // 2}/{n} [" in line
+    assert line.endswith(f"{unit}/s=200k]")
+    for name, value in metrics.items():
+        shown = {"train_loss": "loss=", "val_loss": "val=", "val_accuracy": "acc="}.get(name)
+        told = shown is not None and f"{shown}{value:.3g}"[:7] in line
+        assert told == (shown is not None and not (shown == "val=" and "acc=" in line))
+
+
+@pytest.mark.parametrize("resumed_at", [0, 400, 799])
+def test_the_rate_and_the_time_left_of_a_resumed_run_are_true(monkeypatch, resumed_at):
+    """200 batches of half a second are left, and each has 100,000 tokens."""
+    monkeypatch.setattr(sys, "stdout", Screen())
+    line = bar_of(800, 1000, resumed_at, {}, "tokens")
+    assert "| 800/1000 [" in line
+    assert "<01:40, tokens/s=200k]" in line

@@ -20,10 +20,9 @@ from nerve.storage.store import RunStore
 from nerve.training.checkpoint_cadence import CheckpointCadence
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
-    CheckpointFiles,
     read_checkpoint,
-    require_other_files,
 )
+from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
 from nerve.training.module import ImageClassifier
 from nerve.training.signals import StopSignals
 
@@ -264,7 +263,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_one_befo
         torch.save(dict(content), target)
 
     path.parent.mkdir()
-    monkeypatch.setattr("nerve.training.checkpoint_files.write_checkpoint", refuse)
+    monkeypatch.setattr("nerve.training.checkpoint_io.write_checkpoint", refuse)
     monkeypatch.setattr("nerve.training.checkpoint_callback.write_checkpoint", refuse)
     with pytest.raises(StoreError, match="full"):
         fit(

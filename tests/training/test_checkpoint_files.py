@@ -17,7 +17,6 @@ from nerve.models import build_model
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.training.checkpoint_files import (
-    CheckpointFiles,
     check_checkpoint,
     drop_all_but_weights,
     identity_of,
@@ -25,6 +24,7 @@ from nerve.training.checkpoint_files import (
     weights_of,
     write_checkpoint,
 )
+from nerve.training.checkpoint_io import CheckpointFiles
 
 CONFIG = {
     "seed": 1,

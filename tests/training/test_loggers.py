@@ -7,7 +7,8 @@ import pytest
 
 import nerve.training.loggers
 from nerve.errors import StoreError
-from nerve.training.loggers import CSVLogger
+from nerve.storage.record import RunRecord
+from nerve.training.loggers import CSVLogger, WandbLogger, wandb_id_in, wandb_id_of
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -140,3 +141,47 @@ def test_what_a_killed_writer_left_is_removed(tmp_path, when):
     logger.log_metrics({"loss": 0.5}, 1)
     logger.save()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.mark.parametrize(
+    ("given", "of_record", "expected"),
+    [
+        ({}, {}, "run1"),
+        ({"WANDB_RUN_ID": "agents"}, {}, "agents"),  # of a run that wandb's agent has started
+        ({"WANDB_RUN_ID": ""}, {}, "run1"),
+        ({"WANDB_RUN_ID": "another"}, {"wandb_id": "agents"}, "agents"),  # resumed elsewhere
+        ({}, {"wandb_id": "agents"}, "agents"),
+        ({"WANDB_RUN_ID": "agents"}, {"restarts": 1}, "run1"),  # began before ids were recorded
+        ({"WANDB_RUN_ID": "agents"}, {"sweep": "normfree"}, "run1"),  # all trials would be one run
+    ],
+)
+def test_the_id_at_wandb_is_the_records_or_that_of_its_environment(
+    tmp_path, monkeypatch, given, of_record, expected
+):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    record = RunRecord.create(tmp_path, {}, run_id="run1")
+    record.update(**of_record)
+    assert wandb_id_of(RunRecord.load(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("sweep", [None, "normfree"])
+def test_what_the_environment_names_at_wandb_is_left_to_it(tmp_path, monkeypatch, sweep):
+    """wandb reads these itself where it is given nothing."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        "lightning.pytorch.loggers.WandbLogger.__init__",
+        lambda self, **values: given.update(values),
+    )
+    RunRecord.create(tmp_path, {}, run_id="run1", sweep=sweep)
+    logger = WandbLogger(tmp_path, project="nerve")
+    assert (given["id"], given["name"], given.get("group")) == ("run1", "run1", sweep)
+    assert wandb_id_in([CSVLogger(tmp_path), logger]) == "run1"
+    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(name, "mine")
+    given.clear()
+    logger = WandbLogger(tmp_path, project="nerve")
+    assert not given.keys() & {"name", "group"}
+    assert given["id"] == wandb_id_in([logger]) == ("run1" if sweep else "mine")
+    assert wandb_id_in([CSVLogger(tmp_path)]) is None

@@ -387,6 +387,32 @@ def test_the_first_positions_are_left_out_of_the_features_alone(tmp_path, source
     np.testing.assert_array_equal(fewer.val_loss, rows.val_loss)
 
 
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_groups_and_sites_are_measured_with_every_second_measurement(tmp_path, source):
+    """As by hand, with the pooled rows as they are without."""
+    module, train, heldout = make_module(lr=0.0), batches(4), batches(2, seed=1)
+    given = {"every_n_steps": 1, "source": source}
+    _, rows = fit(tmp_path / "a", module, train, heldout, **given)
+    asked = {"groups": ["position", "halves"], "sites": ["stream_in", "output"]}
+    _, same = fit(tmp_path / "b", module, train, heldout, **given, **asked, groups_every=2)
+    np.testing.assert_allclose(same[METRICS], rows[METRICS], rtol=2e-5, atol=1e-7)
+    groups = nerve.load_groups(tmp_path / "b")
+    assert sorted(groups["step"].unique()) == ([0, 2, 4] if source == "heldout" else [0, 2])
+    inputs = [x for x, _ in heldout] if source == "heldout" else [train[2][0]]
+    nerve.measure(module.model, inputs, into=tmp_path / "c", **asked)
+    keys = ["layer", "site", "grouping", "group"]
+    by_hand = nerve.load_groups(tmp_path / "c").set_index(keys).sort_index()
+    stored = groups[groups["step"] == 2].set_index(keys).sort_index()
+    numbers = ["n_samples", "se", "pr", "eee", "variance"]
+    assert stored.index.tolist() == by_hand.index.tolist()
+    np.testing.assert_allclose(stored[numbers], by_hand[numbers], rtol=2e-5)
+
+
+def test_groups_by_frequency_need_the_counts_of_the_data_module(tmp_path):
+    with pytest.raises(MeasurementError, match="token_counts"):
+        fit(tmp_path, make_module(), batches(1), batches(1), groups=["frequency"])
+
+
 def test_without_the_shortcut_the_features_themselves_are_taken(tmp_path):
     values = {"every_n_steps": 2}
     _, short = fit(tmp_path / "s", make_module(), batches(2), batches(4), **values)

@@ -137,10 +137,53 @@ def hand_on(signum: int) -> None:
 def test_after_sigterm_a_job_that_slurm_ends_waits_to_be_killed(slurm, said):
     slurm.says = [said]
     hand_on(signal.SIGTERM)
-    assert 590 <= sum(slurm.slept) <= 620  # the longest that it waits: here nobody kills it
-    command, timeout = slurm.asked[0]
-    assert command == ["scontrol", "show", "job", "12"]
-    assert timeout
+    assert 30 <= sum(slurm.slept) <= 50  # the longest that it waits: here nobody kills it
+    command, _ = slurm.asked[0]
+    assert command == ("scontrol", "show", "job", "12")
+    assert all(timeout for _, timeout in slurm.asked)
+
+
+PREEMPTED = "JobId=12 JobState=RUNNING QOS=low Partition=gpu PreemptTime=2026-11-26T10:00:00"
+
+
+@pytest.mark.parametrize(
+    ("job", "partition", "qos", "expected"),
+    [
+        ("JobId=12 JobState=CANCELLED Partition=gpu QOS=low", 300, "00:05:00", 90),
+        (PREEMPTED, 0, "00:00:00", 90),
+        (PREEMPTED, 300, "", 390),
+        (PREEMPTED, 0, "00:02:00", 210),
+        (PREEMPTED, 60, "01:00:00", 3690),
+    ],
+)
+def test_it_waits_as_long_as_the_cluster_lets_it(slurm, monkeypatch, job, partition, qos, expected):
+    """KillWait, after the GraceTime of a job that is preempted."""
+    says = {
+        ("scontrol", "job"): job,
+        ("scontrol", "config"): "KillOnBadExit = 0\nKillWait                = 90 sec\n",
+        ("scontrol", "partition"): f"PartitionName=gpu GraceTime={partition} Hidden=NO",
+        ("sacctmgr", "show"): qos,
+    }
+
+    def run(command, **values):
+        said = says[command[0], command[2]]
+        return subprocess.CompletedProcess(command, 0, stdout=said, stderr="")
+
+    monkeypatch.setattr("subprocess.run", run)
+    hand_on(signal.SIGTERM)
+    assert expected <= sum(slurm.slept) <= expected + 20
+
+
+def test_what_handled_a_signal_before_has_it_also_where_no_run_had_begun():
+    """Of a job whose time runs out while its trial still starts."""
+    handled = []
+    before = signal.signal(signal.SIGUSR2, lambda signum, frame: handled.append(signum))
+    try:
+        with pytest.raises(Interrupted), StopSignals():
+            send(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert handled == [signal.SIGUSR2]
 
 
 def test_it_waits_no_longer_than_slurm_says_so(slurm):

@@ -45,7 +45,16 @@ def register() -> None:
 
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain values."""
-    values = OmegaConf.to_container(config, resolve=True)
+    return _plain(config, resolve=True)
+
+
+def unresolved(config: DictConfig) -> dict[str, Any]:
+    """The same, with interpolations as texts."""
+    return _plain(config, resolve=False)
+
+
+def _plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 

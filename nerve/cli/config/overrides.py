@@ -8,11 +8,12 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 
 from nerve.cli.config.compose import CONF, SWEEPS
 from nerve.config import require
+from nerve.errors import NerveError
 
 _OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
 """How arguments begin with which a user brings configuration files of his own."""
@@ -89,8 +90,55 @@ def explain_error(error: Exception) -> str:
         return f"There is no value {key!r}.{_meant(key, known)}"
     if found := re.match(r"Multiple values for ([^.]+)\.", text):
         return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
-    cause = f"\n{error.__cause__}" if isinstance(error.__cause__, Exception) else ""
-    return text.split("\nConfig search path:")[0].rstrip() + cause
+    if found := re.search(r"Could not find '(.+)/([^/']+)'", text):
+        return _no_such_option(found[1], found[2], re.findall(r"^\t(\S+)$", text, re.MULTILINE))
+    if "missing EQUAL" in text:
+        return _no_override(re.findall(r"'([^']*)'", text)[0])
+    merging = re.match(r"Error merging override (([^=]+)=.*)", text)
+    if (found := merging) and "Cannot merge DictConfig" in str(error.__cause__):
+        return (
+            f"{found[2]} is a group of values; got {found[1]}. Set single values, as in "
+            f"{found[2]}.…=…."
+        )
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NerveError):
+            return str(cause)
+        cause = cause.__cause__
+    told = _without_link(text.split("\nConfig search path:")[0])
+    if isinstance(error, OverrideParseException):
+        return (
+            f"An override must be one that Hydra can read: {told}. A value with signs of its own "
+            "goes into quotes: \"key='value'\"."
+        )
+    reason = _without_link(str(error.__cause__))
+    return f"{told}\n{reason}" if isinstance(error.__cause__, Exception) else told
+
+
+def _without_link(text: str) -> str:
+    return re.sub(r"\nSee https?:\S+( for details)?", "", text).rstrip()
+
+
+def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    close = get_close_matches(option, options, n=1)
+    hint = f" Did you mean {group}={close[0]}?" if close else ""
+    return f"{group} must be one of {', '.join(options)}; got {option!r}.{hint}"
+
+
+def _no_override(argument: str) -> str:
+    sweeps = [path.stem for path in SWEEPS.glob("*.yaml")]
+    keys = list(_known_keys())
+    if argument in sweeps:
+        meant = f"--config-name={argument}"
+    elif close := get_close_matches(argument, [*sweeps, *keys], n=1):
+        meant = f"--config-name={close[0]}" if close[0] in sweeps else f"{close[0]}=…"
+    else:
+        meant = ""
+    hint = f" Did you mean {meant}?" if meant else ""
+    return (
+        f"An argument is key=value, or an option with dashes before it; got {argument!r}.{hint} "
+        "nerve-run --help shows all."
+    )
 
 
 def no_such_sweep(name: str) -> str:

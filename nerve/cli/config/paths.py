@@ -1,14 +1,14 @@
 """Values of the command line that are taken as they are: paths and marks, whatever their signs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from nerve.config import quoted
+from nerve.config import quoted, require, require_path
 
 DIRECTORIES = ("resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir")
 """Keys of one path, of which no sweep makes several."""
@@ -18,6 +18,12 @@ TEXTS = (
     *("data.tokenizer", "data.corpus.separator", "data.separator_token"),
 )
 """Keys of a path or a mark, which a sweep may vary and which may have a list."""
+
+OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+"""Those of which Hydra makes directories before anything else is looked at."""
+
+_PATHS_OF_DATA = ("cache_dir", "tokenizer", "corpus.path", "images.path")
+_LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
 
 _UNREADABLE = object()
 
@@ -30,6 +36,42 @@ def with_literal_paths(arguments: Sequence[str]) -> list[str]:
     very name.
     """
     return [_literal(argument) for argument in arguments]
+
+
+def require_directories(overrides: Iterable[Override]) -> None:
+    """Refuses what can be no directory of a run.
+
+    Raises:
+        ConfigError: for a value that is empty, null, no text, or has too long a name.
+    """
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_delete() or key not in (*OF_HYDRA, "resume"):
+            continue
+        value = override.value()
+        if isinstance(value, ChoiceSweep) or (key == "resume" and value is None):
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        require_path(key, str(value) if is_number else value)  # a directory may be called 5
+
+
+def require_paths_of_data(data: Mapping[str, Any]) -> None:
+    """Refuses what can be no path where one belongs; whether it is there is not looked at."""
+    for name in (*_PATHS_OF_DATA, *_LISTS_OF_PATHS):
+        node: Any = data
+        *groups, leaf = name.split(".")
+        for group in groups:
+            node = node.get(group)
+            node = node if isinstance(node, Mapping) else {}
+        if node.get(leaf) is None and (name != "corpus.paths" or leaf not in node):
+            continue
+        value, key = node[leaf], f"data.{name}"
+        if name in _LISTS_OF_PATHS and isinstance(value, list):
+            require(bool(value), f"{key} must have a path; got an empty list.")
+            for i, path in enumerate(value):
+                require_path(f"{key}[{i}]", path)
+        else:
+            require_path(key, value)
 
 
 def _literal(argument: str) -> str:

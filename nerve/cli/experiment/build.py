@@ -7,20 +7,21 @@ from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.further import callbacks_of
-from nerve.cli.experiment.machine import is_alone
+from nerve.cli.experiment.machine import n_processes_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
 from nerve.optim import build_optimizer
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import RunProgressBar
-from nerve.training.checkpoint_files import CheckpointFiles
+from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.loggers import StoreLogger
 from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
 from nerve.training.monitor import SpectralMonitor
@@ -81,10 +82,12 @@ def build_trainer(
     store: RunStore | None,
     callbacks: list[L.Callback],
     files: CheckpointFiles,
+    environment: ClusterEnvironment,
 ) -> L.Trainer:
     """The trainer, with the loggers and callbacks of the configuration beside those given."""
-    alone = is_alone(plan.values["trainer"])
-    if alone:  # whatever a job around it says of its tasks, which Lightning has read
+    if (
+        n_processes_of(plan.values["trainer"]) == 1
+    ):  # whatever a job around it says of its tasks, which Lightning has read
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
     loggers: list[Logger] = [
         build(node, key=f"logger.{name}") for name, node in plan.values["logger"].items()
@@ -92,21 +95,16 @@ def build_trainer(
     if store:
         loggers.insert(0, StoreLogger(store))
     callbacks = callbacks + callbacks_of(plan.values)
-    if plan.trainer.enable_progress_bar:
+    has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if plan.trainer.enable_progress_bar and not has_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))
-    plugins: list[Any] = [files]
-    if alone:
-        plugins.append(LightningEnvironment())
-    elif SLURMEnvironment.detect():
-        # Lightning's own requeueing would act beside ours, and beside submitit's.
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer: L.Trainer = build(
         plan.values["trainer"],
         key="trainer",
         log_every_n_steps=min(plan.trainer.log_every_n_steps, plan.trainer.max_steps),
         callbacks=callbacks,
         logger=loggers,
-        plugins=plugins,
+        plugins=[files, environment],
         default_root_dir=str(directory),
         max_epochs=-1,
         enable_model_summary=False,

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
@@ -29,7 +29,12 @@ class CheckInPlaceOfRun(Callback):
     """Hydra's callback that ends a single run with `check=true` before it has a directory. That of
     a sweep is `TrialSweeper`'s."""
 
+    missing: ClassVar[list[Path]] = []
+    """The run's directory and those around it that are not there before Hydra makes them."""
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(str(config.hydra.run.dir))
+        self.missing[:] = [each for each in (directory, *directory.parents) if not each.exists()]
         if config.check is not True:
             return
         HydraConfig.instance().set_config(config)
@@ -71,7 +76,7 @@ def check_experiment(config: DictConfig) -> None:
     from nerve.cli.experiment.further import callbacks_of  # torch takes seconds to import
     from nerve.cli.experiment.machine import check_machine
     from nerve.cli.experiment.plan import Plan
-    from nerve.training.checkpoint_files import require_other_files
+    from nerve.training.checkpoint_io import require_other_files
 
     run = RunDirectory(_directory(config))
     trial = Trial(0, list(config.hydra.overrides.task), config, run)

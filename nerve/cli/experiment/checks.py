@@ -14,7 +14,7 @@ from typing import Any
 from hydra.utils import get_class
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nerve.config import require, require_choice, require_count, require_type
 from nerve.data.batches import BatchDataModule
@@ -63,8 +63,12 @@ FLAGS = ("compile", "retry", "check")
 # Before the values are resolved, which fails in OmegaConf's words where groups do not suit
 
 
-def require_whole(config: DictConfig) -> None:
-    """Refuses a configuration of which a part was deleted, or replaced by what is no group."""
+def require_whole(config: Mapping[str, Any]) -> None:
+    """Refuses a configuration of which a part was deleted, or replaced by what is no group.
+
+    Args:
+        config: as plain values, with interpolations as texts.
+    """
     for key in (*GROUPS, *SINGLE):
         require(
             key in config,
@@ -72,16 +76,20 @@ def require_whole(config: DictConfig) -> None:
         )
     for key in GROUPS:
         require(
-            isinstance(config[key], DictConfig),
+            isinstance(config[key], Mapping) or _is_interpolation(config[key]),
             f"{key} must be a group of values; got {config[key]!r}. Set single values, as in "
             f"{key}.…=…, or choose another option of the group.",
         )
-    parts = config.optimizer.get("parts")
+    parts = config["optimizer"].get("parts") if isinstance(config["optimizer"], Mapping) else {}
     require(
-        isinstance(parts, DictConfig),
+        isinstance(parts, Mapping) or _is_interpolation(parts),
         "optimizer.parts must be a mapping with the optimizers, by any names; got "
         f"{parts!r}. Choose an option of the group optimizer.",
     )
+
+
+def _is_interpolation(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("${")
 
 
 def require_suited(config: DictConfig) -> None:
@@ -112,9 +120,10 @@ def data_class(data: Mapping[str, Any]) -> type:
         raise ConfigError(f"data._target_ must name a class; got {target!r}: {error}") from error
 
 
-def require_given(config: DictConfig) -> None:
-    """Refuses a configuration in which a value without a default is not given."""
-    missing = sorted(_missing(OmegaConf.to_container(config)))
+def require_given(config: Mapping[str, Any]) -> None:
+    """Refuses a configuration in which a value without a default is not given. Argument as of
+    `require_whole`."""
+    missing = sorted(_missing(config))
     require(
         not missing,
         f"Values without a default must be given; {', '.join(missing)} is missing. "
@@ -255,8 +264,14 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
 
 
 def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
-    """Refuses positions to skip where there are none, or none would be left."""
+    """Refuses positions to skip, or to group by, where there are none, or none would be left."""
     kind, skip_first = values["model"]["kind"], monitor.skip_first
+    of_text = [name for name in monitor.groups if name != "halves"]
+    require(
+        kind == "gpt" or not of_text,
+        f"monitor.groups={of_text} are of tokens of text; with model.kind={kind} halves alone can "
+        "be grouped. Leave the others out.",
+    )
     if not skip_first:
         return
     require(

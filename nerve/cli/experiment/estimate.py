@@ -11,6 +11,7 @@ from nerve.cli.experiment.plan import Plan
 from nerve.measuring.ffns import sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.sites import n_inputs
+from nerve.metric_names import GROUPS
 from nerve.optim import parameter_roles
 
 COUNTED = (
@@ -99,12 +100,15 @@ def _n_state(plan: Plan, skeleton: nn.Module) -> float | None:
 
 
 def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
-    """Numbers in the matrices of pre and post of every measured FFN."""
-    total = 0
-    for ffn in find_ffns(skeleton, layers=plan.monitor.layers):
+    """Numbers in the matrices of every measured FFN: of pre and post, of their groups, and of the
+    sites around them."""
+    total, monitor = 0, plan.monitor
+    n_groups = sum(len(GROUPS[name]) for name in monitor.groups) + bool(monitor.groups)
+    for ffn in find_ffns(skeleton, layers=monitor.layers):
         width, d_in = width_of(ffn), n_inputs(sites_of(ffn)[0])
         assert isinstance(d_in, int)
         # Of 16-bit features pre itself is taken, not the input.
         exact = str(plan.values["trainer"].get("precision")).startswith("32")
-        total += width**2 + (d_in if plan.monitor.shortcut and exact else width) ** 2
+        of_ffn = width**2 + (d_in if monitor.shortcut and exact else width) ** 2
+        total += of_ffn * max(1, n_groups) + len(monitor.sites) * d_in**2
     return total

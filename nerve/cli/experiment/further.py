@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
 
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.objective import objectives, of_layers
@@ -26,6 +26,17 @@ def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
             f"callbacks.{name} changes it from epoch to epoch. Set "
             "trainer.accumulate_grad_batches.",
         )
+    bars = [
+        f"callbacks.{name}"
+        for name, callback in zip(values["callbacks"], callbacks, strict=True)
+        if isinstance(callback, ProgressBar)
+    ]
+    shows = values["trainer"].get("enable_progress_bar", True)
+    require(
+        len(bars) <= int(bool(shows)),
+        f"A run shows one progress bar, or none; got {' and '.join(bars)} with "
+        f"trainer.enable_progress_bar={str(shows).lower()}. Leave one out, or set that to true.",
+    )
     # A callback of one's own may log what another one monitors.
     if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
         kind = values["model"]["kind"]

@@ -16,6 +16,7 @@ from nerve.cli.experiment.plan import Plan
 from nerve.cli.sweep.devices import n_devices_of
 from nerve.config import require
 from nerve.storage.provenance import nvidia_driver
+from nerve.training.gathering import Gathering, environment_of
 
 
 def check_machine(plan: Plan) -> None:
@@ -68,8 +69,8 @@ def _device_bytes(accelerator: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + swap
 
 
-def is_alone(trainer: Mapping[str, Any]) -> bool:
-    """Whether a run is one process, by what it asks for.
+def n_processes_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run is, by what it asks for.
 
     The job around it may have others: tasks of `srun` that each run a command of their own.
 
@@ -79,12 +80,19 @@ def is_alone(trainer: Mapping[str, Any]) -> bool:
     n_devices = n_devices_of(trainer)
     if n_devices is None:
         n_devices = 1 if trainer["accelerator"] == "cpu" else max(1, torch.cuda.device_count())
-    return n_devices == 1 and trainer.get("num_nodes", 1) == 1
+    return n_devices * int(trainer.get("num_nodes", 1))
 
 
 def leads(trainer: Mapping[str, Any]) -> bool:
     """Whether this process records the run: of several processes the first, of one that one."""
-    return is_alone(trainer) or rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    is_alone = n_processes_of(trainer) == 1
+    return is_alone or rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def gathering_of(trainer: Mapping[str, Any]) -> Gathering:
+    """Where the processes of a run meet before they are one group."""
+    n_processes = n_processes_of(trainer)
+    return Gathering(environment_of(n_processes == 1), n_processes, leads(trainer))
 
 
 def device_names(trainer: L.Trainer) -> str:

@@ -51,7 +51,7 @@ def objective_of(run: RunDirectory, name: str) -> float:
     score = run.require_record().final.get(name)
     if score is not None:
         return score
-    table, damaged = read_parts(run.path, DATASETS["metrics"])
+    table, damaged = read_parts(run.path, DATASETS["metrics"], run.require_record().run_id)
     warn_damaged(damaged)
     rows = table.select(["step", "ffn", *MEASURED]).to_pylist()
     last = max((row["step"] for row in rows), default=None)

@@ -7,7 +7,8 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
-from nerve.cli.config.compose import resolved
+from nerve.cli.config.compose import resolved, unresolved
+from nerve.cli.config.paths import require_paths_of_data
 from nerve.cli.experiment.checks import (
     require_arguments,
     require_data,
@@ -69,9 +70,10 @@ class Plan:
             ConfigError: for all that a configuration alone can tell to be wrong, naming the keys.
             NerveError: for what a part of the run refuses, in its words.
         """
-        require_whole(config)
+        given = unresolved(config)
+        require_whole(given)
         require_suited(config)
-        require_given(config)
+        require_given(given)
         values = resolved(config)
         kind = values["model"]["kind"]
         require_single_values(values)
@@ -90,6 +92,7 @@ class Plan:
         require_packages(values["logger"])
         callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)
+        require_paths_of_data(values["data"])
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")

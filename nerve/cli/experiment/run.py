@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
+from nerve import cores
 from nerve.cli.console import counts
 from nerve.cli.experiment.build import (
     build_data,
@@ -21,7 +23,13 @@ from nerve.cli.experiment.build import (
     scale_pre_activations,
 )
 from nerve.cli.experiment.further import callbacks_of
-from nerve.cli.experiment.machine import check_machine, device_names, gpu_versions, leads
+from nerve.cli.experiment.machine import (
+    check_machine,
+    device_names,
+    gathering_of,
+    gpu_versions,
+    leads,
+)
 from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
@@ -35,12 +43,13 @@ from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
-    CheckpointFiles,
     check_checkpoint,
     drop_all_but_weights,
-    require_other_files,
 )
+from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
 from nerve.training.ending import require_validated, stopped_by
+from nerve.training.gathering import Gathering
+from nerve.training.loggers import wandb_id_in
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -66,37 +75,44 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     for message in (".*LeafSpec", ".*`srun` command is available"):  # Lightning's
         warnings.filterwarnings("ignore", message=message)
     run = RunDirectory(hydra_config.runtime.output_dir)
-    if is_done(run, config):
-        return objective_of(run, plan.objective)
-    check_machine(plan)
-    require_other_files(callbacks_of(plan.values), run)
-    with StopSignals() as signals:
+    with gathering_of(plan.values["trainer"]) as gathering:
         # Of several processes, rank 0 records; it started the others with its directory.
-        if not leads(plan.values["trainer"]):
-            return _follow(plan, run, signals)
-        with run.locked():
-            record = start(run, config, hydra_config)
-            if record.run_status != "done":  # else it has been done just now
-                _lead(plan, run, record, signals)
+        is_first = leads(plan.values["trainer"])
+        if is_first and is_done(run, config):
+            return objective_of(run, plan.objective)
+        check_machine(plan)
+        require_other_files(callbacks_of(plan.values), run)
+        with StopSignals() as signals:
+            if not is_first:
+                if gathering.begin():
+                    return _follow(plan, run, signals, gathering)
+                return objective_of(run, plan.objective)
+            with run.locked():
+                record = start(run, config, hydra_config)
+                if record.run_status != "done":  # else it has been done just now
+                    gathering.begin()
+                    _lead(plan, run, record, signals, gathering)
     return objective_of(run, plan.objective)
 
 
-def _follow(plan: Plan, run: RunDirectory, signals: StopSignals) -> float:
+def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gathering) -> float:
     """The run in a process that does not record it."""
     try:
-        return _run(plan, run, None, signals, None)
+        return _run(plan, run, None, signals, None, gathering)
     except Interrupted as interrupted:
         signals.hand_on()
         # A launcher takes another exit status of a process that it started for a crash.
         raise SystemExit(0) from interrupted
 
 
-def _lead(plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals) -> None:
+def _lead(
+    plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals, gathering: Gathering
+) -> None:
     """The run in the process that records how it ends."""
     heartbeat = Heartbeat(record)
     try:
         with heartbeat:
-            _run(plan, run, record, signals, heartbeat)
+            _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
@@ -124,9 +140,9 @@ def _run(
     record: RunRecord | None,
     signals: StopSignals,
     heartbeat: Heartbeat | None,
+    gathering: Gathering,
 ) -> float:
-    if plan.threads is not None:
-        torch.set_num_threads(plan.threads)
+    _set_threads(plan.threads)
     L.seed_everything(plan.seed, verbose=False)
 
     data = build_data(plan)
@@ -138,7 +154,7 @@ def _run(
     files = CheckpointFiles()
     saving = Checkpointing(files, run, plan.checkpoint, signals, store, data_dims)
     callbacks = [monitor, saving, *([heartbeat] if heartbeat else [])]
-    trainer = build_trainer(plan, run.path, store, callbacks, files)
+    trainer = build_trainer(plan, run.path, store, callbacks, files, gathering.environment)
     last = run.checkpoint("last")
     # A run that goes on has its weights in the checkpoint, and the factors in its record.
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
@@ -149,11 +165,13 @@ def _run(
             fingerprints=data.fingerprints,
             unigram_loss=getattr(data, "unigram_loss", None),
             separator_token=getattr(data, "separator_token", None),
+            wandb_id=wandb_id_in(trainer.loggers),
             device=device_names(trainer),
             versions=record.versions | gpu_versions(trainer),
             pre_scales=record.pre_scales | pre_scales,
         )
     log_configuration(trainer, plan)
+    gathering.before(trainer)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except BaseException as error:
@@ -179,6 +197,13 @@ def _run(
             log.warning("the last checkpoint stays as large as it is: %s", refused)
         print_summary(monitor.latest, _facts(final, warning), run.path)
     return final["val_loss"]
+
+
+def _set_threads(n: int | None) -> None:
+    if n is not None:
+        torch.set_num_threads(n)
+    elif cores.are_fewer() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores.allowed())  # torch counts those of the host
 
 
 def _close(trainer: L.Trainer, record: RunRecord | None, store: RunStore | None) -> None:

@@ -20,7 +20,8 @@ from nerve.data.files import text_files
 from nerve.data.packing import pack
 from nerve.errors import DataError
 from nerve.measuring.find import FoundFFNs, find_ffns
-from nerve.measuring.streams import UNLABELED
+from nerve.measuring.groups import Grouped
+from nerve.measuring.streams import UNLABELED, count_tokens
 
 SAMPLES_PER_FEATURE = 8
 """Tokens that are measured for each feature of the widest FFN."""
@@ -123,7 +124,7 @@ class Folders:
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
         skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
-        probe = {
+        probe: dict[str, Any] = {
             "n_tokens": ids.numel(),
             "seq_len": seq_len,
             "batch_size": batch_size,
@@ -134,12 +135,18 @@ class Folders:
             "spectra": asked.spectra,
             **text.fingerprints,
         }
+        batches = [_batch(model, part) for part in ids.split(batch_size)]
+        groups = asked.groups or ()
+        counts = count_tokens(batches) if "frequency" in groups else None
+        if groups:
+            probe["groups"] = groups
         return Data(
-            batches=[_batch(model, part) for part in ids.split(batch_size)],
+            batches=batches,
             forward=self._forward(model),
             config={**_columns(model, ffns), "probe": probe},
             record={"fingerprints": text.fingerprints, "unigram_loss": text.unigram_loss},
             skip_first=skip_first,
+            grouped=Grouped(groups, counts),
         )
 
     @property

@@ -134,7 +134,7 @@ def _measure(
     measure_one(
         now.model,
         data.batches,
-        How(data.forward, None, (), False, data.skip_first, data.shortcut),
+        How(data.forward, None, (), False, data.skip_first, data.shortcut, data.grouped),
         ffns=now.ffns,
         memory=memory,
         progress=tell,

@@ -14,6 +14,7 @@ from nerve.cli.probing.source import Asked, Checkpoint, Data
 from nerve.config import require
 from nerve.errors import DataError
 from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.measuring.groups import Grouped
 from nerve.storage.directory import RunDirectory
 from nerve.training.checkpoint_files import load_model
 
@@ -90,7 +91,7 @@ class KeptCheckpoints:
         n_targets = plan.values["data"]["batch_size"] * plan.trainer.accumulate_grad_batches
         if plan.model.kind == "gpt":
             n_targets *= plan.values["model"]["seq_len"]
-        probe = {
+        probe: dict[str, Any] = {
             "dtype": str(dtype).removeprefix("torch."),
             "select": asked.select,
             "layers": asked.layers,
@@ -98,6 +99,9 @@ class KeptCheckpoints:
             "spectra": asked.spectra,
             **data.fingerprints,
         }
+        groups = tuple(plan.monitor.groups) if asked.groups is None else asked.groups
+        if groups:
+            probe["groups"] = groups
         return Data(
             batches=[tree_map(placed, tuple(batch)) for batch in data.val_dataloader()],
             forward=_loss_of,
@@ -111,6 +115,7 @@ class KeptCheckpoints:
             skip_first=skip_first,
             shortcut=plan.monitor.shortcut,
             tokens_seen=lambda step: step * n_targets,
+            grouped=Grouped(groups, getattr(data, "token_counts", None)),
         )
 
 

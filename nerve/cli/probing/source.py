@@ -8,9 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from nerve.config import require_count
+from nerve.config import require_count, require_several
 from nerve.measuring.find import FoundFFNs
+from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
+from nerve.metric_names import GROUPS
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Asked:
         spectra: whether eigenvalues are stored.
         memory: of matrices that are held at once, as `nerve.measure` takes it.
         steps: of the models, in their order.
+        groups: groupings of the samples whose groups are measured by themselves, too.
 
     Raises:
-        ConfigError: for numbers that are too small.
+        ConfigError: for numbers that are too small, and unknown groups.
     """
 
     models: tuple[str, ...]
@@ -47,9 +50,11 @@ class Asked:
     spectra: bool = True
     memory: str | None = None
     steps: tuple[int, ...] | None = None
+    groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
+        require_several("--groups", self.groups or (), GROUPS)
         if self.memory is not None:
             bytes_of(self.memory)
         for name, number in least.items():
@@ -92,6 +97,7 @@ class Data:
         record: further fields of its record, such as `fingerprints`.
         skip_first, shortcut: of the measurement.
         tokens_seen: by a model at a step.
+        grouped: groups of the samples that are measured by themselves.
     """
 
     batches: Sequence[Any]
@@ -101,6 +107,7 @@ class Data:
     skip_first: int = 0
     shortcut: bool = True
     tokens_seen: Callable[[int], int] = lambda step: 0
+    grouped: Grouped = NOT_GROUPED
 
 
 class Source(Protocol):

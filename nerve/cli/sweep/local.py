@@ -3,11 +3,14 @@
 import contextlib
 import os
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -86,6 +89,7 @@ def run_here(
         The signal that asked to stop, if any.
     """
     waiting, running = deque(trials), list["_Process"]()
+    n_at_once = min(n_at_once, len(waiting))
     places = deque(range(n_at_once))
     with StopRequests() as requests:
         while running or (waiting and not requests.received):
@@ -93,7 +97,9 @@ def run_here(
                 trial = waiting.popleft()
                 starting(trial)
                 try:
-                    running.append(_Process(trial, places[0], n_at_once, timeout_s))
+                    n_sharing = min(n_at_once, len(running) + 1 + len(waiting))
+                    room = _Room(places[0], n_sharing, has_log=n_at_once > 1)
+                    running.append(_Process(trial, room, timeout_s))
                     places.popleft()
                 except OSError as error:
                     trial.start_error = f"its process could not be started: {error}"
@@ -102,24 +108,39 @@ def run_here(
             for process in running.copy():
                 if process.has_ended(len(requests.received)):
                     running.remove(process)
-                    places.append(process.place)
+                    places.append(process.room.place)
                     ended(process.trial)
     return requests.received[0] if requests.received else None
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a trial gets of this machine.
+
+    Attributes:
+        place: the lowest that no other trial at work has, from 0.
+        n_sharing: how many trials share the cores.
+        has_log: whether it writes to a file of its own.
+    """
+
+    place: int
+    n_sharing: int
+    has_log: bool
 
 
 class _Process:
     """A trial at work, in one of the places for those that run at once."""
 
-    def __init__(self, trial: Trial, place: int, n_at_once: int, timeout_s: float | None) -> None:
+    def __init__(self, trial: Trial, room: _Room, timeout_s: float | None) -> None:
         self.trial = trial
-        self.place = place
+        self.room = room
         self._timeout_s = timeout_s
         self._began = time.monotonic()
         self._requests = 0
         self._to_be_killed_at: float | None = None
         self._error: NerveError | None = None
         self._n_starts = trial.run.reload().n_starts  # it may have been waiting for long
-        self._popen = _start(trial, place, n_at_once)
+        self._popen = _start(trial, room)
 
     def has_ended(self, requests: int) -> bool:
         """Whether the trial has ended; if not, and it ought to, it is told so.
@@ -127,8 +148,8 @@ class _Process:
         Args:
             requests: how often the sweep has been asked to stop.
         """
-        if self._popen.poll() is not None:
-            self._settle(self._popen.returncode)
+        if self._has_exited():
+            self._settle()
             return True
         now = time.monotonic()
         if requests > self._requests:
@@ -151,20 +172,35 @@ class _Process:
 
     def _ask_to_stop(self, now: float) -> None:
         self._to_be_killed_at = self._to_be_killed_at or now + GRACE_S
-        # Not SIGTERM: within a job of SLURM a run takes that for the scheduler's.
-        self._popen.send_signal(signal.SIGINT)
+        # Not SIGTERM: within a job of SLURM a run takes that for the scheduler's. And not by Popen,
+        # which takes the exit status of a process that has ended just now.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._popen.pid, signal.SIGINT)
+
+    def _has_exited(self) -> bool:
+        """Whether the process has ended. Its status is left where it is, and its number so stays
+        its own: once that is taken, the system may give the number to a stranger."""
+        if not hasattr(os, "waitid"):  # macOS
+            return self._popen.poll() is not None
+        try:
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._popen.pid, how) is not None
+        except ChildProcessError:  # someone else in this process has taken it
+            return True
 
     def _kill(self) -> None:
         """Ends all that is left of the trial: also data workers, which may hold the run's lock."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
+        if self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
 
-    def _settle(self, status: int) -> None:
+    def _settle(self) -> None:
         """Sees to it that the directory says how the trial ended."""
         assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
         self._kill()
+        status = self._popen.wait()
         try:
             require_there(self.trial.directory)
             with self.trial.run.locked():
@@ -186,19 +222,12 @@ class _Process:
         return run_status != "running" and (run_status != "interrupted" or self._error is None)
 
 
-def _start(trial: Trial, place: int, n_at_once: int) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+def _start(trial: Trial, room: _Room) -> "subprocess.Popen[bytes]":
+    environment = os.environ | _own_paths() | _share(room)
     trial.directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         log = None
-        if n_at_once > 1:
-            n_threads = max(1, cores.allowed() // n_at_once)
-            environment[cores.SHARE] = str(n_threads)
-            for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-                environment.setdefault(pool, str(n_threads))
-            gpus = _gpus()
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+        if room.has_log:
             log = stack.enter_context(open(trial.directory / LOG_NAME, "ab"))
         popen = subprocess.Popen(
             COMMAND,
@@ -213,6 +242,34 @@ def _start(trial: Trial, place: int, n_at_once: int) -> "subprocess.Popen[bytes]
         popen.stdin.write(encoded(trial.config))
         popen.stdin.flush()
     return popen
+
+
+def _share(room: _Room) -> dict[str, str]:
+    """What tells a trial beside others which of the cores and GPUs are its."""
+    share: dict[str, str] = {}
+    if room.n_sharing > 1:
+        n_threads = str(max(1, cores.allowed() // room.n_sharing))
+        share[cores.SHARE] = n_threads
+        for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+            share[pool] = os.environ.get(pool, n_threads)
+    if room.has_log and (gpus := _gpus()):
+        share["CUDA_VISIBLE_DEVICES"] = gpus[room.place % len(gpus)]
+    return share
+
+
+def _own_paths() -> dict[str, str]:
+    """Where a trial finds modules as this process does, beside where each process of this Python
+    does: to one of another Python, which a trial may call, its library would be a wrong one."""
+    everyones = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
+    for name in ("stdlib", "platstdlib"):
+        library = sysconfig.get_path(name)
+        everyones.add(os.path.realpath(os.path.join(library, "lib-dynload")))
+        archive = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+        everyones.add(os.path.realpath(os.path.join(os.path.dirname(library), archive)))
+    everyones.update(map(os.path.realpath, (*site.getsitepackages(), site.getusersitepackages())))
+    paths = [os.path.abspath(path) for path in sys.path]
+    own = [path for path in paths if os.path.realpath(path) not in everyones]
+    return {"PYTHONPATH": os.pathsep.join(own)}
 
 
 def _gpus() -> list[str]:

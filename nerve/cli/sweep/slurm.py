@@ -4,13 +4,24 @@ import functools
 import json
 import logging
 import os
-import subprocess
+import re
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from nerve.cli.console import say
+from nerve.cli.sweep.queue import (
+    ENDING,
+    SENT,
+    QueuedJob,
+    ask,
+    cluster_of,
+    ended,
+    parsed,
+    read_sent,
+    squeue,
+)
 from nerve.errors import NerveError
 from nerve.files import write_atomically
 
@@ -18,13 +29,8 @@ SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmL
 
 log = logging.getLogger(__name__)
 
-_SENT = "_nerve.json"
-"""How the name of the file ends, beside submitit's own, that says what a job was sent for. Those of
-submitit are pickles: reading one from a folder that is shared runs what somebody put into it."""
-
 _LONGEST_PAUSE_S = 60  # from one question to the queue to the next
 _LONGEST_ENDING_S = 120
-_ENDING = "CG"  # completing: its processes are being ended, or have just been
 
 
 class SentJobs:
@@ -43,11 +49,12 @@ class SentJobs:
         self._folder = os.path.abspath(folder)
         self._overrides: dict[str, list[str]] = {}
         self._files: Path | None = None
+        self._told: set[str] = set()
         if launcher["_target_"] == SUBMITIT_SLURM:
             self._files = Path(launcher["submitit_folder"])
-            self._squeue = _squeue(launcher)
+            self._squeue = squeue(cluster_of(launcher))
             _make_submitit_say_what_it_sends(self._folder)
-            _make_submitit_ask_the_queue(self._squeue)
+            _make_submitit_ask_the_queue(self._squeue, self._tell)
 
     def open(self) -> dict[str, str]:
         """The ids of those that are queued or at work, by each override that they were given.
@@ -75,7 +82,7 @@ class SentJobs:
 
     def _ending(self) -> list[str]:
         try:
-            return [job_id for job_id, state in self._queue().items() if state == _ENDING]
+            return [job_id for job_id, job in self._queue().items() if job.state == ENDING]
         except NerveError:  # whoever needs an answer asks again
             return []
 
@@ -93,40 +100,58 @@ class SentJobs:
             log.warning("%s", error)
             return True
 
-    def _queue(self) -> dict[str, str]:
-        """The states of the jobs of the sweep that the queue has, by their ids."""
+    def ended(self, override: str) -> str | None:
+        """How the last job that was given the override has ended, for a trial that it has not
+        begun; None where SLURM does not know it any more."""
+        for job_id, file in self._sent().items():
+            self._know(job_id, file)
+        ids = [job_id for job_id, given in self._overrides.items() if override in given]
+        if not ids:
+            return None
+        job_id = max(ids, key=lambda each: [int(n) for n in re.findall(r"\d+", each)])
+        state = ended(job_id)
+        if state is None:
+            return None
+        why = " (see hydra.launcher.timeout_min)" if state == "TIMEOUT" else ""
+        return f"its job {job_id} ended before the run began, with {state}{why}"
+
+    def _queue(self) -> dict[str, QueuedJob]:
+        """The jobs of the sweep that the queue has, by their ids."""
         files = self._sent()
         known = files.keys() | self._overrides.keys()
         if not known:
             return {}
-        queue = _ask(self._squeue)
-        for job_id in files.keys() & queue.keys() - self._overrides.keys():
-            given = _load(files[job_id])
-            if given is not None:
-                folder, overrides = given
-                # Sweeps may share the place of these files.
-                self._overrides[job_id] = overrides if folder == self._folder else []
-        return {job_id: queue[job_id] for job_id in self._overrides.keys() & queue.keys()}
+        queue = ask(self._squeue)
+        for job_id in files.keys() & queue.keys():
+            self._know(job_id, files[job_id])
+        mine = {job_id: queue[job_id] for job_id in self._overrides.keys() & queue.keys()}
+        self._tell({job_id: job for job_id, job in mine.items() if self._overrides[job_id]})
+        return mine
+
+    def _know(self, job_id: str, file: Path) -> None:
+        if job_id not in self._overrides and (sent := read_sent(file)) is not None:
+            # Sweeps may share the place of these files.
+            mine = sent.folder == self._folder
+            self._overrides[job_id] = list(sent.overrides) if mine else []
+
+    def _tell(self, queue: Mapping[str, QueuedJob]) -> None:
+        """Says of each job, once, that it waits for somebody."""
+        for job_id, job in sorted(queue.items()):
+            if job.waits_for_ever and job_id not in self._told:
+                self._told.add(job_id)
+                say(
+                    f"job {job_id} waits until somebody does something about it "
+                    f"({job.reason or job.state}): once the cause is mended, scontrol release "
+                    f"{job_id}, or scancel {job_id}"
+                )
 
     def _sent(self) -> dict[str, Path]:
         """What is kept of each job, by the job's id."""
         if self._files is None:
             return {}
-        pattern = f"{self._files.name.replace('%j', '*')}/*{_SENT}"
+        pattern = f"{self._files.name.replace('%j', '*')}/*{SENT}"
         files = self._files.parent.glob(pattern)
-        return {path.name.removesuffix(_SENT): path for path in files}
-
-
-def _load(file: Path) -> tuple[str, list[str]] | None:
-    """The folder of the sweep that a job belongs to, and the overrides that it was given.
-
-    None if they cannot be told: what is sent twice runs once.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-        return str(content["folder"]), [str(override) for override in content["overrides"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {path.name.removesuffix(SENT): path for path in files}
 
 
 def _make_submitit_say_what_it_sends(folder: str) -> None:
@@ -141,7 +166,7 @@ def _make_submitit_say_what_it_sends(folder: str) -> None:
     def process_and_say(executor: Any, submissions: list[Any]) -> list[Any]:
         jobs = process(executor, submissions)
         for job, submission in zip(jobs, submissions, strict=True):
-            _say(Path(job.paths.folder, f"{job.job_id}{_SENT}"), folder, submission.args[0])
+            _say(Path(job.paths.folder, f"{job.job_id}{SENT}"), folder, submission.args[0])
         return jobs
 
     submitit._internal_process_submissions = process_and_say
@@ -152,49 +177,23 @@ def _say(path: Path, folder: str, overrides: Sequence[str]) -> None:
     write_atomically(path, lambda file: file.write(content.encode()))
 
 
-def _make_submitit_ask_the_queue(squeue: list[str]) -> None:
+def _make_submitit_ask_the_queue(
+    command: list[str], tell: Callable[[Mapping[str, QueuedJob]], None]
+) -> None:
     """Lets submitit, in this process, take a job for ended once the queue does not have it."""
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
     class Watcher(SlurmInfoWatcher):
         def _make_command(self) -> list[str]:
-            return squeue
+            return command
 
         def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-            queue = _parsed(string if isinstance(string, str) else string.decode())
+            queue = parsed(string if isinstance(string, str) else string.decode())
+            waited_for = self._registered - self._finished
+            tell({job_id: queue[job_id] for job_id in waited_for & queue.keys()})
             return {
                 job_id: {"State": "RUNNING" if job_id in queue else "ENDED"}
-                for job_id in self._registered - self._finished
+                for job_id in waited_for
             }
 
     SlurmJob.watcher = Watcher(delay_s=_LONGEST_PAUSE_S)
-
-
-def _ask(squeue: list[str]) -> dict[str, str]:
-    try:
-        answer = subprocess.run(squeue, capture_output=True, text=True, check=True)
-    except subprocess.CalledProcessError as error:
-        raise NerveError(
-            "What becomes of the jobs that a sweep has sent is asked of squeue, on a machine of "
-            f"the cluster; it says: {error.stderr.strip() or error}. Try again."
-        ) from error
-    return _parsed(answer.stdout)
-
-
-def _parsed(answer: str) -> dict[str, str]:
-    """The short state of each job."""
-    lines = (line.split() for line in answer.splitlines())
-    return {line[0]: line[1] for line in lines if len(line) == 2}
-
-
-def _squeue(launcher: Mapping[str, Any]) -> list[str]:
-    """The command that prints id and state of each job of this user that is queued or at work.
-
-    Those that are just being requeued, suspended or held are among them.
-    """
-    filters = [f"--unset={name}" for name in os.environ if name.startswith("SQUEUE_")]
-    mine = ["--all", "--array", f"--user={os.getuid()}"]
-    where = (launcher.get("additional_parameters") or {}).get("clusters")
-    where = where or os.environ.get("SBATCH_CLUSTERS")
-    clusters = [f"--clusters={where}"] if where else []
-    return ["env", *filters, "squeue", "--noheader", "--format=%i %t", *mine, *clusters]

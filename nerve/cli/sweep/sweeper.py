@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
@@ -21,7 +22,7 @@ from nerve.cli.sweep.devices import check_counted, check_devices
 from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
-from nerve.cli.sweep.table import SweepTable
+from nerve.cli.sweep.table import SweepTable, n_starts
 from nerve.config import pasted, quoted, require, require_type
 from nerve.cores import allowed
 from nerve.errors import ConfigError, NerveError, StoreError
@@ -122,6 +123,7 @@ class TrialSweeper(Sweeper):
         refuse_merged(
             loader, name, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         )
+        _require_values(overrides)
         (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         launcher = resolved(self.config.hydra.launcher)
         self._check_launcher(launcher)
@@ -136,9 +138,8 @@ class TrialSweeper(Sweeper):
             _find_jobs(trials, jobs)
             preview(folder, trials)
             return
-        with as_store_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.config, folder / "multirun.yaml")
+        if any(trial.rejected_because is None for trial in trials):
+            _make(folder, self.config)
         _find_jobs(trials, jobs)
         table = SweepTable(folder, trials)
         table.begin()
@@ -148,9 +149,12 @@ class TrialSweeper(Sweeper):
             table.end(signum)
         else:
             sent = [trial for trial in trials if trial.job is not None]
+            before = {trial.number: n_starts(trial) for trial in trials}
             signum, errors = self._hand_over(to_do, sent, jobs)
             for trial in [*to_do, *sent]:
                 _refuse_other_values(trial)
+                if signum is None and n_starts(trial) == before[trial.number]:
+                    trial.start_error = jobs.ended(_place(trial))
             table.end(signum, errors)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
@@ -193,6 +197,22 @@ class TrialSweeper(Sweeper):
             errors.append(NerveError("no longer waited for; what it has sent goes on"))
             return signal.SIGINT, errors
         return None, errors
+
+
+def _make(folder: Path, config: DictConfig) -> None:
+    with as_store_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "multirun.yaml")
+
+
+def _require_values(overrides: Sequence[Override]) -> None:
+    """Refuses an axis without values: the sweep would be done before it began."""
+    for override in overrides:
+        require(
+            not override.is_sweep_override() or any(True for _ in override.sweep_iterator()),
+            f"An axis of a sweep has at least one value; {override.input_line} has none. Give "
+            "others, or leave it out.",
+        )
 
 
 def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:

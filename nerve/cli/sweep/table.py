@@ -55,7 +55,7 @@ class SweepTable:
         self._folder = folder
         self._trials = trials
         self._labels = _labels(trials)
-        self._starts = [_n_starts(trial) for trial in trials]
+        self._starts = [n_starts(trial) for trial in trials]
         self._n_to_do = sum(trial.is_to_do for trial in trials)
         self._n_started = 0
         self._ended: list[Trial] = []
@@ -142,7 +142,7 @@ class SweepTable:
             return "waited for"
         if not trial.is_to_do:
             return "skipped"
-        started = _n_starts(trial) > self._starts[trial.number]
+        started = n_starts(trial) > self._starts[trial.number]
         return DEED[trial.state_before] if started else "not started"
 
     def _raise(
@@ -173,11 +173,11 @@ def _ending(trial: Trial) -> tuple[str, RunRecord | None, str]:
     if record is None:
         reason = "not started" if state == RunState.NEW else FOUND[state]
         return state, None, trial.start_error or reason
-    why = ": ".join((record.error or {}).values())
+    why = "; ".join(filter(None, [": ".join((record.error or {}).values()), trial.start_error]))
     return state, record, f"{FOUND[state]}: {why}" if why else FOUND[state]
 
 
-def _n_starts(trial: Trial) -> int:
+def n_starts(trial: Trial) -> int:
     """How often a process has begun to work in the trial's directory."""
     if trial.rejected_because is not None:
         return 0

@@ -27,6 +27,7 @@ from nerve.cli.config.compose import depends_on_place, identity, register, resol
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
+from nerve.training.signals import Interrupted
 
 STDIN = 0
 
@@ -59,12 +60,16 @@ def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:
         return run_experiment(config, hydra_config)
     except StoreError:
         raise  # the directory is another's, or cannot be written
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         from nerve.cli.experiment.machine import leads
 
         values = resolved(config)
         if leads(values["trainer"]) and run.path.is_dir() and run.reload().record is None:
-            record_end(run, values, "failed", error)
+            if isinstance(error, SystemExit):  # of a signal, or of what handled it before
+                stopped = error if isinstance(error, Interrupted) else error.__context__
+                record_end(run, values, "interrupted", stopped or error)
+            else:
+                record_end(run, values, "failed", error)
         raise
 
 

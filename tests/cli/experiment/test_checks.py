@@ -106,6 +106,27 @@ BAD_GPT = [
     (["monitor=5"], ["monitor must be a group of values; got 5"]),
     (["checkpoint=often"], ["checkpoint must be a group of values; got 'often'"]),
     (["callbacks=null"], ["callbacks must be a group of values; got None"]),
+    (["data.cache_dir=[a]"], ["data.cache_dir must be a text; got ['a']"]),
+    (["data.cache_dir=5"], ["data.cache_dir must be a text; got 5"]),
+    (["data.cache_dir=''"], ["data.cache_dir must name a file or a folder; got ''"]),
+    (["data.tokenizer=true"], ["data.tokenizer must be a text; got True"]),
+    (["data.tokenizer={a:1}"], ["data.tokenizer must be a text"]),
+    ([f"data.tokenizer={300 * 'n'}"], ["at most 255 bytes; data.tokenizer has one of 300, 'nnn"]),
+    ([f"data.cache_dir='a/{130 * 'λ'}/b'"], ["at most 255 bytes; data.cache_dir has one of 260"]),
+    (["data.corpus.roots=5"], ["data.corpus.roots must be a text; got 5"]),
+    (["data.corpus.roots=[a,[b]]"], ["data.corpus.roots[1] must be a text; got ['b']"]),
+    (["data.corpus.roots=[]"], ["data.corpus.roots must have a path; got an empty list"]),
+    (["data=text_files", "data.corpus.paths=[5]"], ["data.corpus.paths[0] must be a text; got 5"]),
+    (["data=text_files", "data.corpus.paths=null"], ["data.corpus.paths must be a text; got None"]),
+    (["data=text_files", "data.corpus.paths={a:1}"], ["data.corpus.paths must be a text"]),
+    (
+        [f"+callbacks.{name}._target_={CALLBACKS}.TQDMProgressBar" for name in ("a", "b")],
+        ["one progress bar, or none; got callbacks.a and callbacks.b"],
+    ),
+    (
+        ["trainer.enable_progress_bar=false", f"+callbacks.a._target_={CALLBACKS}.RichProgressBar"],
+        ["one progress bar, or none; got callbacks.a with trainer.enable_progress_bar=false"],
+    ),
     (["optimizer.parts=null"], ["optimizer.parts must be a mapping", "got None"]),
     (["+callbacks.a=5"], ["callbacks.a must be a mapping with the class of a callback"]),
     (["+callbacks.a._target_=builtins.dict"], ["callbacks.a._target_", "builtins.dict makes dict"]),
@@ -190,6 +211,12 @@ BAD_MIXER = [
 BAD = [([*GPT, *bad], texts) for bad, texts in BAD_GPT] + [
     ([*MIXER, *bad], texts) for bad, texts in BAD_MIXER
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """What the first plan of a process imports is no work of a plan."""
+    Plan.of(composed(*GPT))
 
 
 @pytest.fixture(autouse=True)

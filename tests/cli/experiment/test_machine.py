@@ -10,7 +10,7 @@ from support import composed
 from nerve.cli.config.compose import CONF
 from nerve.cli.experiment import machine
 from nerve.cli.experiment.estimate import Estimate, least_memory
-from nerve.cli.experiment.machine import is_alone, leads
+from nerve.cli.experiment.machine import leads, n_processes_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 
@@ -63,7 +63,7 @@ ONE = {"accelerator": "cpu", "devices": 1}
 )
 def test_a_run_is_one_process_where_it_asks_for_one_device(changes, alone, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert is_alone(ONE | changes) == alone
+    assert (n_processes_of(ONE | changes) == 1) == alone
 
 
 def test_a_run_of_one_process_leads_whatever_task_of_a_job_it_is(monkeypatch):

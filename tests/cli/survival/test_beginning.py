@@ -271,7 +271,7 @@ def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_a
     go_on()
     status, out, _ = run(*bar)
     assert status == 0
-    assert re.search(r"training: .* 4/4 ", out)
+    assert re.search(r"\| 4/4 ", out)
 
 
 @pytest.mark.parametrize("where", ["omegaconf.OmegaConf.save", "pathlib.Path.mkdir"])

@@ -1,11 +1,10 @@
 """A run that ends before its last step without an error: done, or to be gone on with."""
 
 import os
-import subprocess
-import sys
 
 import lightning as L
 import pytest
+from processes import ended, nerve_run
 
 import nerve
 from nerve.cli.experiment.run import _warning
@@ -82,14 +81,13 @@ TASKS = {
 
 @pytest.mark.parametrize("variables", TASKS.values(), ids=TASKS)
 def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path, variables):
-    """In a process of its own: Lightning reads the variables when it is imported."""
+    """In a process of its own, whose rank is read from the variables."""
     job = {"SLURM_JOB_NAME": "a", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
-    command = [sys.executable, "-m", "nerve.cli.run", *small, "hydra.run.dir=run"]
-    environment = {**os.environ, **job, **variables}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    environment, log = {**os.environ, **job, **variables}, tmp_path / "log"
+    process = nerve_run(
+        [*small, "hydra.run.dir=run"], cwd=tmp_path, log=log, environment=environment
     )
-    assert result.returncode == 0, result.stderr
+    assert ended(process) == 0, log.read_text()
     assert RunRecord.load(tmp_path / "run").run_status == "done"
     assert nerve.load_metrics(tmp_path / "run").step.max() == 5
 

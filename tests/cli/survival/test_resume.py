@@ -252,6 +252,11 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     statuses, output = launch("pieces", "")
     assert statuses == [0, 0], output
     assert_same("whole", "pieces")
+    # What the first one refuses, the other one does not wait for.
+    RunRecord.load(tmp_path / "pieces").update(run_status="failed")
+    statuses, output = launch("pieces", "")
+    assert statuses == [1, 1], output
+    assert output.count("which failed with an error") == 2, output
 
 
 def test_the_size_of_pre_is_set_at_the_start_and_not_again(

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ def run_experiment(config: Any, hydra_config: Any) -> float:
     deed = json.loads(Path("deeds.json").read_text()).get(str(config.seed), "train")
     if deed == "refuse":
         raise ConfigError("seed must be lucky")
+    if deed == "start slowly":
+        time.sleep(60)
     loss = 0.5 + config.seed
     if is_done(run, config):
         return loss
@@ -64,7 +67,12 @@ def befall(deed: str, directory: Path) -> None:
             time.sleep(0.01)
 
 
-experiment = ModuleType("nerve.cli.experiment.run")
-experiment.run_experiment = run_experiment  # type: ignore[attr-defined]
-sys.modules["nerve.cli.experiment.run"] = experiment
+def stand_in(module: str, name: str, function: Callable[..., Any]) -> None:
+    """Puts a module that has only this in the place of one that imports torch and Lightning."""
+    sys.modules[module] = ModuleType(module)
+    setattr(sys.modules[module], name, function)
+
+
+stand_in("nerve.cli.experiment.run", "run_experiment", run_experiment)
+stand_in("nerve.cli.experiment.machine", "leads", lambda trainer: True)
 trial.main()

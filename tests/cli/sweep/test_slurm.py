@@ -32,8 +32,8 @@ def send(folder: Path, job_id: str, *overrides: str, sweep: Path | None = None) 
 
 @pytest.fixture
 def queue(monkeypatch, tmp_path):
-    """Sets the jobs and their states that `squeue` prints: one answer each time that it is asked,
-    the last one from then on.
+    """Sets the jobs, their states and reasons that `squeue` prints, as in `7:PD:job+held`: one
+    answer each time that it is asked, the last one from then on.
     """
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(submitit.SlurmJob, "watcher", submitit.SlurmJob.watcher)
@@ -44,7 +44,7 @@ def queue(monkeypatch, tmp_path):
         f"answer=$(head -1 {answers})\n"
         f"[ $(wc -l < {answers}) -gt 1 ] && sed -i 1d {answers}\n"
         'case "$answer" in no*) echo "$answer" >&2; exit 1;; esac\n'
-        'for job in $answer; do echo "${job%:*} ${job#*:}"; done\n'
+        'for job in $answer; do echo "$job" | tr ":+" "  "; done\n'
     )
     script.chmod(0o755)
 
@@ -249,3 +249,79 @@ def test_the_jobs_of_other_launchers_are_not_known(queue, tmp_path):
     assert jobs.open() == {}
     jobs.wait({place(0)})
     assert not calls.exists()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "PD:launch+failed+requeued+held",
+        "PD:JobHeldUser",
+        "PD:JobHeldAdmin",
+        "PD:job+requeued+in+held+state",
+        "PD:DependencyNeverSatisfied",
+        "RH",
+        "SE",
+    ],
+)
+def test_a_job_that_waits_for_somebody_is_named_once_while_it_is_waited_for(
+    jobs, queue, monkeypatch, capsys, job
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    reason = job.partition(":")[2].replace("+", " ") or job
+    queue(f"7_0:{job} 8:PD:JobHeldUser", f"7_0:{job}", "9:R")
+    jobs.wait({place(0)})
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("job 7_0 waits until somebody does something about it")
+    assert f"({reason})" in said
+    assert "scontrol release 7_0" in said
+
+
+@pytest.mark.parametrize("job", ["PD:Priority", "PD:Resources", "R:None", "PD", "CG:None"])
+def test_a_job_that_waits_its_turn_is_waited_for_without_a_word(
+    jobs, queue, monkeypatch, capsys, job
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    queue(f"7_0:{job}", "9:R")
+    jobs.wait({place(0)})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_that_submitit_waits_for_is_named_too(jobs, queue, tmp_path, capsys):
+    queue("7_0:PD:launch+failed+requeued+held")
+    job = submitit.SlurmJob(launcher(tmp_path)["submitit_folder"], "7_0")
+    for _ in range(2):
+        job.watcher.update()
+    assert capsys.readouterr().out.count("job 7_0 waits until somebody") == 1
+
+
+def test_a_queue_that_does_not_answer_is_no_answer(jobs, queue, tmp_path, monkeypatch):
+    """Its clients wait for a controller that is down for as long as one lets them."""
+    queue("7_0:R")
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr("nerve.cli.sweep.queue.ANSWERS_WITHIN_S", 0.2)
+    slow = SentJobs(launcher(tmp_path), tmp_path)
+    with pytest.raises(NerveError, match=r"it does not answer within 0\.2 s"):
+        slow.open()
+    submitit.SlurmJob(launcher(tmp_path)["submitit_folder"], "7_0").watcher.update()  # returns
+
+
+@pytest.mark.parametrize("state", ["TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "CANCELLED"])
+def test_how_a_job_ended_before_its_run_began_is_told(jobs, queue, tmp_path, state):
+    queue("9:R")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\n[ "$3" = 7_1 ] && echo "JobId=7 JobState={state} Reason=x"\n')
+    scontrol.chmod(0o755)
+    told = jobs.ended(place(1))
+    assert told is not None
+    assert told.startswith(f"its job 7_1 ended before the run began, with {state}")
+    assert ("hydra.launcher.timeout_min" in told) == (state == "TIMEOUT")
+    assert jobs.ended(place(0)) is None  # forgotten
+    assert jobs.ended(place(5)) is None  # never sent
+
+
+def test_of_two_jobs_of_a_trial_the_last_one_is_told_of(jobs, queue, tmp_path):
+    send(tmp_path, "11_0", place(1))
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "JobId=$3 JobState=FAILED"\n')
+    scontrol.chmod(0o755)
+    assert "its job 11_0 ended" in str(jobs.ended(place(1)))

@@ -5,6 +5,7 @@ takes a second. Real training in a sweep is in test_run.py.
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -215,6 +216,12 @@ def test_a_mishap_costs_one_trial_and_is_named(sweep, deed):
     assert reason.partition(": ")[2] in records()[0].error["message"]
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_that_ends_without_a_word_is_named_by_its_exit_status(status):
+    """Also by 0, with which a library may end it."""
+    assert f"exit status {status} before the run did" in str(local._error(status))
+
+
 def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
     befalls({0: "raise"})
     assert sweep("seed=0,1")[0] == 1
@@ -268,6 +275,88 @@ def test_trials_run_side_by_side_where_asked_to(sweep, monkeypatch):
         assert (record.directory / local.LOG_NAME).exists()
     starts = [(record.directory / "starts").read_text().split() for record in records().values()]
     assert sorted(gpu for *_, gpu in starts) == ["4", "7"]
+
+
+@pytest.mark.parametrize(
+    ("n_jobs", "seeds", "shares"),
+    [
+        (8, "0,1", [["3", "3"], ["3", "3"]]),  # two run, though eight may
+        (2, "0,1,2", [["3", "3"], ["3", "3"], [None, None]]),  # the third is the only one then
+        (4, "0", [[None, None]]),
+    ],
+)
+def test_cores_are_shared_by_the_trials_that_really_run(
+    tmp_path, monkeypatch, n_jobs, seeds, shares
+):
+    """All that start at first end at once; the last one starts after them."""
+    monkeypatch.setattr(cores, "allowed", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    started = []
+
+    def begin(trial, room):
+        environment = local._share(room)
+        started.append([environment.get(name) for name in (cores.SHARE, "OMP_NUM_THREADS")])
+
+    monkeypatch.setattr(local, "_start", begin)
+    monkeypatch.setattr(local._Process, "has_ended", lambda self, requests: True)
+    trials = [
+        Trial(n, [], OmegaConf.create(), RunDirectory(tmp_path / seed))
+        for n, seed in enumerate(seeds.split(","))
+    ]
+    local.run_here(trials, n_jobs, None, lambda trial: None, lambda trial: None)
+    assert started == shares
+
+
+def test_a_trial_gets_the_paths_of_this_process_but_not_those_of_its_python(monkeypatch, tmp_path):
+    """Another Python that it calls finds its own standard library."""
+    given = [str(tmp_path), "relative", "/elsewhere/archive.zip"]
+    monkeypatch.setattr(sys, "path", [*given, *sys.path])
+    paths = local._own_paths()["PYTHONPATH"].split(os.pathsep)
+    assert paths[:3] == [str(tmp_path), os.path.abspath("relative"), "/elsewhere/archive.zip"]
+    for module in (os, pytest):  # of the standard library, of an installed package
+        assert str(Path(module.__file__).parent) not in paths
+        assert str(Path(module.__file__).parents[1]) not in paths
+    assert not any("lib-dynload" in path or path.endswith("311.zip") for path in paths)
+
+
+@pytest.mark.parametrize("deed", ["exit 0", "exit 3", "kill -9 $$"])
+def test_a_group_is_ended_before_its_number_can_be_another_ones(tmp_path, monkeypatch, deed):
+    """The status is taken last: until then the system gives the number to nobody. What the trial
+    has left behind is ended."""
+    calls = []
+    popen = subprocess.Popen(
+        ["bash", "-c", f"sleep 100 & echo $! > {tmp_path}/left; {deed}"],
+        stdin=subprocess.PIPE,
+        process_group=0,
+    )
+    killpg, wait = os.killpg, popen.wait
+    monkeypatch.setattr(os, "killpg", lambda *group: (calls.append("end"), killpg(*group)))
+    monkeypatch.setattr(popen, "wait", lambda: (calls.append("take"), wait())[1])
+    monkeypatch.setattr(local, "_start", lambda trial, room: popen)
+    trial = Trial(0, [], OmegaConf.create({"seed": 0}), RunDirectory(tmp_path / "run"))
+    process = local._Process(trial, local._Room(0, 1, False), None)
+    wait_for(lambda: (tmp_path / "left").exists() and _is_zombie(popen.pid))
+    process._ask_to_stop(time.monotonic())  # too late, and as if the number were a stranger's
+    wait_for(lambda: process.has_ended(0))
+    assert calls == ["end", "take"]
+    left = int((tmp_path / "left").read_text())
+    wait_for(lambda: not Path(f"/proc/{left}").exists() or _is_zombie(left))
+    monkeypatch.setattr(os, "killpg", lambda *group: pytest.fail("a stranger's group"))
+    process._kill()  # as for a trial that is told to stop late
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_trial_whose_time_ran_out_before_it_began_says_so(sweep):
+    befalls({0: "start slowly"})
+    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0.02")
+    assert status == 1
+    assert "0 (seed=0): interrupted: TimeLimitError: stopped after" in err
+    assert statuses()[0] == "interrupted"
+    assert not (records()[0].directory / "starts").exists()
 
 
 def test_trials_that_define_the_same_result_are_run_once(sweep):
@@ -351,7 +440,7 @@ def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
 def test_a_misspelt_option_stops_the_sweep_before_anything_starts(sweep):
     status, _, err = sweep("activation=gelu,gelo")
     assert status == 1
-    assert "activation/gelo" in err
+    assert "got 'gelo'. Did you mean activation=gelu?" in err
     assert "trial 1 (activation=gelo) of 2 cannot be composed; nothing was started" in err
     assert not FOLDER.exists()
 
@@ -451,6 +540,28 @@ class Returns(Launcher):
     def launch(self, job_overrides, initial_job_idx):
         error = RuntimeError("no module named torch there")
         return [JobReturn(status=JobStatus.FAILED, _return_value=error) for _ in job_overrides]
+
+
+class StartsNone(Launcher):
+    """Whose jobs end before the trials begin."""
+
+    def setup(self, **given):
+        pass
+
+    def launch(self, job_overrides, initial_job_idx):
+        return []
+
+
+def test_a_job_that_ended_before_its_trial_began_is_told_of(sweep, monkeypatch):
+    monkeypatch.setattr(
+        "hydra.core.plugins.Plugins.instantiate_launcher", lambda self, **given: StartsNone()
+    )
+    monkeypatch.setattr(
+        "nerve.cli.sweep.slurm.SentJobs.ended",
+        lambda self, override: f"its job ended, with TIMEOUT ({override[:19]})",
+    )
+    _, _, err = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher._target_=elsewhere")
+    assert "0 (seed=0), 1 (seed=1): its job ended, with TIMEOUT (hydra.sweep.subdir" in err
 
 
 def test_what_trials_raised_elsewhere_is_said(sweep, monkeypatch):
@@ -558,11 +669,10 @@ def test_a_directory_that_was_renamed_while_its_trial_worked_does_not_come_back(
     run = RunDirectory(tmp_path / "run")
     RunRecord.create(run.path, {"seed": 1})
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
-    ended.wait()
     process = object.__new__(local._Process)
     process.trial = Trial(0, [], OmegaConf.create(), run)
     process._popen = ended
     run.path.rename(tmp_path / "moved")
-    process._settle(1)
+    process._settle()
     assert "run is not there any more: it was renamed or deleted" in process.trial.start_error
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]

@@ -1,5 +1,7 @@
 """A trial in a job of a cluster, which composes its configuration again."""
 
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict, read_write
 from support import composed
 
 from nerve.cli.config.compose import identity, resolved
 from nerve.cli.sweep.worker import run_trial
-from nerve.errors import StoreError
+from nerve.errors import DataError, DivergedError, StoreError
 from nerve.storage.record import RunRecord
+from nerve.training.signals import Interrupted
 
 
 def test_a_trial_whose_files_of_configuration_have_changed_since_it_was_sent_is_refused(
@@ -87,3 +91,75 @@ def test_the_log_of_a_job_says_why_its_trial_failed(run, monkeypatch):
     assert "got '/nowhere'" in log
     assert "failed: DataError: A root of python_source" in summary
     assert [path.name for path in trial.glob("*/run.json")] == ["run.json"]
+
+
+class Float(Sweeper):
+    """Takes what its trials return for numbers, as the sweeper of Optuna does."""
+
+    def __init__(self, **_):
+        pass
+
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        for number, trial in enumerate(self.launcher.launch([["seed=0"]], initial_job_idx=0)):
+            try:
+                float(trial.return_value)
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"Return value must be float-castable. Got '{trial.return_value}'."
+                ) from None
+            assert number == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DivergedError("the training loss became nan at step 3"),
+        DataError("no corpus"),
+        StoreError("the directory is full"),
+    ],
+)
+def test_another_sweeper_hears_why_a_trial_has_no_number(run, monkeypatch, error):
+    """Not that it returned None."""
+    name = "hydra_plugins.other.Float"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Float)
+
+    def fail(config, hydra_config):
+        raise error
+
+    monkeypatch.setattr("nerve.cli.experiment.run.run_experiment", fail)
+    status, out, err = run("-m", f"hydra.sweeper._target_={name}")
+    assert status == 1
+    assert err.splitlines()[-1] == f"nerve-run: {error}"
+    assert "None" not in out + err
+
+
+@pytest.mark.parametrize("hands_on", [False, True], ids=["alone", "within a job's handler"])
+def test_a_trial_whose_time_ran_out_before_it_began_leaves_a_record(
+    tmp_path, monkeypatch, hands_on
+):
+    """A signal in the seconds in which it starts; the handler of a job may exit by itself."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    config = composed("seed=3", "logger=none", with_hydra=True)
+    HydraConfig.instance().set_config(config)
+    hydra_config = HydraConfig.get()
+    with read_write(hydra_config), open_dict(hydra_config):
+        hydra_config.runtime.output_dir = str(tmp_path)
+
+    def stopped(config, hydra_config):
+        try:
+            raise Interrupted.by(signal.SIGUSR2)
+        finally:
+            if hands_on:
+                sys.exit(-1)
+
+    monkeypatch.setattr("nerve.cli.experiment.run.run_experiment", stopped)
+    with pytest.raises(SystemExit):
+        run_trial(config, hydra_config)
+    record = RunRecord.load(tmp_path)
+    assert record.run_status == "interrupted"
+    assert record.error == {"type": "Interrupted", "message": "stopped by SIGUSR2"}

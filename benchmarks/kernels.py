@@ -1,0 +1,120 @@
+"""The kernels of nerve.spectra against what torch has: time, and the error of both.
+
+The product of 16-bit features with themselves, and their distances from the mean; for the product
+also tiles, warps and stages other than those that were chosen, with `--variants`.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nerve.spectra import kernels
+from nerve.spectra.product import _tensor_core_matmul, add_lower
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> list[float]:
+    times = []
+    for repeat in range(repeats + 2):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        run()
+        events[1].record()
+        torch.cuda.synchronize()
+        if repeat > 1:
+            times.append(events[0].elapsed_time(events[1]))
+    return times
+
+
+def by_torch(x: Tensor) -> Tensor:
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(16_384):
+        add_lower(total, rows, rows, _tensor_core_matmul(512))
+    return total
+
+
+def by_kernel(x: Tensor) -> Tensor:
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    total += kernels.lower_products(x).sum(0, dtype=torch.float64)
+    return total
+
+
+def distances_by_torch(x: Tensor, center: Tensor) -> Tensor:
+    pieces = [
+        torch.linalg.vector_norm(rows - center, dim=1, dtype=torch.float64)
+        for rows in x.split(8192)
+    ]
+    return torch.cat(pieces).square()
+
+
+def told(name: str, run: Callable[[], Tensor], expected: Tensor, repeats: int, flop: float) -> None:
+    times = milliseconds(run, repeats)
+    error = ((run() - expected).tril() if expected.ndim > 1 else run() - expected).abs().max()
+    rate = f", {flop / statistics.mean(times) / 1e9:.0f} TFLOP/s" if flop else ""
+    print(
+        f"  {name}: {statistics.mean(times):.3f} ms, worst {max(times):.3f}{rate}; error "
+        f"{error / expected.abs().max():.1e}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--variants", action="store_true")
+    args = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for n, dim in ((65_536, 3072), (16_384, 2048), (16_384, 4096), (4096, 512)):
+        x = torch.randn(n, dim, device="cuda") * torch.linspace(0.1, 2, dim, device="cuda")
+        x = torch.nn.functional.gelu(x).bfloat16()
+        print(f"{n:,} × {dim}")
+        exact = x.double().T @ x.double()
+        flop = n * dim * (dim + 1.0)
+        told("product, torch", partial(by_torch, x), exact, args.repeats, flop)
+        told("product, kernel", partial(by_kernel, x), exact, args.repeats, flop)
+        center = x.double().mean(0).float()
+        far = (x.double() - center.double()).square().sum(1)
+        for name, run in (
+            ("torch", distances_by_torch),
+            ("kernel", kernels.square_distances),
+        ):
+            told(f"distances, {name}", partial(run, x, center), far, args.repeats, 0)
+        if args.variants and dim == 3072:
+            variants(x, exact, args.repeats, flop)
+
+
+def variants(x: Tensor, exact: Tensor, repeats: int, flop: float) -> None:
+    inner = kernels._lower_tiles
+    for tile, depth, warps, stages in itertools.product(
+        (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+    ):
+        if stages * depth * tile * 4 > 220_000 or (tile, warps) == (128, 4):
+            continue
+
+        class Other:
+            def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+                side = -(-x.shape[1] // tile)  # noqa: B023
+
+                def launch(x: Tensor, out: Tensor, *sizes: int, **options: int) -> None:
+                    options = {"num_warps": warps, "num_stages": stages}  # noqa: B023
+                    sizes = (*sizes[:4], tile, depth, sizes[6])  # noqa: B023
+                    inner[side * (side + 1) // 2, grid[1]](x, out, *sizes, **options)
+
+                return launch
+
+        kernels._lower_tiles = Other()
+        try:
+            name = f"tile {tile}, depth {depth}, {warps} warps, {stages} stages"
+            told(name, partial(by_kernel, x), exact, repeats, flop)
+        except Exception as error:
+            print(f"  {tile, depth, warps, stages}: {type(error).__name__}: {str(error)[:80]}")
+        finally:
+            kernels._lower_tiles = inner
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What SLURM says of jobs: those in its queue, how one has ended, and what each was sent for."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nerve.errors import NerveError
+
+SENT = "_nerve.json"
+"""How the name of the file ends, beside submitit's own, that says what a job was sent for. Those of
+submitit are pickles: reading one from a folder that is shared runs what somebody put into it."""
+
+ENDING = "CG"  # completing: its processes are being ended, or have just been
+
+ANSWERS_WITHIN_S = 60
+"""A controller that is down leaves its clients waiting."""
+
+_NEVER = re.compile(
+    r"held|^(DependencyNeverSatisfied|BadConstraints|InvalidAccount|InvalidQOS)$", re.I
+)
+"""Reasons for which a job waits until somebody does something."""
+
+_HELD_STATES = ("RH", "SE")  # requeued and held, special exit
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in the queue.
+
+    Attributes:
+        state: SLURM's short name of it, such as PD (pending) or R (running).
+        reason: why it waits, in SLURM's word.
+    """
+
+    state: str
+    reason: str
+
+    @property
+    def waits_for_ever(self) -> bool:
+        """Whether it starts only once somebody does something about it."""
+        waits = self.state == "PD" and bool(_NEVER.search(self.reason))
+        return waits or self.state in _HELD_STATES
+
+
+def squeue(cluster: str | None) -> list[str]:
+    """The command that prints id, state and reason of each job of this user that is queued or at
+    work.
+
+    Those that are just being requeued, suspended or held are among them.
+
+    Args:
+        cluster: that is asked, where it is not this machine's.
+    """
+    filters = [f"--unset={name}" for name in os.environ if name.startswith("SQUEUE_")]
+    mine = ["--all", "--array", f"--user={os.getuid()}"]
+    where = cluster or os.environ.get("SBATCH_CLUSTERS")
+    clusters = [f"--clusters={where}"] if where else []
+    # submitit calls it without a limit of its own.
+    limited = ["timeout", "--kill-after=5", str(ANSWERS_WITHIN_S)]
+    command = ["squeue", "--noheader", "--format=%i %t %r", *mine, *clusters]
+    return [*limited, "env", *filters, *command]
+
+
+def ask(command: list[str]) -> dict[str, QueuedJob]:
+    """The jobs in the queue, by their ids.
+
+    Raises:
+        NerveError: if SLURM does not answer.
+    """
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        raise NerveError(
+            "What becomes of the jobs that a sweep has sent is asked of squeue, on a machine of "
+            f"the cluster; {_said(error)}. Try again."
+        ) from error
+    return parsed(answer.stdout)
+
+
+def parsed(answer: str) -> dict[str, QueuedJob]:
+    """What `squeue` has printed."""
+    lines = (line.split(maxsplit=2) for line in answer.splitlines())
+    return {
+        line[0]: QueuedJob(line[1], line[2] if len(line) > 2 else "")
+        for line in lines
+        if len(line) > 1
+    }
+
+
+def ended(job_id: str) -> str | None:
+    """The state in which a job has ended, such as TIMEOUT; None once SLURM has forgotten it."""
+    command = ["scontrol", "show", "job", job_id]
+    try:
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWERS_WITHIN_S, check=True
+        )
+    except (subprocess.SubprocessError, OSError):
+        return None
+    state = re.search(r"\bJobState=(\w+)", told.stdout)
+    return state[1] if state else None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a job was sent for.
+
+    Attributes:
+        folder: of the sweep, absolute.
+        overrides: that it was given.
+    """
+
+    folder: str
+    overrides: tuple[str, ...]
+
+
+def read_sent(file: Path) -> Sent | None:
+    """What the file beside submitit's says; None if it cannot be told: what is sent twice runs
+    once."""
+    try:
+        content = json.loads(file.read_bytes())
+        return Sent(str(content["folder"]), tuple(map(str, content["overrides"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def cluster_of(launcher: Mapping[str, object]) -> str | None:
+    """The cluster to which `hydra.launcher` sends, where it names one."""
+    more = launcher.get("additional_parameters")
+    named = more.get("clusters") if isinstance(more, Mapping) else None
+    return None if named is None else str(named)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        if error.returncode == 124:  # of timeout(1)
+            return f"it does not answer within {ANSWERS_WITHIN_S} s"
+        return f"it says: {error.stderr.strip() or error}"
+    return f"it cannot be called: {error}"

@@ -1,0 +1,160 @@
+"""What lies around the nonlinearity of an FFN: the residual stream, the FFN's input and output.
+
+Where a model says nothing of it, it is seen in one forward pass: the stream after an FFN is the
+stream before it plus what the FFN gives.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nerve.measuring.ffns import FFN, named, sites_of, tokens_of
+from nerve.measuring.sites import Site, declared_widths, last
+
+log = logging.getLogger(__name__)
+
+Stream = tuple[Site, Site]
+"""The residual stream before an FFN, and after it."""
+
+_ROWS = 32
+"""How many samples of a stream tell it from others, at least."""
+
+
+def sites_around(
+    ffns: Sequence[FFN],
+    wanted: Collection[str],
+    find: Callable[[], list[Stream | None]] | None = None,
+) -> list[dict[str, Site]]:
+    """For each FFN the sites to tap, of those that are wanted, so far as they are known; what is
+    not is named in a warning. `input` is not among them: a probe has it beside pre.
+
+    Args:
+        ffns: the FFNs.
+        wanted: some of `nerve.metric_names.AROUND`.
+        find: gives the streams around FFNs whose descriptions do not; None where nothing can.
+    """
+    streams = [stream_of(ffn) for ffn in ffns]
+    of_stream = not {"stream_in", "stream_out"}.isdisjoint(wanted)
+    if find is not None and of_stream and not all(streams):
+        streams = [own or found for own, found in zip(streams, find(), strict=True)]
+    given = []
+    for ffn, stream in zip(ffns, streams, strict=True):
+        around = {}
+        pre, post = sites_of(ffn)
+        of_all = tokens_of(ffn) is None  # an expert gets some of the tokens
+        if of_all and post.of == "input" and declared_widths(post.module) is not None:
+            around["output"] = Site(post.module, "output")
+        if of_all and stream is not None:
+            around["stream_in"], around["stream_out"] = stream
+        known = {*around, "input"} if pre.of == "output" else {*around}
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            log.warning("%s: where to measure %s is not known", named(ffn), ", ".join(unknown))
+        given.append({name: site for name, site in around.items() if name in wanted})
+    return given
+
+
+def stream_of(ffn: FFN) -> Stream | None:
+    """What an FFN's description says of the stream around it."""
+    stream = getattr(ffn, "stream", None)
+    if isinstance(stream, nn.Module):
+        return Site(stream, "input"), Site(stream, "output")
+    return stream
+
+
+def find_streams(
+    model: nn.Module, ffns: Sequence[FFN], run: Callable[[], object]
+) -> list[Stream | None]:
+    """The stream around each FFN, where one forward pass shows it; None where it does not.
+
+    It does where the output of the FFN is added to what some module gets, and where the sum is what
+    some module gives (or, of a sum that is normalized, what the norm gets).
+
+    Args:
+        model: the model.
+        ffns: the FFNs.
+        run: runs the model on a batch, without gradients and in eval mode.
+    """
+    events: list[_Event] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        _note(events, module, "input", given)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        _note(events, module, "output", output)
+
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_stream(model, ffn, events) for ffn in ffns]
+
+
+class _Event(NamedTuple):
+    """What a module got or gave: some of its samples."""
+
+    module: nn.Module
+    of: Any
+    shape: torch.Size
+    rows: Tensor
+
+
+def _note(events: list[_Event], module: nn.Module, of: str, value: Any) -> None:
+    tensor = value[0] if isinstance(value, tuple | list) and value else value
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1:
+        rows = last(tensor.detach(), _axis(module)).flatten(0, -2)
+        if rows.numel():
+            some = rows[:: max(1, len(rows) // _ROWS)].float().clone()
+            events.append(_Event(module, of, rows.shape, some))
+
+
+def _axis(module: nn.Module) -> int:
+    widths = declared_widths(module)
+    return -1 if widths is None else widths.axis
+
+
+def _stream(model: nn.Module, ffn: FFN, events: Sequence[_Event]) -> Stream | None:
+    """The latest stream before the FFN to which its output is added, and the sum."""
+    pre, post = sites_of(ffn)
+    starts = [i for i, event in enumerate(events) if event.module is pre.module]
+    ends = [
+        i for i, event in enumerate(events) if event.module is post.module and event.of == "output"
+    ]
+    if not starts or len(ends) != 1:
+        return None
+    begin, end = starts[0], ends[0]
+    output = events[end]
+    for candidate in reversed(events[: begin + 1]):
+        if candidate.shape != output.shape or candidate.of != "input":
+            continue
+        total = candidate.rows + output.rows
+        for i, event in enumerate(events[end + 1 :], end + 1):
+            if event.shape == output.shape and _is_same(event.rows, total):
+                given = _normalized(event, events[i + 1 :], candidate, events[begin])
+                return Site(candidate.module, "input"), given
+    return None
+
+
+def _normalized(total: _Event, later: Sequence[_Event], before: _Event, given: _Event) -> Site:
+    """The stream after the FFN: the sum, or what a norm behind it makes of it where the FFN gets
+    the stream as it is."""
+    gets_stream = _is_same(before.rows, given.rows) if before.shape == given.shape else False
+    if gets_stream and total.of == "input":
+        normed = next((e for e in later if e.module is total.module and e.of == "output"), None)
+        if normed is not None and normed.shape == total.shape:
+            return Site(total.module, "output")
+    return Site(total.module, total.of)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-5 * float(other.abs().nan_to_num().amax())
+    return torch.allclose(one, other, rtol=1e-4, atol=tolerance)

@@ -1,0 +1,218 @@
+"""Groups of samples: by position in the sequence, by how often the token occurs, by halves.
+
+The samples of a forward pass are divided on the host, once for all FFNs that share them: an index
+of rows for each group, of which the features of every FFN are then taken.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from nerve.errors import MeasurementError
+from nerve.metric_names import GROUPS
+
+REST = "rest"
+"""The group of the samples that count and are in no other; it has no row."""
+
+OVERLAPPING = ("like_0",)
+"""Groups whose samples are in other groups of their grouping, too."""
+
+_COUNTED = -1
+_NOT_COUNTED = -2
+
+_EQUAL = {"position": ("q1", "q2", "q3", "q4"), "frequency": GROUPS["frequency"]}
+"""The groups that get equal numbers of samples in every forward pass. Halves differ by a sequence
+at most, and position 0 has one sample of each."""
+
+_GOLDEN = 0.6180339887498949
+"""Its multiples, without their whole parts, are spread evenly in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """What is measured of the samples beside all of them.
+
+    Attributes:
+        groupings: keys of `GROUPS`, each once.
+        token_counts: how often each token id occurs in the training text; needed for `frequency`.
+
+    Raises:
+        MeasurementError: for another grouping, or `frequency` without counts.
+    """
+
+    groupings: tuple[str, ...] = ()
+    token_counts: Int64[Tensor, " vocab"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.groupings:
+            if name not in GROUPS or self.groupings.count(name) > 1:
+                raise MeasurementError(
+                    f"groups are some of {', '.join(GROUPS)}, each once; got "
+                    f"{', '.join(map(str, self.groupings))}."
+                )
+        if "frequency" in self.groupings and self.token_counts is None:
+            raise MeasurementError(
+                "Groups by frequency need to know how often each token occurs: token_counts, one "
+                "number for each id; got none. Give them, or leave frequency out of groups."
+            )
+
+    @property
+    def n_matrices(self) -> int:
+        """Covariances of each side of an FFN: of all groups, and what the first grouping leaves
+        out; without groups the one of all samples."""
+        return sum(len(GROUPS[name]) for name in self.groupings) + 1
+
+
+NOT_GROUPED = Grouped()
+
+
+class Division(NamedTuple):
+    """The rows of the samples of one forward pass, `[n_sequences · n_positions]` of them, that
+    each group of a grouping has.
+
+    Attributes:
+        parts: those of groups that share no sample, `REST` among them; together all that count.
+        others: those of groups whose samples are in `parts`, too.
+    """
+
+    parts: dict[str, Int64[Tensor, " n"]]
+    others: dict[str, Int64[Tensor, " n"]]
+
+
+def frequency_classes(counts: Int64[Tensor, " vocab"]) -> Int64[Tensor, " vocab"]:
+    """The third of all occurrences that each token is in: 0 the most frequent tokens, 2 the least.
+
+    A token belongs where the occurrences of more frequent ones end; of equally frequent tokens the
+    one with the lower id comes first. Tokens that never occur are in the last third.
+    """
+    counts = counts.detach().to("cpu", torch.float64)
+    order = counts.argsort(descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
+    total = counts.sum().clamp(min=1)
+    classes = torch.full_like(order, 2)
+    classes[order] = (3 * before / total).long().clamp(max=2)
+    classes[counts == 0] = 2
+    return classes
+
+
+class Divider:
+    """Divides the samples of forward passes.
+
+    Args:
+        grouped: how.
+        skip_first: positions at the beginning of each sequence that were left out; position 0 is
+            no group then.
+    """
+
+    def __init__(self, grouped: Grouped, skip_first: int = 0) -> None:
+        self._groupings = grouped.groupings
+        self._skip_first = skip_first
+        counts = grouped.token_counts
+        self._classes = None if counts is None else frequency_classes(counts)
+
+    def names(self, grouping: str) -> tuple[str, ...]:
+        """The groups of a grouping that have rows."""
+        skipped = ("0", "like_0") if grouping == "position" and self._skip_first else ()
+        return tuple(name for name in GROUPS[grouping] if name not in skipped)
+
+    def divide(
+        self,
+        sizes: tuple[int, int],
+        mask: Bool[Tensor, "sequences positions"] | None,
+        ids: Int64[Tensor, "sequences positions"] | None,
+        first: int,
+        per_sequence: int = 1,
+    ) -> Mapping[str, Division]:
+        """The rows of each group, by grouping, on the host.
+
+        Args:
+            sizes: number of sequences and of positions, those that are skipped among them.
+            mask: True for the samples that count, before any are skipped.
+            ids: the tokens; needed for `frequency`.
+            first: number of the first sequence, of those that were measured before.
+            per_sequence: how many of `sizes[0]` belong to one sequence, such as the rows of an
+                image.
+
+        Raises:
+            MeasurementError: for tokens that are not there, or of another shape.
+        """
+        mask = torch.ones(sizes, dtype=torch.bool) if mask is None else mask.cpu()
+        # Padding may come first: positions count from the first sample that is none.
+        start = torch.where(mask.any(1), mask.int().argmax(1), 0)[:, None]
+        position = torch.arange(sizes[1])[None]
+        place = position - start
+        counts = mask & (position >= self._skip_first)
+        number = (first + torch.arange(sizes[0]) // per_sequence)[:, None]
+        given = {}
+        for grouping in self._groupings:
+            others: dict[str, Tensor] = {}
+            if grouping == "position":
+                labels = self._quarters(place, sizes[1])
+                if not self._skip_first:
+                    others["like_0"] = self._rows(_one_other(counts, place, number))
+            elif grouping == "frequency":
+                labels = self._classes_of(ids, sizes)
+            else:
+                labels = (number % 2).expand(sizes)
+            names = [name for name in self.names(grouping) if name not in OVERLAPPING]
+            labels = torch.where(counts, labels, _NOT_COUNTED)
+            parts = {name: self._rows(labels == i) for i, name in enumerate(names)}
+            parts[REST] = self._rows(labels == _COUNTED)
+            given[grouping] = Division(_equalized(parts, _EQUAL.get(grouping, ())), others)
+        return given
+
+    def _quarters(self, place: Tensor, n_positions: int) -> Tensor:
+        """0 for position 0, then four equal parts of the others; these alone without it."""
+        first = max(self._skip_first, 1)
+        quarter = ((place - first) * 4).div(max(n_positions - first, 1), rounding_mode="floor")
+        quarter = quarter.clamp(0, 3)
+        return quarter if self._skip_first else torch.where(place == 0, 0, 1 + quarter)
+
+    def _classes_of(self, ids: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+        assert self._classes is not None
+        if ids is None or tuple(ids.shape) != sizes:
+            raise MeasurementError(
+                "Groups by frequency need the token of each sample, "
+                f"{sizes}; got {'none' if ids is None else tuple(ids.shape)}. Give batches that "
+                "are mappings with input_ids, or leave frequency out of groups."
+            )
+        # An id that was never counted is a rare one.
+        ids = ids.detach().cpu().long()
+        known = (ids >= 0) & (ids < len(self._classes))
+        return torch.where(known, self._classes[torch.where(known, ids, 0)], 2)
+
+    def _rows(self, chosen: Bool[Tensor, "sequences positions"]) -> Int64[Tensor, " n"]:
+        """Their numbers among those that are not skipped."""
+        return chosen[:, self._skip_first :].reshape(-1).nonzero()[:, 0]
+
+
+def _one_other(
+    counts: Bool[Tensor, "sequences positions"], place: Tensor, number: Tensor
+) -> Bool[Tensor, "sequences positions"]:
+    """Of each sequence whose position 0 counts one other sample, at places that are spread over
+    the sequences evenly."""
+    later = counts & (place > 0)
+    n_later = later.sum(1, keepdim=True)
+    chosen = (number * _GOLDEN % 1 * n_later).long() + 1
+    has_first = (counts & (place == 0)).any(1, keepdim=True)
+    return later & (later.cumsum(1) == chosen) & has_first
+
+
+def _equalized(parts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """As many rows of each of these groups as the smallest of them has, evenly spread; the others
+    go to the rest."""
+    if not names:
+        return parts
+    least = min(len(parts[name]) for name in names)
+    left = [parts[REST]]
+    for name in names:
+        rows = parts[name]
+        keeps = torch.zeros(len(rows), dtype=torch.bool)
+        keeps[torch.arange(least) * len(rows) // max(least, 1)] = True
+        parts[name] = rows[keeps]
+        left.append(rows[~keeps])
+    return parts | {REST: torch.cat(left)}

@@ -1,0 +1,125 @@
+"""What a measurement holds of one FFN beside all its samples: groups of them, and sites around."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nerve.measuring.ffns import FFN
+from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.groups import OVERLAPPING, REST, Division
+from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
+from nerve.spectra import StreamingCovariance
+
+
+class Key(NamedTuple):
+    """What a covariance is of: a site (or what the FFN gets, in place of pre), and a group of its
+    samples; `POOLED` twice for all of them."""
+
+    side: str
+    grouping: str = POOLED
+    group: str = POOLED
+
+
+class Parts:
+    """The covariances of groups of an FFN's samples, and of sites around it.
+
+    Those of the first grouping, with its rest, are merged exactly into that of all samples, which
+    therefore need not be taken by itself. Of further groupings the rest is left out.
+
+    Attributes:
+        covariances: by what they are of.
+    """
+
+    def __init__(self) -> None:
+        self.covariances: dict[Key, StreamingCovariance] = {}
+
+    def covariance(self, key: Key, dim: int, device: torch.device) -> StreamingCovariance:
+        """That of a key, which begins without samples."""
+        if key not in self.covariances:
+            # As of all samples: the weight would magnify the rounding of the input's eigenproblem.
+            is_for_pre = key.side == "input" and key.grouping != POOLED
+            product = "float64" if is_for_pre else None
+            self.covariances[key] = StreamingCovariance(dim, device=device, product=product)
+        return self.covariances[key]
+
+    def add_site(self, name: str, features: Tensor, mask: Tensor | None) -> None:
+        """Adds samples of a site around the FFN, `[*samples, width]`."""
+        self.covariance(Key(name), features.shape[-1], features.device).update(features, mask)
+
+    def add(self, side: str, features: Tensor, divisions: Mapping[str, Division]) -> None:
+        """Adds the samples of a run, `[*samples, width]`, group by group."""
+        rows = features.reshape(-1, features.shape[-1])
+        for number, (grouping, division) in enumerate(divisions.items()):
+            for group, chosen in (division.parts | division.others).items():
+                if group == REST and number:
+                    continue
+                key = Key(side, grouping, group)
+                covariance = self.covariance(key, rows.shape[-1], rows.device)
+                covariance.update(rows.index_select(0, chosen))
+
+    def merged(
+        self, side: str, grouping: str, into: StreamingCovariance | None
+    ) -> StreamingCovariance | None:
+        """That of all samples: what is there by itself, and all groups of a grouping.
+
+        The rest is given up for it. None where there is nothing.
+        """
+        target = self.covariances.pop(Key(side, grouping, REST), None)
+        if into is not None:
+            if target is not None:
+                into.merge(target)
+            target = into
+        for key, covariance in self.covariances.items():
+            if key[:2] != (side, grouping) or key.group in OVERLAPPING:
+                continue
+            if target is None:
+                product = "float64" if side == "input" else None
+                target = StreamingCovariance(
+                    covariance.dim, device=covariance.device, product=product
+                )
+            target.merge(covariance)
+        return target
+
+    def project(self, weight: Tensor, bias: Tensor | None) -> None:
+        """From now on pre itself is taken of groups; what was taken of the input is converted."""
+        for key in [key for key in self.covariances if self._is_input_of_group(key)]:
+            of_input = self.covariances.pop(key)
+            self.covariances[key._replace(side="pre")] = of_input.projected(weight, bias)
+
+    def eigenproblems(self, ffn: FFN, weight: Tensor | None) -> Iterator[GroupEigenproblem]:
+        """What is left to solve, site by site and group by group.
+
+        Args:
+            ffn: whose they are.
+            weight: W of pre = W x + b, where groups are of the input x.
+        """
+        for key in sorted(self.covariances, key=_place):
+            if key.group == REST:
+                continue
+            covariance = self.covariances[key]
+            of_input = self._is_input_of_group(key)
+            assert weight is not None or not of_input
+            yield GroupEigenproblem(
+                layer=ffn.layer,
+                ffn=ffn.name,
+                site="pre" if of_input else key.side,
+                grouping=key.grouping,
+                group=key.group,
+                n_samples=covariance.n_samples,
+                dim=len(weight) if of_input and weight is not None else covariance.dim,
+                matrix=covariance.scatter() if of_input else covariance.eigenproblem(),
+                weight=weight if of_input else None,
+            )
+
+    @staticmethod
+    def _is_input_of_group(key: Key) -> bool:
+        return key.side == "input" and key.grouping != POOLED
+
+
+def _place(key: Key) -> tuple[int, int, int]:
+    """In the order of the catalogue."""
+    grouping = -1 if key.grouping == POOLED else list(GROUPS).index(key.grouping)
+    names = (*GROUPS.get(key.grouping, (POOLED,)), REST)
+    return GROUP_SITES.index(key.side), grouping, names.index(key.group)

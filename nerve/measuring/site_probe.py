@@ -1,0 +1,105 @@
+"""Taps what modules around an FFN get or give while their model runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nerve.measuring.arguments import argument
+from nerve.measuring.checks import of_site, plain
+from nerve.measuring.sites import Site
+
+ReceiveSite = Callable[[int, str, Tensor], None]
+"""Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""
+
+
+class SiteProbe:
+    """Taps sites around FFNs between `start()` and `stop()`; to compiled code as `Probe`.
+
+    Args:
+        sites: for each FFN its sites, by name.
+        names: what messages call the FFNs.
+    """
+
+    def __init__(self, sites: Sequence[Mapping[str, Site]], names: Sequence[str]) -> None:
+        self._taps = [
+            (index, name, site, f"{name} of {where}")
+            for index, (each, where) in enumerate(zip(sites, names, strict=True))
+            for name, site in each.items()
+        ]
+        self._receive: ReceiveSite | None = None
+        self._handles: list[RemovableHandle] = []
+        self._number = next(_numbers)
+        self._order = torch.zeros(())
+        _probes[self._number] = self
+
+    def install(self) -> None:
+        """Puts the hooks in place."""
+        for number, (_, _, site, _) in enumerate(self._taps):
+            if site.of == "output":
+                handle = site.module.register_forward_hook(self._hook_output(number))
+            else:
+                handle = site.module.register_forward_pre_hook(
+                    self._hook_input(number), with_kwargs=True
+                )
+            self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Takes the hooks away; allowed at any time."""
+        self.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def start(self, receive: ReceiveSite) -> None:
+        """From now on calls `receive` for each tensor that appears at a site."""
+        self._receive = receive
+
+    def stop(self) -> None:
+        """Stops tapping; allowed at any time."""
+        self._receive = None
+
+    def take(self, number: int, features: Tensor) -> None:
+        """What the taps call with features; nothing happens while stopped."""
+        if self._receive is not None:
+            index, name, *_ = self._taps[number]
+            self._receive(index, name, features)
+
+    def _hook_output(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._receive is not None:
+                first = output[0] if isinstance(output, tuple | list) and output else output
+                self._tap(number, first)
+
+        return hook
+
+    def _hook_input(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._receive is not None:
+                self._tap(number, argument(args, kwargs))
+
+        return hook
+
+    def _tap(self, number: int, features: Any) -> None:
+        _, _, site, where = self._taps[number]
+        tensor = of_site(plain(features, "the tensor", where), site, where)
+        _tap_site(tensor, self._order, self._number, number)
+
+
+_numbers = count()
+_probes: WeakValueDictionary[int, SiteProbe] = WeakValueDictionary()
+
+
+@torch.library.custom_op("nerve::tap_site", mutates_args={"order"})
+def _tap_site(features: Tensor, order: Tensor, probe: int, number: int) -> None:
+    """Gives features to a probe: an operator, as that of `nerve.measuring.probe`."""
+    _probes[probe].take(number, features)
+
+
+@_tap_site.register_fake
+def _(features: Tensor, order: Tensor, probe: int, number: int) -> None:
+    """Tracing taps nothing."""

@@ -1,0 +1,132 @@
+"""Takes eigenproblems from a GPU to the host, through pinned memory that is used again."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from queue import LifoQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.sites import n_inputs
+
+E = TypeVar("E", bound=FFNEigenproblem | GroupEigenproblem)
+
+N_BUFFERS = 2
+"""One is filled while what the other holds is copied on."""
+
+_WIDTH = 384
+_ALIGNMENT = 64
+_LOWER = ("before", "post", "matrix")
+"""Of these matrices the lower triangle alone counts, and is copied."""
+
+
+class Staging:
+    """Copies eigenproblems beside the device's work, whichever thread asks.
+
+    To pin memory costs half a second for each GB, in which the device is given no work: so a few
+    buffers are pinned, once.
+
+    Args:
+        device: where eigenproblems come from.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._buffers: LifoQueue[HostBuffer] = LifoQueue()
+        for _ in range(N_BUFFERS):
+            self._buffers.put(HostBuffer(pinned=is_gpu))
+
+    def reserve(self, n_bytes: int) -> None:
+        """Makes all buffers that are not in use at least so large."""
+        buffers = [self._buffers.get() for _ in range(N_BUFFERS)]
+        for buffer in buffers:
+            buffer.reserve(n_bytes)
+            self._buffers.put(buffer)
+
+    def to_host(self, eigenproblem: E, ready: torch.cuda.Event | None = None) -> E:
+        """The same eigenproblem on the host, copied once the device has come to `ready`."""
+        tensors = {
+            name: value for name, value in vars(eigenproblem).items() if isinstance(value, Tensor)
+        }
+        buffer = self._buffers.get()
+        try:
+            on_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
+            with torch.inference_mode(False), torch.no_grad(), on_stream:
+                if self._stream is not None and ready is not None:
+                    self._stream.wait_event(ready)
+                parts = {
+                    name: _lower_blocks(tensor) if name in _LOWER else [tensor]
+                    for name, tensor in tensors.items()
+                }
+                held = iter(buffer.hold([part for each in parts.values() for part in each]))
+                if self._stream is not None:
+                    self._stream.record_event().synchronize()
+                copies: dict[str, Any] = {
+                    name: _from_lower_blocks([next(held) for _ in parts[name]])
+                    if name in _LOWER
+                    else next(held).clone()
+                    for name in parts
+                }
+        finally:
+            self._buffers.put(buffer)
+        return replace(eigenproblem, **copies)
+
+
+class HostBuffer:
+    """Memory of the host that grows to the largest of what it holds.
+
+    Args:
+        pinned: whether a GPU copies to it beside its other work.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, n_bytes: int) -> None:
+        """Makes it at least so large."""
+        if len(self._memory) < n_bytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # never both
+            self._memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def hold(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Begins to copy `tensors`; the copies are valid until the next call."""
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        self.reserve(sum(sizes))
+        copies, start = [], 0
+        for tensor, size in zip(tensors, sizes, strict=True):
+            room = self._memory[start : start + tensor.nbytes]
+            copies.append(room.view(tensor.dtype).view(tensor.shape))
+            copies[-1].copy_(tensor, non_blocking=True)
+            start += size
+        return copies
+
+
+def expected_bytes(ffn: FFN) -> int:
+    """What a buffer needs for an FFN where more samples come than it is wide; 0 where its modules
+    do not say how wide that is."""
+    pre, post = sites_of(ffn)
+    d_ff, d_in = pre.width or post.width or 0, n_inputs(pre) or 0
+    blocks = sum((d_ff - s) * min(_WIDTH, d_ff - s) for s in range(0, d_ff, _WIDTH))
+    return 2 * 8 * blocks + 4 * d_ff * d_in + 4096
+
+
+def _lower_blocks(matrix: Tensor) -> list[Tensor]:
+    """Block columns that hold the lower triangle: little more than half of the matrix."""
+    return [matrix[s:, s : s + _WIDTH] for s in range(0, len(matrix), _WIDTH)]
+
+
+def _from_lower_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """The matrix again; what its upper triangle holds means nothing."""
+    n = len(blocks[0]) if blocks else 0
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for number, block in enumerate(blocks):
+        start = number * _WIDTH
+        matrix[start:, start : start + _WIDTH] = block
+    return matrix

@@ -1,0 +1,101 @@
+"""Figures of groups of tokens, and of what lies around the nonlinearity.
+
+Each function takes rows of `load_groups` of one run, one FFN of its layers and one step.
+"""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nerve.metric_names import GROUP_SITES, GROUPS, POOLED, SITES, metric_of
+from nerve.report.style import (
+    COLORS,
+    LEVEL_COLORS,
+    key,
+    name_axes,
+    new_figure,
+    outside_legend,
+    say_empty,
+    scale_by_ratio,
+)
+
+SHOWN = ("se", "pr", "eee")
+"""Metrics of the small multiples, one a row."""
+
+SITE_COLORS = {
+    "stream_in": LEVEL_COLORS[0],
+    "input": LEVEL_COLORS[1],
+    **COLORS,
+    "output": LEVEL_COLORS[2],
+    "stream_out": LEVEL_COLORS[3],
+}
+
+
+def groups_by_depth(groups: pd.DataFrame, grouping: str, title: str) -> Figure:
+    """SE, PR and EEE of the groups of one grouping, layer by layer: pre on the left, post on the
+    right; gray, all samples together."""
+    names = [name for name in GROUPS[grouping] if name in set(groups["group"])]
+    colors = dict(zip(names, LEVEL_COLORS, strict=False))
+    figure, panels = new_figure(len(SHOWN), len(SITES), title, width=4.2, height=2.4)
+    cells = [(metric, site) for metric in SHOWN for site in SITES]
+    for panel, (metric, site) in zip(panels, cells, strict=True):
+        own = groups[groups["site"] == site]
+        whole = own[own["grouping"] == POOLED]
+        _line(panel, whole, metric, color="#8C8C8C", linestyle="--")
+        for name in names:
+            rows = own[(own["grouping"] == grouping) & (own["group"] == name)]
+            _line(panel, rows, metric, color=colors[name], marker=".")
+        _finish(panel, own, metric, site)
+    entries = [
+        key(f"{name} (N = {_numbers(groups, grouping, name)})", color=colors[name], marker=".")
+        for name in names
+    ]
+    outside_legend(figure, [*entries, key("all", color="#8C8C8C", linestyle="--")], n_columns=4)
+    return figure
+
+
+def sites_by_depth(groups: pd.DataFrame, title: str) -> Figure:
+    """SE, PR, EEE and variance along the block, layer by layer: the stream before the FFN, its
+    input, pre, post, its output, the stream after it."""
+    rows = groups[groups["grouping"] == POOLED]
+    names = [name for name in GROUP_SITES if name in set(rows["site"])]
+    shown = (*SHOWN, "variance")
+    figure, panels = new_figure(2, 2, title, width=4.6, height=2.8)
+    for panel, metric in zip(panels, shown, strict=True):
+        for name in names:
+            _line(panel, rows[rows["site"] == name], metric, color=SITE_COLORS[name], marker=".")
+        _finish(panel, rows, metric, "post")
+    entries = [
+        key(
+            f"{name} (D = {rows.loc[rows['site'] == name, 'dim'].max():,})", color=SITE_COLORS[name]
+        )
+        for name in names
+    ]
+    outside_legend(figure, entries, n_columns=3)
+    return figure
+
+
+def _line(panel: Axes, rows: pd.DataFrame, metric: str, **style: object) -> None:
+    ordered = rows.sort_values("layer")
+    panel.plot(ordered["layer"], ordered[metric], linewidth=1.2, **style)  # type: ignore[arg-type]
+
+
+def _finish(panel: Axes, rows: pd.DataFrame, metric: str, site: str) -> None:
+    column = f"{metric}_{site}"
+    name_axes(panel, "layer", column, f"{metric.upper() if metric in SHOWN else metric} {site}")
+    if metric == "variance" or rows["site"].nunique() > len(SITES):
+        panel.set_title(metric.upper() if metric in SHOWN else metric, fontsize=8)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if rows[metric].isna().all():
+        say_empty(panel)
+    known = metric_of(column)
+    if known is not None and known.is_ratio:
+        scale_by_ratio(panel, rows[metric])
+
+
+def _numbers(groups: pd.DataFrame, grouping: str, name: str) -> str:
+    """How many samples a group has: one number, or from the least to the most."""
+    counts = groups.loc[(groups["grouping"] == grouping) & (groups["group"] == name), "n_samples"]
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

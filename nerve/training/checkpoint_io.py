@@ -1,0 +1,101 @@
+"""How Lightning comes to a run's checkpoints: when they are written, and which are its own."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import CheckpointIO
+
+from nerve.config import require
+from nerve.storage.directory import RunDirectory
+from nerve.training.checkpoint_files import read_checkpoint, write_checkpoint
+
+
+def require_other_files(callbacks: Sequence[L.Callback], run: RunDirectory) -> None:
+    """Refuses callbacks of Lightning that would write over the checkpoints of `run`.
+
+    Raises:
+        ConfigError: with the file.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        folder = Path(callback.dirpath or run.checkpoint("last").parent)
+        # Losses in a name are of no matter here; a step stands for all of them.
+        paths = [Path(callback.format_checkpoint_name({"step": torch.tensor(0)}))]
+        if callback.save_last:
+            paths.append(Path(callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION))
+        for path in paths:
+            _require_other(folder / path, run, f"{type(callback).__name__} would write it")
+
+
+def _require_other(path: Path, run: RunDirectory, who: str) -> None:
+    """Raises `ConfigError` where `path` is a checkpoint that the run itself writes."""
+    is_within = path.parent.resolve() == run.checkpoint("last").parent.resolve()
+    require(
+        not (is_within and re.fullmatch(r"(last|best|step-\d{12})\.ckpt", path.name)),
+        f"What a run goes on from and its best and kept weights are written by the run alone; "
+        f"{path} is the run's own file, and {who}. Give that callback another name or dirpath, or "
+        "leave it out: checkpoint.every_n_steps and checkpoint.keep say when the run saves.",
+    )
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's way to checkpoints: holds what it is given to save until `write` is called.
+
+    A state is taken where Lightning can resume from it, and written where all rows up to its step
+    are known. Further callbacks may save to files of their own, and to none of the run's.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Path, dict[str, Any]] = {}
+        self._own: RunDirectory | None = None
+        self._takes = False
+
+    def reserve(self, run: RunDirectory) -> None:
+        """From now on the checkpoints of `run` are saved within `taking` alone."""
+        self._own = run
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """What Lightning saves within the `with` block is the run's."""
+        self._takes = True
+        try:
+            yield
+        finally:
+            self._takes = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._held)
+
+    def write(self) -> None:
+        """Writes what is held. Raises as `write_checkpoint`; what is not written is still held."""
+        for path in list(self._held):
+            write_checkpoint(path, self._held[path])
+            del self._held[path]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        if self._own is not None and not self._takes:
+            _require_other(Path(path), self._own, "something else saves there")
+        self._held[Path(path)] = checkpoint
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._held.pop(Path(path), None)
+        Path(path).unlink(missing_ok=True)

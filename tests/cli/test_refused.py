@@ -1,0 +1,156 @@
+"""Command lines that are refused: what is said of them, and that nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose
+from support import hydra_at_conf
+
+from nerve.cli.config.overrides import explain_error, overrides_of
+from nerve.cli.config.paths import require_directories, with_literal_paths
+from nerve.errors import ConfigError
+
+LONG = 300 * "n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        *(
+            (f"{key}=''", f"{key} must name a file or a folder; got ''")
+            for key in (
+                "hydra.run.dir",
+                "hydra.sweep.dir",
+                "hydra.sweep.subdir",
+                "resume",
+            )
+        ),
+        ("hydra.run.dir=", "hydra.run.dir must name"),
+        ("hydra.run.dir=' '", "hydra.run.dir must name"),
+        ("hydra.run.dir=null", "hydra.run.dir must be a text; got None"),
+        ("hydra.run.dir=[a,b]", r"hydra.run.dir must be a text; got \['a', 'b'\]"),
+        ("hydra.sweep.dir={a:1}", "hydra.sweep.dir must be a text"),
+        ("resume=[a]", "resume must be a text"),
+        (f"hydra.run.dir={LONG}", "at most 255 bytes; hydra.run.dir has one of 300, 'nnn"),
+        (f"hydra.sweep.subdir=a/{LONG}", "at most 255 bytes; hydra.sweep.subdir has one of 300"),
+        (f"resume=a/{LONG}/b", "at most 255 bytes; resume has one of 300"),
+        ("hydra.run.dir=" + 128 * "λ", "hydra.run.dir has one of 256"),
+    ],
+)
+def test_what_can_be_no_directory_is_refused(argument, expected):
+    with pytest.raises(ConfigError, match=expected):
+        require_directories(overrides_of(with_literal_paths([argument])))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "hydra.run.dir=5",
+        "hydra.run.dir=a/5",
+        "resume=null",
+        "~hydra.run.dir",
+        "resume=1e3",
+        "hydra.run.dir=true",
+        "hydra.sweep.subdir=${config_id:}",
+        "hydra.run.dir=" + 255 * "n",
+    ],
+)
+def test_what_can_be_a_directory_is_let_pass(argument):
+    require_directories(overrides_of(with_literal_paths([argument])))
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("activation=geluu", "got 'geluu'. Did you mean activation=gelu?"),
+        ("optimizer=adamww", "optimizer must be one of adafactor, "),
+        ("model=gpt_tinyy", "Did you mean model=gpt_tiny?"),
+        ("activation=xyz", "got 'xyz'."),
+        ("hello", "An argument is key=value, or an option with dashes before it; got 'hello'."),
+        ("normfree", "Did you mean --config-name=normfree?"),
+        ("nromfree", "Did you mean --config-name=normfree?"),
+        ("optimizer.lr", "Did you mean optimizer.lr=…?"),
+        ("callbacks=[a]", "callbacks is a group of values; got callbacks=[a]."),
+        ("model.n_layers=[1", "An override must be one that Hydra can read: "),
+        ("seed=choice()", "empty choice is not legal"),
+    ],
+)
+def test_what_cannot_be_composed_is_told_in_words_of_ours(argument, expected):
+    with pytest.raises(Exception) as caught, hydra_at_conf():  # noqa: PT011
+        compose("config", [argument])
+    told = explain_error(caught.value)
+    assert expected in told
+    assert "https://" not in told
+    assert "full_key" not in told
+
+
+NOTHING_TO_RUN = [
+    ["--resolve"],
+    ["trainer.devices=0"],
+    ["trainer.devices=0", "hydra.run.dir=deep/er"],
+    ["-m", "seed=range(0,0)"],
+    ["-m", "seed=range(3,1)", "activation=gelu,relu"],
+    ["-m", "seed=-1,-2"],
+    ["-m", "hydra.sweeper.n_jobs=0"],
+    [f"hydra.run.dir=a/{LONG}/b"],
+    [f"--config-name={LONG}"],
+    [f"{LONG}=3"],
+]
+
+
+@pytest.mark.parametrize("arguments", NOTHING_TO_RUN, ids=lambda a: " ".join(a)[:40])
+def test_what_is_refused_leaves_no_directory(run, tmp_path, arguments):
+    """Nor those around it; one that was there before stays."""
+    (tmp_path / "own").mkdir()
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert err.startswith("nerve-run: ")
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_an_empty_directory_that_was_there_before_stays(run, tmp_path):
+    (tmp_path / "own" / "mine").mkdir(parents=True)
+    assert run("trainer.devices=0", "hydra.run.dir=own/mine")[0] == 1
+    assert (tmp_path / "own" / "mine").is_dir()
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+sys.argv = {arguments!r}
+from nerve.cli import entry
+entry.{command}()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "arguments"),
+    [
+        ("run", "hydra", []),
+        ("run", "torch", ["model=gpt_tiny"]),
+        ("status", "rich.table", ["outputs"]),
+        ("report", "pandas", ["outputs"]),
+    ],
+)
+def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(tmp_path, command, module, arguments):
+    code = INTERRUPTED.format(
+        module=module, arguments=[f"nerve-{command}", *arguments], command=command
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert (done.returncode, done.stderr) == (130, f"nerve-{command}: stopped\n")

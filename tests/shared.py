@@ -1,0 +1,92 @@
+"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
+
+import functools
+import itertools
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import hydra
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from omegaconf import OmegaConf
+from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
+
+from nerve.cli.config.compose import CONF, SWEEPS
+
+CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
+install_import_hook(list(CHECKED), "beartype.beartype")
+
+torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
+
+SWEEP = (
+    "threads=1",
+    "trainer.max_steps=50",
+    "trainer.enable_progress_bar=false",
+    "monitor.every_n_steps=10",
+    "model.n_layers=2",
+    "model.d_model=32",
+    "model.n_heads=2",
+    "model.seq_len=32",
+    "data.batch_size=32",
+    "optimizer.lr=2e-2",
+)
+
+SHIPPED = (CONF, SWEEPS, Path(hydra.__file__).parent)
+"""Folders of configuration that no test changes."""
+
+_load = OmegaConf.load
+
+
+@functools.cache
+def _parsed(path: str) -> bytes:
+    return pickle.dumps(_load(path))
+
+
+def _load_once(file: str | Path | IO[Any]) -> Any:
+    """What `OmegaConf.load` gives; to parse what is shipped is half of composing, and a test in
+    three composes."""
+    path = Path(getattr(file, "name", file))
+    if any(folder in path.parents for folder in SHIPPED):
+        return pickle.loads(_parsed(str(path)))
+    return _load(file)
+
+
+OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["NERVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 activations × 2 normalizations × 2 seeds, trained on the default data for 50 steps."""
+    from nerve.cli.run import main  # after the import hook
+
+    folder = tmp_path_factory.mktemp("sweep")
+    handlers, level = logging.root.handlers.copy(), logging.root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for trial in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
+            names = ("activation", "normalization", "seed")
+            factors = [f"{name}={value}" for name, value in zip(names, trial, strict=True)]
+            directory = f"hydra.run.dir=runs/{'-'.join(map(str, trial))}"
+            patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
+            main()
+    # Hydra's handlers write to what was stdout meanwhile.
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    return folder / "runs"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(without_gpu)

@@ -1,0 +1,251 @@
+"""Processes that come to one run, or do not: none waits for another that will not come."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from nerve.errors import ConfigError, DataError, StoreError
+from nerve.training import gathering
+from nerve.training.gathering import Gathering, NotGatheredError, environment_of
+from nerve.training.signals import Interrupted, StopSignals
+
+
+class Strategy:
+    """Of a trainer, what a gathering asks of it."""
+
+    def __init__(self) -> None:
+        self.connected = False
+
+    def setup_environment(self) -> None:
+        self.connected = True
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.strategy = Strategy()
+
+
+@pytest.fixture(autouse=True)
+def _group(monkeypatch):
+    """What tells processes that they are one group."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+
+
+def free_port() -> str:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def of(n: int, *ways, late: dict[int, float] | None = None) -> list[BaseException | str]:
+    """What becomes of `n` members, each in a thread: `ways[i]` is what the i-th does once it has
+    begun, and the first also before, where it has two."""
+    ends: list[BaseException | str] = [""] * n
+    os.environ["MASTER_PORT"] = free_port()
+
+    def member(i: int) -> None:
+        trainer = Trainer()
+        time.sleep((late or {}).get(i, 0))
+        try:
+            with Gathering(LightningEnvironment(), n, leads=i == 0) as members:
+                before, after = ways[i]
+                before()
+                if not members.begin():
+                    ends[i] = "nothing to do"
+                    return
+                after()
+                members.before(trainer)
+                trainer.strategy.setup_environment()
+                assert trainer.strategy.connected
+            ends[i] = "came"
+        except BaseException as error:
+            ends[i] = error
+
+    threads = [threading.Thread(target=member, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return ends
+
+
+def comes() -> None:
+    pass
+
+
+def fails(error: BaseException):
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+GOOD = (comes, comes)
+
+
+@pytest.mark.parametrize("late", [{0: 0.2}, {1: 0.2}])
+def test_all_come(late):
+    assert of(3, GOOD, GOOD, GOOD, late=late) == ["came"] * 3
+
+
+@pytest.mark.parametrize(
+    ("who", "when", "error"),
+    [
+        (0, "before it begins", StoreError("holds another run")),
+        (0, "with its data", DataError("no corpus")),
+        (1, "before it begins", ConfigError("no GPU here")),
+        (2, "with its data", RuntimeError("any")),
+    ],
+)
+def test_where_one_refuses_all_end_with_its_reason(who, when, error):
+    way = (fails(error), comes) if when == "before it begins" else (comes, fails(error))
+    ends = of(3, *(way if i == who else GOOD for i in range(3)))
+    assert ends[who] is error
+    for i in {0, 1, 2} - {who}:
+        assert isinstance(ends[i], NotGatheredError)
+        assert str(error) in str(ends[i])
+
+
+def test_one_that_comes_after_the_first_has_refused_hears_of_it():
+    refused = (fails(StoreError("holds another run")), comes)
+    first, other = of(2, refused, GOOD, late={1: 0.4})
+    assert isinstance(first, StoreError)
+    assert "holds another run" in str(other)
+
+
+def test_where_all_refuse_each_has_its_own_reason_and_none_waits():
+    began = time.monotonic()
+    ends = of(3, *((fails(ConfigError(str(i))), comes) for i in range(3)))
+    assert [str(end) for end in ends] == ["0", "1", "2"]
+    assert time.monotonic() - began < 5
+
+
+def test_where_one_is_stopped_all_are_interrupted():
+    stopped = (comes, fails(Interrupted("stopped by SIGTERM")))
+    for who in (0, 1):
+        ends = of(2, *(stopped if i == who else GOOD for i in range(2)))
+        assert all(isinstance(end, Interrupted) for end in ends)
+        assert "stopped by SIGTERM" in str(ends[1 - who])
+
+
+def test_where_the_first_finds_the_run_done_the_others_have_nothing_to_do(monkeypatch):
+    ends = []
+
+    def other() -> None:
+        with Gathering(LightningEnvironment(), 2, leads=False) as members:
+            ends.append(members.begin())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with Gathering(LightningEnvironment(), 2, leads=True):
+        pass  # returns without having begun
+    thread.join(10)
+    assert ends == [False]
+
+
+def test_the_first_waits_for_a_bounded_time_for_those_who_never_hear(monkeypatch):
+    monkeypatch.setattr(gathering, "HEARD_WITHIN_S", 0.2)
+    with (
+        pytest.raises(StoreError, match="another run"),
+        Gathering(LightningEnvironment(), 2, leads=True),
+    ):
+        raise StoreError("another run")
+
+
+def test_who_never_comes_is_waited_for_a_bounded_time_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(gathering, "COME_WITHIN_S", 0.3)
+    monkeypatch.setattr(gathering, "SAID_AFTER_S", 0.1)
+    with (
+        pytest.raises(NotGatheredError, match="some have not"),
+        Gathering(LightningEnvironment(), 2, leads=False) as members,
+    ):
+        members.begin()
+    assert caplog.text.count("waiting for the others of 2 processes") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("leads", [False, True], ids=["for the first", "for the others"])
+def test_a_process_that_waits_obeys_signals_at_once(monkeypatch, signum, leads):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(gathering, "HEARD_WHEN_STOPPED_WITHIN_S", 0.1)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signum))
+    timer.start()
+    trainer, began = Trainer(), time.monotonic()
+
+    def come() -> None:
+        with Gathering(LightningEnvironment(), 2, leads=leads) as members, StopSignals():
+            members.begin()
+            members.before(trainer)
+            trainer.strategy.setup_environment()
+
+    with pytest.raises(Interrupted, match=signal.Signals(signum).name):
+        come()
+    assert time.monotonic() - began < 3
+
+
+def test_torch_opens_its_own_store_where_they_have_met():
+    """The port is one and the same: torch's group would not start if it were taken."""
+    with Gathering(LightningEnvironment(), 2, leads=True) as members:
+        members.begin()
+        port = members.environment.main_port
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        dist.destroy_process_group()
+        members._are_there = True
+
+
+def test_one_process_tells_nobody():
+    trainer = Trainer()
+    with Gathering(LightningEnvironment(), 1, leads=True) as members:
+        assert members.begin()
+        members.before(trainer)
+        trainer.strategy.setup_environment()
+    assert trainer.strategy.connected
+
+
+SRUN = {
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_JOB_NAME": "job",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({}, LightningEnvironment),
+        (SRUN, SLURMEnvironment),
+        (TORCHRUN, TorchElasticEnvironment),
+        (SRUN | TORCHRUN, TorchElasticEnvironment),
+    ],
+    ids=["none", "srun", "torchrun", "torchrun in a job"],
+)
+def test_what_started_the_processes_is_told_by_what_it_sets(monkeypatch, variables, kind):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert type(environment_of(is_alone=False)) is kind
+    assert type(environment_of(is_alone=True)) is LightningEnvironment
+
+
+def test_tasks_that_lightning_does_not_take_are_refused(monkeypatch):
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(ConfigError, match="--ntasks-per-node=2"):
+        environment_of(is_alone=False)
