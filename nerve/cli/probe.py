@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=_numbers, metavar="I,I,…", help="default: all")
     add("--skip-first", type=int, metavar="N", help="positions that begin each sequence, left out")
     either = argparse.BooleanOptionalAction
+    add("--sites", type=_names, metavar="S,S,…", help="stream_in, input, output, stream_out")
     add("--groups", type=_names, metavar="G,G,…", help="of position, frequency, halves")
     add("--spectra", action=either, default=True, help="store the eigenvalues (default)")
     add("--memory", metavar="SIZE", help="matrices held at once, such as 8GiB; else more passes")

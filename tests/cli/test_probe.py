@@ -176,17 +176,19 @@ def test_a_gguf_file_is_a_model(place, tmp_path):
 
 
 def test_groups_are_measured_as_in_python(tmp_path):
-    """The rows that `nerve.measure` stores of the same groups."""
+    """The rows that `nerve.measure` stores of the same groups and sites."""
     model = llama()
     folder = save(model, tmp_path / "model")
     groups = ["position", "frequency", "halves"]
-    asked = ("--groups", ",".join(groups), "--n-tokens", 320)
+    sites = ["stream_in", "output", "stream_out"]
+    asked = ("--groups", ",".join(groups), "--sites", ",".join(sites), "--n-tokens", 320)
     status, _, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", *asked)
     assert status == 0, err
-    nerve.measure(model, batches_of(folder, model, 10), into="by_hand", groups=groups)
+    nerve.measure(model, batches_of(folder, model, 10), into="by_hand", groups=groups, sites=sites)
     got, expected = (nerve.load_groups(each).drop(columns="run_id") for each in ("out", "by_hand"))
     pd.testing.assert_frame_equal(got, expected, rtol=1e-10)
     assert set(got["grouping"]) == {"all", *groups}
+    assert set(got["site"]) == {"pre", "post", *sites}
 
 
 def test_the_table_shows_what_would_be_measured_and_measures_nothing(tmp_path):

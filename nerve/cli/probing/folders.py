@@ -140,6 +140,9 @@ class Folders:
         counts = count_tokens(batches) if "frequency" in groups else None
         if groups:
             probe["groups"] = groups
+        sites = asked.sites or ()
+        if sites:
+            probe["sites"] = sites
         return Data(
             batches=batches,
             forward=self._forward(model),
@@ -147,6 +150,7 @@ class Folders:
             record={"fingerprints": text.fingerprints, "unigram_loss": text.unigram_loss},
             skip_first=skip_first,
             grouped=Grouped(groups, counts),
+            sites=sites,
         )
 
     @property

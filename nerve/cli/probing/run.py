@@ -134,7 +134,16 @@ def _measure(
     measure_one(
         now.model,
         data.batches,
-        How(data.forward, None, (), False, data.skip_first, data.shortcut, data.grouped),
+        How(
+            data.forward,
+            None,
+            (),
+            False,
+            data.skip_first,
+            data.shortcut,
+            data.grouped,
+            data.sites,
+        ),
         ffns=now.ffns,
         memory=memory,
         progress=tell,

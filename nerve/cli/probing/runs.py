@@ -102,6 +102,9 @@ class KeptCheckpoints:
         groups = tuple(plan.monitor.groups) if asked.groups is None else asked.groups
         if groups:
             probe["groups"] = groups
+        sites = tuple(plan.monitor.sites) if asked.sites is None else asked.sites
+        if sites:
+            probe["sites"] = sites
         return Data(
             batches=[tree_map(placed, tuple(batch)) for batch in data.val_dataloader()],
             forward=_loss_of,
@@ -116,6 +119,7 @@ class KeptCheckpoints:
             shortcut=plan.monitor.shortcut,
             tokens_seen=lambda step: step * n_targets,
             grouped=Grouped(groups, getattr(data, "token_counts", None)),
+            sites=sites,
         )
 
 

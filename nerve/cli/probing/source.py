@@ -12,7 +12,7 @@ from nerve.config import require_count, require_several
 from nerve.measuring.find import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
-from nerve.metric_names import GROUPS
+from nerve.metric_names import AROUND, GROUPS
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Asked:
         memory: of matrices that are held at once, as `nerve.measure` takes it.
         steps: of the models, in their order.
         groups: groupings of the samples whose groups are measured by themselves, too.
+        sites: what is measured around the nonlinearity.
 
     Raises:
         ConfigError: for numbers that are too small, and unknown groups.
@@ -51,10 +52,12 @@ class Asked:
     memory: str | None = None
     steps: tuple[int, ...] | None = None
     groups: tuple[str, ...] | None = None
+    sites: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
         require_several("--groups", self.groups or (), GROUPS)
+        require_several("--sites", self.sites or (), AROUND)
         if self.memory is not None:
             bytes_of(self.memory)
         for name, number in least.items():
@@ -98,6 +101,7 @@ class Data:
         skip_first, shortcut: of the measurement.
         tokens_seen: by a model at a step.
         grouped: groups of the samples that are measured by themselves.
+        sites: what is measured around the nonlinearity.
     """
 
     batches: Sequence[Any]
@@ -108,6 +112,7 @@ class Data:
     shortcut: bool = True
     tokens_seen: Callable[[int], int] = lambda step: 0
     grouped: Grouped = NOT_GROUPED
+    sites: tuple[str, ...] = ()
 
 
 class Source(Protocol):
