@@ -18,6 +18,7 @@ from .analysis.paired import compare_seeds as compare_seeds
 from .analysis.sampling import renyi_ranks as renyi_ranks
 from .analysis.sampling import sampling_error as sampling_error
 from .analysis.scaling import fit_width_scaling as fit_width_scaling
+from .integrations.trainer import SpectralCallback as SpectralCallback
 from .integrations.watch import watch as watch
 from .measuring.ffns import FFNAdapter as FFNAdapter
 from .measuring.find import FoundFFNs as FoundFFNs

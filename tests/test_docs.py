@@ -2,20 +2,19 @@
 
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from hydra import compose
 from omegaconf import OmegaConf
-from support import PAGES, ROOT, Batches, example, examples, hydra_at_conf
-from torch import nn
+from support import PAGES, ROOT, example, examples, hydra_at_conf
 from trained import llama, save, write_text
 
 import nerve
@@ -141,65 +140,6 @@ def test_the_table_of_factors_names_every_option_that_there_is():
         assert {path.stem for path in (CONF / group).glob("*.yaml")} <= options, group
 
 
-class MLP(nn.Module):
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(torch.relu(self.c_fc(x)))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = MLP(4, 12)
-
-
-class GPT2(nn.Module):
-    """Modules by the names that the GPT-2 of Transformers has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = nn.Module()
-        self.transformer.h = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.transformer.h:
-            x = x + block.mlp(x)
-        return x
-
-
-class Training(L.LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        inputs, targets = batch
-        loss = (self.model(inputs) - targets).square().mean()
-        return {"loss": loss, "n_targets": targets.numel()}
-
-    validation_step = training_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-4)
-
-
-def given_a_model() -> dict[str, Any]:
-    """What the page on one's own model takes as given."""
-    torch.manual_seed(0)
-    gpt2 = GPT2()
-    pairs = Batches((torch.randn(16, 4), torch.randn(16, 4)) for _ in range(250))
-    return {
-        "gpt2": gpt2,
-        "batches": [inputs for inputs, _ in pairs[:4]],
-        "module": Training(gpt2),
-        "train_batches": pairs,
-        "val_batches": Batches(pairs[:1]),
-    }
-
-
 def check_readme(found: SimpleNamespace) -> None:
     assert len(found.points) == 8
     ratios = found.metrics.assign(gain=found.metrics.pr_post / found.metrics.pr_pre)
@@ -214,27 +154,46 @@ def check_comparison(found: SimpleNamespace) -> None:
 
 
 def check_own_model(found: SimpleNamespace) -> None:
-    """Of a model of two blocks, as it is measured at once and while it trains."""
+    """Of models of two blocks, measured at once and in each loop, seven times."""
     assert found.rows["layer"].tolist() == [0, 1]
-    stored = nerve.load_metrics("outputs/gpt2", factors=["optimizer.lr"])
-    assert sorted(set(stored["step"])) == list(range(0, 1001, 100))
-    assert set(stored["optimizer.lr"]) == {1e-4}
     measured = nerve.load_metrics("outputs/series", factors=["family"])
     assert measured["step"].tolist() == [0, 0, 1000, 1000]
     assert nerve.load_metrics("outputs/measured")["step"].tolist() == [1000, 1000]
-    watched = nerve.load_metrics("outputs/mine", factors=["design"])
-    assert sorted(set(watched["step"])) == [0, 100, 200]
-    assert nerve.load_runs("outputs/mine")["run_status"].tolist() == ["done"]
-    assert torch.load("last.pt")["watch"]["n_steps"] == 250
+    looped = nerve.load_metrics("outputs/loop", factors=["design"])
+    assert looped["step"].tolist() == [0, 0, 10, 10, 20, 20]
+    assert nerve.load_runs("outputs/loop")["run_status"].tolist() == ["done"]
+    assert nerve.load_metrics("outputs/resumed")["step"].tolist() == [0, 0]
+    assert torch.load("last.pt")["watch"]["n_steps"] == 20
+    trained = nerve.load_metrics("outputs/trainer")
+    assert trained["step"].tolist() == [0, 0, 2, 2, 4, 4]
+    assert trained["train_loss"].notna().tolist() == [False, False, True, True, True, True]
+    fitted = nerve.load_metrics("outputs/lightning", factors=["optimizer.lr"])
+    assert fitted["step"].tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert set(fitted["optimizer.lr"]) == {1e-3}
 
 
-def test_watching_a_loop_takes_few_lines():
-    """At most six of a loop of twenty, none longer than formatters leave it."""
-    lines = [line for line in example("python", "nerve.watch(").splitlines() if line]
-    assert max(map(len, lines)) <= 88
-    ours = [line for line in lines if any(word in line for word in ("nerve", "run.", "config"))]
-    assert len(ours) + len(["import nerve"]) <= 6
-    assert len(lines) <= 20
+RECIPES = {
+    "nerve.measure(gpt2, batches)\n": ("import nerve", "nerve.measure("),
+    '"outputs/loop"': ("import nerve", "nerve.watch(", "run.step(", "config = "),
+    "Trainer(model": ("import nerve", "nerve.SpectralCallback(", "callbacks="),
+}
+"""Words of each recipe, and of those of its lines that are there for nerve."""
+
+
+def test_a_recipe_stands_alone_and_takes_few_lines():
+    """As ruff leaves it; of twenty lines at most six, as the test of their running shows."""
+    for words, ours in RECIPES.items():
+        text = example("python", words)
+        for line in text.splitlines():
+            assert len(line) <= 88
+        formatted = subprocess.run(
+            ["ruff", "format", "--isolated", "-"], input=text, capture_output=True, text=True
+        )
+        assert formatted.stdout == text
+        lines = [line for line in text.splitlines() if line]
+        assert len(lines) <= 20
+        assert sum(any(word in line for word in ours) for line in lines) == len(ours) <= 6
+        assert {"import nerve", "import torch"} <= set(lines)
 
 
 def given_trained_models() -> dict[str, Any]:
@@ -265,7 +224,7 @@ def check_trained_models(found: SimpleNamespace) -> None:
 RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[SimpleNamespace], None]]] = {
     "README.md": (dict, check_readme),
     "docs/reports.md": (dict, check_comparison),
-    "docs/own-model.md": (given_a_model, check_own_model),
+    "docs/own-model.md": (dict, check_own_model),
     "docs/probing.md": (given_trained_models, check_trained_models),
 }
 """Pages to what their code takes as given, and what holds after it."""
@@ -279,9 +238,12 @@ def test_all_code_of_the_pages_is_run():
     assert len([b for b in examples("python") if b.page == "docs/results.md"]) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")  # of Lightning
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # of the Trainer
 @pytest.mark.parametrize("page", RUN)
 def test_the_code_of_a_page_runs_as_it_stands(page, trained_runs, tmp_path, monkeypatch):
-    """From top to bottom, where `outputs` has a sweep of eight runs."""
+    """From top to bottom, where `outputs` has a sweep of eight runs; recipes without what stands
+    above them."""
     monkeypatch.chdir(tmp_path)
     Path("outputs").mkdir()
     Path("outputs", "multirun").symlink_to(trained_runs)
@@ -289,5 +251,7 @@ def test_the_code_of_a_page_runs_as_it_stands(page, trained_runs, tmp_path, monk
     names = given()
     for block in examples("python"):
         if block.page == page:
-            exec(block.text, names)
+            own = {} if any(words in block.text for words in RECIPES) else names
+            exec(block.text, own)
+            names |= own
     check(SimpleNamespace(**names))

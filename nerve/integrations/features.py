@@ -62,7 +62,7 @@ class PassFeatures:
                 "eval_dataset that is not empty, or take source='train'."
             )
             raise MeasurementError(f"The features of step {step} are {kind}")
-        self._n_seen = 0
+        self._n_seen = self.n_sequences = 0
 
     def close(self) -> None:
         """Lets the model alone."""
@@ -72,11 +72,12 @@ class PassFeatures:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_meant = (module.training and torch.is_grad_enabled()) == self._of_training
         if self.is_open and is_meant and module.training == self._of_training:
-            self._is_taking = True
             batch = batch_of(module, args, kwargs)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
-            self._recorder.start(*self._choice.of(batch))
+            counts = self._choice.of(batch)  # which may run the model itself
+            self._is_taking = True
+            self._recorder.start(*counts)
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking:

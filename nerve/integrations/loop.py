@@ -1,5 +1,6 @@
 """A training loop that is watched: what it tells of its steps, measured and recorded."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from nerve.recording.recorder import Recorder
 from nerve.recording.run import RecordedRun
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.steps import MeasuredSteps
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
 """Least time between two writings of run.json while training goes on."""
@@ -98,7 +101,7 @@ class WatchedLoop:
         self.n_steps += 1
         recorder.write_solved()
         if self.n_steps in self._steps:
-            self._measure()
+            self.measure()
         if self._record is not None:
             self._record.step = self.n_steps
             if time.monotonic() - self._heartbeat >= HEARTBEAT_S:
@@ -169,9 +172,9 @@ class WatchedLoop:
         if self._record is not None:
             self._record.step = self.n_steps
         if state is None and self.n_steps in self._steps:
-            self._measure()
+            self.measure()
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """Labels the present weights; measures them, or has what follows measured."""
         self.recorder.start_validation(is_split=n_processes() > 1)
         if self.features is not None:
@@ -182,6 +185,11 @@ class WatchedLoop:
         if self._evaluate is not None:
             self._evaluate()
         self._label()
+
+    def measure_last(self) -> None:
+        """Measures the present step, of held-out batches, where that is not done or on its way."""
+        if self._measured_at != self.n_steps and not (self._is_train or self.awaits_evaluation):
+            self.measure()
 
     def end_evaluation(self, loss: float | None) -> None:
         """Ends the evaluation that a measured step has waited for, with its loss.
@@ -205,10 +213,12 @@ class WatchedLoop:
 
     def end(self) -> None:
         """Measures the last step, of held-out batches, and writes all that is measured."""
-        if self._evaluate is not None and self._measured_at != self.n_steps:
-            self._measure()
+        if self._evaluate is not None:
+            self.measure_last()
         self.recorder.drop_due()
         self.recorder.wait()
+        if self.n_steps and not (self.recorder.n_measured or self.latest) and rank() == 0:
+            log.warning("nothing was measured in %d steps: none of them was to be", self.n_steps)
         if self._record is not None:
             self._record.final = {
                 "val_loss": self.val_loss,

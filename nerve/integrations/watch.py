@@ -146,6 +146,8 @@ def watched(
     """
     chosen = from_mapping(MonitorSettings, settings, "monitor")
     steps = chosen.measured_steps(last_step)
+    if resume is None and first == 0:
+        chosen.require_some(last_step)
     require(
         ffns is None or chosen.layers is None,
         "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "

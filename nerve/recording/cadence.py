@@ -47,10 +47,10 @@ class Cadence:
         self._validation.add(loss, n_targets)
 
     def note_validation(self, loss: float) -> None:
-        """Takes the validation loss of the weights that are labeled, found by somebody else."""
-        self.val_loss = loss
-        if self.due is not None:
-            self.due["val_loss"] = loss
+        """Takes the validation loss of the weights that are labeled, found by somebody else; of
+        several the first."""
+        if self.due is not None and self.due["val_loss"] is None:
+            self.val_loss = self.due["val_loss"] = loss
 
     @property
     def n_validated(self) -> int:

@@ -77,6 +77,19 @@ class MonitorSettings:
         known. Raises `ConfigError` for a spacing that needs it."""
         return MeasuredSteps(self.every_n_steps, steps_of(self.steps, last))
 
+    def require_some(self, last: int | None) -> None:
+        """Raises `ConfigError` where a training from step 0 to `last` would measure nothing, as can
+        be with features of training batches; None where the last step is not known."""
+        if self.source == "heldout" or last is None or self.begins_at_zero:
+            return
+        first = self.measured_steps(last).after(0)
+        require(
+            first is not None and first < last,
+            f"This training would measure nothing: it ends at step {last}, and the first step to "
+            f"measure is {first}, by the training batch that follows it. Train for longer, or "
+            f"measure earlier: got every_n_steps={self.every_n_steps}, steps={self.steps}.",
+        )
+
     def require_reached(self, last: int) -> None:
         """Raises `ConfigError` for single steps that a run of `last` steps does not come to."""
         late = [step for step in steps_of(self.steps, last) if step > last]

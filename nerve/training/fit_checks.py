@@ -7,7 +7,6 @@ from torch.utils.data import DistributedSampler
 
 from nerve.config import require
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.steps import MeasuredSteps
 
 
 def require_validation(trainer: L.Trainer, source: str) -> None:
@@ -29,20 +28,6 @@ def require_batches(trainer: L.Trainer, source: str) -> None:
         "monitor.source=heldout measures the batches of the first validation loader, which has "
         f"none (limit_val_batches={trainer.limit_val_batches}). Give it some, or take "
         "source='train'.",
-    )
-
-
-def require_reached(settings: MonitorSettings, steps: MeasuredSteps, last: int | None) -> None:
-    """Raises `ConfigError` for features of training batches of which a fit from step 0 comes to
-    none; of held-out batches it measures the last step."""
-    if settings.source == "heldout" or last is None or 0 in steps:
-        return
-    first = steps.after(0)
-    require(
-        first is not None and first < last,
-        f"This fit would measure nothing: it ends at step {last}, and the first step to measure is "
-        f"{first}, by the training batch that follows it. Train for longer, or measure earlier: "
-        f"got every_n_steps={settings.every_n_steps}, steps={settings.steps}.",
     )
 
 

@@ -24,7 +24,6 @@ from nerve.recording.steps import MeasuredSteps
 from nerve.storage.store import RunStore
 from nerve.training.fit_checks import (
     require_batches,
-    require_reached,
     require_validation,
     shares_batches,
     warn_of_loaders,
@@ -167,7 +166,7 @@ class SpectralMonitor(L.Callback):
         begun = self._updates.n
         self._recorder.drop_after(begun)
         if begun == 0:
-            require_reached(self.settings, steps, last)
+            self.settings.require_some(last)
             if 0 in steps and not trainer.enable_validation:
                 self._label(trainer)
         self._next = steps.after(begun)

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +15,7 @@ from processes import ended, start, together
 from support import Batches
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
@@ -339,12 +341,36 @@ def test_padding_does_not_count(tmp_path, is_heldout):
     assert rows["val_loss"].notna().all() == is_heldout
 
 
+def test_padding_does_not_count_in_any_micro_batch_nor_what_is_computed_again(tmp_path):
+    """The model runs once more to see which tokens an FFN has, and parts of it in the backward
+    pass; the mask is found among arguments by position and by name."""
+    torch.manual_seed(0)
+    model = Masked()
+    described = [nerve.FFNAdapter(0, "ffn", model.ffn[0], model.ffn[2])]
+    model.ffn.forward = partial(checkpoint, model.ffn.forward, use_reentrant=False)
+    masks = [(torch.arange(8) < torch.tensor(n)[:, None]).long() for n in ([8, 3], [5, 7])]
+    batches = [{"input_ids": torch.randint(9, (2, 8)), "attention_mask": mask} for mask in masks]
+    expected = nerve.measure(model, batches, ffns=described)
+    with nerve.watch(model, tmp_path, ffns=described) as run:
+        for batch in batches:
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])["loss"].backward()
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist() == [23]
+    assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-6)
+
+
 def test_a_compiled_model_is_the_one_to_watch(tmp_path):
-    """The loop calls it, and so it says where a pass begins; the rows are those of eager."""
+    """The loop calls it, and so it says where a pass begins; the rows are those of eager. So they
+    are where it was compiled in its place."""
     train(tmp_path / "eager", without_dropout())
     train(tmp_path / "compiled", torch.compile(without_dropout(), backend="aot_eager"))
-    eager, compiled = (nerve.load_metrics(tmp_path / n) for n in ("eager", "compiled"))
-    assert_same(compiled, eager)
+    in_place = without_dropout()
+    in_place.compile(backend="aot_eager")
+    train(tmp_path / "in place", in_place)
+    eager = nerve.load_metrics(tmp_path / "eager")
+    for name in ("compiled", "in place"):
+        assert_same(nerve.load_metrics(tmp_path / name), eager)
 
 
 def test_features_that_never_come_are_an_error(tmp_path):

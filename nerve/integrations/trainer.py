@@ -1,0 +1,232 @@
+"""`nerve.SpectralCallback`: measures a model while the Hugging Face Trainer trains it."""
+
+import os
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nerve.config import from_mapping
+from nerve.errors import MeasurementError, noted
+from nerve.integrations.loop import WatchedLoop
+from nerve.integrations.losses import StepLosses
+from nerve.integrations.open_run import OpenRun
+from nerve.integrations.trainer_states import TrainerStates
+from nerve.integrations.watch import watched
+from nerve.measuring.distributed import gathered, n_processes
+from nerve.measuring.ffns import FFN
+from nerve.measuring.masks import Masks
+from nerve.recording.means import monitored_values
+from nerve.recording.settings import MonitorSettings
+from nerve.storage.directory import RunDirectory
+
+
+class SpectralCallback(TrainerCallback):
+    """Measures a model's FFNs at steps 0, k, 2k, … of a Trainer, and records the run.
+
+    ```
+    spectra = nerve.SpectralCallback("outputs/mine", every_n_steps=100)
+    transformers.Trainer(model, arguments, train_dataset=data, callbacks=[spectra]).train()
+    ```
+
+    A row labeled step s holds the features computed with the weights after s updates. With
+    `source="train"` they are those of the update that follows, with all its micro-batches, in train
+    mode; `val_loss` is there where the Trainer evaluates at s. With `source="heldout"` they are
+    those of its evaluation, in eval mode: the Trainer is asked to evaluate at the steps that are
+    measured and at the last one, beside its own evaluations, which schedules and rules on results
+    see as any other. Of several evaluation sets the first is measured. Measuring draws no random
+    numbers and leaves weights, gradients and modes as they are.
+
+    `train_loss` is the model's own loss, as the Trainer has it, and null where the loss is computed
+    outside the model. `tokens_seen` is the sum of the targets that the Trainer counts; 0 for a
+    model that does not take their number. Callbacks behind this one, and `metric_for_best_model`,
+    find what was measured among the metrics of an evaluation, as `eval_ffn/03/pr_post`.
+
+    The run is done where training ends. `resume_from_checkpoint` goes on with it, from whatever
+    checkpoint the Trainer has saved. The Trainer tells nobody of an exception: what was measured is
+    stored by then, and the run has failed when the program ends, or training begins anew.
+
+    Args:
+        directory: the run directory.
+        every_n_steps: updates from one measurement to the next; None where `steps` says all.
+        source: `train` or `heldout`.
+        config, mask, exclude, only_labeled, ffns: as `nerve.watch` takes them.
+        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as there.
+
+    Raises:
+        ConfigError: for a setting that is out of range.
+
+    As training begins it raises what `nerve.watch` raises.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every_n_steps: int | None = 100,
+        source: str = "train",
+        config: Mapping[str, Any] | None = None,
+        mask: Callable[[Any], Masks] | None = None,
+        exclude: Collection[int] = (),
+        only_labeled: bool = False,
+        ffns: Sequence[FFN] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
+        from_mapping(MonitorSettings, self._settings, "monitor")
+        self._run = RunDirectory(directory)
+        self._how = {
+            "config": config,
+            "mask": mask,
+            "exclude": exclude,
+            "only_labeled": only_labeled,
+            "ffns": ffns,
+        }
+        self._opened = OpenRun()
+        self._states = TrainerStates(self._run)
+        self._evaluates_at_start = False
+        # The Trainer tells no callback of an exception.
+        weakref.finalize(self, OpenRun.give_up, self._opened)
+
+    @property
+    def latest(self) -> list[dict[str, Any]]:
+        """The rows of the last measurement that is solved."""
+        loop = self._opened.loop
+        return loop.latest if loop else []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **others: Any,
+    ) -> None:
+        assert model is not None
+        step = state.global_step
+        OpenRun.give_up_in(self._run.path)
+        saved = self._states.load(step)
+        loop = self._opened.open(
+            self._run.path,
+            watched(
+                model,
+                self._run.path,
+                self._settings,
+                **self._how,  # type: ignore[arg-type]
+                optimizer=optimizer,
+                batches=None,
+                forward=None,
+                resume=saved,
+                first=step,
+                last_step=state.max_steps,
+            ),
+        )
+        losses = StepLosses(model, of_all=args.average_tokens_across_devices)
+        self._opened.losses = losses
+        self._evaluates_at_start = args.eval_on_start
+        args.eval_on_start = args.eval_on_start or loop.awaits_evaluation
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **others: Any,
+    ) -> None:
+        with self._watching() as loop:
+            assert self._opened.losses is not None
+            self._opened.losses.give(loop.recorder)
+            loop.end_step()
+            if state.global_step >= state.max_steps or control.should_training_stop:
+                loop.measure_last()
+            if loop.awaits_evaluation:
+                control.should_evaluate = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        eval_dataloader: DataLoader[Any] | None = None,
+        **others: Any,
+    ) -> None:
+        if self._opened.loop is None:  # not in training
+            return
+        metrics = {} if metrics is None else metrics
+        args.eval_on_start = self._evaluates_at_start
+        with self._watching() as loop:
+            if loop.awaits_evaluation:
+                assert loop.features is not None
+                require_once(loop.features.n_sequences, eval_dataloader)
+                loop.end_evaluation(_loss_of(metrics))
+                values = gathered(monitored_values(loop.latest))[0]
+                metrics |= {f"eval_{name}": value for name, value in values.items()}
+            elif loop.recorder.due_step == state.global_step:
+                loss = _loss_of(metrics)
+                if loss is not None:
+                    loop.recorder.note_validation(loss)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **others: Any,
+    ) -> None:
+        with self._watching() as loop:
+            self._states.save(state.global_step, loop.state_dict())
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **others: Any,
+    ) -> None:
+        self._opened.close(None)
+
+    @contextmanager
+    def _watching(self) -> Iterator[WatchedLoop]:
+        """The loop; what is raised ends the run."""
+        loop = self._opened.loop
+        assert loop is not None, "a Trainer begins with on_train_begin"
+        try:
+            yield loop
+        except BaseException as error:
+            with noted(error):
+                self._opened.close(error)
+            raise
+
+
+def require_once(n_sequences: int, loader: Any) -> None:
+    """Raises `MeasurementError` where several processes have evaluated some sequences twice.
+
+    Args:
+        n_sequences: how many this process has evaluated.
+        loader: the evaluation loader.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if n_processes() == 1 or not isinstance(dataset, Sized):
+        return
+    total = sum(gathered(n_sequences))
+    if total > len(dataset):
+        raise MeasurementError(
+            f"Each held-out sequence counts once; {n_processes()} processes have evaluated {total} "
+            f"of an eval_dataset of {len(dataset)}, as the Trainer fills up the last batches. Make "
+            "its size a multiple of processes times per_device_eval_batch_size, or set "
+            "accelerator_config={'even_batches': False}."
+        )
+
+
+def _loss_of(metrics: Mapping[str, float]) -> float | None:
+    """The loss of an evaluation, whatever the evaluation set is called."""
+    suffix = "_runtime"
+    prefix = next((name.removesuffix(suffix) for name in metrics if name.endswith(suffix)), "eval")
+    return metrics.get(f"{prefix}_loss")

@@ -1,0 +1,378 @@
+"""The callback for the Trainer of transformers leaves the rows of the other loops, also resumed."""
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+from processes import together
+from support import Batches
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import nerve
+from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations.trainer_states import TrainerStates
+from nerve.storage.directory import RunDirectory
+
+N_STEPS = 7
+BATCH = 4
+
+
+class Net(nn.Module):
+    """Two residual FFNs in float64 that give their own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4)) for _ in range(2)
+        )
+        self.double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = x + block(x)
+        return {"loss": (x - labels).square().mean(), "logits": x}
+
+
+def samples(n: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, 2, 16, 4, generator=generator, dtype=torch.float64)
+    return [{"x": x, "labels": y} for x, y in values]
+
+
+def arguments(folder: Path, **changed) -> TrainingArguments:
+    values = {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "max_steps": N_STEPS,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(**values | changed)
+
+
+def train(
+    folder: Path, *, accumulate: int = 1, resume: str | None = None, callbacks=(), how=None, **asked
+) -> Trainer:
+    """Trains to step 7; what is measured is in `folder`/run."""
+    asked = {"every_n_steps": 3} | asked
+    callback = nerve.SpectralCallback(folder / "run", **asked)
+    trainer = Trainer(
+        Net(),
+        arguments(folder, gradient_accumulation_steps=accumulate, **how or {}),
+        train_dataset=samples(N_STEPS * BATCH * accumulate),
+        eval_dataset=samples(2 * BATCH, seed=9),
+        callbacks=[callback, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def batches_of(rows: list[dict[str, Tensor]]) -> Batches:
+    return Batches(
+        {key: torch.stack([row[key] for row in rows[i : i + BATCH]]) for key in rows[0]}
+        for i in range(0, len(rows), BATCH)
+    )
+
+
+class Training(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch)["loss"]
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def in_lightning(folder: Path, source: str, accumulate: int) -> pd.DataFrame:
+    store = nerve.RunStore(folder, nerve.RunRecord.create(folder, {}).run_id)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=N_STEPS,
+        accumulate_grad_batches=accumulate,
+        callbacks=[nerve.SpectralMonitor(store, every_n_steps=3, source=source)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=None if source == "heldout" else 0,
+    )
+    loaders = batches_of(samples(N_STEPS * BATCH * accumulate)), batches_of(samples(2 * BATCH, 9))
+    trainer.fit(Training(), *loaders)
+    return nerve.load_metrics(folder)
+
+
+def in_a_plain_loop(folder: Path, source: str, accumulate: int) -> pd.DataFrame:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = batches_of(samples(N_STEPS * BATCH * accumulate))
+    heldout = batches_of(samples(2 * BATCH, seed=9))
+    given = {"heldout": heldout} if source == "heldout" else {}
+    with nerve.watch(model, folder, every_n_steps=3, optimizer=optimizer, **given) as run:
+        for step in range(N_STEPS):
+            total = torch.zeros(())
+            for batch in batches[step * accumulate : (step + 1) * accumulate]:
+                loss = model(**batch)["loss"] / accumulate
+                loss.backward()
+                total = total + loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(total)
+    return nerve.load_metrics(folder)
+
+
+def assert_same(rows: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-12) -> None:
+    rows, other = (each.drop(columns=["run_id", "run_status"]) for each in (rows, other))
+    pd.testing.assert_frame_equal(rows, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_the_rows_are_those_of_a_plain_loop_and_of_lightning(tmp_path, source, accumulate):
+    train(tmp_path, source=source, accumulate=accumulate)
+    expected = in_a_plain_loop(tmp_path / "plain", source, accumulate)
+    assert_same(in_lightning(tmp_path / "lightning", source, accumulate), expected)
+    rows = nerve.load_metrics(tmp_path / "run")
+    assert sorted(set(rows["step"])) == ([0, 3, 6] if source == "train" else [0, 3, 6, 7])
+    assert_same(rows, expected)
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_measuring_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
+    watched = train(tmp_path, source=source, steps=[1, 2]).model
+    alone = Net()
+    Trainer(alone, arguments(tmp_path), train_dataset=samples(N_STEPS * BATCH)).train()
+    for one, other in zip(watched.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for module in watched.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_path):
+    """Every second step; of training data only the losses are taken from them."""
+    evaluated: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **others):
+            evaluated.append(state.global_step)
+            if state.global_step in (0, 3, 6) and heldout:
+                assert metrics["eval_ffn/01/pr_post"] > 1
+
+    how = {"eval_strategy": "steps", "eval_steps": 2}
+    heldout = False
+    train(tmp_path / "a", callbacks=[Count()], how=how)
+    rows = nerve.load_metrics(tmp_path / "a" / "run").groupby("step")["val_loss"].first()
+    assert evaluated == [2, 4, 6, 7]
+    assert rows.notna().tolist() == [False, False, True]
+    evaluated.clear()
+    heldout = True
+    train(tmp_path / "b", source="heldout", callbacks=[Count()], how=how)
+    held = nerve.load_metrics(tmp_path / "b" / "run").groupby("step")["val_loss"].first()
+    assert evaluated == [0, 2, 3, 4, 6, 7]
+    assert held.index.tolist() == [0, 3, 6, 7]
+    assert held[6] == pytest.approx(rows[6], rel=1e-12)
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_of_several_evaluation_sets_the_first_is_measured(tmp_path, source):
+    found = {}
+    for name, sets in (
+        ("one", {"own": samples(2 * BATCH, seed=9)}),
+        ("two", {"own": samples(2 * BATCH, seed=9), "other": samples(BATCH, seed=8)}),
+    ):
+        spectra = nerve.SpectralCallback(tmp_path / name, every_n_steps=1, source=source)
+        how = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+        data = samples(2 * BATCH)
+        Trainer(Net(), how, train_dataset=data, eval_dataset=sets, callbacks=[spectra]).train()
+        found[name] = nerve.load_metrics(tmp_path / name)
+    assert found["one"]["val_loss"].notna().tolist()[-2:] == [True, True]
+    assert_same(found["one"], found["two"])
+
+
+class Raise(TrainerCallback):
+    def on_step_begin(self, args, state, control, **others):
+        if state.global_step == 5:
+            raise ValueError("no")
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+@pytest.mark.parametrize("save_at", [3, 4])
+def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, save_at):
+    """From a step that is measured, whose features may still be to come, and between two."""
+    how = {"save_strategy": "steps", "save_steps": save_at}
+    train(tmp_path / "whole", source=source, how=how)
+    cut = tmp_path / "cut"
+    with pytest.raises(ValueError, match="no") as raised:  # which keeps the callback alive
+        train(cut, source=source, how=how, callbacks=[Raise()])
+    checkpoint = str(cut / "trainer" / f"checkpoint-{save_at}")
+    train(cut, source=source, how=how, resume=checkpoint)
+    assert_same(*(nerve.load_metrics(each / "run") for each in (cut, tmp_path / "whole")))
+    record = nerve.RunRecord.load(cut / "run")
+    assert (record.run_status, record.restarts) == ("done", 1)
+    del raised
+    again = nerve.RunRecord.load(tmp_path / "whole" / "run")
+    assert record.config_id == again.config_id
+    with pytest.raises(StoreError, match=rf"state of steps {save_at}.* resumes at step 2"):
+        TrainerStates(RunDirectory(cut / "run")).load(2)
+
+
+def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monkeypatch):
+    """As it does where the program ends: the Trainer tells no callback of an exception."""
+    with pytest.raises(ValueError, match="no") as raised:
+        train(tmp_path, callbacks=[Raise()])
+    assert nerve.RunRecord.load(tmp_path / "run").run_status == "running"
+    monkeypatch.setattr(sys, "last_value", raised.value, raising=False)
+    raised.value.__traceback__ = None
+    del raised
+    gc.collect()
+    record = nerve.RunRecord.load(tmp_path / "run")
+    assert record.error is not None
+    assert (record.run_status, record.error["type"]) == ("failed", "ValueError")
+    assert sorted(set(nerve.load_metrics(tmp_path / "run")["step"])) == [0, 3]
+
+
+def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tmp_path, caplog):
+    how = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path / "whole", how=how)
+    saved = tmp_path / "whole" / "trainer" / "checkpoint-3"
+    train(tmp_path / "late", how=how, resume=str(saved))
+    assert "begins at step 3 of the Trainer" in caplog.text
+    whole, late = (nerve.load_metrics(tmp_path / each / "run") for each in ("whole", "late"))
+    assert sorted(set(late["step"])) == [3, 6]
+    expected = whole[whole["step"] > 0].reset_index(drop=True)
+    expected.loc[expected["step"] == 3, "train_loss"] = float("nan")
+    assert_same(late, expected)
+
+
+def in_processes(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}  # as torchrun has it
+    for source in ("train", "heldout"):
+        how = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo"}
+        train(Path(folder, source), source=source, how=how)
+    how = {"per_device_eval_batch_size": 3, "ddp_backend": "gloo"}
+    with pytest.raises(MeasurementError, match=r"evaluated 12 of an eval_dataset of 8"):
+        train(Path(folder, "twice"), source="heldout", how=how)
+
+
+def test_two_processes_leave_the_rows_of_one(tmp_path):
+    """Each batch is dealt to the two, row by row or half by half: the samples are the same."""
+    together(in_processes, 2, tmp_path)
+    for source in ("train", "heldout"):
+        train(tmp_path / f"{source}-one", source=source)
+        one, two = (
+            nerve.load_metrics(tmp_path / each / "run") for each in (f"{source}-one", source)
+        )
+        assert_same(one, two, 1e-9)
+
+
+def language_model(dtype: torch.dtype) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0)).to(dtype)
+
+
+def texts(n: int) -> list[dict[str, Tensor]]:
+    """Sequences of 12 tokens, every second one padded after 7, whose padding has no label."""
+    tokens = torch.randint(1, 20, (n, 12), generator=torch.Generator().manual_seed(1))
+    found = []
+    for i, ids in enumerate(tokens):
+        mask = torch.ones(12, dtype=torch.long)
+        mask[7:] = 1 - i % 2
+        found.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": ids.masked_fill(mask == 0, -100),
+            }
+        )
+    return found
+
+
+# Dynamo's own look at a tensor, where a graph breaks.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=["float32", "bf16", "compiled"],
+)
+def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
+    """Padding and what is excluded do not count; losses are means over both micro-batches."""
+    data, losses = texts(3 * 2 * BATCH), []
+    counted = {"exclude": [3], "only_labeled": True}
+    dtype = torch.float32 if "bf16" in how else torch.float64
+
+    class Loss(TrainerCallback):
+        def on_log(self, args, state, control, logs, **others):
+            losses.append(logs.get("loss"))
+
+    trainer = Trainer(
+        language_model(dtype),
+        arguments(
+            tmp_path,
+            max_steps=3,
+            gradient_accumulation_steps=2,
+            **{"logging_strategy": "steps", "logging_steps": 1} | how,
+        ),
+        train_dataset=data,
+        callbacks=[nerve.SpectralCallback(tmp_path / "run", every_n_steps=1, **counted), Loss()],
+    )
+    trainer.train()
+    rows = nerve.load_metrics(tmp_path / "run")
+    batches = batches_of(data[: 2 * BATCH])
+    model = language_model(dtype)
+    exact = nerve.measure(model, batches, **counted)
+    n_counted = sum(
+        int((ids != 3).sum()) for ids in (x["labels"][x["labels"] > 0] for x in batches)
+    )
+    if "bf16" in how:
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    by_hand = nerve.measure(model, batches, **counted)
+    assert (by_hand["pr_post"] == exact["pr_post"]).all() == ("bf16" not in how)
+    measured = rows[rows["step"] == 0]
+    assert measured["n_samples"].tolist() == by_hand["n_samples"].tolist() == [n_counted] * 2
+    for name in ("pr_pre", "pr_post", "js", "variance_post"):
+        assert measured[name].tolist() == pytest.approx(by_hand[name].tolist(), rel=1e-9)
+    told = rows.groupby("step")["train_loss"].first()
+    assert told[[1, 2]].tolist() == pytest.approx(losses[:2], rel=1e-4)
+    assert rows.groupby("step")["tokens_seen"].first().tolist() == [
+        0,
+        76,
+        152,
+    ]  # as it counts labels
+
+
+def test_what_cannot_be_is_said_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="source must be one of heldout, train"):
+        nerve.SpectralCallback(tmp_path, source="eval")
+    with pytest.raises(ConfigError, match="would measure nothing: it ends at step 7"):
+        train(tmp_path, every_n_steps=None, steps=[7])
+    with pytest.raises(ConfigError, match="which steps are measured"):
+        train(tmp_path, every_n_steps=None)
