@@ -9,6 +9,7 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
+from integrations.revealing import two_trainers
 from processes import together
 from support import Batches
 from torch import Tensor, nn
@@ -283,7 +284,7 @@ def in_processes(rank: int, folder: str) -> None:
 
 def test_two_processes_leave_the_rows_of_one(tmp_path):
     """Each batch is dealt to the two, row by row or half by half: the samples are the same."""
-    together(in_processes, 2, tmp_path)
+    together(two_trainers, 2, tmp_path)
     for source in ("train", "heldout"):
         train(tmp_path / f"{source}-one", source=source)
         one, two = (

@@ -560,7 +560,7 @@ def test_a_job_that_ended_before_its_trial_began_is_told_of(sweep, monkeypatch):
         "nerve.cli.sweep.slurm.SentJobs.ended",
         lambda self, override: f"its job ended, with TIMEOUT ({override[:19]})",
     )
-    _, _, err = sweep("seed=0,1", "hydra/launcher=joblib", "hydra.launcher._target_=elsewhere")
+    _, _, err = sweep("seed=0,1", "hydra/launcher=basic", "hydra.launcher._target_=elsewhere")
     assert "0 (seed=0), 1 (seed=1): its job ended, with TIMEOUT (hydra.sweep.subdir" in err
 
 
