@@ -222,9 +222,10 @@ def _none_found(
     unclear: Sequence[str],
 ) -> MeasurementError:
     if select is not None and not any(fnmatch.fnmatch(path, select) for path in paths.values()):
+        some = ", ".join(_some(paths.values(), select)) or "none"
         return MeasurementError(
             f"select= is a glob of the paths of modules; none of {type(model).__name__} matches "
-            f"{select!r}. Some that there are: {', '.join(_some(paths.values(), select))}."
+            f"{select!r}. Some that there are: {some}."
         )
     chosen = "" if select is None else f" that select={select!r} takes"
     fix = "Describe" if has_batch else "Give a batch, nerve.find_ffns(model, batch), or describe"
