@@ -106,10 +106,18 @@ def one(args: argparse.Namespace) -> None:
     os._exit(0)  # what is still being solved is not waited for
 
 
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as the environment names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [each.strip() for each in named.split(",") if each.strip()]
+
+
 def started(args: argparse.Namespace, place: int) -> subprocess.Popen[str]:
-    """A fresh process on GPUs of its own."""
-    devices = range(place * args.devices, (place + 1) * args.devices)
-    visible = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+    """A fresh process on GPUs of its own, of those that this one may use."""
+    share = slice(place * args.devices, (place + 1) * args.devices)
+    visible = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible_devices()[share])}
     command = [sys.executable, __file__, "--one", *sys.argv[1:]]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=visible)

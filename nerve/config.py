@@ -112,6 +112,15 @@ def require_count(key: str, value: object, *, least: int = 1, or_null: bool = Fa
     )
 
 
+def require_left(key: str, skip_first: int, key_of_length: str, length: int) -> None:
+    """Raises `ConfigError` unless sequences have positions beyond those that are left out."""
+    require(
+        skip_first < length,
+        f"{key} must leave positions to measure; got {key}={skip_first} of "
+        f"{key_of_length}={length}.",
+    )
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
     """Builds the dataclass `cls` from `values`; an unknown or missing key and a value of another
     type than the field's are named with their group.

@@ -24,10 +24,11 @@ FAMILIES = {
 }
 
 
-def model_of(family: str) -> Any:
+def model_of(family: str, ff: int = FF) -> Any:
     """A tiny random model in float64, of whose experts the first gets no token: among the logits of
     the others, those of v, -v, u and -u, two are always above its own, 0."""
     name, values = FAMILIES[family]
+    values = {k: ff if v == FF else v for k, v in values.items()}
     config = getattr(transformers, name)(
         hidden_size=D,
         num_hidden_layers=2,

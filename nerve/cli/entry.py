@@ -3,13 +3,16 @@
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 STOPPED = 130
 """The exit status that shells expect of a command that Ctrl-C has ended."""
 
 
 def run() -> None:
-    """`nerve-run`."""
+    """`nerve-run`, whose `--version` is Hydra's; nerve's stands before it."""
+    if "--version" in sys.argv[1:]:
+        print(f"nerve {version('nerve')}", flush=True)
     _enter("run")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nerve.config import require
+from nerve.config import require, require_count, require_type
 from nerve.integrations.features import PassFeatures
 from nerve.integrations.heldout import Forward, evaluate
 from nerve.integrations.wrapping import device_of, unwrapped
@@ -78,7 +78,8 @@ class WatchedLoop:
                 steps count alike, and `tokens_seen` is 0.
 
         Raises:
-            ConfigError: for a number of targets without their loss.
+            ConfigError: for a loss that is no number, or a number of targets that is none or that
+                has no loss.
             MeasurementError: where the features that were due did not come, or are not what they
                 are described as.
         """
@@ -88,8 +89,14 @@ class WatchedLoop:
             f"alone, or neither; got loss=None, n_targets={n_targets!r}.",
         )
         if loss is not None:
+            require_type("loss of step", loss, float, Tensor)
             mean = torch.as_tensor(loss, device=self._device).detach()
-            self.recorder.add_training(mean, None if n_targets is None else int(n_targets))
+            require(
+                mean.numel() == 1,
+                f"loss of step is one mean; got a tensor of shape {tuple(mean.shape)}. Give "
+                "loss.mean().",
+            )
+            self.recorder.add_training(mean, None if n_targets is None else _count_of(n_targets))
         self.end_step()
 
     def end_step(self) -> None:
@@ -236,6 +243,15 @@ class WatchedLoop:
         if self.features is not None:
             self.features.close()
         self.recorder.close()
+
+
+def _count_of(n_targets: Any) -> int:
+    """The number of targets, which may be a tensor's sum."""
+    value = n_targets.item() if isinstance(n_targets, Tensor) else n_targets
+    is_whole = isinstance(value, float) and value.is_integer()
+    count = int(value) if is_whole else value
+    require_count("n_targets of step", count, least=0)
+    return int(count)
 
 
 def _streams(

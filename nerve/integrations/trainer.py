@@ -20,6 +20,7 @@ from nerve.integrations.trainer_states import TrainerStates
 from nerve.integrations.watch import watched
 from nerve.measuring.distributed import gathered, n_processes
 from nerve.measuring.ffns import FFN
+from nerve.measuring.given import check_given, require_mapping
 from nerve.measuring.masks import Masks
 from nerve.recording.means import monitored_values
 from nerve.recording.settings import MonitorSettings
@@ -79,6 +80,8 @@ class SpectralCallback(TrainerCallback):
     ) -> None:
         self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
         from_mapping(MonitorSettings, self._settings, "monitor")
+        check_given(ffns=ffns, mask=mask, exclude=exclude)
+        require_mapping("config", config)
         self._run = RunDirectory(directory)
         self._how = {
             "config": config,

@@ -19,6 +19,7 @@ from nerve.measuring.choice import Choice
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call
+from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
 from nerve.recording.run import recorded_run
@@ -92,7 +93,7 @@ def watch(
             residual stream is, the first held-out batch shows it.
 
     Raises:
-        ConfigError: for a setting that is out of range.
+        ConfigError: for a setting that is out of range, and what is of another kind.
         MeasurementError: for a model without FFNs, or features, masks or descriptions that are not
             what they are said to be.
         StoreError: when the directory holds a run of another configuration, or one that is done.
@@ -144,6 +145,15 @@ def watched(
         first: the step that a loop without `resume` begins at.
         others: as `watch` takes them.
     """
+    require_model(model)
+    check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
+    require_mapping("config", config)
+    require_mapping("resume", resume)
+    require(
+        optimizer is None or hasattr(optimizer, "param_groups"),
+        "optimizer is the one of the loop, whose learning rate is recorded; got "
+        f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
+    )
     chosen = from_mapping(MonitorSettings, settings, "monitor")
     steps = chosen.measured_steps(last_step)
     if resume is None and first == 0:

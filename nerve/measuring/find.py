@@ -1,7 +1,9 @@
 """Finds the FFNs of any torch model: by what follows from what, not by what it is called."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import pandas as pd
@@ -16,6 +18,8 @@ from nerve.measuring.places import Place, Tree
 from nerve.measuring.sites import declared_widths, n_inputs
 from nerve.measuring.slices import products_of, stacked
 from nerve.measuring.trial import Seen, look_at
+
+_SHOWN = 6
 
 
 class FoundFFNs(list[FFN]):
@@ -106,7 +110,7 @@ def find_ffns(
         seen = look_at(model, batch, forward or call)
         found, paths, unclear = _described(model, seen, select)
     if not found:
-        raise _none_found(model, select, unclear)
+        raise _none_found(model, batch is not None, select, paths, unclear)
     _check_layers(found, layers)
     found = [ffn for ffn in found if layers is None or ffn.layer in layers]
     return FoundFFNs(sorted(found, key=lambda ffn: ffn.layer), paths, unclear)
@@ -210,15 +214,34 @@ def _part(part: slice) -> str:
     return f"[{part.start or 0}:{'' if part.stop is None else part.stop}{step}]"
 
 
-def _none_found(model: nn.Module, select: str | None, unclear: Sequence[str]) -> MeasurementError:
+def _none_found(
+    model: nn.Module,
+    has_batch: bool,
+    select: str | None,
+    paths: Mapping[nn.Module, str],
+    unclear: Sequence[str],
+) -> MeasurementError:
+    if select is not None and not any(fnmatch.fnmatch(path, select) for path in paths.values()):
+        return MeasurementError(
+            f"select= is a glob of the paths of modules; none of {type(model).__name__} matches "
+            f"{select!r}. Some that there are: {', '.join(_some(paths.values(), select))}."
+        )
     chosen = "" if select is None else f" that select={select!r} takes"
+    fix = "Describe" if has_batch else "Give a batch, nerve.find_ffns(model, batch), or describe"
     maybe = ("Perhaps: " + "; ".join(unclear[:4])) if unclear else ""
     return MeasurementError(
         "A model to measure needs FFNs: two projections with a nonlinearity in between. "
-        f"{type(model).__name__} has none{chosen} that a forward pass has shown. Give a batch, "
-        "nerve.find_ffns(model, batch), or describe each with "
+        f"{type(model).__name__} has none{chosen} that a forward pass has shown. {fix} each with "
         f'nerve.FFNAdapter(layer, "ffn", block.up, block.down). {maybe}'.strip()
     )
+
+
+def _some(paths: Iterable[str], select: str) -> list[str]:
+    """A few paths: the nearest to a glob, or else the first, each of whose siblings stands for
+    all."""
+    given = {re.sub(r"\b\d+\b", "*", path) for path in paths if path}
+    near = get_close_matches(select, sorted(given), n=_SHOWN, cutoff=0.4)
+    return list(dict.fromkeys([*near, *sorted(given, key=lambda path: path.count("."))]))[:_SHOWN]
 
 
 def _check_layers(found: Sequence[FFN], layers: Collection[int] | None) -> None:

@@ -142,6 +142,7 @@ def _run(
             output = run(batch)
             measurement.finish_forward()
             give(batch, output)
+        measurement.require_positions()
     finally:
         probe.remove()
 

@@ -64,6 +64,7 @@ class Measurement:
             )
         self._probe = probe
         self._skip_first = skip_first
+        self._longest: int | None = None
         self._masks: Sequence[Tensor | None] = [None] * len(probe.ffns)
         self._orders: Orders = [None] * len(probe.ffns)
         self._ids: Sequence[Tensor | None] = [None] * len(probe.ffns)
@@ -124,6 +125,15 @@ class Measurement:
         for index, n in enumerate(self._n_sequences_now):
             self._n_sequences[index] += n
             self._n_sequences_now[index] = 0
+
+    def require_positions(self) -> None:
+        """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
+        if self._longest is not None and self._longest <= self._skip_first:
+            raise MeasurementError(
+                "skip_first must leave positions to measure; got "
+                f"skip_first={self._skip_first} of sequences of {self._longest} at most. Skip "
+                "fewer, or give longer sequences."
+            )
 
     def reduce(self) -> None:
         """Makes the measurement that of all processes' samples together: each process then has the
@@ -306,6 +316,7 @@ class Measurement:
                 f"have the shape [..., sequence, width]; got {tuple(features.shape)}. Measure a "
                 "model that keeps its sequences apart, or leave skip_first out."
             )
+        self._longest = max(self._longest or 0, features.shape[-2])
         return features[..., self._skip_first :, :]
 
 

@@ -14,6 +14,7 @@ from nerve.config import require, require_count, require_several
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN
 from nerve.measuring.forward import call
+from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.groups import Grouped
 from nerve.measuring.masks import Masks
 from nerve.measuring.measure import How, frame_of, spectra_of
@@ -24,6 +25,7 @@ from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean
 from nerve.recording.losses import loss_of
 from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+from nerve.storage.schema import METRICS
 
 Loaded = nn.Module | Callable[[], nn.Module]
 """A model, or what loads it."""
@@ -68,7 +70,7 @@ def measure(
             where that is there, too). Its configuration has `model`, the model's own or its class;
             `weights` (for each step) and `batches`, digests; and `measure`, what was asked.
             `tokens_seen` is 0, as nothing says it.
-        step: of a single model, the step that it is of.
+        step: of a single model that goes into a run, the step that it is of.
         labels: what else tells the run apart, by name; they are columns of `nerve.load_runs`.
         fingerprints: hashes of the `corpus` and the `tokenizer` that the batches are of, by these
             names: of the record, as a run of `nerve-run` has them, and of the configuration.
@@ -76,6 +78,7 @@ def measure(
         resume: goes on with the run that is there, done or not: steps that it has are not measured
             again, nor loaded. Labels, fingerprints and what was asked must be the same.
         ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds with the first batch.
+            Some of these: `ffns=nerve.find_ffns(model, batch, select="*.mlp")`.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
         mask: gives a batch's mask, True (or 1) for the samples that count, in the shape of the
@@ -115,21 +118,37 @@ def measure(
         there already have no rows.
 
     Raises:
-        ConfigError: for one batch in place of a list, or labels with a name that is taken.
+        ConfigError: for a model, functions or descriptions that are of another kind, steps that
+            are there twice, one batch in place of a list, or labels with a name that is taken.
         StoreError: for a directory that has another run, or one that is done.
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are not what they are said to be.
     """
 
+    is_series = not isinstance(model, nn.Module)
+    series = _series_of(model, step)
     _check_batches(batches)
+    check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
     require_count("step", step, least=0)
+    require(
+        step == 0 or (into is not None and not is_series),
+        f"step= labels the rows of a single model that are stored with into=; got step={step} "
+        f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
+    )
     require(spectra in (True, False, "auto"), f"spectra is true, false or 'auto'; got {spectra!r}.")
     require(not resume or into is not None, "resume=True goes on with the run of into=; got none.")
+    require_mapping("labels", labels)
+    require_mapping("fingerprints", fingerprints)
     labels, text = dict(labels or {}), dict(fingerprints or {})
-    taken = sorted(labels.keys() & {*OWN})
-    require(not taken, f"labels are named otherwise than {', '.join(OWN)}; got {', '.join(taken)}.")
-    for name, chosen, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
-        require_several(name, chosen, options)
+    taken = sorted(labels.keys() & {*OWN, *METRICS.names})
+    require(
+        not taken,
+        f"labels are named otherwise than {', '.join(OWN)}, and than the columns of "
+        f"nerve.load_metrics; got {', '.join(taken)}. Give another name, or put it into a group: "
+        f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
+    )
+    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+        require_several(name, each, options)
     require(
         into is not None or not (groups or sites),
         "Groups and sites are stored in a run, for nerve.load_groups; got none. Give into=.",
@@ -149,11 +168,9 @@ def measure(
     )
     if memory is not None:
         bytes_of(memory)
-    told = {name: getattr(how, name) for name in _ASKED} | {"mask": mask is not None}
-    told |= {name: list(each) for name, each in (("groups", groups), ("sites", sites)) if each}
-    asked = {**labels, "measure": told, **({"text": text} if text else {})}
-    is_series = not isinstance(model, nn.Module)
-    series = [(step, model)] if isinstance(model, nn.Module) else model
+    chosen = {name: getattr(how, name) for name in _ASKED} | {"mask": mask is not None}
+    chosen |= {name: list(each) for name, each in (("groups", groups), ("sites", sites)) if each}
+    asked = {**labels, "measure": chosen, **({"text": text} if text else {})}
     batches, frames = list(batches) if is_series else batches, []
     with ExitStack() as stack:
         run = None
@@ -162,18 +179,18 @@ def measure(
                 measured_run(into, asked, spectra, resume=resume, fingerprints=text)
             )
         show = stack.enter_context(shown()) if progress is True else progress or unseen
-        for at, each in series:
+        for at, loaded in series:
             if run is not None and at in run.steps:
                 continue
             which = f"step {at}: " if is_series else ""
             tell = _prefixed(show, which)
             found = measure_one(
-                each, batches, how, ffns=ffns, memory=memory, progress=tell, run=run, step=at
+                loaded, batches, how, ffns=ffns, memory=memory, progress=tell, run=run, step=at
             )
             frames.append(frame_of(found))
             if is_series:
                 frames[-1].insert(0, "step", at)
-                del each
+                del loaded
                 gc.collect()  # hooks and graphs may keep a model until then
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -195,6 +212,7 @@ def measure_one(
 ) -> list[FFNSpectra]:
     """Measures one model, and stores it where there is a run. Arguments are those of `measure`."""
     loaded = model if isinstance(model, nn.Module) else model()
+    require_model(loaded)
     loss, digest = WeightedMean(), Digest()
 
     def give(batch: Any, output: object) -> None:
@@ -210,6 +228,44 @@ def measure_one(
     if run is not None:
         run.add(step, loaded, digest, spectra, loss.value(), tokens_seen, groups)
     return spectra
+
+
+def _series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
+    """The series that `measure` was given, checked: a list at once, an iterator as it goes.
+
+    Raises:
+        ConfigError: for what is no model and no series, an item that is no step and its model, or a
+            step that is there twice.
+    """
+    if isinstance(model, nn.Module):
+        return [(step, model)]
+    require(
+        isinstance(model, Iterable) and not isinstance(model, str | bytes | Mapping | Tensor),
+        f"A model is a torch module, or a series of (step, model); got {told(model)}. Load its "
+        "weights into the module first; nerve-probe takes the name or the folder of a model of "
+        "transformers.",
+    )
+    known: set[int] = set()
+
+    def checked(item: Any) -> tuple[int, Loaded]:
+        is_pair = isinstance(item, tuple | list) and len(item) == 2
+        of_kind = is_pair and (isinstance(item[1], nn.Module) or callable(item[1]))
+        require(
+            of_kind,
+            "An item of a series is (step, model), the model a torch module or a function that "
+            f"loads it; got {'(step, ' if is_pair else ''}{told(item[1] if is_pair else item)}"
+            f"{')' if is_pair else ''}. Give (step, lambda: load(path)).",
+        )
+        require_count("the step of an item of a series", item[0], least=0)
+        require(
+            item[0] not in known,
+            f"A series has one model for each step; step {item[0]} is there twice. Leave one out.",
+        )
+        known.add(item[0])
+        return item[0], item[1]
+
+    items = map(checked, model)  # holds no item, so that a model can go before the next
+    return list(items) if isinstance(model, Sequence) else items
 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:

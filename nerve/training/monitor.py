@@ -15,6 +15,7 @@ from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
+from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
 from nerve.recording.losses import loss_of
 from nerve.recording.means import monitored_values
@@ -90,6 +91,7 @@ class SpectralMonitor(L.Callback):
         **settings: Any,
     ) -> None:
         self.settings = from_mapping(MonitorSettings, settings, "monitor")
+        check_given(ffns=ffns, mask=mask, exclude=exclude)
         require(
             ffns is None or self.settings.layers is None,
             "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "

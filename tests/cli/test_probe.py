@@ -346,7 +346,10 @@ def test_a_model_that_cannot_be_probed_is_one_message(make):
         (["model", "--groups", "place"], "--groups"),
         (["model", "--dtype", "float"], "--dtype must be one of float32, bfloat16"),
         (["model", "--layers", "7"], "Layers to measure must have FFNs, as 0, 1 have; got 7"),
-        (["model", "--select", "x"], "that select='x' takes"),
+        (["model/nope"], "the folder model is here, and has no nope"),
+        (["model", "--skip-first", "32"], "--skip-first=32 of --seq-len=32"),
+        (["model", "--select", "x"], "matches 'x'. Some that there are: "),
+        (["model", "--select", "*.mlp.up_proj"], "that select='*.mlp.up_proj' takes"),
         (["model", "--text", "gone.txt"], "gone.txt' matches none"),
         (["model", "--steps", "1,2"], "got 2 for 1: model"),
     ],
@@ -393,6 +396,21 @@ def test_steps_are_what_names_say(names, steps):
 def test_names_that_do_not_say_it_are_refused(names, given, words):
     with pytest.raises(ConfigError, match=words):
         steps_of(names, given)
+
+
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [
+        ({"trainer": {}, "probe": {}}, "nerve-probe"),
+        ({"measure": {}}, "nerve.measure"),
+        ({"monitor": {}}, "nerve.watch"),
+    ],
+)
+def test_a_run_that_kept_no_weights_is_told_from_a_model(config, written):
+    nerve.RunRecord.create(Path("mine"), config)
+    status, _, err = nerve_probe("mine")
+    assert status == 1
+    assert f"mine is a run of {written}, which has what was measured and no weights" in err
 
 
 def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from processes import lean_path
 from support import TINY_RUN, composed
 
 import nerve
+from nerve.cli import entry
 from nerve.cli.config.compose import SWEEPS
 from nerve.cli.config.overrides import check_added, explain_error
 from nerve.cli.experiment.build import build_trainer
@@ -139,6 +142,9 @@ COMPOSITION = [
     (["optimizer.lrr=1"], ["no value 'optimizer.lrr'. Did you mean 'optimizer.lr'?"]),
     (["optimizer.nesterov=1"], ["There is no value 'optimizer.nesterov'. nerve-run --cfg job"]),
     (["optimizer.momentum=0.9"], ["options chosen have no value 'optimizer.momentum'", "=dion."]),
+    (["lr=1e-3"], ["no value 'lr'. Did you mean 'optimizer.lr'?"]),
+    (["data.paths=a"], ["no value 'data.paths'. Did you mean 'data.corpus.paths'?"]),
+    (["kind=x"], ["no value 'kind'. nerve-run --cfg job"]),
     (["activaton=relu"], ["no value 'activaton'. Did you mean 'activation'?"]),
     (["hydra.swep.dir=x"], ["no value 'hydra.swep.dir'. Did you mean 'hydra.sweep.dir'?"]),
     (["+activation=relu"], ["activation has an option already; choose another with activation=…"]),
@@ -167,6 +173,13 @@ DATA = [
     (["data.corpus.roots=[/nowhere]"], ["/nowhere"]),
     (["data.corpus.roots=[{empty}]"], ["{empty}"]),
 ]
+
+
+def test_the_version_is_that_of_nerve_before_hydras(monkeypatch, capsys):
+    monkeypatch.setattr(entry, "import_module", lambda name: SimpleNamespace(main=lambda: None))
+    monkeypatch.setattr(sys, "argv", ["nerve-run", "--version"])
+    entry.run()
+    assert capsys.readouterr().out == f"nerve {metadata.version('nerve')}\n"
 
 
 @pytest.mark.parametrize(("overrides", "expected"), COMPOSITION, ids=lambda v: " ".join(v)[:40])

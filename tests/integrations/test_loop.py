@@ -395,6 +395,11 @@ def test_features_that_never_come_are_an_error(tmp_path):
         ({"config": {"monitor": 1}}, "another name"),
         ({"every_n_steps": 0}, "every_n_steps"),
         ({"colour": 1}, "colour"),
+        ({"config": "mine"}, "config is a mapping by name.*got str 'mine'"),
+        ({"optimizer": "sgd"}, "optimizer is the one of the loop.*got str 'sgd'"),
+        ({"mask": torch.ones(3)}, "mask is a function.*got Tensor"),
+        ({"ffns": [nn.Linear(4, 4)]}, "got one of Linear"),
+        ({"resume": "checkpoint.pt"}, "resume is a mapping"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):
@@ -415,6 +420,39 @@ def test_without_targets_steps_count_alike_and_targets_need_their_loss(tmp_path)
         nerve.watch(model, tmp_path / "b") as run,
     ):
         run.step(n_targets=3)
+
+
+def test_what_a_step_tells_is_checked(tmp_path):
+    model = network()
+    for given, words in (
+        (("much",), "loss of step must be a number or Tensor; got 'much'"),
+        ((torch.zeros(2), 3), "one mean; got a tensor of shape"),
+        ((0.5, "8"), "n_targets of step must be a whole number of at least 0; got '8'"),
+        ((0.5, 2.5), "got 2.5"),
+        ((0.5, torch.tensor(-1)), "got -1"),
+    ):
+        with (
+            pytest.raises(ConfigError, match=words),
+            nerve.watch(model, tmp_path / "a", steps=[9], every_n_steps=None) as run,
+        ):
+            run.step(*given)
+    with nerve.watch(model, tmp_path / "b", heldout=[pairs(1)[0][0]]) as run:
+        run.step(torch.tensor(0.5), torch.tensor(3.0))
+    assert nerve.load_metrics(tmp_path / "b")["tokens_seen"].max() == 3
+
+
+def test_a_plain_model_is_found_and_measured_again_and_again(tmp_path):
+    """Training features of modules that were found, of float32, in every cadence of 6 steps."""
+    model = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
+    optimizer = optimizer_of(model)
+    with nerve.watch(model, tmp_path, every_n_steps=3) as run:
+        for x, y in pairs(6):
+            loss = (model(x.float()) - y.float()).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss, len(y))
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("source", ["train", "heldout"])

@@ -235,8 +235,16 @@ class LowRank(nn.Module):
 
 
 def test_two_projections_without_a_nonlinearity_are_no_ffn():
-    with pytest.raises(MeasurementError, match="LowRank has none"):
+    with pytest.raises(MeasurementError, match=r"LowRank has none .* shown\. Describe each"):
         find_ffns(LowRank(), torch.randn(3, 7, D))
+
+
+def test_a_glob_that_matches_no_module_names_some_that_there_are():
+    model = nn.Sequential(*[Block(Plain(nn.Linear(D, FF), nn.Linear(FF, D))) for _ in range(2)])
+    with pytest.raises(MeasurementError, match=r"none of Sequential matches '\*\.ffn'.*\*\.mlp"):
+        find_ffns(model, torch.randn(3, 7, D), select="*.ffn")
+    with pytest.raises(MeasurementError, match=r"select='\*\.norm' takes"):
+        find_ffns(model, torch.randn(3, 7, D), select="*.norm")
 
 
 class NormedWithin(Plain):
@@ -322,7 +330,7 @@ def test_select_takes_paths_and_layers_take_numbers():
     channels = find_ffns(model, x, select="*.mlp_channels")
     assert [ffn.post for ffn in channels] == [b.mlp_channels.down for b in model["blocks"]]
     assert {ffn.layer for ffn in find_ffns(model, x, layers=[1])} == {1}
-    with pytest.raises(MeasurementError, match="none that select='x' takes"):
+    with pytest.raises(MeasurementError, match="none of ModuleDict matches 'x'"):
         find_ffns(model, x, select="x")
     with pytest.raises(MeasurementError, match="as 0, 1 have; got 2"):
         find_ffns(model, x, layers=[2])

@@ -180,9 +180,66 @@ def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model,
         ([torch.zeros(3, 4)], {"memory": "much"}, "8GiB"),
         ([torch.zeros(3, 4)], {"step": -1}, "step"),
         ([torch.zeros(3, 4)], {"spectra": "some"}, "spectra"),
+        ([torch.zeros(3, 4)], {"labels": ["a"]}, "labels is a mapping by name.*got list"),
+        ([torch.zeros(3, 4)], {"labels": {1: "a"}}, "labels is a mapping by name"),
+        ([torch.zeros(3, 4)], {"labels": {"lr": 1}}, r"got lr\. .*labels={'group': {'lr'"),
+        ([torch.zeros(3, 4)], {"fingerprints": "ab"}, "fingerprints is a mapping"),
+        ([torch.zeros(3, 4)], {"mask": torch.ones(3)}, "mask is a function.*got Tensor.*lambda"),
+        ([torch.zeros(3, 4)], {"forward": "call"}, "forward is a function.*got str 'call'"),
+        ([torch.zeros(3, 4)], {"exclude": 5}, "exclude is a list of token ids.*got int 5"),
+        ([torch.zeros(3, 4)], {"exclude": "ab"}, "exclude is a list of token ids"),
+        ([torch.zeros(3, 4)], {"ffns": [nn.Linear(4, 4)]}, "got one of Linear.*find_ffns"),
+        ([torch.zeros(3, 4)], {"ffns": nn.Linear(4, 4)}, "descriptions of FFNs; got Linear"),
+        ([torch.zeros(3, 4)], {"ffns": "*.mlp"}, "got str"),
     ],
 )
 def test_what_cannot_be_is_said_first(tmp_path, model, batches, how, words):
     with pytest.raises(ConfigError, match=words):
         nerve.measure(model, batches, into=tmp_path / "run", **how)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("gpt2", r"torch module, or a series .* got str 'gpt2'.*nerve-probe"),
+        ({"w": torch.zeros(2)}, "got dict"),
+        (None, "got NoneType"),
+        (torch.zeros(3), "got Tensor"),
+        ([(0, "ckpt/a")], r"\(step, model\).*got \(step, str 'ckpt/a'\).*lambda"),
+        ([Net()], r"\(step, model\).*got Net"),
+        ([("0", Net())], "the step of an item"),
+        ([(5, Net), (5, Net)], "step 5 is there twice"),
+        ([(5, lambda: "ckpt/a")], "torch module; got str 'ckpt/a'"),
+    ],
+)
+def test_what_is_no_model_is_said(batches, model, words):
+    with pytest.raises(ConfigError, match=words):
+        nerve.measure(model, batches)
+
+
+def test_a_step_that_comes_twice_ends_an_iterator(tmp_path, model, batches):
+    """What came before it stays."""
+    with pytest.raises(ConfigError, match="step 5 is there twice"):
+        nerve.measure(iter([(5, model), (5, model)]), batches, into=tmp_path)
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [5]
+
+
+def test_a_step_without_a_run_is_refused(model, batches):
+    with pytest.raises(ConfigError, match=r"step=10 without into=\. Leave it out"):
+        nerve.measure(model, batches, step=10)
+
+
+def test_positions_must_be_left(model):
+    """Of the longest sequence: one of several that is short has none."""
+    short, long = torch.randn(2, 3, 4), torch.randn(2, 16, 4)
+    assert nerve.measure(model, [short, long], skip_first=15)["n_samples"].tolist() == [2]
+    with pytest.raises(MeasurementError, match="skip_first=16 of sequences of 16 at most"):
+        nerve.measure(model, [short, long], skip_first=16)
+
+
+def test_chosen_ffns_are_given_as_they_are_found(model, batches):
+    """As docs/own-model.md says it, for there is no select= here."""
+    model.other = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
+    found = nerve.find_ffns(model, batches[0], select="ffn")
+    assert len(nerve.measure(model, batches, ffns=found)) == 1

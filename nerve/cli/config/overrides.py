@@ -156,7 +156,15 @@ def _meant(key: str, known: Iterable[str]) -> str:
         close = [f"{parent}.{name}".strip(".") for name in get_close_matches(leaf, siblings, n=1)]
     else:
         close = get_close_matches(key, list(known), n=1)
+    close = close or _of_the_same_leaf(key, known)
     return (f" Did you mean {close[0]!r}?" if close else "") + " nerve-run --cfg job shows all."
+
+
+def _of_the_same_leaf(key: str, known: Iterable[str]) -> list[str]:
+    """The value of the same last name in a group within, where there is just one."""
+    depth, leaf = key.count(".") + 1, key.rpartition(".")[2]
+    same = [o for o in known if o.count(".") == depth and o.rpartition(".")[2] == leaf]
+    return same if len(same) == 1 else []
 
 
 def _known_keys() -> dict[str, str]:

@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig
 
-from nerve.config import require, require_choice, require_count, require_type
+from nerve.config import require, require_choice, require_count, require_left, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError, NerveError
 from nerve.models import MODELS
@@ -279,12 +279,7 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
         f"monitor.skip_first leaves out positions of text; with model.kind={kind} it "
         f"must be 0, got {skip_first!r}.",
     )
-    seq_len = values["data"]["seq_len"]
-    require(
-        skip_first < seq_len,
-        "monitor.skip_first must leave positions to measure; got "
-        f"monitor.skip_first={skip_first} of data.seq_len={seq_len}.",
-    )
+    require_left("monitor.skip_first", skip_first, "data.seq_len", values["data"]["seq_len"])
 
 
 def require_tokens_of_text(n_tokens: int | str, kind: str) -> None:

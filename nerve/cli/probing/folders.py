@@ -13,7 +13,7 @@ from nerve.cli.probing.machine import device_of, dtype_of
 from nerve.cli.probing.places import arguments_of, check_place, expanded, name_of
 from nerve.cli.probing.source import Asked, Checkpoint, Data
 from nerve.cli.probing.steps import steps_of
-from nerve.config import require
+from nerve.config import require, require_left
 from nerve.data.corpus import Corpus, python_source
 from nerve.data.extras import import_extra
 from nerve.data.files import text_files
@@ -107,10 +107,13 @@ class Folders:
         """The text, as sequences of tokens.
 
         Raises:
+            ConfigError: for positions to skip that are all of a sequence.
             DataError: for a tokenizer that is not there, or another model's, and text that cannot
                 be read or is too short.
         """
         asked, seq_len = self._asked, self._seq_len(model)
+        skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
+        require_left("--skip-first", skip_first, "--seq-len", seq_len)
         table = ffns.table()
         n_tokens = asked.n_tokens or SAMPLES_PER_FEATURE * int(table["d_ff"].max())
         tokenizer = self._tokenizer()
@@ -123,7 +126,6 @@ class Folders:
                 "model's own with --tokenizer."
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
-        skip_first, batch_size = asked.skip_first or 0, asked.batch_size or BATCH_SIZE
         probe: dict[str, Any] = {
             "n_tokens": ids.numel(),
             "seq_len": seq_len,

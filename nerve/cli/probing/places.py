@@ -1,7 +1,7 @@
 """Where checkpoints for transformers are: folders, gguf files, names on the hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from nerve.errors import DataError
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
+
+_MEASURED_BY = {"probe": "nerve-probe", "measure": "nerve.measure"}
+"""What each writes into the configuration of its runs, which nerve-run does not."""
 
 
 def expanded(models: Sequence[str]) -> list[str]:
@@ -38,6 +41,13 @@ def check_place(place: str) -> None:
     """
     path = Path(place)
     if not path.exists():
+        is_beside = "/" in place and "@" not in place and path.parent.is_dir()
+        if is_beside and _HUB_NAME.fullmatch(place):
+            raise DataError(
+                f"A model is a folder, a run directory or a name on the hub; the folder "
+                f"{path.parent} is here, and has no {path.name}. Check the path; a model on the "
+                f"hub is {place}@main, too."
+            )
         if _HUB_NAME.fullmatch(place):
             return
         raise DataError(
@@ -69,6 +79,27 @@ def check_place(place: str) -> None:
         raise DataError(
             f"A folder without config.json holds one .gguf file; {place} has {len(gguf)}. Give the "
             f"file itself, such as {gguf[0]}."
+        )
+
+
+def check_keeps_weights(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuses the run of what measures and keeps no weights.
+
+    Args:
+        directory: of the run.
+        config: its configuration.
+
+    Raises:
+        DataError: saying whose run it is.
+    """
+    written = next((name for key, name in _MEASURED_BY.items() if key in config), None)
+    if written is None and "trainer" not in config:
+        written = "nerve.watch"
+    if written is not None:
+        raise DataError(
+            f"nerve-probe takes a model's weights, or a run of nerve-run, which keeps them; "
+            f"{directory} is a run of {written}, which has what was measured and no weights. "
+            f"Give the model itself; nerve-report {directory} shows what was measured."
         )
 
 

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map
 from nerve.cli.experiment.build import build_data
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.probing.machine import device_of, dtype_of
+from nerve.cli.probing.places import check_keeps_weights
 from nerve.cli.probing.source import Asked, Checkpoint, Data
-from nerve.config import require
+from nerve.config import require, require_left
 from nerve.errors import DataError
 from nerve.measuring.find import FoundFFNs, find_ffns
 from nerve.measuring.groups import Grouped
@@ -29,6 +30,7 @@ class KeptCheckpoints:
 
     Raises:
         StoreError: for a run that has no checkpoint.
+        DataError: for a run that trained nothing, as those of nerve-probe.
         ConfigError: for what only a model without held-out data can be asked.
     """
 
@@ -47,6 +49,7 @@ class KeptCheckpoints:
         self._device, self._dtype = device_of(asked.device), dtype_of(asked.dtype)
         self._run = RunDirectory(asked.models[0])
         self._record = self._run.require_record()
+        check_keeps_weights(self._run.path, self._record.config)
         self._plan = Plan.of(OmegaConf.create(self._record.config))
         self.name = self._run.path.resolve().name
         self.checkpoints = [
@@ -90,6 +93,7 @@ class KeptCheckpoints:
 
         n_targets = plan.values["data"]["batch_size"] * plan.trainer.accumulate_grad_batches
         if plan.model.kind == "gpt":
+            require_left("--skip-first", skip_first, "data.seq_len", plan.values["data"]["seq_len"])
             n_targets *= plan.values["model"]["seq_len"]
         probe: dict[str, Any] = {
             "dtype": str(dtype).removeprefix("torch."),
