@@ -46,7 +46,7 @@ def effects(judged: Sequence[Judged]) -> Figure:
         fontsize=6.5,
     )
     panel.set_ylim(0.7 - len(rows), 0.7)
-    panel.set_xlabel("effect / SD of one run after design and seed (log beyond 10)", fontsize=8)
+    panel.set_xlabel("effect, in spreads between seeds (logarithmic beyond 10)", fontsize=8)
     panel.grid(axis="x", linewidth=0.3)
     outside_legend(figure, _keys(), n_columns=3)
     return figure
@@ -80,7 +80,10 @@ def _keys() -> list[Line2D]:
     dot = {"marker": "o", "markersize": 6}
     readings: tuple[Outcome, ...] = ("holds", "opposite", "within noise")
     return [
-        *(key(name, color=COLORS[name], **dot) for name in readings),
+        *(
+            key(name.replace("noise", "noise, or less than asked"), color=COLORS[name], **dot)
+            for name in readings
+        ),
         key(
             "hollow: undecided (too few, too small or older)",
             color=BLACK,

@@ -98,7 +98,7 @@ def _beside(claim: Claim, finding: Finding) -> str:
     if rows:
         parts.append(f"Criteria of before the rule:\n\n{markdown(header, rows)}")
     parts += [_titled(table) for table in finding.tables if table.rows]
-    return folded("Tables", "\n\n".join(parts))
+    return folded(f"Tables: {finding.scale}", "\n\n".join(parts))
 
 
 def _titled(table: Table) -> str:

@@ -59,7 +59,7 @@ def scorecard(judged: Sequence[Judged], links: Mapping[Claim, str]) -> list[list
                 MISSING
                 if headline.check.paper_value is None
                 else number(headline.check.paper_value, 2),
-                headline.check.effect.partition("; or")[0],
+                _asked(headline),
                 _trained_on(headline),
             ]
         )
@@ -107,10 +107,19 @@ def _because(each: Judged) -> str:
     limit = f", asked: above {number(check.smallest, 2)}" if check.smallest else ""
     words: dict[str, str] = {"undecided": f"is undecided for want of {_listed(each.missing)}"}
     said = words.get(each.outcome, "is " * (each.outcome != "holds") + each.outcome)
+    if each.outcome == "within noise" and each.estimate.low > 0:
+        said = "is above 0, and not by as much as was asked"
     reads = ""
     if each.outcome == "undecided" and each.reading is not None:
         reads = f", would be read as {each.reading!r}"
     return f"`{check.id}` {said}: {check.states}, {interval(each.estimate)}{limit}{reads}"
+
+
+def _asked(each: Judged) -> str:
+    """What the effect is, and what was asked of it."""
+    check = each.check
+    effect = check.effect.partition("; or")[0]
+    return f"{effect} (asked: above {number(check.smallest, 2)})" if check.smallest else effect
 
 
 def _trained_on(each: Judged) -> str:
@@ -120,7 +129,8 @@ def _trained_on(each: Judged) -> str:
         return f"{each.estimate.n_seeds} {each.check.unit}"
     tokens = each.runs.tokens.max()
     amount = f"{tokens / 1e6:,.0f}M tokens" if tokens >= 1e6 else f"{tokens / 1e3:,.0f}K images"
-    return f"{amount}, {each.estimate.n_seeds} {each.check.unit}"
+    n = each.estimate.n_seeds
+    return f"{amount}, {n} {each.check.unit if n != 1 else each.check.unit.removesuffix('s')}"
 
 
 def _listed(words: Sequence[str]) -> str:

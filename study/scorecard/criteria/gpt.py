@@ -150,7 +150,7 @@ CHECKS = (
         CoreCheck(
             f"4.{name}",
             f"{title} follows the loss within a run beyond the clock",
-            "-r over checkpoints after warm-up, given log(step + 1)",
+            f"-r of {title} and loss over checkpoints after warm-up, given log(step + 1)",
             mean(lambda runs, name=name: v.tracking(runs, name), "PreLN GELU"),
             paper=paper,
             smallest=0.3,
