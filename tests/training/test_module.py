@@ -313,6 +313,23 @@ def test_nothing_without_matrix_shape_is_decayed_on_the_way_through_the_trainer(
             )
 
 
+@pytest.mark.parametrize("other", [3.0, -0.5, 0.0])
+def test_the_logged_training_loss_is_the_mean_over_processes(monkeypatch, other):
+    """As the rows of metrics have it: the loss of the other process differs by `other`."""
+    train, heldout = image_batches(*[5] * 4), image_batches(2)
+    _, alone = fit(classifier(), train, heldout, every=100)
+    monkeypatch.setattr("nerve.training.module.n_processes", lambda: 2)
+    monkeypatch.setattr(
+        "nerve.training.module.add_up", lambda mine: mine.add_(mine.clone()).add_(other)
+    )
+    _, logged = fit(classifier(), train, heldout, every=100)
+    assert logged["train_loss"] == {
+        step: pytest.approx(loss + other / 2, rel=1e-6)
+        for step, loss in alone["train_loss"].items()
+    }
+    assert len(logged["train_loss"]) == 4
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_loss_that_diverges_in_another_process_ends_this_one_too(monkeypatch, value, step):
