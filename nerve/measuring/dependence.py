@@ -89,6 +89,7 @@ class Dependence:
     n_links: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _now: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _leaves: list[_Leaf] = field(default_factory=list)
+    _asks: bool = False
     _hooked: dict[nn.Module, list[RemovableHandle]] = field(default_factory=dict)
 
     def watch(self, run: Callable[[], object]) -> None:
@@ -123,7 +124,7 @@ class Dependence:
             ]
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if self._asks or not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         leaf = output.detach().requires_grad_()
         self._leaves.append(_Leaf(module, leaf))
@@ -131,17 +132,20 @@ class Dependence:
 
     def _take_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         features = argument(args, kwargs)
-        if not isinstance(features, Tensor) or not features.requires_grad:
+        if self._asks or not isinstance(features, Tensor) or not features.requires_grad:
             return
         rows = _rows(features, module)
         width = rows.shape[1]
         fitting = {leaf.rows.shape[1] for leaf in self._leaves if len(leaf.rows) == len(rows)}
         if len(rows) < 2 or not fitting & {width, 2 * width}:
             return
+        self._asks = True  # a checkpoint of activations runs its part of the model again for it
         try:
             link = self._link(module, rows)
         except RuntimeError:  # no derivative: of what a recurrence has overwritten, say
             return
+        finally:
+            self._asks = False
         if link is not None:
             self.links.setdefault(link.key, link)
             self._now[link.key] += 1

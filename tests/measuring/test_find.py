@@ -5,6 +5,7 @@ import torch
 from by_hand import Plain, assert_measured
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import MeasurementError
@@ -449,3 +450,31 @@ def test_a_model_whose_blocks_cannot_run_alone_asks_for_a_batch():
         find_ffns(NeedsMore())
     batch = {"x": torch.randn(3, 7, D), "scale": torch.ones(())}
     assert len(find_ffns(NeedsMore(), batch)) == 1
+
+
+class Checkpointed(nn.Module):
+    """An FFN whose activations are not kept for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + checkpoint(lambda x: self.down(self.act(self.up(x))), x, use_reentrant=False)
+
+
+def test_under_activation_checkpointing_an_ffn_is_described_by_hand():
+    """What runs again for a derivative is not what the forward pass did: no FFN is told from it."""
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(40, 6, 8)
+    with pytest.raises(MeasurementError, match=r"Describe each with nerve\.FFNAdapter"):
+        nerve.find_ffns(model, x)
+    ffns = [nerve.FFNAdapter(0, "ffn", model.up, model.down)]
+    (row,) = nerve.measure(model, [x], ffns=ffns).itertuples()
+    with torch.no_grad():
+        h = model.act(model.up(x)).double().flatten(0, 1)
+    covariance = torch.cov(h.T)
+    assert row.status == "ok"
+    assert row.pr_post == pytest.approx(
+        float(covariance.trace() ** 2 / covariance.square().sum()), rel=1e-5
+    )
