@@ -25,8 +25,8 @@ TOGETHER = {
     "tests/data/test_text.py": "trained_runs",  # the tokens of the default data
     "tests/cli/survival/": "processes",
     "tests/cli/test_logging.py": "processes",
-    "tests/measuring/": "processes",
     "tests/cli/sweep/test_sweeper.py": "processes",
+    "tests/measuring/": "measuring",
 }
 """Tests that share what takes long to make, and its name; these come first."""
 
