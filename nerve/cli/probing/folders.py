@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nerve.cli.probing.machine import device_of, dtype_of
+from nerve.cli.probing.networks import columns, n_embedded, text_config
 from nerve.cli.probing.places import arguments_of, check_place, expanded, name_of
 from nerve.cli.probing.source import Asked, Checkpoint, Data
 from nerve.cli.probing.steps import steps_of
@@ -33,14 +34,6 @@ BATCH_SIZE = 4
 """Sequences of a batch."""
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
-_TOLD = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-_ACTIVATION = (
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "dense_act_fn",
-    "activation",
-)
 
 
 class Folders:
@@ -99,7 +92,7 @@ class Folders:
         layers, select = self._asked.layers, self._asked.select
         n_tokens = min(16, self._seq_len(model))
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(_n_embedded(model), (2, n_tokens), generator=generator)
+        ids = torch.randint(n_embedded(model), (2, n_tokens), generator=generator)
         batch = _batch(model, ids.to(self._device))
         return find_ffns(model, batch, layers=layers, select=select)
 
@@ -119,10 +112,10 @@ class Folders:
         tokenizer = self._tokenizer()
         n_sequences = math.ceil(n_tokens / seq_len)
         text = pack(_corpus(asked), tokenizer, seq_len=seq_len, n_sequences=n_sequences)
-        if text.sequences.max() >= _n_embedded(model):
+        if text.sequences.max() >= n_embedded(model):
             raise DataError(
                 f"A tokenizer belongs to its model; this one gives the token "
-                f"{text.sequences.max()}, and the model embeds {_n_embedded(model)}. Give the "
+                f"{text.sequences.max()}, and the model embeds {n_embedded(model)}. Give the "
                 "model's own with --tokenizer."
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
@@ -148,7 +141,7 @@ class Folders:
         return Data(
             batches=batches,
             forward=self._forward(model),
-            config={**_columns(model, ffns), "probe": probe},
+            config={**columns(model, ffns), "probe": probe},
             record={"fingerprints": text.fingerprints, "unigram_loss": text.unigram_loss},
             skip_first=skip_first,
             grouped=Grouped(groups, counts),
@@ -212,7 +205,7 @@ class Folders:
 
     def _seq_len(self, model: nn.Module) -> int:
         """As asked, else as long as the model takes, up to `LONGEST`."""
-        longest = getattr(_text_config(model), "max_position_embeddings", None)
+        longest = getattr(text_config(model), "max_position_embeddings", None)
         if self._asked.seq_len is None:
             return min(LONGEST, longest or LONGEST)
         require(
@@ -249,51 +242,6 @@ def _batch(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 def _corpus(asked: Asked) -> Corpus:
     return python_source() if asked.text is None else text_files(asked.text)
-
-
-def _n_embedded(model: nn.Module) -> int:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[0])
-
-
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config()  # type: ignore[union-attr, operator]
-
-
-def _columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
-    """What tells a model from others, by the names that nerve-run has for it, and all that the
-    model says of itself."""
-    config, table = _text_config(model), ffns.table()
-    sizes = {
-        "n_layers": "num_hidden_layers",
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "seq_len": "max_position_embeddings",
-        "vocab_size": "vocab_size",
-    }
-    said = {name: getattr(config, key, None) for name, key in sizes.items()}
-    activations = (getattr(config, name, None) for name in _ACTIVATION)
-    whole = model.config.to_dict()  # type: ignore[union-attr, operator]
-    return {
-        "model": {"kind": config.model_type, "class": type(model).__name__, **said},
-        "activation": {"name": next((each for each in activations if each), None)},
-        "normalization": {"kind": _normalization(model)},
-        "ffn": {name: _only(table[name].tolist()) for name in ("d_ff", "gated")},
-        "transformers": {key: value for key, value in whole.items() if key not in _TOLD},
-    }
-
-
-def _normalization(model: nn.Module) -> str:
-    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
-    if any(isinstance(module, nn.LayerNorm) for module in norms):
-        return "layernorm"
-    return "rmsnorm" if norms else "none"
-
-
-def _only(values: list[Any]) -> Any:
-    """The value that all have, else each once."""
-    different = list(dict.fromkeys(values))
-    return different[0] if len(different) == 1 else different
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,63 @@
+"""What a network of transformers says of itself."""
+
+from typing import Any
+
+from torch import nn
+
+from nerve.measuring.find import FoundFFNs
+
+_NO_COLUMNS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_ACTIVATION = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "dense_act_fn",
+    "activation",
+)
+
+
+def n_embedded(model: nn.Module) -> int:
+    """How many tokens have an embedding."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of what reads text, where a model has others beside it."""
+    return model.config.get_text_config()  # type: ignore[union-attr, operator]
+
+
+def columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
+    """What tells a model from others, by the names that nerve-run has for it, and all that the
+    model says of itself."""
+    config, table = text_config(model), ffns.table()
+    sizes = {
+        "n_layers": "num_hidden_layers",
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "seq_len": "max_position_embeddings",
+        "vocab_size": "vocab_size",
+    }
+    said = {name: getattr(config, key, None) for name, key in sizes.items()}
+    activations = (getattr(config, name, None) for name in _ACTIVATION)
+    whole = model.config.to_dict()  # type: ignore[union-attr, operator]
+    return {
+        "model": {"kind": config.model_type, "class": type(model).__name__, **said},
+        "activation": {"name": next((each for each in activations if each), None)},
+        "normalization": {"kind": _normalization(model)},
+        "ffn": {name: _only(table[name].tolist()) for name in ("d_ff", "gated")},
+        "transformers": {key: value for key, value in whole.items() if key not in _NO_COLUMNS},
+    }
+
+
+def _normalization(model: nn.Module) -> str:
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    if any(isinstance(module, nn.LayerNorm) for module in norms):
+        return "layernorm"
+    return "rmsnorm" if norms else "none"
+
+
+def _only(values: list[Any]) -> Any:
+    """The value that all have, else each once."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else different
