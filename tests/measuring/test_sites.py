@@ -7,6 +7,7 @@ import pytest
 import torch
 from by_hand import Plain, assert_measured
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import nerve
 from nerve.errors import MeasurementError
@@ -34,6 +35,30 @@ def test_a_pointwise_convolution_is_measured_along_its_channels(n_axes, shortcut
     assert_measured(row, pre, pre.relu())
     assert row["d_in"] == 6
     assert 0 < row["variance_outside"] < 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "Conv1D of transformers"])
+def test_a_projection_takes_the_shortcut_whichever_layer_it_is(kind):
+    """The features that are accumulated are those of its input: 6 wide, not 9."""
+    up, down = {
+        "linear": lambda: (nn.Linear(6, 9), nn.Linear(9, 6)),
+        "convolution": lambda: (nn.Conv1d(6, 9, 1), nn.Conv1d(9, 6, 1)),
+        "Conv1D of transformers": lambda: (Conv1D(9, 6), Conv1D(6, 9)),
+    }[kind]()
+    model = Plain(up, down).double()
+    x = torch.randn(40, 6, 5, dtype=torch.float64)
+    x = x if kind == "convolution" else x.movedim(1, -1).contiguous()
+    probe = Probe([FFNAdapter(0, "ffn", model.up, model.down)])
+    probe.install()
+    measurement = Measurement(probe)
+    measurement.start()
+    with torch.no_grad():
+        model(x)
+    measurement.finish_forward()
+    probe.remove()
+    (problem,) = measurement.eigenproblems()
+    assert problem.of_input
+    assert problem.before.shape == (6, 6)
 
 
 def test_a_wider_convolution_bounds_the_rank_by_all_that_it_sums():
