@@ -73,13 +73,16 @@ _CANCELLATION = 2**-16
 def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Whether some of the outputs, from all over them, are W x + b, up to rounding; on their
     device, which is not waited for."""
-    x, y = (sample_of(features).detach().double() for features in (inputs, outputs))
+    kind = torch.finfo(outputs.dtype)
+    step = kind.tiny * kind.eps  # what is smaller may have become 0
+    x, y = (sample_of(each).detach().to(outputs.dtype).double() for each in (inputs, outputs))
     w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
     size = x.abs() @ w.abs().T + b.abs()
     known = y.isfinite()
     off, size, y = (each.where(known, 0) for each in (y - (x @ w.T + b), size, y))
-    close = (off.abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size).all()
-    return close & (off.norm() <= _ROUNDING_OF_ALL * y.norm() + _CANCELLATION * size.norm())
+    close = (off.abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size + step).all()
+    in_all = _ROUNDING_OF_ALL * y.norm() + _CANCELLATION * size.norm() + step * y.numel() ** 0.5
+    return close & (off.norm() <= in_all)
 
 
 def is_unrounded(inputs: Tensor, outputs: Tensor) -> bool:
