@@ -50,7 +50,7 @@ def row_of(
     dtype: torch.dtype = torch.bfloat16,
 ) -> pd.Series:
     """The first row, under autocast."""
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(batches[0].device.type, dtype):
         return nerve.measure(model, batches, ffns=ffns, shortcut=shortcut).iloc[0]
 
 
@@ -67,7 +67,7 @@ def by_numpy(features: np.ndarray) -> dict[str, float]:
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return tensor.detach().to(dtype).double().numpy()
+    return tensor.detach().cpu().to(dtype).double().numpy()
 
 
 @pytest.mark.parametrize("shortcut", ["projected", True])
@@ -100,24 +100,25 @@ def test_where_nothing_is_rounded_it_is_the_closed_form(dtype, shortcut):
     np.testing.assert_allclose(spectra.pre, expected, rtol=1e-6, atol=1e-5 * (shortcut is True))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dtype", HALF)
-def test_it_is_w_x_of_what_was_multiplied(model, dtype):
+def test_it_is_w_x_of_what_was_multiplied(model, dtype, device):
     """Against float64 NumPy, on the weight and the inputs as autocast rounds them; as they are
     stored they would give other numbers. Everything but pre's spectrum is as without it."""
-    x = torch.randn(5, 80, 6)
+    x, model = torch.randn(5, 80, 6, device=device), model.to(device)
     projected, full = (row_of(model, [x], model.ffns(), how, dtype) for how in ("projected", True))
     w, inputs = rounded(model.up.weight, dtype), rounded(x.flatten(0, 1), dtype)
     oracle = by_numpy(inputs @ w.T)
-    unrounded = by_numpy(rounded(x.flatten(0, 1) @ model.up.weight.T, torch.float64))
+    unrounded = by_numpy(
+        rounded(x.flatten(0, 1), torch.float64) @ rounded(model.up.weight, torch.float64).T
+    )
     for name, value in oracle.items():
         assert projected[name] == pytest.approx(value, rel=1e-9)
         assert projected[name] != pytest.approx(unrounded[name], rel=1e-6)
     same = projected.index.difference([*PRE, "pr_pre_corrected", "precision"])
     pd.testing.assert_series_equal(projected[same], full[same])
-    assert (projected["precision"], full["precision"]) == (
-        f"projected_{str(dtype).removeprefix('torch.')}",
-        "float32",
-    )
+    assert projected["precision"] == f"projected_{str(dtype).removeprefix('torch.')}"
+    assert full["precision"] in (("float32",) if device == "cpu" else ("bfloat16", "float16x2"))
     assert projected["se_pre"] == pytest.approx(full["se_pre"], abs=1e-3)
 
 
