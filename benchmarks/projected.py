@@ -105,8 +105,8 @@ def train(folder: Path, seeds: list[int], n_steps: int, kept: list[int]) -> None
 
 
 def of_run(directory: Path) -> pd.DataFrame:
-    """Rows of each kept step and layer: `what` is full, projected, or one of two halves of the
-    held-out tokens."""
+    """Rows of each kept step and layer: `what` is full, projected, projected whatever its rounding,
+    or one of two halves of the held-out tokens."""
     design, _, seed = directory.name.rpartition(", seed ")
     source = KeptCheckpoints(Asked(models=(str(directory),), device="cpu", dtype="float32"))
     batches, rows = None, []
@@ -119,11 +119,13 @@ def of_run(directory: Path) -> pd.DataFrame:
         for what, shortcut, tokens in (
             ("full", True, batches),
             ("projected", PROJECTED, batches),
+            ("always", PROJECTED, batches),
             ("first half", True, batches[:half]),
             ("second half", True, batches[half:]),
         ):
             with torch.autocast("cpu", torch.bfloat16):
-                found = measured(partial(model, tokens), list(ffns), shortcut)
+                run = partial(model, tokens)
+                found = measured(run, list(ffns), shortcut, always=what == "always")
             rows.append(found.assign(what=what, step=checkpoint.step, design=design, seed=seed))
     return pd.concat(rows, ignore_index=True)
 
@@ -152,10 +154,14 @@ def table_of_runs(rows: pd.DataFrame) -> None:
             "tokens, median": halves.median(),
         }
     )
-    table = table.reindex([*columns, *AFTER])
+    table = table.reindex(columns)
     table["largest / seeds"] = table["largest"] / table["seeds, median"]
     table.index = [f"{name}, relative" if name in RELATIVE else name for name in table.index]
     print(table.to_string(float_format="{:.2g}".format))
+    print(f"of the features either way, largest difference: {off[list(AFTER)].max().max():.2g}")
+    without = errors(by["always"], full)[~taken]
+    print("\nhad pre been projected in the others, too, the median and the largest error:")
+    print(without[columns].agg(["median", "max"]).T.to_string(float_format="{:.2g}".format))
     print("\nlargest error of SE, by design and step:")
     print(off["se_pre"].groupby(["design", "step"]).max().unstack().to_string(
         float_format="{:.1e}".format))  # fmt: skip
