@@ -345,7 +345,7 @@ def test_another_weight_in_a_later_batch_is_refused(model):
 
 def test_a_nonlinearity_that_overwrites_pre_is_refused(model):
     overwriting = nn.Sequential(model.up, nn.ReLU(inplace=True), model.down)
-    with pytest.raises(MeasurementError, match=r"overwritten by it \(inplace=True\)"):
+    with pytest.raises(MeasurementError, match=r"overwrites it\. Use one with inplace=False"):
         row_of(overwriting, [torch.randn(9, 6)], model.ffns())
 
 
