@@ -33,8 +33,12 @@ def reduce(accumulators: Sequence[Accumulator]) -> None:
     Every process must call it, with accumulators of the same FFNs; one may have seen nothing.
     """
     altered = [index for index, each in enumerate(accumulators) if each.altered]
-    for index in set[int]().union(*gathered(altered)):
-        accumulators[index].leave_weight()
+    took_pre = [index for index, each in enumerate(accumulators) if each.took_pre]
+    for theirs, theirs_too in gathered((altered, took_pre)):
+        for index in theirs:
+            accumulators[index].leave_weight()
+        for index in theirs_too:
+            accumulators[index].take_pre()
     everyone = gathered([_seen(each) for each in accumulators])
     for index, each in enumerate(accumulators):
         _reduce(each, [seen[index] for seen in everyone], to=index % len(everyone))
