@@ -38,7 +38,7 @@ def gathered(value: Any) -> list[Any]:
         return [value]
     store = _store()
     number = store.add(f"gathered/{mine}", 1)
-    store.set(f"gathered/{number}/{mine}", pickle.dumps(value))
+    _put(store, f"gathered/{number}/{mine}", value)
     values = [pickle.loads(store.get(f"gathered/{number}/{other}")) for other in range(n)]
     # All have come to this one, and have read the one before.
     store.delete_key(f"gathered/{number - 1}/{mine}")
@@ -59,7 +59,7 @@ class Mailbox:
 
     def send(self, value: Any) -> None:
         """Of another process: what process 0 takes next from it."""
-        self._store.set(self._key(rank()), pickle.dumps(value))
+        _put(self._store, self._key(rank()), value)
         self._n += 1
 
     def take(self, *, wait: bool) -> list[Any] | None:
@@ -82,6 +82,10 @@ def in_turns(hands: Sequence[Sequence[Any]]) -> list[Any]:
     """What was dealt to the processes in turns, in its order."""
     turns = itertools.chain.from_iterable(itertools.zip_longest(*hands))
     return [item for item in turns if item is not None]
+
+
+def _put(store: dist.Store, key: str, value: Any) -> None:
+    store.set(key, pickle.dumps(value))  # type: ignore[arg-type] # bytes as well as texts
 
 
 def _store() -> dist.Store:

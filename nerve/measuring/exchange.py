@@ -83,12 +83,12 @@ def exchange(covariances: Sequence[OfCovariance], shares: Sequence[OfShares]) ->
         own += [each.shares.mean * (each.shares.n / max(each.n, 1)) for each in shares]
         means = iter(_of_all(own))
         sums: dict[int, list[Tensor]] = defaultdict(list)
-        for each, (n, mean, scatter) in zip(covariances, moments, strict=True):
+        for of, (n, mean, scatter) in zip(covariances, moments, strict=True):
             common = next(means)
             delta = mean - common
             scatter.addr_(delta * n, delta)
-            sums[each.to] += lower_blocks(scatter)
-            each.covariance.replace(Moments(each.n, common, scatter), each.tallies)
+            sums[of.to] += lower_blocks(scatter)
+            of.covariance.replace(Moments(of.n, common, scatter), of.tallies)
         distances = [_about(each, next(means), sums[each.to]) for each in shares]
         for to, tensors in sorted(sums.items()):
             _add_up_at(to, tensors)

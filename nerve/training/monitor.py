@@ -356,7 +356,8 @@ class SpectralMonitor(L.Callback):
 def _is_monitored(trainer: L.Trainer) -> bool:
     """Whether what decides by a monitored value names one of a measurement: Lightning refuses to go
     on where it is not there."""
-    deciding = [*trainer.callbacks, *trainer.lr_scheduler_configs]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    deciding = [*callbacks, *trainer.lr_scheduler_configs]
     names = (getattr(each, "monitor", None) for each in deciding)
     return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
 
