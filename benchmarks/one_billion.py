@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,15 +119,17 @@ def main() -> None:
         )
         log = Path(folder, "log")
         with open(log, "w") as file:
-            with suppress(subprocess.TimeoutExpired):
-                subprocess.run(
-                    command,
-                    env=os.environ | {"PYTHONPATH": path},
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=args.limit,
-                    check=False,
-                )
+            run = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": path},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                run.wait(args.limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)  # with the processes that Lightning started
         found = [json.loads(each.read_text()) for each in sorted(Path(folder).glob("rank*.json"))]
         print(log.read_text()[-3000:])
         if not found:

@@ -116,14 +116,19 @@ def swept(args: argparse.Namespace, folder: Path, n: int) -> list[dict[str, floa
     folder.mkdir()
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     with open(folder / "log", "w") as log:
-        subprocess.run(
+        sweep = subprocess.Popen(
             command(args, folder, n),
             env=os.environ | {"PYTHONPATH": path},
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=args.limit,
-            check=False,  # the clock ends trials in the middle
         )
+        try:
+            sweep.wait(args.limit)
+        except subprocess.TimeoutExpired:
+            sweep.terminate()  # it passes that on to the trials
+            time.sleep(2)
+            sweep.terminate()
+            sweep.wait(60)
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("times-*.json"))]
     if len(found) < n:
         logs = [*folder.glob("log"), *(folder / "runs").glob("*/output.log")]
@@ -169,7 +174,7 @@ def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int
         floor = max(alone, (alone + device) / (1 + device * n_cores / host))
         taken = args.tokens * n * args.every / with_it
         print(
-            f"  {args.every} steps of each: {alone:.1f} s without measuring, {taken:.1f} s with it, "
+            f"  {args.every} steps of each: {alone:.1f} s, {taken:.1f} s with measuring: "
             f"{taken / floor:.2f} times the floor of {floor:.1f} s (spectra: {device:.1f} s of the "
             f"GPU, or {host:.0f} core-seconds)"
         )

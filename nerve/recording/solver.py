@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nerve.cores import allowed, share_among_trials
+from nerve.cores import allowed, memory, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
 from nerve.measuring.eigenproblem import FFNSpectra
@@ -33,6 +33,10 @@ MOST_PENDING = 4
 
 SHARE_OF_DEVICE = 8
 """All but the newest of them may take one part in so many of the device's memory."""
+
+SHARE_OF_HOST, COPIES = 4, 4
+"""What is being solved may take one part in so many of the host's memory, where a thread has so
+many times what it gets."""
 
 Labels = dict[str, Any]
 
@@ -320,13 +324,21 @@ def _most_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE
 
 
-def spare_workers(device: torch.device, n_processes: int = 1) -> int:
+def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) -> int:
     """Threads that can solve beside training on `device`: the cores of this process, shared with
-    the other training processes of the host, but one. 0 where the cores train."""
+    the other training processes of the host, but one; not more than the memory is for. 0 where the
+    cores train. On a GPU there is at least one, which takes what training leaves of the cores.
+
+    Args:
+        device: where the model trains.
+        n_processes: that train on this host.
+        n_bytes: what an eigenproblem takes on its way to the host.
+    """
     if device.type != "cuda":
         return 0
     cores = share_among_trials() or allowed()
-    return max(0, cores // n_processes - 1)
+    by_memory = memory() // (SHARE_OF_HOST * n_processes * COPIES * max(n_bytes, 1))
+    return max(1, min(cores // n_processes - 1, by_memory))
 
 
 def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
