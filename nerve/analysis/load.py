@@ -23,7 +23,7 @@ from nerve.analysis.frames import require_names
 from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.storage.identity import config_id
+from nerve.storage.identity import completed, config_id
 from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
@@ -117,7 +117,8 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
     restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times
     (UTC), `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
     pre_scales.*`, and every leaf of the configuration by its dotted name (`normalization.kind`,
-    `ffn.width`; a list as its JSON text). What a run does not have is missing in its row.
+    `ffn.width`; a list as its JSON text). A run of an older nerve-run has, for a key that was added
+    since, the value that means what it did. What a run does not have is missing in its row.
 
     Raises:
         StoreError: when there is no run under `path`.
@@ -201,7 +202,7 @@ def _row(record: RunRecord) -> dict[str, Any]:
         values["error"] = ": ".join(str(text) for text in record.error.values())
     design = {key: value for key, value in record.config.items() if key != "seed"}
     values["design_id"] = config_id(design)
-    leaves = dict(_leaves(record.config))
+    leaves = dict(_leaves(completed(record.config)))
     # A key of the configuration cannot take the name of what the record itself says (seed).
     return {**leaves, **dict(_leaves(values))}
 
