@@ -313,14 +313,13 @@ def main() -> None:
     torch.cuda.set_device(rank())
     if rank() == 0:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
-    if args.devices == 1:
-        compare_loops(args)
     lines, step_ms, stalls_ms = measure_stall(args)
     if rank() == 0:
         print("\n".join(lines), flush=True)
         if args.write:
             write(args.write, started, step_ms, stalls_ms)
     if args.devices == 1:
+        compare_loops(args)
         seconds = buffered(args)
         times = 1000 * seconds / statistics.mean(whole for whole, _ in stalls_ms)
         print(f"buffered way: {seconds:.1f} s, {times:.0f} times the stall")

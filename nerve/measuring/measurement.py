@@ -6,7 +6,6 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
-from nerve.measuring.distributed import gathered
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.groups import NOT_GROUPED, Grouped
@@ -115,8 +114,7 @@ class Measurement:
 
         Every process must call it; one may have measured nothing.
         """
-        reduce(self._rows())
-        self._n_forwards = sum(gathered(self._n_forwards))
+        self._n_forwards = reduce(self._rows(), self._n_forwards)
 
     def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
         """What is left to solve: one eigenproblem for each FFN, in the order given, and one for

@@ -22,8 +22,7 @@ from nerve.measuring.passes import bytes_of
 from nerve.measuring.streams import count_tokens
 from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
-from nerve.recording.cadence import WeightedMean
-from nerve.recording.losses import loss_of
+from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
 from nerve.recording.settings import require_shortcut
 from nerve.storage.schema import METRICS

@@ -30,8 +30,8 @@ import nerve
 from nerve import RunRecord, RunStore
 from nerve.errors import MeasurementError
 from nerve.measuring.around import sites_around
-from nerve.measuring.distributed import reduce_covariance
 from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.exchange import OfCovariance, exchange
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
@@ -106,6 +106,7 @@ def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "reduce", reduce)
+    monkeypatch.setattr("nerve.measuring.exchange.rank", lambda: me.rank)
     return me
 
 
@@ -135,7 +136,7 @@ def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
 
     def reduce(rank: int) -> None:
         group_of_three.rank = rank
-        reduce_covariance(accumulators[rank], to, tallies)
+        exchange([OfCovariance(accumulators[rank], to, tallies)], [])
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(reduce, range(3)))

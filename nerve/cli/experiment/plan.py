@@ -23,13 +23,13 @@ from nerve.cli.experiment.checks import (
     require_whole,
     require_whole_matrices,
 )
-from nerve.cli.experiment.further import callbacks_of
 from nerve.cli.experiment.groups import (
     DataPlan,
     ModelPlan,
     MonitorPlan,
     OptimizerPlan,
     TrainerPlan,
+    callbacks_of,
     parts_of,
     schedule_of,
 )
