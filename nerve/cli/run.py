@@ -28,7 +28,7 @@ from nerve.cli.config.overrides import (
 )
 from nerve.cli.config.paths import require_directories, with_literal_paths
 from nerve.cli.config.resume import prepare_resume
-from nerve.cli.experiment.check import CheckInPlaceOfRun, check_composed
+from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
 from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial

@@ -25,7 +25,9 @@ class Measurement:
     Args:
         probe: taps the FFNs to measure; installed by the caller.
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
-            W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features).
+            W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features); `projected`
+            does so of 16-bit features as well and leaves their own rounding out, where it has less
+            than 5e-5 of the variance; where it has more, pre itself is taken.
         skip_first: leaves out so many positions at the beginning of each sequence.
         grouped: groups of the samples that are measured by themselves, too.
         sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
@@ -43,7 +45,7 @@ class Measurement:
         self,
         probe: Probe,
         *,
-        shortcut: bool = True,
+        shortcut: bool | str = True,
         skip_first: int = 0,
         grouped: Grouped = NOT_GROUPED,
         sites: Collection[str] = (),

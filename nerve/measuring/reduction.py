@@ -16,6 +16,7 @@ class _Seen(NamedTuple):
     """What one process has of an FFN, in numbers that others may read."""
 
     altered: bool
+    took_pre: bool
     d_in: int | None
     weight: torch.dtype | None
     of_input: bool
@@ -63,10 +64,12 @@ def _leave_weights(
     """Takes pre itself where another process does; whether some process had to change."""
     has_changed = False
     for index, each in enumerate(accumulators):
-        altered = {seen[index].altered for seen in everyone}
-        if altered == {True, False}:
+        if {seen[index].altered for seen in everyone} == {True, False}:
             has_changed = True
             each.leave_weight()
+        if {seen[index].took_pre for seen in everyone} == {True, False}:
+            has_changed = True
+            each.take_pre()
     return has_changed
 
 
@@ -75,7 +78,16 @@ def _seen(each: Accumulator) -> _Seen:
     parts = {key: (c.dim, c.tally()) for key, c in each.parts.covariances.items()}
     n_positions = each.shares["pre"].n_positions if each.shares else None
     weight = None if each.weight is None else each.weight.dtype
-    return _Seen(each.altered, each.d_in, weight, each.of_input, covariances, parts, n_positions)
+    return _Seen(
+        each.altered,
+        each.took_pre,
+        each.d_in,
+        weight,
+        each.of_input,
+        covariances,
+        parts,
+        n_positions,
+    )
 
 
 def _prepare(

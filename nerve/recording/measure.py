@@ -22,9 +22,9 @@ from nerve.measuring.passes import bytes_of
 from nerve.measuring.streams import count_tokens
 from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
-from nerve.recording.cadence import WeightedMean
-from nerve.recording.losses import loss_of
+from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+from nerve.recording.settings import require_shortcut
 from nerve.storage.schema import METRICS
 
 Loaded = nn.Module | Callable[[], nn.Module]
@@ -47,7 +47,7 @@ def measure(
     exclude: Collection[int] = (),
     only_labeled: bool = False,
     skip_first: int = 0,
-    shortcut: bool = True,
+    shortcut: bool | str = True,
     groups: Sequence[str] = (),
     sites: Sequence[str] = (),
     token_counts: Tensor | None = None,
@@ -92,7 +92,9 @@ def measure(
         skip_first: leaves out so many positions at the beginning of each sequence, which in many
             trained models hold most of the variance.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper; False always takes the features themselves.
+            as exact and cheaper; False always takes the features themselves; `"projected"` takes
+            the input of 16-bit features, too, and leaves their own rounding out, which moves SE by
+            less than 1e-3 nats: `precision` says so.
         groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
             measured by themselves as well and stored in `into`, where `nerve.load_groups` reads
             them.
@@ -136,6 +138,7 @@ def measure(
         f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
     )
     require(spectra in (True, False, "auto"), f"spectra is true, false or 'auto'; got {spectra!r}.")
+    require_shortcut("shortcut", shortcut)
     require(not resume or into is not None, "resume=True goes on with the run of into=; got none.")
     require_mapping("labels", labels)
     require_mapping("fingerprints", fingerprints)

@@ -20,11 +20,10 @@ from nerve.measuring.forward import call, evaluating
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
 from nerve.metric_names import MEASURED
-from nerve.recording.losses import loss_of
+from nerve.recording.cadence import loss_of
 from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
-from nerve.recording.settings import MonitorSettings
-from nerve.recording.steps import MeasuredSteps
+from nerve.recording.settings import MeasuredSteps, MonitorSettings
 from nerve.storage.store import RunStore
 from nerve.training.fit_checks import (
     require_batches,

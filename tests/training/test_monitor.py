@@ -297,6 +297,25 @@ def test_mixed_precision_measures_the_features_as_they_are_and_without_autocast(
     assert row.variance_post == pytest.approx(spectrum.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_mixed_precision_may_project_pre_and_trains_the_same(tmp_path, source):
+    """The rows say so; but for pre they are the same, and the weights are to the last bit."""
+    rows, weights = {}, {}
+    for shortcut in (True, "projected"):
+        module = make_module()
+        values = {"every_n_steps": 1, "source": source, "shortcut": shortcut}
+        given = (batches(2), batches(2, seed=1))
+        _, rows[shortcut] = fit(
+            tmp_path / str(shortcut), module, *given, precision="bf16-mixed", **values
+        )
+        weights[shortcut] = module.model.state_dict()
+    full, projected = rows[True], rows["projected"]
+    assert set(projected["precision"]) == {"projected_bfloat16"}
+    assert (full["se_post"] == projected["se_post"]).all()
+    assert 0 < (full["se_pre"] - projected["se_pre"]).abs().max() < 1e-3
+    assert all(torch.equal(weights[True][key], weights["projected"][key]) for key in weights[True])
+
+
 def test_a_last_batch_of_another_size_counts_with_its_own_samples(tmp_path):
     heldout = batches(2, seed=1)
     heldout[1] = tuple(part[:1] for part in heldout[1])
@@ -570,7 +589,8 @@ def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
         ({"steps": "log:1"}, "a spacing such as log:30 .*got 'log:1'"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
-        ({"shortcut": 1}, "monitor.shortcut must be true or false; got 1"),
+        ({"shortcut": 1}, "monitor.shortcut must be true or false or a text; got 1"),
+        ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
         ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
         ({"every_n_step": 2}, "a key of monitor must be one of .*Did you mean 'every_n_steps'"),

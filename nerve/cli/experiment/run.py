@@ -22,7 +22,7 @@ from nerve.cli.experiment.build import (
     log_configuration,
     scale_pre_activations,
 )
-from nerve.cli.experiment.further import callbacks_of
+from nerve.cli.experiment.groups import callbacks_of
 from nerve.cli.experiment.machine import (
     check_machine,
     device_names,

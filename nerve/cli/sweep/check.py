@@ -73,7 +73,7 @@ def check_experiment(config: DictConfig) -> None:
     Raises:
         NerveError: as there, where it can be told before.
     """
-    from nerve.cli.experiment.further import callbacks_of  # torch takes seconds to import
+    from nerve.cli.experiment.groups import callbacks_of  # torch takes seconds to import
     from nerve.cli.experiment.machine import check_machine
     from nerve.cli.experiment.plan import Plan
     from nerve.training.checkpoint_io import require_other_files
