@@ -31,6 +31,7 @@ from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+from nerve.recording.settings import require_shortcut
 from nerve.storage.schema import METRICS
 
 _ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
@@ -53,7 +54,7 @@ def measure(
     exclude: Collection[int] = (),
     only_labeled: bool = False,
     skip_first: int = 0,
-    shortcut: bool = True,
+    shortcut: bool | str = True,
     groups: Sequence[str] = (),
     sites: Sequence[str] = (),
     token_counts: Tensor | None = None,
@@ -98,7 +99,9 @@ def measure(
         skip_first: leaves out so many positions at the beginning of each sequence, which in many
             trained models hold most of the variance.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper; False always takes the features themselves.
+            as exact and cheaper; False always takes the features themselves; `"projected"` takes
+            the input of 16-bit features, too, and leaves their own rounding out, which moves SE by
+            less than 1e-3 nats: `precision` says so.
         groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
             measured by themselves as well and stored in `into`, where `nerve.load_groups` reads
             them.
@@ -135,6 +138,7 @@ def measure(
     check_batches(batches)
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
     _check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
+    require_shortcut("shortcut", shortcut)
     require_mapping("labels", labels)
     require_mapping("fingerprints", fingerprints)
     labels, text = dict(labels or {}), dict(fingerprints or {})

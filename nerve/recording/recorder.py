@@ -138,7 +138,7 @@ class Recorder:
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
         n_bytes = max(map(expected_bytes, ffns))
-        self._solver = Solver(device, spare_workers(device, n_here), n_bytes)
+        self._solver = Solver(device, spare_workers(device, n_here, n_bytes), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
 
     # Losses, and the labels of a step

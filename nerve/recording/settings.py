@@ -13,6 +13,7 @@ from nerve.config import (
     require_several,
     require_steps,
 )
+from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import AROUND, GROUPS
 
 SPACING = "log:"
@@ -45,6 +46,14 @@ class MeasuredSteps:
         return None if every is None else (step // every + 1) * every
 
 
+def require_shortcut(key: str, value: object) -> None:
+    """Raises `ConfigError` unless `value` says when pre is computed from the FFN's input."""
+    require(
+        isinstance(value, bool) or value == PROJECTED,
+        f"{key} must be true, false or {PROJECTED}; got {value!r}.",
+    )
+
+
 @dataclass(frozen=True)
 class MonitorSettings:
     """The values of `monitor` that decide what a run measures.
@@ -61,7 +70,7 @@ class MonitorSettings:
         spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
         layers: the layers to measure; None for all.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper.
+            as exact and cheaper; `projected`: of 16-bit features, too, without their own rounding.
         skip_first: leaves so many positions at the beginning of each sequence out of the features,
             not of the loss.
         groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
@@ -79,7 +88,7 @@ class MonitorSettings:
     source: str = "heldout"
     spectra: bool | str = "auto"
     layers: list | None = None
-    shortcut: bool = True
+    shortcut: bool | str = True
     skip_first: int = 0
     groups: list = field(default_factory=list)
     groups_every: int = 1
@@ -98,6 +107,7 @@ class MonitorSettings:
             self.spectra in (True, False, "auto"),
             f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
         )
+        require_shortcut("monitor.shortcut", self.shortcut)
         require_count("monitor.skip_first", self.skip_first, least=0)
         require_several("monitor.groups", self.groups, GROUPS)
         require_several("monitor.sites", self.sites, AROUND)
