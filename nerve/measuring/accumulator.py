@@ -154,8 +154,8 @@ class Accumulator:
 
     def leave_weight(self) -> None:
         """From now on takes pre itself, and knows no weight. Raises `MeasurementError` where pre is
-        projected."""
-        if self.of_input and self._leaves_rounding:
+        to be projected."""
+        if self._leaves_rounding:
             raise not_affine(self.ffn)
         self.altered = True
         self.take_pre()
@@ -233,19 +233,18 @@ class Accumulator:
     def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
         """Notes W and b of `pre = W x + b`, where it is that."""
         affine = affine_of(self._pre, inputs, pre)
-        self._leaves_rounding = self._shortcut == PROJECTED and is_rounded(pre)
+        leaves_rounding = self._shortcut == PROJECTED and is_rounded(pre)
         if affine is None:
-            if self._leaves_rounding:
+            if leaves_rounding:
                 require_affine(self.ffn, inputs, pre)
             return
+        self._leaves_rounding = leaves_rounding
         # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
         # forward has used them rounded, as its outputs tell.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         self.weight, self._bias = weight, bias
-        self.of_input = self._leaves_rounding or (
-            bool(self._shortcut) and is_unrounded(inputs, pre)
-        )
+        self.of_input = leaves_rounding or (bool(self._shortcut) and is_unrounded(inputs, pre))
         self._presume(Flag(gives(weight, bias, inputs, pre)))
 
     def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
@@ -258,9 +257,10 @@ class Accumulator:
         self._presume(Flag(same & gives(noted, self._bias, inputs, pre)))
 
     def _presume(self, is_so: Flag) -> None:
-        """Goes on as if the weight gave pre. Where the features are not taken by way of it, the
-        answer is awaited at the end of the forward pass, so that the device does not run dry."""
-        if not self.of_input:
+        """Goes on as if the weight gave pre. Where the features are not taken by way of it, or it
+        must give pre, the answer is awaited at the end of the forward pass, so that the device does
+        not run dry."""
+        if not self.of_input or self._leaves_rounding:
             self._presumed.append(is_so)
         elif not is_so:
             self.leave_weight()

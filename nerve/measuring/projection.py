@@ -32,9 +32,9 @@ def not_affine(ffn: FFN) -> MeasurementError:
     return MeasurementError(
         f"shortcut={PROJECTED} computes pre from what the FFN gets, so pre must be W x + b of one "
         f"weight that can be read; that of {named(ffn)} is not. Either it is described as what an "
-        "activation gets, or overwritten by it (inplace=True), or its projection is no linear "
-        "layer, is altered (by an adapter, a hook, another weight at each run), sharded, or "
-        "parametrized and in training. Set shortcut to true, which takes pre itself."
+        "activation gets, or its projection is no linear layer, is altered (by an adapter, a hook, "
+        "another weight at each run), sharded, or parametrized and in training. Set shortcut to "
+        "true, which takes pre itself."
     )
 
 

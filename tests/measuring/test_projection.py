@@ -203,14 +203,17 @@ def test_what_was_projected_before_rounding_counted_is_merged(model):
     )
 
 
-def groups_of(model: Model, x: Tensor, shortcut: bool | str) -> tuple[pd.DataFrame, pd.Series]:
+def groups_of(
+    model: Model, batches: list[Tensor], shortcut: bool | str
+) -> tuple[pd.DataFrame, pd.Series]:
     probe = Probe(model.ffns())
     probe.install()
     measurement = Measurement(probe, shortcut=shortcut, grouped=Grouped(("position", "halves")))
     measurement.start()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        model(x)
-    measurement.finish_forward()
+        for x in batches:
+            model(x)
+            measurement.finish_forward()
     probe.remove()
     rows = pd.DataFrame([each.solve().row() for each in measurement.group_eigenproblems()])
     (spectra,) = measurement.spectra()
@@ -220,8 +223,8 @@ def groups_of(model: Model, x: Tensor, shortcut: bool | str) -> tuple[pd.DataFra
 def test_groups_are_projected_and_merge_into_all(model):
     """Each as its own features give it, to 1e-3 nats; all together as without groups, exactly."""
     x = torch.randn(40, 17, 6)
-    groups, row = groups_of(model, x, "projected")
-    full, _ = groups_of(model, x, True)
+    groups, row = groups_of(model, [x], "projected")
+    full, _ = groups_of(model, [x], True)
     assert groups.index.tolist() == full.index.tolist()
     assert len(groups.xs("pre")) == 8
     np.testing.assert_allclose(groups["se"], full["se"], atol=1e-3)
@@ -238,10 +241,21 @@ def test_one_group_whose_rounding_counts_is_enough_to_take_pre_itself(model):
     x = torch.randn(40, 17, 6)
     x[:, 0] = 8 + 0.05 * x[:, 0]
     assert row_of(model, [x], model.ffns())["precision"] == "projected_bfloat16"
-    groups, row = groups_of(model, x, "projected")
-    full, full_row = groups_of(model, x, True)
+    groups, row = groups_of(model, [x], "projected")
+    full, full_row = groups_of(model, [x], True)
     pd.testing.assert_frame_equal(groups, full)
     pd.testing.assert_series_equal(row, full_row)
+
+
+def test_groups_that_were_projected_are_merged_with_those_that_were_not(model):
+    x, far = torch.randn(2, 40, 17, 6)
+    far[..., 0] += 100
+    groups, row = groups_of(model, [x, far], "projected")
+    full, full_row = groups_of(model, [x, far], True)
+    assert row["precision"] == "projected_bfloat16"
+    np.testing.assert_allclose(groups["se"], full["se"], atol=1e-4)
+    assert not np.array_equal(groups.xs("pre")["se"], full.xs("pre")["se"])
+    assert row["se_pre"] == pytest.approx(full_row["se_pre"], abs=1e-4)
 
 
 def test_experts_and_their_pool_are_projected():
@@ -302,13 +316,19 @@ def test_what_is_no_affine_map_is_refused_and_measured_without(model, alter: Cal
     assert row_of(model, [x], ffns, True)["status"] == "ok"
 
 
-def test_a_change_that_no_module_shows_is_refused(model):
-    """A hook of all modules, which adds a tenth."""
-    add = lambda module, args, out: 1.1 * out if module is model.up else None  # noqa: E731
+def test_a_change_that_no_module_shows_is_refused():
+    """A hook of all modules, which adds a twentieth: far less than the magnitudes of 1024 products,
+    by which single values are judged."""
+    torch.manual_seed(0)
+    model = Model(1024, 2048)
+
+    def add(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        return 1.05 * output if module is model.up else None
+
     handle = register_module_forward_hook(add)
     try:
         with pytest.raises(MeasurementError, match="one weight that can be read"):
-            row_of(model, [torch.randn(100, 6)], model.ffns())
+            row_of(model, [torch.randn(50, 1024)], model.ffns())
     finally:
         handle.remove()
 
@@ -345,7 +365,7 @@ def test_another_weight_in_a_later_batch_is_refused(model):
 
 def test_a_nonlinearity_that_overwrites_pre_is_refused(model):
     overwriting = nn.Sequential(model.up, nn.ReLU(inplace=True), model.down)
-    with pytest.raises(MeasurementError, match=r"overwritten by it \(inplace=True\)"):
+    with pytest.raises(MeasurementError, match=r"overwrites it\. Use one with inplace=False"):
         row_of(overwriting, [torch.randn(9, 6)], model.ffns())
 
 
