@@ -11,6 +11,7 @@ runs no Python: what taps features runs without.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable
 
 import lightning as L
@@ -44,6 +45,7 @@ class CompiledLosses:
         self._losses = losses
         self._plain: Losses = torch.compile(losses)
         self._graphed: Losses | None = None
+        self._n_replayed, self._n_skipped = 0, 0
         self.is_replaying = False
         """Whether the last batch was, so that the gradients of its backward pass are overwritten
         by those of the next one."""
@@ -52,15 +54,29 @@ class CompiledLosses:
         """Has the batches that follow replay graphs, or not."""
         compiled = torch.compile(self._losses, mode="reduce-overhead") if yes else None
         self._graphed, self.is_replaying = compiled, False
+        self._n_replayed, self._n_skipped = 0, n_skipped()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         self.is_replaying = self._graphed is not None and not is_taking()
         if not self.is_replaying:
             return self._plain(batch)
         assert self._graphed is not None
+        if self._n_replayed == 1 and n_skipped() > self._n_skipped:
+            log.warning(
+                "torch launches %d of the compiled passes without CUDA graphs; with "
+                "TORCH_LOGS=perf_hints it says why",
+                n_skipped() - self._n_skipped,
+            )
+        self._n_replayed += 1
         torch.compiler.cudagraph_mark_step_begin()
         loss, other = self._graphed(batch)
         return loss.clone(), None if other is None else other.clone()
+
+
+def n_skipped() -> int:
+    """How many compiled passes of this process torch could not make graphs of."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return 0 if compiler is None else int(compiler.counters["inductor"]["cudagraph_skips"])
 
 
 def own_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -1,14 +1,17 @@
 """Training under CUDA graphs: what is replayed, what is not, and that no result depends on it."""
 
+import copy
 import logging
 from functools import partial
 
+import jaxtyping
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from support import Batches
 from torch import Tensor, nn
 
+from nerve.data.batches import BatchLoader
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.probe import Probe
 from nerve.models import Regularizer, build_model
@@ -31,14 +34,16 @@ def marked(monkeypatch):
     return marks
 
 
-def make_module(compile: bool, regularizer: Regularizer | None = None, **ffn) -> LanguageModel:
+def make_module(compile: bool, regularizer: Regularizer | None = None, **groups) -> LanguageModel:
     values = {
         "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
         "normalization": {},
         "activation": {"name": "gelu"},
         "position": {"name": "learned"},
-        "ffn": {"width": 2} | ffn,
+        "ffn": {"width": 2},
     }
+    for group, changes in groups.items():
+        values[group] |= changes
     roles = ("hidden", "embedding", "head", "vector")
     parts = {"main": Part(roles, partial(torch.optim.AdamW, lr=1e-2))}
     return LanguageModel(
@@ -50,10 +55,32 @@ def make_module(compile: bool, regularizer: Regularizer | None = None, **ffn) ->
     )
 
 
-def batches(n: int) -> Batches:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCAB, (n, BATCH, SEQ + 1), generator=generator)
-    return Batches((t[:, :-1], t[:, 1:]) for t in tokens)
+class InOrder:
+    """Batch i is the i-th, so that a resumed run goes on with the next one."""
+
+    batch_size = BATCH
+
+    def indices(self, i: int) -> np.ndarray:
+        return np.arange(i * BATCH, (i + 1) * BATCH)
+
+
+def batches(n: int) -> BatchLoader:
+    """Tokens that mostly are one more than those before them: what a model can learn."""
+    rng = np.random.default_rng(0)
+    tokens = (rng.integers(VOCAB, size=(n * BATCH, 1)) + np.arange(SEQ + 1)) % VOCAB
+    noise = rng.integers(VOCAB, size=tokens.shape)
+    mixed = torch.from_numpy(np.where(rng.random(tokens.shape) < 0.3, noise, tokens))
+    return BatchLoader(lambda rows: (mixed[rows, :-1], mixed[rows, 1:]), InOrder(), n)
+
+
+class StopAt(L.Callback):
+    """Ends a training early, as a signal does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
 
 
 class Losses(L.Callback):
@@ -66,7 +93,7 @@ class Losses(L.Callback):
         self.kept.append(outputs["loss"])
 
 
-def fit(directory, module, n, *, accumulate=1, callbacks=(), ckpt=None, steps=None, **trainer):
+def fit(directory, module, n, *, accumulate=1, callbacks=(), ckpt=None, **trainer):
     """Trains on `n` batches, measuring the training batch at every third step; gives its losses."""
     store = RunStore(directory, "run")
     if not directory.exists():
@@ -76,7 +103,7 @@ def fit(directory, module, n, *, accumulate=1, callbacks=(), ckpt=None, steps=No
     fitted = L.Trainer(
         **({"accelerator": "cpu"} | trainer),
         devices=1,
-        max_steps=steps or n // accumulate,
+        max_steps=n // accumulate,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
@@ -245,8 +272,111 @@ def test_the_choice_is_said_in_one_line(caplog, n_positions, expected):
 
 def test_the_operations_of_a_matrix():
     """2 · d_in · d_out a position forward, twice that backward; of a constrained one as well."""
-    model = make_module(False, constraint="spectral_norm").model
+    model = make_module(False, ffn={"constraint": "spectral_norm"}).model
     layer = 16 * 48 + 16 * 16 + 2 * 16 * 32
     mean = (2 * layer + 16 * VOCAB) / 9
     assert flop_of_a_matrix(model, 100) == pytest.approx(6 * 100 * mean)
     assert flop_of_a_matrix(nn.GELU(), 100) == 0
+
+
+# On a GPU, where graphs are made: jaxtyping's checks are no code that can be compiled.
+
+
+def on_cuda(test):
+    """Torch's compiler warns of its own parts."""
+    return pytest.mark.cuda(pytest.mark.filterwarnings("ignore")(test))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def n_graphs() -> int:
+    """Roots of the trees of graphs that torch keeps on the GPU."""
+    from torch._inductor.cudagraph_trees import get_container
+
+    manager = get_container(0).tree_manager
+    return 0 if manager is None else sum(map(len, manager.roots.values()))
+
+
+def on_gpu(directory, is_graphed: bool, monkeypatch, n: int, module=None, **arguments):
+    """`fit` there in bfloat16, with graphs or without; fails where torch made none."""
+    torch.compiler.reset()
+    monkeypatch.setattr("nerve.training.module.choose", lambda *_: is_graphed)
+    module = module or make_module(True)
+    skipped = graphs.n_skipped()
+    found = fit(directory, module, n, accelerator="gpu", precision="bf16-mixed", **arguments)
+    assert graphs.n_skipped() == skipped
+    assert (n_graphs() > 0) is is_graphed
+    return *found, module
+
+
+@on_cuda
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_are_those_without_graphs_over_200_steps(
+    tmp_path, monkeypatch, compiled, accumulate
+):
+    """Clipped, at a rate that changes at every step, every third one measured."""
+    found = {}
+    for name, is_graphed in (("plain", False), ("again", False), ("graphs", True)):
+        n = 200 * accumulate
+        found[name], *_ = on_gpu(tmp_path / name, is_graphed, monkeypatch, n, accumulate=accumulate)
+    by_chance = (found["again"] - found["plain"]).abs().max().item()
+    by_graphs = (found["graphs"] - found["plain"]).abs().max().item()
+    print(f"losses over 200 steps apart: by chance {by_chance:.2e}, by graphs {by_graphs:.2e}")
+    assert found["plain"][-20:].mean() < found["plain"][:20].mean() - 0.01
+    assert by_graphs <= max(3 * by_chance, 2e-3)
+
+
+@on_cuda
+def test_a_run_with_graphs_stops_and_goes_on(tmp_path, monkeypatch, compiled):
+    whole, _, one = on_gpu(tmp_path / "whole", True, monkeypatch, 20)
+    stop = [StopAt(10)]
+    first, trainer, _ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, callbacks=stop)
+    path = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(path)
+    second, _, two = on_gpu(tmp_path / "parts", True, monkeypatch, 20, ckpt=path)
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=2e-3)
+    for mine, others in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(mine, others, rtol=0, atol=2e-2)
+
+
+@on_cuda
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ffn": {"constraint": "spectral_norm"}},
+        {"ffn": {"gated": True}, "position": {"name": "rope"}},
+        {"activation": {"name": "learnable_leaky_relu"}, "position": {"name": "alibi"}},
+        {"regularizer": Regularizer("participation_ratio", -0.01)},
+    ],
+    ids="+".join,
+)
+def test_what_a_model_is_made_of_can_be_replayed(tmp_path, monkeypatch, compiled, changes):
+    found = []
+    for is_graphed in (False, True):
+        module = make_module(True, **copy.deepcopy(changes))
+        directory = tmp_path / str(is_graphed)
+        found.append(on_gpu(directory, is_graphed, monkeypatch, 30, module)[0])
+    print(f"{changes}: losses apart by {(found[0] - found[1]).abs().max():.2e}")
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=5e-3)
+
+
+@on_cuda
+def test_each_replay_draws_other_dropout_masks(compiled):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5)).cuda()
+    losses = CompiledLosses(lambda batch: (model(batch[0]).square().mean(), None))
+    losses.replay(True)
+    batch = (torch.ones(8, 64, device="cuda"), torch.ones(8, device="cuda"))
+    found = []
+    for _ in range(6):
+        model.zero_grad()
+        loss, _ = losses(batch)
+        loss.backward()
+        found.append(loss.item())
+    assert n_graphs() > 0
+    assert len(set(found)) == len(found)
