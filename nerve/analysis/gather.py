@@ -1,0 +1,120 @@
+"""Rows of many runs as one frame, in which each value is in memory once.
+
+Ten thousand runs have some ten million rows. A frame that is made of frames is there twice before
+these go, and a text of 16 letters in each row is as much as two numbers: so rows are gathered block
+by block and column by column, and a column of texts holds their numbers.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+_ROOM = 1.02
+"""How much more room a column takes than its rows so far make likely. What is not written to costs
+no memory."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Texts by their numbers: `texts[code]`; a code of -1 is no text."""
+
+    codes: np.ndarray
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, values: pd.Series) -> "Coded":
+        """Those of a column."""
+        if not isinstance(values.dtype, pd.CategoricalDtype):
+            values = values.astype(object).astype("category")
+        return cls(values.cat.codes.to_numpy(), tuple(values.cat.categories))
+
+    def repeat(self, counts: np.ndarray) -> pd.Categorical:
+        """Each as often as `counts` says."""
+        return _categorical(self.codes.repeat(counts), self.texts)
+
+
+Block = Mapping[str, np.ndarray | Coded]
+"""Columns of equal length, all blocks having the same."""
+
+
+def frame_of(blocks: Iterable[Block], n_blocks: int) -> pd.DataFrame:
+    """One frame of all blocks, texts as categories in alphabetical order.
+
+    Args:
+        blocks: at least one.
+        n_blocks: how many; it decides how much room is taken at the start, nothing else.
+    """
+    columns: dict[str, _Column] = {}
+    for done, block in enumerate(blocks):
+        for name, values in block.items():
+            if name not in columns:
+                columns[name] = _Texts() if isinstance(values, Coded) else _Column(values.dtype)
+            columns[name].append(values, n_blocks / (done + 1))
+    # A dictionary is copied into blocks of one kind, unless it is told not to be.
+    return pd.DataFrame({name: own.finished() for name, own in columns.items()}, copy=False)
+
+
+def encoded(table: pa.Table) -> pa.Table:
+    """`table` with its texts by their numbers, as pandas takes them over."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            table = table.set_column(i, field.name, table.column(i).dictionary_encode())
+    return table
+
+
+class _Column:
+    """An array that grows, in which what is not filled yet takes no memory of the machine."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._values = np.empty(0, dtype)
+        self._n = 0
+
+    def append(self, values: np.ndarray, share: float) -> None:
+        """Puts `values` behind the others; all rows are taken to be `share` times those so far."""
+        end = self._n + len(values)
+        if values.dtype != self._values.dtype:  # None alone so far, or a longer number
+            self._values = self._values.astype(np.result_type(values, self._values))
+        if end > len(self._values):
+            grown = np.empty(max(end, int(_ROOM * share * end)), self._values.dtype)
+            grown[: self._n] = self._values[: self._n]
+            self._values = grown
+        self._values[self._n : end] = values
+        self._n = end
+
+    def finished(self) -> np.ndarray | pd.Categorical:
+        """What was put in."""
+        return self._values[: self._n]
+
+
+class _Texts(_Column):
+    """Texts by their numbers, of the smallest kind that does."""
+
+    def __init__(self) -> None:
+        super().__init__(np.dtype(np.int8))
+        self._numbers: dict[str, int] = {}
+
+    def append(self, values: Coded, share: float) -> None:  # type: ignore[override]
+        own = [self._numbers.setdefault(text, len(self._numbers)) for text in values.texts]
+        numbers = np.array([*own, -1], np.min_scalar_type(-len(self._numbers) - 1))
+        super().append(numbers[values.codes], share)
+
+    def finished(self) -> pd.Categorical:
+        ordered = sorted(self._numbers)
+        places = {text: place for place, text in enumerate(ordered)}
+        order = np.array([*(places[text] for text in self._numbers), -1], self._values.dtype)
+        codes = super().finished()
+        np.take(order, codes, out=codes, mode="wrap")
+        return _categorical(codes, ordered)
+
+
+def _categorical(codes: np.ndarray, texts: Iterable[str]) -> pd.Categorical:
+    dtype = pd.CategoricalDtype(pd.Index([*texts], dtype=object).astype("str"))
+    return pd.Categorical.from_codes(codes, dtype=dtype, validate=False)
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    """The slices of `size` that `n` things fall into."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
