@@ -27,9 +27,10 @@ class Coded:
     @classmethod
     def of(cls, values: pd.Series) -> "Coded":
         """Those of a column."""
-        if not isinstance(values.dtype, pd.CategoricalDtype):
-            values = values.astype(object).astype("category")
-        return cls(values.cat.codes.to_numpy(), tuple(values.cat.categories))
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            return cls(values.cat.codes.to_numpy(), tuple(values.cat.categories))
+        codes, texts = pd.factorize(values)
+        return cls(codes, tuple(texts))
 
     def repeat(self, counts: np.ndarray) -> pd.Categorical:
         """Each as often as `counts` says."""

@@ -104,9 +104,7 @@ class Runs:
         if len(groups):
             ends = np.cumsum([0, *self._counts["groups"]])
             groups = groups.iloc[ends[runs.start] : ends[runs.stop]]
-        derived = with_sampling(with_derived(rows), groups)
-        limits = dict.fromkeys(["rank_limit_pre", "rank_limit_post"], rows["d_ff"].dtype)
-        return derived.astype(limits)  # they are no more than d_ff
+        return with_sampling(with_derived(rows), groups)
 
     def _rows(self, dataset: Dataset, derive: "_Derive | None" = None) -> pd.DataFrame:
         """The rows of all runs, each with what `derive` makes of them and the `factors` of its run.
@@ -243,7 +241,7 @@ def _read(
 ) -> _Read:
     reads = [_read_run(record, dataset) for record in records]
     tables = [table for table, _ in reads]
-    frame = encoded(pa.concat_tables(tables)).to_pandas()
+    frame = encoded(pa.concat_tables(tables)).to_pandas(split_blocks=True)
     if derive is not None:
         frame = derive(frame)
     lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
