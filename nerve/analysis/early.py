@@ -27,7 +27,7 @@ SCHEDULE = "optimizer.schedule."
 
 ESTIMATES = ("kendall", "loss_kendall", "given_loss")
 
-MOST_RUNS = 500
+MOST_RUNS = 300
 """Runs of a group that are ranked; of more than these, those of some of the designs. Their pairs
 are looked at a thousand times for an interval, and there are a hundred times more of ten times the
 runs."""
@@ -191,8 +191,9 @@ class Order:
         _, alike = np.unique(self.values, return_inverse=True)
         order = np.argsort(alike, kind="stable")
         starts = np.flatnonzero(np.diff(alike[order], prepend=-1))
-        tied = np.add.reduceat(weights[:, order], starts, axis=1) if len(order) else weights
-        return np.asarray(weights.sum(axis=1) ** 2 - (tied**2).sum(axis=1))
+        differ = len(starts) == len(order)
+        tied = weights if differ else np.add.reduceat(weights[:, order], starts, axis=1)
+        return np.asarray(weights.sum(axis=1) ** 2 - np.einsum("bi,bi->b", tied, tied))
 
 
 @dataclass(frozen=True)
