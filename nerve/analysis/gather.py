@@ -52,7 +52,7 @@ def frame_of(blocks: Iterable[Block], n_blocks: int) -> pd.DataFrame:
     for done, block in enumerate(blocks):
         for name, values in block.items():
             if name not in columns:
-                columns[name] = _Texts() if isinstance(values, Coded) else _Column(values.dtype)
+                columns[name] = _Column(values)
             columns[name].append(values, n_blocks / (done + 1))
     # A dictionary is copied into blocks of one kind, unless it is told not to be.
     return pd.DataFrame({name: own.finished() for name, own in columns.items()}, copy=False)
@@ -67,48 +67,48 @@ def encoded(table: pa.Table) -> pa.Table:
 
 
 class _Column:
-    """An array that grows, in which what is not filled yet takes no memory of the machine."""
+    """An array that grows, in which what is not filled yet takes no memory of the machine.
 
-    def __init__(self, dtype: np.dtype) -> None:
-        self._values = np.empty(0, dtype)
+    Args:
+        first: values of its kind; they are not put in.
+    """
+
+    def __init__(self, first: np.ndarray | Coded) -> None:
+        self._numbers: dict[str, int] | None = {} if isinstance(first, Coded) else None
+        self._values = np.empty(0, np.int8 if isinstance(first, Coded) else first.dtype)
         self._n = 0
 
-    def append(self, values: np.ndarray, share: float) -> None:
+    def append(self, values: np.ndarray | Coded, share: float) -> None:
         """Puts `values` behind the others; all rows are taken to be `share` times those so far."""
-        end = self._n + len(values)
-        if values.dtype != self._values.dtype:  # None alone so far, or a longer number
-            self._values = self._values.astype(np.result_type(values, self._values))
+        own = self._own_codes(values) if isinstance(values, Coded) else values
+        end = self._n + len(own)
+        if own.dtype != self._values.dtype:  # the codes of more texts are longer numbers
+            self._values = self._values.astype(np.result_type(own, self._values))
         if end > len(self._values):
             grown = np.empty(max(end, int(_ROOM * share * end)), self._values.dtype)
             grown[: self._n] = self._values[: self._n]
             self._values = grown
-        self._values[self._n : end] = values
+        self._values[self._n : end] = own
         self._n = end
 
     def finished(self) -> np.ndarray | pd.Categorical:
         """What was put in."""
-        return self._values[: self._n]
-
-
-class _Texts(_Column):
-    """Texts by their numbers, of the smallest kind that does."""
-
-    def __init__(self) -> None:
-        super().__init__(np.dtype(np.int8))
-        self._numbers: dict[str, int] = {}
-
-    def append(self, values: Coded, share: float) -> None:  # type: ignore[override]
-        own = [self._numbers.setdefault(text, len(self._numbers)) for text in values.texts]
-        numbers = np.array([*own, -1], np.min_scalar_type(-len(self._numbers) - 1))
-        super().append(numbers[values.codes], share)
-
-    def finished(self) -> pd.Categorical:
+        values = self._values[: self._n]
+        if self._numbers is None:
+            return values
         ordered = sorted(self._numbers)
         places = {text: place for place, text in enumerate(ordered)}
-        order = np.array([*(places[text] for text in self._numbers), -1], self._values.dtype)
-        codes = super().finished()
-        np.take(order, codes, out=codes, mode="wrap")
-        return _categorical(codes, ordered)
+        order = np.array([*(places[text] for text in self._numbers), -1], values.dtype)
+        np.take(order, values, out=values, mode="wrap")
+        return _categorical(values, ordered)
+
+    def _own_codes(self, values: Coded) -> np.ndarray:
+        """By the numbers that texts have here, of the smallest kind that does."""
+        numbers = self._numbers
+        assert numbers is not None
+        own = [numbers.setdefault(text, len(numbers)) for text in values.texts]
+        kind = np.min_scalar_type(-len(numbers) - 1)
+        return np.array([*own, -1], kind)[values.codes]
 
 
 def _categorical(codes: np.ndarray, texts: Iterable[str]) -> pd.Categorical:

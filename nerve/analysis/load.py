@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from nerve.analysis.sampling import with_sampling
 from nerve.cores import allowed
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.storage.identity import ids_of_plain
+from nerve.storage.identity import completed, ids_of_plain
 from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
@@ -117,7 +117,7 @@ class Runs:
 
         def blocks() -> Iterator[Block]:
             def read(runs: slice) -> _Read:
-                return _read(self.records[runs], dataset, derive and partial(derive, runs=runs))
+                return _read(self.records[runs], dataset, runs, derive)
 
             for each in _in_order(read, chunks(len(self), AT_ONCE)):
                 counts.extend(each.counts)
@@ -152,7 +152,8 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
     restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times
     (UTC), `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
     pre_scales.*`, and every leaf of the configuration by its dotted name (`normalization.kind`,
-    `ffn.width`; a list as its JSON text). What a run does not have is missing in its row.
+    `ffn.width`; a list as its JSON text). A run of an older nerve-run has, for a key that was added
+    since, the value that means what it did. What a run does not have is missing in its row.
 
     Raises:
         StoreError: when there is no run under `path`.
@@ -235,15 +236,13 @@ class _Read:
 
 
 def _read(
-    records: Sequence[RunRecord],
-    dataset: Dataset,
-    derive: Callable[[pd.DataFrame], pd.DataFrame] | None,
+    records: Sequence[RunRecord], dataset: Dataset, runs: slice, derive: _Derive | None
 ) -> _Read:
     reads = [_read_run(record, dataset) for record in records]
     tables = [table for table, _ in reads]
     frame = encoded(pa.concat_tables(tables)).to_pandas(split_blocks=True)
     if derive is not None:
-        frame = derive(frame)
+        frame = derive(frame, runs)
     lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
     block = {
         str(name): values.to_numpy()
@@ -288,7 +287,7 @@ def _row(record: RunRecord) -> dict[str, Any]:
     if record.error is not None:
         values["error"] = ": ".join(str(text) for text in record.error.values())
     _, values["design_id"] = ids_of_plain(record.config)
-    leaves = dict(_leaves(record.config))
+    leaves = dict(_leaves(completed(record.config)))
     # A key of the configuration cannot take the name of what the record itself says (seed).
     return {**leaves, **dict(_leaves(values))}
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nerve.cli.console import duration, figure, say, say_table
+from nerve.cli.console import duration, fail, figure, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
+from nerve.cli.text_table import say_table
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
@@ -102,8 +103,7 @@ def main() -> None:
                 return
             time.sleep(WATCHED_EVERY_S)
     except StoreError as error:
-        print(f"nerve-status: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail("nerve-status", str(error))
     except KeyboardInterrupt:
         if not asked.watch:
             sys.exit(128 + signal.SIGINT)
