@@ -5,7 +5,7 @@ these go, and a text of 16 letters in each row is as much as two numbers: so row
 by block and column by column, and a column of texts holds their numbers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,8 +114,3 @@ class _Column:
 def _categorical(codes: np.ndarray, texts: Iterable[str]) -> pd.Categorical:
     dtype = pd.CategoricalDtype(pd.Index([*texts], dtype=object).astype("str"))
     return pd.Categorical.from_codes(codes, dtype=dtype, validate=False)
-
-
-def chunks(n: int, size: int) -> Iterator[slice]:
-    """The slices of `size` that `n` things fall into."""
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -6,39 +6,28 @@ in a warning whatever they leave out. Unfinished and failed runs are in every fr
 """
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-from pandas.api.types import is_numeric_dtype
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_names
-from nerve.analysis.gather import Block, Coded, chunks, encoded, frame_of
+from nerve.analysis.gather import Block, Coded, frame_of
+from nerve.analysis.read import AT_ONCE, Derive, reads
 from nerve.analysis.sampling import with_sampling
-from nerve.cores import allowed
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import completed, ids_of_plain
-from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
+from nerve.storage.parts import DamagedPartError, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
 
 TIMES = ("started", "heartbeat", "ended")
-
-AT_ONCE = 32
-"""Runs that a thread reads at once."""
-
-MOST_THREADS = 4
-"""Threads that read: each has the rows of its runs in memory."""
 
 
 class Runs:
@@ -106,7 +95,7 @@ class Runs:
             groups = groups.iloc[ends[runs.start] : ends[runs.stop]]
         return with_sampling(with_derived(rows), groups)
 
-    def _rows(self, dataset: Dataset, derive: "_Derive | None" = None) -> pd.DataFrame:
+    def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
         """The rows of all runs, each with what `derive` makes of them and the `factors` of its run.
 
         Some runs are read at once, so that no more is in memory than the frame and these.
@@ -116,13 +105,10 @@ class Runs:
         unread: list[Sequence[StoreError]] = []
 
         def blocks() -> Iterator[Block]:
-            def read(runs: slice) -> _Read:
-                return _read(self.records[runs], dataset, runs, derive)
-
-            for each in _in_order(read, chunks(len(self), AT_ONCE)):
-                counts.extend(each.counts)
-                unread.extend(each.unread)
-                yield each.block
+            for read in reads(self.records, dataset, derive):
+                counts.extend(read.counts)
+                unread.extend(read.unread)
+                yield read.block
 
         frame = frame_of(blocks(), -(-len(self) // AT_ONCE))
         self._counts[dataset.name] = counts
@@ -220,58 +206,6 @@ def load_groups(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row per logged value: `run_id, step, name, value`. Else as `load_metrics`."""
     return Runs(path, factors).scalars
-
-
-_Derive = Callable[[pd.DataFrame, slice], pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What was read of some runs: their rows, and of each how many these are and what could not be
-    read."""
-
-    block: Block
-    counts: list[int]
-    unread: list[Sequence[StoreError]]
-
-
-def _read(
-    records: Sequence[RunRecord], dataset: Dataset, runs: slice, derive: _Derive | None
-) -> _Read:
-    reads = [_read_run(record, dataset) for record in records]
-    tables = [table for table, _ in reads]
-    frame = encoded(pa.concat_tables(tables)).to_pandas(split_blocks=True)
-    if derive is not None:
-        frame = derive(frame, runs)
-    lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
-    block = {
-        str(name): values.to_numpy()
-        if name in lists or is_numeric_dtype(values.dtype)
-        else Coded.of(values)
-        for name, values in frame.items()
-    }
-    return _Read(block, [len(table) for table in tables], [errors for _, errors in reads])
-
-
-def _read_run(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
-    """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
-    try:
-        return read_parts(record.directory, dataset, record.run_id)
-    except StoreError as error:
-        return dataset.schema.empty_table(), [error]
-
-
-def _in_order(call: Callable[[slice], _Read], parts: Iterable[slice]) -> Iterator[_Read]:
-    """What `call` gives of each, in their order, a few at once and no more."""
-    n_threads = min(allowed(), MOST_THREADS)
-    with ThreadPoolExecutor(n_threads) as pool:
-        waiting: deque[Future[_Read]] = deque()
-        for part in parts:
-            waiting.append(pool.submit(call, part))
-            if len(waiting) > n_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
