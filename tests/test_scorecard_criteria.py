@@ -205,6 +205,23 @@ def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule):
     assert found.exploratory
 
 
+def test_a_row_that_has_begun_does_not_take_the_place_of_runs_that_are_whole(rule):
+    """Two folders stand for a row of which a run is there and an older one, whole or not."""
+
+    def check_on(missing: dict[str, list[str]]):
+        check = dataclasses.replace(rule.CHECKS[0], sources=tuple(missing))
+        on = SimpleNamespace(names=set(missing), sweep=lambda source: source)
+        judged = {
+            name: SimpleNamespace(source=name, missing=each) for name, each in missing.items()
+        }
+        object.__setattr__(check, "on", lambda source, sweep: judged[source])
+        return check.judge(on).source
+
+    assert check_on({"begun": ["seeds (1 of 2)"], "whole": []}) == "whole"
+    assert check_on({"whole": [], "older": []}) == "whole"
+    assert check_on({"begun": ["seeds (1 of 2)"], "older": ["scale"]}) == "begun"
+
+
 def test_each_claim_has_one_or_two_core_checks(rule):
     counts = pd.Series([check.claim for check in rule.CHECKS]).value_counts()
     assert sorted(counts.index) == list(range(1, 16))
