@@ -64,8 +64,8 @@ def test_skipping_all_positions_is_refused_at_the_end_alone():
     )
     with pytest.raises(MeasurementError, match=f"skip_first={T} of sequences of {T} at most"):
         samples.require_positions()
-    longer = torch.zeros(1, T + 1, D)
-    samples.taken(0, longer, {"pre": longer, "post": longer})
+    for features in (torch.zeros(1, T + 1, D), FEATURES):
+        samples.taken(0, features, {"pre": features, "post": features})
     samples.require_positions()
 
 
