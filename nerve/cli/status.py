@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nerve.cli.console import console, duration, figure, say
+from nerve.cli.console import console, duration, fail, figure, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_saved
 from nerve.errors import NerveError, StoreError
@@ -101,8 +101,7 @@ def main() -> None:
                 return
             time.sleep(WATCHED_EVERY_S)
     except StoreError as error:
-        print(f"nerve-status: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail("nerve-status", str(error))
     except KeyboardInterrupt:
         if not asked.watch:
             sys.exit(128 + signal.SIGINT)

@@ -40,7 +40,7 @@ class How:
     exclude: tuple[int, ...]
     only_labeled: bool
     skip_first: int
-    shortcut: bool
+    shortcut: bool | str
     grouped: Grouped = NOT_GROUPED
     sites: tuple[str, ...] = ()
 

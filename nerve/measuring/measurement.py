@@ -6,7 +6,6 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
-from nerve.measuring.distributed import gathered
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.groups import NOT_GROUPED, Grouped
@@ -26,7 +25,9 @@ class Measurement:
     Args:
         probe: taps the FFNs to measure; installed by the caller.
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
-            W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features).
+            W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features); `projected`
+            does so of 16-bit features as well and leaves their own rounding out, where it has less
+            than 5e-5 of the variance; where it has more, pre itself is taken.
         skip_first: leaves out so many positions at the beginning of each sequence.
         grouped: groups of the samples that are measured by themselves, too.
         sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
@@ -44,7 +45,7 @@ class Measurement:
         self,
         probe: Probe,
         *,
-        shortcut: bool = True,
+        shortcut: bool | str = True,
         skip_first: int = 0,
         grouped: Grouped = NOT_GROUPED,
         sites: Collection[str] = (),
@@ -113,8 +114,7 @@ class Measurement:
 
         Every process must call it; one may have measured nothing.
         """
-        reduce(self._rows())
-        self._n_forwards = sum(gathered(self._n_forwards))
+        self._n_forwards = reduce(self._rows(), self._n_forwards)
 
     def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
         """What is left to solve: one eigenproblem for each FFN, in the order given, and one for

@@ -30,8 +30,8 @@ import nerve
 from nerve import RunRecord, RunStore
 from nerve.errors import MeasurementError
 from nerve.measuring.around import sites_around
-from nerve.measuring.distributed import reduce_covariance
 from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.exchange import OfCovariance, exchange
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
@@ -106,6 +106,7 @@ def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "reduce", reduce)
+    monkeypatch.setattr("nerve.measuring.exchange.rank", lambda: me.rank)
     return me
 
 
@@ -135,7 +136,7 @@ def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
 
     def reduce(rank: int) -> None:
         group_of_three.rank = rank
-        reduce_covariance(accumulators[rank], to, tallies)
+        exchange([OfCovariance(accumulators[rank], to, tallies)], [])
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(reduce, range(3)))
@@ -166,6 +167,19 @@ def measure_shards(rank: int, folder: str) -> None:
             (problem,) = measurement.eigenproblems(rank, WORLD)
             row = json.dumps(problem.solve().row())
             Path(folder, f"{number}-{shortcut}-{rank}.json").write_text(row)
+    for offset in OFFSETS:
+        model = make_model().bfloat16()
+        probe = Probe(ffns(model))
+        probe.install()
+        measurement = Measurement(probe, shortcut="projected")
+        measurement.start()
+        model(rounded_part(rank, offset))
+        measurement.finish_forward()
+        measurement.stop()
+        measurement.reduce()
+        (problem,) = measurement.eigenproblems(rank, WORLD)
+        row = json.dumps({"of_input": problem.of_input, **problem.solve().row()})
+        Path(folder, f"rounded-{offset}-{rank}.json").write_text(row)
     model = make_model(width=16)
     probe = Probe(pooled(model))
     probe.install()
@@ -178,6 +192,27 @@ def measure_shards(rank: int, folder: str) -> None:
     rows = [problem.solve().row() for problem in measurement.eigenproblems(rank, WORLD)]
     Path(folder, f"pooled-{rank}.json").write_text(json.dumps(rows))
     leave()
+
+
+OFFSETS = (0, 100)
+
+
+def rounded_part(rank: int, offset: int) -> torch.Tensor:
+    """Of one process; the mean of the second is `offset`."""
+    return (data()[150 * rank : 150 * (rank + 1)] - 100 + offset * rank).bfloat16()
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_pre_is_projected_by_all_processes_or_by_none(measured_shards, offset):
+    """Where rounding counts in one of them, the others' inputs are converted."""
+    model = make_model().bfloat16()
+    parts = [rounded_part(rank, offset) for rank in range(WORLD)]
+    one = nerve.measure(model, parts, ffns=ffns(model), shortcut="projected")
+    paths = [measured_shards / f"rounded-{offset}-{rank}.json" for rank in range(WORLD)]
+    rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    np.testing.assert_allclose(rows[NUMBERS], one[NUMBERS], rtol=1e-6)
+    assert rows["of_input"].tolist() == [offset == 0] * WORLD
+    assert set(rows["precision"]) == set(one["precision"]) == {"projected_bfloat16"}
 
 
 def sequences(bounds: list[int]) -> torch.Tensor:

@@ -109,7 +109,7 @@ class Data:
     config: Mapping[str, Any]
     record: Mapping[str, Any] = field(default_factory=dict)
     skip_first: int = 0
-    shortcut: bool = True
+    shortcut: bool | str = True
     tokens_seen: Callable[[int], int] = lambda step: 0
     grouped: Grouped = NOT_GROUPED
     sites: tuple[str, ...] = ()
