@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.depth import metrics_by_depth
-from nerve.analysis.frames import require_columns
+from nerve.analysis.frames import at_last_step, require_columns
 from nerve.metric_names import SITES
 
 ROW = ["run_id", "step", "layer", "ffn"]
@@ -38,17 +38,18 @@ def pr_of_groups(
         ConfigError: for frames without these columns, or a factor that is not a column.
     """
     require_columns(groups, [*ROW, "site", "group", "pr"], "load_groups")
-    last = groups[
-        groups["step"] == groups.groupby("run_id", observed=True)["step"].transform("max")
-    ]
+    last = at_last_step(groups)
     wide = last.pivot(index=ROW, columns=["site", "group"], values="pr")
     wide.columns = wide.columns.map(lambda pair: pr_column(*pair))
     for _, site, group, other in _contrasts():
         above, below = (pr_column(site, each) for each in (group, other))
         if above in wide and below in wide:
             wide[pr_column(site, group, other)] = wide[above] / wide[below]
-    rows = metrics.merge(wide.reset_index(), on=ROW)
-    return metrics_by_depth(rows, runs, factors, names=list(wide.columns))
+    steps = last.groupby("run_id", observed=True)["step"].first()
+    own = metrics[metrics["run_id"].isin(steps.index)]  # at all steps, which say how a run ended
+    merged = own.merge(wide.reset_index(), on=ROW, how="left")
+    rows = metrics_by_depth(merged, runs, factors, names=list(wide.columns))
+    return rows[rows["step"] == rows["run_id"].astype(object).map(steps)].reset_index(drop=True)
 
 
 def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataFrame:

@@ -27,7 +27,7 @@ def frames(tables):
     groups at 0 and 10."""
     of_run = [{"step": s, "layer": i, "val_loss": 6 - s / 10} for s in (0, 10, 20) for i in (0, 1)]
     specs = [
-        {"seed": seed, "config": {WIDTH: width}, "rows": of_run}
+        {"seed": seed, "config": {WIDTH: width}, "rows": of_run, "unigram_loss": None}
         for seed, width in ((0, 4), (1, 4), (0, 8))
     ]
     metrics, runs = tables(*specs)
@@ -43,6 +43,7 @@ def test_pr_stands_in_a_column_a_group_at_the_last_step_that_has_groups(frames):
     rows = pr_of_groups(*frames, [WIDTH])
     assert list(rows["run_id"]) == ["run0", "run0", "run1", "run1", "run2", "run2"]
     assert set(rows["step"]) == {10}
+    assert set(rows["flag"]) == {"ok"}  # by all steps: at one alone nobody sees a loss fall
     assert list(rows["depth"]) == [0.25, 0.75] * 3
     assert list(rows[WIDTH]) == [4, 4, 4, 4, 8, 8]
     assert list(rows["pr_post_tail"]) == [2, 8, 4, 4, 5, 7]
