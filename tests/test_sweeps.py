@@ -29,7 +29,7 @@ from support import hydra_at_conf
 from torch.nn import functional as F
 
 import nerve
-from nerve.cli.config.compose import SWEEPS, build, identity
+from nerve.cli.config.compose import CONF, SWEEPS, build, identity
 from nerve.cli.run import main
 from nerve.cli.sweep.grid import StoredRuns, Trial, compose_grid
 from nerve.config import from_mapping
@@ -63,12 +63,14 @@ class Sweep:
     """One command of a header, composed as `nerve-run` does it.
 
     Attributes:
+        base: what the command line is read against, without the axes.
         hydra: what Hydra would start the sweep with.
         found: each trial of the first seed, as it is found in the folder of the study.
         trials: their configurations.
         seeds: the values of that axis.
     """
 
+    base: DictConfig
     hydra: DictConfig
     found: tuple[Trial, ...]
     trials: tuple[DictConfig, ...]
@@ -102,7 +104,8 @@ def composed(name: str, scale: str) -> Sweep:
     assert config_name == f"--config-name={name}"
     with hydra_at_conf():
         loader = GlobalHydra.instance().config_loader()
-        hydra = compose(name, overrides, return_hydra_config=True).hydra
+        base = compose(name, overrides, return_hydra_config=True)
+        hydra = base.hydra
         there = [f"hydra.sweep.dir={folder(name, scale)}", "hydra.runtime.output_dir=."]
         config = loader.load_configuration(name, [*overrides, *there], run_mode=RunMode.MULTIRUN)
         axes = grid(hydra.sweeper.params)
@@ -110,6 +113,7 @@ def composed(name: str, scale: str) -> Sweep:
         points = itertools.product(*axes.values(), seeds[:1])
         found = compose_grid(loader, config, [[*point, *overrides] for point in points])
     return Sweep(
+        base,
         hydra,
         tuple(found),
         tuple(trial.run_config() for trial in found),
@@ -278,6 +282,18 @@ def test_every_trial_builds_at_its_full_size_and_is_measured_on_the_same_tokens(
 def test_every_trial_takes_two_training_steps(name, scale):
     for trial in composed(name, scale).trials:
         train_two_steps(trial, shrunk(values_of(trial), scale))
+
+
+@every_sweep
+def test_one_value_of_an_axis_can_be_asked_for(name):
+    """`nerve-run --config-name=cause_dose activation.alpha=0.5` is read against what the sweep is
+    without its axes, which must have that key."""
+    sweep = composed(name, "cpu")
+    keys = [key for key in sweep.hydra.sweeper.params if not (CONF / key).is_dir()]
+    keys = [key for key in keys if not (SWEEPS / key).is_dir()]
+    for key in keys:
+        parent, _, leaf = key.rpartition(".")
+        assert leaf in (OmegaConf.select(sweep.base, parent) if parent else sweep.base), key
 
 
 @every_sweep
