@@ -5,8 +5,7 @@ in a warning whatever they leave out. Unfinished and failed runs are in every fr
 `run_status` tells them.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -19,15 +18,12 @@ from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_names
 from nerve.analysis.gather import Block, Coded, frame_of
 from nerve.analysis.read import AT_ONCE, Derive, StoredRun, reads
+from nerve.analysis.run_rows import RunRows
 from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.storage.identity import completed, ids_of_plain
 from nerve.storage.parts import DamagedPartError, warn_damaged
-from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
-
-TIMES = ("started", "heartbeat", "ended")
 
 
 class Runs:
@@ -50,9 +46,10 @@ class Runs:
 
     def __init__(self, paths: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> None:
         require_names(factors=factors)
-        records = load_records(paths)
+        rows = RunRows()
+        records = load_records(paths, rows.take_from)
         self.records = [StoredRun(record.run_id, record.directory) for record in records]
-        self.frame = _frame(records)
+        self.frame = rows.frame([record.directory for record in records])
         self.factors = tuple(factors)
         self._counts: dict[str, list[int]] = {}
 
@@ -213,32 +210,6 @@ def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
         return Coded.of(values).repeat(counts)
     own = values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array
     return own.repeat(counts)
-
-
-def _frame(records: Sequence[RunRecord]) -> pd.DataFrame:
-    frame = pd.DataFrame([_row(record) for record in records])
-    for name in TIMES:
-        frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
-    return frame
-
-
-def _row(record: RunRecord) -> dict[str, Any]:
-    values = {name: value for name, value in vars(record).items() if name != "config"}
-    values |= {"directory": str(record.directory), "job": record.job or {}}
-    if record.error is not None:
-        values["error"] = ": ".join(str(text) for text in record.error.values())
-    _, values["design_id"] = ids_of_plain(record.config)
-    leaves = dict(_leaves(completed(record.config)))
-    # A key of the configuration cannot take the name of what the record itself says (seed).
-    return {**leaves, **dict(_leaves(values))}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
 
 
 def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:
