@@ -69,8 +69,10 @@ def _read(
     records: Sequence[StoredRun], dataset: Dataset, runs: slice, derive: Derive | None
 ) -> Read:
     found = [_read_one(record, dataset) for record in records[runs]]
-    tables = [table for table, _ in found]
-    frame = encoded(pa.concat_tables(tables)).to_pandas(split_blocks=True)
+    counts, unread = [len(table) for table, _ in found], [errors for _, errors in found]
+    table = encoded(pa.concat_tables([table for table, _ in found]))
+    frame = table.to_pandas(split_blocks=True)
+    del found, table  # most of the memory that this takes
     if derive is not None:
         frame = derive(frame, runs)
     lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
@@ -80,7 +82,7 @@ def _read(
         else Coded.of(values)
         for name, values in frame.items()
     }
-    return Read(block, [len(table) for table in tables], [errors for _, errors in found])
+    return Read(block, counts, unread)
 
 
 def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
