@@ -14,6 +14,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 from omegaconf import OmegaConf
+from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
 from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
 
 from nerve.cli.config.compose import CONF, SWEEPS
