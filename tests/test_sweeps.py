@@ -367,7 +367,6 @@ STATES = {
     "normfree_gpu": {RunState.DONE: 17, RunState.FAILED: 1},  # the loss of one became infinite
     "cause_pre_scale": {RunState.DONE: 23, RunState.FAILED: 1},  # norm-free with SD(u) = 1
     "cause_pre_scale_gpu": {RunState.DONE: 18, RunState.FAILED: 6},  # norm-free with .4 and 1
-    "cause_regularizer_gpu": {RunState.DONE: 21, RunState.NEW: 9},  # as the queue says
 }
 """Of the folders that do not hold every trial of their command, done."""
 

@@ -146,6 +146,7 @@ class Solver:
         """
         is_beside = bool(self._pool or self._of_gpu)
         if is_beside:
+            self._collect_done()
             self._raise_failed()
         ready = None
         if self._stream is not None:
@@ -172,8 +173,7 @@ class Solver:
     def finished(self) -> Iterator[Solved]:
         """Gives the measurements that are solved, without waiting. Raises as `submit`, but of
         several processes only that does, as all must."""
-        while self._pending and self._pending[0].is_done:
-            self._collect()
+        self._collect_done()
         while self._parts:
             solved = self._solved(wait=False)
             if solved is None:
@@ -268,6 +268,10 @@ class Solver:
         """What all measurements but the newest take of the device."""
         return sum(each.n_bytes for each in list(self._pending)[:-1])
 
+    def _collect_done(self) -> None:
+        while self._pending and self._pending[0].is_done:
+            self._collect()
+
     def _collect(self) -> None:
         """Takes the spectra of the oldest measurement, which are waited for."""
         labels, waiting = self._pending.popleft()
@@ -284,6 +288,7 @@ class Solver:
                     f"solved: {cause}"
                 )
                 error.__cause__ = cause
+        self._failed = self._failed or error
         part = _Part(labels, spectra, groups, error)
         if self._mail is not None and rank() > 0:
             self._mail.send((spectra, groups, None if error is None else str(error)))
@@ -299,12 +304,11 @@ class Solver:
             spectra = in_turns([spectra, *(each[0] for each in others)])
             groups = in_turns([groups, *(each[1] for each in others)])
             told = next((each[2] for each in others if each[2] is not None), None)
-            error = MeasurementError(told) if error is None and told is not None else error
+            if error is None and told is not None:
+                error = MeasurementError(told)
+                self._failed = self._failed or error
         self._parts.popleft()
-        if error is not None:
-            self._failed = self._failed or error
-            return None
-        return Solved(labels, spectra, groups)
+        return Solved(labels, spectra, groups) if error is None else None
 
     def _raise_failed(self) -> None:
         """Raises what could not be solved, in all processes, which must call it alike."""

@@ -40,6 +40,7 @@ def test_what_is_read_beside_is_not_given_to_training_before():
     others = [torch.full((2**24,), 7.0, device=device) for _ in range(3)]
     aside.let_go()
     assert len(aside._held) == 1
-    aside.close()
-    assert (float(total), float(others[0][0])) == (2**24, 7)
+    torch.cuda.synchronize()
+    aside.let_go()
     assert not aside._held
+    assert (float(total), float(others[0][0])) == (2**24, 7)
