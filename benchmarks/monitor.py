@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -55,11 +56,17 @@ class Clock(L.Callback):
 
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []
+        self._began = time.perf_counter()
+        self.first_s = 0.0
+        """Seconds from here to the end of the second step, by which all graphs are compiled."""
 
     def on_train_batch_end(self, *args: object) -> None:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._events.append(event)
+        if len(self._events) == 2:
+            event.synchronize()
+            self.first_s = time.perf_counter() - self._began
 
     def milliseconds(self) -> list[float]:
         """Of each step from the second on."""
@@ -155,9 +162,16 @@ class PlainBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.before_ffn(x))))
 
 
-def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> tuple[list[float], int]:
-    """Lightning, with the monitor if given a cadence; ms of each step, and the peak of device
-    memory in bytes."""
+class Run(NamedTuple):
+    """What a run took: ms of each step, bytes of the device at most, and `Clock.first_s`."""
+
+    times: list[float]
+    peak: int
+    first_s: float
+
+
+def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> Run:
+    """Lightning, with the monitor if given a cadence."""
     clock = Clock()
     schedule = Schedule("constant", cooldown=0.0)
     module = LanguageModel(make_model(args), optimizer_of, schedule, compile=True)
@@ -187,7 +201,7 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> tuple[
         )
         train = Tokens(args.steps, args.batch, args.seq_len, args.device)
         trainer.fit(module, train, Tokens(1, 8, args.seq_len, args.device))
-    return clock.milliseconds(), torch.cuda.max_memory_allocated()
+    return Run(clock.milliseconds(), torch.cuda.max_memory_allocated(), clock.first_s)
 
 
 def buffered(args: argparse.Namespace) -> float:
@@ -239,9 +253,9 @@ def compare_loops(args: argparse.Namespace) -> None:
     print(f"plain loop, GPT-2 written by hand: {hand:8.1f} ms per step", flush=True)
     plain = statistics.median(plain_loop(args, make_model(args))[20:])
     print(f"plain loop, the model of nerve:    {plain:8.1f} ms per step", flush=True)
-    bare = statistics.median(lightning_run(args, None)[0][20:])
+    bare = statistics.median(lightning_run(args, None).times[20:])
     print(f"Lightning without the monitor:     {bare:8.1f} ms per step", flush=True)
-    idle = statistics.median(lightning_run(args, 10**9)[0][20:])
+    idle = statistics.median(lightning_run(args, 10**9).times[20:])
     print(
         f"Lightning, monitor not measuring:  {idle:8.1f} ms per step: {bare / idle:.3f} of the "
         f"speed without it, {plain / idle:.3f} of the plain loop's, {hand / idle:.3f} of the "
@@ -254,8 +268,8 @@ def measure_stall(
 ) -> tuple[list[str], float, list[tuple[float, float]]]:
     """What measuring adds to training: lines to print, ms of a step between measurements, and of
     the stall of each, as `stalls` gives it."""
-    bare_peak = lightning_run(args, None)[1]
-    times, peak = lightning_run(args, args.every)
+    bare_peak = lightning_run(args, None).peak
+    times, peak, _ = lightning_run(args, args.every)
     typical = statistics.median(times[20:])
     found = stalls(times, args.every, typical)
     all_stalls = [whole for whole, _ in found]
@@ -313,14 +327,13 @@ def main() -> None:
     torch.cuda.set_device(rank())
     if rank() == 0:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}", flush=True)
-    if args.devices == 1:
-        compare_loops(args)
     lines, step_ms, stalls_ms = measure_stall(args)
     if rank() == 0:
         print("\n".join(lines), flush=True)
         if args.write:
             write(args.write, started, step_ms, stalls_ms)
     if args.devices == 1:
+        compare_loops(args)
         seconds = buffered(args)
         times = 1000 * seconds / statistics.mean(whole for whole, _ in stalls_ms)
         print(f"buffered way: {seconds:.1f} s, {times:.0f} times the stall")

@@ -1,4 +1,4 @@
-"""How the cost of a measurement grows: with the features' type, width, samples, depth and cadence.
+"""How the cost of a measurement grows: with type, width, samples, depth and cadence, and the way.
 
 The FFNs are real layers on random inputs, measured as in training: products on the device, problems
 copied to the host and solved there by threads. `blocked` is the time for which a measurement holds
@@ -47,7 +47,15 @@ class Layer(nn.Module):
 class Stack:
     """Layers that are measured one after the other on the same inputs."""
 
-    def __init__(self, n_layers: int, d_ff: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        n_layers: int,
+        d_ff: int,
+        dtype: torch.dtype,
+        device: str,
+        shortcut: bool | str = False,
+    ) -> None:
+        self.shortcut = shortcut
         self.layers = [Layer(d_ff, device, dtype) for _ in range(n_layers)]
         self.inputs = torch.randn(ROWS, d_ff // 4, device=device, dtype=dtype)
         self.probe = Probe(
@@ -61,7 +69,7 @@ class Stack:
                 layer(self.inputs)
 
     def measure(self, n_batches: int = 1) -> Measurement:
-        measurement = Measurement(self.probe, shortcut=False)
+        measurement = Measurement(self.probe, shortcut=self.shortcut)
         for _ in range(n_batches):
             measurement.start()
             self.forward()
@@ -153,6 +161,24 @@ def by_size(device: str, solver: Solver) -> None:
         )
 
 
+def by_way(device: str, solver: Solver) -> None:
+    """Core-seconds are those of all threads of this process, from the first product to the last
+    spectrum."""
+    print("pre itself, and projected from the FFN's input: 12 layers, bfloat16, 65,536 tokens")
+    for d_ff in (2048, 3072, 4096):
+        for shortcut in (False, "projected"):
+            stack = Stack(12, d_ff, torch.bfloat16, device, shortcut)
+            blocked, solved = cost(stack, solver, 1)
+            began = time.process_time()
+            list(solver.submit({}, stack.measure().eigenproblems()))
+            list(solver.drain())
+            print(
+                f"  d_ff {d_ff:5} {shortcut or 'pre itself':10}: blocked {blocked:7.1f} ms, solved "
+                f"after {solved:6.2f} s, {time.process_time() - began:6.1f} core-seconds",
+                flush=True,
+            )
+
+
 def by_cadence(device: str, solver: Solver) -> None:
     """Steps of matrix products in place of training."""
     print("cadence: 12 layers, d_ff 3072, 65,536 tokens, beside steps of matrix products")
@@ -186,13 +212,15 @@ def by_cadence(device: str, solver: Solver) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="a CUDA device")
-    device = parser.parse_args().device
+    parts = {"type": by_type, "size": by_size, "way": by_way, "cadence": by_cadence}
+    parser.add_argument("--only", choices=parts, nargs="+", default=list(parts))
+    args = parser.parse_args()
+    device = args.device
     solver = Solver(torch.device(device), spare_workers(torch.device(device)))
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, {solver.n_workers} threads solve")
-    by_type(device, solver)
-    by_size(device, solver)
-    by_cadence(device, solver)
+    for name in args.only:
+        parts[name](device, solver)
     solver.close()
 
 

@@ -3,8 +3,9 @@
 Each process trains a compiled GPT-2 125M of random tokens under Lightning (benchmarks/monitor.py's
 run) with the monitor measuring the training batch. A stall is what the steps from a measurement to
 the next one take beyond as many steps of those in between. That of step 0 falls into the time in
-which graphs are compiled, and is not told apart from it: what it makes (pinned memory, kernels) is
-printed instead, and stays there for the twelve or more that follow.
+which graphs are compiled: for it the seconds up to the end of the second step are printed, beside
+those of one more process that trains without the monitor. What it makes (pinned memory, kernels)
+stays there for the twelve or more that follow.
 """
 
 import argparse
@@ -65,11 +66,18 @@ def timed(owner: type, name: str, marks: list[Any]) -> None:
 
 def one(args: argparse.Namespace) -> None:
     """A process of its own: trains, and prints what it found as JSON."""
+    if args.cores and monitor.rank() == 0:  # the others begin with those of the first
+        cores = sorted(os.sched_getaffinity(0))[args.place * args.cores :][: args.cores]
+        os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
+    if args.plain:
+        args.steps = 4
+        print("FIRST " + str(monitor.lightning_run(args, None).first_s), flush=True)
+        os._exit(0)
     marks: list[Any] = []
     for owner, name in PARTS if args.parts else ():
         timed(owner, name, marks)
     args.steps = args.every * (args.measurements + 1) - 2
-    times, peak = monitor.lightning_run(args, args.every)
+    times, peak, first_s = monitor.lightning_run(args, args.every)
     first = [t for i, t in enumerate(times) if i % args.every > args.every // 2]
     typical = statistics.median(first)
     # times[i] is that of step i + 1; the measured step of s is the one after it, and validation
@@ -84,6 +92,7 @@ def one(args: argparse.Namespace) -> None:
         host = torch.cuda.host_memory_stats()
     found: dict[str, Any] = {
         "step_ms": typical,
+        "first_s": first_s,
         "spread_ms": statistics.median(abs(t - typical) for t in first),
         "stall_ms": stalls,
         "robust_ms": [ms for ms, _ in monitor.stalls(times, args.every, typical)],
@@ -114,11 +123,11 @@ def visible_devices() -> list[str]:
     return [each.strip() for each in named.split(",") if each.strip()]
 
 
-def started(args: argparse.Namespace, place: int) -> subprocess.Popen[str]:
-    """A fresh process on GPUs of its own, of those that this one may use."""
+def started(args: argparse.Namespace, place: int, *more: str) -> subprocess.Popen[str]:
+    """A fresh process on GPUs and cores of its own, of those that this one may use."""
     share = slice(place * args.devices, (place + 1) * args.devices)
     visible = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible_devices()[share])}
-    command = [sys.executable, __file__, "--one", *sys.argv[1:]]
+    command = [sys.executable, __file__, "--one", f"--place={place}", *more, *sys.argv[1:]]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=visible)
 
@@ -151,6 +160,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=60, help="steps between measurements")
     parser.add_argument("--devices", type=int, default=1, help="GPUs of each process")
     parser.add_argument("--parts", action="store_true", help="time the parts, which costs some")
+    parser.add_argument("--cores", type=int, default=16, help="of each process; 0 for all")
+    parser.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     sizes = {"layers": 12, "d_model": 768, "batch": 512, "seq_len": 128}
     for name, size in sizes.items():
@@ -164,11 +176,18 @@ def main() -> None:
         one(args)
     n_at_once = max(1, torch.cuda.device_count() // args.devices)
     everything: list[float] = []
-    for start in range(0, args.processes, n_at_once):
-        numbers = range(start, min(start + n_at_once, args.processes))
-        runs = [started(args, number - start) for number in numbers]
-        for number, run in zip(numbers, runs, strict=True):
-            everything += told(number, *run.communicate())
+    numbers = range(args.processes + 1)  # the last one without the monitor, with warm caches
+    for start in numbers[::n_at_once]:
+        here = numbers[start : start + n_at_once]
+        plain = [["--plain"] if number == args.processes else [] for number in here]
+        runs = [started(args, n - start, *more) for n, more in zip(here, plain, strict=True)]
+        for number, run in zip(here, runs, strict=True):
+            output, errors = run.communicate()
+            if number < args.processes:
+                everything += told(number, output, errors)
+            else:
+                seconds = output.partition("FIRST ")[2].split()
+                print(f"without the monitor: first_s: {seconds[0] if seconds else errors[-2000:]}")
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.devices} GPU(s): of "
         f"{len(everything)} measurements mean {statistics.mean(everything):.2f} steps, worst "

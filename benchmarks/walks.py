@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import inspect
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,27 +47,47 @@ class Walk:
 
     def __init__(self) -> None:
         self.files: list[str] = []
-        self._on = False
+        self._names: dict[str, str] = {}
 
     def start(self) -> None:
-        self._on = True
         threading.setprofile(self._enter)
         sys.setprofile(self._enter)
 
     def stop(self) -> None:
-        self._on = False
         sys.setprofile(None)
         threading.setprofile(None)
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> None:
-        path = Path(frame.f_code.co_filename)
-        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # bodies of classes are none
-        if not self._on or event != "call" or not is_function:
+        """Is called for whatever Python calls, torch and Lightning most of all: what is none of
+        nerve must go at once."""
+        if event != "call":
             return
-        if PACKAGE in path.parents:
-            name = path.relative_to(PACKAGE).as_posix()
-            if name not in self.files:
-                self.files.append(name)
+        filename = frame.f_code.co_filename
+        name = self._names.get(filename)
+        if name is None:
+            name = self._names[filename] = name_in_nerve(filename)
+        if name and name not in self.files and is_entered(frame):
+            self.files.append(name)
+
+
+def name_in_nerve(filename: str) -> str:
+    """The path of a Python file within the package; empty for any other."""
+    path = Path(filename)
+    is_ours = PACKAGE in path.parents and path.suffix == ".py"
+    return path.relative_to(PACKAGE).as_posix() if is_ours else ""
+
+
+def is_entered(frame: FrameType) -> bool:
+    """Whether this is a function, and not a part of importing its file or another one of nerve."""
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # the body of a class or of a file
+        return False
+    caller: FrameType | None = frame
+    while caller is not None:
+        code = caller.f_code
+        if code.co_name == "<module>" and name_in_nerve(code.co_filename):
+            return False
+        caller = caller.f_back
+    return True
 
 
 class Stop(BaseException):
@@ -141,10 +162,23 @@ def to_table(walk: Walk) -> None:
 
 def to_report(walk: Walk) -> None:
     run = [sys.executable, "-m", "nerve.cli.run", "-m", "activation=gelu,relu", *TINY]
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(run, check=True)
     walk.start()
     command("report", "outputs")
     walk.stop()
+
+
+@contextlib.contextmanager
+def silent_processes() -> Iterator[None]:
+    """Lets the processes that are started here print nothing."""
+    stdout = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
 
 
 def main() -> None:
@@ -163,6 +197,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
+        silent_processes(),
         contextlib.suppress(Stop),
     ):
         walks[args.walk](walk)

@@ -112,6 +112,27 @@ def require_count(key: str, value: object, *, least: int = 1, or_null: bool = Fa
     )
 
 
+def require_steps(key: str, value: object, *, or_empty: bool = False) -> None:
+    """Raises `ConfigError` unless `value` is a list of optimizer steps, or an empty one if that is
+    allowed."""
+    is_list = _is_of(value, list) and (or_empty or bool(value))
+    require(
+        is_list and all(_is_of(step, int) and step >= 0 for step in value),  # type: ignore[attr-defined]
+        f"{key} must be a list of optimizer steps, whole numbers from 0, as in [0,1,2,4,8]; got "
+        f"{value!r}.",
+    )
+
+
+def require_reached(key: str, steps: Collection[int], last: int) -> None:
+    """Raises `ConfigError` for steps that a run of `last` steps does not come to."""
+    late = [step for step in steps if step > last]
+    require(
+        not late,
+        f"{key} takes steps from 0 to trainer.max_steps; got {', '.join(map(str, late))} with "
+        f"trainer.max_steps={last}. Leave these out, or train for longer.",
+    )
+
+
 def require_left(key: str, skip_first: int, key_of_length: str, length: int) -> None:
     """Raises `ConfigError` unless sequences have positions beyond those that are left out."""
     require(

@@ -45,6 +45,12 @@ def are_fewer() -> bool:
     return allowed() < _of_system()
 
 
+def memory() -> int:
+    """Bytes of memory that this process may use with those beside it: what the host has, or fewer
+    where a control group says so."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_memory_limits()])
+
+
 def _of_system() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -58,15 +64,29 @@ def _of_task() -> list[int]:
 
 def _quotas() -> Iterator[float]:
     """Cores' time per time that the control groups of this process allow, and those around them."""
+    for is_first, folder in _groups("cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_first else ("cpu.max",)
+        yield from _quota(*(folder / name for name in names))
+
+
+def _memory_limits() -> Iterator[int]:
+    """Bytes that they allow."""
+    for is_first, folder in _groups("memory"):
+        with suppress(OSError, ValueError):  # of `max`: none
+            name = "memory.limit_in_bytes" if is_first else "memory.max"
+            yield int((folder / name).read_text())
+
+
+def _groups(controller: str) -> Iterator[tuple[bool, Path]]:
+    """The folders of the control groups of this process that have a controller, and of those around
+    them; with each, whether it is of the first version."""
     with suppress(OSError):
         for line in _MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers == "":  # version 2
-                for folder in _upwards(_CGROUPS, path):
-                    yield from _quota(folder / "cpu.max")
-            elif "cpu" in controllers.split(","):
-                for folder in _upwards(_CGROUPS / "cpu", path):
-                    yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            if controllers == "":
+                yield from ((False, folder) for folder in _upwards(_CGROUPS, path))
+            elif controller in controllers.split(","):
+                yield from ((True, folder) for folder in _upwards(_CGROUPS / controller, path))
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:

@@ -83,3 +83,24 @@ def test_where_the_system_does_not_say_they_are_all_or_one(monkeypatch):
     assert cores.allowed() == 5
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cores.allowed() == 1
+
+
+@pytest.mark.parametrize(
+    ("membership", "file", "text", "expected"),
+    [
+        ("0::/a/b\n", "a/memory.max", "3000\n", 3000),  # of a group around it
+        ("0::/a/b\n", "a/b/memory.max", "max\n", 8192),
+        ("0::/a/b\n", "memory.max", "9000\n", 8192),
+        ("3:memory:/x\n0::/\n", "memory/x/memory.limit_in_bytes", "5000\n", 5000),
+        ("3:cpu:/x\n", "memory/x/memory.limit_in_bytes", "5000\n", 8192),
+    ],
+)
+def test_the_memory_is_that_of_the_host_or_what_a_container_may_have(
+    host, monkeypatch, tmp_path, membership, file, text, expected
+):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}.__getitem__)
+    host(membership)
+    path = tmp_path / "cgroup" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    assert cores.memory() == expected

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -37,8 +38,27 @@ ALLOWED = {
     "report": BASE - {"spectra"} | {"storage", "analysis"},
 }
 
+# Of the commands, folder or file to what of nerve/cli it may import beside itself.
+OF_COMMANDS = {
+    "console": set(),
+    "saved": set(),
+    "text_table": {"console"},
+    "config": {"saved"},
+    "experiment": {"config", "console"},
+    "sweep": {"config", "console", "experiment"},
+    "queued": {"sweep"},
+    "probing": {"console", "experiment"},
+    "run": {"config", "console", "experiment", "sweep"},
+    "probe": {"console", "probing"},
+    "report": {"console"},
+    "status": {"console", "queued", "saved", "text_table"},
+    "entry": set(),
+}
+
 # Folder to what it must not import from elsewhere, nor through what it imports.
+LIGHT = ("lightning", "torch", "matplotlib", "pandas")
 WITHOUT = {
+    **dict.fromkeys(("errors", "config", "files", "cores", "progress", "metric_names"), LIGHT),
     "spectra": ("lightning", "torch.distributed"),
     "nn": ("lightning",),
     "models": ("lightning",),
@@ -52,13 +72,18 @@ WITHOUT = {
 }
 
 
+CALLED = ("import_module", "__import__")
+"""Functions that import what they are called with."""
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
-    """Every dotted name that a file imports, at any depth; relative imports count as a fault."""
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Every dotted name that a file imports, at any depth; relative imports are a fault."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -66,7 +91,9 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(CALLED):
+            names |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+    return frozenset(names)
 
 
 def within(name: str, folder: str) -> bool:
@@ -78,9 +105,49 @@ def folder_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def place_in_cli(module: str) -> str:
+    """`nerve.cli.sweep.grid` is in `sweep`; empty for what is not in nerve/cli."""
+    return module.split(".")[2] if module.startswith("nerve.cli.") else ""
+
+
+def reached(modules: dict[str, frozenset[str]], start: str) -> set[str]:
+    """What of nerve a module imports by way of others, with the packages around each."""
+    found, waiting = set(), [start]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            packages = [module.rsplit(".", n)[0] for n in range(1, module.count("."))]
+            waiting += [*packages, *(owner(modules, name) for name in modules[module])]
+            waiting = [each for each in waiting if each not in ("", "nerve")]
+    return found
+
+
+def owner(modules: dict[str, frozenset[str]], name: str) -> str:
+    """The file that an imported name is in or of; empty for what is not of nerve."""
+    parts = name.split(".")
+    tried = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((each for each in tried if each in modules), "")
+
+
 def test_every_folder_has_a_rule():
     folders = {folder_of(module_name(path)) for path in FILES} - {"", "cli"}
     assert folders == set(ALLOWED)
+    assert {place_in_cli(module_name(path)) for path in FILES} - {""} == set(OF_COMMANDS)
+
+
+@pytest.mark.parametrize("rules", [ALLOWED, OF_COMMANDS])
+def test_no_rule_allows_a_circle_of_folders(rules):
+    TopologicalSorter(rules).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("folder", WITHOUT)
+def test_what_a_folder_is_to_be_without_comes_by_no_way(folder):
+    modules = {module_name(path): imports(path) for path in FILES}
+    mine = [module for module in modules if folder_of(module) == folder]
+    for module in {each for start in mine for each in reached(modules, start)}:
+        wrong = {n for n in modules[module] for other in WITHOUT[folder] if within(n, other)}
+        assert not wrong, f"{folder} imports {module}, which imports {wrong}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -92,23 +159,20 @@ def test_imports_point_one_way(path):
         allowed = ALLOWED[folder] | {folder}
         wrong = {name for name in ours if folder_of(name) not in allowed}
         assert not wrong, f"{folder} must not import {wrong}"
-    forbidden = WITHOUT.get(folder, ())
-    if folder != "cli":
-        forbidden = (*forbidden, "hydra", "omegaconf", "nerve.cli")
+    if (place := place_in_cli(module)) != "":
+        allowed = OF_COMMANDS[place] | {place, ""}
+        wrong = {name for name in ours if place_in_cli(name) not in allowed}
+        assert not wrong, f"cli/{place} must not import {wrong}"
+    forbidden = () if folder == "cli" else ("hydra", "omegaconf", "nerve.cli")
     wrong = {name for name in imported for other in forbidden if within(name, other)}
     assert not wrong, f"{folder or module} must not import {wrong}"
 
 
 def test_no_two_files_import_each_other():
     graph = {module_name(path): imports(path) for path in FILES}
-    modules = sorted(graph, key=len, reverse=True)
     edges = {
-        module: {next((m for m in modules if within(name, m)), "") for name in names} - {module}
+        module: {owner(graph, name) for name in names} - {module, "", "nerve"}
         for module, names in graph.items()
-    }
-    edges = {
-        module: {name for name in names if name not in ("", "nerve")}
-        for module, names in edges.items()
     }
     TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
 

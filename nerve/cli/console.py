@@ -1,9 +1,11 @@
-"""How the commands print."""
+"""How the commands read lists, print and fail."""
 
+import argparse
 import io
 import math
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -21,6 +23,22 @@ def say(line: str) -> None:
     """Prints a line as it is, at once: processes that write to the same terminal come after it."""
     _print_all_letters()
     print(line, flush=True)
+
+
+def fail(command: str, message: str, exit_status: int = 1) -> NoReturn:
+    """Ends a command with a message that names it, on stderr."""
+    print(f"{command}: {message}", file=sys.stderr)
+    sys.exit(exit_status)
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The numbers of an argument such as 0,100,400."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"whole numbers with commas between, such as 0,100,400; got {text!r}"
+        ) from error
 
 
 def _print_all_letters() -> None:

@@ -1,11 +1,9 @@
 """`nerve-probe`: measures a model that is trained, or its checkpoints."""
 
 import argparse
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from nerve.cli.console import say
+from nerve.cli.console import fail, say, whole_numbers
 from nerve.errors import NerveError
 from nerve.progress import shown
 
@@ -41,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with shown() as progress:
             probe(source_of(asked), asked, output=output, progress=progress)
     except NerveError as error:
-        _fail(str(error))
+        fail("nerve-probe", str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on after the last checkpoint", 130)
+        fail("nerve-probe", "interrupted; the same command goes on after the last checkpoint", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,14 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", metavar="FOLDER", help="default: outputs/probe/<model>-<id>")
     add("--list", action="store_true", help="show the FFNs that are found, and measure nothing")
     add("--select", metavar="GLOB", help="FFNs by their path in the model, such as '*.mlp'")
-    add("--layers", type=_numbers, metavar="I,I,…", help="default: all")
+    add("--layers", type=whole_numbers, metavar="I,I,…", help="default: all")
     add("--skip-first", type=int, metavar="N", help="positions that begin each sequence, left out")
     either = argparse.BooleanOptionalAction
     add("--sites", type=_names, metavar="S,S,…", help="stream_in, input, output, stream_out")
     add("--groups", type=_names, metavar="G,G,…", help="of position, frequency, halves")
     add("--spectra", action=either, default=True, help="store the eigenvalues (default)")
     add("--memory", metavar="SIZE", help="matrices held at once, such as 8GiB; else more passes")
-    add("--steps", type=_numbers, metavar="S,S,…", help="of the models; default: as names say")
+    add("--steps", type=whole_numbers, metavar="S,S,…", help="of the models; default: as names say")
     add("--device", help="default: a GPU where there is one")
     add("--dtype", help="float32, bfloat16, float16 or float64; default: that of the weights")
     text = parser.add_argument_group("text (not for runs of nerve)").add_argument
@@ -84,20 +82,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"whole numbers with commas between, such as 0,100,400; got {text!r}"
-        ) from error
-
-
-def _fail(message: str, exit_status: int = 1) -> NoReturn:
-    print(f"nerve-probe: {message}", file=sys.stderr)
-    sys.exit(exit_status)
 
 
 if __name__ == "__main__":

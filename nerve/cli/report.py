@@ -2,11 +2,9 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from nerve.cli.console import say
+from nerve.cli.console import fail, say, whole_numbers
 from nerve.errors import NerveError
 from nerve.progress import shown
 
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 progress=progress,
             )
     except NerveError as error:
-        _fail(str(error))
+        fail("nerve-report", str(error))
     say(f"report: {shlex.quote(str(index))}")
 
 
@@ -62,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--steps",
-        type=_steps,
+        type=whole_numbers,
         default=(),
         metavar="S,S,…",
         help="steps whose spectra are drawn, for one run; default: four from first to last",
@@ -74,20 +72,6 @@ def _parser() -> argparse.ArgumentParser:
         "label, and step, layer or val_loss",
     )
     return parser
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"steps are whole numbers with commas between, such as 0,100,400; got {text!r}"
-        ) from error
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"nerve-report: {message}", file=sys.stderr)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.conf import HydraConf
@@ -28,7 +27,8 @@ from nerve.cli.config.overrides import (
 )
 from nerve.cli.config.paths import require_directories, with_literal_paths
 from nerve.cli.config.resume import prepare_resume
-from nerve.cli.experiment.check import CheckInPlaceOfRun, check_composed
+from nerve.cli.console import fail
+from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
 from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
@@ -70,9 +70,9 @@ def main() -> None:
         message = command.message(error)
         if message is None:
             raise
-        _fail(message, error.exit_status if isinstance(error, SweepError) else 1)
+        fail("nerve-run", message, error.exit_status if isinstance(error, SweepError) else 1)
     if command.failures:
-        _fail("\nnerve-run: ".join(map(str, command.failures)))
+        fail("nerve-run", "\nnerve-run: ".join(map(str, command.failures)))
 
 
 class _Command:
@@ -145,11 +145,6 @@ def _explained(error: Exception) -> str:
         return no_such_sweep(missing[1])
     hint = HINTS.get(getattr(error, "missing_cfg_file", None) or "")
     return f"{explain_error(error)}\n{hint}" if hint else explain_error(error)
-
-
-def _fail(message: str, exit_status: int = 1) -> NoReturn:
-    print(f"nerve-run: {message}", file=sys.stderr)
-    sys.exit(exit_status)
 
 
 if __name__ == "__main__":

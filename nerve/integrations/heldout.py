@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nerve.config import require
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.forward import evaluating
-from nerve.recording.losses import loss_of
+from nerve.recording.cadence import loss_of
 from nerve.recording.recorder import Recorder
 
 Forward = Callable[[nn.Module, Any], object]

@@ -22,8 +22,7 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.forward import evaluating
 from nerve.recording.recorder import Recorder
 from nerve.recording.run import RecordedRun
-from nerve.recording.settings import MonitorSettings
-from nerve.recording.steps import MeasuredSteps
+from nerve.recording.settings import MeasuredSteps, MonitorSettings
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nerve.integrations.features import untraced
 from nerve.measuring.distributed import n_processes
-from nerve.recording.losses import loss_of
+from nerve.recording.cadence import loss_of
 from nerve.recording.recorder import Recorder
 
 

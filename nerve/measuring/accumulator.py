@@ -12,11 +12,18 @@ from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sit
 from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.groups import Division
 from nerve.measuring.parts import Parts
+from nerve.measuring.projection import (
+    PROJECTED,
+    is_rounded,
+    is_rounding_small,
+    not_affine,
+    require_affine,
+)
 from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.flag import Flag
-from nerve.spectra.product import coarsest
+from nerve.spectra.product import coarsest, product_of_input
 from nerve.spectra.spread import Spread
 
 Side = Literal["input", "pre", "post"]
@@ -26,6 +33,10 @@ Side = Literal["input", "pre", "post"]
 class Accumulator:
     """Takes the features of one FFN, run by run.
 
+    Args:
+        ffn: whose they are.
+        shortcut: as of `Measurement`.
+
     Attributes:
         d_in: width of the FFN's input, of a pool that of all its FFNs together; None before the
             first run.
@@ -33,17 +44,20 @@ class Accumulator:
             not what all runs used.
         of_input: whether the covariance of the input is taken in place of pre's.
         altered: whether some run used more than the weight.
+        took_pre: whether pre was taken after its input, as its own rounding was too large to be
+            left out.
         covariances: of the input or of pre, and of post.
         shares: of pre and of post.
         parts: covariances of groups of the samples, and of sites around the FFN.
     """
 
-    def __init__(self, ffn: FFN, *, shortcut: bool) -> None:
+    def __init__(self, ffn: FFN, *, shortcut: bool | str) -> None:
         self.ffn = ffn
         self.d_in: int | None = None
         self.weight: Tensor | None = None
         self.of_input = False
         self.altered = False
+        self.took_pre = False
         self.covariances: dict[Side, StreamingCovariance] = {}
         self.shares: dict[Side, SampleShares] = {}
         self.parts = Parts()
@@ -51,6 +65,7 @@ class Accumulator:
         self._bias: Tensor | None = None
         self._pre, self._post = sites_of(ffn)
         self._shortcut = shortcut
+        self._leaves_rounding = False
         self._presumed: list[Flag] = []
 
     @property
@@ -62,7 +77,8 @@ class Accumulator:
         return torch.device("cpu")
 
     def see(self, inputs: Tensor, pre: Tensor) -> None:
-        """Notes what gave pre: to be called at each run, before `add`."""
+        """Notes what gave pre: to be called at each run, before `add`. Raises `MeasurementError`
+        where pre is to be projected and cannot be."""
         if self.d_in is None:
             self.d_in = n_inputs(self._pre) or inputs.shape[-1]
             self._take_weight(inputs, pre)
@@ -84,15 +100,27 @@ class Accumulator:
                 not.
         """
         spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
+        if (
+            self.of_input
+            and self._leaves_rounding
+            and not is_rounding_small(features["pre"], spreads["pre"], divisions)
+        ):
+            self.take_pre()
         first: Side = "input" if self.of_input else "pre"
         sides: tuple[Side, ...] = (first, "post")
         for side in sides:
             x = features[side]
+            product = None
+            if side == "input":
+                assert self.weight is not None
+                x = x.to(self.weight.dtype)  # as it was multiplied
+                product = product_of_input(x.dtype)
             if divisions:
-                self.parts.add(side, x, divisions)
+                self.parts.add(side, x, divisions, product)
                 self._merging = next(iter(divisions))
             else:
-                self.covariance(side, x.shape[-1], x.device).update(x, mask, spreads.get(side))
+                covariance = self.covariance(side, x.shape[-1], x.device, product)
+                covariance.update(x, mask, spreads.get(side))
 
     def add_shares(
         self, features: Mapping[Side, Tensor], mask: Tensor | None
@@ -125,17 +153,24 @@ class Accumulator:
         self.d_in = (self.d_in or 0) + (n_inputs(other._pre) or other.d_in or 0)
 
     def leave_weight(self) -> None:
-        """From now on takes pre itself; what was accumulated of the input is converted."""
+        """From now on takes pre itself, and knows no weight. Raises `MeasurementError` where pre is
+        to be projected."""
+        if self._leaves_rounding:
+            raise not_affine(self.ffn)
         self.altered = True
-        weight, self.weight = self.weight, None
-        if self.of_input:
-            self.of_input = False
-            of_input = self.covariances.pop("input", None)
+        self.take_pre()
+        self.weight = None
+
+    def take_pre(self) -> None:
+        """From now on takes pre itself; what was accumulated of the input is converted."""
+        if not self.of_input:
+            return
+        self.of_input, self.took_pre = False, True
+        of_input = self.covariances.pop("input", None)
+        if self.weight is not None:
             if of_input is not None:
-                assert weight is not None
-                self.covariances["pre"] = of_input.projected(weight, self._bias)
-            if weight is not None:
-                self.parts.project(weight, self._bias)
+                self.covariances["pre"] = of_input.projected(self.weight, self._bias)
+            self.parts.project(self.weight, self._bias)
 
     def merge_groups(self) -> None:
         """Merges groups into the covariances of all samples; no more are added then."""
@@ -147,11 +182,11 @@ class Accumulator:
                 if merged is not None:
                     self.covariances[side] = merged
 
-    def covariance(self, side: Side, dim: int, device: torch.device) -> StreamingCovariance:
-        """That of one side, which begins without samples."""
+    def covariance(
+        self, side: Side, dim: int, device: torch.device, product: str | None = None
+    ) -> StreamingCovariance:
+        """That of one side, which begins without samples, to be taken with `product`."""
         if side not in self.covariances:
-            # The input's eigenproblem is small, and its rounding would be magnified by the weight.
-            product = "float64" if side == "input" else None
             self.covariances[side] = StreamingCovariance(dim, device=device, product=product)
         return self.covariances[side]
 
@@ -198,14 +233,18 @@ class Accumulator:
     def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
         """Notes W and b of `pre = W x + b`, where it is that."""
         affine = affine_of(self._pre, inputs, pre)
+        leaves_rounding = self._shortcut == PROJECTED and is_rounded(pre)
         if affine is None:
+            if leaves_rounding:
+                require_affine(self.ffn, inputs, pre)
             return
+        self._leaves_rounding = leaves_rounding
         # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
         # forward has used them rounded, as its outputs tell.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         self.weight, self._bias = weight, bias
-        self.of_input = self._shortcut and is_unrounded(inputs, pre)
+        self.of_input = leaves_rounding or (bool(self._shortcut) and is_unrounded(inputs, pre))
         self._presume(Flag(gives(weight, bias, inputs, pre)))
 
     def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
@@ -218,9 +257,10 @@ class Accumulator:
         self._presume(Flag(same & gives(noted, self._bias, inputs, pre)))
 
     def _presume(self, is_so: Flag) -> None:
-        """Goes on as if the weight gave pre. Where the features are not taken by way of it, the
-        answer is awaited at the end of the forward pass, so that the device does not run dry."""
-        if not self.of_input:
+        """Goes on as if the weight gave pre. Where the features are not taken by way of it, or it
+        must give pre, the answer is awaited at the end of the forward pass, so that the device does
+        not run dry."""
+        if not self.of_input or self._leaves_rounding:
             self._presumed.append(is_so)
         elif not is_so:
             self.leave_weight()

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nerve.measuring.arguments import argument
 from nerve.measuring.graph import decides
-from nerve.measuring.sites import Site, declared_widths, last
+from nerve.measuring.sites import Site, argument, declared_widths, last
 from nerve.measuring.slices import Products
 
 N_ELEMENTS = 32

@@ -1,6 +1,7 @@
 """What the processes of one run tell each other; a run of one process has only itself to ask."""
 
 import itertools
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,9 @@ import torch.distributed as dist
 # where a thread that lets go of a tensor aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from nerve.errors import StoreError
-from nerve.spectra import SampleShares, StreamingCovariance
-from nerve.spectra.covariance import Tally
-from nerve.spectra.moments import Moments
-from nerve.spectra.shares import Distances
 
 
 def rank() -> int:
@@ -31,25 +29,68 @@ def n_processes() -> int:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every process's `value`, in the order of their ranks; all of them must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Every process's `value`, in the order of their ranks; all of them must call it.
+
+    It goes through the store of the group, so that nobody waits for a device.
+    """
+    n, mine = n_processes(), rank()
+    if n == 1:
         return [value]
-    values: list[Any] = [None] * n_processes()
-    dist.all_gather_object(values, value)
+    store = _store()
+    number = store.add(f"gathered/{mine}", 1)
+    _put(store, f"gathered/{number}/{mine}", value)
+    values = [pickle.loads(store.get(f"gathered/{number}/{other}")) for other in range(n)]
+    # All have come to this one, and have read the one before.
+    store.delete_key(f"gathered/{number - 1}/{mine}")
     return values
 
 
-def dealt_back(mine: list[Any]) -> list[Any]:
-    """What was dealt to the processes in turns, in its order, in process 0; in others their own.
+class Mailbox:
+    """Takes objects to process 0, which takes them when they are there: no process waits.
 
-    All of them must call it.
+    Every process must make its own at the same place among those that it makes.
     """
-    hands: list[Any] | None = [None] * n_processes() if rank() == 0 else None
-    dist.gather_object(mine, hands)
-    if hands is None:
-        return mine
-    in_turns = itertools.chain.from_iterable(itertools.zip_longest(*hands))
-    return [item for item in in_turns if item is not None]
+
+    def __init__(self) -> None:
+        self._store = _store()
+        number = self._store.add(f"mailboxes/{rank()}", 1)
+        self._name = f"mailbox/{number}"
+        self._n = 0
+
+    def send(self, value: Any) -> None:
+        """Of another process: what process 0 takes next from it."""
+        _put(self._store, self._key(rank()), value)
+        self._n += 1
+
+    def take(self, *, wait: bool) -> list[Any] | None:
+        """Of process 0: what is next from each of the others, in their order; None where some of it
+        has not come, or after a wait for it."""
+        keys = [self._key(other) for other in range(1, n_processes())]
+        if not wait and not self._store.check(keys):
+            return None
+        values = [pickle.loads(self._store.get(key)) for key in keys]
+        for key in keys:
+            self._store.delete_key(key)
+        self._n += 1
+        return values
+
+    def _key(self, sender: int) -> str:
+        return f"{self._name}/{self._n}/{sender}"
+
+
+def in_turns(hands: Sequence[Sequence[Any]]) -> list[Any]:
+    """What was dealt to the processes in turns, in its order."""
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*hands))
+    return [item for item in turns if item is not None]
+
+
+def _put(store: dist.Store, key: str, value: Any) -> None:
+    store.set(key, pickle.dumps(value))  # type: ignore[arg-type] # bytes as well as texts
+
+
+def _store() -> dist.Store:
+    """Where the processes of the group met: it reaches each of them whatever they train on."""
+    return dist.PrefixStore("nerve", distributed_c10d._get_default_store())
 
 
 def own_part(parts: Sequence[Any]) -> Any:
@@ -89,60 +130,3 @@ def add_up(tensor: Tensor) -> None:
 def shared_from(owner: int, tensor: Tensor) -> None:
     """Fills every process's `tensor` with that of `owner`; all of them must call it."""
     dist.broadcast(tensor, src=owner)
-
-
-def reduce_covariance(covariance: StreamingCovariance, to: int, tallies: Sequence[Tally]) -> None:
-    """Gives process `to` the samples of all processes.
-
-    Every process must call it, on accumulators of one `dim`; one may have seen no samples. What the
-    other processes hold afterwards means nothing, but for `n_samples` and `precision`. No process
-    waits for its device.
-
-    Args:
-        covariance: this process's.
-        to: the process that gets all samples.
-        tallies: every process's own, in any order.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        n, mean, scatter = covariance.moments()
-        total = sum(tally.n for tally in tallies)
-        common = mean * (n / max(total, 1))
-        dist.all_reduce(common)
-        delta = mean - common
-        scatter.addr_(delta * n, delta)
-        dist.reduce(scatter, to)
-        covariance.replace(Moments(total, common, scatter), tallies)
-
-
-def reduce_shares(
-    shares: SampleShares, to: int, counts: Sequence[int], n_positions: Sequence[int]
-) -> None:
-    """Gives process `to` the samples of all processes.
-
-    Every process must call it, on objects of one `dim`; one may have seen no samples. What the
-    other processes hold afterwards means nothing, and none takes further samples.
-
-    Args:
-        shares: this process's.
-        to: the process that gets all samples.
-        counts: `n` of every process that has seen samples, in any order.
-        n_positions: their `n_positions`.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        total = sum(counts)
-        mean = shares.mean * (shares.n / max(total, 1))
-        dist.all_reduce(mean)
-        square = shares.square_about(mean)
-        dist.reduce(square, to)
-        mine, reach, positions = shares.about(mean)
-        length = max(shares.n_candidates(count) for count in counts)
-        mine = torch.nn.functional.pad(mine, (0, length - len(mine)))
-        squares = [torch.empty_like(mine) for _ in range(n_processes())]
-        dist.all_gather(squares, mine)
-        dist.all_reduce(reach, dist.ReduceOp.MAX)
-        # One process without positions leaves none to the others.
-        length = max(n_positions) if min(n_positions) else 0
-        positions = torch.nn.functional.pad(positions, (0, length - positions.shape[1]))
-        dist.reduce(positions, to)
-        farthest = torch.cat(squares).sort(descending=True).values
-        shares.replace(total, mean, square, Distances(farthest, reach, positions))

@@ -35,7 +35,8 @@ class FFNSpectra:
         d_ff: hidden width, the number of eigenvalues.
         pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
         post: eigenvalues after it, likewise.
-        precision: how the products of the covariances were taken; the coarser way of the two.
+        precision: how the products of the covariances were taken; the coarser way of the two. A
+            name with `projected_` is that of the type whose rounding is left out of pre.
         pre_shares, post_shares: what the mean, the farthest samples and positions have of the
             features.
         variance_outside: the share of post's variance outside the span of what pre can be; NaN

@@ -1,13 +1,16 @@
 """What a caller gives in Python: refused where it is of another kind than its place takes."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from nerve.config import require
+from nerve.config import require, require_count
 from nerve.measuring.ffns import FFN
+
+Loaded = nn.Module | Callable[[], nn.Module]
+"""A model, or what loads it."""
 
 _FUNCTIONS = {
     "mask": "mask=lambda batch: batch[...] != padding",
@@ -60,6 +63,63 @@ def check_given(
         "Give nerve.find_ffns(model, batch), of which select= takes some, or describe each: "
         '[nerve.FFNAdapter(layer, "ffn", block.up, block.down)].',
     )
+
+
+def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
+    """The series that `measure` was given, checked: a list at once, an iterator as it goes.
+
+    Raises:
+        ConfigError: for what is no model and no series, an item that is no step and its model, or a
+            step that is there twice.
+    """
+    if isinstance(model, nn.Module):
+        return [(step, model)]
+    require(
+        isinstance(model, Iterable) and not isinstance(model, str | bytes | Mapping | Tensor),
+        f"A model is a torch module, or a series of (step, model); got {told(model)}. Load its "
+        "weights into the module first; nerve-probe takes the name or the folder of a model of "
+        "transformers.",
+    )
+    known: set[int] = set()
+
+    def checked(item: Any) -> tuple[int, Loaded]:
+        is_pair = isinstance(item, tuple | list) and len(item) == 2
+        of_kind = is_pair and (isinstance(item[1], nn.Module) or callable(item[1]))
+        require(
+            of_kind,
+            "An item of a series is (step, model), the model a torch module or a function that "
+            f"loads it; got {'(step, ' if is_pair else ''}{told(item[1] if is_pair else item)}"
+            f"{')' if is_pair else ''}. Give (step, lambda: load(path)).",
+        )
+        require_count("the step of an item of a series", item[0], least=0)
+        require(
+            item[0] not in known,
+            f"A series has one model for each step; step {item[0]} is there twice. Leave one out.",
+        )
+        known.add(item[0])
+        return item[0], item[1]
+
+    items = map(checked, model)  # holds no item, so that a model can go before the next
+    return list(items) if isinstance(model, Sequence) else items
+
+
+def check_batches(batches: Any) -> None:
+    """Raises `ConfigError` for one batch in place of several."""
+    require(
+        not isinstance(batches, Tensor | Mapping | str),
+        f"batches is a list of batches; got one, a {type(batches).__name__}. Give [batch].",
+    )
+    if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
+        # A list may well have batches of several shapes, a tuple is what loaders give.
+        is_tuple = isinstance(batches, tuple)
+        kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
+        require(
+            len(kinds) < 2,
+            f"batches is a list of batches, which are alike; got a {type(batches).__name__} of "
+            f"{', '.join(f'{each.dtype} {tuple(each.shape)}' for each in batches)}, as a loader "
+            "gives one batch. Give [batch], and say how the model takes it: "
+            "forward=lambda model, batch: model(batch[0]).",
+        )
 
 
 def told(value: object) -> str:

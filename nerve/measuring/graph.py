@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nerve.measuring.sites import last
+from nerve.measuring.sites import last, sample_of
 
 _ROWS = 512
 """How many samples tell a factor from a nonlinearity, at least."""
@@ -67,18 +67,13 @@ def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
     if slope.grad_fn is not None and _reaches(slope.grad_fn, side.grad_fn, through_matrices=True):
         return False
     x, h, slope = side.detach(), features.detach().reshape(side.shape), slope.detach()
-    x, h, slope = (_some(last(each, axis)) for each in (x, h, slope))
+    x, h, slope = (sample_of(last(each, axis), _ROWS) for each in (x, h, slope))
     if not bool(h.isfinite().all()):
         return False
     is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
     # As of a ReLU that is written as a clamp, whose derivative no graph has.
     is_cut = not bool(slope[x < 0].any())
     return is_linear and not is_cut and not decides(x, x, h)
-
-
-def _some(features: Tensor) -> Tensor:
-    rows = features.reshape(-1, features.shape[-1])
-    return rows[:: max(1, len(rows) // _ROWS)]
 
 
 def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:

@@ -1,27 +1,19 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
-import logging
-import math
-from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Sequence
 
-import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
-from nerve.measuring.distributed import gathered
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.measuring.ffns import named, tokens_of
 from nerve.measuring.group_spectra import GroupEigenproblem
-from nerve.measuring.groups import NOT_GROUPED, Divider, Division, Grouped
-from nerve.measuring.masks import Masks, Orders, fitted, for_each
+from nerve.measuring.groups import NOT_GROUPED, Grouped
+from nerve.measuring.masks import Masks, Orders
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
-from nerve.measuring.routing import counted_of
+from nerve.measuring.samples import Samples
 from nerve.progress import Progress, unseen
-
-log = logging.getLogger(__name__)
 
 
 class Measurement:
@@ -33,7 +25,9 @@ class Measurement:
     Args:
         probe: taps the FFNs to measure; installed by the caller.
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
-            W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features).
+            W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features); `projected`
+            does so of 16-bit features as well and leaves their own rounding out, where it has less
+            than 5e-5 of the variance; where it has more, pre itself is taken.
         skip_first: leaves out so many positions at the beginning of each sequence.
         grouped: groups of the samples that are measured by themselves, too.
         sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
@@ -51,7 +45,7 @@ class Measurement:
         self,
         probe: Probe,
         *,
-        shortcut: bool = True,
+        shortcut: bool | str = True,
         skip_first: int = 0,
         grouped: Grouped = NOT_GROUPED,
         sites: Collection[str] = (),
@@ -63,16 +57,7 @@ class Measurement:
                 f"skip_first is a number of positions, 0 or more; got {skip_first!r}."
             )
         self._probe = probe
-        self._skip_first = skip_first
-        self._longest: int | None = None
-        self._masks: Sequence[Tensor | None] = [None] * len(probe.ffns)
-        self._orders: Orders = [None] * len(probe.ffns)
-        self._ids: Sequence[Tensor | None] = [None] * len(probe.ffns)
-        self._in_sequences_known: Sequence[bool] = [True] * len(probe.ffns)
-        self._divider = Divider(grouped, skip_first) if grouped.groupings else None
-        self._divisions: dict[object, Mapping[str, Division]] = {}
-        self._n_sequences = [0] * len(probe.ffns)
-        self._n_sequences_now = [0] * len(probe.ffns)
+        self._samples = Samples(probe, skip_first, grouped)
         self._sites = sites
         self._n_forwards = 0
         self._of = [Accumulator(ffn, shortcut=shortcut) for ffn in probe.ffns]
@@ -103,12 +88,7 @@ class Measurement:
         Raises:
             MeasurementError: for a mask with other values, or one that belongs to no FFN.
         """
-        n = len(self._probe.ffns)
-        self._masks = for_each(self._probe.ffns, mask)
-        self._orders = [None] * n if orders is None else orders
-        self._ids = [ids] * n if ids is None or isinstance(ids, Tensor) else ids
-        self._in_sequences_known = [True] * n if in_sequences is None else in_sequences
-        self._divisions.clear()
+        self._samples.start(mask, orders, ids, in_sequences)
         self._probe.start(self._accumulate, self._take_site if self._sites else None)
 
     def stop(self) -> None:
@@ -122,18 +102,11 @@ class Measurement:
         for of in self._of:
             of.finish_forward()
         self._n_forwards += 1
-        for index, n in enumerate(self._n_sequences_now):
-            self._n_sequences[index] += n
-            self._n_sequences_now[index] = 0
+        self._samples.finish_forward()
 
     def require_positions(self) -> None:
         """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
-        if self._longest is not None and self._longest <= self._skip_first:
-            raise MeasurementError(
-                "skip_first must leave positions to measure; got "
-                f"skip_first={self._skip_first} of sequences of {self._longest} at most. Skip "
-                "fewer, or give longer sequences."
-            )
+        self._samples.require_positions()
 
     def reduce(self) -> None:
         """Makes the measurement that of all processes' samples together: each process then has the
@@ -141,8 +114,7 @@ class Measurement:
 
         Every process must call it; one may have measured nothing.
         """
-        reduce(self._rows())
-        self._n_forwards = sum(gathered(self._n_forwards))
+        self._n_forwards = reduce(self._rows(), self._n_forwards)
 
     def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
         """What is left to solve: one eigenproblem for each FFN, in the order given, and one for
@@ -181,100 +153,23 @@ class Measurement:
         return solved
 
     def _accumulate(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
-        self._of[index].see(inputs, pre)
-        features: dict[Side, Tensor] = {"input": inputs} if self._of[index].of_input else {}
-        features |= {"pre": pre, "post": post}
-        divisions = None
-        if tokens_of(self._probe.ffns[index]) is None:
-            features, mask = self._in_sequences(index, features)
-            divisions = self._divided(index, features["pre"], mask)
-            if self._skip_first:
-                features = {side: self._skipped(x) for side, x in features.items()}
-                mask = None if mask is None else mask[..., self._skip_first :]
-            if self._takes_input(index):
-                self._take_site(index, "input", inputs)
-        else:
-            samples = pre.shape[:-1]
-            features = {side: x.reshape(*samples, x.shape[-1]) for side, x in features.items()}
-            mask = self._counted_of(index, inputs)
-            if self._divider is not None:
-                _say_not_grouped(named(self._probe.ffns[index]))
-            if self._takes_input(index):
-                x = inputs.reshape(*samples, inputs.shape[-1])
-                self._of[index].parts.add_site("input", x, mask)
-        self._of[index].add(features, mask, divisions)
+        of = self._of[index]
+        of.see(inputs, pre)
+        takes_input = self._takes_input(index)
+        features: dict[Side, Tensor] = {"input": inputs} if of.of_input or takes_input else {}
+        taken = self._samples.taken(index, inputs, features | {"pre": pre, "post": post})
+        if takes_input:
+            of.parts.add_site("input", taken.features["input"], taken.mask)
+        of.add(*taken)
         if index in self._pools:
-            self._pools[index].add_shares(features, mask)
+            self._pools[index].add_shares(taken.features, taken.mask)
 
     def _takes_input(self, index: int) -> bool:
         return "input" in self._sites and self._probe.sites[index][0].of == "output"
 
     def _take_site(self, index: int, name: str, features: Tensor) -> None:
-        """Adds what there is at a site around an FFN, whose samples are those of the FFN."""
-        order, mask = self._orders[index], self._masks[index]
-        if order is not None:
-            features = order.sequences(features, named(self._probe.ffns[index]))
-        if mask is not None:
-            mask = fitted(mask, features.shape[:-1], self._probe.ffns[index])
-        if self._skip_first:
-            features = self._skipped(features)
-            mask = None if mask is None else mask[..., self._skip_first :]
-        self._of[index].parts.add_site(name, features, mask)
-
-    def _divided(
-        self, index: int, features: Tensor, mask: Tensor | None
-    ) -> Mapping[str, Division] | None:
-        """How the samples are grouped, where they are: on the device of the features."""
-        if self._divider is None:
-            return None
-        where = named(self._probe.ffns[index])
-        if not self._in_sequences_known[index]:
-            _say_not_grouped(where)
-            return None
-        samples = features.shape[:-1]
-        if len(samples) < 2:
-            raise MeasurementError(
-                "Groups are of sequences, so features must have the shape [..., sequence, width]; "
-                f"those of {where} have {tuple(features.shape)}. Measure a model that keeps its "
-                "sequences apart, or leave groups out."
-            )
-        sizes, per_sequence = (math.prod(samples[:-1]), samples[-1]), math.prod(samples[1:-1])
-        self._n_sequences_now[index] = samples[0]
-        ids, first = self._ids[index], self._n_sequences[index]
-        key = (samples, id(self._masks[index]), id(ids), first, features.device)
-        if key not in self._divisions:
-            divisions = self._divider.divide(
-                sizes, None if mask is None else mask.reshape(sizes), ids, first, per_sequence
-            )
-            self._divisions[key] = {
-                grouping: Division(*(_moved(rows, features.device) for rows in division))
-                for grouping, division in divisions.items()
-            }
-        return self._divisions[key]
-
-    def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
-        """Which samples of an expert count: those of the tokens that do."""
-        ffn, order, mask = self._probe.ffns[index], self._orders[index], self._masks[index]
-        if mask is None and not self._skip_first:
-            return None
-        tokens = self._probe.tokens_of(index)
-        if tokens is None:
-            raise MeasurementError(
-                f"{named(ffn)} is described with a module whose input are its tokens; it ran, and "
-                "the module did not. Check its description."
-            )
-        number = torch.arange(tokens[..., 0].numel(), device=tokens.device)
-        number = number.reshape(*tokens.shape[:-1], 1)
-        if order is not None:
-            number = order.sequences(number, named(ffn))
-        kept = None if mask is None else fitted(mask, number.shape[:-1], ffn).to(tokens.device)
-        if self._skip_first:
-            number = self._skipped(number)
-            kept = None if kept is None else kept[..., self._skip_first :]
-        number = number[..., 0] if kept is None else number[..., 0][kept]
-        counts = torch.zeros(tokens[..., 0].numel(), dtype=torch.bool, device=tokens.device)
-        counts[number.flatten()] = True
-        return counted_of(inputs, tokens, counts, named(ffn))
+        """Adds what there is at a site around an FFN."""
+        self._of[index].parts.add_site(name, *self._samples.taken_around(index, features))
 
     def _rows(self) -> list[Accumulator]:
         """Those of FFNs and pools, as rows go; the pools are whole from the first call on."""
@@ -295,35 +190,3 @@ class Measurement:
             rows.append(each)
             rows += [pool for pool in pools if last[pool] == index]
         return rows
-
-    def _in_sequences(
-        self, index: int, features: dict[Side, Tensor]
-    ) -> tuple[dict[Side, Tensor], Tensor | None]:
-        """The features `[*, sequence, width]` of the same samples in the same order, and their
-        mask."""
-        ffn, order, mask = self._probe.ffns[index], self._orders[index], self._masks[index]
-        if order is not None:
-            features = {side: order.sequences(each, named(ffn)) for side, each in features.items()}
-        samples = features["pre"].shape[:-1]
-        features = {side: x.reshape(*samples, x.shape[-1]) for side, x in features.items()}
-        return features, None if mask is None else fitted(mask, samples, ffn)
-
-    def _skipped(self, features: Tensor) -> Tensor:
-        """Without the first positions of each sequence."""
-        if features.ndim < 3:
-            raise MeasurementError(
-                f"skip_first={self._skip_first} counts positions of sequences, so features must "
-                f"have the shape [..., sequence, width]; got {tuple(features.shape)}. Measure a "
-                "model that keeps its sequences apart, or leave skip_first out."
-            )
-        self._longest = max(self._longest or 0, features.shape[-2])
-        return features[..., self._skip_first :, :]
-
-
-def _moved(rows: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {group: index.to(device, non_blocking=True) for group, index in rows.items()}
-
-
-@cache
-def _say_not_grouped(where: str) -> None:
-    log.warning("%s is not grouped: its samples are no tokens in a known order", where)

@@ -35,12 +35,11 @@ class Parts:
     def __init__(self) -> None:
         self.covariances: dict[Key, StreamingCovariance] = {}
 
-    def covariance(self, key: Key, dim: int, device: torch.device) -> StreamingCovariance:
-        """That of a key, which begins without samples."""
+    def covariance(
+        self, key: Key, dim: int, device: torch.device, product: str | None = None
+    ) -> StreamingCovariance:
+        """That of a key, which begins without samples, to be taken with `product`."""
         if key not in self.covariances:
-            # As of all samples: the weight would magnify the rounding of the input's eigenproblem.
-            is_for_pre = key.side == "input" and key.grouping != POOLED
-            product = "float64" if is_for_pre else None
             self.covariances[key] = StreamingCovariance(dim, device=device, product=product)
         return self.covariances[key]
 
@@ -48,7 +47,13 @@ class Parts:
         """Adds samples of a site around the FFN, `[*samples, width]`."""
         self.covariance(Key(name), features.shape[-1], features.device).update(features, mask)
 
-    def add(self, side: str, features: Tensor, divisions: Mapping[str, Division]) -> None:
+    def add(
+        self,
+        side: str,
+        features: Tensor,
+        divisions: Mapping[str, Division],
+        product: str | None = None,
+    ) -> None:
         """Adds the samples of a run, `[*samples, width]`, group by group."""
         rows = features.reshape(-1, features.shape[-1])
         for number, (grouping, division) in enumerate(divisions.items()):
@@ -56,7 +61,7 @@ class Parts:
                 if group == REST and number:
                     continue
                 key = Key(side, grouping, group)
-                covariance = self.covariance(key, rows.shape[-1], rows.device)
+                covariance = self.covariance(key, rows.shape[-1], rows.device, product)
                 covariance.update(rows.index_select(0, chosen))
 
     def merged(
@@ -75,10 +80,7 @@ class Parts:
             if key[:2] != (side, grouping) or key.group in OVERLAPPING:
                 continue
             if target is None:
-                product = "float64" if side == "input" else None
-                target = StreamingCovariance(
-                    covariance.dim, device=covariance.device, product=product
-                )
+                target = StreamingCovariance(covariance.dim, device=covariance.device)
             target.merge(covariance)
         return target
 

@@ -6,12 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from nerve.measuring.accumulator import Accumulator, Side
-from nerve.measuring.distributed import (
-    gathered,
-    reduce_covariance,
-    reduce_shares,
-    shared_from,
-)
+from nerve.measuring.distributed import gathered, shared_from
+from nerve.measuring.exchange import OfCovariance, OfShares, exchange
 from nerve.measuring.parts import Key
 from nerve.spectra.covariance import Tally
 
@@ -19,6 +15,8 @@ from nerve.spectra.covariance import Tally
 class _Seen(NamedTuple):
     """What one process has of an FFN, in numbers that others may read."""
 
+    altered: bool
+    took_pre: bool
     d_in: int | None
     weight: torch.dtype | None
     of_input: bool
@@ -27,17 +25,52 @@ class _Seen(NamedTuple):
     n_positions: int | None
 
 
-def reduce(accumulators: Sequence[Accumulator]) -> None:
+def reduce(accumulators: Sequence[Accumulator], n_forwards: int) -> int:
     """Gives the FFNs to the processes in turns, each with the samples of all.
 
     Every process must call it, with accumulators of the same FFNs; one may have seen nothing.
+
+    Args:
+        n_forwards: forward passes that this process has measured.
+
+    Returns:
+        those of all processes.
     """
-    altered = [index for index, each in enumerate(accumulators) if each.altered]
-    for index in set[int]().union(*gathered(altered)):
-        accumulators[index].leave_weight()
-    everyone = gathered([_seen(each) for each in accumulators])
+    everyone, numbers = _told(accumulators, n_forwards)
+    if _leave_weights(accumulators, everyone):
+        everyone, numbers = _told(accumulators, n_forwards)
+    covariances: list[OfCovariance] = []
+    shares: list[OfShares] = []
     for index, each in enumerate(accumulators):
-        _reduce(each, [seen[index] for seen in everyone], to=index % len(everyone))
+        seen, to = [those[index] for those in everyone], index % len(everyone)
+        _prepare(each, seen, to, covariances, shares)
+    exchange(covariances, shares)
+    for index, each in enumerate(accumulators):
+        _share_weight(each, [seen[index] for seen in everyone])
+    return sum(numbers)
+
+
+def _told(
+    accumulators: Sequence[Accumulator], n_forwards: int
+) -> tuple[list[list[_Seen]], list[int]]:
+    """What each process has seen of each FFN, and its forward passes."""
+    told = gathered(([_seen(each) for each in accumulators], n_forwards))
+    return [seen for seen, _ in told], [n for _, n in told]
+
+
+def _leave_weights(
+    accumulators: Sequence[Accumulator], everyone: Sequence[Sequence[_Seen]]
+) -> bool:
+    """Takes pre itself where another process does; whether some process had to change."""
+    has_changed = False
+    for index, each in enumerate(accumulators):
+        if {seen[index].altered for seen in everyone} == {True, False}:
+            has_changed = True
+            each.leave_weight()
+        if {seen[index].took_pre for seen in everyone} == {True, False}:
+            has_changed = True
+            each.take_pre()
+    return has_changed
 
 
 def _seen(each: Accumulator) -> _Seen:
@@ -45,10 +78,26 @@ def _seen(each: Accumulator) -> _Seen:
     parts = {key: (c.dim, c.tally()) for key, c in each.parts.covariances.items()}
     n_positions = each.shares["pre"].n_positions if each.shares else None
     weight = None if each.weight is None else each.weight.dtype
-    return _Seen(each.d_in, weight, each.of_input, covariances, parts, n_positions)
+    return _Seen(
+        each.altered,
+        each.took_pre,
+        each.d_in,
+        weight,
+        each.of_input,
+        covariances,
+        parts,
+        n_positions,
+    )
 
 
-def _reduce(mine: Accumulator, everyone: Sequence[_Seen], to: int) -> None:
+def _prepare(
+    mine: Accumulator,
+    everyone: Sequence[_Seen],
+    to: int,
+    covariances: list[OfCovariance],
+    shares: list[OfShares],
+) -> None:
+    """Has this process's accumulator hold what that of any process holds, and lists it."""
     sides: tuple[Side, ...] = ("input", "post", "pre")
     of_shares: tuple[Literal["pre", "post"], ...] = ("pre", "post")
     lengths = [seen.n_positions for seen in everyone if seen.n_positions is not None]
@@ -61,15 +110,14 @@ def _reduce(mine: Accumulator, everyone: Sequence[_Seen], to: int) -> None:
             continue
         covariance = mine.covariance(side, theirs[0][0], mine.device)
         tallies = [tally for _, tally in theirs]
-        reduce_covariance(covariance, to, tallies)
+        covariances.append(OfCovariance(covariance, to, tallies))
         for of in of_shares if side == "post" else ():
-            shares = mine.shares_of(of, covariance.dim, covariance.device)
-            reduce_shares(shares, to, [tally.n for tally in tallies], lengths)
+            own = mine.shares_of(of, covariance.dim, covariance.device)
+            shares.append(OfShares(own, to, [tally.n for tally in tallies], lengths))
     for key in sorted({key for seen in everyone for key in seen.parts}):
         theirs = [seen.parts[key] for seen in everyone if key in seen.parts]
         covariance = mine.parts.covariance(key, theirs[0][0], mine.device)
-        reduce_covariance(covariance, to, [tally for _, tally in theirs])
-    _share_weight(mine, everyone)
+        covariances.append(OfCovariance(covariance, to, [tally for _, tally in theirs]))
 
 
 def _share_weight(mine: Accumulator, everyone: Sequence[_Seen]) -> None:

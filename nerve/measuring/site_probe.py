@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nerve.measuring.arguments import argument
 from nerve.measuring.checks import of_site, plain
-from nerve.measuring.sites import Site
+from nerve.measuring.sites import Site, argument
 
 ReceiveSite = Callable[[int, str, Tensor], None]
 """Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""

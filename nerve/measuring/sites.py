@@ -1,10 +1,14 @@
 """Where the features of an FFN appear: what a module gives or gets, or a part of it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+
+SAMPLES = 8
+"""How many samples of features are compared, at least, to see that a nonlinearity left them."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -102,3 +106,26 @@ def last(tensor: Tensor, axis: int) -> Tensor:
         return tensor
     moved = tensor.movedim(axis, -1)
     return moved.flatten(-1 - behind, -2)
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module gets: the first positional argument, or the one tensor given by keyword."""
+    if args:
+        return args[0]
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another tensor in the place where `argument` found one."""
+    if args:
+        return (tensor, *args[1:]), kwargs
+    return args, {k: tensor if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+def sample_of(features: Tensor, n: int = SAMPLES) -> Tensor:
+    """Some of the samples, at least `n` where there are so many, from all over them."""
+    rows = features.reshape(-1, features.shape[-1])
+    return rows[:: max(1, len(rows) // n)]

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from nerve.measuring.arguments import sample_of
 from nerve.measuring.probe import is_tap
-from nerve.measuring.sites import Site, is_pointwise
+from nerve.measuring.sites import Site, is_pointwise, sample_of
 from nerve.measuring.slices import Slice
 
 
@@ -63,16 +62,26 @@ def _is_conv1d(module: nn.Module) -> bool:
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}
 """How far W x + b may be off what a forward pass gave of it, as a part of the sum of magnitudes:
 TF32 rounds the factors of float32 to 11 digits. Types of 16 bits: 2**-6."""
+_ROUNDING_OF_ALL = 2**-5
+"""How far it may be off in the root mean square, as a part of the outputs; magnitudes are about
+sqrt(d_in) times as large as sums of them, and what small changes do drowns in their rounding."""
+_CANCELLATION = 2**-16
+"""The same as a part of the magnitudes, where sums cancel to nearly nothing."""
 
 
 def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Whether some of the outputs, from all over them, are W x + b, up to rounding; on their
     device, which is not waited for."""
-    x, y = (sample_of(features).detach().double() for features in (inputs, outputs))
+    kind = torch.finfo(outputs.dtype)
+    step = kind.tiny * kind.eps  # what is smaller may have become 0
+    x, y = (sample_of(each).detach().to(outputs.dtype).double() for each in (inputs, outputs))
     w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
     size = x.abs() @ w.abs().T + b.abs()
-    close = (y - (x @ w.T + b)).abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size
-    return (close | ~y.isfinite()).all()
+    known = y.isfinite()
+    off, size, y = (each.where(known, 0) for each in (y - (x @ w.T + b), size, y))
+    close = (off.abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size + step).all()
+    in_all = _ROUNDING_OF_ALL * y.norm() + _CANCELLATION * size.norm() + step * y.numel() ** 0.5
+    return close & (off.norm() <= in_all)
 
 
 def is_unrounded(inputs: Tensor, outputs: Tensor) -> bool:

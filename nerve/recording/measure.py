@@ -14,7 +14,14 @@ from nerve.config import require, require_count, require_several
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN
 from nerve.measuring.forward import call
-from nerve.measuring.given import check_given, require_mapping, require_model, told
+from nerve.measuring.given import (
+    Loaded,
+    check_batches,
+    check_given,
+    require_mapping,
+    require_model,
+    series_of,
+)
 from nerve.measuring.groups import Grouped
 from nerve.measuring.masks import Masks
 from nerve.measuring.measure import How, frame_of, spectra_of
@@ -22,13 +29,13 @@ from nerve.measuring.passes import bytes_of
 from nerve.measuring.streams import count_tokens
 from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
-from nerve.recording.cadence import WeightedMean
-from nerve.recording.losses import loss_of
+from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+from nerve.recording.settings import require_shortcut
 from nerve.storage.schema import METRICS
 
-Loaded = nn.Module | Callable[[], nn.Module]
-"""A model, or what loads it."""
+_ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
+"""What the configuration of the run has of `How` as it is."""
 
 
 def measure(
@@ -47,7 +54,7 @@ def measure(
     exclude: Collection[int] = (),
     only_labeled: bool = False,
     skip_first: int = 0,
-    shortcut: bool = True,
+    shortcut: bool | str = True,
     groups: Sequence[str] = (),
     sites: Sequence[str] = (),
     token_counts: Tensor | None = None,
@@ -92,7 +99,9 @@ def measure(
         skip_first: leaves out so many positions at the beginning of each sequence, which in many
             trained models hold most of the variance.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper; False always takes the features themselves.
+            as exact and cheaper; False always takes the features themselves; `"projected"` takes
+            the input of 16-bit features, too, and leaves their own rounding out, which moves SE by
+            less than 1e-3 nats: `precision` says so.
         groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
             measured by themselves as well and stored in `into`, where `nerve.load_groups` reads
             them.
@@ -124,35 +133,16 @@ def measure(
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
             that are not what they are said to be.
     """
-
     is_series = not isinstance(model, nn.Module)
-    series = _series_of(model, step)
-    _check_batches(batches)
+    series = series_of(model, step)
+    check_batches(batches)
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
-    require_count("step", step, least=0)
-    require(
-        step == 0 or (into is not None and not is_series),
-        f"step= labels the rows of a single model that are stored with into=; got step={step} "
-        f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
-    )
-    require(spectra in (True, False, "auto"), f"spectra is true, false or 'auto'; got {spectra!r}.")
-    require(not resume or into is not None, "resume=True goes on with the run of into=; got none.")
+    _check_stored(into, step, spectra, resume, groups, sites, is_series=is_series)
+    require_shortcut("shortcut", shortcut)
     require_mapping("labels", labels)
     require_mapping("fingerprints", fingerprints)
     labels, text = dict(labels or {}), dict(fingerprints or {})
-    taken = sorted(labels.keys() & {*OWN, *METRICS.names})
-    require(
-        not taken,
-        f"labels are named otherwise than {', '.join(OWN)}, and than the columns of "
-        f"nerve.load_metrics; got {', '.join(taken)}. Give another name, or put it into a group: "
-        f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
-    )
-    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
-        require_several(name, each, options)
-    require(
-        into is not None or not (groups or sites),
-        "Groups and sites are stored in a run, for nerve.load_groups; got none. Give into=.",
-    )
+    _check_labels(labels)
     if "frequency" in groups and token_counts is None:
         batches = list(batches)
         token_counts = count_tokens(batches)
@@ -168,13 +158,12 @@ def measure(
     )
     if memory is not None:
         bytes_of(memory)
-    chosen = {name: getattr(how, name) for name in _ASKED} | {"mask": mask is not None}
-    chosen |= {name: list(each) for name, each in (("groups", groups), ("sites", sites)) if each}
-    asked = {**labels, "measure": chosen, **({"text": text} if text else {})}
     batches, frames = list(batches) if is_series else batches, []
     with ExitStack() as stack:
         run = None
         if into is not None:
+            recorded = {"measure": _as_recorded(how), **({"text": text} if text else {})}
+            asked = {**labels, **recorded}
             run = stack.enter_context(
                 measured_run(into, asked, spectra, resume=resume, fingerprints=text)
             )
@@ -195,7 +184,53 @@ def measure(
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-_ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
+def _check_stored(
+    into: str | os.PathLike[str] | None,
+    step: int,
+    spectra: bool | str,
+    resume: bool,
+    groups: Sequence[str],
+    sites: Sequence[str],
+    *,
+    is_series: bool,
+) -> None:
+    """Checks what `measure` is to store, and that there is a run for it.
+
+    Raises:
+        ConfigError: for a value that is out of range, or that only a run takes.
+    """
+    require_count("step", step, least=0)
+    require(
+        step == 0 or (into is not None and not is_series),
+        f"step= labels the rows of a single model that are stored with into=; got step={step} "
+        f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
+    )
+    require(spectra in (True, False, "auto"), f"spectra is true, false or 'auto'; got {spectra!r}.")
+    require(not resume or into is not None, "resume=True goes on with the run of into=; got none.")
+    for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
+        require_several(name, each, options)
+    require(
+        into is not None or not (groups or sites),
+        "Groups and sites are stored in a run, for nerve.load_groups; got none. Give into=.",
+    )
+
+
+def _check_labels(labels: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a label with a name that is taken."""
+    taken = sorted(labels.keys() & {*OWN, *METRICS.names})
+    require(
+        not taken,
+        f"labels are named otherwise than {', '.join(OWN)}, and than the columns of "
+        f"nerve.load_metrics; got {', '.join(taken)}. Give another name, or put it into a group: "
+        f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
+    )
+
+
+def _as_recorded(how: How) -> dict[str, Any]:
+    """What was asked, as the configuration of the run has it."""
+    chosen = {name: getattr(how, name) for name in _ASKED} | {"mask": how.mask is not None}
+    lists = (("groups", how.grouped.groupings), ("sites", how.sites))
+    return chosen | {name: list(each) for name, each in lists if each}
 
 
 def measure_one(
@@ -230,62 +265,5 @@ def measure_one(
     return spectra
 
 
-def _series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
-    """The series that `measure` was given, checked: a list at once, an iterator as it goes.
-
-    Raises:
-        ConfigError: for what is no model and no series, an item that is no step and its model, or a
-            step that is there twice.
-    """
-    if isinstance(model, nn.Module):
-        return [(step, model)]
-    require(
-        isinstance(model, Iterable) and not isinstance(model, str | bytes | Mapping | Tensor),
-        f"A model is a torch module, or a series of (step, model); got {told(model)}. Load its "
-        "weights into the module first; nerve-probe takes the name or the folder of a model of "
-        "transformers.",
-    )
-    known: set[int] = set()
-
-    def checked(item: Any) -> tuple[int, Loaded]:
-        is_pair = isinstance(item, tuple | list) and len(item) == 2
-        of_kind = is_pair and (isinstance(item[1], nn.Module) or callable(item[1]))
-        require(
-            of_kind,
-            "An item of a series is (step, model), the model a torch module or a function that "
-            f"loads it; got {'(step, ' if is_pair else ''}{told(item[1] if is_pair else item)}"
-            f"{')' if is_pair else ''}. Give (step, lambda: load(path)).",
-        )
-        require_count("the step of an item of a series", item[0], least=0)
-        require(
-            item[0] not in known,
-            f"A series has one model for each step; step {item[0]} is there twice. Leave one out.",
-        )
-        known.add(item[0])
-        return item[0], item[1]
-
-    items = map(checked, model)  # holds no item, so that a model can go before the next
-    return list(items) if isinstance(model, Sequence) else items
-
-
 def _prefixed(progress: Progress, prefix: str) -> Progress:
     return lambda what, done, total: progress(prefix + what, done, total)
-
-
-def _check_batches(batches: Any) -> None:
-    """Raises `ConfigError` for one batch in place of several."""
-    require(
-        not isinstance(batches, Tensor | Mapping | str),
-        f"batches is a list of batches; got one, a {type(batches).__name__}. Give [batch].",
-    )
-    if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
-        # A list may well have batches of several shapes, a tuple is what loaders give.
-        is_tuple = isinstance(batches, tuple)
-        kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
-        require(
-            len(kinds) < 2,
-            f"batches is a list of batches, which are alike; got a {type(batches).__name__} of "
-            f"{', '.join(f'{each.dtype} {tuple(each.shape)}' for each in batches)}, as a loader "
-            "gives one batch. Give [batch], and say how the model takes it: "
-            "forward=lambda model, batch: model(batch[0]).",
-        )

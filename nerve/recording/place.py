@@ -83,3 +83,10 @@ def work_of(eigenproblem: Eigenproblem) -> float:
     if isinstance(eigenproblem, GroupEigenproblem):
         return float(len(eigenproblem.matrix)) ** 3
     return float(len(eigenproblem.before)) ** 3 + float(len(eigenproblem.post)) ** 3
+
+
+def bytes_of(eigenproblem: Eigenproblem) -> int:
+    """What its matrices take."""
+    if isinstance(eigenproblem, GroupEigenproblem):
+        return eigenproblem.matrix.nbytes
+    return eigenproblem.before.nbytes + eigenproblem.post.nbytes

@@ -15,6 +15,7 @@ from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, Orders
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
+from nerve.recording.aside import Aside
 from nerve.recording.cadence import Cadence
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Eigenproblem, Solved, Solver, spare_workers
@@ -56,6 +57,7 @@ class Recorder:
         self._n_measurements = 0
         self._measurement: Measurement | None = None
         self._solver: Solver | None = None
+        self._aside: Aside | None = None
         self._writer: SpectraWriter | None = None
 
     @property
@@ -137,8 +139,9 @@ class Recorder:
             self._cadence = Cadence()
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
+        self._aside = Aside(device)
         n_bytes = max(map(expected_bytes, ffns))
-        self._solver = Solver(device, spare_workers(device, n_here), n_bytes)
+        self._solver = Solver(device, spare_workers(device, n_here, n_bytes), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
 
     # Losses, and the labels of a step
@@ -208,14 +211,17 @@ class Recorder:
         self._measurement = None
         if measurement is not None and due is not None:
             assert self._solver is not None
+            assert self._aside is not None
             self.n_measured += 1
-            if of_all:
-                measurement.reduce()
-            mine = (self._rank, self._n_processes)
-            share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
-            share += measurement.group_eigenproblems(*mine)
-            log.debug("covariances: %.3g GiB", measurement.n_bytes / 2**30)
-            self._write(self._solver.submit(due, share))
+            with self._aside.work_on(measurement):
+                if of_all:
+                    measurement.reduce()
+                mine = (self._rank, self._n_processes)
+                share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
+                share += measurement.group_eigenproblems(*mine)
+                log.debug("covariances: %.3g GiB", measurement.n_bytes / 2**30)
+                solved = self._solver.submit(due, share)
+            self._write(solved)
 
     def drop_due(self) -> None:
         """Gives the step up whose features do not come any more."""
@@ -226,6 +232,8 @@ class Recorder:
     def write_solved(self) -> None:
         """Writes what is solved by now."""
         assert self._solver is not None
+        if self._aside is not None:
+            self._aside.let_go()
         self._write(self._solver.finished())
 
     def drain(self) -> None:
@@ -254,6 +262,8 @@ class Recorder:
         finally:
             if self._solver is not None:
                 self._solver.close()
+            if self._aside is not None:
+                self._aside.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, once all rows up to its step are written."""

@@ -1,10 +1,57 @@
 """What is measured of a model while it trains, and when."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from nerve.config import require, require_choice, require_count, require_several
+from nerve.config import (
+    require,
+    require_choice,
+    require_count,
+    require_reached,
+    require_several,
+    require_steps,
+)
+from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import AROUND, GROUPS
-from nerve.recording.steps import MeasuredSteps, check_steps, steps_of
+
+SPACING = "log:"
+"""How a number of steps, each a like factor after the one before, is asked for: `log:30`."""
+
+
+@dataclass(frozen=True)
+class MeasuredSteps:
+    """The steps of a cadence together with single ones.
+
+    Args:
+        every_n_steps: measures steps 0, k, 2k, …; None for no cadence.
+        steps: single steps, in any order.
+    """
+
+    every_n_steps: int | None
+    steps: tuple[int, ...] = ()
+
+    def __contains__(self, step: int) -> bool:
+        return step in self.steps or self._next_of_cadence(step - 1) == step
+
+    def after(self, step: int) -> int | None:
+        """The first one that comes after `step`; None if none does."""
+        later = [each for each in self.steps if each > step]
+        following = self._next_of_cadence(step)
+        return min(later if following is None else [*later, following], default=None)
+
+    def _next_of_cadence(self, step: int) -> int | None:
+        every = self.every_n_steps
+        return None if every is None else (step // every + 1) * every
+
+
+def require_shortcut(key: str, value: object) -> None:
+    """Raises `ConfigError` unless `value` says when pre is computed from the FFN's input."""
+    require(
+        isinstance(value, bool) or value == PROJECTED,
+        f"{key} must be true, false or {PROJECTED}; got {value!r}.",
+    )
 
 
 @dataclass(frozen=True)
@@ -23,7 +70,7 @@ class MonitorSettings:
         spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
         layers: the layers to measure; None for all.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper.
+            as exact and cheaper; `projected`: of 16-bit features, too, without their own rounding.
         skip_first: leaves so many positions at the beginning of each sequence out of the features,
             not of the loss.
         groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
@@ -41,7 +88,7 @@ class MonitorSettings:
     source: str = "heldout"
     spectra: bool | str = "auto"
     layers: list | None = None
-    shortcut: bool = True
+    shortcut: bool | str = True
     skip_first: int = 0
     groups: list = field(default_factory=list)
     groups_every: int = 1
@@ -49,7 +96,7 @@ class MonitorSettings:
 
     def __post_init__(self) -> None:
         require_count("monitor.every_n_steps", self.every_n_steps, or_null=True)
-        check_steps("monitor.steps", self.steps)
+        _check_steps("monitor.steps", self.steps)
         require(
             self.every_n_steps is not None or self.steps is not None,
             "monitor.every_n_steps or monitor.steps says which steps are measured; got null for "
@@ -60,6 +107,7 @@ class MonitorSettings:
             self.spectra in (True, False, "auto"),
             f"monitor.spectra must be true, false or auto; got {self.spectra!r}.",
         )
+        require_shortcut("monitor.shortcut", self.shortcut)
         require_count("monitor.skip_first", self.skip_first, least=0)
         require_several("monitor.groups", self.groups, GROUPS)
         require_several("monitor.sites", self.sites, AROUND)
@@ -92,10 +140,39 @@ class MonitorSettings:
 
     def require_reached(self, last: int) -> None:
         """Raises `ConfigError` for single steps that a run of `last` steps does not come to."""
-        late = [step for step in steps_of(self.steps, last) if step > last]
+        require_reached("monitor.steps", steps_of(self.steps, last), last)
+
+
+def _check_steps(key: str, steps: Any) -> None:
+    """Raises `ConfigError` unless this is None, a list of steps or a spacing."""
+    if isinstance(steps, str):
         require(
-            not late,
-            f"monitor.steps takes steps from 0 to trainer.max_steps; got "
-            f"{', '.join(map(str, late))} with trainer.max_steps={last}. Leave these out, or train "
-            "for longer.",
+            re.fullmatch(rf"{SPACING}([2-9]|[1-9]\d+)", steps) is not None,
+            f"{key} must be a list of steps, null or a spacing such as log:30 (30 steps from 1 to "
+            f"the last one, and 0); got {steps!r}.",
         )
+    elif steps is not None:
+        require_steps(key, steps)
+
+
+def steps_of(steps: Sequence[int] | str | None, last: int | None) -> tuple[int, ...]:
+    """Single steps as they were asked for, in their order.
+
+    Args:
+        steps: a list, `log:n` for n steps that divide 1 to `last` by like factors (some of which
+            fall together) and step 0, or None for none.
+        last: the step that ends training, where that is known.
+
+    Raises:
+        ConfigError: for a spacing without an end.
+    """
+    if isinstance(steps, str):
+        require(
+            last is not None and last > 0,
+            f"steps={steps} divides the steps up to the last one, which is not known here. Give a "
+            "list of steps.",
+        )
+        assert last is not None
+        n = int(steps.removeprefix(SPACING))
+        return tuple(sorted({0, *(round(last ** (i / (n - 1))) for i in range(n))}))
+    return tuple(sorted(set(steps or ())))

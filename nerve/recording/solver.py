@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nerve.cores import allowed, share_among_trials
+from nerve.cores import allowed, memory, share_among_trials
 from nerve.errors import MeasurementError
-from nerve.measuring.distributed import dealt_back, gathered, n_processes
+from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.group_spectra import GroupSpectrum, pooled_spectra
-from nerve.recording.place import Eigenproblem, Place, Placement, work_of
+from nerve.recording.place import Eigenproblem, Place, Placement, bytes_of, work_of
 from nerve.recording.staging import Staging
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,15 @@ log = logging.getLogger(__name__)
 NICENESS = 19
 """Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
 
-MOST_PENDING = 2
-"""Measurements that may wait for their solution; one more waits for the oldest of them."""
+MOST_PENDING = 4
+"""Measurements that may wait for their solution; one more has training wait for the oldest."""
+
+SHARE_OF_DEVICE = 8
+"""All but the newest of them may take one part in so many of the device's memory."""
+
+SHARE_OF_HOST, COPIES = 4, 4
+"""What is being solved may take one part in so many of the host's memory, where a thread has so
+many times what it gets."""
 
 Labels = dict[str, Any]
 
@@ -59,10 +66,37 @@ class Solved:
 
 
 class _Waiting(NamedTuple):
-    """An FFN as messages name it, and its spectra to come."""
+    """An FFN as messages name it, its eigenproblem until a thread takes it, and its spectra to
+    come."""
 
     name: str
+    untaken: list[Eigenproblem]
     future: Future[Any]
+
+
+class _Pending(NamedTuple):
+    """A measurement and its spectra to come."""
+
+    labels: Labels
+    waiting: list[_Waiting]
+
+    @property
+    def is_done(self) -> bool:
+        return all(each.future.done() for each in self.waiting)
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes of the device."""
+        return sum(bytes_of(problem) for each in self.waiting for problem in tuple(each.untaken))
+
+
+class _Part(NamedTuple):
+    """What one process solved of a measurement; `error` says what it could not solve."""
+
+    labels: Labels
+    spectra: list[FFNSpectra]
+    groups: list[GroupSpectrum]
+    error: MeasurementError | None
 
 
 class Solver:
@@ -73,8 +107,8 @@ class Solver:
     work. On the CPU, whose cores train, they are solved at once.
 
     Of several processes each submits its share of a measurement's eigenproblems: process r of n
-    every n-th, from number r on. Process 0 gets the spectra of all, the others their own. They
-    exchange them in `submit` and `drain`, which every process must call alike.
+    every n-th, from number r on. Process 0 gets the spectra of all, the others their own. Only in
+    `drain` do they wait for each other. `submit` and `drain` every process must call alike.
 
     Args:
         device: where the model trains.
@@ -86,7 +120,12 @@ class Solver:
     def __init__(self, device: torch.device, n_workers: int = 0, n_bytes: int = 0) -> None:
         self.n_workers = n_workers
         self._device = device
-        self._pending: deque[tuple[Labels, list[_Waiting]]] = deque()
+        self._pending: deque[_Pending] = deque()
+        self._parts: deque[_Part] = deque()
+        self._mail = Mailbox() if n_processes() > 1 else None
+        self._failed: MeasurementError | None = None
+        self._most_bytes = _most_bytes(device)
+        self._has_warned = False
         self._pool = _single_threaded(self.n_workers) if self.n_workers else None
         is_gpu = device.type == "cuda"
         self._of_gpu = ThreadPoolExecutor(1, thread_name_prefix="spectra-gpu") if is_gpu else None
@@ -94,7 +133,6 @@ class Solver:
         self._staging = Staging(device)
         self._placement = Placement(n_workers)
         self._said: Counter[Place] = Counter()
-        self._shares = n_processes() > 1
         if self._pool and is_gpu:
             self._pool.submit(self._staging.reserve, n_bytes)
 
@@ -103,8 +141,13 @@ class Solver:
         pending.
 
         Raises:
-            MeasurementError: for one that could not be solved, with its layer and step.
+            MeasurementError: for one that could not be solved, with its layer and step; in all
+                processes.
         """
+        is_beside = bool(self._pool or self._of_gpu)
+        if is_beside:
+            self._collect_done()
+            self._raise_failed()
         ready = None
         if self._stream is not None:
             ready = torch.cuda.current_stream(self._device).record_event()
@@ -118,34 +161,41 @@ class Solver:
         for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
             name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
             # What solves it takes it from the list, so that a GPU's memory is free once copied.
-            task = partial(self._solve, [eigenproblem], place, work, ready)
-            waiting.append(_Waiting(name, self._start(task, place)))
-        self._pending.append((labels, waiting))
-        return self._solved_by_now()
-
-    def _solved_by_now(self) -> Iterator[Solved]:
-        while len(self._pending) > (MOST_PENDING if self._pool else 0):
-            yield self._oldest()
-        yield from self.finished()
+            untaken = [eigenproblem]
+            task = partial(self._solve, untaken, place, work, ready)
+            waiting.append(_Waiting(name, untaken, self._start(task, place)))
+        self._pending.append(_Pending(labels, waiting))
+        if not is_beside:
+            return self.drain()
+        self._wait_for_room()
+        return self.finished()
 
     def finished(self) -> Iterator[Solved]:
-        """Gives the measurements that are solved, without waiting; nothing where other processes
-        would have to be waited for. Raises as `submit`."""
-        while (
-            not self._shares
-            and self._pending
-            and all(each.future.done() for each in self._pending[0][1])
-        ):
-            yield self._oldest()
+        """Gives the measurements that are solved, without waiting. Raises as `submit`, but of
+        several processes only that does, as all must."""
+        self._collect_done()
+        while self._parts:
+            solved = self._solved(wait=False)
+            if solved is None:
+                break
+            yield solved
+        if self._mail is None:
+            self._raise_failed()
 
     def drain(self) -> Iterator[Solved]:
         """Waits for all measurements, and gives them. Raises as `submit`."""
         while self._pending:
-            yield self._oldest()
+            self._collect()
+        while self._parts:
+            solved = self._solved(wait=True)
+            if solved is not None:
+                yield solved
+        self._raise_failed()
 
     def close(self) -> None:
         """Ends the threads; what is still pending is dropped."""
         self._pending.clear()
+        self._parts.clear()
         for pool in (self._pool, self._of_gpu):
             if pool:
                 pool.shutdown(cancel_futures=True)
@@ -163,7 +213,7 @@ class Solver:
 
     def _solve(
         self,
-        taken: list[Eigenproblem],
+        untaken: list[Eigenproblem],
         place: Place,
         work: float,
         ready: torch.cuda.Event | None,
@@ -171,12 +221,12 @@ class Solver:
         began, seconds = time.monotonic(), None
         try:
             if place == "host" and self._stream is not None:
-                spectra = self._staging.to_host(taken.pop(), ready).solve()
+                spectra = self._staging.to_host(untaken.pop(), ready).solve()
             else:
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                     if self._stream is not None and ready is not None:
                         self._stream.wait_event(ready)
-                    spectra = taken.pop().solve()
+                    spectra = untaken.pop().solve()
             seconds = time.monotonic() - began
         finally:
             self._placement.solved(place, work, seconds)
@@ -198,7 +248,32 @@ class Solver:
                 self._device,
             )
 
-    def _oldest(self) -> Solved:
+    def _wait_for_room(self) -> None:
+        """Waits for the oldest measurements where too much waits for its solution; no process waits
+        for another."""
+        while len(self._pending) > MOST_PENDING or self._older_bytes() > self._most_bytes:
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "training waits for the spectra of step %s: of %s measurements not all are "
+                    "solved, and they take %.3g GiB. Measure less often, fewer layers, or with "
+                    "more cores",
+                    self._pending[0].labels.get("step"),
+                    len(self._pending),
+                    self._older_bytes() / 2**30,
+                )
+            self._collect()
+
+    def _older_bytes(self) -> int:
+        """What all measurements but the newest take of the device."""
+        return sum(each.n_bytes for each in list(self._pending)[:-1])
+
+    def _collect_done(self) -> None:
+        while self._pending and self._pending[0].is_done:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Takes the spectra of the oldest measurement, which are waited for."""
         labels, waiting = self._pending.popleft()
         spectra: list[FFNSpectra] = []
         groups: list[GroupSpectrum] = []
@@ -213,23 +288,61 @@ class Solver:
                     f"solved: {cause}"
                 )
                 error.__cause__ = cause
-        if self._shares:
-            told = gathered(None if error is None else str(error))
-            spectra, groups = dealt_back(spectra), dealt_back(groups)
-            if error is None:
-                error = next((MeasurementError(text) for text in told if text is not None), None)
-        if error is not None:
-            raise error
-        return Solved(labels, spectra, groups)
+        self._failed = self._failed or error
+        part = _Part(labels, spectra, groups, error)
+        if self._mail is not None and rank() > 0:
+            self._mail.send((spectra, groups, None if error is None else str(error)))
+        self._parts.append(part)
+
+    def _solved(self, *, wait: bool) -> Solved | None:
+        """The next measurement; None where some of it has not come, or could not be solved."""
+        labels, spectra, groups, error = self._parts[0]
+        if self._mail is not None and rank() == 0:
+            others = self._mail.take(wait=wait)
+            if others is None:
+                return None
+            spectra = in_turns([spectra, *(each[0] for each in others)])
+            groups = in_turns([groups, *(each[1] for each in others)])
+            told = next((each[2] for each in others if each[2] is not None), None)
+            if error is None and told is not None:
+                error = MeasurementError(told)
+                self._failed = self._failed or error
+        self._parts.popleft()
+        return Solved(labels, spectra, groups) if error is None else None
+
+    def _raise_failed(self) -> None:
+        """Raises what could not be solved, in all processes, which must call it alike."""
+        failed, self._failed = self._failed, None
+        if self._mail is not None:
+            told = gathered(None if failed is None else str(failed))
+            other = next((text for text in told if text is not None), None)
+            failed = MeasurementError(other) if failed is None and other is not None else failed
+        if failed is not None:
+            raise failed
 
 
-def spare_workers(device: torch.device, n_processes: int = 1) -> int:
+def _most_bytes(device: torch.device) -> int:
+    """What measurements may take of a GPU while they wait."""
+    if device.type != "cuda":
+        return sys.maxsize
+    return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE
+
+
+def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) -> int:
     """Threads that can solve beside training on `device`: the cores of this process, shared with
-    the other training processes of the host, but one. 0 where the cores train."""
+    the other training processes of the host, but one; not more than the memory is for. 0 where the
+    cores train. On a GPU there is at least one, which takes what training leaves of the cores.
+
+    Args:
+        device: where the model trains.
+        n_processes: that train on this host.
+        n_bytes: what an eigenproblem takes on its way to the host.
+    """
     if device.type != "cuda":
         return 0
     cores = share_among_trials() or allowed()
-    return max(0, cores // n_processes - 1)
+    by_memory = memory() // (SHARE_OF_HOST * n_processes * COPIES * max(n_bytes, 1))
+    return max(1, min(cores // n_processes - 1, by_memory))
 
 
 def _single_threaded(n_workers: int) -> ThreadPoolExecutor:

@@ -13,13 +13,13 @@ from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.sites import n_inputs
+from nerve.spectra.triangle import from_lower_blocks, lower_blocks, lower_bytes
 
 E = TypeVar("E", bound=FFNEigenproblem | GroupEigenproblem)
 
 N_BUFFERS = 2
 """One is filled while what the other holds is copied on."""
 
-_WIDTH = 384
 _ALIGNMENT = 64
 _LOWER = ("before", "post", "matrix")
 """Of these matrices the lower triangle alone counts, and is copied."""
@@ -61,14 +61,14 @@ class Staging:
                 if self._stream is not None and ready is not None:
                     self._stream.wait_event(ready)
                 parts = {
-                    name: _lower_blocks(tensor) if name in _LOWER else [tensor]
+                    name: lower_blocks(tensor) if name in _LOWER else [tensor]
                     for name, tensor in tensors.items()
                 }
                 held = iter(buffer.hold([part for each in parts.values() for part in each]))
                 if self._stream is not None:
                     self._stream.record_event().synchronize()
                 copies: dict[str, Any] = {
-                    name: _from_lower_blocks([next(held) for _ in parts[name]])
+                    name: from_lower_blocks([next(held) for _ in parts[name]])
                     if name in _LOWER
                     else next(held).clone()
                     for name in parts
@@ -113,20 +113,4 @@ def expected_bytes(ffn: FFN) -> int:
     do not say how wide that is."""
     pre, post = sites_of(ffn)
     d_ff, d_in = pre.width or post.width or 0, n_inputs(pre) or 0
-    blocks = sum((d_ff - s) * min(_WIDTH, d_ff - s) for s in range(0, d_ff, _WIDTH))
-    return 2 * 8 * blocks + 4 * d_ff * d_in + 4096
-
-
-def _lower_blocks(matrix: Tensor) -> list[Tensor]:
-    """Block columns that hold the lower triangle: little more than half of the matrix."""
-    return [matrix[s:, s : s + _WIDTH] for s in range(0, len(matrix), _WIDTH)]
-
-
-def _from_lower_blocks(blocks: Sequence[Tensor]) -> Tensor:
-    """The matrix again; what its upper triangle holds means nothing."""
-    n = len(blocks[0]) if blocks else 0
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    for number, block in enumerate(blocks):
-        start = number * _WIDTH
-        matrix[start:, start : start + _WIDTH] = block
-    return matrix
+    return 2 * lower_bytes(d_ff) + 4 * d_ff * d_in + 4096

@@ -44,10 +44,8 @@ class SpectraWriter:
         self._spectra = spectra
 
     def write(self, solved: Iterable[Solved]) -> None:
-        """Writes measurements as they come; without a store it waits for them alone.
-
-        All processes must run through them: in between they exchange what they solved.
-        """
+        """Writes measurements as they come; without a store it goes through them alone, as every
+        process must: what comes between them is exchanged with the others."""
         for measured in solved:
             if self._store is None:
                 continue

@@ -125,11 +125,24 @@ def _batched_matmul(
 
 # From the coarsest to the finest.
 PRODUCTS: dict[str, Product] = {
+    "projected_bfloat16": Product(torch.float64, 4096, _add_product),
+    "projected_float16": Product(torch.float64, 4096, _add_product),
     "bfloat16": Product(torch.bfloat16, 65_536, _add_bfloat16_product, centered=False),
     "float16x2": Product(torch.float32, 16_384, _add_float16x2_product),
     "float32": Product(torch.float32, 2048, _add_product),
     "float64": Product(torch.float64, 4096, _add_product),
 }
+
+
+def product_of_input(dtype: torch.dtype) -> str:
+    """The name of the product that takes x where the covariance of `u = W x + b` is made of that of
+    x: in float64, for W would magnify rounding.
+
+    Where u is of a `dtype` of 16 bits, its own rounding is left out, and the name says so, so that
+    whatever it goes into says so as well.
+    """
+    name = f"projected_{str(dtype).removeprefix('torch.')}"
+    return name if name in PRODUCTS else "float64"
 
 
 def coarsest(names: Iterable[str]) -> str:

@@ -42,6 +42,17 @@ ADDED: dict[str, Any] = {
 before. A key with that value, and all below it, is passed over: runs of before keep their ids. A
 key of which no value means that has no place here, and runs of before are other runs."""
 
+GROUPS = ("model", "normalization", "activation", "ffn", "optimizer", "data", "monitor", "trainer")
+"""Keys that every configuration of nerve-run has had from its first version on."""
+
+BESIDE = {
+    "data.corpus.separator": "paths",
+    "data.separator_token": "vocab_size",
+    "data.tokenizer_sample_bytes": "vocab_size",
+}
+"""Keys of `ADDED` that concern some data sets, each with a key of the same group that only these
+have."""
+
 NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
 
@@ -53,13 +64,41 @@ def config_id(config: Mapping[str, Any]) -> str:
     is in. Neither the order of keys nor writing 1 as 1.0 changes it; `true` and 1, or `"1"` and 1,
     are different. A configuration that was written to run.json and read again has the same.
     """
-    return hashlib.sha256(_text(_canonical(to_json(config), "")).encode()).hexdigest()[:12]
+    return ids_of_plain(to_json(config))[0]
+
+
+def ids_of_plain(config: Mapping[str, Any]) -> tuple[str, str]:
+    """`config_id`, and the same without the seed, which runs that differ in nothing else share.
+
+    Args:
+        config: of the values of JSON and numbers alone, as `RunRecord.load` and `to_json` give it.
+    """
+    entries = {key: _known_entry(key, config[key]) for key in sorted(config)}
+    counted = [entry for entry in entries.values() if entry]
+    unseeded = [entry for key, entry in entries.items() if entry and key != "seed"]
+    return _digest(counted), _digest(unseeded)
 
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The dotted keys that count for `config_id` and differ, in the order of their names."""
     mine, its = (_leaves(_canonical(to_json(each), ""), "") for each in (config, other))
     return sorted(key for key in mine | its if mine.get(key) != its.get(key))
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration of nerve-run with each key of `ADDED` that it is too old to have.
+
+    Keys below `data` depend on the data set: they are added beside the keys of `BESIDE`. Any other
+    configuration is returned as it is.
+    """
+    if not all(isinstance(config.get(group), Mapping) for group in GROUPS):
+        return config
+    result = dict(config)
+    for dotted, value in ADDED.items():
+        *groups, key = dotted.split(".")
+        if "data" not in groups or BESIDE.get(dotted) in _at(config, groups):
+            _put(result, groups, key, value)
+    return result
 
 
 def new_run_id() -> str:
@@ -130,6 +169,47 @@ def _canonical(value: Any, path: str) -> Any:
     if isinstance(value, list):
         return [_canonical(item, path) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _at(config: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
+    """What stands at nested keys; nothing where one of them is missing."""
+    for group in groups:
+        found = config.get(group)
+        config = found if isinstance(found, Mapping) else {}
+    return config
+
+
+def _put(config: dict[str, Any], groups: Iterable[str], key: str, value: Any) -> None:
+    """Sets what is missing at nested keys; the mappings that it changes are copies."""
+    for group in groups:
+        config[group] = dict(config[group])
+        config = config[group]
+    config.setdefault(key, value)
+
+
+def _digest(entries: Iterable[str]) -> str:
+    """Of a JSON object of these entries."""
+    return hashlib.sha256(f"{{{','.join(entries)}}}".encode()).hexdigest()[:12]
+
+
+_KNOWN: dict[tuple[str, str], str] = {}
+"""Entries by key and `repr`, which tells plain values apart: of ten thousand runs most groups are
+alike."""
+_MOST_KNOWN = 4096
+
+
+def _known_entry(key: str, value: Any) -> str:
+    """The canonical JSON of a value at the top of a configuration, behind its key; empty if it does
+    not count."""
+    name = key, repr(value)
+    entry = _KNOWN.get(name)
+    if entry is None:
+        canonical = _canonical(to_json({key: value}), "")
+        entry = _text(canonical)[1:-1]
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[name] = entry
+    return entry
 
 
 def _name(target: str) -> str:

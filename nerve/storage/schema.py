@@ -46,7 +46,8 @@ METRICS = _schema(
 )
 """One row a measured FFN and step: the metrics of the catalogue that are stored, losses, `lr` (that
 of the hidden weights), `status` ("ok" or why metrics are null), `precision` (the way that the
-covariance took). `variance_*` is the trace of the covariance.
+covariances took; `projected_bfloat16` or `projected_float16` where pre was computed from the FFN's
+input without its own rounding to that type). `variance_*` is the trace of the covariance.
 
 Shares, each in [0, 1], of what the spectrum alone cannot show:
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nerve.config import require, require_count
+from nerve.config import require, require_count, require_reached, require_steps
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,13 @@ class CheckpointCadence:
             minutes is None or (isinstance(minutes, int | float) and minutes > 0),
             f"checkpoint.every_n_minutes must be null or a positive number; got {minutes!r}.",
         )
-        require(
-            isinstance(self.keep, list) and all(map(_is_step, self.keep)),
-            "checkpoint.keep must be a list of optimizer steps, whole numbers from 0, as in "
-            f"[0,100]; got {self.keep!r}.",
-        )
+        require_steps("checkpoint.keep", self.keep, or_empty=True)
 
     def require_reached(self, max_steps: int) -> None:
         """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
-        late = [step for step in self.keep if step > max_steps]
-        require(
-            not late,
-            "checkpoint.keep takes steps from 0 to trainer.max_steps; got "
-            f"{', '.join(map(str, late))} with trainer.max_steps={max_steps}. Leave these out, or "
-            "train for longer.",
-        )
+        require_reached("checkpoint.keep", self.keep, max_steps)
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether to save after `step`, `seconds` after the last checkpoint."""
         steps, minutes = self.every_n_steps, self.every_n_minutes
         return bool(steps and step % steps == 0) or bool(minutes and seconds >= 60 * minutes)
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,5 +1,6 @@
 """The Lightning callback that measures FFN spectra while a model trains, and stores them."""
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 from nerve.config import from_mapping, require
 from nerve.errors import noted
 from nerve.measuring.choice import Choice, call_probed
+from nerve.measuring.distributed import gathered
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
-from nerve.recording.losses import loss_of
+from nerve.metric_names import MEASURED
+from nerve.recording.cadence import loss_of
 from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
-from nerve.recording.settings import MonitorSettings
-from nerve.recording.steps import MeasuredSteps
+from nerve.recording.settings import MeasuredSteps, MonitorSettings
 from nerve.storage.store import RunStore
 from nerve.training.fit_checks import (
     require_batches,
@@ -39,6 +41,8 @@ from nerve.training.updates import (
     rate_of,
     validate_next,
 )
+
+log = logging.getLogger(__name__)
 
 
 class SpectralMonitor(L.Callback):
@@ -58,7 +62,8 @@ class SpectralMonitor(L.Callback):
     `ffn/03/pr_post` is that of layer 3, `ffn/mean/pr_post` the mean over layers. Callbacks such as
     `EarlyStopping` and `ModelCheckpoint` can monitor these, or `pr_post`, the mean over all FFNs,
     of the last measurement that is solved when validation ends: that of the same step on the CPU,
-    up to two measurements ago on a GPU; with `source="train"` at best the one before.
+    up to four measurements ago on a GPU; with `source="train"` at best the one before. The first
+    one is waited for where a callback or schedule has the name of such a value as its `monitor`.
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that is not the one
@@ -325,10 +330,11 @@ class SpectralMonitor(L.Callback):
 
     def _monitored(self, trainer: L.Trainer) -> dict[str, float]:
         """The values of the last measurement that is solved, in every process."""
-        values = trainer.strategy.broadcast(monitored_values(self.latest))
-        if not values:  # the first one is waited for: a callback may monitor it
+        values = gathered(monitored_values(self.latest))[0]
+        if not values and _is_monitored(trainer):
+            log.info("the first measurement is waited for, as a callback monitors its values")
             self._recorder.drain()
-            values = trainer.strategy.broadcast(monitored_values(self.latest))
+            values = gathered(monitored_values(self.latest))[0]
         return values
 
     def _choice_for(self, pl_module: L.LightningModule, ffns: Sequence[FFN]) -> Choice:
@@ -344,6 +350,15 @@ class SpectralMonitor(L.Callback):
         skips = self.settings.skip_first > 0
         groups = bool(self.settings.groups)
         return Choice(model, probe, run, mask, exclude, only_labeled, skips, groups)
+
+
+def _is_monitored(trainer: L.Trainer) -> bool:
+    """Whether what decides by a monitored value names one of a measurement: Lightning refuses to go
+    on where it is not there."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    deciding = [*callbacks, *trainer.lr_scheduler_configs]
+    names = (getattr(each, "monitor", None) for each in deciding)
+    return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
 
 
 def _token_counts(trainer: L.Trainer) -> Tensor | None:

@@ -190,6 +190,23 @@ def test_watching_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
     assert watched.training
 
 
+def test_a_loop_in_16_bits_may_project_pre(tmp_path):
+    """Beside groups and the input itself, which is a site then."""
+    model = network().float()
+    ways = {"shortcut": "projected", "groups": ["halves"], "sites": ["input"]}
+    with nerve.watch(model, tmp_path, every_n_steps=1, **ways) as run:
+        for x, y in pairs(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = mean_loss(model, (x.float().view(4, 8, 4), y.float().view(4, 8, 4)))["loss"]
+            loss.backward()
+            run.step(loss, y.numel())
+    assert set(nerve.load_metrics(tmp_path)["precision"]) == {"projected_bfloat16"}
+    groups = nerve.load_groups(tmp_path).groupby(["site", "grouping"])["dim"].agg(["size", "max"])
+    of_step = {("pre", "halves"): 4, ("post", "halves"): 4, ("input", "all"): 2}
+    assert {key: groups.loc[key, "size"] / 2 for key in of_step} == of_step
+    assert groups["max"].groupby("site").max().to_dict() == {"input": 4, "post": 12, "pre": 12}
+
+
 def test_the_run_is_one_that_is_read_as_any_other(tmp_path):
     train(tmp_path, network(), source="heldout", config={"seed": 5, "design": "plain"})
     runs = nerve.load_runs(tmp_path)

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,8 @@ import nerve
 from nerve import RunRecord, RunStore
 from nerve.errors import MeasurementError
 from nerve.measuring.around import sites_around
-from nerve.measuring.distributed import reduce_covariance
-from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+from nerve.measuring.exchange import OfCovariance, exchange
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
@@ -106,6 +107,7 @@ def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "reduce", reduce)
+    monkeypatch.setattr("nerve.measuring.exchange.rank", lambda: me.rank)
     return me
 
 
@@ -123,9 +125,12 @@ def assert_scatter(accumulator: StreamingCovariance, parts: list[torch.Tensor]) 
     assert np.abs(error).max() <= 1e-12
 
 
+@pytest.mark.parametrize("most_bytes", [1, 2**30])
 @pytest.mark.parametrize("to", [0, 2])
 @pytest.mark.parametrize("sizes", [(3, 5, 8), (0, 12, 700), (100, 300, 50)])
-def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
+def test_one_process_gets_the_samples_of_all(group_of_three, monkeypatch, sizes, to, most_bytes):
+    """At once and part by part."""
+    monkeypatch.setattr("nerve.measuring.exchange.MOST_BYTES", most_bytes)
     parts = [samples(n, seed) for seed, n in enumerate(sizes)]
     accumulators = [StreamingCovariance(24) for _ in parts]
     for accumulator, part in zip(accumulators, parts, strict=True):
@@ -135,7 +140,7 @@ def test_one_process_gets_the_samples_of_all(group_of_three, sizes, to):
 
     def reduce(rank: int) -> None:
         group_of_three.rank = rank
-        reduce_covariance(accumulators[rank], to, tallies)
+        exchange([OfCovariance(accumulators[rank], to, tallies)], [])
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(reduce, range(3)))
@@ -166,6 +171,19 @@ def measure_shards(rank: int, folder: str) -> None:
             (problem,) = measurement.eigenproblems(rank, WORLD)
             row = json.dumps(problem.solve().row())
             Path(folder, f"{number}-{shortcut}-{rank}.json").write_text(row)
+    for offset in OFFSETS:
+        model = make_model().bfloat16()
+        probe = Probe(ffns(model))
+        probe.install()
+        measurement = Measurement(probe, shortcut="projected")
+        measurement.start()
+        model(rounded_part(rank, offset))
+        measurement.finish_forward()
+        measurement.stop()
+        measurement.reduce()
+        (problem,) = measurement.eigenproblems(rank, WORLD)
+        row = json.dumps({"of_input": problem.of_input, **problem.solve().row()})
+        Path(folder, f"rounded-{offset}-{rank}.json").write_text(row)
     model = make_model(width=16)
     probe = Probe(pooled(model))
     probe.install()
@@ -178,6 +196,27 @@ def measure_shards(rank: int, folder: str) -> None:
     rows = [problem.solve().row() for problem in measurement.eigenproblems(rank, WORLD)]
     Path(folder, f"pooled-{rank}.json").write_text(json.dumps(rows))
     leave()
+
+
+OFFSETS = (0, 100)
+
+
+def rounded_part(rank: int, offset: int) -> torch.Tensor:
+    """Of one process; the mean of the second is `offset`."""
+    return (data()[150 * rank : 150 * (rank + 1)] - 100 + offset * rank).bfloat16()
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_pre_is_projected_by_all_processes_or_by_none(measured_shards, offset):
+    """Where rounding counts in one of them, the others' inputs are converted."""
+    model = make_model().bfloat16()
+    parts = [rounded_part(rank, offset) for rank in range(WORLD)]
+    one = nerve.measure(model, parts, ffns=ffns(model), shortcut="projected")
+    paths = [measured_shards / f"rounded-{offset}-{rank}.json" for rank in range(WORLD)]
+    rows = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    np.testing.assert_allclose(rows[NUMBERS], one[NUMBERS], rtol=1e-6)
+    assert rows["of_input"].tolist() == [offset == 0] * WORLD
+    assert set(rows["precision"]) == set(one["precision"]) == {"projected_bfloat16"}
 
 
 def sequences(bounds: list[int]) -> torch.Tensor:
@@ -323,8 +362,27 @@ def test_features_split_by_tensor_parallelism_are_refused(tmp_path):
         dist.destroy_process_group()
 
 
+class Late(FFNEigenproblem):
+    """A problem that is not solved before there is a file."""
+
+    file: Path
+
+    def solve(self) -> FFNSpectra:
+        until = time.monotonic() + 20
+        while not self.file.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        return super().solve()
+
+
+def late(problem: FFNEigenproblem, file: Path) -> FFNEigenproblem:
+    held = Late(**vars(problem))
+    object.__setattr__(held, "file", file)
+    return held
+
+
 def solve_shares(rank: int, folder: str) -> None:
     join(rank, folder)
+    solve_beside(rank, folder)
     for broken in (None, 1):
         solver = Solver(torch.device("cpu"))
         solved, errors = [], []
@@ -341,6 +399,42 @@ def solve_shares(rank: int, folder: str) -> None:
     leave()
 
 
+def solve_beside(rank: int, folder: str) -> None:
+    """Process 1 solves its share of step 0 when process 0 has gone on, and cannot solve that of
+    step 1."""
+    solver, go = Solver(torch.device("cpu"), n_workers=1), Path(folder, "go")
+    problem = make_eigenproblem(rank, broken=False)
+    before = [*solver.submit({"step": 0}, [late(problem, go) if rank == 1 else problem])]
+    before += solver.finished()
+    is_early = not go.exists()
+    if rank == 0:
+        go.touch()
+    solved = list(solver.drain())
+    broken = make_eigenproblem(rank, broken=rank == 1)
+    solved += [*solver.submit({"step": 1}, [broken]), *solver.finished()]
+    wait([each.future for pending in solver._pending for each in pending.waiting])
+    try:
+        solver.submit({"step": 2}, [make_eigenproblem(rank, broken=False)])
+        error = ""
+    except MeasurementError as raised:
+        error = str(raised)
+    layers = [[spectra.layer for spectra in item.spectra] for item in solved]
+    told = {"early": is_early, "before": len(before), "layers": layers, "error": error}
+    Path(folder, f"beside-{rank}.json").write_text(json.dumps(told))
+    solver.close()
+
+
+def test_no_process_waits_for_what_another_solves(shares_solved):
+    """What is solved late is there at the next `drain`; an error is raised in both."""
+    first, second = (json.loads((shares_solved / f"beside-{r}.json").read_text()) for r in (0, 1))
+    assert first["early"]
+    assert first["before"] == 0
+    assert first["layers"][0] == [0, 1]
+    assert [1] in second["layers"]
+    for process in (first, second):
+        assert "ffn in layer 1 at step 1 could not be solved" in process["error"]
+
+
 def make_eigenproblem(layer: int, broken: bool) -> FFNEigenproblem:
     scatter = torch.diag(torch.tensor([1.0, -1.0 if broken else 1.0], dtype=torch.float64))
     shares = torch.zeros(2, 4, dtype=torch.float64)
@@ -349,13 +443,19 @@ def make_eigenproblem(layer: int, broken: bool) -> FFNEigenproblem:
     )
 
 
-def test_processes_share_the_problems_and_the_errors(tmp_path):
+@pytest.fixture(scope="module")
+def shares_solved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("solved")
+    together(solve_shares, WORLD, folder)
+    return folder
+
+
+def test_processes_share_the_problems_and_the_errors(shares_solved):
     """Process 0 gets all spectra in order, process 1 solved layer 1; its error reaches both."""
-    together(solve_shares, WORLD, tmp_path)
 
     def told(broken: int | None) -> list[dict]:
         names = [f"{broken}-{rank}.json" for rank in range(WORLD)]
-        return [json.loads((tmp_path / name).read_text()) for name in names]
+        return [json.loads((shares_solved / name).read_text()) for name in names]
 
     assert told(None) == [
         {"layers": [[0, 1, 2]] * 2, "errors": []},

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from processes import together
 
 from nerve.errors import StoreError
-from nerve.measuring.distributed import gathered, highest, own_part, rank
+from nerve.measuring.distributed import Mailbox, gathered, highest, own_part, rank
 
 CPU = torch.device("cpu")
 
@@ -18,6 +18,21 @@ def tell(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=2)
     parts = gathered({"mine": index})
     heard = [rank(), parts, own_part(parts), highest(5 - index, CPU)]
+    for number in range(3):  # each exchange has its own, and what was read is let go
+        assert gathered((number, index)) == [(number, 0), (number, 1)]
+    box, other = Mailbox(), Mailbox()
+    if index == 1:
+        box.send("late")
+        box.send(None)
+        other.send(7)
+        gathered(None)
+    else:
+        gathered(None)
+        assert [other.take(wait=False), box.take(wait=True), box.take(wait=False)] == [
+            *([7], ["late"], [None])
+        ]
+        assert box.take(wait=False) is None  # there is no more
+    gathered(None)
     Path(folder, f"{index}.json").write_text(json.dumps(heard))
     dist.destroy_process_group()
 

@@ -147,12 +147,13 @@ def test_its_identity_is_weights_batches_and_what_was_asked(tmp_path, model, bat
     others = [
         config_id(tmp_path / "batches", model, batches[:1]),
         config_id(tmp_path / "how", model, batches, shortcut=False),
+        config_id(tmp_path / "projected", model, batches, shortcut="projected"),
         config_id(tmp_path / "labels", model, batches, labels={"family": "mine"}),
     ]
     with torch.no_grad():
         model.ffn[0].bias[3] += 1e-3
     others.append(config_id(tmp_path / "weights", model, batches))
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 6
 
 
 def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model, batches):

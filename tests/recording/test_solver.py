@@ -121,15 +121,24 @@ def test_threads_of_the_pool_give_way_to_those_that_train():
 
 
 def test_cores_that_train_have_none_to_spare(monkeypatch):
+    """Beside a GPU there is one thread in any case: it takes what training leaves of its core."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     assert spare_workers(CPU) == 0
     assert spare_workers(torch.device("cuda")) == 15
     assert spare_workers(torch.device("cuda"), n_processes=2) == 7
-    assert spare_workers(torch.device("cuda"), n_processes=16) == 0
+    assert spare_workers(torch.device("cuda"), n_processes=16) == 1
+
+
+def test_threads_that_solve_take_a_quarter_of_the_memory_at_most(monkeypatch):
+    """Each has what comes over, and three times as much at work."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr("nerve.recording.solver.memory", lambda: 64 * 2**30)
+    for gib, n_workers in ((0.25, 15), (0.5, 8), (1, 4), (9, 1)):
+        assert spare_workers(torch.device("cuda"), n_bytes=int(gib * 2**30)) == n_workers
 
 
 def test_a_trial_beside_others_solves_on_its_share_of_the_cores(monkeypatch):
-    for share, n_workers in (("8", 7), ("2", 1), ("1", 0)):
+    for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers
         assert spare_workers(CPU) == 0

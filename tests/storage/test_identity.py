@@ -15,6 +15,7 @@ from nerve.cli.config.compose import identity, resolved
 from nerve.storage.identity import (
     ADDED,
     EXCLUDED,
+    completed,
     config_id,
     differences,
     from_json,
@@ -132,6 +133,31 @@ def test_a_key_added_later_changes_an_id_only_with_a_value_that_changes_the_run(
         assert [name.removesuffix(".other") for name in differences(before, other)] == [key]
     elsewhere = {**before, "elsewhere": {key.rpartition(".")[2]: ADDED[key]}}
     assert config_id(elsewhere) != config_id(default)
+
+
+@pytest.mark.parametrize("key", [key for key in ADDED if key != "data.images.reversed"])
+def test_a_configuration_from_before_a_key_gets_what_that_key_means_for_it(key):
+    config = resolved(composed("logger=none", "data=text_files", "data.corpus.paths=[a.txt]"))
+    before = changed(config, key)
+    as_written = deepcopy(before)
+    assert completed(before) == changed(config, key, ADDED[key])
+    assert before == as_written
+    for same in (config, changed(config, key, "mine")):
+        assert completed(same) == same
+
+
+@pytest.mark.parametrize("data", ["python_source", "digits", "glyphs"])
+def test_what_concerns_other_data_is_not_added(data):
+    model = ["model.patch_size=4"] if data == "glyphs" else []
+    images = [] if data == "python_source" else ["model=mixer_tiny", *model]
+    config = resolved(composed("logger=none", *images, f"data={data}"))
+    assert completed(config) == config
+
+
+def test_a_configuration_that_is_not_of_nerve_run_gets_no_keys(default):
+    for group in ("model", "normalization", "activation", "ffn", "optimizer", "data", "trainer"):
+        foreign = changed(changed(default, group), "monitor.groups")
+        assert completed(foreign) == foreign
 
 
 def test_false_is_not_the_zero_that_means_as_before(monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 TARGETS = {
     path.rpartition(".")[2]: path
     for path in (
-        "nerve.cli.experiment.check.CheckInPlaceOfRun",
+        "nerve.cli.sweep.check.CheckInPlaceOfRun",
         "nerve.data.corpus.python_source",
         "nerve.data.files.text_files",
         "nerve.data.glyphs.glyphs",

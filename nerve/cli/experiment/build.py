@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.further import callbacks_of
+from nerve.cli.experiment.groups import callbacks_of
 from nerve.cli.experiment.machine import n_processes_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError

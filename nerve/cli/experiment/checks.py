@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from nerve.config import require, require_choice, require_count, require_left, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError, NerveError
+from nerve.measuring.projection import PROJECTED
 from nerve.models import MODELS
 from nerve.recording.settings import MonitorSettings
 
@@ -280,6 +281,20 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
         f"must be 0, got {skip_first!r}.",
     )
     require_left("monitor.skip_first", skip_first, "data.seq_len", values["data"]["seq_len"])
+
+
+def require_readable_weight(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
+    """Refuses to project pre where the weight before it would be another at each reading."""
+    constraint, precision = values["ffn"]["constraint"], values["trainer"].get("precision")
+    require(
+        constraint == "none"
+        or monitor.source == "heldout"
+        or monitor.shortcut != PROJECTED
+        or "16" not in str(precision),
+        f"monitor.shortcut={PROJECTED} reads the weight before pre, which ffn.constraint="
+        f"{constraint} makes anew in training; got monitor.source=train. Set monitor.shortcut=true "
+        "or monitor.source=heldout.",
+    )
 
 
 def require_tokens_of_text(n_tokens: int | str, kind: str) -> None:

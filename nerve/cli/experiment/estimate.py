@@ -10,6 +10,7 @@ from nerve.cli.experiment.groups import width_of
 from nerve.cli.experiment.plan import Plan
 from nerve.measuring.ffns import sites_of
 from nerve.measuring.find import find_ffns
+from nerve.measuring.projection import PROJECTED
 from nerve.measuring.sites import n_inputs
 from nerve.metric_names import GROUPS
 from nerve.optim import parameter_roles
@@ -107,8 +108,9 @@ def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
     for ffn in find_ffns(skeleton, layers=monitor.layers):
         width, d_in = width_of(ffn), n_inputs(sites_of(ffn)[0])
         assert isinstance(d_in, int)
-        # Of 16-bit features pre itself is taken, not the input.
+        # Of 16-bit features pre itself is taken, not the input, unless it is to be projected.
         exact = str(plan.values["trainer"].get("precision")).startswith("32")
-        of_ffn = width**2 + (d_in if monitor.shortcut and exact else width) ** 2
+        of_input = monitor.shortcut and (exact or monitor.shortcut == PROJECTED)
+        of_ffn = width**2 + (d_in if of_input else width) ** 2
         total += of_ffn * max(1, n_groups) + len(monitor.sites) * d_in**2
     return total

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
+from nerve.cli.experiment.devices import n_devices_of
 from nerve.cli.experiment.estimate import least_memory
 from nerve.cli.experiment.plan import Plan
-from nerve.cli.sweep.devices import n_devices_of
 from nerve.config import require
 from nerve.storage.provenance import nvidia_driver
 from nerve.training.gathering import Gathering, environment_of

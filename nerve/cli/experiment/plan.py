@@ -16,19 +16,20 @@ from nerve.cli.experiment.checks import (
     require_given,
     require_packages,
     require_positions,
+    require_readable_weight,
     require_single_values,
     require_suited,
     require_tokens_of_text,
     require_whole,
     require_whole_matrices,
 )
-from nerve.cli.experiment.further import callbacks_of
 from nerve.cli.experiment.groups import (
     DataPlan,
     ModelPlan,
     MonitorPlan,
     OptimizerPlan,
     TrainerPlan,
+    callbacks_of,
     parts_of,
     schedule_of,
 )
@@ -89,6 +90,7 @@ class Plan:
         monitor.require_reached(trainer.max_steps)
         require_tokens_of_text(monitor.n_tokens, kind)
         require_positions(monitor, values)
+        require_readable_weight(monitor, values)
         require_packages(values["logger"])
         callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)

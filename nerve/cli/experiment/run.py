@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -22,7 +23,7 @@ from nerve.cli.experiment.build import (
     log_configuration,
     scale_pre_activations,
 )
-from nerve.cli.experiment.further import callbacks_of
+from nerve.cli.experiment.groups import callbacks_of
 from nerve.cli.experiment.machine import (
     check_machine,
     device_names,
@@ -33,7 +34,7 @@ from nerve.cli.experiment.machine import (
 from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
-from nerve.cli.experiment.summary import print_summary
+from nerve.cli.experiment.summary import facts_of, print_summary, warning_of
 from nerve.config import pasted
 from nerve.errors import DataError, StoreError, noted
 from nerve.files import remove_temporaries
@@ -50,6 +51,7 @@ from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.gathering import Gathering
 from nerve.training.loggers import wandb_id_in
+from nerve.training.module import TrainedModel
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -160,16 +162,7 @@ def _run(
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
     if record and store:
         _prepare(run, record, store, data)
-        record.update(
-            n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
-            fingerprints=data.fingerprints,
-            unigram_loss=getattr(data, "unigram_loss", None),
-            separator_token=getattr(data, "separator_token", None),
-            wandb_id=wandb_id_in(trainer.loggers),
-            device=device_names(trainer),
-            versions=record.versions | gpu_versions(trainer),
-            pre_scales=record.pre_scales | pre_scales,
-        )
+        _describe(record, module, data, trainer, pre_scales)
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
@@ -189,14 +182,52 @@ def _run(
         "measuring_seconds": monitor.seconds,
     }
     if record:
-        warning = _warning(final["val_loss"], record.unigram_loss)
-        record.finish("done", final=final, stopped_by=reason, warning=warning)
-        try:
-            drop_all_but_weights(last)
-        except StoreError as refused:  # the run is done all the same
-            log.warning("the last checkpoint stays as large as it is: %s", refused)
-        print_summary(monitor.latest, _facts(final, warning), run.path)
+        _finish(run, record, final, reason, monitor.latest)
     return final["val_loss"]
+
+
+def _describe(
+    record: RunRecord,
+    module: TrainedModel,
+    data: Any,
+    trainer: L.Trainer,
+    pre_scales: dict[str, float],
+) -> None:
+    """Writes into the record what is known once all parts are built."""
+    record.update(
+        n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
+        fingerprints=data.fingerprints,
+        unigram_loss=getattr(data, "unigram_loss", None),
+        separator_token=getattr(data, "separator_token", None),
+        wandb_id=wandb_id_in(trainer.loggers),
+        device=device_names(trainer),
+        versions=record.versions | gpu_versions(trainer),
+        pre_scales=record.pre_scales | pre_scales,
+    )
+
+
+def _finish(
+    run: RunDirectory,
+    record: RunRecord,
+    final: dict[str, float],
+    reason: str | None,
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Records that the run is done, keeps of its last checkpoint what a reader needs, and says what
+    the run came to.
+
+    Args:
+        final: as the record has it.
+        reason: why training ended before its last step; None where it did not.
+        rows: those of the last measurement.
+    """
+    warning = warning_of(final["val_loss"], record.unigram_loss)
+    record.finish("done", final=final, stopped_by=reason, warning=warning)
+    try:
+        drop_all_but_weights(run.checkpoint("last"))
+    except StoreError as refused:  # the run is done all the same
+        log.warning("the last checkpoint stays as large as it is: %s", refused)
+    print_summary(rows, facts_of(final, warning), run.path)
 
 
 def _set_threads(n: int | None) -> None:
@@ -240,27 +271,3 @@ def _final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -
         bits = val_loss * data.n_heldout_tokens / math.log(2)
         final["bits_per_byte"] = bits / data.n_heldout_bytes
     return final
-
-
-def _warning(val_loss: float, unigram_loss: float | None) -> str | None:
-    """What says that a run has learned nothing, however finite its loss is."""
-    if unigram_loss is None or val_loss < unigram_loss:
-        return None
-    return (
-        f"untrained: the loss of {val_loss:.4g} nats is not below {unigram_loss:.4g}, which the "
-        "frequencies of the tokens alone give"
-    )
-
-
-def _facts(final: dict[str, float], warning: str | None) -> dict[str, str]:
-    loss = f"{final['val_loss']:.3f} nats per target"
-    if "bits_per_byte" in final:
-        loss += f", {final['bits_per_byte']:.3f} bits per byte"
-    facts = {"validation loss": loss} | ({"warning": warning} if warning else {})
-    if "val_accuracy" in final:
-        facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"
-    share = final["measuring_seconds"] / final["train_seconds"]
-    return facts | {
-        "time": f"{final['train_seconds']:.1f} s, of which measuring and validating "
-        f"{final['measuring_seconds']:.1f} s ({share:.1%})",
-    }

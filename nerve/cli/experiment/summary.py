@@ -1,4 +1,4 @@
-"""What a run shows when it ends."""
+"""What a run says of itself when it ends."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,31 @@ def print_summary(
         say(f"{label}: {text}")
     say(f"run directory: {shlex.quote(str(directory))}")
     say(f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})")
+
+
+def warning_of(val_loss: float, unigram_loss: float | None) -> str | None:
+    """What says that a run has learned nothing, however finite its loss is."""
+    if unigram_loss is None or val_loss < unigram_loss:
+        return None
+    return (
+        f"untrained: the loss of {val_loss:.4g} nats is not below {unigram_loss:.4g}, which the "
+        "frequencies of the tokens alone give"
+    )
+
+
+def facts_of(final: Mapping[str, float], warning: str | None) -> dict[str, str]:
+    """The figures of a run, label to text."""
+    loss = f"{final['val_loss']:.3f} nats per target"
+    if "bits_per_byte" in final:
+        loss += f", {final['bits_per_byte']:.3f} bits per byte"
+    facts = {"validation loss": loss} | ({"warning": warning} if warning else {})
+    if "val_accuracy" in final:
+        facts["validation accuracy"] = f"{final['val_accuracy']:.4f}"
+    share = final["measuring_seconds"] / final["train_seconds"]
+    return facts | {
+        "time": f"{final['train_seconds']:.1f} s, of which measuring and validating "
+        f"{final['measuring_seconds']:.1f} s ({share:.1%})",
+    }
 
 
 def _outlying(rows: Sequence[Mapping[Any, Any]]) -> list[str]:

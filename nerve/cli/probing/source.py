@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
 from nerve.config import require_count, require_several
@@ -65,6 +66,27 @@ class Asked:
                 option = f"--{name.replace('_', '-')}"
                 require_count(option, getattr(self, name), least=number)
 
+    def as_recorded(
+        self,
+        dtype: torch.dtype,
+        skip_first: int,
+        groups: tuple[str, ...],
+        sites: tuple[str, ...],
+        fingerprints: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """What the configuration of the run has of it, as the model and its data decided what was
+        left to them."""
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "select": self.select,
+            "layers": self.layers,
+            "skip_first": skip_first,
+            "spectra": self.spectra,
+            **fingerprints,
+            **({"groups": groups} if groups else {}),
+            **({"sites": sites} if sites else {}),
+        }
+
 
 class Checkpoint(NamedTuple):
     """Weights of a step.
@@ -109,7 +131,7 @@ class Data:
     config: Mapping[str, Any]
     record: Mapping[str, Any] = field(default_factory=dict)
     skip_first: int = 0
-    shortcut: bool = True
+    shortcut: bool | str = True
     tokens_seen: Callable[[int], int] = lambda step: 0
     grouped: Grouped = NOT_GROUPED
     sites: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
 """Devices that a trial of a sweep asks for, against what the launcher gives it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from nerve.cli.experiment.devices import n_devices_of
 from nerve.cli.sweep.slurm import SUBMITIT_SLURM
 from nerve.config import require
 
@@ -71,11 +72,3 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
         f"trainer.devices={trainer['devices']} needs hydra.launcher.gpus_per_node={n_devices}, "
         f"got {launcher.get('gpus_per_node')}.",
     )
-
-
-def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
-    """How many devices per node; None where Lightning is to find out."""
-    devices = trainer["devices"]
-    if isinstance(devices, int | str) and str(devices).isdigit():
-        return int(devices)
-    return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)

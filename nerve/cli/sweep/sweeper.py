@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, resolved
 from nerve.cli.config.options import refuse_lists, refuse_merged
-from nerve.cli.experiment.check import preview
+from nerve.cli.sweep.check import preview
 from nerve.cli.sweep.devices import check_counted, check_devices
 from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here

@@ -54,6 +54,13 @@ BAD_GPT = [
         ["model.pre_std=1 scales", "ffn.constraint=spectral_norm"],
     ),
     (
+        [
+            *("monitor.shortcut=projected", "monitor.source=train"),
+            *("ffn.constraint=weight_norm", "trainer.precision=bf16-mixed"),
+        ],
+        ["monitor.shortcut=projected reads", "ffn.constraint=weight_norm", "monitor.source=train"],
+    ),
+    (
         ["regularizer=participation_ratio", "regularizer.layers=[1,2]"],
         ["regularizer.layers must be null (all) or layers that have FFNs", "got [1, 2]"],
     ),
@@ -302,6 +309,17 @@ def test_the_estimate_is_what_a_step_leaves(optimizer):
     assert estimate.n_parameters == n
     expected = 4 * (2 * n + n_state(stepper)) + 8 * covariances
     assert estimate.memory_bytes == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("shortcut", "width"), [("true", 128), ("projected", 32), ("false", 128)])
+def test_of_16_bits_the_input_is_held_where_pre_is_projected(shortcut, width):
+    def memory(*overrides: str) -> float:
+        plan = Plan.of(composed(*GPT, "data.vocab_size=300", *overrides))
+        return Estimate.of(plan).memory_bytes
+
+    given = memory("trainer.precision=bf16-mixed", f"monitor.shortcut={shortcut}")
+    pre = 2 * 8 * (width**2 - 32**2)
+    assert given - memory() == pytest.approx(pre)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

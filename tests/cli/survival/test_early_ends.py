@@ -7,7 +7,7 @@ import pytest
 from processes import ended, nerve_run
 
 import nerve
-from nerve.cli.experiment.run import _warning
+from nerve.cli.experiment.summary import warning_of
 from nerve.cli.status import status_of
 from nerve.errors import MeasurementError
 from nerve.storage.record import RunRecord
@@ -101,5 +101,5 @@ def test_a_run_that_learned_nothing_says_so(experiment, tmp_path, capsys):
     assert (record.warning or "").startswith("untrained: the loss of")
     assert f"warning: {record.warning}"[:60] in capsys.readouterr().out
     assert status_of(tmp_path / "absurd").reason == record.warning
-    assert _warning(4.1, 4.2) is None
-    assert _warning(4.1, None) is None
+    assert warning_of(4.1, 4.2) is None
+    assert warning_of(4.1, None) is None

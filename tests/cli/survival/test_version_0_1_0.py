@@ -57,6 +57,8 @@ def test_the_rows_are_loaded_as_they_were_stored_and_new_columns_are_null(copy):
     assert sorted(runs["run_status"]) == ["done", "interrupted"]
     assert set(runs["versions.nerve"]) == {"0.1.0"}
     assert runs["config_id"].nunique() == 1
+    assert set(runs["monitor.groups"]) == {"[]"}
+    assert set(runs["regularizer.name"]) == {"none"}
     for name, frame in loaded.items():
         assert (frame["n_damaged_parts"] == 0).all()
         for run in ("done", "interrupted"):

@@ -5,8 +5,7 @@ from itertools import pairwise
 import pytest
 
 from nerve.errors import ConfigError
-from nerve.recording.settings import MonitorSettings
-from nerve.recording.steps import MeasuredSteps, steps_of
+from nerve.recording.settings import MeasuredSteps, MonitorSettings, steps_of
 
 
 @pytest.mark.parametrize("every", [None, 1, 3, 7])

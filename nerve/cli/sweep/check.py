@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from nerve.cli.config.options import refuse_merged
-from nerve.cli.console import console, say
+from nerve.cli.console import console, fail, say
 from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.table import FOUND, SweepError, n_trials
 from nerve.config import require
@@ -42,8 +42,7 @@ class CheckInPlaceOfRun(Callback):
             check_composed(config.hydra)
             check_experiment(config)
         except NerveError as error:
-            print(f"nerve-run: {error}", file=sys.stderr)
-            sys.exit(1)
+            fail("nerve-run", str(error))
         sys.exit(0)
 
 
@@ -73,7 +72,7 @@ def check_experiment(config: DictConfig) -> None:
     Raises:
         NerveError: as there, where it can be told before.
     """
-    from nerve.cli.experiment.further import callbacks_of  # torch takes seconds to import
+    from nerve.cli.experiment.groups import callbacks_of  # torch takes seconds to import
     from nerve.cli.experiment.machine import check_machine
     from nerve.cli.experiment.plan import Plan
     from nerve.training.checkpoint_io import require_other_files

@@ -1,0 +1,222 @@
+"""What measuring costs runs that share a GPU: ten trials of a sweep at once, as users start them.
+
+`nerve-run -m seed=… hydra.sweeper.n_jobs=10` trains GPTs of 12 layers of 512. First each trains
+without measuring, then it measures at every 100 steps; all trials begin either part together. The
+tokens/s of all are summed for each part. Printed beside them is the floor: the time that the same
+training and solving take at best, when the cores solve all the while and the GPU does the rest,
+with the times for one `eigvalsh` given below; a trial's 12 matrices of post are counted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from nerve.cores import allowed
+
+SETTLED, COMPARED = 20, 10
+"""Steps before the first part, in which graphs are compiled; and the first one of it after that."""
+
+DEVICE_S = {2048: 0.025, 3072: 0.055, 4096: 0.1}
+HOST_S = {2048: 0.85, 3072: 2.0, 4096: 5.0}
+"""Seconds for one float64 `eigvalsh`, of an H200 and of one core beside it."""
+
+
+class Clock(L.Callback):
+    """Times the two parts, which all trials begin together, and ends the process after them.
+
+    Args:
+        folder: where trials tell each other of themselves, and leave their times.
+        n: how many trials there are.
+        plain, first, last: the steps at which the first part begins, and the second one begins and
+            ends.
+    """
+
+    def __init__(self, folder: str, n: int, plain: int, first: int, last: int) -> None:
+        self._folder, self._n = Path(folder), n
+        self._marks = {plain: "plain", first: "measured", last: "end"}
+        self._times: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        import torch
+
+        name = self._marks.get(trainer.global_step)
+        if name is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._times[f"{name} came"] = time.time()
+        _wait_for_spectra(trainer)
+        self._times[f"{name} solved"] = time.time()
+        if name == "end":
+            self._times["peak"] = float(torch.cuda.max_memory_allocated())
+            (self._folder / f"times-{os.getpid()}.json").write_text(json.dumps(self._times))
+            os._exit(0)
+        (self._folder / f"{name}-{os.getpid()}").touch()
+        while len(list(self._folder.glob(f"{name}-*"))) < self._n:
+            time.sleep(0.01)
+        self._times[f"{name} began"] = time.time()
+
+
+def _wait_for_spectra(trainer: L.Trainer) -> None:
+    from nerve.training.monitor import SpectralMonitor
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SpectralMonitor):
+            callback._recorder.wait()
+
+
+def command(args: argparse.Namespace, folder: Path, n: int) -> list[str]:
+    """A sweep of `n` seeds."""
+    plain = SETTLED
+    first = plain + COMPARED + args.plain
+    last = first + args.every * args.measurements
+    steps = [0, *range(first + 5, last, args.every)]
+    library = Path(os.__file__).parent
+    roots = ",".join(str(library / name) for name in ("asyncio", "email", "unittest", "xml"))
+    clock = {"folder": folder, "n": n, "plain": plain, "first": first, "last": last}
+    return [
+        *(sys.executable, "-m", "nerve.cli.run", "-m"),
+        f"seed={','.join(map(str, range(n)))}",
+        f"hydra.sweeper.n_jobs={n}",
+        f"hydra.sweep.dir={folder / 'runs'}",
+        f"data.corpus.roots=[{roots}]",
+        "data.val_fraction=0.1",
+        f"data.batch_size={args.tokens // args.seq_len}",
+        f"model.n_layers={args.layers}",
+        f"model.d_model={args.d_model}",
+        f"model.n_heads={max(1, args.d_model // 64)}",
+        f"model.seq_len={args.seq_len}",
+        f"ffn.width={args.width}",
+        f"compile={str(args.compile).lower()}",
+        f"trainer={args.trainer}",
+        f"trainer.max_steps={last + 10}",
+        "trainer.enable_progress_bar=false",
+        "monitor.every_n_steps=null",
+        f"monitor.steps={steps}".replace(" ", ""),
+        f"monitor.n_tokens={args.n_tokens}",
+        "monitor.spectra=false",
+        "logger=none",
+        "+callbacks.clock._target_=sharing.Clock",
+        *(f"+callbacks.clock.{name}={value}" for name, value in clock.items()),
+        *args.overrides,
+    ]
+
+
+def swept(args: argparse.Namespace, folder: Path, n: int) -> list[dict[str, float]]:
+    """The times of each trial."""
+    folder.mkdir()
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    with open(folder / "log", "w") as log:
+        sweep = subprocess.Popen(
+            command(args, folder, n),
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            sweep.wait(args.limit)
+        except subprocess.TimeoutExpired:
+            sweep.terminate()  # it passes that on to the trials
+            time.sleep(2)
+            sweep.terminate()
+            sweep.wait(60)
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("times-*.json"))]
+    if len(found) < n:
+        logs = [*folder.glob("log"), *(folder / "runs").glob("*/output.log")]
+        sys.exit("\n".join(f"{path}\n{path.read_text()[-1500:]}" for path in logs))
+    return found
+
+
+def said_of_places(folder: Path) -> list[str]:
+    """What trials logged of where they solve, each once."""
+    lines = [
+        line.partition("of the ")[2]
+        for path in (folder / "runs").glob("*/output.log")
+        for line in path.read_text().splitlines()
+        if "spectra of step" in line
+    ]
+    return sorted(set(lines))
+
+
+def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int) -> None:
+    n, d_ff = len(times), args.d_model * args.width
+    n_plain = COMPARED + args.plain
+    n_measured = args.every * args.measurements
+    plain = [each["measured came"] - each["plain began"] for each in times]
+    measured = [each["end came"] - each["measured began"] for each in times]
+    solved = [each["end solved"] - each["measured began"] for each in times]
+    without, with_it, until_solved = (
+        sum(args.tokens * steps / seconds for seconds in part)
+        for part, steps in ((plain, n_plain), (measured, n_measured), (solved, n_measured))
+    )
+    alone = args.tokens * n * args.every / without
+    print(f"{n} trials, d_ff {d_ff}, {args.tokens} tokens a step, {n_cores} cores")
+    print(
+        f"  a step of one trial: {1e3 * statistics.mean(plain) / n_plain:.1f} ms without measuring"
+    )
+    print(f"  without measuring      {without:12,.0f} tokens/s, in {max(plain):.1f} s")
+    print(f"  every {args.every:4} steps       {with_it:12,.0f} tokens/s, {with_it / without:.3f}")
+    print(
+        f"    until all is solved  {until_solved:12,.0f} tokens/s, {until_solved / without:.3f}: "
+        f"{max(each['end solved'] - each['end came'] for each in times):.1f} s after the last step"
+    )
+    if d_ff in DEVICE_S:
+        device, host = (n * args.layers * each[d_ff] for each in (DEVICE_S, HOST_S))
+        floor = max(alone, (alone + device) / (1 + device * n_cores / host))
+        taken = args.tokens * n * args.every / with_it
+        print(
+            f"  {args.every} steps of each: {alone:.1f} s, {taken:.1f} s with measuring: "
+            f"{taken / floor:.2f} times the floor of {floor:.1f} s (spectra: {device:.1f} s of the "
+            f"GPU, or {host:.0f} core-seconds)"
+        )
+    print(f"  peak device memory of a trial: {max(t['peak'] for t in times) / 2**30:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--width", type=int, default=4, help="d_ff / d_model")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--d-model", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step")
+    parser.add_argument("--n-tokens", default="auto", help="held-out tokens of a measurement")
+    parser.add_argument(
+        "--plain", type=int, default=100, help="steps of the part without measuring"
+    )
+    parser.add_argument("--every", type=int, default=100, help="steps between measurements")
+    parser.add_argument("--measurements", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--trainer", default="gpu")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of the trials at most")
+    parser.add_argument("overrides", nargs="*", help="further values of nerve-run")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        # The token cache and the compiled graphs are there before the trials start.
+        began = time.monotonic()
+        warm = argparse.Namespace(**{**vars(args), "plain": 0, "every": 10, "measurements": 1})
+        swept(warm, Path(directory) / "warm", 1)
+        print(f"caches made in {time.monotonic() - began:.0f} s", flush=True)
+        began = time.monotonic()
+        folder = Path(directory) / "trials"
+        times = swept(args, folder, args.trials)
+        import torch
+
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"{name}, torch {torch.__version__}; trials took {time.monotonic() - began:.0f} s")
+        report(args, times, allowed())
+        for line in said_of_places(folder):
+            print(f"  of the {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The shortcut that is not exact: pre from the FFN's input, but for its rounding to 16 bits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFN, named, sites_of
+from nerve.measuring.groups import REST, Division
+from nerve.spectra.spread import Spread
+
+PROJECTED = "projected"
+"""What asks for it, in place of true."""
+
+
+def is_rounded(pre: Tensor) -> bool:
+    """Whether pre was rounded to a type of 16 bits, of whose rounding it is known how large it
+    is."""
+    return pre.dtype in (torch.bfloat16, torch.float16)
+
+
+def require_affine(ffn: FFN, inputs: Tensor, pre: Tensor) -> None:
+    """Raises where no weight says what pre is made of; not where pre is as narrow as the input, and
+    costs no more itself."""
+    if sites_of(ffn)[0].of != "output" or pre.shape[-1] > inputs.shape[-1]:
+        raise not_affine(ffn)
+
+
+def not_affine(ffn: FFN) -> MeasurementError:
+    """What is raised for an FFN whose pre cannot be projected."""
+    return MeasurementError(
+        f"shortcut={PROJECTED} computes pre from what the FFN gets, so pre must be W x + b of one "
+        f"weight that can be read; that of {named(ffn)} is not. Either it is described as what an "
+        "activation gets, or its projection is no linear layer, is altered (by an adapter, a hook, "
+        "another weight at each run), sharded, or parametrized and in training. Set shortcut to "
+        "true, which takes pre itself."
+    )
+
+
+def is_rounding_small(
+    pre: Tensor, spread: Spread | None, divisions: Mapping[str, Division] | None
+) -> bool:
+    """Whether the rounding of pre hardly has a part of its variance, nor of that of any group.
+
+    Args:
+        pre: the features of a run, `[*samples, d_ff]`.
+        spread: of those that count; None where there are none.
+        divisions: how these are grouped, by grouping.
+    """
+    if spread is None:
+        return True
+    rows = pre.reshape(-1, pre.shape[-1])
+    spreads = [spread] + [
+        Spread.of(rows.index_select(0, chosen))
+        for division in (divisions or {}).values()
+        for group, chosen in (division.parts | division.others).items()
+        if group != REST and len(chosen) > 1
+    ]
+    flags = [each.is_left_by_rounding(pre.dtype) for each in spreads]  # all, before one is awaited
+    return all(flags)
