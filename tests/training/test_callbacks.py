@@ -16,7 +16,6 @@ from support import Batches
 from nerve.errors import StoreError
 from nerve.storage.record import RunRecord
 from nerve.training import callbacks
-from nerve.training import callbacks
 from nerve.training.callbacks import Heartbeat, RunProgressBar
 
 
