@@ -42,6 +42,7 @@ ALLOWED = {
 OF_COMMANDS = {
     "console": set(),
     "saved": set(),
+    "text_table": {"console"},
     "config": {"saved"},
     "experiment": {"config", "console"},
     "sweep": {"config", "console", "experiment"},
@@ -50,7 +51,7 @@ OF_COMMANDS = {
     "run": {"config", "console", "experiment", "sweep"},
     "probe": {"console", "probing"},
     "report": {"console"},
-    "status": {"console", "queued", "saved"},
+    "status": {"console", "queued", "saved", "text_table"},
     "entry": set(),
 }
 

@@ -1,6 +1,7 @@
 """Metrics over depth: layer by layer, and means over all layers and over the middle third."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,9 @@ from nerve.metric_names import columns_of
 
 DEPTH_NAMES = columns_of(lambda metric: "depth" in metric.shown)
 """The metrics that are read over depth."""
+
+Region = Literal["all", "middle"]
+REGIONS: tuple[Region, ...] = ("all", "middle")
 
 
 def metrics_by_depth(
@@ -51,11 +55,9 @@ def metrics_by_depth(
     described = _described(metrics, runs, factors, names)
     metrics, _ = rows_of(metrics, runs)
     rows = join_runs(metrics[["run_id", "ffn", "step", "layer"]], described)
-    layer = rows["layer"].astype(int)
     n_layers = _n_layers(rows, runs)
-    rows["depth"] = (layer + 0.5) / n_layers
-    # |depth - ½| ≤ ⅙ in whole numbers; two layers are both next to the middle.
-    rows["middle"] = 3 * (2 * layer + 1 - n_layers).abs() <= np.maximum(n_layers, 3)
+    rows["depth"] = (rows["layer"].astype(int) + 0.5) / n_layers
+    rows["middle"] = _is_middle(rows, n_layers)
     values = metrics[[*AT_STEP, "status", *names]].reset_index(drop=True)
     return pd.concat([rows, values], axis=1)
 
@@ -66,6 +68,7 @@ def depth_means(
     factors: Sequence[str] = (),
     *,
     names: Sequence[str] = DEPTH_NAMES,
+    regions: Sequence[Region] = REGIONS,
 ) -> pd.DataFrame:
     """One row per run, FFN, step and region: means over all layers and over the middle third.
 
@@ -75,16 +78,24 @@ def depth_means(
     - `n_layers`: layers with a row; `n_null`: those of them where nothing could be measured, which
       the means leave out
 
-    Arguments and errors as of `metrics_by_depth`.
+    Arguments and errors as of `metrics_by_depth`; `regions` are those that are averaged over.
     """
     described = _described(metrics, runs, factors, names)
-    layers = metrics_by_depth(metrics, runs, names=names)
-    regions = []
-    for region, rows in (("all", layers), ("middle", layers[layers["middle"]])):
+    metrics, _ = rows_of(metrics, runs)
+    tables = []
+    for region in regions:
+        rows = (
+            metrics if region == "all" else metrics[_is_middle(metrics, _n_layers(metrics, runs))]
+        )
         means = average_layers(rows, names)
         means.insert(3, "region", region)
-        regions.append(means)
-    return join_runs(pd.concat(regions), described)
+        tables.append(means)
+    return join_runs(pd.concat(tables), described)
+
+
+def _is_middle(rows: pd.DataFrame, n_layers: pd.Series) -> pd.Series:
+    """|depth - ½| ≤ ⅙ in whole numbers; two layers are both next to the middle."""
+    return 3 * (2 * rows["layer"].astype(int) + 1 - n_layers).abs() <= np.maximum(n_layers, 3)
 
 
 def _n_layers(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:

@@ -43,4 +43,4 @@ def with_derived(rows: pd.DataFrame) -> pd.DataFrame:
 def _rank_limit(rows: pd.DataFrame, site: str) -> Values:
     """Nothing that passes through `d_in` numbers has a higher rank before the nonlinearity."""
     width = np.minimum(rows["d_in"], rows["d_ff"]) if site == "pre" else rows["d_ff"]
-    return np.minimum(width, rows["n_samples"] - 1)
+    return np.minimum(width, rows["n_samples"] - 1).astype(rows["d_ff"].to_numpy().dtype)

@@ -8,9 +8,10 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from nerve.analysis.compare import final_metrics
-from nerve.analysis.estimate import LeastSquares, paired_by_seed
+from nerve.analysis.estimate import LeastSquares
 from nerve.analysis.frames import group_points, require_columns, require_names
 from nerve.analysis.paired import on_scale
+from nerve.analysis.paired_fit import Effects, paired_by_seed
 from nerve.analysis.statistics import Pairs, fit_line
 from nerve.config import require
 from nerve.errors import ConfigError
@@ -144,19 +145,19 @@ def _responses(
         return
     values, losses, points = values[kept], losses[kept], points[kept]
     given, seeds = points[dose].to_numpy(float), points["seed"].to_numpy(int)
-    fit, _ = paired_by_seed(given, seeds)
-    doses = np.unique(given)  # the order of its first columns
+    fit = paired_by_seed(given, seeds)
+    doses = np.unique(given)  # the order of its designs
     of_seeds = [seeds == seed for seed in np.unique(seeds)]
     line = LeastSquares(np.stack([values, *of_seeds], axis=1))
     slope = _interval("slope", *line.effect(losses, np.eye(line.matrix.shape[1])[0])[:3])
-    for column, value in enumerate(doses):
-        weights = np.zeros(fit.matrix.shape[1])
-        weights[column] += 1.0
-        weights[: len(doses)] -= [other == reference for other in doses]
-        told = reference in doses
-        change, loss_change = (
-            fit.effect(each, weights)[:3] if told else (np.nan,) * 3 for each in (values, losses)
-        )
+    changes: list[Effects] = []
+    if reference in doses:
+        start = np.full(len(doses), np.searchsorted(doses, reference))
+        changes = [fit.differences(each, start, np.arange(len(doses))) for each in (values, losses)]
+    for i, value in enumerate(doses):
+        change, loss_change = [(each.effect[i], each.low[i], each.high[i]) for each in changes] or [
+            (np.nan, np.nan, np.nan)
+        ] * 2
         mine = given == value
         yield (
             value,

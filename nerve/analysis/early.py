@@ -27,6 +27,11 @@ SCHEDULE = "optimizer.schedule."
 
 ESTIMATES = ("kendall", "loss_kendall", "given_loss")
 
+MOST_RUNS = 300
+"""Runs of a group that are ranked; of more than these, those of some of the designs. Their pairs
+are looked at a thousand times for an interval, and there are a hundred times more of ten times the
+runs."""
+
 
 def rank_early(
     metrics: pd.DataFrame,
@@ -59,6 +64,9 @@ def rank_early(
 
     and `null`, to be read beside `given_loss`.
 
+    Of a group of more than `MOST_RUNS` runs those of a sample of the designs are ranked: the first
+    in the order of `design_id`, which is as good as random and always the same.
+
     Intervals are those of a bootstrap over designs (seeds of a design are no independent runs),
     missing for less than 8 of them; τ is missing for less than 4 runs and where nothing varies.
 
@@ -82,6 +90,7 @@ def rank_early(
     keys = [*dict.fromkeys([*by, "data", "ffn", "schedule"])]
     tables = []
     for _, group in rows.groupby(number_rows(rows, keys)):
+        group = _sampled(group)
         for step, at_step in group.groupby("step"):
             found = _of_step(at_step.dropna(subset=["val_loss", "final_loss"]), names)
             first = group[keys].iloc[[0] * len(found)].reset_index(drop=True)
@@ -103,43 +112,44 @@ def _schedules(runs: pd.DataFrame) -> list[str]:
     ]
 
 
+def _sampled(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first designs, as many as have no more than `MOST_RUNS` runs."""
+    n_runs = rows.groupby("design_id")["run_id"].nunique()
+    kept = n_runs.index[n_runs.cumsum() <= MOST_RUNS]
+    return rows if len(kept) == len(n_runs) else rows[rows["design_id"].isin(kept)]
+
+
 def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row per metric, of the runs of one group at one step."""
-    found = []
+    of_all, found = _Losses.of(rows), []
     for name in names:
-        own = rows[rows[name].notna()]
-        designs = number_rows(own, ["design_id"])
-        weights = cluster_weights(designs)
-        metric, loss, final = (
-            Order(own[column].to_numpy(float)) for column in (name, "val_loss", "final_loss")
-        )
-        counts = {"metric": name, "n": len(own), "n_designs": own["design_id"].nunique()}
-        estimates = _estimates(metric, loss, final, np.ones((1, len(own))))
-        draws = None if weights is None else _estimates(metric, loss, final, weights)
-        row: dict[str, object] = {**counts}
-        for i, estimate in enumerate(ESTIMATES):
+        has = rows[name].notna()
+        losses = of_all if has.all() else _Losses.of(rows[has])
+        metric = Order(rows.loc[has, name].to_numpy(float))
+        estimate, null = _estimates(metric, losses, np.ones((1, losses.n)))
+        draws = None if losses.weights is None else _estimates(metric, losses, losses.weights)[0]
+        row: dict[str, object] = {"metric": name, "n": losses.n, "n_designs": losses.n_designs}
+        for i, kind in enumerate(ESTIMATES):
             ends = [np.nan] * 2 if draws is None else interval_of_draws(draws[i])
             row |= {
-                estimate: estimates[i][0] if len(own) > 3 else np.nan,
-                f"{estimate}_low": float(ends[0]),
-                f"{estimate}_high": float(ends[1]),
+                kind: estimate[i][0] if losses.n > 3 else np.nan,
+                f"{kind}_low": float(ends[0]),
+                f"{kind}_high": float(ends[1]),
             }
-        found.append(row | {"null": _null(metric, loss, final)})
+        found.append(row | {"null": float(null[0])})
     return pd.DataFrame(found)
 
 
-def _estimates(metric: "Order", loss: "Order", final: "Order", weights: Array) -> list[Array]:
-    """The three `ESTIMATES` in each weighted sample, each of shape (draw,)."""
-    with_final, of_loss = metric.kendall(final, weights), loss.kendall(final, weights)
-    return [with_final, of_loss, _partial(with_final, metric.kendall(loss, weights), of_loss)]
-
-
-def _null(metric: "Order", loss: "Order", final: "Order") -> float:
-    """The partial τ of a metric and a final loss that share nothing but the loss so far."""
-    one = np.ones((1, len(loss.values)))
-    with_loss, of_loss = metric.kendall(loss, one), loss.kendall(final, one)
+def _estimates(metric: "Order", losses: "_Losses", weights: Array) -> tuple[list[Array], Array]:
+    """The three `ESTIMATES` in each weighted sample, each of shape (draw,), and the partial τ of a
+    metric and a final loss that share nothing but the loss so far."""
+    of_loss = losses.drawn if weights is losses.weights else losses.kendall(weights)
+    with_final, with_loss = (
+        metric.kendall(other, weights) for other in (losses.final, losses.so_far)
+    )
     rho = np.sin(np.pi / 2 * with_loss) * np.sin(np.pi / 2 * of_loss)
-    return float(_partial(2 / np.pi * np.arcsin(rho), with_loss, of_loss)[0])
+    null = _partial(2 / np.pi * np.arcsin(rho), with_loss, of_loss)
+    return [with_final, of_loss, _partial(with_final, with_loss, of_loss)], null
 
 
 def _partial(with_final: Array, with_loss: Array, of_loss: Array) -> Array:
@@ -151,13 +161,15 @@ def _partial(with_final: Array, with_loss: Array, of_loss: Array) -> Array:
 
 @dataclass(frozen=True)
 class Order:
-    """How each value stands to each other one, shape (n, n): 1 above, 0 equal, -1 below."""
+    """How each value stands to each other one."""
 
     values: Array
 
     @cached_property
-    def signs(self) -> Array:
-        return np.sign(self.values[:, None] - self.values[None, :])
+    def signs(self) -> np.ndarray:
+        """1 above, 0 equal, -1 below, shape (n, n); sums of so small numbers are exact in
+        float32."""
+        return np.sign(self.values[:, None] - self.values[None, :]).astype(np.float32)
 
     def kendall(self, other: "Order", weights: Array) -> Array:
         """Kendall's τ-b of weighted samples; a value that is drawn twice is tied with itself.
@@ -168,11 +180,49 @@ class Order:
         Returns:
             Shape (draw,), NaN where all values of the one or the other are equal.
         """
-
-        def pairs(matrix: Array) -> Array:
-            return np.einsum("bi,bi->b", weights @ matrix, weights)
-
-        size = np.sqrt(pairs(self.signs**2) * pairs(other.signs**2))
+        both = weights.astype(np.float32) @ (self.signs * other.signs)
+        size = np.sqrt(self.untied(weights) * other.untied(weights))
         tau = np.full(len(weights), np.nan)
-        np.divide(pairs(self.signs * other.signs), size, out=tau, where=size > 0)
+        np.divide(np.einsum("bi,bi->b", both, weights), size, out=tau, where=size > 0)
         return tau
+
+    def untied(self, weights: Array) -> Array:
+        """How many ordered pairs of a sample have two different values, shape (draw,)."""
+        _, alike = np.unique(self.values, return_inverse=True)
+        order = np.argsort(alike, kind="stable")
+        starts = np.flatnonzero(np.diff(alike[order], prepend=-1))
+        differ = len(starts) == len(order)
+        tied = weights if differ else np.add.reduceat(weights[:, order], starts, axis=1)
+        return np.asarray(weights.sum(axis=1) ** 2 - np.einsum("bi,bi->b", tied, tied))
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """The losses of the runs of a group at a step, and how a bootstrap draws these runs.
+
+    Attributes:
+        so_far, final: of each run.
+        weights: of `cluster_weights`, over designs.
+        n, n_designs: runs and designs.
+    """
+
+    so_far: Order
+    final: Order
+    weights: Array | None
+    n: int
+    n_designs: int
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame) -> "_Losses":
+        so_far, final = (Order(rows[name].to_numpy(float)) for name in ("val_loss", "final_loss"))
+        designs = number_rows(rows, ["design_id"])
+        return cls(so_far, final, cluster_weights(designs), len(rows), len(np.unique(designs)))
+
+    @cached_property
+    def drawn(self) -> Array:
+        """`kendall` of each draw."""
+        assert self.weights is not None
+        return self.kendall(self.weights)
+
+    def kendall(self, weights: Array) -> Array:
+        return self.so_far.kendall(self.final, weights)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from nerve.analysis.paired_fit import Effects, paired_by_seed
 from nerve.analysis.partial import partial_correlation
 from nerve.analysis.statistics import LEVEL, student_t
 
@@ -40,6 +41,13 @@ class Estimate:
     df: int
     n_seeds: int
     n_runs: int
+
+    @classmethod
+    def of(cls, effects: Effects, i: int, n_seeds: int, n_runs: int) -> "Estimate":
+        """The i-th of several."""
+        numbers = (effects.effect, effects.low, effects.high, effects.sd)
+        effect, low, high, sd = (float(each[i]) for each in numbers)
+        return cls(effect, low, high, sd, int(effects.df[i]), n_seeds, n_runs)
 
     @property
     def has_interval(self) -> bool:
@@ -131,35 +139,6 @@ class LeastSquares:
             effect = 0.0
         return effect, effect - half, effect + half, float(sd), self.df
 
-    def contrast(
-        self,
-        values: np.ndarray,
-        names: Sequence[str],
-        weights: Mapping[str, float],
-        n_seeds: int,
-    ) -> Estimate:
-        """The effect of `weights`, by the names of the first columns."""
-        row = np.zeros(self.matrix.shape[1])
-        row[: len(names)] = [weights.get(name, 0.0) for name in names]
-        n_runs = int(self.matrix[:, np.flatnonzero(row)].any(axis=1).sum())
-        return Estimate(*self.effect(values, row), n_seeds=n_seeds, n_runs=n_runs)
-
-
-def paired_by_seed(
-    design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool = True
-) -> tuple[LeastSquares, list[str]]:
-    """values = design + seed + error, and the names of its first columns, the designs.
-
-    Args:
-        design, seed: shape (run,).
-        seeds_differ: False leaves seeds in the error.
-    """
-    names, numbers = sorted(set(design.tolist())), sorted(set(seed.tolist()))
-    columns = [design == name for name in names]
-    if seeds_differ:
-        columns += [seed == number for number in numbers[1:]]
-    return LeastSquares(np.stack([np.asarray(own, float) for own in columns], axis=1)), names
-
 
 def contrast(
     values: np.ndarray, design: np.ndarray, seed: np.ndarray, weights: Mapping[str, float]
@@ -183,8 +162,8 @@ def contrast(
     if not all(seeds):
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, len(shared), n_runs)
     is_difference = abs(sum(weights.values())) < 1e-12
-    fit, names = paired_by_seed(design, seed, seeds_differ=is_difference)
-    return fit.contrast(values, names, weights, len(shared))
+    fit = paired_by_seed(design, seed, seeds_differ=is_difference)
+    return Estimate.of(fit.weighted(values, weights), 0, len(shared), n_runs)
 
 
 def slope_difference(

@@ -99,7 +99,11 @@ def find_factors(runs: pd.DataFrame) -> Factors:
 
 def levels_of(values: pd.Series) -> pd.Series:
     """The values of a factor as text; a missing one is a level of its own."""
-    return values.astype(object).map(level_text)
+    if values.dtype == object:  # in which true and 1 are two levels
+        return values.map(level_text)
+    codes, levels = pd.factorize(values, use_na_sentinel=False)
+    texts = np.array([level_text(level) for level in levels.astype(object)], dtype=object)
+    return pd.Series(texts[codes] if len(texts) else texts, values.index, name=values.name)
 
 
 def describe_ties(factors: Factors, n_shown: int = 6) -> list[str]:

@@ -110,8 +110,12 @@ def _steps(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per run with metrics: how many rows and steps, and its losses."""
     needed = ["run_id", "step", "val_loss", "status", "n_damaged_parts"]
     require_columns(metrics, needed, "load_metrics")
-    by_run = metrics.assign(n_null=metrics["status"] != "ok").groupby("run_id", observed=True)
-    steps = metrics.groupby(["run_id", "step"], observed=True)["val_loss"].first().reset_index()
+    rows = metrics[["run_id", "n_damaged_parts"]].assign(n_null=metrics["status"] != "ok")
+    by_run = rows.groupby("run_id", observed=True)
+    steps = metrics[["run_id", "step", "val_loss"]]
+    # Layers of a step stand beside each other and share its loss: one is enough.
+    steps = steps[(steps != steps.shift()).any(axis=1)]
+    steps = steps.groupby(["run_id", "step"], observed=True)["val_loss"].first().reset_index()
     by_step = steps.groupby("run_id", observed=True)
     last = steps.drop_duplicates("run_id", keep="last").set_index("run_id")
     return pd.DataFrame(

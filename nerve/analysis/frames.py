@@ -45,7 +45,11 @@ def require_factors(factors: Sequence[str], runs: pd.DataFrame, taken: Collectio
 
 def rows_of(rows: pd.DataFrame, runs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """The `rows` whose run is in `runs`, and where it stands there."""
-    positions = pd.Index(runs["run_id"]).get_indexer(pd.Index(rows["run_id"]))
+    ids = rows["run_id"]
+    if isinstance(ids.dtype, pd.CategoricalDtype):  # each looked up once
+        positions = pd.Index(runs["run_id"]).get_indexer(ids.cat.categories)[ids.cat.codes]
+    else:
+        positions = pd.Index(runs["run_id"]).get_indexer(pd.Index(ids))
     kept = positions >= 0
     return (rows, positions) if kept.all() else (rows[kept], positions[kept])
 
@@ -55,6 +59,12 @@ def join_runs(rows: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
     rows, positions = rows_of(rows, described)
     own = described.take(positions).reset_index(drop=True)
     return pd.concat([own, rows.drop(columns="run_id").reset_index(drop=True)], axis=1)
+
+
+def at_last_step(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each run at its last step."""
+    last = rows.groupby("run_id", observed=True)["step"].transform("max")
+    return rows[rows["step"] == last]
 
 
 def average_layers(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -6,25 +6,24 @@ in a warning whatever they leave out. Unfinished and failed runs are in every fr
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_names
+from nerve.analysis.gather import Block, Coded, frame_of
+from nerve.analysis.read import AT_ONCE, Derive, reads
 from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.storage.identity import completed, config_id
-from nerve.storage.parts import DamagedPartError, read_parts, warn_damaged
+from nerve.storage.identity import completed, ids_of_plain
+from nerve.storage.parts import DamagedPartError, warn_damaged
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
 
@@ -49,6 +48,7 @@ class Runs:
         require_names(factors=factors)
         self.records = load_records(paths)
         self.factors = tuple(factors)
+        self._counts: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -64,7 +64,8 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per measured FFN and step; columns and errors are those of `load_metrics`."""
-        return with_sampling(with_derived(self._rows(DATASETS["metrics"])), self.groups)
+        _ = self.groups  # read before threads ask for them
+        return self._rows(DATASETS["metrics"], self._with_derived)
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
@@ -86,27 +87,47 @@ class Runs:
         """Which runs can be compared, and why others cannot: `flag_runs` of `metrics`, `frame`."""
         return flag_runs(self.metrics, self.frame)
 
-    def _rows(self, dataset: Dataset) -> pd.DataFrame:
-        """The rows of all runs, each with the `factors` of its run."""
+    def _with_derived(self, rows: pd.DataFrame, runs: slice) -> pd.DataFrame:
+        """Rows of metrics of some of the runs with what derives from them and their groups."""
+        groups = self.groups
+        if len(groups):
+            ends = np.cumsum([0, *self._counts["groups"]])
+            groups = groups.iloc[ends[runs.start] : ends[runs.stop]]
+        return with_sampling(with_derived(rows), groups)
+
+    def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
+        """The rows of all runs, each with what `derive` makes of them and the `factors` of its run.
+
+        Some runs are read at once, so that no more is in memory than the frame and these.
+        """
         _check_factors(self.factors, self.frame, dataset)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            reads = list(pool.map(lambda record: _read(record, dataset), self.records))
-        tables = [table for table, _ in reads]
-        unread = [error for _, errors in reads for error in errors]
-        warn_damaged(error for error in unread if isinstance(error, DamagedPartError))
-        for error in unread:
+        counts: list[int] = []
+        unread: list[Sequence[StoreError]] = []
+
+        def blocks() -> Iterator[Block]:
+            for read in reads(self.records, dataset, derive):
+                counts.extend(read.counts)
+                unread.extend(read.unread)
+                yield read.block
+
+        frame = frame_of(blocks(), -(-len(self) // AT_ONCE))
+        self._counts[dataset.name] = counts
+        self._warn(dataset, unread)
+        runs = self.frame.assign(n_damaged_parts=[len(errors) for errors in unread])
+        for name in dict.fromkeys(["run_status", "n_damaged_parts", *self.factors]):
+            frame[name] = _repeated(runs[name], np.array(counts))
+        return frame
+
+    def _warn(self, dataset: Dataset, unread: Sequence[Sequence[StoreError]]) -> None:
+        errors = [error for of_run in unread for error in of_run]
+        warn_damaged(error for error in errors if isinstance(error, DamagedPartError))
+        for error in errors:
             if not isinstance(error, DamagedPartError):
                 warn_caller(f"Left out: {error}", IncompleteWarning)
-        runs = self.frame.assign(n_damaged_parts=[len(errors) for _, errors in reads])
-        found = zip(self.records, tables, strict=True)
-        empty = [record.run_id for record, table in found if not len(table)]
+        found = zip(self.records, self._counts[dataset.name], strict=True)
+        empty = [record.run_id for record, n_rows in found if not n_rows]
         if empty and not dataset.is_optional:
             warn_caller(f"Runs without {dataset.name}: {listed(empty)}.", IncompleteWarning)
-        frame = pa.concat_tables(tables).to_pandas()
-        rows = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        names = dict.fromkeys(["run_status", "n_damaged_parts", *self.factors])
-        joined = {name: runs[name].array.take(rows) for name in names}
-        return pd.concat([frame, pd.DataFrame(joined, index=frame.index)], axis=1)
 
 
 def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
@@ -187,12 +208,11 @@ def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
     return Runs(path, factors).scalars
 
 
-def _read(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
-    """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
-    try:
-        return read_parts(record.directory, dataset, record.run_id)
-    except StoreError as error:
-        return dataset.schema.empty_table(), [error]
+def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
+    """The value of each run as often as it has rows; texts as categories."""
+    if all(isinstance(value, str) for value in values.dropna()) and values.notna().any():
+        return Coded.of(values).repeat(counts)
+    return values.array.repeat(counts)
 
 
 def _row(record: RunRecord) -> dict[str, Any]:
@@ -200,8 +220,7 @@ def _row(record: RunRecord) -> dict[str, Any]:
     values |= {"directory": str(record.directory), "job": record.job or {}}
     if record.error is not None:
         values["error"] = ": ".join(str(text) for text in record.error.values())
-    design = {key: value for key, value in record.config.items() if key != "seed"}
-    values["design_id"] = config_id(design)
+    _, values["design_id"] = ids_of_plain(record.config)
     leaves = dict(_leaves(completed(record.config)))
     # A key of the configuration cannot take the name of what the record itself says (seed).
     return {**leaves, **dict(_leaves(values))}

@@ -1,16 +1,17 @@
 """Designs that differ in one factor alone, compared with runs paired by seed."""
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nerve.analysis.early import BUDGET
-from nerve.analysis.estimate import LeastSquares, Outcome, decide, paired_by_seed
+from nerve.analysis.estimate import Estimate, Outcome, decide
 from nerve.analysis.factors import find_factors, level_text, ordered_levels
 from nerve.analysis.frames import number_rows, require_columns, require_names
+from nerve.analysis.paired_fit import paired_by_seed
 from nerve.analysis.statistics import Array
 from nerve.errors import ConfigError
 from nerve.metric_names import CORRELATED, metric_of
@@ -102,43 +103,51 @@ def _of_scale(
 ) -> Iterator[dict[str, Any]]:
     """The rows of one scale, data and FFN."""
     design, seed = points["design_id"].to_numpy(str), points["seed"].to_numpy(int)
-    fits: dict[bytes, tuple[LeastSquares, list[str]]] = {}
-    for one, two, where in _pairs(points, factor, others):
-        for name in names:
-            values, unit = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
-            kept = np.isfinite(values)
-            first, second = (
-                dict(zip(seed[own], values[own], strict=True))
-                for own in (
-                    kept & (design == one["design_id"]),
-                    kept & (design == two["design_id"]),
-                )
-            )
-            shared = sorted(first.keys() & second.keys())
-            if not shared:
+    designs, of_design = np.unique(design, return_inverse=True)
+    _, of_seed = np.unique(seed, return_inverse=True)
+    pairs = [*_pairs(points, factor, others)]
+    ids = np.array([[one["design_id"], two["design_id"]] for one, two, _ in pairs], dtype=str)
+    one, two = np.searchsorted(designs, ids.reshape(-1, 2)).T
+    found = {}
+    for name in names:
+        values, unit = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
+        kept = np.isfinite(values)
+        table = np.full((len(designs), of_seed.max(initial=-1) + 1), np.nan)
+        table[of_design[kept], of_seed[kept]] = values[kept]
+        shared = np.isfinite(table[one]) & np.isfinite(table[two])
+        some = np.flatnonzero(shared.any(axis=1))
+        fit = paired_by_seed(design[kept], seed[kept])
+        places = np.searchsorted(fit.designs, designs) if len(some) else designs
+        effects = fit.differences(values[kept], *(places[own[some]] for own in (one, two)))
+        n_pairs = shared.sum(axis=1)
+        n_higher = (shared & (table[two] > table[one])).sum(axis=1)
+        estimates = {
+            int(pair): Estimate.of(effects, i, int(n_pairs[pair]), 2 * int(n_pairs[pair]))
+            for i, pair in enumerate(some)
+        }
+        found[name] = unit, len(fit.designs), n_higher, estimates
+    for i, (first, second, where) in enumerate(pairs):
+        for name, (unit, n_designs, n_higher, estimates) in found.items():
+            if i not in estimates:
                 continue
-            if kept.tobytes() not in fits:
-                fits[kept.tobytes()] = paired_by_seed(design[kept], seed[kept])
-            fit, designs = fits[kept.tobytes()]
-            weights = {two["design_id"]: 1.0, one["design_id"]: -1.0}
-            found = fit.contrast(values[kept], designs, weights, len(shared))
+            estimate = estimates[i]
             yield {
-                "level": level_text(two[factor]),
-                "other": level_text(one[factor]),
+                "level": level_text(second[factor]),
+                "other": level_text(first[factor]),
                 "where": where,
-                "data": one["data"],
-                "ffn": one["ffn"],
+                "data": first["data"],
+                "ffn": first["ffn"],
                 "metric": name,
                 "unit": unit,
-                "n_pairs": len(shared),
-                "n_higher": sum(second[i] > first[i] for i in shared),
-                "difference": found.effect,
-                "low": found.low,
-                "high": found.high,
-                "sd": found.sd,
-                "df": found.df,
-                "n_designs": len(designs),
-                "outcome": OUTCOMES[decide(found)],
+                "n_pairs": estimate.n_seeds,
+                "n_higher": int(n_higher[i]),
+                "difference": estimate.effect,
+                "low": estimate.low,
+                "high": estimate.high,
+                "sd": estimate.sd,
+                "df": estimate.df,
+                "n_designs": n_designs,
+                "outcome": OUTCOMES[decide(estimate)],
             }
 
 
@@ -148,12 +157,15 @@ def _pairs(
     """Pairs of designs that differ in the factor alone, in the order of its levels."""
     order = {level_text(level): i for i, level in enumerate(ordered_levels(points[factor]))}
     designs = points.drop_duplicates("design_id")
-    designs = designs.assign(_place=designs[factor].map(level_text).map(order))
-    for _, alike in designs.groupby(number_rows(designs, others)):
-        rows = alike.sort_values("_place").to_dict("records")
-        texts = ((name, level_text(rows[0][name])) for name in others)
+    designs = designs.assign(
+        _place=designs[factor].map(level_text).map(order), _alike=number_rows(designs, others)
+    ).sort_values(["_alike", "_place"], kind="stable")
+    rows = designs[["design_id", "data", "ffn", "_place", "_alike", factor, *others]]
+    for _, group in groupby(rows.to_dict("records"), key=lambda row: row["_alike"]):
+        alike = [*group]
+        texts = ((name, level_text(alike[0][name])) for name in others)
         where = " ".join(f"{name}={text}" for name, text in texts if text != "not set")
-        for one, two in combinations(rows, 2):
+        for one, two in combinations(alike, 2):
             if one["_place"] != two["_place"]:
                 yield one, two, where
 

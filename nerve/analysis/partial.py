@@ -5,10 +5,12 @@ partial correlation is that of what a linear fit on the third leaves of each.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from nerve.analysis.statistics import LEVEL, ROUNDING, Array, Counts
+from nerve.cores import allowed
 
 N_DRAWS = 1000
 """Samples of a bootstrap."""
@@ -62,9 +64,15 @@ def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: in
     for size in np.unique(n[n > 3]):
         weights = block_weights(int(size)) if size >= LEAST_POINTS else None
         groups = np.flatnonzero(n == size)
-        for part in np.array_split(groups, -(-len(groups) // _CHUNK)):
+        parts = np.array_split(groups, -(-len(groups) // _CHUNK))
+
+        def of_part(part: Counts, size: int = int(size), weights: Array | None = weights) -> Array:
             rows = order[starts[part][:, None] + np.arange(size)]
-            found[:, part] = _with_interval(x[rows], y[rows], z[rows], weights, int(size))
+            return _with_interval(x[rows], y[rows], z[rows], weights, size)
+
+        with ThreadPoolExecutor(allowed()) as pool:  # NumPy lets others go on meanwhile
+            for part, result in zip(parts, pool.map(of_part, parts), strict=True):
+                found[:, part] = result
     return found
 
 

@@ -1,33 +1,49 @@
 """What Hydra saved beside a run, read as files of which anything may have become."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # what OmegaConf raises
+from yaml import YAMLError
 
 from nerve.errors import StoreError
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times faster where libyaml is there."""
 
-def load_saved(path: Path, kind: type) -> Any:
-    """The plain content of `.hydra/<name>.yaml`, its interpolations as such.
 
-    Args:
-        path: of the file.
-        kind: `dict` or `list`.
+def load_saved(path: Path) -> dict[str, Any]:
+    """The plain content of `.hydra/config.yaml` and its like, interpolations as such.
 
     Raises:
         StoreError: for a file that cannot be read, or holds something else.
     """
+    content = _read(path, lambda: OmegaConf.to_container(OmegaConf.load(path)), dict)
+    if not content:
+        raise _not_saved(path, TypeError("it holds nothing"))
+    return {str(key): value for key, value in content.items()}
+
+
+def load_overrides(path: Path) -> list[str]:
+    """The texts in `.hydra/overrides.yaml`. Raises as `load_saved`."""
+    return [str(text) for text in _read(path, lambda: yaml.load(path.read_bytes(), _LOADER), list)]
+
+
+def _read(path: Path, read: Callable[[], Any], kind: type) -> Any:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-        if isinstance(content, kind) and (content or kind is list):
-            return content
-        error: Exception = TypeError(f"it holds {content!r:.100}, not a {kind.__name__} of values")
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as refused:
-        error = refused
-    raise StoreError(
+        content = read()
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise _not_saved(path, error) from error
+    if not isinstance(content, kind):
+        raise _not_saved(path, TypeError(f"it holds {content!r:.100}, not a {kind.__name__}"))
+    return content
+
+
+def _not_saved(path: Path, error: Exception) -> StoreError:
+    return StoreError(
         f"{path} is not what Hydra saves of a run: {' '.join(str(error).split())}. Restore it; "
         "run.json beside it has the values, too."
-    ) from error
+    )

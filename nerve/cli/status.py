@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.table import Table
-
-from nerve.cli.console import console, duration, fail, figure, say
+from nerve.cli.console import duration, fail, figure, say
 from nerve.cli.queued import queued_trials
-from nerve.cli.saved import load_saved
+from nerve.cli.saved import load_overrides
+from nerve.cli.text_table import say_table
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
@@ -37,6 +36,9 @@ WATCHED_EVERY_S = 10.0
 SHOWN_PATH = 40
 """Letters of a path for which the table has room."""
 METRICS = DATASETS["metrics"]
+
+RIGHT = ("step", "val loss", "left", "last sign")
+COLUMNS = ("run", "of its own", "state", *RIGHT, "host", "job")
 
 
 @dataclass(frozen=True)
@@ -185,31 +187,31 @@ def show(statuses: Sequence[Status]) -> None:
     folder = _folder(statuses)
     if folder:
         say(f"in {folder}:")
-    table = Table()
-    for name in ("run", "of its own", "state", "step", "val loss", "left", "last sign", "host"):
-        right = name in ("step", "val loss", "left", "last sign")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    table.add_column("job", overflow="fold")
-    for status in ordered:
-        record = status.record
-        table.add_row(
-            os.path.relpath(status.directory, folder) if folder else str(status.directory),
-            labels[status.directory],
-            status.state,
-            record.progress if record else "",
-            figure(status.val_loss),
-            "" if status.left_s is None else duration(status.left_s),
-            "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
-            (record.host or "") if record else "",
-            status.job,
-        )
-    console().print(table)
+    say_table(
+        COLUMNS, RIGHT, [_cells(status, labels[status.directory], folder) for status in ordered]
+    )
     states = Counter(status.state for status in statuses)
     found = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
     say(f"{len(statuses)} run{'s' if len(statuses) > 1 else ''}: {found}")
     for status in ordered:
         if status.reason:
             say(f"{status.directory} {status.state}: {status.reason}")
+
+
+def _cells(status: Status, label: str, folder: str) -> list[str]:
+    """What the table says of a run, for each of `COLUMNS`."""
+    record = status.record
+    return [
+        os.path.relpath(status.directory, folder) if folder else str(status.directory),
+        label,
+        status.state,
+        record.progress if record else "",
+        figure(status.val_loss),
+        "" if status.left_s is None else duration(status.left_s),
+        "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
+        (record.host or "") if record else "",
+        status.job,
+    ]
 
 
 def _folder(statuses: Sequence[Status]) -> str:
@@ -227,7 +229,7 @@ def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
     """Those of the command line, and what keeps them from being read."""
     saved = directory / ".hydra" / "overrides.yaml"
     try:
-        return (tuple(map(str, load_saved(saved, list))) if saved.is_file() else ()), ""
+        return (tuple(load_overrides(saved)) if saved.is_file() else ()), ""
     except (StoreError, OSError) as error:
         return (), str(error)
 

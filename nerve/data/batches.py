@@ -187,6 +187,14 @@ class BatchDataModule(LightningDataModule):
         self.n_train_batches = n_train_batches
         self.seed = seed
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """On its way to a GPU a batch is pinned: it is then copied beside what the GPU does, which
+        the host would wait for otherwise."""
+        if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
+            return batch
+        inputs, targets = batch
+        return inputs.pin_memory(), targets.pin_memory()
+
     def _train_loader(self, fetch: Fetch, order: Order) -> BatchLoader[Batch]:
         rank, world_size = self._rank_and_world_size()
         return BatchLoader(fetch, order, self.n_train_batches, rank=rank, world_size=world_size)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nerve.data.cache_entry import Damaged, TokenCache, build_entry, open_entry
 from nerve.data.corpus import Corpus
+from nerve.data.seen import key_of
 from nerve.data.tokenizer import TokenizerSpec
 from nerve.errors import DataError
 from nerve.files import absolute, building_folder, flock, flock_within
@@ -53,11 +54,11 @@ def cached_tokens(
         DataError: if the corpus cannot be read, tokenized or split, or the folder not written.
     """
     root = cache_root(cache_dir)
-    path = root / f"tokens-{_key(corpus, spec, val_fraction)}"
-    if (entry := _sound(path)) is not None:
-        return entry
     try:
         root.mkdir(parents=True, exist_ok=True)
+        path = root / f"tokens-{_key(corpus, root, spec, val_fraction)}"
+        if (entry := _sound(path)) is not None:
+            return entry
         with _alone(path):
             try:
                 if (entry := open_entry(path)) is not None:
@@ -85,21 +86,22 @@ def cached_tokens(
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process builds the entry at `path`, and keeps others waiting."""
+    """Waits until no other process makes what is to be at `path`, and keeps others waiting."""
     with ExitStack() as stack:
         lock = None
         for mode in ("a", "r"):  # to read it is enough where it is another user's
-            with suppress(PermissionError):
+            with suppress(OSError):  # where nobody may write, there is nobody to wait for
                 name = path.with_name(f".{path.name}.lock")
                 lock = lock or stack.enter_context(open(name, mode, encoding="utf-8"))
         if lock is not None and flock(lock.fileno()) is False:
-            log.info("another process builds the token cache %s: waiting for it", path)
+            log.info("another process makes %s: waiting for it", path)
             flock_within(lock.fileno(), math.inf)
         yield
 
 
-def _key(corpus: Corpus, spec: TokenizerSpec, val_fraction: float) -> str:
-    decisive = json.dumps([FORMAT_VERSION, corpus.key, spec.key, val_fraction])
+def _key(corpus: Corpus, root: Path, spec: TokenizerSpec, val_fraction: float) -> str:
+    key = key_of(corpus, root, _alone)
+    decisive = json.dumps([FORMAT_VERSION, key, spec.key, val_fraction])
     return hashlib.sha256(decisive.encode()).hexdigest()[:32]
 
 

@@ -1,12 +1,13 @@
 """A corpus: a named, ordered and re-readable collection of documents, and Python source as one."""
 
 import hashlib
+import logging
 import os
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -53,11 +54,17 @@ class Corpus:
         read: gives the documents; called once for each pass, each time with the same result.
         request: where set, it names the contents for the token cache's key without reading them
             (a dataset of a hub, which should not be fetched again at each start).
+        files: all that `read` reads, where that is files of this machine.
+        reading: how these are read: what else decides the documents.
+        said: what was said of them as they were read, with the level of the log.
     """
 
     name: str
     read: Callable[[], Iterable[Document]]
     request: str | None = None
+    files: Sequence[Path] = ()
+    reading: str = ""
+    said: dict[str, int] = field(default_factory=dict)
 
     def documents(self) -> Iterator[Document]:
         """The documents in order, without those that hold nothing but white space."""
@@ -208,7 +215,14 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
             f"python_source found no *.py file below {', '.join(map(str, folders))} (folders of "
             "tests, packages and hidden ones are left out). Name a folder that holds source files."
         )
-    return Corpus("python_source:" + ",".join(map(str, given)), lambda: _read_python(files))
+    said: dict[str, int] = {}
+    return Corpus(
+        "python_source:" + ",".join(map(str, given)),
+        lambda: _read_python(files, said),
+        files=[path for _, path in files],
+        reading=f"python_source of {[*map(str, folders)]}",
+        said=said,
+    )
 
 
 def _python_files(root: Path) -> list[Path]:
@@ -227,7 +241,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _read_python(files: Iterable[tuple[Path, Path]]) -> Iterator[Document]:
+def _read_python(files: Iterable[tuple[Path, Path]], said: dict[str, int]) -> Iterator[Document]:
     undecodable = []
     for root, path in files:
         try:
@@ -243,8 +257,9 @@ def _read_python(files: Iterable[tuple[Path, Path]]) -> Iterator[Document]:
             ) from error
         yield Document(path.relative_to(root).as_posix(), text)
     if undecodable:
-        warnings.warn(
+        message = (
             f"{len(undecodable)} Python files that cannot be decoded are left out of the corpus, "
-            f"the first being {undecodable[0]}",
-            stacklevel=2,
+            f"the first being {undecodable[0]}"
         )
+        said[message] = logging.WARNING
+        warnings.warn(message, stacklevel=2)

@@ -59,7 +59,13 @@ def text_files(
                 "Convert it, or narrow the pattern, as in 'folder/**/*.txt'."
             )
     reader = _Reader(files, text_column, separator)
-    return Corpus("text_files:" + ",".join(map(str, given)), reader.documents)
+    return Corpus(
+        "text_files:" + ",".join(map(str, given)),
+        reader.documents,
+        files=files,
+        reading=f"text_files {[text_column, separator]}",
+        said=reader.said,
+    )
 
 
 class _Reader:
@@ -70,7 +76,7 @@ class _Reader:
         self._base = os.path.commonpath([file.parent for file in files])
         self._text_column = text_column
         self._separator = separator
-        self._said: set[str] = set()
+        self.said: dict[str, int] = {}
 
     def documents(self) -> Iterator[Document]:
         for file in self._files:
@@ -102,8 +108,8 @@ class _Reader:
             yield document
 
     def _say(self, message: str, level: int = logging.WARNING) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self.said:
+            self.said[message] = level
             log.log(level, "%s", message)
 
 

@@ -147,13 +147,7 @@ def watched(
     """
     require_model(model)
     check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
-    require_mapping("config", config)
-    require_mapping("resume", resume)
-    require(
-        optimizer is None or hasattr(optimizer, "param_groups"),
-        "optimizer is the one of the loop, whose learning rate is recorded; got "
-        f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
-    )
+    _check_loop(config, optimizer, resume)
     chosen = from_mapping(MonitorSettings, settings, "monitor")
     steps = chosen.measured_steps(last_step)
     if resume is None and first == 0:
@@ -164,11 +158,6 @@ def watched(
         "those of the other layers.",
     )
     config = dict(config or {})
-    require(
-        "monitor" not in config,
-        "monitor is what is measured, which config= gets by itself; got a value for it. Give that "
-        "one another name.",
-    )
     seed = config.get("seed")
     counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
     skips, groups = chosen.skip_first > 0, bool(chosen.groups)
@@ -198,3 +187,19 @@ def watched(
             raise
         finally:
             loop.close()
+
+
+def _check_loop(config: object, optimizer: object, resume: object) -> None:
+    """Raises `ConfigError` for what is none of these, as `watch` takes them."""
+    require_mapping("config", config)
+    require_mapping("resume", resume)
+    require(
+        optimizer is None or hasattr(optimizer, "param_groups"),
+        "optimizer is the one of the loop, whose learning rate is recorded; got "
+        f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
+    )
+    require(
+        not isinstance(config, Mapping) or "monitor" not in config,
+        "monitor is what is measured, which config= gets by itself; got a value for it. Give that "
+        "one another name.",
+    )

@@ -16,7 +16,7 @@ from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFN, sites_of
-from nerve.measuring.find import find_ffns
+from nerve.measuring.find import FoundFFNs, find_ffns
 from nerve.measuring.forward import evaluating
 from nerve.measuring.group_spectra import GroupSpectrum
 from nerve.measuring.groups import NOT_GROUPED, Grouped
@@ -72,11 +72,7 @@ def spectra_of(
         if ffns is None or how.sites:
             first, batches = _first_of(batches)
         if ffns is None:
-            found = find_ffns(model, first[0] if first else None, forward=how.forward)
-            log.info("FFNs to measure:\n%s", found)
-            for line in found.unclear:
-                log.warning("not measured; by hand, if it is an FFN: %s", line)
-            ffns = found
+            ffns = _found(model, first[0] if first else None, how)
         around = sites_around(
             ffns,
             how.sites,
@@ -117,6 +113,15 @@ def spectra_of(
             spectra += measurement.spectra(progress)
             groups += [each.solve() for each in measurement.group_eigenproblems()]
     return spectra, groups
+
+
+def _found(model: nn.Module, batch: Any, how: How) -> FoundFFNs:
+    """The FFNs that a forward pass shows, which are said, and what might be one, too."""
+    found = find_ffns(model, batch, forward=how.forward)
+    log.info("FFNs to measure:\n%s", found)
+    for line in found.unclear:
+        log.warning("not measured; by hand, if it is an FFN: %s", line)
+    return found
 
 
 def _run(

@@ -138,6 +138,11 @@ class Probe:
         self._forget()
 
     @property
+    def is_taking(self) -> bool:
+        """Whether it taps, between `start()` and `stop()`."""
+        return self._receive is not None
+
+    @property
     def is_recording(self) -> bool:
         """Whether autograd records what happens between pre and post of an FFN."""
         return self._following.is_recording

@@ -9,7 +9,14 @@ from torch import Tensor
 
 
 class Taker(Protocol):
-    """What gets features."""
+    """What gets features.
+
+    Attributes:
+        is_taking: whether it does now.
+    """
+
+    @property
+    def is_taking(self) -> bool: ...
 
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
         """Takes those of an FFN."""
@@ -24,6 +31,11 @@ def registered(taker: Taker) -> int:
     number = next(_numbers)
     _takers[number] = taker
     return number
+
+
+def is_taking() -> bool:
+    """Whether anything taps features now: then what runs must run Python, too."""
+    return any(taker.is_taking for taker in _takers.values())
 
 
 @torch.library.custom_op("nerve::tap", mutates_args={"order"})

@@ -12,6 +12,7 @@ from nerve.config import require, require_count
 from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.attention import CausalSelfAttention
+from nerve.nn.constraint import iterate_together
 from nerve.nn.ffn import FeedForward, FFNDesign
 from nerve.nn.normalization import WIRINGS, Normalization, Residual
 from nerve.nn.position import AttentionPosition, Position
@@ -155,6 +156,7 @@ class GPT(nn.Module):
         )
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        iterate_together(self)
 
     def _residual_outputs(self) -> Iterator[nn.Linear]:
         for module in self.modules():

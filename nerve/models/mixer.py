@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nerve.config import require, require_choice, require_count
 from nerve.models.initialization import check_pre_std, initialize
 from nerve.nn.activation import ACTIVATIONS, Activation
+from nerve.nn.constraint import iterate_together
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
 from nerve.nn.normalization import WIRINGS, Normalization, Residual
 from nerve.nn.position import Position
@@ -203,6 +204,7 @@ class Mixer(nn.Module):
         self.norm = config.normalization.build_final(d_model)
         self.head = nn.Linear(d_model, config.n_classes)
         initialize(self, seed=seed, std=config.init_std)
+        iterate_together(self)
 
     def forward(
         self, images: Float[Tensor, "batch n_channels height width"]

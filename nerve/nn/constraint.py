@@ -6,7 +6,8 @@ any optimizer keeps the constraint. Assigning to `linear.weight` goes through th
 - `weight_norm`: each row is g · v/||v||, its length a parameter apart from its direction (Salimans
   and Kingma 2016).
 - `spectral_norm`: W/σ(W), the largest singular value is 1 (Miyato et al. 2018), as estimated by
-  power iteration: each read in training mode iterates, one in evaluation mode does not.
+  power iteration: each read in training mode iterates, one in evaluation mode does not. Those of a
+  network iterate at once, before its forward pass (`iterate_together`), for the first read in it.
 - `hyperspherical`: each row is v/||v||, on the unit sphere (Liu et al. 2017).
 """
 
@@ -38,11 +39,85 @@ class UnitRows(nn.Module):
 
 
 class SpectralNorm(parametrizations._SpectralNorm):
-    """That of torch, which iterates nothing where there are no values: on the meta device."""
+    """That of torch, in the precision of the weight also under autocast, where 16 bits would put σ
+    off by up to 0.4%. It iterates nothing where there are no values, on the meta device.
+
+    Attributes:
+        is_ahead: whether the iterations of the next read are done.
+    """
+
+    is_ahead = False
 
     def _power_method(self, weight_mat: Weight, n_power_iterations: int) -> None:
-        if not weight_mat.is_meta:
+        if self.is_ahead:
+            self.is_ahead = False
+        elif not weight_mat.is_meta:
             super()._power_method(weight_mat, n_power_iterations)
+
+    def forward(self, weight: Weight) -> Weight:
+        with torch.autocast(weight.device.type, enabled=False):
+            normalized: Tensor = super().forward(weight)
+        return normalized
+
+
+class PowerIterations:
+    """A hook before the forward pass of a network in training: the iterations of all of its
+    spectral norms that the pass will read, one batch of products for the matrices of one shape.
+
+    One by one, 20 iterations of 24 matrices are 960 products of a matrix and a vector, which take a
+    GPU longer to launch than the rest of a step.
+    """
+
+    def __init__(self, weights: list[parametrize.ParametrizationList]) -> None:
+        self._weights = weights
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, arguments: tuple[object, ...]) -> None:
+        by_shape: dict[torch.Size, list[tuple[SpectralNorm, Tensor]]] = {}
+        for each in self._weights:
+            norm, weight = each[0], each.original
+            assert isinstance(norm, SpectralNorm)
+            assert isinstance(weight, Tensor)
+            # Of a shard there is no matrix here: it is whole when it is read.
+            is_whole = weight.shape == (len(norm._u), len(norm._v))
+            if norm.training and is_whole and not weight.is_meta:
+                by_shape.setdefault(weight.shape, []).append((norm, weight))
+        for members in by_shape.values():
+            norms = [norm for norm, _ in members]
+            with torch.autocast(norms[0]._v.device.type, enabled=False):
+                left, right = power_iteration(
+                    torch.stack([weight for _, weight in members]),
+                    torch.stack([norm._v for norm in norms]),
+                    N_POWER_ITERATIONS,
+                    norms[0].eps,
+                )
+            for norm, u, v in zip(norms, left, right, strict=True):
+                norm._u.copy_(u)
+                norm._v.copy_(v)
+                norm.is_ahead = True
+
+
+def power_iteration(
+    weights: Float[Tensor, "n d_out d_in"], right: Float[Tensor, "n d_in"], n: int, eps: float
+) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_in"]]:
+    """`n` times u = W v / ||W v||, v = Wᵀ u / ||Wᵀ u|| of each matrix, from the `right` v; gives
+    the last u and v, which estimate its leading singular vectors. Lengths below `eps` count as it.
+    """
+    for _ in range(n):
+        left = F.normalize((weights @ right[..., None])[..., 0], dim=-1, eps=eps)
+        right = F.normalize((weights.mT @ left[..., None])[..., 0], dim=-1, eps=eps)
+    return left, right
+
+
+def iterate_together(model: nn.Module) -> None:
+    """Has the spectral norms of a network, where it has any, iterate at once from now on."""
+    weights = [
+        each
+        for each in model.modules()
+        if isinstance(each, parametrize.ParametrizationList) and isinstance(each[0], SpectralNorm)
+    ]
+    if weights:
+        model.register_forward_pre_hook(PowerIterations(weights))
 
 
 def _none(linear: nn.Linear) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -101,7 +102,7 @@ def dead_layers(metrics: pd.DataFrame) -> list[str]:
     if null.empty:
         return []
     every = "all" if len(null) == len(metrics) else f"{len(null):,} of {len(metrics):,}"
-    reasons = ", ".join(f"{reason} ({n:,})" for reason, n in null["status"].value_counts().items())
+    reasons = ", ".join(f"{reason} ({n:,})" for reason, n in _counts(null["status"]).items())
     return [
         f"In {every} rows of metrics (a row is a layer at a step) nothing could be measured: "
         f"{reasons}. They are blank in figures and left out of means."
@@ -110,7 +111,7 @@ def dead_layers(metrics: pd.DataFrame) -> list[str]:
 
 def sampled_rows(metrics: pd.DataFrame) -> list[str]:
     """A sentence on how many rows have enough samples, where some have not."""
-    counts = metrics["sampling"].value_counts()
+    counts = _counts(metrics["sampling"])
     if metrics.empty or counts.get(VERDICTS[0], 0) == counts.sum():
         return []
     told = ", ".join(f"{counts[each]:,} {each}" for each in VERDICTS if each in counts)
@@ -128,9 +129,9 @@ def outlying_rows(metrics: pd.DataFrame) -> list[str]:
     for site in SITES:
         found = metrics[metrics["outliers"].str.contains(site, regex=False)]
         if len(found):
-            worst = found.sort_values(f"top_share_{site}", na_position="first").to_dict("records")[
-                -1
-            ]
+            shares = found[f"top_share_{site}"].to_numpy(float)
+            place = int(np.argsort(np.nan_to_num(shares, nan=-1.0), kind="stable")[-1])
+            worst = found.iloc[place].to_dict()
             notes.append(
                 f"In {len(found):,} of {len(metrics):,} rows of metrics a few samples may make the "
                 f"spectrum of {site}. The worst, run {worst['run_id']}, layer {worst['layer']}, "
@@ -138,6 +139,12 @@ def outlying_rows(metrics: pd.DataFrame) -> list[str]:
                 "load_metrics names them; monitor.skip_first leaves the first tokens out."
             )
     return notes
+
+
+def _counts(texts: pd.Series) -> pd.Series:
+    """How often there is each text; none that is not there, as of categories."""
+    counts = texts.value_counts()
+    return counts[counts > 0]
 
 
 def _range(values: pd.Series) -> str:

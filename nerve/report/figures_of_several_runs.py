@@ -156,17 +156,16 @@ def _styled(
     levels = levels_of(rows[factor])
     colors = level_colors(ordered_levels(rows[factor]))
     entries = level_keys(colors)
-    combination = pd.Series("", index=rows.index)
-    if others:
-        texts = [[f"{name} = {level}" for level in levels_of(rows[name])] for name in others]
-        combination = pd.Series([", ".join(row) for row in zip(*texts, strict=True)], rows.index)
-    combinations = sorted(combination.unique())
     # One design on other data is another line.
     design = rows["design_id"].str.cat(rows["data"].fillna(""), sep=" ")
     many = design.nunique() > MAX_LINES
     if many:
         combination = "data " + rows["data"].fillna("unknown").astype(str)
-        combinations = sorted(combination.unique())
+    else:
+        texts = [[f"{name} = {level}" for level in levels_of(rows[name])] for name in others]
+        named = [", ".join(row) for row in zip(*texts, strict=True)] if others else ""
+        combination = pd.Series(named, index=rows.index)
+    combinations = sorted(combination.unique())
     dashes = dict.fromkeys(combinations, DASHES[0])
     if 1 < len(combinations) <= len(DASHES):
         dashes = dict(zip(combinations, DASHES, strict=False))

@@ -13,6 +13,7 @@ import pandas as pd
 from nerve.analysis.compare import final_metrics
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
+from nerve.analysis.frames import at_last_step
 from nerve.analysis.load import Runs
 from nerve.report import figures_of_several_runs
 from nerve.report.comparisons import Comparisons, comparison_drawings
@@ -123,15 +124,15 @@ def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
 
 def _drawings(metrics: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons) -> list[Drawing]:
     factors, designs = compared.factors, compared.designs
-    rows = metrics[metrics["run_id"].isin(runs["run_id"])]
+    is_drawn = metrics["run_id"].isin(runs["run_id"])
+    rows = metrics if is_drawn.all() else metrics[is_drawn]
     if rows.empty:
         return []
     names = [name for name in figures_of_several_runs.CURVES if name != "val_loss"]
-    means = depth_means(rows, runs, factors.varying, names=names)
-    means = means[means["region"] == "all"]
-    layers = metrics_by_depth(rows, runs, factors.varying, names=figures_of_several_runs.LAYERS)
-    last = layers.groupby("run_id", observed=True)["step"].transform("max")
-    layers = layers[layers["step"] == last]
+    means = depth_means(rows, runs, factors.varying, names=names, regions=["all"])
+    layers = metrics_by_depth(
+        at_last_step(rows), runs, factors.varying, names=figures_of_several_runs.LAYERS
+    )
     shown = _drawn_factors(runs, factors)
     if not factors.varying:
         # Only seeds differ: each run is a line of its own.

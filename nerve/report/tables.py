@@ -6,6 +6,7 @@ from nerve.analysis.compare import average_seeds, metrics_at_loss
 from nerve.analysis.correlate import NULLS, RESULTS
 from nerve.analysis.depth import metrics_by_depth
 from nerve.analysis.factors import Factors
+from nerve.analysis.frames import at_last_step
 from nerve.analysis.scaling import fit_width_scaling
 from nerve.metric_names import columns_of
 from nerve.report.comparisons import Comparisons
@@ -147,12 +148,11 @@ def _tables_of_comparisons(compared: Comparisons) -> list[Table]:
 
 
 def _table_of_layers(runs: pd.DataFrame, metrics: pd.DataFrame, factors: Factors) -> Table:
-    layers = metrics_by_depth(metrics, runs, factors.varying, names=SHOWN)
-    last = layers.groupby("run_id", observed=True)["step"].transform("max")
+    layers = metrics_by_depth(at_last_step(metrics), runs, factors.varying, names=SHOWN)
     return Table(
         "layers",
         "The last measured step of each run, layer by layer.",
-        layers[layers["step"] == last],
+        layers,
         in_page=False,
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, require_there, write_atomically
-from nerve.storage.identity import config_id, from_json, new_run_id, to_json
+from nerve.storage.identity import config_id, from_json, ids_of_plain, new_run_id, to_json
 from nerve.storage.manifest import MANIFEST_NAME
 from nerve.storage.provenance import git_commit, package_versions
 from nerve.storage.record_fields import check_fields
@@ -153,7 +153,8 @@ class RunRecord:
         """
         path = Path(directory) / RECORD_NAME
         try:
-            values = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            values = json.loads(data)
             version = int(values["schema_version"])
         except (FileNotFoundError, NotADirectoryError) as error:
             left = left_by_a_run(path.parent)
@@ -184,8 +185,9 @@ class RunRecord:
             check_fields(vars(record))
         except (TypeError, StoreError) as error:
             raise _damaged(path, error) from error
-        record.config = from_json(record.config)
-        record.config_id = config_id(record.config)
+        record.config_id, _ = ids_of_plain(record.config)
+        if b'"float"' in data:  # hardly any has a number that JSON lacks
+            record.config = from_json(record.config)
         return record
 
     @property
@@ -215,7 +217,7 @@ class RunRecord:
                 f"An update sets fields of a run record: {', '.join(names)}; got "
                 f"{', '.join(unknown)}. Put other values into final or job."
             )
-        if "config" in changes:
+        if isinstance(changes.get("config"), Mapping):  # anything else is refused below
             changes["config_id"] = config_id(changes["config"])
         with _UPDATING:
             before = dict(vars(self))

@@ -66,6 +66,7 @@ def check_fields(values: Mapping[str, Any]) -> None:
     holds; it names the field."""
     for kind, holds, names in KINDS:
         for name in names:
-            value = to_json(values[name])
+            value = values[name]
+            value = value if isinstance(value, dict | str | None) else to_json(value)
             if not holds(value) and (value is not None or name not in OPTIONAL):
                 raise StoreError(f"{name} of a run record is {kind}; got {value!r:.200}.")

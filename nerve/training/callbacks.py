@@ -16,6 +16,9 @@ from nerve.storage.record import RunRecord
 
 INTERVAL_S = 10.0
 
+SHOWN_EVERY_S = 0.25
+"""How often a terminal shows the loss: to read it is to wait for the device."""
+
 
 class Heartbeat(L.Callback):
     """Writes the step and the time to run.json at least every ten seconds, whatever the process is
@@ -97,7 +100,9 @@ class RunProgressBar(TQDMProgressBar):
 
     def __init__(self, unit: str) -> None:
         # A terminal is redrawn often; a file (a cluster job's log) gets a line now and then.
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 50)
+        self._shown_every_s = SHOWN_EVERY_S if sys.stdout.isatty() else 0.0
+        super().__init__(refresh_rate=1 if self._shown_every_s else 50)
+        self._shown = -math.inf
         self._unit = unit
         self._n_targets = 0
         self._seconds = 0.0
@@ -125,12 +130,16 @@ class RunProgressBar(TQDMProgressBar):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        *args: Any,
-        **kwargs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        self._seconds += time.perf_counter() - self._batch_began
+        now = time.perf_counter()
+        self._seconds += now - self._batch_began
         self._n_targets += outputs["n_targets"] * trainer.world_size
-        super().on_train_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        is_last = batch_idx + 1 == self.train_progress_bar.total
+        if is_last or now - self._shown >= self._shown_every_s:
+            self._shown = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule

@@ -14,9 +14,8 @@ from nerve.errors import DivergedError
 from nerve.measuring.distributed import add_up, highest, n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
+from nerve.training.graphs import Batch, CompiledLosses, choose, own_gradients
 from nerve.training.randomness import part_from_other_processes
-
-Batch = tuple[Tensor, Tensor]
 
 NO_REGULARIZER = Regularizer()
 
@@ -36,8 +35,8 @@ class TrainedModel(L.LightningModule):
         model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
         build_optimizer: makes the optimizer for the model.
         schedule: learning-rate schedule over the trainer's `max_steps`.
-        compile: whether training runs model and loss as one compiled graph; validation does not,
-            whose last batch may be of another size.
+        compile: whether training runs model and loss as one compiled graph, launched as CUDA graphs
+            where that pays; validation does not, whose last batch may be of another size.
         regularizer: of the features in training; its term is that of each micro-batch and process.
     """
 
@@ -56,9 +55,12 @@ class TrainedModel(L.LightningModule):
         self._schedule = schedule
         self._first_bad_step: Tensor | None = None
         self._penalty = Penalty(model, regularizer) if regularizer.name != "none" else None
-        self._training_losses = torch.compile(self._losses) if compile else self._losses
+        self._compiled = CompiledLosses(self._losses) if compile else None
+        self._has_chosen = False
+        self._begins_update = False
 
     def on_fit_start(self) -> None:
+        self._has_chosen = False
         part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -130,6 +132,16 @@ class TrainedModel(L.LightningModule):
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        self._begins_update = True
+
+    def on_after_backward(self) -> None:
+        is_replaying = self._compiled is not None and self._compiled.is_replaying
+        if is_replaying and self._begins_update and self.trainer.accumulate_grad_batches > 1:
+            own_gradients(self.parameters())
+        self._begins_update = False
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().optimizer_step(*args, **kwargs)
@@ -145,6 +157,19 @@ class TrainedModel(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _training_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """`_losses` of a training batch, compiled or not."""
+        if self._compiled is None:
+            return self._losses(batch)
+        if not self._has_chosen and self._trainer is not None:
+            self._has_chosen = True
+            self._compiled.replay(choose(self.trainer, self.model, self._n_positions(batch)))
+        return self._compiled(batch)
+
+    def _n_positions(self, batch: Batch) -> int:
+        """How many vectors the matrices of the model multiply."""
+        return batch[1].numel()
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss and what the regularizer adds to its gradient, without the logits: compiled code
@@ -209,6 +234,10 @@ class ImageClassifier(TrainedModel):
 
     Logs `val_accuracy`, a fraction, beside the losses.
     """
+
+    def _n_positions(self, batch: Batch) -> int:
+        n_patches: int = getattr(getattr(self.model, "config", None), "n_patches", 1)
+        return len(batch[1]) * n_patches
 
     def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
         correct = (logits.argmax(-1) == targets).float().mean()

@@ -1,14 +1,24 @@
 """The constraints hold at the start and while an optimizer moves what they are made of."""
 
+import copy
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nerve.nn.constraint import CONSTRAINTS, assign, constrain
+from nerve.nn.constraint import (
+    CONSTRAINTS,
+    N_POWER_ITERATIONS,
+    assign,
+    constrain,
+    iterate_together,
+)
 
 D_OUT, D_IN = 96, 32
 
@@ -105,3 +115,104 @@ def test_assigning_an_allowed_weight_again_changes_nothing(constraint: str) -> N
     weight = linear.weight.detach().clone()
     assign(linear, weight)
     torch.testing.assert_close(linear.weight, weight, rtol=2e-6, atol=0)
+
+
+def network(d: int = 6, hidden: int = 10) -> nn.Sequential:
+    """Matrices of two shapes, three of each, in float64."""
+    torch.manual_seed(0)
+    sizes = [(d, hidden), (hidden, d)] * 3
+    layers = [constrain(nn.Linear(*size), "spectral_norm") for size in sizes]
+    return nn.Sequential(*layers).double()
+
+
+def steps(model: nn.Module, n: int = 3) -> list[Tensor]:
+    """Outputs of as many steps of SGD, and all parameters and buffers after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(n):
+        x = torch.randn(4, model[0].in_features, generator=generator, dtype=torch.float64)
+        found.append(model(x))
+        optimizer.zero_grad()
+        found[-1].square().mean().backward()
+        optimizer.step()
+    return found + list(model.state_dict().values())
+
+
+def test_iterating_together_gives_what_iterating_one_by_one_does() -> None:
+    alone = network()
+    together = copy.deepcopy(alone)
+    iterate_together(together)
+    assert alone.state_dict().keys() == together.state_dict().keys()
+    again = copy.deepcopy(together)  # its hook is of its own matrices
+    for one, many, other in zip(steps(alone), steps(together), steps(again), strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-14)
+        assert torch.equal(other, many)
+
+
+def test_a_forward_pass_makes_the_power_iterations_of_numpy() -> None:
+    model = network()
+    iterate_together(model)
+    parts = [layer.parametrizations.weight for layer in model]
+    expected = []
+    for part in parts:
+        w, v = part.original.detach().numpy(), part[0]._v.numpy().copy()
+        for _ in range(N_POWER_ITERATIONS):
+            u = w @ v / np.linalg.norm(w @ v)
+            v = w.T @ u / np.linalg.norm(w.T @ u)
+        expected.append((u, v, w / (u @ w @ v)))
+    used = []
+    for layer in model:
+        layer.register_forward_hook(
+            lambda layer, x, y: used.append(torch.linalg.lstsq(x[0], y - layer.bias).solution.T)
+        )
+    model(torch.eye(10, 6, dtype=torch.float64) + 0.1)
+    for part, (u, v, _) in zip(parts, expected, strict=True):
+        np.testing.assert_allclose(part[0]._u, u, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(part[0]._v, v, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(used[0].detach(), expected[0][2], rtol=0, atol=1e-12)
+
+
+def test_the_next_read_in_training_iterates_again_and_evaluation_never_does() -> None:
+    model = network()
+    iterate_together(model)
+    norm = model[0].parametrizations.weight[0]
+    model(torch.zeros(1, 6, dtype=torch.float64))
+    before = norm._u.clone()
+    model.eval()(torch.zeros(1, 6, dtype=torch.float64))
+    assert torch.equal(norm._u, before)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.add_(torch.eye(10, 6))
+    _ = model.train()[0].weight
+    assert not torch.allclose(norm._u, before)
+
+
+class Products(TorchDispatchMode):
+    """Counts products by the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.n[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_number_of_products_does_not_grow_with_that_of_matrices_of_one_shape() -> None:
+    model = network()
+    iterate_together(model)
+    with Products() as products, torch.no_grad():
+        model(torch.zeros(1, 6, dtype=torch.float64))
+    assert products.n["bmm"] == 2 * 2 * N_POWER_ITERATIONS
+    assert products.n["mv"] == len(model)  # the one that σ is found by
+
+
+def test_autocast_does_not_round_the_largest_singular_value() -> None:
+    linear = constrained("spectral_norm", drawn())
+    model = nn.Sequential(linear)
+    iterate_together(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.zeros(1, D_IN))
+        used = linear.eval().weight
+    assert torch.linalg.matrix_norm(used.detach().double(), 2) == pytest.approx(1, abs=1e-6)

@@ -73,7 +73,7 @@ def _store(directory: Path, chooses_logger: bool) -> None:
             f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
             "does not. Give what nerve-run printed as the run directory."
         )
-    stored = load_saved(saved, dict)
+    stored = load_saved(saved)
     primary = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(primary, DictConfig)
     # The run's nerve may not have had a key that is free now, or one that was added since.

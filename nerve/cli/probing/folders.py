@@ -119,25 +119,16 @@ class Folders:
                 "model's own with --tokenizer."
             )
         ids = torch.from_numpy(text.sequences).to(self._device)
-        probe: dict[str, Any] = {
+        batches = [_batch(model, part) for part in ids.split(batch_size)]
+        groups, sites = asked.groups or (), asked.sites or ()
+        counts = count_tokens(batches) if "frequency" in groups else None
+        dtype = next(model.parameters()).dtype
+        probe = {
             "n_tokens": ids.numel(),
             "seq_len": seq_len,
             "batch_size": batch_size,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "select": asked.select,
-            "layers": asked.layers,
-            "skip_first": skip_first,
-            "spectra": asked.spectra,
-            **text.fingerprints,
+            **asked.as_recorded(dtype, skip_first, groups, sites, text.fingerprints),
         }
-        batches = [_batch(model, part) for part in ids.split(batch_size)]
-        groups = asked.groups or ()
-        counts = count_tokens(batches) if "frequency" in groups else None
-        if groups:
-            probe["groups"] = groups
-        sites = asked.sites or ()
-        if sites:
-            probe["sites"] = sites
         return Data(
             batches=batches,
             forward=self._forward(model),

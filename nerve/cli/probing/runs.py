@@ -95,20 +95,9 @@ class KeptCheckpoints:
         if plan.model.kind == "gpt":
             require_left("--skip-first", skip_first, "data.seq_len", plan.values["data"]["seq_len"])
             n_targets *= plan.values["model"]["seq_len"]
-        probe: dict[str, Any] = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "select": asked.select,
-            "layers": asked.layers,
-            "skip_first": skip_first,
-            "spectra": asked.spectra,
-            **data.fingerprints,
-        }
         groups = tuple(plan.monitor.groups) if asked.groups is None else asked.groups
-        if groups:
-            probe["groups"] = groups
         sites = tuple(plan.monitor.sites) if asked.sites is None else asked.sites
-        if sites:
-            probe["sites"] = sites
+        probe = asked.as_recorded(dtype, skip_first, groups, sites, data.fingerprints)
         return Data(
             batches=[tree_map(placed, tuple(batch)) for batch in data.val_dataloader()],
             forward=_loss_of,

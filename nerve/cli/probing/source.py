@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
 from nerve.config import require_count, require_several
@@ -64,6 +65,27 @@ class Asked:
             if getattr(self, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 require_count(option, getattr(self, name), least=number)
+
+    def as_recorded(
+        self,
+        dtype: torch.dtype,
+        skip_first: int,
+        groups: tuple[str, ...],
+        sites: tuple[str, ...],
+        fingerprints: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """What the configuration of the run has of it, as the model and its data decided what was
+        left to them."""
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "select": self.select,
+            "layers": self.layers,
+            "skip_first": skip_first,
+            "spectra": self.spectra,
+            **fingerprints,
+            **({"groups": groups} if groups else {}),
+            **({"sites": sites} if sites else {}),
+        }
 
 
 class Checkpoint(NamedTuple):

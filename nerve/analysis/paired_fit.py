@@ -1,0 +1,154 @@
+"""Values of runs as design + seed + error, by ordinary least squares, for many runs and effects."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from nerve.analysis.statistics import student_t
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Several effects.
+
+    Attributes:
+        effect: the estimates; nan where the data do not determine one.
+        low, high: their 95% intervals; nan where nothing is left to estimate an error from.
+        sd: of one value of one run, after what design and seed explain.
+        df: degrees of freedom. All of shape (effect,).
+    """
+
+    effect: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    sd: np.ndarray
+    df: np.ndarray
+
+
+@dataclass(frozen=True)
+class PairedFit:
+    """Ordinary least squares of values = design + seed + error, for any values and effects.
+
+    What designs explain is taken out of the normal equations first, so that ten thousand runs of
+    some thousand designs take no more than the square of the number of seeds.
+
+    Attributes:
+        designs: their names, in order.
+        design, seed: of each run the number of its design and that of its seed less one, shape
+            (run,); the first seed, and all of them where seeds are left in the error, have -1.
+        n_seeds: columns of seeds.
+    """
+
+    designs: list[str]
+    design: np.ndarray
+    seed: np.ndarray
+    n_seeds: int
+
+    @cached_property
+    def n(self) -> np.ndarray:
+        """Runs of each design, shape (design,)."""
+        return np.bincount(self.design, minlength=len(self.designs)).astype(float)
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """Which part of a design's runs has each seed, shape (design, seed)."""
+        counts = np.zeros((len(self.designs), self.n_seeds))
+        has = self.seed >= 0
+        np.add.at(counts, (self.design[has], self.seed[has]), 1.0)
+        return counts / self.n[:, None]
+
+    @cached_property
+    def _left(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """What the normal equations of the seeds are once designs are taken out, their inverse, and
+        their rank."""
+        counts = self.shares * self.n[:, None]
+        left = np.diag(counts.sum(axis=0)) - counts.T @ self.shares
+        values, vectors = np.linalg.eigh(left)
+        found = values > 1e-10 * max(1.0, values.max(initial=0.0))
+        inverse = (vectors[:, found] / values[found]) @ vectors[:, found].T
+        return left, inverse, int(found.sum())
+
+    @cached_property
+    def df(self) -> int:
+        """Degrees of freedom of the error."""
+        return len(self.design) - len(self.designs) - self._left[2]
+
+    def differences(self, values: np.ndarray, one: np.ndarray, two: np.ndarray) -> Effects:
+        """Of each pair the effect of the design `two` less that of the design `one`.
+
+        Args:
+            values: shape (run,).
+            one, two: numbers of designs, shape (pair,).
+        """
+        of_designs, _ = self._solution(values)
+        return self._effects(
+            values,
+            of_designs[two] - of_designs[one],
+            1 / self.n[two] + 1 / self.n[one],
+            self.shares[one] - self.shares[two],
+        )
+
+    def weighted(self, values: np.ndarray, weights: Mapping[str, float]) -> Effects:
+        """A weighted sum of the effects of designs, by their names; shape (1,)."""
+        of_designs, _ = self._solution(values)
+        row = np.array([weights.get(name, 0.0) for name in self.designs])
+        through = -(row @ self.shares)
+        return self._effects(
+            values, (row @ of_designs)[None], (row**2 / self.n).sum()[None], through[None]
+        )
+
+    def _solution(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The effect of each design and of each seed but the first."""
+        sums = np.bincount(self.design, values, minlength=len(self.designs))
+        has = self.seed >= 0
+        of_seeds = np.bincount(self.seed[has], values[has], minlength=self.n_seeds)
+        _, inverse, _ = self._left
+        seeds = inverse @ (of_seeds - sums @ self.shares)
+        return sums / self.n - self.shares @ seeds, seeds
+
+    def _effects(
+        self, values: np.ndarray, effect: np.ndarray, own: np.ndarray, through: np.ndarray
+    ) -> Effects:
+        """With the t interval. An effect is not known where the data do not determine it; without a
+        degree of freedom it has no interval. A residual that is rounding counts as none: constants
+        have an interval of no width.
+
+        Args:
+            values: shape (run,).
+            effect: shape (effect,).
+            own: its variance beside that which comes by the seeds, for errors of variance 1.
+            through: what of the seeds it depends on, shape (effect, seed).
+        """
+        left, inverse, _ = self._left
+        known = np.isclose(through @ inverse @ left, through, rtol=0, atol=1e-8).all(axis=1)
+        effect = np.where(known, np.where(np.abs(effect) < 1e-12, 0.0, effect), np.nan)
+        df = np.where(known, max(self.df, 0), 0)
+        if self.df < 1:
+            missing = np.full(len(effect), np.nan)
+            return Effects(effect, missing, missing, missing, df)
+        of_designs, seeds = self._solution(values)
+        of_seeds = np.append(seeds, 0.0)  # where a run of seed -1 finds its own
+        residual = values - of_designs[self.design] - of_seeds[self.seed]
+        square = float(residual @ residual)
+        if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
+            square = 0.0
+        sd = np.where(known, np.sqrt(square / self.df), np.nan)
+        error = sd * np.sqrt(own + ((through @ inverse) * through).sum(axis=1))
+        half = float(student_t(np.array([self.df]))[0]) * error
+        return Effects(effect, effect - half, effect + half, sd, df)
+
+
+def paired_by_seed(design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool = True) -> PairedFit:
+    """values = design + seed + error.
+
+    Args:
+        design, seed: shape (run,).
+        seeds_differ: False leaves seeds in the error.
+    """
+    names, own = np.unique(design, return_inverse=True)
+    seeds, numbers = np.unique(seed, return_inverse=True)
+    if not seeds_differ:
+        return PairedFit(names.tolist(), own, np.full(len(own), -1), 0)
+    return PairedFit(names.tolist(), own, numbers - 1, len(seeds) - 1)

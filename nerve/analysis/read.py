@@ -1,0 +1,83 @@
+"""The stored rows of many runs, read some runs at once."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pandas as pd
+import pyarrow as pa
+from pandas.api.types import is_numeric_dtype
+
+from nerve.analysis.gather import Block, Coded, encoded
+from nerve.cores import allowed
+from nerve.errors import StoreError
+from nerve.storage.parts import read_parts
+from nerve.storage.record import RunRecord
+from nerve.storage.schema import Dataset
+
+AT_ONCE = 32
+"""Runs that a thread reads at once."""
+
+MOST_THREADS = 4
+"""Threads that read: each has the rows of its runs in memory."""
+
+
+Derive = Callable[[pd.DataFrame, slice], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of some runs: their rows, and of each how many these are and what could not be
+    read."""
+
+    block: Block
+    counts: list[int]
+    unread: list[Sequence[StoreError]]
+
+
+def reads(records: Sequence[RunRecord], dataset: Dataset, derive: Derive | None) -> Iterator[Read]:
+    """The rows of all runs, some runs at once and in their order. A few threads read, each a little
+    ahead: what is not taken yet is in memory.
+
+    Args:
+        records: of the runs.
+        dataset: what is read.
+        derive: makes more columns of the rows of some runs, which the slice names.
+    """
+    n_threads = min(allowed(), MOST_THREADS)
+    with ThreadPoolExecutor(n_threads) as pool:
+        waiting: deque[Future[Read]] = deque()
+        for start in range(0, len(records), AT_ONCE):
+            runs = slice(start, min(start + AT_ONCE, len(records)))
+            waiting.append(pool.submit(_read, records, dataset, runs, derive))
+            if len(waiting) > n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read(
+    records: Sequence[RunRecord], dataset: Dataset, runs: slice, derive: Derive | None
+) -> Read:
+    found = [_read_one(record, dataset) for record in records[runs]]
+    tables = [table for table, _ in found]
+    frame = encoded(pa.concat_tables(tables)).to_pandas(split_blocks=True)
+    if derive is not None:
+        frame = derive(frame, runs)
+    lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
+    block = {
+        str(name): values.to_numpy()
+        if name in lists or is_numeric_dtype(values.dtype)
+        else Coded.of(values)
+        for name, values in frame.items()
+    }
+    return Read(block, [len(table) for table in tables], [errors for _, errors in found])
+
+
+def _read_one(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
+    """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
+    try:
+        return read_parts(record.directory, dataset, record.run_id)
+    except StoreError as error:
+        return dataset.schema.empty_table(), [error]
