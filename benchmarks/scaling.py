@@ -20,7 +20,8 @@ from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.recording.solver import Solver, spare_workers
+from nerve.recording.solver import Solver
+from nerve.recording.workers import spare_workers
 from nerve.spectra import eigenvalues, participation_ratio, spectral_entropy
 
 ROWS = 65_536

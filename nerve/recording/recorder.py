@@ -18,8 +18,9 @@ from nerve.measuring.probe import Probe
 from nerve.recording.aside import Aside
 from nerve.recording.cadence import Cadence
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.solver import Eigenproblem, Solved, Solver, spare_workers
+from nerve.recording.solver import Eigenproblem, Solved, Solver
 from nerve.recording.staging import expected_bytes
+from nerve.recording.workers import spare_workers
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
 
