@@ -122,7 +122,7 @@ def test_what_stands_at_step_0_is_caught_by_the_untrained_network_and_its_growth
 def test_what_pre_has_too_is_caught_by_the_identity(rule):
     high = 10.0 + np.array([5.0, 5.1, 4.9, 0.0, 0.1, -0.1])[:, None, None] + np.zeros((6, 4, 2))
     runs = made(
-        rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_pre": high + 0.001, "pr_post": high}
+        rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_pre": 1.001 * high, "pr_post": high}
     )
     found = judged(rule, rule.effects.difference(last_post, "a", "b"), runs)
     assert "identity" in found.passes_null
