@@ -26,6 +26,9 @@ def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) 
     the other training processes of the host, but one; not more than the memory is for. 0 where the
     cores train. On a GPU there is at least one, which takes what training leaves of the cores.
 
+    A trial beside others has one more than its cores: its thread that trains sleeps most of the
+    time (`Pace`), and its cores are rounded down.
+
     Args:
         device: where the model trains.
         n_processes: that train on this host.
@@ -33,9 +36,11 @@ def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) 
     """
     if device.type != "cuda":
         return 0
-    cores = share_among_trials() or allowed()
-    by_memory = memory() // (SHARE_OF_HOST * n_processes * COPIES * max(n_bytes, 1))
-    return max(1, min(cores // n_processes - 1, by_memory))
+    share = share_among_trials()
+    spare = (allowed() // n_processes - 1) if share is None else share + 1
+    n_beside = n_processes if share is None else max(1, allowed() // share)
+    by_memory = memory() // (SHARE_OF_HOST * n_beside * COPIES * max(n_bytes, 1))
+    return max(1, min(spare, by_memory))
 
 
 def pool_of(n_workers: int) -> ThreadPoolExecutor:

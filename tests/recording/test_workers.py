@@ -52,10 +52,12 @@ def test_threads_that_solve_take_a_quarter_of_the_memory_at_most(monkeypatch):
     monkeypatch.setattr("nerve.recording.workers.memory", lambda: 64 * 2**30)
     for gib, n_workers in ((0.25, 15), (0.5, 8), (1, 4), (9, 1)):
         assert spare_workers(torch.device("cuda"), n_bytes=int(gib * 2**30)) == n_workers
+    monkeypatch.setenv(SHARE, "4")  # of four trials
+    assert spare_workers(torch.device("cuda"), n_bytes=2**28) == 4
 
 
 def test_a_trial_beside_others_solves_on_its_share_of_the_cores(monkeypatch):
-    for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
+    for share, n_workers in (("8", 9), ("2", 3), ("1", 2)):
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers
         assert spare_workers(CPU) == 0
