@@ -116,8 +116,10 @@ def _of_scale(
         table[of_design[kept], of_seed[kept]] = values[kept]
         shared = np.isfinite(table[one]) & np.isfinite(table[two])
         some = np.flatnonzero(shared.any(axis=1))
+        if not len(some):
+            continue
         fit = paired_by_seed(design[kept], seed[kept])
-        places = np.searchsorted(fit.designs, designs) if len(some) else designs
+        places = np.searchsorted(fit.designs, designs)
         effects = fit.differences(values[kept], *(places[own[some]] for own in (one, two)))
         n_pairs = shared.sum(axis=1)
         n_higher = (shared & (table[two] > table[one])).sum(axis=1)

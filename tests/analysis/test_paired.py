@@ -138,3 +138,20 @@ def test_a_factor_that_does_not_vary_or_follows_another_is_refused(tables):
         compare_seeds(points, runs, "ffn.width")
     with pytest.raises(ConfigError, match=r"activation\.slope goes together with activation\.name"):
         compare_seeds(points, runs, "activation.slope")
+
+
+def test_designs_without_a_seed_in_common_have_no_row(tables):
+    apart = specs([4.2, 4.1], activation__name="relu")
+    for spec in apart:
+        spec["seed"] += 10
+    designs = [specs([4.0, 4.3], activation__name="gelu"), apart]
+    assert compared(tables, designs, "activation.name").empty
+
+
+def test_a_metric_that_no_pair_has_keeps_no_other_from_its_row(tables):
+    designs = [
+        specs([4.0, 4.3], [5.0, np.nan], activation__name="gelu"),
+        specs([4.2, 4.1], [np.nan, 5.0], activation__name="relu"),
+    ]
+    table = compared(tables, designs, "activation.name", ["pr_post", "val_loss"])
+    assert table["metric"].tolist() == ["val_loss"]
