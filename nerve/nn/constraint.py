@@ -12,6 +12,7 @@ any optimizer keeps the constraint. Assigning to `linear.weight` goes through th
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -75,7 +76,11 @@ class SpectralNorm(parametrizations._SpectralNorm):
             super()._power_method(weight_mat, n_power_iterations)
 
     def forward(self, weight: Weight) -> Weight:
-        with torch.autocast(weight.device.type, enabled=False):
+        # The meta device has no autocast to switch off.
+        autocast = (
+            nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
+        )
+        with autocast:
             normalized: Tensor = super().forward(weight)
         return normalized
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: parameter roles, several optimizers as one, Dion, learning rates."""
+"""Optimizers and schedules: parameter roles, several as one, Dion, Muon, learning rates."""
 
 from nerve.optim.build import (
     Part,
@@ -10,11 +10,13 @@ from nerve.optim.build import (
 )
 from nerve.optim.combined import CombinedOptimizer
 from nerve.optim.dion import Dion
+from nerve.optim.muon import Muon
 from nerve.optim.schedule import Schedule
 
 __all__ = [
     "CombinedOptimizer",
     "Dion",
+    "Muon",
     "Part",
     "Role",
     "Schedule",

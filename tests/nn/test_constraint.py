@@ -247,3 +247,13 @@ def test_autocast_does_not_round_the_largest_singular_value() -> None:
         model(torch.zeros(1, D_IN))
         used = linear.eval().weight
     assert torch.linalg.matrix_norm(used.detach().double(), 2) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_network_without_values_has_its_shapes(constraint: str) -> None:
+    """As a plan looks at it before there is a device."""
+    with torch.device("meta"):
+        model = nn.Sequential(constrain(nn.Linear(D_IN, D_OUT), constraint))
+        iterate_together(model)
+        assert model[0].weight.shape == (D_OUT, D_IN)
+        assert model(torch.zeros(2, D_IN)).shape == (2, D_OUT)

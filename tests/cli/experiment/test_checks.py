@@ -100,7 +100,7 @@ BAD_GPT = [
     ),
     (
         ["trainer=fsdp", "trainer.strategy=fsdp_cpu_offload", "optimizer=muon"],
-        ["trainer.strategy=fsdp_cpu_offload", "_target_=torch.optim.Muon"],
+        ["trainer.strategy=fsdp_cpu_offload", "_target_=nerve.optim.Muon"],
     ),
     (["threads=1000000"], ["threads must be at most 4,096", "got 1000000"]),
     (["model.n_layers=1000000000"], ["model.n_layers must be at most 100,000"]),
