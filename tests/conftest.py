@@ -1,7 +1,9 @@
 """How the tests are run: by whom, in which order, side by side; what they share is shared.py."""
 
 import gc
+import os
 import signal
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +19,11 @@ for _signum, _handler in (
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, _handler)
 
+# What one process compiles, above all the tests with their assertions, all others read: those that
+# run tests, those that these start, and the next session. Else each takes ten seconds for it.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 TOGETHER = {
     "tests/slurm/": "cluster",
     "tests/test_docs.py": "trained_runs",
@@ -27,6 +34,7 @@ TOGETHER = {
     "tests/cli/test_logging.py": "processes",
     "tests/cli/sweep/test_sweeper.py": "processes",
     "tests/measuring/": "measuring",
+    "tests/test_scorecard": "study",
 }
 """Tests that share what takes long to make, and its name; these come first."""
 

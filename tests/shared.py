@@ -1,22 +1,17 @@
 """What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
 
-import functools
 import itertools
 import logging
 import os
-import pickle
 import sys
 from pathlib import Path
-from typing import IO, Any
 
-import hydra
+import composing
 import pytest
 import torch
 from jaxtyping import install_import_hook
-from omegaconf import OmegaConf
+from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
 from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
-
-from nerve.cli.config.compose import CONF, SWEEPS
 
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
@@ -36,27 +31,7 @@ SWEEP = (
     "optimizer.lr=2e-2",
 )
 
-SHIPPED = (CONF, SWEEPS, Path(hydra.__file__).parent)
-"""Folders of configuration that no test changes."""
-
-_load = OmegaConf.load
-
-
-@functools.cache
-def _parsed(path: str) -> bytes:
-    return pickle.dumps(_load(path))
-
-
-def _load_once(file: str | Path | IO[Any]) -> Any:
-    """What `OmegaConf.load` gives; to parse what is shipped is half of composing, and a test in
-    three composes."""
-    path = Path(getattr(file, "name", file))
-    if any(folder in path.parents for folder in SHIPPED):
-        return pickle.loads(_parsed(str(path)))
-    return _load(file)
-
-
-OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign]
+composing.remember()
 
 
 @pytest.fixture(scope="session", autouse=True)

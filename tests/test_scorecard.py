@@ -1,12 +1,11 @@
 """The study in docs: its page says what its runs say, by rules that hold on cases made by hand."""
 
 import dataclasses
-import importlib
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +15,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
+from studied import RUNS, STUDY, judgements
 
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
-STUDY = Path(__file__).parents[1] / "study"
-RUNS = STUDY / "runs"
 PAGE = STUDY / "findings.md"
 FOUR = ["se_pre", "se_post", "pr_pre", "pr_post"]
 COMPARED = {
@@ -36,38 +34,8 @@ COMPARED = {
 
 
 @pytest.fixture(scope="module")
-def scorecard() -> Iterator[SimpleNamespace]:
-    """The files of study/scorecard, imported by plain names, forgotten afterwards."""
-    folder = STUDY / "scorecard"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        names = ("claims", "criteria", "evidence", "judgement", "page", "verdicts")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name, module in list(sys.modules.items()):
-        if folder in Path(getattr(module, "__file__", None) or "").parents:
-            del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def evidence(scorecard: SimpleNamespace) -> Any:
-    """The committed runs, each sweep loaded once."""
-    return scorecard.evidence.Evidence(RUNS)
-
-
-@pytest.fixture(scope="module")
-def judged(scorecard: SimpleNamespace, evidence: Any) -> list[Any]:
-    """All checks of the committed runs."""
-    return judgements(scorecard, evidence)
-
-
-@pytest.fixture(scope="module")
 def text() -> str:
     return PAGE.read_text("utf-8")
-
-
-def judgements(scorecard, evidence) -> list[Any]:
-    """Of the paper's checks, then of our own."""
-    return [check.judge(evidence) for check in scorecard.criteria.CHECKS + scorecard.criteria.OURS]
 
 
 def rows_of(sweep: str, **where: Any) -> pd.DataFrame:

@@ -7,8 +7,6 @@ import json
 import math
 import re
 import shlex
-import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from itertools import product
@@ -21,29 +19,22 @@ import pytest
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from studied import STUDY
 from support import hydra_at_conf
 
 from nerve.analysis.estimate import Estimate, contrast
 from nerve.analysis.partial import partial_correlation
 from nerve.cli.config.compose import CONF, SWEEPS
 
-STUDY = Path(__file__).parents[1] / "study"
 MODULES = ("measured", "effects", "values", "nulls", "check", "gpt", "report")
 
 
 @pytest.fixture(scope="module")
-def rule() -> Iterator[SimpleNamespace]:
-    """The modules of study/scorecard/criteria, forgotten afterwards."""
-    folder = STUDY / "scorecard"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        criteria = importlib.import_module("criteria")
-        own = {name: importlib.import_module(f"criteria.{name}") for name in MODULES}
-        evidence = importlib.import_module("evidence").Evidence(STUDY / "runs")
-        yield SimpleNamespace(CHECKS=criteria.CHECKS, OURS=criteria.OURS, evidence=evidence, **own)
-    for name, module in list(sys.modules.items()):
-        if folder in Path(getattr(module, "__file__", None) or "").parents:
-            del sys.modules[name]
+def rule(scorecard: SimpleNamespace) -> SimpleNamespace:
+    """The modules of study/scorecard/criteria, and its checks."""
+    criteria = scorecard.criteria
+    own = {name: importlib.import_module(f"criteria.{name}") for name in MODULES}
+    return SimpleNamespace(CHECKS=criteria.CHECKS, OURS=criteria.OURS, **own)
 
 
 def made(rule, design, seed, spectra=None, loss=None, steps=(0, 100, 200, 300), n_layers=2):
@@ -198,11 +189,27 @@ def test_equal_loss_is_interpolated_and_a_run_that_never_gets_there_has_no_value
     assert math.isnan(found[2])
 
 
-def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule):
-    check = next(check for check in rule.CHECKS if check.id == "8.loss")
-    found = check.judge(rule.evidence)
+def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule, judged):
+    found = next(each for each in judged if each.check.id == "8.loss")
     assert (found.reading, found.outcome, found.missing) == ("opposite", "undecided", ["scale"])
     assert found.exploratory
+
+
+def test_a_row_that_has_begun_does_not_take_the_place_of_runs_that_are_whole(rule):
+    """Two folders stand for a row of which a run is there and an older one, whole or not."""
+
+    def check_on(missing: dict[str, list[str]]):
+        check = dataclasses.replace(rule.CHECKS[0], sources=tuple(missing))
+        on = SimpleNamespace(names=set(missing), sweep=lambda source: source)
+        judged = {
+            name: SimpleNamespace(source=name, missing=each) for name, each in missing.items()
+        }
+        object.__setattr__(check, "on", lambda source, sweep: judged[source])
+        return check.judge(on).source
+
+    assert check_on({"begun": ["seeds (1 of 2)"], "whole": []}) == "whole"
+    assert check_on({"whole": [], "older": []}) == "whole"
+    assert check_on({"begun": ["seeds (1 of 2)"], "older": ["scale"]}) == "begun"
 
 
 def test_each_claim_has_one_or_two_core_checks(rule):
@@ -212,11 +219,9 @@ def test_each_claim_has_one_or_two_core_checks(rule):
     assert len({check.id for check in rule.CHECKS}) == len(rule.CHECKS)
 
 
-def test_the_page_of_the_rule_is_what_its_code_prints(rule):
+def test_the_page_of_the_rule_is_what_its_code_prints(rule, judged):
     page = (STUDY / "criteria.md").read_text("utf-8")
-    assert page == rule.report.page(
-        [check.judge(rule.evidence) for check in (*rule.CHECKS, *rule.OURS)]
-    )
+    assert page == rule.report.page(judged)
     assert len(page.splitlines()) <= 170
 
 

@@ -1,43 +1,40 @@
 """The figures of the study are drawn from its committed runs alone, and flagged runs stay out."""
 
-import importlib
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from studied import RUNS, STUDY
 
-STUDY = Path(__file__).parents[1] / "study"
-RUNS = STUDY / "runs"
 Draw = Callable[[Path, Path], list[Path]]
 
 
 @pytest.fixture(scope="module")
-def draw() -> Iterator[Draw]:
-    """`draw`, found as `python study/scorecard` finds it; of all runs with their core checks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(STUDY / "scorecard"), *sys.path])
-        figures, evidence, criteria = map(
-            importlib.import_module, ("figures", "evidence", "criteria")
-        )
+def draw(scorecard: SimpleNamespace) -> Draw:
+    """The figures of a folder of runs, without their core checks."""
 
-        def draw(runs: Path, folder: Path) -> list[Path]:
-            found = evidence.Evidence(runs)
-            whole = runs == RUNS
-            judged = [check.judge(found) for check in criteria.CHECKS] if whole else []
-            return figures.draw(found, judged, folder)
+    def draw(runs: Path, folder: Path) -> list[Path]:
+        return scorecard.figures.draw(scorecard.evidence.Evidence(runs), [], folder)
 
-        yield draw
+    return draw
 
 
 @pytest.fixture(scope="module")
-def drawn(draw: Draw, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """All figures of the committed runs."""
-    return draw(RUNS, tmp_path_factory.mktemp("drawn"))
+def drawn(
+    scorecard: SimpleNamespace,
+    evidence: Any,
+    judged: Sequence[Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Path]:
+    """All figures of the committed runs, with the paper's core checks."""
+    own = judged[: len(scorecard.criteria.CHECKS)]
+    return scorecard.figures.draw(evidence, own, tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture

@@ -5,13 +5,10 @@ What a check means is written down here once more, from study/criteria.md. Of th
 these tests take only what it found, and on which folder of runs.
 """
 
-import importlib
 import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,24 +17,17 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
+from studied import STUDY
 
-STUDY = Path(__file__).parents[1] / "study"
 Found = tuple[float, float, float]
 """An effect and its 95% interval."""
 
 
 @pytest.fixture(scope="module")
-def judged() -> Iterator[dict[str, Any]]:
-    """What study/scorecard found, by the check's id."""
-    folder = STUDY / "scorecard"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        checks = importlib.import_module("criteria").CHECKS
-        evidence = importlib.import_module("evidence").Evidence(STUDY / "runs")
-        yield {check.id: check.judge(evidence) for check in checks}
-    for name, module in list(sys.modules.items()):
-        if folder in Path(getattr(module, "__file__", None) or "").parents:
-            del sys.modules[name]
+def of_ids(scorecard: SimpleNamespace, judged: Sequence[Any]) -> dict[str, Any]:
+    """What study/scorecard found of the paper's checks, by the check's id."""
+    checks = scorecard.criteria.CHECKS
+    return {check.id: each for check, each in zip(checks, judged, strict=False)}
 
 
 @cache
@@ -441,13 +431,13 @@ SECOND: dict[str, Callable[[str], Found]] = {
 }
 
 
-def test_every_core_check_is_computed_a_second_time(judged):
-    assert set(SECOND) == set(judged)
+def test_every_core_check_is_computed_a_second_time(of_ids):
+    assert set(SECOND) == set(of_ids)
 
 
 @pytest.mark.parametrize("name", SECOND)
-def test_a_core_check_is_what_the_tables_give_by_another_way(judged, name):
-    found = judged[name]
+def test_a_core_check_is_what_the_tables_give_by_another_way(of_ids, name):
+    found = of_ids[name]
     if found.estimate is None:
         assert not (STUDY / found.check.sources[0]).exists()
         return

@@ -38,7 +38,9 @@ def initialize(
     """
     residual = {id(linear) for linear in residual_outputs}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        if next(module.parameters()).is_meta:  # to read a constrained weight is to make it
             continue
         scale = residual_scale if id(module) in residual else 1.0
         drawn = torch.empty(module.weight.shape, device="cpu")

@@ -12,7 +12,6 @@ any optimizer keeps the constraint. Assigning to `linear.weight` goes through th
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -35,18 +34,39 @@ class UnitRows(nn.Module):
         return F.normalize(weight, dim=1)
 
     def right_inverse(self, weight: Weight) -> Weight:
-        return F.normalize(weight, dim=1)
+        return weight if weight.is_meta else F.normalize(weight, dim=1)
+
+
+class WeightNorm(parametrizations._WeightNorm):
+    """That of torch. On the meta device it computes no length."""
+
+    def right_inverse(self, weight: Weight) -> tuple[Float[Tensor, "d_out 1"], Weight]:
+        if weight.is_meta:
+            return weight.new_empty((len(weight), 1)), weight
+        lengths, directions = super().right_inverse(weight)
+        return lengths, directions
 
 
 class SpectralNorm(parametrizations._SpectralNorm):
     """That of torch, in the precision of the weight also under autocast, where 16 bits would put σ
-    off by up to 0.4%. It iterates nothing where there are no values, on the meta device.
+    off by up to 0.4%. On the meta device, where there are no values, it draws and iterates nothing.
 
     Attributes:
         is_ahead: whether the iterations of the next read are done.
     """
 
     is_ahead = False
+
+    def __init__(self, weight: Weight, n_power_iterations: int) -> None:
+        if not weight.is_meta:
+            super().__init__(weight, n_power_iterations)
+            return
+        # As torch has it; its singular vectors are drawn and refined by way of a dozen operators
+        # written in Python, a thousand times the cost of what they leave here: two shapes.
+        nn.Module.__init__(self)
+        self.dim, self.eps, self.n_power_iterations = 0, 1e-12, n_power_iterations
+        for name, size in zip(("_u", "_v"), weight.shape, strict=True):
+            self.register_buffer(name, weight.new_empty(size))
 
     def _power_method(self, weight_mat: Weight, n_power_iterations: int) -> None:
         if self.is_ahead:
@@ -124,18 +144,27 @@ def _none(linear: nn.Linear) -> None:
     return
 
 
+def _weight_norm(linear: nn.Linear) -> None:
+    _register(linear, WeightNorm(dim=0))
+
+
 def _spectral_norm(linear: nn.Linear) -> None:
-    norm = SpectralNorm(linear.weight, N_POWER_ITERATIONS)
-    parametrize.register_parametrization(linear, "weight", norm)
+    _register(linear, SpectralNorm(linear.weight, N_POWER_ITERATIONS))
 
 
 def _hyperspherical(linear: nn.Linear) -> None:
-    parametrize.register_parametrization(linear, "weight", UnitRows())
+    _register(linear, UnitRows())
+
+
+def _register(linear: nn.Linear, parametrization: nn.Module) -> None:
+    """Checks its shapes by making the weight once, but on the meta device: nothing is run there."""
+    unsafe = linear.weight.is_meta
+    parametrize.register_parametrization(linear, "weight", parametrization, unsafe=unsafe)
 
 
 CONSTRAINTS: dict[str, Callable[[nn.Linear], object]] = {
     "none": _none,
-    "weight_norm": partial(parametrizations.weight_norm, name="weight", dim=0),
+    "weight_norm": _weight_norm,
     "spectral_norm": _spectral_norm,
     "hyperspherical": _hyperspherical,
 }

@@ -145,6 +145,7 @@ def each_run(evidence: Evidence) -> str:
 def _each(name: str, sweep: Sweep) -> list[list[str]]:
     tokens = sweep.metrics.groupby("run_id", observed=True)["tokens_seen"].max()
     flags = sweep.flags.set_index("run_id")
+    varying = _varying(sweep)
     rows = []
     for _, run in sweep.runs.iterrows():
         flag, seconds = flags.loc[run["run_id"]], run.get("final.train_seconds", np.nan)
@@ -153,7 +154,7 @@ def _each(name: str, sweep: Sweep) -> list[list[str]]:
             [
                 name,
                 Path(run["directory"]).name,
-                _design(sweep, run),
+                _design(run, varying),
                 number(flag["final_loss"], 4),
                 flag["flag"],
                 f"{run['step']:,}",
@@ -164,9 +165,13 @@ def _each(name: str, sweep: Sweep) -> list[list[str]]:
     return sorted(rows, key=lambda row: row[2])
 
 
-def _design(sweep: Sweep, run: pd.Series) -> str:
-    """What tells a run from the others of its sweep."""
-    varying = [*find_factors(sweep.runs).varying, "seed"]
+def _varying(sweep: Sweep) -> list[str]:
+    """What tells the runs of a sweep from each other."""
+    return [*find_factors(sweep.runs).varying, "seed"]
+
+
+def _design(run: pd.Series, varying: Sequence[str]) -> str:
+    """A run's values of these."""
     return ", ".join(f"{factor} {level_text(run[factor])}" for factor in varying)
 
 
@@ -208,9 +213,10 @@ def seconds_at_work(started: pd.Series, ended: pd.Series) -> float:
 
 def _flagged(name: str, sweep: Sweep) -> list[str]:
     flags = sweep.flags[sweep.flags["flag"] != "ok"]
+    varying = _varying(sweep) if len(flags) else []
     rows = sweep.runs.set_index("run_id").loc[flags["run_id"]]
     return [
-        f"- {name}: {_design(sweep, run)}: {flag['flag']}. {flag['reason']}"
+        f"- {name}: {_design(run, varying)}: {flag['flag']}. {flag['reason']}"
         for (_, run), (_, flag) in zip(rows.iterrows(), flags.iterrows(), strict=True)
     ]
 

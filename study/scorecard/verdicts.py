@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from claims import CLAIMS
 from criteria import CHECKS, OURS
 from criteria.check import Judged
-from evidence import Evidence
+from evidence import Evidence, Sweep
 from judgement import Claim
 from wording import MISSING, number
 
@@ -82,13 +82,12 @@ def first_line(checks: Sequence[Judged]) -> str:
 
 def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each check of GPTs on its sources of runs, by the size of their network."""
-    rows = []
+    rows, by_size = [], {name: _by_size(evidence.sweep(name)) for name in evidence.names}
     for check in (*CHECKS, *OURS):
         found: dict[str, list[str]] = {size: [] for size in SIZES.values()}
-        for source in filter(evidence.names.__contains__, check.sources):
-            sweep = evidence.sweep(source)
-            for d_model, size in SIZES.items():
-                judged = check.on(source, sweep.where(sweep.runs["model.d_model"] == d_model))
+        for source in filter(by_size.__contains__, check.sources):
+            for size, sweep in by_size[source].items():
+                judged = check.on(source, sweep)
                 if judged is not None and judged.runs is not None and judged.estimate is not None:
                     tokens = judged.runs.tokens.max() / 1e6
                     amount = f"{tokens:,.0f}" if tokens >= 1 else number(tokens, 1)
@@ -97,6 +96,12 @@ def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
             texts = ("; ".join(sorted(each)) or MISSING for each in found.values())
             rows.append([f"`{check.id}`", check.states, *texts, check.paper])
     return ["check", "what must hold", *SIZES.values(), "paper"], rows
+
+
+def _by_size(sweep: Sweep) -> dict[str, Sweep]:
+    """Its runs by the size of their network, where it has some of that size."""
+    sizes = {size: sweep.runs["model.d_model"] == d_model for d_model, size in SIZES.items()}
+    return {size: sweep.where(of_size) for size, of_size in sizes.items() if of_size.any()}
 
 
 def _because(each: Judged) -> str:

@@ -33,6 +33,18 @@ def constrained(constraint: str, weight: Tensor) -> nn.Linear:
     return linear
 
 
+class Operators(TorchDispatchMode):
+    """The names of the operators that were run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **kwargs or {})
+
+
 def train(linear: nn.Linear) -> Iterator[None]:
     """20 AdamW steps, fast enough to turn the initial weights over; yields after each."""
     generator = torch.Generator().manual_seed(1)
@@ -52,6 +64,23 @@ def largest_singular_value(linear: nn.Linear) -> float:
     value = torch.linalg.matrix_norm(linear.weight.detach().double(), 2).item()
     linear.train()
     return value
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_on_the_meta_device_there_are_shapes_and_nothing_is_computed(constraint: str) -> None:
+    """Which become the same layer where memory and a state are given to them."""
+    linear = nn.Linear(D_IN, D_OUT, device="meta")
+    with Operators() as run:
+        constrain(linear, constraint)
+    assert run.names <= {"new_empty", "set_"}
+    expected = constrained(constraint, drawn())
+    state = expected.state_dict()
+    assert {n: t.shape for n, t in linear.state_dict().items()} == {
+        name: tensor.shape for name, tensor in state.items()
+    }
+    linear.to_empty(device="cpu").load_state_dict(state)
+    x = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(linear.eval()(x), expected.eval()(x))
 
 
 def test_weight_norm_and_none_keep_the_assigned_weight() -> None:
@@ -88,7 +117,9 @@ def test_the_largest_singular_value_is_1_at_the_start(shape: tuple[int, int]) ->
 
 
 def test_the_iterations_a_step_keep_the_largest_singular_value_near_1() -> None:
-    """Without a leading direction, the hardest task: off by 6%, with torch's default by 41%."""
+    """Without a leading direction, the hardest task: off by 6% (6 to 9% for 12 draws of the bias
+    that a layer begins with), with torch's default by 41%."""
+    torch.manual_seed(1)
     linears = {"ours": constrained("spectral_norm", drawn())}
     linears["default"] = parametrizations.spectral_norm(nn.Linear(D_IN, D_OUT))
     assign(linears["default"], drawn())

@@ -5,11 +5,13 @@ import sys
 import pytest
 import torch
 from support import composed
+from torch.nn.utils.parametrize import ParametrizationList
 
 from nerve.cli.experiment.estimate import Estimate
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import NerveError
 from nerve.models import build_model
+from nerve.nn.constraint import CONSTRAINTS
 from nerve.optim import build_optimizer
 from nerve.storage.identity import config_id
 
@@ -258,6 +260,21 @@ def test_bad_input_is_refused_at_once_with_the_keys(overrides, expected):
     assert calls < MOST_CALLS
     for text in expected:
         assert text in str(refusal.value)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_plan_makes_no_constrained_weight(constraint, monkeypatch):
+    """To make one on the meta device takes milliseconds a matrix."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a plan needs the shapes of parameters, not the weight that they make")
+
+    monkeypatch.setattr(ParametrizationList, "forward", refuse)
+    plan = Plan.of(composed(*GPT, f"ffn.constraint={constraint}"))
+    plain = Plan.of(composed(*GPT))
+    n_lengths = 2 * (4 * 32 + 32) if constraint == "weight_norm" else 0  # one a row of a matrix
+    found, expected = (Estimate.of(each).n_parameters for each in (plan, plain))
+    assert found == expected + n_lengths
 
 
 def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():

@@ -1,0 +1,99 @@
+"""What Hydra makes of the shipped configuration, made once for each choice of options.
+
+A test in three composes, some dozens of times, and to compose is to parse thirty files, to find
+which of them are meant and to merge them: a tenth of a second. Values that an override sets are
+applied by Hydra after that, each time. Folders that a test makes are read anew each time.
+"""
+
+import functools
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import hydra
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.defaults_list import DefaultsList, create_defaults_list
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from nerve.cli.config.compose import CONF, SWEEPS
+
+SHIPPED = (CONF, SWEEPS, Path(hydra.__file__).parent)
+"""Folders of configuration that no test changes."""
+PLACES = {"", "hydra.conf", *map(str, SHIPPED)}
+"""What sources of configuration call them; structured configuration has no place."""
+
+load = OmegaConf.load
+compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
+
+_defaults: dict[Any, DefaultsList] = {}
+_composed: dict[Any, bytes] = {}
+
+
+def remember() -> None:
+    """From now on Hydra is asked once for each choice of options."""
+    OmegaConf.load = staticmethod(load_once)  # type: ignore[method-assign]
+    config_loader_impl.create_defaults_list = defaults_once
+    ConfigLoaderImpl._compose_config_from_defaults_list = compose_once  # type: ignore[method-assign]
+
+
+@functools.cache
+def _parsed(path: str) -> bytes:
+    return pickle.dumps(load(path))
+
+
+def load_once(file: str | Path | IO[Any]) -> Any:
+    """What `OmegaConf.load` gives."""
+    path = Path(getattr(file, "name", file))
+    if any(folder in path.parents for folder in SHIPPED):
+        return pickle.loads(_parsed(str(path)))
+    return load(file)
+
+
+def _places(repo: IConfigRepository) -> tuple[str, ...] | None:
+    """Where configuration comes from, if nothing of it is a test's own."""
+    places = tuple(source.path for source in repo.get_sources())
+    return places if PLACES.issuperset(places) else None
+
+
+def defaults_once(
+    repo: IConfigRepository,
+    config_name: str | None,
+    overrides_list: list[Override],
+    prepend_hydra: bool,
+    skip_missing: bool,
+) -> DefaultsList:
+    """What `create_defaults_list` gives: which files a configuration is made of."""
+    how = (prepend_hydra, skip_missing)
+    places = _places(repo)
+    if places is None:
+        return create_defaults_list(repo, config_name, overrides_list, *how)
+    given = [each for each in overrides_list if not each.is_sweep_override()]
+    options = [each for each in given if _is_option(each, repo)]
+    key = (config_name, *how, places, tuple(each.input_line for each in options))
+    if key not in _defaults:
+        _defaults[key] = create_defaults_list(repo, config_name, options, *how)
+    return replace(_defaults[key], config_overrides=[each for each in given if each not in options])
+
+
+def _is_option(override: Override, repo: IConfigRepository) -> bool:
+    return repo.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+
+
+def compose_once(
+    self: ConfigLoaderImpl, defaults: Sequence[ResultDefault], repo: IConfigRepository
+) -> DictConfig:
+    """What `ConfigLoaderImpl._compose_config_from_defaults_list` gives: these files, merged."""
+    places = _places(repo)
+    if places is None:
+        return compose_defaults(self, list(defaults), repo)
+    key = (places, tuple(map(repr, defaults)))
+    if key not in _composed:
+        _composed[key] = pickle.dumps(compose_defaults(self, list(defaults), repo))
+    config: DictConfig = pickle.loads(_composed[key])
+    return config

@@ -1,0 +1,63 @@
+"""What tests compose from what is remembered is what Hydra composes."""
+
+import composing
+import pytest
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from support import composed
+
+COMMANDS = [
+    ("config", []),
+    ("config", ["activation=relu", "optimizer=muon", "optimizer.lr=0.1", "seed=3"]),
+    ("config", ["model=mixer_tiny", "+trainer.barebones=true", "~logger", "ffn={width: 2}"]),
+    ("config", ["hydra/launcher=slurm", "hydra.launcher.mem_gb=2", "activation@extra=silu"]),
+    ("activation", ["scale=gpu", "activation=gelu"]),
+    ("paper_optimizer", []),
+]
+
+
+@pytest.fixture
+def by_hydra(monkeypatch):
+    """Calls a function while nothing is remembered."""
+
+    def call(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(OmegaConf, "load", staticmethod(composing.load))
+            patch.setattr(
+                config_loader_impl, "create_defaults_list", composing.create_defaults_list
+            )
+            name = "_compose_config_from_defaults_list"
+            patch.setattr(ConfigLoaderImpl, name, composing.compose_defaults)
+            return function()
+
+    return call
+
+
+@pytest.mark.parametrize(("name", "overrides"), COMMANDS, ids=lambda text: " ".join(text)[:40])
+def test_it_is_the_same_however_often_it_was_composed(by_hydra, name, overrides):
+    def text():
+        try:
+            config = composed(*overrides, name=name, with_hydra=True)
+        except HydraException as error:
+            return str(error)
+        return OmegaConf.to_yaml(config)
+
+    expected = by_hydra(text)
+    assert [text(), text()] == [expected] * 2
+
+
+def test_what_was_composed_is_the_callers_own():
+    first = composed()
+    first.optimizer.lr = 7
+    assert composed().optimizer.lr != 7
+
+
+def test_a_folder_of_a_test_is_read_each_time(tmp_path):
+    option = tmp_path / "activation" / "ours.yaml"
+    option.parent.mkdir()
+    ours = (f"hydra.searchpath=[file://{tmp_path}]", "activation=ours")
+    for name in ("gelu", "relu"):
+        option.write_text(f"name: {name}\n")
+        assert composed(*ours).activation.name == name
