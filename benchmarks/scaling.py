@@ -20,7 +20,8 @@ from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.recording.solver import Solver, spare_workers
+from nerve.recording.solver import Solver
+from nerve.recording.workers import spare_workers
 from nerve.spectra import eigenvalues, participation_ratio, spectral_entropy
 
 ROWS = 65_536
@@ -165,7 +166,7 @@ def by_way(device: str, solver: Solver) -> None:
     """Core-seconds are those of all threads of this process, from the first product to the last
     spectrum."""
     print("pre itself, and projected from the FFN's input: 12 layers, bfloat16, 65,536 tokens")
-    for d_ff in (2048, 3072, 4096):
+    for d_ff in (2048, 3072):
         for shortcut in (False, "projected"):
             stack = Stack(12, d_ff, torch.bfloat16, device, shortcut)
             blocked, solved = cost(stack, solver, 1)

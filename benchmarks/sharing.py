@@ -38,9 +38,14 @@ class Clock(L.Callback):
         n: how many trials there are.
         plain, first, last: the steps at which the first part begins, and the second one begins and
             ends.
+        paced: whether the thread that trains sleeps while the GPU works, as `nerve` has it.
     """
 
-    def __init__(self, folder: str, n: int, plain: int, first: int, last: int) -> None:
+    def __init__(self, folder: str, n: int, plain: int, first: int, last: int, paced: bool) -> None:
+        if not paced:
+            from nerve.recording.pace import Pace
+
+            Pace.end_step = lambda pace: None  # type: ignore[method-assign]
         self._folder, self._n = Path(folder), n
         self._marks = {plain: "plain", first: "measured", last: "end"}
         self._times: dict[str, float] = {}
@@ -83,6 +88,7 @@ def command(args: argparse.Namespace, folder: Path, n: int) -> list[str]:
     library = Path(os.__file__).parent
     roots = ",".join(str(library / name) for name in ("asyncio", "email", "unittest", "xml"))
     clock = {"folder": folder, "n": n, "plain": plain, "first": first, "last": last}
+    clock["paced"] = args.paced
     return [
         *(sys.executable, "-m", "nerve.cli.run", "-m"),
         f"seed={','.join(map(str, range(n)))}",
@@ -196,6 +202,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")
     parser.add_argument("--measurements", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--paced", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--trainer", default="gpu")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of the trials at most")
     parser.add_argument("overrides", nargs="*", help="further values of nerve-run")

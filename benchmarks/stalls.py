@@ -41,7 +41,7 @@ PARTS: list[tuple[type, str]] = [
     (Measurement, "eigenproblems"),
     (Solver, "submit"),
     (Recorder, "finish"),
-    (Recorder, "write_solved"),
+    (Recorder, "end_step"),
     (Recorder, "label"),
 ]
 

@@ -8,6 +8,8 @@ from .analysis.depth import metrics_by_depth as metrics_by_depth
 from .analysis.dose import dose_response as dose_response
 from .analysis.early import rank_early as rank_early
 from .analysis.flags import flag_runs as flag_runs
+from .analysis.groups import contrast_groups as contrast_groups
+from .analysis.groups import pr_of_groups as pr_of_groups
 from .analysis.load import Runs as Runs
 from .analysis.load import load_groups as load_groups
 from .analysis.load import load_metrics as load_metrics

@@ -106,6 +106,18 @@ def rows(page: str, head: str) -> list[list[str]]:
     return table
 
 
+def test_the_page_on_what_is_measured_names_each_column_of_the_loader(make_run, tmp_path):
+    """And none that is not there; `*` stands for pre and post."""
+    make_run(tmp_path / "run")
+    page = (ROOT / "docs/measurement.md").read_text()
+    page = page[: page.index("## Limits")]
+    firsts = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [name for first in firsts for name in re.findall(r"`([\w*]+)`", first)]
+    columns = {name.replace("*", site) for name in named for site in ("pre", "post")}
+    corrected = {"pr_pre_corrected", "pr_post_corrected"}  # told among the limits
+    assert columns == {*nerve.load_metrics(tmp_path).columns} - corrected
+
+
 @pytest.mark.parametrize(
     ("page", "head", "overrides", "prefix"),
     [

@@ -122,7 +122,7 @@ def test_what_stands_at_step_0_is_caught_by_the_untrained_network_and_its_growth
 def test_what_pre_has_too_is_caught_by_the_identity(rule):
     high = 10.0 + np.array([5.0, 5.1, 4.9, 0.0, 0.1, -0.1])[:, None, None] + np.zeros((6, 4, 2))
     runs = made(
-        rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_pre": high + 0.001, "pr_post": high}
+        rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_pre": 1.001 * high, "pr_post": high}
     )
     found = judged(rule, rule.effects.difference(last_post, "a", "b"), runs)
     assert "identity" in found.passes_null
@@ -193,6 +193,23 @@ def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule, judged
     found = next(each for each in judged if each.check.id == "8.loss")
     assert (found.reading, found.outcome, found.missing) == ("opposite", "undecided", ["scale"])
     assert found.exploratory
+
+
+def test_a_row_that_has_begun_does_not_take_the_place_of_runs_that_are_whole(rule):
+    """Two folders stand for a row of which a run is there and an older one, whole or not."""
+
+    def check_on(missing: dict[str, list[str]]):
+        check = dataclasses.replace(rule.CHECKS[0], sources=tuple(missing))
+        on = SimpleNamespace(names=set(missing), sweep=lambda source: source)
+        judged = {
+            name: SimpleNamespace(source=name, missing=each) for name, each in missing.items()
+        }
+        object.__setattr__(check, "on", lambda source, sweep: judged[source])
+        return check.judge(on).source
+
+    assert check_on({"begun": ["seeds (1 of 2)"], "whole": []}) == "whole"
+    assert check_on({"whole": [], "older": []}) == "whole"
+    assert check_on({"begun": ["seeds (1 of 2)"], "older": ["scale"]}) == "begun"
 
 
 def test_each_claim_has_one_or_two_core_checks(rule):

@@ -30,7 +30,7 @@ from support import hydra_at_conf
 from torch.nn import functional as F
 
 import nerve
-from nerve.cli.config.compose import SWEEPS, build, identity
+from nerve.cli.config.compose import CONF, SWEEPS, build, identity
 from nerve.cli.run import main
 from nerve.cli.sweep.grid import StoredRuns, Trial, compose_grid
 from nerve.config import from_mapping
@@ -64,12 +64,14 @@ class Sweep:
     """One command of a header, composed as `nerve-run` does it.
 
     Attributes:
+        base: what the command line is read against, without the axes.
         hydra: what Hydra would start the sweep with.
         found: a trial of each choice of options, as it is found in the folder of the study.
         trials: the configurations of all trials of the first seed.
         seeds: the values of that axis.
     """
 
+    base: DictConfig
     hydra: DictConfig
     found: tuple[Trial, ...]
     trials: tuple[DictConfig, ...]
@@ -103,7 +105,8 @@ def composed(name: str, scale: str) -> Sweep:
     assert config_name == f"--config-name={name}"
     with hydra_at_conf():
         loader = GlobalHydra.instance().config_loader()
-        hydra = compose(name, overrides, return_hydra_config=True).hydra
+        base = compose(name, overrides, return_hydra_config=True)
+        hydra = base.hydra
         there = [f"hydra.sweep.dir={folder(name, scale)}", "hydra.runtime.output_dir=."]
         config = loader.load_configuration(name, [*overrides, *there], run_mode=RunMode.MULTIRUN)
         axes = grid(hydra.sweeper.params)
@@ -114,6 +117,7 @@ def composed(name: str, scale: str) -> Sweep:
         found = compose_grid(loader, config, [[*each, *overrides] for each in first.values()])
     of_options = dict(zip(first, (trial.run_config() for trial in found), strict=True))
     return Sweep(
+        base,
         hydra,
         tuple(found),
         tuple(
@@ -304,6 +308,18 @@ def test_every_trial_takes_two_training_steps(name, scale):
 
 
 @every_sweep
+def test_one_value_of_an_axis_can_be_asked_for(name):
+    """`nerve-run --config-name=cause_dose activation.alpha=0.5` is read against what the sweep is
+    without its axes, which must have that key."""
+    sweep = composed(name, "cpu")
+    keys = [key for key in sweep.hydra.sweeper.params if not (CONF / key).is_dir()]
+    keys = [key for key in keys if not (SWEEPS / key).is_dir()]
+    for key in keys:
+        parent, _, leaf = key.rpartition(".")
+        assert leaf in (OmegaConf.select(sweep.base, parent) if parent else sweep.base), key
+
+
+@every_sweep
 def test_the_gpu_scale_changes_sizes_and_keeps_the_question(name):
     on_cpu, on_gpu = (composed(name, scale) for scale in SCALES)
     assert list(on_cpu.hydra.sweeper.params) == list(on_gpu.hydra.sweeper.params)
@@ -363,6 +379,7 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
 
 
 STATES = {
+    "paper_activation_gpu": {RunState.DONE: 1, RunState.NEW: 9},  # of row 6a of the queue
     "normfree": {RunState.DONE: 3, RunState.NEW: 15},  # they say more than those of scale=gpu
     "normfree_gpu": {RunState.DONE: 17, RunState.FAILED: 1},  # the loss of one became infinite
     "cause_pre_scale": {RunState.DONE: 23, RunState.FAILED: 1},  # norm-free with SD(u) = 1

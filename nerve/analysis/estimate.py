@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from nerve.analysis.paired_fit import Effects, paired_by_seed
+from nerve.analysis.paired_fit import Effects, paired_by_seed, sum_of_squares
 from nerve.analysis.partial import partial_correlation
 from nerve.analysis.statistics import LEVEL, student_t
 
@@ -129,9 +129,7 @@ class LeastSquares:
         if self.df < 1:
             return effect, np.nan, np.nan, np.nan, 0
         residual = values - self.matrix @ (self.inverse @ values)
-        square = float(residual @ residual)
-        if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
-            square = 0.0
+        square = sum_of_squares(residual, values)
         sd = np.sqrt(square / self.df)
         error = sd * float(np.linalg.norm(weights @ self.inverse))
         half = float(student_t(np.array([self.df]))[0]) * error

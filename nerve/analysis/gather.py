@@ -16,6 +16,8 @@ _ROOM = 1.02
 """How much more room a column takes than its rows so far make likely. What is not written to costs
 no memory."""
 
+_AT_ONCE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -99,7 +101,9 @@ class _Column:
         ordered = sorted(self._numbers)
         places = {text: place for place, text in enumerate(ordered)}
         order = np.array([*(places[text] for text in self._numbers), -1], values.dtype)
-        np.take(order, values, out=values, mode="wrap")
+        for start in range(0, len(values), _AT_ONCE):  # indices take eight bytes each meanwhile
+            some = values[start : start + _AT_ONCE]
+            some[:] = order[some]
         return _categorical(values, ordered)
 
     def _own_codes(self, values: Coded) -> np.ndarray:

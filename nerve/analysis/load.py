@@ -5,8 +5,7 @@ in a warning whatever they leave out. Unfinished and failed runs are in every fr
 `run_status` tells them.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -18,21 +17,18 @@ from nerve.analysis.derived import with_derived
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_names
 from nerve.analysis.gather import Block, Coded, frame_of
-from nerve.analysis.read import AT_ONCE, Derive, reads
+from nerve.analysis.read import AT_ONCE, Derive, StoredRun, reads
+from nerve.analysis.run_rows import RunRows
 from nerve.analysis.sampling import with_sampling
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.storage.identity import completed, ids_of_plain
 from nerve.storage.parts import DamagedPartError, warn_damaged
-from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
-
-TIMES = ("started", "heartbeat", "ended")
 
 
 class Runs:
     """The runs under some paths. The tree is walked and each record is parsed once, here; the
-    frames are made when they are first asked for, and kept.
+    frames of rows are made when they are first asked for, and kept.
 
     Args:
         paths: a run, a sweep, a tree of outputs, or several of these.
@@ -42,24 +38,23 @@ class Runs:
     Raises:
         StoreError: when there is no run under `paths`.
         ConfigError: for `factors` that are no list.
+
+    Attributes:
+        records: id and directory of each run.
+        frame: one row per run; its columns are those of `load_runs`.
     """
 
     def __init__(self, paths: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> None:
         require_names(factors=factors)
-        self.records = load_records(paths)
+        rows = RunRows()
+        records = load_records(paths, rows.take_from)
+        self.records = [StoredRun(record.run_id, record.directory) for record in records]
+        self.frame = rows.frame([record.directory for record in records])
         self.factors = tuple(factors)
         self._counts: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self.records)
-
-    @cached_property
-    def frame(self) -> pd.DataFrame:
-        """One row per run; its columns are those of `load_runs`."""
-        frame = pd.DataFrame([_row(record) for record in self.records])
-        for name in TIMES:
-            frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
-        return frame
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -113,7 +108,8 @@ class Runs:
         frame = frame_of(blocks(), -(-len(self) // AT_ONCE))
         self._counts[dataset.name] = counts
         self._warn(dataset, unread)
-        runs = self.frame.assign(n_damaged_parts=[len(errors) for errors in unread])
+        n_damaged = np.array([len(errors) for errors in unread], np.int32)
+        runs = self.frame.assign(n_damaged_parts=n_damaged)
         for name in dict.fromkeys(["run_status", "n_damaged_parts", *self.factors]):
             frame[name] = _repeated(runs[name], np.array(counts))
         return frame
@@ -212,26 +208,8 @@ def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
     """The value of each run as often as it has rows; texts as categories."""
     if all(isinstance(value, str) for value in values.dropna()) and values.notna().any():
         return Coded.of(values).repeat(counts)
-    return values.array.repeat(counts)
-
-
-def _row(record: RunRecord) -> dict[str, Any]:
-    values = {name: value for name, value in vars(record).items() if name != "config"}
-    values |= {"directory": str(record.directory), "job": record.job or {}}
-    if record.error is not None:
-        values["error"] = ": ".join(str(text) for text in record.error.values())
-    _, values["design_id"] = ids_of_plain(record.config)
-    leaves = dict(_leaves(completed(record.config)))
-    # A key of the configuration cannot take the name of what the record itself says (seed).
-    return {**leaves, **dict(_leaves(values))}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+    own = values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array
+    return own.repeat(counts)
 
 
 def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:

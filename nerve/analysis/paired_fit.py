@@ -131,9 +131,7 @@ class PairedFit:
         of_designs, seeds = self._solution(values)
         of_seeds = np.append(seeds, 0.0)  # where a run of seed -1 finds its own
         residual = values - of_designs[self.design] - of_seeds[self.seed]
-        square = float(residual @ residual)
-        if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2:
-            square = 0.0
+        square = sum_of_squares(residual, values)
         sd = np.where(known, np.sqrt(square / self.df), np.nan)
         error = sd * np.sqrt(own + ((through @ inverse) * through).sum(axis=1))
         half = float(student_t(np.array([self.df]))[0]) * error
@@ -152,3 +150,9 @@ def paired_by_seed(design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool =
     if not seeds_differ:
         return PairedFit(names.tolist(), own, np.full(len(own), -1), 0)
     return PairedFit(names.tolist(), own, numbers - 1, len(seeds) - 1)
+
+
+def sum_of_squares(residual: np.ndarray, values: np.ndarray) -> float:
+    """That of what is left of `values`; 0 where it is rounding alone."""
+    square = float(residual @ residual)
+    return 0.0 if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2 else square

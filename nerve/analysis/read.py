@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -13,7 +15,6 @@ from nerve.analysis.gather import Block, Coded, encoded
 from nerve.cores import allowed
 from nerve.errors import StoreError
 from nerve.storage.parts import read_parts
-from nerve.storage.record import RunRecord
 from nerve.storage.schema import Dataset
 
 AT_ONCE = 32
@@ -21,6 +22,13 @@ AT_ONCE = 32
 
 MOST_THREADS = 4
 """Threads that read: each has the rows of its runs in memory."""
+
+
+class StoredRun(NamedTuple):
+    """Which run is where."""
+
+    run_id: str
+    directory: Path
 
 
 Derive = Callable[[pd.DataFrame, slice], pd.DataFrame]
@@ -36,7 +44,7 @@ class Read:
     unread: list[Sequence[StoreError]]
 
 
-def reads(records: Sequence[RunRecord], dataset: Dataset, derive: Derive | None) -> Iterator[Read]:
+def reads(records: Sequence[StoredRun], dataset: Dataset, derive: Derive | None) -> Iterator[Read]:
     """The rows of all runs, some runs at once and in their order. A few threads read, each a little
     ahead: what is not taken yet is in memory.
 
@@ -51,18 +59,20 @@ def reads(records: Sequence[RunRecord], dataset: Dataset, derive: Derive | None)
         for start in range(0, len(records), AT_ONCE):
             runs = slice(start, min(start + AT_ONCE, len(records)))
             waiting.append(pool.submit(_read, records, dataset, runs, derive))
-            if len(waiting) > n_threads:
+            if len(waiting) >= n_threads + 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
 def _read(
-    records: Sequence[RunRecord], dataset: Dataset, runs: slice, derive: Derive | None
+    records: Sequence[StoredRun], dataset: Dataset, runs: slice, derive: Derive | None
 ) -> Read:
     found = [_read_one(record, dataset) for record in records[runs]]
-    tables = [table for table, _ in found]
-    frame = encoded(pa.concat_tables(tables)).to_pandas(split_blocks=True)
+    counts, unread = [len(table) for table, _ in found], [errors for _, errors in found]
+    table = encoded(pa.concat_tables([table for table, _ in found]))
+    frame = table.to_pandas(split_blocks=True)
+    del found, table  # most of the memory that this takes
     if derive is not None:
         frame = derive(frame, runs)
     lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
@@ -72,10 +82,10 @@ def _read(
         else Coded.of(values)
         for name, values in frame.items()
     }
-    return Read(block, [len(table) for table in tables], [errors for _, errors in found])
+    return Read(block, counts, unread)
 
 
-def _read_one(record: RunRecord, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
+def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
     """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
     try:
         return read_parts(record.directory, dataset, record.run_id)

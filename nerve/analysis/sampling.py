@@ -127,7 +127,7 @@ def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
         worst = (
             of_halves["sampling"]
             .map(VERDICTS.index)
-            .groupby([of_halves[name] for name in ROW])
+            .groupby([of_halves[name] for name in ROW], observed=True)
             .max()
         )
         rows = pd.MultiIndex.from_frame(metrics[[*ROW]])

@@ -127,14 +127,15 @@ def _read_meta(path: Path) -> tuple[CacheMeta, dict[str, int]]:
     try:
         content = json.loads(_read(path))
         own = content.pop("checksum")
-        if own != _checksum_of(content):
+        if own != checksum_of(content):
             raise ValueError("its checksum differs")
         return CacheMeta(**content.pop("meta")), content["files"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"meta.json is not what was written: {error}") from error
 
 
-def _checksum_of(content: Mapping[str, Any]) -> int:
+def checksum_of(content: Mapping[str, Any]) -> int:
+    """What a file of JSON says of the rest of itself."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
@@ -197,7 +198,7 @@ def build_entry(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction:
     )
     files = {name: zlib.crc32((folder / name).read_bytes()) for name in _SMALL_FILES}
     content = {"meta": asdict(meta), "files": files}
-    sealed = content | {"checksum": _checksum_of(content)}
+    sealed = content | {"checksum": checksum_of(content)}
     (folder / "meta.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
 

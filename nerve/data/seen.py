@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from nerve.data.cache_entry import checksum_of
 from nerve.data.corpus import Corpus
 from nerve.errors import DataError, StoreError
 from nerve.files import write_atomically
@@ -76,7 +76,7 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
     content = {"fingerprint": corpus.fingerprint, "said": sorted(corpus.said.items())}
     is_settled = before.newest_ns < began_ns - SETTLED_AFTER_NS
     if is_settled and _state(corpus) == before:
-        sealed = json.dumps(content | {"checksum": _checksum(content)})
+        sealed = json.dumps(content | {"checksum": checksum_of(content)})
         try:
             path = root / f"corpus-{before.name}.json"
             write_atomically(path, lambda file: file.write(sealed.encode()), durable=False)
@@ -88,15 +88,11 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
-        if content.pop("checksum") == _checksum(content):
+        if content.pop("checksum") == checksum_of(content):
             return dict(content)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         pass
     return None
-
-
-def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _state(corpus: Corpus) -> _State:

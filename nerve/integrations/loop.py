@@ -105,7 +105,7 @@ class WatchedLoop:
             self.features.require_seen(self.n_steps)
             recorder.finish(of_all=n_processes() > 1)
         self.n_steps += 1
-        recorder.write_solved()
+        recorder.end_step()
         if self.n_steps in self._steps:
             self.measure()
         if self._record is not None:

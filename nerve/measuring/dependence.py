@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.graph import decides
@@ -78,6 +79,8 @@ class Dependence:
         also: installs further hooks.
         links: in the order in which they appeared.
         n_links: how often each link appeared in one pass, at most, by its key.
+        hidden: projections to fewer features of which activation checkpointing, or autograd that is
+            off, leaves no derivatives.
     """
 
     projections: Iterable[nn.Module]
@@ -86,6 +89,7 @@ class Dependence:
     also: Callable[[], list[RemovableHandle]] = list
     links: dict[tuple[Any, ...], Link] = field(default_factory=dict)
     n_links: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    hidden: dict[nn.Module, None] = field(default_factory=dict)
     _now: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _leaves: list[_Leaf] = field(default_factory=list)
     _asks: bool = False
@@ -114,6 +118,7 @@ class Dependence:
         """As if there had been no forward pass."""
         self.links.clear()
         self.n_links.clear()
+        self.hidden.clear()
 
     def _hook(self, module: nn.Module) -> None:
         if module not in self._hooked:
@@ -131,16 +136,24 @@ class Dependence:
 
     def _take_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         features = argument(args, kwargs)
-        if self._asks or not isinstance(features, Tensor) or not features.requires_grad:
+        if self._asks or not isinstance(features, Tensor):
+            return
+        if not features.requires_grad and torch.is_grad_enabled():
             return
         rows = _rows(features, module)
         width = rows.shape[1]
         fitting = {leaf.rows.shape[1] for leaf in self._leaves if len(leaf.rows) == len(rows)}
         if len(rows) < 2 or not fitting & {width, 2 * width}:
             return
+        if not features.requires_grad:
+            self._hide(module)
+            return
         self._asks = True  # a checkpoint of activations runs its part of the model again for it
         try:
             link = self._link(module, rows)
+        except CheckpointError:
+            self._hide(module)
+            return
         except RuntimeError:  # no derivative: of what a recurrence has overwritten, say
             return
         finally:
@@ -148,6 +161,11 @@ class Dependence:
         if link is not None:
             self.links.setdefault(link.key, link)
             self._now[link.key] += 1
+
+    def _hide(self, post: nn.Module) -> None:
+        widths = declared_widths(post)
+        if widths is not None and widths.d_in > widths.d_out:
+            self.hidden[post] = None
 
     def _link(self, post: nn.Module, h: Tensor) -> Link | None:
         chosen = _chosen(h.detach())

@@ -149,6 +149,7 @@ def _described(
     ]
     if select is None:
         unclear += _unseen(tree, seen, taken)
+        unclear += _hidden(tree, [each for each in dependence.hidden if each not in taken])
     return found, tree.paths, unclear
 
 
@@ -181,6 +182,18 @@ def _unseen(tree: Tree, seen: Seen, taken: Collection[nn.Module]) -> list[str]:
                 "each; if they are those of experts, no FFN of theirs was seen"
             )
     return lines
+
+
+def _hidden(tree: Tree, modules: Sequence[nn.Module]) -> list[str]:
+    """What ran where autograd does not show what follows from what, in one line."""
+    if not modules:
+        return []
+    more = f" and {len(modules) - 1} more" if modules[1:] else ""
+    return [
+        f"# model.{tree.paths[modules[0]]}{more}: what they get cannot be followed, as under "
+        "activation checkpointing or no_grad; turn these off while FFNs are looked for, or "
+        "describe theirs by hand"
+    ]
 
 
 def _is_chosen(tree: Tree, link: Link | Experts, select: str | None) -> bool:

@@ -17,9 +17,11 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.aside import Aside
 from nerve.recording.cadence import Cadence
+from nerve.recording.pace import Pace
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.solver import Eigenproblem, Solved, Solver, spare_workers
+from nerve.recording.solver import Eigenproblem, Solved, Solver
 from nerve.recording.staging import expected_bytes
+from nerve.recording.workers import spare_workers
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
 
@@ -32,7 +34,7 @@ class Recorder:
     Between `open` and `close`, at each step to measure: `start_validation`, `add_validation` for
     every held-out batch, `label`, `end_validation`. Each forward pass whose features count stands
     between `start` and `stop`: those of the held-out batches, or those of the training step that
-    follows. `finish` hands what was measured on to the solver; `write_solved` and `drain` write
+    follows. `finish` hands what was measured on to the solver; `end_step` and `drain` write
     what it has solved. Every process of a run must call all of it alike.
 
     Args:
@@ -58,6 +60,7 @@ class Recorder:
         self._measurement: Measurement | None = None
         self._solver: Solver | None = None
         self._aside: Aside | None = None
+        self._pace: Pace | None = None
         self._writer: SpectraWriter | None = None
 
     @property
@@ -139,7 +142,7 @@ class Recorder:
             self._cadence = Cadence()
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
-        self._aside = Aside(device)
+        self._aside, self._pace = Aside(device), Pace(device)
         n_bytes = max(map(expected_bytes, ffns))
         self._solver = Solver(device, spare_workers(device, n_here, n_bytes), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
@@ -229,11 +232,13 @@ class Recorder:
 
     # What is solved
 
-    def write_solved(self) -> None:
-        """Writes what is solved by now."""
+    def end_step(self) -> None:
+        """Writes what is solved by now; to be called after each step of training."""
         assert self._solver is not None
-        if self._aside is not None:
-            self._aside.let_go()
+        assert self._aside is not None
+        assert self._pace is not None
+        self._pace.end_step()
+        self._aside.let_go()
         self._write(self._solver.finished())
 
     def drain(self) -> None:

@@ -1,9 +1,7 @@
 """Solves the eigenproblems of measurements beside training, and gives their rows in order."""
 
 import logging
-import os
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,28 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nerve.cores import allowed, memory, share_among_trials
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.group_spectra import GroupSpectrum, pooled_spectra
 from nerve.recording.place import Eigenproblem, Place, Placement, bytes_of, work_of
 from nerve.recording.staging import Staging
+from nerve.recording.workers import pool_of
 
 log = logging.getLogger(__name__)
-
-NICENESS = 19
-"""Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
 
 MOST_PENDING = 4
 """Measurements that may wait for their solution; one more has training wait for the oldest."""
 
 SHARE_OF_DEVICE = 8
 """All but the newest of them may take one part in so many of the device's memory."""
-
-SHARE_OF_HOST, COPIES = 4, 4
-"""What is being solved may take one part in so many of the host's memory, where a thread has so
-many times what it gets."""
 
 Labels = dict[str, Any]
 
@@ -126,7 +117,7 @@ class Solver:
         self._failed: MeasurementError | None = None
         self._most_bytes = _most_bytes(device)
         self._has_warned = False
-        self._pool = _single_threaded(self.n_workers) if self.n_workers else None
+        self._pool = pool_of(self.n_workers) if self.n_workers else None
         is_gpu = device.type == "cuda"
         self._of_gpu = ThreadPoolExecutor(1, thread_name_prefix="spectra-gpu") if is_gpu else None
         self._stream = torch.cuda.Stream(device) if is_gpu else None
@@ -326,79 +317,3 @@ def _most_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return sys.maxsize
     return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE
-
-
-def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) -> int:
-    """Threads that can solve beside training on `device`: the cores of this process, shared with
-    the other training processes of the host, but one; not more than the memory is for. 0 where the
-    cores train. On a GPU there is at least one, which takes what training leaves of the cores.
-
-    Args:
-        device: where the model trains.
-        n_processes: that train on this host.
-        n_bytes: what an eigenproblem takes on its way to the host.
-    """
-    if device.type != "cuda":
-        return 0
-    cores = share_among_trials() or allowed()
-    by_memory = memory() // (SHARE_OF_HOST * n_processes * COPIES * max(n_bytes, 1))
-    return max(1, min(cores // n_processes - 1, by_memory))
-
-
-def _single_threaded(n_workers: int) -> ThreadPoolExecutor:
-    """A pool whose threads each use one core in torch, and give way to those that train.
-
-    The number of threads that torch sets in a thread is that thread's own, and the default of
-    threads to come; it is set back for those.
-
-    Raises:
-        MeasurementError: where the threads cannot be started.
-    """
-    n_threads = torch.get_num_threads()
-    started = threading.Barrier(n_workers + 1)
-    refusals: list[Exception] = []
-
-    def start() -> None:
-        try:
-            torch.get_num_threads()  # the first call in a thread takes the default over, and once
-            torch.set_num_threads(1)
-            _give_way(refusals)
-        except BaseException as error:
-            refusals.append(MeasurementError(f"{type(error).__name__}: {error}"))
-            started.abort()  # else all others wait for this one
-            raise
-        started.wait()
-
-    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)
-    try:
-        for _ in range(n_workers):
-            pool.submit(int)
-        started.wait()
-    except (RuntimeError, threading.BrokenBarrierError) as error:
-        started.abort()
-        pool.shutdown(cancel_futures=True)
-        reason = next((each for each in refusals if isinstance(each, MeasurementError)), error)
-        raise MeasurementError(
-            f"Spectra are solved by {n_workers} threads beside training, which could not be "
-            f"started: {reason}. Raise the limit of threads (ulimit -u), or leave fewer cores to "
-            "this process (taskset)."
-        ) from error
-    finally:
-        torch.set_num_threads(n_threads)
-    if refusals:
-        log.warning(
-            "the threads that solve spectra may not lower their priority, and compete with those "
-            "that train: %s",
-            refusals[0],
-        )
-    return pool
-
-
-def _give_way(refusals: list[Exception]) -> None:
-    """Lowers the priority of this thread, which a sandbox may refuse."""
-    if sys.platform != "linux":  # where a priority is that of a thread
-        return
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    except OSError as refused:
-        refusals.append(refused)

@@ -127,11 +127,11 @@ def outlying_rows(metrics: pd.DataFrame) -> list[str]:
     """Sentences on rows whose spectrum may be that of a few samples."""
     notes = []
     for site in SITES:
-        found = metrics[metrics["outliers"].str.contains(site, regex=False)]
+        found = np.flatnonzero(metrics["outliers"].str.contains(site, regex=False))
         if len(found):
-            shares = found[f"top_share_{site}"].to_numpy(float)
+            shares = metrics[f"top_share_{site}"].to_numpy(float)[found]
             place = int(np.argsort(np.nan_to_num(shares, nan=-1.0), kind="stable")[-1])
-            worst = found.iloc[place].to_dict()
+            worst = metrics.iloc[found[place]].to_dict()
             notes.append(
                 f"In {len(found):,} of {len(metrics):,} rows of metrics a few samples may make the "
                 f"spectrum of {site}. The worst, run {worst['run_id']}, layer {worst['layer']}, "

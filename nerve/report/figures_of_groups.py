@@ -1,17 +1,23 @@
 """Figures of groups of tokens, and of what lies around the nonlinearity.
 
-Each function takes rows of `load_groups` of one run, one FFN of its layers and one step.
+Of one run, functions take rows of `load_groups` of one FFN of its layers and one step; of several,
+rows of `pr_of_groups` of one FFN.
 """
+
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nerve.analysis.groups import pr_column
 from nerve.metric_names import GROUP_SITES, GROUPS, POOLED, SITES, metric_of
+from nerve.report.figures_of_several_runs import layers_by_factor
 from nerve.report.style import (
     COLORS,
     LEVEL_COLORS,
+    NULL_COLOR,
     key,
     name_axes,
     new_figure,
@@ -30,6 +36,14 @@ SITE_COLORS = {
     "output": LEVEL_COLORS[2],
     "stream_out": LEVEL_COLORS[3],
 }
+
+
+COMPARED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "position": (("q1",), ("q4",), ("q4", "q1"), ("0", "like_0")),
+    "frequency": (("head",), ("mid",), ("tail",), ("tail", "head")),
+}
+"""What has a panel of several runs: a group, or one over another. The first position has few
+samples, so that only its ratio to as many others says something."""
 
 
 def groups_by_depth(groups: pd.DataFrame, grouping: str, title: str) -> Figure:
@@ -74,6 +88,62 @@ def sites_by_depth(groups: pd.DataFrame, title: str) -> Figure:
     ]
     outside_legend(figure, entries, n_columns=3)
     return figure
+
+
+def groups_by_factor(
+    rows: pd.DataFrame, grouping: str, factor: str, others: Sequence[str], title: str
+) -> Figure:
+    """PR of groups of one grouping by layer, colored by a factor's levels: pre above post. A site's
+    groups share one axis; beside them, one group's PR over another's.
+
+    Args:
+        rows: of `pr_of_groups`, with all factors.
+        grouping: one of `COMPARED`.
+        factor, others, title: as of `curves_by_factor`.
+    """
+    shown = COMPARED[grouping]
+    names = [pr_column(site, *groups) for site in SITES for groups in shown]
+    rows = rows.reindex(columns=rows.columns.union(names, sort=False))
+    figure = layers_by_factor(rows, factor, others, title, names, len(SITES))
+    for row, site in enumerate(SITES):
+        panels = figure.axes[row * len(shown) : (row + 1) * len(shown)]
+        of_one = [groups for groups in shown if len(groups) == 1]
+        together = pd.concat([rows[pr_column(site, *groups)] for groups in of_one])
+        for panel, groups in zip(panels, shown, strict=True):
+            is_ratio = groups not in of_one
+            _name(panel, f"PR {site}, {' / '.join(groups)}", "ratio" if is_ratio else "directions")
+            scale_by_ratio(panel, rows[pr_column(site, *groups)] if is_ratio else together)
+            if is_ratio:
+                panel.axhline(1, color=NULL_COLOR, linewidth=0.8)
+        _share_axis(panels[: len(of_one)])
+    return figure
+
+
+def sites_by_factor(rows: pd.DataFrame, factor: str, others: Sequence[str], title: str) -> Figure:
+    """PR along the block by layer, a panel for each site, colored by a factor's levels.
+
+    Args:
+        rows: of `pr_of_groups`, with all factors.
+        factor, others, title: as of `curves_by_factor`.
+    """
+    of_sites = {pr_column(site, POOLED): site for site in GROUP_SITES}
+    names = [name for name in of_sites if name in rows and rows[name].notna().any()]
+    figure = layers_by_factor(rows, factor, others, title, names, 2)
+    for panel, name in zip(figure.axes, names, strict=False):
+        _name(panel, f"PR {of_sites[name]}", "directions")
+        scale_by_ratio(panel, rows[name])
+    return figure
+
+
+def _name(panel: Axes, title: str, unit: str) -> None:
+    panel.set_title(title, fontsize=8)
+    panel.set_ylabel(f"PR ({unit})", fontsize=8)
+
+
+def _share_axis(panels: Sequence[Axes]) -> None:
+    low, high = zip(*(panel.get_ylim() for panel in panels), strict=True)
+    for panel in panels:
+        panel.set_ylim(min(low), max(high))
 
 
 def _line(panel: Axes, rows: pd.DataFrame, metric: str, **style: object) -> None:

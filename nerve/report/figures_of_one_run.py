@@ -142,7 +142,7 @@ def training(
         unigram_loss: the loss of knowing token frequencies only, drawn as a line; None for none.
         title: the figure's title.
     """
-    logged = {str(name): rows for name, rows in scalars.groupby("name", sort=True)}
+    logged = {str(name): rows for name, rows in scalars.groupby("name", sort=True, observed=True)}
     train = logged.pop("train_loss", scalars.iloc[:0])
     logged.pop("val_loss", None)
     others = list(logged.items())[:4]

@@ -72,7 +72,7 @@ def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], ti
             the dashes, else the lines do not tell them.
         title: the figure's title.
     """
-    figure, panels = _two_rows(len(CURVES), title)
+    figure, panels = _in_rows(2, len(CURVES), title)
     rows, entries = _styled(means, factor, others)
     _draw_lines(panels, CURVES, rows, "step")
     outside_legend(figure, entries, plain(factor))
@@ -80,20 +80,27 @@ def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], ti
 
 
 def layers_by_factor(
-    layers: pd.DataFrame, factor: str, others: Sequence[str], title: str
+    layers: pd.DataFrame,
+    factor: str,
+    others: Sequence[str],
+    title: str,
+    names: Sequence[str] = LAYERS,
+    n_rows: int = 1,
 ) -> Figure:
-    """PR_pre, PR_post and their ratio by layer, colored by a factor's levels.
+    """PR_pre, PR_post and their ratio by layer, colored by a factor's levels; or other columns.
 
     Args:
-        layers: rows of `metrics_by_depth` at one step a run, with `LAYERS` and all factors. Runs of
+        layers: rows of `metrics_by_depth` at one step a run, with `names` and all factors. Runs of
             different numbers of layers are drawn over their relative depth.
         factor, others, title: as of `curves_by_factor`.
+        names: the columns, a panel each.
+        n_rows: of panels.
     """
-    figure, panels = new_figure(1, len(LAYERS), title, width=4.0, height=2.9)
+    figure, panels = _in_rows(n_rows, len(names), title, width=4.0, height=2.9)
     rows, entries = _styled(layers, factor, others)
     n_layers = layers.groupby("run_id")["layer"].max()
     x = "layer" if n_layers.nunique() == 1 else "depth"
-    _draw_lines(panels, LAYERS, rows, x, marker=".")
+    _draw_lines(panels, names, rows, x, marker=".")
     for panel in panels:
         panel.xaxis.set_major_locator(MaxNLocator(integer=x == "layer"))
     outside_legend(figure, entries, plain(factor))
@@ -115,7 +122,7 @@ def loss_against_metrics(
         factor: the column that gives the color; None for one color.
         title: the figure's title.
     """
-    figure, panels = _two_rows(len(SCATTERED), title, height=2.8)
+    figure, panels = _in_rows(2, len(SCATTERED), title, height=2.8)
     levels = levels_of(points[factor]) if factor else pd.Series("", index=points.index)
     colors = level_colors(ordered_levels(points[factor])) if factor else {"": "#000000"}
     by_metric = correlations.set_index("metric")
@@ -141,9 +148,9 @@ def loss_against_metrics(
     return figure
 
 
-def _two_rows(n: int, title: str, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure of `n` panels in two rows."""
-    figure, panels = new_figure(2, -(-n // 2), title, height=height)
+def _in_rows(n_rows: int, n: int, title: str, **size: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `n` panels in rows."""
+    figure, panels = new_figure(n_rows, -(-n // n_rows), title, **size)
     for panel in panels[n:]:
         panel.remove()
     return figure, panels[:n]

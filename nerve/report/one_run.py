@@ -47,7 +47,7 @@ def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Cont
     within = correlate_within_runs(metrics, runs)
     chosen = within[within["window"] == window]
     groups = last_of(loaded.groups)
-    for ffn, rows in metrics.groupby("ffn", sort=False):
+    for ffn, rows in metrics.groupby("ffn", sort=False, observed=True):
         own = chosen[chosen["ffn"] == ffn]
         content.drawings += _drawings(
             str(ffn),

@@ -14,6 +14,7 @@ from nerve.analysis.compare import final_metrics
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
 from nerve.analysis.frames import at_last_step
+from nerve.analysis.groups import pr_of_groups
 from nerve.analysis.load import Runs
 from nerve.report import figures_of_several_runs
 from nerve.report.comparisons import Comparisons, comparison_drawings
@@ -26,6 +27,7 @@ from nerve.report.content import (
     sampled_rows,
     seeds,
 )
+from nerve.report.groups import drawings_by_factor, tables_by_factor
 from nerve.report.style import one_line
 from nerve.report.tables import comparison_tables
 from nerve.storage.find import listed
@@ -62,7 +64,9 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
         content.notes.append(
             "No run can be compared, so figures show the flagged ones; statistics are left out."
         )
-    content.drawings += _drawings(metrics, runs[runs["run_id"].isin(drawn)], compared)
+    shown_runs = runs[runs["run_id"].isin(drawn)]
+    grouped = pr_of_groups(metrics, loaded.groups, shown_runs, factors.varying)
+    content.drawings += _drawings(metrics, grouped, shown_runs, compared)
     shown = _drawn_factors(runs, factors)
     content.drawings += comparison_drawings(compared, window, shown)
     hidden = [name for name in factors.varying if name not in shown]
@@ -72,6 +76,7 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
             f"factors whose levels are numbers or at most {MAX_NAMES} names. The tables have all."
         )
     content.tables += comparison_tables(compared, window)
+    content.tables += tables_by_factor(grouped, factors.varying)
     return content
 
 
@@ -122,7 +127,9 @@ def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
     return suited[:MAX_FACTORS]
 
 
-def _drawings(metrics: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons) -> list[Drawing]:
+def _drawings(
+    metrics: pd.DataFrame, grouped: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons
+) -> list[Drawing]:
     factors, designs = compared.factors, compared.designs
     is_drawn = metrics["run_id"].isin(runs["run_id"])
     rows = metrics if is_drawn.all() else metrics[is_drawn]
@@ -137,15 +144,20 @@ def _drawings(metrics: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons) 
     if not factors.varying:
         # Only seeds differ: each run is a line of its own.
         shown = ["seed"] if runs["seed"].nunique() > 1 else ["run_id"]
-        means, layers = (frame.assign(design_id=frame["run_id"]) for frame in (means, layers))
+        means, layers, grouped = (
+            frame.assign(design_id=frame["run_id"]) for frame in (means, layers, grouped)
+        )
     drawings = []
     for ffn in means["ffn"].unique():
         own = [frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)]
         its_means, _, its_designs, its_rows = own
+        its_groups = grouped[grouped["ffn"] == ffn]
         across = compared.across_designs
         across = across[across["ffn"] == ffn]
         drawings += _factor_drawings(str(ffn), *own, shown=shown, factors=factors)
         drawings += _loss_drawings(str(ffn), its_means, its_designs, its_rows, across, shown)
+        about = f"{seeds(its_designs)} {_lines(its_means)}"
+        drawings += drawings_by_factor(str(ffn), its_groups, shown, factors.varying, about)
     return drawings
 
 

@@ -176,6 +176,8 @@ def _summary(within: pd.DataFrame, window: str) -> pd.DataFrame:
             f"n_intervals_{null}": (f"given_{null}_low", "count"),
             f"n_beyond_{null}": (f"beyond_{null}", "sum"),
         }
-    groups = rows.groupby(["data", "ffn", "metric", "window"], sort=False, dropna=False)
+    groups = rows.groupby(
+        ["data", "ffn", "metric", "window"], sort=False, dropna=False, observed=True
+    )
     summary = groups.agg(**columns).reset_index()
     return summary.sort_values("window", key=lambda names: names != window, kind="stable")

@@ -1,7 +1,7 @@
 """Runs under a path: which directories hold one, and their records, one per run."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nerve.errors import StoreError, warn_caller
@@ -57,8 +57,13 @@ def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
     return runs
 
 
-def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
+def load_records(
+    path: AnyPath | Iterable[AnyPath], read: Callable[[RunRecord], object] = lambda record: None
+) -> list[RunRecord]:
     """The records of the runs under `path`.
+
+    `read` is called with each as soon as it is read, also with copies that are then left out: of
+    thousands, it may take out what would be too much to keep.
 
     A run id that is found twice (a copied directory) counts once: the copy that got further stays.
     Left-out copies, damaged records, records of a newer nerve and differing fingerprints are named
@@ -78,6 +83,7 @@ def load_records(path: AnyPath | Iterable[AnyPath]) -> list[RunRecord]:
         except StoreError as error:
             warn_caller(f"Left out: {error}", IncompleteWarning)
             continue
+        read(record)
         other = records.get(record.run_id)
         if other is not None:
             record, other = sorted([record, other], key=_progress, reverse=True)

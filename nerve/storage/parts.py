@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from nerve.errors import StoreError, warn_caller
 from nerve.files import write_atomically
 from nerve.storage.manifest import MANIFEST_NAME, missing_parts
-from nerve.storage.schema import SCHEMA_VERSION, VERSION_KEY, Dataset
+from nerve.storage.schema import DATASETS, SCHEMA_VERSION, VERSION_KEY, Dataset
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
@@ -144,8 +144,11 @@ def read_parts(
         except FileNotFoundError:
             continue  # compacted between listing and reading: the new listing has all the rows
         # One part, as a run that has ended has it, was written without doubled rows.
-        table = tables[0] if len(tables) == 1 else joined(tables, dataset)
+        table = joined(tables, dataset) if len(tables) > 1 else [*tables, _EMPTY[dataset.name]][0]
         return table, damaged + missing_errors(directory, dataset)
+
+
+_EMPTY = {name: dataset.schema.empty_table() for name, dataset in DATASETS.items()}
 
 
 def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:

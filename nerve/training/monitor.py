@@ -193,7 +193,7 @@ class SpectralMonitor(L.Callback):
         scaled = None if loss is None else loss * trainer.accumulate_grad_batches
         self._recorder.add_training(scaled, n_targets)
         validate_next(trainer, self._updates.end_batch(trainer) and self._end_update(trainer))
-        self._recorder.write_solved()
+        self._recorder.end_step()
         if is_last_batch(trainer, batch_idx):
             trainer.should_stop = True  # validates now, also when the cadence does not fall here
 

@@ -88,7 +88,7 @@ def over_layers(panel: Axes, rows: pd.DataFrame, name: str, styles: Styles) -> N
     """Thick, a level's mean over seeds by layer; thin, each of its runs."""
     for level, style in styles.items():
         own = rows[rows["level"] == level]
-        for _, run in own.groupby("run_id", sort=False):
+        for _, run in own.groupby("run_id", sort=False, observed=True):
             panel.plot(run["layer"], run[name], **{**style, **SEED_LINE})
         mean = own.groupby("layer")[name].mean()
         panel.plot(mean.index, mean, **{**MEAN_LINE, **style})

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from nerve.analysis import early
 from nerve.analysis.early import Order, rank_early
 from nerve.errors import ConfigError
 
@@ -123,3 +124,17 @@ def test_a_noisy_copy_of_the_loss_has_the_partial_tau_of_the_null(tables):
     row = row_of(rank_early(rows, own, names=["pr_post"]), 10)
     assert -0.2 < row.null < -0.05
     assert row.given_loss_low < row.null < row.given_loss_high < 0
+
+
+def test_of_many_runs_whole_designs_are_ranked_whatever_their_order(tables, monkeypatch):
+    """As many designs as have no more runs than are ranked; N runs would be too many."""
+    monkeypatch.setattr(early, "MOST_RUNS", 6)
+    metrics, runs = tables(*specs())
+    table = rank_early(metrics, runs, names=["pr_post"])
+    row = row_of(table, 10)
+    assert (row.n, row.n_designs) == (6, 6)
+    first = sorted(runs["design_id"])[:6]
+    kept = runs["design_id"].isin(first).to_numpy()
+    assert row.kendall == pytest.approx(tau(METRIC[kept], FINAL[kept]))
+    shuffled = runs.sample(frac=1, random_state=0)
+    assert row_of(rank_early(metrics, shuffled, names=["pr_post"]), 10).kendall == row.kendall

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nerve.analysis import load, read
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
 from nerve.errors import ConfigError, StoreError
@@ -24,6 +25,34 @@ from nerve.storage.parts import DamagedPartWarning, read_part
 from nerve.storage.record import DamagedRecordWarning, RunRecord
 from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore
+
+HALVES = [
+    {
+        "step": 20,
+        "layer": 0,
+        "ffn": "ffn",
+        "site": site,
+        "grouping": grouping,
+        "group": group,
+        "n_samples": n,
+        "dim": 8,
+        "se": 1.0,
+        "pr": pr,
+        "eee": 0.5,
+        "variance": 1.0,
+        "se_spread": 1.0,
+        "pr_spread": 1.0,
+        "eee_spread": 1.0,
+        "status": "ok",
+    }
+    for site in ("pre", "post")
+    for grouping, group, n, pr in (
+        ("all", "all", 100, 5.0),
+        ("halves", "a", 50, 3.0),
+        ("halves", "b", 50, 3.0),
+    )
+]
+"""PR that halves say is far from that of endlessly many samples."""
 
 HOSTILE = 'two\nlines <script>alert(1)</script> "=cmd|1" ü \u202e'
 
@@ -262,9 +291,9 @@ def test_what_is_left_out_is_said_once_at_the_line_that_asked(tmp_path, make_run
 
 
 def test_no_runs(tmp_path):
-    for load in (load_runs, load_metrics, load_spectra, load_scalars):
+    for loader in (load_runs, load_metrics, load_spectra, load_scalars):
         with pytest.raises(StoreError, match=r"run\.json"):
-            load(tmp_path)
+            loader(tmp_path)
 
 
 def test_an_interrupted_compaction_changes_no_frame(tmp_path, make_run):
@@ -346,3 +375,52 @@ def test_runs_of_earlier_versions_share_ids_with_those_of_today(tmp_path, make_r
     assert set(runs.loc[runs["seed"] == 1, "config_id"]) == {config_id({**config, "seed": 1})}
     assert set(runs["design_id"]) == {config_id(config)}
     assert set(runs["clip"]) == {math.inf}
+
+
+def test_runs_read_a_few_at_once_are_as_read_all_at_once(tmp_path, make_run, row, monkeypatch):
+    """Rows in the order of the runs, each with what derives from it and from its own groups; among
+    the runs are one without rows and one with two parts."""
+    for i in range(5):
+        record = make_run(tmp_path / str(i), {"a": f"text {i}"}, steps=() if i == 2 else (0, 10))
+        if i == 3:
+            store = RunStore(record.directory, record.run_id)
+            store.append_groups(HALVES)
+            store.append_metrics([row(20, 0)])
+            store.flush(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IncompleteWarning)
+        whole = load_metrics(tmp_path, factors=["a"])
+        monkeypatch.setattr(load, "AT_ONCE", 2)
+        monkeypatch.setattr(read, "AT_ONCE", 2)
+        pd.testing.assert_frame_equal(load_metrics(tmp_path, factors=["a"]), whole)
+    assert list(whole["a"].unique()) == ["text 0", "text 1", "text 3", "text 4"]
+    by_halves = (whole["a"] == "text 3") & (whole["step"] == 20)
+    assert (whole["sampling"] == np.where(by_halves, "severely under", "well")).all()
+
+
+def test_texts_are_categories_that_behave_as_texts(sweep, tmp_path):
+    """In what notebooks do with them: groups, merges, comparisons, pivots, sorting."""
+    metrics = load_metrics(tmp_path, factors=["normalization.kind"])
+    texts = metrics.astype(
+        {name: object for name, kind in metrics.dtypes.items() if kind == "category"}
+    )
+    for by in (["run_id"], ["ffn", "step"], ["normalization.kind", "status"]):
+        own, plain = (
+            each.groupby(by, observed=True)["pr_post"].mean() for each in (metrics, texts)
+        )
+        assert list(own) == list(plain)
+        assert list(own.index) == list(plain.index)
+    runs = load_runs(tmp_path)
+    columns = ["run_id", "normalization.kind", "seed"]
+    own, plain = (each[["run_id", "step"]].merge(runs[columns]) for each in (metrics, texts))
+    assert (own == plain).all(axis=None)
+    assert (metrics["ffn"] == "ffn").all()
+    assert metrics["status"].isin(["ok"]).all()
+    assert metrics["outliers"].str.contains("pre").sum() == 0
+    first = metrics["run_id"].iloc[0]
+    one = metrics[metrics["run_id"] == first]
+    assert list(one.groupby("run_id", observed=True).groups) == [first]
+    layers = metrics.pivot_table(index="run_id", columns="layer", values="pr_post", observed=True)
+    assert len(layers) == metrics["run_id"].nunique()
+    ordered = metrics.sort_values("normalization.kind", kind="stable")
+    assert list(ordered["normalization.kind"]) == sorted(metrics["normalization.kind"])

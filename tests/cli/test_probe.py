@@ -422,6 +422,7 @@ def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    monkeypatch.setattr("nerve.cli.probing.folders.check_hub", lambda places: None)
     status, _, err = nerve_probe("EleutherAI/pythia-70m@step1000")
     assert status == 1
     assert asked == [("EleutherAI/pythia-70m", {"revision": "step1000"})]

@@ -453,22 +453,55 @@ def test_a_model_whose_blocks_cannot_run_alone_asks_for_a_batch():
 
 
 class Checkpointed(nn.Module):
-    """An FFN whose activations are not kept for the backward pass."""
+    """An FFN whose activations are not kept for the backward pass; None keeps them."""
 
-    def __init__(self) -> None:
+    def __init__(self, use_reentrant: bool | None = False) -> None:
         super().__init__()
         self.up, self.act, self.down = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
+        self.use_reentrant = use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + checkpoint(lambda x: self.down(self.act(self.up(x))), x, use_reentrant=False)
+        if self.use_reentrant is None:
+            return x + self.ffn(x)
+        return x + checkpoint(self.ffn, x, use_reentrant=self.use_reentrant)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+# Of torch, where the input of the first block needs no derivative.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_activation_checkpointing_hides_is_named(use_reentrant):
+    """Alone it is refused; beside FFNs that are seen it is not passed over in silence."""
+    x, hidden = torch.randn(4, 6, 8), [Checkpointed(use_reentrant) for _ in range(2)]
+    words = r"model\.0\.down and 1 more: what they get cannot be followed, as under activation ch"
+    with pytest.raises(MeasurementError, match=rf"Describe each with nerve\.FFNAdapter.*{words}"):
+        nerve.find_ffns(nn.Sequential(*hidden), x)
+    found = nerve.find_ffns(nn.Sequential(Checkpointed(None), hidden[0]), x)
+    assert [ffn.layer for ffn in found] == [0]
+    (line,) = found.unclear
+    assert line.startswith("# model.1.down: what they get cannot be followed")
+    assert nerve.find_ffns(nn.Sequential(Checkpointed(None)), x).unclear == []
+
+
+def test_what_runs_without_autograd_is_named():
+    """As a part that is frozen."""
+
+    class Frozen(Checkpointed):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.ffn(x)
+
+    found = nerve.find_ffns(nn.Sequential(Frozen(), Checkpointed(None)), torch.randn(4, 6, 8))
+    assert [type(ffn.post) for ffn in found] == [nn.Linear]
+    assert [line.partition(":")[0] for line in found.unclear] == ["# model.0.down"]
 
 
 def test_under_activation_checkpointing_an_ffn_is_described_by_hand():
     """What runs again for a derivative is not what the forward pass did: no FFN is told from it."""
     torch.manual_seed(0)
     model, x = Checkpointed(), torch.randn(40, 6, 8)
-    with pytest.raises(MeasurementError, match=r"Describe each with nerve\.FFNAdapter"):
-        nerve.find_ffns(model, x)
     ffns = [nerve.FFNAdapter(0, "ffn", model.up, model.down)]
     (row,) = nerve.measure(model, [x], ffns=ffns).itertuples()
     with torch.no_grad():

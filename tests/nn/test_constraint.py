@@ -117,7 +117,9 @@ def test_the_largest_singular_value_is_1_at_the_start(shape: tuple[int, int]) ->
 
 
 def test_the_iterations_a_step_keep_the_largest_singular_value_near_1() -> None:
-    """Without a leading direction, the hardest task: off by 6%, with torch's default by 41%."""
+    """Without a leading direction, the hardest task: off by 6% (6 to 9% for 12 draws of the bias
+    that a layer begins with), with torch's default by 41%."""
+    torch.manual_seed(1)
     linears = {"ours": constrained("spectral_norm", drawn())}
     linears["default"] = parametrizations.spectral_norm(nn.Linear(D_IN, D_OUT))
     assign(linears["default"], drawn())

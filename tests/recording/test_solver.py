@@ -1,9 +1,6 @@
 """Problems are solved in order, errors name their place, and nothing pending is lost."""
 
-import errno
 import gc
-import os
-import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nerve.cores import SHARE
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.recording.place import Placement
-from nerve.recording.solver import MOST_PENDING, NICENESS, Solver, spare_workers
+from nerve.recording.solver import MOST_PENDING, Solver
 
 CPU = torch.device("cpu")
 SHARES = torch.full((2, 4), 0.1, dtype=torch.float64)
@@ -92,115 +88,6 @@ def test_a_problem_that_cannot_be_solved_names_its_layer_and_step(solver):
     bad = replace(make_eigenproblem(3), post=-torch.eye(4, dtype=torch.float64))
     with pytest.raises(MeasurementError, match="ffn in layer 3 at step 7 could not be solved"):
         list(solver.submit({"step": 7}, [make_eigenproblem(2), bad])) + list(solver.drain())
-
-
-def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        solver = Solver(CPU, n_workers=2)
-        assert solver._pool is not None
-        assert {solver._pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
-        assert torch.get_num_threads() == 2
-        solver.close()
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-def test_threads_of_the_pool_give_way_to_those_that_train():
-    solver = Solver(CPU, n_workers=2)
-    assert solver._pool is not None
-    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    of_worker = solver._pool.submit(
-        lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    ).result()
-    assert of_worker == NICENESS > mine
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
-    solver.close()
-
-
-def test_cores_that_train_have_none_to_spare(monkeypatch):
-    """Beside a GPU there is one thread in any case: it takes what training leaves of its core."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
-    assert spare_workers(CPU) == 0
-    assert spare_workers(torch.device("cuda")) == 15
-    assert spare_workers(torch.device("cuda"), n_processes=2) == 7
-    assert spare_workers(torch.device("cuda"), n_processes=16) == 1
-
-
-def test_threads_that_solve_take_a_quarter_of_the_memory_at_most(monkeypatch):
-    """Each has what comes over, and three times as much at work."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr("nerve.recording.solver.memory", lambda: 64 * 2**30)
-    for gib, n_workers in ((0.25, 15), (0.5, 8), (1, 4), (9, 1)):
-        assert spare_workers(torch.device("cuda"), n_bytes=int(gib * 2**30)) == n_workers
-
-
-def test_a_trial_beside_others_solves_on_its_share_of_the_cores(monkeypatch):
-    for share, n_workers in (("8", 7), ("2", 1), ("1", 1)):
-        monkeypatch.setenv(SHARE, share)
-        assert spare_workers(torch.device("cuda")) == n_workers
-        assert spare_workers(CPU) == 0
-
-
-def in_time(call):
-    """What `call` gives or raises; fails where it waits for ever."""
-    ended: list = []
-
-    def work() -> None:
-        try:
-            ended.append(call())
-        except BaseException as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(5)
-    assert ended, "it waits for ever"
-    return ended[0]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.ESRCH])
-def test_threads_that_may_not_lower_their_priority_solve_all_the_same(monkeypatch, caplog, code):
-    def refuse(*args):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("os.setpriority", refuse)
-    solver = in_time(lambda: Solver(CPU, n_workers=3))
-    solver.submit({"step": 0}, [make_eigenproblem(0)])
-    assert [item.labels["step"] for item in solver.drain()] == [0]
-    assert caplog.text.count("priority") == 1
-    solver.close()
-
-
-def test_a_thread_that_fails_to_begin_is_an_error_and_no_wait(monkeypatch):
-    set_num_threads = torch.set_num_threads
-
-    def refuse(n):
-        if threading.current_thread().name.startswith("spectra"):
-            raise RuntimeError("no")
-        set_num_threads(n)
-
-    monkeypatch.setattr("torch.set_num_threads", refuse)
-    assert isinstance(in_time(lambda: Solver(CPU, n_workers=2)), MeasurementError)
-
-
-def test_threads_that_cannot_be_started_are_an_error_and_no_wait(monkeypatch):
-    start, started = threading.Thread.start, []
-
-    def refuse(thread):
-        if thread.name.startswith("spectra"):
-            started.append(thread)
-            if len(started) > 1:
-                raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert isinstance(in_time(lambda: Solver(CPU, n_workers=3)), MeasurementError)
-    started[0].join(5)
-    assert not started[0].is_alive()
 
 
 def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):

@@ -1,16 +1,23 @@
-"""What a report shows of groups of tokens, of sites, and of sampling; from a small measured run."""
+"""What reports show of groups of tokens, of sites, and of sampling; from small measured runs."""
 
 import numpy as np
 import pytest
 import torch
 
 import nerve
+from nerve.analysis.groups import pr_of_groups
 from nerve.analysis.load import Runs
 from nerve.models.gpt import GPT, GPTConfig
 from nerve.report.content import sampled_rows
-from nerve.report.figures_of_groups import SHOWN, groups_by_depth, sites_by_depth
-from nerve.report.groups import last_of
+from nerve.report.figures_of_groups import (
+    SHOWN,
+    groups_by_depth,
+    groups_by_factor,
+    sites_by_depth,
+)
+from nerve.report.groups import drawings_by_factor, last_of, tables_by_factor
 from nerve.report.one_run import content_of_run
+from nerve.report.several_runs import content_of_runs
 from nerve.report.style import LEVEL_COLORS
 
 # Of a model that is measured and not trained nothing is logged.
@@ -81,3 +88,52 @@ def test_a_run_without_groups_has_no_figure_of_them(measured, tmp_path):
     content = content_of_run(Runs(tmp_path / "run"), "all")
     assert not [d for d in content.drawings if d.name.startswith(("groups", "sites"))]
     assert not [note for note in content.notes if note.startswith("Sampling")]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Runs:
+    """Two GPTs of one and of three layers, measured with groups and three sites."""
+    folder = tmp_path_factory.mktemp("report")
+    batch = torch.randint(8, (20, 9), generator=torch.Generator().manual_seed(0))
+    for n_layers in (1, 3):
+        config = GPTConfig(n_layers=n_layers, d_model=8, n_heads=2, seq_len=9, vocab_size=8)
+        into = folder / f"run{n_layers}"
+        nerve.measure(GPT(config), [batch], into=into, groups=GROUPINGS, sites=SITES[:3])
+    return Runs(folder)
+
+
+def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(two):
+    content = content_of_runs(two, "all", "t")
+    drawn = {drawing.name: drawing for drawing in content.drawings}
+    names = [f"{what}_by_run_id" for what in ("groups_position", "groups_frequency", "sites")]
+    assert [name for name in drawn if name.startswith(("groups", "sites"))] == names
+    for name in names:
+        assert "the last step that has" in drawn[name].caption
+    sites = drawn["sites_by_run_id"].draw()
+    sites.draw_without_rendering()
+    titles = [panel.get_title() for panel in sites.axes]
+    assert titles == [f"PR {site}" for site in ("stream_in", "input", "pre", "post", "output")]
+    tables = {table.name: table.frame for table in content.tables}
+    assert len(tables["groups"]) == 1 + 3
+    assert len(tables["group_contrasts"]) == 2 * 2 * 3  # designs, sites, pairs
+
+
+def test_groups_of_a_site_share_an_axis_and_a_ratio_has_a_line_at_one(two):
+    rows = pr_of_groups(two.metrics, two.groups, two.frame)
+    figure = groups_by_factor(rows, "frequency", "run_id", [], "t")
+    titles = [panel.get_title() for panel in figure.axes]
+    groups = ("head", "mid", "tail", "tail / head")
+    assert titles == [f"PR {site}, {group}" for site in ("pre", "post") for group in groups]
+    for row in (figure.axes[:4], figure.axes[4:]):
+        assert len({panel.get_ylim() for panel in row[:3]}) == 1
+        assert [len(panel.lines) for panel in row] == [2, 2, 2, 3]
+        assert set(row[3].lines[-1].get_ydata()) == {1}
+    tail = figure.axes[6].lines[1].get_ydata()
+    own = rows[rows["run_id"] == two.frame["run_id"][1]].sort_values("layer")
+    np.testing.assert_array_equal(tail, own["pr_post_tail"])
+
+
+def test_several_runs_without_groups_have_no_figure_of_them(two):
+    rows = pr_of_groups(two.metrics, two.groups[:0], two.frame)
+    assert drawings_by_factor("ffn", rows, ["run_id"], [], "") == []
+    assert tables_by_factor(rows, []) == []

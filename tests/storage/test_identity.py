@@ -12,6 +12,7 @@ import pytest
 from support import composed
 
 from nerve.cli.config.compose import identity, resolved
+from nerve.storage import identity as identity_module
 from nerve.storage.identity import (
     ADDED,
     EXCLUDED,
@@ -19,6 +20,7 @@ from nerve.storage.identity import (
     config_id,
     differences,
     from_json,
+    ids_of_plain,
     new_run_id,
     to_json,
 )
@@ -248,3 +250,33 @@ def test_differences_are_the_keys_that_make_another_result():
     ]
     assert differences(CONFIG, {**CONFIG, "retry": True, "checkpoint": {"every_n_steps": 1}}) == []
     assert bool(differences(CONFIG, other)) == (config_id(CONFIG) != config_id(other))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"seed": 1, "ffn": {"width": 4}},
+        {"ffn": {"width": 4.0}, 'ü "x': [1, True, {"seed": 2}], "none": None},
+        {"limit": math.inf, "threads": 3, "data": {"cache_dir": "/tmp", "seed": 1}, "empty": {}},
+    ],
+)
+def test_both_ids_of_a_configuration_are_those_of_its_canonical_json(config):
+    """Whatever is remembered of its groups; the second is the first without the seed."""
+    for _ in range(2):
+        assert ids_of_plain(config)[0] == config_id(config)
+        without = {key: value for key, value in config.items() if key != "seed"}
+        assert ids_of_plain(config)[1] == config_id(without)
+
+
+def test_what_is_remembered_tells_numbers_from_truth_and_text():
+    ids = [ids_of_plain({"a": value})[0] for value in (1, 1.0, True, "1", None)]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 4
+
+
+def test_no_more_groups_are_remembered_than_a_limit(monkeypatch):
+    monkeypatch.setattr(identity_module, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(identity_module, "_KNOWN", {})
+    ids = [ids_of_plain({"a": i % 5}) for i in range(20)]
+    assert ids[:5] == ids[5:10] == ids[15:]
+    assert len(identity_module._KNOWN) <= 3

@@ -117,6 +117,25 @@ class Counts(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def test_a_terminal_is_not_shown_the_loss_of_every_batch(monkeypatch):
+    """Reading it waits for the device; the first and the last batch are shown in any case."""
+    monkeypatch.setattr(callbacks, "SHOWN_EVERY_S", 1e9)
+    monkeypatch.setattr(callbacks.sys.stdout, "isatty", lambda: True, raising=False)
+    bar, module, asked = RunProgressBar("tokens"), Counts(), []
+    monkeypatch.setattr(bar, "get_metrics", lambda *_: asked.append(1) or {})
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[bar],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, Batches([torch.zeros(1)] * 20))
+    assert bar.train_progress_bar.n == 20
+    assert 2 <= len(asked) <= 3  # Lightning asks at the end of the epoch as well
+
+
 def test_the_bar_moves_with_each_batch_of_training():
     bar, module = RunProgressBar("tokens"), Counts()
     batches = Batches([torch.zeros(1)] * 3)

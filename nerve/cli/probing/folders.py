@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nerve.cli.probing.hub import check_hub
 from nerve.cli.probing.machine import device_of, dtype_of
 from nerve.cli.probing.networks import columns, n_embedded, text_config
-from nerve.cli.probing.places import arguments_of, check_place, expanded, name_of
+from nerve.cli.probing.places import (
+    arguments_of,
+    check_place,
+    expanded,
+    is_on_hub,
+    name_of,
+)
 from nerve.cli.probing.source import Asked, Checkpoint, Data
 from nerve.cli.probing.steps import steps_of
 from nerve.config import require, require_left
@@ -54,12 +61,16 @@ class Folders:
         places = expanded(asked.models)
         for place in places:
             check_place(place)
+        remote = [place for place in places if is_on_hub(place)]
+        if asked.tokenizer is not None and is_on_hub(asked.tokenizer, "A tokenizer is a folder"):
+            remote.append(asked.tokenizer)
         steps = steps_of(places, asked.steps)
         self.name = name_of(places)
         self.checkpoints = sorted(map(Checkpoint, steps, places))
         self._transformers = import_extra("transformers", "hf", "A model of transformers")
         self._transformers.logging.set_verbosity_error()
         self._transformers.logging.disable_progress_bar()
+        check_hub(remote)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """The model, in eval mode.

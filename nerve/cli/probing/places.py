@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -33,27 +34,54 @@ def expanded(models: Sequence[str]) -> list[str]:
     return found
 
 
+def is_on_hub(place: str, rule: str = "A model is a folder, a run directory") -> bool:
+    """Whether a place is to be looked for on the hub; False for what is here.
+
+    Args:
+        place: as typed.
+        rule: what else it may be, as the error begins.
+
+    Raises:
+        DataError: for what is not here and can be no name on the hub.
+    """
+    path = Path(place)
+    if path.exists():
+        return False
+    is_name = _HUB_NAME.fullmatch(place) is not None
+    if is_name and "/" in place and "@" not in place and path.parent.is_dir():
+        raise DataError(
+            f"{rule} or a name on the hub; the folder {path.parent} is here, and has no "
+            f"{path.name}.{near_names(place)} Check the path; on the hub it is {place}@main, too."
+        )
+    if not is_name:
+        raise DataError(
+            f"{rule} or a name on the hub; there is no {place}.{near_names(place)} Check the path."
+        )
+    return True
+
+
+def near_names(place: str) -> str:
+    """What of a path is here, where it goes astray: ` Near: ckpt/step_1.`, or nothing."""
+    path = Path(place)
+    while not path.parent.exists():
+        path = path.parent
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:  # a file, or a folder that may not be read
+        return ""
+    close = [str(path.parent / each) for each in get_close_matches(path.name, names)]
+    return f" Near: {', '.join(close)}." if close else ""
+
+
 def check_place(place: str) -> None:
     """Refuses what cannot be a model, before anything is loaded.
 
     Raises:
         DataError: saying what it is.
     """
+    if is_on_hub(place):
+        return
     path = Path(place)
-    if not path.exists():
-        is_beside = "/" in place and "@" not in place and path.parent.is_dir()
-        if is_beside and _HUB_NAME.fullmatch(place):
-            raise DataError(
-                f"A model is a folder, a run directory or a name on the hub; the folder "
-                f"{path.parent} is here, and has no {path.name}. Check the path; a model on the "
-                f"hub is {place}@main, too."
-            )
-        if _HUB_NAME.fullmatch(place):
-            return
-        raise DataError(
-            f"A model is a folder, a run directory or a name on the hub; there is no {place}. "
-            "Check the path."
-        )
     if path.is_file():
         if path.suffix == ".gguf":
             return

@@ -45,7 +45,7 @@ class CoreCheck:
         estimate: computes it, from the runs (of a benchmark, from its times).
         designs: all that are loaded, by name: those compared and those whose errors are pooled.
         compared: the designs that the effect is about.
-        sources: folders of runs; the first that has a run of each compared design is judged.
+        sources: folders of runs, the most telling first; see `judge`.
         labels: what the permutation permutes.
         seeds: asked for in each compared design, or how many points of a correlation or slope.
         scale: asked for.
@@ -81,8 +81,11 @@ class CoreCheck:
         return int(self.id.partition(".")[0])
 
     def judge(self, evidence: Evidence) -> "Judged":
-        """The outcome on the first source that has all compared designs, else on none."""
-        return next(self.on_each_source(evidence), Judged(self, None, None, None, None, _none))
+        """The outcome on the first source that has all that the check asks for; where none has, on
+        the first that has all compared designs, else on none."""
+        judged = list(self.on_each_source(evidence))
+        whole = [each for each in judged if not each.missing]
+        return [*whole, *judged, Judged(self, None, None, None, None, _none)][0]
 
     def on_each_source(self, evidence: Evidence) -> Iterator["Judged"]:
         """On every source that has all compared designs, in their order."""

@@ -75,7 +75,9 @@ def measure(sweep: Sweep, designs: Mapping[str, Design]) -> Measured | None:
     # Token mixing comes before channel mixing, as in a block.
     unit = (rows["ffn"] == "channel_mixing") * 1000 + rows["layer"].astype(int)
     rows = rows.assign(unit=unit)
-    common = set.intersection(*(set(own) for _, own in rows.groupby("run_id")["step"]))
+    common = set.intersection(
+        *(set(own) for _, own in rows.groupby("run_id", observed=True)["step"])
+    )
     steps = np.array(sorted(common))
     order = pd.Index(runs["run_id"])
     rows = rows[rows["step"].isin(steps)]
@@ -93,7 +95,10 @@ def measure(sweep: Sweep, designs: Mapping[str, Design]) -> Measured | None:
         loss=losses.to_numpy(float),
         accuracy=accuracy,
         runs=runs.reset_index(drop=True),
-        tokens=rows.groupby("run_id")["tokens_seen"].max().loc[order].to_numpy(float),
+        tokens=rows.groupby("run_id", observed=True)["tokens_seen"]
+        .max()
+        .loc[order]
+        .to_numpy(float),
     )
 
 

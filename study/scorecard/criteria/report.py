@@ -43,6 +43,8 @@ there. `undecided`: seeds, runs or scale that it asks for are missing, or less t
 
 **Changed since.** On 2026-11-27, after the runs that `15.runs` judges: both checks of claim 15 also
 ask that the cost be seen, so that permuted labels can test them. This can only take outcomes away.
+The same day, with one run of ten of row 6a there: a check goes to the first of its folders that
+has all it asks for, where before the first run of a new row took the place of runs that had all.
 
 **Null models.** Each check is computed again on spectra in which there is nothing to find; losses
 stay as they are. *untrained*: every step has the spectra of step 0. *clock*: every metric is 1 +

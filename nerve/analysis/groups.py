@@ -1,0 +1,101 @@
+"""PR of groups of tokens and of sites beside each other, over layers and designs."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from nerve.analysis.depth import metrics_by_depth
+from nerve.analysis.frames import at_last_step, require_columns
+from nerve.metric_names import SITES
+
+ROW = ["run_id", "step", "layer", "ffn"]
+
+CONTRASTS = {"position": (("0", "like_0"), ("q4", "q1")), "frequency": (("tail", "head"),)}
+"""Pairs of groups of one grouping that have equally many samples, of which PR is compared."""
+
+
+def pr_column(site: str, group: str, other: str | None = None) -> str:
+    """The column of `pr_of_groups` for a site's group, or for its ratio to another group's."""
+    return f"pr_{site}_{group}" if other is None else f"pr_{site}_{group}_to_{other}"
+
+
+def pr_of_groups(
+    metrics: pd.DataFrame, groups: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str] = ()
+) -> pd.DataFrame:
+    """One row per run, FFN and layer at each run's last step that has groups.
+
+    Columns: those of `metrics_by_depth`, with PR of each site and group, such as `pr_post_tail`,
+    `pr_output_all` (of all samples), and its ratios of `CONTRASTS`, `pr_post_tail_to_head`.
+
+    Args:
+        metrics: rows of `load_metrics`.
+        groups: rows of `load_groups`.
+        runs: rows of `load_runs`; rows of other runs are passed over.
+        factors: columns of `runs` to keep.
+
+    Raises:
+        ConfigError: for frames without these columns, or a factor that is not a column.
+    """
+    require_columns(groups, [*ROW, "site", "group", "pr"], "load_groups")
+    last = at_last_step(groups)
+    wide = last.pivot(index=ROW, columns=["site", "group"], values="pr")
+    wide.columns = wide.columns.map(lambda pair: pr_column(*pair))
+    for _, site, group, other in _contrasts():
+        above, below = (pr_column(site, each) for each in (group, other))
+        if above in wide and below in wide:
+            wide[pr_column(site, group, other)] = wide[above] / wide[below]
+    steps = last.groupby("run_id", observed=True)["step"].first()
+    own = metrics[metrics["run_id"].isin(steps.index)]  # at all steps, which say how a run ended
+    merged = own.merge(wide.reset_index(), on=ROW, how="left")
+    rows = metrics_by_depth(merged, runs, factors, names=list(wide.columns))
+    return rows[rows["step"] == rows["run_id"].astype(object).map(steps)].reset_index(drop=True)
+
+
+def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataFrame:
+    """One row per design, FFN, site and pair of groups: how many times the PR of the other a group
+    has, averaged over layers and seeds.
+
+    Columns: `design_id, data`, the `factors`, `ffn, site, grouping, group, other, n_seeds`;
+    `pr_group, pr_other`: means over layers and seeds; `ratio`: the geometric mean over layers of
+    the ratio of their PR, averaged over seeds; `ratio_sd`: its sample SD over seeds, missing with
+    fewer than two.
+
+    Args:
+        rows: of `pr_of_groups`, of runs that can be compared.
+        factors: columns of `rows`, the same for all seeds of a design.
+    """
+    keys = ["design_id", "data", *factors, "ffn"]
+    tables = [pd.DataFrame(columns=[*keys, "grouping"])]
+    for grouping, site, group, other in _contrasts():
+        ratio = pr_column(site, group, other)
+        if ratio not in rows:
+            continue
+        values = rows[[*keys, "run_id"]].assign(
+            pr_group=rows[pr_column(site, group)],
+            pr_other=rows[pr_column(site, other)],
+            ratio=np.log(rows[ratio]),
+        )
+        table = _over_seeds(values.dropna(subset=["ratio"]), keys)
+        named = {"site": site, "grouping": grouping, "group": group, "other": other}
+        for place, (name, value) in enumerate(named.items(), len(keys)):
+            table.insert(place, name, value)
+        tables.append(table)
+    return pd.concat([table for table in tables if len(table)] or tables)
+
+
+def _contrasts() -> Iterator[tuple[str, str, str, str]]:
+    for grouping, pairs in CONTRASTS.items():
+        for site in SITES:
+            for group, other in pairs:
+                yield grouping, site, group, other
+
+
+def _over_seeds(values: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Means over the layers of each run, of the ratio in logarithms, then over runs."""
+    runs = values.groupby([*keys, "run_id"], sort=False, dropna=False, observed=True).mean()
+    runs["ratio"] = np.exp(runs["ratio"])
+    designs = runs.groupby([*keys], sort=False, dropna=False, observed=True)
+    means = designs.mean()
+    means.insert(0, "n_seeds", designs.size())
+    return means.assign(ratio_sd=designs["ratio"].std()).reset_index()

@@ -1,0 +1,104 @@
+"""Where `nerve-probe` looks for a model: what is no path here, and whether the hub answers."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import HfHubHTTPError
+
+from nerve.cli.probing.folders import Folders
+from nerve.cli.probing.hub import TIMEOUT_S, check_hub
+from nerve.cli.probing.places import is_on_hub
+from nerve.cli.probing.source import Asked
+from nerve.errors import DataError
+
+ON_HUB = ("gpt2", "EleutherAI/pythia-70m", "EleutherAI/pythia-70m@step1000", "ckpt/step_2@main")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ckpt/step_1").mkdir(parents=True)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """What the hub is asked for, and how long an answer may take; it gives none."""
+    asked: list[tuple[str, float]] = []
+
+    def ask(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("./ckpt/stpe_1", "there is no ./ckpt/stpe_1. Near: ckpt/step_1. Check"),
+        ("ckpt/stpe_1", "the folder ckpt is here, and has no stpe_1. Near: ckpt/step_1. Check"),
+        ("ckpt/other", "the folder ckpt is here, and has no other. Check"),
+        ("ckpts/step_1/model", "there is no ckpts/step_1/model. Near: ckpt. Check"),
+        ("ckpt/step_1/a/b", "there is no ckpt/step_1/a/b. Check"),
+        ("/nowhere/step_1", "there is no /nowhere/step_1. Check"),
+    ],
+)
+def test_a_misspelt_path_is_answered_with_what_is_near_it(place, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        is_on_hub(place)
+
+
+def test_a_tokenizer_is_looked_for_as_a_model_is():
+    with pytest.raises(DataError, match=r"A tokenizer is a folder or .* has no stpe_1. Near: "):
+        Folders(Asked(("gpt2",), tokenizer="ckpt/stpe_1"))
+
+
+def test_names_on_the_hub_are_told_from_what_is_here():
+    assert all(map(is_on_hub, ON_HUB))
+    assert not is_on_hub("ckpt/step_1")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(requests):
+    """Of transformers it would be six times, with pauses of 23 s between."""
+    with pytest.raises(
+        DataError, match=r"cpkt is no folder here, .* be reached \(timed out\). Nea"
+    ):
+        check_hub(["cpkt", "gpt2"])
+    ((url, timeout),) = requests
+    assert url.endswith("/cpkt/resolve/main/config.json")
+    assert timeout == TIMEOUT_S
+
+
+def test_an_answer_of_the_hub_is_left_to_transformers(monkeypatch):
+    """Also that it has no such model; further names are not asked for."""
+    asked = []
+
+    def ask(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise HfHubHTTPError.__new__(HfHubHTTPError)  # versions differ in what it is made of
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    check_hub(["org/model@step1000", "gpt2"])
+    assert [url.partition("/org/")[2] for url in asked] == ["model/resolve/step1000/config.json"]
+
+
+def test_what_is_cached_needs_no_hub(requests, monkeypatch):
+    cached = {("org/model", "config.json", "step1"), ("org/tokens", "tokenizer_config.json", None)}
+
+    def find(name: str, file: str, revision: str | None = None) -> str | None:
+        return "here" if (name, file, revision) in cached else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", find)
+    check_hub(["org/model@step1", "org/tokens"])
+    assert requests == []
+    with pytest.raises(DataError, match="org/model@step2 is no folder here"):
+        check_hub(["org/model@step1", "org/model@step2"])
+
+
+def test_what_no_model_of_the_hub_is_called_is_refused_unasked(requests):
+    with pytest.raises(DataError, match=r"none on the hub is called so \(.*\.git"):
+        check_hub(["model.git"])
+    assert requests == []

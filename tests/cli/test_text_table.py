@@ -1,0 +1,45 @@
+"""Tables against rich's, and how they fold."""
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from nerve.cli import text_table
+from nerve.cli.text_table import say_table
+
+NAMES, RIGHT = ("run", "state", "loss"), ("loss",)
+
+
+def printed(monkeypatch, capsys, rows, width=120):
+    monkeypatch.setattr(text_table, "console", lambda: Console(width=width))
+    say_table(NAMES, RIGHT, rows)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[["a", "done", "1.25"]], [["longer", "", "–"], ["x", "two\nlines", "3"]], [["語", "ü", ""]]],
+)
+def test_what_fits_is_richs_table(monkeypatch, capsys, rows):
+    table = Table()
+    for name in NAMES:
+        table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    expected = io.StringIO()
+    Console(file=expected, width=120, markup=False).print(table)
+    found = printed(monkeypatch, capsys, rows)
+    assert [line.rstrip() for line in found.splitlines()] == [
+        line.rstrip() for line in expected.getvalue().splitlines()
+    ]
+
+
+def test_the_widest_column_is_folded_and_loses_no_letter(monkeypatch, capsys):
+    path = "outputs/" + "abcdefghij" * 12
+    found = printed(monkeypatch, capsys, [[path, "done", "1.25"], ["語" * 40, "", ""]], width=60)
+    lines = found.splitlines()
+    assert max(len(line) for line in lines) <= 60
+    cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert "".join(cells) == path + "語" * 40
