@@ -55,10 +55,12 @@ def load_once(file: str | Path | IO[Any]) -> Any:
     return load(file)
 
 
-def _places(repo: IConfigRepository) -> tuple[str, ...] | None:
-    """Where configuration comes from, if nothing of it is a test's own."""
+def _places(name: str | None, repo: IConfigRepository) -> tuple[str, ...] | None:
+    """Where the configuration of this name comes from, if nothing of it is a test's own: neither
+    a folder nor, as where a run is resumed, what the command itself has put in Hydra's store."""
     places = tuple(source.path for source in repo.get_sources())
-    return places if PLACES.issuperset(places) else None
+    is_shipped = any((folder / f"{name}.yaml").is_file() for folder in (CONF, SWEEPS))
+    return places if is_shipped and PLACES.issuperset(places) else None
 
 
 def defaults_once(
@@ -70,7 +72,7 @@ def defaults_once(
 ) -> DefaultsList:
     """What `create_defaults_list` gives: which files a configuration is made of."""
     how = (prepend_hydra, skip_missing)
-    places = _places(repo)
+    places = _places(config_name, repo)
     if places is None:
         return create_defaults_list(repo, config_name, overrides_list, *how)
     given = [each for each in overrides_list if not each.is_sweep_override()]
@@ -89,7 +91,7 @@ def compose_once(
     self: ConfigLoaderImpl, defaults: Sequence[ResultDefault], repo: IConfigRepository
 ) -> DictConfig:
     """What `ConfigLoaderImpl._compose_config_from_defaults_list` gives: these files, merged."""
-    places = _places(repo)
+    places = _places(next(each.config_path for each in defaults if each.primary), repo)
     if places is None:
         return compose_defaults(self, list(defaults), repo)
     key = (places, tuple(map(repr, defaults)))
