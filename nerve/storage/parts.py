@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -144,11 +145,14 @@ def read_parts(
         except FileNotFoundError:
             continue  # compacted between listing and reading: the new listing has all the rows
         # One part, as a run that has ended has it, was written without doubled rows.
-        table = joined(tables, dataset) if len(tables) > 1 else [*tables, _EMPTY[dataset.name]][0]
+        table = joined(tables, dataset) if len(tables) > 1 else [*tables, _empty(dataset.name)][0]
         return table, damaged + missing_errors(directory, dataset)
 
 
-_EMPTY = {name: dataset.schema.empty_table() for name, dataset in DATASETS.items()}
+@cache
+def _empty(name: str) -> pa.Table:
+    """A table without rows; pyarrow looks for pandas as it makes the first, so not on import."""
+    return DATASETS[name].schema.empty_table()
 
 
 def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:

@@ -137,7 +137,7 @@ entry.{command}()
     [
         ("run", "hydra", []),
         ("run", "torch", ["model=gpt_tiny"]),
-        ("status", "rich.table", ["outputs"]),
+        ("status", "nerve.cli.text_table", ["outputs"]),
         ("report", "pandas", ["outputs"]),
     ],
 )

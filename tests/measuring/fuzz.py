@@ -30,7 +30,16 @@ from torch.nn import functional
 
 import nerve
 from nerve.errors import MeasurementError
-from nerve.measuring import accumulator, checks, ffns, masks, measure, measurement, probe, streams
+from nerve.measuring import (
+    accumulator,
+    checks,
+    ffns,
+    masks,
+    measure,
+    probe,
+    samples,
+    streams,
+)
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.sites import Site
 
@@ -561,7 +570,7 @@ def without() -> dict[str, list[Any]]:
         "the axis is as wide as declared": [put(probe, "of_site", as_given)],
         "post of the same samples": [put(probe, "check_same_samples", lambda *how: None)],
         "the order of tokens": [put(streams, "_traced", first)],
-        "the tokens of an expert": [put(measurement, "counted_of", all_count)],
+        "the tokens of an expert": [put(samples, "counted_of", all_count)],
         "pre unchanged": [put(torch, "isclose", yes)],
     }
 

@@ -16,6 +16,7 @@ TARGETS = {
         "nerve.data.images.ImageDataModule",
         "nerve.data.text.TextDataModule",
         "nerve.optim.Dion",
+        "nerve.optim.Muon",
         "nerve.training.loggers.CSVLogger",
         "nerve.training.loggers.WandbLogger",
     )

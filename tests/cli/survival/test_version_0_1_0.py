@@ -104,7 +104,7 @@ def test_the_interrupted_run_goes_on_to_what_the_other_one_left(copy, run):
         assert (frame["n_damaged_parts"] == 0).all()
         kept = frame[frame["step"] <= rows["step"].max()][list(rows)]
         kept = kept.merge(rows[list(KEYS[name])]).reset_index(drop=True)
-        pd.testing.assert_frame_equal(kept, rows)
+        pd.testing.assert_frame_equal(kept.astype(rows.dtypes.to_dict()), rows)
     ours, theirs = nerve.load_metrics("interrupted"), nerve.load_metrics("done")
     assert ours["step"].tolist() == theirs["step"].tolist() == [0, 2, 4, 6]
     assert ours[ours["step"] <= 4][ADDED].isna().all(axis=None)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import composing
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -465,6 +466,8 @@ def test_the_former_way_to_run_side_by_side_is_answered_with_the_present_one(
         node = OmegaConf.create({"_target_": JOBLIB, "n_jobs": 3})
         monkeypatch.setitem(launchers, "joblib.yaml", replace(basic, name="joblib.yaml", node=node))
         monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: None)
+    for remembered in ("_defaults", "_composed"):  # of shipped options; this launcher is none
+        monkeypatch.setattr(composing, remembered, {})
     status, _, err = sweep("seed=0,1", "hydra/launcher=joblib")
     assert status == 1
     assert f"hydra.sweeper.n_jobs={3 if is_installed else 2} in its place" in err
