@@ -125,7 +125,7 @@ class Clock(L.Callback):
         return torch.stack(self._losses).float().cpu()
 
 
-def make_model(size: Size) -> nn.Module:
+def make_model(size: Size, constraint: str = "none") -> nn.Module:
     shape = {
         "kind": "gpt",
         "n_layers": size.layers,
@@ -134,7 +134,8 @@ def make_model(size: Size) -> nn.Module:
         "seq_len": size.seq_len,
     }
     factors = {"activation": {"name": "gelu"}, "position": {"name": "learned"}}
-    values = {"model": shape, "normalization": {}, "ffn": {"width": 4}, **factors}
+    ffn = {"width": 4, "constraint": constraint}
+    values = {"model": shape, "normalization": {}, "ffn": ffn, **factors}
     return build_model(values, seed=0, vocab_size=size.vocab)
 
 

@@ -17,28 +17,13 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from graphs import SCHEDULE, SIZES, Clock, Size, Windows, moved
+from graphs import SCHEDULE, SIZES, Clock, Size, Windows, make_model, moved
 
 from nerve.cli.config.compose import CONF, build
-from nerve.models import build_model
 from nerve.nn.constraint import CONSTRAINTS
 from nerve.optim import Part, build_optimizer
 
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon", "dion", "soap", "shampoo")
-
-
-def make_model(size: Size, constraint: str) -> nn.Module:
-    shape = {
-        "kind": "gpt",
-        "n_layers": size.layers,
-        "d_model": size.d_model,
-        "n_heads": size.n_heads,
-        "seq_len": size.seq_len,
-    }
-    factors = {"activation": {"name": "gelu"}, "position": {"name": "learned"}}
-    ffn = {"width": 4, "constraint": constraint}
-    values = {"model": shape, "normalization": {}, "ffn": ffn, **factors}
-    return build_model(values, seed=0, vocab_size=size.vocab)
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:

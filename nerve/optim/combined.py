@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nerve.errors import ConfigError
+from nerve.optim.closure import loss_of
 
 
 class CombinedOptimizer(Optimizer):
@@ -37,10 +38,7 @@ class CombinedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients on, if there is one, and each part; gives its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self.parts.values():
             part.step()
         return loss

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nerve.config import require
+from nerve.optim.closure import loss_of
 
 
 class Dion(Optimizer):
@@ -93,10 +94,7 @@ class Dion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients on, if there is one, and updates; gives its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         index = 0
         for group in self.param_groups:
             for parameter in group["params"]:

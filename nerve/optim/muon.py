@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nerve.optim.closure import loss_of
+
 
 class Muon(torch.optim.Muon):
     """That of torch, its settings and its state, with one batch of products for all matrices of one
@@ -21,10 +23,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients on, if there is one, and updates; gives its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             by_shape: dict[tuple[Any, ...], list[Tensor]] = {}
             for each in group["params"]:
