@@ -1,9 +1,9 @@
 """What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
 
 import itertools
-import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import composing
@@ -11,7 +11,13 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
-from support import make_run, row, store, tables  # noqa: F401 - fixtures for all tests
+from support import (  # noqa: F401 - fixtures for all tests
+    make_run,
+    own_logging,
+    row,
+    store,
+    tables,
+)
 
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
@@ -45,8 +51,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nerve.cli.run import main  # after the import hook
 
     folder = tmp_path_factory.mktemp("sweep")
-    handlers, level = logging.root.handlers.copy(), logging.root.level
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_logging():
         patch.chdir(folder)
         for trial in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
             names = ("activation", "normalization", "seed")
@@ -54,10 +59,13 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             directory = f"hydra.run.dir=runs/{'-'.join(map(str, trial))}"
             patch.setattr(sys, "argv", ["nerve-run", *SWEEP, *factors, directory])
             main()
-    # Hydra's handlers write to what was stdout meanwhile.
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
     return folder / "runs"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    with own_logging():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
 """What tests share: rows, runs and stores with numbers that are known, and the pages' examples."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -49,6 +50,20 @@ TINY_RUN = (
 """Arguments of a run that takes a fraction of a second. What is given after them wins."""
 
 ROOT = Path(__file__).parents[1]
+
+
+@contextmanager
+def own_logging() -> Iterator[None]:
+    """Handlers and level of the root are afterwards as before: Hydra sets both, and its handlers
+    write to what is stdout meanwhile."""
+    handlers, level = logging.root.handlers.copy(), logging.root.level
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 

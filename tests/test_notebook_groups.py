@@ -1,6 +1,5 @@
 """The notebook of groups: executed on a fresh run with groups and sites, and stored as it ran."""
 
-import logging
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support import TINY_RUN
+from support import TINY_RUN, own_logging
 
 import nerve
 from nerve.metric_names import GROUP_SITES, GROUPS
@@ -35,13 +34,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nerve.cli.run import main  # after the import hook
 
     folder = tmp_path_factory.mktemp("groups") / "run"
-    handlers, level = logging.root.handlers.copy(), logging.root.level
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_logging():
         patch.chdir(folder.parent)
         patch.setattr(sys, "argv", ["nerve-run", *TINY_RUN, *ASKED, f"hydra.run.dir={folder}"])
         main()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
     return folder
 
 

@@ -118,7 +118,7 @@ def spectra_of(
 def _found(model: nn.Module, batch: Any, how: How) -> FoundFFNs:
     """The FFNs that a forward pass shows, which are said, and what might be one, too."""
     found = find_ffns(model, batch, forward=how.forward)
-    log.info("FFNs to measure:\n%s", found)
+    log.info("FFNs to measure:\n%s", str(found))  # a kept record would keep the model
     for line in found.unclear:
         log.warning("not measured; by hand, if it is an FFN: %s", line)
     return found

@@ -70,8 +70,9 @@ def test_a_series_is_one_run_of_all_its_steps(tmp_path, model, batches):
         assert nerve.load_spectra(tmp_path).empty
 
 
-def test_models_of_a_series_that_are_loaded_are_in_memory_one_at_a_time(tmp_path, batches):
-    """Each is gone when the next one is loaded."""
+def test_models_of_a_series_that_are_loaded_are_in_memory_one_at_a_time(tmp_path, batches, caplog):
+    """Each is gone when the next one is loaded, whoever keeps what is logged."""
+    caplog.set_level("INFO")
     alive: list[weakref.ref[nn.Module]] = []
 
     def load() -> nn.Module:
