@@ -11,6 +11,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from nerve import cores
 
+# Until all tests are collected: what is imported and collected stays, and to look through it again
+# and again takes a quarter of that time.
+gc.disable()
+
 # A shell ignores them in what it runs in the background, and what is ignored stays so.
 for _signum, _handler in (
     (signal.SIGINT, signal.default_int_handler),
@@ -61,7 +65,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not _only_hands_out(config):  # to whom torch and Lightning would be six seconds for nothing
+    if _only_hands_out(config):  # to which torch and Lightning would be six seconds for nothing
+        gc.enable()
+    else:
         config.pluginmanager.import_plugin("shared")
 
 
@@ -72,7 +78,8 @@ def _only_hands_out(config: pytest.Config) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
+    gc.freeze()  # else it is looked through while tests run, a tenth of all time
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
