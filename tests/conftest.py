@@ -42,7 +42,10 @@ TOGETHER = {
 }
 """Tests that share what takes long to make, and its name; these come first."""
 
-LONG = ("tests/test_install.py", "tests/cli/", "tests/test_s")
+LONG = (
+    *("tests/test_install.py", "tests/cli/", "tests/test_s", "tests/training/"),
+    *("tests/integrations/", "tests/report/", "tests/test_m"),
+)
 """What comes next: the shorter the last ones, the less a process waits for the others."""
 
 

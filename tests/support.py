@@ -54,13 +54,16 @@ TINY_RUN = (
 ROOT = Path(__file__).parents[1]
 
 
+LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
+"""Those whose level a command sets."""
+
+
 @contextmanager
 def as_before() -> Iterator[None]:
     """What a command sets for all of its process is afterwards as before: the environment, what
     loggers let through, the root's handlers (Hydra's write to what is stdout meanwhile), what is
     called last of an exception, and Hydra's own configuration."""
-    loggers = [each for each in logging.root.manager.loggerDict.values() if hasattr(each, "level")]
-    levels = [(logger, logger.level) for logger in (logging.root, *loggers)]
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, LOGGERS)]
     handlers, environment = logging.root.handlers.copy(), os.environ.copy()
     hook, config = sys.excepthook, HydraConfig.instance().cfg
     try:
