@@ -4,11 +4,12 @@
     python tests/faults --all after.tsv   # all faults; goes on where after.tsv ends
 
 A fault meets the test that caught it last, as after.tsv has it, then the near tests: those that
-mirror its module and those that import it. With `--all` the faults that these let pass then go into one copy together, on which all quick tests run once;
-each test that fails there runs on each of these faults alone. So a test that passes with all of
-them in place is taken to pass with each. A test that fails without any fault proves nothing and is
-left out. At the end the faults that before.tsv says are caught and that are not any more are named,
-but for those whose code is gone, and the exit status is 1 if there are any.
+mirror its module and those that import it. With `--all` the faults that these let pass then go into
+one copy together, on which all quick tests run once; each test that fails there runs on each of
+these faults alone. So a test that passes with all of them in place is taken to pass with each. A
+test that fails without any fault proves nothing and is left out. At the end the faults that
+before.tsv says are caught and that are not any more are named, but for those whose code is gone,
+and the exit status is 1 if there are any.
 """
 
 import argparse
