@@ -8,10 +8,9 @@ from torch import nn
 
 from nerve.cli.experiment.groups import width_of
 from nerve.cli.experiment.plan import Plan
-from nerve.measuring.ffns import sites_of
+from nerve.measuring.ffns import n_inputs, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.projection import PROJECTED
-from nerve.measuring.sites import n_inputs
 from nerve.metric_names import GROUPS
 from nerve.optim import parameter_roles
 
