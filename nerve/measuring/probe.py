@@ -14,13 +14,24 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.checks import check_same_samples, of_site, plain, split
-from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, tokens_of
+from nerve.measuring.ffns import (
+    FFN,
+    Site,
+    argument,
+    declared_widths,
+    last,
+    n_runs_of,
+    named,
+    pool_of,
+    replaced,
+    sample_of,
+    sites_of,
+    tokens_of,
+)
 from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
-from nerve.measuring.sites import Site, argument, declared_widths, last, replaced, sample_of
 from nerve.measuring.slices import products_of
-from nerve.measuring.tap import registered, tap
+from nerve.measuring.tap import check_same_samples, of_site, plain, registered, split, tap
 from nerve.spectra.flag import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
