@@ -1,5 +1,7 @@
-"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
+"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs; and
+none of them hangs."""
 
+import faulthandler
 import itertools
 import os
 import random
@@ -42,15 +44,8 @@ SWEEP = (
 )
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-FOUND = pytest.StashKey[dict[str, object]]()
 
 composing.remember()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    cache = tempfile.TemporaryDirectory(prefix="nerve-cache-")
-    config.add_cleanup(cache.cleanup)
-    os.environ["NERVE_CACHE"] = cache.name
 
 
 @pytest.fixture(scope="session")
@@ -70,19 +65,46 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+LATE_S = 60.0
+"""How long after its time limit a test is ended by force, with its process, which says where its
+threads stand. The limit itself is heard by Python alone: not in a wait of torch's, for instance."""
+
+_stderr = pytest.StashKey[int]()
+_found = pytest.StashKey[dict[str, object]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cache = tempfile.TemporaryDirectory(prefix="nerve-cache-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["NERVE_CACHE"] = cache.name
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        config.stash[_stderr] = os.dup(2)
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, bool, bool]:
-    """No test is another one after others: what they drew or set for their process is undone."""
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """A test that hangs is ended; and none is another one after others: what they drew, or set for
+    their process as commands do, is undone."""
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker else item.config.getini("timeout"))
+    if not item.config.getoption("usepdb"):
+        faulthandler.dump_traceback_later(
+            limit + LATE_S, exit=True, file=item.config.stash[_stderr]
+        )
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
-    with as_before():
-        return (yield)
+    try:
+        with as_before():
+            return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
-    item.stash[FOUND] = state_of_the_process()
+    item.stash[_found] = state_of_the_process()
     return (yield)
 
 
@@ -91,8 +113,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     """A test that leaves the process another one fails."""
     yield
     left = state_of_the_process()
-    changed = {name: value for name, value in left.items() if item.stash[FOUND][name] != value}
-    assert not changed, f"left behind: {changed}; found: {item.stash[FOUND]}"
+    changed = {name: value for name, value in left.items() if item.stash[_found][name] != value}
+    assert not changed, f"left behind: {changed}; found: {item.stash[_found]}"
 
 
 def state_of_the_process() -> dict[str, object]:

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
 
 Eigenproblem = FFNEigenproblem | GroupEigenproblem
 Place = Literal["host", "device"]

@@ -15,8 +15,7 @@ import torch
 
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
-from nerve.measuring.eigenproblem import FFNSpectra
-from nerve.measuring.group_spectra import GroupSpectrum, pooled_spectra
+from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum, pooled_spectra
 from nerve.recording.place import Eigenproblem, Place, Placement, bytes_of, work_of
 from nerve.recording.staging import Staging
 from nerve.recording.workers import pool_of

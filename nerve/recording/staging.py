@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.ffns import FFN, sites_of
-from nerve.measuring.group_spectra import GroupEigenproblem
-from nerve.measuring.sites import n_inputs
+from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
+from nerve.measuring.ffns import FFN, n_inputs, sites_of
 from nerve.spectra.triangle import from_lower_blocks, lower_blocks, lower_bytes
 
 E = TypeVar("E", bound=FFNEigenproblem | GroupEigenproblem)

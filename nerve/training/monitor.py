@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nerve.config import from_mapping, require
 from nerve.errors import noted
 from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.distributed import gathered
+from nerve.measuring.distributed import gathered, leave
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import call, evaluating
@@ -302,6 +302,7 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         self._is_taking = False
         self._updates.close()
+        leave(exception)
         with noted(exception):
             self._recorder.abort()
         if trainer.world_size == 1:  # else the others may never come to exchange their spectra

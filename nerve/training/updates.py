@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.ffns import FFN, sites_of
-from nerve.optim import hidden_lr
+from nerve.optim import Role
 
 NEVER = sys.maxsize
 """A validation interval that no training comes to."""
@@ -112,6 +112,18 @@ def rate_of(optimizers: Sequence[Optimizer], ffns: Sequence[FFN]) -> float | Non
     }
     holding = [o for o in optimizers if any(id(each) in measured for each in _parameters(o))]
     rates = {hidden_lr(optimizer) for optimizer in holding or optimizers}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def hidden_lr(optimizer: Optimizer) -> float | None:
+    """The present learning rate of the hidden weights, as the schedule left it.
+
+    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
+    not make, where groups have no roles, that of all groups. None where they have several.
+    """
+    groups = optimizer.param_groups
+    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
+    rates = {float(group["lr"]) for group in hidden or groups}
     return rates.pop() if len(rates) == 1 else None
 
 

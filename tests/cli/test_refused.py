@@ -10,8 +10,8 @@ import pytest
 from hydra import compose
 from support import hydra_at_conf
 
-from nerve.cli.config.overrides import explain_error, overrides_of
-from nerve.cli.config.paths import require_directories, with_literal_paths
+from nerve.cli.config.explain import explain_error
+from nerve.cli.config.overrides import overrides_of, require_directories, with_literal_paths
 from nerve.errors import ConfigError
 
 LONG = 300 * "n"

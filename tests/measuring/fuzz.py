@@ -32,16 +32,15 @@ import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring import (
     accumulator,
-    checks,
     ffns,
+    following,
     masks,
     measure,
     probe,
     samples,
     streams,
 )
-from nerve.measuring.ffns import FFNAdapter
-from nerve.measuring.sites import Site
+from nerve.measuring.ffns import FFNAdapter, Site
 
 ACTS = {
     "relu": torch.relu,
@@ -558,8 +557,8 @@ def without() -> dict[str, list[Any]]:
     first = lambda *how: streams.Traced("", True)  # noqa: E731
     all_count = lambda rows, source, counts, where: torch.ones(rows.shape[:-1], dtype=torch.bool)  # noqa: E731
     return {
-        "post follows from pre": [put(checks, "way_from", lambda *how: "directly")],
-        "pre is no factor": [put(checks, "is_factor", lambda *how: False)],
+        "post follows from pre": [put(following, "way_from", lambda *how: "directly")],
+        "pre is no factor": [put(following, "is_factor", lambda *how: False)],
         "pre has a weight": [put(ffns, "_has_weight", lambda module: True)],
         "masks are 0 and 1": [put(masks, "as_bool", any_bool), put(streams, "as_bool", any_bool)],
         "W x + b is what the layer gave": [put(accumulator, "gives", yes)],

@@ -14,11 +14,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError
-from nerve.measuring.ffns import FFN, FFNAdapter
+from nerve.measuring.ffns import FFN, FFNAdapter, Site
 from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.sites import Site
 
 HALF = [torch.bfloat16, torch.float16]
 PRE = ["se_pre", "pr_pre", "eee_pre", "js", "variance_pre"]

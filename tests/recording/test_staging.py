@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
 from nerve.measuring.ffns import FFNAdapter
-from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.recording.staging import N_BUFFERS, HostBuffer, Staging, expected_bytes
 
 CPU = torch.device("cpu")
