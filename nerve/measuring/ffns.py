@@ -5,7 +5,8 @@ nonlinearity.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -227,6 +228,19 @@ def pool_of(ffn: FFN) -> str | None:
 def tokens_of(ffn: FFN) -> Site | None:
     """Where all tokens appear of which it gets some, in any order; None where it gets all."""
     return getattr(ffn, "tokens", None)
+
+
+def require_distinct(ffns: Sequence[FFN]) -> None:
+    """Raises `MeasurementError` for no FFNs, and for several of one layer and name."""
+    if not ffns:
+        raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
+    pools = {(ffn.layer, pool) for ffn in ffns if (pool := pool_of(ffn)) is not None}
+    names = Counter([*((ffn.layer, ffn.name) for ffn in ffns), *pools])
+    doubled = [key for key, n in names.items() if n > 1]
+    if doubled:
+        raise MeasurementError(
+            f"Layer and name must tell FFNs apart; (layer, name) = {doubled[0]} stands for several."
+        )
 
 
 def named(ffn: FFN) -> str:

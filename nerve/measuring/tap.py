@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nerve.errors import MeasurementError
@@ -24,7 +24,7 @@ def plain(features: Any, side: str, where: str) -> Tensor:
         MeasurementError: unless it is one plain tensor of floats.
     """
     if isinstance(features, DTensor):
-        raise split(where)
+        raise _split(where)
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise MeasurementError(
             f"Features must be one tensor of floats; {side} of {where} is "
@@ -77,7 +77,14 @@ def check_same_samples(pre: Tensor, post: Tensor, where: str) -> None:
         )
 
 
-def split(where: str) -> MeasurementError:
+def check_whole(module: nn.Module, where: str) -> None:
+    """Raises `MeasurementError` for a module whose weights are slices: what it gives is one, too,
+    which no type shows."""
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise _split(where)
+
+
+def _split(where: str) -> MeasurementError:
     """The error for features that are slices."""
     return MeasurementError(
         "Features must be whole, since the spectra of slices do not add up; those of "
