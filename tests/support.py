@@ -52,14 +52,29 @@ TINY_RUN = (
 ROOT = Path(__file__).parents[1]
 
 
+class PlainArguments(logging.Handler):
+    """Refuses records that hold more than texts, numbers and the like: who keeps one, as some
+    handlers do, would keep a model with it, or the frames of an error."""
+
+    PLAIN = (str, int, float, Path, torch.device, type(None))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        given = record.args.values() if isinstance(record.args, dict) else record.args or ()
+        kept = [type(each).__name__ for each in given if not isinstance(each, self.PLAIN)]
+        assert not kept, f"{record.name} logs {kept} by itself, where its text is enough"
+
+
 @contextmanager
 def own_logging() -> Iterator[None]:
     """Handlers and level of the root are afterwards as before: Hydra sets both, and its handlers
-    write to what is stdout meanwhile."""
+    write to what is stdout meanwhile. What nerve logs is text."""
     handlers, level = logging.root.handlers.copy(), logging.root.level
+    nerve, plain = logging.getLogger("nerve"), PlainArguments()
+    nerve.addHandler(plain)
     try:
         yield
     finally:
+        nerve.removeHandler(plain)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
 
