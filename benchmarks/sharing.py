@@ -72,9 +72,10 @@ class Clock(L.Callback):
 
 
 def _wait_for_spectra(trainer: L.Trainer) -> None:
+    from nerve.training.fit import callbacks_of
     from nerve.training.monitor import SpectralMonitor
 
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, SpectralMonitor):
             callback._recorder.wait()
 

@@ -703,8 +703,8 @@ def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_pa
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
     monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
-    monitored = "nerve.training.monitor._is_monitored"
-    ask = monitor_module._is_monitored
+    monitored = "nerve.training.monitor.is_awaited"
+    ask = monitor_module.is_awaited
     monkeypatch.setattr(monitored, lambda trainer: (began.set(), ask(trainer))[1])
     stop, watch = EarlyStopping("ffn/mean/pr_post", patience=9), Watch()
     data = batches(2), batches(1, seed=1)
