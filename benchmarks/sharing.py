@@ -45,7 +45,7 @@ class Clock(L.Callback):
         if not paced:
             from nerve.recording.pace import Pace
 
-            Pace.end_step = lambda pace: None  # type: ignore[method-assign]
+            Pace.end_step = lambda pace: None
         self._folder, self._n = Path(folder), n
         self._marks = {plain: "plain", first: "measured", last: "end"}
         self._times: dict[str, float] = {}
