@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from nerve import cores
 
@@ -44,6 +45,20 @@ LONG = ("tests/test_install.py", "tests/cli/", "tests/test_s")
 
 class ByFile(LoadScopeScheduling):
     """Each file's tests run in one process, and so do those of `TOGETHER`."""
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """As it is, but that the test that ended its process is not run again by the next one."""
+        others, self.assigned_work = self.assigned_work, {node: self.assigned_work[node]}
+        crashed: str | None = super().remove_node(node)
+        others.pop(node)
+        self.assigned_work = others
+        for scope, unit in [*self.workqueue.items()]:
+            unit.update({crashed: True} if crashed in unit else {})
+            if all(unit.values()):
+                del self.workqueue[scope]
+        for other in others:
+            self._reschedule(other)
+        return crashed
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::")[0]

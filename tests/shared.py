@@ -1,5 +1,7 @@
-"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs."""
+"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs; and
+none of them hangs."""
 
+import faulthandler
 import itertools
 import os
 import sys
@@ -62,10 +64,32 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+LATE_S = 60.0
+"""How long after its time limit a test is ended by force, with its process, which says where its
+threads stand. The limit itself is heard by Python alone: not in a wait of torch's, for instance."""
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        config.stash[_stderr] = os.dup(2)
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    with own_logging():
-        return (yield)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker else item.config.getini("timeout"))
+    if not item.config.getoption("usepdb"):
+        faulthandler.dump_traceback_later(
+            limit + LATE_S, exit=True, file=item.config.stash[_stderr]
+        )
+    try:
+        with own_logging():
+            return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from nerve.errors import StoreError
-from nerve.measuring.distributed import gathered, rank
+from nerve.measuring.distributed import gathered, leave, rank
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunState
@@ -48,6 +48,7 @@ def recorded_run(
         try:
             yield run
         except BaseException as error:
+            leave(error)
             if run is not None:
                 _end(run, error)
             raise

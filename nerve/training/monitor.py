@@ -13,7 +13,7 @@ from torch import Tensor
 from nerve.config import from_mapping, require
 from nerve.errors import noted
 from nerve.measuring.choice import Choice
-from nerve.measuring.distributed import gathered
+from nerve.measuring.distributed import gathered, leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.given import check_given
@@ -295,6 +295,7 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         self._is_taking = False
         self._updates.close()
+        leave(exception)
         with noted(exception):
             self._recorder.abort()
         if trainer.world_size == 1:  # else the others may never come to exchange their spectra
