@@ -11,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nerve.config import from_mapping, require
-from nerve.errors import noted
 from nerve.measuring.choice import Choice
 from nerve.measuring.distributed import gathered, leave
 from nerve.measuring.ffns import FFN
@@ -296,13 +295,8 @@ class SpectralMonitor(L.Callback):
         self._is_taking = False
         self._updates.close()
         leave(exception)
-        with noted(exception):
-            self._recorder.abort()
-        if trainer.world_size == 1:  # else the others may never come to exchange their spectra
-            with noted(exception):
-                self._recorder.drain()
-        with noted(exception):
-            self._recorder.close()
+        self._recorder.fail(exception)
+        self._choice = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
@@ -314,6 +308,7 @@ class SpectralMonitor(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._updates.close()
         self._recorder.close()
+        self._choice = None  # which has the model
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._recorder.state_dict(), "n_updates": self._updates.n}

@@ -1,8 +1,10 @@
 """The callback measures the right weights on the right tokens, and changes nothing."""
 
 import copy
+import gc
 import threading
 import time
+import weakref
 from functools import partial
 
 import lightning as L
@@ -808,3 +810,16 @@ def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
         fit(tmp_path, module, batches(4), batches(1), callbacks=[Poison()], every_n_steps=9)
     assert any("the disk is full" in note for note in ended.value.__notes__)
     assert not module.model.blocks[0].ffn.up._forward_hooks
+
+
+def test_a_monitor_keeps_no_model_once_the_fit_is_over(tmp_path):
+    """But for the functions to log by, which Lightning gives to callbacks."""
+    module = make_module()
+    seen = weakref.ref(module.model)
+    monitor, _ = fit(tmp_path, module, batches(2), batches(1, seed=1), every_n_steps=1)
+    for name in ("log", "log_dict"):
+        vars(monitor).pop(name, None)
+    del module
+    gc.collect()
+    assert seen() is None
+    assert monitor.latest
