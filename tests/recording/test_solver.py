@@ -87,15 +87,18 @@ def test_a_later_measurement_waits_for_the_order_and_too_many_wait_for_the_oldes
     solver.close()
 
 
+def interrupted(call) -> None:
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    call()
+
+
 def test_a_wait_that_ctrl_c_ends_loses_nothing():
     """What was waited for comes out at the next time, and first."""
     gate, solver = threading.Event(), Solver(CPU, n_workers=1)
     solver.submit({"step": 0}, [hold(make_eigenproblem(0), gate)])
     solver.submit({"step": 1}, [make_eigenproblem(0)])
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        timer.start()
-        list(solver.drain())
+        interrupted(lambda: list(solver.drain()))
     gate.set()
     assert [item.labels["step"] for item in solver.drain()] == [0, 1]
     solver.close()
@@ -109,10 +112,8 @@ def test_an_end_that_ctrl_c_interrupts_has_dropped_what_no_thread_has_begun():
     until = time.monotonic() + 10
     while not futures[0].running() and time.monotonic() < until:
         time.sleep(0.001)
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        timer.start()
-        solver.close()
+        interrupted(solver.close)
     assert [future.cancelled() for future in futures] == [False, True, True]
     gate.set()
     solver.close()
