@@ -12,8 +12,7 @@ import torch
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum, pooled_spectra
-from nerve.recording.dispatch import Dispatch, Waiting
-from nerve.recording.place import Eigenproblem
+from nerve.recording.dispatch import Dispatch, Eigenproblem, Waiting
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.recording.place import Placement
+from nerve.recording.dispatch import Placement
 from nerve.recording.solver import MOST_PENDING, Solver
 
 CPU = torch.device("cpu")

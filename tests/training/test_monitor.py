@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from language_models import SEQ, language_model
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from support import Batches, KeepWeights
@@ -23,8 +24,7 @@ import nerve.training.monitor as monitor_module
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
-from nerve.models import build_model
-from nerve.optim import Part, Schedule, build_optimizer
+from nerve.optim import Schedule
 from nerve.recording.means import logged_values, mean_values, monitored_values
 from nerve.recording.solver import MOST_PENDING
 from nerve.storage.record import RunRecord
@@ -33,29 +33,13 @@ from nerve.training.loggers import StoreLogger
 from nerve.training.module import LanguageModel
 from nerve.training.monitor import SpectralMonitor
 
-VOCAB, SEQ, BATCH = 13, 8, 4
+VOCAB, BATCH = 13, 4
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
 
 
-def make_module(lr: float = 1e-2, compile: bool = False, **groups) -> LanguageModel:
-    values = {
-        "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
-        "normalization": {},
-        "activation": {"name": "gelu"},
-        "position": {"name": "learned"},
-        "ffn": {"width": 2},
-    }
-    for group, changes in groups.items():
-        values[group] = values[group] | changes
-    parts = {
-        "main": Part(("hidden", "embedding", "head", "vector"), partial(torch.optim.AdamW, lr=lr))
-    }
-    return LanguageModel(
-        build_model(values, seed=0, vocab_size=VOCAB),
-        lambda model: build_optimizer(model, parts),
-        Schedule("constant", warmup=0.2, cooldown=0.0),
-        compile=compile,
-    )
+def make_module(**given) -> LanguageModel:
+    schedule = Schedule("constant", warmup=0.2, cooldown=0.0)
+    return language_model(VOCAB, schedule, **given)
 
 
 def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -705,8 +689,8 @@ def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_pa
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
     monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
-    monitored = "nerve.training.monitor._is_monitored"
-    ask = monitor_module._is_monitored
+    monitored = "nerve.training.monitor.is_awaited"
+    ask = monitor_module.is_awaited
     monkeypatch.setattr(monitored, lambda trainer: (began.set(), ask(trainer))[1])
     stop, watch = EarlyStopping("ffn/mean/pr_post", patience=9), Watch()
     data = batches(2), batches(1, seed=1)
