@@ -1,6 +1,5 @@
 """The notebook of groups: executed on a fresh run with groups and sites, and stored as it ran."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from support import TINY_RUN, as_before
 
 import nerve
 from nerve.metric_names import GROUP_SITES, GROUPS
+from notebooks import assert_small_and_without_places, stored_cells
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "groups.ipynb"
 ASKED = (
@@ -25,7 +25,7 @@ ASKED = (
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
     """The cells as they are committed, by id."""
-    return {cell["id"]: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    return stored_cells(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,4 @@ def test_every_cell_runs_on_a_fresh_run_and_gives_what_the_stored_one_gave(run, 
 def test_the_stored_notebook_was_executed_and_knows_no_place_on_a_machine(stored):
     code = [cell for cell in stored.values() if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert NOTEBOOK.stat().st_size < 600_000
-    for cell in stored.values():
-        texts = [cell.source]
-        for output in cell.get("outputs", []):
-            texts += [text for form, text in output.data.items() if form.startswith("text/")]
-        for text in texts:
-            assert not re.search(r"""(^|[\s"'=>(])(/\w|[A-Z]:\\)""", text), text
+    assert_small_and_without_places(NOTEBOOK)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nerve.config import require, require_count
-from nerve.models.initialization import check_pre_std, initialize
+from nerve.models.initialization import check_initial, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.constraint import iterate_together
 from nerve.nn.ffn import FeedForward, FFNDesign
@@ -66,8 +66,7 @@ class GPTConfig:
             f"got model.d_model={self.d_model} and model.n_heads={self.n_heads}.",
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
-        require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
-        check_pre_std(self.pre_std, self.ffn)
+        check_initial(self.init_std, self.pre_std, self.ffn)
 
 
 class CausalSelfAttention(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from nerve.errors import StoreError
+from nerve.errors import StoreError, noted
 from nerve.measuring.distributed import gathered, leave, rank
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
@@ -98,8 +98,9 @@ def _begun(
 
 def _end(run: RecordedRun, error: BaseException) -> None:
     interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-    try:
+    with noted(error):  # rows that are refused leave the record to be written
         run.store.flush(run.record.step)
+    try:
         run.record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
-        log.error("run.json cannot say how the run ended: %s", refused)
+        log.error("run.json cannot say how the run ended: %s", str(refused))

@@ -21,6 +21,7 @@ from nerve.training.checkpoint_cadence import CheckpointCadence
 from nerve.training.checkpoint_files import identity_of, weights_of, write_checkpoint
 from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.ending import follows_a_rule, take_timers
+from nerve.training.fit import callbacks_of
 from nerve.training.randomness import random_states, set_random_states
 from nerve.training.signals import Interrupted, StopSignals
 
@@ -228,7 +229,7 @@ class Checkpointing(Checkpoint):
             "global_step": trainer.global_step,
         }
         # One that averages weights puts in those that were validated.
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             callback.on_save_checkpoint(trainer, pl_module, checkpoint)
         return weights_of(checkpoint)
 

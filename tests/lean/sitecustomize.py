@@ -33,10 +33,10 @@ class Hidden:
 
 
 metadata.version = version
-sys.meta_path.insert(0, Hidden)  # type: ignore[arg-type]
+sys.meta_path.insert(0, Hidden)
 
 
 def reveal() -> None:
     """Hides nothing any more, for what needs one of them in a process that was forked."""
     metadata.version = _version
-    sys.meta_path.remove(Hidden)  # type: ignore[arg-type]
+    sys.meta_path.remove(Hidden)

@@ -113,6 +113,21 @@ def test_a_copy_that_fails_gives_its_buffer_back(monkeypatch):
     staging.to_host(eigenproblem(5, 0))
 
 
+def test_room_that_cannot_be_made_beforehand_is_asked_for_again(monkeypatch):
+    """Nobody waits for a buffer that does not come back."""
+    staging = Staging(CPU)
+
+    def refuse(*args):
+        raise RuntimeError("no memory to pin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostBuffer, "reserve", refuse)
+        with pytest.raises(RuntimeError, match="no memory to pin"):
+            staging.reserve(1000)
+    assert staging._buffers.qsize() == N_BUFFERS
+    staging.to_host(eigenproblem(5, 0))
+
+
 def test_a_groups_eigenproblem_comes_over_as_an_ffns():
     matrix = torch.randn(500, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = GroupEigenproblem(0, "ffn", "pre", "halves", "a", 9, 500, matrix, torch.ones(500, 3))

@@ -88,7 +88,7 @@ def build_trainer(
     if (
         n_processes_of(plan.values["trainer"]) == 1
     ):  # whatever a job around it says of its tasks, which Lightning has read
-        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        vars(rank_zero_only)["rank"] = 0
     loggers: list[Logger] = [
         build(node, key=f"logger.{name}") for name, node in plan.values["logger"].items()
     ]

@@ -193,7 +193,7 @@ def n_processes_of(trainer: Mapping[str, Any]) -> int:
 def leads(trainer: Mapping[str, Any]) -> bool:
     """Whether this process records the run: of several processes the first, of one that one."""
     is_alone = n_processes_of(trainer) == 1
-    return is_alone or rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    return is_alone or bool(vars(rank_zero_only)["rank"] == 0)
 
 
 def gathering_of(trainer: Mapping[str, Any]) -> Gathering:
