@@ -74,7 +74,7 @@ LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
 def as_before() -> Iterator[None]:
     """What a command sets for all of its process is afterwards as before: the environment, what
     loggers let through, the root's handlers (Hydra's write to what is stdout meanwhile), what is
-    called last of an exception, and Hydra's own configuration. What nerve logs meanwhile is text."""
+    called last of an exception, and Hydra's own configuration. What nerve logs is text."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, LOGGERS)]
     handlers, environment = logging.root.handlers.copy(), os.environ.copy()
     hook, config = sys.excepthook, HydraConfig.instance().cfg
