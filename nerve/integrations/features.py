@@ -75,9 +75,9 @@ class PassFeatures:
             batch = batch_of(module, args, kwargs)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
-            counts = self._choice.of(batch)  # which may run the model itself
+            chosen = self._choice.of(batch)  # which may run the model itself
             self._is_taking = True
-            self._recorder.start(*counts)
+            self._recorder.start(chosen)
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking:

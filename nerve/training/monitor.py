@@ -278,7 +278,7 @@ class SpectralMonitor(L.Callback):
     def _take(self, batch: Any) -> None:
         """Takes the features of the pass that follows."""
         assert self._choice is not None
-        self._recorder.start(*self._choice.of(batch))
+        self._recorder.start(self._choice.of(batch))
         self._is_taking = True
 
     def _stop_taking(self) -> None:
