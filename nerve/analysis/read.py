@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-from pandas.api.types import is_numeric_dtype
 
-from nerve.analysis.gather import Block, Coded, encoded
+from nerve.analysis.gather import Block, Coded, columns_of, columns_of_frame, frame_of_columns
 from nerve.cores import allowed
 from nerve.errors import StoreError
 from nerve.storage.parts import read_parts
@@ -70,18 +69,13 @@ def _read(
 ) -> Read:
     found = [_read_one(record, dataset) for record in records[runs]]
     counts, unread = [len(table) for table, _ in found], [errors for _, errors in found]
-    table = encoded(pa.concat_tables([table for table, _ in found]))
-    frame = table.to_pandas(split_blocks=True)
-    del found, table  # most of the memory that this takes
+    table = pa.concat_tables([table for table, _ in found])
+    del found
+    ids = Coded.repeated([record.run_id for record in records[runs]], counts)
+    block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
+    del table  # half of the memory that this takes
     if derive is not None:
-        frame = derive(frame, runs)
-    lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
-    block = {
-        str(name): values.to_numpy()
-        if name in lists or is_numeric_dtype(values.dtype)
-        else Coded.of(values)
-        for name, values in frame.items()
-    }
+        block = columns_of_frame(derive(frame_of_columns(block), runs))
     return Read(block, counts, unread)
 
 

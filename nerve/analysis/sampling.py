@@ -118,10 +118,10 @@ def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.D
 
 def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
     """Rows of metrics with the column `sampling`: by halves where they were measured (of pre and
-    post the worse), else by N/D. None where nothing was measured."""
-    ratio = metrics["n_samples"] / metrics["d_ff"]
+    post the worse), else by N/D. Missing where nothing was measured."""
+    ratio = metrics["n_samples"].to_numpy() / metrics["d_ff"].to_numpy()
     known = [ratio >= LEAST_RATIO[each] for each in VERDICTS[:2]]
-    verdict = pd.Series(np.select(known, VERDICTS[:2], VERDICTS[2]), metrics.index, dtype=object)
+    verdict = np.select(known, [0, 1], 2).astype(np.int8)
     if len(groups) and (groups["grouping"] == "halves").any():
         of_halves = sampling_error(groups).dropna(subset="sampling")
         worst = (
@@ -130,12 +130,10 @@ def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
             .groupby([of_halves[name] for name in ROW], observed=True)
             .max()
         )
-        rows = pd.MultiIndex.from_frame(metrics[[*ROW]])
-        found = pd.Series(worst.reindex(rows).to_numpy(), metrics.index)
-        verdict = found.map(lambda number: VERDICTS[int(number)], na_action="ignore").fillna(
-            verdict
-        )
-    return metrics.assign(sampling=verdict.where(metrics["status"] == "ok", None))
+        found = worst.reindex(pd.MultiIndex.from_frame(metrics[[*ROW]])).to_numpy(float)
+        verdict = np.where(np.isnan(found), verdict, found).astype(np.int8)
+    verdict[(metrics["status"] != "ok").to_numpy()] = -1
+    return metrics.assign(sampling=pd.Categorical.from_codes(verdict, VERDICTS))
 
 
 def renyi_ranks(spectra: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,13 @@ import pyarrow as pa
 import pytest
 
 from nerve.analysis import gather
-from nerve.analysis.gather import Coded, encoded, frame_of
+from nerve.analysis.gather import (
+    Coded,
+    columns_of,
+    columns_of_frame,
+    frame_of,
+    frame_of_columns,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -64,14 +70,53 @@ def test_codes_are_as_short_as_the_texts_allow(n, kind):
     assert list(found.astype(object)) == texts
 
 
-def test_texts_of_arrow_come_by_their_numbers():
-    """Other columns as they are; null is no text."""
-    table = pa.table({"text": ["x", None, "x", "y"], "number": [1, 2, 3, 4]})
-    frame = encoded(pa.concat_tables([table, table])).to_pandas()
-    coded = Coded.of(frame["text"])
-    assert list(coded.codes) == [0, -1, 0, 1] * 2
-    assert coded.texts == ("x", "y")
-    assert list(frame["number"]) == [1, 2, 3, 4] * 2
+def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
+    """Texts by their numbers, also where a later chunk brings others; null is no text and NaN."""
+    lists = pa.array([[1.0], [], [2.0, 3.0], [4.0]], pa.list_(pa.float32()))
+    first, second = (
+        pa.table(
+            {"text": texts, "whole": [1, 2, 3, 4], "number": [0.5, None, -0.0, 1.0], "l": lists}
+        )
+        for texts in (["x", None, "x", "y"], ["z", "y", None, "x"])
+    )
+    table = pa.concat_tables([first, first.slice(0, 0), second])
+    found, expected = columns_of(table), table.to_pandas()
+    coded = found["text"]
+    assert isinstance(coded, Coded)
+    assert list(coded.codes) == [0, -1, 0, 1, 2, 1, -1, 0]
+    assert coded.texts == ("x", "y", "z")
+    for name in ("whole", "number"):
+        assert found[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(found[name], expected[name])
+    for own, each in zip(found["l"], expected["l"], strict=True):
+        assert own.dtype == each.dtype
+        np.testing.assert_array_equal(own, each)
+    empty = columns_of(table.slice(0, 0))
+    assert [len(empty["text"].codes), len(empty["number"])] == [0, 0]
+    no_chunks = pa.table({"text": pa.chunked_array([], pa.string())})
+    assert len(columns_of(no_chunks)["text"].codes) == 0
+
+
+def test_a_frame_of_columns_gives_the_same_columns():
+    """Without copying numbers; of the texts those that are used."""
+    columns = {"text": Coded(np.array([2, 0, -1, 2], np.int8), ("c", "a", "b")), "n": RNG.random(4)}
+    frame = frame_of_columns(columns)
+    assert list(frame["text"].astype(object).where(frame["text"].notna(), None)) == [
+        *("b", "c", None, "b")
+    ]
+    assert np.shares_memory(frame["n"], columns["n"])
+    found = columns_of_frame(frame)
+    assert list(found["text"].codes) == [1, 0, -1, 1]
+    assert found["text"].texts == ("c", "b")
+    assert np.shares_memory(found["n"], columns["n"])
+
+
+def test_each_text_is_repeated_as_often_as_counted():
+    """One that has no row is none of the texts."""
+    found = Coded.repeated(["a", "b", "c"], [2, 0, 1])
+    assert list(found.codes) == [0, 0, 1]
+    assert found.texts == ("a", "c")
+    assert Coded.repeated(["a"], [0]).texts == ()
 
 
 def test_what_is_repeated_is_numpys_repeat():
