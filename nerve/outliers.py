@@ -61,7 +61,8 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
     for site in SITES:  # each doubles the texts: with it, or without
         code += _stands_out(rows, site) * np.int8(len(texts))
         texts += [f"{text}, {site}" if text else site for text in texts]
-    return pd.Series(pd.Categorical.from_codes(code, texts), index=rows.index)
+    values = pd.Categorical.from_codes(code, dtype=pd.CategoricalDtype(texts))
+    return pd.Series(values, index=rows.index)
 
 
 def describe_outliers(row: Mapping[Any, Any], site: str) -> str:

@@ -31,9 +31,10 @@ class Coded:
     def of(cls, values: pd.Series) -> "Coded":
         """Those of a column, without texts that no row has."""
         if not isinstance(values.dtype, pd.CategoricalDtype):
-            codes, texts = pd.factorize(values)
-            return cls(codes, tuple(texts))
-        codes, categories = values.cat.codes.to_numpy(), values.cat.categories
+            numbers, texts = pd.factorize(values)
+            return cls(numbers, tuple(texts))
+        codes: np.ndarray = values.cat.codes.to_numpy()
+        categories = values.cat.categories
         is_used = np.bincount(codes + 1, minlength=len(categories) + 1)[1:] > 0
         if is_used.all():
             return cls(codes, tuple(categories))

@@ -14,6 +14,8 @@ ROW = ("run_id", "step", "layer", "ffn")
 
 VERDICTS = ("well", "under", "severely under")
 
+_VERDICT = pd.CategoricalDtype([*VERDICTS])
+
 MOST_MOVES = {"well": 0.05, "under": 0.20}
 """Up to what share of itself PR may move, extrapolated to endlessly many samples, for a verdict."""
 
@@ -133,7 +135,7 @@ def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
         found = worst.reindex(pd.MultiIndex.from_frame(metrics[[*ROW]])).to_numpy(float)
         verdict = np.where(np.isnan(found), verdict, found).astype(np.int8)
     verdict[(metrics["status"] != "ok").to_numpy()] = -1
-    return metrics.assign(sampling=pd.Categorical.from_codes(verdict, VERDICTS))
+    return metrics.assign(sampling=pd.Categorical.from_codes(verdict, dtype=_VERDICT))
 
 
 def renyi_ranks(spectra: pd.DataFrame) -> pd.DataFrame:
