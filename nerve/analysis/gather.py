@@ -5,13 +5,14 @@ these go, and a text of 16 letters in each row is as much as two numbers: so row
 by block and column by column, and a column of texts holds their numbers.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pandas.api.types import is_numeric_dtype
 
 _ROOM = 1.02
 """How much more room a column takes than its rows so far make likely. What is not written to costs
@@ -29,17 +30,18 @@ class Coded:
 
     @classmethod
     def of(cls, values: pd.Series) -> "Coded":
-        """Those of a column, without texts that no row has."""
-        if not isinstance(values.dtype, pd.CategoricalDtype):
-            numbers, texts = pd.factorize(values)
-            return cls(numbers, tuple(texts))
-        codes: np.ndarray = values.cat.codes.to_numpy()
-        categories = values.cat.categories
-        is_used = np.bincount(codes + 1, minlength=len(categories) + 1)[1:] > 0
+        """Those of a column."""
+        codes, texts = pd.factorize(values)
+        return cls(codes, tuple(texts))
+
+    @classmethod
+    def used(cls, codes: np.ndarray, texts: Sequence[str]) -> "Coded":
+        """The same without texts that no code stands for."""
+        is_used = np.bincount(codes + 1, minlength=len(texts) + 1)[1:] > 0
         if is_used.all():
-            return cls(codes, tuple(categories))
+            return cls(codes, tuple(texts))
         own = np.append(np.cumsum(is_used) - 1, -1).astype(codes.dtype)
-        return cls(own[codes], tuple(categories[is_used]))
+        return cls(own[codes], tuple(itertools.compress(texts, is_used)))
 
     @classmethod
     def repeated(cls, texts: Sequence[str], counts: Sequence[int]) -> "Coded":
@@ -48,18 +50,27 @@ class Coded:
         numbers = np.arange(len(used), dtype=_kind(len(used)))
         return cls(numbers.repeat([n for n in counts if n]), tuple(used))
 
-    def repeat(self, counts: np.ndarray) -> pd.Categorical:
+    def equal(self, text: str) -> np.ndarray:
+        """Which are this text."""
+        if text not in self.texts:
+            return np.zeros(len(self.codes), bool)
+        return np.asarray(self.codes == self.texts.index(text))
+
+    def repeat(self, counts: np.ndarray) -> "Coded":
         """Each as often as `counts` says."""
         codes = self.codes.astype(_kind(len(self.texts)))
-        return _categorical(codes.repeat(counts), self.texts)
+        return Coded(codes.repeat(counts), self.texts)
+
+    def categorical(self) -> pd.Categorical:
+        return _categorical(self.codes, self.texts)
 
 
 Block = Mapping[str, np.ndarray | Coded]
 """Columns of equal length, all blocks having the same."""
 
 
-def frame_of(blocks: Iterable[Block], n_blocks: int) -> pd.DataFrame:
-    """One frame of all blocks, texts as categories in alphabetical order.
+def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | pd.Categorical]:
+    """The columns of all blocks, texts as categories in alphabetical order.
 
     Args:
         blocks: at least one.
@@ -71,8 +82,19 @@ def frame_of(blocks: Iterable[Block], n_blocks: int) -> pd.DataFrame:
             if name not in columns:
                 columns[name] = _Column(values)
             columns[name].append(values, n_blocks / (done + 1))
+    return {name: own.finished() for name, own in columns.items()}
+
+
+def frame_of(columns: Mapping[str, Any]) -> pd.DataFrame:
+    """A frame of these arrays themselves, texts as categories in their own order."""
     # A dictionary is copied into blocks of one kind, unless it is told not to be.
-    return pd.DataFrame({name: own.finished() for name, own in columns.items()}, copy=False)
+    return pd.DataFrame(
+        {
+            name: values.categorical() if isinstance(values, Coded) else values
+            for name, values in columns.items()
+        },
+        copy=False,
+    )
 
 
 def columns_of(table: pa.Table) -> dict[str, np.ndarray | Coded]:
@@ -80,25 +102,6 @@ def columns_of(table: pa.Table) -> dict[str, np.ndarray | Coded]:
     return {
         field.name: _coded(column) if pa.types.is_string(field.type) else column.to_numpy()
         for field, column in zip(table.schema, table.columns, strict=True)
-    }
-
-
-def frame_of_columns(columns: Block) -> pd.DataFrame:
-    """A frame of the same arrays, texts as categories in any order."""
-    return pd.DataFrame(
-        {
-            name: _categorical(values.codes, values.texts) if isinstance(values, Coded) else values
-            for name, values in columns.items()
-        },
-        copy=False,
-    )
-
-
-def columns_of_frame(frame: pd.DataFrame) -> dict[str, np.ndarray | Coded]:
-    """The columns of a frame without lists: what is no number is a text."""
-    return {
-        str(name): values.to_numpy() if is_numeric_dtype(values.dtype) else Coded.of(values)
-        for name, values in frame.items()
     }
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import pyarrow as pa
 
-from nerve.analysis.gather import Block, Coded, columns_of, columns_of_frame, frame_of_columns
+from nerve.analysis.gather import Block, Coded, columns_of
 from nerve.cores import allowed
 from nerve.errors import StoreError
 from nerve.storage.parts import read_parts
@@ -30,7 +29,7 @@ class StoredRun(NamedTuple):
     directory: Path
 
 
-Derive = Callable[[pd.DataFrame, slice], pd.DataFrame]
+Derive = Callable[[Block, slice], Block]
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,9 @@ def _read(
     table = pa.concat_tables([table for table, _ in found])
     del found
     ids = Coded.repeated([record.run_id for record in records[runs]], counts)
-    block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
+    block: Block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
     del table  # half of the memory that this takes
-    if derive is not None:
-        block = columns_of_frame(derive(frame_of_columns(block), runs))
-    return Read(block, counts, unread)
+    return Read(block if derive is None else derive(block, runs), counts, unread)
 
 
 def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.frames import require_columns
+from nerve.analysis.gather import Block, Coded, frame_of
 from nerve.analysis.statistics import student_t
 from nerve.metric_names import POOLED, SPREAD
 
@@ -13,8 +14,6 @@ ROW = ("run_id", "step", "layer", "ffn")
 """What tells the rows of metrics apart."""
 
 VERDICTS = ("well", "under", "severely under")
-
-_VERDICT = pd.CategoricalDtype([*VERDICTS])
 
 MOST_MOVES = {"well": 0.05, "under": 0.20}
 """Up to what share of itself PR may move, extrapolated to endlessly many samples, for a verdict."""
@@ -118,12 +117,22 @@ def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.D
     return result.assign(sampling=pd.Series(verdict, result.index).where(whole["pr"].notna()))
 
 
-def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
-    """Rows of metrics with the column `sampling`: by halves where they were measured (of pre and
-    post the worse), else by N/D. Missing where nothing was measured."""
-    ratio = metrics["n_samples"].to_numpy() / metrics["d_ff"].to_numpy()
-    known = [ratio >= LEAST_RATIO[each] for each in VERDICTS[:2]]
-    verdict = np.select(known, [0, 1], 2).astype(np.int8)
+def sampling_codes(rows: Block, groups: pd.DataFrame) -> np.ndarray:
+    """Of each row of metrics its place in `VERDICTS`: by halves where they were measured (of pre
+    and post the worse), else by N/D. -1 where nothing was measured.
+
+    Args:
+        rows: with the columns `ROW`, `n_samples`, `d_ff`, `status`.
+        groups: rows of `load_groups`.
+    """
+    n_samples, d_ff, status = (rows[name] for name in ("n_samples", "d_ff", "status"))
+    assert isinstance(status, Coded)
+    assert isinstance(n_samples, np.ndarray)
+    assert isinstance(d_ff, np.ndarray)
+    ratio = n_samples / d_ff
+    verdict = np.full(len(ratio), 2, np.int8)
+    for place in (1, 0):
+        verdict[ratio >= LEAST_RATIO[VERDICTS[place]]] = place
     if len(groups) and (groups["grouping"] == "halves").any():
         of_halves = sampling_error(groups).dropna(subset="sampling")
         worst = (
@@ -132,10 +141,10 @@ def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
             .groupby([of_halves[name] for name in ROW], observed=True)
             .max()
         )
-        found = worst.reindex(pd.MultiIndex.from_frame(metrics[[*ROW]])).to_numpy(float)
+        places = pd.MultiIndex.from_frame(frame_of({name: rows[name] for name in ROW}))
+        found = worst.reindex(places).to_numpy(float)
         verdict = np.where(np.isnan(found), verdict, found).astype(np.int8)
-    verdict[(metrics["status"] != "ok").to_numpy()] = -1
-    return metrics.assign(sampling=pd.Categorical.from_codes(verdict, dtype=_VERDICT))
+    return np.where(status.equal("ok"), verdict, np.int8(-1))
 
 
 def renyi_ranks(spectra: pd.DataFrame) -> pd.DataFrame:

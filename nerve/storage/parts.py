@@ -60,18 +60,19 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
     folder = directory / dataset.name
     try:
         with os.scandir(folder) as entries:
-            names = [each.name for each in entries if each.name.endswith(".parquet")]
+            names = [
+                each.name
+                for each in entries
+                if each.name.endswith(".parquet")
+                and (each.is_file(follow_symlinks=False) or not os.path.isdir(each.path))
+            ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise DamagedPartError(
             f"{folder} cannot be listed: {error}. Fix its permissions or restore it."
         ) from error
-    paths = (folder / name for name in names)
-    return sorted(
-        (path for path in paths if not path.is_dir()),
-        key=lambda path: (part_step(path), path.name),
-    )
+    return sorted((folder / name for name in names), key=lambda path: (part_step(path), path.name))
 
 
 def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:

@@ -9,9 +9,8 @@ from nerve.analysis import gather
 from nerve.analysis.gather import (
     Coded,
     columns_of,
-    columns_of_frame,
     frame_of,
-    frame_of_columns,
+    gathered,
 )
 
 RNG = np.random.default_rng(0)
@@ -31,8 +30,8 @@ def block(n: int, texts: list[str | None]) -> pd.DataFrame:
     )
 
 
-def gathered(blocks: list[pd.DataFrame]) -> pd.DataFrame:
-    return frame_of(
+def gathered_frame(blocks: list[pd.DataFrame]) -> pd.DataFrame:
+    columns = gathered(
         (
             {
                 name: Coded.of(values) if name == "text" else values.to_numpy()
@@ -42,13 +41,14 @@ def gathered(blocks: list[pd.DataFrame]) -> pd.DataFrame:
         ),
         len(blocks),
     )
+    return frame_of(columns)
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (1, 200, 7), (0, 0, 3), (200, 1)])
 def test_blocks_of_any_size_are_pandas_own_concatenation(sizes):
     """Also where the first blocks say nothing of how many rows will come."""
     blocks = [block(n, ["b", "a", None, f"only in {i}"]) for i, n in enumerate(sizes)]
-    found, expected = gathered(blocks), pd.concat(blocks, ignore_index=True)
+    found, expected = gathered_frame(blocks), pd.concat(blocks, ignore_index=True)
     assert list(found.columns) == list(expected.columns)
     for name in ("whole", "short", "number"):
         assert found[name].dtype == expected[name].dtype
@@ -65,9 +65,9 @@ def test_codes_are_as_short_as_the_texts_allow(n, kind):
     texts = [f"{i:05d}" for i in RNG.permutation(n)]
     half = n // 2
     parts = [pd.Series(texts[:half]), pd.Series(texts[half:])]
-    found = frame_of(({"text": Coded.of(part)} for part in parts), 2)["text"]
-    assert found.cat.codes.dtype == kind
-    assert list(found.astype(object)) == texts
+    found = gathered(({"text": Coded.of(part)} for part in parts), 2)["text"]
+    assert found.codes.dtype == kind
+    assert list(found) == texts
 
 
 def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
@@ -97,18 +97,20 @@ def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
     assert len(columns_of(no_chunks)["text"].codes) == 0
 
 
-def test_a_frame_of_columns_gives_the_same_columns():
-    """Without copying numbers; of the texts those that are used."""
-    columns = {"text": Coded(np.array([2, 0, -1, 2], np.int8), ("c", "a", "b")), "n": RNG.random(4)}
-    frame = frame_of_columns(columns)
-    assert list(frame["text"].astype(object).where(frame["text"].notna(), None)) == [
-        *("b", "c", None, "b")
-    ]
+def test_a_frame_is_of_the_arrays_themselves():
+    columns = {"text": Coded(np.array([2, 0, -1], np.int8), ("c", "a", "b")), "n": RNG.random(3)}
+    frame = frame_of(columns)
+    assert list(frame["text"].astype(object).where(frame["text"].notna(), None)) == ["b", "c", None]
     assert np.shares_memory(frame["n"], columns["n"])
-    found = columns_of_frame(frame)
-    assert list(found["text"].codes) == [1, 0, -1, 1]
-    assert found["text"].texts == ("c", "b")
-    assert np.shares_memory(found["n"], columns["n"])
+
+
+def test_texts_that_no_row_has_are_left_out():
+    found = Coded.used(np.array([3, 0, -1, 3], np.int8), ("c", "a", "d", "b"))
+    assert list(found.codes) == [1, 0, -1, 1]
+    assert found.texts == ("c", "b")
+    assert list(found.equal("b")) == [True, False, False, True]
+    assert not found.equal("a").any()
+    assert Coded.used(np.array([1, 0]), ("a", "b")).texts == ("a", "b")
 
 
 def test_each_text_is_repeated_as_often_as_counted():
@@ -122,12 +124,12 @@ def test_each_text_is_repeated_as_often_as_counted():
 def test_what_is_repeated_is_numpys_repeat():
     values = pd.Series(["a", None, "b", "a"])
     counts = np.array([2, 1, 0, 3])
-    found = Coded.of(values).repeat(counts).astype(object)
+    found = Coded.of(values).repeat(counts).categorical()
     assert [None if pd.isna(each) else each for each in found] == ["a", "a", None, *"aaa"]
 
 
 def test_renumbering_goes_piece_by_piece(monkeypatch):
     monkeypatch.setattr(gather, "_AT_ONCE", 2)
-    found = frame_of([{"text": Coded.of(pd.Series([*"cabca"]))}], 1)["text"]
+    found = gathered([{"text": Coded.of(pd.Series([*"cabca"]))}], 1)["text"]
     assert list(found) == [*"cabca"]
-    assert list(found.cat.categories) == [*"abc"]
+    assert list(found.categories) == [*"abc"]
