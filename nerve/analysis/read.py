@@ -15,7 +15,7 @@ from nerve.errors import StoreError
 from nerve.storage.parts import read_parts
 from nerve.storage.schema import Dataset
 
-AT_ONCE = 32
+AT_ONCE = 16
 """Runs that a thread reads at once."""
 
 MOST_THREADS = 4
