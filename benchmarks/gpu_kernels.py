@@ -9,6 +9,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,30 @@ def main() -> None:
             variants(x, exact, args.repeats, flop)
 
 
+class Tiles:
+    """The kernel of products with other sizes than it has by itself.
+
+    Args:
+        inner: the kernel.
+        dim: width of the features.
+        tile, depth: sides of the blocks that a program takes.
+        options: warps and stages.
+    """
+
+    def __init__(self, inner: Any, dim: int, tile: int, depth: int, **options: int) -> None:
+        self._inner, self._options = inner, options
+        self._tile, self._depth = tile, depth
+        side = -(-dim // tile)
+        self._n_tiles = side * (side + 1) // 2
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        def launch(x: Tensor, out: Tensor, *sizes: int, **options: int) -> None:
+            sizes = (*sizes[:4], self._tile, self._depth, sizes[6])
+            self._inner[self._n_tiles, grid[1]](x, out, *sizes, **self._options)
+
+        return launch
+
+
 def variants(x: Tensor, exact: Tensor, repeats: int, flop: float) -> None:
     inner = kernels._lower_tiles
     for tile, depth, warps, stages in itertools.product(
@@ -94,19 +119,8 @@ def variants(x: Tensor, exact: Tensor, repeats: int, flop: float) -> None:
     ):
         if stages * depth * tile * 4 > 220_000 or (tile, warps) == (128, 4):
             continue
-
-        class Other:
-            def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-                side = -(-x.shape[1] // tile)  # noqa: B023
-
-                def launch(x: Tensor, out: Tensor, *sizes: int, **options: int) -> None:
-                    options = {"num_warps": warps, "num_stages": stages}  # noqa: B023
-                    sizes = (*sizes[:4], tile, depth, sizes[6])  # noqa: B023
-                    inner[side * (side + 1) // 2, grid[1]](x, out, *sizes, **options)
-
-                return launch
-
-        kernels._lower_tiles = Other()
+        options = {"num_warps": warps, "num_stages": stages}
+        kernels._lower_tiles = Tiles(inner, x.shape[1], tile, depth, **options)
         try:
             name = f"tile {tile}, depth {depth}, {warps} warps, {stages} stages"
             told(name, partial(by_kernel, x), exact, repeats, flop)

@@ -183,7 +183,7 @@ def nerve(size: Size, device: str, graphs: bool | None) -> Clock:
     """Lightning with everything on; with graphs, without, or as nerve chooses."""
     chosen = training.choose
     if graphs is not None:
-        training.choose = lambda *_: graphs  # type: ignore[assignment]
+        training.choose = lambda *_: graphs
     clock = Clock(device)
     try:
         lightning_module = LanguageModel(make_model(size), optimizer_of, SCHEDULE, compile=True)

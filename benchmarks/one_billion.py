@@ -57,12 +57,13 @@ class Clock(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
         import torch
 
+        from nerve.training.fit import callbacks_of
         from nerve.training.monitor import SpectralMonitor
 
         if trainer.sanity_checking:
             return
         self._found["second measurement taken"] = self._now()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, SpectralMonitor):
                 callback._recorder.wait()
                 self._found["rows"] = len(callback.latest)

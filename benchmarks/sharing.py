@@ -45,7 +45,7 @@ class Clock(L.Callback):
         if not paced:
             from nerve.recording.pace import Pace
 
-            Pace.end_step = lambda pace: None  # type: ignore[method-assign]
+            Pace.end_step = lambda pace: None
         self._folder, self._n = Path(folder), n
         self._marks = {plain: "plain", first: "measured", last: "end"}
         self._times: dict[str, float] = {}
@@ -72,9 +72,10 @@ class Clock(L.Callback):
 
 
 def _wait_for_spectra(trainer: L.Trainer) -> None:
+    from nerve.training.fit import callbacks_of
     from nerve.training.monitor import SpectralMonitor
 
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, SpectralMonitor):
             callback._recorder.wait()
 

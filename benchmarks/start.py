@@ -71,7 +71,7 @@ def hide(packages: tuple[str, ...]) -> None:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     metadata.version = without
-    sys.meta_path.insert(0, Hidden)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Hidden)
 
 
 def first_step() -> None:
@@ -105,10 +105,10 @@ def first_step() -> None:
     fit = Trainer.fit
 
     def noted_fit(trainer: Trainer, *arguments: Any, **named: Any) -> None:
-        trainer.callbacks.append(Noted())  # type: ignore[attr-defined]
+        trainer.callbacks.append(Noted())
         fit(trainer, *arguments, **named)
 
-    Trainer.fit = noted_fit  # type: ignore[method-assign]
+    Trainer.fit = noted_fit
     sys.argv = ["nerve-run", *DEFAULT]
     nerve.cli.run.main()
     print(json.dumps(seen))

@@ -23,9 +23,9 @@ from .analysis.scaling import fit_width_scaling as fit_width_scaling
 from .integrations.trainer import SpectralCallback as SpectralCallback
 from .integrations.watch import watch as watch
 from .measuring.ffns import FFNAdapter as FFNAdapter
+from .measuring.ffns import Site as Site
 from .measuring.find import FoundFFNs as FoundFFNs
 from .measuring.find import find_ffns as find_ffns
-from .measuring.sites import Site as Site
 from .recording.measure import measure as measure
 from .report.write import write_report as write_report
 from .storage.find import FingerprintWarning as FingerprintWarning

@@ -8,11 +8,15 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, get_args, get_type_hints
 
 from nerve.errors import ConfigError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+K = TypeVar("K")
 
 KINDS: dict[type, str] = {
     bool: "true or false",
@@ -104,7 +108,7 @@ def require_path(key: str, value: object) -> None:
 
 def require_count(key: str, value: object, *, least: int = 1, or_null: bool = False) -> None:
     """Raises `ConfigError` unless `value` is a whole number of at least `least`."""
-    is_count = _is_of(value, int) and value >= least  # type: ignore[operator]
+    is_count = _is_of(value, int) and value >= least
     require(
         is_count or (or_null and value is None),
         f"{key} must be {'null or ' if or_null else ''}a whole number of at least {least}; got "
@@ -115,9 +119,9 @@ def require_count(key: str, value: object, *, least: int = 1, or_null: bool = Fa
 def require_steps(key: str, value: object, *, or_empty: bool = False) -> None:
     """Raises `ConfigError` unless `value` is a list of optimizer steps, or an empty one if that is
     allowed."""
-    is_list = _is_of(value, list) and (or_empty or bool(value))
+    steps = value if _is_of(value, list) and (or_empty or value) else None
     require(
-        is_list and all(_is_of(step, int) and step >= 0 for step in value),  # type: ignore[attr-defined]
+        steps is not None and all(_is_of(step, int) and step >= 0 for step in steps),
         f"{key} must be a list of optimizer steps, whole numbers from 0, as in [0,1,2,4,8]; got "
         f"{value!r}.",
     )
@@ -155,7 +159,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
         ConfigError: for a key that `cls` does not have, one that it requires and is not there, or a
             value that is not of the field's type.
     """
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls)}
     for key in values:
         require_choice(f"a key of {group}", key, sorted(known))
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
@@ -167,7 +171,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
     return cls(**values)
 
 
-def _is_of(value: object, kind: type) -> bool:
+def _is_of(value: object, kind: type[K]) -> TypeGuard[K]:
     if isinstance(value, bool | str):  # to Python true is a whole number, and a text a sequence
         return isinstance(value, kind) and kind is not int
     return isinstance(value, _ABSTRACT.get(kind, kind))

@@ -39,6 +39,10 @@ class DivergedError(NerveError):
     """The training loss became NaN or infinite."""
 
 
+class NotGatheredError(NerveError):
+    """A process of the run will not come, and says why, or has gone without a word."""
+
+
 @contextmanager
 def noted(error: BaseException) -> Iterator[None]:
     """What is raised within the `with` block becomes a note of `error`, which is being raised and

@@ -37,9 +37,9 @@ _composed: dict[Any, bytes] = {}
 
 def remember() -> None:
     """From now on Hydra is asked once for each choice of options."""
-    OmegaConf.load = staticmethod(load_once)  # type: ignore[method-assign]
+    OmegaConf.load = staticmethod(load_once)
     config_loader_impl.create_defaults_list = defaults_once
-    ConfigLoaderImpl._compose_config_from_defaults_list = compose_once  # type: ignore[method-assign]
+    ConfigLoaderImpl._compose_config_from_defaults_list = compose_once
 
 
 @functools.cache

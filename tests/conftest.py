@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from nerve import cores
+
+# Until all tests are collected: what is imported and collected stays, and to look through it again
+# and again takes a quarter of that time.
+gc.disable()
 
 # A shell ignores them in what it runs in the background, and what is ignored stays so.
 for _signum, _handler in (
@@ -38,12 +43,29 @@ TOGETHER = {
 }
 """Tests that share what takes long to make, and its name; these come first."""
 
-LONG = ("tests/test_install.py", "tests/cli/", "tests/test_s")
+LONG = (
+    *("tests/test_install.py", "tests/cli/", "tests/test_s", "tests/training/"),
+    *("tests/integrations/", "tests/report/", "tests/test_m"),
+)
 """What comes next: the shorter the last ones, the less a process waits for the others."""
 
 
 class ByFile(LoadScopeScheduling):
     """Each file's tests run in one process, and so do those of `TOGETHER`."""
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """As it is, but that the test that ended its process is not run again by the next one."""
+        others, self.assigned_work = self.assigned_work, {node: self.assigned_work[node]}
+        crashed: str | None = super().remove_node(node)
+        others.pop(node)
+        self.assigned_work = others
+        for scope, unit in [*self.workqueue.items()]:
+            unit.update({crashed: True} if crashed in unit else {})
+            if all(unit.values()):
+                del self.workqueue[scope]
+        for other in others:
+            self._reschedule(other)
+        return crashed
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::")[0]
@@ -61,7 +83,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not _only_hands_out(config):  # to whom torch and Lightning would be six seconds for nothing
+    if _only_hands_out(config):  # to which torch and Lightning would be six seconds for nothing
+        gc.enable()
+    else:
         config.pluginmanager.import_plugin("shared")
 
 
@@ -72,7 +96,8 @@ def _only_hands_out(config: pytest.Config) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
+    gc.freeze()  # else it is looked through while tests run, a tenth of all time
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -6,16 +6,20 @@ signals, kills and collectives, they prove as well. That the commands start from
 where they are called so: in test_install.py, by the jobs of slurm/ and by the trials of sweeps.
 """
 
+import atexit
 import ctypes
+import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,12 @@ import pytest
 
 PRELOADED = ("nerve.cli.run", "nerve.cli.experiment.run", "nerve.cli.sweep.sweeper")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+ENDS_WITHIN_S = 200.0
+"""How long a process may take; then it is killed, and its log has the stacks of its threads."""
+
+FOLLOWS_WITHIN_S = 60.0
+"""How long the others of a group may take once one of them has failed."""
 
 LEAN = Path(__file__).with_name("lean")
 """On PYTHONPATH, it hides what a run does not need; an interpreter then starts in less time."""
@@ -38,6 +48,7 @@ def start(
     cwd: Path,
     log: Path,
     environment: Mapping[str, str] | None = None,
+    within_s: float = ENDS_WITHIN_S + FOLLOWS_WITHIN_S,
 ) -> BaseProcess:
     """Calls a function of a module that can be imported by its name, in a process of its own.
 
@@ -45,14 +56,14 @@ def start(
         cwd: its working directory.
         log: the file that gets its stdout and stderr.
         environment: its whole environment; this one's, if it is None. `PYTHONPATH` counts.
+        within_s: ends itself after so long, whatever becomes of this process.
 
     Returns:
-        the process; `exitcode` is as that of a command.
+        the process; `exitcode` is as that of a command, and its name that of the log.
     """
     values = dict(os.environ if environment is None else environment)
-    process = _context.Process(
-        target=_begin, args=(function, arguments, str(cwd), str(log), values)
-    )
+    how = function, arguments, str(cwd), str(log), values, within_s
+    process = _context.Process(target=_begin, args=how, name=str(log))
     with pytest.MonkeyPatch.context() as patch:  # for the one that all are forked from
         patch.setenv("PYTHONPATH", lean_path())
         multiprocessing.forkserver.ensure_running()
@@ -78,42 +89,102 @@ def ranks(n: int, arguments: Sequence[str], cwd: Path, **environment: str) -> tu
         environment: is added to this one's.
     """
     logs = [cwd / f"rank{rank}.log" for rank in range(n)]
-    processes = []
-    for log, values in zip(logs, _environments(n), strict=True):
+    for log in logs:
         log.unlink(missing_ok=True)
-        values |= environment
-        processes.append(nerve_run(arguments, cwd=cwd, log=log, environment=values))
-    statuses = [ended(process) for process in processes]
+    with _environments(n) as environments:
+        statuses = _all_ended(
+            [
+                nerve_run(arguments, cwd=cwd, log=log, environment=values | environment)
+                for log, values in zip(logs, environments, strict=True)
+            ]
+        )
     return statuses, "\n".join(log.read_text() for log in logs)
 
 
 def together(function: Callable[[int, str], None], n: int, folder: Path) -> None:
-    """Calls `function(rank, folder)` in `n` processes at once; fails if one of them does."""
+    """Calls `function(rank, folder)` in `n` processes at once; fails if one of them does, soon
+    after it, or if one does not end, with what all of them printed."""
     logs = [folder / f"{function.__name__}{rank}.log" for rank in range(n)]
-    processes = [
-        start(function, rank, str(folder), cwd=folder, log=log, environment=values)
-        for rank, (log, values) in enumerate(zip(logs, _environments(n), strict=True))
-    ]
-    statuses = [ended(process) for process in processes]
+    with _environments(n) as environments:
+        statuses = _all_ended(
+            [
+                start(function, rank, str(folder), cwd=folder, log=log, environment=values)
+                for rank, (log, values) in enumerate(zip(logs, environments, strict=True))
+            ]
+        )
     assert statuses == [0] * n, "\n".join(log.read_text() for log in logs)
 
 
-def _environments(n: int) -> list[dict[str, str]]:
+@contextmanager
+def held_port() -> Iterator[str]:
+    """A port of this host that nobody else is given within the block, and that whoever is told of
+    it can listen at.
+
+    One that was only free a moment ago may have been given to a stranger since; then the first of a
+    group cannot listen, or the others wait at the stranger's.
+    """
+    with closing(socket.socket()) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # beside one that listens
+        holder.bind(("127.0.0.1", 0))
+        yield str(holder.getsockname()[1])
+
+
+@contextmanager
+def _environments(n: int) -> Iterator[list[dict[str, str]]]:
     """What tells `n` processes that they are one group."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-    return [os.environ | group | {"LOCAL_RANK": str(rank)} for rank in range(n)]
+    with held_port() as port:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+        yield [os.environ | group | {"LOCAL_RANK": str(rank)} for rank in range(n)]
 
 
-def ended(process: BaseProcess, seconds: float = 200) -> int:
+def ended(process: BaseProcess, seconds: float = ENDS_WITHIN_S) -> int:
     """Waits for the end of a process; its exit status."""
-    process.join(seconds)
-    if process.exitcode is None:
+    return _all_ended([process], seconds)[0]
+
+
+def _all_ended(processes: Sequence[BaseProcess], seconds: float = ENDS_WITHIN_S) -> list[int]:
+    """Waits for the end of processes; their exit statuses. Where one fails, the others may wait for
+    it for ever: they get a shorter time.
+
+    Raises:
+        TimeoutError: for those that did not end, which are killed; with what all of them printed,
+            and where the threads of those stood.
+    """
+    until = time.monotonic() + seconds
+    while left := [process for process in processes if process.exitcode is None]:
+        if any(process.exitcode for process in processes):
+            until = min(until, time.monotonic() + FOLLOWS_WITHIN_S)
+        sentinels = [process.sentinel for process in left]
+        if not multiprocessing.connection.wait(sentinels, max(0.0, until - time.monotonic())):
+            for process in left:
+                _kill(process)
+            logs = "\n".join(Path(process.name).read_text() for process in processes)
+            raise TimeoutError(f"{len(left)} of {len(processes)} did not end in time:\n{logs}")
+    return [process.exitcode for process in processes if process.exitcode is not None]
+
+
+def _kill(process: BaseProcess) -> None:
+    """Ends a process that is stuck, once it has told where."""
+    if process.pid is not None:
+        os.kill(process.pid, signal.SIGQUIT)
+    process.join(0.5)
+    process.kill()
+    process.join()
+
+
+@atexit.register
+def _kill_what_is_left() -> None:
+    """Before multiprocessing waits for it without a bound."""
+    for process in multiprocessing.active_children():
         process.kill()
-        raise TimeoutError(f"still there after {seconds} s")
-    return process.exitcode
+
+
+def tell_stacks(seconds: float) -> None:
+    """Has this process print the stacks of its threads when it gets SIGQUIT, and when it is still
+    there after so many seconds, which also ends it: whatever its threads are at. One that was
+    forked from such a process cannot be told so again."""
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _begin(
@@ -122,6 +193,7 @@ def _begin(
     cwd: str,
     log: str,
     environment: dict[str, str],
+    within_s: float,
 ) -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -131,6 +203,7 @@ def _begin(
     with open(log, "a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    tell_stacks(within_s)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     import torch
     from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only

@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 from scipy import stats
 
 import nerve
+from notebooks import assert_small_and_without_places, stored_cells
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "compare.ipynb"
 FIGURES = ("overview", "curves", "scatter", "layers")
@@ -24,7 +25,7 @@ FIGURES = ("overview", "curves", "scatter", "layers")
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
     """The cells as they are committed, by id."""
-    return {cell["id"]: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    return stored_cells(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +136,9 @@ def test_the_stored_notebook_was_executed_from_top_to_bottom_without_an_error(st
 
 
 def test_the_stored_notebook_is_small_and_knows_no_place_on_a_machine(stored):
-    assert NOTEBOOK.stat().st_size < 600_000
     (parameters,) = (cell for cell in stored.values() if "parameters" in tags(cell))
     assert parameters.source == 'outputs = "../study/runs/normfree_gpu"'
-    for cell in stored.values():
-        texts = [cell.source]
-        for output in cell.get("outputs", []):
-            texts += [text for form, text in output.data.items() if form.startswith("text/")]
-        for text in texts:
-            assert not re.search(r"""(^|[\s"'=>(])(/\w|[A-Z]:\\)""", text), text
+    assert_small_and_without_places(NOTEBOOK)
 
 
 def test_each_code_cell_is_short_and_has_its_sentence_before_it(stored):

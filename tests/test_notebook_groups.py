@@ -1,6 +1,5 @@
 """The notebook of groups: executed on a fresh run with groups and sites, and stored as it ran."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support import TINY_RUN, own_logging
+from support import TINY_RUN, as_before
 
 import nerve
 from nerve.metric_names import GROUP_SITES, GROUPS
+from notebooks import assert_small_and_without_places, stored_cells
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "groups.ipynb"
 ASKED = (
@@ -25,7 +25,7 @@ ASKED = (
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
     """The cells as they are committed, by id."""
-    return {cell["id"]: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    return stored_cells(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nerve.cli.run import main  # after the import hook
 
     folder = tmp_path_factory.mktemp("groups") / "run"
-    with pytest.MonkeyPatch.context() as patch, own_logging():
+    with pytest.MonkeyPatch.context() as patch, as_before():
         patch.chdir(folder.parent)
         patch.setattr(sys, "argv", ["nerve-run", *TINY_RUN, *ASKED, f"hydra.run.dir={folder}"])
         main()
@@ -79,10 +79,4 @@ def test_every_cell_runs_on_a_fresh_run_and_gives_what_the_stored_one_gave(run, 
 def test_the_stored_notebook_was_executed_and_knows_no_place_on_a_machine(stored):
     code = [cell for cell in stored.values() if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert NOTEBOOK.stat().st_size < 600_000
-    for cell in stored.values():
-        texts = [cell.source]
-        for output in cell.get("outputs", []):
-            texts += [text for form, text in output.data.items() if form.startswith("text/")]
-        for text in texts:
-            assert not re.search(r"""(^|[\s"'=>(])(/\w|[A-Z]:\\)""", text), text
+    assert_small_and_without_places(NOTEBOOK)

@@ -17,15 +17,16 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, register
-from nerve.cli.config.options import refuse_lists
+from nerve.cli.config.explain import explain_error, no_such_sweep
 from nerve.cli.config.overrides import (
     check_added,
-    explain_error,
     has_own_files,
-    no_such_sweep,
     overrides_of,
+    refuse_lists,
+    require_directories,
+    value_of,
+    with_literal_paths,
 )
-from nerve.cli.config.paths import require_directories, with_literal_paths
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.console import fail
 from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
@@ -60,11 +61,13 @@ def main() -> None:
 
     try:
         sys.argv = [sys.argv[0], *with_literal_paths(sys.argv[1:])]
-        check_added(sys.argv[1:])
         overrides = overrides_of(sys.argv[1:])
+        check_added(overrides, sys.argv[1:])
         require_directories(overrides)
         refuse_lists(overrides)
-        config_name = prepare_resume(sys.argv[1:]) or "config"
+        config_name = "config"
+        if (directory := value_of(overrides, "resume")) is not None:
+            config_name = prepare_resume(Path(str(directory)), overrides, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except Exception as error:
         message = command.message(error)

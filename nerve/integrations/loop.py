@@ -48,7 +48,6 @@ class WatchedLoop:
         """Takes those of passes that the loop runs; None where held-out batches are at hand."""
         self.awaits_evaluation = False
         """Whether the present step is measured by an evaluation that is still to come."""
-        self._model = model
         self._device = device_of(model)
         self._steps = steps
         self._is_train = settings.source == "train"
@@ -126,6 +125,7 @@ class WatchedLoop:
 
     def begin(
         self,
+        model: nn.Module,
         ffns: Sequence[FFN],
         choose: Callable[..., Choice],
         batches: Sequence[Any] | None,
@@ -137,13 +137,14 @@ class WatchedLoop:
         """Opens what measures, and measures the first step if it is one of those.
 
         Args:
+            model: the one that the loop calls.
             choose: makes the `Choice` for a model, a probe and what runs the model on a batch.
             batches: the held-out ones; None for features of passes that the loop runs.
             state: of the checkpoint that the loop goes on from.
             first: the step that a loop without `state` begins at.
             token_counts: how often each token occurs, for groups by frequency.
         """
-        n, inner, recorder = n_processes(), unwrapped(self._model), self.recorder
+        n, inner, recorder = n_processes(), unwrapped(model), self.recorder
         self.recorder.open(
             ffns,
             self._device,
@@ -163,8 +164,7 @@ class WatchedLoop:
 
         choice = choose(inner, recorder.probe, run)
         if batches is None:
-            called = self._model
-            self.features = PassFeatures(called, recorder, choice, of_training=self._is_train)
+            self.features = PassFeatures(model, recorder, choice, of_training=self._is_train)
         else:
             self._evaluate = partial(evaluate, inner, batches, forward, recorder, choice)
         if state is not None:
@@ -231,17 +231,17 @@ class WatchedLoop:
                 "measuring_seconds": self.recorder.seconds,
             }
 
-    def abort(self) -> None:
-        """Stops measuring wherever it was, and writes what is measured."""
-        self.recorder.abort()
-        if n_processes() == 1:  # else the others may never come to exchange their spectra
-            self.recorder.drain()
+    def fail(self, error: BaseException) -> None:
+        """Stops measuring wherever it was, and writes what is measured; what that raises is a note
+        of `error`."""
+        self.recorder.fail(error)
 
     def close(self) -> None:
-        """Lets the model alone."""
+        """Lets the model alone, and lets go of it."""
         if self.features is not None:
             self.features.close()
         self.recorder.close()
+        self.features = self._evaluate = self._optimizer = None
 
 
 def _count_of(n_targets: Any) -> int:

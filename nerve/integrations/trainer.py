@@ -83,7 +83,7 @@ class SpectralCallback(TrainerCallback):
         check_given(ffns=ffns, mask=mask, exclude=exclude)
         require_mapping("config", config)
         self._run = RunDirectory(directory)
-        self._how = {
+        self._how: dict[str, Any] = {
             "config": config,
             "mask": mask,
             "exclude": exclude,
@@ -121,7 +121,7 @@ class SpectralCallback(TrainerCallback):
                 model,
                 self._run.path,
                 self._settings,
-                **self._how,  # type: ignore[arg-type]
+                **self._how,
                 optimizer=optimizer,
                 batches=None,
                 forward=None,

@@ -179,11 +179,11 @@ def watched(
     ) as recorded:
         loop = WatchedLoop(model, chosen, steps, optimizer, recorded)
         try:
-            loop.begin(ffns, choose, batches, forward or call, resume, first, token_counts)
+            loop.begin(model, ffns, choose, batches, forward or call, resume, first, token_counts)
             yield loop
             loop.end()
-        except BaseException:
-            loop.abort()
+        except BaseException as error:
+            loop.fail(error)
             raise
         finally:
             loop.close()

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.ffns import FFN, FFNAdapter, n_runs_of, named, pool_of, sites_of
-from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
+from nerve.measuring.ffns import FFN, FFNAdapter, n_inputs, n_runs_of, named, pool_of, sites_of
 from nerve.measuring.groups import Division
 from nerve.measuring.parts import Parts
 from nerve.measuring.projection import (
@@ -19,12 +18,11 @@ from nerve.measuring.projection import (
     not_affine,
     require_affine,
 )
-from nerve.measuring.sites import n_inputs
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.flag import Flag
+from nerve.spectra.moments import Spread
 from nerve.spectra.product import coarsest, product_of_input
-from nerve.spectra.spread import Spread
 
 Side = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""

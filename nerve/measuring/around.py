@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nerve.measuring.ffns import FFN, named, sites_of, tokens_of
-from nerve.measuring.sites import Site, declared_widths, last
+from nerve.measuring.ffns import FFN, Site, declared_widths, last, named, sites_of, tokens_of
 
 log = logging.getLogger(__name__)
 

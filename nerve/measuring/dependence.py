@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.hooks import RemovableHandle
 
-from nerve.measuring.graph import decides
-from nerve.measuring.sites import Site, argument, declared_widths, last
+from nerve.measuring.ffns import Site, argument, declared_widths, last
+from nerve.measuring.following import decides
 from nerve.measuring.slices import Products
 
 N_ELEMENTS = 32

@@ -2,7 +2,10 @@
 
 import itertools
 import pickle
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +18,13 @@ import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from nerve.errors import StoreError
+from nerve.errors import NotGatheredError, StoreError
+
+BELIEVED_AFTER_S = 30.0
+"""How long a process that has left is waited for all the same: it may have come back, where whoever
+runs it has caught the error."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.05
 
 
 def rank() -> int:
@@ -32,14 +41,19 @@ def gathered(value: Any) -> list[Any]:
     """Every process's `value`, in the order of their ranks; all of them must call it.
 
     It goes through the store of the group, so that nobody waits for a device.
+
+    Raises:
+        NotGatheredError: where one of them has left, or does not come in the time that the group
+            gives it.
     """
     n, mine = n_processes(), rank()
     if n == 1:
         return [value]
     store = _store()
     number = store.add(f"gathered/{mine}", 1)
+    store.delete_key(f"left/{mine}")  # of an error that was caught
     _put(store, f"gathered/{number}/{mine}", value)
-    values = [pickle.loads(store.get(f"gathered/{number}/{other}")) for other in range(n)]
+    values = _taken(store, {other: f"gathered/{number}/{other}" for other in range(n)})
     # All have come to this one, and have read the one before.
     store.delete_key(f"gathered/{number - 1}/{mine}")
     return values
@@ -64,12 +78,12 @@ class Mailbox:
 
     def take(self, *, wait: bool) -> list[Any] | None:
         """Of process 0: what is next from each of the others, in their order; None where some of it
-        has not come, or after a wait for it."""
-        keys = [self._key(other) for other in range(1, n_processes())]
-        if not wait and not self._store.check(keys):
+        has not come, or after a wait for it, which raises as `gathered`."""
+        keys = {other: self._key(other) for other in range(1, n_processes())}
+        if not wait and not self._store.check([*keys.values()]):
             return None
-        values = [pickle.loads(self._store.get(key)) for key in keys]
-        for key in keys:
+        values = _taken(self._store, keys)
+        for key in keys.values():
             self._store.delete_key(key)
         self._n += 1
         return values
@@ -84,6 +98,46 @@ def in_turns(hands: Sequence[Sequence[Any]]) -> list[Any]:
     return [item for item in turns if item is not None]
 
 
+def leave(error: BaseException) -> None:
+    """Tells the other processes, which may wait for this one, that an error ends its part."""
+    if n_processes() > 1:
+        with suppress(RuntimeError):  # of a store whose process has gone
+            _put(_store(), f"left/{rank()}", f"{type(error).__name__}: {error}")
+
+
+def _taken(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
+    """What is at the keys, each of a process, once all of it has come.
+
+    The wait is made of short ones: within one, torch lets no signal through, and would wait as long
+    for a process that has gone.
+    """
+    began, pause_s, within_s = time.monotonic(), _FIRST_PAUSE_S, _timeout_of(store).total_seconds()
+    while not store.check([*keys.values()]):
+        waited_s = time.monotonic() - began
+        if waited_s >= min(BELIEVED_AFTER_S, within_s):
+            _require_there(store, keys, is_over=waited_s >= within_s)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return [pickle.loads(store.get(key)) for key in keys.values()]
+
+
+def _require_there(store: dist.Store, keys: Mapping[int, str], *, is_over: bool) -> None:
+    """Raises `NotGatheredError` where a process that is waited for has left; `is_over` where it is
+    too late for those that have not."""
+    missing = [other for other, key in keys.items() if not store.check([key])]
+    for other in missing:
+        if store.check([f"left/{other}"]):
+            told = pickle.loads(store.get(f"left/{other}"))
+            raise NotGatheredError(
+                f"All processes of a run go on together; process {other} has left: {told}"
+            )
+    if is_over and missing:
+        raise NotGatheredError(
+            f"All processes of a run go on together; {', '.join(map(str, missing))} did not come "
+            f"within {_timeout_of(store)}. See what they say; the group's timeout allows more."
+        )
+
+
 def _put(store: dist.Store, key: str, value: Any) -> None:
     store.set(key, pickle.dumps(value))  # type: ignore[arg-type] # bytes as well as texts
 
@@ -91,6 +145,12 @@ def _put(store: dist.Store, key: str, value: Any) -> None:
 def _store() -> dist.Store:
     """Where the processes of the group met: it reaches each of them whatever they train on."""
     return dist.PrefixStore("nerve", distributed_c10d._get_default_store())
+
+
+def _timeout_of(store: dist.Store) -> timedelta:
+    """What `init_process_group` was given, or torch's half an hour."""
+    timeout: timedelta = store.timeout  # type: ignore[attr-defined] # missing in torch's stub
+    return timeout
 
 
 def own_part(parts: Sequence[Any]) -> Any:

@@ -12,10 +12,9 @@ from torch import nn
 from nerve.errors import MeasurementError
 from nerve.measuring.dependence import Link
 from nerve.measuring.experts import Experts, grouped
-from nerve.measuring.ffns import FFN, FFNAdapter, pool_of, sites_of
+from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths, n_inputs, pool_of, sites_of
 from nerve.measuring.forward import call
 from nerve.measuring.places import Place, Tree
-from nerve.measuring.sites import declared_widths, n_inputs
 from nerve.measuring.slices import products_of, stacked
 from nerve.measuring.trial import Seen, look_at
 
@@ -27,19 +26,22 @@ class FoundFFNs(list[FFN]):
 
     Attributes:
         unclear: lines that describe by hand what might be an FFN, each with what speaks against it.
-        notes: what the model does otherwise while these are measured.
     """
 
     def __init__(self, ffns: Iterable[FFN], paths: Mapping[nn.Module, str], unclear: Sequence[str]):
         super().__init__(ffns)
         self._paths = paths
         self.unclear = list(unclear)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the model does otherwise while these are measured."""
         replaced = {
             (type(each.holder).__name__, each.replaces)
             for each in products_of(sites_of(ffn) for ffn in self)
             if each.replaces is not None
         }
-        self.notes = [
+        return [
             f"{name}: its plain implementation runs in place of {what} while it is measured."
             for name, what in sorted(replaced)
         ]

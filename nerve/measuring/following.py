@@ -1,16 +1,27 @@
 """Whether post follows from pre with no matrix in between, as autograd records it."""
 
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nerve.measuring.checks import check_follows, check_is_no_factor, plain
-from nerve.measuring.sites import Site
+from nerve.errors import MeasurementError
+from nerve.measuring.ffns import Site, last, sample_of
+from nerve.measuring.tap import plain
 
 ENOUGH = 64
 """With so many samples an FFN is known; fewer may look like what they are not."""
+
+_ROWS = 512
+"""How many samples tell a factor from a nonlinearity, at least."""
+
+Way = Literal["directly", "through a matrix", "not at all"]
+
+# Nodes of autograd that mix features by weights or by attention: AddmmBackward0, BmmBackward0,
+# ConvolutionBackward0, ScaledDotProductFlashAttentionForCpuBackward0, LinearBackward0, …
+_MATRIX = re.compile(r"mm(back|$)|(?<!non)linear|convolution|matmul|attention|dotproduct|einsum")
 
 
 class Following:
@@ -120,3 +131,105 @@ class Following:
 _OPEN: list[Any] = []
 """Inference modes that were left, and not yet entered again. One that an error has ended stays: to
 let go of it would enter it again."""
+
+
+def check_follows(pre: Tensor, post: Tensor, where: str) -> None:
+    """Raises `MeasurementError` unless autograd has recorded how post follows from pre, without a
+    matrix in between."""
+    assert pre.grad_fn is not None
+    way = way_from(pre.grad_fn, post)
+    if way != "directly":
+        raise MeasurementError(
+            f"Post must follow from pre through the nonlinearity alone; of {where} it follows "
+            f"{way}. Check which modules its description names: those of one FFN, the projection "
+            "before its nonlinearity and the one after."
+        )
+
+
+def check_is_no_factor(pre: Tensor, post: Tensor, site: Site, where: str) -> None:
+    """Raises `MeasurementError` where pre is the side of a gated FFN that multiplies.
+
+    Args:
+        pre: what the module of `site` gives or gets, recorded by autograd.
+        post: what follows from it.
+        site: of pre.
+        where: for messages.
+    """
+    # Of a fused projection another part is a factor; rounding to 16 bits would look like one.
+    is_whole = site.part == slice(None) and pre.numel() == post.numel() > 0
+    if is_whole and pre.dtype.itemsize > 2 and is_factor(pre, post, site.feature_axis):
+        raise MeasurementError(
+            f"Pre must be what the nonlinearity gets; of {where} it is what the nonlinearity's "
+            "output is multiplied with. Name the gate."
+        )
+
+
+def way_from(node: torch.autograd.graph.Node, features: Tensor) -> Way:
+    """How `features` follow from what `node` gave: without a matrix in between, or through one.
+
+    A linear upsampling would pass for a matrix; no FFN has one between its sides.
+    """
+    if features.grad_fn is None:
+        return "not at all"
+    if _reaches(features.grad_fn, node, through_matrices=False):
+        return "directly"
+    through = _reaches(features.grad_fn, node, through_matrices=True)
+    return "through a matrix" if through else "not at all"
+
+
+def _reaches(
+    start: torch.autograd.graph.Node, node: torch.autograd.graph.Node, *, through_matrices: bool
+) -> bool:
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [start]
+    while waiting:
+        current = waiting.pop()
+        if current is node:
+            return True
+        if current in seen or (not through_matrices and _MATRIX.search(current.name().lower())):
+            continue
+        seen.add(current)
+        waiting += _next(current)
+    return False
+
+
+def _next(node: torch.autograd.graph.Node) -> Iterable[torch.autograd.graph.Node]:
+    return [following for following, _ in node.next_functions if following is not None]
+
+
+def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
+    """Whether `features` are the product of `side` with something else, as the ungated side of a
+    gated FFN: linear in it, element by element, by a slope that does not depend on it.
+
+    Args:
+        side: recorded by autograd, of 32 bits or more: rounding to 16 would look like it.
+        features: what follows from it, in the same shape or flattened.
+        axis: holds the features of `side`.
+    """
+    assert side.grad_fn is not None
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(features.sum(), side, create_graph=True)
+    if slope.grad_fn is not None and _reaches(slope.grad_fn, side.grad_fn, through_matrices=True):
+        return False
+    x, h, slope = side.detach(), features.detach().reshape(side.shape), slope.detach()
+    x, h, slope = (sample_of(last(each, axis), _ROWS) for each in (x, h, slope))
+    if not bool(h.isfinite().all()):
+        return False
+    is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
+    # As of a ReLU that is written as a clamp, whose derivative no graph has.
+    is_cut = not bool(slope[x < 0].any())
+    return is_linear and not is_cut and not decides(x, x, h)
+
+
+def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
+    """Whether `h / product` is one number for each sign of `side`, feature by feature."""
+    usable = product.abs() > product.abs().mean() * 1e-2
+    ratio = torch.where(usable, h / product, torch.nan)
+    for sign in (side > 0, side < 0):
+        some = ratio.masked_fill(~sign, torch.nan)
+        high = some.nan_to_num(-torch.inf).amax(0)
+        low = some.nan_to_num(torch.inf).amin(0)
+        apart = (high - low).masked_fill(high < low, 0)
+        if bool((apart > 1e-2 * ratio.nan_to_num().abs().max()).any()):
+            return False
+    return True

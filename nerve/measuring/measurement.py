@@ -6,8 +6,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
-from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.measuring.group_spectra import GroupEigenproblem
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, Orders
 from nerve.measuring.probe import Probe
@@ -59,6 +58,7 @@ class Measurement:
         self._probe = probe
         self._samples = Samples(probe, skip_first, grouped)
         self._sites = sites
+        self._has_parts = bool(grouped.groupings or sites)
         self._n_forwards = 0
         self._of = [Accumulator(ffn, shortcut=shortcut) for ffn in probe.ffns]
         self._pools = pools_of(self._of, {} if pools is None else pools)
@@ -133,6 +133,8 @@ class Measurement:
     def group_eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[GroupEigenproblem]:
         """What is left to solve of groups and sites, of the same FFNs. Arguments as of
         `eigenproblems`."""
+        if not self._has_parts:
+            return []
         mine = self._rows()[share::n_shares]
         return [problem for each in mine for problem in each.group_eigenproblems()]
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nerve.measuring.eigenproblem import GroupEigenproblem
 from nerve.measuring.ffns import FFN
-from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.measuring.groups import OVERLAPPING, REST, Division
 from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
 from nerve.spectra import StreamingCovariance

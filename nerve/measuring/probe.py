@@ -10,17 +10,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.checks import check_same_samples, of_site, plain, split
-from nerve.measuring.ffns import FFN, n_runs_of, named, pool_of, sites_of, tokens_of
+from nerve.measuring.ffns import (
+    FFN,
+    Site,
+    argument,
+    declared_widths,
+    last,
+    n_runs_of,
+    named,
+    replaced,
+    require_distinct,
+    sample_of,
+    sites_of,
+    tokens_of,
+)
 from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
-from nerve.measuring.sites import Site, argument, declared_widths, last, replaced, sample_of
 from nerve.measuring.slices import products_of
-from nerve.measuring.tap import registered, tap
+from nerve.measuring.tap import check_same_samples, check_whole, of_site, plain, registered, tap
 from nerve.spectra.flag import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -66,16 +76,7 @@ class Probe:
     def __init__(
         self, ffns: Sequence[FFN], around: Sequence[Mapping[str, Site]] | None = None
     ) -> None:
-        if not ffns:
-            raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
-        pools = {(ffn.layer, pool) for ffn in ffns if (pool := pool_of(ffn)) is not None}
-        names = Counter([*((ffn.layer, ffn.name) for ffn in ffns), *pools])
-        doubled = [key for key, n in names.items() if n > 1]
-        if doubled:
-            raise MeasurementError(
-                "Layer and name must tell FFNs apart; (layer, name) = "
-                f"{doubled[0]} stands for several."
-            )
+        require_distinct(ffns)
         self.ffns = ffns
         self.sites = [sites_of(ffn) for ffn in ffns]
         self._names = [named(ffn) for ffn in ffns]
@@ -154,8 +155,7 @@ class Probe:
             MeasurementError: for an FFN that did not, whose post never came, or whose pre was
                 overwritten.
         """
-        times, pending = Counter(self._times), set(self._before)
-        unchanged = list(self._unchanged)
+        times, pending, unchanged = Counter(self._times), {*self._before}, [*self._unchanged]
         self._following.finish_forward()
         self._forget()
         for index in (index for index, is_so in unchanged if not is_so):
@@ -196,9 +196,7 @@ class Probe:
         """
         if self._receive is None:
             return
-        module = self.sites[index][0].module
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise split(self._names[index])  # the features are a slice, which no type shows
+        check_whole(self.sites[index][0].module, self._names[index])
         check_same_samples(pre, post, self._names[index])
         is_unchanged = torch.isclose(sample_of(pre), sample, rtol=0, atol=0, equal_nan=True).all()
         self._unchanged.append((index, Flag(is_unchanged)))

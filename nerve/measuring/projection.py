@@ -8,7 +8,7 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, named, sites_of
 from nerve.measuring.groups import REST, Division
-from nerve.spectra.spread import Spread
+from nerve.spectra.moments import Spread
 
 PROJECTED = "projected"
 """What asks for it, in place of true."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.sites import argument, declared_widths, last
+from nerve.measuring.ffns import argument, declared_widths, last
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

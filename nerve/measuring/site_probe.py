@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nerve.measuring.checks import of_site, plain
-from nerve.measuring.sites import Site, argument
+from nerve.measuring.ffns import Site, argument
+from nerve.measuring.tap import of_site, plain
 
 ReceiveSite = Callable[[int, str, Tensor], None]
 """Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.sites import Site
+from nerve.measuring.ffns import Site
 
 _PLACES = {"linear": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
 """By the name of a product, where among its arguments the features and the matrix stand."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.dependence import Dependence
+from nerve.measuring.ffns import declared_widths, is_pointwise
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.routing import Routing
-from nerve.measuring.sites import declared_widths, is_pointwise
 from nerve.measuring.slices import Products, Slice, stacked
 
 _FEW = 2

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from nerve.measuring.ffns import Site, is_pointwise, sample_of
 from nerve.measuring.probe import is_tap
-from nerve.measuring.sites import Site, is_pointwise, sample_of
 from nerve.measuring.slices import Slice
 
 

@@ -53,8 +53,10 @@ def initialize(
             module.weight.copy_(drawn)
 
 
-def check_pre_std(pre_std: int | float | None, ffn: FFNDesign) -> None:
-    """Raises `ConfigError` for a `model.pre_std` that is no size, or that a constraint undoes."""
+def check_initial(init_std: float, pre_std: int | float | None, ffn: FFNDesign) -> None:
+    """Raises `ConfigError` for a `model.init_std` or a `model.pre_std` that is no size, and for one
+    of pre that a constraint undoes."""
+    require(init_std > 0, f"model.init_std must be positive; got {init_std}.")
     if pre_std is None:
         return
     require(pre_std > 0, f"model.pre_std must be null or positive; got {pre_std}.")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nerve.config import require, require_choice, require_count
-from nerve.models.initialization import check_pre_std, initialize
+from nerve.models.initialization import check_initial, initialize
 from nerve.nn.activation import ACTIVATIONS, Activation
 from nerve.nn.constraint import iterate_together
 from nerve.nn.ffn import FeedForward, FFNDesign, Width, check_width, hidden_width
@@ -77,8 +77,7 @@ class MixerConfig:
             f"data.image_size={self.image_size} and model.patch_size={self.patch_size}.",
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
-        require(self.init_std > 0, f"model.init_std must be positive; got {self.init_std}.")
-        check_pre_std(self.pre_std, self.ffn)
+        check_initial(self.init_std, self.pre_std, self.ffn)
         require(
             self.position.name == "none",
             f"model.kind=mixer takes no position encoding; got position.name={self.position.name}. "

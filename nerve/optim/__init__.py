@@ -5,7 +5,6 @@ from nerve.optim.build import (
     Role,
     build_optimizer,
     check_parts,
-    hidden_lr,
     parameter_roles,
 )
 from nerve.optim.combined import CombinedOptimizer
@@ -22,6 +21,5 @@ __all__ = [
     "Schedule",
     "build_optimizer",
     "check_parts",
-    "hidden_lr",
     "parameter_roles",
 ]

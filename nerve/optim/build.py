@@ -173,15 +173,3 @@ def _require_one_claim(roles: Mapping[str, Role], parts: Mapping[str, Part]) -> 
                 f"({role}) is claimed by {', '.join(claims) or 'none'} of {', '.join(parts)}. "
                 f"List {role!r} in the roles of one part."
             )
-
-
-def hidden_lr(optimizer: Optimizer) -> float | None:
-    """The present learning rate of the hidden weights, as the schedule left it.
-
-    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
-    not make, where groups have no roles, that of all groups. None where they have several.
-    """
-    groups = optimizer.param_groups
-    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
-    rates = {float(group["lr"]) for group in hidden or groups}
-    return rates.pop() if len(rates) == 1 else None

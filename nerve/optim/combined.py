@@ -83,7 +83,7 @@ class CombinedOptimizer(Optimizer):
         return {"parts": self.parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["parts"])  # type: ignore[misc]
+        CombinedOptimizer.__init__(self, state["parts"])
 
 
 class _PartsState(MutableMapping[Tensor, Any]):

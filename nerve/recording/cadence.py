@@ -149,5 +149,12 @@ def loss_of(output: Any) -> tuple[Tensor, int | None] | None:
     return loss.detach().reshape(()), None if n_targets is None else int(n_targets)
 
 
+def step_loss(output: Any) -> tuple[Tensor | None, int | None]:
+    """The same of what a step of Lightning returned, where a bare tensor is the loss; None for each
+    that it does not say."""
+    found = loss_of({"loss": output} if isinstance(output, Tensor) else output)
+    return (None, None) if found is None else found
+
+
 def _entry(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nerve.errors import StoreError
-from nerve.measuring.eigenproblem import FFNSpectra
-from nerve.measuring.group_spectra import GroupSpectrum
+from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
 from nerve.recording.run import RecordedRun, recorded_run
 from nerve.recording.solver import Solved
 from nerve.recording.writer import SpectraWriter

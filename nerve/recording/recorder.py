@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nerve.errors import noted
 from nerve.measuring.around import Stream, sites_around
 from nerve.measuring.ffns import FFN
 from nerve.measuring.groups import NOT_GROUPED, Grouped
@@ -257,18 +258,34 @@ class Recorder:
         if self._probe is not None:
             self._probe.stop()
 
-    def close(self) -> None:
-        """Removes the probe and ends what solves; what is still pending is dropped."""
-        self._measurement = None  # of a fit that was cut off
+    def fail(self, error: BaseException) -> None:
+        """Ends it where training has ended by an error: what was measured is written, unless that
+        takes other processes, which may never come. What this raises is a note of `error`."""
         try:
-            if self._probe is not None:
-                self._probe.remove()
-                self._probe = None
+            with noted(error):
+                self.abort()
+            if self._n_processes == 1:
+                with noted(error):
+                    self.drain()
         finally:
-            if self._solver is not None:
-                self._solver.close()
-            if self._aside is not None:
-                self._aside.close()
+            with noted(error):
+                self.close()
+
+    def close(self) -> None:
+        """Removes the probe and ends what solves; what is still pending is dropped, and nothing
+        keeps the model."""
+        self._measurement = None  # of a fit that was cut off
+        probe, self._probe = self._probe, None
+        solver, self._solver = self._solver, None
+        aside, self._aside = self._aside, None
+        try:
+            if probe is not None:
+                probe.remove()
+        finally:
+            if solver is not None:
+                solver.close()
+            if aside is not None:
+                aside.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, once all rows up to its step are written."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from nerve.errors import StoreError
-from nerve.measuring.distributed import gathered, rank
+from nerve.errors import StoreError, noted
+from nerve.measuring.distributed import gathered, leave, rank
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunState
@@ -48,6 +48,7 @@ def recorded_run(
         try:
             yield run
         except BaseException as error:
+            leave(error)
             if run is not None:
                 _end(run, error)
             raise
@@ -97,8 +98,9 @@ def _begun(
 
 def _end(run: RecordedRun, error: BaseException) -> None:
     interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-    try:
+    with noted(error):  # rows that are refused leave the record to be written
         run.store.flush(run.record.step)
+    try:
         run.record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
         log.error("run.json cannot say how the run ended: %s", refused)

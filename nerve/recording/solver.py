@@ -2,24 +2,17 @@
 
 import logging
 import sys
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
-from nerve.measuring.eigenproblem import FFNSpectra
-from nerve.measuring.group_spectra import GroupSpectrum, pooled_spectra
-from nerve.recording.place import Eigenproblem, Place, Placement, bytes_of, work_of
-from nerve.recording.staging import Staging
-from nerve.recording.workers import pool_of
+from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum, pooled_spectra
+from nerve.recording.dispatch import Dispatch, Eigenproblem, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +49,11 @@ class Solved:
         return [step | each.row() for each in (*pooled, *self.groups)]
 
 
-class _Waiting(NamedTuple):
-    """An FFN as messages name it, its eigenproblem until a thread takes it, and its spectra to
-    come."""
-
-    name: str
-    untaken: list[Eigenproblem]
-    future: Future[Any]
-
-
 class _Pending(NamedTuple):
     """A measurement and its spectra to come."""
 
     labels: Labels
-    waiting: list[_Waiting]
+    waiting: list[Waiting]
 
     @property
     def is_done(self) -> bool:
@@ -78,7 +62,7 @@ class _Pending(NamedTuple):
     @property
     def n_bytes(self) -> int:
         """What it takes of the device."""
-        return sum(bytes_of(problem) for each in self.waiting for problem in tuple(each.untaken))
+        return sum(each.n_bytes for each in self.waiting)
 
 
 class _Part(NamedTuple):
@@ -93,9 +77,7 @@ class _Part(NamedTuple):
 class Solver:
     """Takes a measurement's eigenproblems and gives their solutions, in the order of measurements.
 
-    Those of a GPU are solved while training goes on, each where it costs less (`Placement`): copied
-    to the host and solved there, one thread for each of them, or on the GPU, between its other
-    work. On the CPU, whose cores train, they are solved at once.
+    Those of a GPU are solved while training goes on, those of a CPU at once (`Dispatch`).
 
     Of several processes each submits its share of a measurement's eigenproblems: process r of n
     every n-th, from number r on. Process 0 gets the spectra of all, the others their own. Only in
@@ -109,23 +91,18 @@ class Solver:
     """
 
     def __init__(self, device: torch.device, n_workers: int = 0, n_bytes: int = 0) -> None:
-        self.n_workers = n_workers
-        self._device = device
+        self._dispatch = Dispatch(device, n_workers, n_bytes)
         self._pending: deque[_Pending] = deque()
         self._parts: deque[_Part] = deque()
         self._mail = Mailbox() if n_processes() > 1 else None
         self._failed: MeasurementError | None = None
         self._most_bytes = _most_bytes(device)
         self._has_warned = False
-        self._pool = pool_of(self.n_workers) if self.n_workers else None
-        is_gpu = device.type == "cuda"
-        self._of_gpu = ThreadPoolExecutor(1, thread_name_prefix="spectra-gpu") if is_gpu else None
-        self._stream = torch.cuda.Stream(device) if is_gpu else None
-        self._staging = Staging(device)
-        self._placement = Placement(n_workers)
-        self._said: Counter[Place] = Counter()
-        if self._pool and is_gpu:
-            self._pool.submit(self._staging.reserve, n_bytes)
+
+    @property
+    def n_workers(self) -> int:
+        """Threads of the host that solve."""
+        return self._dispatch.n_workers
 
     def submit(self, labels: Labels, eigenproblems: Sequence[Eigenproblem]) -> Iterator[Solved]:
         """Takes a measurement at once; gives what is solved by then, after waiting if too much is
@@ -135,26 +112,11 @@ class Solver:
             MeasurementError: for one that could not be solved, with its layer and step; in all
                 processes.
         """
-        is_beside = bool(self._pool or self._of_gpu)
+        is_beside = self._dispatch.is_beside
         if is_beside:
             self._collect_done()
             self._raise_failed()
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.current_stream(self._device).record_event()
-        works = [work_of(each) for each in eigenproblems]
-        if self._of_gpu:
-            places = self._placement.choose(works)
-        else:
-            places = ["host" if self._pool else "device"] * len(works)
-        self._say(places, labels.get("step"))
-        waiting = []
-        for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
-            name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
-            # What solves it takes it from the list, so that a GPU's memory is free once copied.
-            untaken = [eigenproblem]
-            task = partial(self._solve, untaken, place, work, ready)
-            waiting.append(_Waiting(name, untaken, self._start(task, place)))
+        waiting = self._dispatch.start(eigenproblems, labels.get("step"))
         self._pending.append(_Pending(labels, waiting))
         if not is_beside:
             return self.drain()
@@ -187,57 +149,7 @@ class Solver:
         """Ends the threads; what is still pending is dropped."""
         self._pending.clear()
         self._parts.clear()
-        for pool in (self._pool, self._of_gpu):
-            if pool:
-                pool.shutdown(cancel_futures=True)
-
-    def _start(self, task: Callable[[], Any], place: Place) -> Future[Any]:
-        pool = self._pool if place == "host" else self._of_gpu
-        if pool:
-            return pool.submit(task)
-        future: Future[Any] = Future()
-        try:
-            future.set_result(task())
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def _solve(
-        self,
-        untaken: list[Eigenproblem],
-        place: Place,
-        work: float,
-        ready: torch.cuda.Event | None,
-    ) -> FFNSpectra | GroupSpectrum:
-        began, seconds = time.monotonic(), None
-        try:
-            if place == "host" and self._stream is not None:
-                spectra = self._staging.to_host(untaken.pop(), ready).solve()
-            else:
-                with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                    if self._stream is not None and ready is not None:
-                        self._stream.wait_event(ready)
-                    spectra = untaken.pop().solve()
-            seconds = time.monotonic() - began
-        finally:
-            self._placement.solved(place, work, seconds)
-        return spectra
-
-    def _say(self, places: Sequence[Place], step: Any) -> None:
-        """Logs where the eigenproblems go, when that changes."""
-        counted = Counter(places)
-        if counted != self._said:
-            self._said = counted
-            log.info(
-                "of the %s spectra of step %s, %s are solved by %s threads of the host beside "
-                "training, %s on %s",
-                len(places),
-                step,
-                counted["host"],
-                self.n_workers,
-                counted["device"],
-                self._device,
-            )
+        self._dispatch.close()
 
     def _wait_for_room(self) -> None:
         """Waits for the oldest measurements where too much waits for its solution; no process waits
@@ -265,7 +177,7 @@ class Solver:
 
     def _collect(self) -> None:
         """Takes the spectra of the oldest measurement, which are waited for."""
-        labels, waiting = self._pending.popleft()
+        labels, waiting = self._pending[0]
         spectra: list[FFNSpectra] = []
         groups: list[GroupSpectrum] = []
         error: MeasurementError | None = None
@@ -279,6 +191,7 @@ class Solver:
                     f"solved: {cause}"
                 )
                 error.__cause__ = cause
+        self._pending.popleft()  # not before: Ctrl-C ends the wait, and what is pending is still
         self._failed = self._failed or error
         part = _Part(labels, spectra, groups, error)
         if self._mail is not None and rank() > 0:

@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nerve.measuring.eigenproblem import FFNEigenproblem
-from nerve.measuring.ffns import FFN, sites_of
-from nerve.measuring.group_spectra import GroupEigenproblem
-from nerve.measuring.sites import n_inputs
+from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
+from nerve.measuring.ffns import FFN, n_inputs, sites_of
 from nerve.spectra.triangle import from_lower_blocks, lower_blocks, lower_bytes
 
 E = TypeVar("E", bound=FFNEigenproblem | GroupEigenproblem)
@@ -45,9 +43,12 @@ class Staging:
     def reserve(self, n_bytes: int) -> None:
         """Makes all buffers that are not in use at least so large."""
         buffers = [self._buffers.get() for _ in range(N_BUFFERS)]
-        for buffer in buffers:
-            buffer.reserve(n_bytes)
-            self._buffers.put(buffer)
+        try:
+            for buffer in buffers:
+                buffer.reserve(n_bytes)
+        finally:
+            for buffer in buffers:
+                self._buffers.put(buffer)
 
     def to_host(self, eigenproblem: E, ready: torch.cuda.Event | None = None) -> E:
         """The same eigenproblem on the host, copied once the device has come to `ready`."""

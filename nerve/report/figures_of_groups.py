@@ -5,6 +5,7 @@ rows of `pr_of_groups` of one FFN.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -146,9 +147,9 @@ def _share_axis(panels: Sequence[Axes]) -> None:
         panel.set_ylim(min(low), max(high))
 
 
-def _line(panel: Axes, rows: pd.DataFrame, metric: str, **style: object) -> None:
+def _line(panel: Axes, rows: pd.DataFrame, metric: str, **style: Any) -> None:
     ordered = rows.sort_values("layer")
-    panel.plot(ordered["layer"], ordered[metric], linewidth=1.2, **style)  # type: ignore[arg-type]
+    panel.plot(ordered["layer"], ordered[metric], linewidth=1.2, **style)
 
 
 def _finish(panel: Axes, rows: pd.DataFrame, metric: str, site: str) -> None:

@@ -65,7 +65,9 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
             "No run can be compared, so figures show the flagged ones; statistics are left out."
         )
     shown_runs = runs[runs["run_id"].isin(drawn)]
-    grouped = pr_of_groups(metrics, loaded.groups, shown_runs, factors.varying)
+    grouped = None
+    if len(loaded.groups):
+        grouped = pr_of_groups(metrics, loaded.groups, shown_runs, factors.varying)
     content.drawings += _drawings(metrics, grouped, shown_runs, compared)
     shown = _drawn_factors(runs, factors)
     content.drawings += comparison_drawings(compared, window, shown)
@@ -76,7 +78,8 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
             f"factors whose levels are numbers or at most {MAX_NAMES} names. The tables have all."
         )
     content.tables += comparison_tables(compared, window)
-    content.tables += tables_by_factor(grouped, factors.varying)
+    if grouped is not None:
+        content.tables += tables_by_factor(grouped, factors.varying)
     return content
 
 
@@ -128,7 +131,7 @@ def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
 
 
 def _drawings(
-    metrics: pd.DataFrame, grouped: pd.DataFrame, runs: pd.DataFrame, compared: Comparisons
+    metrics: pd.DataFrame, grouped: pd.DataFrame | None, runs: pd.DataFrame, compared: Comparisons
 ) -> list[Drawing]:
     factors, designs = compared.factors, compared.designs
     is_drawn = metrics["run_id"].isin(runs["run_id"])
@@ -144,20 +147,20 @@ def _drawings(
     if not factors.varying:
         # Only seeds differ: each run is a line of its own.
         shown = ["seed"] if runs["seed"].nunique() > 1 else ["run_id"]
-        means, layers, grouped = (
-            frame.assign(design_id=frame["run_id"]) for frame in (means, layers, grouped)
-        )
+        means, layers = (frame.assign(design_id=frame["run_id"]) for frame in (means, layers))
+        grouped = None if grouped is None else grouped.assign(design_id=grouped["run_id"])
     drawings = []
     for ffn in means["ffn"].unique():
         own = [frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)]
         its_means, _, its_designs, its_rows = own
-        its_groups = grouped[grouped["ffn"] == ffn]
         across = compared.across_designs
         across = across[across["ffn"] == ffn]
         drawings += _factor_drawings(str(ffn), *own, shown=shown, factors=factors)
         drawings += _loss_drawings(str(ffn), its_means, its_designs, its_rows, across, shown)
-        about = f"{seeds(its_designs)} {_lines(its_means)}"
-        drawings += drawings_by_factor(str(ffn), its_groups, shown, factors.varying, about)
+        if grouped is not None:
+            its_groups = grouped[grouped["ffn"] == ffn]
+            about = f"{seeds(its_designs)} {_lines(its_means)}"
+            drawings += drawings_by_factor(str(ffn), its_groups, shown, factors.varying, about)
     return drawings
 
 

@@ -35,15 +35,8 @@ def comparison_tables(compared: Comparisons, window: str) -> list[Table]:
         *_tables_of_comparisons(compared),
         _table_of_layers(runs, metrics, factors),
     ]
-    by = [name for name in factors.varying if name not in WIDTHS]
-    fits = fit_width_scaling(compared.points, by)
-    fits = fits[fits["n"] > 1]
-    if len(fits):
-        caption = (
-            "Dimensions used against the width of the FFN: metric = coefficient · d_ff^exponent, "
-            "with the 95% interval of the exponent; n counts widths."
-        )
-        tables.append(Table("scaling", caption, fits))
+    if compared.points["d_ff"].nunique() > 1:
+        tables += _scaling(compared)
     return tables
 
 
@@ -155,6 +148,17 @@ def _table_of_layers(runs: pd.DataFrame, metrics: pd.DataFrame, factors: Factors
         layers,
         in_page=False,
     )
+
+
+def _scaling(compared: Comparisons) -> list[Table]:
+    by = [name for name in compared.factors.varying if name not in WIDTHS]
+    fits = fit_width_scaling(compared.points, by)
+    fits = fits[fits["n"] > 1]
+    caption = (
+        "Dimensions used against the width of the FFN: metric = coefficient · d_ff^exponent, "
+        "with the 95% interval of the exponent; n counts widths."
+    )
+    return [Table("scaling", caption, fits)] if len(fits) else []
 
 
 def _summary(within: pd.DataFrame, window: str) -> pd.DataFrame:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.spectra.eigenvalues import gram, mirrored
-from nerve.spectra.moments import Moments, moments_of
+from nerve.spectra.moments import Moments, Spread, moments_of
 from nerve.spectra.product import PRODUCTS, coarsest, default_product
-from nerve.spectra.spread import Spread
 
 
 class Tally(NamedTuple):

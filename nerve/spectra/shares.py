@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from nerve.spectra.moments import Spread, square_distances
 from nerve.spectra.positions import Positions, largest_mean
-from nerve.spectra.spread import Spread, square_distances
 
 TOP = 1000
 """`top` is the share of the farthest sample in so many, rounded up: 0.1%."""

@@ -35,7 +35,10 @@ class CheckpointCadence:
         """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
         require_reached("checkpoint.keep", self.keep, max_steps)
 
-    def is_due(self, step: int, seconds: float) -> bool:
-        """Whether to save after `step`, `seconds` after the last checkpoint."""
-        steps, minutes = self.every_n_steps, self.every_n_minutes
-        return bool(steps and step % steps == 0) or bool(minutes and seconds >= 60 * minutes)
+    def is_due_at(self, step: int) -> bool:
+        """Whether to save after `step`, whatever the time."""
+        return bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
+
+    def is_due_after(self, seconds: float) -> bool:
+        """Whether to save `seconds` after the last checkpoint, whatever the step."""
+        return bool(self.every_n_minutes) and seconds >= 60 * (self.every_n_minutes or 0)

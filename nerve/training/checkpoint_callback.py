@@ -13,13 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from nerve.files import as_store_error, require_there
-from nerve.measuring.distributed import gathered, highest, own_part
+from nerve.measuring.distributed import gathered, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
+from nerve.training.agreement import Agreement
 from nerve.training.checkpoint_cadence import CheckpointCadence
 from nerve.training.checkpoint_files import identity_of, weights_of, write_checkpoint
 from nerve.training.checkpoint_io import CheckpointFiles
 from nerve.training.ending import follows_a_rule, take_timers
+from nerve.training.fit import callbacks_of
 from nerve.training.randomness import random_states, set_random_states
 from nerve.training.signals import Interrupted, StopSignals
 
@@ -66,6 +68,7 @@ class Checkpointing(Checkpoint):
         self._store = store
         self._data_dims = dict(data_dims)
         self._wish = 0
+        self._agreement = Agreement()
         self._allowed = self._deadline = math.inf
         self._saved_at = time.monotonic()
         self._began = time.perf_counter()
@@ -117,6 +120,7 @@ class Checkpointing(Checkpoint):
         self._signals.install()  # Lightning has just put its own handlers in their place
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._agreement = Agreement()
         self._drop_kept_after(trainer.global_step)
         self._keep(trainer, pl_module)
         if self._random:
@@ -142,11 +146,11 @@ class Checkpointing(Checkpoint):
         if n_batches % trainer.accumulate_grad_batches:
             return  # in the middle of an optimizer step
         self._keep(trainer, pl_module)
-        waited = time.monotonic() - self._saved_at
-        is_due = self._cadence.is_due(trainer.global_step, waited)
-        stops = self._signals.received or self._is_out_of_time
-        wish = _STOP if stops else _SAVE if is_due else 0
-        self._wish = highest(wish, trainer.strategy.root_device)
+        # A number of steps is every process's own knowledge; the rest one of them may find alone.
+        self._wish = max(
+            _SAVE if self._cadence.is_due_at(trainer.global_step) else 0,
+            self._agreement.on(self._own_wish()),
+        )
         assert trainer.val_check_batch is not None
         validates_next = trainer.should_stop or n_batches % trainer.val_check_batch == 0
         if self._wish and not validates_next:
@@ -176,6 +180,12 @@ class Checkpointing(Checkpoint):
     @property
     def _is_out_of_time(self) -> bool:
         return self._deadline < math.inf and time.monotonic() >= self._deadline
+
+    def _own_wish(self) -> int:
+        """What this process asks all of them for."""
+        if self._signals.received or self._is_out_of_time:
+            return _STOP
+        return _SAVE if self._cadence.is_due_after(time.monotonic() - self._saved_at) else 0
 
     def _take(self, trainer: L.Trainer) -> None:
         with self._files.taking():
@@ -219,7 +229,7 @@ class Checkpointing(Checkpoint):
             "global_step": trainer.global_step,
         }
         # One that averages weights puts in those that were validated.
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             callback.on_save_checkpoint(trainer, pl_module, checkpoint)
         return weights_of(checkpoint)
 

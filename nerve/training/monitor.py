@@ -8,27 +8,27 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from nerve.config import from_mapping, require
-from nerve.errors import noted
-from nerve.measuring.choice import Choice, call_probed
-from nerve.measuring.distributed import gathered
-from nerve.measuring.ffns import FFN, sites_of
+from nerve.measuring.choice import Choice
+from nerve.measuring.distributed import gathered, leave
+from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
-from nerve.measuring.forward import call, evaluating
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
-from nerve.metric_names import MEASURED
-from nerve.recording.cadence import loss_of
+from nerve.recording.cadence import step_loss
 from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
-from nerve.recording.settings import MeasuredSteps, MonitorSettings
+from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
-from nerve.training.fit_checks import (
+from nerve.training.fit import (
+    choice_of,
+    is_awaited,
     require_batches,
     require_validation,
     shares_batches,
+    token_counts,
     warn_of_loaders,
     warn_of_nothing,
 )
@@ -103,11 +103,9 @@ class SpectralMonitor(L.Callback):
             "those of the other layers.",
         )
         self._ffns = ffns
-        self._counted = mask, tuple(exclude), only_labeled
+        self._counted = mask, exclude, only_labeled
         self._choice: Choice | None = None
         self._updates = WeightUpdates()
-        self._steps = MeasuredSteps(self.settings.every_n_steps)
-        self._next: int | None = None
         self._is_taking = False
         self._recorder = Recorder(self.settings, store)
 
@@ -156,9 +154,9 @@ class SpectralMonitor(L.Callback):
             rank=trainer.global_rank,
             n_processes=trainer.world_size,
             n_here=trainer.num_devices,
-            token_counts=_token_counts(trainer),
+            token_counts=token_counts(trainer),
         )
-        self._choice = self._choice_for(pl_module, ffns)
+        self._choice = choice_of(pl_module, self._recorder.probe, self.settings, *self._counted)
         trainer.val_check_interval = NEVER
         trainer.check_val_every_n_epoch = None
         trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of a time for it
@@ -168,15 +166,14 @@ class SpectralMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         require_batches(trainer, self.source)
         last = last_update(trainer, pl_module)
-        self._steps = steps = self.settings.measured_steps(last)
-        self._updates.open(trainer, pl_module, self._stop_taking)
+        steps = self.settings.measured_steps(last)
+        self._updates.open(trainer, pl_module, steps, self._stop_taking)
         begun = self._updates.n
         self._recorder.drop_after(begun)
         if begun == 0:
             self.settings.require_some(last)
             if 0 in steps and not trainer.enable_validation:
                 self._label(trainer)
-        self._next = steps.after(begun)
         validate_next(trainer, begun in steps)  # asked where Lightning goes on from a checkpoint
 
     def on_train_batch_end(
@@ -188,7 +185,7 @@ class SpectralMonitor(L.Callback):
         batch_idx: int,
     ) -> None:
         self._stop_taking()
-        loss, n_targets = _loss_of(outputs)
+        loss, n_targets = step_loss(outputs)
         # Lightning reports the loss as it was divided for gradient accumulation.
         scaled = None if loss is None else loss * trainer.accumulate_grad_batches
         self._recorder.add_training(scaled, n_targets)
@@ -199,14 +196,12 @@ class SpectralMonitor(L.Callback):
 
     def _end_update(self, trainer: L.Trainer) -> bool:
         """Ends the step whose features were due; whether the one that begins is due."""
-        n, due_step = self._updates.n, self._recorder.due_step
-        if due_step is not None and n > due_step:
+        due_step = self._recorder.due_step
+        if due_step is not None and self._updates.n > due_step:
             self._recorder.finish(of_all=trainer.world_size > 1)
-        is_due = self._next is not None and n >= self._next
-        if is_due:
-            self._next = self._steps.after(n)
-            if not trainer.enable_validation:
-                self._label(trainer)
+        is_due = self._updates.take_due()
+        if is_due and not trainer.enable_validation:
+            self._label(trainer)
         return is_due
 
     def _label(self, trainer: L.Trainer) -> None:
@@ -235,11 +230,8 @@ class SpectralMonitor(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if (
-            trainer.state.fn == TrainerFn.FITTING
-            and self.source == "heldout"
-            and not dataloader_idx
-        ):
+        is_of_fit = trainer.state.fn == TrainerFn.FITTING and not dataloader_idx
+        if is_of_fit and self.source == "heldout":
             self._take(batch)
 
     def on_validation_batch_end(
@@ -254,7 +246,7 @@ class SpectralMonitor(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING or dataloader_idx:
             return
         self._stop_taking()
-        loss, n_targets = _loss_of(outputs)
+        loss, n_targets = step_loss(outputs)
         if loss is not None:
             self._recorder.add_validation(loss, n_targets)
 
@@ -302,13 +294,9 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         self._is_taking = False
         self._updates.close()
-        with noted(exception):
-            self._recorder.abort()
-        if trainer.world_size == 1:  # else the others may never come to exchange their spectra
-            with noted(exception):
-                self._recorder.drain()
-        with noted(exception):
-            self._recorder.close()
+        leave(exception)
+        self._recorder.fail(exception)
+        self._choice = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
@@ -320,6 +308,7 @@ class SpectralMonitor(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._updates.close()
         self._recorder.close()
+        self._choice = None  # which has the model
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._recorder.state_dict(), "n_updates": self._updates.n}
@@ -331,49 +320,8 @@ class SpectralMonitor(L.Callback):
     def _monitored(self, trainer: L.Trainer) -> dict[str, float]:
         """The values of the last measurement that is solved, in every process."""
         values = gathered(monitored_values(self.latest))[0]
-        if not values and _is_monitored(trainer):
+        if not values and is_awaited(trainer):
             log.info("the first measurement is waited for, as a callback monitors its values")
             self._recorder.drain()
             values = gathered(monitored_values(self.latest))[0]
         return values
-
-    def _choice_for(self, pl_module: L.LightningModule, ffns: Sequence[FFN]) -> Choice:
-        """Which samples of this module's batches count."""
-        mask, exclude, only_labeled = self._counted
-        model, probe = _holder(pl_module, ffns), self._recorder.probe
-
-        def run(batch: Any) -> object:
-            with evaluating(model):
-                return call_probed(probe, call, model, batch)
-
-        mask = getattr(pl_module, "padding_mask", None) if mask is None else mask
-        skips = self.settings.skip_first > 0
-        groups = bool(self.settings.groups)
-        return Choice(model, probe, run, mask, exclude, only_labeled, skips, groups)
-
-
-def _is_monitored(trainer: L.Trainer) -> bool:
-    """Whether what decides by a monitored value names one of a measurement: Lightning refuses to go
-    on where it is not there."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    deciding = [*callbacks, *trainer.lr_scheduler_configs]
-    names = (getattr(each, "monitor", None) for each in deciding)
-    return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
-
-
-def _token_counts(trainer: L.Trainer) -> Tensor | None:
-    """How often each token occurs in training, where the data module says it."""
-    data = getattr(trainer, "datamodule", None)
-    return getattr(data, "token_counts", None)
-
-
-def _holder(module: L.LightningModule, ffns: Sequence[FFN]) -> nn.Module:
-    """The part of a module that holds all FFNs, where it is one; else the module itself."""
-    sites = {site.module for ffn in ffns for site in sites_of(ffn)}
-    return next((part for part in module.children() if sites <= {*part.modules()}), module)
-
-
-def _loss_of(outputs: Any) -> tuple[Tensor | None, int | None]:
-    """The mean loss and the number of targets of a step, as far as it returned them."""
-    found = loss_of({"loss": outputs} if isinstance(outputs, Tensor) else outputs)
-    return (None, None) if found is None else found

@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.ffns import FFN, sites_of
-from nerve.optim import hidden_lr
+from nerve.optim import Role
+from nerve.recording.settings import MeasuredSteps
 
 NEVER = sys.maxsize
 """A validation interval that no training comes to."""
@@ -32,21 +33,31 @@ class WeightUpdates:
 
     def __init__(self) -> None:
         self.n = 0
+        self._steps = MeasuredSteps(None)
+        self._next: int | None = None
         self._is_manual = False
         self._stepped: Counter[int] = Counter()
         self._handle: RemovableHandle | None = None
 
     def open(
-        self, trainer: L.Trainer, module: L.LightningModule, on_step: Callable[[], None]
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        steps: MeasuredSteps,
+        on_step: Callable[[], None],
     ) -> None:
         """Begins to count, from `n` on where Lightning does not count itself.
 
         Args:
+            steps: those that are to be measured.
             on_step: is called after each step of an optimizer that the module steps itself.
         """
+        self._steps = steps
         self._is_manual = not module.automatic_optimization
         if not self._is_manual:
             self.n = trainer.global_step
+        self._next = steps.after(self.n)
+        if not self._is_manual:
             return
         trained = {id(parameter) for parameter in module.parameters()}
 
@@ -66,6 +77,13 @@ class WeightUpdates:
         else:
             self.n = trainer.global_step
         return self.n > before
+
+    def take_due(self) -> bool:
+        """Whether the update that was counted last is to be measured, or one that it came past."""
+        is_due = self._next is not None and self.n >= self._next
+        if is_due:
+            self._next = self._steps.after(self.n)
+        return is_due
 
     def close(self) -> None:
         """Counts no more; allowed at any time."""
@@ -112,6 +130,18 @@ def rate_of(optimizers: Sequence[Optimizer], ffns: Sequence[FFN]) -> float | Non
     }
     holding = [o for o in optimizers if any(id(each) in measured for each in _parameters(o))]
     rates = {hidden_lr(optimizer) for optimizer in holding or optimizers}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def hidden_lr(optimizer: Optimizer) -> float | None:
+    """The present learning rate of the hidden weights, as the schedule left it.
+
+    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
+    not make, where groups have no roles, that of all groups. None where they have several.
+    """
+    groups = optimizer.param_groups
+    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
+    rates = {float(group["lr"]) for group in hidden or groups}
     return rates.pop() if len(rates) == 1 else None
 
 

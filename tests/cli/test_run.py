@@ -23,7 +23,8 @@ from support import TINY_RUN, composed
 import nerve
 from nerve.cli import entry
 from nerve.cli.config.compose import SWEEPS
-from nerve.cli.config.overrides import check_added, explain_error
+from nerve.cli.config.explain import explain_error
+from nerve.cli.config.overrides import check_added, overrides_of
 from nerve.cli.experiment.build import build_trainer
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
@@ -193,7 +194,7 @@ def test_what_cannot_be_composed_is_told_with_what_was_likely_meant(overrides, e
 @pytest.mark.parametrize(("override", "expected"), ADDED)
 def test_added_values_that_nothing_reads_are_refused(override, expected):
     with pytest.raises(ConfigError) as error:
-        check_added([override])
+        check_added(overrides_of([override]), [override])
     for text in expected:
         assert text in str(error.value)
 
@@ -308,7 +309,7 @@ def test_the_help_names_every_sweep(run):
     ],
 )
 def test_values_that_something_may_read_can_be_added(arguments):
-    check_added(arguments)
+    check_added(overrides_of(arguments), arguments)
 
 
 def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
@@ -326,8 +327,9 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
     own = given.keys() - plan.values["trainer"].keys()
     assert "max_epochs" in own
     for key in [*own, "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"]:
+        arguments = [f"+trainer.{key}=1", "optimizer.lr=${x}"]
         with pytest.raises(ConfigError, match=rf"\+trainer\.{key} would be passed over: "):
-            check_added([f"+trainer.{key}=1", "optimizer.lr=${x}"])
+            check_added(overrides_of(arguments), arguments)
 
 
 def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkeypatch):

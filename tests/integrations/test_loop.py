@@ -1,8 +1,10 @@
 """A plain loop that is watched leaves the rows of the Lightning monitor, also after a kill."""
 
+import gc
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -254,6 +256,38 @@ def test_a_loop_that_raised_goes_on_as_if_it_had_not(tmp_path, source, save_at, 
     again = nerve.RunRecord.load(cut)
     assert (again.run_status, again.restarts, again.run_id) == ("done", 1, record.run_id)
     assert_same(nerve.load_metrics(cut), nerve.load_metrics(tmp_path / "whole"))
+
+
+def test_the_error_of_a_loop_is_not_replaced_by_what_the_ending_raises(tmp_path, monkeypatch):
+    """A disk that is full refuses the rows, not the record of how the run ended."""
+
+    def full(store, step):
+        raise StoreError("the disk is full")
+
+    def within(step: int) -> None:
+        if step == 6:
+            monkeypatch.setattr(nerve.RunStore, "flush", full)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no") as raised:
+        train(tmp_path, network(), within=within)
+    assert raised.value.__notes__ == ["Then, as the run ended: StoreError: the disk is full"]
+    record = nerve.RunRecord.load(tmp_path)
+    assert (record.run_status, record.error and record.error["type"]) == ("failed", "ValueError")
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_a_loop_that_has_ended_keeps_no_model(tmp_path, source):
+    """Though what the block was given is still there, as in a notebook."""
+    model = network()
+    seen, heldout = weakref.ref(model), {"heldout": [pairs(1)[0][0]]} if source == "heldout" else {}
+    with nerve.watch(model, tmp_path, optimizer=optimizer_of(model), **heldout) as run:
+        mean_loss(model, pairs(1)[0])["loss"].backward()
+        run.step()
+    del model
+    gc.collect()
+    assert seen() is None
+    assert run.latest
 
 
 def killed(directory: str) -> None:

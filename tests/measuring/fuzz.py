@@ -32,16 +32,15 @@ import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring import (
     accumulator,
-    checks,
     ffns,
+    following,
     masks,
     measure,
     probe,
     samples,
     streams,
 )
-from nerve.measuring.ffns import FFNAdapter
-from nerve.measuring.sites import Site
+from nerve.measuring.ffns import FFNAdapter, Site
 
 ACTS = {
     "relu": torch.relu,
@@ -227,8 +226,7 @@ class Mixture(nn.Module):
             if self.case.form == EXPERTS[0]:
                 up, down = self.experts[e]["up"], self.experts[e]["down"]
             else:
-                up = lambda given, e=e: functional.linear(given, self.w_up[e])  # noqa: E731
-                down = lambda given, e=e: given @ self.w_down[e].T  # noqa: E731
+                up, down = partial(self._up, e), partial(self._down, e)
             if len(rows):
                 pre = up(tokens[rows])
                 post = self.act(pre)
@@ -238,6 +236,12 @@ class Mixture(nn.Module):
                 nothing = torch.zeros(0, 1)
                 self.kept[e].append((nothing, nothing, rows))
         return given.reshape(x.shape)
+
+    def _up(self, e: int, given: Tensor) -> Tensor:
+        return functional.linear(given, self.w_up[e])
+
+    def _down(self, e: int, given: Tensor) -> Tensor:
+        return given @ self.w_down[e].T
 
 
 class Stack(nn.Module):
@@ -367,8 +371,9 @@ def altered(case: Case, model: Model) -> Iterator[None]:
         up.weight = nn.Parameter(up.weight.detach().as_subclass(OwnType), requires_grad=False)
     handle = None
     if case.alter == "global hook":
-        hook = lambda module, args, output: output.square() - 1 if module is up else None  # noqa: E731
-        handle = nn.modules.module.register_module_forward_hook(hook)
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: output.square() - 1 if module is up else None
+        )
     try:
         yield
     finally:
@@ -552,14 +557,18 @@ def without() -> dict[str, list[Any]]:
         self._following.finish_forward()
         self._forget()
 
-    yes = lambda *how, **more: torch.tensor(True)  # noqa: E731
-    as_given = lambda tensor, site, where: site.features(tensor)  # noqa: E731
-    any_bool = lambda mask: mask if mask.dtype == torch.bool else mask != 0  # noqa: E731
-    first = lambda *how: streams.Traced("", True)  # noqa: E731
-    all_count = lambda rows, source, counts, where: torch.ones(rows.shape[:-1], dtype=torch.bool)  # noqa: E731
+    def yes(*how: Any, **more: Any) -> Tensor:
+        return torch.tensor(True)
+
+    def any_bool(mask: Tensor) -> Tensor:
+        return mask if mask.dtype == torch.bool else mask != 0
+
+    def all_count(rows: Tensor, *how: Any) -> Tensor:
+        return torch.ones(rows.shape[:-1], dtype=torch.bool)
+
     return {
-        "post follows from pre": [put(checks, "way_from", lambda *how: "directly")],
-        "pre is no factor": [put(checks, "is_factor", lambda *how: False)],
+        "post follows from pre": [put(following, "way_from", lambda *how: "directly")],
+        "pre is no factor": [put(following, "is_factor", lambda *how: False)],
         "pre has a weight": [put(ffns, "_has_weight", lambda module: True)],
         "masks are 0 and 1": [put(masks, "as_bool", any_bool), put(streams, "as_bool", any_bool)],
         "W x + b is what the layer gave": [put(accumulator, "gives", yes)],
@@ -567,9 +576,11 @@ def without() -> dict[str, list[Any]]:
             put(accumulator.Accumulator, "_compare_weight", lambda *how: None)
         ],
         "the number of runs": [put(probe.Probe, "finish_forward", finish)],
-        "the axis is as wide as declared": [put(probe, "of_site", as_given)],
+        "the axis is as wide as declared": [
+            put(probe, "of_site", lambda tensor, site, where: site.features(tensor))
+        ],
         "post of the same samples": [put(probe, "check_same_samples", lambda *how: None)],
-        "the order of tokens": [put(streams, "_traced", first)],
+        "the order of tokens": [put(streams, "_traced", lambda *how: streams.Traced("", True))],
         "the tokens of an expert": [put(samples, "counted_of", all_count)],
         "pre unchanged": [put(torch, "isclose", yes)],
     }

@@ -33,11 +33,10 @@ from nerve.errors import MeasurementError
 from nerve.measuring.around import sites_around
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
 from nerve.measuring.exchange import OfCovariance, exchange
-from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.ffns import FFNAdapter, Site
 from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.sites import Site
 from nerve.recording.solver import Solver
 from nerve.spectra import StreamingCovariance
 from nerve.training.monitor import SpectralMonitor

@@ -367,7 +367,7 @@ def test_under_autocast_the_span_is_that_of_the_rounded_weight(device):
 
 
 def no_weight(model: Model) -> None:
-    model.up = nn.Sequential(model.up)  # type: ignore[assignment]
+    model.up = nn.Sequential(model.up)
 
 
 def wide_input(model: Model) -> None:

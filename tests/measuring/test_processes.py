@@ -1,6 +1,11 @@
 """What one process tells the others of its run."""
 
 import json
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,8 +13,9 @@ import torch
 import torch.distributed as dist
 from processes import together
 
-from nerve.errors import StoreError
-from nerve.measuring.distributed import Mailbox, gathered, highest, own_part, rank
+from nerve.errors import NotGatheredError, StoreError
+from nerve.measuring import distributed
+from nerve.measuring.distributed import Mailbox, gathered, highest, leave, own_part, rank
 
 CPU = torch.device("cpu")
 
@@ -53,3 +59,104 @@ def test_two_processes_hear_each_other_in_order(tmp_path):
     for index in range(2):
         heard = json.loads((tmp_path / f"{index}.json").read_text())
         assert heard == [index, [{"mine": 0}, {"mine": 1}], {"mine": index}, 5]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two processes, as threads that share a store; what a function of the rank gave in each, or
+    raised."""
+    store, me = dist.HashStore(), threading.local()
+    store.set_timeout(timedelta(seconds=20))
+    monkeypatch.setattr(distributed, "_store", lambda: dist.PrefixStore("nerve", store))
+    monkeypatch.setattr(distributed, "n_processes", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: getattr(me, "rank", 0))
+    monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 0.05)
+
+    def call(function):
+        ends = [None, None]
+
+        def process(index: int) -> None:
+            me.rank = index
+            try:
+                ends[index] = function(index)
+            except Exception as error:
+                ends[index] = error
+
+        threads = [threading.Thread(target=process, args=(i,), daemon=True) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        return ends
+
+    call.store = store
+    return call
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_waits_for_one_that_has_left_hears_why(two, who):
+    """In an exchange of both."""
+
+    def process(index: int) -> object:
+        assert gathered(index) == [0, 1]
+        if index == who:
+            return leave(ValueError("no more"))
+        return gathered(index)
+
+    error = two(process)[1 - who]
+    assert isinstance(error, NotGatheredError)
+    assert f"process {who} has left: ValueError: no more" in str(error)
+
+
+def test_who_waits_for_mail_of_one_that_has_left_hears_why(two):
+    """Once it has what was sent before."""
+
+    def process(index: int) -> object:
+        box = Mailbox()
+        if index == 1:
+            box.send("first")
+            return leave(RuntimeError("gone"))
+        assert box.take(wait=True) == ["first"]
+        return box.take(wait=True)
+
+    error = two(process)[0]
+    assert isinstance(error, NotGatheredError)
+    assert "process 1 has left: RuntimeError: gone" in str(error)
+
+
+def test_who_has_left_and_comes_back_is_not_missed(two):
+    """An error that all have caught leaves them where they were."""
+
+    def process(index: int) -> object:
+        leave(ValueError("caught"))
+        time.sleep(0.02 * index)
+        first = gathered(index)
+        time.sleep(0.1 * (1 - index))
+        return first, gathered(-index)
+
+    assert two(process) == [([0, 1], [0, -1])] * 2
+
+
+def test_who_never_comes_is_waited_for_as_long_as_the_group_says(two):
+    two.store.set_timeout(timedelta(seconds=0.2))
+    error = two(lambda index: gathered(index) if index == 0 else None)[0]
+    assert isinstance(error, NotGatheredError)
+    assert "1 did not come within 0:00:00.2" in str(error)
+
+
+def test_who_waits_hears_signals(two):
+    """torch lets none through in a wait of its own."""
+
+    def heard(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, heard)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gathered(0)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)

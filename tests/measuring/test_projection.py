@@ -14,11 +14,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError
-from nerve.measuring.ffns import FFN, FFNAdapter
+from nerve.measuring.ffns import FFN, FFNAdapter, Site
 from nerve.measuring.groups import Grouped
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.sites import Site
 
 HALF = [torch.bfloat16, torch.float16]
 PRE = ["se_pre", "pr_pre", "eee_pre", "js", "variance_pre"]
@@ -290,7 +289,7 @@ def test_experts_and_their_pool_are_projected():
 
 def adapted(model: Model) -> list[FFN]:
     inner = model.up.forward
-    model.up.forward = lambda x: inner(x) * 0.99  # type: ignore[method-assign]
+    model.up.forward = lambda x: inner(x) * 0.99
     return model.ffns()
 
 
@@ -300,7 +299,7 @@ def hooked(model: Model) -> list[FFN]:
 
 
 def another_module(model: Model) -> list[FFN]:
-    model.up = nn.Sequential(model.up)  # type: ignore[assignment]
+    model.up = nn.Sequential(model.up)
     return model.ffns()
 
 

@@ -225,7 +225,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.n: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.n[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 

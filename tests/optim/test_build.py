@@ -12,9 +12,7 @@ from nerve.optim import (
     CombinedOptimizer,
     Part,
     Role,
-    Schedule,
     build_optimizer,
-    hidden_lr,
     parameter_roles,
 )
 
@@ -184,19 +182,3 @@ def test_an_unknown_role_is_refused_with_the_good_ones():
 def test_a_part_without_roles_is_refused():
     with pytest.raises(ConfigError, match="at least one role"):
         Part((), ADAMW)
-
-
-def test_hidden_lr_follows_the_schedule_of_the_hidden_part():
-    parts = {"rest": Part(ALL_ROLES[1:], ADAMW), "matrices": Part(("hidden",), MUON)}
-    optimizer = build_optimizer(Network(), parts)
-    scheduler = Schedule("linear").scheduler(optimizer, n_steps=4)
-    assert hidden_lr(optimizer) == 0.02
-    optimizer.step()
-    scheduler.step()
-    assert hidden_lr(optimizer) == 0.02 * 0.75
-
-
-def test_hidden_lr_of_groups_without_roles_is_the_one_that_they_share():
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.1, 0.2)]
-    assert hidden_lr(torch.optim.SGD(groups[:2])) == 0.1
-    assert hidden_lr(torch.optim.SGD(groups)) is None

@@ -1,11 +1,15 @@
 """A loop that knows nothing of Lightning records the rows of its measured steps."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from nerve import FFNAdapter, measure
 from nerve.analysis.load import load_metrics
+from nerve.errors import StoreError
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.storage.record import RunRecord
@@ -119,3 +123,49 @@ def test_a_recorder_goes_on_where_another_was(store):
     second.open(ffns(model), CPU, anew=True)
     assert (second.seconds, second.val_loss) == (0.0, None)
     second.close()
+
+
+@pytest.mark.parametrize(
+    ("late", "notes"),
+    [(StoreError("full"), ["Then, as the run ended: StoreError: full"]), (None, [])],
+)
+def test_an_error_that_ends_training_is_the_one_that_is_told(store, late, notes):
+    """What is refused as the rest is written is a note of it; the model is let alone."""
+    model, recorder = network(), Recorder(MonitorSettings(), store)
+    recorder.open(ffns(model), CPU, anew=True)
+    recorder.start()
+    if late is not None:
+        recorder.drain = raising(late)
+    error = ValueError("mine")
+    recorder.fail(error)
+    assert getattr(error, "__notes__", []) == notes
+    assert not model[0]._forward_hooks
+
+
+def test_ctrl_c_while_the_rest_is_written_leaves_no_hooks(store):
+    model, recorder = network(), Recorder(MonitorSettings(), store)
+    recorder.open(ffns(model), CPU, anew=True)
+    recorder.drain = raising(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        recorder.fail(ValueError("mine"))
+    assert not model[0]._forward_hooks
+
+
+def raising(error: BaseException):
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def test_a_recorder_that_is_closed_keeps_no_model(store):
+    model, recorder = network(), Recorder(MonitorSettings(), store)
+    seen = weakref.ref(model)
+    recorder.open(ffns(model), CPU, anew=True)
+    validate(recorder, model, 0)
+    recorder.drain()
+    recorder.close()
+    del model
+    gc.collect()
+    assert seen() is None
+    assert recorder.latest[0]["step"] == 0

@@ -1,7 +1,10 @@
 """Problems are solved in order, errors name their place, and nothing pending is lost."""
 
 import gc
+import os
+import signal
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -11,7 +14,7 @@ import torch
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.recording.place import Placement
+from nerve.recording.dispatch import Placement
 from nerve.recording.solver import MOST_PENDING, Solver
 
 CPU = torch.device("cpu")
@@ -84,6 +87,38 @@ def test_a_later_measurement_waits_for_the_order_and_too_many_wait_for_the_oldes
     solver.close()
 
 
+def interrupted(call) -> None:
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    call()
+
+
+def test_a_wait_that_ctrl_c_ends_loses_nothing():
+    """What was waited for comes out at the next time, and first."""
+    gate, solver = threading.Event(), Solver(CPU, n_workers=1)
+    solver.submit({"step": 0}, [hold(make_eigenproblem(0), gate)])
+    solver.submit({"step": 1}, [make_eigenproblem(0)])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(lambda: list(solver.drain()))
+    gate.set()
+    assert [item.labels["step"] for item in solver.drain()] == [0, 1]
+    solver.close()
+
+
+def test_an_end_that_ctrl_c_interrupts_has_dropped_what_no_thread_has_begun():
+    """Else the interpreter, as it ends, waits for all of it."""
+    gate, solver = threading.Event(), Solver(CPU, n_workers=1)
+    solver.submit({"step": 0}, [hold(make_eigenproblem(layer), gate) for layer in range(3)])
+    futures = [each.future for each in solver._pending[0].waiting]
+    until = time.monotonic() + 10
+    while not futures[0].running() and time.monotonic() < until:
+        time.sleep(0.001)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(solver.close)
+    assert [future.cancelled() for future in futures] == [False, True, True]
+    gate.set()
+    solver.close()
+
+
 def test_a_problem_that_cannot_be_solved_names_its_layer_and_step(solver):
     bad = replace(make_eigenproblem(3), post=-torch.eye(4, dtype=torch.float64))
     with pytest.raises(MeasurementError, match="ffn in layer 3 at step 7 could not be solved"):
@@ -101,7 +136,7 @@ def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):
 def gpu_like():
     """A solver with a GPU's two ways, on the CPU."""
     solver = Solver(CPU, n_workers=2)
-    solver._of_gpu = ThreadPoolExecutor(1)
+    solver._dispatch._of_gpu = ThreadPoolExecutor(1)
     yield solver
     solver.close()
 

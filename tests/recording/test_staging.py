@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nerve.measuring.eigenproblem import FFNEigenproblem
+from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
 from nerve.measuring.ffns import FFNAdapter
-from nerve.measuring.group_spectra import GroupEigenproblem
 from nerve.recording.staging import N_BUFFERS, HostBuffer, Staging, expected_bytes
 
 CPU = torch.device("cpu")
@@ -111,6 +110,21 @@ def test_a_copy_that_fails_gives_its_buffer_back(monkeypatch):
         for _ in range(N_BUFFERS + 1):
             with pytest.raises(RuntimeError, match="no memory"):
                 staging.to_host(eigenproblem(5, 0))
+    staging.to_host(eigenproblem(5, 0))
+
+
+def test_room_that_cannot_be_made_beforehand_is_asked_for_again(monkeypatch):
+    """Nobody waits for a buffer that does not come back."""
+    staging = Staging(CPU)
+
+    def refuse(*args):
+        raise RuntimeError("no memory to pin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostBuffer, "reserve", refuse)
+        with pytest.raises(RuntimeError, match="no memory to pin"):
+            staging.reserve(1000)
+    assert staging._buffers.qsize() == N_BUFFERS
     staging.to_host(eigenproblem(5, 0))
 
 

@@ -70,6 +70,7 @@ class Sweep:
             cwd=self.folder,
             log=self._output,
             environment={**self.cluster.environment, "PYTHONPATH": lean_path(SITE)},
+            within_s=600,
         )
 
     def finish(self) -> int:

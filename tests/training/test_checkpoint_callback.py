@@ -17,6 +17,7 @@ from nerve.optim import Schedule
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
+from nerve.training import agreement
 from nerve.training.checkpoint_cadence import CheckpointCadence
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
@@ -132,17 +133,13 @@ def test_a_checkpoint_is_written_every_so_many_steps_and_at_the_end(
     assert read_checkpoint(RunDirectory(tmp_path).checkpoint("last"))["global_step"] == N_STEPS
 
 
-def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one():
-    cadence = CheckpointCadence(every_n_minutes=2)
-    assert not cadence.is_due(7, 119)
-    assert cadence.is_due(7, 120)
+def test_a_checkpoint_is_due_at_steps_and_so_many_minutes_after_the_last_one():
     both = CheckpointCadence(every_n_steps=5, every_n_minutes=2)
-    assert [both.is_due(step, seconds) for step, seconds in ((5, 0), (6, 0), (6, 130))] == [
-        True,
-        False,
-        True,
-    ]
-    assert not CheckpointCadence().is_due(1000, 1e9)
+    assert [step for step in range(1, 12) if both.is_due_at(step)] == [5, 10]
+    assert [seconds for seconds in (0, 119, 120, 130) if both.is_due_after(seconds)] == [120, 130]
+    neither = CheckpointCadence()
+    assert not neither.is_due_at(1000)
+    assert not neither.is_due_after(1e9)
 
 
 def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, monkeypatch):
@@ -152,6 +149,26 @@ def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, mon
     monkeypatch.setattr("nerve.training.checkpoint_callback.time", clock)
     fit(tmp_path, CheckpointCadence(every_n_minutes=1), (1.0,) * N_STEPS)
     assert steps_saved == [3, 6, N_STEPS]
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_steps_of_several_processes_wait_for_no_device_and_seldom_for_each_other(
+    tmp_path, steps_saved, monkeypatch, every
+):
+    """Steps to save at are known without an exchange; of eight fast steps the first has one."""
+    collectives, exchanges = [], []
+    for name in ("all_reduce", "all_gather", "broadcast", "reduce", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, partial(collectives.append, name))
+
+    def gathered(value):
+        exchanges.append(value)
+        return [value, value]
+
+    monkeypatch.setattr(agreement, "n_processes", lambda: 2)
+    monkeypatch.setattr(agreement, "gathered", gathered)
+    fit(tmp_path, CheckpointCadence(every_n_steps=every), (1.0,) * N_STEPS)
+    assert (collectives, [wish for wish, _ in exchanges]) == ([], [0])
+    assert steps_saved == ([3, 6, 8] if every else [8])
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import socket
 import threading
 import time
-from contextlib import closing
 
 import pytest
 import torch.distributed as dist
@@ -14,10 +12,11 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from processes import held_port
 
-from nerve.errors import ConfigError, DataError, StoreError
+from nerve.errors import ConfigError, DataError, NotGatheredError, StoreError
 from nerve.training import gathering
-from nerve.training.gathering import Gathering, NotGatheredError, environment_of
+from nerve.training.gathering import Gathering, environment_of
 from nerve.training.signals import Interrupted, StopSignals
 
 
@@ -41,20 +40,15 @@ def _group(monkeypatch):
     """What tells processes that they are one group."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("MASTER_PORT", free_port())
-
-
-def free_port() -> str:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    with held_port() as port:
+        monkeypatch.setenv("MASTER_PORT", port)
+        yield
 
 
 def of(n: int, *ways, late: dict[int, float] | None = None) -> list[BaseException | str]:
     """What becomes of `n` members, each in a thread: `ways[i]` is what the i-th does once it has
     begun, and the first also before, where it has two."""
     ends: list[BaseException | str] = [""] * n
-    os.environ["MASTER_PORT"] = free_port()
 
     def member(i: int) -> None:
         trainer = Trainer()
@@ -75,10 +69,12 @@ def of(n: int, *ways, late: dict[int, float] | None = None) -> list[BaseExceptio
             ends[i] = error
 
     threads = [threading.Thread(target=member, args=(i,)) for i in range(n)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    with held_port() as port:
+        os.environ["MASTER_PORT"] = port
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
     assert not any(thread.is_alive() for thread in threads)
     return ends
 

@@ -9,13 +9,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from language_models import SEQ, language_model
 from torch import Tensor, nn
 
 from nerve.data.batches import BatchLoader
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.probe import Probe
-from nerve.models import Regularizer, build_model
-from nerve.optim import Part, Schedule, build_optimizer
+from nerve.models import Regularizer
+from nerve.optim import Schedule
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training import graphs
@@ -23,7 +24,7 @@ from nerve.training.graphs import CompiledLosses, flop_of_a_matrix, own_gradient
 from nerve.training.module import LanguageModel
 from nerve.training.monitor import SpectralMonitor
 
-SEQ, VOCAB, BATCH = 8, 11, 4
+VOCAB, BATCH = 11, 4
 
 
 @pytest.fixture
@@ -35,24 +36,9 @@ def marked(monkeypatch):
 
 
 def make_module(compile: bool, regularizer: Regularizer | None = None, **groups) -> LanguageModel:
-    values = {
-        "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
-        "normalization": {},
-        "activation": {"name": "gelu"},
-        "position": {"name": "learned"},
-        "ffn": {"width": 2},
-    }
-    for group, changes in groups.items():
-        values[group] |= changes
-    roles = ("hidden", "embedding", "head", "vector")
-    parts = {"main": Part(roles, partial(torch.optim.AdamW, lr=1e-2))}
-    return LanguageModel(
-        build_model(values, seed=0, vocab_size=VOCAB),
-        lambda model: build_optimizer(model, parts),
-        Schedule("cosine", warmup=0.2),
-        compile=compile,
-        regularizer=regularizer or Regularizer(),
-    )
+    schedule = Schedule("cosine", warmup=0.2)
+    given = {"compile": compile, "regularizer": regularizer}
+    return language_model(VOCAB, schedule, **given, **groups)
 
 
 class InOrder:

@@ -1,8 +1,10 @@
 """The callback measures the right weights on the right tokens, and changes nothing."""
 
 import copy
+import gc
 import threading
 import time
+import weakref
 from functools import partial
 
 import lightning as L
@@ -10,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from language_models import SEQ, language_model
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from support import Batches, KeepWeights
@@ -21,8 +24,7 @@ import nerve.training.monitor as monitor_module
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
-from nerve.models import build_model
-from nerve.optim import Part, Schedule, build_optimizer
+from nerve.optim import Schedule
 from nerve.recording.means import logged_values, mean_values, monitored_values
 from nerve.recording.solver import MOST_PENDING
 from nerve.storage.record import RunRecord
@@ -31,29 +33,13 @@ from nerve.training.loggers import StoreLogger
 from nerve.training.module import LanguageModel
 from nerve.training.monitor import SpectralMonitor
 
-VOCAB, SEQ, BATCH = 13, 8, 4
+VOCAB, BATCH = 13, 4
 METRICS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"]
 
 
-def make_module(lr: float = 1e-2, compile: bool = False, **groups) -> LanguageModel:
-    values = {
-        "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
-        "normalization": {},
-        "activation": {"name": "gelu"},
-        "position": {"name": "learned"},
-        "ffn": {"width": 2},
-    }
-    for group, changes in groups.items():
-        values[group] = values[group] | changes
-    parts = {
-        "main": Part(("hidden", "embedding", "head", "vector"), partial(torch.optim.AdamW, lr=lr))
-    }
-    return LanguageModel(
-        build_model(values, seed=0, vocab_size=VOCAB),
-        lambda model: build_optimizer(model, parts),
-        Schedule("constant", warmup=0.2, cooldown=0.0),
-        compile=compile,
-    )
+def make_module(**given) -> LanguageModel:
+    schedule = Schedule("constant", warmup=0.2, cooldown=0.0)
+    return language_model(VOCAB, schedule, **given)
 
 
 def batches(n: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -703,8 +689,8 @@ def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_pa
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
     monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
-    monitored = "nerve.training.monitor._is_monitored"
-    ask = monitor_module._is_monitored
+    monitored = "nerve.training.monitor.is_awaited"
+    ask = monitor_module.is_awaited
     monkeypatch.setattr(monitored, lambda trainer: (began.set(), ask(trainer))[1])
     stop, watch = EarlyStopping("ffn/mean/pr_post", patience=9), Watch()
     data = batches(2), batches(1, seed=1)
@@ -824,3 +810,16 @@ def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
         fit(tmp_path, module, batches(4), batches(1), callbacks=[Poison()], every_n_steps=9)
     assert any("the disk is full" in note for note in ended.value.__notes__)
     assert not module.model.blocks[0].ffn.up._forward_hooks
+
+
+def test_a_monitor_keeps_no_model_once_the_fit_is_over(tmp_path):
+    """But for the functions to log by, which Lightning gives to callbacks."""
+    module = make_module()
+    seen = weakref.ref(module.model)
+    monitor, _ = fit(tmp_path, module, batches(2), batches(1, seed=1), every_n_steps=1)
+    for name in ("log", "log_dict"):
+        vars(monitor).pop(name, None)
+    del module
+    gc.collect()
+    assert seen() is None
+    assert monitor.latest

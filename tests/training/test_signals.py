@@ -18,9 +18,9 @@ def send(signum: int) -> None:
 
 @pytest.mark.parametrize("signum", STOPPING)
 def test_before_training_a_signal_ends_the_run_where_it_stands(signum):
-    with pytest.raises(Interrupted, match=signal.Signals(signum).name) as stopped:  # noqa: SIM117
-        with StopSignals():
-            send(signum)
+    name = signal.Signals(signum).name
+    with pytest.raises(Interrupted, match=name) as stopped, StopSignals():
+        send(signum)
     assert stopped.value.code == 128 + signum
 
 

@@ -1,19 +1,36 @@
-"""The overrides of a command line: which are read, and what is said of those that are not."""
+"""The overrides of a command line: what is read of them, and what is refused before composition."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from pathlib import Path
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
 
 from nerve.cli.config.compose import CONF, SWEEPS
-from nerve.config import require
-from nerve.errors import NerveError
+from nerve.cli.config.explain import known_keys, meant
+from nerve.config import quoted, require, require_path
+from nerve.errors import ConfigError
+
+DIRECTORIES = ("resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir")
+"""Keys of one path, of which no sweep makes several."""
+
+TEXTS = (
+    *("data.corpus.path", "data.corpus.paths", "data.corpus.roots", "data.images.path"),
+    *("data.tokenizer", "data.corpus.separator", "data.separator_token"),
+)
+"""Keys of a path or a mark, which a sweep may vary and which may have a list."""
+
+OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+"""Those of which Hydra makes directories before anything else is looked at."""
+
+SEVERAL = ("logger",)
+"""Groups of which a run may have several options."""
 
 _OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
 """How arguments begin with which a user brings configuration files of his own."""
@@ -32,6 +49,18 @@ _SET_BY_THE_RUN = {
 }
 """Values that `build_trainer` and the monitor set themselves, and what stands in their place."""
 
+_UNREADABLE = object()
+
+
+def with_literal_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with quotes around the values of `DIRECTORIES` and `TEXTS` that Hydra's
+    grammar does not read as that text; `~` is the user's home in directories that Hydra makes.
+
+    What it reads as a list, null or (of `TEXTS`) a choice for a sweep stays, unless a file has that
+    very name.
+    """
+    return [_literal(argument) for argument in arguments]
+
 
 def overrides_of(arguments: Sequence[str]) -> list[Override]:
     """The overrides among the arguments; what cannot be parsed is left for Hydra to refuse."""
@@ -42,17 +71,44 @@ def overrides_of(arguments: Sequence[str]) -> list[Override]:
         return []
 
 
-def check_added(arguments: Sequence[str]) -> None:
+def value_of(overrides: Iterable[Override], key: str) -> Any:
+    """The value that is given to `key`, the last of several; None where there is none."""
+    given = [override.value() for override in overrides if override.key_or_group == key]
+    return given[-1] if given else None
+
+
+def require_directories(overrides: Iterable[Override]) -> None:
+    """Refuses what can be no directory of a run.
+
+    Raises:
+        ConfigError: for a value that is empty, null, no text, or has too long a name.
+    """
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_delete() or key not in (*OF_HYDRA, "resume"):
+            continue
+        value = override.value()
+        if isinstance(value, ChoiceSweep) or (key == "resume" and value is None):
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        require_path(key, str(value) if is_number else value)  # a directory may be called 5
+
+
+def check_added(overrides: Iterable[Override], arguments: Sequence[str]) -> None:
     """Refuses values that `+` would add where nothing reads them, or the run sets its own.
 
     Only what is certain: a value that another one may refer to, or a user's own file, is let pass,
     and so is one that some option of `optimizer` has. Groups whose values are built into something
     refuse what is wrong themselves.
 
+    Args:
+        overrides: among the arguments.
+        arguments: of the command line.
+
     Raises:
         ConfigError: for such a value, with the one that was likely meant.
     """
-    added = [each for each in overrides_of(arguments) if each.is_add() or each.is_force_add()]
+    added = [each for each in overrides if each.is_add() or each.is_force_add()]
     for override in added:
         value = ".".join(override.key_or_group.split(".")[:2])
         require(
@@ -62,7 +118,7 @@ def check_added(arguments: Sequence[str]) -> None:
         )
     if not added or has_own_files(arguments) or any("${" in argument for argument in arguments):
         return
-    known = _known_keys()
+    known = known_keys()
     roots = {key.split(".")[0] for key in known} | {path.name for path in SWEEPS.iterdir()}
     for override in added:
         key = override.key_or_group
@@ -72,7 +128,7 @@ def check_added(arguments: Sequence[str]) -> None:
         read = root in roots and (
             root != "optimizer" or key in known or rest.startswith(("parts.", "schedule."))
         )
-        require(read, f"+{key} adds a value that nothing reads.{_meant(key, known)}")
+        require(read, f"+{key} adds a value that nothing reads.{meant(key, known)}")
 
 
 def has_own_files(arguments: Sequence[str]) -> bool:
@@ -80,116 +136,94 @@ def has_own_files(arguments: Sequence[str]) -> bool:
     return any(argument.startswith(_OWN_FILES) for argument in arguments)
 
 
-def explain_error(error: Exception) -> str:
-    """What an error of Hydra or OmegaConf says, for one who need not know either."""
-    text = str(error)
-    if found := re.match(r"Could not override '([^']+)'", text):
-        key, known = found[1], _known_keys()
-        if key in known:
-            return f"The options chosen have no value {key!r}; that is one of {known[key]}."
-        return f"There is no value {key!r}.{_meant(key, known)}"
-    if found := re.match(r"Multiple values for ([^.]+)\.", text):
-        return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
-    if found := re.search(r"Could not find '(.+)/([^/']+)'", text):
-        return _no_such_option(found[1], found[2], re.findall(r"^\t(\S+)$", text, re.MULTILINE))
-    if "missing EQUAL" in text:
-        return _no_override(re.findall(r"'([^']*)'", text)[0])
-    merging = re.match(r"Error merging override (([^=]+)=.*)", text)
-    if (found := merging) and "Cannot merge DictConfig" in str(error.__cause__):
-        return (
-            f"{found[2]} is a group of values; got {found[1]}. Set single values, as in "
-            f"{found[2]}.…=…."
-        )
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, NerveError):
-            return str(cause)
-        cause = cause.__cause__
-    told = _without_link(text.split("\nConfig search path:")[0])
-    if isinstance(error, OverrideParseException):
-        return (
-            f"An override must be one that Hydra can read: {told}. A value with signs of its own "
-            "goes into quotes: \"key='value'\"."
-        )
-    reason = _without_link(str(error.__cause__))
-    return f"{told}\n{reason}" if isinstance(error.__cause__, Exception) else told
+def refuse_lists(overrides: Iterable[Override]) -> None:
+    """Refuses overrides that give a list to a group of which one option is meant, and those that
+    give a group what names no option.
+
+    Raises:
+        ConfigError: with what is written for a run of each.
+    """
+    for override in overrides:
+        value = None if override.is_delete() else override.value()
+        given = value.list if isinstance(value, ChoiceSweep) else [value]
+        if override.key_or_group in _groups() and any(isinstance(each, list) for each in given):
+            raise _merged(override.key_or_group, _flat(given))
+        is_group = override.key_or_group in (*_groups(), *SEVERAL)
+        if is_group and not override.is_delete() and any(map(_is_no_name, given)):
+            raise ConfigError(
+                f"{override.key_or_group} takes the name of an option; got "
+                f"{override.input_line}. Leave it out for the default, or name one that "
+                "nerve-run --help lists."
+            )
 
 
-def _without_link(text: str) -> str:
-    return re.sub(r"\nSee https?:\S+( for details)?", "", text).rstrip()
+def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequence[str]) -> None:
+    """Refuses a list of options in the defaults of the files that are composed.
+
+    What an option of a group itself builds upon, in that group, is no such list.
+
+    Raises:
+        ConfigError: with what is written for a run of each.
+    """
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN).defaults
+    for each in defaults:
+        group, _, option = (each.config_path or "").rpartition("/")
+        parent = each.parent or ""
+        if group in _groups() and parent.rpartition("/")[0] != group:
+            found[parent, group].append(option)
+    for (_, group), options in found.items():
+        if len(options) > 1:
+            raise _merged(group, options)
 
 
-def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
-    close = get_close_matches(option, options, n=1)
-    hint = f" Did you mean {group}={close[0]}?" if close else ""
-    return f"{group} must be one of {', '.join(options)}; got {option!r}.{hint}"
+def _is_no_name(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
-def _no_override(argument: str) -> str:
-    sweeps = [path.stem for path in SWEEPS.glob("*.yaml")]
-    keys = list(_known_keys())
-    if argument in sweeps:
-        meant = f"--config-name={argument}"
-    elif close := get_close_matches(argument, [*sweeps, *keys], n=1):
-        meant = f"--config-name={close[0]}" if close[0] in sweeps else f"{close[0]}=…"
-    else:
-        meant = ""
-    hint = f" Did you mean {meant}?" if meant else ""
-    return (
-        f"An argument is key=value, or an option with dashes before it; got {argument!r}.{hint} "
-        "nerve-run --help shows all."
+@cache
+def _groups() -> frozenset[str]:
+    """The groups that are shipped, without those that take several options."""
+    groups = {
+        path.parent.relative_to(root).as_posix()
+        for root in (CONF, SWEEPS)
+        for path in root.rglob("*/*.yaml")
+    }
+    return frozenset(groups.difference(SEVERAL))
+
+
+def _flat(given: Iterable[Any]) -> list[str]:
+    return [
+        str(option) for each in given for option in (each if isinstance(each, list) else [each])
+    ]
+
+
+def _merged(group: str, options: Sequence[str]) -> ConfigError:
+    names = ",".join(options)
+    return ConfigError(
+        f"{group} takes one option; got a list, [{names}], which would be merged into one run. For "
+        f"a run of each write {group}={names} and -m, or {group}: {names} in hydra.sweeper.params."
     )
 
 
-def no_such_sweep(name: str) -> str:
-    """What to say of a `--config-name` that is no shipped sweep."""
-    names = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
-    close = get_close_matches(name, names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"--config-name must be one of {', '.join(names)}; got {name!r}.{hint}"
+def _literal(argument: str) -> str:
+    given, is_override, value = argument.partition("=")
+    key = given.lstrip("+")
+    if not is_override or not value or key not in (*DIRECTORIES, *TEXTS):
+        return argument
+    read = _read(argument)
+    is_choice = isinstance(read, ChoiceSweep) and key in TEXTS and not os.path.exists(value)
+    if read is None or isinstance(read, list | dict) or is_choice:
+        return argument
+    text = read if isinstance(read, str) else value
+    if key in DIRECTORIES:
+        text = os.path.expanduser(text)
+    return argument if text == read else f"{given}={quoted(text)}"
 
 
-def _meant(key: str, known: Iterable[str]) -> str:
-    parent, _, leaf = key.rpartition(".")
-    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
-    if siblings:
-        close = [f"{parent}.{name}".strip(".") for name in get_close_matches(leaf, siblings, n=1)]
-    else:
-        close = get_close_matches(key, list(known), n=1)
-    close = close or _of_the_same_leaf(key, known)
-    return (f" Did you mean {close[0]!r}?" if close else "") + " nerve-run --cfg job shows all."
-
-
-def _of_the_same_leaf(key: str, known: Iterable[str]) -> list[str]:
-    """The value of the same last name in a group within, where there is just one."""
-    depth, leaf = key.count(".") + 1, key.rpartition(".")[2]
-    same = [o for o in known if o.count(".") == depth and o.rpartition(".")[2] == leaf]
-    return same if len(same) == 1 else []
-
-
-def _known_keys() -> dict[str, str]:
-    """The values of all groups' options by their full names, each with an option that has it; and
-    the groups themselves."""
-    keys: dict[str, str] = {}
-    for path in sorted(CONF.rglob("*.yaml")):
-        group = path.parent.relative_to(CONF).as_posix().strip(".")
-        if group.startswith("hydra"):
-            continue
-        is_global = "@package _global_" in path.read_text(encoding="utf-8")
-        prefix = "" if is_global or not group else f"{group}."
-        names = [f"{prefix}{key}" for key in _flat(_loaded(path)) if key != "defaults"]
-        for name in [*names, *([group] if group else [])]:
-            keys.setdefault(name, f"{group}={path.stem}")
-    return keys
-
-
-def _loaded(path: Path) -> Mapping[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(k): v for k, v in values.items()} if isinstance(values, dict) else {}
-
-
-def _flat(values: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in values.items():
-        yield key
-        if isinstance(value, Mapping):
-            yield from (f"{key}.{inner}" for inner in _flat(value))
+def _read(argument: str) -> Any:
+    """The value that Hydra reads; `_UNREADABLE` for what is not of its grammar."""
+    try:
+        return OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return _UNREADABLE

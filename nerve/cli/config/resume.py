@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import CONF
-from nerve.cli.config.overrides import overrides_of
 from nerve.cli.config.targets import resolve_targets
 from nerve.cli.saved import load_saved
 from nerve.config import pasted, require
@@ -18,21 +18,18 @@ CONFIG_NAME = "resumed"
 """The primary config that `prepare_resume` puts where Hydra finds it."""
 
 
-def prepare_resume(arguments: Sequence[str]) -> str | None:
-    """The name of the primary config for a command line with `resume=…`; None for one without.
+def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Sequence[str]) -> str:
+    """The name of the primary config for a command line with `resume=…`.
 
     Args:
+        directory: of the run.
+        overrides: among the arguments.
         arguments: of the command line.
 
     Raises:
         ConfigError: for values beside `resume` that would make it another run.
         StoreError: for a directory that holds no run.
     """
-    overrides = overrides_of(arguments)
-    asked = [override.value() for override in overrides if override.key_or_group == "resume"]
-    if not asked or asked[-1] is None:
-        return None
-    directory = Path(str(asked[-1]))
     defining = [
         str(override.input_line)
         for override in overrides

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.groups import callbacks_of
 from nerve.cli.experiment.machine import n_processes_of
+from nerve.cli.experiment.objective import callbacks_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
@@ -88,7 +88,7 @@ def build_trainer(
     if (
         n_processes_of(plan.values["trainer"]) == 1
     ):  # whatever a job around it says of its tasks, which Lightning has read
-        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        vars(rank_zero_only)["rank"] = 0
     loggers: list[Logger] = [
         build(node, key=f"logger.{name}") for name, node in plan.values["logger"].items()
     ]

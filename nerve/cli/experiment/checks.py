@@ -12,8 +12,6 @@ from inspect import Parameter, signature
 from typing import Any
 
 from hydra.utils import get_class
-from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig
 
 from nerve.config import require, require_choice, require_count, require_left, require_type
@@ -179,33 +177,6 @@ def _require_finite(key: str, value: Any) -> None:
             not isinstance(value, float) or math.isfinite(value),
             f"{key} must be a finite number; got {value!r}.",
         )
-
-
-def require_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuses devices that Lightning does not know, and such as cannot measure."""
-    for key in ("accelerator", "devices", "strategy"):
-        require(key in trainer, f"trainer lacks {key}. Leave ~trainer.{key} out.")
-    accelerator, devices = trainer["accelerator"], trainer["devices"]
-    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
-    require_choice("trainer.accelerator", accelerator, known)
-    require(
-        accelerator != "mps",
-        "Spectra are taken in float64, which Apple's GPUs do not have; got "
-        "trainer.accelerator=mps. Take trainer=cpu, or a GPU of NVIDIA.",
-    )
-    ids = devices if isinstance(devices, list) else []
-    require(
-        (ids and all(isinstance(each, int) and each >= 0 for each in ids))
-        or (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1)
-        or devices in (-1, "-1", "auto")
-        or (isinstance(devices, str) and bool(re.fullmatch(r"[1-9]\d*|\d+(,\d+)*,?", devices))),
-        "trainer.devices must be auto, -1 (all), a number of at least 1, or a list such as [0,1]; "
-        f"got {devices!r}.",
-    )
-    strategy = trainer["strategy"]
-    if isinstance(strategy, Mapping):
-        return
-    require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
 
 
 def require_whole_matrices(values: Mapping[str, Any]) -> None:

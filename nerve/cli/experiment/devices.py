@@ -1,7 +1,15 @@
-"""The devices that a run asks for, read from its values alone: torch takes seconds to import."""
+"""The devices that a run asks for, read from its values alone, against what a launcher gives it.
+
+torch takes seconds to import: it is asked only where the number of GPUs matters.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from nerve.config import require
+
+SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+"""The launcher that sends trials to SLURM."""
 
 
 def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
@@ -14,3 +22,69 @@ def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
     if isinstance(devices, int | str) and str(devices).isdigit():
         return int(devices)
     return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)
+
+
+def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
+    """Refuses a trial whose processes or GPUs would not be there.
+
+    Args:
+        trainer: `trainer` of the trial.
+        launcher: `hydra.launcher` of the sweep; jobs of SLURM are compared with what they ask for,
+            any other launcher gives a trial one process.
+
+    Raises:
+        ConfigError: naming the keys that do not fit together.
+    """
+    if launcher["_target_"] == SUBMITIT_SLURM:
+        _check_job(trainer, launcher)
+        return
+    n_devices = n_devices_of(trainer)
+    if n_devices is None and trainer["accelerator"] != "cpu":
+        import torch
+
+        n_devices = torch.cuda.device_count()
+    require(
+        n_devices in (None, 0, 1) and trainer.get("num_nodes", 1) == 1,
+        "In a sweep on this machine each trial is one process; "
+        f"trainer.strategy={trainer['strategy']} with trainer.devices={trainer['devices']} starts "
+        "others, by calling the whole command again. Use trainer.devices=1, send the sweep to a "
+        "cluster with hydra/launcher=slurm, or start each run by itself, without --multirun.",
+    )
+
+
+def check_counted(trainer: Mapping[str, Any]) -> None:
+    """Refuses a job of SLURM of unknown size.
+
+    Raises:
+        ConfigError: for `trainer.devices` that is no number.
+    """
+    require(
+        n_devices_of(trainer) is not None,
+        "A job of SLURM is sent with the number of its devices; got "
+        f"trainer.devices={trainer['devices']}. Give a number, the same for all trials.",
+    )
+
+
+def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
+    check_counted(trainer)
+    n_devices, n_nodes = n_devices_of(trainer), trainer.get("num_nodes", 1)
+    assert n_devices is not None
+    for key, expected, of in (
+        ("tasks_per_node", n_devices, f"trainer.devices={trainer['devices']}"),
+        ("nodes", n_nodes, f"trainer.num_nodes={n_nodes}"),
+    ):
+        require(
+            launcher[key] == expected,
+            f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
+            f"{launcher[key]}.",
+        )
+    if trainer["accelerator"] == "cpu" or launcher.get("gres"):
+        return
+    a_task = launcher.get("gpus_per_task") or 0
+    n_gpus = launcher.get("gpus_per_node") or a_task * launcher["tasks_per_node"]
+    require(
+        n_gpus >= n_devices,
+        f"A job gets the GPUs that it asks for; trainer.accelerator={trainer['accelerator']} with "
+        f"trainer.devices={trainer['devices']} needs hydra.launcher.gpus_per_node={n_devices}, "
+        f"got {launcher.get('gpus_per_node')}.",
+    )

@@ -1,18 +1,25 @@
 """Groups of a configuration as a run takes them, each checked by itself."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.objective import objectives, of_layers
-from nerve.config import from_mapping, require, require_choice, require_count, require_type
+from nerve.config import (
+    from_mapping,
+    require,
+    require_choice,
+    require_count,
+    require_path,
+    require_type,
+)
 from nerve.errors import ConfigError
 from nerve.measuring.ffns import FFN, sites_of
 from nerve.measuring.find import find_ffns
@@ -37,6 +44,9 @@ _OPTIMIZER_NUMBERS = (
 )
 """Values of the optimizers in conf/optimizer, all of them numbers."""
 
+
+_PATHS_OF_DATA = ("cache_dir", "tokenizer", "corpus.path", "images.path")
+_LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
 
 _WHOLE: Mapping[str, tuple[Any, str]] = {
     "limit_val_batches": (
@@ -98,6 +108,33 @@ class TrainerPlan:
         """That of the values of `trainer`."""
         read = {each.name for each in fields(cls)} & trainer.keys()
         return from_mapping(cls, {name: trainer[name] for name in read}, "trainer")
+
+
+def require_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuses devices that Lightning does not know, and such as cannot measure."""
+    for key in ("accelerator", "devices", "strategy"):
+        require(key in trainer, f"trainer lacks {key}. Leave ~trainer.{key} out.")
+    accelerator, devices = trainer["accelerator"], trainer["devices"]
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    require_choice("trainer.accelerator", accelerator, known)
+    require(
+        accelerator != "mps",
+        "Spectra are taken in float64, which Apple's GPUs do not have; got "
+        "trainer.accelerator=mps. Take trainer=cpu, or a GPU of NVIDIA.",
+    )
+    ids = devices if isinstance(devices, list) else []
+    require(
+        (ids and all(isinstance(each, int) and each >= 0 for each in ids))
+        or (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1)
+        or devices in (-1, "-1", "auto")
+        or (isinstance(devices, str) and bool(re.fullmatch(r"[1-9]\d*|\d+(,\d+)*,?", devices))),
+        "trainer.devices must be auto, -1 (all), a number of at least 1, or a list such as [0,1]; "
+        f"got {devices!r}.",
+    )
+    strategy = trainer["strategy"]
+    if isinstance(strategy, Mapping):
+        return
+    require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
 
 
 @dataclass(frozen=True)
@@ -208,6 +245,25 @@ class DataPlan:
         return sizes if tokens is None else sizes | {"n_heldout_tokens": tokens}
 
 
+def require_paths_of_data(data: Mapping[str, Any]) -> None:
+    """Refuses what can be no path where one belongs; whether it is there is not looked at."""
+    for name in (*_PATHS_OF_DATA, *_LISTS_OF_PATHS):
+        node: Any = data
+        *groups, leaf = name.split(".")
+        for group in groups:
+            node = node.get(group)
+            node = node if isinstance(node, Mapping) else {}
+        if node.get(leaf) is None and (name != "corpus.paths" or leaf not in node):
+            continue
+        value, key = node[leaf], f"data.{name}"
+        if name in _LISTS_OF_PATHS and isinstance(value, list):
+            require(bool(value), f"{key} must have a path; got an empty list.")
+            for i, path in enumerate(value):
+                require_path(f"{key}[{i}]", path)
+        else:
+            require_path(key, value)
+
+
 @dataclass(frozen=True)
 class OptimizerPlan:
     """The optimizers of the parameters' roles, and their common schedule."""
@@ -236,57 +292,3 @@ def parts_of(optimizer: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Par
         parts[name] = Part(part["roles"], built)
     check_parts(skeleton, parts)
     return parts
-
-
-def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
-    """The callbacks of a configuration, built.
-
-    Raises:
-        ConfigError: for what is no callback, monitors what no run of this kind logs, or changes
-            what the run itself decides.
-    """
-    callbacks = [_callback(name, node) for name, node in values["callbacks"].items()]
-    for name, callback in zip(values["callbacks"], callbacks, strict=True):
-        require(
-            not isinstance(callback, GradientAccumulationScheduler),
-            "A run accumulates gradients over as many batches from its first step to its last; "
-            f"callbacks.{name} changes it from epoch to epoch. Set "
-            "trainer.accumulate_grad_batches.",
-        )
-    bars = [
-        f"callbacks.{name}"
-        for name, callback in zip(values["callbacks"], callbacks, strict=True)
-        if isinstance(callback, ProgressBar)
-    ]
-    shows = values["trainer"].get("enable_progress_bar", True)
-    require(
-        len(bars) <= int(bool(shows)),
-        f"A run shows one progress bar, or none; got {' and '.join(bars)} with "
-        f"trainer.enable_progress_bar={str(shows).lower()}. Leave one out, or set that to true.",
-    )
-    # A callback of one's own may log what another one monitors.
-    if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
-        kind = values["model"]["kind"]
-        logged = ("train_loss", "penalty", *objectives(kind))
-        layers = range(n) if isinstance(n := values["model"].get("n_layers"), int) else ()
-        for name, callback in zip(values["callbacks"], callbacks, strict=True):
-            monitor = getattr(callback, "monitor", None)
-            if monitor is not None and monitor not in of_layers(kind, layers):
-                require_choice(f"callbacks.{name}.monitor", monitor, logged)
-    return callbacks
-
-
-def _callback(name: str, node: Any) -> L.Callback:
-    key = f"callbacks.{name}"
-    require(
-        isinstance(node, Mapping) and "_target_" in node,
-        f"{key} must be a mapping with the class of a callback under _target_; got {node!r}.",
-    )
-    callback = build(node, key=key)
-    require(
-        isinstance(callback, L.Callback),
-        f"{key}._target_ must name a callback of Lightning; {node['_target_']} makes "
-        f"{type(callback).__name__}.",
-    )
-    assert isinstance(callback, L.Callback)
-    return callback

@@ -8,11 +8,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from nerve.cli.config.compose import resolved, unresolved
-from nerve.cli.config.paths import require_paths_of_data
 from nerve.cli.experiment.checks import (
     require_arguments,
     require_data,
-    require_devices,
     require_given,
     require_packages,
     require_positions,
@@ -29,11 +27,12 @@ from nerve.cli.experiment.groups import (
     MonitorPlan,
     OptimizerPlan,
     TrainerPlan,
-    callbacks_of,
     parts_of,
+    require_devices,
+    require_paths_of_data,
     schedule_of,
 )
-from nerve.cli.experiment.objective import check_objective
+from nerve.cli.experiment.objective import callbacks_of, check_objective
 from nerve.config import from_mapping
 from nerve.models import Regularizer
 from nerve.training.checkpoint_cadence import CheckpointCadence

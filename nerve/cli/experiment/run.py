@@ -23,7 +23,6 @@ from nerve.cli.experiment.build import (
     log_configuration,
     scale_pre_activations,
 )
-from nerve.cli.experiment.groups import callbacks_of
 from nerve.cli.experiment.machine import (
     check_machine,
     device_names,
@@ -31,7 +30,7 @@ from nerve.cli.experiment.machine import (
     gpu_versions,
     leads,
 )
-from nerve.cli.experiment.objective import objective_of
+from nerve.cli.experiment.objective import callbacks_of, objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import facts_of, print_summary, warning_of

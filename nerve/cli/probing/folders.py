@@ -237,7 +237,8 @@ class Folders:
 
 def _batch(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+    config: Any = model.config
+    if config.is_encoder_decoder:
         batch |= {f"decoder_{key}": value for key, value in batch.items()}
     return batch
 

@@ -18,18 +18,20 @@ _ACTIVATION = (
 
 def n_embedded(model: nn.Module) -> int:
     """How many tokens have an embedding."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[0])
+    embedding: Any = model.get_input_embeddings
+    return int(embedding().weight.shape[0])
 
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of what reads text, where a model has others beside it."""
-    return model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config: Any = model.config
+    return config.get_text_config()
 
 
 def columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
     """What tells a model from others, by the names that nerve-run has for it, and all that the
     model says of itself."""
+    whole: Any = model.config
     config, table = text_config(model), ffns.table()
     sizes = {
         "n_layers": "num_hidden_layers",
@@ -40,13 +42,14 @@ def columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
     }
     said = {name: getattr(config, key, None) for name, key in sizes.items()}
     activations = (getattr(config, name, None) for name in _ACTIVATION)
-    whole = model.config.to_dict()  # type: ignore[union-attr, operator]
     return {
         "model": {"kind": config.model_type, "class": type(model).__name__, **said},
         "activation": {"name": next((each for each in activations if each), None)},
         "normalization": {"kind": _normalization(model)},
         "ffn": {name: _only(table[name].tolist()) for name in ("d_ff", "gated")},
-        "transformers": {key: value for key, value in whole.items() if key not in _NO_COLUMNS},
+        "transformers": {
+            key: value for key, value in whole.to_dict().items() if key not in _NO_COLUMNS
+        },
     }
 
 

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.table import Table
 
-from nerve.cli.config.options import refuse_merged
+from nerve.cli.config.overrides import refuse_merged
 from nerve.cli.console import console, fail, say
 from nerve.cli.sweep.grid import Trial
 from nerve.cli.sweep.table import FOUND, SweepError, n_trials
@@ -72,8 +72,8 @@ def check_experiment(config: DictConfig) -> None:
     Raises:
         NerveError: as there, where it can be told before.
     """
-    from nerve.cli.experiment.groups import callbacks_of  # torch takes seconds to import
     from nerve.cli.experiment.machine import check_machine
+    from nerve.cli.experiment.objective import callbacks_of  # torch takes seconds to import
     from nerve.cli.experiment.plan import Plan
     from nerve.training.checkpoint_io import require_other_files
 
@@ -106,7 +106,7 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
     Raises:
         SweepError: where some are refused, with the reasons.
     """
-    from nerve.cli.experiment.estimate import COUNTED, Estimate  # torch takes seconds to import
+    from nerve.cli.experiment.machine import COUNTED, Estimate  # torch takes seconds to import
 
     table = Table(title=f"what would run in {folder}", title_justify="left")
     for name in ("", "trial", "state", "parameters", "memory"):

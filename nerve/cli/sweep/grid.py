@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import identity, resolved
-from nerve.cli.config.overrides import explain_error
+from nerve.cli.config.explain import explain_error
 from nerve.cli.console import say
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.storage.directory import RunDirectory

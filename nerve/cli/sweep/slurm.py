@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nerve.cli.console import say
+from nerve.cli.experiment.devices import SUBMITIT_SLURM
 from nerve.cli.sweep.queue import (
     ENDING,
     SENT,
@@ -24,8 +25,6 @@ from nerve.cli.sweep.queue import (
 )
 from nerve.errors import NerveError
 from nerve.files import write_atomically
-
-SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 log = logging.getLogger(__name__)
 

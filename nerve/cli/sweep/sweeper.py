@@ -16,12 +16,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, resolved
-from nerve.cli.config.options import refuse_lists, refuse_merged
+from nerve.cli.config.overrides import refuse_lists, refuse_merged
+from nerve.cli.experiment.devices import SUBMITIT_SLURM, check_counted, check_devices
 from nerve.cli.sweep.check import preview
-from nerve.cli.sweep.devices import check_counted, check_devices
 from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here
-from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
+from nerve.cli.sweep.slurm import SentJobs
 from nerve.cli.sweep.table import SweepTable, n_starts
 from nerve.config import pasted, quoted, require, require_type
 from nerve.cores import allowed
@@ -114,6 +114,38 @@ class TrialSweeper(Sweeper):
                 "run without --multirun."
             )
         require_type("check", self.config.check, bool)
+        grid = self._grid(arguments)
+        launcher = resolved(self.config.hydra.launcher)
+        self._check_launcher(launcher)
+        folder = Path(str(self.config.hydra.sweep.dir))
+        jobs = None if launcher["_target_"] == BASIC else SentJobs(launcher, folder)
+        if jobs is not None:
+            jobs.settle()
+        trials = compose_grid(self.hydra_context.config_loader, self.config, grid)
+        for trial in trials:
+            _refuse_devices(trial, launcher)
+        plan_trials(trials)
+        if jobs is not None:
+            _find_jobs(trials, jobs)
+        if self.config.check:
+            preview(folder, trials)
+            return
+        if any(trial.rejected_because is None for trial in trials):
+            _make(folder, self.config)
+        table = SweepTable(folder, trials)
+        table.begin()
+        to_do = [trial for trial in trials if trial.is_to_do]
+        if jobs is None:
+            signum = run_here(to_do, self._n_jobs, self._timeout_s, table.starting, table.ended)
+            table.end(signum)
+        else:
+            sent = [trial for trial in trials if trial.job is not None]
+            table.end(*self._hand_over(to_do, sent, jobs))
+
+    def _grid(self, arguments: Sequence[str]) -> Sequence[Sequence[str]]:
+        """The overrides of each trial."""
+        assert self.config is not None
+        assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         given = [f"{key}={values}" for key, values in self._params.items()]
@@ -125,37 +157,7 @@ class TrialSweeper(Sweeper):
         )
         _require_values(overrides)
         (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        launcher = resolved(self.config.hydra.launcher)
-        self._check_launcher(launcher)
-        folder = Path(str(self.config.hydra.sweep.dir))
-        jobs = SentJobs(launcher, folder)
-        jobs.settle()
-        trials = compose_grid(loader, self.config, grid)
-        for trial in trials:
-            _refuse_devices(trial, launcher)
-        plan_trials(trials)
-        if self.config.check:
-            _find_jobs(trials, jobs)
-            preview(folder, trials)
-            return
-        if any(trial.rejected_because is None for trial in trials):
-            _make(folder, self.config)
-        _find_jobs(trials, jobs)
-        table = SweepTable(folder, trials)
-        table.begin()
-        to_do = [trial for trial in trials if trial.is_to_do]
-        if launcher["_target_"] == BASIC:
-            signum = run_here(to_do, self._n_jobs, self._timeout_s, table.starting, table.ended)
-            table.end(signum)
-        else:
-            sent = [trial for trial in trials if trial.job is not None]
-            before = {trial.number: n_starts(trial) for trial in trials}
-            signum, errors = self._hand_over(to_do, sent, jobs)
-            for trial in [*to_do, *sent]:
-                _refuse_other_values(trial)
-                if signum is None and n_starts(trial) == before[trial.number]:
-                    trial.start_error = jobs.ended(_place(trial))
-            table.end(signum, errors)
+        return list(grid)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
         """Refuses a launcher that would take the place of `n_jobs`, or beside which it is none."""
@@ -174,29 +176,39 @@ class TrialSweeper(Sweeper):
     def _hand_over(
         self, trials: Sequence[Trial], sent: Sequence[Trial], jobs: SentJobs
     ) -> tuple[int | None, list[Exception]]:
-        """Gives trials to the launcher and waits for them and for those that were sent before.
+        """Gives trials to the launcher, and notes how they and those that were sent before ended.
 
         Returns a signal that asked to stop, and what the launcher raised.
         """
-        assert self.launcher is not None
+        before = {trial.number: n_starts(trial) for trial in (*trials, *sent)}
         errors: list[Exception] = []
-        size = self._max_batch_size or max(1, len(trials))
+        signum: int | None = None
         try:
-            for number in range(0, len(trials), size):
-                batch = trials[number : number + size]
-                overrides = [[*trial.overrides, _place(trial)] for trial in batch]
-                try:
-                    returns = self.launcher.launch(overrides, initial_job_idx=number)
-                    errors += [job._return_value for job in returns if _has_failed(job)]
-                except Exception as error:  # submitit's, when a job is killed
-                    errors.append(error)
-                    jobs.wait({_place(trial) for trial in batch})
+            self._launch(trials, jobs, errors)
             jobs.wait({_place(trial) for trial in sent})
             _wait_for_silence([*trials, *sent])
         except KeyboardInterrupt:
             errors.append(NerveError("no longer waited for; what it has sent goes on"))
-            return signal.SIGINT, errors
-        return None, errors
+            signum = signal.SIGINT
+        for trial in (*trials, *sent):
+            _refuse_other_values(trial)
+            if signum is None and n_starts(trial) == before[trial.number]:
+                trial.start_error = jobs.ended(_place(trial))
+        return signum, errors
+
+    def _launch(self, trials: Sequence[Trial], jobs: SentJobs, errors: list[Exception]) -> None:
+        """Waits for what the launcher makes of the trials, and adds what it raises to `errors`."""
+        assert self.launcher is not None
+        size = self._max_batch_size or max(1, len(trials))
+        for number in range(0, len(trials), size):
+            batch = trials[number : number + size]
+            overrides = [[*trial.overrides, _place(trial)] for trial in batch]
+            try:
+                returns = self.launcher.launch(overrides, initial_job_idx=number)
+                errors += [job._return_value for job in returns if _has_failed(job)]
+            except Exception as error:  # submitit's, when a job is killed
+                errors.append(error)
+                jobs.wait({_place(trial) for trial in batch})
 
 
 def _make(folder: Path, config: DictConfig) -> None:

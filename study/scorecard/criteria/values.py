@@ -3,7 +3,7 @@
 import numpy as np
 
 from criteria.measured import Measured
-from nerve.analysis.equal_loss import last_crossing
+from nerve.analysis.compare import last_crossing
 from nerve.analysis.partial import partial_correlation
 
 

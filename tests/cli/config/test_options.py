@@ -4,7 +4,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nerve.cli.config.compose import CONF, SWEEPS
-from nerve.cli.config.options import refuse_lists
+from nerve.cli.config.overrides import refuse_lists
 from nerve.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nerve.cli.config.paths import with_literal_paths
+from nerve.cli.config.overrides import with_literal_paths
 from nerve.config import pasted
 
 NAMES = [

@@ -80,4 +80,4 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
     saved.parent.mkdir()
     saved.write_bytes(content)
     with pytest.raises(StoreError, match=r"config\.yaml is not what Hydra saves of a run"):
-        prepare_resume([f"resume={tmp_path}"])
+        prepare_resume(tmp_path, [], [])

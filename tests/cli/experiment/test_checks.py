@@ -7,7 +7,7 @@ import torch
 from support import composed
 from torch.nn.utils.parametrize import ParametrizationList
 
-from nerve.cli.experiment.estimate import Estimate
+from nerve.cli.experiment.machine import Estimate
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import NerveError
 from nerve.models import build_model

@@ -9,8 +9,7 @@ from support import composed
 
 from nerve.cli.config.compose import CONF
 from nerve.cli.experiment import machine
-from nerve.cli.experiment.estimate import Estimate, least_memory
-from nerve.cli.experiment.machine import leads, n_processes_of
+from nerve.cli.experiment.machine import Estimate, leads, least_memory, n_processes_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 

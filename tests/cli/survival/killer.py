@@ -4,6 +4,7 @@ Every other piece is killed after a random time, the others before or after the 
 they make to the file system. Pieces are short, so that most of them are killed.
 """
 
+import faulthandler
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict, read_write
+from processes import ENDS_WITHIN_S, tell_stacks
 from support import composed
 
 from nerve.cli.experiment.run import run_experiment
@@ -28,12 +30,13 @@ def kill(look: Connection, seed: int, n_kills: int, arguments: Sequence[str]) ->
     After each piece it sends its directory and the kills so far, and waits until what is left has
     been looked at. It ends with a run that was done after the last kill.
     """
+    faulthandler.cancel_dump_traceback_later()  # each piece has one of its own, which this forbids
     config = composed(*arguments, with_hydra=True)
     HydraConfig.instance().set_config(config)
     with read_write(config), open_dict(config):
         del config["hydra"]
     began = time.monotonic()
-    assert _end_of(_piece(config, "whole", None)) == 0
+    assert _end_of(_piece(config, "whole", None)) == 0, Path("whole.log").read_text()
     duration = time.monotonic() - began
     rng, kills, runs, status, directory = random.Random(seed), 0, 0, 0, ""
     while kills < n_kills or status:
@@ -63,6 +66,7 @@ def _piece(config: DictConfig, directory: str, moment: int | None) -> int:
     log = os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    tell_stacks(ENDS_WITHIN_S)
     hydra_config = HydraConfig.get()
     with read_write(hydra_config):
         hydra_config.runtime.output_dir = os.path.abspath(directory)
@@ -101,3 +105,14 @@ def _count_down(left: int) -> None:
 
 def _end_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_probes(n_kills: int) -> None:
+    """What test_probe_kills.py has done in a process that is forked from one to which transformers
+    is hidden."""
+    import sitecustomize
+
+    sitecustomize.reveal()
+    from cli.survival.test_probe_kills import kill_pieces
+
+    kill_pieces(n_kills)

@@ -216,6 +216,9 @@ def test_on_a_gpu_a_resumed_run_has_the_rows_of_an_undisturbed_one(
 STOPPING = """
 import os, signal
 import lightning as L
+from nerve.training import agreement
+
+agreement.MOST_STEPS, agreement.DECIDES_WITHIN_S = 2, 1e9  # after steps 1, 3 and 5
 
 class Stop(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -227,7 +230,8 @@ class Stop(L.Callback):
 def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     small, assert_same, tmp_path
 ):
-    """The second process is asked to stop, in its third step; both save, end, and go on."""
+    """The second process is asked to stop, in its second step; both save after the third, when they
+    ask each other again, end, and go on."""
     (tmp_path / "stopping.py").write_text(STOPPING)
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     two += ["trainer.precision=32-true", "model.dropout=0.2"]
@@ -239,7 +243,7 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
 
     statuses, output = launch("whole", "")
     assert statuses == [0, 0], output
-    statuses, output = launch("pieces", "1 2")
+    statuses, output = launch("pieces", "1 1")
     assert statuses == [128 + signal.SIGTERM, 0], output  # that of the run is the first one's
     record = RunRecord.load(tmp_path / "pieces")
     assert (record.run_status, record.step) == ("interrupted", 3)

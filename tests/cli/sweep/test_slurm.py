@@ -9,7 +9,8 @@ import pytest
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from nerve.cli.sweep.slurm import SUBMITIT_SLURM, SentJobs
+from nerve.cli.experiment.devices import SUBMITIT_SLURM
+from nerve.cli.sweep.slurm import SentJobs
 from nerve.errors import NerveError
 
 PROCESS = SlurmExecutor._internal_process_submissions

@@ -2,8 +2,7 @@
 
 import pytest
 
-from nerve.cli.sweep.devices import check_devices
-from nerve.cli.sweep.slurm import SUBMITIT_SLURM
+from nerve.cli.experiment.devices import SUBMITIT_SLURM, check_devices
 from nerve.errors import ConfigError
 
 HERE = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nerve.nn.attention import CausalSelfAttention
+from nerve.models.gpt import CausalSelfAttention
 from nerve.nn.position import Position
 
 BATCH, SEQ, D_MODEL, N_HEADS = 2, 7, 12, 3

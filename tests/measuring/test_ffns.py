@@ -11,10 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import nerve
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.ffns import FFNAdapter, Site
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.sites import Site
 
 
 @pytest.fixture(autouse=True)

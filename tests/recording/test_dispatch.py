@@ -2,7 +2,7 @@
 
 import pytest
 
-from nerve.recording.place import DEVICE_S, FIRST_S, HOST_S, Placement
+from nerve.recording.dispatch import DEVICE_S, FIRST_S, HOST_S, Placement
 
 WORK = 2 * 2048.0**3
 """Of one FFN: half a second or more of a core."""

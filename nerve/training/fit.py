@@ -1,11 +1,22 @@
-"""Whether a fit will measure anything, said before it begins; and whether it has, at its end."""
+"""A fit of Lightning as the monitor finds it: whether it will measure anything, and what its
+trainer and its module say of their data."""
+
+from collections.abc import Callable, Collection
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from nerve.config import require
+from nerve.measuring.choice import Choice, call_probed
+from nerve.measuring.ffns import sites_of
+from nerve.measuring.forward import call, evaluating
+from nerve.measuring.masks import Masks
+from nerve.measuring.probe import Probe
+from nerve.metric_names import MEASURED
 from nerve.recording.settings import MonitorSettings
 
 
@@ -58,3 +69,50 @@ def shares_batches(trainer: L.Trainer) -> bool:
     return trainer.world_size > 1 and any(
         isinstance(getattr(each, "sampler", None), DistributedSampler) for each in loaders
     )
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The trainer's callbacks, which Lightning does not declare."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def is_awaited(trainer: L.Trainer) -> bool:
+    """Whether what decides by a monitored value names one of a measurement: Lightning refuses to go
+    on where it is not there."""
+    deciding = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
+    names = (getattr(each, "monitor", None) for each in deciding)
+    return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
+
+
+def token_counts(trainer: L.Trainer) -> Tensor | None:
+    """How often each token occurs in training, where the data module says it."""
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "token_counts", None)
+
+
+def choice_of(
+    module: L.LightningModule,
+    probe: Probe,
+    settings: MonitorSettings,
+    mask: Callable[[Any], Masks] | None,
+    exclude: Collection[int],
+    only_labeled: bool,
+) -> Choice:
+    """Which samples of the module's batches count; `mask`, `exclude` and `only_labeled` as of
+    `SpectralMonitor`."""
+    model = _holder(module, probe)
+
+    def run(batch: Any) -> object:
+        with evaluating(model):
+            return call_probed(probe, call, model, batch)
+
+    mask = getattr(module, "padding_mask", None) if mask is None else mask
+    skips, groups = settings.skip_first > 0, bool(settings.groups)
+    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skips, groups)
+
+
+def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:
+    """The part of a module that holds all FFNs, where it is one; else the module itself."""
+    sites = {site.module for ffn in probe.ffns for site in sites_of(ffn)}
+    return next((part for part in module.children() if sites <= {*part.modules()}), module)

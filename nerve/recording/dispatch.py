@@ -1,0 +1,234 @@
+"""Has single eigenproblems solved where that costs less: by threads of the host beside training, on
+the device between its other work, or at once."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from nerve.measuring.eigenproblem import (
+    FFNEigenproblem,
+    FFNSpectra,
+    GroupEigenproblem,
+    GroupSpectrum,
+)
+from nerve.recording.staging import Staging
+from nerve.recording.workers import pool_of
+
+log = logging.getLogger(__name__)
+
+Eigenproblem = FFNEigenproblem | GroupEigenproblem
+Place = Literal["host", "device"]
+
+HOST_S = 6e-11
+DEVICE_S = 3e-12
+"""Seconds for each cube of a width until they are measured: of one core (1.5 s at 3072), and of a
+GPU of a data center (.08 s, training beside it)."""
+
+FIRST_S = 10.0
+"""What the host may take for the first measurement, when nobody knows when the next one comes."""
+
+_ROOM = 1.5
+"""What is pending on the host is to be done within so many times between two measurements: more
+than one, as the next one may find some pending, and fewer than training would wait for."""
+_NEWEST = 0.3
+"""What the last solution counts for in the mean of what they take."""
+
+
+class Waiting(NamedTuple):
+    """An FFN as messages name it, its eigenproblem until a thread takes it, and its spectra to
+    come."""
+
+    name: str
+    untaken: list[Eigenproblem]
+    future: Future[Any]
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes of the device while nobody has taken it."""
+        return sum(map(bytes_of, tuple(self.untaken)))
+
+
+class Dispatch:
+    """Solves each eigenproblem of a GPU where that costs less (`Placement`), while training goes
+    on: copied to the host and solved there, one thread for each of them, or on the GPU, between its
+    other work. Those of a CPU, whose cores train, are solved at once.
+
+    Args:
+        device: where the model trains.
+        n_workers: threads of the host; 0 solves on `device`.
+        n_bytes: what an eigenproblem is expected to take on the host: room for it is made now,
+            beside what comes first.
+    """
+
+    def __init__(self, device: torch.device, n_workers: int, n_bytes: int) -> None:
+        self.n_workers = n_workers
+        self._device = device
+        self._pool = pool_of(n_workers) if n_workers else None
+        is_gpu = device.type == "cuda"
+        self._of_gpu = ThreadPoolExecutor(1, thread_name_prefix="spectra-gpu") if is_gpu else None
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._staging = Staging(device)
+        self._placement = Placement(n_workers)
+        self._said: Counter[Place] = Counter()
+        if self._pool and is_gpu:
+            # What it cannot pin is asked for again, and refused, where it is needed.
+            self._pool.submit(self._staging.reserve, n_bytes)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether anything is solved beside training."""
+        return bool(self._pool or self._of_gpu)
+
+    def start(self, eigenproblems: Sequence[Eigenproblem], step: Any) -> list[Waiting]:
+        """Has the eigenproblems of a measurement solved, once the device has made them.
+
+        Args:
+            step: of the measurement, for the log.
+        """
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.current_stream(self._device).record_event()
+        works = [work_of(each) for each in eigenproblems]
+        if self._of_gpu:
+            places = self._placement.choose(works)
+        else:
+            places = ["host" if self._pool else "device"] * len(works)
+        self._say(places, step)
+        waiting = []
+        for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
+            name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
+            # What solves it takes it from the list, so that a GPU's memory is free once copied.
+            untaken = [eigenproblem]
+            task = partial(self._solve, untaken, place, work, ready)
+            waiting.append(Waiting(name, untaken, self._begun(task, place)))
+        return waiting
+
+    def close(self) -> None:
+        """Ends the threads; what none of them has begun is dropped."""
+        pools = [pool for pool in (self._pool, self._of_gpu) if pool]
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)  # also where the wait is interrupted
+        for pool in pools:
+            pool.shutdown()
+
+    def _begun(self, task: Callable[[], Any], place: Place) -> Future[Any]:
+        pool = self._pool if place == "host" else self._of_gpu
+        if pool:
+            return pool.submit(task)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _solve(
+        self,
+        untaken: list[Eigenproblem],
+        place: Place,
+        work: float,
+        ready: torch.cuda.Event | None,
+    ) -> FFNSpectra | GroupSpectrum:
+        began, seconds = time.monotonic(), None
+        try:
+            if place == "host" and self._stream is not None:
+                spectra = self._staging.to_host(untaken.pop(), ready).solve()
+            else:
+                with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                    if self._stream is not None and ready is not None:
+                        self._stream.wait_event(ready)
+                    spectra = untaken.pop().solve()
+            seconds = time.monotonic() - began
+        finally:
+            self._placement.solved(place, work, seconds)
+        return spectra
+
+    def _say(self, places: Sequence[Place], step: Any) -> None:
+        """Logs where the eigenproblems go, when that changes."""
+        counted = Counter(places)
+        if counted != self._said:
+            self._said = counted
+            log.info(
+                "of the %s spectra of step %s, %s are solved by %s threads of the host beside "
+                "training, %s on %s",
+                len(places),
+                step,
+                counted["host"],
+                self.n_workers,
+                counted["device"],
+                self._device,
+            )
+
+
+class Placement:
+    """Decides for each eigenproblem whether the host or the GPU solves it.
+
+    What the host can solve while measurements come as they do costs training nothing, and goes
+    there. The rest goes to the GPU, where it takes its time from training, or, if the GPU is slower
+    at it than all the threads are, to the host as well. Times are those that were measured here,
+    beside everything else that runs; the time between measurements is that of the last two.
+
+    Args:
+        n_threads: of the host.
+        clock: seconds.
+    """
+
+    def __init__(self, n_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._n_threads = n_threads
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seconds: dict[Place, float] = {"host": HOST_S, "device": DEVICE_S}
+        self._pending = 0.0
+        self._last: float | None = None
+
+    def choose(self, works: Sequence[float]) -> list[Place]:
+        """One for each eigenproblem of a measurement that has come now; see `work_of`."""
+        now = self._clock()
+        with self._lock:
+            room = self._room(now)
+            host_takes_all = self._n_threads and (
+                self._seconds["device"] > self._seconds["host"] / self._n_threads
+            )
+            places: list[Place] = []
+            for work in works:
+                fits = bool(self._n_threads) and self._pending + work <= room
+                places.append("host" if fits or host_takes_all else "device")
+                if places[-1] == "host":
+                    self._pending += work
+            self._last = now
+        return places
+
+    def solved(self, place: Place, work: float, seconds: float | None) -> None:
+        """Notes how long it took to solve one; None for one that failed."""
+        with self._lock:
+            if place == "host":
+                self._pending -= work
+            if seconds is not None:
+                self._seconds[place] += _NEWEST * (seconds / work - self._seconds[place])
+
+    def _room(self, now: float) -> float:
+        """The work that may be pending on the host."""
+        seconds = FIRST_S if self._last is None else _ROOM * (now - self._last)
+        return seconds * self._n_threads / self._seconds["host"]
+
+
+def work_of(eigenproblem: Eigenproblem) -> float:
+    """What it costs to solve: the cubes of the widths of its matrices."""
+    if isinstance(eigenproblem, GroupEigenproblem):
+        return float(len(eigenproblem.matrix)) ** 3
+    return float(len(eigenproblem.before)) ** 3 + float(len(eigenproblem.post)) ** 3
+
+
+def bytes_of(eigenproblem: Eigenproblem) -> int:
+    """What its matrices take."""
+    if isinstance(eigenproblem, GroupEigenproblem):
+        return eigenproblem.matrix.nbytes
+    return eigenproblem.before.nbytes + eigenproblem.post.nbytes
