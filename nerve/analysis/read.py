@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import pyarrow as pa
-from pandas.api.types import is_numeric_dtype
 
-from nerve.analysis.gather import Block, Coded, encoded
+from nerve.analysis.gather import Block, Coded, columns_of
 from nerve.cores import allowed
 from nerve.errors import StoreError
 from nerve.storage.parts import read_parts
 from nerve.storage.schema import Dataset
 
-AT_ONCE = 32
+AT_ONCE = 16
 """Runs that a thread reads at once."""
 
 MOST_THREADS = 4
@@ -31,7 +29,7 @@ class StoredRun(NamedTuple):
     directory: Path
 
 
-Derive = Callable[[pd.DataFrame, slice], pd.DataFrame]
+Derive = Callable[[Block, slice], Block]
 
 
 @dataclass(frozen=True)
@@ -70,19 +68,12 @@ def _read(
 ) -> Read:
     found = [_read_one(record, dataset) for record in records[runs]]
     counts, unread = [len(table) for table, _ in found], [errors for _, errors in found]
-    table = encoded(pa.concat_tables([table for table, _ in found]))
-    frame = table.to_pandas(split_blocks=True)
-    del found, table  # most of the memory that this takes
-    if derive is not None:
-        frame = derive(frame, runs)
-    lists = [field.name for field in dataset.schema if pa.types.is_list(field.type)]
-    block = {
-        str(name): values.to_numpy()
-        if name in lists or is_numeric_dtype(values.dtype)
-        else Coded.of(values)
-        for name, values in frame.items()
-    }
-    return Read(block, counts, unread)
+    table = pa.concat_tables([table for table, _ in found])
+    del found
+    ids = Coded.repeated([record.run_id for record in records[runs]], counts)
+    block: Block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
+    del table  # half of the memory that this takes
+    return Read(block if derive is None else derive(block, runs), counts, unread)
 
 
 def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from nerve.storage.identity import completed, ids_of_plain
 from nerve.storage.record import RunRecord
 
 TIMES = ("started", "heartbeat", "ended")
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 class RunRows:
@@ -28,11 +30,12 @@ class RunRows:
         place = self._places[record.directory] = len(self._places)
         row = _row(record)
         record.config = {}
+        columns, intern = self._columns, sys.intern
         for name, value in row.items():
-            column = self._columns.get(name)
+            column = columns.get(name)
             if column is None:
-                column = self._columns[sys.intern(name)] = [np.nan] * place
-            column.append(sys.intern(value) if type(value) is str else value)
+                column = columns[intern(name)] = [np.nan] * place
+            column.append(intern(value) if type(value) is str else value)
         if len(row) < len(self._columns):
             for name in self._columns.keys() - row.keys():
                 self._columns[name].append(np.nan)
@@ -52,14 +55,18 @@ def _row(record: RunRecord) -> dict[str, Any]:
     if record.error is not None:
         values["error"] = ": ".join(str(text) for text in record.error.values())
     _, values["design_id"] = ids_of_plain(record.config)
-    leaves = dict(_leaves(completed(record.config)))
+    row: dict[str, Any] = {}
+    _add_leaves(row, completed(record.config), "")
     # A key of the configuration cannot take the name of what the record itself says (seed).
-    return {**leaves, **dict(_leaves(values))}
+    _add_leaves(row, values, "")
+    return row
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _add_leaves(row: dict[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if type(value) in _PLAIN:  # most are, of ten thousand runs
+            row[prefix + key] = value
+        elif isinstance(value, Mapping):
+            _add_leaves(row, value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+            row[prefix + key] = json.dumps(value) if isinstance(value, list) else value
