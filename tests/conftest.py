@@ -12,6 +12,10 @@ from xdist.workermanage import WorkerController
 
 from nerve import cores
 
+# Until all tests are collected: what is imported and collected stays, and to look through it again
+# and again takes a quarter of that time.
+gc.disable()
+
 # A shell ignores them in what it runs in the background, and what is ignored stays so.
 for _signum, _handler in (
     (signal.SIGINT, signal.default_int_handler),
@@ -39,7 +43,10 @@ TOGETHER = {
 }
 """Tests that share what takes long to make, and its name; these come first."""
 
-LONG = ("tests/test_install.py", "tests/cli/", "tests/test_s")
+LONG = (
+    *("tests/test_install.py", "tests/cli/", "tests/test_s", "tests/training/"),
+    *("tests/integrations/", "tests/report/", "tests/test_m"),
+)
 """What comes next: the shorter the last ones, the less a process waits for the others."""
 
 
@@ -76,7 +83,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not _only_hands_out(config):  # to whom torch and Lightning would be six seconds for nothing
+    if _only_hands_out(config):  # to which torch and Lightning would be six seconds for nothing
+        gc.enable()
+    else:
         config.pluginmanager.import_plugin("shared")
 
 
@@ -87,7 +96,8 @@ def _only_hands_out(config: pytest.Config) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays: to look through it takes a tenth of all time
+    gc.freeze()  # else it is looked through while tests run, a tenth of all time
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

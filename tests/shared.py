@@ -4,18 +4,22 @@ none of them hangs."""
 import faulthandler
 import itertools
 import os
+import random
+import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import composing
+import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
 from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
 from support import (  # noqa: F401 - fixtures for all tests
+    as_before,
     make_run,
-    own_logging,
     row,
     store,
     tables,
@@ -39,12 +43,9 @@ SWEEP = (
     "optimizer.lr=2e-2",
 )
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 composing.remember()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["NERVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nerve.cli.run import main  # after the import hook
 
     folder = tmp_path_factory.mktemp("sweep")
-    with pytest.MonkeyPatch.context() as patch, own_logging():
+    with pytest.MonkeyPatch.context() as patch, as_before():
         patch.chdir(folder)
         for trial in itertools.product(("gelu", "relu"), ("preln", "normfree"), (0, 1)):
             names = ("activation", "normalization", "seed")
@@ -69,27 +70,69 @@ LATE_S = 60.0
 threads stand. The limit itself is heard by Python alone: not in a wait of torch's, for instance."""
 
 _stderr = pytest.StashKey[int]()
+_found = pytest.StashKey[dict[str, object]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    cache = tempfile.TemporaryDirectory(prefix="nerve-cache-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["NERVE_CACHE"] = cache.name
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         config.stash[_stderr] = os.dup(2)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """A test that hangs is ended; and none is another one after others: what they drew, or set for
+    their process as commands do, is undone."""
     marker = item.get_closest_marker("timeout")
     limit = float(marker.args[0] if marker else item.config.getini("timeout"))
     if not item.config.getoption("usepdb"):
         faulthandler.dump_traceback_later(
             limit + LATE_S, exit=True, file=item.config.stash[_stderr]
         )
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
     try:
-        with own_logging():
+        with as_before():
             return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    item.stash[_found] = state_of_the_process()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """A test that leaves the process another one fails."""
+    yield
+    left = state_of_the_process()
+    changed = {name: value for name, value in left.items() if item.stash[_found][name] != value}
+    assert not changed, f"left behind: {changed}; found: {item.stash[_found]}"
+
+
+def state_of_the_process() -> dict[str, object]:
+    """What one test could change for all others and that no command sets."""
+    return {
+        "working directory": os.getcwd(),
+        "sys.path": tuple(sys.path),
+        "sys.argv": tuple(sys.argv),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision of float32": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "process group": torch.distributed.is_initialized(),
+        "signals": tuple(map(signal.getsignal, SIGNALS)),
+    }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from nerve.analysis.load import load_metrics, load_runs
@@ -64,19 +66,33 @@ class PlainArguments(logging.Handler):
         assert not kept, f"{record.name} logs {kept} by itself, where its text is enough"
 
 
+LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
+"""Those whose level a command sets."""
+
+
 @contextmanager
-def own_logging() -> Iterator[None]:
-    """Handlers and level of the root are afterwards as before: Hydra sets both, and its handlers
-    write to what is stdout meanwhile. What nerve logs is text."""
-    handlers, level = logging.root.handlers.copy(), logging.root.level
+def as_before() -> Iterator[None]:
+    """What a command sets for all of its process is afterwards as before: the environment, what
+    loggers let through, the root's handlers (Hydra's write to what is stdout meanwhile), what is
+    called last of an exception, and Hydra's own configuration. What nerve logs is text."""
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, LOGGERS)]
+    handlers, environment = logging.root.handlers.copy(), os.environ.copy()
+    hook, config = sys.excepthook, HydraConfig.instance().cfg
     nerve, plain = logging.getLogger("nerve"), PlainArguments()
     nerve.addHandler(plain)
     try:
         yield
     finally:
         nerve.removeHandler(plain)
+        sys.excepthook = hook
+        HydraConfig.instance().cfg = config
         logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
+        for logger, level in levels:
+            if logger.level != level:
+                logger.setLevel(level)
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -153,11 +153,12 @@ NEW_ENTRY = """    Metric(
     ),
 """
 WALK = """
-import sys, torch
+import torch
 from torch import nn
 import nerve
 from nerve.cli.experiment.summary import print_summary
 from nerve.recording.means import logged_values
+from nerve.report import write
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
@@ -179,6 +180,7 @@ assert "first_post" in nerve.metrics_by_depth(metrics, runs)
 assert "first_post_sd" in nerve.average_seeds(nerve.final_metrics(metrics, runs))
 assert "first_post" in set(nerve.correlate_within_runs(metrics, runs)["metric"])
 print_summary([rows[0] | at_step], {}, record.directory)
+write._save = lambda figure, path: b""  # drawn, and not rendered
 nerve.write_report("runs")
 nerve.write_report("runs/a")
 """

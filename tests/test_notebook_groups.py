@@ -7,7 +7,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support import TINY_RUN, own_logging
+from support import TINY_RUN, as_before
 
 import nerve
 from nerve.metric_names import GROUP_SITES, GROUPS
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nerve.cli.run import main  # after the import hook
 
     folder = tmp_path_factory.mktemp("groups") / "run"
-    with pytest.MonkeyPatch.context() as patch, own_logging():
+    with pytest.MonkeyPatch.context() as patch, as_before():
         patch.chdir(folder.parent)
         patch.setattr(sys, "argv", ["nerve-run", *TINY_RUN, *ASKED, f"hydra.run.dir={folder}"])
         main()

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -64,18 +63,21 @@ class Sweep:
     """One command of a header, composed as `nerve-run` does it.
 
     Attributes:
-        base: what the command line is read against, without the axes.
-        hydra: what Hydra would start the sweep with.
+        base: what Hydra starts the sweep with: what the command line is read against, without the
+            axes, and Hydra's own node.
         found: a trial of each choice of options, as it is found in the folder of the study.
         trials: the configurations of all trials of the first seed.
         seeds: the values of that axis.
     """
 
     base: DictConfig
-    hydra: DictConfig
     found: tuple[Trial, ...]
     trials: tuple[DictConfig, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def hydra(self) -> DictConfig:
+        return self.base.hydra
 
     @property
     def n_runs(self) -> int:
@@ -105,20 +107,18 @@ def composed(name: str, scale: str) -> Sweep:
     assert config_name == f"--config-name={name}"
     with hydra_at_conf():
         loader = GlobalHydra.instance().config_loader()
-        base = compose(name, overrides, return_hydra_config=True)
-        hydra = base.hydra
-        there = [f"hydra.sweep.dir={folder(name, scale)}", "hydra.runtime.output_dir=."]
-        config = loader.load_configuration(name, [*overrides, *there], run_mode=RunMode.MULTIRUN)
-        axes = grid(hydra.sweeper.params)
+        base = loader.load_configuration(name, overrides, run_mode=RunMode.MULTIRUN)
+        axes = grid(base.hydra.sweeper.params)
         seeds = axes.pop("seed", ["seed=0"])
         points = list(itertools.product(*axes.values(), seeds[:1]))
-        chosen = {point: options_of(point, loader) for point in points}
+        groups = set(loader.list_groups(""))
+        chosen = {point: options_of(point, groups) for point in points}
         first = {options: point for point, options in reversed(chosen.items())}
-        found = compose_grid(loader, config, [[*each, *overrides] for each in first.values()])
+        there = [f"hydra.sweep.dir={folder(name, scale)}", "hydra.runtime.output_dir=."]
+        found = compose_grid(loader, base, [[*each, *overrides, *there] for each in first.values()])
     of_options = dict(zip(first, (trial.run_config() for trial in found), strict=True))
     return Sweep(
         base,
-        hydra,
         tuple(found),
         tuple(
             with_values(of_options[options], [each for each in point if each not in options])
@@ -128,10 +128,9 @@ def composed(name: str, scale: str) -> Sweep:
     )
 
 
-def options_of(point: Sequence[str], loader: ConfigLoader) -> tuple[str, ...]:
+def options_of(point: Sequence[str], groups: Container[str]) -> tuple[str, ...]:
     """Those of a trial's overrides that choose an option of a group. To compose takes a tenth of a
     second, so trials that differ in values alone are composed once."""
-    groups = set(loader.list_groups(""))
     return tuple(each for each in point if each.partition("=")[0] in groups)
 
 

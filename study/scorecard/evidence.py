@@ -137,7 +137,7 @@ class Evidence:
         self.root = root
         self._loaded: dict[tuple[str, ...], Sweep] = {}
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The sweeps that have a run."""
         return sorted({path.parent.parent.name for path in self.root.glob("*/*/run.json")})

@@ -1,14 +1,15 @@
 """Whether the tests still catch the faults that were drawn.
 
-    python tests/faults 17                # one fault: its near tests, then all quick tests
+    python tests/faults 17                # one fault: in the end all quick tests
     python tests/faults --all after.tsv   # all faults; goes on where after.tsv ends
 
-`--all` runs the near tests of each fault: those that mirror its module and those that import it.
-The faults that these let pass then go into one copy together, on which all quick tests run once;
-each test that fails there runs on each of these faults alone. So a test that passes with all of
-them in place is taken to pass with each. A test that fails without any fault proves nothing and is
-left out. At the end the faults that before.tsv says are caught and that are not any more are named,
-but for those whose code is gone, and the exit status is 1 if there are any.
+A fault meets the test that caught it last, as after.tsv has it, then the near tests: those that
+mirror its module and those that import it. With `--all` the faults that these let pass then go into
+one copy together, on which all quick tests run once; each test that fails there runs on each of
+these faults alone. So a test that passes with all of them in place is taken to pass with each. A
+test that fails without any fault proves nothing and is left out. At the end the faults that
+before.tsv says are caught and that are not any more are named, but for those whose code is gone,
+and the exit status is 1 if there are any.
 """
 
 import argparse
@@ -21,17 +22,20 @@ from run import copy_with, failing, failing_without_fault, near_tests
 from table import NEAR_PASS, NOT_CAUGHT, NOT_FOUND, Row, read, write
 
 ROOT = Path(__file__).parents[2]
-BEFORE = Path(__file__).with_name("before.tsv")
+BEFORE, AFTER = (Path(__file__).with_name(f"{name}.tsv") for name in ("before", "after"))
 
 
 def run_near(fault: Fault, without: list[str]) -> Row:
-    """What the near tests say, but for those of `without`."""
+    """What the test that caught it last and the near tests say, but for those of `without`."""
     start = time.monotonic()
     try:
         with copy_with([fault], ROOT) as (copy, (path,)):
             file = str(path.relative_to(copy))
-            tests = near_tests(path, copy)
-            failed = failing(copy, ["-n0", "-x", *tests, *deselect(without)]) if tests else []
+            last = [test for test in caught_last(fault, copy) if test not in without]
+            failed: list[str] = []
+            for tests in (last, near_tests(path, copy)):
+                if tests and not failed:
+                    failed = failing(copy, ["-n0", "-x", *tests, *deselect(without)])
             result = failed[0] if failed else NEAR_PASS
     except PlaceError as error:
         file, result = fault.file, f"{NOT_FOUND}: {error}"
@@ -44,6 +48,17 @@ def run_everything(fault: Fault, without: list[str]) -> str:
     with copy_with([fault], ROOT) as (copy, (path,)):
         ignored = [f"--ignore={test}" for test in near_tests(path, copy)]
         return next(iter(failing(copy, ["-x", *ignored, *deselect(without)])), NOT_CAUGHT)
+
+
+def caught_last(fault: Fault, tree: Path) -> list[str]:
+    """The test that caught it last, if the tree has it still."""
+    row = read(AFTER).get(fault.id)
+    if row is None or not row.caught:
+        return []
+    file, _, name = row.result.partition("::")
+    function = f"def {name.partition('[')[0]}("
+    is_there = (tree / file).is_file() and function in (tree / file).read_text()
+    return [row.result] if is_there else []
 
 
 def deselect(tests: list[str]) -> list[str]:

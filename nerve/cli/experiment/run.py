@@ -30,7 +30,7 @@ from nerve.cli.experiment.machine import (
     gpu_versions,
     leads,
 )
-from nerve.cli.experiment.objective import callbacks_of, objective_of
+from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import facts_of, print_summary, warning_of
@@ -82,7 +82,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         if is_first and is_done(run, config):
             return objective_of(run, plan.objective)
         check_machine(plan)
-        require_other_files(callbacks_of(plan.values), run)
+        require_other_files(plan.callbacks, run)
         with StopSignals() as signals:
             if not is_first:
                 if gathering.begin():

@@ -5,23 +5,20 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from processes import ended, start
 from trained import assert_same_run, llama, probed, save_series
 
 from nerve.cli.probing import folders, run  # noqa: F401 - what each piece would import
 from nerve.storage.directory import RunDirectory
 
-TESTS = Path(__file__).parents[2]
+from .killer import kill_probes
 
 
-def _killer(n_kills: int) -> None:
+def kill_pieces(n_kills: int) -> None:
     """Probes in pieces, each of which is killed at some change that it makes to the files."""
-    torch.set_num_threads(1)
     llama()  # likewise
     rng, kills, n_done, status = random.Random(n_kills), 0, 0, 1
     while kills < n_kills or status:
@@ -72,14 +69,9 @@ def test_a_series_that_is_killed_ends_as_one_that_was_not(
     save_series(range(n_checkpoints))
     assert probed("ckpt/step_*")[0] == 0
     shutil.move("out", "whole")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, __file__, str(n_kills)], check=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    log = tmp_path / "killer.log"
+    killer = start(kill_probes, n_kills, cwd=tmp_path, log=log)
+    assert ended(killer) == 0, log.read_text()
     for directory in ("out", *Path().glob("done*")):
         assert RunDirectory(directory).state == "done"
         assert_same_run("whole", str(directory))
-
-
-if __name__ == "__main__":  # forked from a process of its own, which has transformers
-    _killer(int(sys.argv[1]))
