@@ -77,9 +77,9 @@ class PassFeatures:
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
             self._require_ended()
-            counts = self._choice.of(batch)  # which may run the model itself
+            chosen = self._choice.of(batch)  # which may run the model itself
             self._is_taking = True
-            self._recorder.start(*counts)
+            self._recorder.start(chosen)
 
     def _require_ended(self) -> None:
         """Raises `MeasurementError` where a pass has raised: some of its features are counted."""
