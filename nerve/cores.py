@@ -27,6 +27,13 @@ def spin_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
+def multiply_in_one_thread() -> None:
+    """Has NumPy's matrix products take one thread each, where the user did not say how many; to be
+    called before NumPy is imported. Where several threads multiply at once, as in a report, those
+    of OpenBLAS wait for each other, and take twice the time."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def share_among_trials() -> int | None:
     """Cores of this process, where it is one of several trials that run side by side."""
     share = os.environ.get(SHARE)

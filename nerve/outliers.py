@@ -24,6 +24,8 @@ OF_CHANNELS = "token_mixing"
 """The FFN of a Mixer whose samples stand side by side as channels, of which each has a spread of
 its own by nature, and not as positions."""
 
+_NEEDED = ("largest_share", "top_share", "position_ratio", "pr")
+
 
 def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray:
     """By what part samples with this share of the variance may have moved PR, at most.
@@ -56,12 +58,27 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
         rows: with `ffn`, `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*`,
             `position_ratio_*` of both sites.
     """
-    code = np.zeros(len(rows), dtype=np.int8)
+    names = ("n_samples", *(f"{name}_{site}" for name in _NEEDED for site in SITES))
+    columns = {name: rows[name].to_numpy(float) for name in names}
+    code, texts = outlier_codes(columns, (rows["ffn"] == OF_CHANNELS).to_numpy())
+    return pd.Series(np.array(texts, dtype=object)[code], index=rows.index, dtype=object)
+
+
+def outlier_codes(
+    columns: Mapping[str, np.ndarray], is_of_channels: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """What `outliers` says of rows, as the numbers of texts, and the texts.
+
+    Args:
+        columns: arrays, of the names that `outliers` takes but for `ffn`.
+        is_of_channels: which rows are of an FFN whose samples are channels.
+    """
+    code = np.zeros(len(is_of_channels), dtype=np.int8)
     texts = [""]
     for site in SITES:  # each doubles the texts: with it, or without
-        code += _stands_out(rows, site) * np.int8(len(texts))
+        code += _stands_out(columns, is_of_channels, site) * np.int8(len(texts))
         texts += [f"{text}, {site}" if text else site for text in texts]
-    return pd.Series(np.array(texts, dtype=object)[code], index=rows.index, dtype=object)
+    return code, tuple(texts)
 
 
 def describe_outliers(row: Mapping[Any, Any], site: str) -> str:
@@ -82,15 +99,14 @@ def describe_outliers(row: Mapping[Any, Any], site: str) -> str:
     return f"{site}: {', '.join(parts)}"
 
 
-def _stands_out(rows: pd.DataFrame, site: str) -> np.ndarray:
-    n_samples = rows["n_samples"].to_numpy(float)
-    largest, top, position, ratio = (
-        rows[f"{name}_{site}"].to_numpy(float)
-        for name in ("largest_share", "top_share", "position_ratio", "pr")
-    )
+def _stands_out(
+    columns: Mapping[str, np.ndarray], is_of_channels: np.ndarray, site: str
+) -> np.ndarray:
+    n_samples = columns["n_samples"].astype(float)
+    largest, top, position, ratio = (columns[f"{name}_{site}"] for name in _NEEDED)
     fair = np.ceil(n_samples / 1000) / np.maximum(n_samples, 1)
     return (
         (largest_move(largest, ratio) > LARGEST_MOVES)
         | (top > TOP_MULTIPLE * fair)
-        | ((position > POSITION_RATIO) & (rows["ffn"] != OF_CHANNELS).to_numpy())
+        | ((position > POSITION_RATIO) & ~is_of_channels)
     )

@@ -1,4 +1,5 @@
-"""Threads of OpenMP sleep soon, unless the user said otherwise; torch must not be imported yet."""
+"""How threads of libraries wait and how many there are, unless the user said otherwise; the
+libraries must not be imported yet."""
 
 import subprocess
 import sys
@@ -26,3 +27,15 @@ def test_how_long_threads_spin_is_set_where_nobody_said_it(monkeypatch, given, e
 def test_the_command_says_it_before_torch_is_imported():
     code = "import sys, nerve.cli.run; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_report_says_how_many_threads_multiply_before_numpy_is_imported():
+    code = "import sys, nerve.cli.report; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "1"), ({"OPENBLAS_NUM_THREADS": "3"}, "3")])
+def test_products_take_one_thread_where_nobody_said_how_many(monkeypatch, given, expected):
+    monkeypatch.setattr(cores.os, "environ", dict(given))
+    cores.multiply_in_one_thread()
+    assert cores.os.environ == {"OPENBLAS_NUM_THREADS": expected}

@@ -119,10 +119,11 @@ def correlate_within_runs(
     changes = {name: _changes(late, own) for name, own in values.items()}
     windows = ((codes, values), (late, values), (late, changes))
     nulls = [_r_of_nulls(codes, own, n_series) for codes, own in windows]
+    partials = [_beside_nulls(names, codes, own, n_series) for codes, own in windows]
     results = [
-        _of_metric(name, codes, own, n_series) | of_nulls
-        for name in names
-        for (codes, own), of_nulls in zip(windows, nulls, strict=True)
+        _of_metric(name, codes, own, n_series) | of_nulls | beside_nulls[place]
+        for place, name in enumerate(names)
+        for (codes, own), of_nulls, beside_nulls in zip(windows, nulls, partials, strict=True)
     ]
     starts = np.stack([series["step"], warmed_up, warmed_up])
     table = series.loc[series.index.repeat(len(results)), keys].reset_index(drop=True)
@@ -235,17 +236,26 @@ def _r_of_nulls(
 def _of_metric(
     name: str, codes: Counts, values: Mapping[str, Array], n_series: int
 ) -> dict[str, Array | Counts]:
-    """The correlations of a metric and the loss in a window, and what null models leave of them."""
-    metric, loss = values[name], values["val_loss"]
-    pairs = Pairs.of(codes, metric, loss, n_series)
-    found: dict[str, Array | Counts] = {
+    """The correlations of a metric and the loss in a window."""
+    pairs = Pairs.of(codes, values[name], values["val_loss"], n_series)
+    return {
         "n": pairs.n,
         "pearson": correlation(pairs),
         "spearman": correlation(pairs.ranked()),
     }
+
+
+def _beside_nulls(
+    names: Sequence[str], codes: Counts, values: Mapping[str, Array], n_series: int
+) -> list[dict[str, Array | Counts]]:
+    """What null models leave of the correlation of each metric and the loss in a window."""
+    found: list[dict[str, Array | Counts]] = [{} for _ in names]
+    metrics = np.stack([values[name] for name in names])
     for null in NULLS:
-        partial = partial_over_steps(codes, metric, loss, values[null], n_series)
-        found |= dict(zip(null_columns(null)[1:], partial, strict=True))
+        partials = partial_over_steps(codes, metrics, values["val_loss"], values[null], n_series)
+        columns = null_columns(null)[1:]
+        for place, own in enumerate(found):
+            own |= dict(zip(columns, partials[:, place], strict=True))
     return found
 
 

@@ -5,8 +5,10 @@ these go, and a text of 16 letters in each row is as much as two numbers: so row
 by block and column by column, and a column of texts holds their numbers.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,22 +31,46 @@ class Coded:
     @classmethod
     def of(cls, values: pd.Series) -> "Coded":
         """Those of a column."""
-        if isinstance(values.dtype, pd.CategoricalDtype):
-            return cls(values.cat.codes.to_numpy(), tuple(values.cat.categories))
         codes, texts = pd.factorize(values)
         return cls(codes, tuple(texts))
 
-    def repeat(self, counts: np.ndarray) -> pd.Categorical:
+    @classmethod
+    def used(cls, codes: np.ndarray, texts: Sequence[str]) -> "Coded":
+        """The same without texts that no code stands for."""
+        is_used = np.bincount(codes + 1, minlength=len(texts) + 1)[1:] > 0
+        if is_used.all():
+            return cls(codes, tuple(texts))
+        own = np.append(np.cumsum(is_used) - 1, -1).astype(codes.dtype)
+        return cls(own[codes], tuple(itertools.compress(texts, is_used)))
+
+    @classmethod
+    def repeated(cls, texts: Sequence[str], counts: Sequence[int]) -> "Coded":
+        """Each of different texts as often as `counts` says."""
+        used = [text for text, n in zip(texts, counts, strict=True) if n]
+        numbers = np.arange(len(used), dtype=_kind(len(used)))
+        return cls(numbers.repeat([n for n in counts if n]), tuple(used))
+
+    def equal(self, text: str) -> np.ndarray:
+        """Which are this text."""
+        if text not in self.texts:
+            return np.zeros(len(self.codes), bool)
+        return np.asarray(self.codes == self.texts.index(text))
+
+    def repeat(self, counts: np.ndarray) -> "Coded":
         """Each as often as `counts` says."""
-        return _categorical(self.codes.repeat(counts), self.texts)
+        codes = self.codes.astype(_kind(len(self.texts)))
+        return Coded(codes.repeat(counts), self.texts)
+
+    def categorical(self) -> pd.Categorical:
+        return _categorical(self.codes, self.texts)
 
 
 Block = Mapping[str, np.ndarray | Coded]
 """Columns of equal length, all blocks having the same."""
 
 
-def frame_of(blocks: Iterable[Block], n_blocks: int) -> pd.DataFrame:
-    """One frame of all blocks, texts as categories in alphabetical order.
+def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | pd.Categorical]:
+    """The columns of all blocks, texts as categories in alphabetical order.
 
     Args:
         blocks: at least one.
@@ -56,16 +82,36 @@ def frame_of(blocks: Iterable[Block], n_blocks: int) -> pd.DataFrame:
             if name not in columns:
                 columns[name] = _Column(values)
             columns[name].append(values, n_blocks / (done + 1))
+    return {name: own.finished() for name, own in columns.items()}
+
+
+def frame_of(columns: Mapping[str, Any]) -> pd.DataFrame:
+    """A frame of these arrays themselves, texts as categories in their own order."""
     # A dictionary is copied into blocks of one kind, unless it is told not to be.
-    return pd.DataFrame({name: own.finished() for name, own in columns.items()}, copy=False)
+    return pd.DataFrame(
+        {
+            name: values.categorical() if isinstance(values, Coded) else values
+            for name, values in columns.items()
+        },
+        copy=False,
+    )
 
 
-def encoded(table: pa.Table) -> pa.Table:
-    """`table` with its texts by their numbers, as pandas takes them over."""
-    for i, field in enumerate(table.schema):
-        if pa.types.is_string(field.type):
-            table = table.set_column(i, field.name, table.column(i).dictionary_encode())
-    return table
+def columns_of(table: pa.Table) -> dict[str, np.ndarray | Coded]:
+    """The columns of a table: texts by their numbers, numbers with NaN for null."""
+    return {
+        field.name: _coded(column) if pa.types.is_string(field.type) else column.to_numpy()
+        for field, column in zip(table.schema, table.columns, strict=True)
+    }
+
+
+def _coded(column: pa.ChunkedArray) -> Coded:
+    """Texts of Arrow by their numbers."""
+    chunks = column.dictionary_encode().chunks
+    if not chunks:
+        return Coded(np.empty(0, np.int8), ())
+    codes = np.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in chunks])
+    return Coded(codes, tuple(chunks[-1].dictionary.to_pylist()))
 
 
 class _Column:
@@ -99,6 +145,8 @@ class _Column:
         if self._numbers is None:
             return values
         ordered = sorted(self._numbers)
+        if ordered == [*self._numbers]:
+            return _categorical(values, ordered)
         places = {text: place for place, text in enumerate(ordered)}
         order = np.array([*(places[text] for text in self._numbers), -1], values.dtype)
         for start in range(0, len(values), _AT_ONCE):  # indices take eight bytes each meanwhile
@@ -111,8 +159,12 @@ class _Column:
         numbers = self._numbers
         assert numbers is not None
         own = [numbers.setdefault(text, len(numbers)) for text in values.texts]
-        kind = np.min_scalar_type(-len(numbers) - 1)
-        return np.array([*own, -1], kind)[values.codes]
+        return np.array([*own, -1], _kind(len(numbers)))[values.codes]
+
+
+def _kind(n_texts: int) -> np.dtype:
+    """The shortest whole numbers for the codes of so many texts, and -1."""
+    return np.min_scalar_type(-n_texts - 1)
 
 
 def _categorical(codes: np.ndarray, texts: Iterable[str]) -> pd.Categorical:

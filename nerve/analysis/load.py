@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nerve.analysis.derived import with_derived
+from nerve.analysis.derived import derived_columns
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_names
-from nerve.analysis.gather import Block, Coded, frame_of
-from nerve.analysis.read import AT_ONCE, Derive, StoredRun, reads
-from nerve.analysis.run_rows import RunRows
-from nerve.analysis.sampling import with_sampling
+from nerve.analysis.gather import Block, Coded, frame_of, gathered
+from nerve.analysis.read import AT_ONCE, Derive, RunRows, StoredRun, reads
+from nerve.analysis.sampling import VERDICTS, sampling_codes
 from nerve.errors import ConfigError, StoreError, warn_caller
+from nerve.outliers import OF_CHANNELS, outlier_codes
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.parts import DamagedPartError, warn_damaged
 from nerve.storage.schema import DATASETS, Dataset
@@ -82,13 +82,20 @@ class Runs:
         """Which runs can be compared, and why others cannot: `flag_runs` of `metrics`, `frame`."""
         return flag_runs(self.metrics, self.frame)
 
-    def _with_derived(self, rows: pd.DataFrame, runs: slice) -> pd.DataFrame:
+    def _with_derived(self, rows: Block, runs: slice) -> Block:
         """Rows of metrics of some of the runs with what derives from them and their groups."""
         groups = self.groups
         if len(groups):
             ends = np.cumsum([0, *self._counts["groups"]])
             groups = groups.iloc[ends[runs.start] : ends[runs.stop]]
-        return with_sampling(with_derived(rows), groups)
+        ffn, numbers = rows["ffn"], _numbers_of(rows)
+        assert isinstance(ffn, Coded)
+        return {
+            **rows,
+            **derived_columns(numbers),
+            "outliers": Coded.used(*outlier_codes(numbers, ffn.equal(OF_CHANNELS))),
+            "sampling": Coded.used(sampling_codes(rows, groups), VERDICTS),
+        }
 
     def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
         """The rows of all runs, each with what `derive` makes of them and the `factors` of its run.
@@ -105,14 +112,14 @@ class Runs:
                 unread.extend(read.unread)
                 yield read.block
 
-        frame = frame_of(blocks(), -(-len(self) // AT_ONCE))
+        columns: dict[str, Any] = {**gathered(blocks(), -(-len(self) // AT_ONCE))}
         self._counts[dataset.name] = counts
         self._warn(dataset, unread)
         n_damaged = np.array([len(errors) for errors in unread], np.int32)
         runs = self.frame.assign(n_damaged_parts=n_damaged)
         for name in dict.fromkeys(["run_status", "n_damaged_parts", *self.factors]):
-            frame[name] = _repeated(runs[name], np.array(counts))
-        return frame
+            columns[name] = _repeated(runs[name], np.array(counts))
+        return frame_of(columns)
 
     def _warn(self, dataset: Dataset, unread: Sequence[Sequence[StoreError]]) -> None:
         errors = [error for of_run in unread for error in of_run]
@@ -202,6 +209,10 @@ def load_groups(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row per logged value: `run_id, step, name, value`. Else as `load_metrics`."""
     return Runs(path, factors).scalars
+
+
+def _numbers_of(rows: Block) -> dict[str, np.ndarray]:
+    return {name: values for name, values in rows.items() if not isinstance(values, Coded)}
 
 
 def _repeated(values: pd.Series, counts: np.ndarray) -> Any:

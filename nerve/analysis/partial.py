@@ -4,7 +4,7 @@ Two series that both follow time, or both follow a width, correlate whatever els
 partial correlation is that of what a linear fit on the third leaves of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +19,7 @@ LEAST_POINTS = 8
 """With fewer points (of a bootstrap over runs: designs) there is no interval."""
 
 _CHUNK = 512
-"""Series whose draws are in memory at once."""
+"""Series whose draws, of one metric after the other, are in memory at once."""
 
 
 def partial_correlation(x: Array, y: Array, given: Sequence[Array] = ()) -> Array:
@@ -40,7 +40,8 @@ def partial_correlation(x: Array, y: Array, given: Sequence[Array] = ()) -> Arra
 
 
 def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: int) -> Array:
-    """Partial r of x and y given z of each series, with its 95% interval over steps.
+    """Partial r of each of several x and y given z of each series, with its 95% interval over
+    steps. Several at once share what is drawn of y and z, which is half of the work.
 
     The interval is that of a bootstrap of blocks of √n neighboring steps, on a circle. What is
     drawn is widened by √(n/(n-3)) on Fisher's z scale, for what a fit of few points takes away.
@@ -50,17 +51,22 @@ def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: in
     Args:
         codes: the series of each value, whole numbers from 0, or -1 for none; those of one stand
             in the order of their steps, all else in any.
-        x, y, z: shape (value,); where one of the three is not finite the value is left out.
+        x: shape (metric, value).
+        y, z: shape (value,); where one of the three is not finite the value is left out.
 
     Returns:
-        r, low and high, shape (3, group). r is NaN for n < 4 and where one of the three does
-        not vary, the interval for n < `LEAST_POINTS`.
+        r, low and high, shape (3, metric, group). r is NaN for n < 4 and where one of the three
+        does not vary, the interval for n < `LEAST_POINTS`.
     """
-    kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
+    each_kept = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (codes >= 0)
+    kept = each_kept[0]
+    if (each_kept != kept).any():
+        alone = [partial_over_steps(codes, own[None], y, z, n_groups) for own in x]
+        return np.concatenate(alone, axis=1)
     order = np.flatnonzero(kept)[np.argsort(codes[kept], kind="stable")]
     n = np.bincount(codes[order], minlength=n_groups)
     starts = np.cumsum(n) - n
-    found = np.full((3, n_groups), np.nan)
+    found = np.full((3, len(x), n_groups), np.nan)
     for size in np.unique(n[n > 3]):
         weights = block_weights(int(size)) if size >= LEAST_POINTS else None
         groups = np.flatnonzero(n == size)
@@ -68,11 +74,11 @@ def partial_over_steps(codes: Counts, x: Array, y: Array, z: Array, n_groups: in
 
         def of_part(part: Counts, size: int = int(size), weights: Array | None = weights) -> Array:
             rows = order[starts[part][:, None] + np.arange(size)]
-            return _with_interval(x[rows], y[rows], z[rows], weights, size)
+            return _with_interval(x[:, rows], y[rows], z[rows], weights, size)
 
         with ThreadPoolExecutor(allowed()) as pool:  # NumPy lets others go on meanwhile
             for part, result in zip(parts, pool.map(of_part, parts), strict=True):
-                found[:, part] = result
+                found[..., part] = result
     return found
 
 
@@ -100,8 +106,8 @@ def partial_over_runs(
         if own.sum() > 3:
             weights = cluster_weights(clusters[own])
             n = len(np.unique(clusters[own]))
-            values = (x[own][None], y[own][None], z[own][None])
-            found[:, group] = _with_interval(*values, weights, n)[:, 0]
+            values = (x[None, None, own], y[None, own], z[None, own])
+            found[:, group] = _with_interval(*values, weights, n)[:, 0, 0]
     return found
 
 
@@ -128,11 +134,17 @@ def cluster_weights(clusters: Counts) -> Array | None:
     return _counts(np.random.default_rng(0).integers(0, n, (N_DRAWS, n)), n)[:, own]
 
 
-def interval_of_draws(draws: Array) -> tuple[Array, Array]:
+def interval_of_draws(
+    draws: Array, transform: Callable[[Array], Array] = lambda ordered: ordered
+) -> tuple[Array, Array]:
     """The quantiles of draws between which `LEVEL` of them lie, along the first axis.
 
     Draws that are NaN (of a sample in which nothing varies) are left out; NaN where that is more
     than half of them.
+
+    Args:
+        draws: shape (draw, ...).
+        transform: what the quantiles are of, a function of the draws that never falls.
     """
     ordered = np.sort(draws, axis=0)  # NaN stands last
     n = np.isfinite(ordered).sum(axis=0)
@@ -141,7 +153,7 @@ def interval_of_draws(draws: Array) -> tuple[Array, Array]:
         place = level * np.maximum(n - 1, 0)
         below = np.floor(place).astype(int)
         low, high = (
-            np.take_along_axis(ordered, np.minimum(i, len(draws) - 1)[None], axis=0)[0]
+            transform(np.take_along_axis(ordered, np.minimum(i, len(draws) - 1)[None], axis=0)[0])
             for i in (below, below + 1)
         )
         # At a whole place the next draw, which may be NaN, has no part.
@@ -157,7 +169,8 @@ def _counts(taken: Counts, n: int) -> Array:
 
 
 def _residuals(values: Array, given: Sequence[Array] = ()) -> Array:
-    controls = np.stack(np.broadcast_arrays(np.ones_like(values), *given), axis=-1)
+    ones = np.ones(values.shape[-1])
+    controls = np.stack(np.broadcast_arrays(ones, *given), axis=-1)
     fitted = controls @ (np.linalg.pinv(controls) @ values[..., None])
     return values - fitted[..., 0]
 
@@ -169,42 +182,53 @@ def _varies(values: Array) -> Array:
 
 
 def _with_interval(x: Array, y: Array, z: Array, weights: Array | None, n: int) -> Array:
-    """r, low and high, shape (3, series), of values of shape (series, n)."""
-    varies = np.logical_and.reduce([_varies(values) for values in (x, y, z)])
+    """r, low and high, shape (3, metric, series), of x of shape (metric, series, n), y and z of
+    shape (series, n)."""
+    varies = np.logical_and(_varies(x), np.logical_and(_varies(y), _varies(z)))
     r = np.where(varies, partial_correlation(x, y, [z]), np.nan)
     if weights is None:
         return np.stack([r, np.full_like(r, np.nan), np.full_like(r, np.nan)])
     # A partial r does not change when z is added to x and y: without it rounding is small.
     draws = _partial_draws(_residuals(x, [z]), _residuals(y, [z]), _unit(_residuals(z)), weights)
     middle = np.arctanh(np.clip(r, -1 + 1e-9, 1 - 1e-9))
-    away = np.arctanh(np.clip(draws, -1 + 1e-9, 1 - 1e-9)) - middle
-    low, high = interval_of_draws(away * np.sqrt(n / (n - 3)))
-    return np.stack([r, np.tanh(middle + low), np.tanh(middle + high)])
+    found = np.stack([r, r, r])
+    for metric, (own, center) in enumerate(zip(draws, middle, strict=True)):
+
+        def away(ordered: Array, center: Array = center) -> Array:
+            beyond = np.arctanh(np.clip(ordered, -1 + 1e-9, 1 - 1e-9)) - center
+            return np.asarray(beyond * np.sqrt(n / (n - 3)))
+
+        low, high = interval_of_draws(own, away)
+        found[1:, metric] = np.tanh(center + low), np.tanh(center + high)
+    return found
 
 
-def _partial_draws(x: Array, y: Array, z: Array, weights: Array) -> Array:
-    """Partial r in each weighted sample, shape (draw, series)."""
+def _partial_draws(xs: Array, y: Array, z: Array, weights: Array) -> Iterator[Array]:
+    """Partial r of each of several x in each weighted sample, shape (draw, series)."""
     weights = weights / weights.sum(axis=1, keepdims=True)
 
     def mean(values: Array) -> Array:
         return weights @ values.T
 
-    x, y = _unit(x), _unit(y)
-    means = {name: mean(values) for name, values in (("x", x), ("y", y), ("z", z))}
-    series = {"x": x, "y": y, "z": z}
-    moments = {
-        a + b: mean(series[a] * series[b]) - means[a] * means[b]
-        for a, b in ("xx", "yy", "zz", "xy", "xz", "yz")
-    }
+    def joint(a: Array, b: Array, mean_a: Array, mean_b: Array) -> Array:
+        return mean(a * b) - mean_a * mean_b
+
     tiny = 1e-12
-    zz = np.where(moments["zz"] > tiny, moments["zz"], np.nan)
-    xx = moments["xx"] - moments["xz"] ** 2 / zz
-    yy = moments["yy"] - moments["yz"] ** 2 / zz
-    xy = moments["xy"] - moments["xz"] * moments["yz"] / zz
-    r = np.full(xy.shape, np.nan)
-    valid = (xx > tiny) & (yy > tiny)
-    np.divide(xy, np.sqrt(xx * yy, where=valid, out=np.ones_like(xx)), out=r, where=valid)
-    return np.clip(r, -1.0, 1.0)
+    y = _unit(y)
+    mean_y, mean_z = mean(y), mean(z)
+    zz = joint(z, z, mean_z, mean_z)
+    zz = np.where(zz > tiny, zz, np.nan)
+    yz = joint(y, z, mean_y, mean_z)
+    yy = joint(y, y, mean_y, mean_y) - yz**2 / zz
+    for x in _unit(xs):
+        mean_x = mean(x)
+        xz = joint(x, z, mean_x, mean_z)
+        xx = joint(x, x, mean_x, mean_x) - xz**2 / zz
+        xy = joint(x, y, mean_x, mean_y) - xz * yz / zz
+        r = np.full(xy.shape, np.nan)
+        valid = (xx > tiny) & (yy > tiny)
+        np.divide(xy, np.sqrt(xx * yy, where=valid, out=np.ones_like(xx)), out=r, where=valid)
+        yield np.clip(r, -1.0, 1.0)
 
 
 def _unit(values: Array) -> Array:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.frames import require_columns
+from nerve.analysis.gather import Block, Coded, frame_of
 from nerve.analysis.statistics import student_t
 from nerve.metric_names import POOLED, SPREAD
 
@@ -116,12 +117,22 @@ def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.D
     return result.assign(sampling=pd.Series(verdict, result.index).where(whole["pr"].notna()))
 
 
-def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
-    """Rows of metrics with the column `sampling`: by halves where they were measured (of pre and
-    post the worse), else by N/D. None where nothing was measured."""
-    ratio = metrics["n_samples"] / metrics["d_ff"]
-    known = [ratio >= LEAST_RATIO[each] for each in VERDICTS[:2]]
-    verdict = pd.Series(np.select(known, VERDICTS[:2], VERDICTS[2]), metrics.index, dtype=object)
+def sampling_codes(rows: Block, groups: pd.DataFrame) -> np.ndarray:
+    """Of each row of metrics its place in `VERDICTS`: by halves where they were measured (of pre
+    and post the worse), else by N/D. -1 where nothing was measured.
+
+    Args:
+        rows: with the columns `ROW`, `n_samples`, `d_ff`, `status`.
+        groups: rows of `load_groups`.
+    """
+    n_samples, d_ff, status = (rows[name] for name in ("n_samples", "d_ff", "status"))
+    assert isinstance(status, Coded)
+    assert isinstance(n_samples, np.ndarray)
+    assert isinstance(d_ff, np.ndarray)
+    ratio = n_samples / d_ff
+    verdict = np.full(len(ratio), 2, np.int8)
+    for place in (1, 0):
+        verdict[ratio >= LEAST_RATIO[VERDICTS[place]]] = place
     if len(groups) and (groups["grouping"] == "halves").any():
         of_halves = sampling_error(groups).dropna(subset="sampling")
         worst = (
@@ -130,12 +141,10 @@ def with_sampling(metrics: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:
             .groupby([of_halves[name] for name in ROW], observed=True)
             .max()
         )
-        rows = pd.MultiIndex.from_frame(metrics[[*ROW]])
-        found = pd.Series(worst.reindex(rows).to_numpy(), metrics.index)
-        verdict = found.map(lambda number: VERDICTS[int(number)], na_action="ignore").fillna(
-            verdict
-        )
-    return metrics.assign(sampling=verdict.where(metrics["status"] == "ok", None))
+        places = pd.MultiIndex.from_frame(frame_of({name: rows[name] for name in ROW}))
+        found = worst.reindex(places).to_numpy(float)
+        verdict = np.where(np.isnan(found), verdict, found).astype(np.int8)
+    return np.where(status.equal("ok"), verdict, np.int8(-1))
 
 
 def renyi_ranks(spectra: pd.DataFrame) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from nerve.cli.console import fail, say, whole_numbers
+from nerve.cores import multiply_in_one_thread
 from nerve.errors import NerveError
 from nerve.progress import shown
 
@@ -23,6 +24,7 @@ unfinished or never learned are named and left out of figures and statistics.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `nerve-report`. Errors that the user can fix are shown as one message."""
     asked = _parser().parse_args(arguments)
+    multiply_in_one_thread()
     from nerve.report.write import write_report  # pandas and matplotlib take a second to import
 
     try:

@@ -53,9 +53,11 @@ def add_to_manifest(directory: Path, dataset: str, parts: Collection[str]) -> No
 def missing_parts(directory: Path, dataset: str) -> list[Path]:
     """The parts of a dataset that are listed and not there, also while the run is written."""
 
+    folder = str(directory / dataset)
+
     def missing() -> set[Path]:
         listed = read_manifest(directory).get(dataset, set())
-        return {path for name in listed if not os.path.exists(path := directory / dataset / name)}
+        return {Path(path) for name in listed if not os.path.exists(path := f"{folder}/{name}")}
 
     gone = missing()
     # What the writer has just removed is not listed any more by now.

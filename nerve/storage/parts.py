@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from nerve.errors import StoreError, warn_caller
 from nerve.files import write_atomically
+from nerve.metric_names import GROUPED, STORED
 from nerve.storage.manifest import MANIFEST_NAME, missing_parts
 from nerve.storage.schema import DATASETS, SCHEMA_VERSION, VERSION_KEY, Dataset
 
@@ -59,18 +60,19 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
     folder = directory / dataset.name
     try:
         with os.scandir(folder) as entries:
-            names = [each.name for each in entries if each.name.endswith(".parquet")]
+            names = [
+                each.name
+                for each in entries
+                if each.name.endswith(".parquet")
+                and (each.is_file(follow_symlinks=False) or not os.path.isdir(each.path))
+            ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise DamagedPartError(
             f"{folder} cannot be listed: {error}. Fix its permissions or restore it."
         ) from error
-    paths = (folder / name for name in names)
-    return sorted(
-        (path for path in paths if not path.is_dir()),
-        key=lambda path: (part_step(path), path.name),
-    )
+    return sorted((folder / name for name in names), key=lambda path: (part_step(path), path.name))
 
 
 def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
@@ -92,9 +94,10 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
         FileNotFoundError: when it is gone, for a compaction may run while others read.
     """
     try:
-        with pa.OSFile(os.fsencode(path)) as file:
+        # At once: each column by itself would be a call of the system.
+        with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
-            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
                 _check_version(path, parquet.schema_arrow.metadata)
                 table = _fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
@@ -201,17 +204,25 @@ def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
 
 def write_part(path: Path, table: pa.Table) -> None:
     """Writes `table` at `path` atomically. Raises `StoreError` when the file system refuses."""
-    # Measured numbers hardly repeat: a dictionary of them would be larger and slower to read.
+    # Measured numbers hardly repeat: a dictionary of them would be larger and slower to read, and
+    # zstd saves nothing. Of texts a dictionary leaves nothing to save.
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    plain = {*texts, *STORED, *GROUPED}
+    compressed = {_path_of(field): "zstd" for field in table.schema if field.name not in plain}
 
     def write(file: BinaryIO) -> None:
         parquet = pa.BufferOutputStream()
         pq.write_table(
-            table, parquet, compression="zstd", use_dictionary=texts, write_page_checksum=True
+            table, parquet, compression=compressed, use_dictionary=texts, write_page_checksum=True
         )
         file.write(_signed(parquet.getvalue().to_pybytes()))
 
     write_atomically(path, write)
+
+
+def _path_of(field: pa.Field) -> str:
+    """The path in a file's schema of a column, or of the items of one of lists."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 # The footer names columns, types, places, the version, and what a compaction took over. A changed

@@ -6,7 +6,12 @@ import pyarrow as pa
 import pytest
 
 from nerve.analysis import gather
-from nerve.analysis.gather import Coded, encoded, frame_of
+from nerve.analysis.gather import (
+    Coded,
+    columns_of,
+    frame_of,
+    gathered,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -25,8 +30,8 @@ def block(n: int, texts: list[str | None]) -> pd.DataFrame:
     )
 
 
-def gathered(blocks: list[pd.DataFrame]) -> pd.DataFrame:
-    return frame_of(
+def gathered_frame(blocks: list[pd.DataFrame]) -> pd.DataFrame:
+    columns = gathered(
         (
             {
                 name: Coded.of(values) if name == "text" else values.to_numpy()
@@ -36,13 +41,14 @@ def gathered(blocks: list[pd.DataFrame]) -> pd.DataFrame:
         ),
         len(blocks),
     )
+    return frame_of(columns)
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (1, 200, 7), (0, 0, 3), (200, 1)])
 def test_blocks_of_any_size_are_pandas_own_concatenation(sizes):
     """Also where the first blocks say nothing of how many rows will come."""
     blocks = [block(n, ["b", "a", None, f"only in {i}"]) for i, n in enumerate(sizes)]
-    found, expected = gathered(blocks), pd.concat(blocks, ignore_index=True)
+    found, expected = gathered_frame(blocks), pd.concat(blocks, ignore_index=True)
     assert list(found.columns) == list(expected.columns)
     for name in ("whole", "short", "number"):
         assert found[name].dtype == expected[name].dtype
@@ -59,30 +65,71 @@ def test_codes_are_as_short_as_the_texts_allow(n, kind):
     texts = [f"{i:05d}" for i in RNG.permutation(n)]
     half = n // 2
     parts = [pd.Series(texts[:half]), pd.Series(texts[half:])]
-    found = frame_of(({"text": Coded.of(part)} for part in parts), 2)["text"]
-    assert found.cat.codes.dtype == kind
-    assert list(found.astype(object)) == texts
+    found = gathered(({"text": Coded.of(part)} for part in parts), 2)["text"]
+    assert found.codes.dtype == kind
+    assert list(found) == texts
 
 
-def test_texts_of_arrow_come_by_their_numbers():
-    """Other columns as they are; null is no text."""
-    table = pa.table({"text": ["x", None, "x", "y"], "number": [1, 2, 3, 4]})
-    frame = encoded(pa.concat_tables([table, table])).to_pandas()
-    coded = Coded.of(frame["text"])
-    assert list(coded.codes) == [0, -1, 0, 1] * 2
-    assert coded.texts == ("x", "y")
-    assert list(frame["number"]) == [1, 2, 3, 4] * 2
+def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
+    """Texts by their numbers, also where a later chunk brings others; null is no text and NaN."""
+    lists = pa.array([[1.0], [], [2.0, 3.0], [4.0]], pa.list_(pa.float32()))
+    first, second = (
+        pa.table(
+            {"text": texts, "whole": [1, 2, 3, 4], "number": [0.5, None, -0.0, 1.0], "l": lists}
+        )
+        for texts in (["x", None, "x", "y"], ["z", "y", None, "x"])
+    )
+    table = pa.concat_tables([first, first.slice(0, 0), second])
+    found, expected = columns_of(table), table.to_pandas()
+    coded = found["text"]
+    assert isinstance(coded, Coded)
+    assert list(coded.codes) == [0, -1, 0, 1, 2, 1, -1, 0]
+    assert coded.texts == ("x", "y", "z")
+    for name in ("whole", "number"):
+        assert found[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(found[name], expected[name])
+    for own, each in zip(found["l"], expected["l"], strict=True):
+        assert own.dtype == each.dtype
+        np.testing.assert_array_equal(own, each)
+    empty = columns_of(table.slice(0, 0))
+    assert [len(empty["text"].codes), len(empty["number"])] == [0, 0]
+    no_chunks = pa.table({"text": pa.chunked_array([], pa.string())})
+    assert len(columns_of(no_chunks)["text"].codes) == 0
+
+
+def test_a_frame_is_of_the_arrays_themselves():
+    columns = {"text": Coded(np.array([2, 0, -1], np.int8), ("c", "a", "b")), "n": RNG.random(3)}
+    frame = frame_of(columns)
+    assert list(frame["text"].astype(object).where(frame["text"].notna(), None)) == ["b", "c", None]
+    assert np.shares_memory(frame["n"], columns["n"])
+
+
+def test_texts_that_no_row_has_are_left_out():
+    found = Coded.used(np.array([3, 0, -1, 3], np.int8), ("c", "a", "d", "b"))
+    assert list(found.codes) == [1, 0, -1, 1]
+    assert found.texts == ("c", "b")
+    assert list(found.equal("b")) == [True, False, False, True]
+    assert not found.equal("a").any()
+    assert Coded.used(np.array([1, 0]), ("a", "b")).texts == ("a", "b")
+
+
+def test_each_text_is_repeated_as_often_as_counted():
+    """One that has no row is none of the texts."""
+    found = Coded.repeated(["a", "b", "c"], [2, 0, 1])
+    assert list(found.codes) == [0, 0, 1]
+    assert found.texts == ("a", "c")
+    assert Coded.repeated(["a"], [0]).texts == ()
 
 
 def test_what_is_repeated_is_numpys_repeat():
     values = pd.Series(["a", None, "b", "a"])
     counts = np.array([2, 1, 0, 3])
-    found = Coded.of(values).repeat(counts).astype(object)
+    found = Coded.of(values).repeat(counts).categorical()
     assert [None if pd.isna(each) else each for each in found] == ["a", "a", None, *"aaa"]
 
 
 def test_renumbering_goes_piece_by_piece(monkeypatch):
     monkeypatch.setattr(gather, "_AT_ONCE", 2)
-    found = frame_of([{"text": Coded.of(pd.Series([*"cabca"]))}], 1)["text"]
+    found = gathered([{"text": Coded.of(pd.Series([*"cabca"]))}], 1)["text"]
     assert list(found) == [*"cabca"]
-    assert list(found.cat.categories) == [*"abc"]
+    assert list(found.categories) == [*"abc"]

@@ -33,7 +33,8 @@ def over_steps(x, y, z):
     """Of series in rows, which are given value by value."""
     n_series, n = x.shape
     codes = np.repeat(np.arange(n_series), n)
-    return partial_over_steps(codes, x.ravel(), y.ravel(), np.tile(z, n_series), n_series)
+    found = partial_over_steps(codes, x.reshape(1, -1), y.ravel(), np.tile(z, n_series), n_series)
+    return found[:, 0]
 
 
 def textbook(x, y, z):
@@ -82,11 +83,11 @@ def test_series_in_any_order_with_gaps_are_those_by_themselves():
     short = np.array([1.0, 2.0, 4.0])
     found = partial_over_steps(
         np.concatenate([codes, [2, 2, 2]]),
-        np.concatenate([x.T.ravel(), short]),
+        np.concatenate([x.T.ravel(), short])[None],
         np.concatenate([y.T.ravel(), short**2]),
         np.concatenate([np.repeat(clock, 2), short[::-1]]),
         3,
-    )
+    )[:, 0]
     alone = over_steps(x[:1], y[:1], clock)
     kept = np.isfinite(x[1] + y[1])
     gaps = over_steps(x[1:, kept], y[1:, kept], clock[kept])
@@ -134,6 +135,19 @@ def test_intervals_over_runs_hold_the_truth():
         codes, np.tile(np.arange(12), 200), x, y, np.tile(width, 200), 200
     )
     assert 0.9 <= np.mean((low <= 0) & (high >= 0)) <= 0.99
+
+
+def test_several_metrics_at_once_are_each_by_itself():
+    """Where all have their values, and where one has not."""
+    x, y, clock = independent(6, 30)
+    codes, z = np.repeat([0, 1], 30), np.tile(clock, 2)
+    several, loss = x.reshape(3, -1), y[:2].ravel()
+    for gap in (0.0, np.nan):
+        several[1, 4] += gap
+        found = partial_over_steps(codes, several, loss, z, 2)
+        for place, own in enumerate(several):
+            alone = partial_over_steps(codes, own[None], loss, z, 2)[:, 0]
+            np.testing.assert_allclose(found[:, place], alone, rtol=1e-9)
 
 
 def test_weights_count_what_is_drawn():

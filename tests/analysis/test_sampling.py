@@ -2,10 +2,12 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
-from nerve.analysis.sampling import VERDICTS, renyi_ranks, sampling_error, with_sampling
+from nerve.analysis.gather import columns_of
+from nerve.analysis.sampling import VERDICTS, renyi_ranks, sampling_codes, sampling_error
 from nerve.metric_names import SPREAD
 from nerve.spectra.metrics import OF_A_GROUP
 
@@ -96,11 +98,12 @@ def row(**values: object) -> dict:
 
 
 def test_verdicts_go_by_the_ratio_where_there_are_no_halves():
-    rows = pd.DataFrame(
-        [row(n_samples=n) for n in (800, 799, 200, 199)] + [row(status="zero_variance")]
+    rows = [row(n_samples=n) for n in (800, 799, 200, 199)] + [row(status="zero_variance")]
+    codes = sampling_codes(
+        columns_of(pa.Table.from_pylist(rows)), pd.DataFrame(columns=["grouping"])
     )
-    verdicts = with_sampling(rows, pd.DataFrame(columns=["grouping"]))["sampling"]
-    assert verdicts.tolist() == ["well", "under", "under", "severely under", None]
+    assert codes.tolist() == [0, 1, 1, 2, -1]
+    assert VERDICTS == ("well", "under", "severely under")
 
 
 @pytest.mark.parametrize(
@@ -119,9 +122,8 @@ def test_verdicts_go_by_how_far_halves_say_that_pr_moves(half, expected):
             ("all", "all", 800, 10.0), ("halves", "a", 400, of_half), ("halves", "b", 400, of_half),
         )
     )  # fmt: skip
-    verdicts = with_sampling(pd.DataFrame([row(n_samples=100)]), groups)["sampling"]
-    assert verdicts.tolist() == [expected]
-    assert expected in VERDICTS
+    (code,) = sampling_codes(columns_of(pa.Table.from_pylist([row(n_samples=100)])), groups)
+    assert VERDICTS[code] == expected
 
 
 def test_ranks_of_each_order_are_those_of_flat_and_of_geometric_spectra():

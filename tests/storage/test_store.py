@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nerve.errors import StoreError
+from nerve.metric_names import GROUPED, STORED
 from nerve.storage.manifest import read_manifest
-from nerve.storage.parts import DamagedPartWarning, part_path, read_parts
+from nerve.storage.parts import DamagedPartWarning, part_path, read_parts, write_part
 from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore
 
@@ -52,10 +53,24 @@ def test_round_trip_of_all_three_datasets(store, row):
     ]
 
 
-def test_parts_are_zstd(store, row):
-    fill(store, row, steps=(0,))
-    metadata = pq.read_metadata(store.directory / "metrics" / names(store)[0])
-    assert metadata.row_group(0).column(0).compression == "ZSTD"
+@pytest.mark.parametrize(
+    ("dataset", "plain"),
+    [
+        ("metrics", {*STORED, "run_id", "ffn", "precision", "status"}),
+        ("groups", {*GROUPED, "run_id", "ffn", "site", "grouping", "group", "status"}),
+        ("spectra", {"run_id", "ffn", "site"}),
+        ("scalars", {"run_id", "name"}),
+    ],
+)
+def test_what_repeats_in_a_column_is_compressed(tmp_path, dataset, plain):
+    """Measured numbers would not be smaller for it, and texts are a dictionary's numbers."""
+    write_part(tmp_path / "part", DATASETS[dataset].schema.empty_table())
+    group = pq.read_metadata(tmp_path / "part").row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    assert {each.path_in_schema: each.compression for each in columns} == {
+        each.path_in_schema: "UNCOMPRESSED" if each.path_in_schema in plain else "ZSTD"
+        for each in columns
+    }
 
 
 def test_pandas_reads_the_folder_as_it_is(store, row):
