@@ -84,10 +84,12 @@ def first_step() -> None:
         seen.setdefault(f"{what}_cpu", used()["cpu_s"])
 
     import nerve.cli.run
+    from nerve.cli.entry import uncollected
     from nerve.cores import spin_briefly
 
     spin_briefly()  # as nerve-run does before it imports torch
-    import nerve.cli.experiment.run
+    with uncollected():  # likewise
+        import nerve.cli.experiment.run
 
     note("imported")
     from lightning.pytorch import Callback, Trainer

@@ -29,6 +29,7 @@ from nerve.cli.config.overrides import (
 )
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.console import fail
+from nerve.cli.entry import uncollected
 from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
 from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
@@ -93,8 +94,8 @@ class _Command:
         is_trial = hydra_config.mode == RunMode.MULTIRUN
         try:
             check_composed(hydra_config)
-            # torch and Lightning take seconds to import
-            from nerve.cli.experiment.run import run_experiment
+            with uncollected():  # torch and Lightning take seconds to import
+                from nerve.cli.experiment.run import run_experiment
 
             return (run_trial if is_trial else run_experiment)(config, hydra_config)
         except NerveError as error:
