@@ -84,8 +84,7 @@ def first_step() -> None:
         seen.setdefault(f"{what}_cpu", used()["cpu_s"])
 
     import nerve.cli.run
-    from nerve.cli.entry import uncollected
-    from nerve.cores import spin_briefly
+    from nerve.cores import spin_briefly, uncollected
 
     spin_briefly()  # as nerve-run does before it imports torch
     with uncollected():  # likewise

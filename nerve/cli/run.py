@@ -29,13 +29,12 @@ from nerve.cli.config.overrides import (
 )
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.console import fail
-from nerve.cli.entry import uncollected
 from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
 from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
 from nerve.config import LONGEST_NAME
-from nerve.cores import spin_briefly
+from nerve.cores import spin_briefly, uncollected
 from nerve.errors import NerveError
 
 HINTS = {

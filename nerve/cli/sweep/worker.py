@@ -24,7 +24,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, identity, register, resolved
-from nerve.cli.entry import uncollected
+from nerve.cores import uncollected
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job

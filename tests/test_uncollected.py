@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nerve.cli import entry
+from nerve import cores
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -15,7 +15,7 @@ def test_nothing_is_collected_while_torch_is_imported(monkeypatch, fails):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
     try:
-        with entry.uncollected():
+        with cores.uncollected():
             assert not gc.isenabled()
             if fails:
                 raise ImportError
@@ -29,5 +29,5 @@ def test_a_process_that_has_torch_already_is_left_as_it_is(monkeypatch):
     """Garbage that a notebook has made by then must not stay."""
     monkeypatch.setitem(sys.modules, "torch", sys)
     monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("frozen"))
-    with entry.uncollected():
+    with cores.uncollected():
         assert gc.isenabled()
