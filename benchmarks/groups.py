@@ -17,6 +17,7 @@ import torch
 from nerve.measuring.around import sites_around
 from nerve.measuring.find import find_ffns
 from nerve.measuring.groups import Grouped
+from nerve.measuring.masks import Chosen
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.models.gpt import GPT, GPTConfig
@@ -81,7 +82,7 @@ def measured(
     half = torch.autocast("cuda", torch.bfloat16) if is_gpu else nullcontext()
     with torch.no_grad(), half:
         for batch in batches:
-            measurement.start(ids=batch)
+            measurement.start(Chosen(ids=batch))
             model(batch)
             measurement.finish_forward()
     measurement.stop()

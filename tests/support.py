@@ -54,6 +54,18 @@ TINY_RUN = (
 ROOT = Path(__file__).parents[1]
 
 
+class PlainArguments(logging.Handler):
+    """Refuses records that hold more than texts, numbers and the like: who keeps one, as some
+    handlers do, would keep a model with it, or the frames of an error."""
+
+    PLAIN = (str, int, float, Path, torch.device, type(None))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        given = record.args.values() if isinstance(record.args, dict) else record.args or ()
+        kept = [type(each).__name__ for each in given if not isinstance(each, self.PLAIN)]
+        assert not kept, f"{record.name} logs {kept} by itself, where its text is enough"
+
+
 LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
 """Those whose level a command sets."""
 
@@ -62,13 +74,16 @@ LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
 def as_before() -> Iterator[None]:
     """What a command sets for all of its process is afterwards as before: the environment, what
     loggers let through, the root's handlers (Hydra's write to what is stdout meanwhile), what is
-    called last of an exception, and Hydra's own configuration."""
+    called last of an exception, and Hydra's own configuration. What nerve logs is text."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, LOGGERS)]
     handlers, environment = logging.root.handlers.copy(), os.environ.copy()
     hook, config = sys.excepthook, HydraConfig.instance().cfg
+    nerve, plain = logging.getLogger("nerve"), PlainArguments()
+    nerve.addHandler(plain)
     try:
         yield
     finally:
+        nerve.removeHandler(plain)
         sys.excepthook = hook
         HydraConfig.instance().cfg = config
         logging.root.handlers[:] = handlers

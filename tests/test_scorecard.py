@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 from studied import RUNS, STUDY, judgements
+from support import metrics_row
 
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
@@ -354,29 +355,6 @@ def test_time_at_work_counts_runs_side_by_side_once_and_pauses_not_at_all(scorec
     assert scorecard.page.seconds_at_work(started, ended) == 60 + 10
 
 
-ROW = {
-    "tokens_seen": 640,
-    "ffn": "ffn",
-    "n_samples": 100,
-    "d_ff": 8,
-    "d_in": 4,
-    "se_pre": 1.0,
-    "se_post": 1.5,
-    "pr_pre": 2.0,
-    "eee_pre": 0.75,
-    "eee_post": 0.25,
-    "js": 0.125,
-    "variance_pre": 3.0,
-    "variance_post": 1.0,
-    "pr_pre_corrected": 2.0625,
-    "pr_post_corrected": 5.25,
-    "train_loss": 4.0,
-    "lr": 0.001,
-    "precision": "float32",
-    "status": "ok",
-}
-
-
 def make_run(root: Path, activation: str, seed: int, loss: float, pr_post: float) -> str:
     """A run of two layers and steps in a sweep `activation_gpu`; gives its id."""
     config = {
@@ -392,7 +370,7 @@ def make_run(root: Path, activation: str, seed: int, loss: float, pr_post: float
     record.step = 10
     store = RunStore(directory, record.run_id)
     store.append_metrics(
-        ROW | {"step": step, "layer": layer, "pr_post": pr_post, "val_loss": loss if step else 7.0}
+        metrics_row(step, layer, pr_post=pr_post, val_loss=loss if step else 7.0)
         for step in (0, 10)
         for layer in range(2)
     )

@@ -17,8 +17,7 @@ from nerve.analysis.derived import derived_columns
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_names
 from nerve.analysis.gather import Block, Coded, frame_of, gathered
-from nerve.analysis.read import AT_ONCE, Derive, StoredRun, reads
-from nerve.analysis.run_rows import RunRows
+from nerve.analysis.read import AT_ONCE, Derive, RunRows, StoredRun, reads
 from nerve.analysis.sampling import VERDICTS, sampling_codes
 from nerve.errors import ConfigError, StoreError, warn_caller
 from nerve.outliers import OF_CHANNELS, outlier_codes

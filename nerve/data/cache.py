@@ -64,7 +64,9 @@ def cached_tokens(
                 if (entry := open_entry(path)) is not None:
                     return entry
             except Damaged as damage:
-                log.warning("the token cache %s is damaged (%s): building it again", path, damage)
+                log.warning(
+                    "the token cache %s is damaged (%s): building it again", path, str(damage)
+                )
             for left in root.glob(f"{_DAMAGED}*"):  # by who could not remove it, or was killed
                 shutil.rmtree(left, ignore_errors=True)
             with building_folder(root, ".building-") as building:

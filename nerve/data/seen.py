@@ -81,7 +81,7 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
             path = root / f"corpus-{before.name}.json"
             write_atomically(path, lambda file: file.write(sealed.encode()), durable=False)
         except StoreError as error:
-            log.info("the corpus %s is read again at each start: %s", corpus.name, error)
+            log.info("the corpus %s is read again at each start: %s", corpus.name, str(error))
     return content | {"said": []}  # it was said as it was read
 
 

@@ -48,9 +48,10 @@ class PassFeatures:
         """Ends the passes of a step.
 
         Raises:
-            MeasurementError: where none has come.
+            MeasurementError: where none has come, or one has come to no end.
         """
         self.is_open = False
+        self._require_ended()
         if self._n_seen == 0:
             kind = (
                 "those of the training pass that follows it, and none was seen: the module that is "
@@ -75,9 +76,19 @@ class PassFeatures:
             batch = batch_of(module, args, kwargs)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
-            counts = self._choice.of(batch)  # which may run the model itself
+            self._require_ended()
+            chosen = self._choice.of(batch)  # which may run the model itself
             self._is_taking = True
-            self._recorder.start(*counts)
+            self._recorder.start(chosen)
+
+    def _require_ended(self) -> None:
+        """Raises `MeasurementError` where a pass has raised: some of its features are counted."""
+        if self._is_taking:
+            raise MeasurementError(
+                "A pass that is measured must come to its end; the last one has raised, and the "
+                "loop went on. Measure at steps where it need not try again, or give held-out "
+                "batches with heldout=."
+            )
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_taking:

@@ -40,7 +40,7 @@ def evaluate(
     """Measures a model on batches, in eval mode, and their loss where it gives one."""
     with evaluating(model):
         for batch in batches:
-            recorder.start(*choice.of(batch))
+            recorder.start(choice.of(batch))
             output = call_probed(recorder.probe, forward, model, batch)
             recorder.stop()
             loss = loss_of(output)

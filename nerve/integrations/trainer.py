@@ -79,8 +79,8 @@ class SpectralCallback(TrainerCallback):
         **settings: Any,
     ) -> None:
         self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
-        from_mapping(MonitorSettings, self._settings, "monitor")
-        check_given(ffns=ffns, mask=mask, exclude=exclude)
+        layers = from_mapping(MonitorSettings, self._settings, "monitor").layers
+        check_given(ffns=ffns, mask=mask, exclude=exclude, layers=layers)
         require_mapping("config", config)
         self._run = RunDirectory(directory)
         self._how: dict[str, Any] = {

@@ -146,17 +146,12 @@ def watched(
         others: as `watch` takes them.
     """
     require_model(model)
-    check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude)
-    _check_loop(config, optimizer, resume)
     chosen = from_mapping(MonitorSettings, settings, "monitor")
+    check_given(ffns=ffns, mask=mask, forward=forward, exclude=exclude, layers=chosen.layers)
+    _check_loop(config, optimizer, resume)
     steps = chosen.measured_steps(last_step)
     if resume is None and first == 0:
         chosen.require_some(last_step)
-    require(
-        ffns is None or chosen.layers is None,
-        "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
-        "those of the other layers.",
-    )
     config = dict(config or {})
     seed = config.get("seed")
     counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}

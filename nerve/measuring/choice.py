@@ -1,13 +1,13 @@
 """Which samples of a batch count: what its caller says, or what the batch itself shows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
-from nerve.measuring.masks import Masks, Order, Orders, UnknownOrder, for_each
+from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
@@ -21,22 +21,6 @@ from nerve.measuring.streams import (
     streams_of,
     trace,
 )
-
-
-class Chosen(NamedTuple):
-    """Which samples of a batch count, as `Measurement.start` takes it.
-
-    Attributes:
-        masks, orders: as there.
-        ids: for each FFN the tokens of its stream, `[n_sequences, n_positions]`; or those of all.
-        in_sequences: for each FFN whether its samples are those of sequences, which groups need;
-            None where they are taken as they lie.
-    """
-
-    masks: Masks
-    orders: Orders | None = None
-    ids: Tensor | Sequence[Tensor | None] | None = None
-    in_sequences: Sequence[bool] | None = None
 
 
 class Choice:
@@ -104,14 +88,14 @@ class Choice:
             for name, stream in streams.items()
         }
         if not streams:
-            return Chosen(None, ids=ids_of(batch))
+            return Chosen(ids=ids_of(batch))
         is_needed = self._needs_order or any(each is not None for each in counts.values())
         try:
             ffns = self._traced(batch, streams).ffns
         except TraceError:
             if is_needed:
                 raise
-            return Chosen(None)  # all count, in whatever order
+            return Chosen()  # all count, in whatever order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
         return Chosen(masks, orders, *_tokens(ffns, streams))

@@ -3,8 +3,8 @@
 import itertools
 import pickle
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -49,13 +49,14 @@ def gathered(value: Any) -> list[Any]:
     n, mine = n_processes(), rank()
     if n == 1:
         return [value]
-    store = _store()
-    number = store.add(f"gathered/{mine}", 1)
-    store.delete_key(f"left/{mine}")  # of an error that was caught
-    _put(store, f"gathered/{number}/{mine}", value)
-    values = _taken(store, {other: f"gathered/{number}/{other}" for other in range(n)})
-    # All have come to this one, and have read the one before.
-    store.delete_key(f"gathered/{number - 1}/{mine}")
+    with _reached():
+        store = _store()
+        number = store.add(f"gathered/{mine}", 1)
+        store.delete_key(f"left/{mine}")  # of an error that was caught
+        _put(store, f"gathered/{number}/{mine}", value)
+        values = _taken(store, {other: f"gathered/{number}/{other}" for other in range(n)})
+        # All have come to this one, and have read the one before.
+        store.delete_key(f"gathered/{number - 1}/{mine}")
     return values
 
 
@@ -73,18 +74,20 @@ class Mailbox:
 
     def send(self, value: Any) -> None:
         """Of another process: what process 0 takes next from it."""
-        _put(self._store, self._key(rank()), value)
+        with _reached():
+            _put(self._store, self._key(rank()), value)
         self._n += 1
 
     def take(self, *, wait: bool) -> list[Any] | None:
         """Of process 0: what is next from each of the others, in their order; None where some of it
         has not come, or after a wait for it, which raises as `gathered`."""
         keys = {other: self._key(other) for other in range(1, n_processes())}
-        if not wait and not self._store.check([*keys.values()]):
-            return None
-        values = _taken(self._store, keys)
-        for key in keys.values():
-            self._store.delete_key(key)
+        with _reached():
+            if not wait and not self._store.check([*keys.values()]):
+                return None
+            values = _taken(self._store, keys)
+            for key in keys.values():
+                self._store.delete_key(key)
         self._n += 1
         return values
 
@@ -103,6 +106,18 @@ def leave(error: BaseException) -> None:
     if n_processes() > 1:
         with suppress(RuntimeError):  # of a store whose process has gone
             _put(_store(), f"left/{rank()}", f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Says what it means where the store, which the first process has, cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:  # those of torch.distributed are
+        raise NotGatheredError(
+            "All processes of a run go on together; the first one cannot be reached, or has ended "
+            f"without a word: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _taken(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:

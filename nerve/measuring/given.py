@@ -37,8 +37,10 @@ def check_given(
     mask: Callable[..., Any] | None = None,
     forward: Callable[..., Any] | None = None,
     exclude: Collection[int] = (),
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """Checks what is given to be called or looked through, as `nerve.measure` takes it.
+    """Checks what is given to be called or looked through, as `nerve.measure` takes it; `layers` of
+    a monitor are the ones to look for, beside which there are no `ffns`.
 
     Raises:
         ConfigError: for what is of another kind.
@@ -55,6 +57,11 @@ def check_given(
     )
     if ffns is None:
         return
+    require(
+        layers is None,
+        "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
+        "those of the other layers.",
+    )
     is_list = isinstance(ffns, Sequence | nn.ModuleList) and not isinstance(ffns, str)
     wrong = next((each for each in ffns if not isinstance(each, FFN)), None) if is_list else ffns
     require(

@@ -77,6 +77,30 @@ def as_bool(mask: Tensor) -> Tensor:
     return ones
 
 
+class Chosen(NamedTuple):
+    """Which samples of a forward pass count, and what is known of them; by default all do.
+
+    Attributes:
+        masks: True or 1 for the samples that count (False or 0: padding), in the shape of the
+            features without their last dimension, or flattened as they are; one for all FFNs or
+            one for each.
+        orders: for each FFN how the tokens of its stream lie in its features, where that is known;
+            its mask is then `[n_sequences, n_positions]`.
+        ids: the tokens that the samples are of, `[n_sequences, n_positions]`, of all FFNs or of
+            each; groups by frequency need them.
+        in_sequences: whether the samples of each FFN are those of sequences; those of others are
+            not grouped. None where all are.
+    """
+
+    masks: Masks = None
+    orders: Orders | None = None
+    ids: Tensor | Sequence[Tensor | None] | None = None
+    in_sequences: Sequence[bool] | None = None
+
+
+ALL = Chosen()
+
+
 def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
     """The mask of each FFN.
 

@@ -142,7 +142,7 @@ def _run(
     probe.install()
     try:
         for batch in batches:
-            measurement.start(*choice.of(batch))
+            measurement.start(choice.of(batch))
             output = run(batch)
             measurement.finish_forward()
             give(batch, output)

@@ -1,6 +1,6 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
 from nerve.measuring.groups import NOT_GROUPED, Grouped
-from nerve.measuring.masks import Masks, Orders
+from nerve.measuring.masks import ALL, Chosen
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
 from nerve.measuring.samples import Samples
@@ -65,30 +65,13 @@ class Measurement:
         self._open_pools = open_pools
         self._is_pooled = False
 
-    def start(
-        self,
-        mask: Masks = None,
-        orders: Orders | None = None,
-        ids: Tensor | Sequence[Tensor | None] | None = None,
-        in_sequences: Sequence[bool] | None = None,
-    ) -> None:
-        """Measures forward passes from now on.
-
-        Args:
-            mask: True or 1 for the samples that count (False or 0: padding), in the shape of the
-                features without their last dimension, or flattened as they are; one for all FFNs or
-                one for each.
-            orders: for each FFN how the tokens of its stream lie in its features, where that is
-                known; its mask is then `[n_sequences, n_positions]`.
-            ids: the tokens that the samples are of, `[n_sequences, n_positions]`, of all FFNs or of
-                each; groups by frequency need them.
-            in_sequences: whether the samples of each FFN are those of sequences; those of others
-                are not grouped. By default all are.
+    def start(self, chosen: Chosen = ALL) -> None:
+        """Measures forward passes from now on, of their samples those that count.
 
         Raises:
             MeasurementError: for a mask with other values, or one that belongs to no FFN.
         """
-        self._samples.start(mask, orders, ids, in_sequences)
+        self._samples.start(chosen)
         self._probe.start(self._accumulate, self._take_site if self._sites else None)
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Side
 from nerve.measuring.ffns import named, tokens_of
 from nerve.measuring.groups import Divider, Division, Grouped
-from nerve.measuring.masks import Masks, Orders, fitted, for_each
+from nerve.measuring.masks import Chosen, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.routing import counted_of
 
@@ -57,16 +57,11 @@ class Samples:
         self._n_sequences = [0] * n
         self._n_sequences_now = [0] * n
 
-    def start(
-        self,
-        mask: Masks,
-        orders: Orders | None,
-        ids: Tensor | Sequence[Tensor | None] | None,
-        in_sequences: Sequence[bool] | None,
-    ) -> None:
-        """Takes what belongs to the forward pass that comes; as `Measurement.start`."""
+    def start(self, chosen: Chosen) -> None:
+        """Takes what belongs to the forward pass that comes; raises as `Measurement.start`."""
         n = len(self._probe.ffns)
-        self._masks = for_each(self._probe.ffns, mask)
+        masks, orders, ids, in_sequences = chosen
+        self._masks = for_each(self._probe.ffns, masks)
         self._orders = [None] * n if orders is None else orders
         self._ids = [ids] * n if ids is None or isinstance(ids, Tensor) else ids
         self._in_sequences_known = [True] * n if in_sequences is None else in_sequences

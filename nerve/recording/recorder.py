@@ -13,7 +13,7 @@ from nerve.errors import noted
 from nerve.measuring.around import Stream, sites_around
 from nerve.measuring.ffns import FFN
 from nerve.measuring.groups import NOT_GROUPED, Grouped
-from nerve.measuring.masks import Masks, Orders
+from nerve.measuring.masks import ALL, Chosen
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.aside import Aside
@@ -181,15 +181,8 @@ class Recorder:
 
     # Features
 
-    def start(
-        self,
-        mask: Masks = None,
-        orders: Orders | None = None,
-        ids: Tensor | Sequence[Tensor | None] | None = None,
-        in_sequences: Sequence[bool] | None = None,
-    ) -> None:
-        """Begins to take the features of a forward pass; which of them count is said as to
-        `Measurement.start`."""
+    def start(self, chosen: Chosen = ALL) -> None:
+        """Begins to take the features of a forward pass, of the samples that count."""
         if self._measurement is None:
             assert self._probe is not None
             is_grouped = self._n_measurements % self.settings.groups_every == 0
@@ -201,7 +194,7 @@ class Recorder:
                 grouped=self._grouped if is_grouped else NOT_GROUPED,
                 sites=self.settings.sites if is_grouped else (),
             )
-        self._measurement.start(mask, orders, ids, in_sequences)
+        self._measurement.start(chosen)
 
     def stop(self) -> None:
         """Ends the forward pass, if one is measured."""

@@ -103,4 +103,4 @@ def _end(run: RecordedRun, error: BaseException) -> None:
     try:
         run.record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
-        log.error("run.json cannot say how the run ended: %s", refused)
+        log.error("run.json cannot say how the run ended: %s", str(refused))

@@ -182,13 +182,14 @@ class Solver:
         groups: list[GroupSpectrum] = []
         error: MeasurementError | None = None
         for each in waiting:
-            try:
+            cause = each.future.exception()  # also of what would end this thread
+            if cause is None:
                 result = each.future.result()
                 (spectra if isinstance(result, FFNSpectra) else groups).append(result)
-            except Exception as cause:
+            else:
                 error = MeasurementError(
                     f"The spectra of {each.name} at step {labels.get('step')} could not be "
-                    f"solved: {cause}"
+                    f"solved: {str(cause) or type(cause).__name__}"
                 )
                 error.__cause__ = cause
         self._pending.popleft()  # not before: Ctrl-C ends the wait, and what is pending is still

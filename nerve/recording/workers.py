@@ -87,7 +87,7 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
         log.warning(
             "the threads that solve spectra may not lower their priority, and compete with those "
             "that train: %s",
-            refusals[0],
+            str(refusals[0]),
         )
     return pool
 

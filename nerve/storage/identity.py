@@ -5,6 +5,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 EXCLUDED = (
@@ -45,13 +46,14 @@ key of which no value means that has no place here, and runs of before are other
 GROUPS = ("model", "normalization", "activation", "ffn", "optimizer", "data", "monitor", "trainer")
 """Keys that every configuration of nerve-run has had from its first version on."""
 
-BESIDE = {
-    "data.corpus.separator": "paths",
-    "data.separator_token": "vocab_size",
-    "data.tokenizer_sample_bytes": "vocab_size",
+BESIDE: dict[str, tuple[str, str | None]] = {
+    "data.corpus.separator": ("paths", None),
+    "data.images.reversed": ("_target_", "digits"),
+    "data.separator_token": ("vocab_size", None),
+    "data.tokenizer_sample_bytes": ("vocab_size", None),
 }
 """Keys of `ADDED` that concern some data sets, each with a key of the same group that only these
-have."""
+have, or have with that value; of a `_target_` its last name."""
 
 NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
@@ -96,7 +98,7 @@ def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     result = dict(config)
     for dotted, value in ADDED.items():
         *groups, key = dotted.split(".")
-        if "data" not in groups or BESIDE.get(dotted) in _at(config, groups):
+        if dotted not in BESIDE or _has(_at(config, groups), *BESIDE[dotted]):
             _put(result, groups, key, value)
     return result
 
@@ -179,12 +181,18 @@ def _at(config: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
     return config
 
 
+def _has(group: Mapping[str, Any], key: str, value: str | None) -> bool:
+    """Whether a group has a key; where a value is given, with that value."""
+    return key in group and value in (None, _name(str(group[key])))
+
+
 def _put(config: dict[str, Any], groups: Iterable[str], key: str, value: Any) -> None:
-    """Sets what is missing at nested keys; the mappings that it changes are copies."""
+    """Sets what is missing at nested keys, to a copy; the mappings that it changes are copies."""
     for group in groups:
         config[group] = dict(config[group])
         config = config[group]
-    config.setdefault(key, value)
+    if key not in config:
+        config[key] = deepcopy(value)
 
 
 def _digest(entries: Iterable[str]) -> str:

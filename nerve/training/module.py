@@ -61,6 +61,7 @@ class TrainedModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._has_chosen = False
+        self._first_bad_step = None  # of a fit before
         part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from nerve.config import from_mapping, require
+from nerve.config import from_mapping
 from nerve.measuring.choice import Choice
 from nerve.measuring.distributed import gathered, leave
 from nerve.measuring.ffns import FFN
@@ -96,12 +96,7 @@ class SpectralMonitor(L.Callback):
         **settings: Any,
     ) -> None:
         self.settings = from_mapping(MonitorSettings, settings, "monitor")
-        check_given(ffns=ffns, mask=mask, exclude=exclude)
-        require(
-            ffns is None or self.settings.layers is None,
-            "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
-            "those of the other layers.",
-        )
+        check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled
         self._choice: Choice | None = None
@@ -278,7 +273,7 @@ class SpectralMonitor(L.Callback):
     def _take(self, batch: Any) -> None:
         """Takes the features of the pass that follows."""
         assert self._choice is not None
-        self._recorder.start(*self._choice.of(batch))
+        self._recorder.start(self._choice.of(batch))
         self._is_taking = True
 
     def _stop_taking(self) -> None:

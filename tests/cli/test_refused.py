@@ -54,7 +54,7 @@ def test_what_can_be_no_directory_is_refused(argument, expected):
         "hydra.run.dir=5",
         "hydra.run.dir=a/5",
         "resume=null",
-        "~hydra.run.dir",
+        "~hydra.run.dir=null",
         "resume=1e3",
         "hydra.run.dir=true",
         "hydra.sweep.subdir=${config_id:}",
@@ -62,7 +62,9 @@ def test_what_can_be_no_directory_is_refused(argument, expected):
     ],
 )
 def test_what_can_be_a_directory_is_let_pass(argument):
-    require_directories(overrides_of(with_literal_paths([argument])))
+    (override,) = overrides_of(with_literal_paths([argument]))
+    assert override.key_or_group == argument.lstrip("~").partition("=")[0]
+    require_directories([override])
 
 
 @pytest.mark.parametrize(

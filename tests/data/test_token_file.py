@@ -66,6 +66,8 @@ def test_a_changed_block_is_refused_where_it_is_used_and_only_there(tokens, path
 
 
 def test_a_block_is_checked_once(tokens, monkeypatch):
-    tokens.all()
-    monkeypatch.setattr(zlib, "crc32", None)
     tokens.windows(np.array([0, 100]), 10)
+    monkeypatch.setattr(zlib, "crc32", None)
+    np.testing.assert_array_equal(tokens.windows(np.array([100]), 10)[0], IDS[100:110])
+    with pytest.raises(TypeError):  # of a block that was not
+        tokens.windows(np.array([N_TOKENS - 10]), 10)

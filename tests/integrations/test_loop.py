@@ -438,6 +438,37 @@ def test_features_that_never_come_are_an_error(tmp_path):
     assert nerve.RunRecord.load(tmp_path).run_status == "failed"
 
 
+@pytest.mark.parametrize("tries_again", [True, False])
+def test_a_pass_that_has_raised_is_not_counted_in_part(tmp_path, tries_again):
+    """The loop goes on, as some do that have run out of memory; each run of an FFN is pooled."""
+    model, x = network(), pairs(1)[0][0]
+    pooled = [
+        nerve.FFNAdapter(i, "ffn", b[0], b[2], n_runs=None) for i, b in enumerate(model.blocks)
+    ]
+    model.drop.register_forward_pre_hook(raising_once(MemoryError("none left")))
+
+    def loop() -> None:
+        with nerve.watch(model, tmp_path, ffns=pooled) as run:
+            with pytest.raises(MemoryError):
+                model(x)
+            if tries_again:
+                model(x)
+            run.step()
+
+    with pytest.raises(MeasurementError, match="must come to its end; the last one has raised"):
+        loop()
+
+
+def raising_once(error: BaseException) -> Callable[..., None]:
+    errors = [error]
+
+    def hook(*_: object) -> None:
+        if errors:
+            raise errors.pop()
+
+    return hook
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

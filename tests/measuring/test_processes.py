@@ -145,6 +145,18 @@ def test_who_never_comes_is_waited_for_as_long_as_the_group_says(two):
     assert "1 did not come within 0:00:00.2" in str(error)
 
 
+@pytest.mark.parametrize("do", [gathered, lambda value: Mailbox().send(value)])
+def test_where_the_first_process_has_gone_the_others_say_so(two, monkeypatch, do):
+    """It has the store; torch's own words end in a trace of C++."""
+
+    def gone(*_: object) -> None:
+        raise dist.DistNetworkError("Connection reset by peer\nException raised from recvBytes")
+
+    monkeypatch.setattr(dist.PrefixStore, "set", gone)
+    with pytest.raises(NotGatheredError, match=r"without a word: Connection reset by peer$"):
+        do(1)
+
+
 def test_who_waits_hears_signals(two):
     """torch lets none through in a wait of its own."""
 

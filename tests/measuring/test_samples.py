@@ -9,7 +9,7 @@ from torch import nn
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.groups import NOT_GROUPED, Grouped
-from nerve.measuring.masks import Order
+from nerve.measuring.masks import ALL, Chosen, Order
 from nerve.measuring.samples import Samples
 
 N, T, D = 3, 5, 4
@@ -33,7 +33,7 @@ def samples_of(skip_first=0, grouped=NOT_GROUPED):
 @pytest.mark.parametrize(("features", "order", "mask"), LAYOUTS.values(), ids=LAYOUTS)
 def test_samples_that_count_are_the_same_wherever_their_tokens_lie(features, order, mask):
     samples = samples_of()
-    samples.start(mask, None if order is None else [order], None, None)
+    samples.start(Chosen(mask, None if order is None else [order]))
     taken = samples.taken(0, features, {"pre": features, "post": 2 * features})
     torch.testing.assert_close(taken.features["pre"][taken.mask], FEATURES[MASK])
     torch.testing.assert_close(taken.features["post"][taken.mask], 2 * FEATURES[MASK])
@@ -46,7 +46,7 @@ def test_samples_that_count_are_the_same_wherever_their_tokens_lie(features, ord
 def test_skipped_positions_are_left_out_of_features_and_mask(name, skip_first):
     features, order, mask = LAYOUTS[name]
     samples = samples_of(skip_first)
-    samples.start(mask, None if order is None else [order], None, None)
+    samples.start(Chosen(mask, None if order is None else [order]))
     taken = samples.taken(0, features, {"pre": features, "post": features})
     expected = FEATURES[:, skip_first:][MASK[:, skip_first:]]
     torch.testing.assert_close(taken.features["pre"][taken.mask], expected)
@@ -58,7 +58,7 @@ def test_skipped_positions_are_left_out_of_features_and_mask(name, skip_first):
 def test_skipping_all_positions_is_refused_at_the_end_alone():
     """Another batch may have longer sequences."""
     samples = samples_of(T)
-    samples.start(None, None, None, None)
+    samples.start(ALL)
     assert (
         samples.taken(0, FEATURES, {"pre": FEATURES, "post": FEATURES}).features["pre"].numel() == 0
     )
@@ -74,7 +74,7 @@ def test_halves_go_on_from_one_forward_pass_to_the_next():
     samples = samples_of(grouped=Grouped(("halves",)))
 
     def half_a():
-        samples.start(None, None, None, None)
+        samples.start(ALL)
         divisions = samples.taken(0, FEATURES, {"pre": FEATURES, "post": FEATURES}).divisions
         return sorted({int(row) // T for row in divisions["halves"].parts["a"]})
 

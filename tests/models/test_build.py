@@ -119,7 +119,14 @@ def test_every_option_of_every_factor_builds() -> None:
     for i in range(max(len(names) for names in options.values())):
         values = composed(*(f"{group}={names[i % len(names)]}" for group, names in options.items()))
         with torch.device("meta"):
-            build_model(values, seed=0, vocab_size=64)
+            model = build_model(values, seed=0, vocab_size=64)
+        assert isinstance(model, GPT)
+        for group in ("normalization", "activation", "position", "ffn"):
+            built = vars(getattr(model.config, group))
+            assert {key: built[key] for key in built.keys() & values[group].keys()} == {
+                key: value for key, value in values[group].items() if key in built
+            }
+            assert built.keys() & values[group].keys()
 
 
 def test_values_reach_the_network() -> None:

@@ -125,6 +125,24 @@ def test_a_problem_that_cannot_be_solved_names_its_layer_and_step(solver):
         list(solver.submit({"step": 7}, [make_eigenproblem(2), bad])) + list(solver.drain())
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError()])
+def test_whatever_a_thread_raises_is_an_error_of_its_problem(raised):
+    """And nothing of this thread; the measurements after it are solved."""
+
+    class Ends(FFNEigenproblem):
+        def solve(self) -> FFNSpectra:
+            raise raised
+
+    solver = Solver(CPU, n_workers=1)
+    solver.submit({"step": 0}, [Ends(**vars(make_eigenproblem(5)))])
+    named = str(raised) or type(raised).__name__
+    with pytest.raises(MeasurementError, match=f"layer 5 at step 0 could not be solved: {named}"):
+        list(solver.drain())
+    solver.submit({"step": 1}, [make_eigenproblem(0)])
+    assert [item.labels["step"] for item in solver.drain()] == [1]
+    solver.close()
+
+
 def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):
     """`submit` acts when it is called, also where nobody looks at what is solved by then."""
     solver.submit({"step": 0}, [make_eigenproblem(0)])

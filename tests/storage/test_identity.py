@@ -137,15 +137,22 @@ def test_a_key_added_later_changes_an_id_only_with_a_value_that_changes_the_run(
     assert config_id(elsewhere) != config_id(default)
 
 
-@pytest.mark.parametrize("key", [key for key in ADDED if key != "data.images.reversed"])
-def test_a_configuration_from_before_a_key_gets_what_that_key_means_for_it(key):
-    config = resolved(composed("logger=none", "data=text_files", "data.corpus.paths=[a.txt]"))
+@pytest.mark.parametrize("key", ADDED)
+def test_a_configuration_from_before_a_key_gets_what_that_key_means_for_it(images, key):
+    text = resolved(composed("logger=none", "data=text_files", "data.corpus.paths=[a.txt]"))
+    config = images if key.startswith("data.images.") else text
     before = changed(config, key)
     as_written = deepcopy(before)
     assert completed(before) == changed(config, key, ADDED[key])
     assert before == as_written
     for same in (config, changed(config, key, "mine")):
         assert completed(same) == same
+
+
+def test_what_is_added_is_no_part_of_what_is_added_to_others(default):
+    config = completed(changed(default, "monitor.groups"))
+    config["monitor"]["groups"].append("position")
+    assert ADDED["monitor.groups"] == []
 
 
 @pytest.mark.parametrize("data", ["python_source", "digits", "glyphs"])

@@ -1,5 +1,6 @@
 """Training: the losses that are logged, the step they belong to, the updates, and divergence."""
 
+from copy import deepcopy
 from functools import partial
 
 import lightning as L
@@ -235,6 +236,15 @@ def test_a_loss_that_is_not_finite_ends_training_at_its_step(accumulate, index, 
     with pytest.raises(DivergedError, match=rf"NaN or infinite at step {step}\. Lower optimizer"):
         fit(module, train, image_batches(2), accumulate=accumulate, every=100)
     assert sum(seen) == index + 1  # no batch is wasted after it
+
+
+def test_a_module_that_has_diverged_may_fit_again():
+    module, good = classifier(), image_batches(*[5] * 6)
+    weights = deepcopy(module.model.state_dict())
+    with pytest.raises(DivergedError, match="at step 3"):
+        fit(module, poisoned(image_batches(*[5] * 6), 3, float("nan")), image_batches(2), every=100)
+    module.model.load_state_dict(weights)
+    fit(module, good, image_batches(2), every=100)
 
 
 def test_on_an_accelerator_the_first_bad_step_is_named_though_it_is_looked_for_later():

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.config.compose import build
 from nerve.cli.experiment.machine import n_processes_of
-from nerve.cli.experiment.objective import callbacks_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
@@ -94,7 +93,7 @@ def build_trainer(
     ]
     if store:
         loggers.insert(0, StoreLogger(store))
-    callbacks = callbacks + callbacks_of(plan.values)
+    callbacks = [*callbacks, *plan.callbacks]
     has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if plan.trainer.enable_progress_bar and not has_bar:
         callbacks.append(RunProgressBar(TASKS[plan.model.kind][1]))

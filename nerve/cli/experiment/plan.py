@@ -1,9 +1,10 @@
 """The plan of a run: its configuration, checked once, before a directory, a lock or any data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
@@ -48,6 +49,7 @@ class Plan:
             names is built from it.
         model, data, optimizer, trainer, monitor, checkpoint, regularizer: the groups of these
             names.
+        callbacks: those of the group of this name, built.
     """
 
     values: Mapping[str, Any]
@@ -57,6 +59,7 @@ class Plan:
     trainer: TrainerPlan
     monitor: MonitorPlan
     checkpoint: CheckpointCadence
+    callbacks: Sequence[L.Callback]
     regularizer: Regularizer
 
     @classmethod
@@ -91,7 +94,7 @@ class Plan:
         require_positions(monitor, values)
         require_readable_weight(monitor, values)
         require_packages(values["logger"])
-        callbacks_of(values)
+        callbacks = callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)
         require_paths_of_data(values["data"])
         require_data(values["data"], data.sizes, values["seed"])
@@ -107,6 +110,7 @@ class Plan:
             trainer=trainer,
             monitor=monitor,
             checkpoint=checkpoint,
+            callbacks=callbacks,
             regularizer=regularizer,
         )
 

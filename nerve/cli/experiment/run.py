@@ -30,7 +30,7 @@ from nerve.cli.experiment.machine import (
     gpu_versions,
     leads,
 )
-from nerve.cli.experiment.objective import callbacks_of, objective_of
+from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
 from nerve.cli.experiment.summary import facts_of, print_summary, warning_of
@@ -82,7 +82,7 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
         if is_first and is_done(run, config):
             return objective_of(run, plan.objective)
         check_machine(plan)
-        require_other_files(callbacks_of(plan.values), run)
+        require_other_files(plan.callbacks, run)
         with StopSignals() as signals:
             if not is_first:
                 if gathering.begin():
@@ -118,7 +118,7 @@ def _lead(
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
-            log.warning("%s; to go on: nerve-run %s", error, pasted("resume", run.path))
+            log.warning("%s; to go on: nerve-run %s", str(error), pasted("resume", run.path))
             signals.hand_on()
         raise
     if signals.received:  # while it ended: nothing is left to save, but the command must stop
@@ -132,7 +132,7 @@ def _record_end(record: RunRecord, error: BaseException) -> None:
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
-        log.error("run.json cannot say how the run ended: %s", refused)
+        log.error("run.json cannot say how the run ended: %s", str(refused))
 
 
 def _run(
@@ -225,7 +225,7 @@ def _finish(
     try:
         drop_all_but_weights(run.checkpoint("last"))
     except StoreError as refused:  # the run is done all the same
-        log.warning("the last checkpoint stays as large as it is: %s", refused)
+        log.warning("the last checkpoint stays as large as it is: %s", str(refused))
     print_summary(rows, facts_of(final, warning), run.path)
 
 

@@ -72,8 +72,7 @@ def check_experiment(config: DictConfig) -> None:
     Raises:
         NerveError: as there, where it can be told before.
     """
-    from nerve.cli.experiment.machine import check_machine
-    from nerve.cli.experiment.objective import callbacks_of  # torch takes seconds to import
+    from nerve.cli.experiment.machine import check_machine  # torch takes seconds to import
     from nerve.cli.experiment.plan import Plan
     from nerve.training.checkpoint_io import require_other_files
 
@@ -84,7 +83,7 @@ def check_experiment(config: DictConfig) -> None:
     trial.state_before = run.state
     if trial.is_to_do:
         check_machine(trial.plan)
-        require_other_files(callbacks_of(trial.plan.values), run)
+        require_other_files(trial.plan.callbacks, run)
     preview(run.path, [trial])
 
 

@@ -96,7 +96,7 @@ class SentJobs:
         try:
             return bool(overrides & self.open().keys())
         except NerveError as error:
-            log.warning("%s", error)
+            log.warning("%s", str(error))
             return True
 
     def ended(self, override: str) -> str | None:

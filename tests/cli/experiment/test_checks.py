@@ -278,8 +278,11 @@ def test_a_plan_makes_no_constrained_weight(constraint, monkeypatch):
 
 
 def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():
-    Plan.of(composed(*GPT, "data.corpus.roots=[/nowhere]", "data.tokenizer=/nowhere.json"))
-    Plan.of(composed(*MIXER, "data=cifar100", "data.images.path=/nowhere"))
+    text = composed(*GPT, "data.corpus.roots=[/nowhere]", "data.tokenizer=/nowhere.json")
+    images = composed(*MIXER, "data=cifar100", "data.images.path=/nowhere")
+    data = [Plan.of(config).values["data"] for config in (text, images)]
+    assert (data[0]["corpus"]["roots"], data[0]["tokenizer"]) == (["/nowhere"], "/nowhere.json")
+    assert data[1]["images"]["path"] == "/nowhere"
 
 
 def test_a_plan_holds_the_values_that_the_run_takes():
@@ -341,12 +344,18 @@ def test_of_16_bits_the_input_is_held_where_pre_is_projected(shortcut, width):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_optimizers_of_single_numbers_take_shards(optimizer):
-    Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
+    plan = Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
+    assert plan.values["trainer"]["strategy"] == "fsdp"
+    assert plan.values["optimizer"]["name"] == optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "shampoo", "muon", "dion", "adafactor"])
 def test_optimizers_of_matrices_take_copies(optimizer):
-    Plan.of(composed(*GPT, "trainer=ddp", f"optimizer={optimizer}"))
+    plan = Plan.of(composed(*GPT, "trainer=ddp", f"optimizer={optimizer}"))
+    assert plan.values["trainer"]["strategy"] == "ddp"
+    assert plan.values["optimizer"]["name"] == optimizer
+    with pytest.raises(NerveError, match="flat pieces of matrices"):
+        Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
 
 
 def test_a_callback_of_ones_own_may_log_what_another_monitors():
@@ -355,7 +364,9 @@ def test_a_callback_of_ones_own_may_log_what_another_monitors():
         f"+callbacks.a._target_={CALLBACKS}.EarlyStopping",
         "+callbacks.a.monitor=what_mine_logs",
     )
-    Plan.of(composed(*GPT, *own, *stop))
+    assert set(Plan.of(composed(*GPT, *own, *stop)).values["callbacks"]) == {"mine", "a"}
+    with pytest.raises(NerveError, match="what_mine_logs"):
+        Plan.of(composed(*GPT, *stop))
 
 
 def test_steps_are_asked_for_on_the_command_line_and_change_no_id_where_they_are_not():
@@ -368,4 +379,7 @@ def test_steps_are_asked_for_on_the_command_line_and_change_no_id_where_they_are
 
 def test_a_callback_may_monitor_a_layer():
     stop = f"+callbacks.a._target_={CALLBACKS}.EarlyStopping"
-    Plan.of(composed(*GPT, stop, "+callbacks.a.monitor=ffn/01/js"))
+    plan = Plan.of(composed(*GPT, stop, "+callbacks.a.monitor=ffn/01/js"))
+    assert plan.values["callbacks"]["a"]["monitor"] == "ffn/01/js"
+    with pytest.raises(NerveError, match="ffn/01/jss"):
+        Plan.of(composed(*GPT, stop, "+callbacks.a.monitor=ffn/01/jss"))

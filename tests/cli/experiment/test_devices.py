@@ -46,7 +46,10 @@ def test_a_job_with_a_task_and_a_gpu_a_device_is_sent(launcher):
 
 
 def test_a_job_on_cpus_needs_no_gpu():
-    check_devices(CPU | {"devices": 2}, JOB | {"tasks_per_node": 2})
+    job = JOB | {"tasks_per_node": 2}
+    check_devices(CPU | {"devices": 2}, job)
+    with pytest.raises(ConfigError, match="gpus_per_node=2, got None"):
+        check_devices(GPU | {"devices": 2}, job)
 
 
 @pytest.mark.parametrize(
