@@ -84,10 +84,11 @@ def first_step() -> None:
         seen.setdefault(f"{what}_cpu", used()["cpu_s"])
 
     import nerve.cli.run
-    from nerve.cores import spin_briefly
+    from nerve.cores import spin_briefly, uncollected
 
     spin_briefly()  # as nerve-run does before it imports torch
-    import nerve.cli.experiment.run
+    with uncollected():  # likewise
+        import nerve.cli.experiment.run
 
     note("imported")
     from lightning.pytorch import Callback, Trainer

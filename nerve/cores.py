@@ -1,8 +1,11 @@
-"""The cores that a process may count on; light, as a sweep that starts trials needs it, too."""
+"""The cores that a process may count on, and what is to be set before it imports what uses them;
+light, as a sweep that starts trials needs it, too."""
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SHARE = "NERVE_CORES"
@@ -25,6 +28,22 @@ def spin_briefly() -> None:
     before torch is imported, which reads it then."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For the first import of torch and Lightning: without Python's search for garbage, again and
+    again in all that is there to stay, it takes a fifth less. Later searches leave that out, too.
+    """
+    if not gc.isenabled() or "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def multiply_in_one_thread() -> None:

@@ -7,6 +7,7 @@ by block and column by column, and a column of texts holds their numbers.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from nerve.cores import allowed
+
 _ROOM = 1.02
 """How much more room a column takes than its rows so far make likely. What is not written to costs
 no memory."""
 
 _AT_ONCE = 1 << 20
+
+MOST_THREADS = 4
+"""Threads that read, and threads that gather: each reader has the rows of its runs in memory."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,21 @@ def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | p
         n_blocks: how many; it decides how much room is taken at the start, nothing else.
     """
     columns: dict[str, _Column] = {}
-    for done, block in enumerate(blocks):
-        for name, values in block.items():
-            if name not in columns:
-                columns[name] = _Column(values)
-            columns[name].append(values, n_blocks / (done + 1))
+    n_threads = min(allowed(), MOST_THREADS)
+
+    def append(block: Block, names: Sequence[str], share: float) -> None:
+        for name in names:
+            columns[name].append(block[name], share)
+
+    # What takes longest is that the system gives memory for the first time.
+    with ThreadPoolExecutor(n_threads) as pool:
+        for done, block in enumerate(blocks):
+            names = list(block)
+            columns = columns or {name: _Column(values) for name, values in block.items()}
+            share = n_blocks / (done + 1)
+            parts = [names[first::n_threads] for first in range(n_threads)]
+            for part in [pool.submit(append, block, names, share) for names in parts]:
+                part.result()
     return {name: own.finished() for name, own in columns.items()}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from nerve.analysis.gather import Block, Coded, columns_of
+from nerve.analysis.gather import MOST_THREADS, Block, Coded, columns_of
 from nerve.cores import allowed
 from nerve.errors import StoreError
 from nerve.storage.identity import completed, ids_of_plain
@@ -24,9 +24,6 @@ from nerve.storage.schema import Dataset
 
 AT_ONCE = 16
 """Runs that a thread reads at once."""
-
-MOST_THREADS = 4
-"""Threads that read: each has the rows of its runs in memory."""
 
 
 class StoredRun(NamedTuple):

@@ -34,7 +34,7 @@ from nerve.cli.sweep.sweeper import NAME, register_sweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
 from nerve.config import LONGEST_NAME
-from nerve.cores import spin_briefly
+from nerve.cores import spin_briefly, uncollected
 from nerve.errors import NerveError
 
 HINTS = {
@@ -93,8 +93,8 @@ class _Command:
         is_trial = hydra_config.mode == RunMode.MULTIRUN
         try:
             check_composed(hydra_config)
-            # torch and Lightning take seconds to import
-            from nerve.cli.experiment.run import run_experiment
+            with uncollected():  # torch and Lightning take seconds to import
+                from nerve.cli.experiment.run import run_experiment
 
             return (run_trial if is_trial else run_experiment)(config, hydra_config)
         except NerveError as error:

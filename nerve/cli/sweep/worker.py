@@ -24,6 +24,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import depends_on_place, identity, register, resolved
+from nerve.cores import uncollected
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.provenance import cluster_job
@@ -50,9 +51,8 @@ def decoded(line: bytes) -> DictConfig:
 
 def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:
     """`run_experiment` for a trial, which leaves a record also if it fails before it begins."""
-    from nerve.cli.experiment.run import (
-        run_experiment,  # torch and Lightning take seconds to import
-    )
+    with uncollected():  # torch and Lightning take seconds to import
+        from nerve.cli.experiment.run import run_experiment
 
     run = RunDirectory(hydra_config.runtime.output_dir)
     _check_unchanged(config, run)
