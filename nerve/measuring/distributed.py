@@ -24,7 +24,9 @@ BELIEVED_AFTER_S = 30.0
 """How long a process that has left is waited for all the same: it may have come back, where whoever
 runs it has caught the error."""
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.05
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.05
+_PAUSE = 1 / 16
+"""Of the time that is waited already: so much later than it has come something is seen."""
 
 
 def rank() -> int:
@@ -40,7 +42,8 @@ def n_processes() -> int:
 def gathered(value: Any) -> list[Any]:
     """Every process's `value`, in the order of their ranks; all of them must call it.
 
-    It goes through the store of the group, so that nobody waits for a device.
+    It goes through the store of the group, so that nobody waits for a device. The first process,
+    which mostly has the store, is the last to return: it may end then, and the store with it.
 
     Raises:
         NotGatheredError: where one of them has left, or does not come in the time that the group
@@ -57,6 +60,10 @@ def gathered(value: Any) -> list[Any]:
         values = _taken(store, {other: f"gathered/{number}/{other}" for other in range(n)})
         # All have come to this one, and have read the one before.
         store.delete_key(f"gathered/{number - 1}/{mine}")
+        if mine == 0:
+            _take(store, {other: f"read/{number}/{other}" for other in range(1, n)})
+        else:
+            _put(store, f"read/{number}/{mine}", None)
     return values
 
 
@@ -85,9 +92,7 @@ class Mailbox:
         with _reached():
             if not wait and not self._store.check([*keys.values()]):
                 return None
-            values = _taken(self._store, keys)
-            for key in keys.values():
-                self._store.delete_key(key)
+            values = _take(self._store, keys)
         self._n += 1
         return values
 
@@ -126,14 +131,21 @@ def _taken(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
     The wait is made of short ones: within one, torch lets no signal through, and would wait as long
     for a process that has gone.
     """
-    began, pause_s, within_s = time.monotonic(), _FIRST_PAUSE_S, _timeout_of(store).total_seconds()
+    began, within_s = time.monotonic(), _timeout_of(store).total_seconds()
     while not store.check([*keys.values()]):
         waited_s = time.monotonic() - began
         if waited_s >= min(BELIEVED_AFTER_S, within_s):
             _require_there(store, keys, is_over=waited_s >= within_s)
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        time.sleep(min(max(_PAUSE * waited_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))
     return [pickle.loads(store.get(key)) for key in keys.values()]
+
+
+def _take(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
+    """The same, and it is there no longer."""
+    values = _taken(store, keys)
+    for key in keys.values():
+        store.delete_key(key)
+    return values
 
 
 def _require_there(store: dist.Store, keys: Mapping[int, str], *, is_over: bool) -> None:

@@ -138,6 +138,23 @@ def test_who_has_left_and_comes_back_is_not_missed(two):
     assert two(process) == [([0, 1], [0, -1])] * 2
 
 
+def test_the_first_process_which_has_the_store_does_not_go_before_all_have_read(two, monkeypatch):
+    has_read, get = threading.Event(), dist.PrefixStore.get
+
+    def slow(store: dist.Store, key: str) -> bytes:
+        if distributed.rank() == 1:
+            time.sleep(0.1)
+            if key.endswith("/1"):  # the last one that it reads
+                has_read.set()
+        return get(store, key)
+
+    monkeypatch.setattr(dist.PrefixStore, "get", slow)
+    assert two(lambda index: (gathered(index), index or has_read.is_set())) == [
+        ([0, 1], True),
+        ([0, 1], 1),
+    ]
+
+
 def test_who_never_comes_is_waited_for_as_long_as_the_group_says(two):
     two.store.set_timeout(timedelta(seconds=0.2))
     error = two(lambda index: gathered(index) if index == 0 else None)[0]
