@@ -223,10 +223,10 @@ def child(told: int, answered: int, directory: str) -> None:
     fit = Trainer.fit
 
     def fit_in_turns(trainer: Trainer, *arguments: Any, **named: Any) -> None:
-        trainer.callbacks.append(InTurns())  # type: ignore[attr-defined]
+        trainer.callbacks.append(InTurns())
         fit(trainer, *arguments, **named)
 
-    Trainer.fit = fit_in_turns  # type: ignore[method-assign]
+    Trainer.fit = fit_in_turns
     sys.argv = ["nerve-run", "trainer.accelerator=cpu", f"hydra.run.dir={directory}"]
     nerve.cli.run.main()
 

@@ -43,7 +43,7 @@ class Clock(L.Callback):
 
     def __init__(self, folder: str, n: int, plain: int, first: int, last: int, paced: bool) -> None:
         if not paced:
-            from nerve.recording.pace import Pace
+            from nerve.recording.aside import Pace
 
             Pace.end_step = lambda pace: None
         self._folder, self._n = Path(folder), n

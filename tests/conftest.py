@@ -1,5 +1,6 @@
 """How the tests are run: by whom, in which order, side by side; what they share is shared.py."""
 
+import atexit
 import gc
 import os
 import signal
@@ -96,12 +97,9 @@ def _only_hands_out(config: pytest.Config) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # else it is looked through while tests run, a tenth of all time
+    gc.freeze()  # else it is looked through while tests run and at their end, a tenth of all time
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 def _turn(item: pytest.Item) -> int:

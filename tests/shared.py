@@ -112,9 +112,12 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     """A test that leaves the process another one fails."""
     yield
-    left = state_of_the_process()
-    changed = {name: value for name, value in left.items() if item.stash[_found][name] != value}
-    assert not changed, f"left behind: {changed}; found: {item.stash[_found]}"
+    found, left = item.stash[_found], state_of_the_process()
+    changed = [
+        f"{name}: {found[name]} -> {left[name]}" for name in left if found[name] != left[name]
+    ]
+    if changed:
+        pytest.fail(f"It leaves its process another one. {'; '.join(changed)}", pytrace=False)
 
 
 def state_of_the_process() -> dict[str, object]:

@@ -56,6 +56,7 @@ class WatchedLoop:
         self._evaluate: Callable[[], None] | None = None
         self._measured_at: int | None = None
         self._heartbeat = time.monotonic()
+        self._has_ended = False
 
     @property
     def latest(self) -> list[dict[str, Any]]:
@@ -77,10 +78,15 @@ class WatchedLoop:
 
         Raises:
             ConfigError: for a loss that is no number, or a number of targets that is none or that
-                has no loss.
+                has no loss; and once the run has ended.
             MeasurementError: where the features that were due did not come, or are not what they
                 are described as.
         """
+        require(
+            not self._has_ended,
+            f"step is to be called within the block of nerve.watch; got a call after its end, at "
+            f"step {self.n_steps}. Move the loop into the block.",
+        )
         require(
             loss is not None or n_targets is None,
             "step takes a mean loss and the number of targets that it is a mean of, or the loss "
@@ -238,6 +244,7 @@ class WatchedLoop:
 
     def close(self) -> None:
         """Lets the model alone, and lets go of it."""
+        self._has_ended = True
         if self.features is not None:
             self.features.close()
         self.recorder.close()

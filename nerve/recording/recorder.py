@@ -16,9 +16,8 @@ from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.recording.aside import Aside
+from nerve.recording.aside import Aside, Pace
 from nerve.recording.cadence import Cadence
-from nerve.recording.pace import Pace
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Eigenproblem, Solved, Solver
 from nerve.recording.staging import expected_bytes

@@ -1,6 +1,7 @@
 """A fit of Lightning as the monitor finds it: whether it will measure anything, and what its
 trainer and its module say of their data."""
 
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,12 +13,17 @@ from torch.utils.data import DistributedSampler
 
 from nerve.config import require
 from nerve.measuring.choice import Choice, call_probed
+from nerve.measuring.distributed import gathered
 from nerve.measuring.ffns import sites_of
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.masks import Masks
 from nerve.measuring.probe import Probe
 from nerve.metric_names import MEASURED
+from nerve.recording.means import monitored_values
+from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
+
+log = logging.getLogger(__name__)
 
 
 def require_validation(trainer: L.Trainer, source: str) -> None:
@@ -83,6 +89,17 @@ def is_awaited(trainer: L.Trainer) -> bool:
     deciding = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
     names = (getattr(each, "monitor", None) for each in deciding)
     return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
+
+
+def awaited_values(trainer: L.Trainer, recorder: Recorder) -> dict[str, float]:
+    """The values of the last measurement that is solved, in every process; where a callback or a
+    schedule decides by one, the first measurement is waited for."""
+    values = gathered(monitored_values(recorder.latest))[0]
+    if not values and is_awaited(trainer):
+        log.info("the first measurement is waited for, as a callback monitors its values")
+        recorder.drain()
+        values = gathered(monitored_values(recorder.latest))[0]
+    return values
 
 
 def token_counts(trainer: L.Trainer) -> Tensor | None:

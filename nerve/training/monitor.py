@@ -1,6 +1,5 @@
 """The Lightning callback that measures FFN spectra while a model trains, and stores them."""
 
-import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,19 +11,18 @@ from torch import Tensor
 
 from nerve.config import from_mapping
 from nerve.measuring.choice import Choice
-from nerve.measuring.distributed import gathered, leave
+from nerve.measuring.distributed import leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
 from nerve.recording.cadence import step_loss
-from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
 from nerve.training.fit import (
+    awaited_values,
     choice_of,
-    is_awaited,
     require_batches,
     require_validation,
     shares_batches,
@@ -41,8 +39,6 @@ from nerve.training.updates import (
     rate_of,
     validate_next,
 )
-
-log = logging.getLogger(__name__)
 
 
 class SpectralMonitor(L.Callback):
@@ -252,7 +248,7 @@ class SpectralMonitor(L.Callback):
         if self.source == "heldout":
             self._recorder.finish(of_all=self._recorder.is_split)
         if not trainer.sanity_checking:
-            values = self._monitored(trainer)
+            values = awaited_values(trainer, self._recorder)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         self._recorder.end_validation()
 
@@ -311,12 +307,3 @@ class SpectralMonitor(L.Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._recorder.load_state_dict(state_dict)
         self._updates.n = state_dict.get("n_updates", 0)  # Lightning's checkpoints of before
-
-    def _monitored(self, trainer: L.Trainer) -> dict[str, float]:
-        """The values of the last measurement that is solved, in every process."""
-        values = gathered(monitored_values(self.latest))[0]
-        if not values and is_awaited(trainer):
-            log.info("the first measurement is waited for, as a callback monitors its values")
-            self._recorder.drain()
-            values = gathered(monitored_values(self.latest))[0]
-        return values

@@ -288,6 +288,8 @@ def test_a_loop_that_has_ended_keeps_no_model(tmp_path, source):
     gc.collect()
     assert seen() is None
     assert run.latest
+    with pytest.raises(ConfigError, match="after its end, at step 1"):
+        run.step()
 
 
 def killed(directory: str) -> None:

@@ -1,12 +1,15 @@
-"""What is done beside training reads what training made, and keeps it until then."""
+"""What is done beside training reads what training made, and keeps it until then; the thread that
+trains is at most a step ahead of its GPU where trials share the cores."""
 
 import gc
+import time
 import weakref
 
 import pytest
 import torch
 
-from nerve.recording.aside import Aside
+from nerve.cores import SHARE
+from nerve.recording.aside import Aside, Pace
 
 
 class Held:
@@ -44,3 +47,38 @@ def test_what_is_read_beside_is_not_given_to_training_before():
     aside.let_go()
     assert not aside._held
     assert (float(total), float(others[0][0])) == (2**24, 7)
+
+
+def test_nobody_is_held_on_a_cpu(monkeypatch):
+    monkeypatch.setenv(SHARE, "1")
+    monkeypatch.setattr("torch.cuda.Event", None)  # on a machine with a GPU none is asked for, too
+    pace = Pace(torch.device("cpu"))
+    for _ in range(3):
+        pace.end_step()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_step_begins_once_the_one_before_the_last_is_done(monkeypatch, shares):
+    """Steps take the GPU about 50 ms and the host nothing; the thread sleeps, and does not spin."""
+    monkeypatch.delenv(SHARE, raising=False)
+    if shares:
+        monkeypatch.setenv(SHARE, "1")
+    pace = Pace(torch.device("cuda"))
+    began = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    began[0].record()
+    torch.cuda._sleep(10**8)
+    began[1].record()
+    torch.cuda.synchronize()
+    step_s = began[0].elapsed_time(began[1]) / 1000
+    wall, cpu = time.monotonic(), time.thread_time()
+    for _ in range(6):
+        torch.cuda._sleep(10**8)
+        pace.end_step()
+    wall, cpu = time.monotonic() - wall, time.thread_time() - cpu
+    torch.cuda.synchronize()
+    if shares:
+        assert 4 * step_s < wall < 5.9 * step_s
+        assert cpu < wall / 2
+    else:
+        assert wall < step_s

@@ -159,13 +159,14 @@ def raising(error: BaseException):
 
 
 def test_a_recorder_that_is_closed_keeps_no_model(store):
+    """Nor the memory of what solves, which is pinned beside a GPU."""
     model, recorder = network(), Recorder(MonitorSettings(), store)
-    seen = weakref.ref(model)
     recorder.open(ffns(model), CPU, anew=True)
+    seen = [weakref.ref(model), weakref.ref(recorder._solver)]
     validate(recorder, model, 0)
     recorder.drain()
     recorder.close()
     del model
     gc.collect()
-    assert seen() is None
+    assert [each() for each in seen] == [None, None]
     assert recorder.latest[0]["step"] == 0

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nerve
 import nerve.recording.recorder as spectra_recorder
-import nerve.training.monitor as monitor_module
+import nerve.training.fit as fit_module
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
@@ -689,8 +689,8 @@ def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_pa
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)
     monkeypatch.setattr("nerve.recording.recorder.spare_workers", lambda *args: 1)
-    monitored = "nerve.training.monitor.is_awaited"
-    ask = monitor_module.is_awaited
+    monitored = "nerve.training.fit.is_awaited"
+    ask = fit_module.is_awaited
     monkeypatch.setattr(monitored, lambda trainer: (began.set(), ask(trainer))[1])
     stop, watch = EarlyStopping("ffn/mean/pr_post", patience=9), Watch()
     data = batches(2), batches(1, seed=1)
