@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nerve.files import write_atomically
-from nerve.storage.parts import read_part, write_part
+from nerve.storage.parts import encoding_of, read_part, write_part
 from nerve.storage.schema import DATASETS, table_of
 
 N_LAYERS, D_FF = 12, 512
@@ -66,10 +66,8 @@ def spectra(n_steps: int) -> pa.Table:
 
 def write_plain(path: Path, table: pa.Table) -> None:
     """`write_part` without checksums."""
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    write_atomically(
-        path, lambda file: pq.write_table(table, file, compression="zstd", use_dictionary=texts)
-    )
+    options = encoding_of(table.schema)
+    write_atomically(path, lambda file: pq.write_table(table, file, **options))
 
 
 def read_plain(path: Path) -> pa.Table:

@@ -167,6 +167,10 @@ def module_of(pattern: str, cache: Path, monitor_tokens: int = 8192) -> Any:
 
 def start(pattern: str, cache: str) -> None:
     """Everything that a start does with its data, up to the first batch."""
+    from nerve.cores import uncollected
+
+    with uncollected():  # as nerve-run does
+        import nerve.data.text  # noqa: F401
     data = module_of(pattern, Path(cache))
     imported, before = used(), _read_bytes()
     data.setup()
@@ -215,7 +219,7 @@ def repeated_entry(small: Path, large: Path, times: int) -> None:
         for name in ("tokenizer.json", "counts.npy", "train.crc32", "val.crc32")
     }
     content = {"meta": asdict(meta), "files": files}
-    sealed = content | {"checksum": cache_entry._checksum_of(content)}
+    sealed = content | {"checksum": cache_entry.checksum_of(content)}
     (large / "meta.json").write_text(json.dumps(sealed))
 
 

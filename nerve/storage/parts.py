@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -204,20 +204,24 @@ def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
 
 def write_part(path: Path, table: pa.Table) -> None:
     """Writes `table` at `path` atomically. Raises `StoreError` when the file system refuses."""
-    # Measured numbers hardly repeat: a dictionary of them would be larger and slower to read, and
-    # zstd saves nothing. Of texts a dictionary leaves nothing to save.
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    plain = {*texts, *STORED, *GROUPED}
-    compressed = {_path_of(field): "zstd" for field in table.schema if field.name not in plain}
+    options = encoding_of(table.schema)
 
     def write(file: BinaryIO) -> None:
         parquet = pa.BufferOutputStream()
-        pq.write_table(
-            table, parquet, compression=compressed, use_dictionary=texts, write_page_checksum=True
-        )
+        pq.write_table(table, parquet, write_page_checksum=True, **options)
         file.write(_signed(parquet.getvalue().to_pybytes()))
 
     write_atomically(path, write)
+
+
+def encoding_of(schema: pa.Schema) -> dict[str, Any]:
+    """How a part's columns are encoded, for `pyarrow.parquet.write_table`: what repeats is
+    compressed. Measured numbers hardly repeat: with a dictionary they would be larger and slower to
+    read, and with zstd as large. Of texts a dictionary leaves nothing to compress."""
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    plain = {*texts, *STORED, *GROUPED}
+    compressed = {_path_of(field): "zstd" for field in schema if field.name not in plain}
+    return {"compression": compressed, "use_dictionary": texts}
 
 
 def _path_of(field: pa.Field) -> str:
