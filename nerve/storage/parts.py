@@ -217,10 +217,10 @@ def write_part(path: Path, table: pa.Table) -> None:
 def encoding_of(schema: pa.Schema) -> dict[str, Any]:
     """How a part's columns are encoded, for `pyarrow.parquet.write_table`: what repeats is
     compressed. Measured numbers hardly repeat: with a dictionary they would be larger and slower to
-    read, and with zstd as large. Of texts a dictionary leaves nothing to compress."""
+    read, and with zstd as large."""
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
-    plain = {*texts, *STORED, *GROUPED}
-    compressed = {_path_of(field): "zstd" for field in schema if field.name not in plain}
+    measured = {*STORED, *GROUPED}
+    compressed = {_path_of(field): "zstd" for field in schema if field.name not in measured}
     return {"compression": compressed, "use_dictionary": texts}
 
 

@@ -126,19 +126,27 @@ class StopSignals(SignalsHandled):
     def hand_on(self) -> None:
         """Lets what handled the noted signals before have them, now that all is saved.
 
-        submitit's handler counts the timeout, gives the job back to SLURM, and exits. SLURM itself
-        requeues a preempted job only if it is still there when its time of grace ends: after
+        submitit's handler counts the timeout, gives the job back to SLURM, and exits. What it calls
+        for that may be killed with all of the job before it can say that SLURM has heard it. SLURM
+        itself requeues a preempted job only if it is still there when its time of grace ends: after
         SIGTERM a job waits to be killed, as long as SLURM says that it will be.
         """
         if self._is_handed_on:
             return
         self._is_handed_on = True
+        is_ended = False
         for signum in self._received:
             handler = self._before.get(signum)
             if callable(handler) and handler is not signal.default_int_handler:
-                handler(signum, None)
+                try:
+                    handler(signum, None)
+                except subprocess.CalledProcessError as error:
+                    if error.returncode >= 0:
+                        raise
+                    is_ended = True
+                    log.warning("%s, as all of a job is that SLURM requeues", str(error))
         job = os.environ.get("SLURM_JOB_ID")
-        if signal.SIGTERM in self._received and job:
+        if job and (is_ended or signal.SIGTERM in self._received):
             _wait_for_kill(job)
 
     def _signums(self) -> Iterable[int]:

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -184,6 +186,34 @@ def test_what_handled_a_signal_before_has_it_also_where_no_run_had_begun():
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert handled == [signal.SIGUSR2]
+
+
+def handed_to(handler: Callable[[int, Any], object]) -> None:
+    """A run out of time in a process that hears so by `handler`."""
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        hand_on(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def requeue(ends: str) -> Callable[[int, Any], object]:
+    """What submitit does, with a command in place of scontrol's that ends so."""
+    return lambda signum, frame: subprocess.check_call(["sh", "-c", ends])
+
+
+@pytest.mark.parametrize("ends", ["kill $$", "kill -9 $$"])
+def test_what_gives_the_job_back_may_be_killed_with_the_job(slurm, ends):
+    """It is given back then, and the run waits for its own end."""
+    slurm.says = ["JobState=REQUEUED"]
+    handed_to(requeue(ends))
+    assert 30 <= sum(slurm.slept) <= 50
+
+
+def test_a_job_that_is_not_given_back_is_an_error(slurm):
+    with pytest.raises(subprocess.CalledProcessError):
+        handed_to(requeue("exit 1"))
+    assert not slurm.asked
 
 
 def test_it_waits_no_longer_than_slurm_says_so(slurm):
