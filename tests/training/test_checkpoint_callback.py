@@ -18,12 +18,11 @@ from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training import agreement
-from nerve.training.checkpoint_cadence import CheckpointCadence
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
     read_checkpoint,
 )
-from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
+from nerve.training.checkpoint_io import CheckpointCadence, CheckpointFiles, require_other_files
 from nerve.training.module import ImageClassifier
 from nerve.training.signals import StopSignals
 
