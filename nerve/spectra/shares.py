@@ -267,8 +267,8 @@ class Positions:
         shape: torch.Size,
         mask: Bool[Tensor, "*samples"] | None,
     ) -> None:
-        """Adds samples of this shape: their sums, as `sums_of` gives them, and the squared distances
-        of those that count from `mean`, any vector."""
+        """Adds samples of this shape: their sums, as `sums_of` gives them, and the squared
+        distances of those that count from `mean`, any vector."""
         self._are_there &= len(shape) > 1
         if mask is None:
             counted = squares.new_ones(shape).reshape(-1, len(sums)).sum(0)
