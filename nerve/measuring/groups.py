@@ -4,8 +4,11 @@ The samples of a forward pass are divided on the host, once for all FFNs that sh
 of rows for each group, of which the features of every FFN are then taken.
 """
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +16,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFN, named
 from nerve.metric_names import GROUPS
+
+log = logging.getLogger(__name__)
 
 REST = "rest"
 """The group of the samples that count and are in no other; it has no row."""
@@ -188,6 +194,87 @@ class Divider:
     def _rows(self, chosen: Bool[Tensor, "sequences positions"]) -> Int64[Tensor, " n"]:
         """Their numbers among those that are not skipped."""
         return chosen[:, self._skip_first :].reshape(-1).nonzero()[:, 0]
+
+
+class GroupsOfFFNs:
+    """How the samples of each FFN are grouped, forward pass by forward pass.
+
+    Args:
+        grouped, skip_first: as of `Divider`.
+        ffns: the FFNs.
+    """
+
+    def __init__(self, grouped: Grouped, skip_first: int, ffns: Sequence[FFN]) -> None:
+        self._divider = Divider(grouped, skip_first)
+        self._ffns = ffns
+        self._ids: Sequence[Tensor | None] = [None] * len(ffns)
+        self._in_sequences: Sequence[bool] = [True] * len(ffns)
+        self._divisions: dict[object, Mapping[str, Division]] = {}
+        self._n_sequences = [0] * len(ffns)
+        self._n_sequences_now = [0] * len(ffns)
+
+    def start(
+        self, ids: Tensor | Sequence[Tensor | None] | None, in_sequences: Sequence[bool] | None
+    ) -> None:
+        """Takes what belongs to the forward pass that comes, as of `Chosen`."""
+        n = len(self._ffns)
+        self._ids = [ids] * n if ids is None or isinstance(ids, Tensor) else ids
+        self._in_sequences = [True] * n if in_sequences is None else in_sequences
+        self._divisions.clear()
+
+    def finish_forward(self) -> None:
+        """Ends one forward pass: the next one has other sequences."""
+        for index, n in enumerate(self._n_sequences_now):
+            self._n_sequences[index] += n
+            self._n_sequences_now[index] = 0
+
+    def of(
+        self, index: int, features: Tensor, mask: Tensor | None, given: Tensor | None
+    ) -> Mapping[str, Division] | None:
+        """By grouping, on the device of the features; None where these are of no sequences.
+
+        Args:
+            index: of the FFN.
+            features: `[..., sequence, width]`.
+            mask: of these samples.
+            given: the mask as all FFNs share it.
+        """
+        if not self._in_sequences[index]:
+            self.leave_out(index)
+            return None
+        samples = features.shape[:-1]
+        if len(samples) < 2:
+            raise MeasurementError(
+                "Groups are of sequences, so features must have the shape [..., sequence, width]; "
+                f"those of {named(self._ffns[index])} have {tuple(features.shape)}. Measure a "
+                "model that keeps its sequences apart, or leave groups out."
+            )
+        sizes, per_sequence = (math.prod(samples[:-1]), samples[-1]), math.prod(samples[1:-1])
+        self._n_sequences_now[index] = samples[0]
+        ids, first = self._ids[index], self._n_sequences[index]
+        key = (samples, id(given), id(ids), first, features.device)
+        if key not in self._divisions:
+            divisions = self._divider.divide(
+                sizes, None if mask is None else mask.reshape(sizes), ids, first, per_sequence
+            )
+            self._divisions[key] = {
+                grouping: Division(*(_moved(rows, features.device) for rows in division))
+                for grouping, division in divisions.items()
+            }
+        return self._divisions[key]
+
+    def leave_out(self, index: int) -> None:
+        """Says of an FFN that it is not grouped."""
+        _say_not_grouped(named(self._ffns[index]))
+
+
+def _moved(rows: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {group: index.to(device, non_blocking=True) for group, index in rows.items()}
+
+
+@cache
+def _say_not_grouped(where: str) -> None:
+    log.warning("%s is not grouped: its samples are no tokens in a known order", where)
 
 
 def _one_other(
