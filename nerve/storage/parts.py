@@ -24,7 +24,6 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nerve.errors import StoreError, warn_caller
@@ -105,7 +104,7 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
-                check_version(path, parquet.schema_arrow.metadata)
+                check_version(path, parquet.metadata.metadata)
                 table = fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
         if not path.is_symlink():
@@ -113,8 +112,8 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
         raise _damaged(path, dataset, error) from error  # of a link to nowhere, which stays
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _damaged(path, dataset, error) from error
-    others = set(pc.unique(table["run_id"]).to_pylist()) - {run_id}
-    if run_id is not None and others:
+    others = set() if run_id is None else set(table["run_id"].unique().to_pylist()) - {run_id}
+    if others:
         raise DamagedPartError(
             f"{path} holds rows of run {', '.join(sorted(others))}; the run of its directory is "
             f"{run_id}. Move it to the directory of its own run."
