@@ -78,7 +78,8 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
         raise DamagedPartError(
             f"{folder} cannot be listed: {error}. Fix its permissions or restore it."
         ) from error
-    return sorted((folder / name for name in names), key=lambda path: (part_step(path), path.name))
+    paths = [folder / name for name in names]
+    return sorted(paths, key=lambda path: (part_step(path), path.name)) if len(paths) > 1 else paths
 
 
 def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
@@ -168,7 +169,9 @@ def read_manifest(directory: Path) -> dict[str, set[str]]:
     """The names of the parts that a run must have, by dataset; empty where no list can be read."""
     parts: dict[str, set[str]] = {}
     try:
-        for line in (directory / MANIFEST_NAME).read_bytes().splitlines():
+        with open(f"{directory}/{MANIFEST_NAME}", "rb", buffering=0) as file:
+            lines = file.read().splitlines()
+        for line in lines:
             entry = json.loads(line)
             for name, added in [entry] if isinstance(entry, list) else entry.items():
                 parts.setdefault(str(name), set()).update(map(str, added))
