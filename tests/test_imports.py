@@ -31,7 +31,7 @@ ALLOWED = {
     "data": BASE,
     "measuring": BASE,
     "storage": BASE - {"spectra"},
-    "recording": BASE | {"measuring", "storage"},
+    "recording": BASE | {"measuring", "storage", "optim"},
     "training": BASE | {"measuring", "storage", "recording", "optim", "models"},
     "integrations": BASE | {"measuring", "storage", "recording"},
     "analysis": BASE - {"spectra"} | {"storage"},

@@ -25,7 +25,7 @@ from nerve.metric_names import (
     STORED,
     metric_of,
 )
-from nerve.recording.means import logged_values, mean_values
+from nerve.recording.writer import logged_values, mean_values
 from nerve.report.one_run import content_of_run
 from nerve.report.several_runs import content_of_runs
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
@@ -157,7 +157,7 @@ import torch
 from torch import nn
 import nerve
 from nerve.cli.experiment.summary import print_summary
-from nerve.recording.means import logged_values
+from nerve.recording.writer import logged_values
 from nerve.report import write
 
 torch.manual_seed(0)

@@ -22,8 +22,8 @@ from nerve.measuring.distributed import gathered, n_processes
 from nerve.measuring.ffns import FFN
 from nerve.measuring.given import check_given, require_mapping
 from nerve.measuring.masks import Masks
-from nerve.recording.means import monitored_values
 from nerve.recording.settings import MonitorSettings
+from nerve.recording.writer import monitored_values
 from nerve.storage.directory import RunDirectory
 
 

@@ -32,7 +32,7 @@ from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.slices import products_of
 from nerve.measuring.tap import check_same_samples, check_whole, of_site, plain, registered, tap
-from nerve.spectra.flag import Flag
+from nerve.spectra.moments import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself

@@ -19,9 +19,9 @@ from nerve.measuring.forward import call, evaluating
 from nerve.measuring.masks import Masks
 from nerve.measuring.probe import Probe
 from nerve.metric_names import MEASURED
-from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
+from nerve.recording.writer import monitored_values
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
 from nerve.optim import Schedule
-from nerve.recording.means import logged_values, mean_values, monitored_values
 from nerve.recording.solver import MOST_PENDING
+from nerve.recording.writer import logged_values, mean_values, monitored_values
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger

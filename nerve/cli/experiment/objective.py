@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressB
 from nerve.cli.config.compose import build
 from nerve.config import require, require_choice
 from nerve.metric_names import MEASURED
-from nerve.recording.means import layer_name, mean_name, mean_values
+from nerve.recording.writer import layer_name, mean_name, mean_values
 from nerve.storage.directory import RunDirectory
 from nerve.storage.parts import read_parts, warn_damaged
 from nerve.storage.schema import DATASETS

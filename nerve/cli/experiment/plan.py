@@ -36,7 +36,7 @@ from nerve.cli.experiment.groups import (
 from nerve.cli.experiment.objective import callbacks_of, check_objective
 from nerve.config import from_mapping
 from nerve.models import Regularizer
-from nerve.training.checkpoint_cadence import CheckpointCadence
+from nerve.training.checkpoint_io import CheckpointCadence
 
 
 @dataclass(frozen=True)
