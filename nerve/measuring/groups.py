@@ -120,11 +120,6 @@ class Divider:
         counts = grouped.token_counts
         self._classes = None if counts is None else frequency_classes(counts)
 
-    def names(self, grouping: str) -> tuple[str, ...]:
-        """The groups of a grouping that have rows."""
-        skipped = ("0", "like_0") if grouping == "position" and self._skip_first else ()
-        return tuple(name for name in GROUPS[grouping] if name not in skipped)
-
     def divide(
         self,
         sizes: tuple[int, int],
@@ -164,7 +159,8 @@ class Divider:
                 labels = self._classes_of(ids, sizes)
             else:
                 labels = (number % 2).expand(sizes)
-            names = [name for name in self.names(grouping) if name not in OVERLAPPING]
+            left_out = (*OVERLAPPING, "0") if self._skip_first else OVERLAPPING
+            names = [name for name in GROUPS[grouping] if name not in left_out]
             labels = torch.where(counts, labels, _NOT_COUNTED)
             parts = {name: self._rows(labels == i) for i, name in enumerate(names)}
             parts[REST] = self._rows(labels == _COUNTED)
@@ -231,14 +227,8 @@ class GroupsOfFFNs:
     def of(
         self, index: int, features: Tensor, mask: Tensor | None, given: Tensor | None
     ) -> Mapping[str, Division] | None:
-        """By grouping, on the device of the features; None where these are of no sequences.
-
-        Args:
-            index: of the FFN.
-            features: `[..., sequence, width]`.
-            mask: of these samples.
-            given: the mask as all FFNs share it.
-        """
+        """By grouping, on the device of the features `[..., sequence, width]`; None where these are
+        of no sequences. `mask` is that of the samples, `given` as FFNs share it."""
         if not self._in_sequences[index]:
             self.leave_out(index)
             return None
@@ -258,18 +248,22 @@ class GroupsOfFFNs:
                 sizes, None if mask is None else mask.reshape(sizes), ids, first, per_sequence
             )
             self._divisions[key] = {
-                grouping: Division(*(_moved(rows, features.device) for rows in division))
+                grouping: _moved(division, features.device)
                 for grouping, division in divisions.items()
             }
         return self._divisions[key]
 
     def leave_out(self, index: int) -> None:
-        """Says of an FFN that it is not grouped."""
+        """Says, once, of an FFN that it is not grouped."""
         _say_not_grouped(named(self._ffns[index]))
 
 
-def _moved(rows: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {group: index.to(device, non_blocking=True) for group, index in rows.items()}
+def _moved(division: Division, device: torch.device) -> Division:
+    parts, others = (
+        {name: rows.to(device, non_blocking=True) for name, rows in groups.items()}
+        for groups in division
+    )
+    return Division(parts, others)
 
 
 @cache

@@ -34,9 +34,8 @@ class Measurement:
         grouped: groups of the samples that are measured by themselves, too.
         sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
             tap them, but for `input`.
-        pools: by layer and name the pools of an earlier measurement, which go on; those that begin
-            here are added.
-        open_pools: layer and name of pools that a later measurement goes on with: they have no
+        pools: by layer and name those of an earlier measurement, which go on; new ones are added.
+        open_pools: layer and name of those that a later measurement goes on with: they have no
             eigenproblem yet.
 
     Raises:
@@ -54,7 +53,7 @@ class Measurement:
         pools: Pools | None = None,
         open_pools: Collection[tuple[int, str]] = (),
     ) -> None:
-        if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
+        if type(skip_first) is not int or skip_first < 0:
             raise MeasurementError(
                 f"skip_first is a number of positions, 0 or more; got {skip_first!r}."
             )
@@ -123,13 +122,6 @@ class Measurement:
             return []
         mine = self._rows()[share::n_shares]
         return [problem for each in mine for problem in each.group_eigenproblems()]
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the covariances, of groups and sites among them, at most."""
-        held = [c for each in self._of for c in each.parts.covariances.values()]
-        held += [c for each in self._of for c in each.covariances.values()]
-        return sum(8 * covariance.dim**2 for covariance in held)
 
     def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
         """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
@@ -214,10 +206,9 @@ class Samples:
 
     def start(self, chosen: Chosen) -> None:
         """Takes what belongs to the forward pass that comes; raises as `Measurement.start`."""
-        n = len(self._probe.ffns)
         masks, orders, ids, in_sequences = chosen
         self._masks = for_each(self._probe.ffns, masks)
-        self._orders = [None] * n if orders is None else orders
+        self._orders = [None] * len(self._masks) if orders is None else orders
         if self._groups is not None:
             self._groups.start(ids, in_sequences)
 
@@ -246,16 +237,16 @@ class Samples:
         Raises:
             MeasurementError: where mask, positions or groups do not fit the features.
         """
-        where = named(self._probe.ffns[index])
-        if tokens_of(self._probe.ffns[index]) is not None:
+        ffn, order = self._probe.ffns[index], self._orders[index]
+        is_expert = tokens_of(ffn) is not None
+        if order is not None and not is_expert:
+            features = {side: order.sequences(each, named(ffn)) for side, each in features.items()}
+        samples = features["pre"].shape[:-1]
+        features = {side: each.reshape(*samples, each.shape[-1]) for side, each in features.items()}
+        if is_expert:
             if self._groups is not None:
                 self._groups.leave_out(index)
-            samples = features["pre"].shape[:-1]
-            return Taken(_in_shape(features, samples), self._counted_of(index, inputs), None)
-        if (order := self._orders[index]) is not None:
-            features = {side: order.sequences(each, where) for side, each in features.items()}
-        samples = features["pre"].shape[:-1]
-        features = _in_shape(features, samples)
+            return Taken(features, self._counted_of(index, inputs), None)
         mask = self._mask(index, samples)
         divisions = None
         if self._groups is not None:
@@ -265,8 +256,7 @@ class Samples:
 
     def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those at a site around an FFN, which are the FFN's, and their mask."""
-        order = self._orders[index]
-        if order is not None:
+        if (order := self._orders[index]) is not None:
             features = order.sequences(features, named(self._probe.ffns[index]))
         mask = self._mask(index, features.shape[:-1])
         return self._without_first(features), self._mask_without_first(mask)
@@ -293,7 +283,7 @@ class Samples:
 
     def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
         """Which samples of an expert count: those of the tokens that do."""
-        ffn, order = self._probe.ffns[index], self._orders[index]
+        ffn = self._probe.ffns[index]
         if self._masks[index] is None and not self._skip_first:
             return None
         tokens = self._probe.tokens_of(index)
@@ -302,18 +292,9 @@ class Samples:
                 f"{named(ffn)} is described with a module whose input are its tokens; it ran, and "
                 "the module did not. Check its description."
             )
-        number = torch.arange(tokens[..., 0].numel(), device=tokens.device)
-        number = number.reshape(*tokens.shape[:-1], 1)
-        if order is not None:
-            number = order.sequences(number, named(ffn))
-        mask = self._mask(index, number.shape[:-1])
-        kept = self._mask_without_first(None if mask is None else mask.to(tokens.device))
-        number = self._without_first(number)
-        number = number[..., 0] if kept is None else number[..., 0][kept]
         counts = torch.zeros(tokens[..., 0].numel(), dtype=torch.bool, device=tokens.device)
+        number = torch.arange(len(counts), device=tokens.device).reshape(*tokens.shape[:-1], 1)
+        number, kept = self.taken_around(index, number)
+        number = number[..., 0] if kept is None else number[..., 0][kept.to(tokens.device)]
         counts[number.flatten()] = True
         return counted_of(inputs, tokens, counts, named(ffn))
-
-
-def _in_shape(features: Mapping[Side, Tensor], samples: torch.Size) -> dict[Side, Tensor]:
-    return {side: each.reshape(*samples, each.shape[-1]) for side, each in features.items()}

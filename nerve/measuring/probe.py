@@ -5,7 +5,8 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +138,18 @@ class Probe:
         if self._around is not None:
             self._around.stop()
         self._forget()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is tapped; afterwards the pass that was tapped goes on."""
+        receive, self._receive = self._receive, None
+        with ExitStack() as stack:
+            if self._around is not None:
+                stack.enter_context(self._around.paused())
+            try:
+                yield
+            finally:
+                self._receive = receive
 
     @property
     def is_taking(self) -> bool:
