@@ -267,8 +267,8 @@ def _mixed(
     rows[chosen[0]] = True
     if any(bool(hit[~rows].any()) for hit in reached):
         return None
-    site, why = Site(sources[0].module, "output"), "features are mixed in between, as by a norm"
-    return Link(site, post, None, "unclear", why)
+    why = "features are mixed in between, as by a normalization"
+    return Link(Site(sources[0].module, "output"), post, None, "unclear", why)
 
 
 def _rows(tensor: Tensor, module: nn.Module) -> Tensor:
