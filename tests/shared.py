@@ -41,6 +41,7 @@ CHECKED_AMONG = (
 )
 
 torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # likewise
 
 SWEEP = (
     "threads=1",
