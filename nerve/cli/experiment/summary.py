@@ -12,11 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from nerve.analysis.derived import with_derived
 from nerve.cli.console import console, figure, say
+from nerve.derived import describe_outliers, with_derived
 from nerve.errors import StoreError
 from nerve.metric_names import MEASURED, columns_of, shown_in
-from nerve.outliers import describe_outliers
 from nerve.recording.writer import mean_values
 from nerve.storage.directory import RunDirectory
 from nerve.storage.parts import read_parts, warn_damaged
