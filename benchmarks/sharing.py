@@ -152,7 +152,10 @@ def swept(args: argparse.Namespace, folder: Path, n: int) -> list[dict[str, floa
             sweep.terminate()  # it passes that on to the trials
             time.sleep(2)
             sweep.terminate()
-            sweep.wait(60)
+            try:
+                sweep.wait(20)
+            except subprocess.TimeoutExpired:
+                sweep.kill()
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("times-*.json"))]
     if sum("measured came" in each for each in found) < n:
         logs = [*folder.glob("log"), *(folder / "runs").glob("*/output.log")]
@@ -220,7 +223,7 @@ def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int
             sum(part(times, f"{of}: {began}", f"{of}: {ended}")) / seconds
             for of in ("cpu", "trains")
         )
-        print(f"  cores kept busy {what}: {busy:.1f}, by threads that train {trains:.1f}")
+        print(f"  cores kept busy {what}: {busy:.1f}, by main threads {trains:.1f}")
     if d_ff in DEVICE_S:
         device, host = (n * args.layers * each[d_ff] for each in (DEVICE_S, HOST_S))
         floor = max(alone, (alone + device) / (1 + device * n_cores / host))
