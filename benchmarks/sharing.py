@@ -157,9 +157,10 @@ def swept(args: argparse.Namespace, folder: Path, n: int) -> list[dict[str, floa
             except subprocess.TimeoutExpired:
                 sweep.kill()
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("times-*.json"))]
-    if sum("measured came" in each for each in found) < n:
+    if sum("end came" in each for each in found) < n:
         logs = [*folder.glob("log"), *(folder / "runs").glob("*/output.log")]
         print("\n".join(f"{path}\n{path.read_text()[-1500:]}" for path in logs))
+    if sum("measured came" in each for each in found) < n:
         sys.exit(f"not all trials came to the second part; they came to: {found}")
     return found
 
