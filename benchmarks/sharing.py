@@ -177,12 +177,12 @@ def steps_of_all(times: list[dict[str, float]]) -> int:
 
 
 def said_of_places(folder: Path) -> list[str]:
-    """What trials logged of where they solve, each once."""
+    """What trials logged of where they solve and how they wait, each once."""
     lines = [
-        line.partition("of the ")[2]
+        line.rpartition("] ")[2]
         for path in (folder / "runs").glob("*/output.log")
         for line in path.read_text().splitlines()
-        if "spectra of step" in line
+        if "spectra of step" in line or "threads that wait" in line or "training waits" in line
     ]
     return sorted(set(lines))
 
@@ -278,7 +278,7 @@ def main() -> None:
         print(f"{name}, torch {torch.__version__}; trials took {time.monotonic() - began:.0f} s")
         report(args, times, allowed())
         for line in said_of_places(folder):
-            print(f"  of the {line}")
+            print(f"  {line}")
 
 
 if __name__ == "__main__":
