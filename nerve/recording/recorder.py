@@ -156,6 +156,8 @@ class Recorder:
 
     def start_validation(self, *, is_split: bool = False) -> None:
         """Begins the held-out set anew; `is_split` as the property."""
+        if self._pace is not None:
+            self._pace.catch_up()
         self._began = time.perf_counter()
         self._is_split = is_split
         self._cadence.start_validation()

@@ -144,8 +144,10 @@ class RunProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        logged = super().get_metrics(trainer, pl_module)
-        shown = {short: logged[name] for name, short in _SHOWN.items() if name in logged}
+        logged = trainer.callback_metrics
+        shown: dict[str, int | str | float | dict[str, float]] = {
+            short: float(logged[name]) for name, short in _SHOWN.items() if name in logged
+        }
         if "acc" in shown:
             shown.pop("val", None)  # both beside the rate are too wide
         if self._seconds:
