@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nerve.analysis.derived import derived_columns
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_joinable, require_names
 from nerve.analysis.gather import (
@@ -28,9 +27,9 @@ from nerve.analysis.gather import (
     gathered,
     reads,
 )
-from nerve.analysis.sampling import VERDICTS, sampling_codes
+from nerve.analysis.sampling import codes_by_halves
+from nerve.derived import OF_CHANNELS, VERDICTS, derived_columns, outlier_codes, sampling_codes
 from nerve.errors import StoreError, warn_caller
-from nerve.outliers import OF_CHANNELS, outlier_codes
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
 from nerve.storage.identity import completed, ids_of_plain
 from nerve.storage.parts import DamagedPartError, warn_damaged
@@ -96,17 +95,19 @@ class Runs:
 
     def _with_derived(self, rows: Block, runs: slice) -> Block:
         """Rows of metrics of some of the runs with what derives from them and their groups."""
-        groups = self.groups
-        if len(groups):
-            ends = np.cumsum([0, *self._counts["groups"]])
-            groups = groups.iloc[ends[runs.start] : ends[runs.stop]]
-        ffn, numbers = rows["ffn"], _numbers_of(rows)
+        ffn, status, numbers = rows["ffn"], rows["status"], _numbers_of(rows)
         assert isinstance(ffn, Coded)
+        assert isinstance(status, Coded)
+        sampling = sampling_codes(numbers, status.equal("ok"))
+        if len(self.groups):
+            ends = np.cumsum([0, *self._counts["groups"]])
+            groups = self.groups.iloc[ends[runs.start] : ends[runs.stop]]
+            sampling = codes_by_halves(sampling, rows, groups)
         return {
             **rows,
             **derived_columns(numbers),
             "outliers": Coded.used(*outlier_codes(numbers, ffn.equal(OF_CHANNELS))),
-            "sampling": Coded.used(sampling_codes(rows, groups), VERDICTS),
+            "sampling": Coded.used(sampling, VERDICTS),
         }
 
     def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
@@ -177,7 +178,7 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
       1)`: no spectrum can have more directions, so PR and exp(SE) cannot exceed them (behind a
       LayerNorm the first is one less still)
     - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
-      empty (see `nerve.outliers`)
+      empty (see `nerve.derived.outliers`)
     - `sampling`: whether there were enough samples, `well`, `under` or `severely under`: by how far
       PR moves when it is extrapolated from halves to endlessly many samples (5%, 20%; of pre and
       post the worse), or by N/D where no halves were measured (8, 2)
