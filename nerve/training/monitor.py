@@ -20,6 +20,7 @@ from nerve.recording.cadence import step_loss
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
+from nerve.training.callbacks import let_go
 from nerve.training.fit import (
     awaited_values,
     choice_of,
@@ -279,6 +280,7 @@ class SpectralMonitor(L.Callback):
         leave(exception)
         self._recorder.fail(exception)
         self._choice = None
+        let_go(self)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
@@ -291,6 +293,7 @@ class SpectralMonitor(L.Callback):
         self._updates.close()
         self._recorder.close()
         self._choice = None  # which has the model
+        let_go(self)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._recorder.state_dict(), "n_updates": self._updates.n}
