@@ -47,8 +47,8 @@ def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
         n_devices in (None, 0, 1) and trainer.get("num_nodes", 1) == 1,
         "In a sweep on this machine each trial is one process; "
         f"trainer.strategy={trainer['strategy']} with trainer.devices={trainer['devices']} starts "
-        "others, by calling the whole command again. Use trainer.devices=1, send the sweep to a "
-        "cluster with hydra/launcher=slurm, or start each run by itself, without --multirun.",
+        "more, each of which would repeat the whole command. Use trainer.devices=1, submit the "
+        "sweep to a cluster with hydra/launcher=slurm, or start each run without --multirun.",
     )
 
 
@@ -60,7 +60,7 @@ def check_counted(trainer: Mapping[str, Any]) -> None:
     """
     require(
         n_devices_of(trainer) is not None,
-        "A job of SLURM is sent with the number of its devices; got "
+        "A SLURM job must state its number of devices; got "
         f"trainer.devices={trainer['devices']}. Give a number, the same for all trials.",
     )
 
@@ -84,7 +84,8 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
     n_gpus = launcher.get("gpus_per_node") or a_task * launcher["tasks_per_node"]
     require(
         n_gpus >= n_devices,
-        f"A job gets the GPUs that it asks for; trainer.accelerator={trainer['accelerator']} with "
-        f"trainer.devices={trainer['devices']} needs hydra.launcher.gpus_per_node={n_devices}, "
+        f"A job gets only the GPUs that it requests; trainer.accelerator={trainer['accelerator']} "
+        f"with trainer.devices={trainer['devices']} needs "
+        f" hydra.launcher.gpus_per_node={n_devices}, "
         f"got {launcher.get('gpus_per_node')}.",
     )

@@ -27,8 +27,8 @@ from nerve.training.gathering import Gathering, environment_of
 
 COUNTED = (
     "Memory counts parameters, gradients, the optimizer's state and the monitor's covariance "
-    "matrices (float64), all on one device; not activations, batches and what solves the "
-    "eigenproblems."
+    "matrices (float64), all on one device; not activations, batches and the memory of the "
+    "eigensolver."
 )
 
 State = Callable[[int, int, Mapping[str, Any]], float]
@@ -52,15 +52,15 @@ def check_machine(plan: Plan) -> None:
     require(
         accelerator not in ("gpu", "cuda") or CUDAAccelerator.is_available(),
         f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
-        "it can use (Apple's have no float64, in which spectra are taken). Take trainer=cpu, or "
+        "it can use (spectra need float64, which Apple GPUs do not support). Use trainer=cpu, or "
         "install torch for this machine's GPU.",
     )
     require(
         accelerator != "auto"
         or CUDAAccelerator.is_available()
         or not MPSAccelerator.is_available(),
-        "trainer.accelerator=auto takes the GPU of this machine, which is Apple's and has no "
-        "float64, in which spectra are taken. Take trainer=cpu.",
+        "trainer.accelerator=auto selects the Apple GPU of this machine, which does not support "
+        "float64, in which spectra are computed. Use trainer=cpu.",
     )
     require_memory(plan, _device_bytes(accelerator))
 
@@ -72,7 +72,7 @@ def require_memory(plan: Plan, has_bytes: int) -> None:
     needs_bytes = least_memory(plan, n_devices * trainer.get("num_nodes", 1))
     require(
         needs_bytes <= has_bytes,
-        f"A run must fit into its device; weights, gradients and logits of this one take at least "
+        f"A run must fit into its device; weights, gradients and logits of this one need at least "
         f"{needs_bytes / 1e9:,.0f} GB, and it has {has_bytes / 1e9:,.0f} GB. Lower the largest of "
         f"data.batch_size={plan.values['data'].get('batch_size')}, "
         f"data.vocab_size={plan.values['data'].get('vocab_size')} and the sizes in model and ffn.",
