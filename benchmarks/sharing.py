@@ -48,6 +48,7 @@ class Clock(L.Callback):
             Pace.end_step = lambda pace: None
         self._folder, self._n = Path(folder), n
         self._marks = {plain: "plain", first: "measured", last: "end"}
+        self._first = first
         self._times: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -55,20 +56,36 @@ class Clock(L.Callback):
 
         name = self._marks.get(trainer.global_step)
         if name is None:
+            if trainer.global_step > self._first and trainer.global_step % 10 == 0:
+                self._note(f"step {trainer.global_step - self._first}")
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._times[f"{name} came"] = time.time()
+            self._times["peak"] = float(torch.cuda.max_memory_allocated())
+            self._times["reserved"] = float(torch.cuda.max_memory_reserved())
+        self._note(f"{name} came")
         _wait_for_spectra(trainer)
-        self._times[f"{name} solved"] = time.time()
-        self._times["peak"] = float(torch.cuda.max_memory_allocated())
-        (self._folder / f"times-{os.getpid()}.json").write_text(json.dumps(self._times))
+        self._note(f"{name} solved")
         if name == "end":
             os._exit(0)
         (self._folder / f"{name}-{os.getpid()}").touch()
         while len(list(self._folder.glob(f"{name}-*"))) < self._n:
+            if any(self._folder.glob("failed-*")):
+                os._exit(1)  # that one will not come
             time.sleep(0.01)
-        self._times[f"{name} began"] = time.time()
+        self._note(f"{name} began")
+
+    def on_exception(self, *args: Any) -> None:
+        (self._folder / f"failed-{os.getpid()}").touch()
+
+    def _note(self, what: str) -> None:
+        """Notes that it is so now, where it stays if this process is ended."""
+        self._times[what] = time.time()
+        self._times[f"cpu: {what}"] = time.process_time()
+        self._times[f"trains: {what}"] = time.thread_time()
+        path = self._folder / f"times-{os.getpid()}.json"
+        path.with_suffix(".new").write_text(json.dumps(self._times))
+        path.with_suffix(".new").replace(path)
 
 
 def _wait_for_spectra(trainer: L.Trainer) -> None:
@@ -135,53 +152,79 @@ def swept(args: argparse.Namespace, folder: Path, n: int) -> list[dict[str, floa
             sweep.terminate()  # it passes that on to the trials
             time.sleep(2)
             sweep.terminate()
-            sweep.wait(60)
+            try:
+                sweep.wait(20)
+            except subprocess.TimeoutExpired:
+                sweep.kill()
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("times-*.json"))]
-    plain = [
-        each["measured came"] - each["plain began"] for each in found if "measured came" in each
-    ]
-    if len(plain) == n and any("end came" not in each for each in found):
-        tokens = sum(args.tokens * (COMPARED + args.plain) / seconds for seconds in plain)
-        sys.exit(f"{tokens:,.0f} tokens/s without measuring; then the time was over")
-    if len(plain) < n:
+    if sum("end came" in each for each in found) < n:
         logs = [*folder.glob("log"), *(folder / "runs").glob("*/output.log")]
-        sys.exit("\n".join(f"{path}\n{path.read_text()[-1500:]}" for path in logs))
+        print("\n".join(f"{path}\n{path.read_text()[-1500:]}" for path in logs))
+    if sum("measured came" in each for each in found) < n:
+        sys.exit(f"not all trials came to the second part; they came to: {found}")
     return found
 
 
+def part(times: list[dict[str, float]], began: str, ended: str) -> list[float]:
+    """Seconds that each trial took from one mark to another."""
+    return [each[ended] - each[began] for each in times]
+
+
+def steps_of_all(times: list[dict[str, float]]) -> int:
+    """How many steps of the second part all have done, where not all have come to its end."""
+    done = [[int(k.split()[1]) for k in each if k.startswith("step ")] for each in times]
+    return min(max(each, default=0) for each in done)
+
+
 def said_of_places(folder: Path) -> list[str]:
-    """What trials logged of where they solve, each once."""
+    """What trials logged of where they solve and how they wait, each once."""
     lines = [
-        line.partition("of the ")[2]
+        line.rpartition("] ")[2]
         for path in (folder / "runs").glob("*/output.log")
         for line in path.read_text().splitlines()
-        if "spectra of step" in line
+        if "spectra of step" in line or "threads that wait" in line or "training waits" in line
     ]
     return sorted(set(lines))
 
 
 def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int) -> None:
     n, d_ff = len(times), args.d_model * args.width
-    n_plain = COMPARED + args.plain
-    n_measured = args.every * args.measurements
-    plain = [each["measured came"] - each["plain began"] for each in times]
-    measured = [each["end came"] - each["measured began"] for each in times]
-    solved = [each["end solved"] - each["measured began"] for each in times]
-    without, with_it, until_solved = (
-        sum(args.tokens * steps / seconds for seconds in part)
-        for part, steps in ((plain, n_plain), (measured, n_measured), (solved, n_measured))
-    )
+    n_plain, n_measured, end = COMPARED + args.plain, args.every * args.measurements, "end came"
+    if any(end not in each for each in times):
+        n_measured = steps_of_all(times)
+        end = f"step {n_measured}"
+        print(f"CUT OFF: of the second part {n_measured} steps of each trial count")
+
+    def rate(steps: int, seconds: list[float]) -> float:
+        return sum(args.tokens * steps / each for each in seconds)
+
+    plain = part(times, "plain began", "measured came")
+    without = rate(n_plain, plain)
     alone = args.tokens * n * args.every / without
     print(f"{n} trials, d_ff {d_ff}, {args.tokens} tokens a step, {n_cores} cores")
     print(
         f"  a step of one trial: {1e3 * statistics.mean(plain) / n_plain:.1f} ms without measuring"
     )
     print(f"  without measuring      {without:12,.0f} tokens/s, in {max(plain):.1f} s")
+    for name in ("peak", "reserved"):
+        if name in times[0]:
+            print(
+                f"  device memory of a trial, {name}: {max(t[name] for t in times) / 2**30:.2f} GiB"
+            )
+    if not n_measured:
+        return
+    with_it = rate(n_measured, part(times, "measured began", end))
     print(f"  every {args.every:4} steps       {with_it:12,.0f} tokens/s, {with_it / without:.3f}")
-    print(
-        f"    until all is solved  {until_solved:12,.0f} tokens/s, {until_solved / without:.3f}: "
-        f"{max(each['end solved'] - each['end came'] for each in times):.1f} s after the last step"
-    )
+    for what, began, ended in (
+        ("without measuring", "plain began", "measured came"),
+        ("with it", "measured began", end),
+    ):
+        seconds = statistics.mean(part(times, began, ended))
+        busy, trains = (
+            sum(part(times, f"{of}: {began}", f"{of}: {ended}")) / seconds
+            for of in ("cpu", "trains")
+        )
+        print(f"  cores kept busy {what}: {busy:.1f}, by main threads {trains:.1f}")
     if d_ff in DEVICE_S:
         device, host = (n * args.layers * each[d_ff] for each in (DEVICE_S, HOST_S))
         floor = max(alone, (alone + device) / (1 + device * n_cores / host))
@@ -191,7 +234,12 @@ def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int
             f"{taken / floor:.2f} times the floor of {floor:.1f} s (spectra: {device:.1f} s of the "
             f"GPU, or {host:.0f} core-seconds)"
         )
-    print(f"  peak device memory of a trial: {max(t['peak'] for t in times) / 2**30:.2f} GiB")
+    if all("end solved" in each for each in times):
+        until_solved = rate(n_measured, part(times, "measured began", "end solved"))
+        print(
+            f"  until all is solved    {until_solved:12,.0f} tokens/s, {until_solved / without:.3f}"
+            f": {max(part(times, 'end came', 'end solved')):.1f} s after the last step"
+        )
 
 
 def main() -> None:
@@ -230,7 +278,7 @@ def main() -> None:
         print(f"{name}, torch {torch.__version__}; trials took {time.monotonic() - began:.0f} s")
         report(args, times, allowed())
         for line in said_of_places(folder):
-            print(f"  of the {line}")
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

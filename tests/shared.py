@@ -2,6 +2,7 @@
 none of them hangs."""
 
 import faulthandler
+import functools
 import itertools
 import os
 import random
@@ -15,6 +16,7 @@ import composing
 import numpy as np
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
 from support import (  # noqa: F401 - fixtures for all tests
@@ -25,10 +27,24 @@ from support import (  # noqa: F401 - fixtures for all tests
     tables,
 )
 
+from nerve.storage import record
+
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
 
+UNCHECKED = (
+    *("tests/training/", "tests/integrations/", "tests/cli/", "tests/report/"),
+    *("tests/test_docs.py", "tests/test_notebook", "tests/test_sweeps.py"),
+)
+"""Tests of what calls these packages, whose calls are not checked: that takes a sixth of the time
+that they take, and they call them alike, dozens of times; but for one file of each kind."""
+CHECKED_AMONG = (
+    *("tests/training/test_module.py", "tests/integrations/test_loop.py"),
+    *("tests/cli/test_run.py", "tests/cli/test_mixer.py"),
+)
+
 torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # likewise
 
 SWEEP = (
     "threads=1",
@@ -46,6 +62,17 @@ SWEEP = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 composing.remember()
+
+
+def ask_once_for_provenance() -> None:
+    """The commit and the versions, for which each new record asks git three times and the metadata
+    of a dozen packages, do not change while tests run."""
+    versions = functools.cache(record.package_versions)
+    record.git_commit = functools.cache(record.git_commit)
+    record.package_versions = lambda: dict(versions())
+
+
+ask_once_for_provenance()
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +119,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
         faulthandler.dump_traceback_later(
             limit + LATE_S, exit=True, file=item.config.stash[_stderr]
         )
+    path = item.nodeid.partition("::")[0]
+    is_checked = not path.startswith(UNCHECKED) or path in CHECKED_AMONG
+    jaxtyping_config.update("jaxtyping_disable", not is_checked)
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)

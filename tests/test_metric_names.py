@@ -16,7 +16,7 @@ from torch import nn
 
 import nerve
 from nerve import FFNAdapter, final_metrics, load_metrics, measure
-from nerve.analysis.derived import with_derived
+from nerve.derived import with_derived
 from nerve.metric_names import (
     CATALOGUE,
     DERIVED,

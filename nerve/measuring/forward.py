@@ -9,15 +9,24 @@ import torch
 from torch import nn
 
 from nerve.errors import MeasurementError
+from nerve.measuring.tap import Taker, looking
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     """The model in eval mode, without gradients, uncompiled, with plain tensors, out of inference
-    mode, which would keep autograd from showing what follows from what; after it as it was."""
+    mode, which would keep autograd from showing what follows from what; after it as it was.
+
+    Args:
+        model: the model.
+        taker: what may take features meanwhile, beside what begins to; others pause.
+    """
     modes = {module: module.training for module in model.modules()}
     # Autograd may record what happens to features: not to weights, which a forward may overwrite.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Those of inference mode take part in no graph, whatever they say.
+    trained = [
+        each for each in model.parameters() if each.requires_grad and not each.is_inference()
+    ]
     # nn.TransformerEncoder's own way past its modules, with nested tensors where there is padding.
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
@@ -25,14 +34,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(False)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.no_grad(), _uncompiled():
+        with torch.inference_mode(False), torch.no_grad(), _uncompiled(), looking(taker):
             yield
     finally:
+        # First what cannot fail: within torch.func parameters refuse.
+        for module, training in modes.items():
+            module.training = training
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _uncompiled() -> AbstractContextManager[object]:

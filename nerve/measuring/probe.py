@@ -5,7 +5,8 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,16 @@ from nerve.measuring.ffns import (
 from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.slices import products_of
-from nerve.measuring.tap import check_same_samples, check_whole, of_site, plain, registered, tap
-from nerve.spectra.flag import Flag
+from nerve.measuring.tap import (
+    Hook,
+    check_same_samples,
+    check_whole,
+    of_site,
+    plain,
+    registered,
+    tap,
+)
+from nerve.spectra.moments import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -98,18 +107,20 @@ class Probe:
         for each in products_of(self.sites):
             self._handles += each.install(lambda: self._receive is not None)
         for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
-            hook = self._hook_tokens
+            hook = Hook(self._hook_tokens)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
-                pre.module.register_forward_hook(self._hook_output(index), with_kwargs=True)
+                pre.module.register_forward_hook(Hook(self._hook_output(index)), with_kwargs=True)
                 if pre.of == "output"
                 else pre.module.register_forward_pre_hook(
-                    self._hook_input(index), with_kwargs=True
+                    Hook(self._hook_input(index)), with_kwargs=True
                 ),
-                post.module.register_forward_pre_hook(self._hook_post(index), with_kwargs=True)
+                post.module.register_forward_pre_hook(
+                    Hook(self._hook_post(index)), with_kwargs=True
+                )
                 if post.of == "input"
-                else post.module.register_forward_hook(self._hook_given(index)),
+                else post.module.register_forward_hook(Hook(self._hook_given(index))),
             ]
         if self._around is not None:
             self._around.install()
@@ -137,6 +148,18 @@ class Probe:
         if self._around is not None:
             self._around.stop()
         self._forget()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is tapped; afterwards the pass that was tapped goes on."""
+        receive, self._receive = self._receive, None
+        with ExitStack() as stack:
+            if self._around is not None:
+                stack.enter_context(self._around.paused())
+            try:
+                yield
+            finally:
+                self._receive = receive
 
     @property
     def is_taking(self) -> bool:
@@ -294,8 +317,3 @@ class Probe:
         self._times.clear()
         self._unchanged.clear()
         self._tokens.clear()
-
-
-def is_tap(hook: object) -> bool:
-    """Whether a hook of a module is a probe's, which looks at features and leaves them."""
-    return getattr(hook, "__module__", None) in (__name__, SiteProbe.__module__)

@@ -1,6 +1,7 @@
 """Taps what modules around an FFN get or give while their model runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.ffns import Site, argument
-from nerve.measuring.tap import of_site, plain
+from nerve.measuring.tap import Hook, of_site, plain
 
 ReceiveSite = Callable[[int, str, Tensor], None]
 """Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""
@@ -40,10 +41,10 @@ class SiteProbe:
         """Puts the hooks in place."""
         for number, (_, _, site, _) in enumerate(self._taps):
             if site.of == "output":
-                handle = site.module.register_forward_hook(self._hook_output(number))
+                handle = site.module.register_forward_hook(Hook(self._hook_output(number)))
             else:
                 handle = site.module.register_forward_pre_hook(
-                    self._hook_input(number), with_kwargs=True
+                    Hook(self._hook_input(number)), with_kwargs=True
                 )
             self._handles.append(handle)
 
@@ -61,6 +62,15 @@ class SiteProbe:
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """As `Probe.paused`."""
+        receive, self._receive = self._receive, None
+        try:
+            yield
+        finally:
+            self._receive = receive
 
     def take(self, number: int, features: Tensor) -> None:
         """What the taps call with features; nothing happens while stopped."""

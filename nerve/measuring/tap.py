@@ -1,6 +1,8 @@
 """Features on their way from a model to whoever takes them: refused where they are none, and
 handed on through an operator, which compiled code holds as it is."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -41,12 +43,23 @@ def plain(features: Any, side: str, where: str) -> Tensor:
             "torch.backends.mha.set_fastpath_enabled(False) keeps it dense, and a mask leaves "
             "padding out."
         )
+    if _in_vmap():
+        raise MeasurementError(
+            f"Features must be those of a whole batch; {side} of {where} is that of one item, as "
+            "torch.func.vmap runs it. Give held-out batches with heldout=, or call nerve.measure."
+        )
     if type(features).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise MeasurementError(
             f"Features must be one plain tensor; {side} of {where} is {type(features).__name__}, "
             "whose numbers only its own operators can read."
         )
     return features.as_subclass(Tensor).detach()
+
+
+def _in_vmap() -> bool:
+    """Whether torch.func.vmap runs, however deep within other transforms."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in levels)
 
 
 def of_site(tensor: Tensor, site: Site, where: str) -> Tensor:
@@ -93,6 +106,28 @@ def _split(where: str) -> MeasurementError:
     )
 
 
+class Hook:
+    """A hook that looks at what a module gets or gives. A copy of the module, or one that is saved,
+    does not have it: that is another model, which nobody measures.
+
+    Args:
+        look: takes what hooks take; what it gives goes on in place of what it got, unless None.
+    """
+
+    def __init__(self, look: Callable[..., Any]) -> None:
+        self._look = look
+
+    def __call__(self, *args: Any) -> Any:
+        return self._look(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Hook, (nothing,)
+
+
+def nothing(*args: Any) -> None:
+    """What the hooks of copies do."""
+
+
 class Taker(Protocol):
     """What gets features.
 
@@ -105,6 +140,9 @@ class Taker(Protocol):
 
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
         """Takes those of an FFN."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within it, it gets none, and goes on afterwards where it was."""
 
 
 _numbers = count()
@@ -121,6 +159,30 @@ def registered(taker: Taker) -> int:
 def is_taking() -> bool:
     """Whether anything taps features now: then what runs must run Python, too."""
     return any(taker.is_taking for taker in _takers.values())
+
+
+_n_looking = 0
+
+
+@contextmanager
+def looking(own: Taker | None) -> Iterator[None]:
+    """Within it a model is run to be looked at, perhaps in the middle of a pass that is measured:
+    of those that are taking features only `own` goes on, others pause."""
+    global _n_looking
+    others = [taker for taker in _takers.values() if taker is not own and taker.is_taking]
+    with ExitStack() as stack:
+        for other in others:
+            stack.enter_context(other.paused())
+        _n_looking += 1
+        try:
+            yield
+        finally:
+            _n_looking -= 1
+
+
+def is_looking() -> bool:
+    """Whether a model runs to be looked at, which is no pass of its own."""
+    return _n_looking > 0
 
 
 @torch.library.custom_op("nerve::tap", mutates_args={"order"})

@@ -1,6 +1,8 @@
 """How training on a GPU and what follows a measurement go on beside each other: the device has a
 stream for each, and the thread that trains leaves its core while it would only wait."""
 
+import ctypes
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,11 @@ from contextlib import contextmanager
 import torch
 
 from nerve.cores import share_among_trials
+
+log = logging.getLogger(__name__)
+
+_WAYS_TO_WAIT, _SLEEP = 7, 4
+"""The bits of a context's flags that say how threads wait for the device, and the one to sleep."""
 
 
 class Aside:
@@ -52,12 +59,12 @@ class Aside:
 
 
 class Pace:
-    """Has the thread that trains sleep until its GPU has ended the step before, where trials share
-    the cores.
+    """Has the threads that wait for the GPU sleep, where trials share the cores, and that which
+    trains wait until its GPU has ended the step before.
 
-    It runs ahead otherwise, until the driver takes no more, and waits there with its core kept
-    busy. Where trials share a GPU, that is most of the time; the threads that solve, which give way
-    to it, are to have that core. The GPU always has a step to do.
+    It runs ahead otherwise, until the driver takes no more, and waits there. A wait keeps a core
+    busy unless the driver is told else. Where trials share a GPU, threads wait most of the time;
+    those that solve on the host are to have that core. The GPU always has a step to do.
 
     Args:
         device: where the model trains.
@@ -67,6 +74,13 @@ class Pace:
         self._device = device
         self._is_kept = device.type == "cuda" and share_among_trials() is not None
         self._ended: deque[torch.cuda.Event] = deque()
+        if self._is_kept:
+            sleep_while_waiting(device)
+
+    def catch_up(self) -> None:
+        """Waits for the steps that the GPU still has to do, so that what follows is timed alone."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def end_step(self) -> None:
         """To be called when all work of a step is given to the device."""
@@ -77,3 +91,20 @@ class Pace:
         self._ended.append(event)
         if len(self._ended) > 1:
             self._ended.popleft().synchronize()
+
+
+def sleep_while_waiting(device: torch.device) -> None:
+    """Has each thread of this process that waits for `device` sleep, in place of asking again and
+    again. Where the driver cannot be told so (before 12.1), it stays as it is."""
+    flags = ctypes.c_uint()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # the context is this thread's from here on
+            refusal = driver.cuCtxGetFlags(ctypes.byref(flags))
+            wanted = ctypes.c_uint(flags.value & ~_WAYS_TO_WAIT | _SLEEP)
+            refusal = refusal or driver.cuCtxSetFlags(wanted)
+    except (OSError, AttributeError) as error:
+        refusal = error
+    if refusal:
+        log.info("threads that wait for %s keep their cores busy: %s", device, refusal)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from nerve.measuring.distributed import n_processes
 from nerve.measuring.eigenproblem import (
     FFNEigenproblem,
     FFNSpectra,
@@ -20,7 +21,7 @@ from nerve.measuring.eigenproblem import (
     GroupSpectrum,
 )
 from nerve.recording.staging import Staging
-from nerve.recording.workers import pool_of
+from nerve.recording.workers import pool_of, waiting_on_host
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +43,55 @@ _NEWEST = 0.3
 """What the last solution counts for in the mean of what they take."""
 
 
+class Untaken:
+    """An eigenproblem until a thread takes it, which may be copied to the host before."""
+
+    def __init__(self, eigenproblem: Eigenproblem) -> None:
+        self._lock = threading.Lock()
+        self._held: Eigenproblem | None = eigenproblem
+        self.is_copied = False
+
+    def take(self) -> Eigenproblem:
+        """Gives it, and keeps nothing, so that a GPU's memory is free once it is copied."""
+        with self._lock:
+            held, self._held = self._held, None
+        assert held is not None
+        return held
+
+    def copy(self, to_host: Callable[[Eigenproblem], Eigenproblem]) -> None:
+        """Has a copy take its place, if nobody has taken it."""
+        with self._lock:
+            if self._held is not None:
+                self._held = to_host(self._held)
+                self.is_copied = True
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes of the device."""
+        held = self._held
+        return 0 if held is None or self.is_copied else bytes_of(held)
+
+
 class Waiting(NamedTuple):
-    """An FFN as messages name it, its eigenproblem until a thread takes it, and its spectra to
-    come."""
+    """An FFN as messages name it, its eigenproblem, and its spectra to come."""
 
     name: str
-    untaken: list[Eigenproblem]
+    untaken: Untaken
     future: Future[Any]
 
     @property
     def n_bytes(self) -> int:
         """What it takes of the device while nobody has taken it."""
-        return sum(map(bytes_of, tuple(self.untaken)))
+        return self.untaken.n_bytes
 
 
 class Dispatch:
     """Solves each eigenproblem of a GPU where that costs less (`Placement`), while training goes
     on: copied to the host and solved there, one thread for each of them, or on the GPU, between its
     other work. Those of a CPU, whose cores train, are solved at once.
+
+    What the host is to solve is copied as long as its memory is for that, threads or not: runs that
+    share a GPU have few threads each, and its memory is what they have least of.
 
     Args:
         device: where the model trains.
@@ -78,9 +110,11 @@ class Dispatch:
         self._staging = Staging(device)
         self._placement = Placement(n_workers)
         self._said: Counter[Place] = Counter()
-        if self._pool and is_gpu:
+        self._copier = pool_of(1) if self._pool and is_gpu else None
+        self._room = threading.Semaphore(waiting_on_host(n_processes(), n_bytes))
+        if self._copier:
             # What it cannot pin is asked for again, and refused, where it is needed.
-            self._pool.submit(self._staging.reserve, n_bytes)
+            self._copier.submit(self._staging.reserve, n_bytes)
 
     @property
     def is_beside(self) -> bool:
@@ -105,15 +139,16 @@ class Dispatch:
         waiting = []
         for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
             name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
-            # What solves it takes it from the list, so that a GPU's memory is free once copied.
-            untaken = [eigenproblem]
+            untaken = Untaken(eigenproblem)
             task = partial(self._solve, untaken, place, work, ready)
             waiting.append(Waiting(name, untaken, self._begun(task, place)))
+            if self._copier and place == "host":
+                self._copier.submit(self._copy, untaken, ready)
         return waiting
 
     def close(self) -> None:
         """Ends the threads; what none of them has begun is dropped."""
-        pools = [pool for pool in (self._pool, self._of_gpu) if pool]
+        pools = [pool for pool in (self._pool, self._of_gpu, self._copier) if pool]
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)  # also where the wait is interrupted
         for pool in pools:
@@ -132,7 +167,7 @@ class Dispatch:
 
     def _solve(
         self,
-        untaken: list[Eigenproblem],
+        untaken: Untaken,
         place: Place,
         work: float,
         ready: torch.cuda.Event | None,
@@ -140,16 +175,30 @@ class Dispatch:
         began, seconds = time.monotonic(), None
         try:
             if place == "host" and self._stream is not None:
-                spectra = self._staging.to_host(untaken.pop(), ready).solve()
+                problem = untaken.take()
+                if untaken.is_copied:
+                    self._room.release()
+                else:
+                    problem = self._staging.to_host(problem, ready)
+                spectra = problem.solve()
             else:
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                     if self._stream is not None and ready is not None:
                         self._stream.wait_event(ready)
-                    spectra = untaken.pop().solve()
+                    spectra = untaken.take().solve()
             seconds = time.monotonic() - began
         finally:
             self._placement.solved(place, work, seconds)
         return spectra
+
+    def _copy(self, untaken: Untaken, ready: torch.cuda.Event | None) -> None:
+        """Copies it ahead of the thread that solves it, which does so itself where this fails."""
+        if self._room.acquire(blocking=False):
+            try:
+                untaken.copy(partial(self._staging.to_host, ready=ready))
+            finally:
+                if not untaken.is_copied:
+                    self._room.release()
 
     def _say(self, places: Sequence[Place], step: Any) -> None:
         """Logs where the eigenproblems go, when that changes."""

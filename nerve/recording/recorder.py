@@ -1,6 +1,5 @@
 """Measures a model's FFNs while something else trains it, and writes the rows of a run."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nerve.errors import noted
 from nerve.measuring.around import Stream, sites_around
@@ -17,15 +17,13 @@ from nerve.measuring.masks import ALL, Chosen
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.aside import Aside, Pace
-from nerve.recording.cadence import Cadence
+from nerve.recording.cadence import Cadence, rate_of
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Eigenproblem, Solved, Solver
 from nerve.recording.staging import expected_bytes
 from nerve.recording.workers import spare_workers
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
-
-log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -158,6 +156,8 @@ class Recorder:
 
     def start_validation(self, *, is_split: bool = False) -> None:
         """Begins the held-out set anew; `is_split` as the property."""
+        if self._pace is not None:
+            self._pace.catch_up()
         self._began = time.perf_counter()
         self._is_split = is_split
         self._cadence.start_validation()
@@ -170,8 +170,9 @@ class Recorder:
         """Takes a validation loss of the labeled weights that somebody else has found."""
         self._cadence.note_validation(loss)
 
-    def label(self, step: int, lr: float | None) -> None:
-        """Labels the measurement of `step` with its losses and the hidden weights' rate."""
+    def label(self, step: int, optimizers: Sequence[Optimizer]) -> None:
+        """Labels the measurement of `step` with its losses and the rate of the measured weights."""
+        lr = rate_of(optimizers, self.probe.ffns)
         self._cadence.label(step, lr, n_processes=self._n_processes, is_split=self._is_split)
 
     def end_validation(self) -> None:
@@ -215,7 +216,6 @@ class Recorder:
                 mine = (self._rank, self._n_processes)
                 share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
                 share += measurement.group_eigenproblems(*mine)
-                log.debug("covariances: %.3g GiB", measurement.n_bytes / 2**30)
                 solved = self._solver.submit(due, share)
             self._write(solved)
 

@@ -67,7 +67,10 @@ class Staging:
                 }
                 held = iter(buffer.hold([part for each in parts.values() for part in each]))
                 if self._stream is not None:
-                    self._stream.record_event().synchronize()
+                    # One that sleeps: its core is for those that solve.
+                    copied = torch.cuda.Event(blocking=True)
+                    copied.record(self._stream)
+                    copied.synchronize()
                 copies: dict[str, Any] = {
                     name: from_lower_blocks([next(held) for _ in parts[name]])
                     if name in _LOWER

@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 NICENESS = 19
 """Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
 
-SHARE_OF_HOST, COPIES = 4, 4
+SHARE_OF_HOST, COPIES, WAITING = 4, 4, 2
 """What is being solved may take one part in so many of the host's memory, where a thread has so
-many times what it gets."""
+many times what it gets; and as much again may wait for a thread, with so many times that."""
 
 
 def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) -> int:
@@ -38,9 +38,20 @@ def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) 
         return 0
     share = share_among_trials()
     spare = (allowed() // n_processes - 1) if share is None else share + 1
+    return max(1, min(spare, _by_memory(n_processes, COPIES * n_bytes)))
+
+
+def waiting_on_host(n_processes: int, n_bytes: int) -> int:
+    """How many eigenproblems may wait on the host for a thread, as its memory is. Arguments as of
+    `spare_workers`."""
+    return _by_memory(n_processes, WAITING * n_bytes)
+
+
+def _by_memory(n_processes: int, n_bytes: int) -> int:
+    """For how many of `n_bytes` there is memory here."""
+    share = share_among_trials()
     n_beside = n_processes if share is None else max(1, allowed() // share)
-    by_memory = memory() // (SHARE_OF_HOST * n_beside * COPIES * max(n_bytes, 1))
-    return max(1, min(spare, by_memory))
+    return memory() // (SHARE_OF_HOST * n_beside * max(n_bytes, 1))
 
 
 def pool_of(n_workers: int) -> ThreadPoolExecutor:

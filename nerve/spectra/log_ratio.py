@@ -32,7 +32,7 @@ def log_participation_ratio(
     return value
 
 
-def evenly(n: int, n_taken: int) -> Int64[Tensor, " n_taken"]:
+def evenly(n: int, n_taken: int, device: torch.device | None = None) -> Int64[Tensor, " n_taken"]:
     """`n_taken` numbers below `n`, at most all, none twice: the multiples of a step modulo `n`.
 
     Any run of them is spread evenly over all samples, and over the positions in sequences whose
@@ -42,7 +42,7 @@ def evenly(n: int, n_taken: int) -> Int64[Tensor, " n_taken"]:
     golden = round(n * (5**0.5 - 1) / 2)
     steps = (golden + sign * offset for offset in range(n) for sign in (1, -1))
     step = next(step for step in steps if math.gcd(step, n) == 1)
-    return torch.arange(min(n, n_taken)) * step % n
+    return torch.arange(min(n, n_taken), device=device) * step % n
 
 
 _MEAN_ROUNDING = 32
@@ -57,7 +57,8 @@ def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor
     """log PR; its gradient by the samples that were taken, as a direction and a factor; and which
     samples these are."""
     rows = features.detach().flatten(0, -2)
-    taken = evenly(len(rows), n_samples).to(rows.device, non_blocking=True)
+    # Made where they are used: what a CUDA graph holds copies nothing from the host.
+    taken = evenly(len(rows), n_samples, rows.device)
     narrow, wide = _types(rows)
     x = rows[taken]
     low, high = (end.to(wide) for end in torch.aminmax(x, dim=0))

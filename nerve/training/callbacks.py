@@ -20,6 +20,13 @@ SHOWN_EVERY_S = 0.25
 """How often a terminal shows the loss: to read it is to wait for the device."""
 
 
+def let_go(callback: L.Callback) -> None:
+    """Lets go of the module of a fit that is over, and with it of trainer and optimizers: Lightning
+    gives its `log` to each callback."""
+    for name in ("log", "log_dict"):
+        vars(callback).pop(name, None)
+
+
 class Heartbeat(L.Callback):
     """Writes the step and the time to run.json at least every ten seconds, whatever the process is
     at: a thread does it where training does not.
@@ -73,6 +80,7 @@ class Heartbeat(L.Callback):
         self._end_of_fit()
 
     def _end_of_fit(self) -> None:
+        let_go(self)
         if self._is_of_fit:
             self._is_of_fit = False
             self.__exit__()
@@ -144,8 +152,10 @@ class RunProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        logged = super().get_metrics(trainer, pl_module)
-        shown = {short: logged[name] for name, short in _SHOWN.items() if name in logged}
+        logged = trainer.callback_metrics
+        shown: dict[str, int | str | float | dict[str, float]] = {
+            short: float(logged[name]) for name, short in _SHOWN.items() if name in logged
+        }
         if "acc" in shown:
             shown.pop("val", None)  # both beside the rate are too wide
         if self._seconds:

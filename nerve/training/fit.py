@@ -121,7 +121,7 @@ def choice_of(
     model = _holder(module, probe)
 
     def run(batch: Any) -> object:
-        with evaluating(model):
+        with evaluating(model, probe):
             return call_probed(probe, call, model, batch)
 
     mask = getattr(module, "padding_mask", None) if mask is None else mask

@@ -75,7 +75,9 @@ class TrainedModel(L.LightningModule):
         self._note_divergence(mean)
         if penalty is not None:
             self.log("penalty", penalty, sync_dist=True)
-        self.log("train_loss", mean, prog_bar=True)
+        # For Lightning's bar it would be read after every batch, a wait for the device each time;
+        # `RunProgressBar` reads it when it is drawn.
+        self.log("train_loss", mean)
         return {"loss": loss, "n_targets": targets.numel()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

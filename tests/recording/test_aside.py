@@ -33,13 +33,18 @@ def test_what_is_read_beside_is_not_given_to_training_before():
     asked for at once."""
     device = torch.device("cuda")
     aside = Aside(device)
-    given = torch.zeros(2**24, device=device)
-    torch.cuda._sleep(10**8)
-    given.fill_(1)
-    with aside.work_on([given]):
-        torch.cuda._sleep(10**8)
-        total = given.sum()
-    del given
+    for again in (False, True):  # kernels are loaded the first time, which waits for the device
+        given = torch.zeros(2**24, device=device)
+        torch.cuda._sleep(10**9 if again else 1)
+        given.fill_(1)
+        with aside.work_on([given]):
+            torch.cuda._sleep(10**8)
+            total = given.sum()
+        del given
+        if not again:
+            torch.full((2**24,), 7.0, device=device)
+            torch.cuda.synchronize()
+            aside.let_go()
     others = [torch.full((2**24,), 7.0, device=device) for _ in range(3)]
     aside.let_go()
     assert len(aside._held) == 1
@@ -76,6 +81,11 @@ def test_a_step_begins_once_the_one_before_the_last_is_done(monkeypatch, shares)
         torch.cuda._sleep(10**8)
         pace.end_step()
     wall, cpu = time.monotonic() - wall, time.thread_time() - cpu
+    if shares:  # whatever else waits for the device sleeps, too
+        spent = time.thread_time()
+        torch.cuda._sleep(10**9)
+        torch.ones((), device="cuda").item()
+        assert time.thread_time() - spent < 5 * step_s
     torch.cuda.synchronize()
     if shares:
         assert 4 * step_s < wall < 5.9 * step_s

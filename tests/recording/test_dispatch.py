@@ -1,8 +1,10 @@
 """The host gets what it can solve while measurements come as they do; the GPU gets the rest."""
 
 import pytest
+import torch
 
-from nerve.recording.dispatch import DEVICE_S, FIRST_S, HOST_S, Placement
+from nerve.measuring.eigenproblem import GroupEigenproblem
+from nerve.recording.dispatch import DEVICE_S, FIRST_S, HOST_S, Placement, Untaken
 
 WORK = 2 * 2048.0**3
 """Of one FFN: half a second or more of a core."""
@@ -85,3 +87,35 @@ def test_one_that_failed_is_no_longer_pending(clock):
     placement.solved("host", WORK, None)
     clock.now += 1.5 * HOST_S * WORK / 1.5
     assert placement.choose([WORK]) == ["host"]
+
+
+def problem(value: float) -> GroupEigenproblem:
+    matrix = torch.full((4, 4), value, dtype=torch.float64)
+    return GroupEigenproblem(0, "ffn", "pre", "all", "all", 9, 4, matrix)
+
+
+def test_what_is_copied_ahead_takes_nothing_of_the_device_and_is_what_is_solved():
+    given, copy = problem(1.0), problem(2.0)
+    untaken = Untaken(given)
+    assert (untaken.n_bytes, untaken.is_copied) == (128, False)
+    untaken.copy(lambda _: copy)
+    assert (untaken.n_bytes, untaken.is_copied) == (0, True)
+    assert untaken.take() is copy
+
+
+def test_what_a_thread_has_taken_is_not_copied():
+    untaken = Untaken(problem(1.0))
+    untaken.take()
+    untaken.copy(lambda _: pytest.fail("copied"))
+    assert (untaken.n_bytes, untaken.is_copied) == (0, False)
+
+
+def test_what_cannot_be_copied_ahead_is_still_there():
+    def refuse(_):
+        raise MemoryError
+
+    given = problem(1.0)
+    untaken = Untaken(given)
+    with pytest.raises(MemoryError):
+        untaken.copy(refuse)
+    assert untaken.take() is given

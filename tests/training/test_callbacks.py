@@ -208,7 +208,7 @@ def bar_of(n_batches: int, of: int, resumed_at: int, metrics: dict[str, float], 
     batches = SimpleNamespace(current=SimpleNamespace(processed=resumed_at))
     trainer = SimpleNamespace(
         num_training_batches=of,
-        progress_bar_metrics=metrics,
+        callback_metrics=metrics,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
         loggers=[],
         world_size=1,
