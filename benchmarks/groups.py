@@ -95,7 +95,8 @@ def measured(
     solved = time.perf_counter()
     probe.remove()
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
-    held = measurement.n_bytes / 2**30
+    covariances = [c for of in measurement._of for c in of.parts.covariances.values()]
+    held = sum(8 * covariance.dim**2 for covariance in covariances) / 2**30
     return passed - began, solved - passed, float(len(problems)), held, peak
 
 

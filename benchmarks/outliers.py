@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import nerve
+from nerve.derived import LARGEST_MOVES
 from nerve.measuring.ffns import FFNAdapter
 from nerve.metric_names import SITES
-from nerve.outliers import LARGEST_MOVES
 
 RUNS = (
     *(

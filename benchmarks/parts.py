@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nerve.files import write_atomically
-from nerve.storage.parts import encoding_of, read_part, write_part
-from nerve.storage.schema import DATASETS, table_of
+from nerve.storage.parts import read_part, write_part
+from nerve.storage.schema import DATASETS, encoding_of, table_of
 
 N_LAYERS, D_FF = 12, 512
 

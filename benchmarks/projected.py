@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 import nerve
-from nerve.analysis.derived import with_derived
 from nerve.cli.probing.runs import KeptCheckpoints
 from nerve.cli.probing.source import Asked
+from nerve.derived import with_derived
 from nerve.measuring import accumulator
 from nerve.measuring.ffns import FFN, FFNAdapter
 from nerve.measuring.measurement import Measurement

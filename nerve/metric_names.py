@@ -2,7 +2,7 @@
 
 Every list of metrics in nerve derives from `CATALOGUE`: the columns that a run stores, what loggers
 and sweepers get, what is compared over runs and depth, and what tables and figures show. A new
-metric is one function (with its line in `nerve.spectra.metrics`, or in `nerve.analysis.derived` for
+metric is one function (with its line in `nerve.spectra.metrics`, or in `nerve.derived` for
 one that is made of stored columns), one entry here, one line in the tables of
 docs/measurement.md, one test.
 """

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import hydra
-from hydra._internal import config_loader_impl
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
-from hydra._internal.defaults_list import DefaultsList, create_defaults_list
-from hydra.core.default_element import ResultDefault
+from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,6 +30,7 @@ PLACES = {"", "hydra.conf", *map(str, SHIPPED)}
 
 load = OmegaConf.load
 compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
+choices = defaults_list._create_interpolation_map
 
 _defaults: dict[Any, DefaultsList] = {}
 _composed: dict[Any, bytes] = {}
@@ -39,6 +40,7 @@ def remember() -> None:
     """From now on Hydra is asked once for each choice of options."""
     OmegaConf.load = staticmethod(load_once)
     config_loader_impl.create_defaults_list = defaults_once
+    defaults_list._create_interpolation_map = choices_where_needed
     ConfigLoaderImpl._compose_config_from_defaults_list = compose_once
 
 
@@ -81,6 +83,16 @@ def defaults_once(
     if key not in _defaults:
         _defaults[key] = create_defaults_list(repo, config_name, options, *how)
     return replace(_defaults[key], config_overrides=[each for each in given if each not in options])
+
+
+def choices_where_needed(
+    overrides: Overrides, defaults: list[InputDefault], self_added: bool
+) -> DictConfig:
+    """What `_create_interpolation_map` gives where a default is named after the choice of another
+    one; elsewhere nobody looks, and it is made for each file anew."""
+    if any(each.is_interpolation() for each in defaults):
+        return choices(overrides, defaults, self_added)
+    return DictConfig({})
 
 
 def _is_option(override: Override, repo: IConfigRepository) -> bool:

@@ -1,6 +1,5 @@
 """How the tests are run: by whom, in which order, side by side; what they share is shared.py."""
 
-import atexit
 import gc
 import os
 import signal
@@ -100,7 +99,6 @@ def _only_hands_out(config: pytest.Config) -> bool:
 def pytest_collection_finish() -> None:
     gc.freeze()  # else it is looked through while tests run and at their end, a tenth of all time
     gc.enable()
-    atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ import composing
 import numpy as np
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 from studied import evidence, judged, scorecard  # noqa: F401 - fixtures as well
 from support import (  # noqa: F401 - fixtures for all tests
@@ -27,6 +28,17 @@ from support import (  # noqa: F401 - fixtures for all tests
 
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
+
+UNCHECKED = (
+    *("tests/training/", "tests/integrations/", "tests/cli/", "tests/report/"),
+    *("tests/test_docs.py", "tests/test_notebook", "tests/test_sweeps.py"),
+)
+"""Tests of what calls these packages, whose calls are not checked: that takes a sixth of the time
+that they take, and they call them alike, dozens of times; but for one file of each kind."""
+CHECKED_AMONG = (
+    *("tests/training/test_module.py", "tests/integrations/test_loop.py"),
+    *("tests/cli/test_run.py", "tests/cli/test_mixer.py"),
+)
 
 torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
 
@@ -92,6 +104,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
         faulthandler.dump_traceback_later(
             limit + LATE_S, exit=True, file=item.config.stash[_stderr]
         )
+    path = item.nodeid.partition("::")[0]
+    is_checked = not path.startswith(UNCHECKED) or path in CHECKED_AMONG
+    jaxtyping_config.update("jaxtyping_disable", not is_checked)
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import composing
 import pytest
-from hydra._internal import config_loader_impl
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -28,6 +28,7 @@ def by_hydra(monkeypatch):
             patch.setattr(
                 config_loader_impl, "create_defaults_list", composing.create_defaults_list
             )
+            patch.setattr(defaults_list, "_create_interpolation_map", composing.choices)
             name = "_compose_config_from_defaults_list"
             patch.setattr(ConfigLoaderImpl, name, composing.compose_defaults)
             return function()
@@ -46,6 +47,18 @@ def test_it_is_the_same_however_often_it_was_composed(by_hydra, name, overrides)
 
     expected = by_hydra(text)
     assert [text(), text()] == [expected] * 2
+
+
+def test_a_default_may_be_named_after_the_choice_of_another_one(by_hydra, tmp_path):
+    (tmp_path / "optimizer" / "rate").mkdir(parents=True)
+    (tmp_path / "optimizer" / "ours.yaml").write_text("defaults: [{rate: '${model}'}, _self_]")
+    (tmp_path / "optimizer" / "rate" / "mixer_tiny.yaml").write_text("lr: 0.125")
+
+    def rate():
+        path = f"hydra.searchpath=[file://{tmp_path}]"
+        return composed(path, "model=mixer_tiny", "optimizer=ours").optimizer.rate.lr
+
+    assert [rate(), by_hydra(rate)] == [0.125, 0.125]
 
 
 def test_what_was_composed_is_the_callers_own():

@@ -8,16 +8,23 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from build import ProjectBuilder
+from build.env import DefaultIsolatedEnv
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pyproject_hooks import quiet_subprocess_runner
 from support import TINY_RUN
 
 ROOT = Path(__file__).parents[1]
+Build = Callable[[str, Path, Path], Path]
+"""`build("wheel", source, folder)` gives the file."""
+
 pytestmark = [pytest.mark.install, pytest.mark.timeout(900)]
 
 
@@ -31,11 +38,25 @@ def call(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    call(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
+def build() -> Iterator[Build]:
+    """Builds as `python -m build` does, in an environment with nothing but what pyproject.toml asks
+    for; one for all, as to make it takes longer than to build."""
+    with pytest.MonkeyPatch.context() as patch, DefaultIsolatedEnv() as environment:
+        patch.delenv("PYTHONPATH", raising=False)
+        patch.delenv("VIRTUAL_ENV", raising=False)
+
+        def builder(source: Path) -> ProjectBuilder:
+            return ProjectBuilder.from_isolated_env(environment, source, quiet_subprocess_runner)
+
+        environment.install(builder(ROOT).build_system_requires)
+        for kind in ("sdist", "wheel"):
+            environment.install(builder(ROOT).get_requires_for_build(kind))
+        yield lambda kind, source, folder: Path(builder(source).build(kind, folder))
+
+
+@pytest.fixture(scope="module")
+def wheel(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_carries_configuration_and_nothing_else_beside_the_package(wheel):
@@ -59,7 +80,7 @@ def commit_in(path: Path) -> str:
         return file.read().decode()
 
 
-def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(tmp_path):
+def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(build, tmp_path):
     """From a clone: wheel, source distribution, and the wheel that is built from that."""
     clone = tmp_path / "clone"
     call("git", "clone", "-q", ROOT, clone, cwd=tmp_path)
@@ -68,18 +89,17 @@ def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(tmp_p
     user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     call("git", *user, "commit", "-q", "--all", "--allow-empty", "-m", "as here", cwd=clone)
     commit = call("git", "rev-parse", "HEAD", cwd=clone)
-    build = [sys.executable, "-m", "build", "--outdir"]
-    call(*build, tmp_path / "clean", clone, cwd=tmp_path)  # sdist, and the wheel from it
-    built = sorted((tmp_path / "clean").iterdir())
-    assert [path.suffix for path in built] == [".whl", ".gz"]
-    wheel, source = (commit_in(path) for path in built)
-    assert wheel == commit  # built from the source distribution, whose files are what was packed
-    assert re.fullmatch(rf"{commit.strip()} sha256:[0-9a-f]{{64}}\n", source)
+    source = build("sdist", clone, tmp_path)
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    # Of the source distribution, whose files are what was packed.
+    wheel = build("wheel", tmp_path / source.name.removesuffix(".tar.gz"), tmp_path / "clean")
+    assert commit_in(wheel) == commit
+    assert re.fullmatch(rf"{commit.strip()} sha256:[0-9a-f]{{64}}\n", commit_in(source))
     assert call("git", "status", "--porcelain", cwd=clone) == ""
     with open(clone / "nerve" / "errors.py", "a") as file:
         file.write("# changed\n")
-    call(*build, tmp_path / "changed", "--wheel", clone, cwd=tmp_path)
-    (wheel,) = (tmp_path / "changed").iterdir()
+    wheel = build("wheel", clone, tmp_path / "changed")
     assert commit_in(wheel) == commit.strip() + "+\n"
 
 

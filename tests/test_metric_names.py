@@ -16,7 +16,7 @@ from torch import nn
 
 import nerve
 from nerve import FFNAdapter, final_metrics, load_metrics, measure
-from nerve.analysis.derived import with_derived
+from nerve.derived import with_derived
 from nerve.metric_names import (
     CATALOGUE,
     DERIVED,
@@ -25,7 +25,7 @@ from nerve.metric_names import (
     STORED,
     metric_of,
 )
-from nerve.recording.means import logged_values, mean_values
+from nerve.recording.writer import logged_values, mean_values
 from nerve.report.one_run import content_of_run
 from nerve.report.several_runs import content_of_runs
 from nerve.spectra.metrics import OF_ONE_SPECTRUM, OF_TWO_SPECTRA
@@ -157,7 +157,7 @@ import torch
 from torch import nn
 import nerve
 from nerve.cli.experiment.summary import print_summary
-from nerve.recording.means import logged_values
+from nerve.recording.writer import logged_values
 from nerve.report import write
 
 torch.manual_seed(0)

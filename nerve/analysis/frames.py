@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.errors import ConfigError
+from nerve.storage.schema import Dataset
 
 AT_STEP = ("tokens_seen", "train_loss", "val_loss")
 """Columns of `load_metrics` that all rows of a run and step share."""
@@ -40,6 +41,27 @@ def require_factors(factors: Sequence[str], runs: pd.DataFrame, taken: Collectio
         raise ConfigError(
             f"A factor is a column of load_runs that the result does not have already; got "
             f"{', '.join(doubled)}. Leave it out."
+        )
+
+
+def require_joinable(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:
+    """Raises `ConfigError` with near names for factors that `runs` does not have, or that the rows
+    of the dataset have already."""
+    columns = [name for name in runs.columns if name not in dataset.schema.names]
+    for factor in factors:
+        if factor in columns:
+            continue
+        parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
+        near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
+        fix = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+        if factor in runs.columns:
+            fix = (
+                "Leave it out; a configuration value of that name can be a factor inside a group: "
+                f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
+            )
+        raise ConfigError(
+            f"A factor is a column of load_runs that {dataset.name} does not have already; got "
+            f"{factor!r}. {fix}"
         )
 
 

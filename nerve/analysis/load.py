@@ -5,24 +5,35 @@ in a warning whatever they leave out. Unfinished and failed runs are in every fr
 `run_status` tells them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nerve.analysis.derived import derived_columns
 from nerve.analysis.flags import flag_runs
-from nerve.analysis.frames import require_names
-from nerve.analysis.gather import Block, Coded, frame_of, gathered
-from nerve.analysis.read import AT_ONCE, Derive, RunRows, StoredRun, reads
-from nerve.analysis.sampling import VERDICTS, sampling_codes
-from nerve.errors import ConfigError, StoreError, warn_caller
-from nerve.outliers import OF_CHANNELS, outlier_codes
+from nerve.analysis.frames import require_joinable, require_names
+from nerve.analysis.gather import (
+    AT_ONCE,
+    Block,
+    Coded,
+    Derive,
+    StoredRun,
+    frame_of,
+    gathered,
+    reads,
+)
+from nerve.analysis.sampling import codes_by_halves
+from nerve.derived import OF_CHANNELS, VERDICTS, derived_columns, outlier_codes, sampling_codes
+from nerve.errors import StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
+from nerve.storage.identity import completed, ids_of_plain
 from nerve.storage.parts import DamagedPartError, warn_damaged
+from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
 
 
@@ -84,17 +95,19 @@ class Runs:
 
     def _with_derived(self, rows: Block, runs: slice) -> Block:
         """Rows of metrics of some of the runs with what derives from them and their groups."""
-        groups = self.groups
-        if len(groups):
-            ends = np.cumsum([0, *self._counts["groups"]])
-            groups = groups.iloc[ends[runs.start] : ends[runs.stop]]
-        ffn, numbers = rows["ffn"], _numbers_of(rows)
+        ffn, status, numbers = rows["ffn"], rows["status"], _numbers_of(rows)
         assert isinstance(ffn, Coded)
+        assert isinstance(status, Coded)
+        sampling = sampling_codes(numbers, status.equal("ok"))
+        if len(self.groups):
+            ends = np.cumsum([0, *self._counts["groups"]])
+            groups = self.groups.iloc[ends[runs.start] : ends[runs.stop]]
+            sampling = codes_by_halves(sampling, rows, groups)
         return {
             **rows,
             **derived_columns(numbers),
             "outliers": Coded.used(*outlier_codes(numbers, ffn.equal(OF_CHANNELS))),
-            "sampling": Coded.used(sampling_codes(rows, groups), VERDICTS),
+            "sampling": Coded.used(sampling, VERDICTS),
         }
 
     def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
@@ -102,7 +115,7 @@ class Runs:
 
         Some runs are read at once, so that no more is in memory than the frame and these.
         """
-        _check_factors(self.factors, self.frame, dataset)
+        require_joinable(self.factors, self.frame, dataset)
         counts: list[int] = []
         unread: list[Sequence[StoreError]] = []
 
@@ -165,7 +178,7 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
       1)`: no spectrum can have more directions, so PR and exp(SE) cannot exceed them (behind a
       LayerNorm the first is one less still)
     - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
-      empty (see `nerve.outliers`)
+      empty (see `nerve.derived.outliers`)
     - `sampling`: whether there were enough samples, `well`, `under` or `severely under`: by how far
       PR moves when it is extrapolated from halves to endlessly many samples (5%, 20%; of pre and
       post the worse), or by N/D where no halves were measured (8, 2)
@@ -223,20 +236,62 @@ def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
     return own.repeat(counts)
 
 
-def _check_factors(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:
-    columns = [name for name in runs.columns if name not in dataset.schema.names]
-    for factor in factors:
-        if factor in columns:
-            continue
-        parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
-        near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
-        fix = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
-        if factor in runs.columns:
-            fix = (
-                "Leave it out; a configuration value of that name can be a factor inside a group: "
-                f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
-            )
-        raise ConfigError(
-            f"A factor is a column of load_runs that {dataset.name} does not have already; got "
-            f"{factor!r}. {fix}"
-        )
+TIMES = ("started", "heartbeat", "ended")
+
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+class RunRows:
+    """What records say, column by column. Configurations are not kept: of ten thousand runs they
+    take as much memory as half a million rows."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[Any]] = {}
+        self._places: dict[Path, int] = {}
+
+    def take_from(self, record: RunRecord) -> None:
+        """Adds the row of a record, and takes the configuration out of it."""
+        place = self._places[record.directory] = len(self._places)
+        row = _row(record)
+        record.config = {}
+        columns, intern = self._columns, sys.intern
+        for name, value in row.items():
+            column = columns.get(name)
+            if column is None:
+                column = columns[intern(name)] = [np.nan] * place
+            column.append(intern(value) if type(value) is str else value)
+        if len(row) < len(self._columns):
+            for name in self._columns.keys() - row.keys():
+                self._columns[name].append(np.nan)
+
+    def frame(self, directories: Sequence[Path]) -> pd.DataFrame:
+        """The rows of the runs in these directories, in their order."""
+        places = [self._places[directory] for directory in directories]
+        frame = pd.DataFrame(self._columns).take(places).reset_index(drop=True)
+        for name in TIMES:
+            frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
+        return frame
+
+
+def _row(record: RunRecord) -> dict[str, Any]:
+    values = {name: value for name, value in vars(record).items() if name != "config"}
+    values |= {"directory": str(record.directory), "job": record.job or {}}
+    if record.error is not None:
+        values["error"] = ": ".join(str(text) for text in record.error.values())
+    _, values["design_id"] = ids_of_plain(record.config)
+    row: dict[str, Any] = {}
+    _add_leaves(row, completed(record.config), "")
+    # A key of the configuration cannot take the name of what the record itself says (seed).
+    _add_leaves(row, values, "")
+    return row
+
+
+def _add_leaves(row: dict[str, Any], values: Mapping[str, Any], prefix: str) -> None:
+    for key, value in values.items():
+        if type(value) in _PLAIN:  # most are, of ten thousand runs
+            row[prefix + key] = value
+        elif isinstance(value, Mapping):
+            _add_leaves(row, value, f"{prefix}{key}.")
+        else:
+            row[prefix + key] = json.dumps(value) if isinstance(value, list) else value

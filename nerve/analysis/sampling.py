@@ -6,20 +6,18 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.frames import require_columns
-from nerve.analysis.gather import Block, Coded, frame_of
+from nerve.analysis.gather import Block, frame_of
 from nerve.analysis.statistics import student_t
+from nerve.derived import VERDICTS
 from nerve.metric_names import POOLED, SPREAD
 
 ROW = ("run_id", "step", "layer", "ffn")
 """What tells the rows of metrics apart."""
 
-VERDICTS = ("well", "under", "severely under")
 
 MOST_MOVES = {"well": 0.05, "under": 0.20}
 """Up to what share of itself PR may move, extrapolated to endlessly many samples, for a verdict."""
 
-LEAST_RATIO = {"well": 8.0, "under": 2.0}
-"""From how many samples a feature on a verdict holds, where no halves were measured."""
 
 TRUSTED = 1 / 3
 """The standard error of an extrapolation that comes on top, as a share of its length: terms beyond
@@ -117,34 +115,27 @@ def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.D
     return result.assign(sampling=pd.Series(verdict, result.index).where(whole["pr"].notna()))
 
 
-def sampling_codes(rows: Block, groups: pd.DataFrame) -> np.ndarray:
-    """Of each row of metrics its place in `VERDICTS`: by halves where they were measured (of pre
-    and post the worse), else by N/D. -1 where nothing was measured.
+def codes_by_halves(codes: np.ndarray, rows: Block, groups: pd.DataFrame) -> np.ndarray:
+    """Of each row of metrics its place in `VERDICTS`: by halves where they were measured, of pre
+    and post the worse.
 
     Args:
-        rows: with the columns `ROW`, `n_samples`, `d_ff`, `status`.
+        codes: those by N/D, -1 where nothing was measured.
+        rows: with the columns `ROW`.
         groups: rows of `load_groups`.
     """
-    n_samples, d_ff, status = (rows[name] for name in ("n_samples", "d_ff", "status"))
-    assert isinstance(status, Coded)
-    assert isinstance(n_samples, np.ndarray)
-    assert isinstance(d_ff, np.ndarray)
-    ratio = n_samples / d_ff
-    verdict = np.full(len(ratio), 2, np.int8)
-    for place in (1, 0):
-        verdict[ratio >= LEAST_RATIO[VERDICTS[place]]] = place
-    if len(groups) and (groups["grouping"] == "halves").any():
-        of_halves = sampling_error(groups).dropna(subset="sampling")
-        worst = (
-            of_halves["sampling"]
-            .map(VERDICTS.index)
-            .groupby([of_halves[name] for name in ROW], observed=True)
-            .max()
-        )
-        places = pd.MultiIndex.from_frame(frame_of({name: rows[name] for name in ROW}))
-        found = worst.reindex(places).to_numpy(float)
-        verdict = np.where(np.isnan(found), verdict, found).astype(np.int8)
-    return np.where(status.equal("ok"), verdict, np.int8(-1))
+    if not (groups["grouping"] == "halves").any():
+        return codes
+    of_halves = sampling_error(groups).dropna(subset="sampling")
+    worst = (
+        of_halves["sampling"]
+        .map(VERDICTS.index)
+        .groupby([of_halves[name] for name in ROW], observed=True)
+        .max()
+    )
+    places = pd.MultiIndex.from_frame(frame_of({name: rows[name] for name in ROW}))
+    found = worst.reindex(places).to_numpy(float)
+    return np.where(np.isnan(found) | (codes < 0), codes, found).astype(np.int8)
 
 
 def renyi_ranks(spectra: pd.DataFrame) -> pd.DataFrame:

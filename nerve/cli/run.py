@@ -30,7 +30,7 @@ from nerve.cli.config.overrides import (
 from nerve.cli.config.resume import prepare_resume
 from nerve.cli.console import fail
 from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
-from nerve.cli.sweep.sweeper import NAME, register_sweeper
+from nerve.cli.sweep.sweeper import NAME, TrialSweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
 from nerve.config import LONGEST_NAME
@@ -51,8 +51,7 @@ def main() -> None:
     Set HYDRA_FULL_ERROR=1 to see tracebacks instead.
     """
     spin_briefly()
-    register()
-    register_sweeper()
+    register({NAME: TrialSweeper})
     command = _Command(show_tracebacks=os.environ.get("HYDRA_FULL_ERROR") == "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves errors to us
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nerve.config import require, require_type
 from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
-from nerve.data.cache import cache_root, cached_tokens
+from nerve.data.cache import cached_tokens
 from nerve.data.cache_entry import CacheMeta, TokenCache
 from nerve.data.corpus import Corpus
 from nerve.data.token_file import TokenFile
@@ -88,7 +88,7 @@ class TextDataModule(BatchDataModule):
         path = None if tokenizer is None else Path(tokenizer)
         self._spec = TokenizerSpec(vocab_size, path, separator_token, tokenizer_sample_bytes)
         self._val_fraction = val_fraction
-        self._cache_root = cache_root(cache_dir)
+        self._cache_dir = cache_dir
         self._cache: TokenCache | None = None
 
     def prepare_data(self) -> None:
@@ -104,7 +104,7 @@ class TextDataModule(BatchDataModule):
         """Opens the token cache, and builds it if another machine's `prepare_data` did not."""
         if self._cache is not None:
             return
-        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_root)
+        cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_dir)
         self._check_lengths(cache)
         _warn_of_large_document(cache.meta)
         self._cache = cache

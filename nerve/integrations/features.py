@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
+from nerve.measuring.tap import is_looking
 from nerve.recording.recorder import Recorder
 
 
@@ -18,7 +19,8 @@ class PassFeatures:
     """Takes the features of the passes of a model while it is open.
 
     A pass ends where the model returns: activation checkpointing runs parts of it again in the
-    backward pass, which do not count. Compiled code leaves what happens here to Python.
+    backward pass, which do not count; nor does what is run to look at the model, here or by
+    `nerve.measure`, nor what generates text. Compiled code leaves what happens here to Python.
 
     Args:
         model: the module that is called.
@@ -37,7 +39,8 @@ class PassFeatures:
         self._recorder = recorder
         self._choice = choice
         self._of_training = of_training
-        self._n_seen = 0
+        self.n_seen = 0
+        """How many passes were taken since then."""
         self._is_taking = False
         self._handles = [
             model.register_forward_pre_hook(untraced(self._start), with_kwargs=True),
@@ -52,7 +55,7 @@ class PassFeatures:
         """
         self.is_open = False
         self._require_ended()
-        if self._n_seen == 0:
+        if self.n_seen == 0:
             kind = (
                 "those of the training pass that follows it, and none was seen: the module that is "
                 "watched must be the one that the loop calls, in train mode and with gradients. "
@@ -63,7 +66,7 @@ class PassFeatures:
                 "eval_dataset that is not empty, or take source='train'."
             )
             raise MeasurementError(f"The features of step {step} are {kind}")
-        self._n_seen = self.n_sequences = 0
+        self.n_seen = self.n_sequences = 0
 
     def close(self) -> None:
         """Lets the model alone."""
@@ -72,7 +75,8 @@ class PassFeatures:
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_meant = (module.training and torch.is_grad_enabled()) == self._of_training
-        if self.is_open and is_meant and module.training == self._of_training:
+        is_meant = is_meant and module.training == self._of_training
+        if self.is_open and is_meant and not is_looking() and not _generates(kwargs):
             batch = batch_of(module, args, kwargs)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
@@ -91,16 +95,23 @@ class PassFeatures:
             )
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._is_taking:
+        if self._is_taking and not is_looking():
             self._is_taking = False
             self._recorder.stop()
-            self._n_seen += 1
+            self.n_seen += 1
 
 
 def untraced(hook: Callable[..., None]) -> Callable[..., None]:
     """A hook that compiled code leaves to Python. Where nothing is compiled the compiler is not
     loaded for it, which takes seconds and, beside a process group, keeps its threads alive."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
+def _generates(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model of transformers is called to generate a token: with what it keeps of those
+    before, or for the logits of the last one alone."""
+    caches = [kwargs.get(name) for name in ("past_key_values", "cache")]
+    return any(each is not None for each in caches) or kwargs.get("logits_to_keep") == 1
 
 
 def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

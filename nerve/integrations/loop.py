@@ -165,7 +165,7 @@ class WatchedLoop:
         )
 
         def run(batch: Any) -> object:
-            with evaluating(inner):
+            with evaluating(inner, recorder.probe):
                 return call_probed(recorder.probe, forward, inner, batch)
 
         choice = choose(inner, recorder.probe, run)

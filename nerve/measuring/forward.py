@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from nerve.errors import MeasurementError
+from nerve.measuring.tap import Taker, looking
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     """The model in eval mode, without gradients, uncompiled, with plain tensors, out of inference
-    mode, which would keep autograd from showing what follows from what; after it as it was."""
+    mode, which would keep autograd from showing what follows from what; after it as it was.
+
+    Args:
+        model: the model.
+        taker: what may take features meanwhile, beside what begins to; others pause.
+    """
     modes = {module: module.training for module in model.modules()}
     # Autograd may record what happens to features: not to weights, which a forward may overwrite.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -25,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(False)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.no_grad(), _uncompiled():
+        with torch.inference_mode(False), torch.no_grad(), _uncompiled(), looking(taker):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

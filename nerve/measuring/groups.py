@@ -4,8 +4,11 @@ The samples of a forward pass are divided on the host, once for all FFNs that sh
 of rows for each group, of which the features of every FFN are then taken.
 """
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +16,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from nerve.errors import MeasurementError
+from nerve.measuring.ffns import FFN, named
 from nerve.metric_names import GROUPS
+
+log = logging.getLogger(__name__)
 
 REST = "rest"
 """The group of the samples that count and are in no other; it has no row."""
@@ -114,11 +120,6 @@ class Divider:
         counts = grouped.token_counts
         self._classes = None if counts is None else frequency_classes(counts)
 
-    def names(self, grouping: str) -> tuple[str, ...]:
-        """The groups of a grouping that have rows."""
-        skipped = ("0", "like_0") if grouping == "position" and self._skip_first else ()
-        return tuple(name for name in GROUPS[grouping] if name not in skipped)
-
     def divide(
         self,
         sizes: tuple[int, int],
@@ -158,7 +159,8 @@ class Divider:
                 labels = self._classes_of(ids, sizes)
             else:
                 labels = (number % 2).expand(sizes)
-            names = [name for name in self.names(grouping) if name not in OVERLAPPING]
+            left_out = (*OVERLAPPING, "0") if self._skip_first else OVERLAPPING
+            names = [name for name in GROUPS[grouping] if name not in left_out]
             labels = torch.where(counts, labels, _NOT_COUNTED)
             parts = {name: self._rows(labels == i) for i, name in enumerate(names)}
             parts[REST] = self._rows(labels == _COUNTED)
@@ -188,6 +190,85 @@ class Divider:
     def _rows(self, chosen: Bool[Tensor, "sequences positions"]) -> Int64[Tensor, " n"]:
         """Their numbers among those that are not skipped."""
         return chosen[:, self._skip_first :].reshape(-1).nonzero()[:, 0]
+
+
+class GroupsOfFFNs:
+    """How the samples of each FFN are grouped, forward pass by forward pass.
+
+    Args:
+        grouped, skip_first: as of `Divider`.
+        ffns: the FFNs.
+    """
+
+    def __init__(self, grouped: Grouped, skip_first: int, ffns: Sequence[FFN]) -> None:
+        self._divider = Divider(grouped, skip_first)
+        self._ffns = ffns
+        self._ids: Sequence[Tensor | None] = [None] * len(ffns)
+        self._in_sequences: Sequence[bool] = [True] * len(ffns)
+        self._divisions: dict[object, Mapping[str, Division]] = {}
+        self._n_sequences = [0] * len(ffns)
+        self._n_sequences_now = [0] * len(ffns)
+
+    def start(
+        self, ids: Tensor | Sequence[Tensor | None] | None, in_sequences: Sequence[bool] | None
+    ) -> None:
+        """Takes what belongs to the forward pass that comes, as of `Chosen`."""
+        n = len(self._ffns)
+        self._ids = [ids] * n if ids is None or isinstance(ids, Tensor) else ids
+        self._in_sequences = [True] * n if in_sequences is None else in_sequences
+        self._divisions.clear()
+
+    def finish_forward(self) -> None:
+        """Ends one forward pass: the next one has other sequences."""
+        for index, n in enumerate(self._n_sequences_now):
+            self._n_sequences[index] += n
+            self._n_sequences_now[index] = 0
+
+    def of(
+        self, index: int, features: Tensor, mask: Tensor | None, given: Tensor | None
+    ) -> Mapping[str, Division] | None:
+        """By grouping, on the device of the features `[..., sequence, width]`; None where these are
+        of no sequences. `mask` is that of the samples, `given` as FFNs share it."""
+        if not self._in_sequences[index]:
+            self.leave_out(index)
+            return None
+        samples = features.shape[:-1]
+        if len(samples) < 2:
+            raise MeasurementError(
+                "Groups are of sequences, so features must have the shape [..., sequence, width]; "
+                f"those of {named(self._ffns[index])} have {tuple(features.shape)}. Measure a "
+                "model that keeps its sequences apart, or leave groups out."
+            )
+        sizes, per_sequence = (math.prod(samples[:-1]), samples[-1]), math.prod(samples[1:-1])
+        self._n_sequences_now[index] = samples[0]
+        ids, first = self._ids[index], self._n_sequences[index]
+        key = (samples, id(given), id(ids), first, features.device)
+        if key not in self._divisions:
+            divisions = self._divider.divide(
+                sizes, None if mask is None else mask.reshape(sizes), ids, first, per_sequence
+            )
+            self._divisions[key] = {
+                grouping: _moved(division, features.device)
+                for grouping, division in divisions.items()
+            }
+        return self._divisions[key]
+
+    def leave_out(self, index: int) -> None:
+        """Says, once, of an FFN that it is not grouped."""
+        _say_not_grouped(named(self._ffns[index]))
+
+
+def _moved(division: Division, device: torch.device) -> Division:
+    parts, others = (
+        {name: rows.to(device, non_blocking=True) for name, rows in groups.items()}
+        for groups in division
+    )
+    return Division(parts, others)
+
+
+@cache
+def _say_not_grouped(where: str) -> None:
+    log.warning("%s is not grouped: its samples are no tokens in a known order", where)
 
 
 def _one_other(

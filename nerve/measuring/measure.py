@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
+from nerve.derived import outliers
 from nerve.measuring.accumulator import Pools
 from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
@@ -24,7 +25,6 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.passes import passes
 from nerve.measuring.probe import Probe
 from nerve.measuring.slices import products_of
-from nerve.outliers import outliers
 from nerve.progress import Progress
 
 log = logging.getLogger(__name__)

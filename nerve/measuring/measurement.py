@@ -1,17 +1,20 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
-from nerve.measuring.groups import NOT_GROUPED, Grouped
-from nerve.measuring.masks import ALL, Chosen
+from nerve.measuring.ffns import named, tokens_of
+from nerve.measuring.groups import NOT_GROUPED, Division, Grouped, GroupsOfFFNs
+from nerve.measuring.masks import ALL, Chosen, Orders, fitted, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
-from nerve.measuring.samples import Samples
+from nerve.measuring.routing import counted_of
 from nerve.progress import Progress, unseen
 
 
@@ -31,9 +34,8 @@ class Measurement:
         grouped: groups of the samples that are measured by themselves, too.
         sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
             tap them, but for `input`.
-        pools: by layer and name the pools of an earlier measurement, which go on; those that begin
-            here are added.
-        open_pools: layer and name of pools that a later measurement goes on with: they have no
+        pools: by layer and name those of an earlier measurement, which go on; new ones are added.
+        open_pools: layer and name of those that a later measurement goes on with: they have no
             eigenproblem yet.
 
     Raises:
@@ -51,7 +53,7 @@ class Measurement:
         pools: Pools | None = None,
         open_pools: Collection[tuple[int, str]] = (),
     ) -> None:
-        if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
+        if type(skip_first) is not int or skip_first < 0:
             raise MeasurementError(
                 f"skip_first is a number of positions, 0 or more; got {skip_first!r}."
             )
@@ -121,13 +123,6 @@ class Measurement:
         mine = self._rows()[share::n_shares]
         return [problem for each in mine for problem in each.group_eigenproblems()]
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the covariances, of groups and sites among them, at most."""
-        held = [c for each in self._of for c in each.parts.covariances.values()]
-        held += [c for each in self._of for c in each.covariances.values()]
-        return sum(8 * covariance.dim**2 for covariance in held)
-
     def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
         """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
         eigenproblems = self.eigenproblems()
@@ -175,3 +170,131 @@ class Measurement:
             rows.append(each)
             rows += [pool for pool in pools if last[pool] == index]
         return rows
+
+
+class Taken(NamedTuple):
+    """The samples of one run of an FFN.
+
+    Attributes:
+        features: of each side, `[*samples, width]`, the same samples in the same order.
+        mask: True for those that count, `[*samples]`; None where all do.
+        divisions: how those that count are grouped, by grouping; None where they are not.
+    """
+
+    features: dict[Side, Tensor]
+    mask: Tensor | None
+    divisions: Mapping[str, Division] | None
+
+
+class Samples:
+    """Masks, skipped positions, the order of tokens and groups, forward pass by forward pass.
+
+    Args:
+        probe: gives the features, and the tokens of which an expert gets some.
+        skip_first: leaves out so many positions at the beginning of each sequence.
+        grouped: groups of the samples.
+    """
+
+    def __init__(self, probe: Probe, skip_first: int, grouped: Grouped) -> None:
+        n = len(probe.ffns)
+        self._probe = probe
+        self._skip_first = skip_first
+        self._groups = GroupsOfFFNs(grouped, skip_first, probe.ffns) if grouped.groupings else None
+        self._longest: int | None = None
+        self._masks: Sequence[Tensor | None] = [None] * n
+        self._orders: Orders = [None] * n
+
+    def start(self, chosen: Chosen) -> None:
+        """Takes what belongs to the forward pass that comes; raises as `Measurement.start`."""
+        masks, orders, ids, in_sequences = chosen
+        self._masks = for_each(self._probe.ffns, masks)
+        self._orders = [None] * len(self._masks) if orders is None else orders
+        if self._groups is not None:
+            self._groups.start(ids, in_sequences)
+
+    def finish_forward(self) -> None:
+        """Ends one forward pass: the next one has other sequences."""
+        if self._groups is not None:
+            self._groups.finish_forward()
+
+    def require_positions(self) -> None:
+        """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
+        if self._longest is not None and self._longest <= self._skip_first:
+            raise MeasurementError(
+                "skip_first must leave positions to measure; got "
+                f"skip_first={self._skip_first} of sequences of {self._longest} at most. Skip "
+                "fewer, or give longer sequences."
+            )
+
+    def taken(self, index: int, inputs: Tensor, features: dict[Side, Tensor]) -> Taken:
+        """Those of one run of an FFN.
+
+        Args:
+            index: of the FFN.
+            inputs: what it gets, by which an expert's tokens are known.
+            features: of each side, as the probe has them.
+
+        Raises:
+            MeasurementError: where mask, positions or groups do not fit the features.
+        """
+        ffn, order = self._probe.ffns[index], self._orders[index]
+        is_expert = tokens_of(ffn) is not None
+        if order is not None and not is_expert:
+            features = {side: order.sequences(each, named(ffn)) for side, each in features.items()}
+        samples = features["pre"].shape[:-1]
+        features = {side: each.reshape(*samples, each.shape[-1]) for side, each in features.items()}
+        if is_expert:
+            if self._groups is not None:
+                self._groups.leave_out(index)
+            return Taken(features, self._counted_of(index, inputs), None)
+        mask = self._mask(index, samples)
+        divisions = None
+        if self._groups is not None:
+            divisions = self._groups.of(index, features["pre"], mask, self._masks[index])
+        features = {side: self._without_first(each) for side, each in features.items()}
+        return Taken(features, self._mask_without_first(mask), divisions)
+
+    def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those at a site around an FFN, which are the FFN's, and their mask."""
+        if (order := self._orders[index]) is not None:
+            features = order.sequences(features, named(self._probe.ffns[index]))
+        mask = self._mask(index, features.shape[:-1])
+        return self._without_first(features), self._mask_without_first(mask)
+
+    def _mask(self, index: int, samples: torch.Size) -> Tensor | None:
+        mask = self._masks[index]
+        return None if mask is None else fitted(mask, samples, self._probe.ffns[index])
+
+    def _without_first(self, features: Tensor) -> Tensor:
+        """Without the first positions of each sequence, where these are skipped."""
+        if not self._skip_first:
+            return features
+        if features.ndim < 3:
+            raise MeasurementError(
+                f"skip_first={self._skip_first} counts positions of sequences, so features must "
+                f"have the shape [..., sequence, width]; got {tuple(features.shape)}. Measure a "
+                "model that keeps its sequences apart, or leave skip_first out."
+            )
+        self._longest = max(self._longest or 0, features.shape[-2])
+        return features[..., self._skip_first :, :]
+
+    def _mask_without_first(self, mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask[..., self._skip_first :]
+
+    def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
+        """Which samples of an expert count: those of the tokens that do."""
+        ffn = self._probe.ffns[index]
+        if self._masks[index] is None and not self._skip_first:
+            return None
+        tokens = self._probe.tokens_of(index)
+        if tokens is None:
+            raise MeasurementError(
+                f"{named(ffn)} is described with a module whose input are its tokens; it ran, and "
+                "the module did not. Check its description."
+            )
+        counts = torch.zeros(tokens[..., 0].numel(), dtype=torch.bool, device=tokens.device)
+        number = torch.arange(len(counts), device=tokens.device).reshape(*tokens.shape[:-1], 1)
+        number, kept = self.taken_around(index, number)
+        number = number[..., 0] if kept is None else number[..., 0][kept.to(tokens.device)]
+        counts[number.flatten()] = True
+        return counted_of(inputs, tokens, counts, named(ffn))

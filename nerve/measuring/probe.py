@@ -5,7 +5,8 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.slices import products_of
 from nerve.measuring.tap import check_same_samples, check_whole, of_site, plain, registered, tap
-from nerve.spectra.flag import Flag
+from nerve.spectra.moments import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
@@ -137,6 +138,18 @@ class Probe:
         if self._around is not None:
             self._around.stop()
         self._forget()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is tapped; afterwards the pass that was tapped goes on."""
+        receive, self._receive = self._receive, None
+        with ExitStack() as stack:
+            if self._around is not None:
+                stack.enter_context(self._around.paused())
+            try:
+                yield
+            finally:
+                self._receive = receive
 
     @property
     def is_taking(self) -> bool:

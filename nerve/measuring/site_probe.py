@@ -1,6 +1,7 @@
 """Taps what modules around an FFN get or give while their model runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -61,6 +62,15 @@ class SiteProbe:
     def stop(self) -> None:
         """Stops tapping; allowed at any time."""
         self._receive = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """As `Probe.paused`."""
+        receive, self._receive = self._receive, None
+        try:
+            yield
+        finally:
+            self._receive = receive
 
     def take(self, number: int, features: Tensor) -> None:
         """What the taps call with features; nothing happens while stopped."""

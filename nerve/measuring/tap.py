@@ -1,6 +1,8 @@
 """Features on their way from a model to whoever takes them: refused where they are none, and
 handed on through an operator, which compiled code holds as it is."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -106,6 +108,9 @@ class Taker(Protocol):
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
         """Takes those of an FFN."""
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Within it, it gets none, and goes on afterwards where it was."""
+
 
 _numbers = count()
 _takers: WeakValueDictionary[int, Taker] = WeakValueDictionary()
@@ -121,6 +126,30 @@ def registered(taker: Taker) -> int:
 def is_taking() -> bool:
     """Whether anything taps features now: then what runs must run Python, too."""
     return any(taker.is_taking for taker in _takers.values())
+
+
+_n_looking = 0
+
+
+@contextmanager
+def looking(own: Taker | None) -> Iterator[None]:
+    """Within it a model is run to be looked at, perhaps in the middle of a pass that is measured:
+    of those that are taking features only `own` goes on, others pause."""
+    global _n_looking
+    others = [taker for taker in _takers.values() if taker is not own and taker.is_taking]
+    with ExitStack() as stack:
+        for other in others:
+            stack.enter_context(other.paused())
+        _n_looking += 1
+        try:
+            yield
+        finally:
+            _n_looking -= 1
+
+
+def is_looking() -> bool:
+    """Whether a model runs to be looked at, which is no pass of its own."""
+    return _n_looking > 0
 
 
 @torch.library.custom_op("nerve::tap", mutates_args={"order"})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nerve.config import require, require_count
+from nerve.errors import ConfigError
 from nerve.models.initialization import check_initial, initialize
 from nerve.nn.activation import Activation
 from nerve.nn.constraint import iterate_together
@@ -214,11 +215,12 @@ class GPT(nn.Module):
         Raises:
             ConfigError: for a sequence that is longer than `seq_len`.
         """
-        require(
-            tokens.shape[1] <= self.config.seq_len,
-            f"model.seq_len={self.config.seq_len} is the longest sequence that the model takes; "
-            f"got one of {tokens.shape[1]} tokens. Raise model.seq_len or shorten the sequences.",
-        )
+        if tokens.shape[1] > self.config.seq_len:
+            raise ConfigError(
+                f"model.seq_len={self.config.seq_len} is the longest sequence that the model "
+                f"takes; got one of {tokens.shape[1]} tokens. Raise model.seq_len or shorten the "
+                "sequences."
+            )
         x = self.dropout(self.position(self.embedding(tokens)))
         for block in self.blocks:
             x = block(x)

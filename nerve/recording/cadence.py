@@ -1,11 +1,15 @@
-"""Losses and tokens from one measurement to the next: the columns that the rows of one share."""
+"""Losses, tokens and the learning rate from one measurement to the next: the columns
+that the rows of one share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nerve.measuring.distributed import gathered, own_part
+from nerve.measuring.ffns import FFN, sites_of
+from nerve.optim import Role
 from nerve.recording.solver import Labels
 
 
@@ -154,6 +158,35 @@ def step_loss(output: Any) -> tuple[Tensor | None, int | None]:
     that it does not say."""
     found = loss_of({"loss": output} if isinstance(output, Tensor) else output)
     return (None, None) if found is None else found
+
+
+def rate_of(optimizers: Sequence[Optimizer], ffns: Sequence[FFN]) -> float | None:
+    """The learning rate of the measured weights, as the schedule left it: that of the optimizers
+    that hold them, None where it is not one. Of shards, which no optimizer has by that name, that
+    of all optimizers."""
+    measured = {
+        id(weight) for ffn in ffns for site in sites_of(ffn) for weight in site.module.parameters()
+    }
+    holding = [o for o in optimizers if any(id(each) in measured for each in parameters_of(o))]
+    rates = {hidden_lr(optimizer) for optimizer in holding or optimizers}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def hidden_lr(optimizer: Optimizer) -> float | None:
+    """The present learning rate of the hidden weights, as the schedule left it.
+
+    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
+    not make, where groups have no roles, that of all groups. None where they have several.
+    """
+    groups = optimizer.param_groups
+    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
+    rates = {float(group["lr"]) for group in hidden or groups}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def parameters_of(optimizer: Optimizer) -> list[Any]:
+    """Those of all its groups."""
+    return [each for group in optimizer.param_groups for each in group["params"]]
 
 
 def _entry(output: Any, name: str) -> Any:

@@ -1,6 +1,5 @@
 """Measures a model's FFNs while something else trains it, and writes the rows of a run."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +23,6 @@ from nerve.recording.staging import expected_bytes
 from nerve.recording.workers import spare_workers
 from nerve.recording.writer import Logger, SpectraWriter
 from nerve.storage.store import RunStore
-
-log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -217,7 +214,6 @@ class Recorder:
                 mine = (self._rank, self._n_processes)
                 share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
                 share += measurement.group_eigenproblems(*mine)
-                log.debug("covariances: %.3g GiB", measurement.n_bytes / 2**30)
                 solved = self._solver.submit(due, share)
             self._write(solved)
 

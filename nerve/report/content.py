@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nerve.analysis.sampling import VERDICTS
+from nerve.derived import VERDICTS, describe_outliers
 from nerve.metric_names import SITES
-from nerve.outliers import describe_outliers
 
 WINDOW_TEXTS = {
     "all": "all measured steps",

@@ -8,9 +8,9 @@ from nerve.spectra.metrics import (
     jensen_shannon,
     participation_ratio,
     spectral_entropy,
+    variance_outside,
 )
 from nerve.spectra.shares import SampleShares, Shares
-from nerve.spectra.subspace import variance_outside
 
 __all__ = [
     "SampleShares",

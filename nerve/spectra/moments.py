@@ -6,10 +6,9 @@ How far they spread says which products of them keep enough digits.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from nerve.spectra.flag import Flag
 from nerve.spectra.product import PRODUCTS, Product, exact_products, has_kernels
 
 # Columns are scaled so that a centered value stays below 2**15: inside float16's range (65,504),
@@ -28,6 +27,30 @@ _LARGEST_ROUNDING = 5e-5
 nats."""
 
 _ROWS = 8192
+
+
+class Flag:
+    """A truth value, of which only whoever asks waits for the device.
+
+    Of a GPU's the copy starts at once: between that and the question lies as much work for the
+    device as the host has queued by then, so that the GPU does not run dry.
+
+    Args:
+        value: one boolean.
+    """
+
+    def __init__(self, value: Bool[Tensor, ""]) -> None:
+        self._value = value
+        self._arrived: torch.cuda.Event | None = None
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(value.device).record_event()
+
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
 
 
 class Spread:

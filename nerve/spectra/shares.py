@@ -7,12 +7,23 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nerve.spectra.moments import Spread, square_distances
-from nerve.spectra.positions import Positions, largest_mean
 
 TOP = 1000
 """`top` is the share of the farthest sample in so many, rounded up: 0.1%."""
+
+
+LEAST_SEQUENCES = 8
+"""A position counts where at least so many sequences reach it: fewer are single samples."""
+
+
+_ROWS = 8192
+
+
+_ROWS_OF_16_BITS = 32_768
+
 
 _LEAST_CANDIDATES = 64
 _CANDIDATES_FOR_EACH_OF_THE_TOP = 4
@@ -31,7 +42,7 @@ class Shares(NamedTuple):
         position: how far the samples of one position of the sequences are from the mean of all, as
             their mean squared distance over that of all samples, at the position where this is
             largest; 1 where all positions are alike. NaN where features have no positions, or
-            none that `nerve.spectra.positions.LEAST_SEQUENCES` reach.
+            none that `LEAST_SEQUENCES` reach.
     """
 
     mean: float
@@ -139,19 +150,14 @@ class SampleShares:
                 return self._square.new_full((4,), math.nan)
             squares, reach, positions = self._of_all or self.about(self.mean)
             n_top = -(-self.n // TOP)
-            top = torch.nn.functional.pad(squares[:n_top], (0, max(0, n_top - len(squares))))
+            top = pad(squares[:n_top], (0, max(0, n_top - len(squares))))
             of_mean = self.n * self.mean.square().sum()
             of_position = largest_mean(positions) / (self._square / self.n)
             always = self._square.isfinite()
             known = torch.stack([always, top[0] >= reach, top[-1] >= reach, always]) & always
-            shares = torch.stack(
-                [
-                    of_mean / (of_mean + self._square),
-                    top[0] / self._square,
-                    top.sum() / self._square,
-                    of_position,
-                ]
-            )
+            mean = of_mean / (of_mean + self._square)
+            of_samples = torch.stack([top[0], top.sum()]) / self._square
+            shares = torch.cat([mean[None], of_samples, of_position[None]])
             return torch.where(known, shares, math.nan)
 
     @property
@@ -216,3 +222,79 @@ def _rows_of(
         return second[index]
     of_second = second[(index - n).clamp(min=0)]
     return torch.where((index < n)[:, None], first[index.clamp(max=n - 1)], of_second)
+
+
+class Positions:
+    """The sum of the samples of each position, and of their squares, over any number of updates.
+
+    The squares about any mean follow from these: float64 loses `1e-16 |mean|^2 / variance` of them.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self._dim = dim
+        self._are_there = True
+        self._sums = torch.zeros(0, dim, dtype=torch.float64, device=device)
+        self._counts_and_squares = self._sums.new_zeros(2, 0)  # the squares about 0
+
+    @property
+    def n(self) -> int:
+        """The length of the longest sequence so far; 0 where features have no positions."""
+        return len(self._sums) if self._are_there else 0
+
+    def sums_of(
+        self, x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
+    ) -> Float64[Tensor, "positions dim"]:
+        """The sums over the sequences, float64, but of float32 over rows of 16 bits, which loses as
+        few bits of them and is sooner done on a GPU. Features without positions are all of one."""
+        x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, self._dim)
+        mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
+        is_wide = x.dtype.itemsize > 2
+        dtype = torch.float64 if is_wide else torch.float32
+        sums = x.new_zeros(x.shape[1:], dtype=torch.float64)
+        size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
+        for first in range(0, len(x), size):
+            sequences = x[first : first + size]
+            if mask is not None:
+                sequences = torch.where(mask[first : first + size], sequences, 0)
+            sums += sequences.sum(0, dtype=dtype)
+        return sums
+
+    def add(
+        self,
+        sums: Float64[Tensor, "positions dim"],
+        squares: Float64[Tensor, " n"],
+        mean: Float64[Tensor, " dim"],
+        shape: torch.Size,
+        mask: Bool[Tensor, "*samples"] | None,
+    ) -> None:
+        """Adds samples of this shape: their sums, as `sums_of` gives them, and the squared
+        distances of those that count from `mean`, any vector."""
+        self._are_there &= len(shape) > 1
+        if mask is None:
+            counted = squares.new_ones(shape).reshape(-1, len(sums)).sum(0)
+        else:
+            squares = squares.new_zeros(mask.shape).masked_scatter(mask, squares)
+            counted = mask.reshape(-1, len(sums)).sum(0).double()
+        squares = squares.reshape(-1, len(sums)).sum(0)
+        squares += 2 * (sums @ mean) - counted * mean.square().sum()  # about 0
+        longer = len(sums) - len(self._sums)
+        if longer > 0:
+            self._sums = pad(self._sums, (0, 0, 0, longer))
+            self._counts_and_squares = pad(self._counts_and_squares, (0, longer))
+        self._sums[: len(sums)] += sums
+        self._counts_and_squares[:, : len(sums)] += torch.stack([counted, squares])
+
+    def about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
+        """Of each position the number of samples and their total squared distance from `mean`;
+        no positions where features have none."""
+        counts, squares = self._counts_and_squares
+        squares = squares - 2 * (self._sums @ mean) + counts * mean.square().sum()
+        return torch.stack([counts, squares])[:, : self.n]
+
+
+def largest_mean(positions: Float64[Tensor, "2 positions"]) -> Float64[Tensor, ""]:
+    """The largest mean square of those positions that enough sequences reach; NaN without any."""
+    counts, squares = positions
+    means = torch.where(counts >= LEAST_SEQUENCES, squares / counts, -math.inf)
+    largest = torch.cat([means, means.new_full((1,), -math.inf)]).max()
+    return torch.where(largest.isfinite() & (positions.shape[1] > 1), largest, math.nan)

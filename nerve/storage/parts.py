@@ -4,15 +4,23 @@ A part is a Parquet file with a checksum of each page, and one of the footer, fo
 has none: eight bytes before the footer, `FOOTER_MARK` and the CRC-32 of all that follows. Other
 readers pass over them. A file without (an older part, or one that another program rewrote) is read
 unverified.
+
+Which parts a run must have says a list beside them, without which none would miss a deleted one. It
+never names what the writer has taken away itself, whenever it is killed: a part is listed after it
+was written, and struck off before it is removed. A part that is not listed is read all the same. A
+run without a list (of version 0.1.0, or copied without hidden files) is read unverified. The list
+is an object, the parts by dataset, and one line for each part that came later, so that a part costs
+as much to list as the one before it. A line that was cut off ends it.
 """
 
+import json
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Set
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nerve.errors import StoreError, warn_caller
-from nerve.files import write_atomically
-from nerve.metric_names import GROUPED, STORED
-from nerve.storage.manifest import MANIFEST_NAME, missing_parts
-from nerve.storage.schema import DATASETS, SCHEMA_VERSION, VERSION_KEY, Dataset
+from nerve.files import as_store_error, write_atomically
+from nerve.storage.record import MANIFEST_NAME
+from nerve.storage.schema import DATASETS, Dataset, check_version, encoding_of, fitted
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
@@ -98,8 +105,8 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
-                _check_version(path, parquet.schema_arrow.metadata)
-                table = _fitted(parquet.read(use_threads=False), dataset.schema)
+                check_version(path, parquet.schema_arrow.metadata)
+                table = fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
         if not path.is_symlink():
             raise
@@ -158,6 +165,52 @@ def _empty(name: str) -> pa.Table:
     return DATASETS[name].schema.empty_table()
 
 
+def read_manifest(directory: Path) -> dict[str, set[str]]:
+    """The names of the parts that a run must have, by dataset; empty where no list can be read."""
+    parts: dict[str, set[str]] = {}
+    try:
+        for line in (directory / MANIFEST_NAME).read_bytes().splitlines():
+            entry = json.loads(line)
+            for name, added in [entry] if isinstance(entry, list) else entry.items():
+                parts.setdefault(str(name), set()).update(map(str, added))
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return parts
+
+
+def write_manifest(directory: Path, parts: Mapping[str, Set[str]]) -> None:
+    """Replaces the list. Raises `StoreError` when the file system refuses.
+
+    It need not survive a power cut: without it, parts are read as they are.
+    """
+    text = json.dumps({name: sorted(parts[name]) for name in sorted(parts)}) + "\n"
+    write_atomically(
+        directory / MANIFEST_NAME, lambda file: file.write(text.encode()), durable=False
+    )
+
+
+def add_to_manifest(directory: Path, dataset: str, parts: Collection[str]) -> None:
+    """Puts parts on the list. Raises `StoreError` when the file system refuses."""
+    path = directory / MANIFEST_NAME
+    line = json.dumps([dataset, sorted(parts)]) + "\n"
+    with as_store_error(path), open(path, "ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def missing_parts(directory: Path, dataset: str) -> list[Path]:
+    """The parts of a dataset that are listed and not there, also while the run is written."""
+
+    folder = str(directory / dataset)
+
+    def missing() -> set[Path]:
+        listed = read_manifest(directory).get(dataset, set())
+        return {Path(path) for name in listed if not os.path.exists(path := f"{folder}/{name}")}
+
+    gone = missing()
+    # What the writer has just removed is not listed any more by now.
+    return sorted(gone & missing()) if gone else []
+
+
 def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
     """One error for each part that was written and is not there any more."""
     return [
@@ -167,29 +220,6 @@ def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
         )
         for path in missing_parts(directory, dataset.name)
     ]
-
-
-def _check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
-    """Raises `StoreError` for a file whose columns may mean what this version cannot know."""
-    version = int((metadata or {}).get(VERSION_KEY, b"1"))
-    if version > SCHEMA_VERSION:
-        raise StoreError(
-            f"This nerve reads schema versions up to {SCHEMA_VERSION}; {path} has version "
-            f"{version}. Install the nerve that wrote it, or a newer one."
-        )
-
-
-def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` with the columns of `schema`. Raises `KeyError` where a required one is missing."""
-    if table.schema.equals(schema):
-        return table  # hardly any file needs more, and casting costs as much as reading
-    lacks = [field for field in schema if field.name not in table.schema.names]
-    required = [field.name for field in lacks if not field.nullable]
-    if required:
-        raise KeyError(f"it lacks the columns {', '.join(required)}")
-    for field in lacks:
-        table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table.select(schema.names).cast(schema)
 
 
 def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
@@ -212,21 +242,6 @@ def write_part(path: Path, table: pa.Table) -> None:
         file.write(_signed(parquet.getvalue().to_pybytes()))
 
     write_atomically(path, write)
-
-
-def encoding_of(schema: pa.Schema) -> dict[str, Any]:
-    """How a part's columns are encoded, for `pyarrow.parquet.write_table`: what repeats is
-    compressed. Measured numbers hardly repeat: with a dictionary they would be larger and slower to
-    read, and with zstd as large."""
-    texts = [field.name for field in schema if pa.types.is_string(field.type)]
-    measured = {*STORED, *GROUPED}
-    compressed = {_path_of(field): "zstd" for field in schema if field.name not in measured}
-    return {"compression": compressed, "use_dictionary": texts}
-
-
-def _path_of(field: pa.Field) -> str:
-    """The path in a file's schema of a column, or of the items of one of lists."""
-    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 # The footer names columns, types, places, the version, and what a compaction took over. A changed

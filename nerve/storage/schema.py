@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,41 @@ def _eigenvalues(value: Any) -> np.ndarray:
     if np.isnan(array).any():
         raise ValueError("a spectrum that holds NaN is no measurement")
     return array
+
+
+def check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
+    """Raises `StoreError` for a file whose columns may mean what this version cannot know."""
+    version = int((metadata or {}).get(VERSION_KEY, b"1"))
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"This nerve reads schema versions up to {SCHEMA_VERSION}; {path} has version "
+            f"{version}. Install the nerve that wrote it, or a newer one."
+        )
+
+
+def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`table` with the columns of `schema`. Raises `KeyError` where a required one is missing."""
+    if table.schema.equals(schema):
+        return table  # hardly any file needs more, and casting costs as much as reading
+    lacks = [field for field in schema if field.name not in table.schema.names]
+    required = [field.name for field in lacks if not field.nullable]
+    if required:
+        raise KeyError(f"it lacks the columns {', '.join(required)}")
+    for field in lacks:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
+
+
+def encoding_of(schema: pa.Schema) -> dict[str, Any]:
+    """How a part's columns are encoded, for `pyarrow.parquet.write_table`: what repeats is
+    compressed. Measured numbers hardly repeat: with a dictionary they would be larger and slower to
+    read, and with zstd as large."""
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    measured = {*STORED, *GROUPED}
+    compressed = {_path_of(field): "zstd" for field in schema if field.name not in measured}
+    return {"compression": compressed, "use_dictionary": texts}
+
+
+def _path_of(field: pa.Field) -> str:
+    """The path in a file's schema of a column, or of the items of one of lists."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name

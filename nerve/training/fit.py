@@ -19,9 +19,9 @@ from nerve.measuring.forward import call, evaluating
 from nerve.measuring.masks import Masks
 from nerve.measuring.probe import Probe
 from nerve.metric_names import MEASURED
-from nerve.recording.means import monitored_values
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
+from nerve.recording.writer import monitored_values
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def choice_of(
     model = _holder(module, probe)
 
     def run(batch: Any) -> object:
-        with evaluating(model):
+        with evaluating(model, probe):
             return call_probed(probe, call, model, batch)
 
     mask = getattr(module, "padding_mask", None) if mask is None else mask

@@ -16,7 +16,7 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
-from nerve.recording.cadence import step_loss
+from nerve.recording.cadence import rate_of, step_loss
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
@@ -36,7 +36,6 @@ from nerve.training.updates import (
     WeightUpdates,
     is_last_batch,
     last_update,
-    rate_of,
     validate_next,
 )
 

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from nerve.measuring.ffns import FFN, sites_of
-from nerve.optim import Role
+from nerve.recording.cadence import parameters_of
 from nerve.recording.settings import MeasuredSteps
 
 NEVER = sys.maxsize
@@ -62,7 +61,7 @@ class WeightUpdates:
         trained = {id(parameter) for parameter in module.parameters()}
 
         def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if any(id(each) in trained for each in _parameters(optimizer)):
+            if any(id(each) in trained for each in parameters_of(optimizer)):
                 self._stepped[id(optimizer)] += 1
                 on_step()
 
@@ -119,31 +118,3 @@ def validate_next(trainer: L.Trainer, yes: bool) -> None:
     Its own interval counts batches, and neither updates nor single steps.
     """
     trainer.val_check_batch = 1 if yes else NEVER
-
-
-def rate_of(optimizers: Sequence[Optimizer], ffns: Sequence[FFN]) -> float | None:
-    """The learning rate of the measured weights, as the schedule left it: that of the optimizers
-    that hold them, None where it is not one. Of shards, which no optimizer has by that name, that
-    of all optimizers."""
-    measured = {
-        id(weight) for ffn in ffns for site in sites_of(ffn) for weight in site.module.parameters()
-    }
-    holding = [o for o in optimizers if any(id(each) in measured for each in _parameters(o))]
-    rates = {hidden_lr(optimizer) for optimizer in holding or optimizers}
-    return rates.pop() if len(rates) == 1 else None
-
-
-def hidden_lr(optimizer: Optimizer) -> float | None:
-    """The present learning rate of the hidden weights, as the schedule left it.
-
-    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
-    not make, where groups have no roles, that of all groups. None where they have several.
-    """
-    groups = optimizer.param_groups
-    hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
-    rates = {float(group["lr"]) for group in hidden or groups}
-    return rates.pop() if len(rates) == 1 else None
-
-
-def _parameters(optimizer: Optimizer) -> list[Any]:
-    return [each for group in optimizer.param_groups for each in group["params"]]

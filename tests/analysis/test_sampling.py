@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nerve.analysis.gather import columns_of
-from nerve.analysis.sampling import VERDICTS, renyi_ranks, sampling_codes, sampling_error
+from nerve.analysis.sampling import codes_by_halves, renyi_ranks, sampling_error
+from nerve.derived import VERDICTS
 from nerve.metric_names import SPREAD
 from nerve.spectra.metrics import OF_A_GROUP
 
@@ -97,15 +98,6 @@ def row(**values: object) -> dict:
     return place | {"n_samples": 800, "d_ff": 100} | values
 
 
-def test_verdicts_go_by_the_ratio_where_there_are_no_halves():
-    rows = [row(n_samples=n) for n in (800, 799, 200, 199)] + [row(status="zero_variance")]
-    codes = sampling_codes(
-        columns_of(pa.Table.from_pylist(rows)), pd.DataFrame(columns=["grouping"])
-    )
-    assert codes.tolist() == [0, 1, 1, 2, -1]
-    assert VERDICTS == ("well", "under", "severely under")
-
-
 @pytest.mark.parametrize(
     ("half", "expected"),
     [(9.6, "well"), (8.7, "under"), (6.0, "severely under"), (4.9, "severely under")],
@@ -122,8 +114,11 @@ def test_verdicts_go_by_how_far_halves_say_that_pr_moves(half, expected):
             ("all", "all", 800, 10.0), ("halves", "a", 400, of_half), ("halves", "b", 400, of_half),
         )
     )  # fmt: skip
-    (code,) = sampling_codes(columns_of(pa.Table.from_pylist([row(n_samples=100)])), groups)
+    rows = columns_of(pa.Table.from_pylist([row()]))
+    (code,) = codes_by_halves(np.array([2], np.int8), rows, groups)
     assert VERDICTS[code] == expected
+    (none,) = codes_by_halves(np.array([-1], np.int8), rows, groups)
+    assert none == -1, "where nothing was measured halves say nothing"
 
 
 def test_ranks_of_each_order_are_those_of_flat_and_of_geometric_spectra():

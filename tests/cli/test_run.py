@@ -238,7 +238,7 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
 
 
 def test_a_spectrum_of_a_few_samples_is_told_when_the_run_ends(run, tiny, monkeypatch):
-    monkeypatch.setattr("nerve.outliers.LARGEST_MOVES", 0.0)
+    monkeypatch.setattr("nerve.derived.LARGEST_MOVES", 0.0)
     status, out, _ = run(*tiny)
     assert status == 0
     assert re.search(r"layer 0 ffn, post: the farthest sample holds \d+\.\d% of the variance", out)
@@ -251,7 +251,7 @@ def test_a_run_is_done_although_its_summary_could_not_be_printed(run, tiny, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("nerve.cli.experiment.run.print_summary", refuse)
+        patch.setattr("nerve.cli.experiment.summary.print_summary", refuse)
         with pytest.raises(OSError, match="No space left"):
             run(*tiny, "hydra.run.dir=mine")
     assert nerve.load_runs("mine").run_status.tolist() == ["done"]

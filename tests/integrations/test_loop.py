@@ -461,6 +461,53 @@ def test_a_pass_that_has_raised_is_not_counted_in_part(tmp_path, tries_again):
         loop()
 
 
+def in_sequences(seed: int = 0) -> Tensor:
+    """`[sequence, position, width]`: of such batches it is seen on shortened ones which tokens the
+    FFNs have."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 8, 4, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n_runs", [1, None])
+def test_two_watches_of_one_model_at_once_leave_equal_rows(tmp_path, n_runs):
+    """Each runs the model, shortened, to see which tokens its FFNs have, while the other one has
+    begun to take the same pass."""
+    model = network()
+    described = [
+        nerve.FFNAdapter(i, "ffn", b[0], b[2], n_runs=n_runs) for i, b in enumerate(model.blocks)
+    ]
+    how = {"ffns": described, "every_n_steps": 1, "sites": ["input"], "skip_first": 1}
+    with (
+        nerve.watch(model, tmp_path / "one", **how) as one,
+        nerve.watch(model, tmp_path / "two", **how) as two,
+    ):
+        for seed in (1, 2):
+            model(in_sequences(seed)).sum().backward()
+            one.step()
+            two.step()
+    rows = nerve.load_metrics(tmp_path / "one")
+    assert rows["n_samples"].tolist() == [4 * 7] * 4
+    assert_same(rows, nerve.load_metrics(tmp_path / "two"))
+
+
+def test_measuring_within_a_pass_that_is_watched_leaves_it_alone(tmp_path):
+    model, x = network(), in_sequences()
+    expected = nerve.measure(model.eval(), [x], ffns=ffns(model))
+    model.drop.p = 0
+
+    def measure(block: nn.Module, args: object) -> None:
+        if block.training:
+            nerve.measure(model, [x[:, :5]], ffns=ffns(model))
+
+    model.train().blocks[0].register_forward_pre_hook(measure)
+    with nerve.watch(model, tmp_path, ffns=ffns(model)) as run:
+        model(x).sum().backward()
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    assert rows["n_samples"].tolist() == [32, 32]
+    assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-12)
+
+
 def raising_once(error: BaseException) -> Callable[..., None]:
     errors = [error]
 

@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -265,6 +267,58 @@ def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monk
     assert record.error is not None
     assert (record.run_status, record.error["type"]) == ("failed", "ValueError")
     assert sorted(set(nerve.load_metrics(tmp_path / "run")["step"])) == [0, 3]
+
+
+def evaluated(folder: Path, within=lambda model: None) -> pd.DataFrame:
+    """The rows of a model whose weights are measured in an evaluation of two batches, around which
+    `within` may run the model."""
+    model = language_model(torch.float64)
+    model.is_evaluated = False
+    data = batches_of(texts(2 * BATCH))
+    callback = nerve.SpectralCallback(folder, source="heldout")
+    given = TrainingArguments(folder / "hf", use_cpu=True), TrainerState(max_steps=9)
+    control = TrainerControl()
+    callback.on_train_begin(*given, control, model=model)
+    model.eval()
+    with torch.no_grad():
+        within(model)
+        for batch in data:
+            model(**batch)
+            callback.on_prediction_step(*given, control)
+        model.is_evaluated = True
+        within(model)
+    metrics: dict[str, float] = {"eval_runtime": 1.0, "eval_loss": 2.0}
+    callback.on_evaluate(*given, control, metrics=metrics, eval_dataloader=data)
+    assert metrics["eval_ffn/01/pr_post"] > 1
+    rows = pd.DataFrame(callback.latest)
+    callback.on_train_end(*given, control)
+    return rows
+
+
+def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_generates(tmp_path):
+    """To see which tokens an FFN has the model is run, which is no evaluation of its own."""
+
+    def generate(model: GPT2LMHeadModel) -> None:
+        for use_cache in (True, False):
+            tokens = torch.ones(2, 3, dtype=torch.long)
+            model.generate(tokens, max_new_tokens=2, use_cache=use_cache, do_sample=False)
+
+    expected = nerve.measure(language_model(torch.float64), batches_of(texts(2 * BATCH)))
+    some = [dict(batches_of(texts(BATCH))[0])]
+    for name, within in {
+        "alone": lambda model: None,
+        "measured": lambda model: nerve.measure(model, some),
+        "generates": generate,
+    }.items():
+        rows = evaluated(tmp_path / name, within)
+        assert rows["n_samples"].tolist() == expected["n_samples"].tolist()
+        assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-12)
+
+
+def test_what_runs_after_an_evaluation_is_not_taken_for_it(tmp_path):
+    batch = batches_of(texts(BATCH))[0]
+    with pytest.raises(MeasurementError, match="ran in eval mode 1 more times"):
+        evaluated(tmp_path, lambda model: model(**batch) if model.is_evaluated else None)
 
 
 def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tmp_path, caplog):

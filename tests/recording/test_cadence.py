@@ -1,8 +1,15 @@
 """A measured step is labeled with its own losses, and what passed since the step before."""
 
-import torch
+from functools import partial
 
-from nerve.recording.cadence import Cadence
+import torch
+from torch import nn
+
+from nerve.optim import Part, Schedule, build_optimizer
+from nerve.recording.cadence import Cadence, hidden_lr
+
+ADAMW = partial(torch.optim.AdamW, lr=3e-3)
+MUON = partial(torch.optim.Muon, lr=0.02)
 
 
 def loss(value: float) -> torch.Tensor:
@@ -54,3 +61,19 @@ def test_a_checkpoint_goes_on_in_the_middle():
     assert one.due == other.due
     assert one.due is not None
     assert one.due["train_loss"] == 3.0
+
+
+def test_hidden_lr_follows_the_schedule_of_the_hidden_part():
+    parts = {"rest": Part(("vector",), ADAMW), "matrices": Part(("hidden",), MUON)}
+    optimizer = build_optimizer(nn.Linear(4, 4), parts)
+    scheduler = Schedule("linear").scheduler(optimizer, n_steps=4)
+    assert hidden_lr(optimizer) == 0.02
+    optimizer.step()
+    scheduler.step()
+    assert hidden_lr(optimizer) == 0.02 * 0.75
+
+
+def test_hidden_lr_of_groups_without_roles_is_the_one_that_they_share():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.1, 0.2)]
+    assert hidden_lr(torch.optim.SGD(groups[:2])) == 0.1
+    assert hidden_lr(torch.optim.SGD(groups)) is None

@@ -14,8 +14,7 @@ import pytest
 
 from nerve.errors import StoreError
 from nerve.metric_names import GROUPED, STORED
-from nerve.storage.manifest import read_manifest
-from nerve.storage.parts import DamagedPartWarning, part_path, read_parts, write_part
+from nerve.storage.parts import DamagedPartWarning, part_path, read_manifest, read_parts, write_part
 from nerve.storage.schema import DATASETS, METRICS
 from nerve.storage.store import RunStore
 

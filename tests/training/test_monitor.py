@@ -25,8 +25,8 @@ from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
 from nerve.optim import Schedule
-from nerve.recording.means import logged_values, mean_values, monitored_values
 from nerve.recording.solver import MOST_PENDING
+from nerve.recording.writer import logged_values, mean_values, monitored_values
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.loggers import StoreLogger
@@ -172,13 +172,13 @@ def test_accumulated_micro_batches_make_one_measurement(tmp_path, source):
 def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path, groups, source):
     def weights(monitored: bool):
         torch.manual_seed(0)
-        module, train = make_module(**groups), batches(20)
+        module, train = make_module(**groups), batches(10)
         if monitored:
             fit(tmp_path, module, train, batches(2, seed=1), every_n_steps=3, source=source)
         else:
             L.Trainer(
                 accelerator="cpu",
-                max_steps=20,
+                max_steps=10,
                 max_epochs=-1,
                 limit_val_batches=0,
                 logger=False,

@@ -1,8 +1,11 @@
 """Where Hydra finds configuration, and what its interpolations may compute."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
@@ -26,6 +29,10 @@ CONF = _shipped("conf")
 SWEEPS = _shipped("sweeps")
 
 
+SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+"""The launcher that sends trials to SLURM."""
+
+
 class SweepsSearchPath(SearchPathPlugin):
     """Lets `--config-name` find the files of sweeps/."""
 
@@ -33,12 +40,14 @@ class SweepsSearchPath(SearchPathPlugin):
         search_path.append(provider="nerve", path=f"file://{SWEEPS}")
 
 
-def register() -> None:
-    """Registers the search path and the resolver of ids, for one start of a command.
+def register(plugins: Mapping[str, type] | None = None) -> None:
+    """Registers the search path, the resolver of ids and, by what `_target_` calls them, plugins of
+    Hydra, for one start of a command.
 
     `${run_id:}` is one new id, for the directory and the record of a single run.
     """
     Plugins.instance().register(SweepsSearchPath)
+    Plugins.instance().class_name_to_class.update(plugins or {})
     run_id = new_run_id()
     OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
 
@@ -57,6 +66,22 @@ def _plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def encoded(config: DictConfig) -> bytes:
+    """A composed configuration, with Hydra's own node, as one line; interpolations stay as such."""
+    return json.dumps(OmegaConf.to_container(config, enum_to_str=True)).encode() + b"\n"
+
+
+def decoded(line: bytes) -> DictConfig:
+    """The configuration that `encoded` made a line of, with the types that Hydra asks for."""
+    schema = OmegaConf.create({"hydra": HydraConf})
+    OmegaConf.set_struct(schema.hydra, False)
+    del schema.hydra["defaults"]
+    config = OmegaConf.merge(schema, json.loads(line))
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, True)
+    return config
 
 
 def build(node: Any, *, key: str, **arguments: Any) -> Any:

@@ -13,15 +13,16 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from nerve.cli.config.compose import build
-from nerve.cli.experiment.machine import n_processes_of
+from nerve.cli.experiment.machine import device_names, gpu_versions, n_processes_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import ConfigError
 from nerve.models import MODELS, build_model, scale_pre
 from nerve.optim import build_optimizer
+from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import RunProgressBar
 from nerve.training.checkpoint_io import CheckpointFiles
-from nerve.training.loggers import StoreLogger
+from nerve.training.loggers import StoreLogger, wandb_id_in
 from nerve.training.module import ImageClassifier, LanguageModel, TrainedModel
 from nerve.training.monitor import SpectralMonitor
 
@@ -131,3 +132,23 @@ def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
                 f"A logger must be able to start; {type(logger).__name__} could not: "
                 f"{str(error).rstrip('.')}. Fix that, or choose another with logger=csv."
             ) from error
+
+
+def describe(
+    record: RunRecord,
+    module: TrainedModel,
+    data: Any,
+    trainer: L.Trainer,
+    pre_scales: dict[str, float],
+) -> None:
+    """Writes into the record what is known once all parts are built."""
+    record.update(
+        n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
+        fingerprints=data.fingerprints,
+        unigram_loss=getattr(data, "unigram_loss", None),
+        separator_token=getattr(data, "separator_token", None),
+        wandb_id=wandb_id_in(trainer.loggers),
+        device=device_names(trainer),
+        versions=record.versions | gpu_versions(trainer),
+        pre_scales=record.pre_scales | pre_scales,
+    )

@@ -1,7 +1,7 @@
-"""The machine that a run is on: what the run takes of it, whether it has that, and what it is."""
+"""The machine that a run is on: what the run asks of it, whether it has that, and what it is."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from nerve.cli.experiment.devices import n_devices_of
+from nerve.cli.config.compose import SUBMITIT_SLURM
 from nerve.cli.experiment.groups import width_of
 from nerve.cli.experiment.plan import Plan
 from nerve.config import require
@@ -176,6 +176,18 @@ def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
     return total
 
 
+def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
+    """How many there are on each node; None where Lightning is to find out.
+
+    Args:
+        trainer: values of the group `trainer`.
+    """
+    devices = trainer["devices"]
+    if isinstance(devices, int | str) and str(devices).isdigit():
+        return int(devices)
+    return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)
+
+
 def n_processes_of(trainer: Mapping[str, Any]) -> int:
     """How many processes a run is, by what it asks for.
 
@@ -218,3 +230,67 @@ def gpu_versions(trainer: L.Trainer) -> dict[str, str]:
         return {}
     versions = {"cuda": torch.version.cuda, "nvidia-driver": nvidia_driver()}
     return {name: version for name, version in versions.items() if version is not None}
+
+
+def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
+    """Refuses a trial whose processes or GPUs would not be there.
+
+    Args:
+        trainer: `trainer` of the trial.
+        launcher: `hydra.launcher` of the sweep; jobs of SLURM are compared with what they ask for,
+            any other launcher gives a trial one process.
+
+    Raises:
+        ConfigError: naming the keys that do not fit together.
+    """
+    if launcher["_target_"] == SUBMITIT_SLURM:
+        _check_job(trainer, launcher)
+        return
+    n_devices = n_devices_of(trainer)
+    if n_devices is None and trainer["accelerator"] != "cpu":
+        n_devices = torch.cuda.device_count()
+    require(
+        n_devices in (None, 0, 1) and trainer.get("num_nodes", 1) == 1,
+        "In a sweep on this machine each trial is one process; "
+        f"trainer.strategy={trainer['strategy']} with trainer.devices={trainer['devices']} starts "
+        "others, by calling the whole command again. Use trainer.devices=1, send the sweep to a "
+        "cluster with hydra/launcher=slurm, or start each run by itself, without --multirun.",
+    )
+
+
+def check_counted(trainer: Mapping[str, Any]) -> None:
+    """Refuses a job of SLURM of unknown size.
+
+    Raises:
+        ConfigError: for `trainer.devices` that is no number.
+    """
+    require(
+        n_devices_of(trainer) is not None,
+        "A job of SLURM is sent with the number of its devices; got "
+        f"trainer.devices={trainer['devices']}. Give a number, the same for all trials.",
+    )
+
+
+def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
+    check_counted(trainer)
+    n_devices, n_nodes = n_devices_of(trainer), trainer.get("num_nodes", 1)
+    assert n_devices is not None
+    for key, expected, of in (
+        ("tasks_per_node", n_devices, f"trainer.devices={trainer['devices']}"),
+        ("nodes", n_nodes, f"trainer.num_nodes={n_nodes}"),
+    ):
+        require(
+            launcher[key] == expected,
+            f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
+            f"{launcher[key]}.",
+        )
+    if trainer["accelerator"] == "cpu" or launcher.get("gres"):
+        return
+    a_task = launcher.get("gpus_per_task") or 0
+    n_gpus = launcher.get("gpus_per_node") or a_task * launcher["tasks_per_node"]
+    require(
+        n_gpus >= n_devices,
+        f"A job gets the GPUs that it asks for; trainer.accelerator={trainer['accelerator']} with "
+        f"trainer.devices={trainer['devices']} needs hydra.launcher.gpus_per_node={n_devices}, "
+        f"got {launcher.get('gpus_per_node')}.",
+    )

@@ -1,14 +1,15 @@
 """The plan of a run: its configuration, checked once, before a directory, a lock or any data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 from hydra.utils import get_class
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
 from omegaconf import DictConfig
 
-from nerve.cli.config.compose import resolved, unresolved
+from nerve.cli.config.compose import build, resolved, unresolved
 from nerve.cli.experiment.checks import (
     require_arguments,
     require_data,
@@ -33,10 +34,18 @@ from nerve.cli.experiment.groups import (
     require_paths_of_data,
     schedule_of,
 )
-from nerve.cli.experiment.objective import callbacks_of, check_objective
-from nerve.config import from_mapping
+from nerve.config import from_mapping, require, require_choice
+from nerve.metric_names import MEASURED
 from nerve.models import Regularizer
-from nerve.training.checkpoint_cadence import CheckpointCadence
+from nerve.recording.writer import layer_name, mean_name
+from nerve.training.checkpoint_io import CheckpointCadence
+
+SCORES = {"gpt": ("val_loss", "bits_per_byte"), "mixer": ("val_loss", "val_accuracy")}
+"""The kind of a model to the final scores of its runs in `run.json`."""
+
+
+FFNS = {"gpt": ("ffn",), "mixer": ("token_mixing", "channel_mixing")}
+"""The kind of a model to the names of the FFNs in each of its layers."""
 
 
 @dataclass(frozen=True)
@@ -134,3 +143,83 @@ class Plan:
     def compile(self) -> bool:
         """Whether the network is compiled."""
         return bool(self.values["compile"])
+
+
+def check_objective(name: str, kind: str) -> None:
+    """Refuses a name that a run of a model of that kind will not have a number for.
+
+    Raises:
+        ConfigError: with the good names.
+    """
+    if name not in SCORES[kind]:
+        require_choice("objective", name, objectives(kind))
+
+
+def objectives(kind: str) -> tuple[str, ...]:
+    """The numbers that a run of a model of that kind has at its end."""
+    means = (mean_name(ffn, metric) for ffn in FFNS[kind] for metric in MEASURED)
+    return (*SCORES[kind], *MEASURED, *means)
+
+
+def of_layers(kind: str, layers: Iterable[int]) -> set[str]:
+    """The numbers of single layers that callbacks of such a run can monitor."""
+    return {
+        layer_name(ffn, layer, metric)
+        for ffn in FFNS[kind]
+        for layer in layers
+        for metric in MEASURED
+    }
+
+
+def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
+    """The callbacks of a configuration, built.
+
+    Raises:
+        ConfigError: for what is no callback, monitors what no run of this kind logs, or changes
+            what the run itself decides.
+    """
+    callbacks = [_callback(name, node) for name, node in values["callbacks"].items()]
+    for name, callback in zip(values["callbacks"], callbacks, strict=True):
+        require(
+            not isinstance(callback, GradientAccumulationScheduler),
+            "A run accumulates gradients over as many batches from its first step to its last; "
+            f"callbacks.{name} changes it from epoch to epoch. Set "
+            "trainer.accumulate_grad_batches.",
+        )
+    bars = [
+        f"callbacks.{name}"
+        for name, callback in zip(values["callbacks"], callbacks, strict=True)
+        if isinstance(callback, ProgressBar)
+    ]
+    shows = values["trainer"].get("enable_progress_bar", True)
+    require(
+        len(bars) <= int(bool(shows)),
+        f"A run shows one progress bar, or none; got {' and '.join(bars)} with "
+        f"trainer.enable_progress_bar={str(shows).lower()}. Leave one out, or set that to true.",
+    )
+    # A callback of one's own may log what another one monitors.
+    if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
+        kind = values["model"]["kind"]
+        layers = range(n) if isinstance(n := values["model"].get("n_layers"), int) else ()
+        for name, callback in zip(values["callbacks"], callbacks, strict=True):
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in of_layers(kind, layers):
+                logged = ("train_loss", "penalty", *objectives(kind))
+                require_choice(f"callbacks.{name}.monitor", monitor, logged)
+    return callbacks
+
+
+def _callback(name: str, node: Any) -> L.Callback:
+    key = f"callbacks.{name}"
+    require(
+        isinstance(node, Mapping) and "_target_" in node,
+        f"{key} must be a mapping with the class of a callback under _target_; got {node!r}.",
+    )
+    callback = build(node, key=key)
+    require(
+        isinstance(callback, L.Callback),
+        f"{key}._target_ must name a callback of Lightning; {node['_target_']} makes "
+        f"{type(callback).__name__}.",
+    )
+    assert isinstance(callback, L.Callback)
+    return callback

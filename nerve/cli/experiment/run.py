@@ -1,10 +1,8 @@
 """One run, from its configuration to its run directory."""
 
 import logging
-import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -20,20 +18,18 @@ from nerve.cli.experiment.build import (
     build_monitor,
     build_trainer,
     data_dims_of,
+    describe,
     log_configuration,
     scale_pre_activations,
 )
 from nerve.cli.experiment.machine import (
     check_machine,
-    device_names,
     gathering_of,
-    gpu_versions,
     leads,
 )
-from nerve.cli.experiment.objective import objective_of
 from nerve.cli.experiment.plan import Plan
 from nerve.cli.experiment.start import is_done, start
-from nerve.cli.experiment.summary import facts_of, print_summary, warning_of
+from nerve.cli.experiment.summary import final_scores, finish, objective_of
 from nerve.config import pasted
 from nerve.errors import DataError, StoreError, noted
 from nerve.files import remove_temporaries
@@ -42,15 +38,10 @@ from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training.callbacks import Heartbeat
 from nerve.training.checkpoint_callback import Checkpointing
-from nerve.training.checkpoint_files import (
-    check_checkpoint,
-    drop_all_but_weights,
-)
+from nerve.training.checkpoint_files import check_checkpoint
 from nerve.training.checkpoint_io import CheckpointFiles, require_other_files
 from nerve.training.ending import require_validated, stopped_by
 from nerve.training.gathering import Gathering
-from nerve.training.loggers import wandb_id_in
-from nerve.training.module import TrainedModel
 from nerve.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -161,7 +152,7 @@ def _run(
     pre_scales = {} if last.exists() else scale_pre_activations(plan, module, data)
     if record and store:
         _prepare(run, record, store, data)
-        _describe(record, module, data, trainer, pre_scales)
+        describe(record, module, data, trainer, pre_scales)
     log_configuration(trainer, plan)
     gathering.before(trainer)
     try:
@@ -176,57 +167,13 @@ def _run(
     if reason is not None:
         log.info("training ended at step %s: %s", f"{trainer.global_step:,}", reason)
     final = {
-        **_final_scores(monitor.val_loss, saving.scores, data),
+        **final_scores(monitor.val_loss, saving.scores, data),
         "train_seconds": saving.seconds,
         "measuring_seconds": monitor.seconds,
     }
     if record:
-        _finish(run, record, final, reason, monitor.latest)
+        finish(run, record, final, reason, monitor.latest)
     return final["val_loss"]
-
-
-def _describe(
-    record: RunRecord,
-    module: TrainedModel,
-    data: Any,
-    trainer: L.Trainer,
-    pre_scales: dict[str, float],
-) -> None:
-    """Writes into the record what is known once all parts are built."""
-    record.update(
-        n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
-        fingerprints=data.fingerprints,
-        unigram_loss=getattr(data, "unigram_loss", None),
-        separator_token=getattr(data, "separator_token", None),
-        wandb_id=wandb_id_in(trainer.loggers),
-        device=device_names(trainer),
-        versions=record.versions | gpu_versions(trainer),
-        pre_scales=record.pre_scales | pre_scales,
-    )
-
-
-def _finish(
-    run: RunDirectory,
-    record: RunRecord,
-    final: dict[str, float],
-    reason: str | None,
-    rows: Sequence[Mapping[str, Any]],
-) -> None:
-    """Records that the run is done, keeps of its last checkpoint what a reader needs, and says what
-    the run came to.
-
-    Args:
-        final: as the record has it.
-        reason: why training ended before its last step; None where it did not.
-        rows: those of the last measurement.
-    """
-    warning = warning_of(final["val_loss"], record.unigram_loss)
-    record.finish("done", final=final, stopped_by=reason, warning=warning)
-    try:
-        drop_all_but_weights(run.checkpoint("last"))
-    except StoreError as refused:  # the run is done all the same
-        log.warning("the last checkpoint stays as large as it is: %s", str(refused))
-    print_summary(rows, facts_of(final, warning), run.path)
 
 
 def _set_threads(n: int | None) -> None:
@@ -260,13 +207,3 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
             f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the old "
             "data back, or start a new run."
         )
-
-
-def _final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -> dict[str, float]:
-    """What the last validation found; it follows the last step."""
-    assert val_loss is not None
-    final = {**scores, "val_loss": val_loss}
-    if hasattr(data, "n_heldout_bytes"):
-        bits = val_loss * data.n_heldout_tokens / math.log(2)
-        final["bits_per_byte"] = bits / data.n_heldout_bytes
-    return final

@@ -1,5 +1,7 @@
-"""What a run says of itself when it ends."""
+"""How a run ends: what it came to, and what it says of that."""
 
+import logging
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +12,68 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from nerve.analysis.derived import with_derived
 from nerve.cli.console import console, figure, say
-from nerve.metric_names import columns_of, shown_in
-from nerve.outliers import describe_outliers
+from nerve.derived import describe_outliers, with_derived
+from nerve.errors import StoreError
+from nerve.metric_names import MEASURED, columns_of, shown_in
+from nerve.recording.writer import mean_values
+from nerve.storage.directory import RunDirectory
+from nerve.storage.parts import read_parts, warn_damaged
+from nerve.storage.record import RunRecord
+from nerve.storage.schema import DATASETS
+from nerve.training.checkpoint_files import drop_all_but_weights
+
+log = logging.getLogger(__name__)
+
+
+def objective_of(run: RunDirectory, name: str) -> float:
+    """The number that `objective` names, of a run that is done.
+
+    A score is that of the last validation, a metric the mean over layers of the last measurement;
+    NaN where nothing could be measured.
+    """
+    score = run.require_record().final.get(name)
+    if score is not None:
+        return score
+    table, damaged = read_parts(run.path, DATASETS["metrics"], run.require_record().run_id)
+    warn_damaged(damaged)
+    rows = table.select(["step", "ffn", *MEASURED]).to_pylist()
+    last = max((row["step"] for row in rows), default=None)
+    return mean_values(row for row in rows if row["step"] == last).get(name, math.nan)
+
+
+def finish(
+    run: RunDirectory,
+    record: RunRecord,
+    final: dict[str, float],
+    reason: str | None,
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Records that the run is done, keeps of its last checkpoint what a reader needs, and says what
+    the run came to.
+
+    Args:
+        final: as the record has it.
+        reason: why training ended before its last step; None where it did not.
+        rows: those of the last measurement.
+    """
+    warning = warning_of(final["val_loss"], record.unigram_loss)
+    record.finish("done", final=final, stopped_by=reason, warning=warning)
+    try:
+        drop_all_but_weights(run.checkpoint("last"))
+    except StoreError as refused:  # the run is done all the same
+        log.warning("the last checkpoint stays as large as it is: %s", str(refused))
+    print_summary(rows, facts_of(final, warning), run.path)
+
+
+def final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -> dict[str, float]:
+    """What the last validation found; it follows the last step."""
+    assert val_loss is not None
+    final = {**scores, "val_loss": val_loss}
+    if hasattr(data, "n_heldout_bytes"):
+        bits = val_loss * data.n_heldout_tokens / math.log(2)
+        final["bits_per_byte"] = bits / data.n_heldout_bytes
+    return final
 
 
 def print_summary(

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 from nerve import cores
+from nerve.cli.config.compose import encoded
 from nerve.cli.sweep.grid import Trial
-from nerve.cli.sweep.worker import encoded, record_end
+from nerve.cli.sweep.worker import record_end
 from nerve.errors import NerveError, StoreError
 from nerve.files import require_there
 from nerve.training.signals import SignalsHandled

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from nerve.cli.config.compose import SUBMITIT_SLURM
 from nerve.cli.console import say
-from nerve.cli.experiment.devices import SUBMITIT_SLURM
 from nerve.cli.sweep.queue import (
     ENDING,
     SENT,

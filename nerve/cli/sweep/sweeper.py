@@ -15,9 +15,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from nerve.cli.config.compose import depends_on_place, resolved
+from nerve.cli.config.compose import SUBMITIT_SLURM, depends_on_place, resolved
 from nerve.cli.config.overrides import refuse_lists, refuse_merged
-from nerve.cli.experiment.devices import SUBMITIT_SLURM, check_counted, check_devices
 from nerve.cli.sweep.check import preview
 from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here
@@ -34,11 +33,6 @@ NAME = "hydra_plugins.nerve.TrialSweeper"
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
-
-
-def register_sweeper() -> None:
-    """Makes `TrialSweeper` known to Hydra."""
-    Plugins.instance().class_name_to_class[NAME] = TrialSweeper
 
 
 class TrialSweeper(Sweeper):
@@ -90,6 +84,8 @@ class TrialSweeper(Sweeper):
         self.config = config
         self.hydra_context = hydra_context
         if OmegaConf.select(config, "hydra.launcher._target_") == SUBMITIT_SLURM:
+            from nerve.cli.experiment.machine import check_counted
+
             check_counted(config.trainer)  # its launcher is not made of anything but a number
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -229,6 +225,8 @@ def _require_values(overrides: Sequence[Override]) -> None:
 
 def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:
     if trial.is_to_do:
+        from nerve.cli.experiment.machine import check_devices  # torch takes seconds to import
+
         try:
             check_devices(trial.config.trainer, launcher)
         except ConfigError as error:

@@ -6,7 +6,6 @@ Whatever happens to such a process, it cannot reach the other trials; and it sto
 one that started it is gone.
 """
 
-import json
 import os
 import re
 import signal
@@ -21,9 +20,9 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job, setup_globals
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nerve.cli.config.compose import depends_on_place, identity, register, resolved
+from nerve.cli.config.compose import decoded, depends_on_place, identity, register, resolved
 from nerve.cores import uncollected
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -31,22 +30,6 @@ from nerve.storage.provenance import cluster_job
 from nerve.training.signals import Interrupted
 
 STDIN = 0
-
-
-def encoded(config: DictConfig) -> bytes:
-    """A composed configuration, with Hydra's own node, as one line; interpolations stay as such."""
-    return json.dumps(OmegaConf.to_container(config, enum_to_str=True)).encode() + b"\n"
-
-
-def decoded(line: bytes) -> DictConfig:
-    """The configuration that `encoded` made a line of, with the types that Hydra asks for."""
-    schema = OmegaConf.create({"hydra": HydraConf})
-    OmegaConf.set_struct(schema.hydra, False)
-    del schema.hydra["defaults"]
-    config = OmegaConf.merge(schema, json.loads(line))
-    assert isinstance(config, DictConfig)
-    OmegaConf.set_struct(config, True)
-    return config
 
 
 def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:

@@ -9,7 +9,7 @@ import pytest
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from nerve.cli.experiment.devices import SUBMITIT_SLURM
+from nerve.cli.config.compose import SUBMITIT_SLURM
 from nerve.cli.sweep.slurm import SentJobs
 from nerve.errors import NerveError
 

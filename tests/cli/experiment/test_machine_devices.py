@@ -2,7 +2,8 @@
 
 import pytest
 
-from nerve.cli.experiment.devices import SUBMITIT_SLURM, check_devices
+from nerve.cli.config.compose import SUBMITIT_SLURM
+from nerve.cli.experiment.machine import check_devices
 from nerve.errors import ConfigError
 
 HERE = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}

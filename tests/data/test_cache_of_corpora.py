@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from nerve.data import seen
-from nerve.data.cache import _alone, cached_tokens
+from nerve.data import cache as cache_module
+from nerve.data.cache import cached_tokens, key_of
 from nerve.data.corpus import Corpus, python_source
 from nerve.data.files import text_files
-from nerve.data.seen import key_of
 from nerve.data.tokenizer import TokenizerSpec
 
 
 @pytest.fixture(autouse=True)
 def _at_rest(monkeypatch):
     """Files count as settled at once, which takes two seconds else."""
-    monkeypatch.setattr(seen, "SETTLED_AFTER_NS", 0)
+    monkeypatch.setattr(cache_module, "SETTLED_AFTER_NS", 0)
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def corpus_of(files: Path, reads: list[int] | None = None) -> Corpus:
 
 
 def key(files: Path, cache: Path, reads: list[int] | None = None) -> str:
-    return key_of(corpus_of(files, reads), cache, _alone)
+    return key_of(corpus_of(files, reads), cache)
 
 
 def test_the_second_start_opens_none_of_the_files(files, cache, monkeypatch):
@@ -113,9 +112,9 @@ def test_whatever_changes_the_files_is_seen(files, cache, change):
 def test_what_else_decides_the_documents_is_part_of_the_state(files, cache, monkeypatch):
     """The separator, and the code that reads."""
     whole = key(files, cache)
-    split = key_of(text_files(f"{files}/*.txt", separator="of a"), cache, _alone)
+    split = key_of(text_files(f"{files}/*.txt", separator="of a"), cache)
     assert split == text_files(f"{files}/*.txt", separator="of a").fingerprint != whole
-    monkeypatch.setattr(seen, "_code", lambda: "other code")
+    monkeypatch.setattr(cache_module, "_code", lambda: "other code")
     reads: list[int] = []
     assert key(files, cache, reads) == whole
     assert reads
@@ -123,7 +122,7 @@ def test_what_else_decides_the_documents_is_part_of_the_state(files, cache, monk
 
 def test_files_that_changed_just_now_are_read_again(files, cache, monkeypatch):
     """Within two seconds a second change can have the time of the first."""
-    monkeypatch.setattr(seen, "SETTLED_AFTER_NS", 3600 * 10**9)
+    monkeypatch.setattr(cache_module, "SETTLED_AFTER_NS", 3600 * 10**9)
     key(files, cache)
     reads: list[int] = []
     key(files, cache, reads)
@@ -161,7 +160,7 @@ def test_trials_that_start_at_once_read_once(files, cache):
     def trial(_):
         corpus = corpus_of(files, reads)
         start.wait()
-        return key_of(corpus, cache, _alone)
+        return key_of(corpus, cache)
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(trial, range(4)))) == 1
@@ -170,17 +169,17 @@ def test_trials_that_start_at_once_read_once(files, cache):
 
 def test_a_cache_that_may_not_be_written_serves(files, cache, monkeypatch):
     def refuse(*_, **__):
-        raise seen.StoreError("no room")
+        raise cache_module.StoreError("no room")
 
-    monkeypatch.setattr(seen, "write_atomically", refuse)
+    monkeypatch.setattr(cache_module, "write_atomically", refuse)
     assert key(files, cache) == corpus_of(files).fingerprint
 
 
 def test_python_source_is_known_by_its_files_too(tmp_path, cache):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.py").write_text("x = 1\n")
-    key_of(python_source(tmp_path / "source"), cache, _alone)
+    key_of(python_source(tmp_path / "source"), cache)
     reads: list[int] = []
     again = replace(python_source(tmp_path / "source"), read=lambda: reads.append(1) or [])
-    assert key_of(again, cache, _alone) == python_source(tmp_path / "source").fingerprint
+    assert key_of(again, cache) == python_source(tmp_path / "source").fingerprint
     assert not reads

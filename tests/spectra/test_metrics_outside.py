@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nerve.spectra import StreamingCovariance, variance_outside
-from nerve.spectra.subspace import column_basis
+from nerve.spectra.metrics import column_basis
 
 DIM, D_IN, N = 24, 5, 400
 

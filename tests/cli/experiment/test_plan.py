@@ -9,7 +9,8 @@ from support import TINY_RUN
 
 import nerve
 from nerve.cli.experiment import run as experiment
-from nerve.cli.experiment.objective import FFNS, SCORES, check_objective, objective_of
+from nerve.cli.experiment.plan import FFNS, SCORES, check_objective
+from nerve.cli.experiment.summary import objective_of
 from nerve.errors import ConfigError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord

@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from nerve.outliers import LARGEST_MOVES, describe_outliers, largest_move, outliers
+from nerve.derived import (
+    LARGEST_MOVES,
+    VERDICTS,
+    describe_outliers,
+    largest_move,
+    outliers,
+    sampling_codes,
+)
 from nerve.spectra import (
     SampleShares,
     Shares,
@@ -127,3 +134,12 @@ def test_rows_without_shares_are_not_flagged():
     )
     assert outliers(stored_before).tolist() == [""]
     assert outliers(rows.iloc[:0]).empty
+
+
+def test_verdicts_go_by_the_samples_of_a_feature():
+    """From 8 on there are enough, from 2 on too few, below severely so."""
+    n = np.array([800, 799, 200, 199, 800])
+    columns = {"n_samples": n, "d_ff": np.full(5, 100)}
+    codes = sampling_codes(columns, np.array([True, True, True, True, False]))
+    assert codes.tolist() == [0, 1, 1, 2, -1]
+    assert VERDICTS == ("well", "under", "severely under")

@@ -1,30 +1,100 @@
-"""Which rows of metrics may be those of a few samples: massive activations, first tokens."""
+"""What follows from the stored columns of a row of metrics: further metrics, whether a few samples
+may make its spectrum (massive activations, first tokens), and whether there were enough of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from nerve.metric_names import SITES
+from nerve.metric_names import SITES, STORED
+
+VERDICTS = ("well", "under", "severely under")
+
+
+LEAST_RATIO = {"well": 8.0, "under": 2.0}
+"""From how many samples a feature on a verdict holds, where no halves were measured."""
+
+
+Columns = Mapping[str, np.ndarray]
+
+_OF_A_SITE: dict[str, Callable[[Columns, str], np.ndarray]] = {
+    "exp_se_{site}": lambda rows, site: np.exp(rows[f"se_{site}"]),
+    # One feature has ln D = 0 and no spread that could be normalized.
+    "se_{site}_normalized": lambda rows, site: (
+        rows[f"se_{site}"] / np.log(np.where(rows["d_ff"] > 1, rows["d_ff"], np.nan))
+    ),
+    "pr_{site}_fraction": lambda rows, site: rows[f"pr_{site}"] / rows["d_ff"],
+    "rank_limit_{site}": lambda rows, site: _rank_limit(rows, site),
+}
+_OF_BOTH: dict[str, Callable[[Columns], np.ndarray]] = {
+    "pr_gain": lambda rows: rows["pr_post"] / rows["pr_pre"],
+    "delta_eee": lambda rows: rows["eee_post"] - rows["eee_pre"],
+}
+
+
+def derived_columns(rows: Columns) -> dict[str, np.ndarray]:
+    """Every derived column of the catalogue, from arrays of the stored ones."""
+    with np.errstate(all="ignore"):
+        of_sites = {
+            column.format(site=site): derive(rows, site)
+            for column, derive in _OF_A_SITE.items()
+            for site in SITES
+        }
+        return of_sites | {column: derive(rows) for column, derive in _OF_BOTH.items()}
+
+
+def with_derived(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of metrics with every derived column of the catalogue, and `outliers`."""
+    # A column of nothing but None, as rows have it that were never stored, is one of numbers.
+    none = [name for name in STORED if name in rows and rows[name].dtype == object]
+    if none:
+        rows = rows.astype(dict.fromkeys(none, float))
+    columns: Any = {str(name): values.to_numpy() for name, values in rows.items()}
+    return rows.assign(**derived_columns(columns), outliers=outliers(rows))
+
+
+def _rank_limit(rows: Columns, site: str) -> np.ndarray:
+    """Nothing that passes through `d_in` numbers has a higher rank before the nonlinearity."""
+    width = np.minimum(rows["d_in"], rows["d_ff"]) if site == "pre" else rows["d_ff"]
+    return np.minimum(width, rows["n_samples"] - 1).astype(rows["d_ff"].dtype)
+
 
 LARGEST_MOVES = 0.10
 """A row is flagged where the farthest sample alone may move PR by more than this."""
+
 
 TOP_MULTIPLE = 16
 """… or where the farthest 0.1% hold more than so many times what they would if all were as far.
 Many alike move PR together, and none of them alone."""
 
+
 POSITION_RATIO = 4
 """… or where the samples of one position of the sequences, such as the first tokens, lie at more
 than so many times the mean squared distance: too many for the farthest 0.1%."""
+
 
 OF_CHANNELS = "token_mixing"
 """The FFN of a Mixer whose samples stand side by side as channels, of which each has a spread of
 its own by nature, and not as positions."""
 
+
 _NEEDED = ("largest_share", "top_share", "position_ratio", "pr")
+
+
+def sampling_codes(columns: Columns, is_measured: np.ndarray) -> np.ndarray:
+    """Of each row of metrics its place in `VERDICTS`, by N/D; -1 where nothing was measured.
+
+    Args:
+        columns: with `n_samples` and `d_ff`.
+        is_measured: of each row.
+    """
+    ratio = columns["n_samples"] / columns["d_ff"]
+    verdict = np.full(len(ratio), 2, np.int8)
+    for place in (1, 0):
+        verdict[ratio >= LEAST_RATIO[VERDICTS[place]]] = place
+    return np.where(is_measured, verdict, np.int8(-1))
 
 
 def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray:
