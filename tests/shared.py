@@ -2,6 +2,7 @@
 none of them hangs."""
 
 import faulthandler
+import functools
 import itertools
 import os
 import random
@@ -26,6 +27,8 @@ from support import (  # noqa: F401 - fixtures for all tests
     tables,
 )
 
+from nerve.storage import record
+
 CHECKED = ("nerve.spectra", "nerve.nn", "nerve.models", "nerve.optim")
 install_import_hook(list(CHECKED), "beartype.beartype")
 
@@ -41,6 +44,7 @@ CHECKED_AMONG = (
 )
 
 torch.set_num_threads(1)  # tiny tensors; and several tests start processes of their own
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # likewise
 
 SWEEP = (
     "threads=1",
@@ -58,6 +62,17 @@ SWEEP = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 composing.remember()
+
+
+def ask_once_for_provenance() -> None:
+    """The commit and the versions, for which each new record asks git three times and the metadata
+    of a dozen packages, do not change while tests run."""
+    versions = functools.cache(record.package_versions)
+    record.git_commit = functools.cache(record.git_commit)
+    record.package_versions = lambda: dict(versions())
+
+
+ask_once_for_provenance()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ by block and column by column, and a column of texts holds their numbers.
 """
 
 import itertools
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -210,7 +211,7 @@ class _Column:
 
     def __init__(self, first: np.ndarray | Coded) -> None:
         self._numbers: dict[str, int] | None = {} if isinstance(first, Coded) else None
-        self._values = np.empty(0, np.int8 if isinstance(first, Coded) else first.dtype)
+        self._values = _room(0, np.dtype(np.int8) if isinstance(first, Coded) else first.dtype)
         self._n = 0
 
     def append(self, values: np.ndarray | Coded, share: float) -> None:
@@ -220,7 +221,7 @@ class _Column:
         if own.dtype != self._values.dtype:  # the codes of more texts are longer numbers
             self._values = self._values.astype(np.result_type(own, self._values))
         if end > len(self._values):
-            grown = np.empty(max(end, int(_ROOM * share * end)), self._values.dtype)
+            grown = _room(max(end, int(_ROOM * share * end)), self._values.dtype)
             grown[: self._n] = self._values[: self._n]
             self._values = grown
         self._values[self._n : end] = own
@@ -247,6 +248,20 @@ class _Column:
         assert numbers is not None
         own = [numbers.setdefault(text, len(numbers)) for text in values.texts]
         return np.array([*own, -1], _kind(len(numbers)))[values.codes]
+
+
+def _room(n: int, kind: np.dtype) -> np.ndarray:
+    """An array of `n` values that are yet to be written.
+
+    NumPy asks the system for huge pages. Those that are free a virtual machine may have given back
+    to its host, and 2 s a gigabyte go by until it has them again; the small pages between what is
+    in use are still its own, .3 s. Where huge pages are cheap, all of 3.6 GB gain 1 s by them.
+    """
+    if kind.hasobject or not n:
+        return np.empty(n, kind)
+    size = n * kind.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, kind)
 
 
 def _kind(n_texts: int) -> np.dtype:

@@ -4,7 +4,6 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Mapping
 from typing import NoReturn
 
 from rich.console import Console
@@ -53,22 +52,6 @@ def figure(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def counts(described: Mapping[str, int | float | str]) -> str:
-    """What data come to: `n_…` as counts, others by their names."""
-    return ", ".join(
-        f"{_plain(value)} {name[2:].replace('_', ' ')}"
-        if name.startswith("n_")
-        else f"{name.replace('_', ' ')} {_plain(value)}"
-        for name, value in described.items()
-    )
-
-
-def _plain(value: int | float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
 
 
 def duration(seconds: float) -> str:

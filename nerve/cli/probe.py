@@ -1,4 +1,4 @@
-"""`nerve-probe`: measures a model that is trained, or its checkpoints."""
+"""`nerve-probe`: measures a trained model, or its checkpoints."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from nerve.errors import NerveError
 from nerve.progress import shown
 
 DESCRIPTION = """\
-Measures the FFNs of trained models, and leaves a run that nerve-report takes.
+Measures the FFNs of trained models and creates a run that nerve-report reads.
 
-MODEL is a folder that transformers reads (save_pretrained; a .gguf file), a name on the hub
-(name@revision), or the directory of a run of nerve, of which the weights that checkpoint.keep
-kept are measured on its own held-out data. Several, or a pattern such as 'ckpt/step_*', are the
-checkpoints of one model: one run, whose rows stand at the steps that the names give.
+MODEL is a folder that transformers reads (save_pretrained; a .gguf file), a name on the Hugging
+Face hub (name@revision), or the directory of a nerve run, whose weights stored by checkpoint.keep
+are measured on its own held-out data. Several of them, or a pattern such as 'ckpt/step_*', are the
+checkpoints of one model: they form one run, whose steps come from the names.
 
-Called again it measures what is not there yet, and goes on with what was cut off.
+Repeat the command to measure only what is missing, also after an interruption.
 """
 
 
@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NerveError as error:
         fail("nerve-probe", str(error))
     except KeyboardInterrupt:
-        fail("nerve-probe", "interrupted; the same command goes on after the last checkpoint", 130)
+        fail(
+            "nerve-probe",
+            "interrupted; repeat the command to continue after the last checkpoint",
+            130,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,30 +57,51 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="a model, or the checkpoints of one")
     add("-o", "--output", metavar="FOLDER", help="default: outputs/probe/<model>-<id>")
-    add("--list", action="store_true", help="show the FFNs that are found, and measure nothing")
-    add("--select", metavar="GLOB", help="FFNs by their path in the model, such as '*.mlp'")
-    add("--layers", type=whole_numbers, metavar="I,I,…", help="default: all")
-    add("--skip-first", type=int, metavar="N", help="positions that begin each sequence, left out")
+    add("--list", action="store_true", help="list the FFNs, measure nothing")
+    add("--select", metavar="GLOB", help="select FFNs by their path in the model, such as '*.mlp'")
+    add("--layers", type=whole_numbers, metavar="I,I,…", help="layers to measure; default: all")
+    add(
+        "--skip-first", type=int, metavar="N", help="exclude the first N positions of each sequence"
+    )
     either = argparse.BooleanOptionalAction
-    add("--sites", type=_names, metavar="S,S,…", help="stream_in, input, output, stream_out")
-    add("--groups", type=_names, metavar="G,G,…", help="of position, frequency, halves")
+    add(
+        "--sites",
+        type=_names,
+        metavar="S,S,…",
+        help="further sites: stream_in, input, output, stream_out",
+    )
+    add(
+        "--groups",
+        type=_names,
+        metavar="G,G,…",
+        help="groups of tokens: position, frequency, halves",
+    )
     add("--spectra", action=either, default=True, help="store the eigenvalues (default)")
-    add("--memory", metavar="SIZE", help="matrices held at once, such as 8GiB; else more passes")
-    add("--steps", type=whole_numbers, metavar="S,S,…", help="of the models; default: as names say")
-    add("--device", help="default: a GPU where there is one")
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="limit for the matrices, such as 8GiB; beyond it, more passes",
+    )
+    add(
+        "--steps",
+        type=whole_numbers,
+        metavar="S,S,…",
+        help="steps of the models; default: from their names",
+    )
+    add("--device", help="default: a GPU if there is one")
     add("--dtype", help="float32, bfloat16, float16 or float64; default: that of the weights")
-    text = parser.add_argument_group("text (not for runs of nerve)").add_argument
+    text = parser.add_argument_group("text (not for nerve runs)").add_argument
     text(
         "--text",
         metavar="FILE",
         nargs="+",
-        help="files or patterns: plain text, .jsonl, .json, .parquet, also compressed; "
-        "default: the source of Python's standard library",
+        help="files or patterns: plain text, .jsonl, .json, .parquet, optionally compressed; "
+        "default: the source code of Python's standard library",
     )
-    text("--tokenizer", metavar="FOLDER", help="default: beside the weights")
-    text("--n-tokens", type=int, metavar="N", help="default: 8 for each unit of the widest FFN")
-    text("--seq-len", type=int, metavar="N", help="default: what the model takes, up to 1024")
-    text("--batch-size", type=int, metavar="N", help="sequences of a batch; default: 4")
+    text("--tokenizer", metavar="FOLDER", help="default: in the folder of the weights")
+    text("--n-tokens", type=int, metavar="N", help="default: 8 per unit of the widest FFN")
+    text("--seq-len", type=int, metavar="N", help="default: the model's maximum, up to 1024")
+    text("--batch-size", type=int, metavar="N", help="sequences per batch; default: 4")
     return parser
 
 

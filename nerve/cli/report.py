@@ -10,14 +10,14 @@ from nerve.errors import NerveError
 from nerve.progress import shown
 
 DESCRIPTION = """\
-Writes a folder about the runs under PATH: index.html (one file that opens without a network),
-figures/ as PNG and SVG, tables/ as CSV and Parquet.
+Writes a report on the runs under PATH: index.html (a single file that opens without a network),
+figures/ as PNG and SVG, and tables/ as CSV and Parquet.
 
 One run gets its own figures: overview, PR gain and ΔEEE over depth, spectra, training curves.
-Several runs are compared: curves and layers by each factor that varies, loss against metrics,
-correlations within and across runs beside null models, at the last step and at equal loss, paired
-by seed, and what an early step says of the final loss. Runs that failed, are
-unfinished or never learned are named and left out of figures and statistics.
+Several runs are compared: curves and per-layer values for each factor that varies, loss against
+metrics, correlations within and across runs with null models, at the last step and at equal loss,
+paired by seed, and how well an early step predicts the final loss. Runs that failed, are unfinished
+or never learned are listed, and left out of figures and statistics.
 """
 
 
@@ -49,28 +49,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "paths", metavar="PATH", nargs="+", help="a run, a sweep, or a folder of outputs"
+        "paths", metavar="PATH", nargs="+", help="a run, a sweep, or any folder of runs"
     )
     parser.add_argument(
-        "-o", "--output", metavar="FOLDER", help="default: report beside the first path"
+        "-o", "--output", metavar="FOLDER", help="default: report, next to the first path"
     )
     parser.add_argument(
         "--window",
         default="after_warmup",
-        help="steps of the correlations in titles and summaries: all, after_warmup (default), or "
-        "differences (of the changes from one measured step to the next)",
+        help="steps used for the correlations in titles and summaries: all, after_warmup "
+        "(default), or differences (between consecutive measured steps)",
     )
     parser.add_argument(
         "--steps",
         type=whole_numbers,
         default=(),
         metavar="S,S,…",
-        help="steps whose spectra are drawn, for one run; default: four from first to last",
+        help="steps whose spectra are plotted, for a single run; default: four from first to last",
     )
     parser.add_argument(
         "--reference",
         metavar="FILE",
-        help="a CSV with a paper's values, which figures show as marks: columns metric, value, "
+        help="a CSV with a paper's values, shown as markers in the figures: columns metric, value, "
         "label, and step, layer or val_loss",
     )
     return parser

@@ -37,13 +37,13 @@ SHOWN_PATH = 40
 """Letters of a path for which the table has room."""
 METRICS = DATASETS["metrics"]
 
-RIGHT = ("step", "val loss", "left", "last sign")
-COLUMNS = ("run", "of its own", "state", *RIGHT, "host", "job")
+RIGHT = ("step", "val loss", "time left", "heartbeat")
+COLUMNS = ("run", "overrides", "state", *RIGHT, "host", "job")
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands.
+    """The status of a run.
 
     Attributes:
         directory: of the run.
@@ -76,21 +76,21 @@ def main() -> None:
     """Entry point of `nerve-status`."""
     parser = argparse.ArgumentParser(
         prog="nerve-status",
-        description="Shows where each run stands: state, step, loss, time left, host, job.",
-        epilog="slow: its process lives, but has not been heard of for a minute. "
-        "queued: its job of SLURM waits. starting: its job has begun, the run has not. "
-        "dead: its process is gone without a word; starting it again resumes it.",
+        description="Shows the state, step, loss, time left, host and job of each run.",
+        epilog="slow: the process is alive, but sent no heartbeat for a minute. queued: the SLURM "
+        "job is pending. starting: the job has started, the run has not. dead: the process is gone "
+        "without having reported an end; start the run again to resume it.",
     )
     parser.add_argument(
         "path",
         nargs="*",
         default=["outputs"],
-        help="a run, a sweep, or a tree of outputs (default: outputs)",
+        help="a run, a sweep, or any folder of runs (default: outputs)",
     )
     parser.add_argument(
         "--watch",
         action="store_true",
-        help=f"show it again every {WATCHED_EVERY_S:g} s, as long as something goes on",
+        help=f"refresh every {WATCHED_EVERY_S:g} s while any run is active",
     )
     asked = parser.parse_args()
     try:

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ class PassFeatures:
         self.n_seen = 0
         """How many passes were taken since then."""
         self._is_taking = False
+        self._model = weakref.ref(model)
         self._handles = [
             model.register_forward_pre_hook(untraced(self._start), with_kwargs=True),
             model.register_forward_hook(untraced(self._stop)),
@@ -76,7 +78,7 @@ class PassFeatures:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_meant = (module.training and torch.is_grad_enabled()) == self._of_training
         is_meant = is_meant and module.training == self._of_training
-        if self.is_open and is_meant and not is_looking() and not _generates(kwargs):
+        if self.is_open and is_meant and self._is_own(module) and not _generates(kwargs):
             batch = batch_of(module, args, kwargs)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
@@ -84,6 +86,11 @@ class PassFeatures:
             chosen = self._choice.of(batch)  # which may run the model itself
             self._is_taking = True
             self._recorder.start(chosen)
+
+    def _is_own(self, module: nn.Module) -> bool:
+        """Whether what runs is a pass of the model, not of a copy, which has its hooks, nor one to
+        look at it."""
+        return module is self._model() and not is_looking()
 
     def _require_ended(self) -> None:
         """Raises `MeasurementError` where a pass has raised: some of its features are counted."""
@@ -95,7 +102,7 @@ class PassFeatures:
             )
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._is_taking and not is_looking():
+        if self._is_taking and self._is_own(module):
             self._is_taking = False
             self._recorder.stop()
             self.n_seen += 1

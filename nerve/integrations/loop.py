@@ -217,7 +217,7 @@ class WatchedLoop:
         self._label()
 
     def _label(self) -> None:
-        self.recorder.label(self.n_steps, _rate(self._optimizer))
+        self.recorder.label(self.n_steps, [] if self._optimizer is None else [self._optimizer])
         if not self._is_train:
             self.recorder.finish(of_all=n_processes() > 1)
         self.recorder.end_validation()
@@ -265,10 +265,3 @@ def _streams(
 ) -> list[Stream | None]:
     with evaluating(model):
         return find_streams(model, ffns, lambda: forward(model, batch))
-
-
-def _rate(optimizer: Optimizer | None) -> float | None:
-    """The learning rate of all groups of an optimizer, as the schedule left it; None where they
-    have several."""
-    rates = {float(group["lr"]) for group in optimizer.param_groups} if optimizer else set()
-    return rates.pop() if len(rates) == 1 else None

@@ -1,5 +1,6 @@
 """The losses of the passes of one update, where the model computes them."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class StepLosses:
     def __init__(self, model: nn.Module, *, of_all: bool) -> None:
         self._of_all = of_all and n_processes() > 1
         self._passes: list[tuple[Tensor, int | None, Any]] = []
+        self._model = weakref.ref(model)
         self._handle = model.register_forward_hook(untraced(self._keep), with_kwargs=True)
 
     def give(self, recorder: Recorder) -> None:
@@ -47,7 +49,8 @@ class StepLosses:
     def _keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        is_own = module is self._model()  # a copy has its hooks, too
+        if not (is_own and module.training and torch.is_grad_enabled()):
             return
         found = loss_of(output)
         if found is not None:

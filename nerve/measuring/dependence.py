@@ -138,7 +138,7 @@ class Dependence:
         features = argument(args, kwargs)
         if self._asks or not isinstance(features, Tensor):
             return
-        if not features.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not features.requires_grad:
             return
         rows = _rows(features, module)
         width = rows.shape[1]
@@ -240,15 +240,12 @@ class Dependence:
         if max(off) > 2 * torch.finfo(h.dtype).eps and max(off) > 4 * min(off):
             gate = off.index(max(off))
         else:
-            decides_h = [decides(x[i], x[0] * x[1], h) for i in (0, 1)]
-            if decides_h[0] != decides_h[1]:
-                gate = decides_h.index(True)
-            else:
-                named = [self.is_gate(site.module) for site in sites]
-                if named[0] == named[1]:
-                    why = "it is linear in both sides"
-                    return Link(sites[0], post, sites[1], "unclear", why)
-                gate = named.index(True)
+            is_gate = [decides(x[i], x[0] * x[1], h) for i in (0, 1)]
+            if is_gate[0] == is_gate[1]:
+                is_gate = [self.is_gate(site.module) for site in sites]
+            if is_gate[0] == is_gate[1]:
+                return Link(sites[0], post, sites[1], "unclear", "it is linear in both sides")
+            gate = is_gate.index(True)
         return Link(sites[gate], post, sites[1 - gate], "gated")
 
 

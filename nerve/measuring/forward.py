@@ -23,7 +23,10 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     # Autograd may record what happens to features: not to weights, which a forward may overwrite.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Those of inference mode take part in no graph, whatever they say.
+    trained = [
+        each for each in model.parameters() if each.requires_grad and not each.is_inference()
+    ]
     # nn.TransformerEncoder's own way past its modules, with nested tensors where there is padding.
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
@@ -34,11 +37,12 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
         with torch.inference_mode(False), torch.no_grad(), _uncompiled(), looking(taker):
             yield
     finally:
+        # First what cannot fail: within torch.func parameters refuse.
+        for module, training in modes.items():
+            module.training = training
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _uncompiled() -> AbstractContextManager[object]:

@@ -31,7 +31,15 @@ from nerve.measuring.ffns import (
 from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.slices import products_of
-from nerve.measuring.tap import check_same_samples, check_whole, of_site, plain, registered, tap
+from nerve.measuring.tap import (
+    Hook,
+    check_same_samples,
+    check_whole,
+    of_site,
+    plain,
+    registered,
+    tap,
+)
 from nerve.spectra.moments import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -99,18 +107,20 @@ class Probe:
         for each in products_of(self.sites):
             self._handles += each.install(lambda: self._receive is not None)
         for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
-            hook = self._hook_tokens
+            hook = Hook(self._hook_tokens)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
-                pre.module.register_forward_hook(self._hook_output(index), with_kwargs=True)
+                pre.module.register_forward_hook(Hook(self._hook_output(index)), with_kwargs=True)
                 if pre.of == "output"
                 else pre.module.register_forward_pre_hook(
-                    self._hook_input(index), with_kwargs=True
+                    Hook(self._hook_input(index)), with_kwargs=True
                 ),
-                post.module.register_forward_pre_hook(self._hook_post(index), with_kwargs=True)
+                post.module.register_forward_pre_hook(
+                    Hook(self._hook_post(index)), with_kwargs=True
+                )
                 if post.of == "input"
-                else post.module.register_forward_hook(self._hook_given(index)),
+                else post.module.register_forward_hook(Hook(self._hook_given(index))),
             ]
         if self._around is not None:
             self._around.install()
@@ -307,8 +317,3 @@ class Probe:
         self._times.clear()
         self._unchanged.clear()
         self._tokens.clear()
-
-
-def is_tap(hook: object) -> bool:
-    """Whether a hook of a module is a probe's, which looks at features and leaves them."""
-    return getattr(hook, "__module__", None) in (__name__, SiteProbe.__module__)

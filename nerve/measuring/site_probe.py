@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.ffns import Site, argument
-from nerve.measuring.tap import of_site, plain
+from nerve.measuring.tap import Hook, of_site, plain
 
 ReceiveSite = Callable[[int, str, Tensor], None]
 """Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""
@@ -41,10 +41,10 @@ class SiteProbe:
         """Puts the hooks in place."""
         for number, (_, _, site, _) in enumerate(self._taps):
             if site.of == "output":
-                handle = site.module.register_forward_hook(self._hook_output(number))
+                handle = site.module.register_forward_hook(Hook(self._hook_output(number)))
             else:
                 handle = site.module.register_forward_pre_hook(
-                    self._hook_input(number), with_kwargs=True
+                    Hook(self._hook_input(number)), with_kwargs=True
                 )
             self._handles.append(handle)
 

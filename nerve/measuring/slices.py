@@ -128,14 +128,15 @@ class Products:
         running: list[_Watch] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            if is_on() and not self._is_watched:
+            # A copy of the holder has this hook, too.
+            if module is self.holder and is_on() and not self._is_watched:
                 watch = _Watch(self, found)
                 watch.__enter__()
                 self._is_watched = True
                 running.append(watch)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if running:
+            if running and module is self.holder:
                 self._is_watched = False
                 running.pop().__exit__(None, None, None)
 

@@ -1,7 +1,7 @@
 """Features on their way from a model to whoever takes them: refused where they are none, and
 handed on through an operator, which compiled code holds as it is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any, Protocol
@@ -43,12 +43,23 @@ def plain(features: Any, side: str, where: str) -> Tensor:
             "torch.backends.mha.set_fastpath_enabled(False) keeps it dense, and a mask leaves "
             "padding out."
         )
+    if _in_vmap():
+        raise MeasurementError(
+            f"Features must be those of a whole batch; {side} of {where} is that of one item, as "
+            "torch.func.vmap runs it. Give held-out batches with heldout=, or call nerve.measure."
+        )
     if type(features).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise MeasurementError(
             f"Features must be one plain tensor; {side} of {where} is {type(features).__name__}, "
             "whose numbers only its own operators can read."
         )
     return features.as_subclass(Tensor).detach()
+
+
+def _in_vmap() -> bool:
+    """Whether torch.func.vmap runs, however deep within other transforms."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in levels)
 
 
 def of_site(tensor: Tensor, site: Site, where: str) -> Tensor:
@@ -93,6 +104,28 @@ def _split(where: str) -> MeasurementError:
         f"{where} are split over processes by tensor parallelism. Train with data parallelism or "
         "FSDP."
     )
+
+
+class Hook:
+    """A hook that looks at what a module gets or gives. A copy of the module, or one that is saved,
+    does not have it: that is another model, which nobody measures.
+
+    Args:
+        look: takes what hooks take; what it gives goes on in place of what it got, unless None.
+    """
+
+    def __init__(self, look: Callable[..., Any]) -> None:
+        self._look = look
+
+    def __call__(self, *args: Any) -> Any:
+        return self._look(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Hook, (nothing,)
+
+
+def nothing(*args: Any) -> None:
+    """What the hooks of copies do."""
 
 
 class Taker(Protocol):

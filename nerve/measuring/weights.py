@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from nerve.measuring.ffns import Site, is_pointwise, sample_of
-from nerve.measuring.probe import is_tap
 from nerve.measuring.slices import Slice
+from nerve.measuring.tap import Hook
 
 
 def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -28,7 +28,7 @@ def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tens
         site.of != "output"
         or not _is_affine(module)
         or "forward" in vars(module)
-        or not all(is_tap(hook) for hook in module._forward_hooks.values())
+        or not all(isinstance(hook, Hook) for hook in module._forward_hooks.values())
         or (module.training and is_parametrized(module))
     ):
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nerve.errors import noted
 from nerve.measuring.around import Stream, sites_around
@@ -16,7 +17,7 @@ from nerve.measuring.masks import ALL, Chosen
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.aside import Aside, Pace
-from nerve.recording.cadence import Cadence
+from nerve.recording.cadence import Cadence, rate_of
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Eigenproblem, Solved, Solver
 from nerve.recording.staging import expected_bytes
@@ -169,8 +170,9 @@ class Recorder:
         """Takes a validation loss of the labeled weights that somebody else has found."""
         self._cadence.note_validation(loss)
 
-    def label(self, step: int, lr: float | None) -> None:
-        """Labels the measurement of `step` with its losses and the hidden weights' rate."""
+    def label(self, step: int, optimizers: Sequence[Optimizer]) -> None:
+        """Labels the measurement of `step` with its losses and the rate of the measured weights."""
+        lr = rate_of(optimizers, self.probe.ffns)
         self._cadence.label(step, lr, n_processes=self._n_processes, is_split=self._is_split)
 
     def end_validation(self) -> None:

@@ -5,7 +5,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from nerve.analysis.load import Runs
 from nerve.config import require_choice
 from nerve.errors import ConfigError, StoreError
 from nerve.files import building_folder
+from nerve.progress import Progress, unseen
 from nerve.report.content import Content, Drawing, Table
 from nerve.report.one_run import content_of_run
 from nerve.report.page.render import MARK, PageFigure, PageTable, render
@@ -32,9 +33,6 @@ PARTS = {"figures": (".png", ".svg"), "tables": (".csv", ".parquet")}
 BUILDING = ".new-report-"
 """How the name of the folder begins in which a report is written before it takes its place."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done, and of how many."""
-
 
 def write_report(
     paths: AnyPath | Iterable[AnyPath],
@@ -43,7 +41,7 @@ def write_report(
     window: str = "after_warmup",
     steps: Sequence[int] = (),
     reference: AnyPath | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = unseen,
 ) -> Path:
     """Writes `index.html`, `figures/` and `tables/` and gives the path of the page.
 
@@ -85,7 +83,7 @@ def gather(
     window: str = "after_warmup",
     steps: Sequence[int] = (),
     reference: AnyPath | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = unseen,
 ) -> Content:
     """What a report on the runs under `paths` holds, with nothing drawn or written yet.
 

@@ -24,7 +24,6 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nerve.errors import StoreError, warn_caller
@@ -79,7 +78,8 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
         raise DamagedPartError(
             f"{folder} cannot be listed: {error}. Fix its permissions or restore it."
         ) from error
-    return sorted((folder / name for name in names), key=lambda path: (part_step(path), path.name))
+    paths = [folder / name for name in names]
+    return sorted(paths, key=lambda path: (part_step(path), path.name)) if len(paths) > 1 else paths
 
 
 def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
@@ -105,7 +105,7 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
-                check_version(path, parquet.schema_arrow.metadata)
+                check_version(path, parquet.metadata.metadata)
                 table = fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
         if not path.is_symlink():
@@ -113,8 +113,8 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
         raise _damaged(path, dataset, error) from error  # of a link to nowhere, which stays
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _damaged(path, dataset, error) from error
-    others = set(pc.unique(table["run_id"]).to_pylist()) - {run_id}
-    if run_id is not None and others:
+    others = set() if run_id is None else set(table["run_id"].unique().to_pylist()) - {run_id}
+    if others:
         raise DamagedPartError(
             f"{path} holds rows of run {', '.join(sorted(others))}; the run of its directory is "
             f"{run_id}. Move it to the directory of its own run."
@@ -169,7 +169,9 @@ def read_manifest(directory: Path) -> dict[str, set[str]]:
     """The names of the parts that a run must have, by dataset; empty where no list can be read."""
     parts: dict[str, set[str]] = {}
     try:
-        for line in (directory / MANIFEST_NAME).read_bytes().splitlines():
+        with open(f"{directory}/{MANIFEST_NAME}", "rb", buffering=0) as file:
+            lines = file.read().splitlines()
+        for line in lines:
             entry = json.loads(line)
             for name, added in [entry] if isinstance(entry, list) else entry.items():
                 parts.setdefault(str(name), set()).update(map(str, added))

@@ -179,8 +179,7 @@ class RunRecord:
                 "its checksum does not fit, so something in it was changed (if that was you, "
                 "delete the line of the checksum)",
             )
-        known = {entry.name for entry in fields(cls)} - {"directory", "config_id"}
-        stored = {name: values[name] for name in known & values.keys()}
+        stored = {name: values[name] for name in _STORED & values.keys()}
         try:
             record = cls(directory=path.parent, config_id="", **stored)
             check_fields(vars(record))
@@ -265,6 +264,10 @@ class RunRecord:
                 f"and not of run {self.run_id} any more, which stops. Leave a directory in its "
                 "place while its run is at work."
             )
+
+
+_STORED = frozenset(entry.name for entry in fields(RunRecord)) - {"directory", "config_id"}
+"""What is taken from a file: its directory is where it lies, its `config_id` is made anew."""
 
 
 def _now() -> str:

@@ -225,12 +225,19 @@ def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def encoding_of(schema: pa.Schema) -> dict[str, Any]:
-    """How a part's columns are encoded, for `pyarrow.parquet.write_table`: what repeats is
-    compressed. Measured numbers hardly repeat: with a dictionary they would be larger and slower to
-    read, and with zstd as large."""
+    """How a part's columns are encoded, for `pyarrow.parquet.write_table`.
+
+    Measured numbers hardly repeat: a dictionary would make them larger and slower to read, and zstd
+    no smaller. What repeats is LZ4, as small as zstd there: zstd makes a context for each column,
+    which takes longer than all that it unpacks.
+    """
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
     measured = {*STORED, *GROUPED}
-    compressed = {_path_of(field): "zstd" for field in schema if field.name not in measured}
+    compressed = {
+        _path_of(field): "zstd" if pa.types.is_list(field.type) else "lz4"
+        for field in schema
+        if field.name not in measured
+    }
     return {"compression": compressed, "use_dictionary": texts}
 
 

@@ -20,6 +20,13 @@ SHOWN_EVERY_S = 0.25
 """How often a terminal shows the loss: to read it is to wait for the device."""
 
 
+def let_go(callback: L.Callback) -> None:
+    """Lets go of the module of a fit that is over, and with it of trainer and optimizers: Lightning
+    gives its `log` to each callback."""
+    for name in ("log", "log_dict"):
+        vars(callback).pop(name, None)
+
+
 class Heartbeat(L.Callback):
     """Writes the step and the time to run.json at least every ten seconds, whatever the process is
     at: a thread does it where training does not.
@@ -73,6 +80,7 @@ class Heartbeat(L.Callback):
         self._end_of_fit()
 
     def _end_of_fit(self) -> None:
+        let_go(self)
         if self._is_of_fit:
             self._is_of_fit = False
             self.__exit__()

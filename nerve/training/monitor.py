@@ -16,10 +16,11 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
 from nerve.measuring.given import check_given
 from nerve.measuring.masks import Masks
-from nerve.recording.cadence import rate_of, step_loss
+from nerve.recording.cadence import step_loss
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
 from nerve.storage.store import RunStore
+from nerve.training.callbacks import let_go
 from nerve.training.fit import (
     awaited_values,
     choice_of,
@@ -61,9 +62,9 @@ class SpectralMonitor(L.Callback):
     one is waited for where a callback or schedule has the name of such a value as its `monitor`.
 
     Args:
-        store: where rows go; flushed after each measurement. None in a process that is not the one
-            that writes: of several processes, rank 0. All of them share the solving. A fit that
-            begins at step s, from whatever checkpoint, drops the rows past s.
+        store: where rows go; flushed after each measurement. Of several processes, which share the
+            solving, rank 0 has it, the others None. A fit that begins at step s, from whatever
+            checkpoint, drops the rows past s.
         ffns: the FFNs of a model whose modules do not fulfil the protocol `FFN`; None to look for
             them in the module that is trained.
         mask: gives a batch's mask, as `nerve.measure` takes it. By default that of the module's
@@ -100,11 +101,6 @@ class SpectralMonitor(L.Callback):
         self._recorder = Recorder(self.settings, store)
 
     @property
-    def source(self) -> str:
-        """Which features are measured: `heldout` or `train`."""
-        return self.settings.source
-
-    @property
     def val_loss(self) -> float | None:
         """The last validation loss, nats per target."""
         return self._recorder.val_loss
@@ -129,7 +125,7 @@ class SpectralMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        require_validation(trainer, self.source)
+        require_validation(trainer, self.settings.source)
         begins = trainer.global_step == 0  # else a trainer goes on, and its last step has its row
         if begins:
             self._updates.n = 0
@@ -154,7 +150,7 @@ class SpectralMonitor(L.Callback):
         trainer.num_sanity_val_steps = math.inf if begins and self.settings.begins_at_zero else 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        require_batches(trainer, self.source)
+        require_batches(trainer, self.settings.source)
         last = last_update(trainer, pl_module)
         steps = self.settings.measured_steps(last)
         self._updates.open(trainer, pl_module, steps, self._stop_taking)
@@ -197,11 +193,8 @@ class SpectralMonitor(L.Callback):
     def _label(self, trainer: L.Trainer) -> None:
         """Labels the present weights, where no validation does."""
         self._recorder.start_validation()
-        self._recorder.label(self._updates.n, self._rate(trainer))
+        self._recorder.label(self._updates.n, trainer.optimizers)
         self._recorder.end_validation()
-
-    def _rate(self, trainer: L.Trainer) -> float | None:
-        return rate_of(trainer.optimizers, self._recorder.probe.ffns)
 
     # Validation: the loss of every measured step; the features where the source is held-out data
 
@@ -221,7 +214,7 @@ class SpectralMonitor(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         is_of_fit = trainer.state.fn == TrainerFn.FITTING and not dataloader_idx
-        if is_of_fit and self.source == "heldout":
+        if is_of_fit and self.settings.source == "heldout":
             self._take(batch)
 
     def on_validation_batch_end(
@@ -243,8 +236,8 @@ class SpectralMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._recorder.label(self._updates.n, self._rate(trainer))
-        if self.source == "heldout":
+        self._recorder.label(self._updates.n, trainer.optimizers)
+        if self.settings.source == "heldout":
             self._recorder.finish(of_all=self._recorder.is_split)
         if not trainer.sanity_checking:
             values = awaited_values(trainer, self._recorder)
@@ -287,6 +280,7 @@ class SpectralMonitor(L.Callback):
         leave(exception)
         self._recorder.fail(exception)
         self._choice = None
+        let_go(self)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
@@ -299,6 +293,7 @@ class SpectralMonitor(L.Callback):
         self._updates.close()
         self._recorder.close()
         self._choice = None  # which has the model
+        let_go(self)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._recorder.state_dict(), "n_updates": self._updates.n}

@@ -162,7 +162,7 @@ def test_ctrl_c_leaves_what_is_measured(monkeypatch):
     monkeypatch.setattr(probing, "measure_one", interrupted)
     status, _, err = probed("ckpt/step_*")
     assert status == 130
-    assert "nerve-probe: interrupted; the same command goes on" in err
+    assert "nerve-probe: interrupted; repeat the command to continue" in err
     assert nerve.RunRecord.load("out").run_status == "interrupted"
     assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10]
 

@@ -1,5 +1,6 @@
 """A plain loop that is watched leaves the rows of the Lightning monitor, also after a kill."""
 
+import copy
 import gc
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 from processes import ended, start, together
 from support import Batches
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -506,6 +508,51 @@ def test_measuring_within_a_pass_that_is_watched_leaves_it_alone(tmp_path):
     rows = nerve.load_metrics(tmp_path)
     assert rows["n_samples"].tolist() == [32, 32]
     assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("n_runs", [1, None])
+def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
+    """Both are trained, and the copy runs within the other's pass, too."""
+    model, x = network(), in_sequences()
+    described = [
+        nerve.FFNAdapter(i, "ffn", b[0], b[2], n_runs=n_runs) for i, b in enumerate(model.blocks)
+    ]
+
+    def run_other(other: nn.Module, *_: object) -> None:
+        other(x)
+
+    with nerve.watch(model, tmp_path, ffns=described, every_n_steps=1, sites=["input"]) as run:
+        for _ in range(2):
+            teacher = copy.deepcopy(model)
+            within = model.blocks[0].register_forward_pre_hook(partial(run_other, teacher))
+            model(x).sum().backward()
+            within.remove()
+            teacher(x).sum().backward()
+            run.step()
+    assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 4
+
+
+def test_a_loop_of_functional_calls_is_measured_in_its_mode(tmp_path):
+    """Within torch.func parameters cannot be told to take no part in a graph, and so the model
+    cannot be looked at; it stays in train mode."""
+    model = network()
+    values = {name: each.detach() for name, each in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, values, (x,)).sum()
+
+    with nerve.watch(model, tmp_path / "grad", ffns=ffns(model), every_n_steps=1) as run:
+        for _ in range(2):
+            torch.func.grad(loss)(values, in_sequences())
+            assert all(module.training for module in model.modules())
+            run.step()
+    assert nerve.load_metrics(tmp_path / "grad")["n_samples"].tolist() == [32] * 4
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")
+    with (
+        pytest.raises(MeasurementError, match=r"whole batch; .*torch\.func\.vmap"),
+        nerve.watch(model, tmp_path / "vmap", ffns=ffns(model)),
+    ):
+        each(values, in_sequences())
 
 
 def raising_once(error: BaseException) -> Callable[..., None]:

@@ -182,3 +182,19 @@ def test_in_inference_mode_a_model_is_measured_as_out_of_it():
         rows = nerve.measure(model, [x])
         assert torch.is_inference_mode_enabled()
     pd.testing.assert_frame_equal(rows, expected)
+
+
+def test_a_model_made_in_inference_mode_is_measured_where_its_ffns_are_described():
+    """Its weights take part in no graph, so that nothing shows what follows from what."""
+    torch.manual_seed(0)
+    model = Plain(nn.Linear(4, 8), nn.Linear(8, 4))
+    x = torch.randn(100, 4)
+    expected = nerve.measure(model, [x])
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        inside = Plain(nn.Linear(4, 8), nn.Linear(8, 4))
+    with pytest.raises(MeasurementError, match="describe the FFNs with"):
+        nerve.measure(inside, [x])
+    assert inside.training
+    rows = nerve.measure(inside, [x], ffns=[nerve.FFNAdapter(0, "ffn", inside.up, inside.down)])
+    pd.testing.assert_frame_equal(rows, expected)

@@ -47,7 +47,7 @@ def validate(recorder: Recorder, model: nn.Module, step: int, lr: float = 0.1) -
             loss = nn.functional.mse_loss(model(x), y)
         recorder.stop()
         recorder.add_validation(loss, len(y))
-    recorder.label(step, lr)
+    recorder.label(step, [torch.optim.SGD(model.parameters(), lr=lr)])
     recorder.finish(of_all=False)
     recorder.end_validation()
 
@@ -88,7 +88,7 @@ def test_a_step_that_is_labeled_waits_for_features_that_come_later(store):
     model, recorder = network(), Recorder(MonitorSettings(source="train"), store)
     recorder.open(ffns(model), CPU, anew=True)
     recorder.start_validation()
-    recorder.label(7, None)
+    recorder.label(7, [])
     assert (recorder.is_due, recorder.due_step) == (True, 7)
     recorder.start()
     model(batch(0)[0])
@@ -96,7 +96,7 @@ def test_a_step_that_is_labeled_waits_for_features_that_come_later(store):
     recorder.finish(of_all=False)
     assert (recorder.is_due, recorder.due_step) == (False, None)
     assert load_metrics(store.directory)["step"].tolist() == [7]
-    recorder.label(8, None)
+    recorder.label(8, [])
     recorder.drop_due()
     recorder.finish(of_all=False)
     assert not recorder.is_due

@@ -15,12 +15,13 @@ from nerve.storage.record import RunRecord
 from .cluster import Cluster
 
 SITE = Path(__file__).parent / "site"
+STEPS = 60
 TINY = (
     *TINY_RUN,
-    *("model.seq_len=32", "trainer.max_steps=150", "monitor.every_n_steps=50"),
+    *("model.seq_len=32", f"trainer.max_steps={STEPS}", "monitor.every_n_steps=20"),
     *("checkpoint.every_n_steps=20", "logger=none"),
 )
-"""A run of about two seconds, if nothing holds it."""
+"""A run of about a second, if nothing holds it."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from .sweep import STEPS
+
 pytestmark = pytest.mark.slurm
 
 WARNED_S = 90
@@ -75,7 +77,7 @@ def test_a_requeued_or_preempted_run_ends_as_if_nothing_had_been(
     taken_away, seed, assert_same_rows
 ):
     record = taken_away[seed].records()[seed]
-    assert (record.run_status, record.step) == ("done", 150)
+    assert (record.run_status, record.step) == ("done", STEPS)
     assert_same_rows(taken_away[seed], seed)
 
 
@@ -136,7 +138,7 @@ def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_ti
     assert second.step > 20, "it had saved when it was warned"
     record = sweep.records()[0]
     assert (record.run_status, record.restarts) == ("interrupted", 1)
-    assert record.step < 150
+    assert record.step < STEPS
     state = cluster.wait("the end of the job", lambda: _ended(cluster.job(first.job)["JobState"]))
     assert state == "COMPLETED", "it is not queued again"
 

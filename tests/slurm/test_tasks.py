@@ -42,7 +42,7 @@ def test_the_run_goes_on_where_it_was(sweep):
 
 
 def test_the_rows_are_those_of_one_process(sweep, local):
-    """float32 gradients are summed in another order, which 150 steps of training amplify."""
+    """float32 gradients are summed in another order, which all steps of training amplify."""
     metrics, expected = sweep.rows(0)[0], local.rows(0)[0]
     assert metrics.step.tolist() == expected.step.tolist()
     np.testing.assert_allclose(metrics[NUMBERS], expected[NUMBERS], rtol=1e-3)

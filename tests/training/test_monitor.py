@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import lightning as L
@@ -812,13 +813,29 @@ def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
     assert not module.model.blocks[0].ffn.up._forward_hooks
 
 
-def test_a_monitor_keeps_no_model_once_the_fit_is_over(tmp_path):
-    """But for the functions to log by, which Lightning gives to callbacks."""
-    module = make_module()
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_monitor_keeps_no_model_once_the_fit_is_over(tmp_path, raises):
+    """Nor does the heartbeat: Lightning gives callbacks functions to log by, which have it."""
+    record = RunRecord.create(tmp_path, {})
+    monitor = SpectralMonitor(RunStore(tmp_path, record.run_id), every_n_steps=1)
+    module, heartbeat = make_module(), nerve.Heartbeat(record)
     seen = weakref.ref(module.model)
-    monitor, _ = fit(tmp_path, module, batches(2), batches(1, seed=1), every_n_steps=1)
-    for name in ("log", "log_dict"):
-        vars(monitor).pop(name, None)
+
+    def train(module: L.LightningModule) -> None:
+        callbacks = [monitor, heartbeat, *([Poison()] if raises else [])]
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=4,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, Batches(batches(4)), Batches(batches(1, seed=1)))
+
+    with pytest.raises(DivergedError) if raises else nullcontext():
+        train(module)
     del module
     gc.collect()
     assert seen() is None

@@ -46,6 +46,23 @@ def build_data(plan: Plan) -> Any:
     return data
 
 
+def counts(described: Mapping[str, int | float | str]) -> str:
+    """What data come to, as they describe themselves, for the log: `n_…` as counts, others by their
+    names."""
+    return ", ".join(
+        f"{_plain(value)} {name[2:].replace('_', ' ')}"
+        if name.startswith("n_")
+        else f"{name.replace('_', ' ')} {_plain(value)}"
+        for name, value in described.items()
+    )
+
+
+def _plain(value: int | float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
+
+
 def data_dims_of(data: Any, kind: str) -> dict[str, Any]:
     """What a model of that kind must know of the data, such as `vocab_size`."""
     return {name: getattr(data, name) for name in MODELS[kind].DATA_DIMS if hasattr(data, name)}

@@ -11,12 +11,12 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
 from nerve import cores
-from nerve.cli.console import counts
 from nerve.cli.experiment.build import (
     build_data,
     build_module,
     build_monitor,
     build_trainer,
+    counts,
     data_dims_of,
     describe,
     log_configuration,

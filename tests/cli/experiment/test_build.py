@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from nerve.cli.experiment.build import build_data
+from nerve.cli.experiment.build import build_data, counts
 from nerve.cli.experiment.plan import Plan
 
 
@@ -56,3 +56,15 @@ def test_relative_paths_begin_where_the_command_was_given_also_with_chdir(
         ["cache", "it", "some"] if "cache" in " ".join(paths) else ["it", "some"]
     )
     assert not list((tmp_path / "it").iterdir())
+
+
+def test_counts_come_before_their_names_and_other_facts_behind_theirs():
+    described = {
+        "corpus": "digits",
+        "n_train_images": 1433,
+        "n_train_epochs": 28.1,
+        "image_size": 8,
+    }
+    assert counts(described) == (
+        "corpus digits, 1,433 train images, 28.1 train epochs, image size 8"
+    )

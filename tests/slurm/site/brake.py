@@ -1,18 +1,23 @@
 """A Lightning callback for runs that must be there for as long as a test needs them."""
 
 import os
+import select
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-PAUSE_S = 1.0
+PAUSE_S = 4.0
+"""Long enough that no run ends while it is held, which takes up to two and a half minutes."""
+LOOKS_EVERY_S = 0.1
 HELD_FROM = 20
 
 
 class Brake(L.Callback):
-    """From step 20 each step takes a second longer until the file `<folder>/release` appears.
+    """From step 20 each step takes seconds longer, until the file `<folder>/release` appears or the
+    process gets a signal.
 
     Each start of training adds a line `<step> <job> <pid>` to `<folder>/<seed>`, with the step that
     it began from, once it is held.
@@ -28,9 +33,12 @@ class Brake(L.Callback):
         self._seed = seed
         self._unlucky = unlucky
         self._began_at: int | None = None
+        self._signals, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._began_at = trainer.global_step
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step <= HELD_FROM:
@@ -39,10 +47,16 @@ class Brake(L.Callback):
             with open(self._folder / str(self._seed), "a") as file:
                 file.write(f"{self._began_at} {_job()} {os.getpid()}\n")
             self._began_at = None
-        if not (self._folder / "release").exists():
-            time.sleep(PAUSE_S)
-        elif self._seed == self._unlucky:
+        until = time.monotonic() + PAUSE_S
+        while not self._is_released() and time.monotonic() < until:
+            if select.select([self._signals], [], [], LOOKS_EVERY_S)[0]:
+                os.read(self._signals, 1000)
+                return
+        if self._is_released() and self._seed == self._unlucky:
             raise RuntimeError("this run has no luck")
+
+    def _is_released(self) -> bool:
+        return (self._folder / "release").exists()
 
 
 def _job() -> str:
