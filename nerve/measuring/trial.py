@@ -76,6 +76,7 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
             "look at parts of it would disturb its training. Find them before it is sharded, and "
             "give them: ffns=nerve.find_ffns(model, batch)."
         )
+    _require_values(model, batch)
     paths = {module: path for path, module in model.named_modules()}
 
     def is_gate(module: nn.Module) -> bool:
@@ -92,6 +93,22 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
         elif not any(_works(seen, model, example) for example in _examples(model)):
             _watch_blocks(seen, model)
     return Seen(seen, products, routing.mixtures)
+
+
+def _require_values(model: nn.Module, batch: Any) -> None:
+    """Raises `MeasurementError` where nothing could be seen: there are no numbers to look at."""
+    given = list(_leaves(batch))
+    if any(each.is_meta for each in (*model.parameters(), *given)):
+        raise MeasurementError(
+            "FFNs are found by what a forward pass gives, so weights and batch must have values; "
+            "some are on the meta device. Load the weights first (model.to_empty gives room)."
+        )
+    if given and not any(each.numel() for each in given):
+        raise MeasurementError(
+            "FFNs are found by what a forward pass gives, so the first batch must have samples; "
+            f"got tensors of the shapes {', '.join(str(tuple(each.shape)) for each in given)}. "
+            "Put a batch first that has some."
+        )
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -30,7 +30,8 @@ def recorded_run(
     """Records a run within the block; None in a process that does not: of several, all but rank 0.
 
     The directory is locked within the block. A run that comes to its end is done; where it raises,
-    the run has failed, or was interrupted (Ctrl-C, SystemExit). All processes must enter alike.
+    the run has failed, or was interrupted (Ctrl-C, SystemExit, or a loop that yields and
+    is asked for no more). All processes must enter alike.
 
     Args:
         directory: the run directory.
@@ -97,7 +98,7 @@ def _begun(
 
 
 def _end(run: RecordedRun, error: BaseException) -> None:
-    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
     with noted(error):  # rows that are refused leave the record to be written
         run.store.flush(run.record.step)
     try:

@@ -555,6 +555,23 @@ def test_a_loop_of_functional_calls_is_measured_in_its_mode(tmp_path):
         each(values, in_sequences())
 
 
+def test_a_loop_that_yields_is_interrupted_where_nobody_asks_for_more(tmp_path):
+    model = network()
+
+    def steps():
+        with nerve.watch(model, tmp_path, ffns=ffns(model), every_n_steps=1) as run:
+            for seed in range(9):
+                model(in_sequences(seed)).sum().backward()
+                run.step()
+                yield run.n_steps
+
+    loop = steps()
+    assert [next(loop), next(loop)] == [1, 2]
+    loop.close()
+    assert nerve.RunRecord.load(tmp_path).run_status == "interrupted"
+    assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 0, 1, 1]
+
+
 def raising_once(error: BaseException) -> Callable[..., None]:
     errors = [error]
 

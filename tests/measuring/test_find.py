@@ -523,3 +523,12 @@ def test_ffns_are_found_before_a_model_is_sharded(kind):
     block.__class__ = type("Sharded", (sharded, nn.Sequential), own)
     with pytest.raises(MeasurementError, match=r"sharded \(FSDP\).*before it is sharded"):
         nerve.find_ffns(nn.Sequential(block))
+
+
+def test_nothing_is_found_where_there_are_no_numbers():
+    """The words name what is missing, not the model."""
+    model = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
+    with pytest.raises(MeasurementError, match=r"must have samples; got .*\(0, 4\)"):
+        nerve.measure(model, [torch.zeros(0, 4), torch.zeros(9, 4)])
+    with pytest.raises(MeasurementError, match="meta device"):
+        nerve.find_ffns(model.to("meta"))
