@@ -36,7 +36,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"whole numbers with commas between, such as 0,100,400; got {text!r}"
+            f"whole numbers separated by commas, such as 0,100,400; got {text!r}"
         ) from error
 
 

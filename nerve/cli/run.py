@@ -38,8 +38,8 @@ from nerve.cores import spin_briefly, uncollected
 from nerve.errors import NerveError
 
 HINTS = {
-    "hydra/launcher/joblib": "Trials run side by side with hydra.sweeper.n_jobs=2 in its place.",
-    "hydra/sweeper/cells": "It is called hydra/sweeper=trials.",
+    "hydra/launcher/joblib": "To run trials in parallel, use hydra.sweeper.n_jobs=2 instead.",
+    "hydra/sweeper/cells": "It is now called hydra/sweeper=trials.",
     "hydra/launcher/submitit_slurm": 'It comes with an extra: pip install -e ".[slurm]"',
 }
 """Configurations that are not there, and what to do."""
@@ -124,7 +124,7 @@ class _Command:
             return str(error)  # so Hydra refuses options that do not go together
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             name = Path(str(error.filename)).name
-            return f"A name of a file has at most {LONGEST_NAME} bytes; {name[:20]}… has more."
+            return f"A file name has at most {LONGEST_NAME} bytes; {name[:20]}… has more."
         if isinstance(error, OSError):
             return (
                 f"The output directory must be writable; {error.filename}: {error.strerror}. "

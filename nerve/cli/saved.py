@@ -23,7 +23,7 @@ def load_saved(path: Path) -> dict[str, Any]:
     """
     content = _read(path, lambda: OmegaConf.to_container(OmegaConf.load(path)), dict)
     if not content:
-        raise _not_saved(path, TypeError("it holds nothing"))
+        raise _not_saved(path, TypeError("it is empty"))
     return {str(key): value for key, value in content.items()}
 
 
@@ -38,12 +38,12 @@ def _read(path: Path, read: Callable[[], Any], kind: type) -> Any:
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise _not_saved(path, error) from error
     if not isinstance(content, kind):
-        raise _not_saved(path, TypeError(f"it holds {content!r:.100}, not a {kind.__name__}"))
+        raise _not_saved(path, TypeError(f"it contains {content!r:.100}, not a {kind.__name__}"))
     return content
 
 
 def _not_saved(path: Path, error: Exception) -> StoreError:
     return StoreError(
-        f"{path} is not what Hydra saves of a run: {' '.join(str(error).split())}. Restore it; "
-        "run.json beside it has the values, too."
+        f"{path} is not a configuration saved by Hydra: {' '.join(str(error).split())}. Restore "
+        "it; run.json in the run directory has the values, too."
     )

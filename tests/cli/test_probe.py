@@ -61,7 +61,7 @@ def test_a_family_is_measured_as_in_python(name, tmp_path):
     d_ff = 64 if name == "bloom" else 40
     rows = nerve.measure(model, batches_of(tmp_path / "model", model, 8 * d_ff // 32))
     n_runs, got = 3 if name == "albert" else 1, stored()
-    assert f"samples for each unit of d_ff (N/D): {8.0 * n_runs}\n" in out
+    assert f"samples per unit of d_ff (N/D): {8.0 * n_runs}\n" in out
     columns = [each for each in rows if rows[each].dtype == float or each in ("layer", "ffn")]
     # Of a run texts are categories.
     same = {"check_dtype": False, "check_categorical": False}
@@ -76,7 +76,7 @@ def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
     save(model, tmp_path / "model")
     status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 320)
     assert status == 0, err
-    assert "samples for each unit of d_ff (N/D): 0.0 to " in out
+    assert "samples per unit of d_ff (N/D): 0.0 to " in out
     keys = ["layer", "ffn"]
     rows = nerve.measure(model, batches_of(tmp_path / "model", model, 10)).sort_values(keys)
     got = stored().sort_values(keys)
@@ -150,7 +150,7 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
     status, out, _ = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 640)
     assert status == 0
     assert "post: the farthest sample holds" in out
-    assert "--skip-first 1 leaves the first tokens out" in out
+    assert "--skip-first 1 excludes the first tokens" in out
     first = stored()
     assert "post" in first["outliers"][0]
     again = ("model", "--text", "text/*.txt", "-o", "without", "--n-tokens", 640)
@@ -349,7 +349,7 @@ def test_a_model_that_cannot_be_probed_is_one_message(make):
         (["model", "--groups", "place"], "--groups"),
         (["model", "--dtype", "float"], "--dtype must be one of float32, bfloat16"),
         (["model", "--layers", "7"], "Layers to measure must have FFNs, as 0, 1 have; got 7"),
-        (["model/nope"], "the folder model is here, and has no nope"),
+        (["model/nope"], "the folder model exists, and has no nope"),
         (["model", "--skip-first", "32"], "--skip-first=32 of --seq-len=32"),
         (["model", "--select", "x"], "matches 'x'. Some that there are: "),
         (["model", "--select", "*.mlp.up_proj"], "that select='*.mlp.up_proj' takes"),
@@ -389,11 +389,11 @@ def test_steps_are_what_names_say(names, steps):
 @pytest.mark.parametrize(
     ("names", "given", "words"),
     [
-        (["first", "second_2"], None, "first gives none"),
-        (["step_10k", "step_20k"], None, "plain numbers; got step_10k"),
-        (["a/step_1", "b/step_1"], None, "are both of step 1"),
+        (["first", "second_2"], None, "first contains none"),
+        (["step_10k", "step_20k"], None, "plain number; got step_10k"),
+        (["a/step_1", "b/step_1"], None, "both have step 1"),
         (["step_1", "step_2"], [5], "got 1 for 2"),
-        (["step_1", "step_2"], [5, 5], "are both of step 5"),
+        (["step_1", "step_2"], [5, 5], "both have step 5"),
     ],
 )
 def test_names_that_do_not_say_it_are_refused(names, given, words):
@@ -413,7 +413,7 @@ def test_a_run_that_kept_no_weights_is_told_from_a_model(config, written):
     nerve.RunRecord.create(Path("mine"), config)
     status, _, err = nerve_probe("mine")
     assert status == 1
-    assert f"mine is a run of {written}, which has what was measured and no weights" in err
+    assert f"mine is a run of {written}, which has measurements but no weights" in err
 
 
 def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):

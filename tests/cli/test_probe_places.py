@@ -39,8 +39,8 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     ("place", "words"),
     [
         ("./ckpt/stpe_1", "there is no ./ckpt/stpe_1. Near: ckpt/step_1. Check"),
-        ("ckpt/stpe_1", "the folder ckpt is here, and has no stpe_1. Near: ckpt/step_1. Check"),
-        ("ckpt/other", "the folder ckpt is here, and has no other. Check"),
+        ("ckpt/stpe_1", "the folder ckpt exists, and has no stpe_1. Near: ckpt/step_1. Check"),
+        ("ckpt/other", "the folder ckpt exists, and has no other. Check"),
         ("ckpts/step_1/model", "there is no ckpts/step_1/model. Near: ckpt. Check"),
         ("ckpt/step_1/a/b", "there is no ckpt/step_1/a/b. Check"),
         ("/nowhere/step_1", "there is no /nowhere/step_1. Check"),
@@ -99,6 +99,6 @@ def test_what_is_cached_needs_no_hub(requests, monkeypatch):
 
 
 def test_what_no_model_of_the_hub_is_called_is_refused_unasked(requests):
-    with pytest.raises(DataError, match=r"none on the hub is called so \(.*\.git"):
+    with pytest.raises(DataError, match=r"there is none of that name on the hub \(.*\.git"):
         check_hub(["model.git"])
     assert requests == []

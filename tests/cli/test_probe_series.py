@@ -104,7 +104,7 @@ def test_a_series_is_measured_once_and_goes_on_when_it_grows(loaded, monkeypatch
     shutil.move("later_20", "ckpt/step_20")
     status, out, err = probed("ckpt/step_*")
     assert status == 0, err
-    assert "steps: 3 (10, 20, 30), of which 2 had been measured before" in out
+    assert "steps: 3 (10, 20, 30), of which 2 were measured before" in out
     assert loaded == [10, 20]
     assert nerve.load_metrics("out")["run_id"].nunique() == 1
     assert nerve.RunRecord.load("out").step == 30
@@ -125,7 +125,7 @@ def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
     save(llama(seed=5), Path("ckpt/step_10"))
     status, _, err = probed("ckpt/step_*")
     assert status == 1
-    assert "step 10 was measured with other weights than those that are in ckpt/step_10 now" in err
+    assert "step 10 was measured with other weights than ckpt/step_10 has now" in err
     assert nerve.load_metrics("out")["pr_post"].tolist() == before["pr_post"].tolist()
 
 

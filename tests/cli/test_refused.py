@@ -74,12 +74,15 @@ def test_what_can_be_a_directory_is_let_pass(argument):
         ("optimizer=adamww", "optimizer must be one of adafactor, "),
         ("model=gpt_tinyy", "Did you mean model=gpt_tiny?"),
         ("activation=xyz", "got 'xyz'."),
-        ("hello", "An argument is key=value, or an option with dashes before it; got 'hello'."),
+        (
+            "hello",
+            "An argument must be key=value, or an option that starts with dashes; got 'hello'.",
+        ),
         ("normfree", "Did you mean --config-name=normfree?"),
         ("nromfree", "Did you mean --config-name=normfree?"),
         ("optimizer.lr", "Did you mean optimizer.lr=…?"),
         ("callbacks=[a]", "callbacks is a group of values; got callbacks=[a]."),
-        ("model.n_layers=[1", "An override must be one that Hydra can read: "),
+        ("model.n_layers=[1", "Hydra must be able to parse each override: "),
         ("seed=choice()", "empty choice is not legal"),
     ],
 )

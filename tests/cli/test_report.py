@@ -84,7 +84,7 @@ def test_mistakes_are_one_message(report, run, tmp_path, arguments, message):
 def test_steps_must_be_numbers(report, run):
     status, _, err = report("outputs", "--steps", "first")
     assert status == 2
-    assert "--steps: whole numbers with commas between, such as 0,100,400; got 'first'" in err
+    assert "--steps: whole numbers separated by commas, such as 0,100,400; got 'first'" in err
 
 
 def test_help_is_fast_and_loads_nothing_heavy():

@@ -142,7 +142,7 @@ COMPOSITION = [
     (["activatoin=relu"], ["activatoin"]),
     (["optimizer.lrr=1"], ["no value 'optimizer.lrr'. Did you mean 'optimizer.lr'?"]),
     (["optimizer.nesterov=1"], ["There is no value 'optimizer.nesterov'. nerve-run --cfg job"]),
-    (["optimizer.momentum=0.9"], ["options chosen have no value 'optimizer.momentum'", "=dion."]),
+    (["optimizer.momentum=0.9"], ["selected options have no value 'optimizer.momentum'", "=dion."]),
     (["lr=1e-3"], ["no value 'lr'. Did you mean 'optimizer.lr'?"]),
     (["data.paths=a"], ["no value 'data.paths'. Did you mean 'data.corpus.paths'?"]),
     (["kind=x"], ["no value 'kind'. nerve-run --cfg job"]),
@@ -154,7 +154,7 @@ COMPOSITION = [
 ADDED = [
     ("+activaton=relu", ["+activaton adds a value that nothing", "mean 'activation'?"]),
     ("+optimizer.beta1=0.5", ["+optimizer.beta1 adds a value that nothing reads. nerve-run"]),
-    ("+trainer.max_epochs=1", ["+trainer.max_epochs would be passed over: trainer.max_steps"]),
+    ("+trainer.max_epochs=1", ["+trainer.max_epochs would be ignored: trainer.max_steps"]),
     ("++trainer.logger._target_=x", ["+trainer.logger._target_ would be", "the group logger"]),
 ]
 COMMANDS = [
@@ -163,7 +163,7 @@ COMMANDS = [
     (["--config-name=nrmfree"], ["--config-name must be one of activation", "mean 'normfree'?"]),
     (["-m", "--cfg=job"], ["Only one of --run, --multirun, --cfg"]),
     (["hydra/sweeper=cells", "-m"], ["got 'cells'", "called hydra/sweeper=trials"]),
-    (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be passed over", "Add -m"]),
+    (["hydra/launcher=slurm"], ["hydra/launcher=slurm would be ignored", "Add -m"]),
     (["hydra.run.dir=/proc/nerve"], ["output directory must be writable", "/proc/nerve"]),
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
     (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
@@ -328,7 +328,7 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
     assert "max_epochs" in own
     for key in [*own, "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"]:
         arguments = [f"+trainer.{key}=1", "optimizer.lr=${x}"]
-        with pytest.raises(ConfigError, match=rf"\+trainer\.{key} would be passed over: "):
+        with pytest.raises(ConfigError, match=rf"\+trainer\.{key} would be ignored: "):
             check_added(overrides_of(arguments), arguments)
 
 
@@ -381,7 +381,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
     status, _, err = run(*tiny, "trainer=gpu")
     assert status == 1
     assert "trainer.accelerator=gpu needs a GPU" in err
-    assert "Take trainer=cpu" in err
+    assert "Use trainer=cpu" in err
 
 
 def test_the_rows_say_what_chance_would_lose(run, tiny, tmp_path):

@@ -119,7 +119,7 @@ def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
     sweep = lost_sight_of
     assert sweep.finish() == 0, sweep.everything
     assert "4 trials, 1 interrupted, 2 sent before, 1 new; 2 to run" in sweep.output
-    assert re.search(r"waiting also for \d+_1, \d+_2", sweep.output)
+    assert re.search(r"also waiting for \d+_1, \d+_2", sweep.output)
     deeds = re.findall("waited for|resumed|run(?= +│ done)", sweep.output)
     assert deeds == ["resumed", "waited for", "waited for", "run"]
     sent = sweep.folder.glob("outputs/multirun/.submitit/*/*_submitted.pkl")

@@ -19,7 +19,7 @@ def explain_error(error: Exception) -> str:
     if found := re.match(r"Could not override '([^']+)'", text):
         key, known = found[1], known_keys()
         if key in known:
-            return f"The options chosen have no value {key!r}; that is one of {known[key]}."
+            return f"The selected options have no value {key!r}; it belongs to {known[key]}."
         return f"There is no value {key!r}.{meant(key, known)}"
     if found := re.match(r"Multiple values for ([^.]+)\.", text):
         return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
@@ -41,8 +41,8 @@ def explain_error(error: Exception) -> str:
     told = _without_link(text.split("\nConfig search path:")[0])
     if isinstance(error, OverrideParseException):
         return (
-            f"An override must be one that Hydra can read: {told}. A value with signs of its own "
-            "goes into quotes: \"key='value'\"."
+            f"Hydra must be able to parse each override: {told}. Quote values with special "
+            "characters: \"key='value'\"."
         )
     reason = _without_link(str(error.__cause__))
     return f"{told}\n{reason}" if isinstance(error.__cause__, Exception) else told
@@ -69,8 +69,8 @@ def _no_override(argument: str) -> str:
         meant = ""
     hint = f" Did you mean {meant}?" if meant else ""
     return (
-        f"An argument is key=value, or an option with dashes before it; got {argument!r}.{hint} "
-        "nerve-run --help shows all."
+        f"An argument must be key=value, or an option that starts with dashes; got {argument!r}."
+        f"{hint} nerve-run --help lists all."
     )
 
 
@@ -91,7 +91,7 @@ def meant(key: str, known: Iterable[str]) -> str:
     else:
         close = get_close_matches(key, list(known), n=1)
     close = close or _of_the_same_leaf(key, known)
-    return (f" Did you mean {close[0]!r}?" if close else "") + " nerve-run --cfg job shows all."
+    return (f" Did you mean {close[0]!r}?" if close else "") + " nerve-run --cfg job lists all."
 
 
 def _of_the_same_leaf(key: str, known: Iterable[str]) -> list[str]:

@@ -37,15 +37,15 @@ _OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
 
 _SET_BY_THE_RUN = {
     "trainer.callbacks": "callbacks.<name> adds one",
-    "trainer.check_val_every_n_epoch": "monitor.every_n_steps sets the validation",
+    "trainer.check_val_every_n_epoch": "monitor.every_n_steps determines when to validate",
     "trainer.default_root_dir": "hydra.run.dir sets the directory",
     "trainer.enable_model_summary": "the run turns it off",
     "trainer.logger": "the group logger sets the loggers",
     "trainer.max_epochs": "trainer.max_steps sets the end of training",
-    "trainer.num_sanity_val_steps": "the validation of step 0 takes that place",
+    "trainer.num_sanity_val_steps": "the validation at step 0 replaces it",
     "trainer.plugins": "the run sets them, for its checkpoints",
-    "trainer.use_distributed_sampler": "the data deals the samples out itself",
-    "trainer.val_check_interval": "monitor.every_n_steps sets the validation",
+    "trainer.use_distributed_sampler": "the data module distributes the samples itself",
+    "trainer.val_check_interval": "monitor.every_n_steps determines when to validate",
 }
 """Values that `build_trainer` and the monitor set themselves, and what stands in their place."""
 
@@ -113,8 +113,8 @@ def check_added(overrides: Iterable[Override], arguments: Sequence[str]) -> None
         value = ".".join(override.key_or_group.split(".")[:2])
         require(
             value not in _SET_BY_THE_RUN,
-            f"A run sets some values of trainer itself; +{override.key_or_group} would be passed "
-            f"over: {_SET_BY_THE_RUN.get(value)}. Leave it out.",
+            f"A run sets some values of trainer itself; +{override.key_or_group} would be ignored: "
+            f"{_SET_BY_THE_RUN.get(value)}. Leave it out.",
         )
     if not added or has_own_files(arguments) or any("${" in argument for argument in arguments):
         return
@@ -201,8 +201,8 @@ def _flat(given: Iterable[Any]) -> list[str]:
 def _merged(group: str, options: Sequence[str]) -> ConfigError:
     names = ",".join(options)
     return ConfigError(
-        f"{group} takes one option; got a list, [{names}], which would be merged into one run. For "
-        f"a run of each write {group}={names} and -m, or {group}: {names} in hydra.sweeper.params."
+        f"{group} takes one option; got a list, [{names}], which would be merged into one run. To "
+        f"run each of them, use -m {group}={names}, or {group}: {names} in hydra.sweeper.params."
     )
 
 

@@ -37,18 +37,18 @@ def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Se
     ]
     require(
         not defining,
-        f"A resumed run keeps what defines its result; got {' '.join(defining)} beside "
-        f"{pasted('resume', directory)}. Leave it out, or start a new run; {_free_keys()} may be "
-        "given.",
+        f"A resumed run keeps the settings that define its result; got {' '.join(defining)} with "
+        f"{pasted('resume', directory)}. Leave it out, or start a new run; only {_free_keys()} may "
+        "change.",
     )
     named = any(
         argument.startswith(("--config-name", "-cn", "--multirun", "-m")) for argument in arguments
     )
     require(
         not named,
-        f"One run is resumed, with its own configuration; got {pasted('resume', directory)} beside "
-        "--multirun or --config-name. Leave that out; a sweep resumes by itself what was "
-        "interrupted.",
+        f"resume takes a single run, with its own configuration; got {pasted('resume', directory)} "
+        "with --multirun or --config-name. Leave that out; a sweep resumes its interrupted runs by "
+        "itself.",
     )
     _store(directory, chooses_logger=any(o.key_or_group == "logger" for o in overrides))
     return CONFIG_NAME
@@ -67,8 +67,8 @@ def _store(directory: Path, chooses_logger: bool) -> None:
     saved = directory / ".hydra" / "config.yaml"
     if not saved.is_file():
         raise StoreError(
-            f"resume takes the directory of a run, which holds .hydra/config.yaml; {directory} "
-            "does not. Give what nerve-run printed as the run directory."
+            f"resume takes the directory of a run, which contains .hydra/config.yaml; {directory} "
+            "does not. Pass the run directory that nerve-run printed."
         )
     stored = load_saved(saved)
     primary = OmegaConf.load(CONF / "config.yaml")

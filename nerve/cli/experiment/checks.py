@@ -190,10 +190,10 @@ def require_whole_matrices(values: Mapping[str, Any]) -> None:
         target = str(build.get("_target_"))
         require(
             target in ELEMENTWISE,
-            "Where parameters are sharded each process has flat pieces of matrices, and an "
-            "optimizer must treat each number by itself, else it trains another network than one "
-            f"device does; got trainer.strategy={named} with "
-            f"optimizer.parts.{name}.build._target_={target}. Take trainer=ddp, or optimizer=adamw "
+            "With sharded parameters, each process has flat pieces of matrices, so the optimizer "
+            "must be elementwise, or it would train another network than on one device; got "
+            f"trainer.strategy={named} with "
+            f"optimizer.parts.{name}.build._target_={target}. Use trainer=ddp, or optimizer=adamw "
             "or sgd.",
         )
 
@@ -241,14 +241,14 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
     of_text = [name for name in monitor.groups if name != "halves"]
     require(
         kind == "gpt" or not of_text,
-        f"monitor.groups={of_text} are of tokens of text; with model.kind={kind} halves alone can "
-        "be grouped. Leave the others out.",
+        f"monitor.groups={of_text} are groups of text tokens; with model.kind={kind} only halves "
+        "are possible. Leave the others out.",
     )
     if not skip_first:
         return
     require(
         kind == "gpt",
-        f"monitor.skip_first leaves out positions of text; with model.kind={kind} it "
+        f"monitor.skip_first excludes positions of text; with model.kind={kind} it "
         f"must be 0, got {skip_first!r}.",
     )
     require_left("monitor.skip_first", skip_first, "data.seq_len", values["data"]["seq_len"])
@@ -263,7 +263,7 @@ def require_readable_weight(monitor: MonitorSettings, values: Mapping[str, Any])
         or monitor.shortcut != PROJECTED
         or "16" not in str(precision),
         f"monitor.shortcut={PROJECTED} reads the weight before pre, which ffn.constraint="
-        f"{constraint} makes anew in training; got monitor.source=train. Set monitor.shortcut=true "
+        f"{constraint} recomputes in training; got monitor.source=train. Set monitor.shortcut=true "
         "or monitor.source=heldout.",
     )
 

@@ -51,10 +51,10 @@ _LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
 _WHOLE: Mapping[str, tuple[Any, str]] = {
     "limit_val_batches": (
         1.0,
-        "monitor.n_tokens (images: data.n_heldout) says how much to hold out",
+        "monitor.n_tokens (images: data.n_heldout) sets how much is held out",
     ),
-    "limit_train_batches": (1.0, "trainer.max_steps says how long to train"),
-    "overfit_batches": (0.0, "data.corpus.roots says what to train on"),
+    "limit_train_batches": (1.0, "trainer.max_steps sets how long to train"),
+    "overfit_batches": (0.0, "data.corpus.roots sets what to train on"),
     "fast_dev_run": (False, "trainer.max_steps=2 is a short run"),
 }
 """Values of Lightning's trainer that cut a run short, each with the one that does not, and with
@@ -95,7 +95,7 @@ class TrainerPlan:
             require(
                 # Of these numbers 1 is one batch, and 1.0 are all.
                 value is None or (value == whole and (not whole or isinstance(value, float))),
-                f"A run trains and validates on all that it was asked for; got trainer.{name}="
+                f"A run trains and validates on all of the requested data; got trainer.{name}="
                 f"{value!r}. Leave it out; {instead}.",
             )
         try:
@@ -119,8 +119,8 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
     require_choice("trainer.accelerator", accelerator, known)
     require(
         accelerator != "mps",
-        "Spectra are taken in float64, which Apple's GPUs do not have; got "
-        "trainer.accelerator=mps. Take trainer=cpu, or a GPU of NVIDIA.",
+        "Spectra are computed in float64, which Apple GPUs do not support; got "
+        "trainer.accelerator=mps. Use trainer=cpu, or an NVIDIA GPU.",
     )
     ids = devices if isinstance(devices, list) else []
     require(
@@ -199,8 +199,8 @@ class ModelPlan:
                 skeleton = MODELS[kind](design, seed=0)
         except (RuntimeError, OverflowError, MemoryError) as error:
             raise ConfigError(
-                f"The numbers of a model must fit into memory; those of model and ffn do not: "
-                f"{str(error).splitlines()[0]}. Make them smaller."
+                "The weights of a model must fit into memory; those of model and ffn do not: "
+                f"{str(error).splitlines()[0]}. Use smaller sizes."
             ) from error
         return cls(kind, design, data_dims, n_unknown, skeleton)
 

@@ -27,8 +27,8 @@ from nerve.training.gathering import Gathering, environment_of
 
 COUNTED = (
     "Memory counts parameters, gradients, the optimizer's state and the monitor's covariance "
-    "matrices (float64), all on one device; not activations, batches and what solves the "
-    "eigenproblems."
+    "matrices (float64), all on one device; not activations, batches and the memory of the "
+    "eigensolver."
 )
 
 State = Callable[[int, int, Mapping[str, Any]], float]
@@ -52,15 +52,15 @@ def check_machine(plan: Plan) -> None:
     require(
         accelerator not in ("gpu", "cuda") or CUDAAccelerator.is_available(),
         f"trainer.accelerator={accelerator} needs a GPU; torch {torch.__version__} finds none that "
-        "it can use (Apple's have no float64, in which spectra are taken). Take trainer=cpu, or "
+        "it can use (spectra need float64, which Apple GPUs do not support). Use trainer=cpu, or "
         "install torch for this machine's GPU.",
     )
     require(
         accelerator != "auto"
         or CUDAAccelerator.is_available()
         or not MPSAccelerator.is_available(),
-        "trainer.accelerator=auto takes the GPU of this machine, which is Apple's and has no "
-        "float64, in which spectra are taken. Take trainer=cpu.",
+        "trainer.accelerator=auto selects the Apple GPU of this machine, which does not support "
+        "float64, in which spectra are computed. Use trainer=cpu.",
     )
     require_memory(plan, _device_bytes(accelerator))
 
@@ -72,7 +72,7 @@ def require_memory(plan: Plan, has_bytes: int) -> None:
     needs_bytes = least_memory(plan, n_devices * trainer.get("num_nodes", 1))
     require(
         needs_bytes <= has_bytes,
-        f"A run must fit into its device; weights, gradients and logits of this one take at least "
+        f"A run must fit into its device; weights, gradients and logits of this one need at least "
         f"{needs_bytes / 1e9:,.0f} GB, and it has {has_bytes / 1e9:,.0f} GB. Lower the largest of "
         f"data.batch_size={plan.values['data'].get('batch_size')}, "
         f"data.vocab_size={plan.values['data'].get('vocab_size')} and the sizes in model and ffn.",
@@ -253,8 +253,8 @@ def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
         n_devices in (None, 0, 1) and trainer.get("num_nodes", 1) == 1,
         "In a sweep on this machine each trial is one process; "
         f"trainer.strategy={trainer['strategy']} with trainer.devices={trainer['devices']} starts "
-        "others, by calling the whole command again. Use trainer.devices=1, send the sweep to a "
-        "cluster with hydra/launcher=slurm, or start each run by itself, without --multirun.",
+        "more, each of which would repeat the whole command. Use trainer.devices=1, submit the "
+        "sweep to a cluster with hydra/launcher=slurm, or start each run without --multirun.",
     )
 
 
@@ -266,7 +266,7 @@ def check_counted(trainer: Mapping[str, Any]) -> None:
     """
     require(
         n_devices_of(trainer) is not None,
-        "A job of SLURM is sent with the number of its devices; got "
+        "A SLURM job must state its number of devices; got "
         f"trainer.devices={trainer['devices']}. Give a number, the same for all trials.",
     )
 
@@ -290,7 +290,8 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
     n_gpus = launcher.get("gpus_per_node") or a_task * launcher["tasks_per_node"]
     require(
         n_gpus >= n_devices,
-        f"A job gets the GPUs that it asks for; trainer.accelerator={trainer['accelerator']} with "
-        f"trainer.devices={trainer['devices']} needs hydra.launcher.gpus_per_node={n_devices}, "
+        f"A job gets only the GPUs that it requests; trainer.accelerator={trainer['accelerator']} "
+        f"with trainer.devices={trainer['devices']} needs "
+        f"hydra.launcher.gpus_per_node={n_devices}, "
         f"got {launcher.get('gpus_per_node')}.",
     )

@@ -182,8 +182,8 @@ def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
     for name, callback in zip(values["callbacks"], callbacks, strict=True):
         require(
             not isinstance(callback, GradientAccumulationScheduler),
-            "A run accumulates gradients over as many batches from its first step to its last; "
-            f"callbacks.{name} changes it from epoch to epoch. Set "
+            "A run accumulates gradients over the same number of batches at every step; "
+            f"callbacks.{name} changes it between epochs. Set "
             "trainer.accumulate_grad_batches.",
         )
     bars = [
@@ -194,7 +194,7 @@ def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
     shows = values["trainer"].get("enable_progress_bar", True)
     require(
         len(bars) <= int(bool(shows)),
-        f"A run shows one progress bar, or none; got {' and '.join(bars)} with "
+        f"A run shows at most one progress bar; got {' and '.join(bars)} with "
         f"trainer.enable_progress_bar={str(shows).lower()}. Leave one out, or set that to true.",
     )
     # A callback of one's own may log what another one monitors.
@@ -218,7 +218,7 @@ def _callback(name: str, node: Any) -> L.Callback:
     callback = build(node, key=key)
     require(
         isinstance(callback, L.Callback),
-        f"{key}._target_ must name a callback of Lightning; {node['_target_']} makes "
+        f"{key}._target_ must name a Lightning callback; {node['_target_']} gives "
         f"{type(callback).__name__}.",
     )
     assert isinstance(callback, L.Callback)

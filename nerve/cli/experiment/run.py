@@ -109,7 +109,7 @@ def _lead(
         if record.run_status != "done":  # else what came after it went wrong, not the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
-            log.warning("%s; to go on: nerve-run %s", str(error), pasted("resume", run.path))
+            log.warning("%s; to resume: nerve-run %s", str(error), pasted("resume", run.path))
             signals.hand_on()
         raise
     if signals.received:  # while it ended: nothing is left to save, but the command must stop
@@ -123,7 +123,7 @@ def _record_end(record: RunRecord, error: BaseException) -> None:
     try:
         record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
-        log.error("run.json cannot say how the run ended: %s", str(refused))
+        log.error("run.json cannot record how the run ended: %s", str(refused))
 
 
 def _run(
@@ -197,13 +197,13 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     remove_temporaries(last.parent)
     if not last.exists():
         if record.restarts:
-            log.warning("there is no %s: the run starts from its beginning", last)
+            log.warning("there is no %s: the run starts from the beginning", last)
         store.truncate_after(-1)
         return
     check_checkpoint(last, record)
     if record.fingerprints != data.fingerprints:
         raise DataError(
-            f"A run goes on with the data that it began with; those of {run.path} had the "
-            f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the old "
-            "data back, or start a new run."
+            f"A run must be resumed with the same data; those of {run.path} had the fingerprints "
+            f"{record.fingerprints}, now they are {data.fingerprints}. Restore the old data, or "
+            "start a new run."
         )

@@ -49,7 +49,7 @@ def start(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> Run
     if record.run_status == "done":
         _say_done(record)
     elif not is_new:
-        log.info("run %s goes on in %s (restart %d)", record.run_id, run.path, record.restarts)
+        log.info("resuming run %s in %s (restart %d)", record.run_id, run.path, record.restarts)
         for target in foreign_targets(values):
             log.warning("the configuration of this directory calls %s", target)
     return record

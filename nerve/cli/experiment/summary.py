@@ -62,7 +62,7 @@ def finish(
     try:
         drop_all_but_weights(run.checkpoint("last"))
     except StoreError as refused:  # the run is done all the same
-        log.warning("the last checkpoint stays as large as it is: %s", str(refused))
+        log.warning("the last checkpoint could not be reduced to the weights: %s", str(refused))
     print_summary(rows, facts_of(final, warning), run.path)
 
 
@@ -102,8 +102,8 @@ def warning_of(val_loss: float, unigram_loss: float | None) -> str | None:
     if unigram_loss is None or val_loss < unigram_loss:
         return None
     return (
-        f"untrained: the loss of {val_loss:.4g} nats is not below {unigram_loss:.4g}, which the "
-        "frequencies of the tokens alone give"
+        f"untrained: the loss of {val_loss:.4g} nats is not below {unigram_loss:.4g}, the "
+        "loss of the token frequencies alone"
     )
 
 
@@ -125,8 +125,8 @@ def facts_of(final: Mapping[str, float], warning: str | None) -> dict[str, str]:
 def _outlying(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
     """A line for each spectrum that may be that of a few samples."""
     return [
-        f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: few samples may "
-        "decide this spectrum"
+        f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: a few samples may "
+        "dominate this spectrum"
         for row in rows
         for site in filter(None, row["outliers"].split(", "))
     ]

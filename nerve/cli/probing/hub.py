@@ -37,10 +37,12 @@ def check_hub(places: Sequence[str]) -> None:
             return
         except Exception as error:  # versions of the hub's client differ in those of connections
             is_name = not isinstance(error, hub.utils.HFValidationError)
-            where = "the hub cannot be reached" if is_name else "none on the hub is called so"
+            where = (
+                "the hub cannot be reached" if is_name else "there is none of that name on the hub"
+            )
             raise DataError(
                 f"{place} is no folder here, and {where} ({error}).{near_names(place)} Check the "
-                "path; what is on the hub can also be downloaded elsewhere and given as a folder."
+                "path, or download the model elsewhere and give it as a folder."
             ) from error
         return
 

@@ -50,8 +50,8 @@ def is_on_hub(place: str, rule: str = "A model is a folder, a run directory") ->
     is_name = _HUB_NAME.fullmatch(place) is not None
     if is_name and "/" in place and "@" not in place and path.parent.is_dir():
         raise DataError(
-            f"{rule} or a name on the hub; the folder {path.parent} is here, and has no "
-            f"{path.name}.{near_names(place)} Check the path; on the hub it is {place}@main, too."
+            f"{rule} or a name on the hub; the folder {path.parent} exists, and has no "
+            f"{path.name}.{near_names(place)} Check the path; on the hub, use {place}@main."
         )
     if not is_name:
         raise DataError(
@@ -126,8 +126,8 @@ def check_keeps_weights(directory: Path, config: Mapping[str, Any]) -> None:
     if written is not None:
         raise DataError(
             f"nerve-probe takes a model's weights, or a run of nerve-run, which keeps them; "
-            f"{directory} is a run of {written}, which has what was measured and no weights. "
-            f"Give the model itself; nerve-report {directory} shows what was measured."
+            f"{directory} is a run of {written}, which has measurements but no weights. "
+            f"Give the model itself; nerve-report {directory} shows the measurements."
         )
 
 

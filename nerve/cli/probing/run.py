@@ -73,7 +73,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
     now: Opened | None = opened(source, source.checkpoints[0])
     assert now is not None
     for line in now.ffns.unclear:
-        say(f"not measured; by hand, if it is an FFN: {line}")
+        say(f"not measured; if it is an FFN, describe it by hand: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
     before = measured_of(directory, data.config)
@@ -108,8 +108,8 @@ def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoin
 def _require_alike(now: Opened, table: pd.DataFrame) -> None:
     if not now.ffns.table().equals(table):
         raise DataError(
-            f"The checkpoints of a series are of one model; the FFNs of {now.checkpoint.place} are "
-            "others than those of the first. Probe it apart."
+            f"The checkpoints of a series must be of one model; the FFNs of {now.checkpoint.place} "
+            "differ from those of the first. Probe it separately."
         )
 
 
@@ -123,8 +123,8 @@ def _measure(
         if known == str(weights_of(now.model)):
             return False
         raise StoreError(
-            f"A step is of one model; step {step} was measured with other weights than those that "
-            f"are in {now.checkpoint.place} now. Choose another directory with -o."
+            f"A step has one set of weights; step {step} was measured with other weights than "
+            f"{now.checkpoint.place} has now. Choose another directory with -o."
         )
 
     def tell(what: str, done: int, total: int | None) -> None:
@@ -161,18 +161,20 @@ def _show(directory: Path, data: Data, n_before: int) -> None:
     last = metrics[metrics["step"] == steps[-1]]
     facts = {
         "steps": f"{len(steps)} ({', '.join(map(str, steps[:8]))}{', …' if steps[8:] else ''})"
-        + (f", of which {n_before} had been measured before" if n_before else ""),
-        "samples for each unit of d_ff (N/D)": _range_of(last["n_samples"] / last["d_ff"]),
+        + (f", of which {n_before} were measured before" if n_before else ""),
+        "samples per unit of d_ff (N/D)": _range_of(last["n_samples"] / last["d_ff"]),
     }
     loss = last["val_loss"].iloc[0]
     if pd.notna(loss):
         facts["loss"] = f"{loss:.3f} nats per target"
     n_flagged = int((metrics["outliers"] != "").sum())
     if n_flagged:
-        hint = "" if data.skip_first else "; --skip-first 1 leaves the first tokens out"
-        facts["flagged"] = f"{n_flagged} of {len(metrics)} rows may be those of few samples{hint}"
+        hint = "" if data.skip_first else "; --skip-first 1 excludes the first tokens"
+        facts["flagged"] = (
+            f"{n_flagged} of {len(metrics)} rows may be dominated by a few samples{hint}"
+        )
     print_summary(last.to_dict("records"), facts, directory)
-    say(f"for the report: nerve-report {shlex.quote(str(directory))}")
+    say(f"report: nerve-report {shlex.quote(str(directory))}")
 
 
 def _range_of(values: pd.Series) -> str:

@@ -38,7 +38,7 @@ class KeptCheckpoints:
         given = [f"--{name.replace('_', '-')}" for name in _OF_TEXT if getattr(asked, name)]
         require(
             not given,
-            f"A run is probed at the steps that it kept, on its own held-out data; got "
+            f"A run is probed at its stored steps, on its own held-out data; got "
             f"{', '.join(given)}. Leave that out.",
         )
         require(
@@ -81,8 +81,8 @@ class KeptCheckpoints:
         if data.fingerprints != record.fingerprints:
             raise DataError(
                 f"A run is probed on its own held-out data; those of {self._run.path} had the "
-                f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Bring the "
-                "old data back."
+                f"fingerprints {record.fingerprints}, now they are {data.fingerprints}. Restore "
+                "the old data."
             )
         own = plan.monitor.skip_first
         skip_first = own if asked.skip_first is None else asked.skip_first

@@ -34,8 +34,8 @@ def steps_of(names: Sequence[str], given: Sequence[int] | None) -> list[int]:
         first = steps.index(step)
         require(
             first == i,
-            f"Checkpoints of one series are of different steps; {names[first]} and {names[i]} are "
-            f"both of step {step}. Leave one out, or give --steps.",
+            f"Checkpoints of one series must have different steps; {names[first]} and {names[i]} "
+            f"both have step {step}. Leave one out, or give --steps.",
         )
     return steps
 
@@ -48,14 +48,14 @@ def _step_of(name: str, *, is_single: bool) -> int:
         text, end = found[-1][1], found[-1].end(1)
         require(
             last[end : end + 1].lower() not in ("k", "m", "b"),
-            f"Names give steps as plain numbers; got {name}. Say it with --steps.",
+            f"A name must give its step as a plain number; got {name}. Set it with --steps.",
         )
         return int(text)
     if is_single:
         return int(last) if last.isdigit() else 0
     require(
         bool(numbers),
-        f"The rows of a series stand at the steps that names give, as step_100 does; {name} gives "
-        "none. Say it with --steps 0,100,…, in the order of the models.",
+        f"The steps of a series come from the names, as in step_100; {name} contains none. Set "
+        "them with --steps 0,100,…, in the order of the models.",
     )
     return int(numbers[-1])

@@ -58,8 +58,8 @@ def check_composed(hydra_config: HydraConf) -> None:
     launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
     require(
         hydra_config.mode == RunMode.MULTIRUN or launcher == "basic",
-        f"A launcher runs the trials of a sweep; hydra/launcher={launcher} would be passed over "
-        "and the run be made here. Add -m.",
+        f"A launcher runs the trials of a sweep; hydra/launcher={launcher} would be ignored, and "
+        "the run would start on this machine. Add -m.",
     )
 
 
@@ -134,7 +134,7 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
     if memories - {None}:
         say(COUNTED)
     if None in memories:
-        say("A dash: of a trial that is not to run, of what only the data tell, or not known.")
+        say("A dash: the trial will not run, the value depends on the data, or it is not known.")
     refused = [trial for trial in trials if trial.rejected_because is not None]
     if refused:
         lines = [f"{len(refused)} of {n_trials(len(trials))} in {folder} are refused."]

@@ -179,7 +179,7 @@ class StoredRuns:
             try:
                 runs.setdefault(run.require_record().config_id, []).append(run)
             except StoreError as error:
-                say(f"passed over: {error}")
+                say(f"skipped: {error}")
         chosen: dict[str, RunDirectory] = {}
         for config_id, same in runs.items():
             best, *others = sorted(same, key=_worth, reverse=True)
@@ -219,9 +219,9 @@ def _check_same(trial: Trial, other: Trial, different: Sequence[str]) -> None:
     if different:
         names = [f"{each.number} ({' '.join(each.overrides)})" for each in (other, trial)]
         raise ConfigError(
-            f"A directory holds one run; trials {' and '.join(names)} would share "
+            f"A directory contains one run; trials {' and '.join(names)} would share "
             f"{trial.directory} with different values of {', '.join(different)}; nothing was "
-            "started. Put what varies into hydra.sweep.subdir, or leave that out: each trial then "
+            "started. Put what varies into hydra.sweep.subdir, or omit that, so that each trial "
             "has its own."
         )
 
@@ -235,6 +235,6 @@ def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:
     ]
     where = f", which {error.full_key} refers to" if error.full_key else ""
     return (
-        f"The values of a trial must be there and fit together; {text.splitlines()[0]}{where}. "
-        f"Choose groups that suit each other, or give the value; chosen: {', '.join(chosen)}."
+        f"The values of a trial must exist and be compatible; {text.splitlines()[0]}{where}. "
+        f"Choose compatible options, or set the value; selected: {', '.join(chosen)}."
     )

@@ -159,8 +159,8 @@ class _Process:
         elif self._timeout_s is not None and now - self._began > self._timeout_s:
             self._timeout_s = None
             self._error = TimeLimitError(
-                f"stopped after {_minutes(now - self._began)}; hydra.sweeper.timeout_min gives a "
-                "trial no longer"
+                f"stopped after {_minutes(now - self._began)}; the limit of "
+                "hydra.sweeper.timeout_min"
             )
             self._ask_to_stop(now)
         elif self._to_be_killed_at is not None and now > self._to_be_killed_at:
@@ -289,7 +289,7 @@ def _error(status: int) -> NerveError:
     name = signal.Signals(-status).name
     if -status not in FROM_OUTSIDE:
         return CrashedError(f"its process ended with {name}")
-    why = ", by hand or by the system for want of memory" if -status == signal.SIGKILL else ""
+    why = ", by hand or by the system for lack of memory" if -status == signal.SIGKILL else ""
     return KilledError(f"its process was killed ({name}){why}")
 
 

@@ -75,8 +75,8 @@ def ask(command: list[str]) -> dict[str, QueuedJob]:
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
     except (subprocess.CalledProcessError, OSError) as error:
         raise NerveError(
-            "What becomes of the jobs that a sweep has sent is asked of squeue, on a machine of "
-            f"the cluster; {_said(error)}. Try again."
+            "The jobs of a sweep are looked up with squeue, on a machine of the cluster; "
+            f"{_said(error)}. Try again."
         ) from error
     return parsed(answer.stdout)
 

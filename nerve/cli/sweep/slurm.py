@@ -75,7 +75,9 @@ class SentJobs:
         said = False
         while (ending := self._ending()) and time.monotonic() < until:
             if not said:
-                say(f"SLURM is ending {', '.join(sorted(ending))}; waiting to see what comes back")
+                say(
+                    f"SLURM is ending {', '.join(sorted(ending))}; waiting to see which jobs return"
+                )
             said = True
             time.sleep(1.0)
 
@@ -139,9 +141,9 @@ class SentJobs:
             if job.waits_for_ever and job_id not in self._told:
                 self._told.add(job_id)
                 say(
-                    f"job {job_id} waits until somebody does something about it "
-                    f"({job.reason or job.state}): once the cause is mended, scontrol release "
-                    f"{job_id}, or scancel {job_id}"
+                    f"job {job_id} will not start without intervention "
+                    f"({job.reason or job.state}): fix the cause, then scontrol release {job_id}, "
+                    f"or scancel {job_id}"
                 )
 
     def _sent(self) -> dict[str, Path]:

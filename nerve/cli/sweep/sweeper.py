@@ -105,8 +105,8 @@ class TrialSweeper(Sweeper):
         assert self.hydra_context is not None
         if self.config.resume is not None:
             raise ConfigError(
-                "A sweep resumes what was interrupted by itself; got "
-                f"{pasted('resume', self.config.resume)}. Leave resume out, or go on with that one "
+                "A sweep resumes its interrupted runs by itself; got "
+                f"{pasted('resume', self.config.resume)}. Leave resume out, or resume that single "
                 "run without --multirun."
             )
         require_type("check", self.config.check, bool)
@@ -159,13 +159,13 @@ class TrialSweeper(Sweeper):
         """Refuses a launcher that would take the place of `n_jobs`, or beside which it is none."""
         require(
             launcher["_target_"] != JOBLIB,
-            "Trials run side by side with hydra.sweeper.n_jobs=2; got hydra/launcher=joblib. Put "
-            f"hydra.sweeper.n_jobs={launcher.get('n_jobs', 2)} in its place.",
+            "Trials run in parallel with hydra.sweeper.n_jobs; got hydra/launcher=joblib. Use "
+            f"hydra.sweeper.n_jobs={launcher.get('n_jobs', 2)} instead.",
         )
         require(
             launcher["_target_"] == BASIC or self._n_jobs == 1,
-            f"hydra.sweeper.n_jobs counts trials on this machine; got {self._n_jobs} beside "
-            "another launcher. Leave it out; of a SLURM array set "
+            f"hydra.sweeper.n_jobs counts trials on this machine; got {self._n_jobs} with "
+            "another launcher. Leave it out; for a SLURM array, set "
             "hydra.launcher.array_parallelism.",
         )
 
@@ -184,7 +184,7 @@ class TrialSweeper(Sweeper):
             jobs.wait({_place(trial) for trial in sent})
             _wait_for_silence([*trials, *sent])
         except KeyboardInterrupt:
-            errors.append(NerveError("no longer waited for; what it has sent goes on"))
+            errors.append(NerveError("no longer waiting; submitted jobs continue"))
             signum = signal.SIGINT
         for trial in (*trials, *sent):
             _refuse_other_values(trial)
@@ -218,8 +218,8 @@ def _require_values(overrides: Sequence[Override]) -> None:
     for override in overrides:
         require(
             not override.is_sweep_override() or any(True for _ in override.sweep_iterator()),
-            f"An axis of a sweep has at least one value; {override.input_line} has none. Give "
-            "others, or leave it out.",
+            f"An axis of a sweep has at least one value; {override.input_line} has none. Add "
+            "values, or leave it out.",
         )
 
 

@@ -19,7 +19,7 @@ FOUND = {
     RunState.DEAD: "killed",
     RunState.FAILED: "failed",
     RunState.DONE: "done",
-    RunState.ALIVE: "at work elsewhere",
+    RunState.ALIVE: "running elsewhere",
 }
 DEED = {
     RunState.NEW: "run",
@@ -76,7 +76,7 @@ class SweepTable:
         say(f"sweep {self._folder}: {n_trials(len(self._trials))}, {found}; {self._n_to_do} to run")
         jobs = [trial.job for trial in self._trials if trial.job is not None]
         if jobs:
-            say(f"waiting also for {_some(jobs)}, with the values of hydra.launcher of their time")
+            say(f"also waiting for {_some(jobs)}, submitted before with their own hydra.launcher")
 
     def starting(self, trial: Trial) -> None:
         """Says that a trial starts."""
@@ -157,7 +157,7 @@ class SweepTable:
             # submitit's message goes on with the whole log of the job; its first line has the path.
             lines.append(f"  the launcher: {(str(error) or repr(error)).splitlines()[0]}")
         lines.append(
-            "The same command goes on with what is not done; retry=true includes what failed."
+            "Repeat the command to run what is not done; retry=true includes failed trials."
         )
         raise SweepError("\n".join(lines), 1 if signum is None else 128 + signum)
 

@@ -63,9 +63,9 @@ def _check_unchanged(config: DictConfig, run: RunDirectory) -> None:
     sent, now = _id_of(run), identity(config)
     if sent not in (None, now):
         raise StoreError(
-            f"A trial runs with the values that it was sent with; {run.path} is that of "
-            f"configuration {sent}, and the files of configuration now give {now}. Put "
-            "them back as they were, or call the sweep again for trials with the new values."
+            f"A trial runs with the values that it was submitted with; {run.path} has "
+            f"configuration {sent}, and the configuration files now give {now}. Restore "
+            "them, or repeat the sweep command for trials with the new values."
         )
 
 

@@ -28,7 +28,7 @@ LISTS = [
 def test_a_list_for_a_group_is_refused_with_what_is_meant(override, meant):
     with pytest.raises(ConfigError, match="takes one option; got a list") as error:
         refuse_lists(parsed("seed=0", override))
-    assert f"write {meant}" in str(error.value)
+    assert f"-m {meant}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
 @pytest.mark.parametrize(
     ("beside", "named"),
     [
-        (["seed=4"], "got seed=4 beside resume=it"),
+        (["seed=4"], "got seed=4 with resume=it"),
         (["activation=relu", "++model.n_layers=2"], "activation=relu ++model.n_layers=2"),
-        (["-m"], "beside --multirun"),
+        (["-m"], "with --multirun"),
         (["--config-name=normfree"], "--config-name"),
     ],
 )
@@ -79,5 +79,5 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
     saved = tmp_path / ".hydra" / "config.yaml"
     saved.parent.mkdir()
     saved.write_bytes(content)
-    with pytest.raises(StoreError, match=r"config\.yaml is not what Hydra saves of a run"):
+    with pytest.raises(StoreError, match=r"config\.yaml is not a configuration saved by Hydra"):
         prepare_resume(tmp_path, [], [])

@@ -32,7 +32,7 @@ BAD_GPT = [
     (["optimizer=muon", "optimizer.rest_lr=x"], ["optimizer.rest_lr must be a number; got 'x'"]),
     (["trainer.enable_progress_bar=maybe"], ["trainer.enable_progress_bar must be true or false"]),
     *(
-        ([f"+trainer.{key}={value}"], [f"on all that it was asked for; got trainer.{key}={value}."])
+        ([f"+trainer.{key}={value}"], [f"on all of the requested data; got trainer.{key}={value}."])
         for key, values in {
             "limit_val_batches": ("0", "0.0", "1", "0.5"),
             "limit_train_batches": ("0", "1", "10", "0.5"),
@@ -79,7 +79,7 @@ BAD_GPT = [
     (["model.n_heads=3"], ["model.d_model=32", "model.n_heads=3"]),
     (["ffn.width=0.3"], ["ffn.width=0.3", "model.d_model=32"]),
     (["ffn.d_ff=64"], ["ffn.width=4", "ffn.d_ff=64"]),
-    (["trainer.accelerator=mps"], ["float64", "trainer.accelerator=mps. Take trainer=cpu"]),
+    (["trainer.accelerator=mps"], ["float64", "trainer.accelerator=mps. Use trainer=cpu"]),
     (["trainer.accelerator=gpus"], ["trainer.accelerator must be one of auto, gpu"]),
     (["~trainer.devices"], ["trainer lacks devices"]),
     (["trainer.accelerator=5"], ["trainer.accelerator must be one of auto, gpu"]),
@@ -130,15 +130,15 @@ BAD_GPT = [
     (["data=text_files", "data.corpus.paths={a:1}"], ["data.corpus.paths must be a text"]),
     (
         [f"+callbacks.{name}._target_={CALLBACKS}.TQDMProgressBar" for name in ("a", "b")],
-        ["one progress bar, or none; got callbacks.a and callbacks.b"],
+        ["at most one progress bar; got callbacks.a and callbacks.b"],
     ),
     (
         ["trainer.enable_progress_bar=false", f"+callbacks.a._target_={CALLBACKS}.RichProgressBar"],
-        ["one progress bar, or none; got callbacks.a with trainer.enable_progress_bar=false"],
+        ["at most one progress bar; got callbacks.a with trainer.enable_progress_bar=false"],
     ),
     (["optimizer.parts=null"], ["optimizer.parts must be a mapping", "got None"]),
     (["+callbacks.a=5"], ["callbacks.a must be a mapping with the class of a callback"]),
-    (["+callbacks.a._target_=builtins.dict"], ["callbacks.a._target_", "builtins.dict makes dict"]),
+    (["+callbacks.a._target_=builtins.dict"], ["callbacks.a._target_", "builtins.dict gives dict"]),
     (["+callbacks.a._target_=nowhere.X"], ["callbacks.a cannot be built"]),
     (
         [f"+callbacks.a._target_={CALLBACKS}.EarlyStopping", "+callbacks.a.monitor=val_los"],

@@ -82,7 +82,7 @@ def no_cuda(monkeypatch):
 def test_a_machine_whose_gpu_has_no_float64_is_refused(no_cuda, accelerator):
     """Lightning would take Apple's GPU for each of these."""
     plan = Plan.of(composed("logger=none", f"trainer.accelerator={accelerator}"))
-    with pytest.raises(ConfigError, match="no float64, in which spectra are taken"):
+    with pytest.raises(ConfigError, match="float64"):
         machine.check_machine(plan)
 
 
@@ -101,7 +101,7 @@ TB = 10**12
 )
 def test_numbers_out_of_reason_are_refused_by_what_they_take_at_least(overrides):
     plan = Plan.of(composed("logger=none", *overrides))
-    with pytest.raises(ConfigError, match=r"take at least [\d,]+ GB, and it has 500 GB"):
+    with pytest.raises(ConfigError, match=r"need at least [\d,]+ GB, and it has 500 GB"):
         machine.require_memory(plan, TB // 2)
 
 

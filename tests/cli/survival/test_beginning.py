@@ -74,7 +74,7 @@ def test_a_directory_of_an_earlier_version_is_gone_on_with(run, tiny, stop_at, g
     assert RunRecord.load("mine").config["trainer"]["gradient_clip_val"] == math.inf
     status, out, err = run(*infinite)
     assert (status, err) == (0, "")
-    assert "goes on" in out
+    assert "resuming run" in out
     assert json.loads(Path("mine/run.json").read_text())["config_id"] == now
     as_an_earlier_version_wrote_it("mine")
     assert "there is nothing to do" in run(*infinite)[1]
@@ -110,7 +110,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, tiny, stop_at, go_on
     }
     ended, out, _ = run(*tiny)
     assert ended == 0
-    assert f"run {record.run_id} goes on" in out
+    assert f"resuming run {record.run_id}" in out
     again = RunRecord.load("mine")
     assert (again.run_status, again.restarts, again.error) == ("done", 1, None)
     assert (again.run_id, again.started) == (record.run_id, record.started)
@@ -180,7 +180,7 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, tiny, stop_at
     assert not RunDirectory("mine").checkpoint("last").exists()
     status, out, err = run(*tiny, "retry=true")
     assert status == 0
-    assert "the run starts from its beginning" in out + err
+    assert "the run starts from the beginning" in out + err
     rows = nerve.load_metrics("mine")
     assert rows.step.unique().tolist() == [0, 2, 4]
 
@@ -208,7 +208,7 @@ def test_other_data_than_at_the_start_are_refused(run, tiny, stop_at, go_on, tmp
     (corpus / "scanner.py").write_text("changed = True\n" * 100)
     status, _, err = run(*arguments)
     assert status == 1
-    assert "goes on with the data that it began with" in err
+    assert "must be resumed with the same data" in err
     assert "corpus" in err
 
 

@@ -32,7 +32,7 @@ def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_pat
     assert stored.run_of(new, config_id({"seed": 3})) is new
     lock.release()
     broken, several = capsys.readouterr().out.splitlines()
-    assert broken.startswith(f"passed over: {tmp_path / 'broken' / 'run.json'} is not the record")
+    assert broken.startswith(f"skipped: {tmp_path / 'broken' / 'run.json'} is not the record")
     rest = ", ".join(str(tmp_path / name) for name in "cba")
     assert several == (
         f"{tmp_path / 'd'} (done, step 1) counts; of the same configuration, and left as they are: "

@@ -105,7 +105,7 @@ def test_what_slurm_is_ending_is_awaited_before_anything_is_decided(
     jobs.settle()
     assert len(calls.read_text().splitlines()) == 3
     assert capsys.readouterr().out.splitlines() == [
-        "SLURM is ending 7_0; waiting to see what comes back"
+        "SLURM is ending 7_0; waiting to see which jobs return"
     ]
 
 
@@ -272,7 +272,7 @@ def test_a_job_that_waits_for_somebody_is_named_once_while_it_is_waited_for(
     queue(f"7_0:{job} 8:PD:JobHeldUser", f"7_0:{job}", "9:R")
     jobs.wait({place(0)})
     (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith("job 7_0 waits until somebody does something about it")
+    assert said.startswith("job 7_0 will not start without intervention")
     assert f"({reason})" in said
     assert "scontrol release 7_0" in said
 
@@ -292,7 +292,7 @@ def test_a_job_that_submitit_waits_for_is_named_too(jobs, queue, tmp_path, capsy
     job = submitit.SlurmJob(launcher(tmp_path)["submitit_folder"], "7_0")
     for _ in range(2):
         job.watcher.update()
-    assert capsys.readouterr().out.count("job 7_0 waits until somebody") == 1
+    assert capsys.readouterr().out.count("job 7_0 will not start") == 1
 
 
 def test_a_queue_that_does_not_answer_is_no_answer(jobs, queue, tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_trial(sweep):
     broken.write_text(broken.read_text()[:40])
     status, out, _ = sweep("seed=0")
     assert status == 0
-    assert "passed over: outputs/multirun/023456789abc/run.json is not the record of a run" in out
+    assert "skipped: outputs/multirun/023456789abc/run.json is not the record of a run" in out
     assert "0 the only one run done" in out
 
 
@@ -190,7 +190,7 @@ def test_a_trial_that_another_process_is_at_work_on_is_left_to_it(sweep):
     assert status == 1
     assert "0 seed=0 skipped alive" in out
     assert "1 seed=1 run done" in out
-    assert "0 (seed=0): at work elsewhere" in err
+    assert "0 (seed=0): running elsewhere" in err
     assert n_starts(0) == 1
 
 
@@ -249,7 +249,7 @@ def test_a_trial_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, dee
     assert time.monotonic() - began < 40
     assert status == 1
     assert statuses() == {0: "interrupted", 1: "done"}
-    assert "hydra.sweeper.timeout_min gives a trial no longer" in err
+    assert "the limit of hydra.sweeper.timeout_min" in err
     assert told in err
     assert RunDirectory(records()[0].directory).state == RunState.INTERRUPTED
     assert records()[0].error["type"] == ("KilledError" if told else "TimeLimitError")
@@ -470,7 +470,7 @@ def test_the_former_way_to_run_side_by_side_is_answered_with_the_present_one(
         monkeypatch.setattr(composing, remembered, {})
     status, _, err = sweep("seed=0,1", "hydra/launcher=joblib")
     assert status == 1
-    assert f"hydra.sweeper.n_jobs={3 if is_installed else 2} in its place" in err
+    assert f"hydra.sweeper.n_jobs={3 if is_installed else 2} instead" in err
     assert not FOLDER.exists()
 
 
@@ -491,7 +491,7 @@ def test_trials_that_would_start_further_processes_are_refused(sweep):
     status, out, err = sweep("trainer.devices=1,2", "seed=0")
     assert status == 1
     assert "0 trainer.devices=1 run done" in out
-    assert "trainer.strategy=auto with trainer.devices=2 starts others" in err
+    assert "trainer.strategy=auto with trainer.devices=2 starts more" in err
 
 
 def test_the_directories_are_those_that_hydra_is_told(sweep):
@@ -532,7 +532,7 @@ def test_trials_of_one_result_in_a_chosen_directory_are_run_once(sweep):
 def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_made(sweep):
     status, _, err = sweep("seed=0", "hydra/launcher=slurm", "trainer.devices=auto")
     assert status == 1
-    assert "sent with the number of its devices; got trainer.devices=auto" in err
+    assert "must state its number of devices; got trainer.devices=auto" in err
 
 
 class Returns(Launcher):

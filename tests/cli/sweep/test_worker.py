@@ -42,14 +42,14 @@ def test_a_trial_whose_files_of_configuration_have_changed_since_it_was_sent_is_
     assert run("mine", "seed=4") == 1.5
     placed = "+callbacks.ck.dirpath=${hydra:runtime.output_dir}/ck"  # not known when it is sent
     assert run(sent, "seed=3", placed) == 1.5
-    with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
+    with pytest.raises(StoreError, match=f"has configuration {sent}, and the configuration"):
         run(sent, "seed=3", "optimizer.lr=0.5")
     assert not list(tmp_path.iterdir())
     # A run that an earlier version gave the directory another id.
     record = RunRecord.create(tmp_path / "0123456789ab", resolved(config))
     assert record.config_id == sent
     assert run("0123456789ab", "seed=3") == 1.5
-    with pytest.raises(StoreError, match=f"is that of configuration {sent}, and the files of"):
+    with pytest.raises(StoreError, match=f"has configuration {sent}, and the configuration"):
         run("0123456789ab", "seed=3", "optimizer.lr=0.5")
 
 
