@@ -3,6 +3,7 @@
 import copy
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import jaxtyping
 import lightning as L
@@ -176,6 +177,22 @@ def test_the_double_destroys_what_is_not_copied(tmp_path, monkeypatch, marked):
     module._compiled = CompiledLosses(module._losses)
     with pytest.raises(Exception, match="finite"):
         fit(tmp_path, module, 8, accumulate=2)
+
+
+def test_the_first_batch_of_a_fit_owns_its_gradients():
+    """One that goes on in the middle of an accumulation: no gradients are zeroed before."""
+    module = make_module(False)
+    module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_rank=0)
+    module._compiled = SimpleNamespace(is_replaying=True)
+    weight = module.model.head.weight
+    module.on_fit_start()
+    kept = []
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)  # as a replay gives them
+        given = weight.grad
+        module.on_after_backward()
+        kept.append(weight.grad is given)
+    assert kept == [False, True]
 
 
 def test_own_gradients_are_equal_and_elsewhere():
