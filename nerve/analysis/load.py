@@ -260,7 +260,7 @@ class RunRows:
             column = columns.get(name)
             if column is None:
                 column = columns[intern(name)] = [np.nan] * place
-            column.append(intern(value) if type(value) is str else value)
+            column.append(intern(_unicode(value)) if type(value) is str else value)
         if len(row) < len(self._columns):
             for name in self._columns.keys() - row.keys():
                 self._columns[name].append(np.nan)
@@ -272,6 +272,11 @@ class RunRows:
         for name in TIMES:
             frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
         return frame
+
+
+def _unicode(text: str) -> str:
+    """What a column of texts can hold: of a path, bytes that are no UTF-8 are escaped."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _row(record: RunRecord) -> dict[str, Any]:

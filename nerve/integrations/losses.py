@@ -1,6 +1,8 @@
 """The losses of the passes of one update, where the model computes them."""
 
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +14,25 @@ from nerve.recording.cadence import loss_of
 from nerve.recording.recorder import Recorder
 
 
+@dataclass
+class _Pass:
+    """A training pass: its mean loss, the number of targets that the model says, that of the whole
+    update that the Trainer says, and whether a backward pass came through the loss."""
+
+    loss: Tensor
+    n_targets: int | None
+    items: Any
+    is_trained: bool = False
+
+    def note_backward(self, gradient: Tensor) -> None:
+        self.is_trained = True
+
+
 class StepLosses:
     """Keeps the losses of a model's training passes until the update that they are for is made.
+
+    Only those that a backward pass comes through are losses of training: some trainers (of
+    preferences, say) compute their own from what the model gives beside one.
 
     A model that takes `num_items_in_batch` has divided each micro-batch's sum by the number of
     targets of the whole update: the sum of what it returns is the mean. Of another one each
@@ -26,20 +45,21 @@ class StepLosses:
 
     def __init__(self, model: nn.Module, *, of_all: bool) -> None:
         self._of_all = of_all and n_processes() > 1
-        self._passes: list[tuple[Tensor, int | None, Any]] = []
+        self._passes: list[_Pass] = []
         self._model = weakref.ref(model)
         self._handle = model.register_forward_hook(untraced(self._keep), with_kwargs=True)
 
     def give(self, recorder: Recorder) -> None:
         """Counts those of the update that was made."""
-        shares = [(loss, items) for loss, _, items in self._passes if items is not None]
+        trained = [each for each in self._passes if each.is_trained]
+        shares = [each for each in trained if each.items is not None]
         if shares:
-            mean = torch.stack([loss for loss, _ in shares]).sum()
+            mean = torch.stack([each.loss for each in shares]).sum()
             scale = n_processes() if self._of_all else 1
-            recorder.add_training(mean * scale, int(shares[0][1]), of_all=self._of_all)
-        for loss, n_targets, items in self._passes:
-            if items is None:
-                recorder.add_training(loss, n_targets)
+            recorder.add_training(mean * scale, int(shares[0].items), of_all=self._of_all)
+        for each in trained:
+            if each.items is None:
+                recorder.add_training(each.loss, each.n_targets)
         self._passes.clear()
 
     def close(self) -> None:
@@ -53,6 +73,9 @@ class StepLosses:
         if not (is_own and module.training and torch.is_grad_enabled()):
             return
         found = loss_of(output)
-        if found is not None:
+        loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if found is not None and isinstance(loss, Tensor) and loss.requires_grad:
             # A copy: the Trainer scales the loss in its place.
-            self._passes.append((found[0].clone(), found[1], kwargs.get("num_items_in_batch")))
+            made = _Pass(found[0].clone(), found[1], kwargs.get("num_items_in_batch"))
+            loss.register_hook(made.note_backward)
+            self._passes.append(made)

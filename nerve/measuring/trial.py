@@ -1,5 +1,6 @@
 """Runs a model, or its blocks by themselves, to see which features follow from which."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,6 +70,12 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
         batch: what `forward` takes; None for none.
         forward: runs the model on one batch.
     """
+    if _is_sharded(model):
+        raise MeasurementError(
+            "FFNs are found in a whole model; the weights of this one are sharded (FSDP), and to "
+            "look at parts of it would disturb its training. Find them before it is sharded, and "
+            "give them: ffns=nerve.find_ffns(model, batch)."
+        )
     paths = {module: path for path, module in model.named_modules()}
 
     def is_gate(module: nn.Module) -> bool:
@@ -85,6 +92,14 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
         elif not any(_works(seen, model, example) for example in _examples(model)):
             _watch_blocks(seen, model)
     return Seen(seen, products, routing.mixtures)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP, of either kind, has the weights of a model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
+    known = tuple(kind for kind in kinds if kind is not None)
+    return any(isinstance(module, known) for module in model.modules())
 
 
 def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> None:

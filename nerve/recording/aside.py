@@ -52,9 +52,11 @@ class Aside:
         while self._held and self._held[0][0].query():
             self._held.popleft()
 
-    def close(self) -> None:
-        """Lets go of all: what is still under way is of no use any more, and may wait for a process
-        that has gone."""
+    def close(self, *, wait: bool) -> None:
+        """Lets go of all, once it is done if `wait`: its memory is soon others'. After an error it
+        may wait for a process that has gone."""
+        if wait and self._held:
+            self._held[-1][0].synchronize()
         self._held.clear()
 
 

@@ -261,11 +261,11 @@ class Recorder:
                     self.drain()
         finally:
             with noted(error):
-                self.close()
+                self.close(wait=self._n_processes == 1)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Removes the probe and ends what solves; what is still pending is dropped, and nothing
-        keeps the model."""
+        keeps the model. `wait` as of `Aside.close`."""
         self._measurement = None  # of a fit that was cut off
         probe, self._probe = self._probe, None
         solver, self._solver = self._solver, None
@@ -277,7 +277,7 @@ class Recorder:
             if solver is not None:
                 solver.close()
             if aside is not None:
-                aside.close()
+                aside.close(wait=wait)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, once all rows up to its step are written."""

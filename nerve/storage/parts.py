@@ -16,6 +16,7 @@ as much to list as the one before it. A line that was cut off ends it.
 import json
 import os
 import re
+import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Set
 from functools import cache
@@ -38,6 +39,10 @@ _END_BYTES = 8
 """How a Parquet file ends: the footer's length, four bytes, and `PAR1`."""
 
 
+_MOST_ATTEMPTS = 20
+"""Times that a run's parts are listed again, as one of them is gone when it is opened."""
+
+
 class DamagedPartWarning(UserWarning):
     """A Parquet part cannot be read and was left out; the message names the file and why."""
 
@@ -58,7 +63,7 @@ def part_step(path: Path) -> int:
 
 
 def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
-    """The dataset's parts, earliest first; none if there is no such folder.
+    """The dataset's parts, earliest first, without hidden files; none if there is no such folder.
 
     Raises:
         DamagedPartError: when the folder cannot be listed.
@@ -70,6 +75,7 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
                 each.name
                 for each in entries
                 if each.name.endswith(".parquet")
+                and not each.name.startswith(".")  # what macOS puts beside files of other systems
                 and (each.is_file(follow_symlinks=False) or not os.path.isdir(each.path))
             ]
     except (FileNotFoundError, NotADirectoryError):
@@ -143,6 +149,7 @@ def read_parts(
 
     Rows come earliest part first; of doubled rows the one in the latest part stays.
     """
+    attempts = 0
     while True:
         tables: list[pa.Table] = []
         damaged: list[DamagedPartError] = []
@@ -152,8 +159,16 @@ def read_parts(
                     tables.append(read_part(path, dataset, run_id))
                 except DamagedPartError as error:
                     damaged.append(error)
+                except FileNotFoundError as error:
+                    if attempts < _MOST_ATTEMPTS:
+                        raise
+                    damaged.append(_damaged(path, dataset, error))
         except FileNotFoundError:
-            continue  # compacted between listing and reading: the new listing has all the rows
+            # Compacted between listing and reading: a new listing has all the rows. That of a
+            # network's file system may be some time behind.
+            time.sleep(0.01 * attempts)
+            attempts += 1
+            continue
         # One part, as a run that has ended has it, was written without doubled rows.
         table = joined(tables, dataset) if len(tables) > 1 else [*tables, _empty(dataset.name)][0]
         return table, damaged + missing_errors(directory, dataset)

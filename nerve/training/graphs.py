@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from nerve.measuring.tap import is_taking
 
@@ -114,6 +115,10 @@ def reason_against(trainer: L.Trainer, model: nn.Module) -> str | None:
         return f"training is on the {device.type}"
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         return "several processes exchange gradients in the backward pass"
+    forward = modules._global_forward_hooks, modules._global_forward_pre_hooks
+    backward = modules._global_backward_hooks, modules._global_backward_pre_hooks
+    if any(forward) or any(backward):
+        return "a hook on all modules would not run in a replay"
     for name, module in model.named_modules():
         hooks = [module._forward_hooks, module._forward_pre_hooks]
         hooks += [module._backward_hooks, module._backward_pre_hooks]

@@ -61,6 +61,8 @@ class TrainedModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._has_chosen = False
+        # One that goes on in the middle of an accumulation zeroes no gradients before.
+        self._begins_update = True
         self._first_bad_step = None  # of a fit before
         part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
 

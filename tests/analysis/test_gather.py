@@ -1,5 +1,8 @@
 """Frames that are gathered block by block are those of all blocks at once."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -133,3 +136,26 @@ def test_renumbering_goes_piece_by_piece(monkeypatch):
     found = gathered([{"text": Coded.of(pd.Series([*"cabca"]))}], 1)["text"]
     assert list(found) == [*"cabca"]
     assert list(found.categories) == [*"abc"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what memory is")
+def test_rows_lie_in_memory_without_huge_pages():
+    """Other columns of that size NumPy has marked as such (`hg`)."""
+    column = gather._Column(np.empty(0))
+    column.append(np.arange(1e6), 1.0)
+    values = column.finished()
+    assert values.tolist() == list(range(10**6))
+    assert "hg" not in flags_of_memory(values)
+    assert flags_of_memory(values)
+
+
+def flags_of_memory(values: np.ndarray) -> list[str]:
+    """Of the mapping that holds the middle of an array."""
+    middle = values.ctypes.data + values.nbytes // 2
+    is_within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_within = int(match[1], 16) <= middle < int(match[2], 16)
+        elif is_within and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []

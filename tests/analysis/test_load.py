@@ -340,6 +340,16 @@ def test_reading_needs_no_torch(tmp_path, make_run):
     assert result.stdout.strip() == "set()"
 
 
+def test_a_path_that_is_no_unicode_is_escaped(tmp_path, make_run):
+    """Linux allows any bytes in a name, such as those that an archive of another system left."""
+    directory = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    make_run(directory, {"seed": 0, "data": {"path": str(directory)}})
+    runs = load_runs(tmp_path)
+    name = f"{tmp_path}/\\udce9t\\udce9"
+    assert runs["directory"].tolist() == runs["data.path"].tolist() == [name]
+    assert set(load_metrics(tmp_path, factors=["data.path"])["data.path"]) == {name}
+
+
 def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
     """0.4 s on a busy core; reading row by row or comparing runs pairwise would take minutes."""
     record = make_run(tmp_path / "0", steps=())

@@ -1,9 +1,11 @@
 """The callback for the Trainer of transformers leaves the rows of the other loops, also resumed."""
 
+import copy
 import gc
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pandas as pd
@@ -26,6 +28,7 @@ from transformers import (
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations.losses import StepLosses
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.storage.directory import RunDirectory
 
@@ -313,6 +316,25 @@ def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_gene
         rows = evaluated(tmp_path / name, within)
         assert rows["n_samples"].tolist() == expected["n_samples"].tolist()
         assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-12)
+
+
+def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
+    """Some trainers compute their own from the logits, beside which the model gives one."""
+    model, batch = language_model(torch.float64), batches_of(texts(BATCH))[0]
+    losses, given = StepLosses(model, of_all=False), []
+    recorder = SimpleNamespace(add_training=lambda *how, **more: given.append(how))
+    output = model(**batch)
+    output.logits.sum().backward()
+    losses.give(recorder)
+    assert given == []
+    loss = model(**batch).loss
+    expected = loss.item()
+    loss /= 2
+    loss.backward()
+    copy.deepcopy(model)(**batch).loss.backward()
+    losses.give(recorder)
+    losses.close()
+    assert [(float(mean), n) for mean, n in given] == [(expected, None)]
 
 
 def test_what_runs_after_an_evaluation_is_not_taken_for_it(tmp_path):

@@ -36,8 +36,8 @@ from nerve.measuring import (
     following,
     masks,
     measure,
+    measurement,
     probe,
-    samples,
     streams,
 )
 from nerve.measuring.ffns import FFNAdapter, Site
@@ -581,7 +581,7 @@ def without() -> dict[str, list[Any]]:
         ],
         "post of the same samples": [put(probe, "check_same_samples", lambda *how: None)],
         "the order of tokens": [put(streams, "_traced", lambda *how: streams.Traced("", True))],
-        "the tokens of an expert": [put(samples, "counted_of", all_count)],
+        "the tokens of an expert": [put(measurement, "counted_of", all_count)],
         "pre unchanged": [put(torch, "isclose", yes)],
     }
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed.fsdp as fsdp
 from by_hand import Plain, assert_measured
 from torch import Tensor, nn
 from torch.nn import functional
@@ -511,3 +512,14 @@ def test_under_activation_checkpointing_an_ffn_is_described_by_hand():
     assert row.pr_post == pytest.approx(
         float(covariance.trace() ** 2 / covariance.square().sum()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "FSDPModule"])
+def test_ffns_are_found_before_a_model_is_sharded(kind):
+    """A part that runs by itself would begin FSDP's state, and training would fail by it."""
+    sharded = getattr(fsdp, kind)
+    block = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
+    own = {"forward": nn.Sequential.forward, "__getattr__": nn.Module.__getattr__}
+    block.__class__ = type("Sharded", (sharded, nn.Sequential), own)
+    with pytest.raises(MeasurementError, match=r"sharded \(FSDP\).*before it is sharded"):
+        nerve.find_ffns(nn.Sequential(block))

@@ -24,7 +24,24 @@ def test_on_a_cpu_nothing_is_beside_and_nothing_is_held():
     del held
     gc.collect()
     assert (float(total), seen()) == (3.0, None)
-    aside.close()
+    aside.close(wait=True)
+
+
+class Ended:
+    """An event of a stream that tells whether it was waited for."""
+
+    waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_what_is_under_way_at_the_end_is_waited_for_unless_others_may_have_gone(wait):
+    aside, first, last = Aside(torch.device("cpu")), Ended(), Ended()
+    aside._held.extend([(first, Held()), (last, Held())])
+    aside.close(wait=wait)
+    assert (last.waited, len(aside._held)) == (wait, 0)
 
 
 @pytest.mark.cuda

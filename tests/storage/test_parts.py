@@ -286,6 +286,28 @@ def test_a_compaction_while_reading_loses_nothing(filled, store, monkeypatch):
     assert len(real(filled, DATASET)) == 1
 
 
+def test_a_part_that_is_listed_and_never_there_is_named(filled, monkeypatch):
+    """As the listing of a network's file system can be: reading ends, with the other parts."""
+    real = parts_module.list_parts
+    ghost = part_path(filled, DATASET, 50)
+    monkeypatch.setattr(parts_module, "list_parts", lambda *of: [*real(*of), ghost])
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    table, damaged = read_parts(filled, DATASET)
+    assert len(table) == 6
+    assert [ghost.name in str(error) for error in damaged] == [True]
+    assert 1 < sum(waits) < 5
+
+
+def test_hidden_files_are_no_parts(filled):
+    """macOS puts one beside each file that it copies to another file system."""
+    for path in list_parts(filled, DATASET):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    table, damaged = read_parts(filled, DATASET)
+    assert len(table) == 6
+    assert not damaged
+
+
 def test_what_is_in_the_place_of_a_part_is_named(filled):
     """A link to itself, one to nowhere, and a name that is no text; a folder is none."""
     folder = filled / "metrics"

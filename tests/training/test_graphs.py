@@ -240,6 +240,15 @@ def test_what_forbids_graphs(device, devices, hook, expected):
     assert reason_against(trainer_on(device, devices=devices), module.model) == expected
 
 
+def test_a_hook_on_all_modules_forbids_them():
+    handle = nn.modules.module.register_module_forward_hook(watching)
+    try:
+        why = reason_against(trainer_on("cuda:0"), make_module(False).model)
+    finally:
+        handle.remove()
+    assert why == "a hook on all modules would not run in a replay"
+
+
 def test_several_processes_run_without_graphs():
     trainer = trainer_on("cpu", devices=2, strategy="ddp")
     trainer.strategy.parallel_devices = [torch.device("cuda:0"), torch.device("cuda:1")]

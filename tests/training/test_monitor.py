@@ -800,9 +800,9 @@ def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
     """And hooks are removed and threads ended, whatever is raised on the way."""
     whole = getattr(spectra_recorder.Recorder, what)
 
-    def refuse(recorder):
+    def refuse(recorder, **given):
         if what == "close":
-            whole(recorder)
+            whole(recorder, **given)
         raise MeasurementError("the disk is full, say")
 
     monkeypatch.setattr(spectra_recorder.Recorder, what, refuse)
