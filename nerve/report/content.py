@@ -116,7 +116,7 @@ def sampled_rows(metrics: pd.DataFrame) -> list[str]:
     told = ", ".join(f"{counts[each]:,} {each}" for each in VERDICTS if each in counts)
     return [
         f"Sampling, of {counts.sum():,} rows of metrics: {told}. By how far PR moves when it is "
-        "extrapolated from halves to endlessly many samples (well up to 5%, under up to 20%), or "
+        "extrapolated from halves to infinitely many samples (well up to 5%, under up to 20%), or "
         "where no halves were measured by N/D (well from 8, under from 2). Fewer samples lower PR "
         "and SE and raise EEE; monitor.n_tokens raises their number."
     ]

@@ -206,5 +206,5 @@ def _tables(
             correlate_within_runs(metrics, runs, by_layer=True),
             ("ffn", "layer", *shown[1:]),
         ),
-        Table("run", "All that the record of the run says.", settings),
+        Table("run", "The complete record of the run.", settings),
     ]
