@@ -94,9 +94,9 @@ def group_tables(groups: pd.DataFrame) -> list[Table]:
         tables.append(
             Table(
                 "sampling",
-                "SE, PR and EEE with infinitely many samples, extrapolated from halves (_limit), with "
-                "standard error and 95% interval; n_effective: the number of independent Gaussian "
-                "samples that would differ as the halves do.",
+                "SE, PR and EEE with infinitely many samples, extrapolated from halves (_limit), "
+                "with standard error and 95% interval; n_effective: the number of independent "
+                "Gaussian samples that would differ as the halves do.",
                 sampling_error(groups),
                 _SHOWN,
             )
