@@ -4,6 +4,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
-from nerve.measuring.tap import is_looking
+from nerve.measuring.tap import Hook, is_looking
 from nerve.recording.recorder import Recorder
 
 
@@ -91,8 +92,8 @@ class PassFeatures:
             self._recorder.start(chosen)
 
     def _is_own(self, module: nn.Module) -> bool:
-        """Whether what runs is a pass of the model, not of a copy, which has its hooks, nor one to
-        look at it."""
+        """Whether what runs is a pass of the model, not of a replica, which has its hooks, nor one
+        to look at it."""
         return module is self._model() and not is_looking()
 
     def _require_ended(self) -> None:
@@ -111,10 +112,16 @@ class PassFeatures:
             self.n_seen += 1
 
 
-def untraced(hook: Callable[..., None]) -> Callable[..., None]:
+def untraced(look: Callable[..., None]) -> Hook:
     """A hook that compiled code leaves to Python. Where nothing is compiled the compiler is not
     loaded for it, which takes seconds and, beside a process group, keeps its threads alive."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+    return _untraced_hook()(look) if "torch._dynamo" in sys.modules else Hook(look)
+
+
+@cache
+def _untraced_hook() -> type[Hook]:
+    """A hook whose call itself is left to Python: within one that is traced a graph would break."""
+    return type("UntracedHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
 
 
 def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -70,7 +70,7 @@ class StepLosses:
     def _keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        is_own = module is self._model()  # a copy has its hooks, too
+        is_own = module is self._model()  # a replica has its hooks, too
         is_meant = is_own and module.training and torch.is_grad_enabled()
         if not (is_meant and is_of_training()):
             return

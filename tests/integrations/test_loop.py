@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations import features
+from nerve.measuring.tap import Hook
 
 N_STEPS = 7
 
@@ -530,6 +533,25 @@ def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
             teacher(x).sum().backward()
             run.step()
     assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 4
+
+
+@pytest.mark.parametrize("is_compiler_loaded", [True, False])
+def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
+    tmp_path, monkeypatch, is_compiler_loaded
+):
+    """What is saved runs, and neither is measured; the hooks of an unloaded compiler are bare."""
+    if not is_compiler_loaded:
+        monkeypatch.setattr(features, "untraced", Hook)
+    model, x, file = network(), in_sequences(), io.BytesIO()
+    with nerve.watch(model, tmp_path, ffns=ffns(model), every_n_steps=1) as run:
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other.eval()(x), network().eval()(x))
+            other.train()(x).sum().backward()
+        model(x).sum().backward()
+        run.step()
+    assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 2
 
 
 class Remembering(Net):
