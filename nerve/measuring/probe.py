@@ -47,6 +47,19 @@ Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 where pre is what a module gets), and what there is before and after its nonlinearity
 `[*samples, d_ff]`."""
 
+_COUNTS = (
+    "Where layers are shared, looped or skipped, or a module runs twice by design, describe it "
+    "with n_runs=None, which pools what runs. Otherwise: the model must be called once a forward "
+    "pass, without activation checkpointing, and a compiled model through the module that was "
+    "compiled."
+)
+_NONE_RAN = (
+    "Nor did any other FFN: a step that is measured must call the model, also one that is skipped "
+    "(a training_step that returns None), and the model must call the modules that are described; "
+    "a compiled one through the module that was compiled. Held-out batches (source='heldout') do "
+    "not depend on which steps are skipped."
+)
+
 
 class _Before(NamedTuple):
     """What is known of an FFN until its nonlinearity is through.
@@ -196,11 +209,8 @@ class Probe:
             if promised is not None and times[index] != promised:
                 raise MeasurementError(
                     f"{named(ffn)} is described as running n_runs={promised} times in a measured "
-                    f"forward pass; it ran {times[index]} times. Where layers are shared, looped "
-                    "or skipped, or a module runs twice by design, describe it with n_runs=None, "
-                    "which pools what runs. Otherwise: the model must be called once a forward "
-                    "pass, without activation checkpointing, and a compiled model through the "
-                    "module that was compiled."
+                    f"forward pass; it ran {times[index]} times. "
+                    + (_COUNTS if any(times.values()) else _NONE_RAN)
                 )
 
     def tokens_of(self, index: int) -> Tensor | None:
