@@ -4,6 +4,7 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 `receive` function that it is given, as it appears, so that no activation is kept.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -103,6 +104,7 @@ class Probe:
         self.sites = [sites_of(ffn) for ffn in ffns]
         self._names = [named(ffn) for ffn in ffns]
         self._around = None if around is None else SiteProbe(around, self._names)
+        self.thread = 0
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
@@ -150,7 +152,7 @@ class Probe:
     def start(self, receive: Receive, receive_site: ReceiveSite | None = None) -> None:
         """From now on calls `receive` once for each run of an FFN, and `receive_site` for each
         tensor at a site around one, in the forward pass that `finish_forward` ends."""
-        self._receive = receive
+        self._receive, self.thread = receive, threading.get_ident()
         if self._around is not None and receive_site is not None:
             self._around.start(receive_site)
         self._following.start_forward()
