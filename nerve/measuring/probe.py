@@ -4,6 +4,7 @@ A probe knows sites and tensors, nothing of covariance or metrics: what it taps 
 `receive` function that it is given, as it appears, so that no activation is kept.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,19 @@ Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself
 where pre is what a module gets), and what there is before and after its nonlinearity
 `[*samples, d_ff]`."""
+
+_COUNTS = (
+    "Where layers are shared, looped or skipped, or a module runs twice by design, describe it "
+    "with n_runs=None, which pools what runs. Otherwise: the model must be called once a forward "
+    "pass, without activation checkpointing, and a compiled model through the module that was "
+    "compiled."
+)
+_NONE_RAN = (
+    "Nor did any other FFN: a step that is measured must call the model, also one that is skipped "
+    "(a training_step that returns None), and the model must call the modules that are described; "
+    "a compiled one through the module that was compiled. Held-out batches (source='heldout') do "
+    "not depend on which steps are skipped."
+)
 
 
 class _Before(NamedTuple):
@@ -90,6 +104,7 @@ class Probe:
         self.sites = [sites_of(ffn) for ffn in ffns]
         self._names = [named(ffn) for ffn in ffns]
         self._around = None if around is None else SiteProbe(around, self._names)
+        self.thread = 0
         self._receive: Receive | None = None
         self._before: dict[int, _Before] = {}
         self._times: Counter[int] = Counter()
@@ -137,7 +152,7 @@ class Probe:
     def start(self, receive: Receive, receive_site: ReceiveSite | None = None) -> None:
         """From now on calls `receive` once for each run of an FFN, and `receive_site` for each
         tensor at a site around one, in the forward pass that `finish_forward` ends."""
-        self._receive = receive
+        self._receive, self.thread = receive, threading.get_ident()
         if self._around is not None and receive_site is not None:
             self._around.start(receive_site)
         self._following.start_forward()
@@ -196,11 +211,8 @@ class Probe:
             if promised is not None and times[index] != promised:
                 raise MeasurementError(
                     f"{named(ffn)} is described as running n_runs={promised} times in a measured "
-                    f"forward pass; it ran {times[index]} times. Where layers are shared, looped "
-                    "or skipped, or a module runs twice by design, describe it with n_runs=None, "
-                    "which pools what runs. Otherwise: the model must be called once a forward "
-                    "pass, without activation checkpointing, and a compiled model through the "
-                    "module that was compiled."
+                    f"forward pass; it ran {times[index]} times. "
+                    + (_COUNTS if any(times.values()) else _NONE_RAN)
                 )
 
     def tokens_of(self, index: int) -> Tensor | None:

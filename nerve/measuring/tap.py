@@ -1,6 +1,7 @@
 """Features on their way from a model to whoever takes them: refused where they are none, and
 handed on through an operator, which compiled code holds as it is."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
@@ -133,7 +134,10 @@ class Taker(Protocol):
 
     Attributes:
         is_taking: whether it does now.
+        thread: the one that has begun to.
     """
+
+    thread: int
 
     @property
     def is_taking(self) -> bool: ...
@@ -158,31 +162,42 @@ def registered(taker: Taker) -> int:
 
 def is_taking() -> bool:
     """Whether anything taps features now: then what runs must run Python, too."""
-    return any(taker.is_taking for taker in _takers.values())
+    return any(taker.is_taking for taker in _registered())
 
 
-_n_looking = 0
+def _registered() -> list[Taker]:
+    """All takers that there are, also while other threads register theirs."""
+    return [taker for each in _takers.valuerefs() if (taker := each()) is not None]
+
+
+class _Looks(threading.local):
+    """Those of this thread: another one may train a model meanwhile."""
+
+    n = 0
+
+
+_looks = _Looks()
 
 
 @contextmanager
 def looking(own: Taker | None) -> Iterator[None]:
     """Within it a model is run to be looked at, perhaps in the middle of a pass that is measured:
     of those that are taking features only `own` goes on, others pause."""
-    global _n_looking
-    others = [taker for taker in _takers.values() if taker is not own and taker.is_taking]
+    here = threading.get_ident()
+    others = [each for each in _registered() if each is not own and each.is_taking]
     with ExitStack() as stack:
-        for other in others:
+        for other in (each for each in others if each.thread == here):
             stack.enter_context(other.paused())
-        _n_looking += 1
+        _looks.n += 1
         try:
             yield
         finally:
-            _n_looking -= 1
+            _looks.n -= 1
 
 
 def is_looking() -> bool:
     """Whether a model runs to be looked at, which is no pass of its own."""
-    return _n_looking > 0
+    return _looks.n > 0
 
 
 @torch.library.custom_op("nerve::tap", mutates_args={"order"})

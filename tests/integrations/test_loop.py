@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -552,6 +553,44 @@ def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
         model(x).sum().backward()
         run.step()
     assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 2
+
+
+def test_what_another_thread_measures_and_what_is_exported_are_no_passes(tmp_path):
+    """The other thread looks at its model while a pass runs that is watched."""
+    model, other, x = network(), network(), in_sequences()
+    looks, has_run, errors = threading.Event(), threading.Event(), []
+
+    def waiting(module: nn.Module, *_: object) -> None:
+        looks.set()
+        has_run.wait(10)
+
+    other.register_forward_hook(waiting)
+
+    def measure() -> None:
+        try:
+            nerve.measure(other, [x], ffns=ffns(other))
+        except BaseException as error:
+            errors.append(error)
+
+    with nerve.watch(model, tmp_path, ffns=ffns(model), every_n_steps=1) as run:
+        thread = threading.Thread(target=measure)
+
+        def begin(*_: object) -> None:
+            if torch.is_grad_enabled() and thread.ident is None:
+                thread.start()
+                looks.wait(10)
+
+        model.blocks[0][1].register_forward_hook(begin)
+        model(x).sum().backward()
+        model(x).sum().backward()
+        has_run.set()
+        thread.join()
+        run.step()
+        torch.export.export(model, (x,))
+        model(x).sum().backward()
+        run.step()
+    assert not errors
+    assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [64, 64, 32, 32]
 
 
 class Remembering(Net):

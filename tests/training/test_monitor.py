@@ -565,6 +565,14 @@ def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
     assert not module.model.blocks[0].ffn.up._forward_hooks
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path):
+    module = make_module()
+    module.training_step = lambda batch, batch_idx: None
+    with pytest.raises(MeasurementError, match=r"it ran 0 times.*training_step that returns None"):
+        fit(tmp_path, module, batches(2), batches(1), every_n_steps=1, source="train")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
