@@ -183,24 +183,25 @@ class Probe:
         self._forget()
         for index in (index for index, is_so in unchanged if not is_so):
             raise MeasurementError(
-                "A nonlinearity must leave its input as it is; that of "
-                f"{self._names[index]} overwrites it. Use one with inplace=False."
+                f"A nonlinearity must not modify its input; the one of {self._names[index]} "
+                "overwrites it. Use one with inplace=False."
             )
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
             if index in pending:
                 raise MeasurementError(
-                    f"Post must follow pre; of {named(ffn)} it never came. Check which modules its "
-                    "description names, and whether the forward pass ended early."
+                    f"Post must be computed after pre; for {named(ffn)} it was never computed. "
+                    "Check the modules in its description, and whether the forward pass ended "
+                    "early."
                 )
             if promised is not None and times[index] != promised:
                 raise MeasurementError(
-                    f"{named(ffn)} is described as running n_runs={promised} times in a measured "
-                    f"forward pass; it ran {times[index]} times. Where layers are shared, looped "
-                    "or skipped, or a module runs twice by design, describe it with n_runs=None, "
-                    "which pools what runs. Otherwise: the model must be called once a forward "
-                    "pass, without activation checkpointing, and a compiled model through the "
-                    "module that was compiled."
+                    f"{named(ffn)} is described with n_runs={promised} per measured forward pass; "
+                    f"it ran {times[index]} times. If layers are shared, looped or skipped, or a "
+                    "module runs twice by design, describe it with n_runs=None, which pools all "
+                    "runs. Otherwise the model must be called once per forward pass, without "
+                    "activation checkpointing, and a compiled model through the module that was "
+                    "compiled."
                 )
 
     def tokens_of(self, index: int) -> Tensor | None:
@@ -285,8 +286,8 @@ class Probe:
         where = self._names[index]
         if index in self._before:
             raise MeasurementError(
-                f"Post must follow pre; of {where} pre came twice. Check which "
-                "modules its description names, and whether another part of the model uses them."
+                f"Post must be computed after pre; for {where} pre was computed twice. Check the "
+                "modules in its description, and whether another part of the model uses them."
             )
         pre = of_site(plain(tensor, "pre", where), site, where)
         inputs = pre if inputs is None else inputs
@@ -299,8 +300,8 @@ class Probe:
         where = self._names[index]
         if index not in self._before:
             raise MeasurementError(
-                f"Post must follow pre; of {where} it comes first. Check "
-                "which modules its description names."
+                f"Post must be computed after pre; for {where} it is computed first. Check the "
+                "modules in its description."
             )
         before = self._before.pop(index)
         given = plain(tensor, "post", where)

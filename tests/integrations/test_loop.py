@@ -590,11 +590,11 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"config": {"monitor": 1}}, "another name"),
         ({"every_n_steps": 0}, "every_n_steps"),
         ({"colour": 1}, "colour"),
-        ({"config": "mine"}, "config is a mapping by name.*got str 'mine'"),
+        ({"config": "mine"}, "config must be a mapping by name.*got str 'mine'"),
         ({"optimizer": "sgd"}, "optimizer is the one of the loop.*got str 'sgd'"),
         ({"mask": torch.ones(3)}, "mask is a function.*got Tensor"),
         ({"ffns": [nn.Linear(4, 4)]}, "got one of Linear"),
-        ({"resume": "checkpoint.pt"}, "resume is a mapping"),
+        ({"resume": "checkpoint.pt"}, "resume must be a mapping"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):

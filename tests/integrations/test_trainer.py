@@ -459,7 +459,7 @@ def test_what_cannot_be_is_said_before_training(tmp_path):
         nerve.SpectralCallback(tmp_path, source="eval")
     with pytest.raises(ConfigError, match="mask is a function"):
         nerve.SpectralCallback(tmp_path, mask=torch.ones(3))
-    with pytest.raises(ConfigError, match="config is a mapping"):
+    with pytest.raises(ConfigError, match="config must be a mapping"):
         nerve.SpectralCallback(tmp_path, config="mine")
     with pytest.raises(ConfigError, match="would measure nothing: it ends at step 7"):
         train(tmp_path, every_n_steps=None, steps=[7])

@@ -578,11 +578,11 @@ def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false or a text; got 1"),
         ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
-        ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
+        ({"layers": [0], "ffns": []}, "layers must be None; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
         ({"every_n_step": 2}, "a key of monitor must be one of .*Did you mean 'every_n_steps'"),
         ({"skip_first": -1}, "monitor.skip_first must be a whole number of at least 0; got -1"),
-        ({"mask": 1}, "mask is a function, which gets each batch; got int 1"),
+        ({"mask": 1}, "mask must be a function of a batch; got int 1"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, values, message):
