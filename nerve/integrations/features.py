@@ -3,7 +3,8 @@
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
-from nerve.measuring.tap import is_looking
+from nerve.measuring.tap import Hook, is_looking
 from nerve.recording.recorder import Recorder
 
 
@@ -21,7 +22,7 @@ class PassFeatures:
 
     A pass ends where the model returns: activation checkpointing runs parts of it again in the
     backward pass, which do not count; nor does what is run to look at the model, here or by
-    `nerve.measure`, nor what generates text. Compiled code leaves what happens here to Python.
+    `nerve.measure`. Compiled code leaves what happens here to Python.
 
     Args:
         model: the module that is called.
@@ -35,6 +36,8 @@ class PassFeatures:
         self, model: nn.Module, recorder: Recorder, choice: Choice, *, of_training: bool
     ) -> None:
         self.is_open = False
+        self.is_of_loop: Callable[[], bool] = lambda: True
+        """Whether a pass is one of the loop's own, where that can be known."""
         self.n_sequences = 0
         """How many rows the batches had since it was last asked for passes."""
         self._recorder = recorder
@@ -65,7 +68,8 @@ class PassFeatures:
                 "batches with heldout=."
                 if self._of_training
                 else "those of the evaluation at it, and none was seen. Give the Trainer an "
-                "eval_dataset that is not empty, or take source='train'."
+                "eval_dataset that is not empty, whose batches its prediction_step gives to the "
+                "model that it trains, or take source='train'."
             )
             raise MeasurementError(f"The features of step {step} are {kind}")
         self.n_seen = self.n_sequences = 0
@@ -78,7 +82,7 @@ class PassFeatures:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_meant = (module.training and torch.is_grad_enabled()) == self._of_training
         is_meant = is_meant and module.training == self._of_training
-        if self.is_open and is_meant and self._is_own(module) and not _generates(kwargs):
+        if self.is_open and is_meant and self._is_own(module) and self.is_of_loop():
             batch = batch_of(module, args, kwargs)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
@@ -88,8 +92,8 @@ class PassFeatures:
             self._recorder.start(chosen)
 
     def _is_own(self, module: nn.Module) -> bool:
-        """Whether what runs is a pass of the model, not of a copy, which has its hooks, nor one to
-        look at it."""
+        """Whether what runs is a pass of the model, not of a replica, which has its hooks, nor one
+        to look at it."""
         return module is self._model() and not is_looking()
 
     def _require_ended(self) -> None:
@@ -108,17 +112,16 @@ class PassFeatures:
             self.n_seen += 1
 
 
-def untraced(hook: Callable[..., None]) -> Callable[..., None]:
+def untraced(look: Callable[..., None]) -> Hook:
     """A hook that compiled code leaves to Python. Where nothing is compiled the compiler is not
     loaded for it, which takes seconds and, beside a process group, keeps its threads alive."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+    return _untraced_hook()(look) if "torch._dynamo" in sys.modules else Hook(look)
 
 
-def _generates(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a model of transformers is called to generate a token: with what it keeps of those
-    before, or for the logits of the last one alone."""
-    caches = [kwargs.get(name) for name in ("past_key_values", "cache")]
-    return any(each is not None for each in caches) or kwargs.get("logits_to_keep") == 1
+@cache
+def _untraced_hook() -> type[Hook]:
+    """A hook whose call itself is left to Python: within one that is traced a graph would break."""
+    return type("UntracedHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
 
 
 def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nerve.integrations.callers import is_of_training
 from nerve.integrations.features import untraced
 from nerve.measuring.distributed import n_processes
 from nerve.recording.cadence import loss_of
@@ -69,8 +70,9 @@ class StepLosses:
     def _keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        is_own = module is self._model()  # a copy has its hooks, too
-        if not (is_own and module.training and torch.is_grad_enabled()):
+        is_own = module is self._model()  # a replica has its hooks, too
+        is_meant = is_own and module.training and torch.is_grad_enabled()
+        if not (is_meant and is_of_training()):
             return
         found = loss_of(output)
         loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)

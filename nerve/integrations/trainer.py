@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nerve.config import from_mapping
 from nerve.errors import MeasurementError, noted
+from nerve.integrations.callers import is_of_evaluation, is_of_training
 from nerve.integrations.loop import WatchedLoop
 from nerve.integrations.losses import StepLosses
 from nerve.integrations.open_run import OpenRun
@@ -93,7 +94,6 @@ class SpectralCallback(TrainerCallback):
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
         self._evaluates_at_start = False
-        self._n_evaluated = 0
         # The Trainer tells no callback of an exception.
         weakref.finalize(self, OpenRun.give_up, self._opened)
 
@@ -131,6 +131,9 @@ class SpectralCallback(TrainerCallback):
                 last_step=state.max_steps,
             ),
         )
+        if loop.features is not None:
+            is_train = self._settings["source"] == "train"
+            loop.features.is_of_loop = is_of_training if is_train else is_of_evaluation
         losses = StepLosses(model, of_all=args.average_tokens_across_devices)
         self._opened.losses = losses
         self._evaluates_at_start = args.eval_on_start
@@ -152,17 +155,6 @@ class SpectralCallback(TrainerCallback):
             if loop.awaits_evaluation:
                 control.should_evaluate = True
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **others: Any,
-    ) -> None:
-        loop = self._opened.loop
-        if loop is not None and loop.features is not None:
-            self._n_evaluated = loop.features.n_seen
-
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -179,7 +171,6 @@ class SpectralCallback(TrainerCallback):
         with self._watching() as loop:
             if loop.awaits_evaluation:
                 assert loop.features is not None
-                require_alone(loop.features.n_seen, self._n_evaluated)
                 require_once(loop.features.n_sequences, eval_dataloader)
                 loop.end_evaluation(_loss_of(metrics))
                 values = gathered(monitored_values(loop.latest))[0]
@@ -219,22 +210,6 @@ class SpectralCallback(TrainerCallback):
             with noted(error):
                 self._opened.close(error)
             raise
-
-
-def require_alone(n_seen: int, n_evaluated: int) -> None:
-    """Raises `MeasurementError` where the model ran after the last batch of an evaluation.
-
-    Args:
-        n_seen: passes in eval mode since the step that is measured.
-        n_evaluated: how many of them there were when that batch was through.
-    """
-    if n_seen > n_evaluated:
-        raise MeasurementError(
-            "The features of an evaluation are those of its batches; after them the model ran in "
-            f"eval mode {n_seen - n_evaluated} more times before SpectralCallback heard of the "
-            "end. Put SpectralCallback before the callback that runs the model, or take "
-            "source='train'."
-        )
 
 
 def require_once(n_sequences: int, loader: Any) -> None:

@@ -1,6 +1,6 @@
 """Which samples of a batch count: what its caller says, or what the batch itself shows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from nerve.measuring.streams import (
     streams_of,
     trace,
 )
+
+_CACHES = ("past_key_values", "cache", "cache_params")
 
 
 class Choice:
@@ -62,6 +64,7 @@ class Choice:
 
     def of(self, batch: Any) -> Chosen:
         """Which samples of this batch."""
+        batch = _without_cache(batch)
         named = as_mapping(batch)
         streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
@@ -156,6 +159,22 @@ class Choice:
         if self._trace is None:
             self._trace = trace(self._probe, self._run, batch, streams)
         return self._trace
+
+
+def _without_cache(batch: Any) -> Any:
+    """The batch without what a model of transformers keeps of tokens before, as prefix tuning gives
+    it: those are no samples, and a run that looks at the model would add to it. The attention mask
+    has them first."""
+    caches = {
+        name for name in _CACHES if isinstance(batch, Mapping) and batch.get(name) is not None
+    }
+    if not caches:
+        return batch
+    rest = {name: value for name, value in batch.items() if name not in caches}
+    mask, streams = rest.get("attention_mask"), streams_of(rest, is_encoder_decoder=False)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and "" in streams:
+        rest["attention_mask"] = mask[:, -streams[""].sizes[1] :]
+    return rest
 
 
 def _tokens(

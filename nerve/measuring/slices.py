@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import Site
+from nerve.measuring.tap import Hook
 
 _PLACES = {"linear": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
 """By the name of a product, where among its arguments the features and the matrix stand."""
@@ -128,7 +129,7 @@ class Products:
         running: list[_Watch] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            # A copy of the holder has this hook, too.
+            # A replica of the holder has this hook, too.
             if module is self.holder and is_on() and not self._is_watched:
                 watch = _Watch(self, found)
                 watch.__enter__()
@@ -141,8 +142,8 @@ class Products:
                 running.pop().__exit__(None, None, None)
 
         return [
-            self.holder.register_forward_pre_hook(enter),
-            self.holder.register_forward_hook(leave, always_call=True),
+            self.holder.register_forward_pre_hook(Hook(enter)),
+            self.holder.register_forward_hook(Hook(leave), always_call=True),
         ]
 
     def slice_of(self, matrix: Any, *, is_linear: bool) -> Slice | None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations import features
+from nerve.measuring.tap import Hook
 
 N_STEPS = 7
 
@@ -530,6 +533,54 @@ def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
             teacher(x).sum().backward()
             run.step()
     assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 4
+
+
+@pytest.mark.parametrize("is_compiler_loaded", [True, False])
+def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
+    tmp_path, monkeypatch, is_compiler_loaded
+):
+    """What is saved runs, and neither is measured; the hooks of an unloaded compiler are bare."""
+    if not is_compiler_loaded:
+        monkeypatch.setattr(features, "untraced", Hook)
+    model, x, file = network(), in_sequences(), io.BytesIO()
+    with nerve.watch(model, tmp_path, ffns=ffns(model), every_n_steps=1) as run:
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other.eval()(x), network().eval()(x))
+            other.train()(x).sum().backward()
+        model(x).sum().backward()
+        run.step()
+    assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 2
+
+
+class Remembering(Net):
+    """Adds what it has of tokens before, as prefix tuning gives it, and keeps what it has now."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: list[Tensor] | None = None
+    ) -> Tensor:
+        kept = [] if past_key_values is None else past_key_values
+        assert attention_mask.shape[1] == input_ids.shape[1] + sum(map(len, kept))
+        x = torch.nn.functional.one_hot(input_ids, 4).double()
+        kept.append(x.mean(0))
+        return super().forward(x + torch.cat(kept).mean(0))
+
+
+def test_what_is_kept_of_tokens_before_is_no_sample_and_is_left_alone(tmp_path):
+    """Two sequences: what looks at the order of tokens runs as many, and could add to it."""
+    torch.manual_seed(0)
+    model = Remembering()
+    tokens = torch.randint(4, (2, 6))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 7:] = 0
+    with nerve.watch(model, tmp_path, ffns=ffns(model), every_n_steps=1) as run:
+        for _ in range(2):
+            kept = [torch.ones(3, 4, dtype=torch.float64)]
+            model(tokens, mask, past_key_values=kept).sum().backward()
+            run.step()
+            assert [len(each) for each in kept] == [3, 6]
+    assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [10] * 4
 
 
 def test_a_loop_of_functional_calls_is_measured_in_its_mode(tmp_path):

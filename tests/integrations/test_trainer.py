@@ -98,6 +98,8 @@ def train(
         eval_dataset=samples(2 * BATCH, seed=9),
         callbacks=[callback, *callbacks],
     )
+    for each in callbacks:
+        each.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -273,22 +275,27 @@ def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monk
 
 
 def evaluated(folder: Path, within=lambda model: None) -> pd.DataFrame:
-    """The rows of a model whose weights are measured in an evaluation of two batches, around which
-    `within` may run the model."""
+    """The rows of a model whose weights are measured in an evaluation of two batches, before which,
+    in whose steps and after which `within` may run the model."""
     model = language_model(torch.float64)
-    model.is_evaluated = False
     data = batches_of(texts(2 * BATCH))
     callback = nerve.SpectralCallback(folder, source="heldout")
     given = TrainingArguments(folder / "hf", use_cpu=True), TrainerState(max_steps=9)
     control = TrainerControl()
     callback.on_train_begin(*given, control, model=model)
+
+    def prediction_step(batch: dict[str, Tensor]) -> None:
+        within(model)
+        model(**batch)
+
+    def evaluate() -> None:
+        for batch in data:
+            prediction_step(batch)
+
     model.eval()
     with torch.no_grad():
         within(model)
-        for batch in data:
-            model(**batch)
-            callback.on_prediction_step(*given, control)
-        model.is_evaluated = True
+        evaluate()
         within(model)
     metrics: dict[str, float] = {"eval_runtime": 1.0, "eval_loss": 2.0}
     callback.on_evaluate(*given, control, metrics=metrics, eval_dataloader=data)
@@ -318,6 +325,41 @@ def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_gene
         assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-12)
 
 
+class Runs(TrainerCallback):
+    """Runs the model on a batch of its own wherever it is told something."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self._batch = batches_of(samples(BATCH, seed=3))[0]
+        self._is_running = False
+
+    def _run(self, args, state, control, model, **others):
+        if self._is_running or self.trainer is None:
+            return
+        self._is_running = True
+        modes = model.training
+        for training in (True, False):
+            with torch.set_grad_enabled(training):
+                loss = model.train(training)(**self._batch)["loss"]
+                if training:  # its sharpness, say
+                    torch.autograd.grad(loss, list(model.parameters()))
+        self.trainer.predict(samples(BATCH, seed=4))
+        model.train(modes)
+        self._is_running = False
+
+    on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_log = _run
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source):
+    """Before the first batch, between batches and after the last one; the losses are the same."""
+    how = {"max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
+    asked = {"source": source, "accumulate": 2, "every_n_steps": 2, "how": how}
+    train(tmp_path / "alone", **asked)
+    train(tmp_path / "beside", **asked, callbacks=[Runs()])
+    assert_same(*(nerve.load_metrics(tmp_path / each / "run") for each in ("alone", "beside")))
+
+
 def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
     """Some trainers compute their own from the logits, beside which the model gives one."""
     model, batch = language_model(torch.float64), batches_of(texts(BATCH))[0]
@@ -335,12 +377,6 @@ def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
     losses.give(recorder)
     losses.close()
     assert [(float(mean), n) for mean, n in given] == [(expected, None)]
-
-
-def test_what_runs_after_an_evaluation_is_not_taken_for_it(tmp_path):
-    batch = batches_of(texts(BATCH))[0]
-    with pytest.raises(MeasurementError, match="ran in eval mode 1 more times"):
-        evaluated(tmp_path, lambda model: model(**batch) if model.is_evaluated else None)
 
 
 def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tmp_path, caplog):
