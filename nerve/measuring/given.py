@@ -67,7 +67,7 @@ def check_given(
     require(
         is_list and wrong is None,
         "ffns must be a list of descriptions of FFNs; got "
-        f"{'one item of ' if is_list else ''}{told(wrong)}. Give nerve.find_ffns(model, batch), "
+        f"{'one of ' if is_list else ''}{told(wrong)}. Give nerve.find_ffns(model, batch), "
         "optionally with select=, or describe each: "
         '[nerve.FFNAdapter(layer, "ffn", block.up, block.down)].',
     )

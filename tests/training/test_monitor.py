@@ -569,7 +569,7 @@ def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
     ("values", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be null or a whole number of at least 1; got 0"),
-        ({"every_n_steps": None}, "which steps are measured; got null for both"),
+        ({"every_n_steps": None}, "must be set, to select the measured steps; got null for both"),
         ({"steps": []}, r"must be a list of optimizer steps.* as in \[0,1,2,4,8\]; got \[\]"),
         ({"steps": [1, -2]}, r"whole numbers from 0.*got \[1, -2\]"),
         ({"steps": "log"}, "a spacing such as log:30 .*got 'log'"),

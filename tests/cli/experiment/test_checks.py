@@ -188,7 +188,10 @@ BAD_GPT = [
     (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
     (["monitor.skip_first=yes"], ["monitor.skip_first must be a whole number; got 'yes'"]),
     (["monitor.skip_first=32"], ["got monitor.skip_first=32 of data.seq_len=32"]),
-    (["monitor.every_n_steps=null"], ["which steps are measured; got null for both"]),
+    (
+        ["monitor.every_n_steps=null"],
+        ["must be set, to select the measured steps; got null for both"],
+    ),
     (["monitor.steps=log"], ["monitor.steps", "a spacing such as log:30", "got 'log'"]),
     (["monitor.steps=[0,-1]"], ["monitor.steps", "whole numbers from 0", "got [0, -1]"]),
     (
