@@ -493,7 +493,7 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
 def test_what_cannot_be_is_said_before_training(tmp_path):
     with pytest.raises(ConfigError, match="source must be one of heldout, train"):
         nerve.SpectralCallback(tmp_path, source="eval")
-    with pytest.raises(ConfigError, match="mask is a function"):
+    with pytest.raises(ConfigError, match="mask must be a function"):
         nerve.SpectralCallback(tmp_path, mask=torch.ones(3))
     with pytest.raises(ConfigError, match="config must be a mapping"):
         nerve.SpectralCallback(tmp_path, config="mine")
