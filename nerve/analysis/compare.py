@@ -1,7 +1,7 @@
-"""Runs beside each other: one row per run, at its last step or where it reaches a given loss.
+"""Compares runs: one row per run, at its last step or where it reaches a given loss.
 
-All functions give the same columns, so that whatever takes the one (seed averages, correlations,
-the scaling with width, a scatter plot) takes the other.
+All functions return the same columns, so that their results are interchangeable as input for seed
+averages, correlations, width scaling and scatter plots.
 """
 
 from collections.abc import Sequence
@@ -32,19 +32,19 @@ COUNTS = ("n_layers", "n_null")
 def final_metrics(
     metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """One row per run and FFN of its layers (a Mixer has two) at the last measured step.
+    """One row per run and FFN name (a Mixer has two) at the last measured step.
 
-    Flagged runs are in the frame, with their flag; a run without metrics has one row, with `ffn`
-    and all numbers missing.
+    Flagged runs are included, with their flag; a run without metrics has one row, with `ffn` and
+    all numbers missing.
 
     Columns:
 
     - `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag` (see
       `flag_runs`), `ffn`
-    - `step, tokens_seen, val_loss, train_loss` of that step
+    - `step, tokens_seen, val_loss, train_loss` at that step
     - `d_ff, n_samples`: means over layers
     - the metrics of `COMPARED`: means over the layers where they were measured (of exp(SE) itself)
-    - `n_layers`: layers with a row; `n_null`: those of them where nothing could be measured (dead)
+    - `n_layers`: layers with a row; `n_null`: those where nothing could be measured (dead layers)
 
     Args:
         metrics: rows of `load_metrics`.
@@ -69,28 +69,28 @@ def metrics_at_loss(
     factors: Sequence[str] = (),
     loss: float | None = None,
 ) -> pd.DataFrame:
-    """One row per run and FFN where the validation loss passes a target on its way down.
+    """One row per run and FFN name, where the validation loss falls below a target.
 
-    Everything is interpolated between the last measured step above the target and the next one,
-    linearly in the loss: what is measured every 100 steps would else be compared at losses that
-    differ by what a run learns in 100 steps. A loss that passes the target more than once counts
-    where it passes it for the last time.
+    All values are interpolated between the last measured step above the target and the next one,
+    linearly in the loss; otherwise runs measured every 100 steps would be compared at losses that
+    differ by the progress made in 100 steps. If the loss crosses the target more than once, the
+    last crossing counts.
 
-    Columns: those of `final_metrics`, `step` and `tokens_seen` with fractions, and with
+    Columns: those of `final_metrics`, with fractional `step` and `tokens_seen`, and
 
-    - `target_loss`: the loss asked for
-    - `reached`: whether the run passed it between two measured steps or met it at its last; where
-      not (it ends above, or was below before it was first measured), step, losses and metrics are
+    - `target_loss`: the target
+    - `reached`: whether the run crossed the target between two measured steps or reached it at its
+      last; if not (it ends above, or was below when first measured), step, losses and metrics are
       missing
 
-    `n_layers` and `n_null` are the larger of those of the two steps.
+    `n_layers` and `n_null` are the larger of the values at the two steps.
 
     Args:
         metrics: rows of `load_metrics`.
         runs: rows of `load_runs`.
         factors: columns of `runs` to keep.
-        loss: the target, nats. None takes, for each `data`, the lowest at which all runs with flag
-            `ok` end or have been: the highest of their final losses.
+        loss: the target, nats. None takes, for each `data`, the lowest loss that all runs with flag
+            `ok` reach: the highest of their final losses.
 
     Raises:
         ConfigError: for a factor that is not a column of `runs`, or a loss that is not finite.
@@ -116,26 +116,26 @@ def metrics_at_loss(
 
 
 def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
-    """Runs that differ in nothing but their seed as one row: means, and SDs beside them.
+    """Averages runs that differ only in their seed into one row: means and SDs.
 
-    Flagged runs are counted and left out of the means; where all are flagged the means are missing.
+    Flagged runs are counted and excluded from the means; if all are flagged, the means are missing.
 
-    Columns: those of `points` without `run_id, config_id, seed`, and with
+    Columns: those of `points` without `run_id, config_id, seed`, and
 
-    - `flag`: `ok` where there is a run to average, else the flag of the first
-    - `n_seeds`: runs in the means; `n_flagged`: runs left out
+    - `flag`: `ok` if there is a run to average, else the flag of the first
+    - `n_seeds`: runs in the means; `n_flagged`: runs excluded
     - for every number (`step`, losses, metrics) the mean under its own name and `<name>_sd`, the
       sample SD (n - 1), missing with fewer than two seeds
-    - `n_layers, n_null`: sums, so that they say how many rows are behind the means; `reached`: the
-      share of the runs that reached the target, of which alone the means are
-    - factors as they are; one that differs between the seeds is averaged like a metric where it is
+    - `n_layers, n_null`: sums, the number of rows behind the means; `reached`: the fraction of the
+      runs that reached the target, over which alone the means are taken
+    - factors unchanged; a factor that differs between the seeds is averaged like a metric if it is
       a number (`final.val_accuracy`), else missing
 
     Args:
         points: rows of `final_metrics` or `metrics_at_loss`.
 
     Raises:
-        ConfigError: for a frame without their columns, such as one that is averaged already.
+        ConfigError: for a frame without their columns, such as one that is already averaged.
     """
     own = ["run_id", "config_id", "seed"]
     require_columns(points, [*own, "design_id", "flag", *NUMBERS, *COUNTS], "final_metrics")

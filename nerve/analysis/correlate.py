@@ -1,8 +1,9 @@
-"""Do the metrics follow the loss? Correlations within each run and across runs, and what is left of
-them beside a clock, the learning rate, or the factor that was varied.
+"""Correlates metrics with the loss, within each run and across runs, and controls for the training
+step, the learning rate, or the factor that was varied.
 
-The loss falls with time whatever is measured: log(step + 1) alone correlates with it as well as any
-metric does. Beside each r stands that of such null models, and the partial r given each.
+The loss falls over time whatever is measured: log(step + 1) alone correlates with it as well as any
+metric does. Each r is therefore reported with that of such null models, and the partial r given
+each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,39 +65,41 @@ def correlate_within_runs(
 ) -> pd.DataFrame:
     """Correlation of each metric with the validation loss over the measured steps of each run.
 
-    One row per run, FFN, (layer,) metric and window. One number alone misleads: step 0 often lies
-    far from all others, and two series that both drift correlate whatever they are. Windows:
+    One row per run, FFN name, (layer,) metric and window. A single number is misleading: step 0 is
+    often far from all other points, and two series that both drift are correlated in any case.
+    Windows:
 
     - `all`: all measured steps
     - `after_warmup`: steps ≥ max(1, round(warmup · max_steps)), from `optimizer.schedule.warmup`
-      and `trainer.max_steps` of the run; where these are missing, `DEFAULT_WARMUP` of its last
+      and `trainer.max_steps` of the run; if these are missing, `DEFAULT_WARMUP` of its last
       measured step
-    - `differences`: of the changes from one measured step to the next, both `after_warmup`, for a
-      change from step 0 would outweigh all others
+    - `differences`: changes between consecutive measured steps, both `after_warmup`, because a
+      change from step 0 would dominate all others
 
-    The points of one run are not independent, so r has no interval. Its null models are the clock,
-    log(step + 1), and the learning rate (of the hidden weights); of `differences` their changes.
+    The points of one run are not independent, so r has no interval. The null models are the clock,
+    log(step + 1), and the learning rate (of the hidden weights); for `differences`, their changes.
 
     Columns: `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag, ffn`,
     `layer` (with `by_layer`), `metric, window, first_step` (of the window), `n` (pairs), `pearson,
-    spearman`, both in [-1, 1], missing for n < 3 and where metric or loss does not vary; and for
+    spearman`, both in [-1, 1], missing for n < 3 and if metric or loss does not vary; and for
     `clock` and `lr` each
 
     - `r_clock`: Pearson's r of the null model and the loss
     - `given_clock`: the partial r of metric and loss given the null model (linear in it), missing
-      for n < 4 and where the null model is all that there is of the metric
-    - `given_clock_low, given_clock_high`: its 95% interval over steps, by a bootstrap of blocks
+      for n < 4 and if the metric is a linear function of the null model
+    - `given_clock_low, given_clock_high`: its 95% interval over steps, by a block bootstrap
       (`partial_over_steps`), missing for n < 8
 
     Args:
         metrics: rows of `load_metrics`.
         runs: rows of `load_runs`.
         factors: columns of `runs` to keep.
-        by_layer: each layer's metric instead of the mean over layers.
+        by_layer: use each layer's metric instead of the mean over layers.
         names: the metrics, columns of `metrics`.
 
     Raises:
-        ConfigError: for a name or factor that is not a column, or a factor that the frame has.
+        ConfigError: for a name or factor that is not a column, or a factor that the frame already
+            has.
     """
     require_names(factors=factors, names=names)
     keys = ["run_id", "ffn", *(["layer"] if by_layer else [])]
@@ -144,42 +147,43 @@ def correlate_across_runs(
     names: Sequence[str] = CORRELATED,
     flagged: bool = False,
 ) -> pd.DataFrame:
-    """Correlation of each metric with the loss over runs; `points` itself is the scatter.
+    """Correlation of each metric with the loss over runs; `points` itself is the scatter plot.
 
-    One row per group (values of `by`, `data` and `ffn`) and metric; runs of different `data` are
-    never pooled. Rows of `final_metrics` count each seed as a point, rows of `average_seeds` each
-    design: where the question is about designs, that is what n should count.
+    One row per group (values of `by`, `data` and `ffn`) and metric; runs with different `data` are
+    never pooled. With rows of `final_metrics` each seed is a point, with rows of `average_seeds`
+    each design: use the latter for questions about designs, so that n counts designs.
 
-    Columns: those of `by`, `data, ffn, metric, n` (points used), `n_flagged` (points left out, or
-    with `flagged` left in), `n_missing` (points without the metric or the loss), `n_heldout`
-    (different held-out sets among the points used), `pearson, pearson_low, pearson_high, spearman,
-    spearman_low, spearman_high`; and for the clock, log(step + 1) of each point, and for each
-    factor of `given` (`ffn.width`, `optimizer.lr`) the columns of `null_columns`:
+    Columns: those of `by`, `data, ffn, metric, n` (points used), `n_flagged` (flagged points: left
+    out, or included with `flagged`), `n_missing` (points without the metric or the loss),
+    `n_heldout` (different held-out sets among the points used), `pearson, pearson_low,
+    pearson_high, spearman, spearman_low, spearman_high`; and for the clock, log(step + 1) of each
+    point, and for each factor of `given` (`ffn.width`, `optimizer.lr`) the columns of
+    `null_columns`:
 
     - `r_clock, r_ffn.width`: Pearson's r of this null model and the loss
-    - `given_clock`: the partial r of metric and loss given it, missing for n < 4 and where it does
-      not vary
+    - `given_clock`: the partial r of metric and loss given it, missing for n < 4 and if it does not
+      vary
     - `given_clock_low, given_clock_high`: its 95% interval, by a bootstrap over designs, missing
-      for less than 8 of them
+      for fewer than 8 designs
 
-    Coefficients are missing for n < 3 or where one of the two does not vary. The 95% intervals are
+    Coefficients are missing for n < 3 or if one of the two does not vary. The 95% intervals are
     Fisher's, with standard error 1/√(n-3) of z for Pearson and √((1 + r²/2)/(n-3)) for Spearman
-    (Bonett & Wright 2000). They suppose independent points, are rough for few, and are missing for
-    n < 4 and at ±1: that all of a few points are in order bounds nothing by this method.
+    (Bonett & Wright 2000). They assume independent points, are rough for small n, and are missing
+    for n < 4 and at ±1: a perfect ordering of a few points gives no bound by this method.
 
     Args:
         points: rows of `final_metrics`, `metrics_at_loss` or `average_seeds`.
         by: columns of `points` to group by, such as `"normalization.kind"`.
-        against: the column that metrics are correlated with; `final.val_accuracy`, say, if it is
-            among the factors.
-        given: columns of `points` that are numbers (a width may be `"8/3"`): what was varied, which
-            may rank the losses as well as any metric does.
+        against: the column to correlate the metrics with; for example `final.val_accuracy`, if it
+            is among the factors.
+        given: numeric columns of `points` (a width may be `"8/3"`): the factors that were varied,
+            which may rank the losses as well as any metric does.
         names: the metrics, columns of `points`.
-        flagged: take flagged runs in, too.
+        flagged: whether to include flagged runs.
 
     Raises:
-        ConfigError: for a name that is not a column of `points`, or a `given` one whose values are
-            texts.
+        ConfigError: for a name that is not a column of `points`, or a `given` column whose values
+            are strings.
     """
     require_names(by=by, given=given, names=names)
     needed = ["design_id", "step", "flag", "heldout", *by, against, *given, *names]

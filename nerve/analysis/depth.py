@@ -1,4 +1,4 @@
-"""Metrics over depth: layer by layer, and means over all layers and over the middle third."""
+"""Metrics over depth: by layer, and means over all layers and over the middle third."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -31,26 +31,27 @@ def metrics_by_depth(
     *,
     names: Sequence[str] = DEPTH_NAMES,
 ) -> pd.DataFrame:
-    """One row per run, FFN, step and layer: what a heat map over depth and time shows.
+    """One row per run, FFN name, step and layer: the data of a heat map over depth and time.
 
     Columns:
 
     - `run_id, config_id, design_id, sweep, seed`, the `factors`, `data, heldout, flag` (see
       `flag_runs`)
     - `ffn, step, layer`
-    - `depth`: of the layer's center, (layer + ½)/L, in (0, 1); L is the model's, `model.n_layers`,
-      or where `runs` does not say, 1 + the last layer in `metrics`
-    - `middle`: whether the layer is in the middle third, depth in [⅓, ⅔]; of two layers both are
+    - `depth`: of the layer's center, (layer + ½)/L, in (0, 1); L is `model.n_layers`, or, if `runs`
+      does not have it, 1 + the last layer in `metrics`
+    - `middle`: whether the layer is in the middle third, depth in [⅓, ⅔]; with two layers, both are
     - `tokens_seen, train_loss, val_loss, status`, the metrics `names`
 
     Args:
         metrics: rows of `load_metrics`.
-        runs: rows of `load_runs`; rows of other runs are passed over.
+        runs: rows of `load_runs`; rows of other runs are ignored.
         factors: columns of `runs` to keep.
         names: the metrics, columns of `metrics`.
 
     Raises:
-        ConfigError: for a name or factor that is not a column, or a factor that the frame has.
+        ConfigError: for a name or factor that is not a column, or a factor that the frame already
+            has.
     """
     described = _described(metrics, runs, factors, names)
     metrics, _ = rows_of(metrics, runs)
@@ -70,15 +71,15 @@ def depth_means(
     names: Sequence[str] = DEPTH_NAMES,
     regions: Sequence[Region] = REGIONS,
 ) -> pd.DataFrame:
-    """One row per run, FFN, step and region: means over all layers and over the middle third.
+    """One row per run, FFN name, step and region: means over all layers and over the middle third.
 
-    Columns: those of `metrics_by_depth` without `layer, depth, middle, status`, and with
+    Columns: those of `metrics_by_depth` without `layer, depth, middle, status`, and
 
     - `region`: `all` or `middle`
-    - `n_layers`: layers with a row; `n_null`: those of them where nothing could be measured, which
-      the means leave out
+    - `n_layers`: layers with a row; `n_null`: those where nothing could be measured, which the
+      means exclude
 
-    Arguments and errors as of `metrics_by_depth`; `regions` are those that are averaged over.
+    Arguments and errors as in `metrics_by_depth`; `regions` are the regions to average over.
     """
     described = _described(metrics, runs, factors, names)
     metrics, _ = rows_of(metrics, runs)

@@ -1,4 +1,5 @@
-"""Dose and response: what the loss does when a metric is moved, against what designs predict."""
+"""Dose and response: how the loss changes when a metric is changed by an intervention, compared
+with the prediction from designs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,43 +32,43 @@ def dose_response(
     """The final metrics and loss of runs that differ in one number, the dose, and in their seed.
 
     One row per group (values of `by`, `data` and `ffn`), metric and dose. A metric that is a ratio
-    (PR, exp(SE), PR gain) is taken as its natural logarithm. Flagged runs are left out.
+    (PR, exp(SE), PR gain) is replaced by its natural logarithm. Flagged runs are left out.
 
     Runs are paired by seed: value = dose + seed + error, by least squares, with the error pooled
     over all doses; intervals are Student's at 95%, with `df` degrees of freedom. The slope of the
-    loss over the metric is that of loss = seed + slope · metric + error: what of the loss moves
-    with the metric when the dose moves both. What designs predict is the slope of the least squares
-    line through them, one point per design.
+    loss over the metric is that of loss = seed + slope · metric + error: how the loss changes with
+    the metric when the dose changes both. The prediction from designs is the slope of the least
+    squares line through them, one point per design.
 
     Columns:
 
     - those of `by`, `data, ffn, metric`, and the dose under its own name
     - `n_seeds` of this dose; `n_flagged`: runs of the group that were left out
-    - `value`: the mean of the metric (its logarithm); `change, change_low, change_high` against the
-      reference dose
+    - `value`: the mean of the metric (its logarithm); `change, change_low, change_high` relative to
+      the reference dose
     - `val_loss`: its mean; `loss_change, loss_change_low, loss_change_high`
     - `df` of these; `predicted_loss_change`: the predicted slope times `change`
-    - `slope, slope_low, slope_high`, observed, nats of loss a unit of the metric;
-      `predicted_slope, predicted_slope_low, predicted_slope_high`; `n_designs` behind it; the same
-      in all rows of a metric
+    - `slope, slope_low, slope_high`, observed, nats of loss per unit of the metric;
+      `predicted_slope, predicted_slope_low, predicted_slope_high`; `n_designs` used for it; the
+      same in all rows of a metric
 
-    What cannot be told is missing: changes of a dose that shares no seed with the reference, with
-    one seed all intervals, without `designs` what they predict.
+    Values that cannot be estimated are missing: changes of a dose that shares no seed with the
+    reference, all intervals with one seed, the predictions without `designs`.
 
     Args:
         metrics: rows of `load_metrics`.
         runs: rows of `load_runs`.
-        dose: a column of `runs` with numbers, such as `"regularizer.weight"`.
-        by: columns of `runs` that tell other designs apart, such as `"activation.name"`.
+        dose: a numeric column of `runs`, such as `"regularizer.weight"`.
+        by: columns of `runs` that distinguish other designs, such as `"activation.name"`.
         names: the metrics, columns of `metrics`.
-        reference: the dose that others are held against; None for 0 where that is one, else the
-            lowest.
-        designs: rows of `average_seeds`, of designs that were not dosed and have the same data;
-            those that were dosed are passed over.
+        reference: the dose that others are compared with; None for 0 if there is such a dose, else
+            the lowest.
+        designs: rows of `average_seeds`, of designs without a dose on the same data; those with a
+            dose are ignored.
 
     Raises:
         ConfigError: for a name that is not a column, a dose without numbers, a reference that no
-            run has, or runs of equal dose and seed that differ in something else.
+            run has, or runs with the same dose and seed that differ in something else.
     """
     require_names(by=by, names=names)
     points = final_metrics(metrics, runs, factors=[dose, *by])

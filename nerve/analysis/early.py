@@ -1,4 +1,5 @@
-"""Early ranking: what metrics of an early step say of the final loss, beside the loss so far."""
+"""Early ranking: how well metrics at an early step predict the final loss, beyond the loss so
+far."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,38 +43,39 @@ def rank_early(
 ) -> pd.DataFrame:
     """How well each metric at each measured step ranks runs by their final loss.
 
-    One row per group, step and metric. A group has the same `data`, FFN, `schedule` and values of
-    `by`: a longer run ends lower whatever its spectra are. Flagged runs are left out.
+    One row per group, step and metric. A group has the same `data`, FFN name, `schedule` and values
+    of `by`: a longer run reaches a lower loss whatever its spectra are. Flagged runs are left out.
 
-    A metric that follows the loss ranks the final loss as the loss so far does, and that costs
-    nothing: what counts is `given_loss`, Kendall's partial τ of the metric and the final loss given
-    the validation loss at the same step, (τ_mf - τ_ml·τ_lf)/√((1 - τ_ml²)(1 - τ_lf²)). Below 0: of
-    two runs with the same loss so far, that with the higher metric tends to end lower.
+    A metric that follows the loss ranks the final loss as well as the loss so far does, which is
+    available for free. The relevant column is therefore `given_loss`, Kendall's partial τ of the
+    metric and the final loss given the validation loss at the same step, (τ_mf - τ_ml·τ_lf)/√((1 -
+    τ_ml²)(1 - τ_lf²)). Below 0: of two runs with the same loss so far, the one with the higher
+    metric tends to have the lower final loss.
 
-    A partial τ is not quite 0 where there is nothing but the loss so far: a noisy copy of it has
-    one of about ±.1. `null` is what it comes to where metric and final loss are independent given
-    the loss, all three Gaussian but for their scales (τ = (2/π) asin ρ). An interval that leaves
-    out 0 and not this says nothing.
+    A partial τ is not exactly 0 if the metric only reflects the loss so far: a noisy copy of it has
+    about ±.1. `null` is its value if metric and final loss are independent given the loss, and all
+    three are Gaussian up to monotone transformations (τ = (2/π) asin ρ). An interval that excludes
+    0 but not `null` is no evidence.
 
     Columns: those of `by`, `data, ffn, schedule` (budget and schedule as overrides), `step, metric,
     n` (runs), `n_designs`, and with `_low` and `_high`, the 95% interval, each of
 
     - `kendall`: τ (τ-b) of the metric (mean over layers) and the final loss
     - `loss_kendall`: τ of the loss so far and the final loss; 1 at the last step
-    - `given_loss`: the partial τ; missing where one of the two others of the loss is ±1
+    - `given_loss`: the partial τ; missing if one of the two other τ with the loss is ±1
 
-    and `null`, to be read beside `given_loss`.
+    and `null`, to be compared with `given_loss`.
 
-    Of a group of more than `MOST_RUNS` runs those of a sample of the designs are ranked: the first
-    in the order of `design_id`, which is as good as random and always the same.
+    In a group of more than `MOST_RUNS` runs, a sample of the designs is ranked: the first in the
+    order of `design_id`, which is as good as random and reproducible.
 
-    Intervals are those of a bootstrap over designs (seeds of a design are no independent runs),
-    missing for less than 8 of them; τ is missing for less than 4 runs and where nothing varies.
+    Intervals are from a bootstrap over designs (seeds of a design are not independent runs),
+    missing for fewer than 8 designs; τ is missing for fewer than 4 runs and if nothing varies.
 
     Args:
         metrics: rows of `load_metrics`.
         runs: rows of `load_runs`.
-        by: columns of `runs` to group by, too, such as `"model.d_model"`.
+        by: further columns of `runs` to group by, such as `"model.d_model"`.
         names: the metrics, columns of `metrics`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which runs can be compared, and why the others cannot."""
+"""Determines which runs can be compared, and why the others cannot."""
 
 import hashlib
 import math
@@ -31,41 +31,41 @@ FLAGS = (
 
 
 def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per run of `runs`, in their order: how it ended and whether it can be compared.
+    """One row per run of `runs`, in the same order: how it ended and whether it can be compared.
 
     Columns:
 
     - `run_id, config_id, design_id, sweep, seed, run_status` as in `load_runs`
-    - `flag`: the first of these that holds, else `ok`
+    - `flag`: the first of these that applies, else `ok`
 
       - `diverged`: it stopped with a DivergedError, its last validation loss is missing or
-        infinite, or it is back at or above the limit after it had been below
+        infinite, or returned to or above the limit after having been below it
       - `failed`, `interrupted`, `running`: its `run_status`
       - `no metrics`: it has no row in `metrics`
       - `no loss`: no row has a validation loss
       - `incomplete`: parts of its metrics are damaged and were left out
       - `untrained`: its validation loss was never below the limit
-      - `repeat`: an earlier run that is `ok` has its configuration, seed and data, so that it is no
-        further sample; runs of which none records a seed have the same
+      - `repeat`: an earlier run with flag `ok` has the same configuration, seed and data, so that
+        it is not an independent sample; runs without a recorded seed count as having the same seed
 
-      The limit is `unigram_loss`; where none is stored, the loss of its first measured step.
+      The limit is `unigram_loss`, or, if none is stored, the loss at the first measured step.
 
     - `reason`: one sentence with the numbers, empty for `ok`
     - `n_steps`: measured steps
-    - `n_null`: rows whose `status` is not "ok" (dead layers); they flag no run
+    - `n_null`: rows whose `status` is not "ok" (dead layers); these do not affect the flag
     - `n_damaged_parts`: as in `load_metrics`
     - `first_loss, min_loss, final_loss`: validation loss, nats; `final_step`, the last measured
       step; `unigram_loss` as in `load_runs`
-    - `data`: names corpus and tokenizer; losses of runs that differ in it are never pooled
-    - `heldout`: names the held-out set, which may differ within `data` (in `monitor.n_tokens`)
+    - `data`: identifies corpus and tokenizer; losses of runs with different values are never pooled
+    - `heldout`: identifies the held-out set, which may differ within `data` (in `monitor.n_tokens`)
 
     Args:
-        metrics: rows of `load_metrics`; those of runs that are not in `runs` are passed over.
+        metrics: rows of `load_metrics`; rows of runs that are not in `runs` are ignored.
         runs: rows of `load_runs`.
 
     Raises:
-        ConfigError: for frames without the columns of `load_metrics` and `load_runs`, or a run
-            that has two rows in `runs`.
+        ConfigError: for frames without the columns of `load_metrics` and `load_runs`, or a run with
+            two rows in `runs`.
     """
     require_columns(runs, [*IDENTITY, "run_status", "error", "unigram_loss"], "load_runs")
     doubled = [str(name) for name in runs["run_id"][runs["run_id"].duplicated()].unique()]

@@ -1,4 +1,4 @@
-"""PR of groups of tokens and of sites beside each other, over layers and designs."""
+"""Compares the PR of groups of tokens and of sites over layers and designs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,15 +23,15 @@ def pr_column(site: str, group: str, other: str | None = None) -> str:
 def pr_of_groups(
     metrics: pd.DataFrame, groups: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """One row per run, FFN and layer at each run's last step that has groups.
+    """One row per run, FFN name and layer, at the last step of each run that has groups.
 
-    Columns: those of `metrics_by_depth`, with PR of each site and group, such as `pr_post_tail`,
-    `pr_output_all` (of all samples), and its ratios of `CONTRASTS`, `pr_post_tail_to_head`.
+    Columns: those of `metrics_by_depth`, the PR of each site and group, such as `pr_post_tail` and
+    `pr_output_all` (of all samples), and the ratios in `CONTRASTS`, such as `pr_post_tail_to_head`.
 
     Args:
         metrics: rows of `load_metrics`.
         groups: rows of `load_groups`.
-        runs: rows of `load_runs`; rows of other runs are passed over.
+        runs: rows of `load_runs`; rows of other runs are ignored.
         factors: columns of `runs` to keep.
 
     Raises:
@@ -53,16 +53,16 @@ def pr_of_groups(
 
 
 def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row per design, FFN, site and pair of groups: how many times the PR of the other a group
-    has, averaged over layers and seeds.
+    """One row per design, FFN name, site and pair of groups: the ratio of their PR, averaged over
+    layers and seeds.
 
     Columns: `design_id, data`, the `factors`, `ffn, site, grouping, group, other, n_seeds`;
-    `pr_group, pr_other`: means over layers and seeds; `ratio`: the geometric mean over layers of
-    the ratio of their PR, averaged over seeds; `ratio_sd`: its sample SD over seeds, missing with
-    fewer than two.
+    `pr_group, pr_other`: means over layers and seeds; `ratio`: the geometric mean over layers of PR
+    of `group` divided by PR of `other`, averaged over seeds; `ratio_sd`: its sample SD over seeds,
+    missing with fewer than two.
 
     Args:
-        rows: of `pr_of_groups`, of runs that can be compared.
+        rows: rows of `pr_of_groups`, of runs that can be compared.
         factors: columns of `rows`, the same for all seeds of a design.
     """
     keys = ["design_id", "data", *factors, "ffn"]

@@ -1,8 +1,8 @@
-"""Runs as pandas frames: one row per run, and the rows that runs stored, joined with their factors.
+"""Loads runs as pandas frames: one row per run, or the stored rows joined with the factors of their
+run.
 
-All loaders take a run directory, a sweep, a whole tree of outputs, or several of these, and name
-in a warning whatever they leave out. Unfinished and failed runs are in every frame; their
-`run_status` tells them.
+All loaders take a run directory, a sweep, a tree of outputs, or several of these, and warn about
+everything they leave out. Unfinished and failed runs are included in every frame; see `run_status`.
 """
 
 import json
@@ -38,21 +38,21 @@ from nerve.storage.schema import DATASETS, Dataset
 
 
 class Runs:
-    """The runs under some paths. The tree is walked and each record is parsed once, here; the
-    frames of rows are made when they are first asked for, and kept.
+    """The runs under some paths. The tree is searched and each record is parsed once, on creation;
+    frames of rows are loaded on first access and cached.
 
     Args:
         paths: a run, a sweep, a tree of outputs, or several of these.
-        factors: columns of `frame`, such as `"normalization.kind"` or `"final.val_loss"`, that
-            `metrics`, `spectra` and `scalars` are joined with.
+        factors: columns of `frame`, such as `"normalization.kind"` or `"final.val_loss"`, that are
+            joined to `metrics`, `spectra` and `scalars`.
 
     Raises:
-        StoreError: when there is no run under `paths`.
-        ConfigError: for `factors` that are no list.
+        StoreError: if there is no run under `paths`.
+        ConfigError: if `factors` is not a list.
 
     Attributes:
         records: id and directory of each run.
-        frame: one row per run; its columns are those of `load_runs`.
+        frame: one row per run, with the columns of `load_runs`.
     """
 
     def __init__(self, paths: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> None:
@@ -69,28 +69,29 @@ class Runs:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row per measured FFN and step; columns and errors are those of `load_metrics`."""
+        """One row per measured FFN and step; columns and errors as in `load_metrics`."""
         _ = self.groups  # read before threads ask for them
         return self._rows(DATASETS["metrics"], self._with_derived)
 
     @cached_property
     def spectra(self) -> pd.DataFrame:
-        """One row per measured FFN, step and site, as of `load_spectra`."""
+        """One row per measured FFN, step and site, as in `load_spectra`."""
         return self._rows(DATASETS["spectra"])
 
     @cached_property
     def scalars(self) -> pd.DataFrame:
-        """One row per logged value, as of `load_scalars`."""
+        """One row per logged value, as in `load_scalars`."""
         return self._rows(DATASETS["scalars"])
 
     @cached_property
     def groups(self) -> pd.DataFrame:
-        """One row per site and group of a measured FFN and step, as of `load_groups`."""
+        """One row per site and group of a measured FFN and step, as in `load_groups`."""
         return self._rows(DATASETS["groups"])
 
     @cached_property
     def flags(self) -> pd.DataFrame:
-        """Which runs can be compared, and why others cannot: `flag_runs` of `metrics`, `frame`."""
+        """Which runs can be compared, and why the others cannot: `flag_runs` of `metrics` and
+        `frame`."""
         return flag_runs(self.metrics, self.frame)
 
     def _with_derived(self, rows: Block, runs: slice) -> Block:
@@ -149,16 +150,17 @@ class Runs:
 def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
     """One row per run under `path`.
 
-    Columns: `run_id, config_id, design_id` (as `config_id`, but without the seed: runs that differ
-    in nothing else share it), `sweep, directory, run_status, error ("Type: message"), step,
-    restarts, seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times
-    (UTC), `host, device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*,
-    pre_scales.*`, and every leaf of the configuration by its dotted name (`normalization.kind`,
-    `ffn.width`; a list as its JSON text). A run of an older nerve-run has, for a key that was added
-    since, the value that means what it did. What a run does not have is missing in its row.
+    Columns: `run_id, config_id, design_id` (`config_id` without the seed: shared by runs that
+    differ only in it), `sweep, directory, run_status, error ("Type: message"), step, restarts,
+    seed, n_parameters, unigram_loss, separator_token, stopped_by, warning`, the times (UTC), `host,
+    device, git_commit`, the entries of `final.*, fingerprints.*, versions.*, job.*, pre_scales.*`,
+    and every leaf of the configuration by its dotted name (`normalization.kind`, `ffn.width`; a
+    list as JSON). For a key that was added after the version of nerve-run that wrote a run, its row
+    has the value that corresponds to the behavior of that version. Anything else that a run does
+    not have is missing in its row.
 
     Raises:
-        StoreError: when there is no run under `path`.
+        StoreError: if there is no run under `path`.
     """
     return Runs(path).frame
 
@@ -166,30 +168,31 @@ def load_runs(path: AnyPath | Iterable[AnyPath]) -> pd.DataFrame:
 def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row per measured FFN and step, joined with `run_status` and the `factors` of its run.
 
-    `n_damaged_parts` counts the parts of its run that could not be read. Derived columns, missing
-    where what they derive from is:
+    `n_damaged_parts` counts the parts of the run that could not be read. Derived columns, missing
+    where their inputs are missing:
 
-    - `exp_se_pre`, `exp_se_post` = exp(SE) in [1, D], the number of directions that a flat spectrum
-      of this entropy has; never below PR
+    - `exp_se_pre`, `exp_se_post` = exp(SE) in [1, D], the number of directions of a flat spectrum
+      with this entropy; never less than PR
     - `pr_gain = pr_post / pr_pre`, `delta_eee = eee_post - eee_pre`
     - `se_pre_normalized`, `se_post_normalized` = SE / ln D in [0, 1]; `pr_pre_fraction`,
       `pr_post_fraction` = PR / D in [1/D, 1], with D = `d_ff`
     - `rank_limit_pre = min(d_in, d_ff, n_samples - 1)`, `rank_limit_post = min(d_ff, n_samples -
-      1)`: no spectrum can have more directions, so PR and exp(SE) cannot exceed them (behind a
-      LayerNorm the first is one less still)
-    - `outliers`: the sites whose PR may be that of a few samples, `pre`, `post`, `pre, post` or
-      empty (see `nerve.derived.outliers`)
-    - `sampling`: whether there were enough samples, `well`, `under` or `severely under`: by how far
-      PR moves when it is extrapolated from halves to endlessly many samples (5%, 20%; of pre and
-      post the worse), or by N/D where no halves were measured (8, 2)
+      1)`: upper bounds of the rank, and therefore of PR and exp(SE) (after a LayerNorm the first is
+      lower by one)
+    - `outliers`: the sites whose PR may be dominated by a few samples, `pre`, `post`, `pre, post`
+      or empty (see `nerve.derived.outliers`)
+    - `sampling`: whether there were enough samples, `well`, `under` or `severely under`: from how
+      much PR changes when it is extrapolated from halves to infinitely many samples (5%, 20%; the
+      worse of pre and post), or from N/D if no halves were measured (8, 2)
 
     Args:
         path: a run, a sweep, a tree of outputs, or several of these.
         factors: columns of `load_runs`, such as `"normalization.kind"` or `"final.val_loss"`.
 
     Raises:
-        StoreError: when there is no run under `path`.
-        ConfigError: for a factor that is not a column of `load_runs`; near names are given.
+        StoreError: if there is no run under `path`.
+        ConfigError: for a factor that is not a column of `load_runs`; the message suggests similar
+            names.
     """
     return Runs(path, factors).metrics
 
@@ -197,30 +200,30 @@ def load_metrics(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ())
 def load_spectra(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row per measured FFN, step and site; `eigenvalues` are float32 arrays.
 
-    Else as `load_metrics`.
+    Otherwise as `load_metrics`.
     """
     return Runs(path, factors).spectra
 
 
 def load_groups(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row per measured FFN, step, site, grouping and group, of runs that measured any.
+    """One row per measured FFN, step, site, grouping and group, for runs that measured groups.
 
-    - `site`: along a block `stream_in` (the residual stream before the FFN and its norm), `input`
-      (of the FFN), `pre`, `post`, `output`, `stream_out`
-    - `grouping` and `group`: `all` and `all` for all samples; `position` has `0`, `like_0` (as many
-      others, one of each sequence) and `q1` to `q4`; `frequency` has `head`, `mid` and `tail`;
-      `halves` has `a` and `b`
-    - `n_samples`, `dim` (features), `se`, `pr`, `eee`, `variance`, `pr_corrected`, `status` as of
-      `load_metrics`; `se_spread`, `pr_spread` and `eee_spread` over √N are the standard errors of N
-      independent Gaussian samples (`sampling_error` says what they are of these)
+    - `site`: in the order of the forward pass `stream_in` (the residual stream before the FFN and
+      its norm), `input` (of the FFN), `pre`, `post`, `output`, `stream_out`
+    - `grouping` and `group`: `all` and `all` for all samples; `position` has `0`, `like_0` (equally
+      many others, one from each sequence) and `q1` to `q4`; `frequency` has `head`, `mid` and
+      `tail`; `halves` has `a` and `b`
+    - `n_samples`, `dim` (features), `se`, `pr`, `eee`, `variance`, `pr_corrected`, `status` as in
+      `load_metrics`; `se_spread`, `pr_spread` and `eee_spread`, divided by √N, are the standard
+      errors for N independent Gaussian samples (`sampling_error` gives those of the actual samples)
 
-    Else as `load_metrics`; empty where no run measured groups.
+    Otherwise as `load_metrics`; empty if no run measured groups.
     """
     return Runs(path, factors).groups
 
 
 def load_scalars(path: AnyPath | Iterable[AnyPath], factors: Sequence[str] = ()) -> pd.DataFrame:
-    """One row per logged value: `run_id, step, name, value`. Else as `load_metrics`."""
+    """One row per logged value: `run_id, step, name, value`. Otherwise as `load_metrics`."""
     return Runs(path, factors).scalars
 
 

@@ -1,4 +1,4 @@
-"""Designs that differ in one factor alone, compared with runs paired by seed."""
+"""Compares designs that differ in one factor only, with runs paired by seed."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, groupby
@@ -37,36 +37,36 @@ def compare_seeds(
     *,
     names: Sequence[str] = PAIRED,
 ) -> pd.DataFrame:
-    """Differences between designs that differ in one factor alone, with runs paired by seed.
+    """Differences between designs that differ in one factor only, with runs paired by seed.
 
-    Runs of one seed have the same initialization and order of data, so that what a seed does to
-    both designs is not in their difference. The error is that of values = design + seed + error by
-    least squares over all designs of one scale (`SCALE`, the same `data` and FFN), not of the two
-    alone: two or three seeds say next to nothing of a variance. With as many designs as there are
-    in a sweep its degrees of freedom are enough; where they are less than 3, the outcome is
+    Runs with the same seed have the same initialization and order of data, so that effects of the
+    seed common to both designs cancel in the difference. The error is that of the model value =
+    design + seed + error, by least squares over all designs of one scale (`SCALE`, the same `data`
+    and FFN name), not only the two compared: two or three seeds say very little about a variance.
+    The designs of a sweep usually give enough degrees of freedom; with fewer than 3, the outcome is
     `undecided`.
 
-    One row per pair of levels, setting of the other factors, FFN and metric. Columns:
+    One row per pair of levels, setting of the other factors, FFN name and metric. Columns:
 
-    - `factor, level, other`: the difference is of `level` less `other`
+    - `factor, level, other`: the difference is `level` minus `other`
     - `where`: the other factors that vary, as overrides; `data, ffn, metric`
-    - `unit`: `nats` where the difference is one of natural logarithms (of PR and its gain; .1 is
-      10%), else empty: that of the metric
-    - `n_pairs`: seeds that both designs have; `n_higher`: those of them in which `level` is higher
+    - `unit`: `nats` if the difference is one of natural logarithms (of PR and its gain; .1 is 10%),
+      else empty: that of the metric
+    - `n_pairs`: seeds that both designs have; `n_higher`: those in which `level` is higher
     - `difference, low, high`: with its 95% interval (Student's t with `df`)
-    - `sd`: of one run, after what design and seed explain; `df`: its degrees of freedom;
-      `n_designs`: those pooled
-    - `outcome`: `higher` or `lower` where the interval leaves out 0, `within noise`, `undecided`
+    - `sd`: residual SD of one run, given design and seed; `df`: its degrees of freedom;
+      `n_designs`: designs pooled
+    - `outcome`: `higher` or `lower` if the interval excludes 0, `within noise`, `undecided`
 
     Args:
         points: rows of `final_metrics` or `metrics_at_loss`; flagged ones are left out.
         runs: rows of `load_runs`.
         factor: a column of `runs` that varies.
-        names: what is compared, columns of `points`.
+        names: the metrics to compare, columns of `points`.
 
     Raises:
-        ConfigError: for a name that is not a column, or a factor that does not vary or goes
-            together with another that does.
+        ConfigError: for a name that is not a column, or a factor that does not vary or is
+            confounded with another.
     """
     require_names(names=names)
     require_columns(

@@ -1,4 +1,5 @@
-"""What a finite sample does to a spectrum: the error of its metrics, and what they come to."""
+"""Effect of a finite sample on a spectrum: the error of its metrics, and their extrapolated
+values."""
 
 from collections.abc import Mapping
 
@@ -28,28 +29,29 @@ ORDERS: Mapping[str, float] = {"half": 0.5, "1": 1.0, "2": 2.0, "inf": np.inf}
 
 
 def sampling_error(groups: pd.DataFrame) -> pd.DataFrame:
-    """What SE, PR and EEE of all samples come to with endlessly many, and their error.
+    """Extrapolates SE, PR and EEE to infinitely many samples, with their standard errors.
 
-    From halves of whole sequences: a covariance of N/2 samples differs from one of N as that of N
-    does from the truth. SE, EEE and 1/PR are taken as linear in 1/N, and extrapolated to 0.
+    The estimate uses halves of whole sequences: the covariance of N/2 samples differs from that of
+    N as that of N does from the population's. SE, EEE and 1/PR are assumed to be linear in 1/N and
+    extrapolated to 0.
 
     The error is that of `n_effective` independent Gaussian samples, times the metric's spread
-    (`spectral_entropy_spread` and its like). That number follows from the difference of the halves'
-    covariances, `|C_a - C_b|^2 = (tr(C)^2 + |C|^2) (1/n_a + 1/n_b) N/n_effective` in the mean:
-    tokens of one sequence, and heavy tails, count for fewer. It rests on about PR (PR + 1) / 2
-    numbers, which are the degrees of freedom of the intervals. A third of the way that a value is
-    extrapolated adds to its error, since terms beyond 1/N are left out.
+    (`spectral_entropy_spread` and the like). `n_effective` follows from the difference of the
+    halves' covariances, `|C_a - C_b|^2 = (tr(C)^2 + |C|^2) (1/n_a + 1/n_b) N/n_effective` in
+    expectation: correlated tokens of a sequence and heavy tails reduce it. It is based on about PR
+    (PR + 1) / 2 numbers, which are the degrees of freedom of the intervals. A third of the
+    extrapolation is added to the error of a value, since terms beyond 1/N are neglected.
 
     Args:
         groups: rows of `load_groups`, with the grouping `halves`.
 
     Returns:
-        One row per run, step, layer, FFN and site (pre, post) that has halves: `n_samples`,
-        `n_effective`, and of each of se, pr and eee: the value measured (`pr`), the one of
-        endlessly many samples (`pr_limit`), its standard error (`pr_error`), and its 95% interval
-        (`pr_low`, `pr_high`). NaN where they cannot be told. `sampling` is the verdict: how far PR
-        moves from its value to its limit, `well` up to 5%, `under` up to 20%, else `severely
-        under`.
+        One row per run, step, layer, FFN name and site (pre, post) with halves: `n_samples`,
+        `n_effective`, and for each of se, pr and eee the measured value (`pr`), the value
+        extrapolated to infinitely many samples (`pr_limit`), its standard error (`pr_error`), and
+        its 95% interval (`pr_low`, `pr_high`). NaN where they cannot be estimated. `sampling` is
+        the verdict from the change of PR between value and limit: `well` up to 5%, `under` up to
+        20%, else `severely under`.
 
     Raises:
         ConfigError: for a frame without the columns of `load_groups`.
@@ -139,12 +141,12 @@ def codes_by_halves(codes: np.ndarray, rows: Block, groups: pd.DataFrame) -> np.
 
 
 def renyi_ranks(spectra: pd.DataFrame) -> pd.DataFrame:
-    """Effective ranks of several orders of stored spectra, `(sum p^a)^(1 / (1 - a))` with the
+    """Effective ranks of several orders for stored spectra, `(sum p^a)^(1 / (1 - a))` with the
     shares p = λ/Σλ.
 
-    Each is the number of directions of a flat spectrum with the same Rényi entropy, in [1, D]; a
-    higher order counts small eigenvalues for less. Order 1 is exp(SE), order 2 is PR, ∞ is 1/p_1,
-    and ½ gives most to the tail.
+    Each is the number of directions of a flat spectrum with the same Rényi entropy, in [1, D];
+    higher orders give less weight to small eigenvalues. Order 1 is exp(SE), order 2 is PR, ∞ is
+    1/p_1, and ½ gives the tail the most weight.
 
     Args:
         spectra: rows of `load_spectra`.

@@ -1,4 +1,4 @@
-"""How the number of used dimensions grows with the width of the FFN."""
+"""How the number of used dimensions scales with the width of the FFN."""
 
 from collections.abc import Sequence
 
@@ -26,17 +26,18 @@ def fit_width_scaling(
     names: Sequence[str] = SCALING_NAMES,
     flagged: bool = False,
 ) -> pd.DataFrame:
-    """Power law metric = coefficient · d_ff^exponent, by least squares of the logarithms.
+    """Fits a power law metric = coefficient · d_ff^exponent, by least squares of the logarithms.
 
-    One row per group (values of `by`, `data` and `ffn`) and metric. Runs of one width are averaged
-    first (the mean logarithm), so that n counts widths: runs of one width share what is particular
-    to it, and more seeds do not make more widths. Exponent 1: a fixed fraction of the width is
-    used; 0: the width adds nothing. Before the nonlinearity no rank exceeds d_in: growth ends.
+    One row per group (values of `by`, `data` and `ffn`) and metric. Runs of the same width are
+    averaged first (mean logarithm), so that n counts widths: deviations of a width are common to
+    all its runs, and more seeds do not add widths. Exponent 1: a fixed fraction of the width is
+    used; 0: additional width is not used. Before the nonlinearity no rank exceeds d_in, which
+    limits the growth.
 
     Columns: those of `by`, `data, ffn, metric, n` (widths), `n_points` (rows used), `n_flagged`
-    (rows left out, or with `flagged` left in), `n_missing` (rows without the metric), `n_heldout`
-    (different held-out sets among those used), `d_ff_min, d_ff_max, exponent, exponent_low,
-    exponent_high, coefficient, r_squared`.
+    (flagged rows: left out, or included with `flagged`), `n_missing` (rows without the metric),
+    `n_heldout` (different held-out sets among the rows used), `d_ff_min, d_ff_max, exponent,
+    exponent_low, exponent_high, coefficient, r_squared`.
 
     Exponent and coefficient are missing for n < 2, the 95% interval (Student's t with n - 2 degrees
     of freedom) and r_squared for n < 3.
@@ -45,7 +46,7 @@ def fit_width_scaling(
         points: rows of `final_metrics`, `metrics_at_loss` or `average_seeds`.
         by: columns of `points` to group by.
         names: the metrics, positive columns of `points`.
-        flagged: take flagged runs in, too.
+        flagged: whether to include flagged runs.
 
     Raises:
         ConfigError: for a name that is not a column of `points`.

@@ -1,4 +1,4 @@
-"""The features of passes that somebody else's loop runs."""
+"""Takes the features of passes that an external training loop runs."""
 
 import inspect
 import sys
@@ -62,12 +62,12 @@ class PassFeatures:
         self._require_ended()
         if self.n_seen == 0:
             kind = (
-                "those of the training pass that follows it, and none was seen: the module that is "
-                "watched must be the one that the loop calls, in train mode and with gradients. "
-                "Watch the compiled or distributed one if the loop calls that, or give held-out "
-                "batches with heldout=."
+                "those of the next training pass, and none was seen: the watched module must be "
+                "the one that the loop calls, in train mode and with gradients. Watch the compiled "
+                "or distributed module if the loop calls that, or give held-out batches with "
+                "heldout=."
                 if self._of_training
-                else "those of the evaluation at it, and none was seen. Give the Trainer an "
+                else "those of its evaluation, and none was seen. Give the Trainer an "
                 "eval_dataset that is not empty, whose batches its prediction_step gives to the "
                 "model that it trains, or take source='train'."
             )
@@ -101,9 +101,9 @@ class PassFeatures:
         """Raises `MeasurementError` where a pass has raised: some of its features are counted."""
         if self._is_taking:
             raise MeasurementError(
-                "A pass that is measured must come to its end; the last one has raised, and the "
-                "loop went on. Measure at steps where it need not try again, or give held-out "
-                "batches with heldout=."
+                "A measured forward pass must complete; the last one raised an exception, and the "
+                "loop continued. Measure at steps that are not retried, or give held-out batches "
+                "with heldout=."
             )
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

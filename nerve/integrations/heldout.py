@@ -1,4 +1,4 @@
-"""Held-out batches that are measured between the steps of somebody else's loop."""
+"""Held-out batches, measured between the steps of an external training loop."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def batches_of(given: Iterable[Any]) -> list[Any]:
     """
     require(
         not isinstance(given, Tensor | Mapping),
-        f"heldout is a list of batches; got one, a {type(given).__name__}. Give [batch].",
+        f"heldout must be a list of batches; got one, a {type(given).__name__}. Give [batch].",
     )
     batches = list(given)
     require(bool(batches), "heldout is a list of batches; got none. Give one, or heldout=None.")

@@ -1,4 +1,4 @@
-"""A training loop that is watched: what it tells of its steps, measured and recorded."""
+"""The run of an external training loop: measures and records its steps."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ HEARTBEAT_S = 10.0
 
 
 class WatchedLoop:
-    """What a training loop tells of its steps; `nerve.watch` gives it."""
+    """The run of a training loop, as returned by `nerve.watch`."""
 
     def __init__(
         self,
@@ -60,51 +60,51 @@ class WatchedLoop:
 
     @property
     def latest(self) -> list[dict[str, Any]]:
-        """The rows of the last measurement that is solved."""
+        """The rows of the most recent measurement whose spectra are available."""
         return self.recorder.latest
 
     @property
     def val_loss(self) -> float | None:
-        """The last validation loss; None where the held-out batches give none."""
+        """The last validation loss; None if the held-out batches give none."""
         return self.recorder.val_loss
 
     def step(self, loss: Tensor | float | None = None, n_targets: int | None = None) -> None:
-        """To be called once after each step of the optimizer (and of the schedule).
+        """Must be called once after each step of the optimizer (and of the learning rate schedule).
 
         Args:
-            loss: the mean loss of the step's targets, over its micro-batches; of this process.
-            n_targets: how many they are, such as tokens: `tokens_seen` is their sum. Without it
-                steps count alike, and `tokens_seen` is 0.
+            loss: the mean loss over the targets of the step and its micro-batches, on this process.
+            n_targets: the number of these targets, such as tokens; `tokens_seen` is their sum.
+                Without it, all steps have the same weight and `tokens_seen` is 0.
 
         Raises:
-            ConfigError: for a loss that is no number, or a number of targets that is none or that
-                has no loss; and once the run has ended.
-            MeasurementError: where the features that were due did not come, or are not what they
-                are described as.
+            ConfigError: for a loss that is not a number, an invalid number of targets or one
+                without a loss; and after the run has ended.
+            MeasurementError: if the features of a measured step are missing or do not match their
+                description.
         """
         require(
             not self._has_ended,
-            f"step is to be called within the block of nerve.watch; got a call after its end, at "
-            f"step {self.n_steps}. Move the loop into the block.",
+            "step must be called inside the block of nerve.watch; it was called after its end, "
+            f"at step {self.n_steps}. Move the loop into the block.",
         )
         require(
             loss is not None or n_targets is None,
-            "step takes a mean loss and the number of targets that it is a mean of, or the loss "
-            f"alone, or neither; got loss=None, n_targets={n_targets!r}.",
+            "step takes a mean loss and its number of targets, the loss alone, or neither; got "
+            f"loss=None, n_targets={n_targets!r}.",
         )
         if loss is not None:
             require_type("loss of step", loss, float, Tensor)
             mean = torch.as_tensor(loss, device=self._device).detach()
             require(
                 mean.numel() == 1,
-                f"loss of step is one mean; got a tensor of shape {tuple(mean.shape)}. Give "
-                "loss.mean().",
+                f"loss of step must be a scalar mean; got a tensor of shape {tuple(mean.shape)}. "
+                "Give loss.mean().",
             )
             self.recorder.add_training(mean, None if n_targets is None else _count_of(n_targets))
         self.end_step()
 
     def end_step(self) -> None:
-        """Ends a step whose losses are told; raises as `step`."""
+        """Ends a step whose losses have been added; raises as `step`."""
         recorder = self.recorder
         if recorder.is_due and self.features is not None:
             self.features.require_seen(self.n_steps)
@@ -120,9 +120,9 @@ class WatchedLoop:
                 self._record.update()  # every update is a heartbeat
 
     def state_dict(self) -> dict[str, Any]:
-        """What belongs into a checkpoint of the step that was just told; `resume=` takes it.
+        """The state for a checkpoint of the current step, to be passed as `resume=`.
 
-        Rows up to that step are then written. All processes must call it.
+        Writes all rows up to that step. All processes must call it.
         """
         state = self.recorder.state_dict()
         return {**state, "n_steps": self.n_steps, "measured_at": self._measured_at}
@@ -199,7 +199,7 @@ class WatchedLoop:
         self._label()
 
     def measure_last(self) -> None:
-        """Measures the present step, of held-out batches, where that is not done or on its way."""
+        """Measures the current step on held-out batches, unless that is done or in progress."""
         if self._measured_at != self.n_steps and not (self._is_train or self.awaits_evaluation):
             self.measure()
 
@@ -224,13 +224,15 @@ class WatchedLoop:
         self._measured_at = self.n_steps
 
     def end(self) -> None:
-        """Measures the last step, of held-out batches, and writes all that is measured."""
+        """Measures the last step on held-out batches, and writes everything that was measured."""
         if self._evaluate is not None:
             self.measure_last()
         self.recorder.drop_due()
         self.recorder.wait()
         if self.n_steps and not (self.recorder.n_measured or self.latest) and rank() == 0:
-            log.warning("nothing was measured in %d steps: none of them was to be", self.n_steps)
+            log.warning(
+                "nothing was measured in %d steps: none of them was to be measured", self.n_steps
+            )
         if self._record is not None:
             self._record.final = {
                 "val_loss": self.val_loss,
@@ -243,7 +245,7 @@ class WatchedLoop:
         self.recorder.fail(error)
 
     def close(self) -> None:
-        """Lets the model alone, and lets go of it."""
+        """Removes the hooks from the model and drops the references to it."""
         self._has_ended = True
         if self.features is not None:
             self.features.close()

@@ -1,4 +1,4 @@
-"""The losses of the passes of one update, where the model computes them."""
+"""Losses of the forward passes of one update, where the model computes them."""
 
 import weakref
 from collections.abc import Mapping

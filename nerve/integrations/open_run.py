@@ -1,4 +1,4 @@
-"""A run that is open while somebody calls back, and that is closed without them if need be."""
+"""A run that stays open between callbacks, and is closed when the program ends without them."""
 
 import sys
 from contextlib import AbstractContextManager

@@ -36,34 +36,36 @@ class SpectralCallback(TrainerCallback):
     transformers.Trainer(model, arguments, train_dataset=data, callbacks=[spectra]).train()
     ```
 
-    A row labeled step s holds the features computed with the weights after s updates. With
-    `source="train"` they are those of the update that follows, with all its micro-batches, in train
-    mode; `val_loss` is there where the Trainer evaluates at s. With `source="heldout"` they are
-    those of its evaluation, in eval mode: the Trainer is asked to evaluate at the steps that are
-    measured and at the last one, beside its own evaluations, which schedules and rules on results
-    see as any other. Of several evaluation sets the first is measured. Measuring draws no random
-    numbers and leaves weights, gradients and modes as they are.
+    A row with step s holds the features computed with the weights after s updates. With
+    `source="train"` these are the features of the next update, with all its micro-batches, in train
+    mode; `val_loss` is set where the Trainer evaluates at s. With `source="heldout"` they are those
+    of the Trainer's evaluation, in eval mode: an evaluation is requested at every measured step and
+    at the last one, in addition to the Trainer's own. Schedulers and callbacks that use evaluation
+    results see these like any other evaluation. Of several evaluation sets, the first is measured.
+    Measuring draws no random numbers and leaves weights, gradients and modes unchanged.
 
-    `train_loss` is the model's own loss, as the Trainer has it, and null where the loss is computed
-    outside the model. `tokens_seen` is the sum of the targets that the Trainer counts; 0 for a
-    model that does not take their number. Callbacks behind this one, and `metric_for_best_model`,
-    find what was measured among the metrics of an evaluation, as `eval_ffn/03/pr_post`.
+    `train_loss` is the model's own loss as reported by the Trainer, and null if the loss is
+    computed outside the model. `tokens_seen` is the sum of the targets that the Trainer counts; 0
+    for a model that does not accept their number. Callbacks after this one, and
+    `metric_for_best_model`, find the results among the metrics of an evaluation, as
+    `eval_ffn/03/pr_post`.
 
-    The run is done where training ends. `resume_from_checkpoint` goes on with it, from whatever
-    checkpoint the Trainer has saved. The Trainer tells nobody of an exception: what was measured is
-    stored by then, and the run has failed when the program ends, or training begins anew.
+    The run is done when training ends. `resume_from_checkpoint` continues it from any checkpoint
+    that the Trainer has saved. The Trainer does not report exceptions to its callbacks: everything
+    measured is stored by then, and the run is marked as failed when the program ends or training
+    starts again.
 
     Args:
         directory: the run directory.
-        every_n_steps: updates from one measurement to the next; None where `steps` says all.
+        every_n_steps: updates between measurements; None if `steps` gives all of them.
         source: `train` or `heldout`.
-        config, mask, exclude, only_labeled, ffns: as `nerve.watch` takes them.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as there.
+        config, mask, exclude, only_labeled, ffns: as in `nerve.watch`.
+        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as in `nerve.watch`.
 
     Raises:
         ConfigError: for a setting that is out of range.
 
-    As training begins it raises what `nerve.watch` raises.
+    When training begins, it raises the errors of `nerve.watch`.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class SpectralCallback(TrainerCallback):
 
     @property
     def latest(self) -> list[dict[str, Any]]:
-        """The rows of the last measurement that is solved."""
+        """The rows of the most recent measurement whose spectra are available."""
         loop = self._opened.loop
         return loop.latest if loop else []
 
@@ -201,7 +203,7 @@ class SpectralCallback(TrainerCallback):
 
     @contextmanager
     def _watching(self) -> Iterator[WatchedLoop]:
-        """The loop; what is raised ends the run."""
+        """The loop; an exception ends the run."""
         loop = self._opened.loop
         assert loop is not None, "a Trainer begins with on_train_begin"
         try:
@@ -213,10 +215,10 @@ class SpectralCallback(TrainerCallback):
 
 
 def require_once(n_sequences: int, loader: Any) -> None:
-    """Raises `MeasurementError` where several processes have evaluated some sequences twice.
+    """Raises `MeasurementError` if several processes have evaluated some sequences twice.
 
     Args:
-        n_sequences: how many this process has evaluated.
+        n_sequences: number of sequences that this process has evaluated.
         loader: the evaluation loader.
     """
     dataset = getattr(loader, "dataset", None)
@@ -225,15 +227,15 @@ def require_once(n_sequences: int, loader: Any) -> None:
     total = sum(gathered(n_sequences))
     if total > len(dataset):
         raise MeasurementError(
-            f"Each held-out sequence counts once; {n_processes()} processes have evaluated {total} "
-            f"of an eval_dataset of {len(dataset)}, as the Trainer fills up the last batches. Make "
-            "its size a multiple of processes times per_device_eval_batch_size, or set "
-            "accelerator_config={'even_batches': False}."
+            f"Each held-out sequence must be evaluated once; {n_processes()} processes have "
+            f"evaluated {total} for an eval_dataset of {len(dataset)}, since the Trainer fills up "
+            "the last batches. Make its size a multiple of processes times "
+            "per_device_eval_batch_size, or set accelerator_config={'even_batches': False}."
         )
 
 
 def _loss_of(metrics: Mapping[str, float]) -> float | None:
-    """The loss of an evaluation, whatever the evaluation set is called."""
+    """The loss of an evaluation, whatever the name of the evaluation set."""
     suffix = "_runtime"
     prefix = next((name.removesuffix(suffix) for name in metrics if name.endswith(suffix)), "eval")
     return metrics.get(f"{prefix}_loss")

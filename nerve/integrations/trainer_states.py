@@ -1,4 +1,4 @@
-"""The states of a run that belong to the checkpoints of a Trainer, which says only its step."""
+"""The state of a run for each checkpoint of a Trainer, which identifies it only by its step."""
 
 import json
 import logging
@@ -59,10 +59,10 @@ class TrainerStates:
             return None, None
         there = sorted(int(each.stem.partition("-")[2]) for each in path.parent.glob("trainer-*"))
         return None, (
-            "A run goes on from a checkpoint that the Trainer saved while it was measured; "
-            f"{self._run.path} has the state of steps {', '.join(map(str, there)) or 'none'}, and "
-            f"the Trainer resumes at step {step}. Resume from one of these, or record in another "
-            "directory."
+            "A run can only be resumed from a checkpoint that the Trainer saved while it was "
+            f"measured; {self._run.path} has the state of steps "
+            f"{', '.join(map(str, there)) or 'none'}, and the Trainer resumes at step {step}. "
+            "Resume from one of these, or record in another directory."
         )
 
     def _path(self, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""`nerve.watch`: measures a model while a plain loop trains it, and records the run."""
+"""`nerve.watch`: measures a model during a plain training loop, and records the run."""
 
 import logging
 import os
@@ -56,47 +56,47 @@ def watch(
             run.step(loss, targets.numel())
     ```
 
-    A row labeled step s holds the features computed with the weights after s steps: of the training
-    batch that follows, with all its micro-batches, in train mode; or of held-out batches, in eval
-    mode, and then the last step has a row, too. Measuring draws no random numbers and leaves
-    weights, gradients and modes as they are. Where the block ends the run is done; where it raises,
-    the run has failed, or was interrupted, and everything that was measured is stored.
+    A row with step s holds the features computed with the weights after s steps: those of the next
+    training batch, with all its micro-batches, in train mode; or those of held-out batches, in eval
+    mode, in which case the last step is measured, too. Measuring draws no random numbers and leaves
+    weights, gradients and modes unchanged. The run is done when the block ends; if the block
+    raises, the run is failed or interrupted, and everything measured so far is stored.
 
-    Several processes (DistributedDataParallel) measure their samples together, and rank 0 records
-    the run. All of them must call all of it alike, `state_dict` too.
+    Several processes (DistributedDataParallel) pool their samples, and rank 0 records the run. All
+    of them must make the same calls, including `state_dict`.
 
     Args:
-        model: the module that the loop calls, with its weights of the step to begin at: also one
-            that is compiled or distributed.
+        model: the module that the loop calls, with its weights at the first step; it may be
+            compiled or distributed.
         directory: the run directory.
-        every_n_steps: steps from one measurement to the next; None where `steps` says all.
-        config: whatever tells your runs apart, by name; what is measured is added as `monitor`. Its
-            `seed`, if it is a number, is the run's.
-        optimizer: gives the learning rate of the rows; null without, or where groups differ.
-        heldout: batches whose features are measured in place of those of training; of several
-            processes, each gives its own part.
+        every_n_steps: steps between measurements; None if `steps` gives all of them.
+        config: anything that distinguishes your runs, by name; the measurement settings are added
+            as `monitor`. Its `seed`, if it is a number, is the seed of the run.
+        optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
+        heldout: batches to measure instead of the training batches; with several processes, each
+            gives its own part.
         forward: runs the model on a held-out batch; by default `model(batch)`, or `model(**batch)`
-            for a mapping. If what it returns has a `loss`, it is the validation loss, weighted by
-            `n_targets` where that is there, too.
-        mask: gives a batch's mask, as `nerve.measure` takes it; a training batch is what the model
-            is called with: its one argument, the tuple of those by position, or the mapping of all
-            by name. By default the attention masks of a mapping that has them.
-        exclude, only_labeled: as `nerve.measure` takes them.
-        ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds.
-        resume: what `state_dict` gave; rows past its step are dropped. Without it training begins
-            at step 0, and so does the run.
-        last_step: the step that ends training, which `steps="log:30"` needs.
-        token_counts: how often each token id occurs in the training text, for groups by frequency;
-            None counts the held-out batches.
+            for a mapping. If the result has a `loss`, it is the validation loss, weighted by
+            `n_targets` if the result has that, too.
+        mask: returns a batch's mask, as in `nerve.measure`. A training batch is what the model is
+            called with: its only argument, the tuple of its positional arguments, or the mapping of
+            all keyword arguments. By default the attention masks of a mapping that has them.
+        exclude, only_labeled: as in `nerve.measure`.
+        ffns: descriptions of the FFNs; None for those that `nerve.find_ffns` finds.
+        resume: the result of `state_dict`; rows after its step are dropped. Without it, training
+            and the run begin at step 0.
+        last_step: the last step of training, required by `steps="log:30"`.
+        token_counts: number of occurrences of each token id in the training text, for groups by
+            frequency; None counts the tokens of the held-out batches.
         settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
-            `sites`, as the monitor of nerve-run has them. Where a model does not say where its
-            residual stream is, the first held-out batch shows it.
+            `sites`, as in the `monitor` group of nerve-run. If a model does not declare its
+            residual stream, it is looked for with the first held-out batch.
 
     Raises:
-        ConfigError: for a setting that is out of range, and what is of another kind.
-        MeasurementError: for a model without FFNs, or features, masks or descriptions that are not
-            what they are said to be.
-        StoreError: when the directory holds a run of another configuration, or one that is done.
+        ConfigError: for a setting that is out of range, or an argument of the wrong kind.
+        MeasurementError: for a model without FFNs, or features, masks or descriptions that are
+            inconsistent.
+        StoreError: if the directory holds a run with another configuration, or one that is done.
     """
     source = "train" if heldout is None else "heldout"
     return watched(
@@ -136,14 +136,14 @@ def watched(
     first: int = 0,
     token_counts: Tensor | None = None,
 ) -> Iterator[WatchedLoop]:
-    """As `watch`, of any loop.
+    """Implements `watch` for any kind of loop.
 
     Args:
         settings: those of `MonitorSettings`, by name.
-        batches: held-out ones; None for features of the passes that the loop runs, in train or in
-            eval mode as the source is.
-        first: the step that a loop without `resume` begins at.
-        others: as `watch` takes them.
+        batches: held-out batches; None to measure passes that the loop runs, in train or eval mode
+            depending on the source.
+        first: the first step of a loop without `resume`.
+        others: as in `watch`.
     """
     require_model(model)
     chosen = from_mapping(MonitorSettings, settings, "monitor")
@@ -185,16 +185,16 @@ def watched(
 
 
 def _check_loop(config: object, optimizer: object, resume: object) -> None:
-    """Raises `ConfigError` for what is none of these, as `watch` takes them."""
+    """Raises `ConfigError` for arguments that `watch` does not accept."""
     require_mapping("config", config)
     require_mapping("resume", resume)
     require(
         optimizer is None or hasattr(optimizer, "param_groups"),
-        "optimizer is the one of the loop, whose learning rate is recorded; got "
+        "optimizer must be the optimizer of the loop, whose learning rate is recorded; got "
         f"{told(optimizer)}. Leave it out, or give the optimizer itself.",
     )
     require(
         not isinstance(config, Mapping) or "monitor" not in config,
-        "monitor is what is measured, which config= gets by itself; got a value for it. Give that "
-        "one another name.",
+        "monitor is reserved for the measurement settings, which are added to config= "
+        "automatically; got a value for it. Choose another name.",
     )

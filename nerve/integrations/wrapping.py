@@ -1,4 +1,4 @@
-"""The module within a model, and where its weights are."""
+"""The module inside a distributed or compiled model, and the device of its weights."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module within what distributes or compiles it."""
     require(
         not isinstance(model, DataParallel),
-        "DataParallel runs copies of a model, which cannot be measured; take "
+        "DataParallel runs copies of a model, which cannot be measured; use "
         "DistributedDataParallel.",
     )
     while True:

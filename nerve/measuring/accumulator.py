@@ -267,12 +267,12 @@ class Accumulator:
         width, d_in = self._pre.width or self._post.width, n_inputs(self._pre)
         if not n_forwards or n_runs_of(self.ffn) is not None:
             raise MeasurementError(
-                f"A measurement needs at least one forward pass; {named(self.ffn)} saw none. "
-                "Give at least one batch."
+                f"A measurement needs at least one forward pass; {named(self.ffn)} had none. Give "
+                "at least one batch."
             )
         if width is None or d_in is None:
             raise MeasurementError(
-                f"{named(self.ffn)} never ran, and its modules do not say how wide it is. Leave it "
+                f"{named(self.ffn)} never ran, and its modules do not declare its width. Leave it "
                 "out, or give batches that reach it."
             )
         self.d_in = self.d_in or d_in

@@ -51,7 +51,11 @@ def sites_around(
         known = {*around, "input"} if pre.of == "output" else {*around}
         unknown = [name for name in wanted if name not in known]
         if unknown:
-            log.warning("%s: where to measure %s is not known", named(ffn), ", ".join(unknown))
+            log.warning(
+                "%s: %s cannot be measured, their place in the model is unknown",
+                named(ffn),
+                ", ".join(unknown),
+            )
         given.append({name: site for name, site in around.items() if name in wanted})
     return given
 

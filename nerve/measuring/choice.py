@@ -53,8 +53,8 @@ class Choice:
     ) -> None:
         if mask is not None and (exclude or only_labeled):
             raise MeasurementError(
-                "mask= says itself which samples count; exclude= and only_labeled= are for batches "
-                "whose mask is not given. Leave them out, or mask=."
+                "mask= already selects the samples that count; exclude= and only_labeled= only "
+                "apply to batches without mask=. Leave out one or the other."
             )
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
@@ -71,8 +71,8 @@ class Choice:
             if isinstance(batch, Tensor) and isinstance(self._trace.batch, Tensor):
                 return self._of_other_shape(batch)
             raise MeasurementError(
-                "All batches must be mappings of the same streams of tokens, as the first one is; "
-                f"got a {type(batch).__name__} without, or with other ones."
+                "All batches must be mappings with the same token streams as the first one; got a "
+                f"{type(batch).__name__} without them or with others."
             )
         if self._mask is not None:
             return self._given(batch, streams)
@@ -83,8 +83,8 @@ class Choice:
             )
         if self._only_labeled and all(stream.labels is None for stream in streams.values()):
             raise MeasurementError(
-                "only_labeled= leaves out tokens whose labels are -100, so that a batch must have "
-                "labels of the shape of its tokens; it has none. Leave out only_labeled=."
+                "only_labeled= excludes tokens whose label is -100, so each batch needs labels of "
+                "the same shape as its tokens; got none. Leave out only_labeled=."
             )
         counts = {
             name: counting(stream, name, self._exclude, self._only_labeled)
@@ -107,8 +107,8 @@ class Choice:
         """Of a bare tensor that is no batch of sequences as the first one was."""
         if self._needs_order:
             raise MeasurementError(
-                "skip_first= and groups= count positions, so that all batches must have sequences "
-                f"as the first one has; got {tuple(batch.shape)}. Leave these out."
+                "skip_first= and groups= count positions, so every batch must contain sequences, "
+                f"like the first one; got shape {tuple(batch.shape)}. Leave out these options."
             )
         return Chosen(None if self._mask is None else self._mask(batch))
 
@@ -144,8 +144,9 @@ class Choice:
             is_of_tokens = stream is not None and (stream == place.stream or not place.ran)
             if stream is not None and not is_of_tokens:
                 raise MeasurementError(
-                    f"A mask belongs to the tokens that it was made for; {named(ffn)} gets others. "
-                    "Give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
+                    f"A mask applies to one stream of tokens; {named(ffn)} receives another one. "
+                    "Give one mask per stream: mask=lambda batch: "
+                    "{name of the FFNs: its mask, or None}."
                 )
             orders.append(_order(place, streams) if is_of_tokens else None)
         ids, of_streams = _tokens(traced.ffns, streams)
@@ -204,7 +205,7 @@ def call_probed(
         if not probe.is_recording:
             raise
         raise MeasurementError(
-            "To see how post follows from pre, autograd records what happens in between; the "
-            f"model does there what cannot be recorded: {error}. An overwritten tensor (mul_, "
-            "inplace=True) is the usual cause."
+            "To see how post depends on pre, autograd records the operations in between, which "
+            f"failed in this model: {error}. The usual cause is a tensor that is modified in place "
+            "(mul_, inplace=True)."
         ) from error

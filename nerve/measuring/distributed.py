@@ -120,8 +120,8 @@ def _reached() -> Iterator[None]:
         yield
     except RuntimeError as error:  # those of torch.distributed are
         raise NotGatheredError(
-            "All processes of a run go on together; the first one cannot be reached, or has ended "
-            f"without a word: {str(error).splitlines()[0]}"
+            "The processes of a run must all continue together; the first process cannot be "
+            f"reached or has ended without an error message: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -156,12 +156,14 @@ def _require_there(store: dist.Store, keys: Mapping[int, str], *, is_over: bool)
         if store.check([f"left/{other}"]):
             told = pickle.loads(store.get(f"left/{other}"))
             raise NotGatheredError(
-                f"All processes of a run go on together; process {other} has left: {told}"
+                f"The processes of a run must all continue together; process {other} has stopped: "
+                f"{told}"
             )
     if is_over and missing:
         raise NotGatheredError(
-            f"All processes of a run go on together; {', '.join(map(str, missing))} did not come "
-            f"within {_timeout_of(store)}. See what they say; the group's timeout allows more."
+            f"The processes of a run must all continue together; {', '.join(map(str, missing))} "
+            f"did not come within {_timeout_of(store)}. See their logs; if they are only slow, "
+            "increase the timeout of the process group."
         )
 
 
@@ -188,9 +190,9 @@ def own_part(parts: Sequence[Any]) -> Any:
     """
     if len(parts) != n_processes():
         raise StoreError(
-            f"A run goes on with as many processes as it began with; its checkpoint is of "
-            f"{len(parts)}, now there are {n_processes()}. Start it where it gets {len(parts)}: "
-            "CUDA_VISIBLE_DEVICES or the tasks of the job decide that."
+            "A run must be resumed with as many processes as it began with; its checkpoint is of "
+            f"{len(parts)} processes, now there are {n_processes()}. Start it with {len(parts)}: "
+            "set CUDA_VISIBLE_DEVICES or the number of tasks of the job."
         )
     return parts[rank()]
 

@@ -1,6 +1,6 @@
-"""What the measurement must know of a feed-forward network (FFN): where its features appear.
+"""Where the features of a feed-forward network (FFN) are found in a model.
 
-A site is what a module gives or gets, or a part of it; an FFN has two, before and after its
+A site is the input or output of a module, or a part of it. An FFN has two: before and after its
 nonlinearity.
 """
 
@@ -21,7 +21,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Widths(NamedTuple):
-    """What a projection declares: features that it gets and gives, and the axis that holds them."""
+    """Input and output features that a projection declares, and the axis that holds them."""
 
     d_in: int
     d_out: int
@@ -29,8 +29,8 @@ class Widths(NamedTuple):
 
 
 def declared_widths(module: nn.Module) -> Widths | None:
-    """The widths that a module declares: a linear layer of any make (`in_features`), the Conv1D of
-    transformers (`nx`), a convolution. None for one that declares none."""
+    """The declared widths of a linear layer of any kind (`in_features`), a Conv1D of transformers
+    (`nx`) or a convolution; None for any other module."""
     if isinstance(module, _CONVOLUTIONS):
         return Widths(module.in_channels, module.out_channels, -1 - len(module.kernel_size))
     for names in (("in_features", "out_features"), ("nx", "nf")):
@@ -41,7 +41,7 @@ def declared_widths(module: nn.Module) -> Widths | None:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a convolution is a matrix, the same one at each position."""
+    """Whether a convolution multiplies each position by the same matrix (kernel size 1)."""
     return (
         isinstance(module, _CONVOLUTIONS)
         and math.prod(module.kernel_size) == module.groups == math.prod(module.stride) == 1
@@ -50,8 +50,8 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def n_inputs(site: "Site") -> int | None:
-    """How many numbers each feature is made of, which bounds the rank of pre; None where the module
-    does not say."""
+    """Number of input features, which bounds the rank of pre; None if the module does not declare
+    it."""
     widths = declared_widths(site.module)
     if widths is None:
         return None
@@ -64,16 +64,17 @@ def n_inputs(site: "Site") -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """What a module gives or gets, or a part of it.
+    """The input or output of a module, or a part of its features.
 
     The first half of a fused projection is `Site(mlp.gate_up_proj, "output", slice(0, d_ff))`.
 
     Attributes:
-        module: whose output or input it is.
-        of: `output`, or `input`: the first positional argument, or the one tensor given by keyword.
-        part: which of the features.
-        axis: holds the features; None for what the module says: axis 1 of a convolution's
-            `[batch, channels, ...]`, the last one of any other.
+        module: the module.
+        of: `output` or `input`. The input is the first positional argument, or the only tensor
+            passed by keyword.
+        part: slice of the features.
+        axis: the feature axis; None for the module's default: axis 1 of a convolution's `[batch,
+            channels, ...]`, the last axis of any other module.
     """
 
     module: nn.Module
@@ -83,7 +84,7 @@ class Site:
 
     @property
     def declared(self) -> int | None:
-        """How wide the module says that the axis is, before a part is taken; None: it does not."""
+        """Declared width of the axis before slicing; None if the module does not declare it."""
         widths = declared_widths(self.module)
         if widths is None:
             return None
@@ -91,7 +92,7 @@ class Site:
 
     @property
     def width(self) -> int | None:
-        """Number of features; None where the module does not declare it."""
+        """Number of features; None if the module does not declare it."""
         return None if self.declared is None else len(range(self.declared)[self.part])
 
     @property
@@ -101,13 +102,13 @@ class Site:
         return self.axis if self.axis is not None else (-1 if widths is None else widths.axis)
 
     def features(self, tensor: Tensor) -> Tensor:
-        """`[*samples, width]` of what the module gives or gets; positions of an image, which a
-        convolution has in several axes, become one."""
+        """`[*samples, width]` from the module's input or output; the spatial axes of a convolution
+        are flattened into one."""
         return last(tensor, self.feature_axis)[..., self.part]
 
 
 def last(tensor: Tensor, axis: int) -> Tensor:
-    """`tensor` with that axis last; the axes that lay behind it become one."""
+    """`tensor` with `axis` moved to the end; the axes after it are flattened into one."""
     behind = tensor.ndim - 1 - axis if axis >= 0 else -1 - axis
     if not behind:
         return tensor
@@ -116,7 +117,8 @@ def last(tensor: Tensor, axis: int) -> Tensor:
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module gets: the first positional argument, or the one tensor given by keyword."""
+    """The input of a module: the first positional argument, or the only tensor passed by
+    keyword."""
     if args:
         return args[0]
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
@@ -126,25 +128,27 @@ def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def replaced(
     args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with another tensor in the place where `argument` found one."""
+    """The arguments with another tensor in place of the one that `argument` finds."""
     if args:
         return (tensor, *args[1:]), kwargs
     return args, {k: tensor if isinstance(v, Tensor) else v for k, v in kwargs.items()}
 
 
 def sample_of(features: Tensor, n: int = SAMPLES) -> Tensor:
-    """Some of the samples, at least `n` where there are so many, from all over them."""
+    """A subset of the samples, at least `n` if there are that many, spread evenly over all of
+    them."""
     rows = features.reshape(-1, features.shape[-1])
     return rows[:: max(1, len(rows) // n)]
 
 
 @runtime_checkable
 class FFN(Protocol):
-    """What the measurement must know of an FFN: its place, and the sites around its nonlinearity.
+    """What the measurement needs of an FFN: its position and the sites around its nonlinearity.
 
-    A module of a model fulfils it by having these attributes; for a model that has not, there are
-    `nerve.find_ffns` and `FFNAdapter`. One that does not run once in each forward pass says so with
-    `n_runs`, as there, and one that knows the residual stream around it with `stream`.
+    A module implements this protocol by having these attributes. For other models use
+    `nerve.find_ffns` or `FFNAdapter`. The optional attributes `n_runs` (if it does not run exactly
+    once per forward pass) and `stream` (its residual stream) have the same meaning as in
+    `FFNAdapter`.
     """
 
     @property
@@ -153,37 +157,38 @@ class FFN(Protocol):
 
     @property
     def name(self) -> str:
-        """Which FFN of the block: `ffn`, `token_mixing`, `channel_mixing`, …"""
+        """Name of the FFN within the block: `ffn`, `token_mixing`, `channel_mixing`, …"""
 
     @property
     def pre(self) -> nn.Module | Site:
-        """The module whose output is the pre-activation (up; gate where gated), or its site."""
+        """The module whose output is the pre-activation (up; gate if gated), or a site."""
 
     @property
     def post(self) -> nn.Module | Site:
-        """The module whose input is the post-activation (down), or its site."""
+        """The module whose input is the post-activation (down), or a site."""
 
 
 @dataclass(frozen=True)
 class FFNAdapter:
-    """Describes one FFN of a model that does not fulfil the `FFN` protocol itself.
+    """Describes one FFN of a model that does not implement the `FFN` protocol.
 
-    For a GPT-2 of Hugging Face: `FFNAdapter(i, "ffn", block.mlp.c_fc, block.mlp.c_proj)`.
+    For GPT-2 of Hugging Face: `FFNAdapter(i, "ffn", block.mlp.c_fc, block.mlp.c_proj)`.
 
     Attributes:
         layer: index of the block, from 0.
-        name: which FFN of the block.
-        pre: the module whose output is the pre-activation (up; gate where gated), or a `Site`.
+        name: name of the FFN within the block.
+        pre: the module whose output is the pre-activation (up; gate if gated), or a `Site`.
         post: the module whose input is the post-activation (down), or a `Site`.
-        n_runs: how often it runs in one forward pass; None for any number, also none: layers that
-            are shared, looped or skipped. The samples of all its runs are pooled.
-        gated: whether what the nonlinearity gives is multiplied by a second projection; None where
-            nobody said. It changes nothing that is measured.
-        stream: where the residual stream is before the FFN (and its norm), and where after; or the
-            module whose first argument and whose output these are. None where nobody said.
-        pool: the name of one more row, of its samples together with those of the other FFNs of the
-            layer that give this name: `experts`.
-        tokens: of an expert, which gets some tokens in any order, where all of them appear.
+        n_runs: number of runs per forward pass; None for any number, including zero (shared, looped
+            or skipped layers). The samples of all runs are pooled.
+        gated: whether the output of the nonlinearity is multiplied by a second projection; None if
+            unknown. It does not affect the measurement.
+        stream: the sites of the residual stream before the FFN (and its norm) and after it, or a
+            module whose first argument and output these are. None if unknown.
+        pool: name of an additional row that pools the samples of all FFNs of this layer with the
+            same `pool`, such as `experts`.
+        tokens: for an expert, which receives a subset of the tokens in any order: the site where
+            all tokens appear.
     """
 
     layer: int
@@ -201,37 +206,39 @@ def sites_of(ffn: FFN) -> tuple[Site, Site]:
     """The sites of pre and post.
 
     Raises:
-        MeasurementError: where pre is given by a module that has no weight, as an activation is.
+        MeasurementError: if pre is the output of a module without weights, such as an activation.
     """
     pre = ffn.pre if isinstance(ffn.pre, Site) else Site(ffn.pre, "output")
     post = ffn.post if isinstance(ffn.post, Site) else Site(ffn.post, "input")
     if pre.of == "output" and not _has_weight(pre.module):
         raise MeasurementError(
-            "Pre must be the output of a projection, before the nonlinearity; of "
-            f"{named(ffn)} it is that of {type(pre.module).__name__}, which has no matrix of "
-            "weights. Name the projection, or take what the activation gets: "
+            "Pre must be the output of a projection, before the nonlinearity; for "
+            f"{named(ffn)} it is the output of {type(pre.module).__name__}, which has no weight "
+            "matrix. Give the projection, or the input of the activation: "
             'nerve.Site(activation, "input").'
         )
     return pre, post
 
 
 def n_runs_of(ffn: FFN) -> int | None:
-    """How often it is said to run in one forward pass; None for any number."""
+    """The declared number of runs per forward pass; None for any number."""
     return getattr(ffn, "n_runs", 1)
 
 
 def pool_of(ffn: FFN) -> str | None:
-    """The name under which its samples are pooled with those of others; None where they are not."""
+    """The name of the row that pools its samples with those of other FFNs; None if there is
+    none."""
     return getattr(ffn, "pool", None)
 
 
 def tokens_of(ffn: FFN) -> Site | None:
-    """Where all tokens appear of which it gets some, in any order; None where it gets all."""
+    """The site where all tokens appear, for an FFN that receives a subset of them in any order;
+    None for an FFN that receives all."""
     return getattr(ffn, "tokens", None)
 
 
 def require_distinct(ffns: Sequence[FFN]) -> None:
-    """Raises `MeasurementError` for no FFNs, and for several of one layer and name."""
+    """Raises `MeasurementError` if there are no FFNs, or several with the same layer and name."""
     if not ffns:
         raise MeasurementError("A measurement needs at least one FFN; got an empty list.")
     pools = {(ffn.layer, pool) for ffn in ffns if (pool := pool_of(ffn)) is not None}
@@ -239,12 +246,12 @@ def require_distinct(ffns: Sequence[FFN]) -> None:
     doubled = [key for key, n in names.items() if n > 1]
     if doubled:
         raise MeasurementError(
-            f"Layer and name must tell FFNs apart; (layer, name) = {doubled[0]} stands for several."
+            f"Each FFN must have a unique (layer, name); {doubled[0]} is used more than once."
         )
 
 
 def named(ffn: FFN) -> str:
-    """As messages name it."""
+    """The FFN's name in messages."""
     return f"{ffn.name} in layer {ffn.layer}"
 
 

@@ -1,4 +1,4 @@
-"""Finds the FFNs of any torch model: by what follows from what, not by what it is called."""
+"""Finds the FFNs of any torch model from the dependence between its tensors, not from names."""
 
 import fnmatch
 import re
@@ -22,10 +22,11 @@ _SHOWN = 6
 
 
 class FoundFFNs(list[FFN]):
-    """The FFNs of a model; printed, they are a table.
+    """The FFNs of a model; prints as a table.
 
     Attributes:
-        unclear: lines that describe by hand what might be an FFN, each with what speaks against it.
+        unclear: for each candidate that may be an FFN, a line of code that describes it, with the
+            reason why it is not included.
     """
 
     def __init__(self, ffns: Iterable[FFN], paths: Mapping[nn.Module, str], unclear: Sequence[str]):
@@ -35,25 +36,25 @@ class FoundFFNs(list[FFN]):
 
     @property
     def notes(self) -> list[str]:
-        """What the model does otherwise while these are measured."""
+        """How the model runs differently while these FFNs are measured."""
         replaced = {
             (type(each.holder).__name__, each.replaces)
             for each in products_of(sites_of(ffn) for ffn in self)
             if each.replaces is not None
         }
         return [
-            f"{name}: its plain implementation runs in place of {what} while it is measured."
+            f"{name}: runs with its plain implementation instead of {what} during measurement."
             for name, what in sorted(replaced)
         ]
 
     def table(self) -> pd.DataFrame:
-        """One row an FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs, pool."""
+        """One row per FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs, pool."""
         return pd.DataFrame([self._row(ffn) for ffn in self]).astype({"n_runs": "Int64"})
 
     def __repr__(self) -> str:
         lines = [self.table().to_string(index=False), *self.notes]
         if self.unclear:
-            lines += ["Not measured; by hand, if it is an FFN:", *self.unclear]
+            lines += ["Not measured; if it is an FFN, describe it by hand:", *self.unclear]
         return "\n".join(lines)
 
     def _row(self, ffn: FFN) -> dict[str, Any]:
@@ -79,28 +80,29 @@ def find_ffns(
     select: str | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
 ) -> FoundFFNs:
-    """The FFNs of a model, by layer.
+    """Finds the FFNs of a model and returns them ordered by layer.
 
-    Where modules fulfil `nerve.measuring.ffns.FFN`, it is they. Of any other model it is the pairs
-    of projections (linear layers, Conv1D of transformers, 1 × 1 convolutions) of which the second
-    gets what follows from the first element by element, and not linearly; or from the product of
-    two, or of both halves of one, where gated. That is seen in one forward pass of a few sequences,
-    by derivatives; names break ties alone. Unless `select` says more, an FFN gives as many
-    features as it gets; where none does, as in a classifier of two layers, that does not matter.
+    Modules that implement `nerve.measuring.ffns.FFN` are used as they are. In any other model, an
+    FFN is a pair of projections (linear layers, Conv1D of transformers, 1 × 1 convolutions) where
+    the input of the second is an elementwise nonlinear function of the output of the first, or, if
+    gated, of the product of two projections or of the two halves of one. This is determined from
+    derivatives in one forward pass of a few sequences; names only break ties. Unless `select` is
+    given, only FFNs with as many outputs as inputs are returned; if there is none, as in a
+    two-layer classifier, this restriction does not apply.
 
     Args:
         model: the model.
-        batch: what `forward` takes. None for the `dummy_inputs` or the `example_input_array` of a
-            model that has them, or else for running the blocks by themselves: n_runs is then a
-            guess, and layers are numbered as they are listed.
-        layers: the layers to take; None for all.
-        select: a glob such as `"*.mlp"`; takes the FFNs of which it is the path: of the module that
-            holds both projections, or of the first of them.
+        batch: the batch that `forward` takes. None uses the model's `dummy_inputs` or
+            `example_input_array`; without these, the blocks are run separately: n_runs is then a
+            guess, and layers are numbered in the order in which they are listed.
+        layers: the layers to return; None for all.
+        select: a glob such as `"*.mlp"`, matched against the path of the module that contains both
+            projections, or of the first projection.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
 
     Raises:
-        MeasurementError: if there is none, or if one of `layers` has none.
+        MeasurementError: if no FFN is found, or none in one of `layers`.
     """
     paths: Mapping[nn.Module, str] = {module: path for path, module in model.named_modules()}
     own = [module for module in model.modules() if isinstance(module, FFN)]
@@ -121,8 +123,8 @@ def find_ffns(
 def _described(
     model: nn.Module, seen: Seen, select: str | None
 ) -> tuple[list[FFN], Mapping[nn.Module, str], list[str]]:
-    """What is sure, as FFNs, the paths of modules, and what is not sure, as lines to describe it by
-    hand."""
+    """FFNs that were identified, the paths of modules, and a line of code for each unclear
+    candidate."""
     slices = [s for each in seen.products for stack in each.stacks.values() for s in stack.slices]
     tree, dependence = Tree(model, slices), seen.dependence
     links = grouped(tree, seen, dependence.links.values())
@@ -165,7 +167,7 @@ def _places(tree: Tree, links: Sequence[Link | Experts]) -> list[Place]:
 
 
 def _unseen(tree: Tree, seen: Seen, taken: Collection[nn.Module]) -> list[str]:
-    """Stacked parameters that may be those of experts, and are not those of what was found."""
+    """Stacked parameters that may belong to experts and are not part of an FFN that was found."""
     lines = []
     for products in seen.products:
         known = {
@@ -180,21 +182,21 @@ def _unseen(tree: Tree, seen: Seen, taken: Collection[nn.Module]) -> list[str]:
         ]
         if other:
             lines.append(
-                f"# model.{tree.paths[products.holder]}: {', '.join(other)} hold several matrices "
-                "each; if they are those of experts, no FFN of theirs was seen"
+                f"# model.{tree.paths[products.holder]}: {', '.join(other)} are stacks of "
+                "matrices; if they belong to experts, no FFN of these was found"
             )
     return lines
 
 
 def _hidden(tree: Tree, modules: Sequence[nn.Module]) -> list[str]:
-    """What ran where autograd does not show what follows from what, in one line."""
+    """One line for modules that ran where autograd does not record dependence."""
     if not modules:
         return []
     more = f" and {len(modules) - 1} more" if modules[1:] else ""
     return [
-        f"# model.{tree.paths[modules[0]]}{more}: what they get cannot be followed, as under "
-        "activation checkpointing or no_grad; turn these off while FFNs are looked for, or "
-        "describe theirs by hand"
+        f"# model.{tree.paths[modules[0]]}{more}: autograd does not record how their inputs are "
+        "computed (activation checkpointing or no_grad?); turn these off for find_ffns, or "
+        "describe their FFNs by hand"
     ]
 
 
@@ -239,22 +241,22 @@ def _none_found(
     if select is not None and not any(fnmatch.fnmatch(path, select) for path in paths.values()):
         some = ", ".join(_some(paths.values(), select)) or "none"
         return MeasurementError(
-            f"select= is a glob of the paths of modules; none of {type(model).__name__} matches "
-            f"{select!r}. Some that there are: {some}."
+            f"select= is a glob of module paths; no module of {type(model).__name__} matches "
+            f"{select!r}. Some of its paths: {some}."
         )
-    chosen = "" if select is None else f" that select={select!r} takes"
+    chosen = "" if select is None else f" that matches select={select!r}"
     fix = "Describe" if has_batch else "Give a batch, nerve.find_ffns(model, batch), or describe"
     maybe = ("Perhaps: " + "; ".join(unclear[:4])) if unclear else ""
     return MeasurementError(
-        "A model to measure needs FFNs: two projections with a nonlinearity in between. "
-        f"{type(model).__name__} has none{chosen} that a forward pass has shown. {fix} each with "
+        "A model to measure needs FFNs: two projections with a nonlinearity in between. No FFN"
+        f"{chosen} was found in a forward pass of {type(model).__name__}. {fix} each with "
         f'nerve.FFNAdapter(layer, "ffn", block.up, block.down). {maybe}'.strip()
     )
 
 
 def _some(paths: Iterable[str], select: str) -> list[str]:
-    """A few paths: the nearest to a glob, or else the first, each of whose siblings stands for
-    all."""
+    """A few paths: the closest matches of a glob, or else the first ones, each standing for its
+    siblings."""
     given = {re.sub(r"\b\d+\b", "*", path) for path in paths if path}
     near = get_close_matches(select, sorted(given), n=_SHOWN, cutoff=0.4)
     return list(dict.fromkeys([*near, *sorted(given, key=lambda path: path.count("."))]))[:_SHOWN]
@@ -265,6 +267,6 @@ def _check_layers(found: Sequence[FFN], layers: Collection[int] | None) -> None:
     unknown = sorted(set(layers or ()) - set(known))
     if unknown or (layers is not None and not layers):
         raise MeasurementError(
-            f"Layers to measure must have FFNs, as {', '.join(map(str, known))} have; got "
+            f"Layers to measure must be among those with FFNs, {', '.join(map(str, known))}; got "
             f"{', '.join(map(str, unknown)) or 'none'}."
         )

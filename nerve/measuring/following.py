@@ -140,9 +140,9 @@ def check_follows(pre: Tensor, post: Tensor, where: str) -> None:
     way = way_from(pre.grad_fn, post)
     if way != "directly":
         raise MeasurementError(
-            f"Post must follow from pre through the nonlinearity alone; of {where} it follows "
-            f"{way}. Check which modules its description names: those of one FFN, the projection "
-            "before its nonlinearity and the one after."
+            f"Post must depend on pre only through the nonlinearity; for {where} it depends on pre "
+            f"{way}. Check the modules in its description: the projection before the nonlinearity "
+            "of one FFN, and the one after it."
         )
 
 
@@ -159,8 +159,8 @@ def check_is_no_factor(pre: Tensor, post: Tensor, site: Site, where: str) -> Non
     is_whole = site.part == slice(None) and pre.numel() == post.numel() > 0
     if is_whole and pre.dtype.itemsize > 2 and is_factor(pre, post, site.feature_axis):
         raise MeasurementError(
-            f"Pre must be what the nonlinearity gets; of {where} it is what the nonlinearity's "
-            "output is multiplied with. Name the gate."
+            f"Pre must be the input of the nonlinearity; in {where} it is the factor that "
+            "multiplies the output of the nonlinearity. Give the gate projection."
         )
 
 

@@ -65,7 +65,7 @@ def call(model: nn.Module, batch: Any) -> object:
         how = "model(**batch)" if isinstance(batch, Mapping) else "model(batch)"
         name = "['x']" if isinstance(batch, Mapping) else "[0]"
         raise MeasurementError(
-            f"A batch is what the model is called with, {how} of a {type(batch).__name__}; "
-            f"{type(model).__name__} says: {error}. If a loader gives more than that, say how: "
-            f"forward=lambda model, batch: model(batch{name})."
+            f"The model is called with a batch as {how}, here a {type(batch).__name__}; "
+            f"{type(model).__name__} raised: {error}. If the loader yields more than the inputs, "
+            f"select them: forward=lambda model, batch: model(batch{name})."
         ) from error

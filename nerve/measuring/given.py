@@ -20,14 +20,14 @@ _FUNCTIONS = {
 
 def require_model(model: object) -> None:
     """Raises `ConfigError` unless `model` is a torch module."""
-    require(isinstance(model, nn.Module), f"A model is a torch module; got {told(model)}.")
+    require(isinstance(model, nn.Module), f"model must be a torch module; got {told(model)}.")
 
 
 def require_mapping(key: str, value: object) -> None:
     """Raises `ConfigError` unless `value` is a mapping by name, or None."""
     require(
         value is None or (isinstance(value, Mapping) and all(isinstance(k, str) for k in value)),
-        f"{key} is a mapping by name, such as {{'family': 'mine'}}; got {told(value)}.",
+        f"{key} must be a mapping by name, such as {{'family': 'mine'}}; got {told(value)}.",
     )
 
 
@@ -48,26 +48,27 @@ def check_given(
     for key, value in (("mask", mask), ("forward", forward)):
         require(
             value is None or callable(value),
-            f"{key} is a function, which gets each batch; got {told(value)}. Give "
-            f"{_FUNCTIONS[key]}.",
+            f"{key} must be a function of a batch; got {told(value)}. Give {_FUNCTIONS[key]}.",
         )
     require(
         isinstance(exclude, Collection) and all(_is_id(each) for each in exclude),
-        f"exclude is a list of token ids, such as tokenizer.all_special_ids; got {told(exclude)}.",
+        "exclude must be a list of token ids, such as tokenizer.all_special_ids; got "
+        f"{told(exclude)}.",
     )
     if ffns is None:
         return
     require(
         layers is None,
-        "ffns are the ones to measure, so layers must be None beside them; got both. Leave out "
-        "those of the other layers.",
+        "ffns already selects the FFNs to measure, so layers must be None; got both. Leave layers "
+        "out, and the FFNs of the other layers out of ffns.",
     )
     is_list = isinstance(ffns, Sequence | nn.ModuleList) and not isinstance(ffns, str)
     wrong = next((each for each in ffns if not isinstance(each, FFN)), None) if is_list else ffns
     require(
         is_list and wrong is None,
-        f"ffns is a list of descriptions of FFNs; got {'one of ' if is_list else ''}{told(wrong)}. "
-        "Give nerve.find_ffns(model, batch), of which select= takes some, or describe each: "
+        "ffns must be a list of descriptions of FFNs; got "
+        f"{'one of ' if is_list else ''}{told(wrong)}. Give nerve.find_ffns(model, batch), "
+        "optionally with select=, or describe each: "
         '[nerve.FFNAdapter(layer, "ffn", block.up, block.down)].',
     )
 
@@ -83,9 +84,9 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
         return [(step, model)]
     require(
         isinstance(model, Iterable) and not isinstance(model, str | bytes | Mapping | Tensor),
-        f"A model is a torch module, or a series of (step, model); got {told(model)}. Load its "
-        "weights into the module first; nerve-probe takes the name or the folder of a model of "
-        "transformers.",
+        f"model must be a torch module, or a series of (step, model); got {told(model)}. Load the "
+        "weights into a module first; nerve-probe accepts the name or directory of a "
+        "transformers model.",
     )
     known: set[int] = set()
 
@@ -101,7 +102,7 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
         require_count("the step of an item of a series", item[0], least=0)
         require(
             item[0] not in known,
-            f"A series has one model for each step; step {item[0]} is there twice. Leave one out.",
+            f"A series has one model for each step; step {item[0]} appears twice. Leave one out.",
         )
         known.add(item[0])
         return item[0], item[1]
@@ -114,7 +115,7 @@ def check_batches(batches: Any) -> None:
     """Raises `ConfigError` for one batch in place of several."""
     require(
         not isinstance(batches, Tensor | Mapping | str),
-        f"batches is a list of batches; got one, a {type(batches).__name__}. Give [batch].",
+        f"batches must be a list of batches; got one, a {type(batches).__name__}. Give [batch].",
     )
     if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
         # A list may well have batches of several shapes, a tuple is what loaders give.
@@ -122,9 +123,9 @@ def check_batches(batches: Any) -> None:
         kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
         require(
             len(kinds) < 2,
-            f"batches is a list of batches, which are alike; got a {type(batches).__name__} of "
-            f"{', '.join(f'{each.dtype} {tuple(each.shape)}' for each in batches)}, as a loader "
-            "gives one batch. Give [batch], and say how the model takes it: "
+            f"batches must be a list of similar batches; got a {type(batches).__name__} of "
+            f"{', '.join(f'{each.dtype} {tuple(each.shape)}' for each in batches)}, which looks "
+            "like one batch of a loader. Give [batch], and how the model is called with it: "
             "forward=lambda model, batch: model(batch[0]).",
         )
 

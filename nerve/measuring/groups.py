@@ -57,13 +57,13 @@ class Grouped:
         for name in self.groupings:
             if name not in GROUPS or self.groupings.count(name) > 1:
                 raise MeasurementError(
-                    f"groups are some of {', '.join(GROUPS)}, each once; got "
+                    f"groups must be among {', '.join(GROUPS)}, each at most once; got "
                     f"{', '.join(map(str, self.groupings))}."
                 )
         if "frequency" in self.groupings and self.token_counts is None:
             raise MeasurementError(
-                "Groups by frequency need to know how often each token occurs: token_counts, one "
-                "number for each id; got none. Give them, or leave frequency out of groups."
+                "Groups by frequency need token_counts, the number of occurrences of each token "
+                "id; got none. Give them, or leave frequency out of groups."
             )
 
     @property
@@ -235,9 +235,9 @@ class GroupsOfFFNs:
         samples = features.shape[:-1]
         if len(samples) < 2:
             raise MeasurementError(
-                "Groups are of sequences, so features must have the shape [..., sequence, width]; "
+                "Groups need sequences, so features must have the shape [..., sequence, width]; "
                 f"those of {named(self._ffns[index])} have {tuple(features.shape)}. Measure a "
-                "model that keeps its sequences apart, or leave groups out."
+                "model that does not flatten its sequences, or leave groups out."
             )
         sizes, per_sequence = (math.prod(samples[:-1]), samples[-1]), math.prod(samples[1:-1])
         self._n_sequences_now[index] = samples[0]

@@ -35,7 +35,7 @@ class Order(NamedTuple):
         sizes = (self.n_sequences, self.n_positions)
         if features[..., 0].numel() != sizes[0] * sizes[1]:
             raise MeasurementError(
-                f"{where} has had the tokens of one stream in the first batch; now its features "
+                f"{where} received the tokens of one stream in the first batch; now its features "
                 f"have the shape {tuple(features.shape)} for {sizes[0]} sequences of {sizes[1]}."
             )
         if self.batch_first:
@@ -49,9 +49,9 @@ class UnknownOrder:
     def sequences(self, features: Tensor, where: str) -> Tensor:
         """Raises `MeasurementError`: features have come."""
         raise MeasurementError(
-            f"{where} did not run on the two short sequences that show which tokens an FFN has and "
-            "in which order; now it runs, beside a mask or skip_first=. Give batches that are not "
-            "mappings, with forward=, and one mask for each FFN with mask=."
+            f"{where} did not run on the two short sequences that show which tokens each FFN "
+            "receives and in which order, but it runs now, with a mask or skip_first=. Give "
+            "batches that are not mappings, with forward=, and one mask for each FFN with mask=."
         )
 
 
@@ -114,7 +114,7 @@ def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
         names = {ffn.name for ffn in ffns}
         if set(masks) != names:
             raise MeasurementError(
-                "A mapping of masks must have one for each name of an FFN (None counts all): "
+                "A mapping of masks needs one entry for each FFN name (None counts all samples): "
                 f"{', '.join(sorted(names))}; got {', '.join(sorted(map(str, masks))) or 'none'}."
             )
         each = [masks[ffn.name] for ffn in ffns]
@@ -122,8 +122,8 @@ def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
         each = list(masks)
         if len(each) != len(ffns):
             raise MeasurementError(
-                f"A list of masks must have one for each FFN (None counts all), {len(ffns)}; got "
-                f"{len(each)}."
+                "A list of masks needs one entry for each FFN (None counts all samples), "
+                f"{len(ffns)}; got {len(each)}."
             )
     known: dict[int, Tensor] = {}
     for mask in each:
@@ -143,9 +143,9 @@ def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
     if mask.numel() == samples.numel() and _is_flattened(list(mask.shape), list(samples)):
         return mask.reshape(samples)
     raise MeasurementError(
-        f"A mask must have one number for each sample; of {named(ffn)} they are "
-        f"{tuple(samples)}, the mask is {tuple(mask.shape)}. If it belongs to another stream of "
-        "tokens, give one for each: mask=lambda batch: {name of the FFNs: its mask, or None}."
+        f"A mask must have one value per sample; {named(ffn)} has samples {tuple(samples)}, the "
+        f"mask is {tuple(mask.shape)}. If it belongs to another stream of tokens, give one mask "
+        f"per stream: mask=lambda batch: {{name of the FFNs: its mask, or None}}."
     )
 
 

@@ -119,7 +119,7 @@ def _found(model: nn.Module, batch: Any, how: How) -> FoundFFNs:
     found = find_ffns(model, batch, forward=how.forward)
     log.info("FFNs to measure:\n%s", str(found))  # a kept record would keep the model
     for line in found.unclear:
-        log.warning("not measured; by hand, if it is an FFN: %s", line)
+        log.warning("not measured; if it is an FFN, describe it by hand: %s", line)
     return found
 
 

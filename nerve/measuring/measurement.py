@@ -55,7 +55,7 @@ class Measurement:
     ) -> None:
         if type(skip_first) is not int or skip_first < 0:
             raise MeasurementError(
-                f"skip_first is a number of positions, 0 or more; got {skip_first!r}."
+                f"skip_first must be a number of positions, 0 or more; got {skip_first!r}."
             )
         self._probe = probe
         self._samples = Samples(probe, skip_first, grouped)
@@ -221,9 +221,8 @@ class Samples:
         """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
         if self._longest is not None and self._longest <= self._skip_first:
             raise MeasurementError(
-                "skip_first must leave positions to measure; got "
-                f"skip_first={self._skip_first} of sequences of {self._longest} at most. Skip "
-                "fewer, or give longer sequences."
+                f"skip_first must leave positions to measure; got skip_first={self._skip_first} "
+                f"for sequences of at most {self._longest}. Skip fewer, or give longer sequences."
             )
 
     def taken(self, index: int, inputs: Tensor, features: dict[Side, Tensor]) -> Taken:
@@ -273,7 +272,7 @@ class Samples:
             raise MeasurementError(
                 f"skip_first={self._skip_first} counts positions of sequences, so features must "
                 f"have the shape [..., sequence, width]; got {tuple(features.shape)}. Measure a "
-                "model that keeps its sequences apart, or leave skip_first out."
+                "model that does not flatten its sequences, or leave skip_first out."
             )
         self._longest = max(self._longest or 0, features.shape[-2])
         return features[..., self._skip_first :, :]
@@ -289,8 +288,8 @@ class Samples:
         tokens = self._probe.tokens_of(index)
         if tokens is None:
             raise MeasurementError(
-                f"{named(ffn)} is described with a module whose input are its tokens; it ran, and "
-                "the module did not. Check its description."
+                f"The description of {named(ffn)} names a module whose input is all its tokens; "
+                "the FFN ran, and that module did not. Check the description."
             )
         counts = torch.zeros(tokens[..., 0].numel(), dtype=torch.bool, device=tokens.device)
         number = torch.arange(len(counts), device=tokens.device).reshape(*tokens.shape[:-1], 1)

@@ -45,7 +45,7 @@ def bytes_of(memory: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     known = match is not None and match[2] in _UNITS and not isinstance(memory, bool)
     n = int(float(match[1]) * _UNITS[match[2]]) if match is not None and known else 0
-    require(n > 0, f"memory is a number of bytes, or a text such as '8GiB'; got {memory!r}.")
+    require(n > 0, f"memory must be a number of bytes, or a string such as '8GiB'; got {memory!r}.")
     return n
 
 
@@ -80,9 +80,8 @@ def passes(
             alone = more + _AT_WORK * size
             if known and alone > limit:
                 raise MeasurementError(
-                    "memory must have room for the matrices of one FFN; "
-                    f"{named(ffn)} takes {alone / 2**30:.3g} GiB, memory is {limit / 2**30:.3g} "
-                    "GiB."
+                    f"memory must be enough for the matrices of one FFN; {named(ffn)} needs "
+                    f"{alone / 2**30:.3g} GiB, memory is {limit / 2**30:.3g} GiB."
                 )
             found.append([])
             held, widest, pools = 0, 0, set()

@@ -49,15 +49,14 @@ where pre is what a module gets), and what there is before and after its nonline
 `[*samples, d_ff]`."""
 
 _COUNTS = (
-    "Where layers are shared, looped or skipped, or a module runs twice by design, describe it "
-    "with n_runs=None, which pools what runs. Otherwise: the model must be called once a forward "
-    "pass, without activation checkpointing, and a compiled model through the module that was "
-    "compiled."
+    "If layers are shared, looped or skipped, or a module runs twice by design, describe it with "
+    "n_runs=None, which pools all runs. Otherwise the model must be called once per forward pass, "
+    "without activation checkpointing, and a compiled model through the module that was compiled."
 )
 _NONE_RAN = (
-    "Nor did any other FFN: a step that is measured must call the model, also one that is skipped "
-    "(a training_step that returns None), and the model must call the modules that are described; "
-    "a compiled one through the module that was compiled. Held-out batches (source='heldout') do "
+    "No other FFN ran either. A measured step must call the model, even if it is skipped (a "
+    "training_step that returns None), and the model must call the described modules; call a "
+    "compiled model through the module that was compiled. Held-out batches (source='heldout') do "
     "not depend on which steps are skipped."
 )
 
@@ -198,20 +197,21 @@ class Probe:
         self._forget()
         for index in (index for index, is_so in unchanged if not is_so):
             raise MeasurementError(
-                "A nonlinearity must leave its input as it is; that of "
-                f"{self._names[index]} overwrites it. Use one with inplace=False."
+                f"A nonlinearity must not modify its input; the one of {self._names[index]} "
+                "overwrites it. Use one with inplace=False."
             )
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
             if index in pending:
                 raise MeasurementError(
-                    f"Post must follow pre; of {named(ffn)} it never came. Check which modules its "
-                    "description names, and whether the forward pass ended early."
+                    f"Post must be computed after pre; for {named(ffn)} it was never computed. "
+                    "Check the modules in its description, and whether the forward pass ended "
+                    "early."
                 )
             if promised is not None and times[index] != promised:
                 raise MeasurementError(
-                    f"{named(ffn)} is described as running n_runs={promised} times in a measured "
-                    f"forward pass; it ran {times[index]} times. "
+                    f"{named(ffn)} is described with n_runs={promised} per measured forward pass; "
+                    f"it ran {times[index]} times. "
                     + (_COUNTS if any(times.values()) else _NONE_RAN)
                 )
 
@@ -297,8 +297,8 @@ class Probe:
         where = self._names[index]
         if index in self._before:
             raise MeasurementError(
-                f"Post must follow pre; of {where} pre came twice. Check which "
-                "modules its description names, and whether another part of the model uses them."
+                f"Post must be computed after pre; for {where} pre was computed twice. Check the "
+                "modules in its description, and whether another part of the model uses them."
             )
         pre = of_site(plain(tensor, "pre", where), site, where)
         inputs = pre if inputs is None else inputs
@@ -311,8 +311,8 @@ class Probe:
         where = self._names[index]
         if index not in self._before:
             raise MeasurementError(
-                f"Post must follow pre; of {where} it comes first. Check "
-                "which modules its description names."
+                f"Post must be computed after pre; for {where} it is computed first. Check the "
+                "modules in its description."
             )
         before = self._before.pop(index)
         given = plain(tensor, "post", where)

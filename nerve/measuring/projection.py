@@ -30,11 +30,11 @@ def require_affine(ffn: FFN, inputs: Tensor, pre: Tensor) -> None:
 def not_affine(ffn: FFN) -> MeasurementError:
     """What is raised for an FFN whose pre cannot be projected."""
     return MeasurementError(
-        f"shortcut={PROJECTED} computes pre from what the FFN gets, so pre must be W x + b of one "
-        f"weight that can be read; that of {named(ffn)} is not. Either it is described as what an "
-        "activation gets, or its projection is no linear layer, is altered (by an adapter, a hook, "
-        "another weight at each run), sharded, or parametrized and in training. Set shortcut to "
-        "true, which takes pre itself."
+        f"shortcut={PROJECTED} computes pre from the FFN's input, so pre must be W x + b with a "
+        f"single readable weight; that of {named(ffn)} is not. Either it is described as the input "
+        "of an activation, or its projection is not a linear layer, is modified (by an adapter, a "
+        "hook, a different weight in each run), sharded, or parametrized and in training. Set "
+        "shortcut to true, which measures pre itself."
     )
 
 

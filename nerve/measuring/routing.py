@@ -63,9 +63,9 @@ def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tens
     found = origins(given, tokens) if given.shape[-1] == tokens.shape[-1] else None
     if found is None:
         raise MeasurementError(
-            f"Beside a mask or skip_first=, an expert must get tokens as its mixture got them; "
-            f"{where} gets others, {tuple(rows.shape)} of {tuple(source.shape)}. Give batches "
-            "without padding, and leave skip_first out."
+            "With a mask or skip_first=, an expert must receive tokens exactly as its mixture "
+            f"received them; {where} receives others, {tuple(rows.shape)} of "
+            f"{tuple(source.shape)}. Give batches without padding, and leave skip_first out."
         )
     index, partly = found
     numbers = partly[partly >= 0]
@@ -76,8 +76,8 @@ def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tens
         n_counted = ((numbers[None] == sets[:, None]) & of_counts[None]).sum(1)
         if bool(((n_counted > 0) & (n_counted < n[0])).any()):
             raise MeasurementError(
-                f"Of equal tokens, {where} got some, and only some of them count: which is not to "
-                "be seen. Give batches without padding."
+                f"{where} received some of several identical tokens, of which only some count, so "
+                "it cannot be determined which ones it received. Give batches without padding."
             )
     return counts[index].reshape(rows.shape[:-1])
 

@@ -188,9 +188,9 @@ class _Watch(TorchFunctionMode):
         holder = self._products.holder
         if torch.compiler.is_compiling():
             raise MeasurementError(
-                f"Experts whose weights are slices of one parameter, as {type(holder).__name__} "
-                "has them, are measured in eager mode alone; the model is compiled. Measure "
-                "held-out batches with nerve.measure, or train it uncompiled."
+                "Experts whose weights are slices of one parameter, as in "
+                f"{type(holder).__name__}, can only be measured in eager mode; the model is "
+                "compiled. Measure held-out batches with nerve.measure, or train it uncompiled."
             )
         if self._implementation not in (None, PLAIN):
             if holder.training and torch.is_grad_enabled():

@@ -91,7 +91,7 @@ def count_tokens(batches: Iterable[Any]) -> Tensor:
     if not counts.sum():
         raise MeasurementError(
             "Groups by frequency need token ids: batches that are mappings with input_ids, or "
-            "tensors of them, [sequence, position]; got none. Leave frequency out of groups."
+            "tensors of ids, [sequence, position]; got none. Leave frequency out of groups."
         )
     return counts
 
@@ -172,9 +172,9 @@ def trace(
         raise
     except Exception as error:
         raise TraceError(
-            "To see which FFNs a mask belongs to, and in which order their tokens lie, the model "
+            "To determine which FFNs a mask applies to, and the order of their tokens, the model "
             f"runs on two equal, shorter sequences; it failed: {error}. Give one mask for each FFN "
-            "with mask=, and neither skip_first= nor exclude=."
+            "with mask=, without skip_first= and exclude=."
         ) from error
     finally:
         probe.stop()
@@ -229,8 +229,8 @@ def _traced(
             continue
         if is_short[prefix]:
             raise TraceError(
-                "Sequences must have three tokens or more to show in which order they lie; those "
-                f"of {named(ffn)} have two. Give its mask with mask=."
+                "Sequences must have at least three tokens to determine their order; those of "
+                f"{named(ffn)} have two. Give its mask with mask=."
             )
         by_sequence = pre.reshape(2, n_positions, width)
         by_position = pre.reshape(n_positions, 2, width)
@@ -238,8 +238,8 @@ def _traced(
         if min(apart) < (1e-3 if pre.dtype.itemsize > 2 else 5e-2):
             return Traced(prefix, batch_first=apart[0] <= apart[1])
         raise TraceError(
-            f"Tokens must lie sequence by sequence or position by position; those of {named(ffn)} "
-            "do not. Give its mask with mask=."
+            f"Tokens must be ordered by sequence or by position; those of {named(ffn)} are not. "
+            "Give its mask with mask=."
         )
     return Traced(None)
 
@@ -269,8 +269,8 @@ def counting(
     if exclude:
         if stream.ids is None:
             raise MeasurementError(
-                f"exclude= leaves out token ids, so that a batch must have {name}input_ids; it has "
-                "none. Leave out exclude=, or give mask=."
+                f"exclude= selects by token id, so each batch needs {name}input_ids; got none. "
+                "Leave out exclude=, or give mask=."
             )
         ids = torch.tensor(list(exclude), device=stream.ids.device)
         parts.append(~torch.isin(stream.ids, ids))

@@ -30,7 +30,7 @@ def plain(features: Any, side: str, where: str) -> Tensor:
         raise _split(where)
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise MeasurementError(
-            f"Features must be one tensor of floats; {side} of {where} is "
+            f"Features must be one floating-point tensor; {side} of {where} is "
             f"{type(features).__name__}. Give the modules whose output (pre) and first argument "
             "(post) are the features."
         )
@@ -40,19 +40,19 @@ def plain(features: Any, side: str, where: str) -> Tensor:
         kind = "nested" if features.is_nested else str(features.layout)
         raise MeasurementError(
             f"Features must be one plain, strided tensor; {side} of {where} is "
-            f"{'quantized' if features.is_quantized else kind}. Of nn.TransformerEncoder: "
-            "torch.backends.mha.set_fastpath_enabled(False) keeps it dense, and a mask leaves "
-            "padding out."
+            f"{'quantized' if features.is_quantized else kind}. For nn.TransformerEncoder: "
+            "torch.backends.mha.set_fastpath_enabled(False) keeps it dense, and mask= excludes "
+            "padding."
         )
     if _in_vmap():
         raise MeasurementError(
-            f"Features must be those of a whole batch; {side} of {where} is that of one item, as "
-            "torch.func.vmap runs it. Give held-out batches with heldout=, or call nerve.measure."
+            f"Features must be those of a whole batch; {side} of {where} is that of one item, "
+            "inside torch.func.vmap. Give held-out batches with heldout=, or call nerve.measure."
         )
     if type(features).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise MeasurementError(
             f"Features must be one plain tensor; {side} of {where} is {type(features).__name__}, "
-            "whose numbers only its own operators can read."
+            "whose values only its own operators can read."
         )
     return features.as_subclass(Tensor).detach()
 
@@ -74,9 +74,8 @@ def of_site(tensor: Tensor, site: Site, where: str) -> Tensor:
         declared is not None and tensor.shape[axis] != declared
     ):
         raise MeasurementError(
-            f"The axis that holds the features of {where} must be as wide as "
-            f"{type(site.module).__name__} declares, {declared}; axis {axis} of "
-            f"{tuple(tensor.shape)} is not."
+            f"The feature axis of {where} must be as wide as {type(site.module).__name__} "
+            f"declares, {declared}; axis {axis} of {tuple(tensor.shape)} is not."
         )
     return site.features(tensor)
 
@@ -85,9 +84,9 @@ def check_same_samples(pre: Tensor, post: Tensor, where: str) -> None:
     """Raises `MeasurementError` unless both are as many samples of as many features."""
     if pre.numel() != post.numel() or pre.shape[-1] != post.shape[-1]:
         raise MeasurementError(
-            "Features before and after a nonlinearity must be of the same samples and width; "
-            f"{where} has {tuple(pre.shape)} before and {tuple(post.shape)} after. Check which "
-            "modules its description names."
+            "Features before and after a nonlinearity must have the same samples and width; "
+            f"{where} has {tuple(pre.shape)} before and {tuple(post.shape)} after. Check the "
+            "modules in its description."
         )
 
 
@@ -101,7 +100,7 @@ def check_whole(module: nn.Module, where: str) -> None:
 def _split(where: str) -> MeasurementError:
     """The error for features that are slices."""
     return MeasurementError(
-        "Features must be whole, since the spectra of slices do not add up; those of "
+        "Features must not be sharded, since the spectra of slices do not add up; those of "
         f"{where} are split over processes by tensor parallelism. Train with data parallelism or "
         "FSDP."
     )

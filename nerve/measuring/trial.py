@@ -72,9 +72,9 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
     """
     if _is_sharded(model):
         raise MeasurementError(
-            "FFNs are found in a whole model; the weights of this one are sharded (FSDP), and to "
-            "look at parts of it would disturb its training. Find them before it is sharded, and "
-            "give them: ffns=nerve.find_ffns(model, batch)."
+            "find_ffns needs an unsharded model; the weights of this one are sharded (FSDP), and "
+            "looking at parts of it would disturb its training. Find the FFNs before it is "
+            "sharded, and pass them: ffns=nerve.find_ffns(model, batch)."
         )
     _require_values(model, batch)
     paths = {module: path for path, module in model.named_modules()}
@@ -100,14 +100,14 @@ def _require_values(model: nn.Module, batch: Any) -> None:
     given = list(_leaves(batch))
     if any(each.is_meta for each in (*model.parameters(), *given)):
         raise MeasurementError(
-            "FFNs are found by what a forward pass gives, so weights and batch must have values; "
-            "some are on the meta device. Load the weights first (model.to_empty gives room)."
+            "FFNs are found in a forward pass, so weights and batch must have values; some are on "
+            "the meta device. Load the weights first (model.to_empty allocates memory for them)."
         )
     if given and not any(each.numel() for each in given):
         raise MeasurementError(
-            "FFNs are found by what a forward pass gives, so the first batch must have samples; "
-            f"got tensors of the shapes {', '.join(str(tuple(each.shape)) for each in given)}. "
-            "Put a batch first that has some."
+            "FFNs are found in a forward pass, so the first batch must have samples; got tensors "
+            f"of the shapes {', '.join(str(tuple(each.shape)) for each in given)}. Put a batch "
+            "with samples first."
         )
 
 
@@ -134,7 +134,7 @@ def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> No
         seen.watch(partial(run, batch))
     except RuntimeError as error:
         raise MeasurementError(
-            "To find FFNs the model runs on the first batch while autograd records; it failed: "
+            "To find FFNs, the model runs on the first batch with autograd enabled; it failed: "
             f"{error}. If the batch is right, describe the FFNs with nerve.FFNAdapter."
         ) from error
 

@@ -1,1 +1,1 @@
-"""When and how measurements are solved beside training and become rows of a run; no Lightning."""
+"""Schedules and solves measurements during training, and writes their rows; no Lightning."""

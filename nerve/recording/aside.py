@@ -1,5 +1,5 @@
-"""How training on a GPU and what follows a measurement go on beside each other: the device has a
-stream for each, and the thread that trains leaves its core while it would only wait."""
+"""Runs training on a GPU and the work after a measurement concurrently: on separate CUDA streams,
+and without the training thread occupying its core while it waits."""
 
 import ctypes
 import logging
@@ -109,4 +109,4 @@ def sleep_while_waiting(device: torch.device) -> None:
     except (OSError, AttributeError) as error:
         refusal = error
     if refusal:
-        log.info("threads that wait for %s keep their cores busy: %s", device, refusal)
+        log.info("threads that wait for %s occupy their cores: %s", device, refusal)

@@ -1,5 +1,5 @@
-"""Losses, tokens and the learning rate from one measurement to the next: the columns
-that the rows of one share."""
+"""Losses, tokens and the learning rate between measurements: the columns that all rows of a
+measurement share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

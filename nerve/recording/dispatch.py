@@ -1,5 +1,5 @@
-"""Has single eigenproblems solved where that costs less: by threads of the host beside training, on
-the device between its other work, or at once."""
+"""Chooses where each eigenproblem is solved: on CPU threads in the background, on the GPU between
+its other work, or at once."""
 
 import logging
 import threading
@@ -201,14 +201,13 @@ class Dispatch:
                     self._room.release()
 
     def _say(self, places: Sequence[Place], step: Any) -> None:
-        """Logs where the eigenproblems go, when that changes."""
+        """Logs where the eigenproblems are solved, when that changes; nothing where all of them are
+        solved at once."""
         counted = Counter(places)
-        if counted != self._said:
+        if self.is_beside and counted != self._said:
             self._said = counted
             log.info(
-                "of the %s spectra of step %s, %s are solved by %s threads of the host beside "
-                "training, %s on %s",
-                len(places),
+                "solving the spectra of step %s in the background: %s on %s CPU threads, %s on %s",
                 step,
                 counted["host"],
                 self.n_workers,

@@ -1,4 +1,4 @@
-"""`nerve.measure`: a model and batches to one row an FFN, and to a run that stays."""
+"""`nerve.measure`: measures a model on batches; one row per FFN, optionally stored as a run."""
 
 import gc
 import os
@@ -61,77 +61,77 @@ def measure(
     memory: int | str | None = None,
     progress: bool | Progress = False,
 ) -> pd.DataFrame:
-    """Measures the FFNs of any torch model over batches; neither Lightning nor Hydra is needed.
+    """Measures the FFNs of any torch model on batches, without Lightning or Hydra.
 
-    The model runs in eval mode without gradients, uncompiled, and is left as it was: weights,
+    The model runs in eval mode without gradients, uncompiled, and is left unchanged: weights,
     modes, hooks, compiled code and random states.
 
     Args:
         model: the model, on the device of the batches; or a series of (step, model), such as
-            checkpoints, which are measured one after the other. In place of a model stands a
-            function that loads it, so that one at a time is in memory.
-        batches: what `forward` takes; all of them make one measurement. They are gone through more
-            than once where `memory` asks for it, and are then held.
-        into: a run directory, which must be new: what is measured is stored there as a run stores
-            it, with the validation loss where the model returns a `loss` (weighted by `n_targets`
-            where that is there, too). Its configuration has `model`, the model's own or its class;
-            `weights` (for each step) and `batches`, digests; and `measure`, what was asked.
-            `tokens_seen` is 0, as nothing says it.
-        step: of a single model that goes into a run, the step that it is of.
-        labels: what else tells the run apart, by name; they are columns of `nerve.load_runs`.
-        fingerprints: hashes of the `corpus` and the `tokenizer` that the batches are of, by these
-            names: of the record, as a run of `nerve-run` has them, and of the configuration.
-        spectra: whether eigenvalues are stored, too; `auto` for d_ff up to 1024.
-        resume: goes on with the run that is there, done or not: steps that it has are not measured
-            again, nor loaded. Labels, fingerprints and what was asked must be the same.
-        ffns: descriptions of the FFNs; None for what `nerve.find_ffns` finds with the first batch.
-            Some of these: `ffns=nerve.find_ffns(model, batch, select="*.mlp")`.
+            checkpoints, which are measured one after the other. A function that loads the model may
+            be given in place of each model, so that only one at a time is in memory.
+        batches: the batches that `forward` takes, pooled into one measurement. If `memory` requires
+            several passes, they are iterated more than once and therefore kept in memory.
+        into: a new run directory, where the results are stored in the same format as those of a
+            training run, with the validation loss if the model returns a `loss` (weighted by
+            `n_targets` if it returns that, too). The configuration of the run has `model`, the
+            model's own configuration or its class; `weights` (per step) and `batches`, digests; and
+            `measure`, the arguments. `tokens_seen` is 0, since it is unknown.
+        step: the training step of a single model that is stored with `into`.
+        labels: further properties of the run, by name; they become columns of `nerve.load_runs`.
+        fingerprints: hashes of the `corpus` and the `tokenizer` of the batches, under these names;
+            stored in the record, as `nerve-run` does, and in the configuration.
+        spectra: whether to store the eigenvalues, too; `auto` for d_ff up to 1024.
+        resume: continues the run in `into`, whether or not it is done: steps that it already has
+            are neither loaded nor measured again. Labels, fingerprints and arguments must be the
+            same.
+        ffns: descriptions of the FFNs; None for those that `nerve.find_ffns` finds with the first
+            batch. To select some: `ffns=nerve.find_ffns(model, batch, select="*.mlp")`.
         forward: runs the model on one batch; by default `model(batch)`, or `model(**batch)` for a
             mapping.
-        mask: gives a batch's mask, True (or 1) for the samples that count, in the shape of the
-            features without their last dimension or flattened as they are: one for all FFNs, or one
-            for each as a list or by the FFN's name; None counts all. By default the
-            `attention_mask` and `decoder_attention_mask` of a mapping that has them, each for the
-            FFNs that get those tokens.
-        exclude: token ids that do not count, such as a tokenizer's `all_special_ids`; of the
-            `input_ids` of a mapping.
-        only_labeled: leaves out the tokens of a mapping whose `labels` are -100.
-        skip_first: leaves out so many positions at the beginning of each sequence, which in many
-            trained models hold most of the variance.
+        mask: returns a batch's mask, True (or 1) for samples that count, in the shape of the
+            features without their last dimension, or flattened like them: one mask for all FFNs, or
+            one for each, as a list or by FFN name; None counts all. By default the `attention_mask`
+            and `decoder_attention_mask` of a mapping that has them, each applied to the FFNs that
+            receive those tokens.
+        exclude: token ids to exclude, such as a tokenizer's `all_special_ids`; needs batches that
+            are mappings with `input_ids`.
+        only_labeled: excludes the tokens of a mapping whose `labels` are -100.
+        skip_first: number of positions to skip at the beginning of each sequence, which account for
+            most of the variance in many trained models.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper; False always takes the features themselves; `"projected"` takes
-            the input of 16-bit features, too, and leaves their own rounding out, which moves SE by
-            less than 1e-3 nats: `precision` says so.
-        groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
-            measured by themselves as well and stored in `into`, where `nerve.load_groups` reads
-            them.
-        sites: of `stream_in`, `input`, `output` and `stream_out` those that are measured as well,
-            likewise; where a model does not say where its residual stream is, one forward pass of
-            the first batch shows it, or a warning says that it does not.
-        token_counts: how often each token id occurs in the text that the model learned from, for
-            groups by frequency; None counts the batches.
-        memory: bytes of matrices that are held at once, as a number or as a text such as `8GiB`:
-            two of d_ff x d_ff in float64 for each FFN. Where all do not fit, the model runs over
-            the batches again for those that are left; values are the same. By default 8 GiB on a
-            CPU, and half of what is free on a GPU, or what one FFN takes.
-        progress: whether batches, passes and eigenproblems are shown on stderr; or what is told of
-            them, as (what, done, total or None).
+            as exact and cheaper; False always uses the features themselves; `"projected"` also uses
+            the input for 16-bit features, which omits the rounding of the features themselves and
+            changes SE by less than 1e-3 nats: `precision` reports it.
+        groups: groupings of the samples, among `position`, `frequency` and `halves`; each of their
+            groups is measured separately, too, and stored in `into` for `nerve.load_groups`.
+        sites: additional sites to measure, among `stream_in`, `input`, `output` and `stream_out`,
+            stored likewise. If a model does not declare its residual stream, it is looked for in a
+            forward pass of the first batch; a warning is logged if it is not found.
+        token_counts: number of occurrences of each token id in the training text, for groups by
+            frequency; None counts the tokens of the batches.
+        memory: bytes of matrices to hold at once, as a number or as a string such as `8GiB`; each
+            FFN needs two d_ff x d_ff matrices in float64. If not all fit, the model runs over the
+            batches again for the remaining FFNs, with the same results. By default 8 GiB on a CPU
+            and half of the free memory on a GPU, but at least what one FFN needs.
+        progress: whether to show the progress of batches, passes and eigenproblems on stderr; or a
+            function that is called with it, as (what, done, total or None).
 
     Returns:
         One row per FFN: layer, ffn, n_samples, d_ff, d_in; spectral entropy (se, nats),
-        participation ratio (pr), eigenvalue early enrichment (eee), total variance and corrected
-        pr, shares of the farthest sample, of the farthest 0.1% and of the mean, each _pre and
-        _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and status. NaN
-        where nothing can be measured, status says why. `outliers` names the sites whose spectrum
-        may be that of a few samples. Of a series the first column is the step, and steps that were
-        there already have no rows.
+        participation ratio (pr), eigenvalue early enrichment (eee), total variance, corrected pr,
+        and the variance shares of the farthest sample, of the farthest 0.1% and of the mean, each
+        _pre and _post; Jensen-Shannon divergence (js, nats); variance_outside; precision and
+        status. Values that cannot be measured are NaN, and status gives the reason. `outliers`
+        names the sites whose spectrum may be dominated by a few samples. For a series, the first
+        column is the step; steps that were stored before have no rows.
 
     Raises:
-        ConfigError: for a model, functions or descriptions that are of another kind, steps that
-            are there twice, one batch in place of a list, or labels with a name that is taken.
-        StoreError: for a directory that has another run, or one that is done.
+        ConfigError: for a model, function or description of the wrong kind, duplicate steps, a
+            single batch instead of a list, or labels with a reserved name.
+        StoreError: if the directory holds another run, or one that is done.
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
-            that are not what they are said to be.
+            that are inconsistent.
     """
     is_series = not isinstance(model, nn.Module)
     series = series_of(model, step)
@@ -202,16 +202,18 @@ def _check_stored(
     require_count("step", step, least=0)
     require(
         step == 0 or (into is not None and not is_series),
-        f"step= labels the rows of a single model that are stored with into=; got step={step} "
+        f"step= is the step of a single model that is stored with into=; got step={step} "
         f"{'and a series, which has its own' if is_series else 'without into='}. Leave it out.",
     )
-    require(spectra in (True, False, "auto"), f"spectra is true, false or 'auto'; got {spectra!r}.")
-    require(not resume or into is not None, "resume=True goes on with the run of into=; got none.")
+    require(
+        spectra in (True, False, "auto"), f"spectra must be true, false or 'auto'; got {spectra!r}."
+    )
+    require(not resume or into is not None, "resume=True continues the run in into=; got none.")
     for name, each, options in (("groups", groups, GROUPS), ("sites", sites, AROUND)):
         require_several(name, each, options)
     require(
         into is not None or not (groups or sites),
-        "Groups and sites are stored in a run, for nerve.load_groups; got none. Give into=.",
+        "Groups and sites need a run to be stored in, for nerve.load_groups; got none. Give into=.",
     )
 
 
@@ -220,8 +222,8 @@ def _check_labels(labels: Mapping[str, Any]) -> None:
     taken = sorted(labels.keys() & {*OWN, *METRICS.names})
     require(
         not taken,
-        f"labels are named otherwise than {', '.join(OWN)}, and than the columns of "
-        f"nerve.load_metrics; got {', '.join(taken)}. Give another name, or put it into a group: "
+        f"labels must not have the names {', '.join(OWN)}, or those of columns of "
+        f"nerve.load_metrics; got {', '.join(taken)}. Choose another name, or nest it: "
         f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
     )
 

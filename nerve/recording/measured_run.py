@@ -1,4 +1,4 @@
-"""The run of a model that nobody trains: measured once, or at several of its steps."""
+"""The run of a model that is measured without being trained, at one or several of its steps."""
 
 import hashlib
 import os
@@ -86,8 +86,8 @@ class MeasuredRun:
         """
         if self._config.get("batches", str(batches)) != str(batches):
             raise StoreError(
-                "All steps of a run are measured on the same batches; those of "
-                f"{self._record.directory} had the digest {self._config['batches']}, these have "
+                "All steps of a run must be measured on the same batches; those of "
+                f"{self._record.directory} have the digest {self._config['batches']}, these have "
                 f"{batches}. Choose another directory."
             )
         labels = {"step": step, "tokens_seen": tokens_seen, "val_loss": val_loss}

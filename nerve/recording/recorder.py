@@ -1,4 +1,4 @@
-"""Measures a model's FFNs while something else trains it, and writes the rows of a run."""
+"""Measures a model's FFNs during training by any loop, and writes the rows of a run."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The run directory of a caller who has no command around it: begun, gone on with, and ended."""
+"""Starts, resumes and ends a run directory for callers other than the commands."""
 
 import logging
 import os
@@ -86,8 +86,8 @@ def _begun(
     if run.state == RunState.DONE:
         if not goes_on:
             raise StoreError(
-                f"A directory holds one run; that of {run.path} is done. Choose another directory, "
-                "delete that one, or go on from a checkpoint of it with resume=."
+                f"A directory holds one run; the one in {run.path} is done. Choose another "
+                "directory, delete that one, or resume from one of its checkpoints with resume=."
             )
         record = run.require_record()
         record.restart()

@@ -1,4 +1,4 @@
-"""What is measured of a model while it trains, and when."""
+"""Settings of the measurements during training: what is measured, and when."""
 
 import re
 from collections.abc import Sequence
@@ -99,8 +99,8 @@ class MonitorSettings:
         _check_steps("monitor.steps", self.steps)
         require(
             self.every_n_steps is not None or self.steps is not None,
-            "monitor.every_n_steps or monitor.steps says which steps are measured; got null for "
-            "both.",
+            "monitor.every_n_steps or monitor.steps must be set, to select the measured steps; got "
+            "null for both.",
         )
         require_choice("monitor.source", self.source, ("heldout", "train"))
         require(
@@ -133,9 +133,9 @@ class MonitorSettings:
         first = self.measured_steps(last).after(0)
         require(
             first is not None and first < last,
-            f"This training would measure nothing: it ends at step {last}, and the first step to "
-            f"measure is {first}, by the training batch that follows it. Train for longer, or "
-            f"measure earlier: got every_n_steps={self.every_n_steps}, steps={self.steps}.",
+            f"This training would measure nothing: it ends at step {last}, and the first measured "
+            f"step is {first}, on the training batch after it. Train longer, or measure earlier: "
+            f"got every_n_steps={self.every_n_steps}, steps={self.steps}.",
         )
 
     def require_reached(self, last: int) -> None:
@@ -169,8 +169,7 @@ def steps_of(steps: Sequence[int] | str | None, last: int | None) -> tuple[int, 
     if isinstance(steps, str):
         require(
             last is not None and last > 0,
-            f"steps={steps} divides the steps up to the last one, which is not known here. Give a "
-            "list of steps.",
+            f"steps={steps} needs the last step, which is unknown here. Give a list of steps.",
         )
         assert last is not None
         n = int(steps.removeprefix(SPACING))

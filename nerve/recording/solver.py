@@ -1,4 +1,4 @@
-"""Solves the eigenproblems of measurements beside training, and gives their rows in order."""
+"""Solves the eigenproblems of measurements during training, and returns their rows in order."""
 
 import logging
 import sys
@@ -158,8 +158,8 @@ class Solver:
             if not self._has_warned:
                 self._has_warned = True
                 log.warning(
-                    "training waits for the spectra of step %s: of %s measurements not all are "
-                    "solved, and they take %.3g GiB. Measure less often, fewer layers, or with "
+                    "training waits for the spectra of step %s: %s measurements are not yet "
+                    "solved, and hold %.3g GiB. Measure less often, measure fewer layers, or use "
                     "more cores",
                     self._pending[0].labels.get("step"),
                     len(self._pending),

@@ -1,4 +1,4 @@
-"""Takes eigenproblems from a GPU to the host, through pinned memory that is used again."""
+"""Copies eigenproblems from a GPU to the host through reused pinned memory."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

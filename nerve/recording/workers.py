@@ -1,4 +1,4 @@
-"""The threads of the host that solve beside training: how many, and how they give way."""
+"""CPU threads that solve spectra during training: how many, and their priority."""
 
 import logging
 import os
@@ -88,16 +88,16 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
         pool.shutdown(cancel_futures=True)
         reason = next((each for each in refusals if isinstance(each, MeasurementError)), error)
         raise MeasurementError(
-            f"Spectra are solved by {n_workers} threads beside training, which could not be "
-            f"started: {reason}. Raise the limit of threads (ulimit -u), or leave fewer cores to "
-            "this process (taskset)."
+            f"Spectra are solved by {n_workers} background threads, which could not be started: "
+            f"{reason}. Raise the limit of threads (ulimit -u), or give this process fewer cores "
+            "(taskset)."
         ) from error
     finally:
         torch.set_num_threads(n_threads)
     if refusals:
         log.warning(
-            "the threads that solve spectra may not lower their priority, and compete with those "
-            "that train: %s",
+            "the threads that solve spectra cannot lower their priority, and compete with "
+            "training: %s",
             str(refusals[0]),
         )
     return pool

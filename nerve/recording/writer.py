@@ -1,5 +1,5 @@
-"""What becomes of measurements that are solved: rows of a run, and named numbers for loggers,
-callbacks and sweepers."""
+"""Turns solved measurements into rows of a run, and into named values for loggers, callbacks and
+sweepers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

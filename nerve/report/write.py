@@ -1,4 +1,5 @@
-"""A report on runs as a folder: one page, figures as PNG and SVG, tables as CSV and Parquet."""
+"""Writes a report on runs as a folder: one page, figures as PNG and SVG, tables as CSV and
+Parquet."""
 
 import base64
 import io
@@ -43,25 +44,25 @@ def write_report(
     reference: AnyPath | None = None,
     progress: Progress = unseen,
 ) -> Path:
-    """Writes `index.html`, `figures/` and `tables/` and gives the path of the page.
+    """Writes `index.html`, `figures/` and `tables/`, and returns the path of the page.
 
-    One run gets its own figures (overview, gains, spectra, training), several runs get compared.
-    What the loaders warn of (damaged parts, copies, newer schemas, differing data) is in the page.
-    A report that is in the folder already is replaced once the new one is whole; until then, and
-    also if this is killed, it stays as it is.
+    A single run gets its own figures (overview, gains, spectra, training); several runs are
+    compared. Warnings of the loaders (damaged parts, copies, newer schemas, differing data) are
+    shown on the page. An existing report in the folder is replaced only when the new one is
+    complete; until then, and if the process is killed, it stays unchanged.
 
     Args:
         paths: a run, a sweep, a tree of outputs, or several of these.
-        output: the folder; None takes `report` beside the first path.
-        window: the steps that correlations within runs are first shown over, one of `WINDOWS`.
-        steps: of one run, the steps whose spectra are drawn (the nearest stored ones).
-        reference: a CSV file with a paper's values, which figures show as marks (`read_reference`).
-        progress: told what is being done.
+        output: the folder; None for `report` beside the first path.
+        window: the steps over which correlations within runs are shown first, one of `WINDOWS`.
+        steps: for a single run, the steps whose spectra are plotted (the nearest stored ones).
+        reference: a CSV file with values of a paper, shown as marks in the figures
+            (`read_reference`).
+        progress: called with a description of the current work.
 
     Raises:
-        StoreError: when there is no run, or the folder holds something else or cannot be written.
-        ConfigError: for an unknown window, steps of several runs, or a reference that is not as it
-            should be.
+        StoreError: if there is no run, or the folder holds something else or cannot be written.
+        ConfigError: for an unknown window, steps with several runs, or an invalid reference file.
     """
     roots = _listed(paths)
     beside = roots[0].resolve().parent if roots else Path()  # of no path, gather says so

@@ -20,11 +20,12 @@ AnyPath = str | os.PathLike[str]
 
 
 class IncompleteWarning(UserWarning):
-    """Something under the path was left out of a frame; the message names it and says why."""
+    """Something under the path was left out of a frame; the message names it and gives the
+    reason."""
 
 
 class FingerprintWarning(UserWarning):
-    """Runs that are loaded together saw different data, tokenizers or held-out sets."""
+    """Runs that are loaded together used different data, tokenizers or held-out sets."""
 
 
 def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:

@@ -44,7 +44,7 @@ _MOST_ATTEMPTS = 20
 
 
 class DamagedPartWarning(UserWarning):
-    """A Parquet part cannot be read and was left out; the message names the file and why."""
+    """A Parquet part cannot be read and was left out; the message names the file and the reason."""
 
 
 class DamagedPartError(StoreError):

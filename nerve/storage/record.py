@@ -1,4 +1,4 @@
-"""`run.json`: what was run, where, how far it is and how it ended."""
+"""`run.json`: what was run, where, its progress and how it ended."""
 
 import contextlib
 import json
@@ -39,7 +39,8 @@ FIXED = ("directory", "run_id", "config_id", "started")
 
 
 class DamagedRecordWarning(UserWarning):
-    """A `run.json` cannot be read and its run was left out; the message names the file and why."""
+    """A `run.json` cannot be read and its run was left out; the message names the file and the
+    reason."""
 
 
 class NoRecordError(StoreError):
@@ -103,19 +104,19 @@ class RunRecord:
         run_id: str | None = None,
         **values: Any,
     ) -> "RunRecord":
-        """Starts the record of a new run with `run_status` running.
+        """Creates the record of a new run, with `run_status` running.
 
         Args:
-            directory: the run directory; made if it is not there.
+            directory: the run directory, created if it does not exist.
             config: the full resolved configuration, of plain values; `checkpoint`, `logger`,
-                `objective` and the other `EXCLUDED` keys of nerve-run tell no runs apart.
-            run_id: where the caller has made it already, for the directory's name.
+                `objective` and the other `EXCLUDED` keys of nerve-run do not distinguish runs.
+            run_id: the id, if the caller has already generated it for the name of the directory.
             values: other fields, such as `sweep`, `seed`, `n_parameters`, `fingerprints`, `device`,
-                `job`, `unigram_loss`, `separator_token`; `versions` adds to those of the installed
-                packages.
+                `job`, `unigram_loss`, `separator_token`; `versions` is added to those of the
+                installed packages.
 
         Raises:
-            StoreError: when the directory holds a run already, or cannot be written.
+            StoreError: if the directory already holds a run, or cannot be written.
         """
         path = Path(directory) / RECORD_NAME
         if path.exists():
@@ -144,13 +145,13 @@ class RunRecord:
     def load(cls, directory: str | os.PathLike[str]) -> "RunRecord":
         """Reads `<directory>/run.json`.
 
-        `config_id` is made anew from the stored configuration: what an earlier version called it,
-        in the file or in the name of the directory, does not matter.
+        `config_id` is recomputed from the stored configuration, whatever an earlier version wrote
+        in the file or in the name of the directory.
 
         Raises:
-            NoRecordError: when there is no run.
-            DamagedRecordError: when it is cut short, not the record of a run, or gone.
-            StoreError: when a newer nerve wrote it.
+            NoRecordError: if there is no run.
+            DamagedRecordError: if it is truncated, not the record of a run, or missing.
+            StoreError: if it was written by a newer nerve.
         """
         path = Path(directory) / RECORD_NAME
         try:
@@ -192,23 +193,23 @@ class RunRecord:
 
     @property
     def max_steps(self) -> int | None:
-        """The last step, where the configuration has `trainer.max_steps`."""
+        """The last step, if the configuration has `trainer.max_steps`."""
         trainer = self.config.get("trainer")
         steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
         return steps if isinstance(steps, int) else None
 
     @property
     def progress(self) -> str:
-        """How far the run is, for people: `40/400`."""
+        """Progress of the run for display: `40/400`."""
         return str(self.step) if self.max_steps is None else f"{self.step}/{self.max_steps}"
 
     def update(self, **changes: Any) -> None:
         """Sets fields and writes the record; every update is also a heartbeat.
 
         Raises:
-            StoreError: for a field that is not there or stays as it was at the start, a value that
-                it cannot have, a directory that is gone or now another run's, or a file system that
-                refuses; the record is then as before.
+            StoreError: for an unknown or immutable field, an invalid value, a directory that was
+                deleted or now belongs to another run, or a failed write; the record is then
+                unchanged.
         """
         names = [entry.name for entry in fields(self) if entry.name not in FIXED]
         unknown = sorted(changes.keys() - set(names))
@@ -230,16 +231,17 @@ class RunRecord:
                 raise
 
     def restart(self, **changes: Any) -> None:
-        """The run goes on in a new process: running again, with one more restart. Raises as above.
+        """Continues the run in a new process: running again, with one more restart. Raises as
+        above.
 
-        `run_id` and `started` stay; the host is this one.
+        `run_id` and `started` stay the same; the host is updated.
         """
         host = socket.gethostname()
         again: dict[str, Any] = {"run_status": "running", "error": None, "ended": None}
         self.update(**again, restarts=self.restarts + 1, host=host, **changes)
 
     def finish(self, run_status: str, error: BaseException | None = None, **changes: Any) -> None:
-        """The process ends: `done`, `failed` or `interrupted`, with the error if that is why."""
+        """Ends the run as `done`, `failed` or `interrupted`, with the error if there was one."""
         named = error and {"type": type(error).__name__, "message": str(error)}
         self.update(run_status=run_status, error=named, ended=_now(), **changes)
 

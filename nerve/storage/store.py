@@ -39,20 +39,21 @@ COMPACTED_KEY = b"nerve_compacted"
 class RunStore:
     """Appends rows to `metrics/`, `spectra/`, `scalars/` and `groups/` of one run directory.
 
-    Rows wait in memory until `flush`; a killed run loses at most those. One process writes a run.
-    Opening finishes what a killed writer left: an interrupted compaction, temporary files.
+    Rows are buffered in memory until `flush`; a killed run loses only these. A run has one writing
+    process. Opening a store completes what a killed writer left behind: an interrupted compaction,
+    temporary files.
 
-    Beside the parts lies the list of them, so that one that is deleted is missed.
+    A list of the parts is stored with them, so that a deleted part is noticed.
 
     Three rules make every interruption harmless:
-    - a part appears whole, by `os.replace`, and rows never go to a part earlier than the last one,
-      so of doubled rows the one in the later part is the newer;
-    - `compact` puts all rows in the place of the last part, with a mark that names the others,
-      before it removes these; what a mark names and is still there, the next opening removes;
-    - `truncate_after` writes what it keeps before it removes, earliest part first.
+    - a part is written atomically, by `os.replace`, and rows never go to a part earlier than the
+      last one, so that of duplicate rows the one in the later part is the newer;
+    - `compact` writes all rows to the place of the last part, with a mark that names the other
+      parts, before it removes those; any that remain are removed when the store is next opened;
+    - `truncate_after` writes the rows it keeps before it removes any, earliest part first.
 
     Raises:
-        StoreError: when the directory cannot be written.
+        StoreError: if the directory cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], run_id: str) -> None:
@@ -80,11 +81,12 @@ class RunStore:
         _warn_of_columns(self.directory)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Buffers rows of `METRICS`: a mapping per row; `run_id` and nullable ones may be absent.
+        """Buffers rows of `METRICS`, one mapping per row; `run_id` and nullable columns may be
+        omitted.
 
         Raises:
-            StoreError: for an unknown or a missing column or a value of the wrong type; none of
-                `rows` is then taken.
+            StoreError: for an unknown or missing column or a value of the wrong type; none of
+                `rows` is then buffered.
         """
         self._append("metrics", rows)
 
@@ -101,15 +103,15 @@ class RunStore:
         self._append("groups", rows)
 
     def flush(self, step: int) -> None:
-        """Writes each dataset's waiting rows, durably, to the part of `step`.
+        """Writes the buffered rows of each dataset, durably, to the part of `step`.
 
-        A part of that step that is there already is merged, its rows giving way to new ones of the
-        same key. Rows past `step`, or parts past it, move the name up to the latest of them; so
-        does a damaged part of that name, which stays as it is.
+        If that part exists, the rows are merged, and new rows replace old ones with the same key.
+        If there are rows or parts after `step`, the part is named after the latest of their steps;
+        if the part of that name is damaged, it is left as it is and the next free name is used.
 
         Raises:
-            StoreError: when the disk is full or refuses; rows that were not written keep waiting,
-                so that a later flush can succeed.
+            StoreError: if the disk is full or the write fails; rows that were not written stay
+                buffered, so that a later flush can succeed.
         """
         for dataset in DATASETS.values():
             tables = self._buffers[dataset.name]
@@ -121,13 +123,13 @@ class RunStore:
             self._buffers[dataset.name] = []
 
     def compact(self) -> None:
-        """Makes each dataset one part, sorted by its key, without doubled rows.
+        """Merges each dataset into one part, sorted by its key, without duplicate rows.
 
-        A dataset with a damaged or a missing part is left as it is, with a `DamagedPartWarning`.
-        Rows that wait for a flush keep waiting.
+        A dataset with a damaged or missing part is left as it is, with a `DamagedPartWarning`.
+        Buffered rows stay buffered.
 
         Raises:
-            StoreError: when the file system refuses; every row can still be read.
+            StoreError: if the file system refuses; every row can still be read.
         """
         for dataset in DATASETS.values():
             parts = list_parts(self.directory, dataset)
@@ -144,13 +146,14 @@ class RunStore:
             self._remove(dataset, parts[:-1])
 
     def truncate_after(self, step: int) -> None:
-        """Drops all rows past `step`, stored or waiting: where a resumed run starts again.
+        """Drops all rows after `step`, stored or buffered: where a resumed run starts again.
 
-        A damaged part is left as it is, with a `DamagedPartWarning`; a missing one is named, too.
+        A damaged part is left as it is, with a `DamagedPartWarning`; a missing part is reported
+        likewise.
 
         Raises:
-            StoreError: for a step that is no whole number, and when the file system refuses; the
-                next call then does the rest.
+            StoreError: for a step that is not an integer, and if the file system refuses; the next
+                call then completes the removal.
         """
         if not isinstance(step, Integral) or isinstance(step, bool):
             raise StoreError(

@@ -29,10 +29,10 @@ def let_go(callback: L.Callback) -> None:
 
 class Heartbeat(L.Callback):
     """Writes the step and the time to run.json at least every ten seconds, whatever the process is
-    at: a thread does it where training does not.
+    doing: in a thread while no training step does it.
 
-    It beats during a fit, and within a `with` block around one: data that are prepared, a graph
-    that is compiled and a long validation take minutes, in which the run is not dead.
+    It is active during a fit, and inside a `with` block around one: preparing data, compiling a
+    graph and long validations take minutes, during which the run must not appear dead.
 
     Args:
         record: the run's record.

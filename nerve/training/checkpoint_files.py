@@ -1,9 +1,9 @@
-"""The files that a run can be resumed from, and a model be loaded from.
+"""Checkpoint files, from which a run is resumed and a model is loaded.
 
-They appear whole or not at all, and hold only tensors, numbers, text and containers of these:
-nothing that is read from a run directory can run code. Each names the run that wrote it. It is an
-archive with a checksum of each of its files, which torch writes and passes over: they are verified
-whenever a checkpoint is read.
+They are written atomically and hold only tensors, numbers, strings and containers of these: nothing
+that is read from a run directory can run code. Each names the run that wrote it. A checkpoint is an
+archive with a checksum of each of its files, which torch writes but does not check; they are
+verified whenever a checkpoint is read.
 """
 
 import os
@@ -162,19 +162,19 @@ def drop_all_but_weights(path: Path) -> None:
 def load_model(
     directory: str | os.PathLike[str], which: Which | None = None, *, step: int | None = None
 ) -> nn.Module:
-    """The model of a run, on the CPU and in eval mode.
+    """Loads the model of a run, on the CPU and in eval mode.
 
     Args:
         directory: the run directory.
-        which: `best`, which is the default, has the weights of the lowest validation loss, `last`
-            those of the last checkpoint; of a run that is done, its final ones.
-        step: in the place of `which`, a step of `checkpoint.keep`.
+        which: `best` (default) for the weights with the lowest validation loss, `last` for those of
+            the last checkpoint: of a run that is done, the final weights.
+        step: instead of `which`, a step of `checkpoint.keep`.
 
     Raises:
-        ConfigError: when both `which` and `step` are given, `which` is another text, or `step` is
-            no whole number.
-        StoreError: when there is no such run or checkpoint, it is damaged, or that of another run
-            or step.
+        ConfigError: if both `which` and `step` are given, `which` is another string, or `step` is
+            not an integer.
+        StoreError: if there is no such run or checkpoint, or the checkpoint is damaged or belongs
+            to another run or step.
     """
     require(
         which is None or step is None,

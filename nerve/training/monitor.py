@@ -42,43 +42,43 @@ from nerve.training.updates import (
 
 
 class SpectralMonitor(L.Callback):
-    """Measures every FFN at steps 0, k, 2k, … and the last, and writes one row per FFN.
+    """Measures every FFN at steps 0, k, 2k, … and the last step, and writes one row per FFN.
 
-    A row labeled step s holds the features computed with the weights after s updates, and the
-    validation loss of the same weights. Updates are Lightning's steps; with manual optimization,
-    optimizers that each step once in a batch have made one together. The monitor has Lightning
-    validate at the steps that it measures, and at no others; of several validation loaders it takes
-    the first. A validation loader that Lightning splits over processes is taken as a whole.
+    A row with step s holds the features computed with the weights after s updates, and the
+    validation loss of the same weights. Updates are Lightning's global steps; with manual
+    optimization, optimizers that each step once in a batch count as one update. Lightning validates
+    at the measured steps, and at no others; of several validation loaders, the first is used. A
+    validation loader that Lightning distributes over processes is evaluated as a whole.
 
-    What steps return is used as far as it goes: a tensor, or the entry `loss` of a mapping, is the
-    mean loss of a batch; `n_targets` beside it is how much it weighs, and what `tokens_seen`
-    counts. Measuring draws no random numbers and leaves weights, gradients and modes as they are.
+    What the module's steps return is used if possible: a tensor, or the entry `loss` of a mapping,
+    is the mean loss of a batch; the entry `n_targets` is its weight and is added to `tokens_seen`.
+    Measuring draws no random numbers and leaves weights, gradients and modes unchanged.
 
-    The trainer's loggers get each measurement with its own step, which may be some steps ago:
-    `ffn/03/pr_post` is that of layer 3, `ffn/mean/pr_post` the mean over layers. Callbacks such as
-    `EarlyStopping` and `ModelCheckpoint` can monitor these, or `pr_post`, the mean over all FFNs,
-    of the last measurement that is solved when validation ends: that of the same step on the CPU,
-    up to four measurements ago on a GPU; with `source="train"` at best the one before. The first
-    one is waited for where a callback or schedule has the name of such a value as its `monitor`.
+    The trainer's loggers receive each measurement with its own step, which may be a few steps old:
+    `ffn/03/pr_post` for layer 3, `ffn/mean/pr_post` for the mean over layers. Callbacks such as
+    `EarlyStopping` and `ModelCheckpoint` can monitor these values, or `pr_post`, the mean over all
+    FFNs. They are those of the latest measurement that is solved when validation ends: of the same
+    step on a CPU, up to four measurements old on a GPU; with `source="train"` at best the previous
+    one. The first measurement is waited for if a callback or scheduler monitors such a value.
 
     Args:
-        store: where rows go; flushed after each measurement. Of several processes, which share the
-            solving, rank 0 has it, the others None. A fit that begins at step s, from whatever
-            checkpoint, drops the rows past s.
-        ffns: the FFNs of a model whose modules do not fulfil the protocol `FFN`; None to look for
+        store: where rows are written; flushed after each measurement. Of several processes, which
+            share the solving, only rank 0 has a store, the others None. A fit that begins at step
+            s, from any checkpoint, drops the rows after s.
+        ffns: the FFNs of a model whose modules do not implement the protocol `FFN`; None to find
             them in the module that is trained.
-        mask: gives a batch's mask, as `nerve.measure` takes it. By default that of the module's
-            method `padding_mask(batch)`, where it has one; else the attention masks of a batch that
-            is a mapping and has them.
-        exclude, only_labeled: as `nerve.measure` takes them, of batches that are mappings. Which
-            tokens an FFN has is seen by calling the part of the module that holds all FFNs with
+        mask: returns a batch's mask, as in `nerve.measure`. By default the module's method
+            `padding_mask(batch)`, if it has one, or else the attention masks of a batch that is a
+            mapping and has them.
+        exclude, only_labeled: as in `nerve.measure`, for batches that are mappings. Which tokens an
+            FFN receives is determined by calling the part of the module that contains all FFNs with
             such a batch, shortened.
         settings: those of `MonitorSettings`, by name: `every_n_steps`, `steps`, `source`,
             `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`, `sites`.
 
     Raises:
-        ConfigError: for a setting that is out of range; and as a fit begins, where it would measure
-            nothing.
+        ConfigError: for a setting that is out of range, and at the start of a fit in which nothing
+            would be measured.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class SpectralMonitor(L.Callback):
 
     @property
     def n_validated(self) -> int:
-        """Targets of the last validation, of this process; 0 before the first."""
+        """Targets in the last validation of this process; 0 before the first."""
         return self._recorder.n_validated
 
     @property
     def latest(self) -> list[dict[str, Any]]:
-        """The rows of the last measurement that is solved."""
+        """The rows of the most recent measurement whose spectra are available."""
         return self._recorder.latest
 
     @property
     def seconds(self) -> float:
-        """Wall time spent measuring, validating, and waiting for what was not solved in time."""
+        """Wall time spent measuring, validating, and waiting for spectra."""
         return self._recorder.seconds
 
     # The cadence

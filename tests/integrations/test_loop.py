@@ -463,7 +463,7 @@ def test_a_pass_that_has_raised_is_not_counted_in_part(tmp_path, tries_again):
                 model(x)
             run.step()
 
-    with pytest.raises(MeasurementError, match="must come to its end; the last one has raised"):
+    with pytest.raises(MeasurementError, match="must complete; the last one raised"):
         loop()
 
 
@@ -680,11 +680,11 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"config": {"monitor": 1}}, "another name"),
         ({"every_n_steps": 0}, "every_n_steps"),
         ({"colour": 1}, "colour"),
-        ({"config": "mine"}, "config is a mapping by name.*got str 'mine'"),
-        ({"optimizer": "sgd"}, "optimizer is the one of the loop.*got str 'sgd'"),
-        ({"mask": torch.ones(3)}, "mask is a function.*got Tensor"),
+        ({"config": "mine"}, "config must be a mapping by name.*got str 'mine'"),
+        ({"optimizer": "sgd"}, "optimizer must be the optimizer of the loop.*got str 'sgd'"),
+        ({"mask": torch.ones(3)}, "mask must be a function.*got Tensor"),
         ({"ffns": [nn.Linear(4, 4)]}, "got one of Linear"),
-        ({"resume": "checkpoint.pt"}, "resume is a mapping"),
+        ({"resume": "checkpoint.pt"}, "resume must be a mapping"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):
@@ -711,7 +711,7 @@ def test_what_a_step_tells_is_checked(tmp_path):
     model = network()
     for given, words in (
         (("much",), "loss of step must be a number or Tensor; got 'much'"),
-        ((torch.zeros(2), 3), "one mean; got a tensor of shape"),
+        ((torch.zeros(2), 3), "must be a scalar mean; got a tensor of shape"),
         ((0.5, "8"), "n_targets of step must be a whole number of at least 0; got '8'"),
         ((0.5, 2.5), "got 2.5"),
         ((0.5, torch.tensor(-1)), "got -1"),
@@ -759,5 +759,5 @@ def test_steps_are_measured_wherever_they_lie(tmp_path, source, accumulate, aske
 
 
 def test_a_spacing_needs_the_last_step(tmp_path):
-    with pytest.raises(ConfigError, match="log:4 divides the steps"):
+    with pytest.raises(ConfigError, match="log:4 needs the last step"):
         train(tmp_path, network(), every_n_steps=None, steps="log:4")

@@ -398,7 +398,7 @@ def in_processes(rank: int, folder: str) -> None:
         how = {"per_device_train_batch_size": BATCH // 2, "ddp_backend": "gloo"}
         train(Path(folder, source), source=source, how=how)
     how = {"per_device_eval_batch_size": 3, "ddp_backend": "gloo"}
-    with pytest.raises(MeasurementError, match=r"evaluated 12 of an eval_dataset of 8"):
+    with pytest.raises(MeasurementError, match=r"evaluated 12 for an eval_dataset of 8"):
         train(Path(folder, "twice"), source="heldout", how=how)
 
 
@@ -493,11 +493,11 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
 def test_what_cannot_be_is_said_before_training(tmp_path):
     with pytest.raises(ConfigError, match="source must be one of heldout, train"):
         nerve.SpectralCallback(tmp_path, source="eval")
-    with pytest.raises(ConfigError, match="mask is a function"):
+    with pytest.raises(ConfigError, match="mask must be a function"):
         nerve.SpectralCallback(tmp_path, mask=torch.ones(3))
-    with pytest.raises(ConfigError, match="config is a mapping"):
+    with pytest.raises(ConfigError, match="config must be a mapping"):
         nerve.SpectralCallback(tmp_path, config="mine")
     with pytest.raises(ConfigError, match="would measure nothing: it ends at step 7"):
         train(tmp_path, every_n_steps=None, steps=[7])
-    with pytest.raises(ConfigError, match="which steps are measured"):
+    with pytest.raises(ConfigError, match="to select the measured steps"):
         train(tmp_path, every_n_steps=None)

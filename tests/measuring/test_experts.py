@@ -157,7 +157,8 @@ def test_what_is_found_names_the_parameter_and_the_pool():
     assert set(table["pool"]) == {"experts"}
     assert table["n_runs"].isna().all()
     note = (
-        "MixtralExperts: its plain implementation runs in place of grouped_mm while it is measured."
+        "MixtralExperts: runs with its plain implementation instead of grouped_mm during "
+        "measurement."
     )
     assert found.notes == [note]
     assert note in repr(found)
@@ -231,7 +232,7 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
         for e, expert in enumerate(mixture.experts)
     ]
     nerve.measure(net, batches_of(padded=False), ffns=ffns)
-    with pytest.raises(MeasurementError, match="tokens as its mixture got them"):
+    with pytest.raises(MeasurementError, match="tokens exactly as its mixture received them"):
         nerve.measure(net, batches_of(padded=True), ffns=ffns)
 
 

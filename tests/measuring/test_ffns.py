@@ -134,7 +134,7 @@ def test_pre_may_be_what_an_activation_gets():
 def test_pre_that_is_the_output_of_the_activation_is_refused():
     model = Plain(nn.Linear(6, 16), nn.Linear(16, 6))
     for pre in (model.act, Site(model.act, "output")):
-        with pytest.raises(MeasurementError, match="it is that of ReLU, which has no matrix"):
+        with pytest.raises(MeasurementError, match="it is the output of ReLU, which has no weight"):
             nerve.measure(model, [torch.randn(9, 6)], ffns=[FFNAdapter(0, "ffn", pre, model.down)])
 
 
@@ -152,7 +152,7 @@ def test_pre_of_one_layer_with_post_of_the_next_is_refused(residual):
 
     model = Stack()
     ffns = [FFNAdapter(0, "ffn", model.blocks[0].up, model.blocks[1].down)]
-    with pytest.raises(MeasurementError, match="of ffn in layer 0 it follows through a matrix"):
+    with pytest.raises(MeasurementError, match="for ffn in layer 0 it depends on pre through a m"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
 
 
@@ -168,7 +168,7 @@ def test_post_that_does_not_follow_from_pre_is_refused():
 
     model = Parallel()
     ffns = [FFNAdapter(0, "ffn", model.one.up, model.other.down)]
-    with pytest.raises(MeasurementError, match="it follows not at all"):
+    with pytest.raises(MeasurementError, match="it depends on pre not at all"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
@@ -206,7 +206,7 @@ def test_a_wrong_number_of_runs_is_refused_by_number(promised, times):
     model = Repeated()
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=promised)]
     batch = {"x": torch.randn(20, 6), "times": times}
-    with pytest.raises(MeasurementError, match=f"n_runs={promised} times .* it ran {times} times"):
+    with pytest.raises(MeasurementError, match=f"n_runs={promised} per .* it ran {times} times"):
         nerve.measure(model, [batch], ffns=ffns)
 
 
@@ -241,7 +241,7 @@ class EndsEarly(Plain):
 def test_pre_without_post_is_refused():
     model = EndsEarly(nn.Linear(6, 16), nn.Linear(16, 6))
     ffns = [FFNAdapter(0, "ffn", model.up, model.down, n_runs=None)]
-    with pytest.raises(MeasurementError, match="of ffn in layer 0 it never came"):
+    with pytest.raises(MeasurementError, match="for ffn in layer 0 it was never computed"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
 
 
@@ -253,7 +253,7 @@ class Reused(Plain):
 def test_pre_that_comes_twice_before_post_is_refused():
     model = Reused(nn.Linear(6, 16), nn.Linear(16, 6))
     ffns = [FFNAdapter(0, "ffn", model.up, model.down, n_runs=None)]
-    with pytest.raises(MeasurementError, match="of ffn in layer 0 pre came twice"):
+    with pytest.raises(MeasurementError, match="for ffn in layer 0 pre was computed twice"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
 
 
@@ -367,7 +367,7 @@ def test_the_side_that_multiplies_is_not_pre(act):
     x = torch.randn(50, 6)
     rows = nerve.measure(model, [x], ffns=[FFNAdapter(0, "ffn", model.gate, model.down)])
     assert rows.status.item() == "ok"
-    with pytest.raises(MeasurementError, match="output is multiplied with"):
+    with pytest.raises(MeasurementError, match="the factor that multiplies the output"):
         nerve.measure(model, [x], ffns=[FFNAdapter(0, "ffn", model.up, model.down)])
 
 
@@ -412,5 +412,5 @@ def test_a_factor_among_few_samples_is_not_taken_for_the_gate():
     x = torch.randn(200, 4, dtype=torch.float64)
     with torch.no_grad():
         few = x[(model.up(x) > 0).all(1)][:1]
-    with pytest.raises(MeasurementError, match="Name the gate"):
+    with pytest.raises(MeasurementError, match="Give the gate"):
         nerve.measure(model, [few, x], ffns=ffns)

@@ -291,7 +291,7 @@ def test_where_the_stream_is_not_shown_a_warning_says_so(tmp_path, caplog):
     nerve.measure(
         Half(), [torch.randn(8, 5, 6)], into=tmp_path / "run", sites=["stream_in", "output"]
     )
-    assert "ffn in layer 0: where to measure stream_in is not known" in caplog.text
+    assert "ffn in layer 0: stream_in cannot be measured, " in caplog.text
     assert set(nerve.load_groups(tmp_path / "run")["site"]) == {"pre", "post", "output"}
 
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_grouped_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="Give into="):
         nerve.measure(gpt, [tokens()], groups=["halves"])
     mlp = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
-    with pytest.raises(MeasurementError, match="Groups are of sequences"):
+    with pytest.raises(MeasurementError, match="Groups need sequences"):
         nerve.measure(mlp, [torch.randn(30, 6)], groups=["halves"], **given)
     with pytest.raises(MeasurementError, match="need token ids"):
         nerve.measure(mlp, [torch.randn(3, 10, 6)], groups=["frequency"], **given)

@@ -81,7 +81,7 @@ def test_each_stream_has_its_own_padding_also_at_equal_lengths(with_decoders):
 def test_one_mask_for_all_is_refused_where_an_ffn_has_other_tokens():
     model, mask = EncoderDecoder(), padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
-    with pytest.raises(MeasurementError, match="decoder in layer 0 gets others"):
+    with pytest.raises(MeasurementError, match="decoder in layer 0 receives another one"):
         nerve.measure(model, [batch], ffns=model.ffns(), mask=lambda b: b["attention_mask"])
 
 
@@ -99,10 +99,10 @@ def test_each_ffn_may_be_given_its_mask(by):
 @pytest.mark.parametrize(
     ("masks", "match"),
     [
-        ({"encoder": None}, "one for each name of an FFN .* decoder, encoder; got encoder"),
+        ({"encoder": None}, "one entry for each FFN name .* decoder, encoder; got encoder"),
         ({"encoder": None, "decoder": None, "x": None}, "got decoder, encoder, x"),
-        ([None], "one for each FFN .*, 2; got 1"),
-        ([None, torch.ones(N, T + 1)], r"decoder in layer 0 they are \(5, 5\), the mask is"),
+        ([None], "one entry for each FFN .*, 2; got 1"),
+        ([None, torch.ones(N, T + 1)], r"decoder in layer 0 has samples \(5, 5\), the mask is"),
     ],
 )
 def test_masks_that_do_not_suit_the_ffns_are_refused(masks, match):
@@ -210,7 +210,7 @@ def test_two_streams_of_three_tokens_keep_their_order():
     assert_counts(rows["decoder"], pre["decoder"][mask.flip(0).bool()])
     two = {name: value[:, :2] for name, value in batch.items()}
     two["attention_mask"] = two["decoder_attention_mask"] = torch.tensor([[1, 1], [1, 0], [1, 1]])
-    with pytest.raises(MeasurementError, match="three tokens or more"):
+    with pytest.raises(MeasurementError, match="at least three tokens"):
         nerve.measure(model, [two], ffns=model.ffns())
 
 
@@ -312,12 +312,12 @@ def test_exclusion_needs_tokens_and_goes_with_no_other_mask():
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     with pytest.raises(MeasurementError, match="need batches that are mappings"):
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3])
-    with pytest.raises(MeasurementError, match="must have labels of the shape of its tokens"):
+    with pytest.raises(MeasurementError, match="needs labels of the same shape as its tokens"):
         nerve.measure(model, [{"input_ids": tokens(1)}], ffns=ffns, only_labeled=True)
     embedded = {"inputs_embeds": torch.randn(N, T, D)}
-    with pytest.raises(MeasurementError, match="must have input_ids; it has none"):
+    with pytest.raises(MeasurementError, match="needs input_ids; got none"):
         nerve.measure(model, [embedded], ffns=ffns, exclude=[3])
-    with pytest.raises(MeasurementError, match="Leave them out, or mask="):
+    with pytest.raises(MeasurementError, match="Leave out one or the other"):
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3], mask=lambda _: None)
 
 
@@ -327,7 +327,7 @@ def test_what_is_wrong_with_a_description_is_said_whatever_the_mask():
     mask = padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
     ffns = [FFNAdapter(0, "x", model.encoder.up, model.decoder.down)]
-    with pytest.raises(MeasurementError, match="follow from pre through the nonlinearity alone"):
+    with pytest.raises(MeasurementError, match="depend on pre only through the nonlinearity"):
         nerve.measure(model, [batch], ffns=ffns, mask=lambda b: [b["attention_mask"]])
 
 
@@ -336,7 +336,7 @@ def test_batches_of_other_streams_are_refused():
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
     embedded = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
     ffns = model.ffns()
-    with pytest.raises(MeasurementError, match="the same streams of tokens"):
+    with pytest.raises(MeasurementError, match="the same token streams"):
         nerve.measure(model, [batch, embedded], ffns=ffns)
 
 

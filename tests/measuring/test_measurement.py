@@ -157,7 +157,9 @@ def test_features_of_other_samples_are_refused(model):
 
 
 def test_modules_in_the_wrong_order_are_refused(model):
-    with pytest.raises(MeasurementError, match="Post must follow pre; of ffn in layer 0"):
+    with pytest.raises(
+        MeasurementError, match="Post must be computed after pre; for ffn in layer 0"
+    ):
         nerve.measure(model, [torch.randn(9, 6)], ffns=[FFNAdapter(0, "ffn", model.up, model.up)])
 
 
@@ -328,7 +330,7 @@ def test_skipped_positions_and_padding_count_neither(model):
 
 @pytest.mark.parametrize("skip_first", [-1, 1.0, True, "2"])
 def test_a_number_of_positions_that_is_none_is_refused(model, skip_first):
-    with pytest.raises(MeasurementError, match="skip_first is a number of positions"):
+    with pytest.raises(MeasurementError, match="skip_first must be a number of positions"):
         nerve.measure(model, [torch.ones(1, 3, 6)], ffns=model.ffns(), skip_first=skip_first)
 
 

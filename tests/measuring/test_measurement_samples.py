@@ -62,7 +62,7 @@ def test_skipping_all_positions_is_refused_at_the_end_alone():
     assert (
         samples.taken(0, FEATURES, {"pre": FEATURES, "post": FEATURES}).features["pre"].numel() == 0
     )
-    with pytest.raises(MeasurementError, match=f"skip_first={T} of sequences of {T} at most"):
+    with pytest.raises(MeasurementError, match=f"skip_first={T} for sequences of at most {T}"):
         samples.require_positions()
     for features in (torch.zeros(1, T + 1, D), FEATURES):
         samples.taken(0, features, {"pre": features, "post": features})

@@ -92,14 +92,14 @@ def test_an_adapter_describes_a_model_that_was_not_written_for_it():
 
 
 def test_a_model_without_ffns_is_refused():
-    with pytest.raises(MeasurementError, match="Linear has none"):
+    with pytest.raises(MeasurementError, match="No FFN was found in a forward pass of Linear"):
         find_ffns(nn.Linear(2, 2))
 
 
 def test_two_ffns_of_one_name_and_layer_are_refused():
     model = build_model(VALUES, seed=0, vocab_size=11)
     model.blocks[1].ffn.layer = 0
-    with pytest.raises(MeasurementError, match="stands for several"):
+    with pytest.raises(MeasurementError, match="is used more than once"):
         Probe(find_ffns(model))
 
 
@@ -112,7 +112,7 @@ def test_no_ffns_are_refused():
 @pytest.mark.parametrize("times", [0, 2])
 def test_missing_and_doubled_features_raise(times):
     model = Foreign(times)
-    with pytest.raises(MeasurementError, match=f"n_runs=1 times .* it ran {times} times"):
+    with pytest.raises(MeasurementError, match=f"n_runs=1 per .* it ran {times} times"):
         tap(model, torch.randn(3, 4), [FFNAdapter(0, "ffn", model.fc, model.proj)])
 
 

@@ -49,7 +49,7 @@ def test_one_process_hears_itself():
 
 @pytest.mark.parametrize("n_processes", [0, 2])
 def test_what_another_number_of_processes_gathered_is_refused(n_processes):
-    told = f"its checkpoint is of {n_processes}, now there are 1. Start it where it gets"
+    told = f"its checkpoint is of {n_processes} processes, now there are 1. Start it with"
     with pytest.raises(StoreError, match=told):
         own_part(["x"] * n_processes)
 
@@ -106,7 +106,7 @@ def test_who_waits_for_one_that_has_left_hears_why(two, who):
 
     error = two(process)[1 - who]
     assert isinstance(error, NotGatheredError)
-    assert f"process {who} has left: ValueError: no more" in str(error)
+    assert f"process {who} has stopped: ValueError: no more" in str(error)
 
 
 def test_who_waits_for_mail_of_one_that_has_left_hears_why(two):
@@ -122,7 +122,7 @@ def test_who_waits_for_mail_of_one_that_has_left_hears_why(two):
 
     error = two(process)[0]
     assert isinstance(error, NotGatheredError)
-    assert "process 1 has left: RuntimeError: gone" in str(error)
+    assert "process 1 has stopped: RuntimeError: gone" in str(error)
 
 
 def test_who_has_left_and_comes_back_is_not_missed(two):
@@ -170,7 +170,9 @@ def test_where_the_first_process_has_gone_the_others_say_so(two, monkeypatch, do
         raise dist.DistNetworkError("Connection reset by peer\nException raised from recvBytes")
 
     monkeypatch.setattr(dist.PrefixStore, "set", gone)
-    with pytest.raises(NotGatheredError, match=r"without a word: Connection reset by peer$"):
+    with pytest.raises(
+        NotGatheredError, match=r"without an error message: Connection reset by peer$"
+    ):
         do(1)
 
 

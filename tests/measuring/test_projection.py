@@ -310,7 +310,7 @@ def input_of_the_activation(model: Model) -> list[FFN]:
 @pytest.mark.parametrize("alter", [adapted, hooked, another_module, input_of_the_activation])
 def test_what_is_no_affine_map_is_refused_and_measured_without(model, alter: Callable):
     ffns, x = alter(model), torch.randn(100, 6)
-    with pytest.raises(MeasurementError, match=r"one weight that can be read; that of ffn in la"):
+    with pytest.raises(MeasurementError, match=r"single readable weight; that of ffn in la"):
         row_of(model, [x], ffns)
     assert row_of(model, [x], ffns, True)["status"] == "ok"
 
@@ -326,7 +326,7 @@ def test_a_change_that_no_module_shows_is_refused():
 
     handle = register_module_forward_hook(add)
     try:
-        with pytest.raises(MeasurementError, match="one weight that can be read"):
+        with pytest.raises(MeasurementError, match="single readable weight"):
             row_of(model, [torch.randn(50, 1024)], model.ffns())
     finally:
         handle.remove()
@@ -358,7 +358,7 @@ def test_another_weight_in_a_later_batch_is_refused(model):
             return given
 
     moving = Moving()
-    with pytest.raises(MeasurementError, match="another weight at each run"):
+    with pytest.raises(MeasurementError, match="a different weight in each run"):
         row_of(moving, [torch.randn(99, 6)] * 2, moving.ffns())
 
 

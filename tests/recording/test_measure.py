@@ -182,14 +182,18 @@ def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model,
         ([torch.zeros(3, 4)], {"memory": "much"}, "8GiB"),
         ([torch.zeros(3, 4)], {"step": -1}, "step"),
         ([torch.zeros(3, 4)], {"spectra": "some"}, "spectra"),
-        ([torch.zeros(3, 4)], {"labels": ["a"]}, "labels is a mapping by name.*got list"),
-        ([torch.zeros(3, 4)], {"labels": {1: "a"}}, "labels is a mapping by name"),
+        ([torch.zeros(3, 4)], {"labels": ["a"]}, "labels must be a mapping by name.*got list"),
+        ([torch.zeros(3, 4)], {"labels": {1: "a"}}, "labels must be a mapping by name"),
         ([torch.zeros(3, 4)], {"labels": {"lr": 1}}, r"got lr\. .*labels={'group': {'lr'"),
-        ([torch.zeros(3, 4)], {"fingerprints": "ab"}, "fingerprints is a mapping"),
-        ([torch.zeros(3, 4)], {"mask": torch.ones(3)}, "mask is a function.*got Tensor.*lambda"),
-        ([torch.zeros(3, 4)], {"forward": "call"}, "forward is a function.*got str 'call'"),
-        ([torch.zeros(3, 4)], {"exclude": 5}, "exclude is a list of token ids.*got int 5"),
-        ([torch.zeros(3, 4)], {"exclude": "ab"}, "exclude is a list of token ids"),
+        ([torch.zeros(3, 4)], {"fingerprints": "ab"}, "fingerprints must be a mapping"),
+        (
+            [torch.zeros(3, 4)],
+            {"mask": torch.ones(3)},
+            "mask must be a function.*got Tensor.*lambda",
+        ),
+        ([torch.zeros(3, 4)], {"forward": "call"}, "forward must be a function.*got str 'call'"),
+        ([torch.zeros(3, 4)], {"exclude": 5}, "exclude must be a list of token ids.*got int 5"),
+        ([torch.zeros(3, 4)], {"exclude": "ab"}, "exclude must be a list of token ids"),
         ([torch.zeros(3, 4)], {"ffns": [nn.Linear(4, 4)]}, "got one of Linear.*find_ffns"),
         ([torch.zeros(3, 4)], {"ffns": nn.Linear(4, 4)}, "descriptions of FFNs; got Linear"),
         ([torch.zeros(3, 4)], {"ffns": "*.mlp"}, "got str"),
@@ -211,7 +215,7 @@ def test_what_cannot_be_is_said_first(tmp_path, model, batches, how, words):
         ([(0, "ckpt/a")], r"\(step, model\).*got \(step, str 'ckpt/a'\).*lambda"),
         ([Net()], r"\(step, model\).*got Net"),
         ([("0", Net())], "the step of an item"),
-        ([(5, Net), (5, Net)], "step 5 is there twice"),
+        ([(5, Net), (5, Net)], "step 5 appears twice"),
         ([(5, lambda: "ckpt/a")], "torch module; got str 'ckpt/a'"),
     ],
 )
@@ -222,7 +226,7 @@ def test_what_is_no_model_is_said(batches, model, words):
 
 def test_a_step_that_comes_twice_ends_an_iterator(tmp_path, model, batches):
     """What came before it stays."""
-    with pytest.raises(ConfigError, match="step 5 is there twice"):
+    with pytest.raises(ConfigError, match="step 5 appears twice"):
         nerve.measure(iter([(5, model), (5, model)]), batches, into=tmp_path)
     assert nerve.load_metrics(tmp_path)["step"].tolist() == [5]
 
@@ -236,7 +240,7 @@ def test_positions_must_be_left(model):
     """Of the longest sequence: one of several that is short has none."""
     short, long = torch.randn(2, 3, 4), torch.randn(2, 16, 4)
     assert nerve.measure(model, [short, long], skip_first=15)["n_samples"].tolist() == [2]
-    with pytest.raises(MeasurementError, match="skip_first=16 of sequences of 16 at most"):
+    with pytest.raises(MeasurementError, match="skip_first=16 for sequences of at most 16"):
         nerve.measure(model, [short, long], skip_first=16)
 
 

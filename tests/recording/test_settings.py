@@ -36,7 +36,7 @@ def test_a_spacing_goes_from_one_to_the_last_by_like_factors(n, last):
 def test_a_list_is_taken_in_its_order_and_once():
     assert steps_of([8, 0, 2, 2], None) == (0, 2, 8)
     assert steps_of(None, 5) == ()
-    with pytest.raises(ConfigError, match="log:3 divides the steps up to the last one"):
+    with pytest.raises(ConfigError, match="log:3 needs the last step"):
         steps_of("log:3", None)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
-from nerve.recording.dispatch import Placement
+from nerve.recording.dispatch import Dispatch, Placement
 from nerve.recording.solver import MOST_PENDING, Solver
 
 CPU = torch.device("cpu")
@@ -177,9 +177,15 @@ def test_where_spectra_are_solved_is_said_when_it_changes(gpu_like, monkeypatch,
         for step in range(3):
             gpu_like.submit({"step": step}, [make_eigenproblem(layer) for layer in range(2)])
     assert [record.args for record in caplog.records] == [
-        (2, 0, 2, 2, 0, CPU),
-        (2, 2, 1, 2, 1, CPU),
+        (0, 2, 2, 0, CPU),
+        (2, 1, 2, 1, CPU),
     ]
+
+
+def test_where_all_spectra_are_solved_at_once_nothing_is_said(caplog):
+    with caplog.at_level("INFO"):
+        Dispatch(torch.device("cpu"), 0, 0).start([make_eigenproblem(0)], 0)
+    assert caplog.records == []
 
 
 def test_what_waits_for_its_solution_holds_no_memory_of_the_device(gpu_like):

@@ -577,7 +577,7 @@ def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path
     ("values", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be null or a whole number of at least 1; got 0"),
-        ({"every_n_steps": None}, "which steps are measured; got null for both"),
+        ({"every_n_steps": None}, "must be set, to select the measured steps; got null for both"),
         ({"steps": []}, r"must be a list of optimizer steps.* as in \[0,1,2,4,8\]; got \[\]"),
         ({"steps": [1, -2]}, r"whole numbers from 0.*got \[1, -2\]"),
         ({"steps": "log"}, "a spacing such as log:30 .*got 'log'"),
@@ -586,11 +586,11 @@ def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
         ({"shortcut": 1}, "monitor.shortcut must be true or false or a text; got 1"),
         ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
-        ({"layers": [0], "ffns": []}, "layers must be None beside them; got both"),
+        ({"layers": [0], "ffns": []}, "layers must be None; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
         ({"every_n_step": 2}, "a key of monitor must be one of .*Did you mean 'every_n_steps'"),
         ({"skip_first": -1}, "monitor.skip_first must be a whole number of at least 0; got -1"),
-        ({"mask": 1}, "mask is a function, which gets each batch; got int 1"),
+        ({"mask": 1}, "mask must be a function of a batch; got int 1"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, values, message):

@@ -166,7 +166,7 @@ BAD_GPT = [
     (["seed=-1"], ["seed must be a whole number", "-1"]),
     (["objective=pr_pots"], ["objective must be one of", "Did you mean 'pr_post'?"]),
     (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
-    (["monitor.layers=[0,7]"], ["Layers to measure must have FFNs, as 0, 1 have; got 7"]),
+    (["monitor.layers=[0,7]"], ["Layers to measure must be among those with FFNs, 0, 1; got 7"]),
     (["monitor.n_tokens=lots"], ["monitor.n_tokens", "lots"]),
     (["ffn.bias=no"], ["ffn.bias must be true or false; got 'no'"]),
     (["model.tie_embeddings=off"], ["model.tie_embeddings must be true or false; got 'off'"]),
@@ -188,7 +188,10 @@ BAD_GPT = [
     (["model.kind=rnn"], ["model.kind must be one of gpt", "rnn"]),
     (["monitor.skip_first=yes"], ["monitor.skip_first must be a whole number; got 'yes'"]),
     (["monitor.skip_first=32"], ["got monitor.skip_first=32 of data.seq_len=32"]),
-    (["monitor.every_n_steps=null"], ["which steps are measured; got null for both"]),
+    (
+        ["monitor.every_n_steps=null"],
+        ["must be set, to select the measured steps; got null for both"],
+    ),
     (["monitor.steps=log"], ["monitor.steps", "a spacing such as log:30", "got 'log'"]),
     (["monitor.steps=[0,-1]"], ["monitor.steps", "whole numbers from 0", "got [0, -1]"]),
     (
