@@ -355,7 +355,7 @@ def test_a_model_that_cannot_be_probed_is_one_message(make):
         (["model/nope"], "the folder model exists, and has no nope"),
         (["model", "--skip-first", "32"], "--skip-first=32 of --seq-len=32"),
         (["model", "--select", "x"], "matches 'x'. Some of its paths: "),
-        (["model", "--select", "*.mlp.up_proj"], "that select='*.mlp.up_proj' takes"),
+        (["model", "--select", "*.mlp.up_proj"], "that matches select='*.mlp.up_proj'"),
         (["model", "--text", "gone.txt"], "gone.txt' matches none"),
         (["model", "--steps", "1,2"], "got 2 for 1: model"),
     ],

@@ -345,7 +345,7 @@ def test_chosen_layers_are_measured_and_no_others(tmp_path):
     )
     same = every[every.layer == 1]
     np.testing.assert_array_equal(one[["layer", *METRICS]], same[["layer", *METRICS]])
-    with pytest.raises(MeasurementError, match="as 0, 1 have; got 2"):
+    with pytest.raises(MeasurementError, match="with FFNs, 0, 1; got 2"):
         fit(tmp_path / "no", make_module(), batches(2), batches(1), every_n_steps=2, layers=[1, 2])
 
 
