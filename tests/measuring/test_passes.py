@@ -104,7 +104,7 @@ def test_masks_of_each_ffn_are_those_of_the_pass():
 
 
 def test_one_ffn_that_does_not_fit_is_refused_where_memory_was_given(batches):
-    with pytest.raises(MeasurementError, match="ffn in layer 0 takes"):
+    with pytest.raises(MeasurementError, match="ffn in layer 0 needs"):
         nerve.measure(Net(), batches, memory=5 * MATRIX)
 
 
