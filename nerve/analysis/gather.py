@@ -251,11 +251,11 @@ class _Column:
 
 
 def _room(n: int, kind: np.dtype) -> np.ndarray:
-    """An array of `n` values that are yet to be written.
+    """An uninitialized array of `n` values, in memory without huge pages.
 
-    NumPy asks the system for huge pages. Those that are free a virtual machine may have given back
-    to its host, and 2 s a gigabyte go by until it has them again; the small pages between what is
-    in use are still its own, .3 s. Where huge pages are cheap, all of 3.6 GB gain 1 s by them.
+    NumPy requests huge pages for large arrays. A virtual machine may have returned its free huge
+    pages to the host, and getting them back takes 2 s per gigabyte; small pages take .3 s. Where
+    huge pages are cheap, small pages cost up to 1 s for a frame of 3.6 GB.
     """
     if kind.hasobject or not n:
         return np.empty(n, kind)

@@ -1,18 +1,18 @@
-"""Whose pass of a model it is that the Trainer of transformers has called."""
+"""What the Trainer of transformers runs a forward pass for, according to the call stack."""
 
 import sys
 from collections.abc import Iterator
 
 
 def is_of_training() -> bool:
-    """Whether training calls the model, not a callback that looks at it."""
+    """Whether the pass belongs to training and was not started by a callback."""
     called = ("training_step", "call_event")
     return next((name for name in _callers() if name in called), None) != "call_event"
 
 
 def is_of_evaluation() -> bool:
-    """Whether a batch of an evaluation does: neither a callback, nor metrics that are computed
-    afterwards, nor what generates text for them, nor a prediction."""
+    """Whether the pass is of a batch of an evaluation: not started by a callback, by the
+    computation of metrics, by text generation or by `predict`."""
     callers = _callers()
     called = ("generate", "prediction_step", "call_event")
     if next((name for name in callers if name in called), None) != "prediction_step":
@@ -21,8 +21,8 @@ def is_of_evaluation() -> bool:
 
 
 def _callers() -> Iterator[str]:
-    """The functions that have called, from the nearest on: the Trainer tells nobody what a pass is
-    for, and its own methods keep their names in classes that are made from it."""
+    """The names of the calling functions, innermost first. The Trainer does not say what a pass is
+    for, but subclasses keep the names of its methods."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
