@@ -121,13 +121,13 @@ def square_distances(
 ) -> Float64[Tensor, " n"]:
     """The squared distance of each sample from `mean`, summed in float64; differences are taken in
     float32 for narrower features."""
-    center = mean.to(torch.promote_types(x.dtype, torch.float32))
     if not len(x):
         return mean.new_zeros(0)
-    if center.dtype == torch.float32 and has_kernels(x.device):
+    if x.dtype != torch.float64 and has_kernels(x.device):
         from nerve.spectra import kernels  # not everywhere is triton
 
-        return kernels.square_distances(x, center)
+        return kernels.square_distances(x, mean)
+    center = mean.to(torch.promote_types(x.dtype, torch.float32))
     pieces = [
         torch.linalg.vector_norm(rows - center, dim=1, dtype=torch.float64)
         for rows in x.split(_ROWS)
@@ -168,10 +168,10 @@ def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) ->
     `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
     covariance loses the digits by which they exceed the variance.
     """
-    m2 = torch.diag(torch.zeros_like(spread.mean))
+    m2 = spread.mean.new_zeros(x.shape[1], x.shape[1])
     for rows in x.split(product.n_rows):
         product.add(m2, rows)
-    return Moments(len(x), spread.mean, m2.addr_(spread.mean * len(x), spread.mean, alpha=-1))
+    return Moments(len(x), spread.mean, m2.addr_(spread.mean, spread.mean, alpha=-len(x)))
 
 
 def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
@@ -184,7 +184,7 @@ def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
     n = len(x)
     shift, scale = _shift_and_scale(x, product)
     rest = torch.zeros_like(shift, dtype=torch.float64)
-    m2 = torch.diag(rest)
+    m2 = rest.new_zeros(len(rest), len(rest))
     for start in range(0, x.shape[0], product.n_rows):
         rows = slice(start, start + product.n_rows)
         # (x - shift) * scale in one kernel, without a copy of x in the wider type.
