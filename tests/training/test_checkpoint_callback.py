@@ -321,7 +321,7 @@ class Rename(L.Callback):
 )
 def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(tmp_path, cadence):
     directory = tmp_path / "run"
-    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+    with pytest.raises(StoreError, match="run no longer exists: it was renamed or deleted"):
         fit(directory, cadence, (1.0,) * N_STEPS, callbacks=(Rename(directory),))
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 

@@ -347,7 +347,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_told_as_that(tmp_pat
     files.save_checkpoint({"w": torch.ones(30_000)}, path)
     with (
         full_after(limit),
-        pytest.raises(StoreError, match=r"last\.ckpt was refused: .*Free space"),
+        pytest.raises(StoreError, match=r"last\.ckpt cannot be written: .*Free up space"),
     ):
         write(path, files)
     assert path.read_bytes() == before
