@@ -57,6 +57,9 @@ class GPTConfig:
     position: Position = field(default_factory=Position)
     ffn: FFNDesign = field(default_factory=FFNDesign)
 
+    FFNS: ClassVar = ("ffn",)
+    """Names of the FFNs of each block."""
+
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.n_heads", "model.seq_len")
         for key in (*sizes, "data.vocab_size"):
@@ -68,6 +71,15 @@ class GPTConfig:
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
         check_initial(self.init_std, self.pre_std, self.ffn)
+        self.normalization.placements(self.n_layers)
+
+    def ffn_widths(self, name: str) -> tuple[int, int]:
+        """d_in and d_ff of that one of `FFNS`.
+
+        Raises:
+            ConfigError: where a width times `d_model` is not whole.
+        """
+        return self.d_model, self.ffn.hidden_width(self.d_model)
 
 
 class CausalSelfAttention(nn.Module):
@@ -139,8 +151,7 @@ class GPTBlock(nn.Module):
         self.wire_attention, self.wire_ffn = wire_attention, Residual(wire_ffn)
         self.ffn_norm = config.normalization.build(d_model)
         self.ffn = FeedForward(
-            d_model,
-            config.ffn.hidden_width(d_model),
+            *config.ffn_widths("ffn"),
             act,
             gated=config.ffn.gated,
             bias=config.ffn.bias,

@@ -1,5 +1,6 @@
 """The spectral regularizer: a term of the training loss that widens or narrows spectra (ours)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,17 @@ class Regularizer:
             f"{self.n_tokens}.",
         )
 
+    def require_layers(self, known: Collection[int]) -> None:
+        """Raises `ConfigError` for layers that are not among those with FFNs."""
+        if self.name == "none":
+            return
+        layers = known if self.layers is None else self.layers
+        require(
+            len(layers) > 0 and all(each in known for each in layers),
+            f"regularizer.layers must be null (all) or layers that have FFNs, as "
+            f"{', '.join(map(str, known))} have; got {layers}.",
+        )
+
     def ffns(self, model: nn.Module) -> list[FeedForward]:
         """Those of a network that it acts on.
 
@@ -62,14 +74,8 @@ class Regularizer:
         if self.name == "none":
             return []
         found = [module for module in model.modules() if isinstance(module, FeedForward)]
-        known = sorted({ffn.layer for ffn in found})
-        layers = known if self.layers is None else self.layers
-        require(
-            len(layers) > 0 and set(layers) <= set(known),
-            f"regularizer.layers must be null (all) or layers that have FFNs, as "
-            f"{', '.join(map(str, known))} have; got {layers}.",
-        )
-        return [ffn for ffn in found if ffn.layer in layers]
+        self.require_layers(sorted({ffn.layer for ffn in found}))
+        return [ffn for ffn in found if self.layers is None or ffn.layer in self.layers]
 
 
 class Penalty:
