@@ -188,7 +188,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         n_layers, d_model = config.n_layers, config.d_model
-        self.embedding = nn.Embedding(config.vocab_size, d_model)
+        table = torch.empty(config.vocab_size, d_model)  # to draw it here would cost as much again
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position = config.position.at_input(config.seq_len, d_model)
         self.dropout = nn.Dropout(config.dropout)
         in_attention = config.position.in_attention(
@@ -201,7 +202,8 @@ class GPT(nn.Module):
             for layer in range(n_layers)
         )
         self.norm = config.normalization.build_final(d_model)
-        self.head = nn.Linear(d_model, config.vocab_size, bias=False)
+        tied = "meta" if config.tie_embeddings else None  # without a weight of its own
+        self.head = nn.Linear(d_model, config.vocab_size, bias=False, device=tied)
         initialize(
             self,
             seed=seed,
