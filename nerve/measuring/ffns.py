@@ -6,7 +6,7 @@ nonlinearity.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -247,17 +247,6 @@ def require_distinct(ffns: Sequence[FFN]) -> None:
     if doubled:
         raise MeasurementError(
             f"Each FFN must have a unique (layer, name); {doubled[0]} is used more than once."
-        )
-
-
-def require_layers(known: Collection[int], layers: Collection[int] | None) -> None:
-    """Raises `MeasurementError` for layers to measure that are not among those with FFNs, or for
-    none; None stands for all."""
-    unknown = [layer for layer in layers or () if layer not in known]
-    if unknown or (layers is not None and not layers):
-        raise MeasurementError(
-            f"Layers to measure must be among those with FFNs, {', '.join(map(str, sorted(known)))}"
-            f"; got {', '.join(map(str, unknown)) or 'none'}."
         )
 
 

@@ -12,15 +12,7 @@ from torch import nn
 from nerve.errors import MeasurementError
 from nerve.measuring.dependence import Link
 from nerve.measuring.experts import Experts, grouped
-from nerve.measuring.ffns import (
-    FFN,
-    FFNAdapter,
-    declared_widths,
-    n_inputs,
-    pool_of,
-    require_layers,
-    sites_of,
-)
+from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths, n_inputs, pool_of, sites_of
 from nerve.measuring.forward import call
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import products_of, stacked
@@ -123,7 +115,7 @@ def find_ffns(
         found, paths, unclear = _described(model, seen, select)
     if not found:
         raise _none_found(model, batch is not None, select, paths, unclear)
-    require_layers({ffn.layer for ffn in found}, layers)
+    _check_layers(found, layers)
     found = [ffn for ffn in found if layers is None or ffn.layer in layers]
     return FoundFFNs(sorted(found, key=lambda ffn: ffn.layer), paths, unclear)
 
@@ -268,3 +260,13 @@ def _some(paths: Iterable[str], select: str) -> list[str]:
     given = {re.sub(r"\b\d+\b", "*", path) for path in paths if path}
     near = get_close_matches(select, sorted(given), n=_SHOWN, cutoff=0.4)
     return list(dict.fromkeys([*near, *sorted(given, key=lambda path: path.count("."))]))[:_SHOWN]
+
+
+def _check_layers(found: Sequence[FFN], layers: Collection[int] | None) -> None:
+    known = sorted({ffn.layer for ffn in found})
+    unknown = sorted(set(layers or ()) - set(known))
+    if unknown or (layers is not None and not layers):
+        raise MeasurementError(
+            f"Layers to measure must be among those with FFNs, {', '.join(map(str, known))}; got "
+            f"{', '.join(map(str, unknown)) or 'none'}."
+        )

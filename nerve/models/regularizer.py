@@ -1,6 +1,5 @@
 """The spectral regularizer: a term of the training loss that widens or narrows spectra (ours)."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nerve.config import require, require_choice
+from nerve.config import require, require_choice, require_layers
 from nerve.nn.ffn import FeedForward
 from nerve.spectra.log_ratio import log_participation_ratio
 
@@ -54,17 +53,6 @@ class Regularizer:
             f"{self.n_tokens}.",
         )
 
-    def require_layers(self, known: Collection[int]) -> None:
-        """Raises `ConfigError` for layers that are not among those with FFNs."""
-        if self.name == "none":
-            return
-        layers = known if self.layers is None else self.layers
-        require(
-            len(layers) > 0 and all(each in known for each in layers),
-            f"regularizer.layers must be null (all) or layers that have FFNs, as "
-            f"{', '.join(map(str, known))} have; got {layers}.",
-        )
-
     def ffns(self, model: nn.Module) -> list[FeedForward]:
         """Those of a network that it acts on.
 
@@ -74,7 +62,7 @@ class Regularizer:
         if self.name == "none":
             return []
         found = [module for module in model.modules() if isinstance(module, FeedForward)]
-        self.require_layers(sorted({ffn.layer for ffn in found}))
+        require_layers("regularizer.layers", self.layers, sorted({ffn.layer for ffn in found}))
         return [ffn for ffn in found if self.layers is None or ffn.layer in self.layers]
 
 

@@ -34,8 +34,7 @@ from nerve.cli.experiment.groups import (
     require_paths_of_data,
     schedule_of,
 )
-from nerve.config import from_mapping, require, require_choice
-from nerve.measuring.ffns import require_layers
+from nerve.config import from_mapping, require, require_choice, require_layers
 from nerve.metric_names import MEASURED
 from nerve.models import MODELS, Regularizer
 from nerve.recording.writer import layer_name, mean_name
@@ -106,8 +105,9 @@ class Plan:
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
-        regularizer.require_layers(model.layers)
-        require_layers(model.layers, monitor.layers)
+        require_layers("monitor.layers", monitor.layers, model.layers)
+        if regularizer.name != "none":
+            require_layers("regularizer.layers", regularizer.layers, model.layers)
         widest = max(d_ff for _, d_ff in model.ffn_widths)
         return cls(
             values=values,

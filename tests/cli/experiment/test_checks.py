@@ -170,7 +170,10 @@ BAD_GPT = [
     (["seed=-1"], ["seed must be a whole number", "-1"]),
     (["objective=pr_pots"], ["objective must be one of", "Did you mean 'pr_post'?"]),
     (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
-    (["monitor.layers=[0,7]"], ["Layers to measure must be among those with FFNs, 0, 1; got 7"]),
+    (
+        ["monitor.layers=[0,7]"],
+        ["monitor.layers must be null (all) or layers that have FFNs, as 0, 1 have"],
+    ),
     (["monitor.n_tokens=lots"], ["monitor.n_tokens", "lots"]),
     (["ffn.bias=no"], ["ffn.bias must be true or false; got 'no'"]),
     (["model.tie_embeddings=off"], ["model.tie_embeddings must be true or false; got 'off'"]),
