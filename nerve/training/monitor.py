@@ -174,8 +174,9 @@ class SpectralMonitor(L.Callback):
         self._features.end()
         loss, n_targets = step_loss(outputs)
         # Lightning reports the loss divided by the number of accumulated batches.
-        scaled = None if loss is None else loss * trainer.accumulate_grad_batches
-        self._recorder.add_training(scaled, n_targets)
+        if loss is not None and trainer.accumulate_grad_batches > 1:
+            loss = loss * trainer.accumulate_grad_batches
+        self._recorder.add_training(loss, n_targets)
         validate_next(trainer, self._updates.end_batch(trainer) and self._end_update(trainer))
         self._recorder.end_step()
         if is_last_batch(trainer, batch_idx):

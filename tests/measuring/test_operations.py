@@ -1,48 +1,18 @@
 """What a measured step has the host launch does not grow: small models wait for nothing else.
 
-Operations are counted as torch dispatches them, without views and allocations, which launch
-nothing. On a GPU each takes some 10 µs of the host, and a step of a small model 3 to 14 ms.
+On a GPU each operation takes some 10 µs of the host, and a step of a small model 3 to 14 ms.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from operations import count
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nerve.measuring.accumulator import Accumulator, eigenproblems
 from nerve.measuring.eigenproblem import FFNSpectra
 from nerve.measuring.ffns import FFNAdapter
 from nerve.spectra import SampleShares, Shares, StreamingCovariance
 from nerve.spectra.shares import shares_of
-
-NOT_LAUNCHED = {
-    *("_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice"),
-    *("split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "empty", "new_empty"),
-    *("diagonal", "numpy_T", "promote_types", "scalar_tensor", "_local_scalar_dense"),
-}
-
-
-class Operations(TorchDispatchMode):
-    """Counts those within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.n += func.overloadpacket.__name__ not in NOT_LAUNCHED
-        return func(*args, **(kwargs or {}))
-
-
-def count(work: Callable[[], object]) -> int:
-    with Operations() as operations:
-        work()
-    return operations.n
 
 
 @pytest.fixture
