@@ -10,7 +10,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nerve.config import from_mapping
-from nerve.measuring.choice import Choice
 from nerve.measuring.distributed import leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
@@ -32,6 +31,7 @@ from nerve.training.fit import (
     warn_of_nothing,
 )
 from nerve.training.loggers import StoreLogger
+from nerve.training.steps import StepFeatures
 from nerve.training.updates import (
     NEVER,
     WeightUpdates,
@@ -95,9 +95,8 @@ class SpectralMonitor(L.Callback):
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled
-        self._choice: Choice | None = None
+        self._features: StepFeatures | None = None
         self._updates = WeightUpdates()
-        self._is_taking = False
         self._recorder = Recorder(self.settings, store)
 
     @property
@@ -142,7 +141,8 @@ class SpectralMonitor(L.Callback):
             n_here=trainer.num_devices,
             token_counts=token_counts(trainer),
         )
-        self._choice = choice_of(pl_module, self._recorder.probe, self.settings, *self._counted)
+        choice = choice_of(pl_module, self._recorder.probe, self.settings, *self._counted)
+        self._features = StepFeatures(trainer, self._recorder, choice)
         trainer.val_check_interval = NEVER
         trainer.check_val_every_n_epoch = None
         trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of val_check_interval
@@ -153,7 +153,7 @@ class SpectralMonitor(L.Callback):
         require_batches(trainer, self.settings.source)
         last = last_update(trainer, pl_module)
         steps = self.settings.measured_steps(last)
-        self._updates.open(trainer, pl_module, steps, self._stop_taking)
+        self._updates.open(trainer, pl_module, steps, self._stop)
         begun = self._updates.n
         self._recorder.drop_after(begun)
         if begun == 0:
@@ -170,7 +170,8 @@ class SpectralMonitor(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._stop_taking()
+        assert self._features is not None
+        self._features.end()
         loss, n_targets = step_loss(outputs)
         # Lightning reports the loss divided by the number of accumulated batches.
         scaled = None if loss is None else loss * trainer.accumulate_grad_batches
@@ -215,7 +216,8 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         is_of_fit = trainer.state.fn == TrainerFn.FITTING and not dataloader_idx
         if is_of_fit and self.settings.source == "heldout":
-            self._take(batch)
+            assert self._features is not None
+            self._features.expect(batch)
 
     def on_validation_batch_end(
         self,
@@ -228,7 +230,8 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or dataloader_idx:
             return
-        self._stop_taking()
+        assert self._features is not None
+        self._features.end()
         loss, n_targets = step_loss(outputs)
         if loss is not None:
             self._recorder.add_validation(loss, n_targets)
@@ -250,37 +253,35 @@ class SpectralMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._recorder.is_due:
-            self._take(batch)
+            assert self._features is not None
+            self._features.expect(batch)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         # Stop before the backward pass, where activation checkpointing runs the forward pass again.
-        self._stop_taking()
+        self._stop()
 
-    def _take(self, batch: Any) -> None:
-        """Starts taking the features of the next forward pass."""
-        assert self._choice is not None
-        self._recorder.start(self._choice.of(batch))
-        self._is_taking = True
+    def _stop(self) -> None:
+        if self._features is not None:
+            self._features.stop()
 
-    def _stop_taking(self) -> None:
-        """Stops taking features, if a pass is being measured."""
-        if self._is_taking:
-            self._is_taking = False
-            self._recorder.stop()
+    def _let_go(self) -> None:
+        """Drops every reference to the module."""
+        self._updates.close()
+        if self._features is not None:
+            self._features.close()
+            self._features = None
+        let_go(self)
 
     # The end
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._is_taking = False
-        self._updates.close()
+        self._let_go()
         leave(exception)
         self._recorder.fail(exception)
-        self._choice = None
-        let_go(self)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
@@ -290,10 +291,8 @@ class SpectralMonitor(L.Callback):
             warn_of_nothing(self.settings, self._updates.n)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._updates.close()
+        self._let_go()
         self._recorder.close()
-        self._choice = None  # it references the model
-        let_go(self)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._recorder.state_dict(), "n_updates": self._updates.n}
