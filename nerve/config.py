@@ -137,6 +137,17 @@ def require_reached(key: str, steps: Collection[int], last: int) -> None:
     )
 
 
+def require_layers(key: str, layers: Collection[object] | None, known: Collection[int]) -> None:
+    """Raises `ConfigError` unless `layers` are some of `known`, those with FFNs; None stands for
+    all."""
+    if layers is None or (len(layers) > 0 and all(each in known for each in layers)):
+        return
+    raise ConfigError(
+        f"{key} must be null (all) or layers that have FFNs, as {', '.join(map(str, known))} "
+        f"have; got {layers}."
+    )
+
+
 def require_left(key: str, skip_first: int, key_of_length: str, length: int) -> None:
     """Raises `ConfigError` unless sequences have positions beyond those that are left out."""
     require(

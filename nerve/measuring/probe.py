@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,6 @@ from nerve.measuring.ffns import (
     last,
     n_runs_of,
     named,
-    replaced,
     require_distinct,
     sample_of,
     sites_of,
@@ -36,6 +36,7 @@ from nerve.measuring.tap import (
     Hook,
     check_same_samples,
     check_whole,
+    hook_at,
     of_site,
     plain,
     registered,
@@ -119,22 +120,14 @@ class Probe:
         """Puts the hooks in place."""
         # Those that watch products come first: slices run within them.
         for each in products_of(self.sites):
-            self._handles += each.install(lambda: self._receive is not None)
+            self._handles += each.install(self._is_on)
         for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
             hook = Hook(self._hook_tokens)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
-                pre.module.register_forward_hook(Hook(self._hook_output(index)), with_kwargs=True)
-                if pre.of == "output"
-                else pre.module.register_forward_pre_hook(
-                    Hook(self._hook_input(index)), with_kwargs=True
-                ),
-                post.module.register_forward_pre_hook(
-                    Hook(self._hook_post(index)), with_kwargs=True
-                )
-                if post.of == "input"
-                else post.module.register_forward_hook(Hook(self._hook_given(index))),
+                hook_at(pre, self._is_on, partial(self._begin, index)),
+                hook_at(post, self._is_on, partial(self._finish, index)),
             ]
         if self._around is not None:
             self._around.install()
@@ -178,7 +171,7 @@ class Probe:
     @property
     def is_taking(self) -> bool:
         """Whether it taps, between `start()` and `stop()`."""
-        return self._receive is not None
+        return self._is_on()
 
     @property
     def is_recording(self) -> bool:
@@ -238,8 +231,8 @@ class Probe:
         self._times[index] += 1
         self._receive(index, inputs, pre, post)
 
-    # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
-    # make compiled code keep more for the backward pass than it keeps without.
+    def _is_on(self) -> bool:
+        return self._receive is not None
 
     def _hook_tokens(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -247,67 +240,33 @@ class Probe:
         if self._receive is not None and not torch.compiler.is_compiling():
             self._tokens[module] = plain(argument(args, kwargs), "input", type(module).__name__)
 
-    def _hook_output(self, index: int) -> Callable[..., Any]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Any:
-            if self._receive is None:
-                return None
-            site = self.sites[index][0]
-            given = plain(argument(args, kwargs), "input", self._names[index])
-            widths = declared_widths(module)
-            inputs = last(given, site.feature_axis if widths is None else widths.axis)
-            output, changed = self._following.begin(index, output, self._names[index])
-            self._keep(index, inputs, site, output)
-            return output if changed else None
+    # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
+    # make compiled code keep more for the backward pass than it keeps without.
 
-        return hook
-
-    def _hook_input(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._receive is None:
-                return None
-            given = argument(args, kwargs)
-            given, changed = self._following.begin(index, given, self._names[index])
-            self._keep(index, None, self.sites[index][0], given)
-            return replaced(args, kwargs, given) if changed else None
-
-        return hook
-
-    def _hook_post(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._receive is None:
-                return None
-            given, changed = self._finish(index, argument(args, kwargs))
-            return replaced(args, kwargs, given) if changed else None
-
-        return hook
-
-    def _hook_given(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self._receive is None:
-                return None
-            given, changed = self._finish(index, output)
-            return given if changed else None
-
-        return hook
-
-    def _keep(self, index: int, inputs: Tensor | None, site: Site, tensor: Tensor) -> None:
-        """Notes pre until post comes."""
-        where = self._names[index]
+    def _begin(self, index: int, given: Any, tensor: Any) -> Any:
+        """Notes pre, and what its module was given, until post comes; what the model is to go on
+        with in place of `tensor`."""
+        site, where = self.sites[index][0], self._names[index]
+        inputs = None  # pre itself, where it is what a module gets
+        if site.of == "output":
+            widths = declared_widths(site.module)
+            axis = site.feature_axis if widths is None else widths.axis
+            inputs = last(plain(given, "input", where), axis)
+        tensor, is_new = self._following.begin(index, tensor, where)
         if index in self._before:
             raise MeasurementError(
                 f"Post must be computed after pre; for {where} pre was computed twice. Check the "
                 "modules in its description, and whether another part of the model uses them."
             )
         pre = of_site(plain(tensor, "pre", where), site, where)
-        inputs = pre if inputs is None else inputs
         recorded = self._following.recorded(index, tensor)
-        self._before[index] = _Before(inputs, pre, sample_of(pre).clone(), recorded)
+        sample = sample_of(pre).clone()
+        self._before[index] = _Before(pre if inputs is None else inputs, pre, sample, recorded)
+        return tensor if is_new else None
 
-    def _finish(self, index: int, tensor: Any) -> tuple[Any, bool]:
-        """Hands on what there is before and after; `tensor` as the model may go on with it, and
-        whether it is another one."""
+    def _finish(self, index: int, given: Any, tensor: Any) -> Any:
+        """Hands on what there is before and after; what the model is to go on with in place of
+        `tensor`."""
         where = self._names[index]
         if index not in self._before:
             raise MeasurementError(
@@ -315,12 +274,12 @@ class Probe:
                 "modules in its description."
             )
         before = self._before.pop(index)
-        given = plain(tensor, "post", where)
+        plain_post = plain(tensor, "post", where)
         site, site_of_post = self.sites[index]
         is_new = self._following.end(index, before.recorded, tensor, site, where)
-        post = of_site(given, site_of_post, where)
+        post = of_site(plain_post, site_of_post, where)
         tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
-        return (given, True) if is_new else (tensor, False)
+        return plain_post if is_new else None
 
     def _forget(self) -> None:
         """Ends a forward pass, however it went."""

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from nerve.measuring.ffns import Site, argument
-from nerve.measuring.tap import Hook, of_site, plain
+from nerve.measuring.ffns import Site
+from nerve.measuring.tap import hook_at, of_site, plain
 
 ReceiveSite = Callable[[int, str, Tensor], None]
 """Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""
@@ -40,13 +41,7 @@ class SiteProbe:
     def install(self) -> None:
         """Puts the hooks in place."""
         for number, (_, _, site, _) in enumerate(self._taps):
-            if site.of == "output":
-                handle = site.module.register_forward_hook(Hook(self._hook_output(number)))
-            else:
-                handle = site.module.register_forward_pre_hook(
-                    Hook(self._hook_input(number)), with_kwargs=True
-                )
-            self._handles.append(handle)
+            self._handles.append(hook_at(site, self._is_on, partial(self._tap, number)))
 
     def remove(self) -> None:
         """Takes the hooks away; allowed at any time."""
@@ -78,23 +73,13 @@ class SiteProbe:
             index, name, *_ = self._taps[number]
             self._receive(index, name, features)
 
-    def _hook_output(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._receive is not None:
-                first = output[0] if isinstance(output, tuple | list) and output else output
-                self._tap(number, first)
+    def _is_on(self) -> bool:
+        return self._receive is not None
 
-        return hook
-
-    def _hook_input(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._receive is not None:
-                self._tap(number, argument(args, kwargs))
-
-        return hook
-
-    def _tap(self, number: int, features: Any) -> None:
-        _, _, site, where = self._taps[number]
+    def _tap(self, number: int, _: Any, features: Any) -> None:
+        site, where = self._taps[number][2:]
+        if site.of == "output" and isinstance(features, tuple | list) and features:
+            features = features[0]
         tensor = of_site(plain(features, "the tensor", where), site, where)
         _tap_site(tensor, self._order, self._number, number)
 

@@ -11,9 +11,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import Site
+from nerve.measuring.ffns import Site, argument, replaced
 
 
 def plain(features: Any, side: str, where: str) -> Tensor:
@@ -134,6 +135,31 @@ class Hook:
 
 def nothing(*args: Any) -> None:
     """What the hooks of copies do."""
+
+
+def hook_at(
+    site: Site, is_on: Callable[[], bool], look: Callable[[Any, Any], Any]
+) -> RemovableHandle:
+    """Has `look` see what there is at a site, while `is_on`.
+
+    Args:
+        look: takes the input of the module, and what there is at the site, whole: its output, or
+            that input again. What it gives goes on in place of the latter, unless None.
+    """
+
+    def output(module: nn.Module, args: tuple[Any, ...], kwargs: Any, given: Any) -> Any:
+        return look(argument(args, kwargs), given) if is_on() else None
+
+    def input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not is_on():
+            return None
+        given = argument(args, kwargs)
+        other = look(given, given)
+        return None if other is None else replaced(args, kwargs, other)
+
+    if site.of == "output":
+        return site.module.register_forward_hook(Hook(output), with_kwargs=True)
+    return site.module.register_forward_pre_hook(Hook(input), with_kwargs=True)
 
 
 class Taker(Protocol):

@@ -1,9 +1,14 @@
 """From the resolved configuration to a network."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
+from torch import nn
+
 from nerve.config import from_mapping, require, require_choice
+from nerve.errors import ConfigError
 from nerve.models.gpt import GPT, GPTConfig
 from nerve.models.mixer import Mixer, MixerConfig, Mixing
 from nerve.nn.activation import Activation
@@ -52,6 +57,52 @@ def model_design(values: Mapping[str, Any], **data_dims: int) -> GPTConfig | Mix
     }
     design: Any = from_mapping(network.Config, {**model, **data_dims, **factors}, "model")
     return cast(GPTConfig | MixerConfig, design)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The parameters of a network without its memory, at a price that does not grow with its depth.
+
+    Attributes:
+        network: the network with its first two blocks, on the meta device; all others are like the
+            second one. (The first may hold what all blocks share.)
+        n_layers: blocks of the whole network.
+    """
+
+    network: GPT | Mixer
+    n_layers: int
+
+    @classmethod
+    def of(cls, design: GPTConfig | MixerConfig) -> "Skeleton":
+        """That of what `model_design` gives.
+
+        Raises:
+            ConfigError: for what cannot be built, or has sizes that no memory has.
+        """
+        normalization = design.normalization
+        if normalization.n_post_layers:
+            normalization = replace(normalization, n_post_layers=1)
+        n_blocks = min(design.n_layers, 2)
+        short: Any = replace(design, n_layers=n_blocks, normalization=normalization)
+        network = next(each for each in MODELS.values() if each.Config is type(design))
+        try:
+            with torch.device("meta"):
+                return cls(network(short, seed=0), design.n_layers)
+        except (RuntimeError, OverflowError, MemoryError) as error:
+            raise ConfigError(
+                "The weights of a model must fit into memory; those of model and ffn do not: "
+                f"{str(error).splitlines()[0]}. Use smaller sizes."
+            ) from error
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Name, shape (a parameter on the meta device) and number of parameters alike."""
+        for name, parameter in self.network.named_parameters():
+            yield name, parameter, self.n_layers - 1 if name.startswith("blocks.1.") else 1
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the parameters of the whole network."""
+        return sum(parameter.numel() * n_alike for _, parameter, n_alike in self.parameters())
 
 
 def build_model(values: Mapping[str, Any], *, seed: int, **data_dims: int) -> GPT | Mixer:

@@ -57,6 +57,9 @@ class GPTConfig:
     position: Position = field(default_factory=Position)
     ffn: FFNDesign = field(default_factory=FFNDesign)
 
+    FFNS: ClassVar = ("ffn",)
+    """Names of the FFNs of each block."""
+
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.n_heads", "model.seq_len")
         for key in (*sizes, "data.vocab_size"):
@@ -68,6 +71,15 @@ class GPTConfig:
         )
         require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1); got {self.dropout}.")
         check_initial(self.init_std, self.pre_std, self.ffn)
+        self.normalization.placements(self.n_layers)
+
+    def ffn_widths(self, name: str) -> tuple[int, int]:
+        """d_in and d_ff of that one of `FFNS`.
+
+        Raises:
+            ConfigError: where a width times `d_model` is not whole.
+        """
+        return self.d_model, self.ffn.hidden_width(self.d_model)
 
 
 class CausalSelfAttention(nn.Module):
@@ -139,8 +151,7 @@ class GPTBlock(nn.Module):
         self.wire_attention, self.wire_ffn = wire_attention, Residual(wire_ffn)
         self.ffn_norm = config.normalization.build(d_model)
         self.ffn = FeedForward(
-            d_model,
-            config.ffn.hidden_width(d_model),
+            *config.ffn_widths("ffn"),
             act,
             gated=config.ffn.gated,
             bias=config.ffn.bias,
@@ -177,7 +188,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         n_layers, d_model = config.n_layers, config.d_model
-        self.embedding = nn.Embedding(config.vocab_size, d_model)
+        table = torch.empty(config.vocab_size, d_model)  # to draw it here would cost as much again
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position = config.position.at_input(config.seq_len, d_model)
         self.dropout = nn.Dropout(config.dropout)
         in_attention = config.position.in_attention(
@@ -190,7 +202,8 @@ class GPT(nn.Module):
             for layer in range(n_layers)
         )
         self.norm = config.normalization.build_final(d_model)
-        self.head = nn.Linear(d_model, config.vocab_size, bias=False)
+        tied = "meta" if config.tie_embeddings else None  # without a weight of its own
+        self.head = nn.Linear(d_model, config.vocab_size, bias=False, device=tied)
         initialize(
             self,
             seed=seed,

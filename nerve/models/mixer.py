@@ -67,6 +67,9 @@ class MixerConfig:
     token_mixing: Mixing = field(default_factory=Mixing)
     channel_mixing: Mixing = field(default_factory=Mixing)
 
+    FFNS: ClassVar = ("token_mixing", "channel_mixing")
+    """Names of the FFNs of each block."""
+
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.patch_size")
         for key in (*sizes, "data.image_size", "data.n_channels", "data.n_classes"):
@@ -90,6 +93,7 @@ class MixerConfig:
             check_width(mixing.width, mixing.d_ff, group)
             if mixing.activation is not None:
                 require_choice(f"{group}.activation", mixing.activation, ACTIVATIONS)
+        self.normalization.placements(self.n_layers)
 
     @property
     def n_patches(self) -> int:
@@ -101,22 +105,22 @@ class MixerConfig:
         own = getattr(self, name).activation
         return self.activation if own in (None, self.activation.name) else Activation(own)
 
-    def d_ff_of(self, name: str) -> int:
-        """The hidden width of `token_mixing` or `channel_mixing`, its own or the factor's.
+    def ffn_widths(self, name: str) -> tuple[int, int]:
+        """d_in and d_ff of that one of `FFNS`; d_ff is its own or the factor's.
 
         Raises:
             ConfigError: where a width times `d_model` is not whole.
         """
+        d_in = self.n_patches if name == "token_mixing" else self.d_model
         own = getattr(self, name)
         if own.width is None and own.d_ff is None:
-            return self.ffn.hidden_width(self.d_model)
-        return hidden_width(own.width, own.d_ff, self.d_model, f"model.{name}")
+            return d_in, self.ffn.hidden_width(self.d_model)
+        return d_in, hidden_width(own.width, own.d_ff, self.d_model, f"model.{name}")
 
     def build_ffn(self, name: str, layer: int, act: nn.Module, stream: nn.Module) -> FeedForward:
         """The `token_mixing` or `channel_mixing` FFN of block `layer`, in that stream."""
         return FeedForward(
-            self.n_patches if name == "token_mixing" else self.d_model,
-            self.d_ff_of(name),
+            *self.ffn_widths(name),
             act,
             gated=self.ffn.gated,
             bias=self.ffn.bias,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nerve.config import require, require_choice
+from nerve.config import require, require_choice, require_layers
 from nerve.nn.ffn import FeedForward
 from nerve.spectra.log_ratio import log_participation_ratio
 
@@ -62,14 +62,8 @@ class Regularizer:
         if self.name == "none":
             return []
         found = [module for module in model.modules() if isinstance(module, FeedForward)]
-        known = sorted({ffn.layer for ffn in found})
-        layers = known if self.layers is None else self.layers
-        require(
-            len(layers) > 0 and set(layers) <= set(known),
-            f"regularizer.layers must be null (all) or layers that have FFNs, as "
-            f"{', '.join(map(str, known))} have; got {layers}.",
-        )
-        return [ffn for ffn in found if ffn.layer in layers]
+        require_layers("regularizer.layers", self.layers, sorted({ffn.layer for ffn in found}))
+        return [ffn for ffn in found if self.layers is None or ffn.layer in self.layers]
 
 
 class Penalty:

@@ -125,7 +125,7 @@ class SpectralMonitor(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         require_validation(trainer, self.settings.source)
-        begins = trainer.global_step == 0  # else a trainer goes on, and its last step has its row
+        begins = trainer.global_step == 0  # otherwise the trainer's last step already has its row
         if begins:
             self._updates.n = 0
         layers = self.settings.layers
@@ -133,7 +133,7 @@ class SpectralMonitor(L.Callback):
         self._recorder.open(
             ffns,
             trainer.strategy.root_device,
-            # The store has the rows themselves.
+            # The store receives the rows themselves.
             [each for each in trainer.loggers if not isinstance(each, StoreLogger)],
             anew=begins,
             rank=trainer.global_rank,
@@ -145,8 +145,8 @@ class SpectralMonitor(L.Callback):
         self._features = StepFeatures(trainer, self._recorder, choice)
         trainer.val_check_interval = NEVER
         trainer.check_val_every_n_epoch = None
-        trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of a time for it
-        # The validation before training is that of step 0.
+        trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of val_check_interval
+        # The sanity validation before training serves as that of step 0.
         trainer.num_sanity_val_steps = math.inf if begins and self.settings.begins_at_zero else 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,7 +160,7 @@ class SpectralMonitor(L.Callback):
             self.settings.require_some(last)
             if 0 in steps and not trainer.enable_validation:
                 self._label(trainer)
-        validate_next(trainer, begun in steps)  # asked where Lightning goes on from a checkpoint
+        validate_next(trainer, begun in steps)  # read when Lightning resumes from a checkpoint
 
     def on_train_batch_end(
         self,
@@ -173,16 +173,16 @@ class SpectralMonitor(L.Callback):
         assert self._features is not None
         self._features.end()
         loss, n_targets = step_loss(outputs)
-        # Lightning reports the loss as it was divided for gradient accumulation.
+        # Lightning reports the loss divided by the number of accumulated batches.
         scaled = None if loss is None else loss * trainer.accumulate_grad_batches
         self._recorder.add_training(scaled, n_targets)
         validate_next(trainer, self._updates.end_batch(trainer) and self._end_update(trainer))
         self._recorder.end_step()
         if is_last_batch(trainer, batch_idx):
-            trainer.should_stop = True  # validates now, also when the cadence does not fall here
+            trainer.should_stop = True  # makes Lightning validate now, whatever the interval
 
     def _end_update(self, trainer: L.Trainer) -> bool:
-        """Ends the step whose features were due; whether the one that begins is due."""
+        """Ends the step whose features were due; returns whether the next one is due."""
         due_step = self._recorder.due_step
         if due_step is not None and self._updates.n > due_step:
             self._recorder.finish(of_all=trainer.world_size > 1)
@@ -192,12 +192,12 @@ class SpectralMonitor(L.Callback):
         return is_due
 
     def _label(self, trainer: L.Trainer) -> None:
-        """Labels the present weights, where no validation does."""
+        """Labels the current weights in a fit without validation."""
         self._recorder.start_validation()
         self._recorder.label(self._updates.n, trainer.optimizers)
         self._recorder.end_validation()
 
-    # Validation: the loss of every measured step; the features where the source is held-out data
+    # Validation: the loss of every measured step, and the features if the source is held-out data
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -247,7 +247,7 @@ class SpectralMonitor(L.Callback):
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         self._recorder.end_validation()
 
-    # Training: the features of a whole training step where the source is training data
+    # Training: the features of a whole training step if the source is training data
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -259,7 +259,7 @@ class SpectralMonitor(L.Callback):
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        # A step may run it itself: activation checkpointing runs the forward again there.
+        # Stop before the backward pass, where activation checkpointing runs the forward pass again.
         self._stop()
 
     def _stop(self) -> None:
@@ -267,7 +267,7 @@ class SpectralMonitor(L.Callback):
             self._features.stop()
 
     def _let_go(self) -> None:
-        """Lets go of the module."""
+        """Drops every reference to the module."""
         self._updates.close()
         if self._features is not None:
             self._features.close()
@@ -299,4 +299,4 @@ class SpectralMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._recorder.load_state_dict(state_dict)
-        self._updates.n = state_dict.get("n_updates", 0)  # Lightning's checkpoints of before
+        self._updates.n = state_dict.get("n_updates", 0)  # missing in older checkpoints

@@ -1,5 +1,6 @@
 """From configuration to network: the presets' sizes, the closed form, and errors that name keys."""
 
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from omegaconf import OmegaConf
 
 from nerve.errors import ConfigError
-from nerve.models import MODELS, build_model
+from nerve.measuring.ffns import n_inputs, sites_of
+from nerve.measuring.find import find_ffns
+from nerve.models import MODELS, Skeleton, build_model, model_design
 from nerve.models.gpt import GPT
 from nerve.models.mixer import Mixer
+from nerve.nn.constraint import CONSTRAINTS
+from nerve.optim import parameter_roles
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -82,6 +87,8 @@ def test_gpt_presets_have_the_sizes_that_they_announce(
     with torch.device("meta"):
         model = build_model(values, seed=0, vocab_size=vocab_size)
     assert n_parameters(model) == closed_form(values, vocab_size)
+    skeleton = Skeleton.of(model_design(values, vocab_size=vocab_size))
+    assert skeleton.n_parameters == n_parameters(model)
     assert round(n_parameters(model) / 1e6, 1) == millions
 
 
@@ -97,6 +104,61 @@ def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
     assert round(n_parameters(tiny) / 1e6, 2) == 0.09
     assert b16.blocks[0].token_mixing.up.weight.shape == (384, 196)
     assert b16.blocks[0].channel_mixing.up.weight.shape == (3072, 768)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("base", "group", "changed"),
+    [
+        *((GPT_VALUES, "ffn", {"constraint": each}) for each in CONSTRAINTS),
+        *((MIXER_VALUES, "ffn", {"constraint": each, "gated": False}) for each in CONSTRAINTS),
+        *(
+            (base, "activation", {"name": "learnable_leaky_relu", "shared": shared})
+            for base in (GPT_VALUES, MIXER_VALUES)
+            for shared in (True, False)
+        ),
+        (GPT_VALUES, "model", {"tie_embeddings": False, "attention_bias": False}),
+        (GPT_VALUES, "position", {"name": "learned"}),
+        (MIXER_VALUES, "normalization", {"final": False}),
+        (GPT_VALUES, "normalization", {"kind": "none"}),
+    ],
+)
+def test_a_skeleton_has_the_parameters_of_the_whole_network(
+    base: dict, group: str, changed: dict, n_layers: int
+) -> None:
+    """Each shape in each role as often as there, whatever layers share, and the same FFNs."""
+    values = {**deepcopy(base), group: {**base[group], **changed}}
+    values["model"]["n_layers"] = n_layers
+    design = model_design(values, **({"vocab_size": 11} if base is GPT_VALUES else IMAGES))
+    with torch.device("meta"):
+        network = MODELS[values["model"]["kind"]](design)
+    roles = parameter_roles(network)
+    expected = Counter((roles[name], each.shape) for name, each in network.named_parameters())
+    skeleton = Skeleton.of(design)
+    roles = parameter_roles(skeleton.network)
+    found: Counter = Counter()
+    for name, parameter, n_alike in skeleton.parameters():
+        found[roles[name], parameter.shape] += n_alike
+    assert +found == expected
+    assert all(parameter.is_meta for _, parameter, _ in skeleton.parameters())
+    assert [
+        (ffn.layer, ffn.name, n_inputs(sites_of(ffn)[0]), sites_of(ffn)[1].width)
+        for ffn in find_ffns(network)
+    ] == [
+        (layer, name, *design.ffn_widths(name)) for layer in range(n_layers) for name in design.FFNS
+    ]
+
+
+def test_a_skeleton_of_layers_with_two_placements_is_that_of_one() -> None:
+    """Norms have the same parameters on either side; the number of PostLN layers is checked."""
+    values = deepcopy(GPT_VALUES)
+    values["model"]["n_layers"] = 7
+    plain = Skeleton.of(model_design(values, vocab_size=11))
+    values["normalization"] |= {"placement": "mix", "n_post_layers": 6}
+    assert Skeleton.of(model_design(values, vocab_size=11)).n_parameters == plain.n_parameters
+    values["normalization"]["n_post_layers"] = 7
+    with pytest.raises(ConfigError, match=r"between 1 and model\.n_layers - 1.*got 7 of .*=7"):
+        model_design(values, vocab_size=11)
 
 
 def test_the_command_line_beats_the_factors_of_a_preset() -> None:

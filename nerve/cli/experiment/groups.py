@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from lightning.fabric.connector import _convert_precision_to_unified_args
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
@@ -22,9 +21,7 @@ from nerve.config import (
     require_type,
 )
 from nerve.errors import ConfigError
-from nerve.measuring.ffns import FFN, sites_of
-from nerve.measuring.find import find_ffns
-from nerve.models import MODELS, model_design
+from nerve.models import MODELS, Skeleton, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
 from nerve.optim import Part, Schedule, check_parts
@@ -173,14 +170,14 @@ class ModelPlan:
         design: what defines it; what only the data can tell is as `data_dims` has it.
         data_dims: what the data gives, so far as the configuration says it, else a stand-in.
         n_unknown: how many of `data_dims` are stand-ins.
-        skeleton: the network of `design` on the meta device, without memory.
+        skeleton: the parameters of the network of `design`, without memory.
     """
 
     kind: str
     design: GPTConfig | MixerConfig
     data_dims: Mapping[str, int]
     n_unknown: int
-    skeleton: nn.Module
+    skeleton: Skeleton
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "ModelPlan":
@@ -195,26 +192,17 @@ class ModelPlan:
                 given = values["model"].get("patch_size", 1) if name == "image_size" else 1
             data_dims[name] = given
         design: Any = model_design(values, **data_dims)
-        try:
-            with torch.device("meta"):
-                skeleton = MODELS[kind](design, seed=0)
-        except (RuntimeError, OverflowError, MemoryError) as error:
-            raise ConfigError(
-                "The weights of a model must fit into memory; those of model and ffn do not: "
-                f"{str(error).splitlines()[0]}. Use smaller sizes."
-            ) from error
-        return cls(kind, design, data_dims, n_unknown, skeleton)
+        return cls(kind, design, data_dims, n_unknown, Skeleton.of(design))
 
-    def widths(self, layers: list[int] | None) -> list[int]:
-        """d_ff of each FFN of these layers; None for all."""
-        return [width_of(ffn) for ffn in find_ffns(self.skeleton, layers=layers)]
+    @property
+    def layers(self) -> range:
+        """Those with FFNs, which are all."""
+        return range(self.design.n_layers)
 
-
-def width_of(ffn: FFN) -> int:
-    """d_ff of an FFN of ours."""
-    width = sites_of(ffn)[1].width
-    assert width is not None
-    return width
+    @property
+    def ffn_widths(self) -> list[tuple[int, int]]:
+        """d_in and d_ff of each FFN of a layer."""
+        return [self.design.ffn_widths(name) for name in self.design.FFNS]
 
 
 @dataclass(frozen=True)
@@ -291,7 +279,7 @@ def schedule_of(optimizer: Mapping[str, Any]) -> Schedule:
     return from_mapping(Schedule, optimizer["schedule"], "optimizer.schedule")
 
 
-def parts_of(optimizer: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Part]:
+def parts_of(optimizer: Mapping[str, Any], network: nn.Module) -> dict[str, Part]:
     """The optimizers, each of the values that it takes and with parameters of the network."""
     parts: dict[str, Part] = {}
     for name, part in optimizer["parts"].items():
@@ -299,5 +287,5 @@ def parts_of(optimizer: Mapping[str, Any], skeleton: nn.Module) -> dict[str, Par
             require_choice(f"a key of optimizer.parts.{name}", key, ("roles", "build"))
         built = build(part["build"], key=f"optimizer.parts.{name}.build")
         parts[name] = Part(part["roles"], built)
-    check_parts(skeleton, parts)
+    check_parts(network, parts)
     return parts

@@ -11,14 +11,10 @@ import lightning as L
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
 
 from nerve.cli.config.compose import SUBMITIT_SLURM
-from nerve.cli.experiment.groups import width_of
 from nerve.cli.experiment.plan import Plan
 from nerve.config import require
-from nerve.measuring.ffns import n_inputs, sites_of
-from nerve.measuring.find import find_ffns
 from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import GROUPS
 from nerve.optim import parameter_roles
@@ -113,14 +109,13 @@ class Estimate:
         """That of a plan."""
         if plan.model.n_unknown:
             return cls(None, None)
-        skeleton = plan.model.skeleton
-        n_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        n_state = _n_state(plan, skeleton)
+        n_parameters = plan.model.skeleton.n_parameters
+        n_state = _n_state(plan)
         if n_state is None:
             return cls(n_parameters, None)
         a_number = 2 if str(plan.values["trainer"].get("precision")).endswith("16-true") else 4
         weights = a_number * (2 * n_parameters + n_state)
-        return cls(n_parameters, weights + 8 * _n_covariances(plan, skeleton))
+        return cls(n_parameters, weights + 8 * _n_covariances(plan))
 
 
 def least_memory(plan: Plan, n_processes: int) -> int:
@@ -131,7 +126,7 @@ def least_memory(plan: Plan, n_processes: int) -> int:
     """
     values = plan.values
     a_number = 2 if str(values["trainer"].get("precision")).endswith("16-true") else 4
-    n_parameters = sum(parameter.numel() for parameter in plan.model.skeleton.parameters())
+    n_parameters = plan.model.skeleton.n_parameters
     whole = str(values["trainer"]["strategy"]).startswith(("auto", "ddp"))
     weights = 2 * a_number * n_parameters if whole else 0
     batch_size = values["data"].get("batch_size")
@@ -142,38 +137,38 @@ def least_memory(plan: Plan, n_processes: int) -> int:
     return weights + 2 * positions * (vocab_size + values["model"]["d_model"])
 
 
-def _n_state(plan: Plan, skeleton: nn.Module) -> float | None:
+def _n_state(plan: Plan) -> float | None:
     parts = plan.values["optimizer"]["parts"]
     of_role = {
         role: parts[name]["build"]
         for name, part in plan.optimizer.parts.items()
         for role in part.roles
     }
-    roles, total = parameter_roles(skeleton), 0.0
-    for name, parameter in skeleton.named_parameters():
+    skeleton, total = plan.model.skeleton, 0.0
+    roles = parameter_roles(skeleton.network)
+    for name, parameter, n_alike in skeleton.parameters():
         build = of_role[roles[name]]
         state = STATES.get(build.get("_target_", "").rpartition(".")[2])
         if state is None:
             return None
         n = parameter.shape[-1]
-        total += state(parameter.numel() // n, n, build)
+        total += n_alike * state(parameter.numel() // n, n, build)
     return total
 
 
-def _n_covariances(plan: Plan, skeleton: nn.Module) -> int:
+def _n_covariances(plan: Plan) -> int:
     """Numbers in the matrices of every measured FFN: of pre and post, of their groups, and of the
     sites around them."""
     total, monitor = 0, plan.monitor
     n_groups = sum(len(GROUPS[name]) for name in monitor.groups) + bool(monitor.groups)
-    for ffn in find_ffns(skeleton, layers=monitor.layers):
-        width, d_in = width_of(ffn), n_inputs(sites_of(ffn)[0])
-        assert isinstance(d_in, int)
+    for d_in, width in plan.model.ffn_widths:
         # Of 16-bit features pre itself is taken, not the input, unless it is to be projected.
         exact = str(plan.values["trainer"].get("precision")).startswith("32")
         of_input = monitor.shortcut and (exact or monitor.shortcut == PROJECTED)
         of_ffn = width**2 + (d_in if of_input else width) ** 2
         total += of_ffn * max(1, n_groups) + len(monitor.sites) * d_in**2
-    return total
+    n_layers = len(plan.model.layers) if monitor.layers is None else len({*monitor.layers})
+    return n_layers * total
 
 
 def n_devices_of(trainer: Mapping[str, Any]) -> int | None:

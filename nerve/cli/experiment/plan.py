@@ -35,18 +35,14 @@ from nerve.cli.experiment.groups import (
     require_paths_of_data,
     schedule_of,
 )
-from nerve.config import from_mapping, require, require_choice
+from nerve.config import from_mapping, require, require_choice, require_layers
 from nerve.metric_names import MEASURED
-from nerve.models import Regularizer
+from nerve.models import MODELS, Regularizer
 from nerve.recording.writer import layer_name, mean_name
 from nerve.training.checkpoint_io import CheckpointCadence
 
 SCORES = {"gpt": ("val_loss", "bits_per_byte"), "mixer": ("val_loss", "val_accuracy")}
 """The kind of a model to the final scores of its runs in `run.json`."""
-
-
-FFNS = {"gpt": ("ffn",), "mixer": ("token_mixing", "channel_mixing")}
-"""The kind of a model to the names of the FFNs in each of its layers."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class Plan:
     def of(cls, config: DictConfig) -> "Plan":
         """The plan of a composed configuration, without Hydra's own node.
 
-        What costs least is looked at first: single values, the data module, then the network on the
-        meta device, and the optimizers of its parameters.
+        What costs least is looked at first: single values, the data module, then the parameters
+        of the network, without memory, and the optimizers of these.
 
         Raises:
             ConfigError: for all that a configuration alone can tell to be wrong, naming the keys.
@@ -112,13 +108,17 @@ class Plan:
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
-        regularizer.ffns(model.skeleton)
-        widest = max(model.widths(monitor.layers))
+        require_layers("monitor.layers", monitor.layers, model.layers)
+        if regularizer.name != "none":
+            require_layers("regularizer.layers", regularizer.layers, model.layers)
+        widest = max(d_ff for _, d_ff in model.ffn_widths)
         return cls(
             values=values,
             model=model,
             data=DataPlan.of(trainer, monitor, kind, widest),
-            optimizer=OptimizerPlan(parts_of(values["optimizer"], model.skeleton), schedule),
+            optimizer=OptimizerPlan(
+                parts_of(values["optimizer"], model.skeleton.network), schedule
+            ),
             trainer=trainer,
             monitor=monitor,
             checkpoint=checkpoint,
@@ -160,15 +160,20 @@ def check_objective(name: str, kind: str) -> None:
 
 def objectives(kind: str) -> tuple[str, ...]:
     """The numbers that a run of a model of that kind has at its end."""
-    means = (mean_name(ffn, metric) for ffn in FFNS[kind] for metric in MEASURED)
+    means = (mean_name(ffn, metric) for ffn in ffns_of(kind) for metric in MEASURED)
     return (*SCORES[kind], *MEASURED, *means)
+
+
+def ffns_of(kind: str) -> tuple[str, ...]:
+    """Names of the FFNs in each layer of a model of that kind."""
+    return MODELS[kind].Config.FFNS
 
 
 def of_layers(kind: str, layers: Iterable[int]) -> set[str]:
     """The numbers of single layers that callbacks of such a run can monitor."""
     return {
         layer_name(ffn, layer, metric)
-        for ffn in FFNS[kind]
+        for ffn in ffns_of(kind)
         for layer in layers
         for metric in MEASURED
     }

@@ -9,7 +9,7 @@ from support import TINY_RUN
 
 import nerve
 from nerve.cli.experiment import run as experiment
-from nerve.cli.experiment.plan import FFNS, SCORES, check_objective
+from nerve.cli.experiment.plan import SCORES, check_objective, ffns_of
 from nerve.cli.experiment.summary import objective_of
 from nerve.errors import ConfigError
 from nerve.storage.directory import RunDirectory
@@ -84,8 +84,8 @@ def test_the_names_are_those_that_runs_of_each_kind_leave(run, returned):
     assert returned[0] == RunRecord.load("mixer").final["val_accuracy"]
     for kind, directory in (("gpt", "it"), ("mixer", "mixer")):
         last = nerve.load_metrics(directory).query("step == step.max()")
-        assert set(FFNS[kind]) == set(last.ffn)
-        for name in (*SCORES[kind], "js", *(f"{ffn}/mean/pr_post" for ffn in FFNS[kind])):
+        assert set(ffns_of(kind)) == set(last.ffn)
+        for name in (*SCORES[kind], "js", *(f"{ffn}/mean/pr_post" for ffn in ffns_of(kind))):
             check_objective(name, kind)
             assert math.isfinite(objective_of(RunDirectory(directory), name))
         by_ffn = last.groupby("ffn").pr_post.mean()
