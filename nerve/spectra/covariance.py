@@ -256,5 +256,5 @@ class StreamingCovariance:
         delta = other.mean - mean
         scatter.add_(other.scatter).addr_(delta * (n * other.n / total), delta)
         # A new mean: that of the first samples may be their spread's, which others hold.
-        mean = torch.add(mean, delta, alpha=other.n / total)
+        mean = mean + delta * (other.n / total)
         self._moments = Moments(total, mean, scatter)
