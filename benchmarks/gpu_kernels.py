@@ -31,17 +31,27 @@ def milliseconds(run: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
-def by_torch(x: Tensor) -> Tensor:
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for rows in x.split(16_384):
-        add_lower(total, rows, rows, _tensor_core_matmul(512))
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def by_torch(pairs: Pairs, n_terms: int) -> Tensor:
+    """The sum of `a^T b`, in pieces that float32 adds up."""
+    total = zeros(pairs)
+    for a, b in pairs:
+        for rows in zip(a.split(16_384), b.split(16_384), strict=True):
+            add_lower(total, *rows, _tensor_core_matmul(n_terms))
     return total
 
 
-def by_kernel(x: Tensor) -> Tensor:
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    total += kernels.lower_products(x).sum(0, dtype=torch.float64)
+def by_kernel(pairs: Pairs, n_terms: int) -> Tensor:
+    total = zeros(pairs)
+    kernels.add_lower_products(total, pairs, n_terms)
     return total
+
+
+def zeros(pairs: Pairs) -> Tensor:
+    dim = pairs[0][0].shape[1]
+    return torch.zeros(dim, dim, dtype=torch.float64, device="cuda")
 
 
 def distances_by_torch(x: Tensor, center: Tensor) -> Tensor:
@@ -73,10 +83,16 @@ def main() -> None:
         x = torch.randn(n, dim, device="cuda") * torch.linspace(0.1, 2, dim, device="cuda")
         x = torch.nn.functional.gelu(x).bfloat16()
         print(f"{n:,} × {dim}")
-        exact = x.double().T @ x.double()
         flop = n * dim * (dim + 1.0)
-        told("product, torch", partial(by_torch, x), exact, args.repeats, flop)
-        told("product, kernel", partial(by_kernel, x), exact, args.repeats, flop)
+        y = x.float() * 1000
+        high = y.half()
+        low = (y - high).half()
+        of_two = [(high, high), (high, low), (low, high)]
+        for name, pairs, n_terms in (("bfloat16", [(x, x)], 512), ("float16x2", of_two, 256)):
+            exact = sum(a.double().T @ b.double() for a, b in pairs)
+            for way, run in (("torch", by_torch), ("kernel", by_kernel)):
+                each = partial(run, pairs, n_terms)
+                told(f"{name}, {way}", each, exact, args.repeats, flop * len(pairs))
         center = x.double().mean(0).float()
         far = (x.double() - center.double()).square().sum(1)
         for name, run in (
@@ -85,7 +101,7 @@ def main() -> None:
         ):
             told(f"distances, {name}", partial(run, x, center), far, args.repeats, 0)
         if args.variants and dim == 3072:
-            variants(x, exact, args.repeats, flop)
+            variants(x, x.double().T @ x.double(), args.repeats, flop)
 
 
 class Tiles:
@@ -105,9 +121,9 @@ class Tiles:
         self._n_tiles = side * (side + 1) // 2
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        def launch(x: Tensor, out: Tensor, *sizes: int, **options: int) -> None:
-            sizes = (*sizes[:4], self._tile, self._depth, sizes[6])
-            self._inner[self._n_tiles, grid[1]](x, out, *sizes, **self._options)
+        def launch(a: Tensor, b: Tensor, out: Tensor, *sizes: int, **options: int) -> None:
+            sizes = (*sizes[:5], self._tile, self._depth, sizes[7])
+            self._inner[self._n_tiles, grid[1]](a, b, out, *sizes, **self._options)
 
         return launch
 
@@ -123,7 +139,7 @@ def variants(x: Tensor, exact: Tensor, repeats: int, flop: float) -> None:
         kernels._lower_tiles = Tiles(inner, x.shape[1], tile, depth, **options)
         try:
             name = f"tile {tile}, depth {depth}, {warps} warps, {stages} stages"
-            told(name, partial(by_kernel, x), exact, repeats, flop)
+            told(name, partial(by_kernel, [(x, x)], 512), exact, repeats, flop)
         except Exception as error:
             print(f"  {tile, depth, warps, stages}: {type(error).__name__}: {str(error)[:80]}")
         finally:

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and warnings at the line of the user's that they are about.
+"""Errors that a user can fix, and warnings that point to the user's line of code.
 
 The message of an error gives the rule, what was received and the likely fix.
 """
@@ -32,7 +32,7 @@ class StoreError(NerveError):
 
 
 class MeasurementError(NerveError):
-    """Features captured wrongly, not at all or twice; or a spectrum that cannot be one."""
+    """Features that were captured wrongly, not at all or twice, or an impossible spectrum."""
 
 
 class DivergedError(NerveError):
@@ -40,13 +40,13 @@ class DivergedError(NerveError):
 
 
 class NotGatheredError(NerveError):
-    """A process of the run will not come, and says why, or has gone without a word."""
+    """Another process of the run failed to start or ended, with or without a reason."""
 
 
 @contextmanager
 def noted(error: BaseException) -> Iterator[None]:
-    """What is raised within the `with` block becomes a note of `error`, which is being raised and
-    says more. Interrupts and exits pass."""
+    """Adds an exception raised within the `with` block to `error` as a note, because `error` is
+    being raised and is more informative. Interrupts and exits are not caught."""
     try:
         yield
     except Exception as late:
@@ -54,7 +54,7 @@ def noted(error: BaseException) -> Iterator[None]:
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warns at the innermost line outside of this package, however deep the call that found it."""
+    """Warns at the innermost line outside of this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED_OVER):
         frame, level = frame.f_back, level + 1

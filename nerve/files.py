@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and locks that the system takes back from the dead."""
+"""Files that are written atomically, and locks that end with their process."""
 
 import contextlib
 import errno
@@ -19,44 +19,45 @@ from nerve.errors import StoreError
 log = logging.getLogger(__name__)
 
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system says that cannot sync; what was written is written all the same."""
+"""Errors of a file system that does not support sync; the data is written nevertheless."""
 
 
 @contextlib.contextmanager
 def as_store_error(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses inside the block into a `StoreError` that names `path`."""
+    """Turns an `OSError` inside the block into a `StoreError` that names `path`."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"A run must be able to write in its directory; {path} was refused: {error}. Free "
-            "space or quota, or fix its permissions; what was stored before is intact."
+            f"A run must be able to write in its directory; {path} cannot be written: {error}. "
+            "Free up space or quota, or fix its permissions; data stored earlier is intact."
         ) from error
 
 
 def require_there(directory: Path) -> None:
-    """Raises `StoreError` where the directory of a run at work is gone: a write that made it anew
-    would leave one that looks like a run and lacks all that was stored."""
+    """Raises `StoreError` if the directory of an active run is gone: recreating it would leave a
+    directory that looks like a run but lacks all earlier data."""
     if not directory.is_dir():
         raise StoreError(
-            f"A run writes in its own directory; {directory} is not there any more: it was renamed "
-            "or deleted while the run was at work, which stops. Leave it in its place until the "
-            "run has ended; what was renamed is as it was, and can be resumed there."
+            f"A run writes in its own directory; {directory} no longer exists: it was renamed "
+            "or deleted while the run was active, and the run stops. Do not move it until the "
+            "run has ended; a renamed directory is intact, and the run can be resumed there."
         )
 
 
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True
 ) -> None:
-    """Puts what `write` writes at `path`, in the place of what was there, at once and durably.
+    """Atomically and durably replaces the file at `path` by what `write` writes.
 
-    Without `durable` a power cut may leave an empty file; it is written in a tenth of the time.
+    Without `durable`, writing takes a tenth of the time, but a power failure may leave an empty
+    file.
 
-    The temporary file is hidden (dataset readers pass over names with a leading dot) and does not
-    end in the suffix of `path`, so that no reader ever takes it for a finished one.
+    The temporary file is hidden (dataset readers ignore names with a leading dot) and does not end
+    in the suffix of `path`, so that no reader takes it for a finished one.
 
     Raises:
-        StoreError: when the file system refuses; what was at `path` is then untouched.
+        StoreError: if the file cannot be written; the previous file at `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with as_store_error(path):
@@ -76,26 +77,28 @@ def write_atomically(
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """`path` from the current directory on, with `~` as the user's home."""
+    """`path` as an absolute path, with `~` replaced by the user's home."""
     return Path(os.path.expanduser(path)).absolute()
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory durable: a move or a removal survives a power cut.
+    """Makes the names in a directory durable, so that a move or removal survives a power failure.
 
-    Where the file system does not do that for directories, it is said once.
+    If the file system does not support this for directories, a warning is logged once.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY)
-    except (PermissionError, IsADirectoryError):  # one that may be written, and not listed
-        _say_once("names in a directory that cannot be opened may not survive a power cut")
+    except (PermissionError, IsADirectoryError):  # write permission without read permission
+        _say_once("names in a directory that cannot be opened may not survive a power failure")
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (*_NOT_SUPPORTED, errno.EBADF):
             raise
-        _say_once("this file system does not sync directories: names may not survive a power cut")
+        _say_once(
+            "this file system does not sync directories: names may be lost at a power failure"
+        )
     finally:
         os.close(descriptor)
 
@@ -106,14 +109,14 @@ def _sync(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
-        _say_once("this file system does not sync files: the last ones may not survive a power cut")
+        _say_once("this file system does not sync files: the last may be lost at a power failure")
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Removes what writers that were killed left half-written in `directory`.
+    """Removes the temporary files that killed writers left in `directory`.
 
     Raises:
-        StoreError: when the file system refuses.
+        StoreError: if a file cannot be removed.
     """
     with as_store_error(directory):
         for path in directory.glob(".*.tmp"):
@@ -122,11 +125,11 @@ def remove_temporaries(directory: Path) -> None:
 
 @contextlib.contextmanager
 def building_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent`, for what is moved to its place once it is whole.
+    """A new folder in `parent` for files that are moved to their place once they are complete.
 
-    Who may read it follows the umask. It is removed at the end, and so are those of this prefix
-    whose writers were killed before: no one has their lock or, where there are no locks, nothing in
-    them has changed for a day.
+    Its permissions follow the umask. It is removed at the end. Folders with the same prefix that
+    killed writers left are removed at the start: those that nobody has locked or, on a file system
+    without locks, in which nothing has changed for a day.
     """
     for left in parent.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(OSError), _opened(left) as descriptor:
@@ -143,11 +146,11 @@ _ABANDONED_AFTER_S = 24 * 3600
 
 
 def _locked_folder(parent: Path, prefix: str, stack: contextlib.ExitStack) -> Path:
-    """A new folder that is locked until the end of `stack`."""
+    """A new folder, locked until the end of `stack`."""
     while True:
         folder = parent / f"{prefix}{secrets.token_hex(4)}"
         folder.mkdir()
-        # Another writer may take it for a leftover before it is locked.
+        # Another writer may remove it as a leftover before it is locked.
         with contextlib.suppress(FileNotFoundError):
             descriptor = stack.enter_context(_opened(folder))
             if flock(descriptor) is not False and folder.is_dir():
@@ -155,7 +158,7 @@ def _locked_folder(parent: Path, prefix: str, stack: contextlib.ExitStack) -> Pa
 
 
 def _age_s(folder: Path) -> float:
-    """Since when nothing has changed in a folder, itself or a file directly in it."""
+    """Seconds since the last change of a folder or of a file directly in it."""
     return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
@@ -172,21 +175,20 @@ def flock(descriptor: int, *, shared: bool = False) -> bool | None:
     """Tries to lock an open file until it is closed.
 
     Returns:
-        Whether nobody else holds it; None where the file system has no locks that could tell, which
-        is said once.
+        Whether the lock was taken; None if the file system has no locks, which is logged once.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # ENOLCK, ENOSYS, EINVAL, EBADF, EIO, …: each network has its own
-        _say_once(f"this file system has no locks ({error}): they keep no two processes apart")
+    except OSError as error:  # ENOLCK, ENOSYS, EINVAL, EBADF, EIO, …: network file systems differ
+        _say_once(f"this file system has no locks ({error}): two processes may use one directory")
         return None
     return True
 
 
 def flock_within(descriptor: int, seconds: float) -> bool | None:
-    """As `flock`, tried again until the lock is had or the time is over."""
+    """Like `flock`, but retries until the lock is taken or the time is up."""
     until = time.monotonic() + seconds
     while (had := flock(descriptor)) is False:
         if time.monotonic() > until:

@@ -93,9 +93,9 @@ class PassFeatures:
 
     def _is_own(self, module: nn.Module) -> bool:
         """Whether what runs is a pass of the model, not of a replica, which has its hooks, nor one
-        to look at it or to export it."""
-        is_run = not (is_looking() or torch.compiler.is_exporting())
-        return module is self._model() and is_run
+        to look at it, to export it or to trace it."""
+        is_exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        return module is self._model() and not (is_looking() or is_exported)
 
     def _require_ended(self) -> None:
         """Raises `MeasurementError` where a pass has raised: some of its features are counted."""

@@ -22,6 +22,7 @@ from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
 from nerve.spectra.moments import Flag, Spread
 from nerve.spectra.product import coarsest, product_of_input
+from nerve.spectra.shares import shares_of
 
 Side = Literal["input", "pre", "post"]
 """What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
@@ -193,18 +194,25 @@ class Accumulator:
             self.shares[side] = SampleShares(dim, device=device)
         return self.shares[side]
 
-    def eigenproblem(self, *, n_forwards: int) -> FFNEigenproblem:
-        """What is left to solve.
+    def require_run(self, n_forwards: int) -> None:
+        """Makes an FFN that never ran, and need not, one without samples.
 
         Args:
             n_forwards: forward passes that were measured.
 
         Raises:
-            MeasurementError: where it never ran and should have.
+            MeasurementError: where it should have.
         """
         self.merge_groups()
         if "post" not in self.covariances:
             self._add_nothing(n_forwards)
+
+    def eigenproblem(self, shares: Tensor) -> FFNEigenproblem:
+        """What is left to solve, of an FFN that `require_run` has seen.
+
+        Args:
+            shares: as of `FFNEigenproblem`.
+        """
         post = self.covariances["post"]
         before = self.covariances["input" if self.of_input else "pre"]
         assert self.d_in is not None
@@ -217,7 +225,7 @@ class Accumulator:
             n_samples=post.n_samples,
             before=before.scatter() if self.of_input else before.eigenproblem(),
             post=post.eigenproblem(),
-            shares=torch.stack([self.shares[side].shares() for side in ("pre", "post")]),
+            shares=shares,
             weight=self.weight,
             of_input=self.of_input,
             post_samples=None if self.weight is None else post.held_samples(),
@@ -278,6 +286,15 @@ class Accumulator:
         self.d_in = self.d_in or d_in
         nothing = torch.zeros(0, width, device=self.device)
         self.add({"pre": nothing, "post": nothing}, None)
+
+
+def eigenproblems(several: Sequence[Accumulator], n_forwards: int) -> list[FFNEigenproblem]:
+    """What is left to solve of each. Arguments and errors as of `Accumulator.require_run`."""
+    for each in several:
+        each.require_run(n_forwards)
+    sides: tuple[Side, ...] = ("pre", "post")
+    shares = iter(shares_of([each.shares[side] for each in several for side in sides]))
+    return [each.eigenproblem(torch.stack([next(shares) for _ in sides])) for each in several]
 
 
 Pools = dict[tuple[int, str], Accumulator]

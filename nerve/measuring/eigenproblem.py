@@ -4,9 +4,9 @@ spectra that solve them."""
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class FFNSpectra:
     post_shares: Shares
     variance_outside: float
 
-    @property
+    @cached_property
     def status(self) -> str:
         """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
         the last two with `_pre` or `_post` where it is one side alone."""
@@ -69,30 +69,37 @@ class FFNSpectra:
         return "ok"
 
     def row(self) -> dict[str, Any]:
-        """The measurement as columns of the `metrics` table; None where nothing can be measured."""
-        metrics = {name: float(of(self.pre, self.post)) for name, of in OF_TWO_SPECTRA.items()}
-        metrics["variance_outside"] = self.variance_outside
-        for site, spectrum, shares in (
-            ("pre", self.pre, self.pre_shares),
-            ("post", self.post, self.post_shares),
-        ):
-            for column, of_one in OF_ONE_SPECTRUM.items():
-                metrics[column.format(site=site)] = float(of_one(spectrum, self.n_samples))
-            varies = bool(spectrum.sum() > 0)  # else what there is of it is rounding
-            metrics[f"largest_share_{site}"] = shares.largest if varies else math.nan
-            metrics[f"top_share_{site}"] = shares.top if varies else math.nan
-            metrics[f"mean_share_{site}"] = shares.mean
-            metrics[f"position_ratio_{site}"] = shares.position if varies else math.nan
+        """The measurement as columns of the `metrics` table; None where nothing can be measured.
+
+        What it takes is computed once, by whichever thread asks first.
+        """
         return {
             "layer": self.layer,
             "ffn": self.ffn,
             "n_samples": self.n_samples,
             "d_ff": self.d_ff,
             "d_in": self.d_in,
-            **{name: metrics[name] if np.isfinite(metrics[name]) else None for name in STORED},
+            **self._metrics,
             "precision": self.precision,
             "status": self.status,
         }
+
+    @cached_property
+    def _metrics(self) -> dict[str, float | None]:
+        values = {name: float(of(self.pre, self.post)) for name, of in OF_TWO_SPECTRA.items()}
+        values["variance_outside"] = self.variance_outside
+        sites, both = ("pre", "post"), torch.stack([self.pre, self.post])
+        for column, of_one in OF_ONE_SPECTRUM.items():
+            for site, value in zip(sites, of_one(both, self.n_samples).tolist(), strict=True):
+                values[column.format(site=site)] = value
+        for site, shares in zip(sites, (self.pre_shares, self.post_shares), strict=True):
+            # Where nothing varies, what there is of it is rounding.
+            varies = values[f"variance_{site}"] > 0
+            values[f"largest_share_{site}"] = shares.largest if varies else math.nan
+            values[f"top_share_{site}"] = shares.top if varies else math.nan
+            values[f"mean_share_{site}"] = shares.mean
+            values[f"position_ratio_{site}"] = shares.position if varies else math.nan
+        return {name: values[name] if math.isfinite(values[name]) else None for name in STORED}
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ class GroupSpectrum:
     n_samples: int
     eigenvalues: Tensor
 
-    @property
+    @cached_property
     def status(self) -> str:
         """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`."""
         if self.n_samples < 2:
@@ -185,10 +192,8 @@ class GroupSpectrum:
         return next((why for why, holds in WHY_NULL.items() if holds(self.eigenvalues)), "ok")
 
     def row(self) -> dict[str, Any]:
-        """The spectrum as columns of the `groups` table; None where nothing can be measured."""
-        values = {
-            name: float(of(self.eigenvalues, self.n_samples)) for name, of in OF_A_GROUP.items()
-        }
+        """The spectrum as columns of the `groups` table; None where nothing can be measured. As of
+        `FFNSpectra.row`, it is computed once."""
         return {
             "layer": self.layer,
             "ffn": self.ffn,
@@ -197,9 +202,16 @@ class GroupSpectrum:
             "group": self.group,
             "n_samples": self.n_samples,
             "dim": len(self.eigenvalues),
-            **{name: value if math.isfinite(value) else None for name, value in values.items()},
+            **self._metrics,
             "status": self.status,
         }
+
+    @cached_property
+    def _metrics(self) -> dict[str, float | None]:
+        values = {
+            name: float(of(self.eigenvalues, self.n_samples)) for name, of in OF_A_GROUP.items()
+        }
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.accumulator import Accumulator, Pools, Side, pools_of
+from nerve.measuring.accumulator import Accumulator, Pools, Side, eigenproblems, pools_of
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
 from nerve.measuring.ffns import named, tokens_of
 from nerve.measuring.groups import NOT_GROUPED, Division, Grouped, GroupsOfFFNs
@@ -112,8 +112,7 @@ class Measurement:
         Raises:
             MeasurementError: if nothing was measured.
         """
-        mine = self._rows()[share::n_shares]
-        return [each.eigenproblem(n_forwards=self._n_forwards) for each in mine]
+        return eigenproblems(self._rows()[share::n_shares], self._n_forwards)
 
     def group_eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[GroupEigenproblem]:
         """What is left to solve of groups and sites, of the same FFNs. Arguments as of

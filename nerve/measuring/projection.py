@@ -57,5 +57,4 @@ def is_rounding_small(
         for group, chosen in (division.parts | division.others).items()
         if group != REST and len(chosen) > 1
     ]
-    flags = [each.is_left_by_rounding(pre.dtype) for each in spreads]  # all, before one is awaited
-    return all(flags)
+    return all(each.is_left_by_rounding(pre.dtype) for each in spreads)

@@ -124,6 +124,14 @@ class Hook:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Hook, (nothing,)
 
+    @property
+    def __name__(self) -> str:
+        """None: `torch.jit.script` asks for it, to compile the hook."""
+        raise AttributeError(
+            "A model that nerve measures has hooks in Python, which torch.jit.script cannot "
+            "compile. Script it before or after the measurement, or use torch.export."
+        )
+
 
 def nothing(*args: Any) -> None:
     """What the hooks of copies do."""

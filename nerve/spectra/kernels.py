@@ -4,16 +4,14 @@ To import this module is to import triton, which torch brings along where it is 
 Linux: ask `nerve.spectra.product.has_kernels` first.
 """
 
+from collections.abc import Sequence
 from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
-
-PIECE = 512
-"""Rows whose products the tensor cores sum on their own; see `nerve.spectra.product`."""
 
 _TILE, _DEPTH = 128, 64
 _MOST_ROWS = 16_384
@@ -21,32 +19,40 @@ _MOST_ROWS = 16_384
 _LEAST_PROGRAMS = 264
 """Two for each multiprocessor of an H200."""
 _ROWS, _COLUMNS = 4, 1024
+_SIDE = 64
 
 
-def lower_products(x: Float[Tensor, "n dim"]) -> Float32[Tensor, "chunks dim dim"]:
-    """`x^T x` of chunks of the rows of 16-bit features. The lower triangles count; what the upper
-    ones hold means nothing.
+def add_lower_products(
+    total: Float64[Tensor, "dim dim"],
+    pairs: Sequence[tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]],
+    n_terms: int,
+) -> None:
+    """Adds the lower triangle of `a^T b` of each pair, of 16-bit features, to that of `total`; what
+    the upper ones hold means nothing.
 
-    The tensor cores sum pieces of 512 products, which float32 adds up with rounding to nearest,
-    over at most 16,384 rows.
+    The tensor cores sum pieces of `n_terms` products, a multiple of 64, which float32 adds up with
+    rounding to nearest, over at most 16,384 rows; float64 adds up these.
     """
-    x = _with_columns_together(x)
-    n, dim = x.shape
+    n, dim = pairs[0][0].shape
     side = -(-dim // _TILE)
     n_tiles = side * (side + 1) // 2
     rows = -(-n * n_tiles // _LEAST_PROGRAMS)
-    rows = min(max(-(-rows // PIECE), 1) * PIECE, _MOST_ROWS)
-    products = x.new_empty((-(-n // rows), dim, dim), dtype=torch.float32)
-    sizes = (n, dim, x.stride(0), rows, _TILE, _DEPTH, PIECE)
-    with torch.cuda.device(x.device):
-        _lower_tiles[n_tiles, len(products)](x, products, *sizes, num_warps=8, num_stages=3)
-    return products
+    rows = min(max(-(-rows // n_terms), 1) * n_terms, _MOST_ROWS)
+    products = total.new_empty((len(pairs), -(-n // rows), dim, dim), dtype=torch.float32)
+    with torch.cuda.device(total.device):
+        for (a, b), chunks in zip(pairs, products, strict=True):
+            a, b = _with_columns_together(a), _with_columns_together(b)
+            sizes = (n, dim, a.stride(0), b.stride(0), rows, _TILE, _DEPTH, n_terms)
+            _lower_tiles[n_tiles, len(chunks)](a, b, chunks, *sizes, num_warps=8, num_stages=3)
+        side, n_products = -(-dim // _SIDE), products.shape[0] * products.shape[1]
+        _add_lower[side, side](total, products, n_products, dim, dim * dim, _SIDE, num_warps=8)
 
 
 def square_distances(
-    x: Float[Tensor, "n dim"], center: Float32[Tensor, " dim"]
+    x: Float[Tensor, "n dim"], center: Float[Tensor, " dim"]
 ) -> Float64[Tensor, " n"]:
-    """The squared distance of each row from `center`: differences of float32, sums of float64."""
+    """The squared distance of each row from `center`, rounded to float32: differences of float32,
+    sums of float64."""
     x = _with_columns_together(x)
     n, dim = x.shape
     squares = x.new_empty(n, dtype=torch.float64)
@@ -63,11 +69,13 @@ def _with_columns_together(x: Tensor) -> Tensor:
 @triton.jit
 @no_type_check
 def _lower_tiles(
-    x,
+    a_rows,
+    b_rows,
     products,
     n,
     dim,
-    stride,
+    stride_of_a,
+    stride_of_b,
     rows_each,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -88,16 +96,34 @@ def _lower_tiles(
     for start in range(first, tl.minimum(first + rows_each, n), PIECE):
         piece = tl.zeros((TILE, TILE), dtype=tl.float32)
         for step in range(0, PIECE, DEPTH):
-            samples = (start + step + depth)[:, None]
-            at = x + samples.to(tl.int64) * stride
+            samples = (start + step + depth)[:, None].to(tl.int64)
             inside = samples < n
-            a = tl.load(at + rows[None, :], mask=inside & (rows[None, :] < dim), other=0.0)
-            b = tl.load(at + columns[None, :], mask=inside & (columns[None, :] < dim), other=0.0)
+            at = a_rows + samples * stride_of_a + rows[None, :]
+            a = tl.load(at, mask=inside & (rows[None, :] < dim), other=0.0)
+            at = b_rows + samples * stride_of_b + columns[None, :]
+            b = tl.load(at, mask=inside & (columns[None, :] < dim), other=0.0)
             piece = tl.dot(tl.trans(a), b, piece)
         total += piece
     here = products + chunk.to(tl.int64) * dim * dim
     here += rows.to(tl.int64)[:, None] * dim + columns[None, :]
     tl.store(here, total, mask=(rows[:, None] < dim) & (columns[None, :] < dim))
+
+
+@triton.jit
+@no_type_check
+def _add_lower(total, products, n_products, dim, size, SIDE: tl.constexpr):
+    """Adds one square of each of the products, unless it lies above the diagonal."""
+    if tl.program_id(1) <= tl.program_id(0):
+        rows = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+        columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+        inside = (rows[:, None] < dim) & (columns[None, :] < dim)
+        at = rows.to(tl.int64)[:, None] * dim + columns[None, :]
+        here = products + at
+        sums = tl.load(total + at, mask=inside, other=0.0)
+        for _ in range(n_products):
+            sums += tl.load(here, mask=inside, other=0.0).to(tl.float64)
+            here += size
+        tl.store(total + at, sums, mask=inside)
 
 
 @triton.jit
@@ -111,7 +137,7 @@ def _square_distances(
     for start in range(0, dim, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < dim
-        mean = tl.load(center + columns, mask=inside, other=0.0)
+        mean = tl.load(center + columns, mask=inside, other=0.0).to(tl.float32)
         at = x + rows[:, None] * stride + columns[None, :]
         values = tl.load(at, mask=(rows[:, None] < n) & inside[None, :], other=0.0)
         off = tl.where(inside[None, :], values.to(tl.float32) - mean[None, :], 0.0)

@@ -127,15 +127,15 @@ def _spread(slopes: Float64[Tensor, "*batch dim"]) -> Float64[Tensor, "*batch"]:
 
 
 OF_ONE_SPECTRUM: Mapping[str, Callable[[Tensor, int], Tensor]] = {
-    "se_{site}": lambda spectrum, n_samples: spectral_entropy(spectrum),
-    "pr_{site}": lambda spectrum, n_samples: participation_ratio(spectrum),
-    "eee_{site}": lambda spectrum, n_samples: eigenvalue_early_enrichment(spectrum),
-    "variance_{site}": lambda spectrum, n_samples: spectrum.sum(),
-    "pr_{site}_corrected": lambda spectrum, n_samples: corrected_participation_ratio(
-        participation_ratio(spectrum), n_samples
+    "se_{site}": lambda spectra, n_samples: spectral_entropy(spectra),
+    "pr_{site}": lambda spectra, n_samples: participation_ratio(spectra),
+    "eee_{site}": lambda spectra, n_samples: eigenvalue_early_enrichment(spectra),
+    "variance_{site}": lambda spectra, n_samples: spectra.sum(-1),
+    "pr_{site}_corrected": lambda spectra, n_samples: corrected_participation_ratio(
+        participation_ratio(spectra), n_samples
     ),
 }
-"""What a spectrum `[dim]` of so many samples says, by the column that stores it for each site."""
+"""What spectra `[*batch, dim]` of so many samples say, by the column of each site."""
 
 OF_A_GROUP: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     **{column.replace("_{site}", ""): of_one for column, of_one in OF_ONE_SPECTRUM.items()},

@@ -6,7 +6,7 @@ How far they spread says which products of them keep enough digits.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nerve.spectra.product import PRODUCTS, Product, exact_products, has_kernels
@@ -29,36 +29,45 @@ nats."""
 _ROWS = 8192
 
 
-class Flag:
-    """A truth value, of which only whoever asks waits for the device.
+class OnItsWay:
+    """Numbers of a device, for which only whoever asks waits.
 
     Of a GPU's the copy starts at once: between that and the question lies as much work for the
     device as the host has queued by then, so that the GPU does not run dry.
 
     Args:
-        value: one boolean.
+        numbers: any number of them.
     """
 
-    def __init__(self, value: Bool[Tensor, ""]) -> None:
-        self._value = value
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers
         self._arrived: torch.cuda.Event | None = None
-        if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(value.device).record_event()
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
 
-    def __bool__(self) -> bool:
+    def numbers(self) -> Tensor:
+        """They themselves, on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._value)
+        return self._numbers
+
+
+class Flag(OnItsWay):
+    """One truth value of a device, which is waited for where it is asked."""
+
+    def __bool__(self) -> bool:
+        return bool(self.numbers())
 
 
 class Spread:
     """The mean of samples, at least one, and their total squared distance from it.
 
+    Its answers wait for the device, as those of `OnItsWay`.
+
     Attributes:
         mean: float64 `[dim]`.
-        suits_raw: whether products of the samples as they are, uncentered, keep enough digits.
 
     Args:
         n: number of samples.
@@ -68,16 +77,20 @@ class Spread:
 
     def __init__(self, n: int, mean: Float64[Tensor, " dim"], square: Float64[Tensor, ""]) -> None:
         self.mean = mean
-        self._n, self._square = n, square
-        of_mean = n * mean.dot(mean)
-        self._all_squares = all_squares = square + of_mean
-        self.suits_raw = Flag(
-            (of_mean <= _LARGEST_MEAN * square)
-            & (all_squares > _LEAST_SQUARE * n)
-            & (all_squares < _LARGEST_TOTAL)
+        self._n = n
+        self._squares = OnItsWay(torch.stack([square, mean.dot(mean)]))
+
+    def suits_raw(self) -> bool:
+        """Whether products of the samples as they are, uncentered, keep enough digits."""
+        square, of_mean = self._of_all()
+        all_squares = square + of_mean
+        return (
+            of_mean <= _LARGEST_MEAN * square
+            and all_squares > _LEAST_SQUARE * self._n
+            and all_squares < _LARGEST_TOTAL
         )
 
-    def is_left_by_rounding(self, dtype: torch.dtype) -> Flag:
+    def is_left_by_rounding(self, dtype: torch.dtype) -> bool:
         """Whether rounding the samples to `dtype` leaves their variance as it is, to 5e-5.
 
         Of normal and of skewed data rounding has about `eps^2 / 22` of the mean square (of evenly
@@ -85,9 +98,15 @@ class Spread:
         """
         kind = torch.finfo(dtype)
         step = kind.tiny * kind.eps
-        rounding = self._all_squares * (kind.eps**2 / 22)
+        square, of_mean = self._of_all()
+        rounding = (square + of_mean) * (kind.eps**2 / 22)
         rounding = rounding + self._n * len(self.mean) * (step**2 / 12)
-        return Flag(rounding <= _LARGEST_ROUNDING * self._square)
+        return rounding <= _LARGEST_ROUNDING * square
+
+    def _of_all(self) -> tuple[float, float]:
+        """The total squared distance, and what the mean has of the total square."""
+        square, of_one = self._squares.numbers().tolist()
+        return square, self._n * of_one
 
     @classmethod
     def of(cls, x: Float[Tensor, "n dim"]) -> "Spread":
@@ -102,13 +121,13 @@ def square_distances(
 ) -> Float64[Tensor, " n"]:
     """The squared distance of each sample from `mean`, summed in float64; differences are taken in
     float32 for narrower features."""
-    center = mean.to(torch.promote_types(x.dtype, torch.float32))
     if not len(x):
         return mean.new_zeros(0)
-    if center.dtype == torch.float32 and has_kernels(x.device):
+    if x.dtype != torch.float64 and has_kernels(x.device):
         from nerve.spectra import kernels  # not everywhere is triton
 
-        return kernels.square_distances(x, center)
+        return kernels.square_distances(x, mean)
+    center = mean.to(torch.promote_types(x.dtype, torch.float32))
     pieces = [
         torch.linalg.vector_norm(rows - center, dim=1, dtype=torch.float64)
         for rows in x.split(_ROWS)
@@ -137,7 +156,7 @@ def moments_of(
         if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
                 spread = Spread.of(x) if spread is None else spread
-                if spread.suits_raw:
+                if spread.suits_raw():
                     return _raw_moments(x, PRODUCTS[product], spread), product
             product = "float16x2"
         return _centered_moments(x, PRODUCTS[product]), product
@@ -149,10 +168,10 @@ def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) ->
     `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
     covariance loses the digits by which they exceed the variance.
     """
-    m2 = torch.diag(torch.zeros_like(spread.mean))
+    m2 = spread.mean.new_zeros(x.shape[1], x.shape[1])
     for rows in x.split(product.n_rows):
         product.add(m2, rows)
-    return Moments(len(x), spread.mean, m2.addr_(spread.mean * len(x), spread.mean, alpha=-1))
+    return Moments(len(x), spread.mean, m2.addr_(spread.mean, spread.mean, alpha=-len(x)))
 
 
 def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
@@ -165,7 +184,7 @@ def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
     n = len(x)
     shift, scale = _shift_and_scale(x, product)
     rest = torch.zeros_like(shift, dtype=torch.float64)
-    m2 = torch.diag(rest)
+    m2 = rest.new_zeros(len(rest), len(rest))
     for start in range(0, x.shape[0], product.n_rows):
         rows = slice(start, start + product.n_rows)
         # (x - shift) * scale in one kernel, without a copy of x in the wider type.

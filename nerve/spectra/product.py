@@ -58,11 +58,15 @@ def _add_bfloat16_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n
     if has_kernels(y.device):
         from nerve.spectra import kernels  # not everywhere is triton
 
-        total += kernels.lower_products(y).sum(0, dtype=torch.float64)
+        kernels.add_lower_products(total, [(y, y)], _BFLOAT16_TERMS)
         return
     for rows in y.split(16_384):
-        add_lower(total, rows, rows, _tensor_core_matmul(512))
+        add_lower(total, rows, rows, _tensor_core_matmul(_BFLOAT16_TERMS))
 
+
+_BFLOAT16_TERMS, _FLOAT16_TERMS = 512, 256
+"""Products that tensor cores sum on their own: the more digits they have, the fewer; see
+`_tensor_core_matmul`."""
 
 _LEAST_CAPABILITY = (8, 0)
 """From this compute capability on GPUs multiply bfloat16."""
@@ -86,7 +90,13 @@ def _add_float16x2_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor,
     """
     high = y.half()
     low = (y - high).half()
-    matmul = _tensor_core_matmul(256)
+    if has_kernels(y.device):
+        from nerve.spectra import kernels  # not everywhere is triton
+
+        pairs = [(high, high), (high, low), (low, high)]
+        kernels.add_lower_products(total, pairs, _FLOAT16_TERMS)
+        return
+    matmul = _tensor_core_matmul(_FLOAT16_TERMS)
     add_lower(total, high, high, matmul)
     # high^T low + low^T high, in one product.
     add_lower(total, torch.cat([high, low]), torch.cat([low, high]), matmul)

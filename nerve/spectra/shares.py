@@ -2,6 +2,8 @@
 position hold it all."""
 
 import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,7 +86,8 @@ class SampleShares:
 
     Holds a sixteenth of what a covariance of bfloat16 features holds, and for each position of the
     sequences the sum of its samples (float64 `[positions, dim]`). No update waits for the device,
-    but those with a mask.
+    but those with a mask. Small models wait for the host to launch its kernels: so the first update
+    is taken as it is, nothing being moved or merged, and `shares_of` reads many out at once.
 
     Args:
         dim: number of features.
@@ -99,11 +102,13 @@ class SampleShares:
         self.n = 0
         """Samples that counted so far."""
         self.mean = torch.zeros(dim, dtype=torch.float64, device=self.device)
-        """Their mean, float64 `[dim]`."""
-        self._square = torch.zeros((), dtype=torch.float64, device=self.device)
+        """Their mean, float64 `[dim]`; never changed in place."""
+        self.square = self.mean.new_zeros(())
+        """Their total squared distance from it, float64."""
         self._candidates: Tensor | None = None
+        self._farthest: Tensor | None = None  # their squared distances from the mean
         self._bounds: list[_Bound] = []
-        self._positions = Positions(dim, self.device)
+        self._positions = Positions()
         self._of_all: Distances | None = None
 
     def update(
@@ -125,40 +130,31 @@ class SampleShares:
             counted = x.reshape(-1, self.dim)
             if mask is not None:
                 counted = counted[mask.reshape(-1)]
-            n = len(counted)
+            n, before = len(counted), self.n
             if not n:
                 return None
-            sums = self._positions.sums_of(x, mask)
-            own_mean = sums.sum(0) / n
+            sums = sums_of_positions(x, mask)
+            own_mean = sums.sum(0).div_(n)
             self.n += n
-            move = (own_mean - self.mean) * (n / self.n)
-            self.mean += move
+            move = None if not before else (own_mean - self.mean) * (n / self.n)
+            self.mean = own_mean if move is None else self.mean + move
             squares = square_distances(counted, self.mean)
-            square = squares.sum()
+            of_positions = _counts_and_squares(squares, len(sums), mask)
+            square = own_square = of_positions[1].sum()
+            if move is not None:
+                own_square = square - n * (own_mean - self.mean).square().sum()
+                square = self.square + square + before * move.square().sum()
             # First of all, so that it is there when the covariance asks.
-            spread = Spread(n, own_mean, square - n * (own_mean - self.mean).square().sum())
-            self._square += square + (self.n - n) * move.square().sum()
-            self._positions.add(sums, squares, self.mean, x.shape[:-1], mask)
+            spread = Spread(n, own_mean, own_square)
+            self.square = square
+            self._positions.add(sums, of_positions, self.mean, are_there=x.ndim > 2)
             self._choose(counted, squares)
             return spread
 
     def shares(self) -> Float64[Tensor, "4"]:
         """`Shares` so far, on the device; all NaN below two samples, or if a feature of a sample
         was not finite."""
-        with torch.inference_mode(False), torch.no_grad():
-            if self.n < 2:
-                return self._square.new_full((4,), math.nan)
-            squares, reach, positions = self._of_all or self.about(self.mean)
-            n_top = -(-self.n // TOP)
-            top = pad(squares[:n_top], (0, max(0, n_top - len(squares))))
-            of_mean = self.n * self.mean.square().sum()
-            of_position = largest_mean(positions) / (self._square / self.n)
-            always = self._square.isfinite()
-            known = torch.stack([always, top[0] >= reach, top[-1] >= reach, always]) & always
-            mean = of_mean / (of_mean + self._square)
-            of_samples = torch.stack([top[0], top.sum()]) / self._square
-            shares = torch.cat([mean[None], of_samples, of_position[None]])
-            return torch.where(known, shares, math.nan)
+        return shares_of([self])[0]
 
     @property
     def n_positions(self) -> int:
@@ -167,7 +163,7 @@ class SampleShares:
 
     def square_about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, ""]:
         """The total squared distance of the samples from `mean`."""
-        return self._square + self.n * (self.mean - mean).square().sum()
+        return self.square + self.n * (self.mean - mean).square().sum()
 
     def replace(
         self, n: int, mean: Float64[Tensor, " dim"], square: Float64[Tensor, ""], of_all: Distances
@@ -179,7 +175,7 @@ class SampleShares:
             square: their total squared distance from it.
             of_all: as of `about(mean)`.
         """
-        self.n, self.mean, self._square, self._of_all = n, mean, square, of_all
+        self.n, self.mean, self.square, self._of_all = n, mean, square, of_all
 
     def n_candidates(self, n: int) -> int:
         """How many candidates are held of n samples."""
@@ -188,15 +184,18 @@ class SampleShares:
 
     def _choose(self, x: Float[Tensor, "n dim"], squares: Float64[Tensor, " n"]) -> None:
         """Takes the candidates among those so far and `x`."""
-        held = x[:0] if self._candidates is None else self._candidates
-        squares = torch.cat([square_distances(held, self.mean), squares])
+        held = self._candidates
+        if held is not None:
+            squares = torch.cat([square_distances(held, self.mean), squares])
         n_kept = self.n_candidates(self.n)
         if len(squares) <= n_kept:
-            self._candidates = torch.cat([held, x])
+            self._candidates = x.clone() if held is None else torch.cat([held, x])
+            self._farthest = squares
             return
         values, index = squares.topk(n_kept + 1)
         self._candidates = _rows_of(held, x, index[:-1])
-        self._bounds.append(_Bound(self.mean.clone(), values[-1].sqrt()))
+        self._farthest = values[:-1]
+        self._bounds.append(_Bound(self.mean, values[-1].sqrt()))
         if len(self._bounds) > _MOST_BOUNDS:  # late means lie close together: little is lost
             last, earlier = self._bounds.pop(), self._bounds.pop()
             reach = earlier.radius + (last.center - earlier.center).norm()
@@ -204,22 +203,68 @@ class SampleShares:
 
     def about(self, mean: Float64[Tensor, " dim"]) -> Distances:
         """The distances of the samples from `mean`; the farthest are those of the candidates."""
-        held = self._candidates
-        squares = mean.new_zeros(1) if held is None else square_distances(held, mean)
-        reach = mean.new_zeros(())
-        for center, radius in self._bounds:
-            reach = torch.maximum(reach, radius + (mean - center).norm())
-        farthest = squares.sort(descending=True).values
-        return Distances(farthest, reach.square(), self._positions.about(mean))
+        if self._candidates is None or self._farthest is None:
+            farthest = mean.new_zeros(1)
+        elif mean is self.mean:
+            farthest = self._farthest
+        else:
+            farthest = square_distances(self._candidates, mean)
+        reach = [
+            radius if center is mean else radius + (mean - center).norm()
+            for center, radius in self._bounds
+        ]
+        most = reach[0] if len(reach) == 1 else torch.stack([mean.new_zeros(()), *reach]).max()
+        return Distances(farthest, most.square(), self._positions.about(mean))
+
+    def distances(self) -> Distances:
+        """Those from the mean, of all samples that it has."""
+        return self._of_all or self.about(self.mean)
+
+
+def shares_of(several: Sequence[SampleShares]) -> list[Float64[Tensor, "4"]]:
+    """`SampleShares.shares` of each. Those of one size are read out together, which takes as many
+    kernels as to read out one."""
+    with torch.inference_mode(False), torch.no_grad():
+        distances = [each.distances() for each in several]
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for index, (each, d) in enumerate(zip(several, distances, strict=True)):
+            sizes = (each.n, each.dim, d.farthest.shape, d.positions.shape)
+            alike[each.device, sizes].append(index)
+        found: dict[int, Tensor] = {}
+        for indices in alike.values():
+            some = [several[index] for index in indices]
+            rows = _shares_of_alike(some, [distances[index] for index in indices])
+            found.update(zip(indices, rows, strict=True))
+        return [found[index] for index in range(len(several))]
+
+
+def _shares_of_alike(
+    several: Sequence[SampleShares], distances: Sequence[Distances]
+) -> Float64[Tensor, "several 4"]:
+    """As `shares_of`, of those that have equally many samples, features, candidates and
+    positions."""
+    n, square = several[0].n, torch.stack([each.square for each in several])
+    if n < 2:
+        return square.new_full((len(several), 4), math.nan)
+    farthest, reach, positions = (torch.stack(each) for each in zip(*distances, strict=True))
+    top = farthest.topk(-(-n // TOP)).values
+    of_mean = n * torch.stack([each.mean for each in several]).square().sum(1)
+    of_position = largest_mean(positions) / (square / n)
+    always = square.isfinite()
+    known = torch.stack([always, top[:, 0] >= reach, top[:, -1] >= reach, always], 1)
+    mean = of_mean / (of_mean + square)
+    of_samples = top[:, 0] / square, top.sum(1) / square
+    shares = torch.stack([mean, *of_samples, of_position], 1)
+    return shares.where(known & always[:, None], math.nan)
 
 
 def _rows_of(
-    first: Float[Tensor, "n dim"], second: Float[Tensor, "m dim"], index: Int64[Tensor, " k"]
+    first: Float[Tensor, "n dim"] | None, second: Float[Tensor, "m dim"], index: Int64[Tensor, " k"]
 ) -> Float[Tensor, "k dim"]:
     """`torch.cat([first, second])[index]` without a copy of both."""
-    n = len(first)
-    if not n:
+    if first is None:
         return second[index]
+    n = len(first)
     of_second = second[(index - n).clamp(min=0)]
     return torch.where((index < n)[:, None], first[index.clamp(max=n - 1)], of_second)
 
@@ -227,74 +272,100 @@ def _rows_of(
 class Positions:
     """The sum of the samples of each position, and of their squares, over any number of updates.
 
-    The squares about any mean follow from these: float64 loses `1e-16 |mean|^2 / variance` of them.
+    The squares about any mean follow from these: those about the mean so far are held, and moved by
+    the little that it moves.
     """
 
-    def __init__(self, dim: int, device: torch.device) -> None:
-        self._dim = dim
+    def __init__(self) -> None:
         self._are_there = True
-        self._sums = torch.zeros(0, dim, dtype=torch.float64, device=device)
-        self._counts_and_squares = self._sums.new_zeros(2, 0)  # the squares about 0
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def n(self) -> int:
         """The length of the longest sequence so far; 0 where features have no positions."""
-        return len(self._sums) if self._are_there else 0
-
-    def sums_of(
-        self, x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
-    ) -> Float64[Tensor, "positions dim"]:
-        """The sums over the sequences, float64, but of float32 over rows of 16 bits, which loses as
-        few bits of them and is sooner done on a GPU. Features without positions are all of one."""
-        x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, self._dim)
-        mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
-        is_wide = x.dtype.itemsize > 2
-        dtype = torch.float64 if is_wide else torch.float32
-        sums = x.new_zeros(x.shape[1:], dtype=torch.float64)
-        size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
-        for first in range(0, len(x), size):
-            sequences = x[first : first + size]
-            if mask is not None:
-                sequences = torch.where(mask[first : first + size], sequences, 0)
-            sums += sequences.sum(0, dtype=dtype)
-        return sums
+        return len(self._held[0]) if self._held is not None and self._are_there else 0
 
     def add(
         self,
         sums: Float64[Tensor, "positions dim"],
-        squares: Float64[Tensor, " n"],
+        counts_and_squares: Float64[Tensor, "2 positions"],
         mean: Float64[Tensor, " dim"],
-        shape: torch.Size,
-        mask: Bool[Tensor, "*samples"] | None,
+        *,
+        are_there: bool,
     ) -> None:
-        """Adds samples of this shape: their sums, as `sums_of` gives them, and the squared
-        distances of those that count from `mean`, any vector."""
-        self._are_there &= len(shape) > 1
-        if mask is None:
-            counted = squares.new_ones(shape).reshape(-1, len(sums)).sum(0)
-        else:
-            squares = squares.new_zeros(mask.shape).masked_scatter(mask, squares)
-            counted = mask.reshape(-1, len(sums)).sum(0).double()
-        squares = squares.reshape(-1, len(sums)).sum(0)
-        squares += 2 * (sums @ mean) - counted * mean.square().sum()  # about 0
-        longer = len(sums) - len(self._sums)
-        if longer > 0:
-            self._sums = pad(self._sums, (0, 0, 0, longer))
-            self._counts_and_squares = pad(self._counts_and_squares, (0, longer))
-        self._sums[: len(sums)] += sums
-        self._counts_and_squares[:, : len(sums)] += torch.stack([counted, squares])
+        """Adds samples: their sums, their numbers, and their squared distances from `mean`, any
+        vector that nothing changes. Samples without positions are all of one."""
+        self._are_there &= are_there
+        if self._held is not None:
+            held, own = self._held[0], self._about(mean)
+            n = max(len(held), len(sums))
+            sums = pad(held, (0, 0, 0, n - len(held))) + pad(sums, (0, 0, 0, n - len(sums)))
+            more = n - counts_and_squares.shape[1]
+            counts_and_squares = pad(own, (0, n - own.shape[1])) + pad(
+                counts_and_squares, (0, more)
+            )
+        self._held = sums, counts_and_squares, mean
 
     def about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
         """Of each position the number of samples and their total squared distance from `mean`;
         no positions where features have none."""
-        counts, squares = self._counts_and_squares
-        squares = squares - 2 * (self._sums @ mean) + counts * mean.square().sum()
-        return torch.stack([counts, squares])[:, : self.n]
+        if self._held is None:
+            return mean.new_zeros(2, 0)
+        return self._about(mean)[:, : self.n]
+
+    def _about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
+        assert self._held is not None
+        sums, counts_and_squares, center = self._held
+        if center is mean:
+            return counts_and_squares
+        # sum |x - m|^2 = sum |x - c|^2 + 2 (c - m) sum x - n (c - m) (c + m)
+        move = center - mean
+        counts, squares = counts_and_squares
+        squares = squares + 2 * (sums @ move) - counts * move.dot(center + mean)
+        return torch.stack([counts, squares])
 
 
-def largest_mean(positions: Float64[Tensor, "2 positions"]) -> Float64[Tensor, ""]:
-    """The largest mean square of those positions that enough sequences reach; NaN without any."""
-    counts, squares = positions
-    means = torch.where(counts >= LEAST_SEQUENCES, squares / counts, -math.inf)
-    largest = torch.cat([means, means.new_full((1,), -math.inf)]).max()
-    return torch.where(largest.isfinite() & (positions.shape[1] > 1), largest, math.nan)
+def sums_of_positions(
+    x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
+) -> Float64[Tensor, "positions dim"]:
+    """The sums over the sequences, float64, but of float32 over rows of 16 bits, which loses as few
+    bits of them and is sooner done on a GPU. Features without positions are all of one."""
+    x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1])
+    mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
+    is_wide = x.dtype.itemsize > 2
+    dtype = torch.float64 if is_wide else torch.float32
+    size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
+    sums: Tensor | None = None
+    for first in range(0, len(x), size):
+        sequences = x[first : first + size]
+        if mask is not None:
+            sequences = torch.where(mask[first : first + size], sequences, 0)
+        found = sequences.sum(0, dtype=dtype)
+        sums = found.double() if sums is None else sums.add_(found)
+    assert sums is not None
+    return sums
+
+
+def _counts_and_squares(
+    squares: Float64[Tensor, " n"], n_positions: int, mask: Bool[Tensor, "*samples"] | None
+) -> Float64[Tensor, "2 positions"]:
+    """Of each position the number of samples that count, and the sum of `squares`, which are
+    those samples' own."""
+    if mask is None:
+        of_positions = squares.new_full((2, n_positions), len(squares) // n_positions)
+    else:
+        of_positions = squares.new_empty(2, n_positions)
+        of_positions[0] = mask.reshape(-1, n_positions).sum(0)
+        squares = squares.new_zeros(mask.shape).masked_scatter(mask, squares)
+    torch.sum(squares.reshape(-1, n_positions), 0, out=of_positions[1])
+    return of_positions
+
+
+def largest_mean(positions: Float64[Tensor, "*batch 2 positions"]) -> Float64[Tensor, "*batch"]:
+    """The largest mean square of those positions that enough sequences reach; NaN without any, and
+    of a single one."""
+    counts, squares = positions.unbind(-2)
+    if counts.shape[-1] < 2:
+        return counts.new_full(counts.shape[:-1], math.nan)
+    largest = torch.where(counts >= LEAST_SEQUENCES, squares / counts, -math.inf).amax(-1)
+    return largest.where(largest.isfinite(), math.nan)

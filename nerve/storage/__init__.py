@@ -1,1 +1,1 @@
-"""The directory of a run: its record and identity, its state, its Parquet parts; no torch."""
+"""The run directory: record, identity, state and Parquet parts; no torch."""

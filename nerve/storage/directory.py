@@ -1,4 +1,4 @@
-"""One run directory: its record, who is at work in it, and where its files are."""
+"""One run directory: its record, whether a process is running it, and the paths of its files."""
 
 import contextlib
 import os
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 Which = Literal["best", "last"]
 CHECKPOINTS = "checkpoints"
 SHOWN = 5
-"""Differing keys that an error names; more are counted."""
+"""How many differing keys an error lists; the rest are only counted."""
 
 
 class RunDirectory:
-    """The directory of one run, there or not.
+    """The directory of one run, whether or not it exists.
 
-    Lock and `run.json` are looked at when they are first asked for, and again after `reload` and
-    within `locked`; what this object writes it knows.
+    The lock and `run.json` are read when they are first needed, and again after `reload` and within
+    `locked`; changes made through this object are known without reading.
 
     Args:
-        path: of the directory.
+        path: path of the directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -42,28 +42,28 @@ class RunDirectory:
 
     @property
     def record(self) -> RunRecord | None:
-        """What `run.json` says; None where there is no run.
+        """The contents of `run.json`; None if there is no run.
 
         Raises:
-            StoreError: as `RunRecord.load`, for a record that is damaged, gone from beside what its
-                run has stored, or of a newer nerve.
+            StoreError: like `RunRecord.load`, for a record that is damaged, missing although the
+                run has stored data, or written by a newer nerve.
         """
         return self._look()[1]
 
     def require_record(self) -> RunRecord:
-        """As `record`, but `StoreError` is also raised where there is none."""
-        return self.record or RunRecord.load(self.path)  # which says what is missing
+        """Like `record`, but also raises `StoreError` if there is none."""
+        return self.record or RunRecord.load(self.path)  # raises an error that says what is missing
 
     @property
     def state(self) -> RunState:
-        """Where the run stands; a directory that is not there is `new`.
+        """The state of the run; a directory that does not exist is `new`.
 
-        The lock decides between alive and dead. A lock may not reach across hosts on every file
-        system, not every file system has locks, and code of one's own may take none: a run of which
-        no lock can tell is alive, too, while its heartbeat is less than a minute from now.
+        The lock decides between alive and dead. But on some file systems locks do not reach across
+        hosts or do not exist, and user code may not take the lock. If the lock therefore says
+        nothing about a run, it also counts as alive while its heartbeat is less than a minute old.
 
         Raises:
-            StoreError: as `record`.
+            StoreError: like `record`.
         """
         locked, record = self._look()
         if record is None:
@@ -76,21 +76,21 @@ class RunDirectory:
 
     @property
     def n_starts(self) -> int:
-        """How often a process has begun to run it. Raises as `record`."""
+        """How many times a process has started the run. Raises like `record`."""
         return self.record.restarts + 1 if self.record else 0
 
     def reload(self) -> "RunDirectory":
-        """This directory, which is looked at anew when it is next asked."""
+        """Forgets what was read, so that it is read again when it is next needed; returns self."""
         self._found = None
         return self
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from running it within the block.
+        """Prevents other processes from running it within the block.
 
         Raises:
-            RunIsBusyError: when another process is at work in it.
-            StoreError: when the directory cannot be written.
+            RunIsBusyError: if another process is running it.
+            StoreError: if the directory cannot be written.
         """
         self.reload()
         lock = self._lock = RunLock(self.path)
@@ -101,7 +101,7 @@ class RunDirectory:
             lock.release()
 
     def is_done(self, config: Mapping[str, Any]) -> bool:
-        """Whether the run of this configuration is done here. Raises as `require_same`."""
+        """Whether a run of this configuration is done here. Raises like `require_same`."""
         if self.state != RunState.DONE:
             return False
         self.require_same(config)
@@ -115,22 +115,23 @@ class RunDirectory:
         job: dict[str, Any] | None = None,
         **first: Any,
     ) -> RunRecord:
-        """The record of the run that starts here, at its beginning or where it was left.
+        """Creates the record of a new run, or updates the record of a run to be resumed.
 
-        Of a run that is done it is as it was: nothing is to do. To be called within `locked`. That
-        no other process runs it takes up to a minute to know where no lock tells and the heartbeat
-        is fresh, or ahead of this host's clock: after a node was lost, or without locks.
+        The record of a completed run is returned unchanged. Must be called within `locked`. If the
+        lock says nothing about other processes (after a node failed, or without locks) and the
+        heartbeat is recent, or ahead of this host's clock, it takes up to a minute to make sure
+        that no other process is running it.
 
         Args:
             config: the full resolved configuration.
-            retry: whether a run that failed is to start again.
+            retry: whether to restart a failed run.
             job: the cluster's names for the run.
             first: other fields of a new run's record.
 
         Raises:
-            RunIsBusyError: when another process, of which no lock tells, is at work here.
-            StoreError: when the directory holds a run of another configuration, or one that failed
-                and `retry` is not set.
+            RunIsBusyError: if another process is running it although the lock is free.
+            StoreError: if the directory holds a run of another configuration, or a failed one and
+                `retry` is not set.
         """
         if self.record is None:
             return self.create(config, job=job, **first)
@@ -139,7 +140,7 @@ class RunDirectory:
         if record.run_status == "failed" and not retry:
             error = ": ".join((record.error or {}).values())
             raise StoreError(
-                f"A run that failed is not started again unasked; {self.path} holds run "
+                f"A failed run is only restarted with retry=true; {self.path} holds run "
                 f"{record.run_id}, which failed with {error or 'an error'}. Fix the cause and add "
                 "retry=true, or choose another directory with hydra.run.dir=…."
             )
@@ -148,7 +149,7 @@ class RunDirectory:
         return record
 
     def create(self, config: Mapping[str, Any], **values: Any) -> RunRecord:
-        """The record of a new run. Arguments and errors as of `RunRecord.create`."""
+        """Creates the record of a new run. Arguments and errors as in `RunRecord.create`."""
         record = RunRecord.create(self.path, config, **values)
         self._found = (False, record)
         return record
@@ -163,37 +164,37 @@ class RunDirectory:
             ]
             more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
             raise StoreError(
-                f"A directory holds one run; {self.path} holds run {record.run_id} "
+                f"A directory can hold only one run; {self.path} holds run {record.run_id} "
                 f"({record.run_status}) with other values of {', '.join(shown[:SHOWN])}{more}. "
-                "Choose another directory with hydra.run.dir=… (of a sweep, hydra.sweep.dir=…), or "
-                "delete that one."
+                "Choose another directory with hydra.run.dir=… (for a sweep, hydra.sweep.dir=…), "
+                "or delete that one."
             )
 
     def store(self) -> "RunStore":
-        """Where its rows go. Raises `StoreError` where there is no record, and as `RunStore`."""
-        from nerve.storage.store import RunStore  # pyarrow, which a sweep does not need
+        """The store of its rows. Raises `StoreError` if there is no record, and like `RunStore`."""
+        from nerve.storage.store import RunStore  # imports pyarrow, which a sweep does not need
 
         return RunStore(self.path, self.require_record().run_id)
 
     def checkpoint(self, which: Which) -> Path:
-        """Where it keeps its last checkpoint, or its weights of the lowest validation loss."""
+        """Path of its last checkpoint, or of its weights with the lowest validation loss."""
         require_choice("a checkpoint", which, ("best", "last"))
         return self.path / CHECKPOINTS / f"{which}.ckpt"
 
     def kept_checkpoint(self, step: int) -> Path:
-        """Where it keeps its weights of `step`; padded, so that names sort as steps do."""
+        """Path of its weights at `step`; padded, so that names sort like steps."""
         return self.path / CHECKPOINTS / f"step-{step:012d}.ckpt"
 
     def kept_steps(self) -> list[int]:
-        """The steps of which it has kept its weights, in order."""
+        """The steps whose weights it has kept, in order."""
         names = (path.name for path in (self.path / CHECKPOINTS).glob("step-*.ckpt"))
         matches = (re.fullmatch(r"step-(\d{12})\.ckpt", name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
 
     def _look(self) -> tuple[bool | None, RunRecord | None]:
-        """Whether another process has the lock (None: nobody can tell), and the record."""
+        """Whether another process has the lock (None if unknown), and the record."""
         if self._found is None:
-            # The lock first: a run that ends in between then shows as ended.
+            # The lock first, so that a run that ends in between shows as ended.
             if self._lock is None:
                 locked = is_locked(self.path)
             else:
@@ -206,22 +207,23 @@ class RunDirectory:
             return RunRecord.load(self.path)
         except NoRecordError:
             last = self.checkpoint("last")
-            if last.is_file():  # a run that begins here would take it for its own
+            if last.is_file():  # a new run here would resume from it
                 raise lost_record(last, self.path / RECORD_NAME) from None
             return None
 
     def _heard_out(self, record: RunRecord) -> RunRecord:
-        """The record once it is sure that no other process writes it.
+        """The record, once it is certain that no other process writes it.
 
-        That is, once its heartbeat is old, or has not changed for a minute of this host's own: its
-        clock may be another than that of the host which wrote the time.
+        That is the case once its heartbeat is old, or has not changed for a minute of this host's
+        clock, which may differ from that of the host that wrote it.
         """
         first, until = record.heartbeat, time.monotonic() + FRESH.total_seconds()
         while _is_untold(record, self._look()[0]) and _age(record) < FRESH:
             if record.heartbeat != first:
                 raise RunIsBusyError(
-                    f"One process at a time runs in a directory; {self.path} is in use on host "
-                    f"{record.host}, whose heartbeat goes on. Let that one finish or stop it."
+                    f"Only one process may run in a directory; {self.path} is in use on host "
+                    f"{record.host}, which still updates its heartbeat. Wait until that process "
+                    "finishes, or stop it."
                 )
             if time.monotonic() > until:
                 break
@@ -239,7 +241,7 @@ def _is_untold(record: RunRecord, locked: bool | None) -> bool:
 
 
 def _age(record: RunRecord) -> timedelta:
-    """Since the heartbeat, by this host's clock; negative where the other's is ahead."""
+    """Time since the heartbeat by this host's clock; negative if the other host's is ahead."""
     return datetime.now(UTC) - datetime.fromisoformat(record.heartbeat)
 
 

@@ -1,4 +1,4 @@
-"""Runs under a path: which directories hold one, and their records, one per run."""
+"""Finds the run directories below a path and loads their records, one per run."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ from nerve.storage.record import (
 )
 
 OF_A_RUN = ("checkpoints", "groups", "metrics", "scalars", "spectra")
-"""Folders of a run directory that hold no other run."""
+"""Folders of a run directory that contain no other run."""
 
 AnyPath = str | os.PathLike[str]
 
@@ -29,31 +29,31 @@ class FingerprintWarning(UserWarning):
 
 
 def find_runs(path: AnyPath | Iterable[AnyPath]) -> list[Path]:
-    """The run directories at or below `path`, each once, in the order of their names; also those
-    that lie within the directory of another.
+    """The run directories at or below `path`, each once, in the order of their names, including
+    those inside another run directory.
 
     Args:
         path: a run, a sweep, a whole tree of outputs, or several of these. Symbolic links are
-            followed, and loops of them end. Hidden directories are passed over.
+            followed, and loops are detected. Hidden directories are skipped.
 
     Raises:
-        StoreError: when a path does not exist, or no run is found at all.
+        StoreError: if a path does not exist, or no run is found.
     """
     roots = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(root) for root in path]
     seen: set[tuple[int, int]] = set()
     runs: list[Path] = []
     for root in roots:
-        if not os.path.isdir(root):  # False as well for one that may not be looked at
+        if not os.path.isdir(root):  # also False without permission to look at it
             raise StoreError(
-                f"Runs are read from directories; there is none at {root}. Give the directory of "
+                f"Runs are read from directories; there is none at {root}. Pass the directory of "
                 "a run, of a sweep, or of all outputs."
             )
         runs.extend(_walk(root, seen))
     if not runs:
         raise StoreError(
-            f"A run directory holds {RECORD_NAME}; none was found under "
-            f"{', '.join(map(str, roots)) or 'no path'}. Give the directory that runs were "
-            "written to (hydra.run.dir, hydra.sweep.dir)."
+            f"A run directory contains {RECORD_NAME}; none was found under "
+            f"{', '.join(map(str, roots)) or 'no path'}. Pass the directory to which runs were "
+            "written (hydra.run.dir, hydra.sweep.dir)."
         )
     return runs
 
@@ -63,15 +63,14 @@ def load_records(
 ) -> list[RunRecord]:
     """The records of the runs under `path`.
 
-    `read` is called with each as soon as it is read, also with copies that are then left out: of
-    thousands, it may take out what would be too much to keep.
+    `read` is called with each record as soon as it is read, including copies that are omitted
+    later. It may remove what would take too much memory for thousands of runs.
 
-    A run id that is found twice (a copied directory) counts once: the copy that got further stays.
-    Left-out copies, damaged records, records of a newer nerve and differing fingerprints are named
-    in warnings.
+    If a run id is found twice (a copied directory), the copy that got further is used. Warnings
+    name the omitted copies, damaged records, records of a newer nerve and differing fingerprints.
 
     Raises:
-        StoreError: when there is no run, or none whose record can be read.
+        StoreError: if there is no run, or none whose record can be read.
     """
     records: dict[str, RunRecord] = {}
     directories = find_runs(path)
@@ -90,7 +89,7 @@ def load_records(
             record, other = sorted([record, other], key=_progress, reverse=True)
             same = "copies of one run" if record.started == other.started else "two runs of one id"
             warn_caller(
-                f"Run {record.run_id} is in two directories ({same}): {record.directory} counts, "
+                f"Run {record.run_id} is in two directories ({same}): {record.directory} is used, "
                 f"{other.directory} is left out. Move one of them away.",
                 IncompleteWarning,
             )
@@ -105,7 +104,7 @@ def load_records(
 
 
 def warn_fingerprints(records: list[RunRecord]) -> None:
-    """One `FingerprintWarning` for each of corpus, tokenizer, held-out set that differs."""
+    """Warns once for each of corpus, tokenizer and held-out set that differs between runs."""
     for name in sorted({name for record in records for name in record.fingerprints}):
         runs: dict[str, list[str]] = {}
         for record in records:
@@ -115,13 +114,13 @@ def warn_fingerprints(records: list[RunRecord]) -> None:
             groups = "; ".join(f"{value[:12]}: {listed(ids)}" for value, ids in runs.items())
             warn_caller(
                 f"These runs differ in fingerprints.{name}, so their losses are not comparable "
-                f"({groups}). Compare within one of them.",
+                f"({groups}). Compare only runs of the same group.",
                 FingerprintWarning,
             )
 
 
 def listed(names: list[str]) -> str:
-    """The first few of many names, and how many there are."""
+    """The first few names, and the number of all if there are more."""
     return ", ".join(names[:4]) + (f", … ({len(names)} runs)" if len(names) > 4 else "")
 
 
@@ -133,7 +132,7 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(directory) as entries:
             children = {entry.name: _is_directory(entry) for entry in entries}
-    except OSError as error:  # closed to this user, or gone since its parent was listed
+    except OSError as error:  # no permission, or removed since its parent was listed
         warn_caller(f"Left out: {directory} cannot be listed: {error}", IncompleteWarning)
         return
     if RECORD_NAME in children or left_by_a_run(directory):

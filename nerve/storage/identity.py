@@ -1,4 +1,4 @@
-"""Names of runs: `config_id` says what was run, `run_id` which time it was run."""
+"""Ids of runs: `config_id` identifies the configuration, `run_id` the individual run."""
 
 import hashlib
 import json
@@ -23,8 +23,9 @@ EXCLUDED = (
     "trainer.enable_progress_bar",
     "trainer.logger",
 )
-"""Dotted keys of nerve-run, each with all below it, that change where or how fast a run goes, not
-its result. They are passed over in any configuration, also in one that nerve-run did not write."""
+"""Dotted keys of nerve-run, including all keys below them, that affect where or how fast a run
+executes, but not its result. They are ignored in any configuration, even if nerve-run did not write
+it."""
 
 ADDED: dict[str, Any] = {
     "data.corpus.separator": None,
@@ -39,12 +40,13 @@ ADDED: dict[str, Any] = {
     "monitor.steps": None,
     "regularizer": {"name": "none"},
 }
-"""Dotted keys that nerve-run got after version 0.1.0, each with the value that means what was done
-before. A key with that value, and all below it, is passed over: runs of before keep their ids. A
-key of which no value means that has no place here, and runs of before are other runs."""
+"""Dotted keys that were added to nerve-run after version 0.1.0, each with the value that
+corresponds to the earlier behavior. A key with that value, and all keys below it, is ignored, so
+that earlier runs keep their ids. A key without such a value must not be listed here: it makes
+earlier runs different ones."""
 
 GROUPS = ("model", "normalization", "activation", "ffn", "optimizer", "data", "monitor", "trainer")
-"""Keys that every configuration of nerve-run has had from its first version on."""
+"""Keys that every configuration of nerve-run has had since the first version."""
 
 BESIDE: dict[str, tuple[str, str | None]] = {
     "data.corpus.separator": ("paths", None),
@@ -52,8 +54,8 @@ BESIDE: dict[str, tuple[str, str | None]] = {
     "data.separator_token": ("vocab_size", None),
     "data.tokenizer_sample_bytes": ("vocab_size", None),
 }
-"""Keys of `ADDED` that concern some data sets, each with a key of the same group that only these
-have, or have with that value; of a `_target_` its last name."""
+"""Keys of `ADDED` that apply only to some data sets, each with a key of the same group by which
+these are recognized: by its presence, or by its value (for a `_target_`, the last name)."""
 
 NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
@@ -61,19 +63,21 @@ NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 def config_id(config: Mapping[str, Any]) -> str:
     """Twelve hex digits that are equal for configurations that define the same result.
 
-    The hash (SHA-256) of the canonical JSON of `config` without the `EXCLUDED` keys and without the
-    `ADDED` ones that change nothing. Of a `_target_` the last name counts, not the module that it
-    is in. Neither the order of keys nor writing 1 as 1.0 changes it; `true` and 1, or `"1"` and 1,
-    are different. A configuration that was written to run.json and read again has the same.
+    The SHA-256 hash of the canonical JSON of `config` without the `EXCLUDED` keys and without the
+    `ADDED` keys that change nothing. Only the last name of a `_target_` counts, not its module.
+    Neither the order of keys nor writing 1 as 1.0 changes the hash; `true` and 1, or `"1"` and 1,
+    are different. It stays the same when a configuration is written to run.json and read again.
     """
     return ids_of_plain(to_json(config))[0]
 
 
 def ids_of_plain(config: Mapping[str, Any]) -> tuple[str, str]:
-    """`config_id`, and the same without the seed, which runs that differ in nothing else share.
+    """`config_id`, and the same hash without the seed, which is equal for runs that differ only in
+    their seeds.
 
     Args:
-        config: of the values of JSON and numbers alone, as `RunRecord.load` and `to_json` give it.
+        config: contains only JSON values and numbers, as returned by `RunRecord.load` and
+            `to_json`.
     """
     entries = {key: _known_entry(key, config[key]) for key in sorted(config)}
     counted = [entry for entry in entries.values() if entry]
@@ -82,16 +86,16 @@ def ids_of_plain(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The dotted keys that count for `config_id` and differ, in the order of their names."""
+    """The dotted keys that enter `config_id` and differ, sorted by name."""
     mine, its = (_leaves(_canonical(to_json(each), ""), "") for each in (config, other))
     return sorted(key for key in mine | its if mine.get(key) != its.get(key))
 
 
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration of nerve-run with each key of `ADDED` that it is too old to have.
+    """A configuration of nerve-run, completed with the keys of `ADDED` that it is too old to have.
 
-    Keys below `data` depend on the data set: they are added beside the keys of `BESIDE`. Any other
-    configuration is returned as it is.
+    Keys below `data` are only added for the data sets to which they apply, according to `BESIDE`. A
+    configuration that nerve-run did not write is returned unchanged.
     """
     if not all(isinstance(config.get(group), Mapping) for group in GROUPS):
         return config
@@ -104,25 +108,23 @@ def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def new_run_id() -> str:
-    """16 hex digits from the system's randomness, so that no seed can make two runs one."""
+    """16 hex digits from the system's randomness, so that equal seeds never give equal ids."""
     return secrets.token_hex(8)
 
 
 def to_json(
     value: Any, non_finite: Callable[[float], Any] = lambda number: {"float": str(number)}
 ) -> Any:
-    """What JSON can hold of `value`; `from_json` makes the same of it again.
+    """`value` as JSON can represent it; `from_json` is the inverse.
 
-    NumPy and tensor scalars become numbers, paths and the like text.
+    NumPy and tensor scalars become numbers; paths and other objects become text.
 
     Args:
         value: any value of a configuration or a record.
-        non_finite: what becomes of NaN and infinities, which JSON does not have.
+        non_finite: replaces NaN and infinities, which JSON does not have.
     """
     kind = type(value)
-    if (
-        kind is str or kind is int or kind is bool or value is None
-    ):  # most are, of ten thousand runs
+    if kind is str or kind is int or kind is bool or value is None:  # the most frequent cases
         return value
     if kind is dict:
         return {str(key): to_json(item, non_finite) for key, item in value.items()}
@@ -138,7 +140,7 @@ def to_json(
 
 
 def from_json(value: Any) -> Any:
-    """`value` as it was before `to_json`: `{"float": "inf"}` is infinity again."""
+    """The inverse of `to_json`: `{"float": "inf"}` becomes infinity again."""
     if isinstance(value, dict):
         if is_non_finite(value):
             return NON_FINITE[value["float"]]
@@ -147,7 +149,7 @@ def from_json(value: Any) -> Any:
 
 
 def is_non_finite(value: Any) -> bool:
-    """Whether this is what `to_json` makes of NaN or an infinity."""
+    """Whether `value` is how `to_json` represents NaN or an infinity."""
     if not isinstance(value, Mapping):
         return False
     name = value.get("float")
@@ -155,7 +157,7 @@ def is_non_finite(value: Any) -> bool:
 
 
 def _canonical(value: Any, path: str) -> Any:
-    """What counts of the JSON `value` at the dotted key `path`."""
+    """The part of the JSON `value` at the dotted key `path` that enters the hash."""
     if isinstance(value, dict):
         counted = {}
         for key, item in value.items():
@@ -174,7 +176,7 @@ def _canonical(value: Any, path: str) -> Any:
 
 
 def _at(config: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
-    """What stands at nested keys; nothing where one of them is missing."""
+    """The mapping at nested keys; empty if one of them is missing."""
     for group in groups:
         found = config.get(group)
         config = found if isinstance(found, Mapping) else {}
@@ -182,12 +184,12 @@ def _at(config: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
 
 
 def _has(group: Mapping[str, Any], key: str, value: str | None) -> bool:
-    """Whether a group has a key; where a value is given, with that value."""
+    """Whether a group has a key, with this value if one is given."""
     return key in group and value in (None, _name(str(group[key])))
 
 
 def _put(config: dict[str, Any], groups: Iterable[str], key: str, value: Any) -> None:
-    """Sets what is missing at nested keys, to a copy; the mappings that it changes are copies."""
+    """Sets a missing nested key to a copy of `value`, and copies the mappings that it changes."""
     for group in groups:
         config[group] = dict(config[group])
         config = config[group]
@@ -196,19 +198,18 @@ def _put(config: dict[str, Any], groups: Iterable[str], key: str, value: Any) ->
 
 
 def _digest(entries: Iterable[str]) -> str:
-    """Of a JSON object of these entries."""
+    """The hash of a JSON object with these entries."""
     return hashlib.sha256(f"{{{','.join(entries)}}}".encode()).hexdigest()[:12]
 
 
 _KNOWN: dict[tuple[str, str], str] = {}
-"""Entries by key and `repr`, which tells plain values apart: of ten thousand runs most groups are
-alike."""
+"""A cache of entries by key and `repr` of the value: in ten thousand runs, most groups repeat."""
 _MOST_KNOWN = 4096
 
 
 def _known_entry(key: str, value: Any) -> str:
-    """The canonical JSON of a value at the top of a configuration, behind its key; empty if it does
-    not count."""
+    """The canonical JSON of a top-level key of a configuration and its value; empty if the key does
+    not enter the hash."""
     name = key, repr(value)
     entry = _KNOWN.get(name)
     if entry is None:
@@ -221,19 +222,19 @@ def _known_entry(key: str, value: Any) -> str:
 
 
 def _name(target: str) -> str:
-    """A class or function without its module: `GPT.from_preset` of `models.gpt.GPT.from_preset`."""
+    """A class or function without its module: `models.gpt.GPT.from_preset` → `GPT.from_preset`."""
     parts = target.split(".")
     first = next((i for i, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1)
     return ".".join(parts[first:])
 
 
 def _text(canonical: Any) -> str:
-    """Canonical JSON, in which true and 1 are as different as they are in the hash."""
+    """Canonical JSON, in which true and 1 are different, as in the hash."""
     return json.dumps(canonical, sort_keys=True, separators=(",", ":"))
 
 
 def _leaves(value: Any, path: str) -> dict[str, str]:
-    """The texts of what is canonical, by dotted key."""
+    """The canonical JSON of each leaf, by dotted key."""
     if not isinstance(value, Mapping) or not value or is_non_finite(value):
         return {path: _text(value)}
     leaves: dict[str, str] = {}

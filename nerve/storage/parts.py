@@ -1,16 +1,17 @@
-"""Part files: `<dataset>/part-<step>.parquet`, how they are listed, read and written.
+"""Part files, `<dataset>/part-<step>.parquet`: how they are listed, read and written.
 
-A part is a Parquet file with a checksum of each page, and one of the footer, for which the format
-has none: eight bytes before the footer, `FOOTER_MARK` and the CRC-32 of all that follows. Other
-readers pass over them. A file without (an older part, or one that another program rewrote) is read
-unverified.
+A part is a Parquet file with a checksum for each page and one for the footer. The format has none
+for the footer, so it is stored in eight bytes before it: `FOOTER_MARK` and the CRC-32 of everything
+that follows. Other readers ignore them. A file without them (an older part, or one rewritten by
+another program) is read unverified.
 
-Which parts a run must have says a list beside them, without which none would miss a deleted one. It
-never names what the writer has taken away itself, whenever it is killed: a part is listed after it
-was written, and struck off before it is removed. A part that is not listed is read all the same. A
-run without a list (of version 0.1.0, or copied without hidden files) is read unverified. The list
-is an object, the parts by dataset, and one line for each part that came later, so that a part costs
-as much to list as the one before it. A line that was cut off ends it.
+A list next to the parts names those that a run must have, because otherwise a deleted part would go
+unnoticed. It never names a part that the writer itself removed, whenever the writer is killed: a
+part is added to the list after it is written, and deleted from the list before it is removed. A
+part that is not listed is still read. A run without a list (of version 0.1.0, or copied without
+hidden files) is read unverified. The list consists of an object with the parts of each dataset, and
+one line for each part added later, so that adding a part always costs the same. A truncated line
+ends the list.
 """
 
 import json
@@ -36,11 +37,11 @@ FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
 """The mark and the checksum after it."""
 _END_BYTES = 8
-"""How a Parquet file ends: the footer's length, four bytes, and `PAR1`."""
+"""The end of a Parquet file: the footer's length in four bytes, and `PAR1`."""
 
 
 _MOST_ATTEMPTS = 20
-"""Times that a run's parts are listed again, as one of them is gone when it is opened."""
+"""How often a run's parts are listed again because one of them has disappeared when opened."""
 
 
 class DamagedPartWarning(UserWarning):
@@ -48,16 +49,16 @@ class DamagedPartWarning(UserWarning):
 
 
 class DamagedPartError(StoreError):
-    """A Parquet part that cannot be read as what its folder holds, or that is not there."""
+    """A Parquet part that is missing or cannot be read as a part of its dataset."""
 
 
 def part_path(directory: Path, dataset: Dataset, step: int) -> Path:
-    """The part that holds the rows flushed at `step`; padded, so that names sort as steps do."""
+    """Path of the part with the rows flushed at `step`; padded, so that names sort like steps."""
     return directory / dataset.name / f"part-{step:012d}.parquet"
 
 
 def part_step(path: Path) -> int:
-    """The step in a part's name, past which it holds no rows; 0 for a file that is not ours."""
+    """The step in a part's name, the last one that it may contain; 0 for a foreign file."""
     match = re.fullmatch(r"part-(\d+)\.parquet", path.name)
     return int(match[1]) if match else 0
 
@@ -66,7 +67,7 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
     """The dataset's parts, earliest first, without hidden files; none if there is no such folder.
 
     Raises:
-        DamagedPartError: when the folder cannot be listed.
+        DamagedPartError: if the folder cannot be listed.
     """
     folder = directory / dataset.name
     try:
@@ -75,7 +76,7 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
                 each.name
                 for each in entries
                 if each.name.endswith(".parquet")
-                and not each.name.startswith(".")  # what macOS puts beside files of other systems
+                and not each.name.startswith(".")  # macOS adds such files on other file systems
                 and (each.is_file(follow_symlinks=False) or not os.path.isdir(each.path))
             ]
     except (FileNotFoundError, NotADirectoryError):
@@ -89,25 +90,25 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
 
 
 def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
-    """One part as a table of exactly the dataset's schema.
+    """Reads one part as a table with exactly the dataset's schema.
 
     Args:
-        path: of the part.
-        dataset: what it holds.
-        run_id: of the run whose rows these must be; None for any run's.
+        path: path of the part.
+        dataset: the dataset that it belongs to.
+        run_id: the run to which the rows must belong; None for any run.
 
-    A nullable column that the part lacks reads as null: an older nerve did not know it. A column
-    that the dataset lacks, such as one that somebody added, is left out, and a compaction drops it.
-    What nerve itself adds raises the version, so that it is never left out.
+    A nullable column that the part lacks, because an older nerve did not have it, is filled with
+    null. A column that the schema lacks, such as one added by a user, is omitted, and a compaction
+    drops it. Columns that nerve adds increase the schema version, so they are never omitted.
 
     Raises:
-        DamagedPartError: when the file is cut short, overwritten, changed in a single byte that
-            counts, lacks a required column, or holds rows of another run.
-        StoreError: when a newer nerve wrote it.
-        FileNotFoundError: when it is gone, for a compaction may run while others read.
+        DamagedPartError: if the file is truncated, overwritten or changed in a single byte, lacks a
+            required column, or contains rows of another run.
+        StoreError: if a newer nerve wrote it.
+        FileNotFoundError: if it does not exist; a compaction may run while others read.
     """
     try:
-        # At once: each column by itself would be a call of the system.
+        # Read all bytes at once: reading column by column would take one system call for each.
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
             with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
@@ -116,13 +117,13 @@ def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Tab
     except FileNotFoundError as error:
         if not path.is_symlink():
             raise
-        raise _damaged(path, dataset, error) from error  # of a link to nowhere, which stays
+        raise _damaged(path, dataset, error) from error  # a broken link
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _damaged(path, dataset, error) from error
     others = set() if run_id is None else set(table["run_id"].unique().to_pylist()) - {run_id}
     if others:
         raise DamagedPartError(
-            f"{path} holds rows of run {', '.join(sorted(others))}; the run of its directory is "
+            f"{path} contains rows of run {', '.join(sorted(others))}; the run of its directory is "
             f"{run_id}. Move it to the directory of its own run."
         )
     return table
@@ -135,8 +136,8 @@ def _damaged(path: Path, dataset: Dataset, error: Exception) -> DamagedPartError
 
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:
-    """What a part says of itself beside its rows. Raises `pa.ArrowException`, `OSError` or
-    `ValueError` for a file that is damaged or gone."""
+    """The metadata of a part. Raises `pa.ArrowException`, `OSError` or `ValueError` for a file that
+    is damaged or missing."""
     with pa.OSFile(os.fsencode(path)) as file:
         _verify_footer(file)
         return pq.read_schema(file).metadata or {}
@@ -145,9 +146,11 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 def read_parts(
     directory: Path, dataset: Dataset, run_id: str | None = None
 ) -> tuple[pa.Table, list[DamagedPartError]]:
-    """All rows of a run's dataset, each once, and the parts that are missing or had to be left out.
+    """All rows of a run's dataset, each once, and an error for each part that is missing or had to
+    be left out.
 
-    Rows come earliest part first; of doubled rows the one in the latest part stays.
+    Rows are in the order of the parts, earliest first; of duplicate rows, the one in the latest
+    part is kept.
     """
     attempts = 0
     while True:
@@ -164,24 +167,24 @@ def read_parts(
                         raise
                     damaged.append(_damaged(path, dataset, error))
         except FileNotFoundError:
-            # Compacted between listing and reading: a new listing has all the rows. That of a
-            # network's file system may be some time behind.
+            # Compacted between listing and reading: a new listing has all the rows, but on a
+            # network file system it may lag behind.
             time.sleep(0.01 * attempts)
             attempts += 1
             continue
-        # One part, as a run that has ended has it, was written without doubled rows.
+        # A single part, as in a run that has ended, was written without duplicate rows.
         table = joined(tables, dataset) if len(tables) > 1 else [*tables, _empty(dataset.name)][0]
         return table, damaged + missing_errors(directory, dataset)
 
 
 @cache
 def _empty(name: str) -> pa.Table:
-    """A table without rows; pyarrow looks for pandas as it makes the first, so not on import."""
+    """A table without rows; not created on import, because pyarrow then searches for pandas."""
     return DATASETS[name].schema.empty_table()
 
 
 def read_manifest(directory: Path) -> dict[str, set[str]]:
-    """The names of the parts that a run must have, by dataset; empty where no list can be read."""
+    """The names of the parts that a run must have, by dataset; empty if no list can be read."""
     parts: dict[str, set[str]] = {}
     try:
         with open(f"{directory}/{MANIFEST_NAME}", "rb", buffering=0) as file:
@@ -196,9 +199,9 @@ def read_manifest(directory: Path) -> dict[str, set[str]]:
 
 
 def write_manifest(directory: Path, parts: Mapping[str, Set[str]]) -> None:
-    """Replaces the list. Raises `StoreError` when the file system refuses.
+    """Replaces the list. Raises `StoreError` if it cannot be written.
 
-    It need not survive a power cut: without it, parts are read as they are.
+    It need not survive a power failure: without it, parts are read unverified.
     """
     text = json.dumps({name: sorted(parts[name]) for name in sorted(parts)}) + "\n"
     write_atomically(
@@ -207,7 +210,7 @@ def write_manifest(directory: Path, parts: Mapping[str, Set[str]]) -> None:
 
 
 def add_to_manifest(directory: Path, dataset: str, parts: Collection[str]) -> None:
-    """Puts parts on the list. Raises `StoreError` when the file system refuses."""
+    """Adds parts to the list. Raises `StoreError` if it cannot be written."""
     path = directory / MANIFEST_NAME
     line = json.dumps([dataset, sorted(parts)]) + "\n"
     with as_store_error(path), open(path, "ab", buffering=0) as file:
@@ -215,7 +218,8 @@ def add_to_manifest(directory: Path, dataset: str, parts: Collection[str]) -> No
 
 
 def missing_parts(directory: Path, dataset: str) -> list[Path]:
-    """The parts of a dataset that are listed and not there, also while the run is written."""
+    """The parts of a dataset that are listed but do not exist, even while the run is being
+    written."""
 
     folder = str(directory / dataset)
 
@@ -224,23 +228,23 @@ def missing_parts(directory: Path, dataset: str) -> list[Path]:
         return {Path(path) for name in listed if not os.path.exists(path := f"{folder}/{name}")}
 
     gone = missing()
-    # What the writer has just removed is not listed any more by now.
+    # Parts that the writer has just removed are no longer listed by now.
     return sorted(gone & missing()) if gone else []
 
 
 def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
-    """One error for each part that was written and is not there any more."""
+    """One error for each part that was written but no longer exists."""
     return [
         DamagedPartError(
-            f"{path} is missing: its rows were stored and are not there any more. Restore it; to "
-            f"do without them, delete {directory / MANIFEST_NAME}."
+            f"{path} is missing: its rows were stored, but the file no longer exists. Restore it; "
+            f"to continue without these rows, delete {directory / MANIFEST_NAME}."
         )
         for path in missing_parts(directory, dataset.name)
     ]
 
 
 def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
-    """The rows of `tables` in their order; of rows that share the dataset's key, the last."""
+    """The rows of `tables` in their order; of rows with the same key, only the last."""
     table = pa.concat_tables([dataset.schema.empty_table(), *tables])
     rows = pa.array(np.arange(len(table)))
     keys = table.select(dataset.key).append_column("row", rows)
@@ -250,7 +254,7 @@ def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
 
 
 def write_part(path: Path, table: pa.Table) -> None:
-    """Writes `table` at `path` atomically. Raises `StoreError` when the file system refuses."""
+    """Writes `table` to `path` atomically. Raises `StoreError` if it cannot be written."""
     options = encoding_of(table.schema)
 
     def write(file: BinaryIO) -> None:
@@ -261,12 +265,12 @@ def write_part(path: Path, table: pa.Table) -> None:
     write_atomically(path, write)
 
 
-# The footer names columns, types, places, the version, and what a compaction took over. A changed
-# byte in the name of a nullable column would read as null in every row.
+# The footer contains columns, types, offsets, the version, and the parts merged by a compaction. A
+# changed byte in the name of a nullable column would turn every value of the column into null.
 
 
 def _signed(parquet: bytes) -> bytes:
-    """A Parquet file with the mark and the checksum before its footer."""
+    """A Parquet file with the mark and the checksum inserted before its footer."""
     start = _footer_start(len(parquet), parquet[-_END_BYTES:])
     pages, footer = parquet[:start], parquet[start:]
     return b"".join([pages, FOOTER_MARK, zlib.crc32(footer).to_bytes(4, "little"), footer])
@@ -277,21 +281,21 @@ def _footer_start(size: int, end: bytes) -> int:
 
 
 def _verify_footer(file: pa.NativeFile) -> None:
-    """Raises `ValueError` where a footer is not what its checksum is of; passes one without."""
+    """Raises `ValueError` if a footer does not match its checksum; accepts one without."""
     size = file.size()
     if size < _END_BYTES:
-        return  # cut, as the reader of Parquet will say
+        return  # truncated: the Parquet reader raises an error
     file.seek(size - _END_BYTES)
     start = _footer_start(size, file.read(_END_BYTES))
     if start >= _MARK_BYTES:
         file.seek(start - _MARK_BYTES)
         signed, footer = file.read(_MARK_BYTES), file.read()
         if signed[:4] == FOOTER_MARK and signed[4:] != zlib.crc32(footer).to_bytes(4, "little"):
-            raise ValueError("the checksum of its footer does not fit")
+            raise ValueError("the checksum of its footer does not match")
     file.seek(0)
 
 
 def warn_damaged(damaged: Iterable[DamagedPartError]) -> None:
-    """One `DamagedPartWarning` a part, at the line that called the store or the loader."""
+    """Emits one `DamagedPartWarning` per part, at the line that called the store or the loader."""
     for error in damaged:
         warn_caller(f"Left out: {error}", DamagedPartWarning)

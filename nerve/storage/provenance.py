@@ -1,6 +1,6 @@
-"""What code a run used: the versions of the packages that decide numbers, and the commit.
+"""The code that a run used: the versions of the packages that affect results, and the commit.
 
-It imports the standard library alone, as the build of a wheel asks it, too.
+Imports only the standard library, because building a wheel uses it, too.
 """
 
 import base64
@@ -15,32 +15,32 @@ from pathlib import Path
 
 PACKAGES = (
     "nerve",
-    # Training and what it is told.
+    # Training and its configuration.
     *("torch", "triton", "lightning", "hydra-core", "omegaconf", "pytorch-optimizer"),
     # Data.
     *("tokenizers", "datasets", "huggingface-hub", "pillow", "scikit-learn"),
-    # Spectra and how they are stored.
+    # Spectra and their storage.
     *("numpy", "pyarrow"),
 )
-"""Packages whose version a result may depend on."""
+"""Packages whose versions may affect a result."""
 
 CODE = ("nerve", "conf", "sweeps")
-"""Folders of the repository that decide what a run does."""
+"""Folders of the repository that determine what a run does."""
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 COMMIT_FILE = "_commit.txt"
-"""In the package: the commit that it was packed from. `git archive` writes it with the commit's
-tree (.gitattributes), the build of a source distribution with a digest of its files, and that of a
-wheel as it is (hatch_build.py); a checkout has a placeholder.
+"""A file in the package with the commit from which it was built. `git archive` writes it with the
+commit's tree (.gitattributes), the build of a source distribution with a digest of its files, and
+the build of a wheel with the commit alone (hatch_build.py); a checkout has a placeholder.
 """
 
 PLACEHOLDER = "$Format:%H %T$\n"
-"""What the commit itself has in `COMMIT_FILE`."""
+"""The contents of `COMMIT_FILE` in the repository."""
 
 
 def package_versions() -> dict[str, str]:
-    """Python's version and those of `PACKAGES` that are installed; imports none of them."""
+    """The versions of Python and of the installed `PACKAGES`, without importing them."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -51,7 +51,7 @@ def package_versions() -> dict[str, str]:
 
 
 def nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver, as Linux has it; None where there is none."""
+    """The version of the NVIDIA driver according to Linux; None if there is none."""
     try:
         text = DRIVER_FILE.read_text()
     except OSError:
@@ -61,14 +61,14 @@ def nvidia_driver() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit that this package is of; None if none is known.
+    """The commit of this package's code; None if it is unknown.
 
-    `+` follows it when files differ from it, `?` when nothing says whether they do. What was packed
-    carries it, whatever repository it lies in, and its files are compared with what was packed:
-    those of `git archive` with the commit's tree, where there is git (all that .gitignore does not
-    name count), those of a source distribution with its digest, those of an installed wheel with
-    its record. A checkout says it itself: of files that git does not track those count that lie
-    beside the code and its configuration.
+    It is followed by `+` if files differ from the commit, and by `?` if this is unknown. A packed
+    copy carries its commit, whatever repository it lies in, and its files are compared with what
+    was packed: those of `git archive` with the commit's tree, if git is available (all files count
+    that .gitignore does not exclude), those of a source distribution with its digest, and those of
+    an installed wheel with its record. In a checkout git is asked; of the untracked files, only
+    those in the folders of `CODE` count.
     """
     package = Path(__file__).resolve().parents[1]
     return _carried(package) or _of_checkout(package)
@@ -93,7 +93,7 @@ def _carried(package: Path) -> str | None:
 
 
 def files_digest(root: Path) -> str:
-    """SHA-256 of the names and contents of the code and its configuration below `root`."""
+    """SHA-256 of the names and contents of all files in the folders of `CODE` below `root`."""
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((root / folder).rglob("*")):
@@ -104,8 +104,8 @@ def files_digest(root: Path) -> str:
 
 
 def _is_as_installed(package: Path) -> bool | None:
-    """Whether the files of an installed package are those that it was installed with; None where it
-    was not installed, or not from a wheel."""
+    """Whether the files of an installed package are unchanged; None if it was not installed, or not
+    from a wheel."""
     try:
         files = distribution("nerve").files or []
     except PackageNotFoundError:
@@ -120,13 +120,13 @@ def _is_as_installed(package: Path) -> bool | None:
 
 
 def _sha256(path: Path) -> str:
-    """As RECORD writes it."""
+    """The hash of a file as RECORD contains it."""
     digest = hashlib.sha256(path.read_bytes()).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def _is_tree(folder: Path, tree: str) -> bool | None:
-    """Whether the files in a folder are those of a tree of git; None without git."""
+    """Whether the files in a folder are those of a git tree; None without git."""
     with tempfile.TemporaryDirectory() as repository:
         own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_DIR": repository}
         placeholder = Path(repository, COMMIT_FILE)
@@ -157,7 +157,7 @@ def _of_checkout(package: Path) -> str | None:
 
 
 def cluster_job() -> dict[str, str] | None:
-    """SLURM's names for the job that this process is part of; None outside of one."""
+    """SLURM's names for the job that this process belongs to; None outside of a job."""
     names = {
         "id": "SLURM_JOB_ID",
         "array_id": "SLURM_ARRAY_JOB_ID",
@@ -170,7 +170,7 @@ def cluster_job() -> dict[str, str] | None:
 
 def _git(checkout: Path, *arguments: str, **environment: str) -> str:
     command = ["git", "-C", str(checkout), *arguments]
-    # A hook of git, and some servers, name another repository in the environment.
+    # Git hooks and some servers set another repository in the environment.
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     result = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=10, env=own | environment

@@ -31,9 +31,9 @@ _UNREADABLE = (
     OverflowError,
     RecursionError,
 )
-"""What JSON of any content can come to."""
+"""The errors that arbitrary JSON can cause."""
 _UPDATING = threading.Lock()
-"""A run is recorded by the thread that trains and by the one that shows that it lives."""
+"""The thread that trains and the heartbeat thread both write the record."""
 
 FIXED = ("directory", "run_id", "config_id", "started")
 
@@ -44,12 +44,12 @@ class DamagedRecordWarning(UserWarning):
 
 
 class NoRecordError(StoreError):
-    """A directory without `run.json`, and without anything that a run has stored."""
+    """A directory without `run.json` and without data of a run."""
 
 
 class DamagedRecordError(StoreError):
-    """A `run.json` that is cut short, overwritten, not the record of a run, or gone from beside
-    what its run has stored."""
+    """A `run.json` that is truncated, overwritten, not the record of a run, or missing although its
+    run has stored data."""
 
 
 @dataclass(kw_only=True)
@@ -57,15 +57,16 @@ class RunRecord:
     """The record of one run; `create`, `update`, `restart` and `finish` write it atomically.
 
     Times are ISO 8601 in UTC; `heartbeat` is when the record was last written. `error` has `type`
-    and `message`. `job` holds the cluster's own names for the run, `fingerprints` the hashes of
+    and `message`. `job` holds the cluster's names for the run, `fingerprints` the hashes of
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
-    `pre_scales` what `model.pre_std` multiplied initial weights by (`ffn/00`, …). `wandb_id` is the
-    run's at wandb, `stopped_by` the rule on results that ended it before its last step, `warning`
-    what is to be known of one that is done beside its numbers.
-    JSON knows no NaN and no infinity: in the file such a number of the configuration is an object,
-    `{"float": "inf"}`, and any other null. (Version 0.1.0 wrote null in the configuration, too; it
-    stays null, and such a run is not taken for one with an infinite value.) The file has a
-    `checksum` of all that it says; one without is read unverified.
+    `pre_scales` the factors by which `model.pre_std` multiplied initial weights (`ffn/00`, …).
+    `wandb_id` is the id of the run in wandb, `stopped_by` the reason for early stopping, and
+    `warning` a warning about the results of a completed run.
+
+    JSON has no NaN and no infinity: in the file, such a number is stored as `{"float": "inf"}` in
+    the configuration and as null elsewhere. (Version 0.1.0 wrote null in the configuration, too; it
+    is read as null, so such a run does not equal one with an infinite value.) The file has a
+    `checksum` of its contents; a file without one is read unverified.
     """
 
     directory: Path
@@ -121,8 +122,8 @@ class RunRecord:
         path = Path(directory) / RECORD_NAME
         if path.exists():
             raise StoreError(
-                f"A run directory holds one run; {path} is the record of another. Resume that run, "
-                "or choose a new directory."
+                f"A directory can hold only one run; {path} is the record of another. Resume that "
+                "run, or choose a new directory."
             )
         now = _now()
         record = cls(
@@ -163,8 +164,8 @@ class RunRecord:
             if left is not None:
                 raise lost_record(left, path) from error
             raise NoRecordError(
-                f"A run directory holds {RECORD_NAME}; {path.parent} has none. Give the directory "
-                "of a run."
+                f"A run directory contains {RECORD_NAME}; {path.parent} has none. Pass the "
+                "directory of a run."
             ) from error
         except _UNREADABLE as error:
             raise _damaged(path, error) from error
@@ -177,8 +178,8 @@ class RunRecord:
         if checksum not in (None, _checksum(values)):
             raise _damaged(
                 path,
-                "its checksum does not fit, so something in it was changed (if that was you, "
-                "delete the line of the checksum)",
+                "its checksum does not match, so it was changed after it was written (if you "
+                "changed it yourself, delete the line with the checksum)",
             )
         stored = {name: values[name] for name in _STORED & values.keys()}
         try:
@@ -187,7 +188,7 @@ class RunRecord:
         except (TypeError, StoreError) as error:
             raise _damaged(path, error) from error
         record.config_id, _ = ids_of_plain(record.config)
-        if b'"float"' in data:  # hardly any has a number that JSON lacks
+        if b'"float"' in data:  # few records have a non-finite number
             record.config = from_json(record.config)
         return record
 
@@ -215,10 +216,10 @@ class RunRecord:
         unknown = sorted(changes.keys() - set(names))
         if unknown:
             raise StoreError(
-                f"An update sets fields of a run record: {', '.join(names)}; got "
+                f"An update can only set the fields {', '.join(names)}; got "
                 f"{', '.join(unknown)}. Put other values into final or job."
             )
-        if isinstance(changes.get("config"), Mapping):  # anything else is refused below
+        if isinstance(changes.get("config"), Mapping):  # anything else is rejected below
             changes["config_id"] = config_id(changes["config"])
         with _UPDATING:
             before = dict(vars(self))
@@ -231,10 +232,9 @@ class RunRecord:
                 raise
 
     def restart(self, **changes: Any) -> None:
-        """Continues the run in a new process: running again, with one more restart. Raises as
-        above.
+        """Continues the run in a new process: sets it to running and counts one more restart.
 
-        `run_id` and `started` stay the same; the host is updated.
+        `run_id` and `started` stay the same; the host is updated. Raises like `update`.
         """
         host = socket.gethostname()
         again: dict[str, Any] = {"run_status": "running", "error": None, "ended": None}
@@ -255,21 +255,21 @@ class RunRecord:
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
 
     def _require_own(self) -> None:
-        """Raises `StoreError` where the directory is that of another run by now."""
+        """Raises `StoreError` if the directory now belongs to another run."""
         try:
             run_id = json.loads((self.directory / RECORD_NAME).read_bytes())["run_id"]
         except _UNREADABLE:
-            return  # not there yet, or damaged: what is written takes its place
+            return  # missing or damaged: it will be replaced
         if run_id != self.run_id:
             raise StoreError(
-                f"A run writes in its own directory; {self.directory} is that of run {run_id} now, "
-                f"and not of run {self.run_id} any more, which stops. Leave a directory in its "
-                "place while its run is at work."
+                f"A run writes only in its own directory; {self.directory} now belongs to run "
+                f"{run_id} and no longer to run {self.run_id}, which stops. Do not move or replace "
+                "a directory while its run is active."
             )
 
 
 _STORED = frozenset(entry.name for entry in fields(RunRecord)) - {"directory", "config_id"}
-"""What is taken from a file: its directory is where it lies, its `config_id` is made anew."""
+"""The fields that are read from a file; the directory and `config_id` are determined anew."""
 
 
 def _now() -> str:
@@ -277,23 +277,23 @@ def _now() -> str:
 
 
 def left_by_a_run(directory: Path) -> Path | None:
-    """Something in a directory that only a run of this project can have stored there."""
+    """A file in a directory that only a nerve run can have stored there; None if there is none."""
     parts = (directory / "metrics").glob("part-" + 12 * "[0-9]" + ".parquet")
-    with contextlib.suppress(OSError):  # it may be closed to this user, or just be removed
+    with contextlib.suppress(OSError):  # no permission, or just removed
         return next((path for path in (directory / MANIFEST_NAME, *parts) if path.is_file()), None)
     return None
 
 
 def lost_record(left: Path, path: Path) -> DamagedRecordError:
-    """The error for a run whose record `path` is gone from beside `left`."""
+    """The error for a run whose record `path` is missing, although it stored `left`."""
     return DamagedRecordError(
-        f"{path} is missing, and {left} shows that a run was recorded there. Restore it from a "
-        "copy, or move the directory away: what it holds cannot be told without."
+        f"{path} is missing, but {left} shows that it existed. Restore it from a copy, or move the "
+        "directory away: its data cannot be interpreted without it."
     )
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-    """CRC-32 of what the JSON of a record says, however it is laid out."""
+    """CRC-32 of the contents of a record, independent of its JSON formatting."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x}"
 

@@ -1,4 +1,4 @@
-"""What each field of `run.json` holds, which whoever reads a record can rely on."""
+"""The types of the fields of `run.json`, checked when a record is read or written."""
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -31,8 +31,12 @@ def _is_mapping(value: Any) -> bool:
 
 KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (f"one of {', '.join(RUN_STATUSES)}", RUN_STATUSES.__contains__, ("run_status",)),
-    ("a text", _is_text, ("run_id", "sweep", "git_commit", "host", "device", "wandb_id")),
-    ("a time with its zone, in ISO 8601", _is_time, ("started", "heartbeat", "ended")),
+    (
+        "a nonempty string",
+        _is_text,
+        ("run_id", "sweep", "git_commit", "host", "device", "wandb_id"),
+    ),
+    ("an ISO 8601 time with a time zone", _is_time, ("started", "heartbeat", "ended")),
     (
         "a whole number",
         lambda value: isinstance(value, int) and not isinstance(value, bool),
@@ -46,14 +50,14 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         ("final",),
     ),
     (
-        "a mapping with type and message, both texts",
+        "a mapping with type and message, both strings",
         lambda value: (
             _is_mapping(value) and bool(value) and all(isinstance(v, str) for v in value.values())
         ),
         ("error",),
     ),
 )
-"""What each field holds, as JSON has it; those of `OPTIONAL` may be None."""
+"""The type of each field's JSON value; the fields in `OPTIONAL` may be None."""
 
 OPTIONAL = (
     *("sweep", "git_commit", "host", "device", "ended", "seed", "n_parameters"),
@@ -62,11 +66,11 @@ OPTIONAL = (
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Raises `StoreError` for a value that JSON would give back as something else than its field
-    holds; it names the field."""
+    """Raises `StoreError`, with the name of the field, for a value whose JSON form does not have
+    the type of its field."""
     for kind, holds, names in KINDS:
         for name in names:
             value = values[name]
             value = value if isinstance(value, dict | str | None) else to_json(value)
             if not holds(value) and (value is not None or name not in OPTIONAL):
-                raise StoreError(f"{name} of a run record is {kind}; got {value!r:.200}.")
+                raise StoreError(f"{name} of a run record must be {kind}; got {value!r:.200}.")

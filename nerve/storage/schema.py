@@ -14,7 +14,7 @@ from nerve.errors import StoreError
 from nerve.metric_names import GROUP_SITES, GROUPED, SITES, STORED
 
 SCHEMA_VERSION = 2
-"""Written into each part. 2 added the columns from `variance_outside` to `position_ratio_post`."""
+"""Stored in each part. Version 2 added `variance_outside` to `position_ratio_post`."""
 VERSION_KEY = b"nerve_schema_version"
 
 
@@ -23,12 +23,12 @@ def _schema(*columns: pa.Field) -> pa.Schema:
 
 
 def _always(name: str, kind: pa.DataType) -> pa.Field:
-    """A column that every row must fill."""
+    """A column that must not be null."""
     return pa.field(name, kind, nullable=False)
 
 
 def _measured(*names: str) -> list[pa.Field]:
-    """Columns that are null where nothing valid could be measured."""
+    """Columns that are null if nothing valid could be measured."""
     return [pa.field(name, pa.float64()) for name in names]
 
 
@@ -45,21 +45,21 @@ METRICS = _schema(
     pa.field("precision", pa.string()),
     _always("status", pa.string()),
 )
-"""One row a measured FFN and step: the metrics of the catalogue that are stored, losses, `lr` (that
-of the hidden weights), `status` ("ok" or why metrics are null), `precision` (the way that the
-covariances took; `projected_bfloat16` or `projected_float16` where pre was computed from the FFN's
-input without its own rounding to that type). `variance_*` is the trace of the covariance.
+"""One row per measured FFN and step: the stored metrics of the catalog, losses, `lr` (of the hidden
+weights), `status` ("ok", or the reason why metrics are null) and `precision` (how the covariances
+were computed; `projected_bfloat16` or `projected_float16` if pre was computed from the FFN's input
+without its own rounding to that type). `variance_*` is the trace of the covariance.
 
-Shares, each in [0, 1], of what the spectrum alone cannot show:
+Shares in [0, 1], which the spectrum alone cannot show:
 
-- `variance_outside`: of post's variance, the share outside the span of pre, `1 - tr(P C_post) /
-  tr(C_post)`, with P the projector onto the columns of the up (or gate) weight. Null where no
-  weight says what pre can reach.
-- `largest_share_*`: of all variance, the share of the single sample that is farthest from the mean.
-  Near 1, the spectrum is that of one sample.
-- `top_share_*`: the same of the farthest 0.1% of the samples together.
-- `mean_share_*`: of the second moment, the share of the mean. Covariances are centered, so they
-  cannot see features that collapse to one vector; there it is 1.
+- `variance_outside`: the share of post's variance outside the span of pre, `1 - tr(P C_post) /
+  tr(C_post)`, where P projects onto the columns of the up (or gate) weight. Null if no weight
+  determines the span of pre.
+- `largest_share_*`: the share of the total variance due to the single sample farthest from the
+  mean. Near 1, the spectrum is that of one sample.
+- `top_share_*`: the same for the farthest 0.1% of the samples together.
+- `mean_share_*`: the mean's share of the second moment. It is 1 if the features collapse to one
+  vector, which centered covariances cannot show.
 """
 
 SPECTRA = _schema(
@@ -68,10 +68,10 @@ SPECTRA = _schema(
     _always("layer", pa.int16()),
     _always("ffn", pa.string()),
     _always("site", pa.string()),
-    # "element" is the name that Parquet itself prescribes for the items of a list.
+    # Parquet prescribes the name "element" for the items of a list.
     _always("eigenvalues", pa.list_(pa.field("element", pa.float32()))),
 )
-"""One row a measured FFN, step and site (pre | post)."""
+"""One row per measured FFN, step and site (pre | post)."""
 
 SCALARS = _schema(
     _always("run_id", pa.string()),
@@ -79,7 +79,7 @@ SCALARS = _schema(
     _always("name", pa.string()),
     pa.field("value", pa.float64()),
 )
-"""One row a logged value."""
+"""One row per logged value."""
 
 
 GROUPS = _schema(
@@ -95,9 +95,10 @@ GROUPS = _schema(
     *_measured(*GROUPED),
     _always("status", pa.string()),
 )
-"""One row a measured FFN, step, site (stream_in | input | pre | post | output | stream_out),
+"""One row per measured FFN, step, site (stream_in | input | pre | post | output | stream_out),
 grouping (all | position | frequency | halves) and group. `dim` is the number of features of the
-site; `se_spread` and its like times 1/√N are the standard error of N independent samples."""
+site; `se_spread` and similar columns, times 1/√N, are the standard error for N independent
+samples."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ class Dataset:
     """A folder of parts.
 
     Attributes:
-        name: of the folder.
+        name: name of the folder.
         schema: its columns.
-        key: the columns that tell rows apart.
-        sites: the values of the column `site`, where there is one.
-        is_optional: whether the folder is there only once it has rows.
+        key: the columns that identify a row.
+        sites: the possible values of the column `site`, if there is one.
+        is_optional: whether the folder is only created when it has rows.
     """
 
     name: str
@@ -134,13 +135,13 @@ DATASETS = {
 
 
 def table_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]], run_id: str) -> pa.Table:
-    """Rows as a table of exactly the dataset's schema; NaN becomes null.
+    """Converts rows to a table with exactly the dataset's schema; NaN becomes null.
 
-    `run_id` fills that column; a row may leave it and every nullable column out.
+    A row may omit `run_id`, which is filled in, and every nullable column.
 
     Raises:
-        StoreError: for a row with an unknown column, without a required one, of another run, or
-            with a value that its column cannot hold exactly; the column is named.
+        StoreError: for a row of another run, with an unknown column, without a required column, or
+            with a value that its column cannot hold exactly; the message names the column.
     """
     rows = list(rows)
     required = [field.name for field in dataset.schema if not field.nullable]
@@ -149,17 +150,17 @@ def table_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]], run_id: str) -
         if unknown:
             raise StoreError(
                 f"A row of {dataset.name} has the columns {', '.join(dataset.schema.names)}; got "
-                f"also {', '.join(map(str, unknown))}. Leave these out, or log them as scalars."
+                f"also {', '.join(map(str, unknown))}. Omit these, or log them as scalars."
             )
         missing = [name for name in required if name != "run_id" and row.get(name) is None]
         if missing:
             raise StoreError(
                 f"A row of {dataset.name} needs {', '.join(required)}; {', '.join(missing)} is "
-                f"missing or None in {dict(row)!r:.300}. Give it a value."
+                f"missing or None in {dict(row)!r:.300}. Set it."
             )
         if row.get("run_id", run_id) != run_id:
             raise StoreError(
-                f"A store holds the rows of one run; this is {run_id!r} and a row of "
+                f"A store holds the rows of one run; this is the store of {run_id!r}, and a row of "
                 f"{dataset.name} has run_id {row['run_id']!r}. Open the other run's own store."
             )
     columns = {
@@ -175,17 +176,19 @@ def table_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]], run_id: str) -
 def _column(dataset: Dataset, field: pa.Field, values: list[Any]) -> pa.Array:
     try:
         if pa.types.is_integer(field.type):
-            # Arrow alone would cut 1.5 down to 1.
+            # Arrow itself would truncate 1.5 to 1.
             return pa.array([operator.index(value) for value in values], field.type)
         if pa.types.is_list(field.type):
             return pa.array([_eigenvalues(value) for value in values], field.type)
         if field.name == "site" and not set(values) <= set(dataset.sites):
-            raise ValueError(f"a site is {' or '.join(dataset.sites)}, got {sorted(set(values))}")
+            raise ValueError(
+                f"site must be {' or '.join(dataset.sites)}, got {sorted(set(values))}"
+            )
         array = pa.array(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise StoreError(
-            f"{dataset.name}.{field.name} holds {field.type}; a row's value does not fit: {error}. "
-            "Convert it before it is stored."
+            f"{dataset.name}.{field.name} must be {field.type}; a row has another value: {error}. "
+            "Convert it before you store it."
         ) from error
     if pa.types.is_floating(field.type):
         return pc.if_else(pc.is_nan(array), pa.scalar(None, field.type), array)
@@ -195,14 +198,14 @@ def _column(dataset: Dataset, field: pa.Field, values: list[Any]) -> pa.Array:
 def _eigenvalues(value: Any) -> np.ndarray:
     array = np.asarray(value, dtype=np.float32)
     if array.ndim != 1:
-        raise ValueError(f"a spectrum has one dimension, got shape {array.shape}")
+        raise ValueError(f"a spectrum must have one dimension, got shape {array.shape}")
     if np.isnan(array).any():
-        raise ValueError("a spectrum that holds NaN is no measurement")
+        raise ValueError("a spectrum must not contain NaN")
     return array
 
 
 def check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
-    """Raises `StoreError` for a file whose columns may mean what this version cannot know."""
+    """Raises `StoreError` for a file of a newer version, whose columns may have other meanings."""
     version = int((metadata or {}).get(VERSION_KEY, b"1"))
     if version > SCHEMA_VERSION:
         raise StoreError(
@@ -212,9 +215,9 @@ def check_version(path: Path, metadata: dict[bytes, bytes] | None) -> None:
 
 
 def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` with the columns of `schema`. Raises `KeyError` where a required one is missing."""
+    """`table` with the columns of `schema`. Raises `KeyError` if a required column is missing."""
     if table.schema.equals(schema):
-        return table  # hardly any file needs more, and casting costs as much as reading
+        return table  # the usual case; casting takes as long as reading
     lacks = [field for field in schema if field.name not in table.schema.names]
     required = [field.name for field in lacks if not field.nullable]
     if required:
@@ -225,11 +228,11 @@ def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def encoding_of(schema: pa.Schema) -> dict[str, Any]:
-    """How a part's columns are encoded, for `pyarrow.parquet.write_table`.
+    """How a part's columns are encoded, as arguments of `pyarrow.parquet.write_table`.
 
     Measured numbers hardly repeat: a dictionary would make them larger and slower to read, and zstd
-    no smaller. What repeats is LZ4, as small as zstd there: zstd makes a context for each column,
-    which takes longer than all that it unpacks.
+    no smaller. Columns with repeated values use LZ4, which compresses them as well as zstd: zstd
+    creates a context for each column, which takes longer than decompressing it.
     """
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
     measured = {*STORED, *GROUPED}
@@ -242,5 +245,5 @@ def encoding_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _path_of(field: pa.Field) -> str:
-    """The path in a file's schema of a column, or of the items of one of lists."""
+    """The path of a column in a file's schema; for a column of lists, that of their items."""
     return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name

@@ -1,4 +1,4 @@
-"""Where a run stands, and who is at work in its directory."""
+"""The state of a run, and the lock on its directory."""
 
 import contextlib
 import json
@@ -15,30 +15,32 @@ from nerve.files import as_store_error, flock, flock_within
 
 LOCK_NAME = ".lock"
 PATIENCE_S = 1.0
-"""How long a start tries again: whoever only asks for the state holds the lock for an instant."""
+"""How long to retry taking the lock: a process that only reads the state holds it for an
+instant."""
 
 
 class RunIsBusyError(StoreError):
-    """Another process is at work in the run directory; the message names its host and pid."""
+    """Another process is using the run directory; the message names its host and pid."""
 
 
 class RunLock:
-    """The right to write in a run directory, held from construction to `release` or death.
+    """The right to write in a run directory, held from construction until `release` or the end of
+    the process.
 
-    The lock is `flock` on `<directory>/.lock`: no kill and no power cut leaves it behind, and on
-    NFS it holds across hosts. The file stays; it names its last holder. On a file system without
-    locks a warning says so: of two that start at once, the one that is named last goes on, and else
-    the heartbeat keeps them apart.
+    The lock is `flock` on `<directory>/.lock`: it does not outlive its process, and on NFS it works
+    across hosts. The file remains and names its last holder. On a file system without locks, a
+    warning is logged. If two processes start at the same time there, the one that is named last
+    continues; otherwise the heartbeat keeps them apart.
 
     Args:
-        directory: the run directory; made if it is not there.
+        directory: the run directory; created if it does not exist.
 
     Attributes:
-        is_held: whether the lock keeps others out; False on a file system without locks.
+        is_held: whether the lock keeps other processes out; False on a file system without locks.
 
     Raises:
-        RunIsBusyError: when another process holds it.
-        StoreError: when the directory cannot be written.
+        RunIsBusyError: if another process holds it.
+        StoreError: if the directory cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -63,7 +65,7 @@ class RunLock:
                 raise _busy(path.parent)
 
     def release(self) -> None:
-        """Lets others in; may be called again."""
+        """Releases the lock; may be called repeatedly."""
         self._file.close()
 
     def _take(self, path: Path) -> None:
@@ -74,8 +76,8 @@ class RunLock:
 
 
 def is_locked(directory: str | os.PathLike[str]) -> bool | None:
-    """Whether a live process holds the lock of a run directory; False where there is no lock file,
-    None where it cannot be told: the file system has no locks, or the file cannot be opened."""
+    """Whether a live process holds the lock of a run directory; False if there is no lock file,
+    None if unknown: the file system has no locks, or the file cannot be opened."""
     try:
         descriptor = os.open(Path(directory) / LOCK_NAME, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
@@ -100,8 +102,8 @@ def holder(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _busy(directory: Path) -> RunIsBusyError:
     return RunIsBusyError(
-        f"One process at a time runs in a directory; {directory} is in use by "
-        f"{_named(holder(directory))}. Let that one finish or stop it; this run has nothing to do."
+        f"Only one process may run in a directory; {directory} is in use by "
+        f"{_named(holder(directory))}. Wait until that process finishes, or stop it."
     )
 
 
@@ -112,19 +114,19 @@ def _named(process: dict[str, Any]) -> str:
 
 
 FRESH = timedelta(seconds=60)
-"""A running run whose heartbeat is younger than this counts as alive where no lock can tell."""
+"""If the lock says nothing, a run with a heartbeat younger than this counts as alive."""
 
 
 class RunState(StrEnum):
-    """What a run directory holds.
+    """The state of a run directory.
 
     - `new`: no run yet.
-    - `alive`: a process is at work in it.
-    - `done`: a run that reached its end.
-    - `interrupted`: a run that was asked to stop, and saved. Starting it resumes it.
-    - `dead`: a run whose process vanished without a word (killed, power cut). Starting it resumes
-      it from its last checkpoint.
-    - `failed`: a run that ended with an error. Starting it is refused, unless it is asked to retry.
+    - `alive`: a process is running it.
+    - `done`: the run reached its end.
+    - `interrupted`: the run was asked to stop, and saved. Starting it resumes it.
+    - `dead`: the process was killed or lost power. Starting the run resumes it from its last
+      checkpoint.
+    - `failed`: the run ended with an error. It is only restarted with `retry`.
     """
 
     NEW = "new"

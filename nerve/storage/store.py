@@ -1,4 +1,5 @@
-"""The writer of a run's Parquet datasets: nothing half-written, nothing lost, nothing twice."""
+"""Writes a run's Parquet datasets, so that no interruption leaves rows incomplete, lost or
+doubled."""
 
 import json
 import logging
@@ -61,7 +62,7 @@ class RunStore:
         self.run_id = run_id
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in DATASETS}
         self._listed = {name: set[str]() for name in DATASETS} | read_manifest(self.directory)
-        # Of each dataset, the step of its last part: a flush need not look at those that are there.
+        # The step of each dataset's last part, so that a flush need not list the parts.
         self._latest = dict.fromkeys(DATASETS, 0)
         with as_store_error(self.directory):
             for dataset in DATASETS.values():
@@ -76,7 +77,7 @@ class RunStore:
                 self._listed[dataset.name] |= {path.name for path in parts}
                 self._latest[dataset.name] = max(map(part_step, parts), default=0)
             remove_temporaries(self.directory)
-        if any(self._listed.values()):  # whole again, whatever became of it
+        if any(self._listed.values()):  # rewrites a list that is damaged or missing
             write_manifest(self.directory, self._listed)
         _warn_of_columns(self.directory)
 
@@ -146,7 +147,7 @@ class RunStore:
             self._remove(dataset, parts[:-1])
 
     def truncate_after(self, step: int) -> None:
-        """Drops all rows after `step`, stored or buffered: where a resumed run starts again.
+        """Drops all rows after `step`, stored or buffered, so that a run can resume there.
 
         A damaged part is left as it is, with a `DamagedPartWarning`; a missing part is reported
         likewise.
@@ -157,8 +158,8 @@ class RunStore:
         """
         if not isinstance(step, Integral) or isinstance(step, bool):
             raise StoreError(
-                f"Rows are dropped past a step, a whole number (-1 drops all); got {step!r}. Give "
-                "the step that the run goes on from."
+                f"The step after which rows are dropped must be a whole number (-1 drops all); got "
+                f"{step!r}. Pass the step from which the run resumes."
             )
         for dataset in DATASETS.values():
             waiting = self._buffers[dataset.name]
@@ -180,7 +181,7 @@ class RunStore:
         self._buffers[name].append(table_of(DATASETS[name], rows, self.run_id))
 
     def _part(self, dataset: Dataset, step: int) -> tuple[Path, list[pa.Table]]:
-        """The part of `step`, or the next that is not damaged, and its rows if it is there."""
+        """The part of `step`, or the next one that is not damaged, and its rows if it exists."""
         while True:
             path = part_path(self.directory, dataset, step)
             try:
@@ -189,7 +190,7 @@ class RunStore:
                 step += 1
 
     def _replace(self, dataset: Dataset, step: int, late: dict[Path, pa.Table]) -> None:
-        """Moves what is kept of the parts `late` into the part of `step`."""
+        """Moves the rows to keep of the parts `late` into the part of `step`."""
         if any(len(kept) for kept in late.values()):
             target, earlier = self._part(dataset, step)
             kept = [*([] if target in late else earlier), *late.values()]
@@ -220,7 +221,7 @@ class RunStore:
             self._latest[dataset.name] = max(map(part_step, left), default=0)
 
     def _list(self, dataset: Dataset, paths: Iterable[Path], without: Iterable[Path] = ()) -> None:
-        """Puts parts on the list of those that must be there, or strikes them off."""
+        """Adds parts to the list of those that must exist, or removes them from it."""
         listed = self._listed[dataset.name]
         new = {path.name for path in paths} - listed
         gone = listed & {path.name for path in without}
@@ -237,7 +238,7 @@ def _until(step: int, table: pa.Table) -> pa.Table:
 
 
 def _compacted_names(path: Path) -> list[str]:
-    """The parts whose rows `path` took over; none for a part that is damaged or now gone."""
+    """The parts that were merged into `path`; none for a part that is damaged or missing."""
     try:
         mark = read_metadata(path).get(COMPACTED_KEY, b"[]")
     except (pa.ArrowException, OSError, ValueError):
@@ -246,14 +247,15 @@ def _compacted_names(path: Path) -> list[str]:
 
 
 def _warn_of_columns(directory: Path) -> None:
-    """Warns of a folder `column=value` in a path: that is how Hive and its kin store a column."""
+    """Warns about a folder named `column=value` in the path, which Hive partitioning reads as a
+    column."""
     columns = {name for dataset in DATASETS.values() for name in dataset.schema.names}
     for folder in directory.absolute().parts:
         key, sign, _ = folder.partition("=")
         if sign and key in columns:
             log.warning(
-                "for other readers of Parquet the folder %s can take the place of the column %s in "
-                "the runs below it; give them hive_partitioning=false, or name it otherwise",
+                "other Parquet readers may take the folder %s for the column %s in the runs below "
+                "it; pass them hive_partitioning=false, or rename the folder",
                 folder,
                 key,
             )

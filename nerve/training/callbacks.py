@@ -1,4 +1,4 @@
-"""Lightning callbacks that show where a run is: in run.json, and as a progress bar."""
+"""Lightning callbacks that show a run's progress: in run.json, and as a progress bar."""
 
 import math
 import sys
@@ -17,19 +17,19 @@ from nerve.storage.record import RunRecord
 INTERVAL_S = 10.0
 
 SHOWN_EVERY_S = 0.25
-"""How often a terminal shows the loss: to read it is to wait for the device."""
+"""How often a terminal shows the loss, because reading it waits for the device."""
 
 
 def let_go(callback: L.Callback) -> None:
-    """Lets go of the module of a fit that is over, and with it of trainer and optimizers: Lightning
-    gives its `log` to each callback."""
+    """Removes the references to a finished fit's module, and so to its trainer and optimizers:
+    Lightning sets the module's `log` methods on each callback."""
     for name in ("log", "log_dict"):
         vars(callback).pop(name, None)
 
 
 class Heartbeat(L.Callback):
-    """Writes the step and the time to run.json at least every ten seconds, whatever the process is
-    doing: in a thread while no training step does it.
+    """Writes the step and the time to run.json at least every ten seconds, from a thread while no
+    training step does it.
 
     It is active during a fit, and inside a `with` block around one: preparing data, compiling a
     graph and long validations take minutes, during which the run must not appear dead.
@@ -89,16 +89,16 @@ class Heartbeat(L.Callback):
         while not ended.wait(INTERVAL_S):
             if time.monotonic() - self._last < INTERVAL_S:
                 continue
-            # What is refused here is refused to the run's next update, too, which raises it.
+            # If this fails, so does the run's next update, which raises the error.
             with suppress(StoreError):
                 self._record.update()
 
 
 class RunProgressBar(TQDMProgressBar):
-    """One bar over the training batches; validation, which the loss beside it reports, shows none.
+    """One progress bar over the training batches; validation has no bar of its own.
 
-    It fits into 80 columns. The rate and the time left are those of this process: a resumed run did
-    not do in its seconds what was done before.
+    It fits into 80 columns. The rate and the remaining time count only the batches of this process,
+    not those done before the run was resumed.
 
     Args:
         unit: what the rate counts (`tokens`, `images`).
@@ -107,7 +107,7 @@ class RunProgressBar(TQDMProgressBar):
     BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def __init__(self, unit: str) -> None:
-        # A terminal is redrawn often; a file (a cluster job's log) gets a line now and then.
+        # A terminal is redrawn often; a file (a cluster job's log) gets a line occasionally.
         self._shown_every_s = SHOWN_EVERY_S if sys.stdout.isatty() else 0.0
         super().__init__(refresh_rate=1 if self._shown_every_s else 50)
         self._shown = -math.inf
@@ -124,7 +124,7 @@ class RunProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
-        # Lightning sets these when an epoch starts; a resumed run starts in the middle of one.
+        # Lightning sets these when an epoch starts, but a resumed run starts in the middle of one.
         bar = self.train_progress_bar
         bar.total = trainer.num_training_batches
         bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
@@ -157,11 +157,11 @@ class RunProgressBar(TQDMProgressBar):
             short: float(logged[name]) for name, short in _SHOWN.items() if name in logged
         }
         if "acc" in shown:
-            shown.pop("val", None)  # both beside the rate are too wide
+            shown.pop("val", None)  # both would be too wide next to the rate
         if self._seconds:
             shown[f"{self._unit}/s"] = Tqdm.format_sizeof(self._n_targets / self._seconds)
         return shown
 
 
 _SHOWN = {"train_loss": "loss", "val_loss": "val", "val_accuracy": "acc"}
-"""What a run logs for the bar, by its name there."""
+"""The logged values that the bar shows, and their names in it."""

@@ -1,4 +1,4 @@
-"""The Lightning callback that saves a run so that it can go on exactly where it was."""
+"""The Lightning callback that saves a run so that it can resume exactly where it stopped."""
 
 import logging
 import math
@@ -30,22 +30,23 @@ _SAVE, _STOP = 1, 2
 
 
 class Checkpointing(Checkpoint):
-    """Saves at a cadence, at the end, and when a signal or `trainer.max_time` asks the run to stop,
-    which it then does.
+    """Saves at a cadence, at the end, and when a signal or `trainer.max_time` asks the run to stop;
+    then it stops the run.
 
-    A checkpoint of step s is the state after s optimizer steps and the validation that falls on
-    them: weights, optimizer, schedule, data position, random states of every process, and what the
-    other callbacks keep. Before it is written, the rows up to s are; the monitor of a resumed run
-    drops later ones. The weights of the lowest validation loss are kept in memory and written along
-    with it. Those of the steps to keep are written at once, and dropped as rows are.
+    The checkpoint of step s is the state after s optimizer steps and the validation at that step:
+    weights, optimizer, schedule, data position, the random states of every process, and the states
+    of the other callbacks. All rows up to step s are written before it; when the run is resumed,
+    the monitor drops later rows. The weights with the lowest validation loss are kept in memory and
+    written together with the checkpoint. The weights of the steps to keep are written immediately;
+    when the run is resumed, those of later steps are deleted.
 
     Args:
         files: the plugin through which Lightning saves.
         run: the run directory.
         cadence: when to save.
-        signals: what may ask the run to stop.
-        store: whose rows must be as far as the checkpoint; None in a process that does not write.
-        data_dims: what the model was built from beside the configuration, for `load_model`.
+        signals: the signals that may ask the run to stop.
+        store: its rows are flushed before each checkpoint; None in a process that does not write.
+        data_dims: the model's dimensions that come from the data, for `load_model`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Checkpointing(Checkpoint):
         data_dims: Mapping[str, Any],
     ) -> None:
         self.scores: dict[str, float] = {}
-        """What the last validation logged: `val_loss`, …"""
+        """The values that the last validation logged: `val_loss`, …"""
         self._files = files
         self._files.reserve(run)
         self._run = run
@@ -79,10 +80,10 @@ class Checkpointing(Checkpoint):
 
     @property
     def seconds(self) -> float:
-        """Wall time of training, with that of the pieces before the run was resumed."""
+        """Wall time of training, including the time before the run was resumed."""
         return self._seconds_before + time.perf_counter() - self._began
 
-    # The state of a run that no one else keeps
+    # The state of a run that nothing else stores
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -102,9 +103,9 @@ class Checkpointing(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["facts"] = self._data_dims
-        if self._store:  # the process that writes, which knows the record
+        if self._store:  # only the process that writes has the record
             checkpoint |= identity_of(self._run.require_record())
-        # As early stopping has decided; what else stops a run does not stop it again.
+        # Only early stopping also stops the resumed run; a signal or a time limit does not.
         checkpoint["should_stop"] = trainer.should_stop and follows_a_rule(trainer)
 
     def on_load_checkpoint(
@@ -116,7 +117,7 @@ class Checkpointing(Checkpoint):
         self._allowed = take_timers(trainer)
 
     def on_sanity_check_start(self, *args: Any) -> None:
-        self._signals.install()  # Lightning has just put its own handlers in their place
+        self._signals.install()  # Lightning has just replaced the handlers with its own
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._agreement = Agreement()
@@ -130,8 +131,9 @@ class Checkpointing(Checkpoint):
             self._deadline = time.monotonic() + self._allowed
         self._signals.defer()
 
-    # A state is taken at the end of a step or of the validation that falls on it, where Lightning
-    # can resume from; Lightning logs the step's scalars after that, so it is written a little later
+    # A state is taken at the end of a step, or of the validation at that step, because Lightning
+    # can resume from there. It is written a little later, because Lightning logs the step's scalars
+    # only after that.
 
     def on_train_batch_end(
         self,
@@ -145,7 +147,8 @@ class Checkpointing(Checkpoint):
         if n_batches % trainer.accumulate_grad_batches:
             return  # in the middle of an optimizer step
         self._keep(trainer, pl_module)
-        # A number of steps is every process's own knowledge; the rest one of them may find alone.
+        # All processes know when a number of steps is reached; signals and time limits have to be
+        # agreed on, because a single process may notice them.
         self._wish = max(
             _SAVE if self._cadence.is_due_at(trainer.global_step) else 0,
             self._agreement.on(self._own_wish()),
@@ -181,7 +184,7 @@ class Checkpointing(Checkpoint):
         return self._deadline < math.inf and time.monotonic() >= self._deadline
 
     def _own_wish(self) -> int:
-        """What this process asks all of them for."""
+        """What this process asks all processes to do."""
         if self._signals.received or self._is_out_of_time:
             return _STOP
         return _SAVE if self._cadence.is_due_after(time.monotonic() - self._saved_at) else 0
@@ -201,7 +204,8 @@ class Checkpointing(Checkpoint):
         missed = sorted(kept for kept in self._cadence.keep if kept < step and kept not in passed)
         if missed:
             log.warning(
-                "the run goes on at step %d; the weights of steps %s in checkpoint.keep are past",
+                "the run resumes at step %d, after steps %s in checkpoint.keep: their weights "
+                "are not saved",
                 step,
                 ", ".join(map(str, missed)),
             )
@@ -222,12 +226,12 @@ class Checkpointing(Checkpoint):
         self._best.take(weights | {"val_loss": self._lowest})
 
     def _weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """As `weights_of` gives them; every process must ask for them."""
+        """The result of `weights_of`; every process must call this."""
         checkpoint = {
-            "state_dict": trainer.strategy.lightning_module_state_dict(),  # of every process
+            "state_dict": trainer.strategy.lightning_module_state_dict(),  # a collective call
             "global_step": trainer.global_step,
         }
-        # One that averages weights puts in those that were validated.
+        # A callback that averages weights inserts the averaged ones, which were validated.
         for callback in callbacks_of(trainer):
             callback.on_save_checkpoint(trainer, pl_module, checkpoint)
         return weights_of(checkpoint)
@@ -251,7 +255,7 @@ class _Snapshot:
         self._is_new = False
 
     def take(self, weights: Mapping[str, Any]) -> None:
-        """Copies the tensors of `weights["model"]` over those of the last time."""
+        """Copies the tensors of `weights["model"]`, overwriting the previous copy."""
         for name, tensor in weights["model"].items():
             if name not in self._weights:
                 self._weights[name] = torch.empty_like(
@@ -262,7 +266,7 @@ class _Snapshot:
         self._is_new = True
 
     def write(self, path: Path) -> None:
-        """Writes what was taken last, unless it has been written."""
+        """Writes the latest copy, unless it has been written."""
         if not self._is_new:
             return
         if torch.cuda.is_available():

@@ -1,9 +1,8 @@
 """Checkpoint files, from which a run is resumed and a model is loaded.
 
-They are written atomically and hold only tensors, numbers, strings and containers of these: nothing
-that is read from a run directory can run code. Each names the run that wrote it. A checkpoint is an
-archive with a checksum of each of its files, which torch writes but does not check; they are
-verified whenever a checkpoint is read.
+They are written atomically and contain only tensors, numbers, strings and containers of these, so
+that reading one cannot run code. Each checkpoint names the run that wrote it. It is an archive with
+a checksum for each of its files, which torch writes but does not verify; `read_checkpoint` does.
 """
 
 import os
@@ -28,10 +27,10 @@ _MODULE = "model."
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Puts `content` at `path` atomically and durably.
+    """Writes `content` to `path` atomically and durably.
 
     Raises:
-        StoreError: when the file system refuses; what was at `path` is then untouched.
+        StoreError: when the file cannot be written; the previous file at `path` is then unchanged.
     """
     with as_store_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +38,11 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _save(content: Mapping[str, Any], file: BinaryIO) -> None:
-    """As `torch.save`, with the errors of `file` itself: torch raises one of its own in their
-    place, which says that a position was not expected."""
+    """Like `torch.save`, but raises the errors of `file` itself: torch replaces them with an error
+    about an unexpected position."""
     noting = _Noting(file)
     try:
-        torch.save(dict(content), noting)  # type: ignore[arg-type]  # it needs no more of a file
+        torch.save(dict(content), noting)  # type: ignore[arg-type]  # it uses no other methods
     except Exception:
         if noting.refused is not None:
             raise noting.refused from None
@@ -51,7 +50,7 @@ def _save(content: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 class _Noting:
-    """A file to write to that remembers what it was refused."""
+    """A file to write to that remembers the first error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.refused: OSError | None = None
@@ -72,31 +71,31 @@ class _Noting:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` wrote, with all tensors on the CPU.
+    """Reads what `write_checkpoint` wrote, with all tensors on the CPU.
 
     Raises:
-        StoreError: when there is no such file, it is damaged, changed in a single bit that counts,
-            or it holds more than data.
+        StoreError: when the file does not exist, is damaged (even in a single bit), or contains
+            more than data.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
         if changed is not None:
-            raise ValueError(f"the checksum of {changed} does not fit")
+            raise ValueError(f"the checksum of {changed} does not match")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict):
             return content
-        error: Exception = TypeError(f"it holds {type(content).__name__}")
-    except Exception as refused:  # the unpickler raises whatever damaged bytes lead it to
+        error: Exception = TypeError(f"it contains {type(content).__name__}")
+    except Exception as refused:  # damaged bytes can make the unpickler raise anything
         error = refused
     raise StoreError(
-        f"{path} must be a checkpoint that this project wrote; it cannot be read: {error}. "
-        "Restore it, or delete it: a run without a last checkpoint starts from its beginning."
+        f"{path} must be a checkpoint that nerve wrote; it cannot be read: {error}. "
+        "Restore it, or delete it: a run without a last checkpoint starts from the beginning."
     ) from error
 
 
 def identity_of(record: RunRecord) -> dict[str, Any]:
-    """What a checkpoint says of the run that writes it: `run_id`, `config_id`, `config`."""
+    """What a checkpoint stores about the run that writes it: `run_id`, `config_id`, `config`."""
     return {
         "run_id": record.run_id,
         "config_id": record.config_id,
@@ -105,43 +104,44 @@ def identity_of(record: RunRecord) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path, record: RunRecord) -> None:
-    """Refuses to go on from a checkpoint that is damaged or of another run.
+    """Rejects a checkpoint from which `record`'s run cannot be resumed.
 
-    Lightning does not read every checkpoint through `CheckpointFiles`: it has a way of its own
-    where weights are sharded.
+    Lightning does not read every checkpoint through `CheckpointFiles`: it reads sharded weights in
+    another way.
 
     Raises:
-        StoreError: as `read_checkpoint`, and for a checkpoint of another run or configuration, or
-            one that holds weights alone.
+        StoreError: like `read_checkpoint`, and for a checkpoint of another run or configuration, or
+            one that contains only weights.
     """
     checkpoint = read_checkpoint(path)
     _require_own(checkpoint, record, path)
     if "state_dict" not in checkpoint:
         raise StoreError(
-            f"A run goes on from weights, optimizer and all that has a state; {path} holds weights "
-            "alone. Put the run's own last checkpoint back, or delete this one: a run without a "
-            "last checkpoint starts from its beginning."
+            "A run is resumed from its weights, optimizer state and all other states; "
+            f"{path} contains only weights. Restore the run's own last checkpoint, or delete this "
+            "one: a run without a last checkpoint starts from the beginning."
         )
 
 
 def _require_own(checkpoint: Mapping[str, Any], record: RunRecord, path: Path) -> None:
     if "run_id" not in checkpoint:
-        return  # version 0.1.0 did not say
+        return  # version 0.1.0 did not store it
     different = differences(checkpoint["config"], record.config)
     if checkpoint["run_id"] == record.run_id and not different:
         return
     values = f"other values of {', '.join(different)}" if different else "the same values"
     raise StoreError(
-        f"A run directory holds its own checkpoints; {path} is of run {checkpoint['run_id']} "
+        "A run directory must contain checkpoints of its own run; "
+        f"{path} belongs to run {checkpoint['run_id']} "
         f"(configuration {checkpoint['config_id']}), and this is run {record.run_id} "
-        f"(configuration {record.config_id}), with {values}. Put the run's own checkpoint back, or "
-        "delete this one: a run without a last checkpoint starts from its beginning."
+        f"(configuration {record.config_id}), with {values}. Restore the run's own checkpoint, or "
+        "delete this one: a run without a last checkpoint starts from the beginning."
     )
 
 
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person needs of a checkpoint: `model` (weights by name), `facts`, `step`, and what
-    `identity_of` says."""
+    """What is needed to load the model of a checkpoint: `model` (weights by name), `facts` (the
+    model's dimensions that come from the data), `step`, and what `identity_of` returns."""
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     states = checkpoint["state_dict"]
@@ -155,7 +155,7 @@ def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop_all_but_weights(path: Path) -> None:
-    """Leaves of a checkpoint what a run that is done still needs, a third of it with AdamW."""
+    """Reduces the checkpoint of a completed run to its weights, with AdamW a third of its size."""
     write_checkpoint(path, weights_of(read_checkpoint(path)))
 
 
@@ -167,7 +167,7 @@ def load_model(
     Args:
         directory: the run directory.
         which: `best` (default) for the weights with the lowest validation loss, `last` for those of
-            the last checkpoint: of a run that is done, the final weights.
+            the last checkpoint, which are the final weights once the run is done.
         step: instead of `which`, a step of `checkpoint.keep`.
 
     Raises:
@@ -178,8 +178,8 @@ def load_model(
     """
     require(
         which is None or step is None,
-        f"A model is loaded by which or by step; got which={which!r} and step={step!r}. Leave one "
-        "of them out.",
+        f"Pass either which or step to load a model; got which={which!r} and step={step!r}. Omit "
+        "one of them.",
     )
     require_type("step", step, int, NoneType)
     run = RunDirectory(directory)
@@ -191,16 +191,16 @@ def load_model(
         weights = weights_of(checkpoint)
         if step is not None and weights["step"] != step:
             raise StoreError(
-                f"Weights are kept under the step that they are of; {path} holds the weights of "
-                f"step {weights['step']}. Give it its own name back, or restore it."
+                f"A file of kept weights is named after their step; {path} contains the weights of "
+                f"step {weights['step']}. Rename it to that step, or restore the original file."
             )
         model = build_model(record.config, seed=record.config["seed"], **weights["facts"])
         model.load_state_dict(weights["model"])
     except (ConfigError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise StoreError(
-            f"A checkpoint holds the weights of the model that {RECORD_NAME} describes; {path} "
-            f"does not: {why}. Restore it, or the record beside it."
+            f"A checkpoint must contain the weights of the model that {RECORD_NAME} describes; "
+            f"{path} does not: {why}. Restore it, or {RECORD_NAME}."
         ) from error
     return model.eval()
 
@@ -210,8 +210,8 @@ def _saved(run: RunDirectory, record: RunRecord, which: Which) -> Path:
     if not path.exists():
         raise StoreError(
             f"A model is loaded from a checkpoint; run {record.run_id} in {record.directory} has "
-            f"no {path.name} (the run is {record.run_status}, at step {record.step}). Let it reach "
-            "its first checkpoint, or take another run."
+            f"no {path.name} (the run is {record.run_status}, at step {record.step}). Wait until "
+            "it reaches its first checkpoint, or choose another run."
         )
     return path
 
@@ -222,8 +222,8 @@ def _kept(run: RunDirectory, record: RunRecord, step: int) -> Path:
         there = f"those of {', '.join(map(str, steps))}" if steps else "none"
         raise StoreError(
             f"A run keeps the weights of the steps in checkpoint.keep; run {record.run_id} in "
-            f"{record.directory} has {there}, not of {step!r} (the run is {record.run_status}, at "
-            "step "
-            f"{record.step}). Take one of these, or give a new run checkpoint.keep=[{step}]."
+            f"{record.directory} has {there}, not of step {step!r} (the run is "
+            f"{record.run_status}, at step {record.step}). Choose one of these, or start a new run "
+            f"with checkpoint.keep=[{step}]."
         )
     return run.kept_checkpoint(step)

@@ -1,4 +1,4 @@
-"""How a run saves by way of Lightning: when, and which files are its own."""
+"""When a run saves through Lightning, and which files only the run may write."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +19,16 @@ from nerve.training.checkpoint_files import read_checkpoint, write_checkpoint
 
 @dataclass(frozen=True)
 class CheckpointCadence:
-    """When a run saves, beside its end and when it is asked to stop: at whichever is due first.
+    """When a run saves, in addition to its end and to when it is asked to stop. If both intervals
+    are set, whichever is reached first counts.
 
     Attributes:
-        every_n_steps: optimizer steps from one checkpoint to the next; None for no such rule.
-        every_n_minutes: minutes; None for no such rule.
-        keep: optimizer steps after which the weights are kept for good; 0 is before training.
+        every_n_steps: optimizer steps between checkpoints; None for no such limit.
+        every_n_minutes: minutes between checkpoints; None for no such limit.
+        keep: optimizer steps whose weights are kept permanently; 0 is before training.
 
     Raises:
-        ConfigError: for values that are not positive, and for steps that are not whole numbers.
+        ConfigError: for values that are not positive, and for steps that are not integers.
     """
 
     every_n_steps: int | None = None
@@ -44,7 +45,7 @@ class CheckpointCadence:
         require_steps("checkpoint.keep", self.keep, or_empty=True)
 
     def require_reached(self, max_steps: int) -> None:
-        """Raises `ConfigError` for steps to keep that a run of `max_steps` steps does not do."""
+        """Raises `ConfigError` for steps to keep that a run of `max_steps` steps never reaches."""
         require_reached("checkpoint.keep", self.keep, max_steps)
 
     def is_due_at(self, step: int) -> bool:
@@ -57,16 +58,16 @@ class CheckpointCadence:
 
 
 def require_other_files(callbacks: Sequence[L.Callback], run: RunDirectory) -> None:
-    """Refuses callbacks of Lightning that would write over the checkpoints of `run`.
+    """Rejects Lightning callbacks that would overwrite the checkpoints of `run`.
 
     Raises:
-        ConfigError: with the file.
+        ConfigError: names the file.
     """
     for callback in callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
         folder = Path(callback.dirpath or run.checkpoint("last").parent)
-        # Losses in a name are of no matter here; a step stands for all of them.
+        # Only the directory and the pattern matter, so any step will do.
         paths = [Path(callback.format_checkpoint_name({"step": torch.tensor(0)}))]
         if callback.save_last:
             paths.append(Path(callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION))
@@ -79,17 +80,17 @@ def _require_other(path: Path, run: RunDirectory, who: str) -> None:
     is_within = path.parent.resolve() == run.checkpoint("last").parent.resolve()
     require(
         not (is_within and re.fullmatch(r"(last|best|step-\d{12})\.ckpt", path.name)),
-        f"What a run goes on from and its best and kept weights are written by the run alone; "
-        f"{path} is the run's own file, and {who}. Give that callback another name or dirpath, or "
-        "leave it out: checkpoint.every_n_steps and checkpoint.keep say when the run saves.",
+        "Only the run itself may write its last, best and kept checkpoints; "
+        f"{path} is one of them, and {who}. Give that callback another name or dirpath, or "
+        "omit it: checkpoint.every_n_steps and checkpoint.keep determine when the run saves.",
     )
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to checkpoints: holds what it is given to save until `write` is called.
+    """Lightning's plugin for checkpoint files: holds what Lightning saves until `write` is called.
 
-    A state is taken where Lightning can resume from it, and written where all rows up to its step
-    are known. Further callbacks may save to files of their own, and to none of the run's.
+    A state is taken where Lightning can resume from it, and written once all rows up to its step
+    are known. Other callbacks may save to their own files, but not to the run's.
     """
 
     def __init__(self) -> None:
@@ -98,12 +99,12 @@ class CheckpointFiles(CheckpointIO):
         self._takes = False
 
     def reserve(self, run: RunDirectory) -> None:
-        """From now on the checkpoints of `run` are saved within `taking` alone."""
+        """From now on, the checkpoints of `run` may only be saved within `taking`."""
         self._own = run
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """What Lightning saves within the `with` block is the run's."""
+        """Within the `with` block, Lightning may save the run's own checkpoints."""
         self._takes = True
         try:
             yield
@@ -116,7 +117,7 @@ class CheckpointFiles(CheckpointIO):
         return bool(self._held)
 
     def write(self) -> None:
-        """Writes what is held. Raises as `write_checkpoint`; what is not written is still held."""
+        """Writes what is held. Raises like `write_checkpoint`; what was not written stays held."""
         for path in list(self._held):
             write_checkpoint(path, self._held[path])
             del self._held[path]

@@ -1,4 +1,4 @@
-"""How training ended where nothing was raised: at its last step, by a rule on results, or early."""
+"""How training ended if nothing was raised: at the last step, by early stopping, or too soon."""
 
 import math
 
@@ -11,30 +11,30 @@ from nerve.training.signals import Interrupted
 
 
 def take_timers(trainer: L.Trainer) -> float:
-    """Takes Lightning's timers (`trainer.max_time`) out of the trainer; the seconds that the first
-    of them allows, infinite without any.
+    """Removes Lightning's timers (`trainer.max_time`) from the trainer and returns the shortest
+    time that they allow, in seconds; infinity if there are none.
 
-    A timer ends training as if it were done, and once it has, it ends every resumed run at once. A
-    run keeps the time itself, anew at each start, and saves where the time is over.
+    A timer ends training as if it were complete, and then ends every resumed run immediately. A run
+    therefore keeps the time itself, starting over at each start, and saves when the time is up.
     """
     callbacks = callbacks_of(trainer)
     timers = [each for each in callbacks if isinstance(each, Timer)]
     others = [each for each in callbacks if each not in timers]
-    trainer.callbacks = others  # type: ignore[attr-defined]  # which it may be going through
+    trainer.callbacks = others  # type: ignore[attr-defined]  # may be iterating over the old list
     allowed = [timer.time_remaining() for timer in timers]
     return min((seconds for seconds in allowed if seconds is not None), default=math.inf)
 
 
 def follows_a_rule(trainer: L.Trainer) -> bool:
-    """Whether a callback has ended training by its results."""
+    """Whether a callback has ended training because of its results."""
     return bool(_rules(trainer))
 
 
 def stopped_by(trainer: L.Trainer) -> str | None:
-    """The rule on results that has ended training before its last step; None at the last step.
+    """What early stopping says about ending training before its last step; None at the last step.
 
     Raises:
-        Interrupted: where something else has.
+        Interrupted: if something else ended training before its last step.
     """
     step, last = trainer.global_step, trainer.max_steps
     if step >= last:
@@ -42,9 +42,9 @@ def stopped_by(trainer: L.Trainer) -> str | None:
     rules = _rules(trainer)
     if not trainer.should_stop or not rules:
         raise Interrupted(
-            f"Training ended at step {step:,} of {last:,}, and nothing says that it is done. "
-            "A callback that ends a run by its results is an EarlyStopping; other limits than "
-            "trainer.max_steps and trainer.max_time do not end a run."
+            f"A run is done at trainer.max_steps or when an EarlyStopping callback stops it; "
+            f"something else ended training at step {step:,} of {last:,}. Use EarlyStopping, "
+            "trainer.max_steps or trainer.max_time to end a run."
         )
     reasons = (getattr(rule, "stopping_reason_message", None) for rule in rules)
     names = " or ".join(f"{type(rule).__name__}({rule.monitor})" for rule in rules)
@@ -52,17 +52,18 @@ def stopped_by(trainer: L.Trainer) -> str | None:
 
 
 def require_validated(n_targets: int, n_heldout: int) -> None:
-    """Raises `MeasurementError` unless the whole held-out set was validated, and so measured; a
-    process that has validated nothing (`n_targets` 0) goes on with what was."""
+    """Raises `MeasurementError` unless the whole held-out set was validated, and so measured. A
+    process that has not validated anything yet (`n_targets` 0) passes."""
     if n_targets not in (0, n_heldout):
         raise MeasurementError(
-            f"A run validates and measures its whole held-out set, {n_heldout:,} targets; the last "
-            f"validation saw {n_targets:,}. Something limits its batches: leave it out, and set "
-            "monitor.n_tokens (images: data.n_heldout)."
+            f"A run validates and measures its whole held-out set of {n_heldout:,} targets; the "
+            f"last validation saw {n_targets:,}. Remove what limits its batches, and set "
+            "monitor.n_tokens (images: data.n_heldout) instead."
         )
 
 
 def _rules(trainer: L.Trainer) -> list[EarlyStopping]:
-    """Those that have ended training: all, where Lightning (before 2.6) keeps no reason."""
+    """The `EarlyStopping` callbacks that have ended training; all of them with Lightning before
+    2.6, which does not keep the reason."""
     rules = [each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
     return [rule for rule in rules if getattr(rule, "stopping_reason_message", "") is not None]

@@ -1,5 +1,5 @@
-"""A fit of Lightning as the monitor finds it: whether it will measure anything, and what its
-trainer and its module say of their data."""
+"""What the monitor needs to know about a Lightning fit: whether it will measure anything, and what
+its trainer and module say about their data."""
 
 import logging
 from collections.abc import Callable, Collection
@@ -27,50 +27,50 @@ log = logging.getLogger(__name__)
 
 
 def require_validation(trainer: L.Trainer, source: str) -> None:
-    """Raises `ConfigError` for held-out features in a fit that validates nothing."""
+    """Raises `ConfigError` if held-out features are to be measured in a fit without validation."""
     require(
         source == "train" or trainer.enable_validation,
         "monitor.source=heldout measures the validation batches, and this fit has none: it has no "
         f"validation loader, no validation_step, or limit_val_batches={trainer.limit_val_batches}. "
-        "Give trainer.fit validation batches, or take source='train'.",
+        "Pass validation batches to trainer.fit, or set source='train'.",
     )
 
 
 def require_batches(trainer: L.Trainer, source: str) -> None:
-    """Raises `ConfigError` for held-out features where the loader turns out to be empty."""
+    """Raises `ConfigError` if held-out features are to be measured and the loader is empty."""
     if source == "train" or not trainer.num_val_batches:
         return
     require(
         trainer.num_val_batches[0] != 0,
         "monitor.source=heldout measures the batches of the first validation loader, which has "
-        f"none (limit_val_batches={trainer.limit_val_batches}). Give it some, or take "
+        f"none (limit_val_batches={trainer.limit_val_batches}). Add validation batches, or set "
         "source='train'.",
     )
 
 
 def warn_of_nothing(settings: MonitorSettings, n_updates: int) -> None:
-    """Says that a fit has ended without a measurement."""
+    """Warns that a fit has ended without a measurement."""
     rank_zero_warn(
-        f"This fit has measured nothing in {n_updates} weight updates, with "
+        f"This fit measured nothing in {n_updates} weight updates, with "
         f"source={settings.source}, every_n_steps={settings.every_n_steps}, "
-        f"steps={settings.steps}. Updates are counted where an optimizer of torch that holds "
-        "weights of the module steps."
+        f"steps={settings.steps}. Only steps of torch optimizers that hold weights of the module "
+        "count as updates."
     )
 
 
 def warn_of_loaders(trainer: L.Trainer) -> None:
-    """Says which one of several validation loaders is measured."""
+    """Warns which one of several validation loaders is measured."""
     n = len(trainer.num_val_batches)
     if n > 1:
         rank_zero_warn(
-            f"The rows have the loss and the features of one validation loader, the first of these "
-            f"{n}: two sets of data are not one sample. Put the one to measure first."
+            "The loss and the features in the rows are those of a single validation loader, the "
+            f"first of these {n}. Put the loader to measure first."
         )
 
 
 def shares_batches(trainer: L.Trainer) -> bool:
-    """Whether Lightning gives each of several processes its part of the first validation loader;
-    those of nerve give each all of the held-out set."""
+    """Whether Lightning splits the first validation loader among several processes. (nerve's own
+    loaders give each process the whole held-out set.)"""
     loaders = tree_leaves(trainer.val_dataloaders)[:1]
     return trainer.world_size > 1 and any(
         isinstance(getattr(each, "sampler", None), DistributedSampler) for each in loaders
@@ -78,32 +78,32 @@ def shares_batches(trainer: L.Trainer) -> bool:
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
-    """The trainer's callbacks, which Lightning does not declare."""
+    """The trainer's callbacks, an attribute that Lightning does not declare."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
 
 
 def is_awaited(trainer: L.Trainer) -> bool:
-    """Whether what decides by a monitored value names one of a measurement: Lightning refuses to go
-    on where it is not there."""
+    """Whether a callback or scheduler monitors a measured value: Lightning raises an error if the
+    value does not exist."""
     deciding = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
     names = (getattr(each, "monitor", None) for each in deciding)
     return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
 
 
 def awaited_values(trainer: L.Trainer, recorder: Recorder) -> dict[str, float]:
-    """The values of the last measurement that is solved, in every process; where a callback or a
-    schedule decides by one, the first measurement is waited for."""
+    """The values of the latest solved measurement, in every process; waits for the first
+    measurement if a callback or scheduler monitors one of them."""
     values = gathered(monitored_values(recorder.latest))[0]
     if not values and is_awaited(trainer):
-        log.info("the first measurement is waited for, as a callback monitors its values")
+        log.info("waiting for the first measurement, because a callback monitors its values")
         recorder.drain()
         values = gathered(monitored_values(recorder.latest))[0]
     return values
 
 
 def token_counts(trainer: L.Trainer) -> Tensor | None:
-    """How often each token occurs in training, where the data module says it."""
+    """How often each token occurs in the training data, if the data module says so."""
     data = getattr(trainer, "datamodule", None)
     return getattr(data, "token_counts", None)
 
@@ -116,7 +116,7 @@ def choice_of(
     exclude: Collection[int],
     only_labeled: bool,
 ) -> Choice:
-    """Which samples of the module's batches count; `mask`, `exclude` and `only_labeled` as of
+    """Which samples of the module's batches count; `mask`, `exclude` and `only_labeled` as in
     `SpectralMonitor`."""
     model = _holder(module, probe)
 
@@ -130,6 +130,6 @@ def choice_of(
 
 
 def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:
-    """The part of a module that holds all FFNs, where it is one; else the module itself."""
+    """The direct child of a module that contains all FFNs, or else the module itself."""
     sites = {site.module for ffn in probe.ffns for site in sites_of(ffn)}
     return next((part for part in module.children() if sites <= {*part.modules()}), module)

@@ -1,5 +1,5 @@
-"""Several processes of one run: how they come together, none waiting for one that will not come,
-and what they decide together, although each finds it by itself."""
+"""How the processes of one run meet without waiting for one that will not come, and how they agree
+on what each of them notices by itself."""
 
 import logging
 import os
@@ -26,13 +26,14 @@ from nerve.measuring.distributed import gathered, n_processes
 from nerve.training.signals import Interrupted
 
 COME_WITHIN_S = 1800.0
-"""As torch waits for the processes of a group; data may take long on one of them."""
+"""How long to wait for all processes, as long as torch does: preparing data may take one of them a
+while."""
 
 HEARD_WITHIN_S = 60.0
-"""How long the first process, having refused, stays there for those that have not heard of it."""
+"""How long the first process, after it failed, waits until the others have received the reason."""
 
 HEARD_WHEN_STOPPED_WITHIN_S = 5.0
-"""The same where it was told to stop: then whoever told it has likely told the others."""
+"""The same after a signal to stop, which the other processes have probably received as well."""
 
 _DONE, _STOPPED, _REFUSED = "done", "stopped: ", "refused: "
 
@@ -45,18 +46,18 @@ T = TypeVar("T")
 
 
 def environment_of(is_alone: bool) -> ClusterEnvironment:
-    """What started the processes of a run: Lightning's choice, but that of a run of one process is
-    nobody, whatever the job around it says of its tasks."""
+    """What started the processes of a run: chosen as Lightning does, except that a run of a single
+    process ignores the tasks of the job around it."""
     if is_alone:
         return LightningEnvironment()
     if TorchElasticEnvironment.detect():  # torchrun, also inside a job of SLURM
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect():
-        # Lightning's own requeueing would act beside ours, and beside submitit's.
+        # Lightning's own requeueing would interfere with ours and submitit's.
         try:
             return SLURMEnvironment(auto_requeue=False)
-        except RuntimeError as error:  # of tasks that it cannot number
-            raise ConfigError(f"Tasks of SLURM must be one for each device: {error}") from error
+        except RuntimeError as error:  # the number of tasks does not fit
+            raise ConfigError(f"SLURM must start one task per device: {error}") from error
     for kind in (LSFEnvironment, MPIEnvironment):
         if kind.detect():
             return kind()
@@ -64,17 +65,18 @@ def environment_of(is_alone: bool) -> ClusterEnvironment:
 
 
 class Gathering:
-    """What the processes of a run tell each other before they are a group of torch's.
+    """What the processes of a run tell each other before they form a torch process group.
 
-    torch waits half an hour for a process that does not come, deaf to signals. Here each waits in
-    short steps, and one that cannot come says so, with its reason. They meet at the port where
-    torch opens its store afterwards; within the process that has opened it, both share it.
+    torch waits half an hour for a process that does not come, and ignores signals meanwhile. Here
+    each process waits in short steps, and one that cannot come tells the others why. They meet at
+    the port where torch opens its store afterwards; in the process that serves it, both share it.
 
-    As a context manager it tells the others of an error that ends the block before all have come.
+    As a context manager, it tells the others about an error that ends the block before all
+    processes have come.
 
     Args:
-        environment: what started them.
-        n_processes: of the run; of one, nothing is to be told.
+        environment: what started the processes.
+        n_processes: number of processes of the run; with one, nothing is exchanged.
         leads: whether this process is the first, which decides whether there is anything to do.
     """
 
@@ -84,7 +86,7 @@ class Gathering:
         self._leads = leads
         self._store: TCPStore | None = None
         self._are_there = n_processes == 1
-        # A launcher of Lightning's own starts the others once the first has begun.
+        # Lightning's own launcher starts the other processes once the first has begun.
         self._are_started = environment.creates_processes_externally
         self._prefix = f"nerve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
@@ -106,11 +108,11 @@ class Gathering:
                 self._tell(f"{_STOPPED}{why}", HEARD_WHEN_STOPPED_WITHIN_S)
 
     def begin(self) -> bool:
-        """Whether there is a run to take part in; of the others, once the first has said so.
+        """Whether there is a run to take part in; all processes but the first wait for its answer.
 
         Raises:
-            NotGatheredError: when the first refuses, with its reason.
-            Interrupted: when it was told to stop.
+            NotGatheredError: if the first process fails, with its reason.
+            Interrupted: if the first process was stopped by a signal.
         """
         if self._are_there:
             return True
@@ -120,7 +122,7 @@ class Gathering:
         return self._wait_for(lambda store: store.check([f"{self._prefix}/begun"]))
 
     def before(self, trainer: L.Trainer) -> None:
-        """Has the trainer wait here for all processes before torch does."""
+        """Makes the trainer wait here for all processes before torch does."""
         if not self._are_there:
             self._connect = trainer.strategy.setup_environment
             trainer.strategy.setup_environment = self._gather  # type: ignore[method-assign]
@@ -133,7 +135,7 @@ class Gathering:
         self._connect()
 
     def _wait_for(self, has_come: Callable[[TCPStore], bool]) -> bool:
-        """Waits in short steps; False where there is nothing to do."""
+        """Waits in short steps; returns False if there is nothing to do."""
         store, patience = self._opened(), _Patience(self._where, self._n)
         while not _asked(lambda: has_come(store)):
             told = _asked(lambda: self._told(store))
@@ -143,7 +145,7 @@ class Gathering:
                 raise Interrupted(f"another process of the run was {told}")
             if told is not None:
                 raise NotGatheredError(
-                    "All processes of a run run it, or none; another one ended: "
+                    "A run needs all of its processes; another one ended: "
                     f"{told.removeprefix(_REFUSED)}"
                 )
             patience.wait()
@@ -154,12 +156,12 @@ class Gathering:
         return store.get(key).decode() if store.check([key]) else None
 
     def _tell(self, why: str, within_s: float) -> None:
-        """Tells the others why this process ends, unless they know why they do; the first stays
-        until all have heard of it."""
+        """Tells the others why this process ends, unless a reason was given before; the first
+        process waits until all have received it."""
         until = time.monotonic() + within_s
         while self._store is None and not self._leads and not self._is_open():
             if time.monotonic() > until:
-                return  # it has ended before
+                return  # the first process has already ended
             time.sleep(POLL_S)
         store = self._opened()
         if self._told(store) is None:
@@ -170,7 +172,7 @@ class Gathering:
             n_heard = store.add(f"{self._prefix}/heard", 0)
 
     def _opened(self) -> TCPStore:
-        """The store, which the first process serves, or torchrun for it."""
+        """The store, which the first process or torchrun serves."""
         if self._store is None:
             address, port = self._where
             serves = self._leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -200,7 +202,7 @@ class Gathering:
 
 
 class _Patience:
-    """Waits for others in short steps, says so after a while, and ends after half an hour."""
+    """Waits for the others in short steps, warns after a while, and fails after half an hour."""
 
     def __init__(self, where: tuple[str, int], n: int) -> None:
         self._since = time.monotonic()
@@ -211,12 +213,12 @@ class _Patience:
         waited_s = time.monotonic() - self._since
         if waited_s > COME_WITHIN_S:
             raise NotGatheredError(
-                f"All {self._what}, come within {COME_WITHIN_S / 60:g} minutes; some have not. See "
-                "what the others say; trainer.devices times trainer.num_nodes must be the number "
-                "of processes that are started."
+                f"All {self._what}, must start within {COME_WITHIN_S / 60:g} minutes; some have "
+                "not. Read the output of the others; trainer.devices times trainer.num_nodes must "
+                "be the number of processes that are started."
             )
         if waited_s > SAID_AFTER_S and not self._has_said:
-            log.warning("waiting for the others of %s", self._what)
+            log.warning("still waiting for some of the %s", self._what)
             self._has_said = True
         time.sleep(POLL_S)
 
@@ -225,28 +227,28 @@ def _asked(ask: Callable[[], T]) -> T:
     """What the store answers."""
     try:
         return ask()
-    except RuntimeError as error:  # those of torch.distributed are
+    except RuntimeError as error:  # the base class of the errors of torch.distributed
         raise NotGatheredError(
-            "All processes of a run run it, or none; the first one cannot be reached, or has ended "
-            f"without a word: {str(error).splitlines()[0]}"
+            "A run needs all of its processes; the first one cannot be reached, or ended "
+            f"without giving a reason: {str(error).splitlines()[0]}"
         ) from error
 
 
 DECIDES_WITHIN_S = 1.0
-"""How long a wish waits to be heard, about: the steps that take so long go without an exchange."""
+"""About how long a wish waits until it is heard: the time between two exchanges."""
 
 
 MOST_STEPS = 32
-"""The most steps that do, as the next ones may take longer."""
+"""The most steps between two exchanges, because the next steps may take longer."""
 
 
 class Agreement:
     """The highest wish of all processes, heard by all of them at the end of the same step.
 
-    What one process alone finds, such as a signal or that time is over, the others must act upon at
-    that very step: they save and stop together. The wishes go from host to host, and no process
-    waits for its device. They are exchanged once in a while: after each step where steps are slow,
-    so that a run stops within the step that it is told to.
+    If a single process notices something, such as a signal or that the time is up, all must act on
+    it at the same step, because they save and stop together. The wishes are exchanged between the
+    hosts, and no process waits for its device. They are exchanged about once a second, or after
+    each step if steps take longer, so that a run stops within the step in which it is told to.
     """
 
     def __init__(self) -> None:
@@ -255,11 +257,11 @@ class Agreement:
         self._since = time.monotonic()
 
     def on(self, wish: int) -> int:
-        """The highest wish of all; 0 where it is not the time to ask. To be called by all of them
-        at the end of each step.
+        """The highest wish of all processes; 0 between exchanges. All processes must call this at
+        the end of each step.
 
         Args:
-            wish: this process's, 0 for none. It is to be repeated until it was heard.
+            wish: of this process, 0 for none; to be repeated until it is heard.
         """
         if n_processes() == 1:
             return wish
@@ -270,7 +272,7 @@ class Agreement:
         now = time.monotonic()
         of_all = gathered((wish, (now - self._since) / self._n_steps))
         slowest = max(seconds for _, seconds in of_all)
-        # The same number in all processes.
+        # All processes compute the same number.
         self._left = max(1, min(MOST_STEPS, int(DECIDES_WITHIN_S / max(slowest, 1e-9))))
         self._n_steps, self._since = 0, now
         return max(theirs for theirs, _ in of_all)

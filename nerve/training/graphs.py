@@ -1,14 +1,14 @@
-"""Compiled losses, whose kernels are launched as CUDA graphs where that pays and stays right.
+"""Compiled losses, whose kernels are launched as CUDA graphs where that is faster and correct.
 
 A CUDA graph replays the kernels of a forward or backward pass with one launch. Small models are
-bound by launches where the host is slow or shared: on an H200 a GPT of 12 layers of 512 takes 13.5
-ms a step of 16,384 tokens with graphs, and without them 15.4 ms on idle cores and 23 to 28 on busy
-ones.
+limited by launches if the host is slow or shared: on an H200, a step of 16,384 tokens of a 12-layer
+GPT with d_model 512 takes 13.5 ms with graphs, and without them 15.4 ms on idle cores and 23 to 28
+on busy ones.
 
-A replay writes where the one before it wrote (CUDAGraph Trees of torch.compile's mode
-`reduce-overhead`): what outlives a step has to be copied. Losses are, here; gradients are consumed
-within their step, and copied by `own_gradients` where the next micro-batch adds to them. A replay
-runs no Python: what taps features runs without.
+A replay overwrites the results of the previous one (CUDAGraph Trees of torch.compile's mode
+`reduce-overhead`), so whatever outlives a step must be copied. Losses are copied here. Gradients
+are consumed within their step, and `own_gradients` copies them if the next micro-batch adds to
+them. A replay runs no Python, so batches whose features are tapped are not replayed.
 """
 
 import logging
@@ -27,20 +27,20 @@ Batch = tuple[Tensor, Tensor]
 Losses = Callable[[Batch], tuple[Tensor, Tensor | None]]
 
 PAYS_BELOW_FLOP = 2e11
-"""Of a matrix, forward and backward, in a micro-batch. Launching what belongs to one matrix takes
-half a millisecond of the host (23.4 ms for the 49 of a GPT of 12 layers), in which an H200 does
-2e11 floating-point operations: where there are more, the launches hide behind them, and graphs
+"""Floating-point operations per matrix in a micro-batch, forward and backward. Launching the
+kernels of one matrix takes the host half a millisecond (23.4 ms for the 49 of a 12-layer GPT), in
+which an H200 does 2e11 operations. If there are more, the launches overlap with them, and graphs
 would only hold memory that other code cannot use."""
 
 log = logging.getLogger(__name__)
 
 
 class CompiledLosses:
-    """The losses of a batch by compiled code: as CUDA graphs once `replay` is called, unless
-    features are tapped.
+    """The losses of a batch, computed by compiled code: with CUDA graphs once `replay` is called,
+    unless features are tapped.
 
     Args:
-        losses: gives the loss of a batch, and a second number beside it that has no gradient.
+        losses: returns the loss of a batch and a second number that has no gradient.
     """
 
     def __init__(self, losses: Losses) -> None:
@@ -49,11 +49,11 @@ class CompiledLosses:
         self._graphed: Losses | None = None
         self._n_replayed, self._n_skipped = 0, 0
         self.is_replaying = False
-        """Whether the last batch was, so that the gradients of its backward pass are overwritten
-        by those of the next one."""
+        """Whether the last batch was replayed, so that the next one overwrites the gradients of its
+        backward pass."""
 
     def replay(self, yes: bool) -> None:
-        """Has the batches that follow replay graphs, or not."""
+        """Sets whether the batches that follow replay graphs."""
         compiled = torch.compile(self._losses, mode="reduce-overhead") if yes else None
         self._graphed, self.is_replaying = compiled, False
         self._n_replayed, self._n_skipped = 0, n_skipped()
@@ -65,8 +65,8 @@ class CompiledLosses:
         assert self._graphed is not None
         if self._n_replayed == 1 and n_skipped() > self._n_skipped:
             log.warning(
-                "torch launches %d of the compiled passes without CUDA graphs; with "
-                "TORCH_LOGS=perf_hints it says why",
+                "torch launches %d of the compiled passes without CUDA graphs; set "
+                "TORCH_LOGS=perf_hints to see why",
                 n_skipped() - self._n_skipped,
             )
         self._n_replayed += 1
@@ -76,13 +76,13 @@ class CompiledLosses:
 
 
 def n_skipped() -> int:
-    """How many compiled passes of this process torch could not make graphs of."""
+    """How many compiled passes of this process torch could not turn into graphs."""
     compiler = sys.modules.get("torch._dynamo.utils")
     return 0 if compiler is None else int(compiler.counters["inductor"]["cudagraph_skips"])
 
 
 def own_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Puts copies in the place of gradients that a replay made, for later ones to be added to."""
+    """Replaces gradients that a replay wrote by copies, to which later ones can be added."""
     given = [each for each in parameters if each.grad is not None]
     gradients = [each.grad for each in given if each.grad is not None]
     copies = [torch.empty_like(gradient) for gradient in gradients]
@@ -93,24 +93,24 @@ def own_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def choose(trainer: L.Trainer, model: nn.Module, n_positions: int) -> bool:
-    """Whether a fit replays graphs; says so, and why, in one line.
+    """Whether a fit replays graphs; logs the decision and its reason in one line.
 
     Args:
-        n_positions: vectors that each matrix multiplies in a micro-batch.
+        n_positions: number of vectors that each matrix multiplies in a micro-batch.
     """
     why = reason_against(trainer, model)
     flop = flop_of_a_matrix(model, n_positions)
     if why is None and flop >= PAYS_BELOW_FLOP:
-        why = f"a matrix takes {flop:.1e} operations a micro-batch, behind which launches hide"
+        why = f"{flop:.1e} operations per matrix and micro-batch take longer than their launches"
     if why is None:
-        log.info("compiled, launched as CUDA graphs: %.1e operations a matrix are short", flop)
+        log.info("compiled, with CUDA graphs: only %.1e operations per matrix", flop)
     else:
-        log.info("compiled, not launched as CUDA graphs: %s", why)
+        log.info("compiled, without CUDA graphs: %s", why)
     return why is None
 
 
 def reason_against(trainer: L.Trainer, model: nn.Module) -> str | None:
-    """What forbids graphs, in words; None where nothing does."""
+    """Why graphs cannot be used; None if they can."""
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return f"training is on the {device.type}"
@@ -131,8 +131,8 @@ def reason_against(trainer: L.Trainer, model: nn.Module) -> str | None:
 
 
 def flop_of_a_matrix(model: nn.Module, n_positions: int) -> float:
-    """Floating-point operations of the linear layers of a model in one forward and backward pass,
-    in the mean of these layers: 6 · d_in · d_out · positions; 0 where it has none."""
+    """Floating-point operations per linear layer in one forward and backward pass, averaged over
+    the linear layers: 6 · d_in · d_out · positions; 0 if the model has none."""
     sizes = [
         each.in_features * each.out_features
         for each in model.modules()

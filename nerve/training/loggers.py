@@ -1,4 +1,4 @@
-"""Lightning loggers that go on where a resumed run does: the run's store, a CSV file, wandb."""
+"""Lightning loggers that continue when a run is resumed: the run's store, a CSV file, wandb."""
 
 import csv
 import io
@@ -28,8 +28,8 @@ Row = dict[str, str]
 
 
 class OwnLogger(Logger):
-    """A logger without a name and a version, so that ModelCheckpoint puts its files into
-    checkpoints/, and without hyperparameters: run.json holds the whole configuration."""
+    """A logger without a name and a version, so that ModelCheckpoint writes its files to
+    checkpoints/, and without hyperparameters, because run.json holds the whole configuration."""
 
     @property
     def name(self) -> str:
@@ -47,13 +47,13 @@ class OwnLogger(Logger):
 
 
 class StoreLogger(OwnLogger):
-    """Appends what Lightning logs to the `scalars` table: one row a name and step.
+    """Appends what Lightning logs to the `scalars` table: one row per name and step.
 
     A training scalar labeled step s was computed with the weights after s optimizer steps, as in
     the `metrics` table.
 
     Args:
-        store: where rows go; whoever owns it flushes it.
+        store: receives the rows; its owner flushes it.
     """
 
     def __init__(self, store: RunStore) -> None:
@@ -70,14 +70,14 @@ class StoreLogger(OwnLogger):
 
 
 class CSVLogger(OwnLogger):
-    """Keeps `metrics.csv`: a row for each call that logs, a column for each name.
+    """Writes `metrics.csv`: one row per logging call, one column per name.
 
-    Rows are appended; where one brings a new column the file is written anew. A file that is there
-    already is gone on with. A resumed run logs the steps past its checkpoint again; once it ends,
-    such a row is in the place of the one of the same step and names.
+    Rows are appended; if a row has a new column, the file is rewritten. An existing file is
+    continued. A resumed run logs the steps after its checkpoint again; when it ends, such a row
+    replaces the earlier one of the same step and names.
 
     Args:
-        directory: where the file lies.
+        directory: the folder of the file.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -95,31 +95,31 @@ class CSVLogger(OwnLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the rows that wait. Lightning calls it whenever it has logged.
+        """Writes the pending rows. Lightning calls this after each logging call.
 
         Raises:
-            StoreError: when the file system refuses.
+            StoreError: when the file cannot be written.
         """
         if any(not row.keys() <= set(self._columns) for row in self._waiting):
             self._write_anew()
         elif self._waiting:
-            columns, self._columns = self._columns, []  # a refusal may leave half a row behind
+            columns, self._columns = self._columns, []  # a failed write may leave half a row
             with as_store_error(self._path), open(self._path, "ab") as file:
                 file.write(_text(columns, self._waiting))
             self._columns, self._waiting = columns, []
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._waiting or self._path.exists():  # of a piece that was killed before it came here
+        if self._waiting or self._path.exists():  # it may be from a killed process
             self._write_anew()
 
     def _write_anew(self) -> None:
-        """Writes all rows, each once, below the names of all columns."""
+        """Rewrites the file: the names of all columns, then each row once."""
         rows = {_key(row): row for row in (*self._stored(), *self._waiting)}
         columns = ["step", *sorted({name for row in rows.values() for name in row} - {"step"})]
         header = dict(zip(columns, columns, strict=True))
         text = _text(columns, [header, *rows.values()])
-        if not self._is_made:  # later on it is gone with the run's directory
+        if not self._is_made:  # if it is missing later, the run's directory was deleted
             with as_store_error(self._path.parent):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             self._is_made = True
@@ -131,28 +131,28 @@ class CSVLogger(OwnLogger):
     def _stored(self) -> list[Row]:
         if not self._path.exists():
             return []
-        whole, _, _ = self._path.read_text(encoding="utf-8").rpartition("\n")  # but half a row
+        whole, _, _ = self._path.read_text(encoding="utf-8").rpartition("\n")  # drops half a row
         reader = csv.DictReader(io.StringIO(whole))
         return [{name: value for name, value in row.items() if value} for row in reader]
 
 
 class WandbLogger(LightningWandbLogger):
-    """Lightning's, for the run of a run directory.
+    """Lightning's wandb logger for the run of a run directory.
 
-    At wandb the run has the id of its record, with which a resumed run goes on there, and the group
-    of its sweep; a run that begins under wandb's agent, or with WANDB_RUN_ID, WANDB_NAME or
-    WANDB_RUN_GROUP, has those. It ends there when it ends here: a next one in this process gets its
-    own.
+    In wandb, the run has the id of its record, which lets a resumed run continue there, and belongs
+    to the group of its sweep. WANDB_RUN_ID, WANDB_NAME, WANDB_RUN_GROUP and wandb's agent take
+    precedence when a run begins. The wandb run ends with this run, so that the next run in the same
+    process gets its own.
 
     Args:
-        directory: of the run, which has its record already; wandb keeps its files in wandb/ there.
-        arguments: others of Lightning's logger, such as `project`.
+        directory: the run directory, which must contain a record; wandb writes to wandb/ in it.
+        arguments: further arguments of Lightning's logger, such as `project`.
 
     Attributes:
-        wandb_id: of the run at wandb, for its record; None in a process that writes nothing.
+        wandb_id: the id of the wandb run, for the record; None in a process that writes nothing.
 
     Raises:
-        StoreError: when there is no record.
+        StoreError: if there is no record.
     """
 
     def __init__(self, directory: str | Path, **arguments: Any) -> None:
@@ -177,21 +177,22 @@ class WandbLogger(LightningWandbLogger):
 
 
 def wandb_id_of(record: RunRecord) -> str:
-    """The id of a run at wandb: that of its record, or the one that its environment gives it when
-    it begins. Trials of a sweep share an environment, and one id would make them one run."""
+    """The id of a run in wandb: the one in its record, else WANDB_RUN_ID when the run first begins,
+    else its run id. The trials of a sweep share an environment, so that WANDB_RUN_ID would merge
+    them into one run."""
     if record.wandb_id is not None:
         return record.wandb_id
     given = os.environ.get("WANDB_RUN_ID")
     if not given or record.restarts:
         return record.run_id
     if record.sweep is not None:
-        log.warning("WANDB_RUN_ID=%s names one run, and is left out in a sweep", given)
+        log.warning("WANDB_RUN_ID=%s names a single run and is ignored in a sweep", given)
         return record.run_id
     return given
 
 
 def wandb_id_in(loggers: Iterable[Logger]) -> str | None:
-    """The id that a run has at wandb; None for one that is not there."""
+    """The id of the run in wandb; None if it is not logged there."""
     ids = (logger.wandb_id for logger in loggers if isinstance(logger, WandbLogger))
     return next(ids, None)
 

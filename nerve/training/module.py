@@ -1,4 +1,4 @@
-"""Lightning modules: loss, logging, optimizer and schedule; measuring is not their concern."""
+"""Lightning modules: loss, logging, optimizer and schedule, but no measuring."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,24 +20,24 @@ from nerve.training.randomness import part_from_other_processes
 NO_REGULARIZER = Regularizer()
 
 CHECK_EVERY_N_BATCHES = 50
-"""How often a diverged loss is looked for on a GPU; on the CPU after every batch."""
+"""How often to check for a diverged loss on a GPU; on the CPU it is checked after every batch."""
 
 
 class TrainedModel(L.LightningModule):
     """Trains a model that maps the first part of a batch to logits for the second.
 
-    Logs `train_loss` and `val_loss` (cross-entropy, nats per target). A step of either kind returns
-    the mean `loss` and `n_targets`, the number of targets that it is a mean of. Where there is a
-    regularizer, its term is logged as `penalty`; the loss that a step returns has the value of the
+    Logs `train_loss` and `val_loss` (cross-entropy, nats per target). Training and validation steps
+    return the mean `loss` and `n_targets`, the number of targets that it is averaged over. The term
+    of a regularizer is logged as `penalty`; the loss that a step returns then has the value of the
     cross-entropy alone and the gradient of their sum.
 
     Args:
-        model: the network; called with the batch's inputs, gives logits `[..., n_classes]`.
-        build_optimizer: makes the optimizer for the model.
+        model: the network; called with the batch's inputs, returns logits `[..., n_classes]`.
+        build_optimizer: returns the optimizer for the model.
         schedule: learning-rate schedule over the trainer's `max_steps`.
-        compile: whether training runs model and loss as one compiled graph, launched as CUDA graphs
-            where that pays; validation does not, whose last batch may be of another size.
-        regularizer: of the features in training; its term is that of each micro-batch and process.
+        compile: whether training runs model and loss as one compiled graph, with CUDA graphs where
+            they are faster; validation is not compiled, because its last batch may be smaller.
+        regularizer: of the features in training, computed per micro-batch and process.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class TrainedModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._has_chosen = False
-        # One that goes on in the middle of an accumulation zeroes no gradients before.
+        # A fit that resumes in the middle of an accumulation does not zero the gradients first.
         self._begins_update = True
-        self._first_bad_step = None  # of a fit before
-        part_from_other_processes(self.global_rank)  # Lightning seeds all of them alike
+        self._first_bad_step = None  # may be left from an earlier fit
+        part_from_other_processes(self.global_rank)  # Lightning gives all processes one seed
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
@@ -72,13 +72,13 @@ class TrainedModel(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         (loss, penalty), targets = self._training_losses(batch), batch[1]
-        # Over all processes, as in the rows of metrics; one that diverges so ends all of them.
+        # Over all processes, as in the metric rows; if one process diverges, all of them stop.
         mean = _mean_over_processes(loss.detach())
         self._note_divergence(mean)
         if penalty is not None:
             self.log("penalty", penalty, sync_dist=True)
-        # For Lightning's bar it would be read after every batch, a wait for the device each time;
-        # `RunProgressBar` reads it when it is drawn.
+        # With prog_bar=True Lightning would read it after every batch and wait for the device each
+        # time; `RunProgressBar` reads it only when the bar is drawn.
         self.log("train_loss", mean)
         return {"loss": loss, "n_targets": targets.numel()}
 
@@ -91,19 +91,20 @@ class TrainedModel(L.LightningModule):
         return {"loss": loss, "n_targets": n_targets}
 
     def on_validation_epoch_end(self) -> None:
-        # Lightning labels validation by the batches before the last update; we count updates.
+        # Lightning would label validation with the batches before the last update; we count updates
         self.log("step", float(self.global_step), sync_dist=True)
-        if self._first_bad_step is not None:  # as it is in all processes, which validate alike
+        if self._first_bad_step is not None:  # set in all processes, which validate together
             first = -highest(-int(self._first_bad_step), self.device)
             self._first_bad_step = self._first_bad_step.new_tensor(first)
-        self._raise_if_diverged()  # after the last update no training loss would show it
+        self._raise_if_diverged()  # no training loss follows the last update
 
     def on_validation_end(self) -> None:
-        # The loggers have it; to callbacks it would be the step until the next validation.
+        # The loggers have received it; callbacks would see an outdated step until the next
+        # validation.
         self.trainer.callback_metrics.pop("step", None)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Reading the flag waits for the device.
+        # Reading the value waits for the device.
         if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:
             self._raise_if_diverged()
 
@@ -125,14 +126,14 @@ class TrainedModel(L.LightningModule):
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # Of such an optimizer (fused=True) Lightning leaves the scale in the gradients, since
-            # it takes it out as it steps, and then refuses to clip them.
+            # Such an optimizer (fused=True) unscales the gradients itself when it steps, so
+            # Lightning leaves them scaled and then refuses to clip them.
             scaler.unscale_(optimizer)
         sharded = self.trainer.model
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         elif isinstance(sharded, FullyShardedDataParallel):
-            # Each process holds a shard: only the wrapper knows the norm of all gradients.
+            # Each process holds a shard; only the wrapper knows the norm of all gradients.
             sharded.clip_grad_norm_(gradient_clip_val)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
@@ -150,7 +151,7 @@ class TrainedModel(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().optimizer_step(*args, **kwargs)
-        except RuntimeError as error:  # of a decomposition, say, on the host or on a GPU
+        except RuntimeError as error:  # from a matrix decomposition, for example
             if all(map(_is_finite, self.parameters())):
                 raise
             raise _diverged(self.global_step) from error
@@ -164,7 +165,7 @@ class TrainedModel(L.LightningModule):
         }
 
     def _training_losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """`_losses` of a training batch, compiled or not."""
+        """`_losses` of a training batch, compiled if so configured."""
         if self._compiled is None:
             return self._losses(batch)
         if not self._has_chosen and self._trainer is not None:
@@ -173,12 +174,12 @@ class TrainedModel(L.LightningModule):
         return self._compiled(batch)
 
     def _n_positions(self, batch: Batch) -> int:
-        """How many vectors the matrices of the model multiply."""
+        """How many vectors each matrix of the model multiplies."""
         return batch[1].numel()
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The loss and what the regularizer adds to its gradient, without the logits: compiled code
-        would have to keep them."""
+        """The loss, with the gradient of the regularizer's term, and that term; not the logits,
+        which compiled code would then have to keep."""
         if self._penalty is None:
             return self._loss(batch)[0], None
         self._penalty.start()
@@ -192,7 +193,7 @@ class TrainedModel(L.LightningModule):
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten()), logits
 
     def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
-        """Logs what a task reports beside the loss."""
+        """Logs what a task reports in addition to the loss."""
 
     def _note_divergence(self, loss: Tensor) -> None:
         step = torch.full((), self.global_step, dtype=torch.int64, device=loss.device)
@@ -216,7 +217,7 @@ def _diverged(step: int) -> DivergedError:
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:
-    """Whether a parameter and its gradient are."""
+    """Whether a parameter and its gradient are finite."""
     tensors = (parameter, parameter.grad)
     return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
 
@@ -237,7 +238,7 @@ class LanguageModel(TrainedModel):
 class ImageClassifier(TrainedModel):
     """Image classification: inputs `[batch, channels, height, width]`, targets `[batch]` labels.
 
-    Logs `val_accuracy`, a fraction, beside the losses.
+    Logs `val_accuracy`, a fraction, in addition to the losses.
     """
 
     def _n_positions(self, batch: Batch) -> int:

@@ -10,7 +10,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nerve.config import from_mapping
-from nerve.measuring.choice import Choice
 from nerve.measuring.distributed import leave
 from nerve.measuring.ffns import FFN
 from nerve.measuring.find import find_ffns
@@ -32,6 +31,7 @@ from nerve.training.fit import (
     warn_of_nothing,
 )
 from nerve.training.loggers import StoreLogger
+from nerve.training.steps import StepFeatures
 from nerve.training.updates import (
     NEVER,
     WeightUpdates,
@@ -95,9 +95,8 @@ class SpectralMonitor(L.Callback):
         check_given(ffns=ffns, mask=mask, exclude=exclude, layers=self.settings.layers)
         self._ffns = ffns
         self._counted = mask, exclude, only_labeled
-        self._choice: Choice | None = None
+        self._features: StepFeatures | None = None
         self._updates = WeightUpdates()
-        self._is_taking = False
         self._recorder = Recorder(self.settings, store)
 
     @property
@@ -126,7 +125,7 @@ class SpectralMonitor(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         require_validation(trainer, self.settings.source)
-        begins = trainer.global_step == 0  # else a trainer goes on, and its last step has its row
+        begins = trainer.global_step == 0  # otherwise the trainer's last step already has its row
         if begins:
             self._updates.n = 0
         layers = self.settings.layers
@@ -134,7 +133,7 @@ class SpectralMonitor(L.Callback):
         self._recorder.open(
             ffns,
             trainer.strategy.root_device,
-            # The store has the rows themselves.
+            # The store receives the rows themselves.
             [each for each in trainer.loggers if not isinstance(each, StoreLogger)],
             anew=begins,
             rank=trainer.global_rank,
@@ -142,25 +141,26 @@ class SpectralMonitor(L.Callback):
             n_here=trainer.num_devices,
             token_counts=token_counts(trainer),
         )
-        self._choice = choice_of(pl_module, self._recorder.probe, self.settings, *self._counted)
+        choice = choice_of(pl_module, self._recorder.probe, self.settings, *self._counted)
+        self._features = StepFeatures(trainer, self._recorder, choice)
         trainer.val_check_interval = NEVER
         trainer.check_val_every_n_epoch = None
-        trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of a time for it
-        # The validation before training is that of step 0.
+        trainer._val_check_time_interval = None  # type: ignore[attr-defined] # of val_check_interval
+        # The sanity validation before training serves as that of step 0.
         trainer.num_sanity_val_steps = math.inf if begins and self.settings.begins_at_zero else 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         require_batches(trainer, self.settings.source)
         last = last_update(trainer, pl_module)
         steps = self.settings.measured_steps(last)
-        self._updates.open(trainer, pl_module, steps, self._stop_taking)
+        self._updates.open(trainer, pl_module, steps, self._stop)
         begun = self._updates.n
         self._recorder.drop_after(begun)
         if begun == 0:
             self.settings.require_some(last)
             if 0 in steps and not trainer.enable_validation:
                 self._label(trainer)
-        validate_next(trainer, begun in steps)  # asked where Lightning goes on from a checkpoint
+        validate_next(trainer, begun in steps)  # read when Lightning resumes from a checkpoint
 
     def on_train_batch_end(
         self,
@@ -170,18 +170,19 @@ class SpectralMonitor(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._stop_taking()
+        assert self._features is not None
+        self._features.end()
         loss, n_targets = step_loss(outputs)
-        # Lightning reports the loss as it was divided for gradient accumulation.
+        # Lightning reports the loss divided by the number of accumulated batches.
         scaled = None if loss is None else loss * trainer.accumulate_grad_batches
         self._recorder.add_training(scaled, n_targets)
         validate_next(trainer, self._updates.end_batch(trainer) and self._end_update(trainer))
         self._recorder.end_step()
         if is_last_batch(trainer, batch_idx):
-            trainer.should_stop = True  # validates now, also when the cadence does not fall here
+            trainer.should_stop = True  # makes Lightning validate now, whatever the interval
 
     def _end_update(self, trainer: L.Trainer) -> bool:
-        """Ends the step whose features were due; whether the one that begins is due."""
+        """Ends the step whose features were due; returns whether the next one is due."""
         due_step = self._recorder.due_step
         if due_step is not None and self._updates.n > due_step:
             self._recorder.finish(of_all=trainer.world_size > 1)
@@ -191,12 +192,12 @@ class SpectralMonitor(L.Callback):
         return is_due
 
     def _label(self, trainer: L.Trainer) -> None:
-        """Labels the present weights, where no validation does."""
+        """Labels the current weights in a fit without validation."""
         self._recorder.start_validation()
         self._recorder.label(self._updates.n, trainer.optimizers)
         self._recorder.end_validation()
 
-    # Validation: the loss of every measured step; the features where the source is held-out data
+    # Validation: the loss of every measured step, and the features if the source is held-out data
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -215,7 +216,8 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         is_of_fit = trainer.state.fn == TrainerFn.FITTING and not dataloader_idx
         if is_of_fit and self.settings.source == "heldout":
-            self._take(batch)
+            assert self._features is not None
+            self._features.expect(batch)
 
     def on_validation_batch_end(
         self,
@@ -228,7 +230,8 @@ class SpectralMonitor(L.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or dataloader_idx:
             return
-        self._stop_taking()
+        assert self._features is not None
+        self._features.end()
         loss, n_targets = step_loss(outputs)
         if loss is not None:
             self._recorder.add_validation(loss, n_targets)
@@ -244,43 +247,41 @@ class SpectralMonitor(L.Callback):
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         self._recorder.end_validation()
 
-    # Training: the features of a whole training step where the source is training data
+    # Training: the features of a whole training step if the source is training data
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._recorder.is_due:
-            self._take(batch)
+            assert self._features is not None
+            self._features.expect(batch)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        # Stopped before the backward pass: activation checkpointing runs the forward again there.
-        self._stop_taking()
+        # Stop before the backward pass, where activation checkpointing runs the forward pass again.
+        self._stop()
 
-    def _take(self, batch: Any) -> None:
-        """Takes the features of the pass that follows."""
-        assert self._choice is not None
-        self._recorder.start(self._choice.of(batch))
-        self._is_taking = True
+    def _stop(self) -> None:
+        if self._features is not None:
+            self._features.stop()
 
-    def _stop_taking(self) -> None:
-        """Ends that pass, if one is measured."""
-        if self._is_taking:
-            self._is_taking = False
-            self._recorder.stop()
+    def _let_go(self) -> None:
+        """Drops every reference to the module."""
+        self._updates.close()
+        if self._features is not None:
+            self._features.close()
+            self._features = None
+        let_go(self)
 
     # The end
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._is_taking = False
-        self._updates.close()
+        self._let_go()
         leave(exception)
         self._recorder.fail(exception)
-        self._choice = None
-        let_go(self)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
@@ -290,14 +291,12 @@ class SpectralMonitor(L.Callback):
             warn_of_nothing(self.settings, self._updates.n)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._updates.close()
+        self._let_go()
         self._recorder.close()
-        self._choice = None  # which has the model
-        let_go(self)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._recorder.state_dict(), "n_updates": self._updates.n}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._recorder.load_state_dict(state_dict)
-        self._updates.n = state_dict.get("n_updates", 0)  # Lightning's checkpoints of before
+        self._updates.n = state_dict.get("n_updates", 0)  # missing in older checkpoints

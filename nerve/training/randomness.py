@@ -9,11 +9,11 @@ import torch
 
 
 def part_from_other_processes(rank: int) -> None:
-    """Lets torch draw other numbers in process `rank` of a run than in those that were seeded as it
-    was, for dropout masks of its own. Process 0 goes on as a process alone would.
+    """Gives process `rank` of a run its own torch seed, so that dropout masks differ between
+    processes that were seeded alike. Process 0 keeps its seed, as a run of one process does.
     """
     if rank:
-        # Hashed: the CPU's generator reads the lower 32 bits alone.
+        # Hashed, because the CPU's generator uses only the lower 32 bits.
         (seed,) = np.random.SeedSequence([torch.initial_seed(), rank]).generate_state(1)
         torch.manual_seed(int(seed))
 
@@ -30,7 +30,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Makes the generators go on as they would have when `random_states` was called."""
+    """Restores the generators to the states that `random_states` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

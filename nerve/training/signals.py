@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noticed at once, obeyed once the run has saved."""
+"""Signals that ask a run to stop: noted immediately, obeyed once the run has saved."""
 
 import logging
 import os
@@ -14,18 +14,18 @@ from typing import Any, NoReturn, Self
 log = logging.getLogger(__name__)
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop: a user, a connection that drops, a batch system before it preempts or
-reaches the time limit."""
+"""Sent by a user, by a dropped connection, or by a batch system before it preempts a job or its
+time limit is reached."""
 
 TO_BE_GONE_ON_WITH = os.EX_TEMPFAIL
-"""The exit status of a run that stopped without a signal before its end, and can go on."""
+"""The exit status of a run that stopped before its end without a signal, and can be resumed."""
 
 SLURM_KILLS_WITHIN_S = 30.0
-"""How long a job that SLURM ends waits at most for the kill that follows SIGTERM, where SLURM does
-not say (KillWait, GraceTime): its default."""
+"""The longest time between SIGTERM and SIGKILL if SLURM does not report it (KillWait, GraceTime):
+SLURM's default."""
 
 SLURM_IS_LATE_BY_S = 10.0
-"""By how much the kill may come later than that."""
+"""How much later than that SIGKILL may come."""
 
 SLURM_ANSWERS_WITHIN_S = 10.0
 
@@ -34,15 +34,15 @@ SLURM_ASKED_EVERY_S = 10.0
 SLURM_ENDS = re.compile(
     r"\bJobState=(PREEMPTED|REQUEUE\w*|CANCELLED|COMPLETING)\b|\bPreemptTime=\d"
 )
-"""What `scontrol show job` says of a job that is to be killed: one that is preempted runs on in its
-time of grace, and has the time of its preemption."""
+"""What `scontrol show job` prints for a job that is about to be killed. A preempted job keeps
+running during its grace time, and its PreemptTime is set."""
 
 
 class Interrupted(SystemExit):
-    """The run stopped before its end, and can go on.
+    """The run stopped before its end, and can be resumed.
 
     Args:
-        reason: why.
+        reason: why it stopped.
         code: the exit status of the process.
     """
 
@@ -60,8 +60,8 @@ class Interrupted(SystemExit):
 
 
 class SignalsHandled:
-    """Handles signals while the `with` block runs, and restores what handled them before; one that
-    was ignored (`nohup`) stays so."""
+    """Handles signals while the `with` block runs, and restores the previous handlers afterwards; a
+    signal that was ignored (`nohup`) stays ignored."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
@@ -78,12 +78,12 @@ class SignalsHandled:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def install(self) -> None:
-        """Handles the signals here, also those that someone else has taken over since."""
+        """Installs the handlers, replacing any that were installed in the meantime."""
         for signum in self._before:
             signal.signal(signum, self._note)
 
     def _signums(self) -> Iterable[int]:
-        """Those to handle."""
+        """The signals to handle."""
         raise NotImplementedError
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -91,12 +91,11 @@ class SignalsHandled:
 
 
 class StopSignals(SignalsHandled):
-    """Notes signals that ask to stop while the `with` block runs, and restores what handled them.
+    """Notes signals that ask to stop while the `with` block runs, and restores their handlers.
 
-    Until `defer` such a signal raises `Interrupted` where the program stands; from then on the
-    program asks for `received` when it can stop. A second Ctrl-C ends at once, as
-    KeyboardInterrupt. Outside the main thread, where
-    Python lets nobody handle signals, nothing is installed.
+    Before `defer` is called, such a signal raises `Interrupted` immediately; afterwards the program
+    checks `received` where it can stop. A second Ctrl-C raises KeyboardInterrupt. Outside the main
+    thread, where Python does not allow signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -115,21 +114,21 @@ class StopSignals(SignalsHandled):
         return bool(self._received)
 
     def defer(self) -> None:
-        """From now on signals are only noted; also those that someone else has taken over since."""
+        """From now on, signals are only noted; also reinstalls handlers that were replaced."""
         self._deferred = True
         self.install()
 
     def stop(self) -> NoReturn:
-        """Ends training: raises `Interrupted`, also where another process got the signal."""
+        """Ends training by raising `Interrupted`, also if another process received the signal."""
         raise Interrupted.by(self._received[0] if self._received else signal.SIGTERM)
 
     def hand_on(self) -> None:
-        """Lets what handled the noted signals before have them, now that all is saved.
+        """Passes the noted signals to their previous handlers, now that everything is saved.
 
-        submitit's handler counts the timeout, gives the job back to SLURM, and exits. What it calls
-        for that may be killed with all of the job before it can say that SLURM has heard it. SLURM
-        itself requeues a preempted job only if it is still there when its time of grace ends: after
-        SIGTERM a job waits to be killed, as long as SLURM says that it will be.
+        submitit's handler counts the timeout, requeues the job, and exits. The command that it runs
+        for that may be killed with the rest of the job before it returns. SLURM itself requeues a
+        preempted job only if the job still exists when its grace time ends, so after SIGTERM a job
+        waits to be killed for as long as SLURM reports that it will be.
         """
         if self._is_handed_on:
             return
@@ -144,7 +143,7 @@ class StopSignals(SignalsHandled):
                     if error.returncode >= 0:
                         raise
                     is_ended = True
-                    log.warning("%s, as all of a job is that SLURM requeues", str(error))
+                    log.warning("%s, because SLURM kills the whole job to requeue it", str(error))
         job = os.environ.get("SLURM_JOB_ID")
         if job and (is_ended or signal.SIGTERM in self._received):
             _wait_for_kill(job)
@@ -159,16 +158,17 @@ class StopSignals(SignalsHandled):
             self._received.append(signum)
         if not self._deferred:
             raise Interrupted.by(signum)
-        more = "; once more ends at once" if signum == signal.SIGINT else ""
+        more = " (press Ctrl-C again to exit immediately)" if signum == signal.SIGINT else ""
         text = f"\n{signal.Signals(signum).name}: stopping at the end of this step{more}\n"
-        os.write(2, text.encode())  # a stream may be in the middle of a write of its own
+        os.write(2, text.encode())  # sys.stderr may be in the middle of a write
 
 
 def _wait_for_kill(job: str) -> None:
-    """Waits while SLURM says that it ends `job`; not after a SIGTERM of anyone else."""
+    """Waits while SLURM reports that it is ending `job`; returns at once if SIGTERM came from
+    elsewhere."""
     told = _asked("scontrol", "show", "job", job)
     if SLURM_ENDS.search(told):
-        log.warning("waiting for SLURM, which requeues a preempted job once it has killed it")
+        log.warning("waiting for SLURM to kill this job, so that it requeues the job")
         until = time.monotonic() + _kills_within_s(told) + SLURM_IS_LATE_BY_S
         while time.monotonic() < until and SLURM_ENDS.search(told):
             time.sleep(SLURM_ASKED_EVERY_S)
@@ -176,11 +176,11 @@ def _wait_for_kill(job: str) -> None:
 
 
 def _kills_within_s(job: str) -> float:
-    """From SIGTERM to SIGKILL: KillWait, of a preempted job after the GraceTime of its partition
-    or QOS.
+    """Seconds from SIGTERM to SIGKILL: KillWait, and for a preempted job also the GraceTime of its
+    partition or QOS.
 
     Args:
-        job: what SLURM says of it.
+        job: the output of `scontrol show job`.
     """
     kill = re.search(r"\bKillWait\s*=\s*(\d+)", _asked("scontrol", "show", "config"))
     wait_s = float(kill[1]) if kill else SLURM_KILLS_WITHIN_S
@@ -200,7 +200,7 @@ _CLOCK = re.compile(r"^(\d+):(\d+):(\d+)$", re.MULTILINE)
 
 
 def _asked(*command: str) -> str:
-    """What a command of SLURM prints; nothing where it does not answer."""
+    """The output of a SLURM command; empty if it fails to answer."""
     try:
         told = subprocess.run(
             command, capture_output=True, text=True, timeout=SLURM_ANSWERS_WITHIN_S

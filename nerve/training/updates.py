@@ -1,4 +1,4 @@
-"""How often Lightning has updated a module's weights, and what it is asked to do next."""
+"""Counts how often Lightning has updated a module's weights, and decides when it validates."""
 
 import math
 import sys
@@ -16,15 +16,16 @@ from nerve.recording.cadence import parameters_of
 from nerve.recording.settings import MeasuredSteps
 
 NEVER = sys.maxsize
-"""A validation interval that no training comes to."""
+"""A validation interval that no training reaches."""
 
 
 class WeightUpdates:
-    """Counts the updates of the weights that a fit trains.
+    """Counts the weight updates of a fit.
 
-    Lightning counts the steps of all optimizers. With automatic optimization that is the number of
-    updates. With manual optimization several optimizers may step for one update, and some may not
-    be Lightning's: here, optimizers that each step once in a batch have made one update together.
+    Lightning counts the steps of all optimizers. With automatic optimization this is the number of
+    updates. With manual optimization, one update may consist of the steps of several optimizers,
+    not all of which belong to Lightning: here, optimizers that each step once in a batch count as
+    one update.
 
     Attributes:
         n: updates so far.
@@ -45,11 +46,11 @@ class WeightUpdates:
         steps: MeasuredSteps,
         on_step: Callable[[], None],
     ) -> None:
-        """Begins to count, from `n` on where Lightning does not count itself.
+        """Starts counting: from Lightning's count, or with manual optimization from `n`.
 
         Args:
-            steps: those that are to be measured.
-            on_step: is called after each step of an optimizer that the module steps itself.
+            steps: the steps to measure.
+            on_step: called after each optimizer step that the module takes itself.
         """
         self._steps = steps
         self._is_manual = not module.automatic_optimization
@@ -68,7 +69,7 @@ class WeightUpdates:
         self._handle = register_optimizer_step_post_hook(count)
 
     def end_batch(self, trainer: L.Trainer) -> bool:
-        """Counts those of the batch that has ended; whether there were any."""
+        """Counts the updates of the batch that has ended; returns whether there were any."""
         before = self.n
         if self._is_manual:
             self.n += max(self._stepped.values(), default=0)
@@ -78,14 +79,14 @@ class WeightUpdates:
         return self.n > before
 
     def take_due(self) -> bool:
-        """Whether the update that was counted last is to be measured, or one that it came past."""
+        """Whether a step to be measured has been reached or passed since the last call."""
         is_due = self._next is not None and self.n >= self._next
         if is_due:
             self._next = self._steps.after(self.n)
         return is_due
 
     def close(self) -> None:
-        """Counts no more; allowed at any time."""
+        """Stops counting; may be called at any time."""
         self._stepped.clear()
         if self._handle is not None:
             self._handle.remove()
@@ -93,12 +94,12 @@ class WeightUpdates:
 
 
 def last_update(trainer: L.Trainer, module: L.LightningModule) -> int | None:
-    """The update that ends the fit; None where that is not known before."""
+    """The update that ends the fit; None if it is not known in advance."""
     if not module.automatic_optimization:
         return None
     try:
         last = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # of accumulation that changes from epoch to epoch
+    except MisconfigurationException:  # the accumulation changes from epoch to epoch
         last = trainer.max_steps
     return int(last) if math.isfinite(last) and last >= 0 else None
 
@@ -113,8 +114,8 @@ def is_last_batch(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def validate_next(trainer: L.Trainer, yes: bool) -> None:
-    """Has Lightning validate after the batch that has just ended, or not before it is asked to.
+    """Makes Lightning validate after the batch that has just ended, or not until asked to.
 
-    Its own interval counts batches, and neither updates nor single steps.
+    Lightning's own interval counts batches, not updates or individual steps.
     """
     trainer.val_check_batch = 1 if yes else NEVER

@@ -259,7 +259,7 @@ def test_where_there_is_no_run_one_message_says_so(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 1
-    assert capsys.readouterr().err.startswith("nerve-status: A run directory holds run.json")
+    assert capsys.readouterr().err.startswith("nerve-status: A run directory contains run.json")
 
 
 @pytest.mark.parametrize(

@@ -555,6 +555,7 @@ def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
     assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [32] * 2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_another_thread_measures_and_what_is_exported_are_no_passes(tmp_path):
     """The other thread looks at its model while a pass runs that is watched."""
     model, other, x = network(), network(), in_sequences()
@@ -587,6 +588,9 @@ def test_what_another_thread_measures_and_what_is_exported_are_no_passes(tmp_pat
         thread.join()
         run.step()
         torch.export.export(model, (x,))
+        torch.jit.trace(model, x, check_trace=False)
+        with pytest.raises(AttributeError, match="Script it before or after the measurement"):
+            torch.jit.script(model)
         model(x).sum().backward()
         run.step()
     assert not errors

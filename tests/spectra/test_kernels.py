@@ -27,15 +27,21 @@ def test_this_gpu_runs_them():
     assert not has_kernels(torch.device("cpu"))
 
 
-def test_lower_products_are_those_of_float64(x):
-    """Relative to the sum of the squares of two columns."""
-    from nerve.spectra.kernels import lower_products
+@pytest.mark.parametrize("n_terms", [256, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_are_added_are_those_of_float64(x, dtype, n_terms):
+    """Relative to the length of two columns; of a pair, and of several with two matrices each."""
+    from nerve.spectra.kernels import add_lower_products
 
-    for part in halves(x):
-        products = lower_products(part).sum(0, dtype=torch.float64).tril()
-        expected = (part.double().T @ part.double()).tril()
-        length = part.double().norm(dim=0)
-        assert ((products - expected).abs() <= 2e-6 * length * length[:, None]).all()
+    for a in halves(x.to(dtype)):
+        b = a.flip(0)
+        for pairs in ([(a, a)], [(a, a), (a, b), (b, a)]):
+            total = torch.eye(a.shape[1], dtype=torch.float64, device="cuda")
+            expected = total + sum(one.double().T @ other.double() for one, other in pairs)
+            add_lower_products(total, pairs, n_terms)
+            length = a.double().norm(dim=0)
+            bound = 2e-6 * len(pairs) * length * length[:, None] + 1e-12
+            assert ((total - expected).tril().abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -43,17 +49,19 @@ def test_square_distances_are_those_of_float64(x, dtype):
     from nerve.spectra.kernels import square_distances
 
     for part in halves(x.to(dtype)):
-        center = 3 + torch.arange(part.shape[1], device="cuda") / 100
-        expected = (part.double() - center.double()).square().sum(1)
+        center = 3 + torch.arange(part.shape[1], device="cuda", dtype=torch.float64) / 100
+        expected = (part.double() - center.float().double()).square().sum(1)
         torch.testing.assert_close(square_distances(part, center), expected, rtol=1e-6, atol=0)
 
 
 def test_what_is_not_finite_shows(x):
-    from nerve.spectra.kernels import lower_products, square_distances
+    from nerve.spectra.kernels import add_lower_products, square_distances
 
     part = x[:, : x.shape[1] // 2].clone()
     part[3, 7] = torch.nan
-    products = lower_products(part).sum(0).tril()
+    products = torch.zeros(part.shape[1], part.shape[1], dtype=torch.float64, device="cuda")
+    add_lower_products(products, [(part, part)], 512)
+    products = products.tril()
     assert products[7].isnan().any()
     assert not products[:7, :7].isnan().any()
     assert square_distances(part, part.new_zeros(part.shape[1], dtype=torch.float32))[3].isnan()

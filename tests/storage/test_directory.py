@@ -98,7 +98,7 @@ def test_a_record_that_is_gone_is_told_as_what_it_is(tmp_path, row, left):
         lambda: run.is_done({}),
         lambda: run.store(),
     ):
-        with pytest.raises(DamagedRecordError, match=r"run\.json is missing, and .*Restore it"):
+        with pytest.raises(DamagedRecordError, match=r"run\.json is missing, but .*Restore it"):
             ask()
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -268,7 +268,7 @@ def test_a_directory_that_another_has_is_looked_at_anew(tmp_path):
 
 
 def test_a_store_of_no_run_is_refused(tmp_path):
-    with pytest.raises(NoRecordError, match=r"holds run\.json"):
+    with pytest.raises(NoRecordError, match=r"contains run\.json"):
         RunDirectory(tmp_path).store()
     RunRecord.create(tmp_path, {}, run_id="mine")
     assert RunDirectory(tmp_path).store().run_id == "mine"

@@ -111,7 +111,7 @@ def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
     assert len(records) == 5
     assert where in [record.directory for record in records]
     assert len(caught) == 2
-    text = next(str(w.message) for w in caught if f"{where} counts" in str(w.message))
+    text = next(str(w.message) for w in caught if f"{where} is used" in str(w.message))
     assert str(tree / "sweep_a" / "c1") in text
     assert str(tree / "copy_of_a" / "c1") in text
 

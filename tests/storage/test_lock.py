@@ -144,7 +144,7 @@ def test_without_locks_the_heartbeat_decides_also_on_one_host(tmp_path, monkeypa
     run = RunDirectory(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", lambda seconds: record.update(heartbeat=at(1)))
-        with run.locked(), pytest.raises(RunIsBusyError, match="whose heartbeat goes on"):
+        with run.locked(), pytest.raises(RunIsBusyError, match="which still updates its heartbeat"):
             run.create_or_resume({})
     record.update(heartbeat=at(-61))
     assert RunDirectory(tmp_path).state == RunState.DEAD

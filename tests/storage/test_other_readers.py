@@ -115,7 +115,7 @@ def test_folders_that_look_like_columns_change_no_answer_of_the_pages(outputs, f
 def test_a_folder_that_other_readers_take_for_a_column_is_warned_of(tmp_path, caplog, folder, key):
     with caplog.at_level(logging.WARNING):
         RunStore(tmp_path / folder, "a")
-    assert f"take the place of the column {key} in" in caplog.text
+    assert f"for the column {key} in" in caplog.text
     assert "hive_partitioning=false" in caplog.text
 
 

@@ -164,7 +164,7 @@ def test_a_wrong_update_changes_nothing(tmp_path, changes):
 @pytest.mark.parametrize("step", [None, "9", 9.5, True, [9]])
 def test_a_step_is_a_whole_number(tmp_path, step):
     record = RunRecord.create(tmp_path, CONFIG)
-    with pytest.raises(StoreError, match="step of a run record is a whole number"):
+    with pytest.raises(StoreError, match="step of a run record must be a whole number"):
         record.update(step=step)
     assert RunRecord.load(tmp_path) == record
 
@@ -178,7 +178,7 @@ def test_a_refused_write_leaves_the_old_record(tmp_path, monkeypatch, where):
 
     with monkeypatch.context() as patch:
         patch.setattr(where, refuse)
-        with pytest.raises(StoreError, match=r"run\.json was refused"):
+        with pytest.raises(StoreError, match=r"run\.json cannot be written"):
             record.update(step=9)
     assert record.step == 0
     assert RunRecord.load(tmp_path) == record
@@ -232,7 +232,7 @@ def test_a_record_that_is_edited_on_purpose_reads_without_its_checksum(tmp_path)
     path = tmp_path / "run.json"
     edited = json.loads(path.read_text()) | {"run_status": "done"}
     path.write_text(json.dumps(edited))
-    with pytest.raises(DamagedRecordError, match="delete the line of the checksum"):
+    with pytest.raises(DamagedRecordError, match="delete the line with the checksum"):
         RunRecord.load(tmp_path)
     del edited["checksum"]
     path.write_text(json.dumps(edited))
@@ -318,7 +318,7 @@ def test_a_newer_record_is_not_guessed_at(tmp_path):
 
 
 def test_no_record_is_named(tmp_path):
-    with pytest.raises(StoreError, match=r"has none\. Give the directory of a run"):
+    with pytest.raises(StoreError, match=r"has none\. Pass the directory of a run"):
         RunRecord.load(tmp_path)
 
 
@@ -339,7 +339,7 @@ def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_record(tmp_path
     else:
         shutil.rmtree(directory if change == "deleted" else directory.parent)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(StoreError, match=r"sweep/run is not there any more: it was renamed or del"):
+    with pytest.raises(StoreError, match=r"sweep/run no longer exists: it was renamed or del"):
         write(record)
     assert sorted(tmp_path.rglob("*")) == before
     assert record.step == 0
@@ -350,7 +350,7 @@ def test_another_run_that_was_put_in_the_place_of_one_is_not_written_over(tmp_pa
     (tmp_path / "run").rename(tmp_path / "moved")
     RunRecord.create(tmp_path / "run", {"seed": 4}, "its")
     before = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(StoreError, match="is that of run its now, and not of run mine any more"):
+    with pytest.raises(StoreError, match="now belongs to run its and no longer to run mine"):
         record.update(step=9)
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 

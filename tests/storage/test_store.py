@@ -259,7 +259,7 @@ def test_a_full_disk_loses_nothing_and_a_retry_succeeds(store, row, monkeypatch,
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
-            with pytest.raises(StoreError, match=r"No space left.*Free space"):
+            with pytest.raises(StoreError, match=r"No space left.*Free up space"):
                 store.flush(10)
         assert rows_of(store.directory) == before
         assert names(store) == ["part-000000000000.parquet"]
@@ -308,7 +308,7 @@ def test_a_directory_that_is_gone_does_not_come_back(store, row):
     fill(store, row, steps=(0,))
     store.directory.rename(store.directory.with_name("moved"))
     store.append_metrics([row(10)])
-    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+    with pytest.raises(StoreError, match="run no longer exists: it was renamed or deleted"):
         store.flush(10)
     assert not store.directory.exists()
 
@@ -476,7 +476,9 @@ def test_a_damaged_list_keeps_nothing_from_being_read(store, row, content):
 def test_rows_are_dropped_past_a_whole_step_alone(store, row, step):
     """A comparison with none would drop every row."""
     fill(store, row)
-    with pytest.raises(StoreError, match=r"past a step, a whole number .*; got"):
+    with pytest.raises(
+        StoreError, match=r"after which rows are dropped must be a whole number .*; got"
+    ):
         store.truncate_after(step)
     assert len(rows_of(store.directory)) == 8
     store.truncate_after(np.int64(10))
@@ -538,13 +540,15 @@ def test_a_part_of_another_run_is_not_read_as_the_runs_own(tmp_path, row, datase
             store.flush(step)
     folder = tmp_path / "mine" / dataset
     moved = shutil.copy(part_path(tmp_path / "other", DATASETS[dataset], 30), folder)
-    with pytest.warns(DamagedPartWarning, match="holds rows of run other; the run of its direct"):
+    with pytest.warns(
+        DamagedPartWarning, match="contains rows of run other; the run of its direct"
+    ):
         stores[0].compact()
     table, (error,) = read_parts(tmp_path / "mine", DATASETS[dataset], "mine")
     assert table["step"].to_pylist() == [0, 10]
     assert str(moved) in str(error)
     assert "Move it to the directory of its own run" in str(error)
-    with pytest.warns(DamagedPartWarning, match="holds rows of run other"):
+    with pytest.warns(DamagedPartWarning, match="contains rows of run other"):
         stores[0].truncate_after(0)
     assert Path(moved).exists()  # whoever put it there decides
 

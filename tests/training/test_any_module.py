@@ -226,7 +226,7 @@ def test_a_manual_fit_goes_on_from_its_checkpoint_with_its_own_count(tmp_path):
 def test_of_several_validation_loaders_the_first_is_measured(tmp_path):
     one, other = Batches(pairs(2, seed=9)), Batches(pairs(3, seed=8))
     fit(tmp_path / "one", Module(), Batches(pairs()), one, every_n_steps=4)
-    with pytest.warns(UserWarning, match="one validation loader, the first of these 2"):
+    with pytest.warns(UserWarning, match="a single validation loader, the first of these 2"):
         fit(tmp_path / "two", Module(), Batches(pairs()), [one, other], every_n_steps=4)
     one, two = (nerve.load_metrics(tmp_path / name) for name in ("one", "two"))
     columns = ["step", "n_samples", "val_loss", *METRICS]
@@ -282,7 +282,7 @@ def test_steps_that_are_never_reached_are_said_at_the_start_or_at_the_end(tmp_pa
     with pytest.raises(ConfigError, match=r"would measure nothing: it ends at step 8"):
         fit(tmp_path / "a", Module(), trainer={"callbacks": [kept]}, **never)
     assert not kept.after
-    with pytest.warns(UserWarning, match="has measured nothing in 4 weight updates"):
+    with pytest.warns(UserWarning, match="measured nothing in 4 weight updates"):
         fit(tmp_path / "b", OwnAccumulation(), **never)
     with pytest.raises(ConfigError, match=r"log:4 needs the last step.*Give a list"):
         fit(tmp_path / "c", OwnAccumulation(), every_n_steps=None, steps="log:4")

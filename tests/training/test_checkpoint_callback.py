@@ -321,7 +321,7 @@ class Rename(L.Callback):
 )
 def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(tmp_path, cadence):
     directory = tmp_path / "run"
-    with pytest.raises(StoreError, match="run is not there any more: it was renamed or deleted"):
+    with pytest.raises(StoreError, match="run no longer exists: it was renamed or deleted"):
         fit(directory, cadence, (1.0,) * N_STEPS, callbacks=(Rename(directory),))
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
@@ -340,7 +340,7 @@ class SaveOver(L.Callback):
 def test_the_files_of_a_run_are_not_written_by_anything_else(tmp_path, name):
     """ModelCheckpoint(save_last=True) would write over what a resume goes on from."""
     own = SaveOver(tmp_path / "checkpoints" / name)
-    with pytest.raises(ConfigError, match=rf"{name} is the run's own .* another name or dirpath"):
+    with pytest.raises(ConfigError, match=rf"{name} is one of them, .* another name or dirpath"):
         fit(tmp_path, CheckpointCadence(every_n_steps=1), (1.0,) * N_STEPS, callbacks=(own,))
     assert not own.path.exists()
 
@@ -374,7 +374,7 @@ def test_a_callback_that_would_write_them_is_refused_before_anything_is_done(
     tmp_path, monkeypatch, values, name
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"{name} is the run's own"):
+    with pytest.raises(ConfigError, match=f"{name} is one of them"):
         require_other_files([ModelCheckpoint(**values)], RunDirectory(tmp_path))
 
 

@@ -193,7 +193,7 @@ def test_a_model_with_a_changed_bit_is_not_loaded(tmp_path, kind):
     write_checkpoint(path, {"model": state, "facts": DATA_DIMS, "step": 100, **own})
     nerve.load_model(tmp_path, **asked)
     changed_weight(path)
-    with pytest.raises(StoreError, match=rf"{path.name} .* the checksum of .* does not fit"):
+    with pytest.raises(StoreError, match=rf"{path.name} .* the checksum of .* does not match"):
         nerve.load_model(tmp_path, **asked)
 
 
@@ -230,7 +230,7 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     write_checkpoint(path, whole)  # as version 0.1.0 wrote it
     check_checkpoint(path, record)
     write_checkpoint(path, weights_of(whole | identity_of(record)))  # its best, under this name
-    with pytest.raises(StoreError, match="holds weights alone"):
+    with pytest.raises(StoreError, match="contains only weights"):
         check_checkpoint(path, record)
 
 
@@ -267,7 +267,9 @@ def test_weights_of_another_step_than_their_name_says_are_not_loaded(tmp_path):
     path = RunDirectory(tmp_path).kept_checkpoint(200)
     weights = weights_of(lightning_checkpoint(build_model(CONFIG, seed=1, **DATA_DIMS)))
     write_checkpoint(path, weights | identity_of(record) | {"step": 100})
-    with pytest.raises(StoreError, match=r"step-000000000200\.ckpt holds the weights of step 100"):
+    with pytest.raises(
+        StoreError, match=r"step-000000000200\.ckpt contains the weights of step 100"
+    ):
         nerve.load_model(tmp_path, step=200)
 
 
@@ -310,12 +312,12 @@ def test_the_weights_of_a_step_are_loaded_by_its_number(tmp_path):
 
 def test_a_step_that_was_not_kept_is_answered_with_those_that_were(tmp_path):
     RunRecord.create(tmp_path, CONFIG)
-    with pytest.raises(StoreError, match=r"has none, not of 7 .* checkpoint\.keep=\[7\]"):
+    with pytest.raises(StoreError, match=r"has none, not of step 7 .* checkpoint\.keep=\[7\]"):
         nerve.load_model(tmp_path, step=7)
     for step in (100, 0):
         write_checkpoint(RunDirectory(tmp_path).kept_checkpoint(step), {})
     RunDirectory(tmp_path).kept_checkpoint(7).with_suffix(".ckpt.0a1b.tmp").write_bytes(b"")
-    with pytest.raises(StoreError, match="has those of 0, 100, not of 7"):
+    with pytest.raises(StoreError, match="has those of 0, 100, not of step 7"):
         nerve.load_model(tmp_path, step=7)
 
 
@@ -345,7 +347,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_told_as_that(tmp_pat
     files.save_checkpoint({"w": torch.ones(30_000)}, path)
     with (
         full_after(limit),
-        pytest.raises(StoreError, match=r"last\.ckpt was refused: .*Free space"),
+        pytest.raises(StoreError, match=r"last\.ckpt cannot be written: .*Free up space"),
     ):
         write(path, files)
     assert path.read_bytes() == before

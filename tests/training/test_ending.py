@@ -41,14 +41,16 @@ def test_a_rule_that_has_not_decided_answers_for_nobody():
     rule = EarlyStopping("val_loss")
     rule.stopping_reason_message = None  # as it begins, where Lightning keeps reasons
     assert not follows_a_rule(trainer(7, rule))
-    with pytest.raises(Interrupted, match="nothing says that it is done"):
+    with pytest.raises(Interrupted, match="something else ended training"):
         stopped_by(trainer(7, rule))
 
 
 @pytest.mark.parametrize("callbacks", [(), (L.Callback(),), (EarlyStopping("val_loss"),)])
 def test_anything_else_that_ends_early_has_interrupted_the_run(callbacks):
     """A callback of one's own, fewer batches than steps; also with a rule that did not ask."""
-    with pytest.raises(Interrupted, match="ended at step 7 of 10, and nothing says") as stopped:
+    with pytest.raises(
+        Interrupted, match="something else ended training at step 7 of 10"
+    ) as stopped:
         stopped_by(trainer(7, *callbacks, should_stop=not any(callbacks)))
     assert stopped.value.code == 75
 

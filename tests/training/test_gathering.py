@@ -170,7 +170,7 @@ def test_who_never_comes_is_waited_for_a_bounded_time_and_that_is_said(monkeypat
         Gathering(LightningEnvironment(), 2, leads=False) as members,
     ):
         members.begin()
-    assert caplog.text.count("waiting for the others of 2 processes") == 1
+    assert caplog.text.count("still waiting for some of the 2 processes") == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -279,7 +279,7 @@ def test_the_choice_is_said_in_one_line(caplog, n_positions, expected):
         chosen = graphs.choose(trainer_on("cuda:0"), make_module(False).model, n_positions)
     assert chosen is expected
     (line,) = [each.message for each in caplog.records if each.name == graphs.__name__]
-    assert line.startswith("compiled, launched" if expected else "compiled, not launched")
+    assert line.startswith("compiled, with CUDA" if expected else "compiled, without CUDA")
 
 
 def test_the_operations_of_a_matrix():

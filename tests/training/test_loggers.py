@@ -123,7 +123,7 @@ def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_file(tmp_path):
     logger.log_metrics({"loss": 0.5}, 1)
     with pytest.raises(StoreError):
         logger.save()
-    with pytest.raises(StoreError, match="logs is not there any more"):
+    with pytest.raises(StoreError, match="logs no longer exists"):
         logger.finalize("failed")
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -55,6 +56,7 @@ def fit(
     train,
     heldout,
     *,
+    before=(),
     callbacks=(),
     loggers=(),
     accumulate=1,
@@ -71,7 +73,7 @@ def fit(
         max_epochs=-1,
         precision=precision,
         accumulate_grad_batches=accumulate,
-        callbacks=[callback, *callbacks],
+        callbacks=[*before, callback, *callbacks],
         logger=[StoreLogger(store), *loggers],
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -563,6 +565,36 @@ def test_an_ffn_that_runs_twice_in_a_training_step_is_refused(tmp_path):
     with pytest.raises(MeasurementError, match="it ran 2 times"):
         fit(tmp_path, module, batches(2), batches(1), every_n_steps=1, source="train")
     assert not module.model.blocks[0].ffn.up._forward_hooks
+
+
+@pytest.mark.parametrize("n_runs", [1, None])
+@pytest.mark.parametrize(
+    ("source", "hook", "is_first"),
+    [
+        ("heldout", "on_validation_batch_start", False),
+        ("heldout", "on_validation_batch_end", True),
+        ("train", "on_train_batch_start", False),
+        ("train", "on_before_backward", True),
+    ],
+)
+def test_what_callbacks_run_around_a_step_is_no_part_of_it(
+    tmp_path, source, hook, is_first, n_runs
+):
+    """Callbacks that come before the monitor or after it, between its hooks and the step."""
+    module, callback = Foreign(), L.Callback()
+    setattr(callback, hook, lambda *_: module.proj(torch.relu(module.fc(torch.rand(9, VOCAB)))))
+    _, rows = fit(
+        tmp_path,
+        module,
+        batches(2),
+        batches(1, seed=1),
+        every_n_steps=1,
+        source=source,
+        ffns=[replace(ffn, n_runs=n_runs) for ffn in module.ffns()],
+        **{"before" if is_first else "callbacks": [callback]},
+    )
+    assert (rows.n_samples == BATCH * SEQ).all()
+    assert (rows.status == "ok").all()
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

@@ -283,7 +283,9 @@ def test_a_disk_that_is_full_as_a_run_begins_is_told_as_that(tmp_path, monkeypat
 
     config = composed(with_hydra=True)
     monkeypatch.setattr(where, refuse)
-    with pytest.raises(StoreError, match=r"config\.yaml was refused: .*No space left.*Free space"):
+    with pytest.raises(
+        StoreError, match=r"config\.yaml cannot be written: .*No space left.*Free up space"
+    ):
         _save(RunDirectory(tmp_path), config, config.hydra)
 
 

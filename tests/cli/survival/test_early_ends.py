@@ -54,7 +54,7 @@ class StopOnce(L.Callback):
 
 def test_a_run_that_something_ended_early_is_not_done_and_goes_on(experiment, tmp_path):
     stop = [f"+callbacks.stop._target_={__name__}.StopOnce"]
-    with pytest.raises(Interrupted, match="ended at step 3 of 5, and nothing says that it is done"):
+    with pytest.raises(Interrupted, match="something else ended training at step 3 of 5"):
         experiment("run", *stop)
     record = RunRecord.load(tmp_path / "run")
     assert (record.run_status, record.step) == ("interrupted", 3)

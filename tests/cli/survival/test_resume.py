@@ -154,7 +154,9 @@ def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
         experiment("run")
     go_on()
     experiment("run", "checkpoint.keep=[2,3,4]")
-    assert "goes on at step 3; the weights of steps 2 in checkpoint.keep are past" in caplog.text
+    assert (
+        "resumes at step 3, after steps 2 in checkpoint.keep: their weights are not" in caplog.text
+    )
     assert RunDirectory("run").kept_steps() == [3, 4]
 
 

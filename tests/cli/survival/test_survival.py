@@ -108,7 +108,7 @@ def test_a_full_disk_costs_the_work_since_the_last_checkpoint_and_no_file(
             patch.setattr(atomic, "open", Disk(room).open, raising=False)
             with pytest.raises(StoreError, match="No space left on device") as error:
                 experiment("pieces", "retry=true", *LONGER)
-            assert "Free space or quota" in str(error.value)
+            assert "Free up space or quota" in str(error.value)
         states.append(assert_readable(tmp_path / "pieces"))
     assert len(list((tmp_path / "pieces" / "metrics").glob("*.parquet"))) > 0
     experiment("pieces", "retry=true", *LONGER)

@@ -677,5 +677,5 @@ def test_a_directory_that_was_renamed_while_its_trial_worked_does_not_come_back(
     process._popen = ended
     run.path.rename(tmp_path / "moved")
     process._settle()
-    assert "run is not there any more: it was renamed or deleted" in process.trial.start_error
+    assert "run no longer exists: it was renamed or deleted" in process.trial.start_error
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
