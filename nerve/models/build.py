@@ -64,8 +64,8 @@ class Skeleton:
     """The parameters of a network without its memory, at a price that does not grow with its depth.
 
     Attributes:
-        network: the network with its first two blocks, on the meta device; all others are like the
-            second one. (The first may hold what all blocks share.)
+        network: the network on the meta device, cut after its first block, or after the second
+            where the first has what all of them share; the others are like the last that is there.
         n_layers: blocks of the whole network.
     """
 
@@ -79,11 +79,10 @@ class Skeleton:
         Raises:
             ConfigError: for what cannot be built, or has sizes that no memory has.
         """
-        normalization = design.normalization
-        if normalization.n_post_layers:
-            normalization = replace(normalization, n_post_layers=1)
-        n_blocks = min(design.n_layers, 2)
-        short: Any = replace(design, n_layers=n_blocks, normalization=normalization)
+        n_blocks = min(design.n_layers, 2 if design.activation.shared else 1)
+        # Where a norm stands changes no parameter, and one block has no two places for it.
+        norms = replace(design.normalization, placement="pre", n_post_layers=0)
+        short: Any = replace(design, n_layers=n_blocks, normalization=norms)
         network = next(each for each in MODELS.values() if each.Config is type(design))
         try:
             with torch.device("meta"):
@@ -96,8 +95,10 @@ class Skeleton:
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """Name, shape (a parameter on the meta device) and number of parameters alike."""
+        n_blocks = len(self.network.blocks)
         for name, parameter in self.network.named_parameters():
-            yield name, parameter, self.n_layers - 1 if name.startswith("blocks.1.") else 1
+            is_of_last = name.startswith(f"blocks.{n_blocks - 1}.")
+            yield name, parameter, self.n_layers - n_blocks + 1 if is_of_last else 1
 
     @property
     def n_parameters(self) -> int:
