@@ -392,7 +392,7 @@ def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, 
     assert cells(contents["runs"], "activation_gpu")[:2] == ["3", "1"]
     named = [line for line in contents["runs"].splitlines() if line.startswith("- ")]
     assert len(named) == 1
-    assert "seed 2: untrained. The validation loss 6.5 at best is not below" in named[0]
+    assert "seed 2: untrained. Its lowest validation loss, 6.5, is not below" in named[0]
     # ReLU is not there, and neither are the other sweeps.
     assert cells(contents["claim 2"], "PR_post, mean over layers")[-1] == "not run"
     assert contents["claim 4"] == "Not run."

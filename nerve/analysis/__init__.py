@@ -1,1 +1,1 @@
-"""Run directories to data frames, and what compares them; no torch, no matplotlib."""
+"""Loads run directories as data frames and compares them; no torch, no matplotlib."""

@@ -96,7 +96,10 @@ def metrics_at_loss(
         ConfigError: for a factor that is not a column of `runs`, or a loss that is not finite.
     """
     if loss is not None and not np.isfinite(loss):
-        raise ConfigError(f"A target loss is a finite number; got {loss!r}.")
+        raise ConfigError(
+            f"A target loss must be a finite number; got {loss!r}. Omit it to use the lowest loss "
+            "that all runs reach."
+        )
     flags = flag_runs(metrics, runs)
     if loss is None:
         ends = flags["final_loss"].where(flags["flag"] == "ok")
@@ -169,7 +172,7 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
 def _described(
     metrics: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str], flags: pd.DataFrame
 ) -> pd.DataFrame:
-    """What the rows of points say of their runs, once the frames have what points are made of."""
+    """Checks the frames, and returns the columns of `describe_runs` for points."""
     require_names(factors=factors)
     require_columns(metrics, [*AT_STEP, *SIZES, *COMPARED], "load_metrics")
     taken = ["ffn", "target_loss", "reached", *NUMBERS, *COUNTS]
@@ -177,7 +180,7 @@ def _described(
 
 
 def _joined(described: pd.DataFrame, metrics: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
-    """One row per run and FFN, with what `means` has of it."""
+    """One row per run and FFN, joined with its row of `means`."""
     ffns = metrics[["run_id", "ffn"]].drop_duplicates()
     points = described.merge(ffns, on="run_id", how="left")
     points = points.merge(means, on=["run_id", "ffn"], how="left")
@@ -187,12 +190,11 @@ def _joined(described: pd.DataFrame, metrics: pd.DataFrame, means: pd.DataFrame)
 
 @dataclass(frozen=True)
 class Crossing:
-    """A place between two measured steps.
+    """A point between two measured steps.
 
     Attributes:
-        before, after: positions of the two; the same where the place is a measured step.
-        share: how much of the way from the loss of the one to that of the other lies behind, in
-            [0, 1].
+        before, after: positions of the two steps; equal if the point is a measured step.
+        share: fraction of the way from the loss before to the loss after, in [0, 1].
     """
 
     before: int
@@ -200,16 +202,16 @@ class Crossing:
     share: float
 
     def interpolate(self, series: Array) -> Array:
-        """The value of a series there, linear in the loss; shape (step, …) gives (…)."""
+        """The value of a series at this point, linear in the loss; shape (step, …) gives (…)."""
         first, last = series[self.before], series[self.after]
         return first + self.share * (last - first)
 
 
 def last_crossing(loss: Array, level: float) -> Crossing | None:
-    """Where a loss passes a level for the last time and stays at or below it from there on.
+    """Where a loss crosses a level for the last time and then stays at or below it.
 
-    A loss that ends at the level is there at its last step. None for one that ends above, and for
-    one that was never measured above: it passed the level before its first measured step.
+    A loss that ends exactly at the level crosses it at its last step. None for a loss that ends
+    above the level, and for one that was never measured above it.
 
     Args:
         loss: in the order of steps, shape (step,).
@@ -225,12 +227,13 @@ def last_crossing(loss: Array, level: float) -> Crossing | None:
 
 
 def rows_at_crossings(means: pd.DataFrame, levels: pd.Series, names: list[str]) -> pd.DataFrame:
-    """Rows of `average_layers` where each run and FFN passes the level of its run.
+    """Rows of `average_layers`, interpolated where each run and FFN crosses the level of its run.
+
+    The counts are the larger of those at the two steps; everything else is interpolated.
 
     Args:
-        means: `run_id, ffn, step, val_loss, n_layers, n_null` and `names`; the counts are the
-            larger of those of the two steps, all else is interpolated.
-        levels: the loss to look for, by `run_id`; a run without one has no row.
+        means: has the columns `run_id, ffn, step, val_loss, n_layers, n_null` and `names`.
+        levels: the target loss, by `run_id`; a run without one has no row.
     """
     found = []
     finite = means[np.isfinite(means["val_loss"])].sort_values("step")

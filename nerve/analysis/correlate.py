@@ -37,13 +37,13 @@ from nerve.config import require
 from nerve.metric_names import CORRELATED
 
 WINDOWS = ("all", "after_warmup", "differences")
-"""The steps that a correlation within a run is taken over."""
+"""The sets of steps over which correlations within a run are computed."""
 
 NULLS = ("clock", "lr")
 """The null models within a run."""
 
 DEFAULT_WARMUP = 0.05
-"""Fraction of the steps left out as warm-up of a run whose configuration names none."""
+"""Fraction of the steps excluded as warm-up for a run whose configuration has no warm-up."""
 
 
 def null_columns(null: str) -> list[str]:
@@ -230,7 +230,7 @@ def correlate_across_runs(
 def _r_of_nulls(
     codes: Counts, values: Mapping[str, Array], n_series: int
 ) -> dict[str, Array | Counts]:
-    """r of each null model and the loss in a window."""
+    """r of each null model with the loss in a window."""
     return {
         f"r_{null}": correlation(Pairs.of(codes, values[null], values["val_loss"], n_series))
         for null in NULLS
@@ -240,7 +240,7 @@ def _r_of_nulls(
 def _of_metric(
     name: str, codes: Counts, values: Mapping[str, Array], n_series: int
 ) -> dict[str, Array | Counts]:
-    """The correlations of a metric and the loss in a window."""
+    """The correlations of a metric with the loss in a window."""
     pairs = Pairs.of(codes, values[name], values["val_loss"], n_series)
     return {
         "n": pairs.n,
@@ -252,7 +252,7 @@ def _of_metric(
 def _beside_nulls(
     names: Sequence[str], codes: Counts, values: Mapping[str, Array], n_series: int
 ) -> list[dict[str, Array | Counts]]:
-    """What null models leave of the correlation of each metric and the loss in a window."""
+    """The partial correlations of each metric with the loss in a window, given each null model."""
     found: list[dict[str, Array | Counts]] = [{} for _ in names]
     metrics = np.stack([values[name] for name in names])
     for null in NULLS:
@@ -270,14 +270,14 @@ def _factor_numbers(values: pd.Series) -> Array:
     ]
     require(
         not wrong,
-        f"What correlations are given is a number in each run; {values.name} has "
+        f"A column in given must be numeric; {values.name} has "
         f"{', '.join(map(repr, wrong[:3]))}. Correlate within its levels: by=[{values.name!r}].",
     )
     return np.array([as_number(level) for level in values.where(values.notna(), np.nan)], float)
 
 
 def _warmup_ends(rows: pd.DataFrame, series: pd.DataFrame, runs: pd.DataFrame) -> np.ndarray:
-    """The first step without warm-up of each of `series`; rows are those of all its steps."""
+    """The first step after warm-up of each of `series`; `rows` has all their steps."""
     last = rows.groupby("run_id", observed=True)["step"].max()
     own = runs.set_index("run_id").reindex(series["run_id"])
     n_steps = _numbers(own, "trainer.max_steps").fillna(last.reindex(own.index))
@@ -291,7 +291,7 @@ def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
 
 
 def _changes(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Each value less the one before it in its series; missing for the first."""
+    """Each value minus the previous one of its series; missing for the first."""
     changes = np.full(len(values), np.nan)
     same = codes[1:] == codes[:-1]
     finite = np.isfinite(values)

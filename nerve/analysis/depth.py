@@ -18,7 +18,7 @@ from nerve.analysis.frames import (
 from nerve.metric_names import columns_of
 
 DEPTH_NAMES = columns_of(lambda metric: "depth" in metric.shown)
-"""The metrics that are read over depth."""
+"""The metrics that are shown over depth."""
 
 Region = Literal["all", "middle"]
 REGIONS: tuple[Region, ...] = ("all", "middle")
@@ -95,7 +95,7 @@ def depth_means(
 
 
 def _is_middle(rows: pd.DataFrame, n_layers: pd.Series) -> pd.Series:
-    """|depth - ½| ≤ ⅙ in whole numbers; two layers are both next to the middle."""
+    """|depth - ½| ≤ ⅙, computed in integers; with two layers, both are in the middle."""
     return 3 * (2 * rows["layer"].astype(int) + 1 - n_layers).abs() <= np.maximum(n_layers, 3)
 
 

@@ -75,15 +75,15 @@ def dose_response(
     require_columns(points, names, "final_metrics")
     require(
         is_numeric_dtype(points[dose]),
-        f"A dose is a number; {dose} has values such as {points[dose].iloc[0]!r}. Take another "
-        "column, or runs that all have it.",
+        f"A dose must be a number; {dose} has values such as {points[dose].iloc[0]!r}. Choose "
+        "another column, or runs that all have it.",
     )
     if reference is None:
         reference = 0.0 if (points[dose] == 0).any() else float(points[dose].min())
     require(
         bool((points[dose] == reference).any()),
-        f"The reference is one of the doses, {', '.join(map(str, sorted(set(points[dose]))))}; got "
-        f"{reference}.",
+        "The reference must be one of the doses, "
+        f"{', '.join(map(str, sorted(set(points[dose]))))}; got {reference}.",
     )
     codes, groups = group_points(points, by)
     ok = ((points["flag"] == "ok") & points[[dose, "seed"]].notna().all(axis=1)).to_numpy()
@@ -125,9 +125,10 @@ def _require_pairs(points: pd.DataFrame, dose: str, by: Sequence[str]) -> None:
     if doubled.any():
         first = points[doubled].iloc[0]
         raise ConfigError(
-            f"Runs of one group differ in {dose} and seed alone; several have {dose}={first[dose]} "
-            f"and seed={first['seed']}, such as {', '.join(points[doubled]['run_id'][:2])}. Name "
-            f"what else varies in by (now {', '.join(by) or 'empty'}), or leave runs out."
+            f"Runs of one group may only differ in {dose} and seed; several have "
+            f"{dose}={first[dose]} and seed={first['seed']}, such as "
+            f"{', '.join(points[doubled]['run_id'][:2])}. Add the other columns that vary to by "
+            f"(now {', '.join(by) or 'empty'}), or leave runs out."
         )
 
 
@@ -138,7 +139,7 @@ def _responses(
     reference: float,
     predicted: dict[str, float],
 ) -> Iterator[tuple[float, dict[str, float]]]:
-    """Each dose of a group, and the columns of its row that are observed."""
+    """Each dose of a group, and the observed columns of its row."""
     values, _ = on_scale(name, points[name].to_numpy(float, na_value=np.nan))
     losses = points["val_loss"].to_numpy(float)
     kept = np.isfinite(values) & np.isfinite(losses)
@@ -147,7 +148,7 @@ def _responses(
     values, losses, points = values[kept], losses[kept], points[kept]
     given, seeds = points[dose].to_numpy(float), points["seed"].to_numpy(int)
     fit = paired_by_seed(given, seeds)
-    doses = np.unique(given)  # the order of its designs
+    doses = np.unique(given)  # in the order of fit.designs
     of_seeds = [seeds == seed for seed in np.unique(seeds)]
     line = LeastSquares(np.stack([values, *of_seeds], axis=1))
     slope = _interval("slope", *line.effect(losses, np.eye(line.matrix.shape[1])[0])[:3])
@@ -178,7 +179,7 @@ def _responses(
 def _predicted(
     designs: pd.DataFrame | None, dosed: pd.Series, about: dict[str, Any], name: str
 ) -> dict[str, float]:
-    """The slope of the loss over the metric across designs of the same data and FFN."""
+    """The slope of the loss over the metric across designs with the same data and FFN."""
     if designs is None:
         return {**_interval("predicted_slope", np.nan, np.nan, np.nan), "n_designs": 0}
     require_columns(designs, ["design_id", "flag", "n_seeds", "val_loss", name], "average_seeds")

@@ -24,14 +24,13 @@ from nerve.metric_names import CORRELATED
 
 BUDGET = ("trainer.max_steps", "data.batch_size", "model.seq_len")
 SCHEDULE = "optimizer.schedule."
-"""Runs are ranked within one budget and one schedule (all values of this group)."""
+"""Prefix of the schedule's keys: runs are ranked within one budget and one schedule."""
 
 ESTIMATES = ("kendall", "loss_kendall", "given_loss")
 
 MOST_RUNS = 300
-"""Runs of a group that are ranked; of more than these, those of some of the designs. Their pairs
-are looked at a thousand times for an interval, and there are a hundred times more of ten times the
-runs."""
+"""The most runs of a group that are ranked; in a larger group only some designs are. An interval
+takes all pairs of runs a thousand times, and their number grows with the square of the runs."""
 
 
 def rank_early(
@@ -104,7 +103,7 @@ def rank_early(
 
 
 def _schedules(runs: pd.DataFrame) -> list[str]:
-    """Budget and schedule of each run as overrides; what is not set is left out."""
+    """Budget and schedule of each run as overrides; values that are not set are omitted."""
     names = [name for name in BUDGET if name in runs]
     names += sorted(name for name in runs.columns if name.startswith(SCHEDULE))
     texts = [[(name, level_text(value)) for value in runs[name]] for name in names]
@@ -115,14 +114,14 @@ def _schedules(runs: pd.DataFrame) -> list[str]:
 
 
 def _sampled(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first designs, as many as have no more than `MOST_RUNS` runs."""
+    """The rows of the first designs, as many as have at most `MOST_RUNS` runs together."""
     n_runs = rows.groupby("design_id")["run_id"].nunique()
     kept = n_runs.index[n_runs.cumsum() <= MOST_RUNS]
     return rows if len(kept) == len(n_runs) else rows[rows["design_id"].isin(kept)]
 
 
 def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """One row per metric, of the runs of one group at one step."""
+    """One row per metric, for the runs of one group at one step."""
     of_all, found = _Losses.of(rows), []
     for name in names:
         has = rows[name].notna()
@@ -144,7 +143,7 @@ def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def _estimates(metric: "Order", losses: "_Losses", weights: Array) -> tuple[list[Array], Array]:
     """The three `ESTIMATES` in each weighted sample, each of shape (draw,), and the partial τ of a
-    metric and a final loss that share nothing but the loss so far."""
+    metric and a final loss that are related only through the loss so far."""
     of_loss = losses.drawn if weights is losses.weights else losses.kendall(weights)
     with_final, with_loss = (
         metric.kendall(other, weights) for other in (losses.final, losses.so_far)
@@ -163,13 +162,13 @@ def _partial(with_final: Array, with_loss: Array, of_loss: Array) -> Array:
 
 @dataclass(frozen=True)
 class Order:
-    """How each value stands to each other one."""
+    """The order relation of each pair of values."""
 
     values: Array
 
     @cached_property
     def signs(self) -> np.ndarray:
-        """1 above, 0 equal, -1 below, shape (n, n); sums of so small numbers are exact in
+        """1 above, 0 equal, -1 below, shape (n, n); sums of such small numbers are exact in
         float32."""
         return np.sign(self.values[:, None] - self.values[None, :]).astype(np.float32)
 
@@ -177,10 +176,10 @@ class Order:
         """Kendall's τ-b of weighted samples; a value that is drawn twice is tied with itself.
 
         Args:
-            weights: how often each value is in a sample, shape (draw, n).
+            weights: how often each value occurs in a sample, shape (draw, n).
 
         Returns:
-            Shape (draw,), NaN where all values of the one or the other are equal.
+            Shape (draw,), NaN if all values of one of the two are equal.
         """
         both = weights.astype(np.float32) @ (self.signs * other.signs)
         size = np.sqrt(self.untied(weights) * other.untied(weights))
@@ -189,7 +188,7 @@ class Order:
         return tau
 
     def untied(self, weights: Array) -> Array:
-        """How many ordered pairs of a sample have two different values, shape (draw,)."""
+        """The number of ordered pairs of a sample with different values, shape (draw,)."""
         _, alike = np.unique(self.values, return_inverse=True)
         order = np.argsort(alike, kind="stable")
         starts = np.flatnonzero(np.diff(alike[order], prepend=-1))
@@ -200,12 +199,12 @@ class Order:
 
 @dataclass(frozen=True)
 class _Losses:
-    """The losses of the runs of a group at a step, and how a bootstrap draws these runs.
+    """The losses of the runs of a group at a step, and the bootstrap weights of these runs.
 
     Attributes:
-        so_far, final: of each run.
-        weights: of `cluster_weights`, over designs.
-        n, n_designs: runs and designs.
+        so_far, final: the order of the runs by the loss at this step, and by the final loss.
+        weights: `cluster_weights` over designs.
+        n, n_designs: number of runs and of designs.
     """
 
     so_far: Order
@@ -222,7 +221,7 @@ class _Losses:
 
     @cached_property
     def drawn(self) -> Array:
-        """`kendall` of each draw."""
+        """`kendall` in each draw."""
         assert self.weights is not None
         return self.kendall(self.weights)
 

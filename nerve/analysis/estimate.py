@@ -1,4 +1,4 @@
-"""Effects with their 95% intervals, what an interval says, and what follows from it."""
+"""Effects with 95% intervals, and the outcomes and verdicts that follow from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ Outcome = Literal["holds", "opposite", "within noise", "undecided"]
 Verdict = Literal["holds", "does not hold", "cannot be told here"]
 
 LEAST_DF = 3
-"""Degrees of freedom below which an interval decides nothing."""
+"""The fewest degrees of freedom with which an interval decides anything."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An effect, positive in the direction that a claim says.
+    """An effect, positive in the direction of a claim.
 
     Attributes:
-        effect: the estimate; nan where it cannot be made.
-        low, high: its 95% interval; nan where nothing is left to estimate an error from.
-        sd: of one value of one run, after what design and seed explain; nan for correlations.
-        df: degrees of freedom of the interval; of a correlation n - 3 - its controls.
-        n_seeds: seeds that every compared design has; of a correlation its points, of slopes the
-            points of the design with fewest.
-        n_runs: runs that the effect is computed from.
+        effect: the estimate; nan if it cannot be computed.
+        low, high: its 95% interval; nan without degrees of freedom for the error.
+        sd: residual SD of one value of one run, given design and seed; nan for correlations.
+        df: degrees of freedom of the interval; for a correlation, n - 3 - number of controls.
+        n_seeds: number of seeds that all compared designs share; for a correlation, its points; for
+            slopes, the points of the design with the fewest.
+        n_runs: number of runs from which the effect is computed.
     """
 
     effect: float
@@ -44,7 +44,7 @@ class Estimate:
 
     @classmethod
     def of(cls, effects: Effects, i: int, n_seeds: int, n_runs: int) -> "Estimate":
-        """The i-th of several."""
+        """The i-th of several effects."""
         numbers = (effects.effect, effects.low, effects.high, effects.sd)
         effect, low, high, sd = (float(each[i]) for each in numbers)
         return cls(effect, low, high, sd, int(effects.df[i]), n_seeds, n_runs)
@@ -55,9 +55,9 @@ class Estimate:
 
 
 def read(estimate: Estimate, smallest: float) -> Reading | None:
-    """What an interval says, whatever seeds and scale it rests on; None where there is none.
+    """What an interval says, regardless of seeds and scale; None without an interval.
 
-    `holds` where it lies above `smallest`, `opposite` where it lies below 0, else `within noise`.
+    `holds` if it lies above `smallest`, `opposite` if it lies below 0, otherwise `within noise`.
     """
     if not estimate.has_interval:
         return None
@@ -67,10 +67,10 @@ def read(estimate: Estimate, smallest: float) -> Reading | None:
 
 
 def decide(estimate: Estimate, smallest: float = 0.0, missing: Sequence[str] = ()) -> Outcome:
-    """What follows from an estimate: what its interval says (`read`), or that nothing does.
+    """The outcome of an estimate: what its interval says (`read`), or `undecided`.
 
-    `undecided` where anything that was asked for is `missing` (seeds, scale), where there is no
-    interval, and with less than `LEAST_DF` degrees of freedom.
+    It is `undecided` if anything required is `missing` (seeds, scale), without an interval, and
+    with fewer than `LEAST_DF` degrees of freedom.
     """
     reading = read(estimate, smallest)
     if missing or reading is None or estimate.df < LEAST_DF:
@@ -79,10 +79,11 @@ def decide(estimate: Estimate, smallest: float = 0.0, missing: Sequence[str] = (
 
 
 def verdict(outcomes: Sequence[tuple[Outcome, bool]]) -> Verdict:
-    """Of a claim, from the outcome of each of its checks and whether it passes a null model.
+    """The verdict on a claim, from the outcome of each of its checks and whether a null model
+    passes the check as well.
 
-    `holds` where all hold and none passes a null; `does not hold` where one is opposite or within
-    noise; else `cannot be told here`.
+    `holds` if all hold and no null model passes; `does not hold` if one is opposite or within
+    noise; otherwise `cannot be told here`.
     """
     if any(outcome in ("opposite", "within noise") for outcome, _ in outcomes):
         return "does not hold"
@@ -93,10 +94,10 @@ def verdict(outcomes: Sequence[tuple[Outcome, bool]]) -> Verdict:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Ordinary least squares on one design matrix, for any values and effects.
+    """Ordinary least squares with one design matrix, for any values and effects.
 
     Attributes:
-        matrix: shape (run, column).
+        matrix: the design matrix, shape (run, column).
     """
 
     matrix: np.ndarray
@@ -115,9 +116,9 @@ class LeastSquares:
     ) -> tuple[float, float, float, float, int]:
         """Effect `weights · β`, its t interval, residual SD and df.
 
-        All nan where the data do not determine the effect. Without a degree of freedom the effect
-        has no interval. A residual that is rounding counts as none: constants have an interval of
-        no width.
+        All are nan if the data do not determine the effect. Without degrees of freedom the effect
+        has no interval. A residual that is only rounding counts as zero, so constants have an
+        interval of zero width.
 
         Args:
             values: shape (run,).
@@ -141,16 +142,17 @@ class LeastSquares:
 def contrast(
     values: np.ndarray, design: np.ndarray, seed: np.ndarray, weights: Mapping[str, float]
 ) -> Estimate:
-    """A weighted sum of the designs' means with runs paired by seed.
+    """A weighted sum of the designs' means, with runs paired by seed.
 
-    values = design + seed + error, by ordinary least squares over all designs given, those of
-    weight 0 among them: their errors are pooled. With two designs and weights 1 and -1 this is the
-    paired t interval. Where weights do not sum to 0 (a design's mean) seeds are part of the error.
+    The model is values = design + seed + error, fitted by ordinary least squares over all given
+    designs. Their errors are pooled, including those of designs with weight 0. With two designs and
+    weights 1 and -1 this gives the paired t interval. If the weights do not sum to 0 (as for the
+    mean of a design), seeds are part of the error.
 
     Args:
         values: shape (run,); runs without a finite value are left out.
         design, seed: shape (run,).
-        weights: by the names of designs.
+        weights: the weight of each design, by its name.
     """
     kept = np.isfinite(values)
     values, design, seed = values[kept], design[kept], seed[kept]
@@ -167,7 +169,7 @@ def contrast(
 def slope_difference(
     values: np.ndarray, design: np.ndarray, x: np.ndarray, weights: Mapping[str, float]
 ) -> Estimate:
-    """A weighted sum of the designs' slopes over x, each design with its own intercept."""
+    """A weighted sum of the designs' slopes over x, where each design has its own intercept."""
     kept = np.isfinite(values) & np.isfinite(x) & np.isin(design, list(weights))
     values, design, x = values[kept], design[kept], x[kept]
     own = [design == name for name in weights]
@@ -183,7 +185,7 @@ def slope_difference(
 def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) -> Estimate:
     """Partial correlation over n points with Fisher's interval, tanh(atanh r ± z / √(n-3-k)).
 
-    k controls; fewer than 4 + k points have no interval.
+    k is the number of controls; fewer than 4 + k points have no interval.
 
     Args:
         x, y: shape (n,); `given`: each of shape (n,).

@@ -1,4 +1,5 @@
-"""Which configuration values tell runs apart, which are the same in all, and which go together."""
+"""Finds the configuration values that vary between runs, those that are constant, and those that
+are confounded."""
 
 import re
 from dataclasses import dataclass, fields
@@ -31,24 +32,25 @@ DESIGN_FACTORS = (
     "data.vocab_size",
     "trainer.max_steps",
 )
-"""The values that runs are first told apart by, and that are named where all have the same."""
+"""The values by which runs are distinguished first, and which are reported if they are constant."""
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
 RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 DIGESTS = ("weights", "batches")
-"""What the configuration of a model that was measured has of its tensors: no two are alike."""
+"""Hashes of tensors in the configuration of a measured model, which differ between any two runs."""
 TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What tells runs apart.
+    """The factors that distinguish runs.
 
     Args:
-        varying: columns of `load_runs`, design factors first, no two of which split the runs alike.
-        together: for some of `varying`, the further columns that it determines.
-        constant: design factors that have one value, and which.
-        taken: what varies as well, but has the name of a result and so cannot be a factor.
+        varying: columns of `load_runs`, design factors first; no two split the runs in the same
+            way.
+        together: for some of `varying`, the other columns that it determines.
+        constant: design factors with a single value, and that value.
+        taken: keys that vary, but cannot be factors because they have the name of a result.
     """
 
     varying: tuple[str, ...]
@@ -58,16 +60,17 @@ class Factors:
 
 
 def find_factors(runs: pd.DataFrame) -> Factors:
-    """The configuration leaves of `load_runs` sorted into what varies, follows, and stays.
+    """Sorts the configuration leaves of `load_runs` into varying, confounded and constant ones.
 
-    The seed, leaves that change no result (`EXCLUDED`), targets of instantiation (`_target_`) and
-    leaves with the name of a result are no factors. A leaf follows another where its levels could
-    not be told from the other's:
+    The seed, leaves that do not affect results (`EXCLUDED`), `_target_` keys and leaves with the
+    name of a result are not factors. A leaf follows another if its effect could not be separated
+    from that of the other:
 
-    - where both split the runs alike, or those runs that have the leaf (the rate of a part of an
-      optimizer, `optimizer.parts.main.build.lr`, and `optimizer.lr`)
-    - where the other fixes it and not for want of designs: a name (`optimizer.name`) with a level
-      that several designs share, a number each of whose levels several do
+    - if both split the runs in the same way, or at least those runs that have the leaf (such as the
+      learning rate of a part of an optimizer, `optimizer.parts.main.build.lr`, and `optimizer.lr`)
+    - if the other determines it, and not only because there are few designs: if the other is a name
+      (`optimizer.name`), at least one of its levels must have several designs; if it is a number,
+      all of its levels must
     """
     leaves = [name for name in runs.columns if _is_leaf(str(name))]
     ordered = [name for name in DESIGN_FACTORS if name in leaves]
@@ -98,8 +101,8 @@ def find_factors(runs: pd.DataFrame) -> Factors:
 
 
 def levels_of(values: pd.Series) -> pd.Series:
-    """The values of a factor as text; a missing one is a level of its own."""
-    if values.dtype == object:  # in which true and 1 are two levels
+    """The values of a factor as text; a missing value is a separate level."""
+    if values.dtype == object:  # true and 1 are different levels
         return values.map(level_text)
     codes, levels = pd.factorize(values, use_na_sentinel=False)
     texts = np.array([level_text(level) for level in levels.astype(object)], dtype=object)
@@ -107,16 +110,16 @@ def levels_of(values: pd.Series) -> pd.Series:
 
 
 def describe_ties(factors: Factors, n_shown: int = 6) -> list[str]:
-    """Sentences on what cannot be a factor, and on what varies only together with another."""
+    """Sentences about keys that cannot be factors, and about confounded keys."""
     sentences = [
-        f"Varies, but has the name of a result and so cannot be a factor: {name}. Put it into a "
+        f"{name} varies, but cannot be a factor because it has the name of a result. Put it into a "
         f'group of the configuration: config={{"group": {{"{name}": …}}}} gives group.{name}.'
         for name in factors.taken
     ]
     for name, others in factors.together.items():
         more = f" and {len(others) - n_shown} more" if len(others) > n_shown else ""
         sentences.append(
-            f"Goes together with {name} and cannot be told from it: "
+            f"Confounded with {name}, so that their effects cannot be separated: "
             f"{', '.join(others[:n_shown])}{more}."
         )
     return sentences
@@ -141,7 +144,8 @@ def _follows(runs: pd.DataFrame, levels: dict[str, pd.Series], name: str, other:
 
 
 def _is_fixed(runs: pd.DataFrame, own: pd.Series, other: str, fixing: pd.Series) -> bool:
-    """Whether a level of `other` leaves one of the leaf, and not because each has one design."""
+    """Whether each level of `other` determines the level of the leaf, and not only because each has
+    a single design."""
     n_both = len(set(zip(own, fixing, strict=True)))
     if n_both > fixing.nunique():
         return False
@@ -152,8 +156,8 @@ def _is_fixed(runs: pd.DataFrame, own: pd.Series, other: str, fixing: pd.Series)
 
 
 def _is_copy(own: pd.Series, other: pd.Series) -> bool:
-    """Whether the leaf splits the runs that have it as `other` does: the rate of a part of an
-    optimizer that only some optimizers have."""
+    """Whether the leaf and `other` split the runs that have the leaf in the same way, such as the
+    learning rate of a part that only some optimizers have."""
     has = own != level_text(None)
     own, other = own[has], other[has]
     n_both = len(set(zip(own, other, strict=True)))
@@ -165,7 +169,7 @@ def _is_name(values: pd.Series) -> bool:
 
 
 def level_text(value: object) -> str:
-    """A configuration value as it is written on the command line."""
+    """A configuration value as written on the command line."""
     if value is None or value is pd.NA or value != value:
         return "not set"
     if isinstance(value, bool | np.bool_):
@@ -176,7 +180,7 @@ def level_text(value: object) -> str:
 
 
 def ordered_levels(values: pd.Series) -> list[Any]:
-    """The different values of a factor: numbers by size, then texts, then what is not set."""
+    """The distinct values of a factor: sorted numbers, then strings, then None if it is not set."""
     levels = list(pd.unique(values.astype(object).where(values.notna(), None)))
     return sorted(levels, key=_rank)
 
@@ -188,13 +192,13 @@ def _rank(level: Any) -> tuple[int, float, str]:
 
 
 def is_number(level: Any) -> bool:
-    """Whether it is one, or a fraction as a width may be written: `8/3`."""
+    """Whether a level is a number or a fraction such as `8/3`, as a width may be written."""
     level = as_number(level)
     return isinstance(level, int | float | np.number) and not isinstance(level, bool | np.bool_)
 
 
 def as_number(level: Any) -> Any:
-    """A fraction that is written as text as a number; all else as it is."""
+    """Converts a fraction such as `8/3` to a number; returns anything else unchanged."""
     if isinstance(level, str) and re.fullmatch(r"\d+/[1-9]\d*", level):
         return float(Fraction(level))
     return level

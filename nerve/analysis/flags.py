@@ -27,7 +27,7 @@ FLAGS = (
     "untrained",
     "repeat",
 )
-"""What `flag_runs` says of a run; only `ok` ones enter statistics over runs unless asked for."""
+"""The flags of `flag_runs`; by default, only `ok` runs enter statistics over runs."""
 
 
 def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -71,8 +71,8 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     doubled = [str(name) for name in runs["run_id"][runs["run_id"].duplicated()].unique()]
     require(
         not doubled,
-        f"A run has one row in the frame of runs; got more of {listed(doubled)}. Load all paths "
-        "with one call, which counts a run once.",
+        f"The frame of runs must have one row per run; got more of {listed(doubled)}. Load all "
+        "paths with a single call, which counts each run once.",
     )
     frame = runs[[*IDENTITY, "run_status"]].reset_index(drop=True)
     frame = frame.merge(_steps(metrics), on="run_id", how="left")
@@ -92,9 +92,8 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def describe_runs(
     flags: pd.DataFrame, runs: pd.DataFrame, factors: Sequence[str], taken: Sequence[str]
 ) -> pd.DataFrame:
-    """What tables over runs say of each: `IDENTITY`, the `factors`, `data, heldout, flag`.
-
-    `flags` are those of `runs`.
+    """The columns that describe each run in a table: `IDENTITY`, the `factors`, `data, heldout,
+    flag`. `flags` are those of `runs`.
 
     Raises:
         ConfigError: for a factor that `runs` does not have, or that is one of `taken`.
@@ -107,13 +106,13 @@ def describe_runs(
 
 
 def _steps(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row per run with metrics: how many rows and steps, and its losses."""
+    """One row per run with metrics: its number of steps and of null rows, and its losses."""
     needed = ["run_id", "step", "val_loss", "status", "n_damaged_parts"]
     require_columns(metrics, needed, "load_metrics")
     rows = metrics[["run_id", "n_damaged_parts"]].assign(n_null=metrics["status"] != "ok")
     by_run = rows.groupby("run_id", observed=True)
     steps = metrics[["run_id", "step", "val_loss"]]
-    # Layers of a step stand beside each other and share its loss: one is enough.
+    # The layers of a step are consecutive rows with the same loss; one of them is enough.
     steps = steps[(steps != steps.shift()).any(axis=1)]
     steps = steps.groupby(["run_id", "step"], observed=True)["val_loss"].first().reset_index()
     by_step = steps.groupby("run_id", observed=True)
@@ -181,12 +180,12 @@ def _reason(run: Any, error: str) -> str:
         "no metrics": "It has no rows of metrics.",
         "no loss": "None of its rows has a validation loss.",
         "incomplete": f"Parts of its metrics cannot be read: {run.n_damaged_parts}.",
-        "untrained": f"The validation loss {run.min_loss:.4g} at best is not below {limit}.",
+        "untrained": f"Its lowest validation loss, {run.min_loss:.4g}, is not below {limit}.",
     }[run.flag]
 
 
 def _data(runs: pd.DataFrame) -> pd.Series:
-    """Eight hex digits of what text or images the loss is of; missing where a run does not say."""
+    """Eight hex digits that identify the text or images of a run; None if they are unknown."""
     named = zip(*(_texts(runs, name) for name in FINGERPRINTS), strict=True)
     names = [
         hashlib.sha256(f"{corpus} {tokenizer}".encode()).hexdigest()[:8] if corpus else None
@@ -196,7 +195,7 @@ def _data(runs: pd.DataFrame) -> pd.Series:
 
 
 def _texts(runs: pd.DataFrame, name: str) -> pd.Series:
-    """A column of texts; None where a run has none, or no run has that column."""
+    """A column of strings; None if a run has none, or if the column does not exist."""
     values = runs[name] if name in runs.columns else [None] * len(runs)
     texts = [value if isinstance(value, str) else None for value in values]
     return pd.Series(texts, dtype=object)

@@ -1,4 +1,4 @@
-"""What the comparisons share: columns asked for, rows joined with their runs, means over layers."""
+"""Helpers of the comparisons: checks of columns, joins with runs, means over layers, groups."""
 
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
@@ -14,22 +14,24 @@ AT_STEP = ("tokens_seen", "train_loss", "val_loss")
 
 
 def require_names(**lists: object) -> None:
-    """Raises `ConfigError` for an argument that is no list of names: one name would be taken for
-    its letters."""
+    """Raises `ConfigError` for an argument that is not a list of names; the letters of a single
+    string would be taken for names."""
     for key, names in lists.items():
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise ConfigError(f"{key} is a list of names; got {names!r}. Write {key}=[{names!r}].")
+            raise ConfigError(
+                f"{key} must be a list of names; got {names!r}. Write {key}=[{names!r}]."
+            )
 
 
 def require_columns(frame: pd.DataFrame, names: Sequence[str], source: str) -> None:
-    """Raises `ConfigError` with near names unless `frame`, rows of `source`, has all `names`."""
+    """Raises `ConfigError` with similar names unless `frame`, rows of `source`, has all `names`."""
     for name in names:
         if name not in frame.columns:
             columns = [str(column) for column in frame.columns]
             near = ", ".join(get_close_matches(name, columns, n=5)) or "none"
             raise ConfigError(
-                f"This takes rows of {source}, which need the column {name}; it is not there. Near "
-                f"names: {near}."
+                f"The frame must have rows of {source} with the column {name}; it does not have "
+                f"this column. Similar names: {near}."
             )
 
 
@@ -39,36 +41,36 @@ def require_factors(factors: Sequence[str], runs: pd.DataFrame, taken: Collectio
     doubled = [name for name in factors if name in taken]
     if doubled:
         raise ConfigError(
-            f"A factor is a column of load_runs that the result does not have already; got "
-            f"{', '.join(doubled)}. Leave it out."
+            f"A factor must be a column of load_runs that the result does not already have; got "
+            f"{', '.join(doubled)}. Omit it."
         )
 
 
 def require_joinable(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:
-    """Raises `ConfigError` with near names for factors that `runs` does not have, or that the rows
-    of the dataset have already."""
+    """Raises `ConfigError` with similar names for factors that `runs` does not have, or that the
+    rows of the dataset already have."""
     columns = [name for name in runs.columns if name not in dataset.schema.names]
     for factor in factors:
         if factor in columns:
             continue
         parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
         near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
-        fix = f"Near names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+        fix = f"Similar names: {', '.join(near) or 'none; see load_runs(path).columns'}."
         if factor in runs.columns:
             fix = (
-                "Leave it out; a configuration value of that name can be a factor inside a group: "
+                "Omit it; a configuration value of that name can be a factor inside a group: "
                 f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
             )
         raise ConfigError(
-            f"A factor is a column of load_runs that {dataset.name} does not have already; got "
-            f"{factor!r}. {fix}"
+            f"A factor must be a column of load_runs that {dataset.name} does not already have; "
+            f"got {factor!r}. {fix}"
         )
 
 
 def rows_of(rows: pd.DataFrame, runs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """The `rows` whose run is in `runs`, and where it stands there."""
+    """The `rows` whose run is in `runs`, and the position of their run in `runs`."""
     ids = rows["run_id"]
-    if isinstance(ids.dtype, pd.CategoricalDtype):  # each looked up once
+    if isinstance(ids.dtype, pd.CategoricalDtype):  # each id is looked up once
         positions = pd.Index(runs["run_id"]).get_indexer(ids.cat.categories)[ids.cat.codes]
     else:
         positions = pd.Index(runs["run_id"]).get_indexer(pd.Index(ids))
@@ -77,7 +79,8 @@ def rows_of(rows: pd.DataFrame, runs: pd.DataFrame) -> tuple[pd.DataFrame, np.nd
 
 
 def join_runs(rows: pd.DataFrame, described: pd.DataFrame) -> pd.DataFrame:
-    """`rows` behind the columns that `described` has of their runs; other runs' are left out."""
+    """`rows`, preceded by the columns of `described` for their run; rows of other runs are left
+    out."""
     rows, positions = rows_of(rows, described)
     own = described.take(positions).reset_index(drop=True)
     return pd.concat([own, rows.drop(columns="run_id").reset_index(drop=True)], axis=1)
@@ -92,8 +95,8 @@ def at_last_step(rows: pd.DataFrame) -> pd.DataFrame:
 def average_layers(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row per run, FFN and step: the means of `names` over the layers where they were measured.
 
-    Columns: `run_id, ffn, step, n_layers` (rows), `n_null` (of them with a status other than "ok"),
-    `AT_STEP`, `names`.
+    Columns: `run_id, ffn, step, n_layers` (number of rows), `n_null` (rows with a status other than
+    "ok"), `AT_STEP`, `names`.
     """
     keys = ["run_id", "ffn", "step"]
     rows = metrics[[*keys, *AT_STEP, *names]].assign(n_null=metrics["status"] != "ok")
@@ -108,14 +111,14 @@ def average_layers(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def group_points(points: pd.DataFrame, by: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame]:
-    """Groups of points, none of which pools different data or FFNs.
+    """Groups points, without pooling different data or FFNs.
 
-    A run without metrics has no FFN: it counts in `n_flagged` of every group of its values of `by`,
-    and has a group of its own only where there is no other.
+    A run without metrics has no FFN: it counts in `n_flagged` of every group with its values of
+    `by`, and only has a separate group if there is no other.
 
     Returns:
-        The group of each point, -1 for a run that counts with others, and one row per group with
-        `by, data, ffn, n_flagged`.
+        The group of each point, -1 for a run that only counts in other groups, and one row per
+        group with `by, data, ffn, n_flagged`.
     """
     keys = [*dict.fromkeys([*by, "data", "ffn"])]
     ffn_known = points["ffn"].notna().to_numpy()
@@ -144,7 +147,7 @@ def number_rows(frame: pd.DataFrame, by: Sequence[str]) -> np.ndarray:
 
 
 def count_distinct(codes: np.ndarray, values: pd.Series, n_groups: int) -> np.ndarray:
-    """How many different values each group has, missing ones aside; a code of -1 is of no group."""
+    """The number of distinct values in each group, without missing ones; -1 codes no group."""
     kept = pd.Series(values.to_numpy()[codes >= 0]).groupby(codes[codes >= 0])
     return kept.nunique().reindex(range(n_groups), fill_value=0).to_numpy()
 

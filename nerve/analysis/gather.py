@@ -1,8 +1,8 @@
-"""Rows of many runs, read some runs at once, as one frame, in which each value is in memory once.
+"""Reads the rows of many runs into one frame, keeping each value in memory only once.
 
-Ten thousand runs have some ten million rows. A frame that is made of frames is there twice before
-these go, and a text of 16 letters in each row is as much as two numbers: so rows are gathered block
-by block and column by column, and a column of texts holds their numbers.
+Ten thousand runs have some ten million rows. Concatenating frames temporarily takes twice the
+memory, and a string of 16 letters in each row takes as much as two numbers. Rows are therefore
+gathered block by block and column by column, and strings are stored as integer codes.
 """
 
 import itertools
@@ -24,31 +24,31 @@ from nerve.storage.parts import read_parts
 from nerve.storage.schema import Dataset
 
 _ROOM = 1.02
-"""How much more room a column takes than its rows so far make likely. What is not written to costs
-no memory."""
+"""How much larger a column is allocated than the rows so far suggest. Pages that are never written
+take no memory."""
 
 _AT_ONCE = 1 << 20
 
 MOST_THREADS = 4
-"""Threads that read, and threads that gather: each reader has the rows of its runs in memory."""
+"""The most threads that read, and that gather; each reader holds the rows of its runs in memory."""
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Texts by their numbers: `texts[code]`; a code of -1 is no text."""
+    """Strings as integer codes: `texts[code]`; the code -1 stands for no string."""
 
     codes: np.ndarray
     texts: tuple[str, ...]
 
     @classmethod
     def of(cls, values: pd.Series) -> "Coded":
-        """Those of a column."""
+        """The strings of a column."""
         codes, texts = pd.factorize(values)
         return cls(codes, tuple(texts))
 
     @classmethod
     def used(cls, codes: np.ndarray, texts: Sequence[str]) -> "Coded":
-        """The same without texts that no code stands for."""
+        """The same, without strings that no code refers to."""
         is_used = np.bincount(codes + 1, minlength=len(texts) + 1)[1:] > 0
         if is_used.all():
             return cls(codes, tuple(texts))
@@ -57,19 +57,19 @@ class Coded:
 
     @classmethod
     def repeated(cls, texts: Sequence[str], counts: Sequence[int]) -> "Coded":
-        """Each of different texts as often as `counts` says."""
+        """Each of several distinct strings, repeated as often as `counts` says."""
         used = [text for text, n in zip(texts, counts, strict=True) if n]
         numbers = np.arange(len(used), dtype=_kind(len(used)))
         return cls(numbers.repeat([n for n in counts if n]), tuple(used))
 
     def equal(self, text: str) -> np.ndarray:
-        """Which are this text."""
+        """Which values equal this string."""
         if text not in self.texts:
             return np.zeros(len(self.codes), bool)
         return np.asarray(self.codes == self.texts.index(text))
 
     def repeat(self, counts: np.ndarray) -> "Coded":
-        """Each as often as `counts` says."""
+        """Each value, repeated as often as `counts` says."""
         codes = self.codes.astype(_kind(len(self.texts)))
         return Coded(codes.repeat(counts), self.texts)
 
@@ -78,7 +78,7 @@ class Coded:
 
 
 Block = Mapping[str, np.ndarray | Coded]
-"""Columns of equal length, all blocks having the same."""
+"""Columns of equal length; all blocks have the same columns."""
 
 
 AT_ONCE = 16
@@ -86,7 +86,7 @@ AT_ONCE = 16
 
 
 class StoredRun(NamedTuple):
-    """Which run is where."""
+    """The id and the directory of a run."""
 
     run_id: str
     directory: Path
@@ -97,8 +97,8 @@ Derive = Callable[[Block, slice], Block]
 
 @dataclass(frozen=True)
 class Read:
-    """What was read of some runs: their rows, and of each how many these are and what could not be
-    read."""
+    """The rows of several runs, and for each run the number of its rows and the errors of what
+    could not be read."""
 
     block: Block
     counts: list[int]
@@ -106,13 +106,13 @@ class Read:
 
 
 def reads(records: Sequence[StoredRun], dataset: Dataset, derive: Derive | None) -> Iterator[Read]:
-    """The rows of all runs, some runs at once and in their order. A few threads read, each a little
-    ahead: what is not taken yet is in memory.
+    """Reads the rows of all runs, several runs at a time, in order. A few threads read ahead, and
+    hold their results in memory until they are consumed.
 
     Args:
-        records: of the runs.
-        dataset: what is read.
-        derive: makes more columns of the rows of some runs, which the slice names.
+        records: the runs.
+        dataset: the dataset to read.
+        derive: adds columns to the rows of several runs, which the slice selects.
     """
     n_threads = min(allowed(), MOST_THREADS)
     with ThreadPoolExecutor(n_threads) as pool:
@@ -135,12 +135,13 @@ def _read(
     del found
     ids = Coded.repeated([record.run_id for record in records[runs]], counts)
     block: Block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
-    del table  # half of the memory that this takes
+    del table  # halves the memory that this takes
     return Read(block if derive is None else derive(block, runs), counts, unread)
 
 
 def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[StoreError]]:
-    """The rows of a run and what kept others from being read; a newer nerve's run has no rows."""
+    """The rows of a run and the errors of parts that cannot be read; no rows for a run of a newer
+    nerve."""
     try:
         return read_parts(record.directory, dataset, record.run_id)
     except StoreError as error:
@@ -148,11 +149,11 @@ def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[S
 
 
 def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | pd.Categorical]:
-    """The columns of all blocks, texts as categories in alphabetical order.
+    """The columns of all blocks; strings become categories in alphabetical order.
 
     Args:
-        blocks: at least one.
-        n_blocks: how many; it decides how much room is taken at the start, nothing else.
+        blocks: at least one block.
+        n_blocks: their number, which only determines how much memory is allocated at the start.
     """
     columns: dict[str, _Column] = {}
     n_threads = min(allowed(), MOST_THREADS)
@@ -161,7 +162,7 @@ def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | p
         for name in names:
             columns[name].append(block[name], share)
 
-    # What takes longest is that the system gives memory for the first time.
+    # Most of the time goes into first-time memory allocation by the system.
     with ThreadPoolExecutor(n_threads) as pool:
         for done, block in enumerate(blocks):
             names = list(block)
@@ -174,8 +175,8 @@ def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | p
 
 
 def frame_of(columns: Mapping[str, Any]) -> pd.DataFrame:
-    """A frame of these arrays themselves, texts as categories in their own order."""
-    # A dictionary is copied into blocks of one kind, unless it is told not to be.
+    """A frame that shares memory with these arrays; strings become categories in their order."""
+    # Without copy=False, pandas copies a dictionary into one block per dtype.
     return pd.DataFrame(
         {
             name: values.categorical() if isinstance(values, Coded) else values
@@ -186,7 +187,7 @@ def frame_of(columns: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def columns_of(table: pa.Table) -> dict[str, np.ndarray | Coded]:
-    """The columns of a table: texts by their numbers, numbers with NaN for null."""
+    """The columns of a table: strings as codes, and numbers with NaN for null."""
     return {
         field.name: _coded(column) if pa.types.is_string(field.type) else column.to_numpy()
         for field, column in zip(table.schema, table.columns, strict=True)
@@ -194,7 +195,7 @@ def columns_of(table: pa.Table) -> dict[str, np.ndarray | Coded]:
 
 
 def _coded(column: pa.ChunkedArray) -> Coded:
-    """Texts of Arrow by their numbers."""
+    """Arrow strings as codes."""
     chunks = column.dictionary_encode().chunks
     if not chunks:
         return Coded(np.empty(0, np.int8), ())
@@ -203,10 +204,10 @@ def _coded(column: pa.ChunkedArray) -> Coded:
 
 
 class _Column:
-    """An array that grows, in which what is not filled yet takes no memory of the machine.
+    """A growing array, whose unfilled part takes no physical memory.
 
     Args:
-        first: values of its kind; they are not put in.
+        first: values of the same kind, which are not appended.
     """
 
     def __init__(self, first: np.ndarray | Coded) -> None:
@@ -215,10 +216,10 @@ class _Column:
         self._n = 0
 
     def append(self, values: np.ndarray | Coded, share: float) -> None:
-        """Puts `values` behind the others; all rows are taken to be `share` times those so far."""
+        """Appends `values`; the final number of rows is estimated as `share` times those so far."""
         own = self._own_codes(values) if isinstance(values, Coded) else values
         end = self._n + len(own)
-        if own.dtype != self._values.dtype:  # the codes of more texts are longer numbers
+        if own.dtype != self._values.dtype:  # codes of more strings need a larger type
             self._values = self._values.astype(np.result_type(own, self._values))
         if end > len(self._values):
             grown = _room(max(end, int(_ROOM * share * end)), self._values.dtype)
@@ -228,7 +229,7 @@ class _Column:
         self._n = end
 
     def finished(self) -> np.ndarray | pd.Categorical:
-        """What was put in."""
+        """The values that were appended."""
         values = self._values[: self._n]
         if self._numbers is None:
             return values
@@ -237,13 +238,13 @@ class _Column:
             return _categorical(values, ordered)
         places = {text: place for place, text in enumerate(ordered)}
         order = np.array([*(places[text] for text in self._numbers), -1], values.dtype)
-        for start in range(0, len(values), _AT_ONCE):  # indices take eight bytes each meanwhile
+        for start in range(0, len(values), _AT_ONCE):  # indexing temporarily takes 8 bytes each
             some = values[start : start + _AT_ONCE]
             some[:] = order[some]
         return _categorical(values, ordered)
 
     def _own_codes(self, values: Coded) -> np.ndarray:
-        """By the numbers that texts have here, of the smallest kind that does."""
+        """The codes of the strings in this column, in the smallest sufficient type."""
         numbers = self._numbers
         assert numbers is not None
         own = [numbers.setdefault(text, len(numbers)) for text in values.texts]
@@ -265,7 +266,7 @@ def _room(n: int, kind: np.dtype) -> np.ndarray:
 
 
 def _kind(n_texts: int) -> np.dtype:
-    """The shortest whole numbers for the codes of so many texts, and -1."""
+    """The smallest integer type for the codes of `n_texts` strings and -1."""
     return np.min_scalar_type(-n_texts - 1)
 
 

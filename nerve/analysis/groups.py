@@ -12,7 +12,7 @@ from nerve.metric_names import SITES
 ROW = ["run_id", "step", "layer", "ffn"]
 
 CONTRASTS = {"position": (("0", "like_0"), ("q4", "q1")), "frequency": (("tail", "head"),)}
-"""Pairs of groups of one grouping that have equally many samples, of which PR is compared."""
+"""Pairs of groups of a grouping with equal numbers of samples, whose PR is compared."""
 
 
 def pr_column(site: str, group: str, other: str | None = None) -> str:
@@ -46,7 +46,7 @@ def pr_of_groups(
         if above in wide and below in wide:
             wide[pr_column(site, group, other)] = wide[above] / wide[below]
     steps = last.groupby("run_id", observed=True)["step"].first()
-    own = metrics[metrics["run_id"].isin(steps.index)]  # at all steps, which say how a run ended
+    own = metrics[metrics["run_id"].isin(steps.index)]  # all steps, because flags depend on them
     merged = own.merge(wide.reset_index(), on=ROW, how="left")
     rows = metrics_by_depth(merged, runs, factors, names=list(wide.columns))
     return rows[rows["step"] == rows["run_id"].astype(object).map(steps)].reset_index(drop=True)
@@ -92,7 +92,7 @@ def _contrasts() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _over_seeds(values: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Means over the layers of each run, of the ratio in logarithms, then over runs."""
+    """Means over the layers of each run (of the log ratio), then over runs."""
     runs = values.groupby([*keys, "run_id"], sort=False, dropna=False, observed=True).mean()
     runs["ratio"] = np.exp(runs["ratio"])
     designs = runs.groupby([*keys], sort=False, dropna=False, observed=True)

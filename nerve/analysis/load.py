@@ -70,7 +70,7 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per measured FFN and step; columns and errors as in `load_metrics`."""
-        _ = self.groups  # read before threads ask for them
+        _ = self.groups  # load these before the threads below need them
         return self._rows(DATASETS["metrics"], self._with_derived)
 
     @cached_property
@@ -95,7 +95,8 @@ class Runs:
         return flag_runs(self.metrics, self.frame)
 
     def _with_derived(self, rows: Block, runs: slice) -> Block:
-        """Rows of metrics of some of the runs with what derives from them and their groups."""
+        """Rows of metrics of some of the runs, with the columns derived from them and from their
+        groups."""
         ffn, status, numbers = rows["ffn"], rows["status"], _numbers_of(rows)
         assert isinstance(ffn, Coded)
         assert isinstance(status, Coded)
@@ -112,9 +113,9 @@ class Runs:
         }
 
     def _rows(self, dataset: Dataset, derive: Derive | None = None) -> pd.DataFrame:
-        """The rows of all runs, each with what `derive` makes of them and the `factors` of its run.
+        """The rows of all runs, with the columns that `derive` adds and the `factors` of their run.
 
-        Some runs are read at once, so that no more is in memory than the frame and these.
+        Only a few runs are read at a time, so that hardly more than the frame is in memory.
         """
         require_joinable(self.factors, self.frame, dataset)
         counts: list[int] = []
@@ -232,7 +233,7 @@ def _numbers_of(rows: Block) -> dict[str, np.ndarray]:
 
 
 def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
-    """The value of each run as often as it has rows; texts as categories."""
+    """The value of each run, repeated for each of its rows; strings as categories."""
     if all(isinstance(value, str) for value in values.dropna()) and values.notna().any():
         return Coded.of(values).repeat(counts)
     own = values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array
@@ -246,15 +247,15 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 class RunRows:
-    """What records say, column by column. Configurations are not kept: of ten thousand runs they
-    take as much memory as half a million rows."""
+    """The contents of records, column by column. Configurations are not kept: those of ten thousand
+    runs take as much memory as half a million rows."""
 
     def __init__(self) -> None:
         self._columns: dict[str, list[Any]] = {}
         self._places: dict[Path, int] = {}
 
     def take_from(self, record: RunRecord) -> None:
-        """Adds the row of a record, and takes the configuration out of it."""
+        """Adds the row of a record, and removes the configuration from the record."""
         place = self._places[record.directory] = len(self._places)
         row = _row(record)
         record.config = {}
@@ -269,7 +270,7 @@ class RunRows:
                 self._columns[name].append(np.nan)
 
     def frame(self, directories: Sequence[Path]) -> pd.DataFrame:
-        """The rows of the runs in these directories, in their order."""
+        """The rows of the runs in these directories, in this order."""
         places = [self._places[directory] for directory in directories]
         frame = pd.DataFrame(self._columns).take(places).reset_index(drop=True)
         for name in TIMES:
@@ -278,7 +279,7 @@ class RunRows:
 
 
 def _unicode(text: str) -> str:
-    """What a column of texts can hold: of a path, bytes that are no UTF-8 are escaped."""
+    """The text with characters that are not valid Unicode escaped, such as bytes of a path."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -290,14 +291,14 @@ def _row(record: RunRecord) -> dict[str, Any]:
     _, values["design_id"] = ids_of_plain(record.config)
     row: dict[str, Any] = {}
     _add_leaves(row, completed(record.config), "")
-    # A key of the configuration cannot take the name of what the record itself says (seed).
+    # The record's own fields (seed) take precedence over configuration keys of the same name.
     _add_leaves(row, values, "")
     return row
 
 
 def _add_leaves(row: dict[str, Any], values: Mapping[str, Any], prefix: str) -> None:
     for key, value in values.items():
-        if type(value) in _PLAIN:  # most are, of ten thousand runs
+        if type(value) in _PLAIN:  # the usual case, checked first for speed
             row[prefix + key] = value
         elif isinstance(value, Mapping):
             _add_leaves(row, value, f"{prefix}{key}.")

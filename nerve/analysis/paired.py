@@ -17,7 +17,7 @@ from nerve.errors import ConfigError
 from nerve.metric_names import CORRELATED, metric_of
 
 SCALE = ("model.kind", "model.n_layers", "model.d_model", *BUDGET)
-"""Designs of one scale have these in common, and their seeds' variance is pooled."""
+"""Designs of one scale share these values, and the variance over their seeds is pooled."""
 
 PAIRED = ("val_loss", *CORRELATED)
 
@@ -27,7 +27,7 @@ OUTCOMES: dict[Outcome, str] = {
     "within noise": "within noise",
     "undecided": "undecided",
 }
-"""What `decide` says of the claim that the one level has the higher value."""
+"""The outcome in words, by what `decide` says about the claim that `level` has the higher value."""
 
 
 def compare_seeds(
@@ -79,10 +79,10 @@ def compare_seeds(
     others = [name for name in factors.varying if name != factor]
     if factor not in factors.varying:
         owner = next((name for name, own in factors.together.items() if factor in own), None)
-        reason = f"goes together with {owner}" if owner else "has one level"
+        reason = f"is confounded with {owner}" if owner else "has one level"
         raise ConfigError(
-            f"A factor to compare varies among runs that can be compared; {factor} {reason}. Those "
-            f"that vary: {', '.join(factors.varying) or 'none'}."
+            "A factor to compare must vary among the runs that can be compared; "
+            f"{factor} {reason}. Factors that vary: {', '.join(factors.varying) or 'none'}."
         )
     scale = [name for name in SCALE if name in runs]
     settings = runs.set_index("run_id")[[*dict.fromkeys([*scale, factor, *others])]]
@@ -156,7 +156,7 @@ def _of_scale(
 def _pairs(
     points: pd.DataFrame, factor: str, others: Sequence[str]
 ) -> Iterator[tuple[dict[Any, Any], dict[Any, Any], str]]:
-    """Pairs of designs that differ in the factor alone, in the order of its levels."""
+    """Pairs of designs that differ only in the factor, in the order of its levels."""
     order = {level_text(level): i for i, level in enumerate(ordered_levels(points[factor]))}
     designs = points.drop_duplicates("design_id")
     designs = designs.assign(
@@ -173,7 +173,7 @@ def _pairs(
 
 
 def on_scale(name: str, values: Array) -> tuple[Array, str]:
-    """A ratio as its logarithm, in nats; all else as it is."""
+    """The logarithm of a metric that is a ratio, in nats; any other metric unchanged."""
     metric = metric_of(name)
     if metric is None or not metric.is_ratio:
         return values, ""

@@ -1,4 +1,4 @@
-"""Values of runs as design + seed + error, by ordinary least squares, for many runs and effects."""
+"""Fits values = design + seed + error by ordinary least squares, for many runs and effects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from nerve.analysis.statistics import student_t
 
 @dataclass(frozen=True)
 class Effects:
-    """Several effects.
+    """Several effects; all attributes have shape (effect,).
 
     Attributes:
-        effect: the estimates; nan where the data do not determine one.
-        low, high: their 95% intervals; nan where nothing is left to estimate an error from.
-        sd: of one value of one run, after what design and seed explain.
-        df: degrees of freedom. All of shape (effect,).
+        effect: the estimates; nan if the data do not determine one.
+        low, high: their 95% intervals; nan without degrees of freedom for the error.
+        sd: residual SD of one value of one run, given design and seed.
+        df: degrees of freedom.
     """
 
     effect: np.ndarray
@@ -31,14 +31,14 @@ class Effects:
 class PairedFit:
     """Ordinary least squares of values = design + seed + error, for any values and effects.
 
-    What designs explain is taken out of the normal equations first, so that ten thousand runs of
-    some thousand designs take no more than the square of the number of seeds.
+    The designs are eliminated from the normal equations first, so that for ten thousand runs of a
+    thousand designs only a matrix of the size of the number of seeds remains.
 
     Attributes:
-        designs: their names, in order.
-        design, seed: of each run the number of its design and that of its seed less one, shape
-            (run,); the first seed, and all of them where seeds are left in the error, have -1.
-        n_seeds: columns of seeds.
+        designs: the names of the designs, in order.
+        design, seed: the index of each run's design, and that of its seed minus one, shape (run,);
+            -1 for the first seed, and for all seeds if they are part of the error.
+        n_seeds: number of columns for seeds.
     """
 
     designs: list[str]
@@ -48,12 +48,12 @@ class PairedFit:
 
     @cached_property
     def n(self) -> np.ndarray:
-        """Runs of each design, shape (design,)."""
+        """The number of runs of each design, shape (design,)."""
         return np.bincount(self.design, minlength=len(self.designs)).astype(float)
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """Which part of a design's runs has each seed, shape (design, seed)."""
+        """The share of a design's runs that have each seed, shape (design, seed)."""
         counts = np.zeros((len(self.designs), self.n_seeds))
         has = self.seed >= 0
         np.add.at(counts, (self.design[has], self.seed[has]), 1.0)
@@ -61,8 +61,8 @@ class PairedFit:
 
     @cached_property
     def _left(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """What the normal equations of the seeds are once designs are taken out, their inverse, and
-        their rank."""
+        """The matrix of the seeds' normal equations after eliminating the designs, its
+        pseudoinverse, and its rank."""
         counts = self.shares * self.n[:, None]
         left = np.diag(counts.sum(axis=0)) - counts.T @ self.shares
         values, vectors = np.linalg.eigh(left)
@@ -76,11 +76,11 @@ class PairedFit:
         return len(self.design) - len(self.designs) - self._left[2]
 
     def differences(self, values: np.ndarray, one: np.ndarray, two: np.ndarray) -> Effects:
-        """Of each pair the effect of the design `two` less that of the design `one`.
+        """For each pair, the effect of the design `two` minus that of the design `one`.
 
         Args:
             values: shape (run,).
-            one, two: numbers of designs, shape (pair,).
+            one, two: indices of designs, shape (pair,).
         """
         of_designs, _ = self._solution(values)
         return self._effects(
@@ -91,7 +91,7 @@ class PairedFit:
         )
 
     def weighted(self, values: np.ndarray, weights: Mapping[str, float]) -> Effects:
-        """A weighted sum of the effects of designs, by their names; shape (1,)."""
+        """A weighted sum of the effects of designs, with weights by name; shape (1,)."""
         of_designs, _ = self._solution(values)
         row = np.array([weights.get(name, 0.0) for name in self.designs])
         through = -(row @ self.shares)
@@ -100,7 +100,7 @@ class PairedFit:
         )
 
     def _solution(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The effect of each design and of each seed but the first."""
+        """The effect of each design, and of each seed except the first."""
         sums = np.bincount(self.design, values, minlength=len(self.designs))
         has = self.seed >= 0
         of_seeds = np.bincount(self.seed[has], values[has], minlength=self.n_seeds)
@@ -111,15 +111,15 @@ class PairedFit:
     def _effects(
         self, values: np.ndarray, effect: np.ndarray, own: np.ndarray, through: np.ndarray
     ) -> Effects:
-        """With the t interval. An effect is not known where the data do not determine it; without a
-        degree of freedom it has no interval. A residual that is rounding counts as none: constants
-        have an interval of no width.
+        """The effects with their t intervals. An effect is nan if the data do not determine it;
+        without degrees of freedom it has no interval. A residual that is only rounding counts as
+        zero, so constants have an interval of zero width.
 
         Args:
             values: shape (run,).
             effect: shape (effect,).
-            own: its variance beside that which comes by the seeds, for errors of variance 1.
-            through: what of the seeds it depends on, shape (effect, seed).
+            own: its variance apart from the part due to seeds, for errors of variance 1.
+            through: its coefficients of the seed effects, shape (effect, seed).
         """
         left, inverse, _ = self._left
         known = np.isclose(through @ inverse @ left, through, rtol=0, atol=1e-8).all(axis=1)
@@ -129,7 +129,7 @@ class PairedFit:
             missing = np.full(len(effect), np.nan)
             return Effects(effect, missing, missing, missing, df)
         of_designs, seeds = self._solution(values)
-        of_seeds = np.append(seeds, 0.0)  # where a run of seed -1 finds its own
+        of_seeds = np.append(seeds, 0.0)  # the last entry, 0, is that of seed -1
         residual = values - of_designs[self.design] - of_seeds[self.seed]
         square = sum_of_squares(residual, values)
         sd = np.where(known, np.sqrt(square / self.df), np.nan)
@@ -139,11 +139,11 @@ class PairedFit:
 
 
 def paired_by_seed(design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool = True) -> PairedFit:
-    """values = design + seed + error.
+    """Prepares the fit of values = design + seed + error.
 
     Args:
         design, seed: shape (run,).
-        seeds_differ: False leaves seeds in the error.
+        seeds_differ: if False, seeds are part of the error.
     """
     names, own = np.unique(design, return_inverse=True)
     seeds, numbers = np.unique(seed, return_inverse=True)
@@ -153,6 +153,6 @@ def paired_by_seed(design: np.ndarray, seed: np.ndarray, *, seeds_differ: bool =
 
 
 def sum_of_squares(residual: np.ndarray, values: np.ndarray) -> float:
-    """That of what is left of `values`; 0 where it is rounding alone."""
+    """The sum of squares of the residual of `values`; 0 if it is only rounding."""
     square = float(residual @ residual)
     return 0.0 if square <= (1e-12 * max(1.0, float(np.abs(values).max()))) ** 2 else square

@@ -13,19 +13,19 @@ from nerve.derived import VERDICTS
 from nerve.metric_names import POOLED, SPREAD
 
 ROW = ("run_id", "step", "layer", "ffn")
-"""What tells the rows of metrics apart."""
+"""The columns that identify a row of metrics."""
 
 
 MOST_MOVES = {"well": 0.05, "under": 0.20}
-"""Up to what share of itself PR may move, extrapolated to endlessly many samples, for a verdict."""
+"""The largest relative change of PR, extrapolated to infinitely many samples, for each verdict."""
 
 
 TRUSTED = 1 / 3
-"""The standard error of an extrapolation that comes on top, as a share of its length: terms beyond
-1/N are left out, which were 20 to 30% of it where N_eff/D was 6 and more."""
+"""The additional standard error of an extrapolation, as a share of the extrapolated change: terms
+beyond 1/N are neglected, which were 20 to 30% of it for N_eff/D of 6 and more."""
 
 ORDERS: Mapping[str, float] = {"half": 0.5, "1": 1.0, "2": 2.0, "inf": np.inf}
-"""The orders of Rényi's entropy, by the names that columns have of them."""
+"""The orders of the Rényi entropy, by their names in columns."""
 
 
 def sampling_error(groups: pd.DataFrame) -> pd.DataFrame:
@@ -74,13 +74,13 @@ def sampling_error(groups: pd.DataFrame) -> pd.DataFrame:
 
 def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     n, n_a, n_b = whole["n_samples"], a["n_samples"], b["n_samples"]
-    # |C|^2 of each, and from those of all and of the halves the product of these, without bias.
+    # |C|^2 of all samples and of each half; from these, an unbiased estimate of <C_a, C_b>.
     all_squares, a_squares, b_squares = (
         rows["variance"] ** 2 / rows["pr"] for rows in (whole, a, b)
     )
     share_a, share_b = (n_a - 1) / (n - 1), (n_b - 1) / (n - 1)
-    # C = s_a C_a + s_b C_b + B, where B is of the difference of the halves' means: its trace is
-    # known, and it is taken as of the shape of C.
+    # C = s_a C_a + s_b C_b + B, where B comes from the difference of the halves' means: its trace
+    # is known, and its shape is assumed to be that of C.
     within = (share_a * a["variance"] + share_b * b["variance"]) / whole["variance"]
     product = within**2 * all_squares - share_a**2 * a_squares - share_b**2 * b_squares
     product = product / (2 * share_a * share_b)
@@ -88,7 +88,7 @@ def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.D
     per_sample = whole["variance"] ** 2 + product
     n_effective = n * per_sample * (1 / n_a + 1 / n_b) / apart
     n_effective = n_effective.where((apart > 0) & (product > 0))
-    # How far 1/n of the halves lies from that of all, in units of the latter: 1 for equal halves.
+    # The distance of 1/n of the halves from that of all, in units of the latter: 1 for equal halves
     beyond = n * (1 / n_a + 1 / n_b) / 2 - 1
     result = pd.DataFrame({"n_samples": n.astype("int64"), "n_effective": n_effective})
     limits: dict[str, pd.Series] = {}
@@ -118,12 +118,12 @@ def _extrapolated(whole: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> pd.D
 
 
 def codes_by_halves(codes: np.ndarray, rows: Block, groups: pd.DataFrame) -> np.ndarray:
-    """Of each row of metrics its place in `VERDICTS`: by halves where they were measured, of pre
-    and post the worse.
+    """The verdict on each row of metrics, as its index in `VERDICTS`: from halves if they were
+    measured, the worse of pre and post.
 
     Args:
-        codes: those by N/D, -1 where nothing was measured.
-        rows: with the columns `ROW`.
+        codes: the verdicts from N/D, -1 if nothing was measured.
+        rows: metrics with the columns `ROW`.
         groups: rows of `load_groups`.
     """
     if not (groups["grouping"] == "halves").any():

@@ -1,7 +1,7 @@
-"""Statistics over many groups at once, and their intervals. NumPy alone; missing values are NaN.
+"""Statistics over many groups at once, with intervals, in NumPy; missing values are NaN.
 
-A group is what shares a code: whole numbers from 0, one for each value; a negative code belongs to
-no group. Groups cost next to nothing, only values do.
+Each value has an integer code: values with the same code form a group, and a negative code belongs
+to no group. The time depends on the number of values, hardly on the number of groups.
 """
 
 import math
@@ -19,16 +19,16 @@ LEVEL = 0.95
 """Confidence level of every interval."""
 
 ROUNDING = 1e-12
-"""What varies by no more than this share of its size does not vary."""
+"""A variation of at most this share of a value's size counts as none."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs (x, y) without missing values, those of a group beside each other.
+    """Pairs (x, y) without missing values, ordered by group.
 
     Attributes:
         x, y: the values, group after group.
-        n: pairs of each group.
+        n: number of pairs in each group.
     """
 
     x: Array
@@ -37,7 +37,7 @@ class Pairs:
 
     @classmethod
     def of(cls, codes: Counts, x: Array, y: Array, n_groups: int) -> "Pairs":
-        """Sorts by code and leaves out pairs that are not finite or belong to no group."""
+        """Sorts by code, and leaves out pairs that are not finite or belong to no group."""
         kept = np.isfinite(x) & np.isfinite(y) & (codes >= 0)
         codes, x, y = codes[kept], x[kept], y[kept]
         if (codes[1:] < codes[:-1]).any():
@@ -47,13 +47,13 @@ class Pairs:
 
     @cached_property
     def moments(self) -> tuple[Array, Array, Array]:
-        """Σ dx², Σ dy², Σ dx·dy a group, of the distances from the group's means."""
+        """Σ dx², Σ dy² and Σ dx·dy per group, of the deviations from the group's means."""
         dx, dy = self.centered(self.x), self.centered(self.y)
         return self.sums(dx * dx), self.sums(dy * dy), self.sums(dx * dy)
 
     @property
     def starts(self) -> Counts:
-        """Where the groups begin that have any pairs."""
+        """The first index of each nonempty group."""
         return (np.cumsum(self.n) - self.n)[self.n > 0]
 
     def sums(self, values: Array) -> Array:
@@ -62,17 +62,17 @@ class Pairs:
         return result
 
     def centered(self, values: Array) -> Array:
-        """`values` less their group's mean; exactly 0 where the group is constant."""
+        """`values` minus their group's mean; exactly 0 if the group is constant."""
         some = self.n > 0
         shifted = values - np.repeat(values[self.starts], self.n[some])
         return shifted - np.repeat(self.sums(shifted)[some] / self.n[some], self.n[some])
 
     def rounding(self, values: Array) -> Array:
-        """The Σ d² a group, of distances from its mean, that rounding can make of a constant."""
+        """The largest Σ d² per group that rounding can produce from constant values."""
         return (ROUNDING**2) * self.sums(values * values)
 
     def ranked(self) -> "Pairs":
-        """Ranks within each group in place of the values; equal values share their mean rank."""
+        """Pairs of ranks within each group; equal values have their mean rank."""
         return Pairs(self._ranks(self.x), self._ranks(self.y), self.n)
 
     def _ranks(self, values: Array) -> Array:
@@ -88,7 +88,8 @@ class Pairs:
         return result - np.repeat(self.starts - 1.0, self.n[self.n > 0])
 
     def _order(self, values: Array) -> Counts:
-        """Sorts within groups, those of one size at once: much faster than sorting by two keys."""
+        """The order within groups, sorting groups of equal size together, which is much faster than
+        sorting by two keys."""
         order = np.empty(len(values), dtype=np.int64)
         sizes = self.n[self.n > 0]
         for size in np.unique(sizes):
@@ -98,10 +99,10 @@ class Pairs:
 
 
 def correlation(pairs: Pairs) -> Array:
-    """Pearson's r per group, in [-1, 1]; of `pairs.ranked()` it is Spearman's.
+    """Pearson's r per group, in [-1, 1]; for `pairs.ranked()`, Spearman's.
 
-    Missing for fewer than 3 pairs (two always lie on a line) and where x or y is constant but for
-    rounding, as the steps of a linear schedule are.
+    Missing for fewer than 3 pairs (two always lie on a line), and if x or y is constant up to
+    rounding, like the steps of a linear schedule.
     """
     xx, yy, xy = pairs.moments
     valid = (pairs.n >= 3) & (xx > pairs.rounding(pairs.x)) & (yy > pairs.rounding(pairs.y))
@@ -115,11 +116,11 @@ class Line:
     """y = intercept + slope · x of each group, by least squares.
 
     Attributes:
-        slope, intercept: missing for fewer than 2 pairs or where x is constant.
+        slope, intercept: missing for fewer than 2 pairs or if x is constant.
         low, high: the interval of the slope, from Student's t with n - 2 degrees of freedom;
             missing for fewer than 3 pairs.
         r_squared: the share of the variance of y that the line explains; missing for fewer than 3
-            pairs and where y is constant.
+            pairs and if y is constant.
     """
 
     slope: Array
@@ -146,21 +147,21 @@ def fit_line(pairs: Pairs) -> Line:
 def pearson_interval(r: Array, n: Counts) -> tuple[Array, Array]:
     """Fisher's z interval, tanh(atanh r ± z/√(n - 3)).
 
-    Missing for n < 4, and at r = ±1, where z is infinite whatever n is.
+    Missing for n < 4, and at r = ±1, where z is infinite.
     """
     return _fisher(r, np.ones_like(r), n)
 
 
 def spearman_interval(r: Array, n: Counts) -> tuple[Array, Array]:
-    """As `pearson_interval`, with the variance (1 + r²/2)/(n - 3) (Bonett & Wright 2000)."""
+    """Like `pearson_interval`, with the variance (1 + r²/2)/(n - 3) (Bonett & Wright 2000)."""
     return _fisher(r, 1.0 + r * r / 2.0, n)
 
 
 def student_t(free: Counts) -> Array:
-    """The two-sided quantile of Student's t at `LEVEL` for whole degrees of freedom; NaN below 1.
+    """The two-sided quantile of Student's t at `LEVEL` for integer degrees of freedom; NaN below 1.
 
-    Its distribution function has a finite series in θ = atan(t/√ν) (Abramowitz & Stegun 26.7.3 and
-    26.7.4), which grows with θ: bisection finds where it is `LEVEL`.
+    Its distribution function is a finite series in θ = atan(t/√ν) (Abramowitz & Stegun 26.7.3 and
+    26.7.4) that increases with θ; bisection finds where it equals `LEVEL`.
     """
     values, inverse = np.unique(free, return_inverse=True)
     return np.array([_student_t(int(value)) for value in values])[inverse.reshape(np.shape(free))]
@@ -195,11 +196,11 @@ def _within(theta: float, free: int) -> float:
 def _fisher(r: Array, variance: Array, n: Counts) -> tuple[Array, Array]:
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     half = z * np.sqrt(_divide(variance, np.where(n > 3, n - 3, 0)))
-    perfect = 1.0 - np.abs(r) < 1e-12  # all but its rounding
+    perfect = 1.0 - np.abs(r) < 1e-12  # up to rounding
     center = np.arctanh(np.where(perfect, np.nan, r))
     return np.tanh(center - half), np.tanh(center + half)
 
 
 def _divide(a: Array, b: Array | Counts) -> Array:
-    """a / b, missing where b is 0."""
+    """a / b, missing if b is 0."""
     return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b > 0)

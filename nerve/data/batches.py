@@ -1,4 +1,4 @@
-"""Which items make up batch i, the loaders that serve them, and what the data modules share."""
+"""The order of items in batches, the loaders, and the base class of the data modules."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -25,9 +25,9 @@ class Order(Protocol):
 class ShuffledOrder:
     """An endless stream of batches in which every item appears exactly once per epoch.
 
-    Epoch e is the permutation that sorts `random_bits(n_items, seed, e)`. The epochs are laid end
-    to end and cut into batches, so a batch may straddle epochs, none is short, and batch i is
-    found without those before it.
+    Epoch e is the permutation that sorts `random_bits(n_items, seed, e)`. The epochs are
+    concatenated and cut into batches: a batch may straddle epochs, all batches have the same size,
+    and batch i is computed without the batches before it.
 
     Args:
         n_items: at least 1.
@@ -57,7 +57,8 @@ class ShuffledOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            # One more is kept, for a batch that straddles epochs; each takes 8 bytes an item.
+            # The previous one is kept for a batch that straddles epochs; each takes 8 bytes per
+            # item.
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
             self._permutations[epoch] = random_bits(self.n_items, self.seed, epoch).argsort(
                 kind="stable"
@@ -68,19 +69,18 @@ class ShuffledOrder:
 class BatchLoader(Generic[T]):
     """A sized iterable over the batches of an order that can be stopped and resumed anywhere.
 
-    The state is the index of the next batch to be consumed, that is one more than the batch
-    handed out last: a state saved after training on batch k - 1, and before asking for batch k,
-    resumes with batch k. Iterating goes on from that position; when all batches were served, the
-    next iteration starts at 0 again.
+    The state is the index of the next batch, which is one more than that of the batch returned
+    last: a state saved after training on batch k - 1, before batch k is requested, resumes with
+    batch k. Iteration continues from that position; after the last batch, it starts at 0 again.
 
-    Lightning saves and restores the state with the checkpoint by itself (`CombinedLoader`), and
-    fetches nothing ahead of a loader that has a length. A checkpoint written in the middle of a
-    step (by a handler of an exception) counts that step's batch as consumed.
+    Lightning itself saves and restores the state with the checkpoint (`CombinedLoader`), and does
+    not prefetch from a loader that has a length. A checkpoint written in the middle of a step (by
+    an exception handler) counts that step's batch as consumed.
 
     Args:
-        fetch: makes a batch of item indices, int64 `[batch_size / world_size]`.
-        order: gives the items of each global batch.
-        n_batches: the length, whatever the position.
+        fetch: returns the batch for item indices, int64 `[batch_size / world_size]`.
+        order: determines the items of each global batch.
+        n_batches: the length, regardless of the position.
         rank: this process takes the rank-th of `world_size` slices of each global batch.
         world_size: must divide `order.batch_size`.
     """
@@ -110,11 +110,11 @@ class BatchLoader(Generic[T]):
             self._position = 0
         while self._position < self._n_batches:
             batch = self._fetch(self._order.indices(self._position)[self._rows])
-            self._position += 1  # before `yield`: the state must not depend on who holds the batch
+            self._position += 1  # before `yield`, so that the batch counts once it is returned
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """`{"position": index of the next batch to be consumed}`."""
+        """`{"position": index of the next batch}`."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -123,9 +123,9 @@ class BatchLoader(Generic[T]):
 
 
 class HeldOutBatches(Generic[T]):
-    """Items 0 to `n_items` - 1 in order, each once, from the start at each iteration.
+    """Items 0 to `n_items` - 1 in order, each once; every iteration starts at 0.
 
-    All batches hold `batch_size` items; the last may hold fewer.
+    All batches have `batch_size` items; the last may have fewer.
     """
 
     def __init__(self, fetch: Callable[[np.ndarray], T], n_items: int, batch_size: int) -> None:
@@ -142,10 +142,10 @@ class HeldOutBatches(Generic[T]):
 
 
 def random_bits(n: int, *key: int) -> np.ndarray:
-    """`n` random uint64 that depend on `key` alone; no global state is read or written.
+    """`n` random uint64 that depend only on `key`; no global state is read or written.
 
-    Raw bits of Philox, because NumPy promises the same ones in every version; for what its
-    `Generator` makes of them it does not.
+    These are raw bits of Philox, which NumPy guarantees to be the same in every version, unlike the
+    numbers that its `Generator` derives from them.
     """
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
 
@@ -159,8 +159,8 @@ def rank_batch_size(batch_size: int, world_size: int) -> int:
     larger = -(-batch_size // world_size) * world_size
     require(
         batch_size % world_size == 0,
-        "data.batch_size counts the whole batch and must divide by the number of processes; got "
-        f"{batch_size} for {world_size} processes. Try {larger}.",
+        "data.batch_size is the global batch size and must be divisible by the number of "
+        f"processes; got {batch_size} for {world_size} processes. Try {larger}.",
     )
     return batch_size // world_size
 
@@ -172,9 +172,9 @@ Fetch = Callable[[np.ndarray], Batch]
 class BatchDataModule(LightningDataModule):
     """Makes loaders for the processes of the trainer that the module is attached to.
 
-    `batch_size` counts the whole batch: each of W processes takes 1/W of it, so that the batches
-    of a run do not depend on the number of processes. The held-out set is not sharded: every
-    process evaluates all of it and finds the same loss.
+    `batch_size` is the global batch size: each of W processes takes 1/W of a batch, so that the
+    batches of a run do not depend on the number of processes. The held-out set is not sharded:
+    every process evaluates all of it and obtains the same loss.
     """
 
     def __init__(self, *, batch_size: int, n_train_batches: int, seed: int) -> None:
@@ -188,8 +188,8 @@ class BatchDataModule(LightningDataModule):
         self.seed = seed
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """On its way to a GPU a batch is pinned: it is then copied beside what the GPU does, which
-        the host would wait for otherwise."""
+        """Pins a batch on its way to a GPU, so that the copy overlaps with the GPU's work;
+        otherwise the host would wait for the GPU."""
         if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
             return batch
         inputs, targets = batch

@@ -1,15 +1,15 @@
 """A content-addressed cache of tokenized corpora: built once, opened as memory maps.
 
-The folder of one entry is `<cache root>/tokens-<key>`, the key being a hash of the corpus's
-contents, the tokenizer, the split and the format, so that an entry never goes stale. What is in it
-says `nerve.data.cache_entry`.
+The folder of an entry is `<cache root>/tokens-<key>`, where the key is a hash of the corpus's
+contents, the tokenizer, the split and the format, so that an entry never becomes outdated.
+`nerve.data.cache_entry` describes its files.
 
-Beside the entries lies one small file for each state of a corpus's files that was read, which saves
-a start reading them again. It is found by the names, sizes and times of these files, and by how
-they are read, so it never goes stale: whatever writes to a file, puts another in its place or sets
-its time back changes the time of its last change (`ctime`), which no program can choose.
+In addition there is a small file for each state of a corpus's files that was read, so that later
+starts need not read them again. Its name is derived from the names, sizes and times of these files
+and from how they are read. It never becomes outdated: writing to a file, replacing it or resetting
+its time changes the time of its last change (`ctime`), which no program can set.
 
-    corpus-<state>.json   the fingerprint of the contents, what was to be said of them, a checksum
+    corpus-<state>.json   the fingerprint of the contents, the log messages about them, a checksum
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _DAMAGED = ".damaged-"
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """The folder of all caches: the argument, else NERVE_CACHE, else `nerve` in the user cache."""
+    """The folder of all caches: the argument, or NERVE_CACHE, or `nerve` in the user's cache."""
     if named := cache_dir or os.environ.get("NERVE_CACHE"):
         return absolute(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nerve"
@@ -53,15 +53,14 @@ def cached_tokens(
     val_fraction: float,
     cache_dir: str | Path | None = None,
 ) -> TokenCache:
-    """Opens the entry of a corpus, a tokenizer and a split, and builds it where there is none.
+    """Opens the entry of a corpus, a tokenizer and a split, and builds it if there is none.
 
-    One process builds it, those that come meanwhile wait. It is built in a folder beside its final
-    place and moved there in one step: an interrupted build leaves no entry, and where there are no
-    locks, the first of several processes to finish gives its entry to all. An entry that is damaged
-    is built again, with a warning.
+    One process builds it while others wait. It is built in a temporary folder and moved to its
+    final place in one step: an interrupted build leaves no entry, and without file locks all
+    processes use the entry of the first one to finish. A damaged entry is rebuilt, with a warning.
 
     Raises:
-        DataError: if the corpus cannot be read, tokenized or split, or the folder not written.
+        DataError: if the corpus cannot be read, tokenized or split, or the cache cannot be written.
     """
     root = cache_root(cache_dir)
     try:
@@ -75,38 +74,38 @@ def cached_tokens(
                     return entry
             except Damaged as damage:
                 log.warning(
-                    "the token cache %s is damaged (%s): building it again", path, str(damage)
+                    "the token cache %s is damaged (%s) and will be rebuilt", path, str(damage)
                 )
-            for left in root.glob(f"{_DAMAGED}*"):  # by who could not remove it, or was killed
+            for left in root.glob(f"{_DAMAGED}*"):  # left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with building_folder(root, ".building-") as building:
                 build_entry(building, corpus, spec, val_fraction)
                 _publish(building, path)
     except OSError as error:
         raise DataError(
-            f"The token cache must be writable; {root} gave: {error}. Set data.cache_dir or the "
-            "environment variable NERVE_CACHE to a folder with room that you may write to."
+            f"The token cache must be writable; {root} is not: {error}. Set data.cache_dir or the "
+            "environment variable NERVE_CACHE to a writable folder with enough space."
         ) from error
     entry = _sound(path)
     if entry is None:
         raise DataError(
-            f"The token cache {path} cannot be read back after it was written. Check the disk, or "
-            "set NERVE_CACHE to another."
+            f"The token cache must be readable after it was written; {path} is not. Check the "
+            "disk, or set NERVE_CACHE to a folder on another one."
         )
     return entry
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process makes what is to be at `path`, and keeps others waiting."""
+    """Waits until no other process is building `path`, and makes other processes wait."""
     with ExitStack() as stack:
         lock = None
-        for mode in ("a", "r"):  # to read it is enough where it is another user's
-            with suppress(OSError):  # where nobody may write, there is nobody to wait for
+        for mode in ("a", "r"):  # a lock file of another user can be locked with read permission
+            with suppress(OSError):  # if nobody may write here, there is nobody to wait for
                 name = path.with_name(f".{path.name}.lock")
                 lock = lock or stack.enter_context(open(name, mode, encoding="utf-8"))
         if lock is not None and flock(lock.fileno()) is False:
-            log.info("another process makes %s: waiting for it", path)
+            log.info("another process is building %s: waiting for it", path)
             flock_within(lock.fileno(), math.inf)
         yield
 
@@ -126,7 +125,7 @@ def _sound(path: Path) -> TokenCache | None:
 
 
 def _publish(building: Path, path: Path) -> None:
-    """Moves a finished entry to its place, unless another process has put a sound one there."""
+    """Moves a finished entry to its place, unless another process has created a valid one there."""
     while True:
         try:
             building.rename(path)
@@ -136,28 +135,28 @@ def _publish(building: Path, path: Path) -> None:
                 raise
         if _sound(path) is not None:
             return
-        # A damaged entry. A folder that is not empty cannot be replaced in one step: move it away.
+        # There is a damaged entry. A nonempty folder cannot be replaced in one step: move it away.
         aside = path.with_name(f"{_DAMAGED}{secrets.token_hex(4)}")
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 
 SETTLED_AFTER_NS = 2_000_000_000
-"""Of a file that changed less than this before it was read, a later change may have the same time:
-file systems count in steps of up to two seconds."""
+"""If a file changed less than this before it was read, a later change may get the same time stamp:
+file systems have a resolution of up to two seconds."""
 
 
 _READERS = ("corpus.py", "files.py", "file_formats.py")
-"""What makes documents of files. Another version of it may make others."""
+"""The code that turns files into documents; another version may produce other documents."""
 
 
 @dataclass(frozen=True)
 class _State:
-    """What the directory says of a corpus's files.
+    """The names, sizes and times of a corpus's files.
 
     Attributes:
-        name: hexadecimal digits over all of it.
-        newest_ns: when the last of them changed.
+        name: a hash of all of them, in hexadecimal digits.
+        newest_ns: the time of the latest change of any of the files.
     """
 
     name: str
@@ -165,7 +164,7 @@ class _State:
 
 
 def key_of(corpus: Corpus, root: Path) -> str:
-    """`corpus.key`, without reading files that were read as they are.
+    """`corpus.key`, without reading files that have not changed since they were last read.
 
     Args:
         corpus: the corpus.
@@ -176,7 +175,7 @@ def key_of(corpus: Corpus, root: Path) -> str:
     path = root / f"corpus-{_state(corpus).name}.json"
     found = _read(path)
     if found is None:
-        with _alone(path):  # others wait, and need not read it
+        with _alone(path):  # other processes wait, and then need not read the corpus
             found = _read(path) or _look(corpus, root)
     for message, level in found["said"]:
         log.log(level, "%s", message)
@@ -184,7 +183,7 @@ def key_of(corpus: Corpus, root: Path) -> str:
 
 
 def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
-    """Reads the corpus, and writes down what it holds if its files have been at rest."""
+    """Reads the corpus, and stores its fingerprint and messages unless its files just changed."""
     before, began_ns = _state(corpus), time.time_ns()
     content = {"fingerprint": corpus.fingerprint, "said": sorted(corpus.said.items())}
     is_settled = before.newest_ns < began_ns - SETTLED_AFTER_NS
@@ -194,8 +193,8 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
             path = root / f"corpus-{before.name}.json"
             write_atomically(path, lambda file: file.write(sealed.encode()), durable=False)
         except StoreError as error:
-            log.info("the corpus %s is read again at each start: %s", corpus.name, str(error))
-    return content | {"said": []}  # it was said as it was read
+            log.info("the corpus %s will be read at each start: %s", corpus.name, str(error))
+    return content | {"said": []}  # the messages were logged while reading
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -217,7 +216,7 @@ def _state(corpus: Corpus) -> _State:
         except OSError as error:
             raise DataError(
                 f"Every file of a corpus must be readable; {path} is not ({error.strerror}). "
-                "Grant access or leave it out of the paths."
+                "Grant access, or remove it from the paths."
             ) from error
         times = status.st_mtime_ns, status.st_ctime_ns
         digest.update(b"\0" + os.fsencode(path) + repr((status.st_size, *times)).encode())

@@ -1,4 +1,4 @@
-"""One entry of the token cache: what it holds, how it is built, and how it is opened.
+"""One entry of the token cache: its files, and how it is built and opened.
 
     tokenizer.json   the tokenizer, trained on the training documents or copied
     train.tokens     token ids of the training documents, each followed by the separator
@@ -8,9 +8,10 @@
     counts.npy       occurrences of each id in train.tokens, int64
     meta.json        counts, sizes and fingerprints; the checksums of the small files and its own
 
-Nothing of it is believed unread. At a start the small files are checked, of the tokens the size and
-that they are older than meta.json, which is written last; if they are not, all of them are checked
-(a copy is sound, too). A block of tokens is checked when it is first used.
+Everything is verified before it is used. At each start, the small files are verified. Of the token
+files only the size is checked, and that they are older than meta.json, which is written last; if
+they are newer, as in a copy, they are verified completely. A block of tokens is verified when it is
+first used.
 """
 
 import io
@@ -48,8 +49,8 @@ _CHARACTERS_AT_ONCE = 4_000_000  # encoded in one call: enough for all cores, li
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What meta.json holds. `largest_val_share` is how much of the validation split's bytes one
-    document has, with its copies."""
+    """The contents of meta.json. `largest_val_share` is the share of the validation split's bytes
+    that belong to its largest document, including copies."""
 
     corpus: str
     corpus_fingerprint: str
@@ -79,15 +80,15 @@ class TokenCache:
 
 
 class Damaged(Exception):
-    """An entry is not what was once written; the message says what of it."""
+    """An entry differs from what was written; the message names the part."""
 
 
 def open_entry(path: Path) -> TokenCache | None:
     """The entry at `path`, or None if there is none.
 
     Raises:
-        Damaged: if it is not what was once written.
-        DataError: if it is another user's, who lets no one read it.
+        Damaged: if it differs from what was written.
+        DataError: if it belongs to another user and may not be read.
     """
     if not path.is_dir():
         return None
@@ -114,16 +115,16 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except PermissionError as error:
         raise DataError(
-            f"The token cache {path.parent} may not be read ({error.strerror}): it is another "
-            "user's. Have them run chmod -R a+rX on it, or set data.cache_dir or NERVE_CACHE to a "
-            "folder of your own."
+            f"The token cache must be readable; {path.parent} belongs to another user and is not "
+            f"({error.strerror}). Ask them to run chmod -R a+rX on it, or set data.cache_dir or "
+            "NERVE_CACHE to a folder of your own."
         ) from error
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror}") from error
 
 
 def _read_meta(path: Path) -> tuple[CacheMeta, dict[str, int]]:
-    """The content of meta.json, and the checksums of the files in `_SMALL_FILES`."""
+    """The contents of meta.json, and the checksums of the files in `_SMALL_FILES`."""
     try:
         content = json.loads(_read(path))
         own = content.pop("checksum")
@@ -135,15 +136,15 @@ def _read_meta(path: Path) -> tuple[CacheMeta, dict[str, int]]:
 
 
 def checksum_of(content: Mapping[str, Any]) -> int:
-    """What a file of JSON says of the rest of itself."""
+    """The checksum of the contents of a JSON file, to be stored in it."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _tokens(path: Path, dtype: str, n_tokens: int, checksums: bytes) -> TokenFile:
-    """The tokens of an entry, all of them checked if the file is newer than the entry.
+    """The tokens of an entry, verified completely if the file is newer than meta.json.
 
     Raises:
-        OSError, DataError: if they are not what was written.
+        OSError, DataError: if they differ from what was written.
     """
     state, meta = path.stat(), path.with_name("meta.json")
     if state.st_size != n_tokens * np.dtype(dtype).itemsize:
@@ -151,7 +152,7 @@ def _tokens(path: Path, dtype: str, n_tokens: int, checksums: bytes) -> TokenFil
     tokens = TokenFile(path, dtype, np.frombuffer(checksums, dtype="<u4"))
     if state.st_mtime_ns > meta.stat().st_mtime_ns:
         tokens.all()
-        with suppress(OSError):  # of another user: it is then checked at each start
+        with suppress(OSError):  # a file of another user: it is then verified at each start
             os.utime(path, ns=(state.st_atime_ns, meta.stat().st_mtime_ns))
     return tokens
 
@@ -205,11 +206,11 @@ def build_entry(folder: Path, corpus: Corpus, spec: TokenizerSpec, val_fraction:
 def _tokenizer(
     corpus: Corpus, spec: TokenizerSpec, training: frozenset[bytes], n_bytes: int
 ) -> Tokenizer:
-    """The tokenizer, trained on a sample of the training split where that is larger."""
+    """The tokenizer, trained on a sample if the training split is larger than `sample_bytes`."""
     if spec.path is not None or n_bytes <= spec.sample_bytes:
         return spec.build(_texts(corpus, training), n_bytes)
     log.info(
-        "the tokenizer is trained on %.0f MB of the %.0f MB of the training split",
+        "training the tokenizer on %.0f MB of the %.0f MB of the training split",
         spec.sample_bytes / 1e6,
         n_bytes / 1e6,
     )

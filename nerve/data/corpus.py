@@ -1,4 +1,4 @@
-"""A corpus: a named, ordered and re-readable collection of documents, and Python source as one."""
+"""A corpus is a named, ordered and re-readable collection of documents; also Python source code."""
 
 import hashlib
 import logging
@@ -21,25 +21,25 @@ ROOTS: dict[str, Callable[[], str]] = {
     "stdlib": lambda: sysconfig.get_path("stdlib"),
     "site-packages": lambda: sysconfig.get_path("purelib"),
 }
-"""Special words for the roots of `python_source`."""
+"""Special names for the roots of `python_source`."""
 
 _EXCLUDED_FOLDERS = (
     *("site-packages", "dist-packages", "__pycache__", ".*"),
     *("test", "tests", "idle_test", "lib2to3"),
-    "config-*",  # the build of this interpreter: other on each machine
+    "config-*",  # files of the interpreter's build, which differ between machines
 )
 _EXCLUDED_FILES = ("_sysconfigdata*", "sitecustomize.py", "usercustomize.py")
 
 
 class Document(NamedTuple):
-    """One text with the name by which messages and the fingerprint know it."""
+    """A text and its name, which appears in messages and enters the fingerprint."""
 
     name: str
     text: str
 
 
 class DocumentHash(NamedTuple):
-    """What the split needs to know of a document: the SHA-256 of its text and its UTF-8 size."""
+    """What the split needs to know about a document: the SHA-256 of its text and its UTF-8 size."""
 
     digest: bytes
     n_bytes: int
@@ -51,12 +51,12 @@ class Corpus:
 
     Args:
         name: for messages and the run's record.
-        read: gives the documents; called once for each pass, each time with the same result.
-        request: where set, it names the contents for the token cache's key without reading them
-            (a dataset of a hub, which should not be fetched again at each start).
-        files: all that `read` reads, where that is files of this machine.
-        reading: how these are read: what else decides the documents.
-        said: what was said of them as they were read, with the level of the log.
+        read: returns the documents; called for each pass, and must return the same ones each time.
+        request: if set, identifies the contents in the token cache's key without reading them (for
+            a hub dataset, which should not be downloaded again at each start).
+        files: the files that `read` reads, if it reads local files.
+        reading: how they are read: everything else that determines the documents.
+        said: the messages logged while reading them, with their log levels.
     """
 
     name: str
@@ -67,21 +67,21 @@ class Corpus:
     said: dict[str, int] = field(default_factory=dict)
 
     def documents(self) -> Iterator[Document]:
-        """The documents in order, without those that hold nothing but white space."""
+        """The documents in order, without those that contain only whitespace."""
         return (document for document in self.read() if document.text.strip())
 
     @cached_property
     def hashes(self) -> tuple[DocumentHash, ...]:
-        """One hash a document, in order.
+        """One hash per document, in order.
 
         Raises:
-            DataError: if there is no document, or if one holds text that UTF-8 cannot express.
+            DataError: if there is no document, or if the text of one cannot be encoded in UTF-8.
         """
         return tuple(hashed for _, hashed in self.named_hashes)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over the names and the contents of all documents."""
+        """A hash of the names and contents of all documents, 16 hexadecimal digits."""
         total = hashlib.sha256()
         for name, hashed in self.named_hashes:
             total.update(name.encode() + b"\0" + hashed.digest)
@@ -89,7 +89,7 @@ class Corpus:
 
     @property
     def key(self) -> str:
-        """What names the contents in the key of the token cache."""
+        """Identifies the contents in the key of the token cache."""
         return self.fingerprint if self.request is None else self.request
 
     @cached_property
@@ -105,15 +105,16 @@ class Corpus:
                 encoded = text.encode()
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"A document must be valid Unicode; {name!r} of the corpus {self.name!r} holds "
-                    f"half of a surrogate pair at character {error.start}. Remove or repair it."
+                    f"A document must be valid Unicode; {name!r} of the corpus {self.name!r} "
+                    f"contains half of a surrogate pair at character {error.start}. Remove or "
+                    "repair it."
                 ) from error
             found.append((name, DocumentHash(hashlib.sha256(encoded).digest(), len(encoded))))
             add(len(encoded))
         if not found:
             raise DataError(
-                f"A corpus must hold at least one document with text; {self.name!r} has none. "
-                "Name files or folders that hold text."
+                f"A corpus must contain at least one document with text; {self.name!r} has none. "
+                "Choose files or folders that contain text."
             )
         return found
 
@@ -121,10 +122,10 @@ class Corpus:
 def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> frozenset[bytes]:
     """The digests of the documents that make up the validation split.
 
-    Documents are taken in the order of their digests, which is as good as random but depends on
-    nothing other than their contents, until they hold `val_fraction` of the bytes. So the split
-    is the same for every seed and machine, copies of a document never straddle it, and the share
-    is reached even where documents differ in size by orders of magnitude.
+    Documents are taken in the order of their digests until they contain `val_fraction` of the
+    bytes. This order is effectively random but depends only on their contents. The split is thus
+    the same for every seed and machine, copies of a document are never on both sides, and the share
+    is reached even if documents differ in size by orders of magnitude.
 
     Raises:
         DataError: if that leaves no document for training.
@@ -143,16 +144,18 @@ def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> f
     if len(chosen) == len(sizes):
         raise DataError(
             f"A corpus must have documents for both splits; {len(sizes)} different documents at "
-            f"val_fraction = {val_fraction} leave none for training. Add documents or lower it."
+            f"data.val_fraction={val_fraction} leave none for training. Add documents, or lower "
+            "data.val_fraction."
         )
     return frozenset(chosen)
 
 
 def sample_digests(hashes: Sequence[DocumentHash], n_bytes: int) -> frozenset[bytes]:
-    """The digests of a sample of documents that hold `n_bytes` or, by the last, a little more.
+    """The digests of a sample of documents with at least `n_bytes` in total, and no more documents
+    than needed.
 
-    Documents are taken in the order of their digests' second halves, so that the sample is the
-    same for every machine and has nothing to do with the validation split's order.
+    Documents are taken in the order of the second halves of their digests, so that the sample is
+    the same on every machine and independent of the validation split.
     """
     sizes: dict[bytes, int] = {}
     for digest, size in hashes:
@@ -168,7 +171,7 @@ def sample_digests(hashes: Sequence[DocumentHash], n_bytes: int) -> frozenset[by
 
 
 class Largest(NamedTuple):
-    """The largest document of a split: its name, its bytes, and their share of the split's."""
+    """The largest document of a split: its name, its bytes, and its share of the split's bytes."""
 
     name: str
     n_bytes: int
@@ -176,7 +179,7 @@ class Largest(NamedTuple):
 
 
 def largest_document(corpus: Corpus, digests: frozenset[bytes]) -> Largest:
-    """The largest of a corpus's documents with these `digests`, its copies counted with it."""
+    """The largest of a corpus's documents with these `digests`, including its copies."""
     sizes: dict[bytes, int] = {}
     names: dict[bytes, str] = {}
     for name, (digest, n_bytes) in corpus.named_hashes:
@@ -190,16 +193,16 @@ def largest_document(corpus: Corpus, digests: frozenset[bytes]) -> Largest:
 def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Corpus:
     """The `*.py` files below `roots`, by default of the running interpreter's standard library.
 
-    Tests, installed packages, hidden folders, lib2to3 and files that differ with the build of the
-    interpreter are left out, so two machines with the same Python version have the same corpus.
-    Names are relative to their root. Files are decoded by their PEP 263 cookie; those that Python
-    could not decode either are left out with a warning.
+    Tests, installed packages, hidden folders, lib2to3 and files that depend on the build of the
+    interpreter are omitted, so two machines with the same Python version have the same corpus.
+    Names are relative to their root. Files are decoded according to their PEP 263 encoding
+    declaration; those that Python could not decode are left out with a warning.
 
     Args:
-        roots: folders, or the words "stdlib" and "site-packages" for the environment's own.
+        roots: folders, or the names "stdlib" and "site-packages" for those of the environment.
 
     Raises:
-        DataError: for a root that is no folder, and if there is no file below the roots.
+        DataError: for a root that is not a folder, and if there is no file below the roots.
     """
     given = ["stdlib"] if roots is None else [roots] if isinstance(roots, str | Path) else [*roots]
     folders = [Path(ROOTS[str(root)]()) if str(root) in ROOTS else absolute(root) for root in given]
@@ -207,13 +210,14 @@ def python_source(roots: str | Path | Sequence[str | Path] | None = None) -> Cor
         if not folder.is_dir():
             raise DataError(
                 f"A root of python_source must be a folder or one of {', '.join(ROOTS)}; got "
-                f"{str(folder)!r}, which is none. Check the path."
+                f"{str(folder)!r}, which is not a folder. Check the path."
             )
     files = [(folder, path) for folder in folders for path in _python_files(folder)]
     if not files:
         raise DataError(
-            f"python_source found no *.py file below {', '.join(map(str, folders))} (folders of "
-            "tests, packages and hidden ones are left out). Name a folder that holds source files."
+            "python_source needs at least one Python file; there is no *.py file below "
+            f"{', '.join(map(str, folders))} (folders of tests and packages and hidden folders "
+            "are skipped). Choose a folder that contains source files."
         )
     said: dict[str, int] = {}
     return Corpus(
@@ -247,19 +251,19 @@ def _read_python(files: Iterable[tuple[Path, Path]], said: dict[str, int]) -> It
         try:
             with tokenize.open(path) as file:
                 text = file.read()
-        except (SyntaxError, UnicodeDecodeError):  # a bad cookie is a SyntaxError
+        except (SyntaxError, UnicodeDecodeError):  # a bad declaration raises SyntaxError
             undecodable.append(str(path))
             continue
         except OSError as error:
             raise DataError(
                 f"Every file of a corpus must be readable; {path} is not ({error.strerror}). "
-                "Grant access or leave its folder out of the roots."
+                "Grant access, or remove its folder from the roots."
             ) from error
         yield Document(path.relative_to(root).as_posix(), text)
     if undecodable:
         message = (
-            f"{len(undecodable)} Python files that cannot be decoded are left out of the corpus, "
-            f"the first being {undecodable[0]}"
+            f"{len(undecodable)} Python files cannot be decoded and are left out of the corpus; "
+            f"the first is {undecodable[0]}"
         )
         said[message] = logging.WARNING
         warnings.warn(message, stacklevel=2)

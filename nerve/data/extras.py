@@ -1,4 +1,4 @@
-"""Packages that only some data need."""
+"""Packages that only some data sets need."""
 
 from importlib import import_module
 from types import ModuleType
@@ -7,7 +7,7 @@ from nerve.errors import DataError
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
-    """Imports `module`, or says which of this package's extras brings it.
+    """Imports `module`, or raises an error that names the extra of nerve which installs it.
 
     Raises:
         DataError: if it is not installed.
@@ -17,5 +17,5 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"{purpose} needs the package {module.partition('.')[0]}, which cannot be imported "
-            f'({error}). In the checkout of nerve: pip install -c constraints.txt -e ".[{extra}]"'
+            f'({error}). In the nerve checkout, run pip install -c constraints.txt -e ".[{extra}]"'
         ) from error

@@ -1,4 +1,4 @@
-"""Rows of files: plain text, JSON and Parquet, as they are or compressed."""
+"""Reads rows from files: plain text, JSON and Parquet, compressed or not."""
 
 import io
 import json
@@ -17,26 +17,26 @@ _ROWS_AT_ONCE = 1024
 
 
 class Row(NamedTuple):
-    """A row's name and its text; None where it has none."""
+    """A row's name and its text, None if it has none."""
 
     name: str
     text: str | None
 
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-"""By the last ending of a compressed file, pyarrow's name of how it was made."""
+"""pyarrow's name of the codec, by the last suffix of a compressed file."""
 
 
 def read_rows(path: Path, name: str, text_column: str) -> Iterator[Row]:
-    """The rows of a file of a kind that `is_known`, in order.
+    """The rows of a file for which `is_known` is true, in order.
 
     Args:
-        path: of the file.
-        name: by which the rows are called.
-        text_column: the key or column that holds the text; `a.b` is `b` within `a`.
+        path: path of the file.
+        name: the name of the file in the names of its rows.
+        text_column: the key or column with the text; `a.b` is `b` within `a`.
 
     Raises:
-        DataError: naming the file and the line or column.
+        DataError: names the file and the line or column.
     """
     ending, codec = _ending_and_codec(path)
     try:
@@ -46,16 +46,16 @@ def read_rows(path: Path, name: str, text_column: str) -> Iterator[Row]:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
                 f"Every file of a corpus must be readable; {path} is not ({reason}). "
-                "Grant access or leave it out of the paths."
+                "Grant access, or remove it from the paths."
             ) from error
         raise DataError(
-            f"A compressed file must be whole; {path} cannot be read as {codec} ({error}). Copy it "
-            "again, or leave it out."
+            f"A compressed file must be complete; {path} cannot be read as {codec} ({error}). Copy "
+            "it again, or remove it from the paths."
         ) from error
 
 
 def is_known(path: Path) -> bool:
-    """Whether `read_rows` can tell from the file's name what is in it."""
+    """Whether `read_rows` recognizes the file's format by its name."""
     ending, codec = _ending_and_codec(path)
     return ending in READERS and not (codec and ending == ".parquet")
 
@@ -69,7 +69,7 @@ def _ending_and_codec(path: Path) -> tuple[str, str | None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes that a file holds, uncompressed."""
+    """The contents of a file, decompressed."""
     _, codec = _ending_and_codec(path)
     if codec is None:
         with path.open("rb") as file:
@@ -94,7 +94,7 @@ def _read_json_lines(path: Path, name: str, text_column: str) -> Iterator[Row]:
 
 
 def _read_json(path: Path, name: str, text_column: str) -> Iterator[Row]:
-    """An array of rows, one row over several lines, or lines of rows."""
+    """Reads an array of rows, a single row that spans several lines, or one row per line."""
     with _opened(path) as file:
         start = file.readline()
         while start and not _decode(start, f"{path}, line 1").strip():
@@ -102,7 +102,7 @@ def _read_json(path: Path, name: str, text_column: str) -> Iterator[Row]:
         if _is_json(start) and not start.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
             rows = None
         else:
-            rule = "A .json file, if it is not one object a line,"
+            rule = "A .json file that does not have one object per line"
             rows = _parsed(_decode(start + file.read(), str(path)), rule, str(path), (list, dict))
     if rows is None:
         yield from _read_json_lines(path, name, text_column)
@@ -132,8 +132,8 @@ def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Row]:
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"A .parquet file must be whole; {path} cannot be read ({error}). Write or copy it "
-            "again, or leave it out."
+            f"A .parquet file must be complete; {path} cannot be read ({error}). Write or copy it "
+            "again, or remove it from the paths."
         ) from error
 
 
@@ -146,7 +146,7 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-"""By ending, what gives a file's rows from its path, its name and `text_column`."""
+"""The functions that read a file's rows, given its path, its name and `text_column`, by suffix."""
 
 
 # Text
@@ -158,7 +158,7 @@ _MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-"""Byte order marks, those first that begin with another."""
+"""Byte order marks; a mark that begins with another one comes before it."""
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -173,13 +173,13 @@ def _decode(data: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"Text must be UTF-8; {place} has the byte 0x{data[error.start]:02x} at position "
-            f"{error.start}. Convert the file, for instance with: iconv -f latin1 -t utf-8"
+            f"{error.start}. Convert the file, for example with: iconv -f latin1 -t utf-8"
         ) from error
 
 
 def _other_encoding(data: bytes) -> str | None:
-    """UTF-16 or UTF-32, where a byte order mark or the places of the zero bytes tell it: in what is
-    mostly ASCII all bytes of a character but one are zero."""
+    """UTF-16 or UTF-32, if a byte order mark or the positions of the zero bytes show it: in text
+    that is mostly ASCII, all bytes of a character except one are zero."""
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             return encoding
@@ -210,7 +210,7 @@ def _parsed(text: str, rule: str, place: str, kinds: tuple[type, ...] = (dict,))
 def _require_object(row: Any, rule: str, place: str, kinds: tuple[type, ...]) -> None:
     if not isinstance(row, kinds):
         raise DataError(
-            f"{rule} must be {_names(kinds)}; {place} holds a {type(row).__name__}. Repair or "
+            f"{rule} must be {_names(kinds)}; {place} is of type {type(row).__name__}. Repair or "
             "remove it."
         )
 
@@ -229,15 +229,15 @@ def _text(row: dict[str, Any], text_column: str, place: str) -> str | None:
         value = value[name]
     if not isinstance(value, str | None):
         raise DataError(
-            f"The text of a row must be a string; {text_column!r} in {place} is a "
-            f"{type(value).__name__}. Set data.corpus.text_column to the column of texts."
+            f"The text of a row must be a string; {text_column!r} in {place} is of type "
+            f"{type(value).__name__}. Set data.corpus.text_column to the column with the text."
         )
     return value
 
 
 def _steps(text_column: str, columns: Sequence[str] | dict[str, Any]) -> list[tuple[str, str]]:
-    """The names to go through, each with the column around it; a column with that very name comes
-    before one in another."""
+    """The nested names of `text_column`, each with the column that contains it; a column that is
+    itself named `a.b` takes precedence over `b` within `a`."""
     names = [text_column] if text_column in columns else text_column.split(".")
     return [(name, ".".join(names[:i])) for i, name in enumerate(names)]
 
@@ -250,8 +250,8 @@ def _require_column(
         where = f" in {within!r}" if within else ""
         raise DataError(
             f"data.corpus.text_column must be a column of every row; {place} has no "
-            f"{text_column!r}, only {there}{where}. Set it to one of them; one within another is "
-            "written meta.text."
+            f"{text_column!r}, only {there}{where}. Set it to one of them; a nested column is "
+            "written like meta.text."
         )
 
 
@@ -270,8 +270,8 @@ def _require_strings(schema: pa.Schema, text_column: str, path: Path) -> None:
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if not any(test(kind) for test in (*is_text, pa.types.is_null)):
         raise DataError(
-            f"The text of a row must be a string; the column {text_column!r} of {path} "
-            f"holds {kind}. Set data.corpus.text_column to the column of texts."
+            f"The text of a row must be a string; the column {text_column!r} of {path} is of type "
+            f"{kind}. Set data.corpus.text_column to the column with the text."
         )
 
 

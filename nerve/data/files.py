@@ -1,4 +1,4 @@
-"""Text files of the user as a corpus."""
+"""A corpus of the user's text files."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from nerve.files import absolute
 
 log = logging.getLogger(__name__)
 
-_PART_CHARACTERS = 1 << 14  # some 5,000 tokens: the separators between parts do not matter
+_PART_CHARACTERS = 1 << 14  # some 5,000 tokens, so the separators between parts hardly matter
 
 
 def text_files(
@@ -29,34 +29,33 @@ def text_files(
 ) -> Corpus:
     """The documents of files, in the order of the files' paths.
 
-    A file of `.txt`, `.md`, `.py` or without an ending is one document, which must be UTF-8; in
-    `.jsonl`, `.json` (lines, or an array) and `.parquet` each row is one, and rows without a text
-    are left out. All but Parquet may be compressed (`.jsonl.gz`, `.txt.zst`). What a document holds
-    between two of `separator` is a document of its own. A file that comes to a single document of
-    more than 16,384 characters is cut at line ends into several, so that one long text can be
-    split into training and validation.
+    A file with the suffix `.txt`, `.md` or `.py`, or without one, is a single document, which must
+    be UTF-8. In `.jsonl`, `.json` (lines, or an array) and `.parquet` files each row is a document,
+    and rows without text are skipped. All formats except Parquet may be compressed (`.jsonl.gz`,
+    `.txt.zst`). A document is split at each `separator`. If a file yields a single document of more
+    than 16,384 characters, it is cut at line ends into several, so that one long text can be split
+    into training and validation.
 
     Args:
-        paths: files, or patterns in which `*` stands for a part of a name and `**` for folders.
-        text_column: the key or column that holds the text of a row; `meta.text` is `text` within
-            `meta`.
-        separator: what stands between documents, such as `<|endoftext|>`; None for nothing.
+        paths: files, or patterns in which `*` stands for part of a name and `**` for folders.
+        text_column: the key or column with the text of a row; `meta.text` is `text` within `meta`.
+        separator: the marker between documents, such as `<|endoftext|>`; None if there is none.
 
     Raises:
-        ConfigError: for a separator that is no text.
-        DataError: for a path or a pattern that matches no file, and for another kind of file. Read
-            errors, which name the file and the line or column, come when the corpus is used.
+        ConfigError: for a separator that is empty or not a string.
+        DataError: for a path or pattern that matches no file, and for another kind of file. Read
+            errors, which name the file and the line or column, are raised when the corpus is used.
     """
     require_type("data.corpus.separator", separator, str, NoneType)
-    require(separator != "", "data.corpus.separator must be null or a text; got an empty one.")
+    require(separator != "", "data.corpus.separator must be null or a nonempty string; got ''.")
     given = [paths] if isinstance(paths, str | Path) else [*paths]
     files = sorted({Path(file) for path in given for file in _matches(absolute(path))})
     for file in files:
         if not is_known(file):
             raise DataError(
-                f"A text file must be one of {', '.join(filter(None, READERS))}, or without an "
-                f"ending (all but .parquet also with {' or '.join(CODECS)} behind it); got {file}. "
-                "Convert it, or narrow the pattern, as in 'folder/**/*.txt'."
+                f"A text file must be one of {', '.join(filter(None, READERS))}, or have no suffix "
+                f"(all except .parquet may be followed by {' or '.join(CODECS)}); got {file}. "
+                "Convert it, or use a narrower pattern, such as 'folder/**/*.txt'."
             )
     reader = _Reader(files, text_column, separator)
     return Corpus(
@@ -69,7 +68,7 @@ def text_files(
 
 
 class _Reader:
-    """The documents of files, as often as asked; what is to be said of them is said once."""
+    """Reads the documents of files repeatedly, but logs each message about them only once."""
 
     def __init__(self, files: Sequence[Path], text_column: str, separator: str | None) -> None:
         self._files = files
@@ -96,14 +95,14 @@ class _Reader:
             else:
                 yield Document(name, text)
         if n_missing:
-            self._say(f"rows without a text, left out of {file}: {n_missing}", logging.INFO)
+            self._say(f"{n_missing} rows without text are left out of {file}", logging.INFO)
 
     def _looking_for_markers(self, documents: Iterator[Document], file: Path) -> Iterator[Document]:
         for document in documents:
             for marker in _markers_in(document.text):
                 self._say(
-                    f"{file} has {marker!r} at ends of lines, which are read as text; if they "
-                    f"stand between documents, set {pasted('data.corpus.separator', marker)}"
+                    f"{file} has {marker!r} at ends of lines, which is read as text; if it "
+                    f"separates documents, set {pasted('data.corpus.separator', marker)}"
                 )
             yield document
 
@@ -118,8 +117,8 @@ def _matches(path: Path) -> list[str]:
     files = [name for name in found if os.path.isfile(name)]
     if not files:
         raise DataError(
-            f"data.corpus.paths must match at least one file each; {str(path)!r} matches none. "
-            "Check the path; for all files of a folder write 'folder/**/*.txt'."
+            f"Each of data.corpus.paths must match at least one file; {str(path)!r} matches none. "
+            "Check the path; for all text files below a folder, use 'folder/**/*.txt'."
         )
     return files
 
@@ -140,7 +139,7 @@ def _markers_in(text: str) -> list[str]:
 
 
 def _split(documents: Iterable[Document], separator: str) -> Iterator[Document]:
-    """What stands between the separators. The rest of a separator's line is not text."""
+    """The texts between the separators. A line end after a separator is not part of the text."""
     ends_line = separator.endswith("\n")
     for name, whole in documents:
         first, *others = whole.split(separator)
@@ -151,7 +150,7 @@ def _split(documents: Iterable[Document], separator: str) -> Iterator[Document]:
 
 
 def _cut_if_single(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents; a single one in parts, without which there would be nothing to split."""
+    """The documents; a single one is cut into parts, so that there is something to split."""
     remaining = iter(documents)
     first_two = list(islice(remaining, 2))
     if len(first_two) != 1:
@@ -163,7 +162,8 @@ def _cut_if_single(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Pieces of at most `_PART_CHARACTERS` that end where a line, else a word, ends if one does."""
+    """Pieces of at most `_PART_CHARACTERS` that end at the end of a line or else of a word, if
+    possible."""
     start = 0
     while len(text) - start > _PART_CHARACTERS:
         limit = start + _PART_CHARACTERS

@@ -1,4 +1,4 @@
-"""Letters of the fonts that matplotlib ships, as labeled images; no file but those is read."""
+"""Labeled images of the letters of the fonts that matplotlib ships; no other files are read."""
 
 import os
 from collections.abc import Iterator
@@ -22,23 +22,23 @@ TRAIN_FONTS = (
     *("DejaVuSerif-BoldItalic", "cmr10", "cmb10", "cmss10", "cmmi10"),
 )
 TEST_FONTS = ("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "STIXGeneralBolIta", "cmtt10")
-"""Of other families than those to train on: what is learned must carry over to shapes not seen."""
+"""Fonts of other families than the training fonts, so that the test requires generalization."""
 
 SIZE = 32  # pixels per side
 _EM = 22.0  # pixels; a capital letter takes two thirds of it
-_MAX_SHIFT = 5.0  # pixels, either way and up or down
-_MAX_TURN = np.pi / 5  # 36°, either way: an n is not yet a u
-_VARIANTS = {"train": 12, "test": 8}  # images of each letter of each font
-_LINES = 4  # scan lines a pixel
+_MAX_SHIFT = 5.0  # pixels in each direction
+_MAX_TURN = np.pi / 5  # 36° in each direction: an n does not yet look like a u
+_VARIANTS = {"train": 12, "test": 8}  # images per letter and font
+_LINES = 4  # scan lines per pixel
 _CURVE_POINTS = np.linspace(0, 1, 9)[1:]
 
 
 def glyphs() -> ImageSet:
-    """52 letters (A to Z, a to z) of 21 fonts at 32 × 32 pixels, shifted and turned.
+    """52 letters (A to Z, a to z) in 21 fonts at 32 × 32 pixels, shifted and rotated.
 
-    9,984 images to train on, of 16 fonts of DejaVu and Computer Modern; 2,080 to test on, of 5
-    others. Outlines are drawn here, in double precision, so that the images depend neither on the
-    machine nor on matplotlib's way of drawing, and on no seed.
+    9,984 training images in 16 fonts of DejaVu and Computer Modern; 2,080 test images in 5 other
+    fonts. Outlines are drawn here, in double precision, so that the images do not depend on the
+    machine, on matplotlib's rendering, or on a seed.
     """
     return ImageSet("glyphs", n_classes=len(ascii_letters), flips=False, read=_read_glyphs)
 
@@ -62,11 +62,12 @@ def _split(fonts: tuple[str, ...], n_variants: int, key: int) -> LabeledImages:
 
 
 def _outline(font: str, letter: str) -> np.ndarray:
-    """The edges of a letter in pixels, y down and its middle at 0, float64 `[n_edges, 2, 2]`."""
+    """The edges of a letter in pixels, centered at 0 with y pointing down, float64
+    `[n_edges, 2, 2]`."""
     file = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
     n_units = FT2Font(file).units_per_EM
     drawing = TextToPath()
-    drawing.FONT_SCALE = n_units  # the font's own grid: versions of FreeType round on another
+    drawing.FONT_SCALE = n_units  # the font's own grid; on others, FreeType versions round unlike
     points, codes = drawing.get_text_path(FontProperties(fname=file), letter)
     contours = _contours(Path(points, codes))
     edges = np.array([edge for contour in contours for edge in _edges(contour)])
@@ -78,7 +79,7 @@ def _outline(font: str, letter: str) -> np.ndarray:
 def _contours(path: Path) -> Iterator[np.ndarray]:
     """The closed curves of a path as polygons, float64 `[n_points, 2]`."""
     points: list[np.ndarray] = []
-    curves: Any = path.iter_bezier()  # annotated as what it yields one of
+    curves: Any = path.iter_bezier()  # matplotlib annotates a single item instead of an iterator
     for curve, code in curves:
         if code == path.MOVETO:
             if points:
@@ -96,11 +97,11 @@ def _edges(contour: np.ndarray) -> np.ndarray:
 
 
 def _drawn(edges: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """A letter turned and shifted, once for each column of `unit`, uint8 `[n, SIZE, SIZE]`.
+    """A letter rotated and shifted, once for each column of `unit`, uint8 `[n, SIZE, SIZE]`.
 
-    Each pixel is the share of it that the letter covers: exact along a scan line, of which there
-    are `_LINES` a pixel. To the right of an edge that goes down the letter is entered, of one that
-    goes up it is left; the running sum over a line is what is inside.
+    The value of a pixel is the share of it that the letter covers, computed exactly along `_LINES`
+    scan lines per pixel. A downward edge enters the letter to its right, and an upward edge leaves
+    it; the running sum along a line gives the covered share.
     """
     turn, across, down = unit * np.array([_MAX_TURN, _MAX_SHIFT, _MAX_SHIFT])[:, None]
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])

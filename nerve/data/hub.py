@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, as a corpus or as images, through the package `datasets`."""
+"""Datasets from the Hugging Face hub as a corpus or as images, using the package `datasets`."""
 
 import json
 from collections.abc import Iterator
@@ -27,20 +27,21 @@ def hub_dataset(
 ) -> Corpus:
     """The first `n_documents` rows of a dataset, streamed once, when the token cache is built.
 
-    Later starts find the cache by these arguments and need no network; that of a folder, whose
-    files may change, by the rows themselves. To be sure that two machines get the same rows, give a
-    commit as `revision`; the run's record holds a fingerprint of the rows in any case.
+    Later starts find the cache by these arguments and need no network. The cache of a folder, whose
+    files may change, is found by the rows themselves. To make sure that two machines get the same
+    rows, pass a commit as `revision`; the run's record contains a fingerprint of the rows in any
+    case.
 
     Args:
         path: the dataset's name on the hub, or a folder of data files.
-        n_documents: rows to take; they are kept in memory once the cache had to be built.
-        name: the dataset's configuration, where it has several.
-        split: the part of the dataset.
-        text_column: the column that holds the text.
+        n_documents: number of rows; they are kept in memory if the cache has to be built.
+        name: the dataset's configuration, if it has several.
+        split: the split of the dataset.
+        text_column: the column with the text.
         revision: a commit, tag or branch of the dataset.
 
     Raises:
-        ConfigError: for `n_documents` below 2 (one a split).
+        ConfigError: for `n_documents` below 2 (one per split).
     """
     require(n_documents >= 2, f"data n_documents must be at least 2; got {n_documents}.")
     arguments = {"path": _source(path), "name": name, "split": split, "revision": revision}
@@ -67,14 +68,14 @@ def hub_images(
     flips: bool = True,
     revision: str | None = None,
 ) -> ImageSet:
-    """The splits `train` and `test` of a dataset of labeled images, which is kept in memory.
+    """The splits `train` and `test` of a dataset of labeled images, which are kept in memory.
 
     Args:
         path: the dataset's name on the hub, or a folder of data files.
         n_classes: labels are 0 to `n_classes` - 1.
-        image_column: the column of images, all of one size and with red, green and blue.
+        image_column: the column of images, all of the same size and RGB.
         label_column: the column of labels.
-        flips: whether a mirrored image is as good as the original.
+        flips: whether training may mirror images.
         revision: a commit, tag or branch of the dataset.
     """
 
@@ -87,7 +88,7 @@ def hub_images(
                 raise DataError(
                     f"Split {split} of {path!r} must have rows with a column {column!r}; its "
                     f"columns are {', '.join(map(repr, rows[0] if rows else ()))}. Set "
-                    "image_column and label_column to those that it has."
+                    "image_column and label_column to two of them."
                 )
         images = np.stack([np.asarray(row[image_column], dtype=np.uint8) for row in rows])
         labels = np.array([row[label_column] for row in rows], dtype=np.int64)
@@ -99,27 +100,28 @@ def hub_images(
 
 
 def _source(path: str) -> str:
-    """Where a dataset is: a folder, whole, or its name on the hub."""
+    """The absolute path of a dataset that is a folder, or its name on the hub."""
     folder = absolute(path)
     return str(folder) if folder.is_dir() else path
 
 
 def _stream(arguments: dict[str, str | None]) -> Iterator[dict[str, Any]]:
-    datasets = import_extra("datasets", "hub", "A dataset of the hub")
+    datasets = import_extra("datasets", "hub", "A dataset from the hub")
     try:
         yield from datasets.load_dataset(**arguments, streaming=True)
-    except Exception as error:  # the library raises whatever its many readers and servers do
+    except Exception as error:  # the library's many readers can raise anything
         raise DataError(
-            f"The dataset {arguments['path']!r} must be readable through datasets.load_dataset; "
-            f"{arguments} gave {type(error).__name__}: {error}. Check the network and the names "
-            "of dataset, configuration and split."
+            f"The dataset {arguments['path']!r} must be readable with datasets.load_dataset; "
+            f"{arguments} raised {type(error).__name__}: {error}. Check the network and the names "
+            "of the dataset, the configuration and the split."
         ) from error
 
 
 def _text(row: dict[str, Any], text_column: str, path: str) -> str:
     if not isinstance(row.get(text_column), str):
         raise DataError(
-            f"text_column must be a column of texts; {path!r} has no texts in {text_column!r}; its "
-            f"columns are {', '.join(map(repr, row))}. Set data.corpus.text_column to one of them."
+            f"data.corpus.text_column must be a column of strings; {path!r} has no text in "
+            f"{text_column!r}; its columns are {', '.join(map(repr, row))}. Set "
+            "data.corpus.text_column to the column with the text."
         )
     return row[text_column]

@@ -24,7 +24,7 @@ _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _LOADABLE: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,  # by the name that NumPy 1 gave it
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,  # its name in NumPy 1
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
 }
 
@@ -43,8 +43,8 @@ class ImageSet:
     Args:
         name: for messages and the run's record.
         n_classes: labels are 0 to `n_classes` - 1.
-        flips: whether a mirrored image is as good as the original (not so for digits).
-        read: gives the training and the test images.
+        flips: whether training may mirror images (not for digits).
+        read: returns the training and the test images.
     """
 
     name: str
@@ -57,14 +57,15 @@ def digits(reversed: bool = False) -> ImageSet:
     """1,797 handwritten digits of 8 × 8 pixels, 0 to 16 (Alpaydin & Kaynak 1998), 10 classes.
 
     Every fifth image of each class is held out, so that the test set has all classes in equal
-    shares and is the same for every seed. Reading needs scikit-learn, which ships the images.
+    shares and is the same for every seed. Reading them requires scikit-learn, which ships the
+    images.
 
     Args:
-        reversed: whether to train on that fifth, 364 images, and to test on the other 1,433: what
-            is too easy to tell designs apart otherwise then is not.
+        reversed: whether to train on that fifth, 364 images, and to test on the other 1,433, which
+            makes the task hard enough to distinguish designs.
 
     Raises:
-        ConfigError: for another value than true or false.
+        ConfigError: for a value other than true or false.
     """
     require_type("data.images.reversed", reversed, bool)
 
@@ -80,8 +81,8 @@ def cifar100(path: str | Path) -> ImageSet:
     """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32 × 32 pixels, 100 fine classes.
 
     Args:
-        path: `cifar-100-python.tar.gz` as its authors publish it, or the folder in it. What its
-            pickles may load is limited to NumPy arrays and plain containers.
+        path: `cifar-100-python.tar.gz` as published by its authors, or the folder in it. Only
+            NumPy arrays and plain containers are loaded from its pickles.
     """
     where = absolute(path)
     return ImageSet("cifar100", n_classes=100, flips=True, read=lambda: _read_cifar100(where))
@@ -109,37 +110,37 @@ def _cifar_folder(path: Path) -> dict[str, bytes]:
         return {name: (path / name).read_bytes() for name in ("train", "test")}
     except OSError as error:
         raise DataError(
-            f"The folder of CIFAR-100 must hold the files train and test; {path} does not "
-            f"({error.strerror}: {error.filename}). Name the folder {_CIFAR_FOLDER}, or the "
+            f"The CIFAR-100 folder must contain the files train and test; {path} does not "
+            f"({error.strerror}: {error.filename}). Pass the folder {_CIFAR_FOLDER}, or the "
             "archive itself."
         ) from error
 
 
 def _cifar_archive(path: Path) -> dict[str, bytes]:
     try:
-        # Decompressed to its end, where the checksum is: tarfile alone would stop before it.
+        # Decompress to the end, where the checksum is; tarfile itself would stop before it.
         unpacked = io.BytesIO(gzip.decompress(path.read_bytes()))
         with tarfile.open(fileobj=unpacked) as archive:
             files = {}
             for name in ("train", "test"):
                 member = archive.extractfile(f"{_CIFAR_FOLDER}/{name}")
                 if member is None:
-                    raise KeyError(f"{_CIFAR_FOLDER}/{name} is no file")
+                    raise KeyError(f"{_CIFAR_FOLDER}/{name} is not a file")
                 files[name] = member.read()
             return files
     except FileNotFoundError as error:
         raise DataError(
-            f"CIFAR-100 must be given as its archive; there is no file {path}. Download it from "
+            f"CIFAR-100 is read from its archive; there is no file {path}. Download it from "
             f"{_CIFAR_URL}"
         ) from error
     except KeyError as error:
         raise DataError(
-            f"The archive of CIFAR-100 must hold {_CIFAR_FOLDER}/train and .../test; {path} does "
+            f"The CIFAR-100 archive must contain {_CIFAR_FOLDER}/train and .../test; {path} does "
             f"not ({error.args[0]}). It is another file: download {_CIFAR_URL}"
         ) from error
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DataError(
-            f"The archive of CIFAR-100 must be whole; {path} is damaged or cut off ({error}). "
+            f"The CIFAR-100 archive must be complete; {path} is damaged or truncated ({error}). "
             f"Download it again from {_CIFAR_URL}"
         ) from error
 
@@ -151,10 +152,10 @@ def _cifar_images(pickled: bytes, path: Path) -> LabeledImages:
         if data.dtype != np.uint8 or data.shape != (len(labels), 3 * 32 * 32):
             raise ValueError(f"data is {data.dtype} {data.shape} for {len(labels)} labels")
         if labels.min() < 0 or labels.max() > 99:
-            raise ValueError(f"labels reach from {labels.min()} to {labels.max()}")
-    except Exception as error:  # what a damaged pickle raises can be anything
+            raise ValueError(f"labels range from {labels.min()} to {labels.max()}")
+    except Exception as error:  # a damaged pickle can raise anything
         raise DataError(
-            "The files of CIFAR-100 must hold uint8 images of 3 × 32 × 32 with fine labels 0 to "
+            "The CIFAR-100 files must contain uint8 images of 3 × 32 × 32 with fine labels 0 to "
             f"99; one in {path} does not ({type(error).__name__}: {error}). It is damaged or "
             f"another data set: download {_CIFAR_URL}"
         ) from error
@@ -162,7 +163,7 @@ def _cifar_images(pickled: bytes, path: Path) -> LabeledImages:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads NumPy arrays, bytes and containers; anything else, and so any code, is refused."""
+    """Loads NumPy arrays, bytes and containers, and rejects everything else, including any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _LOADABLE:

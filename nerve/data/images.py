@@ -36,7 +36,7 @@ class FlippedOrder:
 
     def indices(self, i: int) -> np.ndarray:
         """The items of batch `i`, int64 `[batch_size]`, below 2 n_items."""
-        # The third word of the key keeps these bits apart from those that make the permutations.
+        # The last number of the key makes these bits differ from those of the permutations.
         mirrored = random_bits(self.batch_size, self._order.seed, i, 1) >> np.uint64(63)
         return self._order.indices(i) + self._order.n_items * mirrored.astype(np.int64)
 
@@ -44,18 +44,18 @@ class FlippedOrder:
 class ImageDataModule(BatchDataModule):
     """Batches of images float32 `[batch, channels, size, size]` and labels int64 `[batch]`.
 
-    Each channel is shifted and scaled to mean 0 and variance 1 over the training images. Where
-    the set allows it, training images are mirrored at random. The held-out set is spread evenly
-    over the test images and does not depend on `seed`.
+    Each channel is shifted and scaled to mean 0 and variance 1 over the training images. Training
+    images are mirrored at random if the set allows it. The held-out set is spread evenly over the
+    test images and does not depend on `seed`.
 
     Args:
-        images: the set.
+        images: the image set.
         batch_size: images per batch, over all processes.
         n_train_batches: length of the training loader.
-        seed: decides the order of training and the mirroring only.
-        n_heldout: images of the test set that are held out; None is all of them.
+        seed: only determines the order of training and the mirroring.
+        n_heldout: number of test images in the held-out set; None for all.
         image_size: pixels per side to which images are resized (bilinear, antialiased); None keeps
-            the set's own.
+            their size.
 
     Raises:
         ConfigError: for values out of range.
@@ -93,7 +93,8 @@ class ImageDataModule(BatchDataModule):
         train, test = self.images.read()
         if self._n_heldout is not None and self._n_heldout > len(test.labels):
             raise DataError(
-                f"data.n_heldout must not exceed the test images; got {self._n_heldout}, and "
+                f"data.n_heldout must not exceed the number of test images; got {self._n_heldout}, "
+                "and "
                 f"{self.images.name} has {len(test.labels)}. Lower it, or set it to null for all."
             )
         self._splits = train, test
@@ -113,7 +114,7 @@ class ImageDataModule(BatchDataModule):
 
     @property
     def n_channels(self) -> int:
-        """Colors of an image."""
+        """Color channels of an image."""
         return self._train.images.shape[1]
 
     @property
@@ -123,17 +124,18 @@ class ImageDataModule(BatchDataModule):
 
     @property
     def n_heldout(self) -> int:
-        """Images of the held-out set."""
+        """Number of images in the held-out set."""
         return len(self._heldout.labels)
 
     @property
     def n_heldout_targets(self) -> int:
-        """What a validation is the mean of: images."""
+        """Number of targets that the validation loss is averaged over: images."""
         return self.n_heldout
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What must be the same for losses to be compared: all images and the held-out ones."""
+        """Hashes that must be equal for losses to be comparable: of all images, and of the held-out
+        ones."""
         size = str(self.image_size).encode()
         return {
             "corpus": _fingerprint(size, *self._train, *self._test),
@@ -181,7 +183,8 @@ class ImageDataModule(BatchDataModule):
 
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Of each channel over the training images, float32 `[channels, 1, 1]`."""
+        """Mean and standard deviation of each channel over the training images, float32
+        `[channels, 1, 1]`."""
         levels = np.arange(256)
         images = self._train.images.swapaxes(0, 1).reshape(self.n_channels, -1)
         counts = np.stack([np.bincount(channel, minlength=256) for channel in images])

@@ -1,4 +1,4 @@
-"""Documents as full sequences of tokens, for any tokenizer: nothing is padded."""
+"""Packs documents into full sequences of tokens, without padding, for any tokenizer."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from nerve.data.tokenizer import tokenizer_fingerprint
 from nerve.errors import DataError
 
 MOST_UNKNOWN = 0.25
-"""The share of a text that may be unknown to a tokenizer."""
+"""The largest share of a text that may be unknown to a tokenizer."""
 
 _BYTES_PER_TOKEN = 6
-"""Of how much text a first sample is taken; more follows where that does not do."""
+"""Determines the size of the first sample of text; it is enlarged if it is not enough."""
 
 
 @dataclass(frozen=True)
 class PackedText:
-    """Sequences of tokens, and what they are of.
+    """Sequences of tokens, and where they come from.
 
     Attributes:
         sequences: token ids, int64 `[n_sequences, seq_len]`.
-        n_documents: how many documents they hold, the last one perhaps in part.
+        n_documents: the number of documents in them; the last one may be cut off.
         fingerprints: of `corpus`, `tokenizer`, and these sequences (`heldout`).
     """
 
@@ -34,37 +34,38 @@ class PackedText:
 
     @property
     def unigram_loss(self) -> float:
-        """Nats per token of the best prediction that knows no context: the entropy of the tokens
-        that are predicted. A model whose loss stays above it has learned nothing from context."""
+        """Nats per token of the best prediction without context: the entropy of the target tokens.
+        A model whose loss stays above it has learned nothing from context."""
         _, counts = np.unique(self.sequences[:, 1:], return_counts=True)
         p = counts / counts.sum()
         return float(-(p * np.log(p)).sum())
 
 
 def pack(corpus: Corpus, tokenizer: Any, *, seq_len: int, n_sequences: int) -> PackedText:
-    """A sample of a corpus as sequences of equal length.
+    """Packs a sample of a corpus into sequences of equal length.
 
-    Documents are taken in an order that is as good as random and depends on their contents alone,
-    copies once. Each ends with the tokenizer's end of text (or its separator, where it has one of
-    these), and they are laid end to end. What the tokenizer puts around a text, such as the token
-    that begins it, stands around each sequence.
+    Documents are taken in an effectively random order that depends only on their contents;
+    duplicates are taken once. Each document ends with the tokenizer's end-of-text token (or its
+    separator, if it has one of these), and the documents are concatenated. The tokens that the
+    tokenizer adds before and after a text, such as a start token, are added to each sequence.
 
     Args:
         corpus: the documents.
-        tokenizer: one of transformers.
-        seq_len: tokens of a sequence.
-        n_sequences: how many.
+        tokenizer: a tokenizer of transformers.
+        seq_len: tokens per sequence.
+        n_sequences: number of sequences.
 
     Raises:
-        DataError: for text that is too short, sequences that hold no text, and what `Corpus` and
-            its reader refuse.
+        DataError: if there is too little text, if sequences are too short to contain any, and
+            errors of `Corpus` and its reader.
     """
     before, after = _around(tokenizer)
     n_inside = seq_len - len(before) - len(after)
     if n_inside < 1:
         raise DataError(
-            f"A sequence must hold text beside the {len(before) + len(after)} tokens that the "
-            f"tokenizer puts around it; got sequences of {seq_len} tokens. Make them longer."
+            f"A sequence must have room for text in addition to the {len(before) + len(after)} "
+            f"tokens that the tokenizer adds to it; got sequences of {seq_len} tokens. Make them "
+            "longer."
         )
     ids, n_documents = _tokens(corpus, tokenizer, n_sequences * n_inside)
     inside = ids.reshape(n_sequences, n_inside)
@@ -81,8 +82,8 @@ def pack(corpus: Corpus, tokenizer: Any, *, seq_len: int, n_sequences: int) -> P
 
 
 def fingerprint_of(tokenizer: Any) -> str:
-    """16 hexadecimal digits over what decides how a tokenizer of transformers encodes a text; of
-    one that is written in Python over its tokens and its class."""
+    """A hash of everything that determines how a tokenizer of transformers encodes text, 16
+    hexadecimal digits; for a tokenizer written in Python, a hash of its tokens and its class."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:
         return tokenizer_fingerprint(fast)
@@ -91,7 +92,7 @@ def fingerprint_of(tokenizer: Any) -> str:
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that stand before and after a text."""
+    """The tokens that the tokenizer adds before and after a text."""
     text, whole = (_encoded(tokenizer, "a", special=special) for special in (False, True))
     for start in range(len(whole) - len(text) + 1):
         if whole[start : start + len(text)] == text:
@@ -100,13 +101,13 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _encoded(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """Token ids; a special token that is written in the text is mere text."""
+    """Token ids; a special token that appears in the text is encoded as ordinary text."""
     ids = tokenizer(text, add_special_tokens=special, split_special_tokens=True)["input_ids"]
     return [int(token) for token in ids]
 
 
 def _tokens(corpus: Corpus, tokenizer: Any, n_tokens: int) -> tuple[np.ndarray, int]:
-    """So many tokens of the corpus, and of how many documents."""
+    """The first `n_tokens` tokens of a sample of the corpus, and the number of its documents."""
     ends = [getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")]
     end = [token for token in ends if token is not None][:1]
     n_bytes, n_all = _BYTES_PER_TOKEN * n_tokens, sum(h.n_bytes for h in corpus.hashes)
@@ -120,28 +121,28 @@ def _tokens(corpus: Corpus, tokenizer: Any, n_tokens: int) -> tuple[np.ndarray, 
         _require_known(ids, tokenizer, end)
         if n_bytes >= n_all:
             raise DataError(
-                f"A measurement needs as much text as was asked for, {n_tokens:,} tokens; "
-                f"{corpus.name} comes to {len(ids):,}. Give more text, or ask for fewer tokens."
+                f"The text must have at least the requested {n_tokens:,} tokens; "
+                f"{corpus.name} has {len(ids):,}. Use more text, or request fewer tokens."
             )
         n_bytes *= 2
 
 
 def _require_known(ids: list[int], tokenizer: Any, end: list[int]) -> None:
-    """Refuses a tokenizer that does not know what it reads, such as the one without tokens that
-    transformers makes where there are no files of any."""
+    """Rejects a tokenizer that does not know much of the text, such as the empty one that
+    transformers creates if it finds no tokenizer files."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     text = [token for token in ids if [token] != end]
     share = text.count(unknown) / max(1, len(text)) if unknown is not None else 0.0
     if share > MOST_UNKNOWN:
         raise DataError(
-            f"A tokenizer must know the text; to this one ({type(tokenizer).__name__}, "
+            f"The tokenizer must fit the text; for this one ({type(tokenizer).__name__}, "
             f"{len(tokenizer):,} tokens) {share:.0%} of it is unknown. If the model's folder "
-            "has no tokenizer, put its files there, or say with --tokenizer where it is."
+            "has no tokenizer, copy its files there, or pass its folder with --tokenizer."
         )
 
 
 def _sample(corpus: Corpus, n_bytes: int) -> Iterator[str]:
-    """The texts of a sample of the documents, in the order in which it was drawn."""
+    """The texts of a sample of the documents, in the order in which they were drawn."""
     chosen = sample_digests(corpus.hashes, n_bytes)
     texts = {
         hashed.digest: document.text

@@ -1,4 +1,4 @@
-"""How far a long pass over a corpus is, in the log."""
+"""Logs the progress of a long pass over a corpus."""
 
 import logging
 import threading
@@ -13,17 +13,17 @@ EVERY_S = 10.0
 
 @contextmanager
 def progress(doing: str, n_bytes: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Says every `EVERY_S` seconds, until the block ends, how far it is and how long it has taken.
+    """Logs the progress and the elapsed time of the block every `EVERY_S` seconds.
 
-    A thread says it: what the block calls may not come back for minutes. Nothing is said of a block
-    that takes less.
+    A thread does this, because calls within the block may take minutes. Nothing is logged for a
+    block that takes less than `EVERY_S`.
 
     Args:
         doing: what the block does.
-        n_bytes: how much there is, where that is known.
+        n_bytes: the total number of bytes, if it is known.
 
     Yields:
-        What is to be called with the bytes that another step has dealt with.
+        A function to be called with the number of bytes that were just processed.
     """
     start, done, ended = time.monotonic(), 0, threading.Event()
 
@@ -46,7 +46,7 @@ def progress(doing: str, n_bytes: int | None = None) -> Iterator[Callable[[int],
 
 
 def counted(texts: Iterable[str], add: Callable[[int], None]) -> Iterator[str]:
-    """The texts, each counted by its bytes when the next one is asked for."""
+    """The texts; `add` is called with the bytes of each when the next one is requested."""
     for text in texts:
         yield text
         add(len(text.encode()))

@@ -1,4 +1,4 @@
-"""Windows of a tokenized corpus as batches for a language model."""
+"""Batches for a language model: windows of a tokenized corpus."""
 
 import hashlib
 import logging
@@ -28,13 +28,12 @@ _LARGE_BYTES = 1 << 16
 class TextDataModule(BatchDataModule):
     """Batches `(inputs, targets)`, both int64 `[batch, seq_len]`, targets one token later.
 
-    The tokens of a split are one stream, cut into windows of seq_len + 1 tokens that share one
-    token each, so every token but the first is a target once per epoch. The held-out set is made
-    of windows spread evenly over the validation stream; it depends on the corpus, the tokenizer,
-    `seq_len`, `n_heldout_tokens` and `val_fraction`, never on `seed`.
+    The tokens of a split are one stream, cut into windows of seq_len + 1 tokens. Consecutive
+    windows overlap by one token, so every token except the first is a target once per epoch. The
+    held-out set consists of windows spread evenly over the validation stream; it depends on the
+    corpus, the tokenizer, `seq_len`, `n_heldout_tokens` and `val_fraction`, but not on `seed`.
 
-    Call `prepare_data()` and `setup()` to learn `vocab_size` before a model is built; both may be
-    called again.
+    `vocab_size` is available after `prepare_data()` and `setup()`, which may be called repeatedly.
 
     Args:
         corpus: the documents.
@@ -42,14 +41,14 @@ class TextDataModule(BatchDataModule):
         batch_size: sequences per batch, over all processes.
         n_train_batches: length of the training loader.
         n_heldout_tokens: held-out target tokens, rounded up to whole sequences.
-        seed: decides the order of training only.
-        vocab_size: tokens of the byte-level BPE that is trained on the training split.
-        tokenizer: a tokenizer.json to use in its place.
-        separator_token: the tokenizer's token that ends a document; None takes the first that is
-            known of `<|endoftext|>` and the like.
-        tokenizer_sample_bytes: of how much text of the training split a BPE is trained at most.
-        val_fraction: share of the corpus's bytes that is kept for validation, in whole documents.
-        cache_dir: where token caches lie; None is NERVE_CACHE, else the user's cache folder.
+        seed: only determines the order of training.
+        vocab_size: number of tokens of the byte-level BPE trained on the training split.
+        tokenizer: a tokenizer.json to use instead.
+        separator_token: the tokenizer's token that ends a document; None for the first one that it
+            has of `<|endoftext|>` and similar tokens (`SEPARATORS`).
+        tokenizer_sample_bytes: the most text of the training split on which a BPE is trained.
+        val_fraction: share of the corpus's bytes used for validation, in whole documents.
+        cache_dir: the folder of the token caches; None for NERVE_CACHE or the user's cache folder.
 
     Raises:
         ConfigError, DataError: for values out of range.
@@ -101,7 +100,7 @@ class TextDataModule(BatchDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the token cache, and builds it if another machine's `prepare_data` did not."""
+        """Opens the token cache, and builds it if `prepare_data` ran only on another machine."""
         if self._cache is not None:
             return
         cache = cached_tokens(self.corpus, self._spec, self._val_fraction, self._cache_dir)
@@ -119,7 +118,7 @@ class TextDataModule(BatchDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Rows that an embedding needs; a small corpus may give fewer than were asked for."""
+        """Rows that an embedding needs; for a small corpus, possibly fewer than requested."""
         return self._tokens.meta.vocab_size
 
     @property
@@ -134,15 +133,15 @@ class TextDataModule(BatchDataModule):
 
     @property
     def n_heldout_targets(self) -> int:
-        """What a validation is the mean of: tokens."""
+        """Number of targets that the validation loss is averaged over: tokens."""
         return self.n_heldout_tokens
 
     @cached_property
     def n_heldout_bytes(self) -> int:
-        """Bytes of text that the held-out targets stand for; a document separator counts 0.
+        """Bytes of text that the held-out targets represent; a document separator counts as 0.
 
         Bits per byte of text = loss · n_heldout_tokens / (ln 2 · n_heldout_bytes), with the loss
-        in nats per token. Unlike the loss it can be compared between tokenizers.
+        in nats per token. Unlike the loss, it can be compared between tokenizers.
         """
         tokenizer = self._tokens.tokenizer
         lengths = token_byte_lengths(tokenizer)
@@ -156,9 +155,10 @@ class TextDataModule(BatchDataModule):
 
     @cached_property
     def unigram_loss(self) -> float:
-        """Nats per token, on the held-out targets, of the training split's unigram distribution.
+        """Loss of the training split's unigram distribution on the held-out targets, nats per
+        token.
 
-        Each count is raised by one (Laplace), so that it is finite. A model whose loss stays
+        One is added to each count (Laplace), so that the loss is finite. A model whose loss stays
         above it has learned nothing from context.
         """
         counts = self._tokens.train_counts + 1.0
@@ -167,7 +167,8 @@ class TextDataModule(BatchDataModule):
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What must be the same for losses to be compared: corpus, tokenizer and held-out set."""
+        """Hashes that must be equal for losses to be comparable: of corpus, tokenizer and held-out
+        set."""
         heldout = hashlib.sha256(self._heldout_windows.astype("<i8").tobytes())
         heldout.update(str(self._heldout_windows.shape).encode())
         return {
@@ -223,27 +224,28 @@ class TextDataModule(BatchDataModule):
         for split, tokens in (("training", cache.train), ("validation", cache.val)):
             if len(tokens) < self.seq_len + 1:
                 raise DataError(
-                    f"The {split} split must hold at least one window of seq_len + 1 = "
+                    f"The {split} split must contain at least one window of seq_len + 1 = "
                     f"{self.seq_len + 1} tokens; that of {self.corpus.name} has {len(tokens)}. "
-                    "Lower model.seq_len, give more text, or change data.val_fraction."
+                    "Lower model.seq_len, add text, or change data.val_fraction."
                 )
         available = _n_windows(len(cache.val), self.seq_len) * self.seq_len
         if self.n_heldout_tokens > available:
             raise DataError(
                 f"monitor.n_tokens must not exceed the validation split; got "
-                f"{self.n_heldout_tokens} (whole sequences of {self.seq_len}), of {available} that "
-                f"{self.corpus.name} has. Lower monitor.n_tokens or raise data.val_fraction "
-                f"(now {self._val_fraction})."
+                f"{self.n_heldout_tokens} (whole sequences of {self.seq_len}), but that of "
+                f"{self.corpus.name} has {available}. Lower monitor.n_tokens or raise "
+                f"data.val_fraction (now {self._val_fraction})."
             )
 
 
 def _warn_of_large_document(meta: CacheMeta) -> None:
-    """Of one that is no part of a text that was cut: those are small."""
+    """Warns if a large document dominates the validation split; parts of a long text that was cut
+    are smaller than `_LARGE_BYTES`."""
     if meta.largest_val_share > 0.5 and meta.largest_val_bytes > _LARGE_BYTES:
         log.warning(
-            "one document is %.0f%% of the validation split, so the validation loss is mostly its "
-            "own: %s of %s. Cut it, say what separates documents (data.corpus.separator), or raise "
-            "data.val_fraction",
+            "one document makes up %.0f%% of the validation split, so the validation loss is "
+            "mostly its own: %s of %s. Split it, set the separator of documents "
+            "(data.corpus.separator), or raise data.val_fraction",
             100 * meta.largest_val_share,
             meta.largest_val_document,
             meta.corpus,

@@ -1,4 +1,4 @@
-"""Token ids in a file that is mapped into memory and checked, block by block, when first used."""
+"""Token ids in a memory-mapped file, verified block by block when they are first used."""
 
 import os
 import zlib
@@ -10,17 +10,18 @@ import numpy as np
 from nerve.errors import DataError
 
 BLOCK_BYTES = 1 << 16
-"""What one checksum covers: about what the system reads ahead for one window of tokens anyway."""
+"""Bytes per checksum: about as much as the system reads ahead for one window of tokens anyway."""
 
 
 class TokenFile:
-    """Token ids of a file, each block of which must match its checksum when it is first used.
+    """Token ids in a file; each block must match its checksum when it is first used.
 
-    A file of many gigabytes opens at once, and over its first epoch each byte is checked once.
+    A file of many gigabytes opens immediately, and each byte is verified once, during the first
+    epoch.
 
     Args:
-        path: raw little-endian ids.
-        dtype: of an id.
+        path: a file of raw little-endian ids.
+        dtype: the dtype of the ids.
         checksums: CRC-32 of each block of `BLOCK_BYTES`, uint32 `[n_blocks]`.
     """
 
@@ -35,10 +36,10 @@ class TokenFile:
         return len(self._ids)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` ids from each of `starts` on, int64 `[len(starts), length]`.
+        """The `length` ids that begin at each of `starts`, int64 `[len(starts), length]`.
 
         Raises:
-            DataError: if the file is not what was written there.
+            DataError: if the file differs from what was written.
         """
         size = self._ids.itemsize
         first = starts * size // BLOCK_BYTES
@@ -48,10 +49,10 @@ class TokenFile:
         return self._ids[starts[:, None] + np.arange(length)].astype(np.int64)
 
     def all(self) -> np.ndarray:
-        """All ids, a read-only map.
+        """All ids, as a read-only memory map.
 
         Raises:
-            DataError: if the file is not what was written there.
+            DataError: if the file differs from what was written.
         """
         self._require_written(np.arange(len(self._checksums)))
         return self._ids
@@ -62,27 +63,28 @@ class TokenFile:
             if found != self._checksums[block]:
                 _mark_as_changed(self.path)
                 raise DataError(
-                    f"A token cache must stay as it was built; block {block} of {self.path} (from "
-                    f"byte {block * BLOCK_BYTES} on) is not what was written: the disk or another "
-                    "program changed it. Start again, which builds the cache anew."
+                    f"A token cache must not change after it was built; block {block} of "
+                    f"{self.path} (starting at byte {block * BLOCK_BYTES}) is not what was "
+                    "written: the disk or another program changed it. Start again, which rebuilds "
+                    "the cache."
                 )
             self._is_checked[block] = True
 
 
 def _mark_as_changed(path: Path) -> None:
-    """Gives a file a new time, at which the next start checks all of it."""
+    """Updates the time of a file, so that the next start verifies it completely."""
     try:
         os.utime(path)
-    except OSError as error:  # of another user, say
+    except OSError as error:  # for example, a file of another user
         raise DataError(
-            f"A token cache must stay as it was built; {path} is not what was written, and may not "
-            f"be touched ({error.strerror}). Remove the folder {path.parent}, or have its owner "
-            "do it; the next start builds it anew."
+            f"A token cache must not change after it was built; {path} is not what was written, "
+            f"and this user may not modify it ({error.strerror}). Remove the folder {path.parent}, "
+            "or ask its owner to; the next start rebuilds it."
         ) from error
 
 
 class Checksums:
-    """The CRC-32 of each block of what is written, before it reaches the disk."""
+    """Computes the CRC-32 of each block of the data as it is written."""
 
     def __init__(self) -> None:
         self._finished: list[int] = []
@@ -90,7 +92,7 @@ class Checksums:
         self._n_bytes = 0
 
     def update(self, data: bytes) -> None:
-        """Counts `data` in, behind what came before."""
+        """Appends `data`."""
         for piece in self._pieces(memoryview(data)):
             self._crc = zlib.crc32(piece, self._crc)
             self._n_bytes += len(piece)

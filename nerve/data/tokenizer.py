@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: trained here or read from a tokenizer.json."""
+"""Byte-level BPE tokenizers, trained here or read from a tokenizer.json."""
 
 import hashlib
 import json
@@ -16,24 +16,24 @@ from nerve.errors import DataError
 from nerve.files import absolute
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-"""Tokens that end a document, by preference; a trained tokenizer has the first."""
+"""Tokens that end a document, in order of preference; a tokenizer trained here has the first."""
 
 N_BYTES = 256
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer a corpus gets: one that is trained on it, or one that is read from a file.
+    """The tokenizer of a corpus: either trained on it, or read from a file.
 
     Args:
-        vocab_size: tokens of a tokenizer trained here, the separator included; at least 257.
-        path: a tokenizer.json (of a byte-level model) that is used in its place.
-        separator: the token that ends a document; None takes the first of `SEPARATORS`.
-        sample_bytes: of how much text a tokenizer is trained at most.
+        vocab_size: tokens of a tokenizer trained here, including the separator; at least 257.
+        path: a tokenizer.json (of a byte-level model) to use instead.
+        separator: the token that ends a document; None for the first of `SEPARATORS`.
+        sample_bytes: the most text on which a tokenizer is trained.
 
     Raises:
-        ConfigError: for values of another type, and a sample of nothing.
-        DataError: for one below 257 and for a file that is none.
+        ConfigError: for values of the wrong type, and for `sample_bytes` below 1.
+        DataError: for a `vocab_size` below 257, and for a file that does not exist.
     """
 
     vocab_size: int = 1024
@@ -59,12 +59,12 @@ class TokenizerSpec:
         if self.path is not None and not self.path.is_file():
             raise DataError(
                 f"A tokenizer must be a tokenizer.json; there is no file {str(self.path)!r}. "
-                "Check the path, or leave it out to train a tokenizer on the corpus."
+                "Check the path, or omit it to train a tokenizer on the corpus."
             )
 
     @property
     def key(self) -> str:
-        """What names the tokenizer in the key of the token cache."""
+        """Identifies the tokenizer in the key of the token cache."""
         if self.path is None:
             decisive: list = ["bpe", self.vocab_size, self.sample_bytes]
         else:
@@ -72,7 +72,7 @@ class TokenizerSpec:
         return json.dumps([*decisive, self.separator])
 
     def build(self, texts: Iterable[str], n_bytes: int | None = None) -> Tokenizer:
-        """The tokenizer; `texts`, of `n_bytes` in all, are read only if it is to be trained."""
+        """Loads or trains the tokenizer; `texts`, of `n_bytes` in total, are only read to train."""
         if self.path is not None:
             return load_tokenizer(self.path, self.separator)
         with progress("training the tokenizer", n_bytes) as add:
@@ -81,7 +81,7 @@ class TokenizerSpec:
 
 
 def _first_bytes(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
-    """The texts, of which the last is cut where they come to `n_bytes`."""
+    """The first `n_bytes` of the texts; the last text is cut."""
     for text in texts:
         encoded = text.encode()
         if len(encoded) >= n_bytes:
@@ -94,9 +94,10 @@ def _first_bytes(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, separator: str = SEPARATORS[0]
 ) -> Tokenizer:
-    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2); it is deterministic.
+    """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2), deterministically.
 
-    A small corpus may not have enough different pairs: then the vocabulary is smaller than asked.
+    If a small corpus does not have enough different pairs, the vocabulary is smaller than
+    requested.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,23 +113,23 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: Path, separator: str | None = None) -> Tokenizer:
-    """Reads a tokenizer.json; padding and truncation that it may ask for are switched off.
+    """Reads a tokenizer.json, and disables its padding and truncation.
 
     Raises:
-        DataError: if the file cannot be read, is not byte-level or has no document separator, or
-            not the one that is asked for.
+        DataError: if the file cannot be read, is not byte-level, or does not have a document
+            separator or the requested one.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare `Exception`
         raise DataError(
-            f"A tokenizer.json must be one that the package tokenizers reads; {path} is not: "
+            f"A tokenizer.json must be readable by the package tokenizers; {path} is not: "
             f"{error}. Save the tokenizer again."
         ) from error
     if '"ByteLevel"' not in json.dumps(_specification(tokenizer)["decoder"]):
         raise DataError(
             f"A tokenizer must be byte-level (GPT-2, GPT-NeoX, Llama 3, Qwen), so that each token "
-            f"stands for a known number of bytes; {path} is not. Use such a one, or leave it out "
+            f"represents a known number of bytes; {path} is not. Use a byte-level one, or omit it "
             "to train one on the corpus."
         )
     separator_of(tokenizer, separator)
@@ -136,10 +137,10 @@ def load_tokenizer(path: Path, separator: str | None = None) -> Tokenizer:
 
 
 def separator_of(tokenizer: Tokenizer, wanted: str | None = None) -> str:
-    """The token that ends a document: the one `wanted`, else the first of `SEPARATORS` there is.
+    """The token that ends a document: `wanted`, or the first of `SEPARATORS` in the vocabulary.
 
     Raises:
-        DataError: if there is none, or the one wanted is no special token of this tokenizer.
+        DataError: if there is none, or if `wanted` is not a special token of this tokenizer.
     """
     special = [
         token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
@@ -148,8 +149,8 @@ def separator_of(tokenizer: Tokenizer, wanted: str | None = None) -> str:
     if wanted is not None:
         if wanted not in special:
             raise DataError(
-                f"data.separator_token must be a special token of the tokenizer, of {there}; "
-                f"got {wanted!r}. Take one of them, or add it to the file."
+                f"data.separator_token must be a special token of the tokenizer ({there}); "
+                f"got {wanted!r}. Choose one of them, or add it to the file."
             )
         return wanted
     for token in SEPARATORS:
@@ -157,21 +158,21 @@ def separator_of(tokenizer: Tokenizer, wanted: str | None = None) -> str:
             return token
     raise DataError(
         f"A tokenizer must have a document separator, one of {', '.join(SEPARATORS)}; this one "
-        f"has none. Say with data.separator_token which of its special tokens ends a document "
+        f"has none. Set data.separator_token to the special token that ends a document "
         f"({there})."
     )
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: the rows that an embedding needs."""
+    """One more than the largest id: the number of rows that an embedding needs."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each id stands for, int64 `[vocab_size]`; 0 for special tokens.
+    """Bytes of text that each id represents, int64 `[vocab_size]`; 0 for special tokens.
 
-    A byte-level vocabulary writes each byte as one printable character, so the length of an
-    ordinary token's string is its number of bytes. Added tokens are written as they are.
+    A byte-level vocabulary represents each byte by one printable character, so the length of an
+    ordinary token's string is its number of bytes. Added tokens are stored as plain text.
     """
     lengths = np.zeros(vocab_size(tokenizer), dtype=np.int64)
     for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
@@ -182,7 +183,7 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """16 hexadecimal digits over all that decides how a text is encoded."""
+    """A hash of everything that determines how a text is encoded, 16 hexadecimal digits."""
     specification = _specification(tokenizer)
     decisive = {
         key: specification[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")
@@ -195,8 +196,9 @@ def _specification(tokenizer: Tokenizer) -> dict:
 
 
 def _as_plain_encoder(tokenizer: Tokenizer) -> Tokenizer:
-    """Every character of a document counts: nothing cut or padded, no special token in the text."""
+    """Makes the tokenizer encode every character of a document as text: no truncation, no padding,
+    no special tokens."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" written in a document is mere text
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is ordinary text
     return tokenizer

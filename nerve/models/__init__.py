@@ -1,4 +1,4 @@
-"""Networks, assembled from the layers in `nerve.nn` and initialized."""
+"""Networks, built from the layers in `nerve.nn` and initialized."""
 
 from nerve.models.build import MODELS, Skeleton, build_model, model_design
 from nerve.models.initialization import scale_pre

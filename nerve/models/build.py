@@ -1,4 +1,4 @@
-"""From the resolved configuration to a network."""
+"""Builds a network from the resolved configuration."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,17 +24,18 @@ FACTORS: dict[str, type] = {
     "position": Position,
     "ffn": FFNDesign,
 }
-"""The configuration group of each design factor of a network, and the values it becomes."""
+"""The configuration group of each design factor of a network, and the class of its values."""
 
 _SUBGROUPS: dict[str, type] = {"token_mixing": Mixing, "channel_mixing": Mixing}
 
 
 def model_design(values: Mapping[str, Any], **data_dims: int) -> GPTConfig | MixerConfig:
-    """What defines the network that `values` describe, checked.
+    """The checked design of the network that `values` describe.
 
     Args:
         values: the resolved configuration; its groups `model` and those of `FACTORS` are read.
-        data_dims: what the data gives: `vocab_size`, or `image_size`, `n_channels` and `n_classes`.
+        data_dims: dimensions of the data: `vocab_size`, or `image_size`, `n_channels` and
+            `n_classes`.
 
     Raises:
         ConfigError: for an unknown name, or a value out of range.
@@ -44,8 +45,8 @@ def model_design(values: Mapping[str, Any], **data_dims: int) -> GPTConfig | Mix
     network = MODELS[kind]
     require(
         set(data_dims) == set(network.DATA_DIMS),
-        f"model.kind={kind} needs data that gives {', '.join(network.DATA_DIMS)}; the chosen "
-        f"data gives {', '.join(data_dims)}. Choose another data group or another model.",
+        f"model.kind={kind} needs data with {', '.join(network.DATA_DIMS)}; the chosen data has "
+        f"{', '.join(data_dims)}. Choose another data group or another model.",
     )
     model = {
         key: from_mapping(_SUBGROUPS[key], value, f"model.{key}") if key in _SUBGROUPS else value
@@ -61,12 +62,14 @@ def model_design(values: Mapping[str, Any], **data_dims: int) -> GPTConfig | Mix
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The parameters of a network without its memory, at a price that does not grow with its depth.
+    """The parameters of a network without their memory, at a cost that does not grow with its
+    depth.
 
     Attributes:
-        network: the network on the meta device, cut after its first block, or after the second
-            where the first has what all of them share; the others are like the last that is there.
-        n_layers: blocks of the whole network.
+        network: the network with only its first block, on the meta device, or with two blocks where
+            the first contains parameters that all blocks share; the remaining blocks are like the
+            last one here.
+        n_layers: number of blocks of the whole network.
     """
 
     network: GPT | Mixer
@@ -74,13 +77,13 @@ class Skeleton:
 
     @classmethod
     def of(cls, design: GPTConfig | MixerConfig) -> "Skeleton":
-        """That of what `model_design` gives.
+        """The skeleton of a design, as returned by `model_design`.
 
         Raises:
-            ConfigError: for what cannot be built, or has sizes that no memory has.
+            ConfigError: for a network that cannot be built, or whose sizes exceed any memory.
         """
         n_blocks = min(design.n_layers, 2 if design.activation.shared else 1)
-        # Where a norm stands changes no parameter, and one block has no two places for it.
+        # The placement of norms changes no parameter, and a mix of placements needs two blocks.
         norms = replace(design.normalization, placement="pre", n_post_layers=0)
         short: Any = replace(design, n_layers=n_blocks, normalization=norms)
         network = next(each for each in MODELS.values() if each.Config is type(design))
@@ -94,7 +97,7 @@ class Skeleton:
             ) from error
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
-        """Name, shape (a parameter on the meta device) and number of parameters alike."""
+        """Name, parameter (on the meta device) and multiplicity of each parameter."""
         n_blocks = len(self.network.blocks)
         for name, parameter in self.network.named_parameters():
             is_of_last = name.startswith(f"blocks.{n_blocks - 1}.")
@@ -102,7 +105,7 @@ class Skeleton:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in the parameters of the whole network."""
+        """The number of parameters of the whole network."""
         return sum(parameter.numel() * n_alike for _, parameter, n_alike in self.parameters())
 
 
@@ -110,12 +113,12 @@ def build_model(values: Mapping[str, Any], *, seed: int, **data_dims: int) -> GP
     """The network that `values` describe, initialized from `seed`.
 
     Args:
-        values, data_dims: as of `model_design`.
-        seed: decides the initial weights.
+        values, data_dims: as in `model_design`.
+        seed: determines the initial weights.
 
     Raises:
         ConfigError: for an unknown name, a value out of range, a combination that cannot be built,
-            or data that does not give what the model needs.
+            or data without the dimensions that the model needs.
     """
     config: Any = model_design(values, **data_dims)
     return MODELS[values["model"]["kind"]](config, seed=seed)

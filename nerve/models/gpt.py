@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: GPT-2, LLaMA and what lies between, by its factors."""
+"""The decoder-only Transformer: GPT-2, LLaMA and designs in between, set by its factors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,20 +21,20 @@ from nerve.nn.position import AttentionPosition, Position
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What defines a GPT, apart from its weights.
+    """The design of a GPT, without its weights.
 
     Attributes:
-        n_layers, d_model, n_heads: depth, width of the stream, attention heads.
+        n_layers, d_model, n_heads: depth, width of the residual stream, attention heads.
         seq_len: the longest sequence.
-        vocab_size: tokens that the embedding and the head know.
+        vocab_size: number of tokens of the embedding and the head.
         dropout: on the embeddings, the attention weights and each sublayer's output, in [0, 1).
-        tie_embeddings: whether the head is the embedding matrix itself.
+        tie_embeddings: whether the head uses the embedding matrix.
         attention_bias: whether the attention's projections add a bias.
-        init_std: of the initial weights.
-        scale_residual_init: divides it by √(2 n_layers) for the matrices that write into the
-            residual stream (Radford et al. 2019).
-        pre_std: the size of the pre-activations before training, to which `scale_pre` brings them;
-            None leaves them as `init_std` makes them.
+        init_std: standard deviation of the initial weights.
+        scale_residual_init: whether to divide it by √(2 n_layers) for the matrices that write into
+            the residual stream (Radford et al. 2019).
+        pre_std: standard deviation to which `scale_pre` scales the pre-activations before training;
+            None leaves them unscaled.
         normalization, activation, position, ffn: the design factors.
 
     Raises:
@@ -58,7 +58,7 @@ class GPTConfig:
     ffn: FFNDesign = field(default_factory=FFNDesign)
 
     FFNS: ClassVar = ("ffn",)
-    """Names of the FFNs of each block."""
+    """The names of the FFNs of each block."""
 
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.n_heads", "model.seq_len")
@@ -74,20 +74,21 @@ class GPTConfig:
         self.normalization.placements(self.n_layers)
 
     def ffn_widths(self, name: str) -> tuple[int, int]:
-        """d_in and d_ff of that one of `FFNS`.
+        """d_in and d_ff of the FFN `name`, one of `FFNS`.
 
         Raises:
-            ConfigError: where a width times `d_model` is not whole.
+            ConfigError: if the width times `d_model` is not an integer.
         """
         return self.d_model, self.ffn.hidden_width(self.d_model)
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q kᵀ / √d_head + bias) v for each head, every token seeing itself and its past.
+    """softmax(q kᵀ / √d_head + bias) v for each head, where every token attends to itself and its
+    past.
 
     Args:
-        d_model: width of the stream.
-        n_heads: heads of d_head = d_model / n_heads features each; divides d_model.
+        d_model: width of the residual stream.
+        n_heads: number of heads, with d_head = d_model / n_heads features each; divides d_model.
         bias: whether the two projections add a bias.
         dropout: on the attention weights and on the output, in training.
         position: shared by all layers; rotates q and k, or biases the scores.
@@ -170,25 +171,25 @@ class GPT(nn.Module):
     """A decoder-only Transformer (Radford et al. 2019), tokens to logits.
 
     Args:
-        config: what defines it.
-        seed: decides the initial weights, together with the name of each matrix; the global random
-            state is neither read nor changed.
+        config: the design.
+        seed: determines the initial weights, together with the name of each matrix; the global
+            random state is neither read nor changed.
 
     Raises:
-        ConfigError: where the values of the configuration contradict each other.
+        ConfigError: if values of the configuration contradict each other.
     """
 
     Config: ClassVar = GPTConfig
     DATA_DIMS: ClassVar = ("vocab_size",)
-    """The fields of `Config` that the data gives."""
+    """The fields of `Config` that come from the data."""
 
-    # Layers draw weights as they are built, from the global generator; `initialize` replaces them.
+    # Layers draw weights from the global generator when they are built; `initialize` replaces them.
     @torch.random.fork_rng(devices=[])
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         n_layers, d_model = config.n_layers, config.d_model
-        table = torch.empty(config.vocab_size, d_model)  # to draw it here would cost as much again
+        table = torch.empty(config.vocab_size, d_model)  # not drawn here, because it is slow
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position = config.position.at_input(config.seq_len, d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -202,7 +203,7 @@ class GPT(nn.Module):
             for layer in range(n_layers)
         )
         self.norm = config.normalization.build_final(d_model)
-        tied = "meta" if config.tie_embeddings else None  # without a weight of its own
+        tied = "meta" if config.tie_embeddings else None  # no separate weight
         self.head = nn.Linear(d_model, config.vocab_size, bias=False, device=tied)
         initialize(
             self,
@@ -223,16 +224,16 @@ class GPT(nn.Module):
                 yield module.down
 
     def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of the token after each one.
+        """Logits of the next token at each position.
 
         Raises:
-            ConfigError: for a sequence that is longer than `seq_len`.
+            ConfigError: for a sequence longer than `seq_len`.
         """
         if tokens.shape[1] > self.config.seq_len:
             raise ConfigError(
-                f"model.seq_len={self.config.seq_len} is the longest sequence that the model "
-                f"takes; got one of {tokens.shape[1]} tokens. Raise model.seq_len or shorten the "
-                "sequences."
+                "A sequence must not be longer than "
+                f"model.seq_len={self.config.seq_len}; got one of {tokens.shape[1]} tokens. Raise "
+                "model.seq_len or shorten the sequences."
             )
         x = self.dropout(self.position(self.embedding(tokens)))
         for block in self.blocks:

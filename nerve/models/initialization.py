@@ -1,5 +1,5 @@
-"""Initial weights that depend on the seed and on the name of each matrix, and on nothing else; or,
-where the size of the pre-activations is chosen, on a first batch as well."""
+"""Initial weights, which depend only on the seed and the name of each matrix; with `model.pre_std`,
+also on the first batch."""
 
 import hashlib
 from collections.abc import Callable, Collection
@@ -25,22 +25,22 @@ def initialize(
 ) -> None:
     """Draws every matrix and embedding from Normal(0, std²) and sets the biases to 0.
 
-    Each matrix has a generator of its own, seeded by `seed` and the matrix's name: two models that
-    share a layer begin with the same weights there, whatever the rest of them is. Norms and slopes
-    keep the values that they were built with. A constrained weight is drawn, then projected.
+    Each matrix has its own generator, seeded with `seed` and the name of the matrix: two models
+    that share a layer have the same initial weights there, even if the rest differs. Norms and
+    slopes keep the values that they were built with. A constrained weight is drawn, then projected.
     Parameters on the meta device are left alone.
 
     Args:
         seed: any integer.
-        std: of the weights of `nn.Linear` and `nn.Embedding`.
+        std: standard deviation of the weights of `nn.Linear` and `nn.Embedding`.
         residual_outputs: the matrices that write into the residual stream.
-        residual_scale: multiplies their `std`.
+        residual_scale: factor on their `std`.
     """
     residual = {id(linear) for linear in residual_outputs}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        if next(module.parameters()).is_meta:  # to read a constrained weight is to make it
+        if next(module.parameters()).is_meta:  # reading a constrained weight would compute it
             continue
         scale = residual_scale if id(module) in residual else 1.0
         drawn = torch.empty(module.weight.shape, device="cpu")
@@ -54,34 +54,34 @@ def initialize(
 
 
 def check_initial(init_std: float, pre_std: int | float | None, ffn: FFNDesign) -> None:
-    """Raises `ConfigError` for a `model.init_std` or a `model.pre_std` that is no size, and for one
-    of pre that a constraint undoes."""
+    """Raises `ConfigError` for a `model.init_std` or `model.pre_std` that is not positive, and for
+    a `model.pre_std` that a constraint would undo."""
     require(init_std > 0, f"model.init_std must be positive; got {init_std}.")
     if pre_std is None:
         return
     require(pre_std > 0, f"model.pre_std must be null or positive; got {pre_std}.")
     require(
         ffn.constraint == "none",
-        f"model.pre_std={pre_std} scales weights whose size ffn.constraint={ffn.constraint} "
-        "decides. Set model.pre_std=null or ffn.constraint=none.",
+        f"model.pre_std={pre_std} scales weights whose size is determined by "
+        f"ffn.constraint={ffn.constraint}. Set model.pre_std=null or ffn.constraint=none.",
     )
 
 
 class _AllScaled(Exception):
-    """Ends the forward pass: what follows the last FFN, the head above all, is of no use."""
+    """Ends the forward pass after the last FFN, because the rest is not needed."""
 
 
 @torch.no_grad()
 def scale_pre(model: nn.Module, inputs: Tensor, std: int | float) -> dict[str, float]:
-    """Scales the weight before each nonlinearity so that its pre-activations u have the size `std`.
+    """Scales the weight before each nonlinearity so that SD(u) of its pre-activations is `std`.
 
-    The size is SD(u) = sqrt(tr C / d_ff), C the covariance of u over all samples of `inputs`. FFNs
-    are scaled in the order in which they run, in one forward pass: each sees what those before it
-    give with their scaled weights. Dropout is off meanwhile, and no random number is drawn.
+    SD(u) = sqrt(tr C / d_ff), where C is the covariance of u over all samples of `inputs`. FFNs are
+    scaled in the order in which they run, in one forward pass: each sees the output of those before
+    it with their scaled weights. Dropout is disabled, and no random numbers are drawn.
 
     Args:
-        model: with `FeedForward`s without constraint, as it was initialized, biases 0.
-        inputs: a batch, as the model takes it.
+        model: a freshly initialized model with unconstrained `FeedForward`s and zero biases.
+        inputs: a batch of model inputs.
         std: above 0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The MLP-Mixer: images as patches, mixed by FFNs over patches and over channels in turn."""
+"""The MLP-Mixer: images as patches, mixed by FFNs over patches and over channels alternately."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,12 +18,12 @@ from nerve.nn.position import Position
 
 @dataclass(frozen=True)
 class Mixing:
-    """Where one of a block's two FFNs departs from the factors `activation` and `ffn`.
+    """Settings in which one of a block's two FFNs differs from the factors `activation` and `ffn`.
 
     Attributes:
-        activation: a key of `ACTIVATIONS`; None: as the factor says.
-        width: d_ff / d_model, a number or a fraction; None: `d_ff`, or as the factor says.
-        d_ff: the hidden width itself, in place of `width`.
+        activation: a key of `ACTIVATIONS`; None for that of the factor.
+        width: d_ff / d_model, a number or a fraction; None for `d_ff` or that of the factor.
+        d_ff: the hidden width itself, instead of `width`.
     """
 
     activation: str | None = None
@@ -33,19 +33,19 @@ class Mixing:
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """What defines an MLP-Mixer, apart from its weights.
+    """The design of an MLP-Mixer, without its weights.
 
     Attributes:
-        n_layers, d_model: depth, width of the stream (the paper's C).
-        patch_size: edge of a patch in pixels; it divides `image_size`.
-        image_size, n_channels: of the square images.
-        n_classes: logits that the head gives.
+        n_layers, d_model: depth, width of the residual stream (the paper's C).
+        patch_size: edge of a patch in pixels; must divide `image_size`.
+        image_size, n_channels: edge in pixels and number of channels of the square images.
+        n_classes: number of logits.
         dropout: on each FFN's output, in [0, 1).
-        init_std: of the initial weights.
-        pre_std: the size of the pre-activations before training, to which `scale_pre` brings them;
-            None leaves them as `init_std` makes them.
-        normalization, activation, position, ffn: the design factors; position is `none`.
-        token_mixing, channel_mixing: departures from `activation` and `ffn`.
+        init_std: standard deviation of the initial weights.
+        pre_std: standard deviation to which `scale_pre` scales the pre-activations before training;
+            None leaves them unscaled.
+        normalization, activation, position, ffn: the design factors; position must be `none`.
+        token_mixing, channel_mixing: differences from `activation` and `ffn`.
 
     Raises:
         ConfigError: for a value out of range, or values that contradict each other.
@@ -68,7 +68,7 @@ class MixerConfig:
     channel_mixing: Mixing = field(default_factory=Mixing)
 
     FFNS: ClassVar = ("token_mixing", "channel_mixing")
-    """Names of the FFNs of each block."""
+    """The names of the FFNs of each block."""
 
     def __post_init__(self) -> None:
         sizes = ("model.n_layers", "model.d_model", "model.patch_size")
@@ -84,7 +84,7 @@ class MixerConfig:
         require(
             self.position.name == "none",
             f"model.kind=mixer takes no position encoding; got position.name={self.position.name}. "
-            "Use position.name=none: token mixing has a weight for each patch.",
+            "Use position.name=none, because token mixing has separate weights for each patch.",
         )
         for group, mixing in (
             ("model.token_mixing", self.token_mixing),
@@ -97,19 +97,19 @@ class MixerConfig:
 
     @property
     def n_patches(self) -> int:
-        """Patches of one image, the tokens."""
+        """Number of patches of an image, which are the tokens."""
         return (self.image_size // self.patch_size) ** 2
 
     def activation_of(self, name: str) -> Activation:
-        """The activation of `token_mixing` or `channel_mixing`, its own or the factor's."""
+        """The activation of `token_mixing` or `channel_mixing`: its own or that of the factor."""
         own = getattr(self, name).activation
         return self.activation if own in (None, self.activation.name) else Activation(own)
 
     def ffn_widths(self, name: str) -> tuple[int, int]:
-        """d_in and d_ff of that one of `FFNS`; d_ff is its own or the factor's.
+        """d_in and d_ff of the FFN `name`, one of `FFNS`; d_ff is its own or that of the factor.
 
         Raises:
-            ConfigError: where a width times `d_model` is not whole.
+            ConfigError: if the width times `d_model` is not an integer.
         """
         d_in = self.n_patches if name == "token_mixing" else self.d_model
         own = getattr(self, name)
@@ -118,7 +118,7 @@ class MixerConfig:
         return d_in, hidden_width(own.width, own.d_ff, self.d_model, f"model.{name}")
 
     def build_ffn(self, name: str, layer: int, act: nn.Module, stream: nn.Module) -> FeedForward:
-        """The `token_mixing` or `channel_mixing` FFN of block `layer`, in that stream."""
+        """The `token_mixing` or `channel_mixing` FFN of block `layer`, with its residual stream."""
         return FeedForward(
             *self.ffn_widths(name),
             act,
@@ -176,20 +176,20 @@ class MixerBlock(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer (Tolstikhin et al. 2021, equation 1), images to logits.
 
-    A learnable slope that is shared is one for all token-mixing and one for all channel-mixing
-    FFNs.
+    With a shared learnable slope, all token-mixing FFNs share one slope, and all channel-mixing
+    FFNs another.
 
     Args:
-        config: what defines it.
-        seed: decides the initial weights, together with the name of each matrix; the global random
-            state is neither read nor changed.
+        config: the design.
+        seed: determines the initial weights, together with the name of each matrix; the global
+            random state is neither read nor changed.
     """
 
     Config: ClassVar = MixerConfig
     DATA_DIMS: ClassVar = ("image_size", "n_channels", "n_classes")
-    """The fields of `Config` that the data gives."""
+    """The fields of `Config` that come from the data."""
 
-    # Layers draw weights as they are built, from the global generator; `initialize` replaces them.
+    # Layers draw weights from the global generator when they are built; `initialize` replaces them.
     @torch.random.fork_rng(devices=[])
     def __init__(self, config: MixerConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -212,10 +212,10 @@ class Mixer(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch n_channels height width"]
     ) -> Float[Tensor, "batch n_classes"]:
-        """Logits of the class of each image.
+        """Class logits of each image.
 
         Raises:
-            ConfigError: for images of another shape than the configuration's.
+            ConfigError: for images whose shape differs from the configuration.
         """
         config = self.config
         expected = (config.n_channels, config.image_size, config.image_size)

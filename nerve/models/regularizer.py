@@ -1,4 +1,4 @@
-"""The spectral regularizer: a term of the training loss that widens or narrows spectra (ours)."""
+"""The spectral regularizer (ours): a term of the loss that flattens or sharpens spectra."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +17,20 @@ SITES = ("post", "pre")
 
 @dataclass(frozen=True)
 class Regularizer:
-    """What is added to the training loss: `weight` · Σ log PR over FFNs.
+    """The term added to the training loss: `weight` · Σ log PR over FFNs.
 
-    The sum, so that each layer is pushed as hard whichever others are. PR does not depend on the
-    size of features: what the weight means is the same in every layer.
+    It is a sum, so that the pressure on a layer does not depend on how many others are included. PR
+    does not depend on the scale of features, so the weight means the same in every layer.
 
     Attributes:
         name: one of `REGULARIZERS`.
-        weight: below 0 it raises PR, above 0 it lowers it.
-        site: one of `SITES`, the features whose PR it is.
-        layers: the layers whose FFNs it is of; None for all.
-        n_tokens: samples of each FFN that are taken of a micro-batch, spread evenly.
+        weight: a negative weight raises PR, a positive one lowers it.
+        site: one of `SITES`, the features whose PR is used.
+        layers: the layers whose FFNs are included; None for all.
+        n_tokens: number of samples per FFN and micro-batch, spread evenly.
 
     Raises:
-        ConfigError: for a value out of range, or one that nothing would come of.
+        ConfigError: for a value out of range, or one that would have no effect.
     """
 
     name: str = "none"
@@ -54,7 +54,7 @@ class Regularizer:
         )
 
     def ffns(self, model: nn.Module) -> list[FeedForward]:
-        """Those of a network that it acts on.
+        """The FFNs of a network on which it acts.
 
         Raises:
             ConfigError: for layers that the network does not have.
@@ -67,33 +67,33 @@ class Regularizer:
 
 
 class Penalty:
-    """The term of a `Regularizer` in a forward pass of a network, by hooks on its FFNs.
+    """Computes the term of a `Regularizer` in a forward pass of a network, with hooks on its FFNs.
 
-    They must be in place before the network is compiled, and do nothing between `finish` and the
-    next `start`.
+    The hooks must be in place before the network is compiled; they do nothing between `finish` and
+    the next `start`.
 
     Args:
         model: the network.
-        regularizer: which acts on it.
+        regularizer: the regularizer that acts on it.
 
     Raises:
-        ConfigError: as `Regularizer.ffns`.
+        ConfigError: as in `Regularizer.ffns`.
     """
 
     def __init__(self, model: nn.Module, regularizer: Regularizer) -> None:
         self.regularizer = regularizer
         self._terms: list[Tensor] | None = None
         for ffn in regularizer.ffns(model):
-            # What goes into these two, so that no hook stands at the weight that makes pre.
+            # The inputs of these two modules, so that the matrix that computes pre has no hook.
             behind = ffn.act if regularizer.site == "pre" else ffn.post
             behind.register_forward_pre_hook(self._take)
 
     def start(self) -> None:
-        """From now on features are taken."""
+        """Starts taking features."""
         self._terms = []
 
     def finish(self) -> Float[Tensor, ""]:
-        """The term of the one forward pass since `start`."""
+        """The term of the forward pass since `start`."""
         terms, self._terms = self._terms, None
         assert terms is not None
         return self.regularizer.weight * torch.stack(terms).sum()

@@ -1,1 +1,1 @@
-"""Layers: the design factors as values, and the modules that they build."""
+"""Layers: the design factors as settings, and the modules that they build."""

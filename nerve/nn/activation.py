@@ -19,10 +19,10 @@ class ReLUSquared(nn.Module):
 
 
 class LearnableLeakyReLU(nn.Module):
-    """x where x > 0, slope · x elsewhere, with a slope that is trained.
+    """x where x > 0, slope · x elsewhere, with a learnable slope.
 
     Args:
-        slope: the parameter itself, shape [1]; modules that are given the same one share it.
+        slope: the parameter, shape [1]; several modules may share one.
     """
 
     def __init__(self, slope: nn.Parameter) -> None:
@@ -34,10 +34,10 @@ class LearnableLeakyReLU(nn.Module):
 
 
 class Interpolated(nn.Module):
-    """α · base(x) + (1 - α) · x (ours): a nonlinearity of graded strength.
+    """α · base(x) + (1 - α) · x (ours): a nonlinearity of adjustable strength.
 
-    α = 0 is the identity and α = 1 the base, to the last bit; with ReLU it is the leaky ReLU of
-    slope 1 - α.
+    α = 0 is the identity and α = 1 the base, bit for bit; with ReLU it is the leaky ReLU with slope
+    1 - α.
 
     Args:
         base: the nonlinearity at full strength.
@@ -59,10 +59,11 @@ class Activation:
 
     Attributes:
         name: a key of `ACTIVATIONS`.
-        negative_slope: of the leaky ones, in [0, 1]; where the learnable one starts.
-        shared: the learnable slope is one parameter for all layers, instead of one per layer.
-        base: what the interpolated one is at full strength, a key of `BASES`.
-        alpha: the strength of the interpolated one, in [0, 1].
+        negative_slope: slope of the leaky activations, in [0, 1]; the initial value of the
+            learnable one.
+        shared: whether the learnable slope is one parameter for all layers, not one per layer.
+        base: the interpolated activation at full strength, a key of `BASES`.
+        alpha: strength of the interpolated activation, in [0, 1].
 
     Raises:
         ConfigError: for an unknown name, or an option that the activation does not have.
@@ -89,7 +90,7 @@ class Activation:
         require(
             self.name == "learnable_leaky_relu" or not self.shared,
             f"activation.shared=true has no effect with activation.name={self.name}, which has "
-            "nothing to share. Use activation.name=learnable_leaky_relu.",
+            "no learnable slope. Use activation.name=learnable_leaky_relu.",
         )
         require_choice("activation.base", self.base, BASES)
         require(
@@ -105,7 +106,7 @@ class Activation:
             )
 
     def build(self, n_layers: int) -> list[nn.Module]:
-        """One module for each of `n_layers` layers, so that each can be hooked by itself."""
+        """One module for each of `n_layers` layers, so that each can have its own hook."""
         return ACTIVATIONS[self.name](self, n_layers)
 
 
@@ -131,7 +132,7 @@ def _interpolated(activation: Activation, n_layers: int) -> list[nn.Module]:
 
 
 BASES = ("gelu", "relu", "silu", "relu_squared")
-"""The nonlinearities that `interpolated` can grade: those without options of their own."""
+"""The nonlinearities that `interpolated` can use: those without options."""
 
 ACTIVATIONS: dict[str, Callable[[Activation, int], list[nn.Module]]] = {
     "gelu": _separate(nn.GELU),

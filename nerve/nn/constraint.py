@@ -1,13 +1,13 @@
 """Constraints on the geometry of the FFN's weights, as parametrizations of `torch.nn.utils`.
 
-A constrained weight is a function of the parameters that the optimizer moves, so that every step of
-any optimizer keeps the constraint. Assigning to `linear.weight` goes through the inverse.
+A constrained weight is a function of the parameters that the optimizer updates, so every step of
+any optimizer preserves the constraint. Assigning to `linear.weight` applies the inverse.
 
-- `weight_norm`: each row is g · v/||v||, its length a parameter apart from its direction (Salimans
-  and Kingma 2016).
-- `spectral_norm`: W/σ(W), the largest singular value is 1 (Miyato et al. 2018), as estimated by
-  power iteration: each read in training mode iterates, one in evaluation mode does not. Those of a
-  network iterate at once, before its forward pass (`iterate_together`), for the first read in it.
+- `weight_norm`: each row is g · v/||v||, with separate parameters for its length and its direction
+  (Salimans and Kingma 2016).
+- `spectral_norm`: W/σ(W), whose largest singular value is 1 (Miyato et al. 2018), estimated by
+  power iteration: each read in training mode iterates, one in evaluation mode does not. The weights
+  of a network iterate together before its forward pass (`iterate_together`), for the first read.
 - `hyperspherical`: each row is v/||v||, on the unit sphere (Liu et al. 2017).
 """
 
@@ -22,14 +22,14 @@ from torch.nn.utils import parametrizations, parametrize
 
 Weight = Float[Tensor, "d_out d_in"]
 
-# Largest σ among the weights that a GPT of d_model 128 used in its first 20 AdamW steps at lr 3e-3,
-# and after them, by iterations (4 seeds): 1: 1.68, 1.16; 5: 1.22, 1.0015; 10: 1.12, 1.0003;
-# 20: 1.03, 1.00001; 40: 1.02, 1.00000. The first steps turn the leading direction around.
+# Largest σ of the weights of a GPT with d_model 128 in its first 20 AdamW steps at lr 3e-3, and
+# after them, by number of iterations (4 seeds): 1: 1.68, 1.16; 5: 1.22, 1.0015; 10: 1.12, 1.0003;
+# 20: 1.03, 1.00001; 40: 1.02, 1.00000. In the first steps the leading direction changes quickly.
 N_POWER_ITERATIONS = 20
 
 
 class UnitRows(nn.Module):
-    """row / ||row||, its own inverse on the sphere."""
+    """row / ||row||, which is its own inverse on the sphere."""
 
     def forward(self, weight: Weight) -> Weight:
         return F.normalize(weight, dim=1)
@@ -39,7 +39,7 @@ class UnitRows(nn.Module):
 
 
 class WeightNorm(parametrizations._WeightNorm):
-    """That of torch. On the meta device it computes no length."""
+    """torch's weight normalization, which on the meta device computes no lengths."""
 
     def right_inverse(self, weight: Weight) -> tuple[Float[Tensor, "d_out 1"], Weight]:
         if weight.is_meta:
@@ -49,11 +49,11 @@ class WeightNorm(parametrizations._WeightNorm):
 
 
 class SpectralNorm(parametrizations._SpectralNorm):
-    """That of torch, in the precision of the weight also under autocast, where 16 bits would put σ
-    off by up to 0.4%. On the meta device, where there are no values, it draws and iterates nothing.
+    """torch's spectral normalization, in the precision of the weight even under autocast, because
+    16 bits would change σ by up to 0.4%. On the meta device, it draws and iterates nothing.
 
     Attributes:
-        is_ahead: whether the iterations of the next read are done.
+        is_ahead: whether the iterations of the next read have already been done.
     """
 
     is_ahead = False
@@ -62,8 +62,8 @@ class SpectralNorm(parametrizations._SpectralNorm):
         if not weight.is_meta:
             super().__init__(weight, n_power_iterations)
             return
-        # As torch has it; its singular vectors are drawn and refined by way of a dozen operators
-        # written in Python, a thousand times the cost of what they leave here: two shapes.
+        # As in torch, but without drawing and refining the singular vectors: only their shapes
+        # matter here, and on the meta device that would take a thousand times longer.
         nn.Module.__init__(self)
         self.dim, self.eps, self.n_power_iterations = 0, 1e-12, n_power_iterations
         for name, size in zip(("_u", "_v"), weight.shape, strict=True):
@@ -76,7 +76,7 @@ class SpectralNorm(parametrizations._SpectralNorm):
             super()._power_method(weight_mat, n_power_iterations)
 
     def forward(self, weight: Weight) -> Weight:
-        # The meta device has no autocast to switch off.
+        # The meta device has no autocast to disable.
         autocast = (
             nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
         )
@@ -86,11 +86,11 @@ class SpectralNorm(parametrizations._SpectralNorm):
 
 
 class PowerIterations:
-    """A hook before the forward pass of a network in training: the iterations of all of its
-    spectral norms that the pass will read, one batch of products for the matrices of one shape.
+    """A hook before the forward pass of a network in training: it does the iterations of all
+    spectral norms for the pass, with batched products for the matrices of one shape.
 
-    One by one, 20 iterations of 24 matrices are 960 products of a matrix and a vector, which take a
-    GPU longer to launch than the rest of a step.
+    One by one, 20 iterations of 24 matrices would be 960 matrix-vector products, whose launches
+    take longer than the rest of a step on a GPU.
     """
 
     def __init__(self, weights: list[parametrize.ParametrizationList]) -> None:
@@ -103,7 +103,7 @@ class PowerIterations:
             norm, weight = each[0], each.original
             assert isinstance(norm, SpectralNorm)
             assert isinstance(weight, Tensor)
-            # Of a shard there is no matrix here: it is whole when it is read.
+            # A sharded weight is not available here; it is only gathered when it is read.
             is_whole = weight.shape == (len(norm._u), len(norm._v))
             if norm.training and is_whole and not weight.is_meta:
                 by_shape.setdefault(weight.shape, []).append((norm, weight))
@@ -125,8 +125,9 @@ class PowerIterations:
 def power_iteration(
     weights: Float[Tensor, "n d_out d_in"], right: Float[Tensor, "n d_in"], n: int, eps: float
 ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_in"]]:
-    """`n` times u = W v / ||W v||, v = Wᵀ u / ||Wᵀ u|| of each matrix, from the `right` v; gives
-    the last u and v, which estimate its leading singular vectors. Lengths below `eps` count as it.
+    """Iterates u = W v / ||W v||, v = Wᵀ u / ||Wᵀ u|| `n` times for each matrix, starting with
+    v = `right`; returns the last u and v, which estimate the leading singular vectors. Lengths
+    below `eps` are replaced by `eps`.
     """
     for _ in range(n):
         left = F.normalize((weights @ right[..., None])[..., 0], dim=-1, eps=eps)
@@ -135,7 +136,7 @@ def power_iteration(
 
 
 def iterate_together(model: nn.Module) -> None:
-    """Has the spectral norms of a network, where it has any, iterate at once from now on."""
+    """Makes the spectral norms of a network, if it has any, iterate together from now on."""
     weights = [
         each
         for each in model.modules()
@@ -162,7 +163,8 @@ def _hyperspherical(linear: nn.Linear) -> None:
 
 
 def _register(linear: nn.Linear, parametrization: nn.Module) -> None:
-    """Checks its shapes by making the weight once, but on the meta device: nothing is run there."""
+    """Registers a parametrization; torch's check, which computes the weight once, is skipped on the
+    meta device."""
     unsafe = linear.weight.is_meta
     parametrize.register_parametrization(linear, "weight", parametrization, unsafe=unsafe)
 
@@ -176,7 +178,7 @@ CONSTRAINTS: dict[str, Callable[[nn.Linear], object]] = {
 
 
 def constrain(linear: nn.Linear, constraint: str) -> nn.Linear:
-    """`linear` itself, its weight from now on held to `constraint`, a key of `CONSTRAINTS`."""
+    """Applies `constraint`, a key of `CONSTRAINTS`, to the weight of `linear`; returns `linear`."""
     CONSTRAINTS[constraint](linear)
     return linear
 
@@ -202,7 +204,7 @@ def assign(linear: nn.Linear, weight: Weight) -> None:
 def _leading_singular_vectors(
     weight: Weight,
 ) -> tuple[Float[Tensor, " d_out"], Float[Tensor, " d_in"]]:
-    """By way of the smaller Gram matrix, several times faster than a full decomposition."""
+    """Computed from the smaller Gram matrix, several times faster than a full decomposition."""
     if weight.shape[0] < weight.shape[1]:
         right, left = _leading_singular_vectors(weight.T)
         return left, right

@@ -24,7 +24,7 @@ class FFNDesign:
         constraint: a key of `CONSTRAINTS`, applied to every matrix.
 
     Raises:
-        ConfigError: for a bad value, or for `width` and `d_ff` together.
+        ConfigError: for an invalid value, or for both `width` and `d_ff`.
     """
 
     width: Width | None = 4
@@ -45,17 +45,17 @@ class FFNDesign:
         """d_ff in a network of width `d_model`.
 
         Raises:
-            ConfigError: where `width` times `d_model` is not whole.
+            ConfigError: if `width` times `d_model` is not an integer.
         """
         return hidden_width(self.width, self.d_ff, d_model, "ffn")
 
 
 def check_width(width: Width | None, d_ff: int | None, group: str) -> None:
-    """Raises `ConfigError` for a bad `width` or `d_ff`, or both set, naming the keys of `group`."""
+    """Raises `ConfigError`, with the keys of `group`, for an invalid `width` or `d_ff`, or both."""
     require(
         width is None or d_ff is None,
-        f"{group}.width={width} and {group}.d_ff={d_ff} say one thing twice. "
-        "Set one of them to null.",
+        f"Only one of {group}.width and {group}.d_ff may be set; got {group}.width={width} and "
+        f"{group}.d_ff={d_ff}. Set one of them to null.",
     )
     require(
         d_ff is None or (isinstance(d_ff, int) and d_ff > 0),
@@ -71,7 +71,7 @@ def hidden_width(width: Width | None, d_ff: int | None, d_model: int, group: str
     """`d_ff`, or else `width` · `d_model`, exactly.
 
     Raises:
-        ConfigError: where the product is not whole, naming the keys of `group`.
+        ConfigError: if the product is not an integer; names the keys of `group`.
     """
     if width is None:
         assert d_ff is not None
@@ -79,7 +79,7 @@ def hidden_width(width: Width | None, d_ff: int | None, d_model: int, group: str
     product = _fraction(width) * d_model
     require(
         product.denominator == 1,
-        f"{group}.width times model.d_model must be whole; got {group}.width={width} and "
+        f"{group}.width times model.d_model must be a whole number; got {group}.width={width} and "
         f"model.d_model={d_model}, product {float(product):.2f}. Set {group}.width=null and "
         f"{group}.d_ff={round(product)}, or choose another width.",
     )
@@ -87,7 +87,7 @@ def hidden_width(width: Width | None, d_ff: int | None, d_model: int, group: str
 
 
 def _fraction(width: Width) -> Fraction:
-    """`width` read as it is written, so 0.1 is one tenth; 0 where it is no number at all."""
+    """`width` as written in decimal, so 0.1 is one tenth; 0 if it is not a number."""
     try:
         return Fraction(str(width))
     except (ValueError, ZeroDivisionError):
@@ -97,7 +97,8 @@ def _fraction(width: Width) -> Fraction:
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) (Shazeer 2020).
 
-    It names what a probe needs: `layer`, `name`, `pre` and `post`, and where it is known `stream`.
+    It has the attributes that a probe needs: `layer`, `name`, `pre` and `post`, and, if known,
+    `stream`.
 
     Args:
         d_in: width of the input and of the output.
@@ -106,9 +107,9 @@ class FeedForward(nn.Module):
         gated, bias, constraint: as in `FFNDesign`.
         dropout: on the output, in training.
         layer: depth of the block, from 0.
-        name: which FFN of its block: `ffn`, `token_mixing` or `channel_mixing`.
+        name: name of the FFN in its block: `ffn`, `token_mixing` or `channel_mixing`.
         stream: the module whose first argument is the residual stream before this FFN and its norm,
-            and whose output the stream after them; no part of this module.
+            and whose output is the stream after them; it is not a submodule of this module.
     """
 
     def __init__(
@@ -133,12 +134,12 @@ class FeedForward(nn.Module):
         self.act = act
         self.down = constrain(nn.Linear(d_ff, d_in, bias=bias), constraint)
         self.dropout = nn.Dropout(dropout)
-        self._around = (stream,)  # in a tuple: as an attribute it would become a part
+        self._around = (stream,)  # in a tuple, so that it does not become a submodule
 
     @property
     def stream(self) -> nn.Module | None:
-        """What brings this FFN into the residual stream: its first argument is the stream before,
-        its output the stream after."""
+        """The module that adds this FFN to the residual stream: its first argument is the stream
+        before, its output the stream after."""
         return self._around[0]
 
     @property

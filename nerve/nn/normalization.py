@@ -1,6 +1,6 @@
-"""How a block of two sublayers is wired around its norms: which norm, and on which side of each.
+"""The normalization factor: which norm a block uses, and where it is placed around its sublayers.
 
-A wiring takes the stream x, the norm and the sublayer f, and gives the stream after the sublayer.
+A wiring takes the stream x, the norm and the sublayer f, and returns the stream after the sublayer.
 """
 
 from collections.abc import Callable
@@ -37,15 +37,15 @@ WIRINGS: dict[str, tuple[Wiring, Wiring]] = {
     "post": (post, post),
     "pre_residual_after_norm": (residual_after_norm, pre),
 }
-"""The placement of a layer to the wirings of its first and second sublayer."""
+"""Maps the placement of a layer to the wirings of its first and second sublayer."""
 
 
 class Residual(nn.Module):
-    """A sublayer's way into the stream: its first argument is the stream before the sublayer and
-    its norm, and its output the stream after them.
+    """Applies a sublayer to the residual stream: its first argument is the stream before the
+    sublayer and its norm, and its output is the stream after them.
 
     Args:
-        wiring: how, one of those in `WIRINGS`.
+        wiring: one of the wirings in `WIRINGS`.
     """
 
     def __init__(self, wiring: Wiring) -> None:
@@ -70,13 +70,16 @@ class Normalization:
     """Which norm a network uses, and where its blocks apply it.
 
     Attributes:
-        kind: `layernorm`, `rmsnorm`, or `none`, which makes the norms of the blocks the identity.
+        kind: `layernorm`, `rmsnorm`, or `none`, which replaces the norms of the blocks by the
+            identity.
         placement: `pre` is x + f(norm(x)); `post` is norm(x + f(x)) (Vaswani et al. 2017); `mix` is
             `post` in the first `n_post_layers` layers and `pre` in the others (Li et al. 2024,
-            Mix-LN); `pre_residual_after_norm` is `pre` whose first sublayer takes its residual
-            after the norm, h + f(h) with h = norm(x), as in NerVE's released code.
-        n_post_layers: used by `mix` alone.
-        final: a norm between the last block and the head; a LayerNorm where `kind` is `none`.
+            Mix-LN); `pre_residual_after_norm` is `pre`, except that the residual of the first
+            sublayer branches off after the norm, h + f(h) with h = norm(x), as in NerVE's released
+            code.
+        n_post_layers: only used by `mix`.
+        final: whether there is a norm between the last block and the head; a LayerNorm if `kind` is
+            `none`.
         eps: added to the variance (LayerNorm) or to the mean square (RMSNorm).
 
     Raises:
@@ -100,8 +103,8 @@ class Normalization:
         )
         require(
             (self.placement == "mix") == (self.n_post_layers != 0),
-            "normalization.n_post_layers counts the PostLN layers of normalization.placement=mix, "
-            "at least 1 there and 0 elsewhere; got "
+            "normalization.n_post_layers is the number of PostLN layers, at least 1 with "
+            "normalization.placement=mix and 0 otherwise; got "
             f"n_post_layers={self.n_post_layers} with placement={self.placement}.",
         )
         require(self.eps > 0, f"normalization.eps must be positive; got {self.eps}.")
@@ -110,7 +113,7 @@ class Normalization:
         """The wiring of each layer, a key of `WIRINGS`, in order of depth.
 
         Raises:
-            ConfigError: where `mix` would leave no PreLN layer.
+            ConfigError: if `mix` would leave no PreLN layer.
         """
         if self.placement != "mix":
             return [self.placement] * n_layers
@@ -122,7 +125,7 @@ class Normalization:
         return ["post"] * self.n_post_layers + ["pre"] * (n_layers - self.n_post_layers)
 
     def build(self, d_model: int) -> nn.Module:
-        """One norm of a block, over the last dimension."""
+        """A norm of a block, over the last dimension."""
         return NORMS[self.kind](d_model, eps=self.eps)
 
     def build_final(self, d_model: int) -> nn.Module:

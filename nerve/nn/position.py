@@ -1,6 +1,6 @@
-"""The position factor: how the network knows the order of its tokens.
+"""The position factor: how the network represents the order of its tokens.
 
-An encoding acts at one of two places: on the embeddings at the input (`learned`, `sinusoidal`), or
+An encoding acts in one of two places: on the embeddings at the input (`learned`, `sinusoidal`), or
 within every attention layer (`rope` on queries and keys, `alibi` on the scores).
 """
 
@@ -30,8 +30,8 @@ class LearnedPosition(nn.Module):
 class SinusoidalPosition(nn.Module):
     """Adds sin(t / 10000^(2i/d)) at feature 2i and its cosine at 2i + 1 (Vaswani et al. 2017).
 
-    Embeddings are multiplied by √d_model first, as there: beside waves of amplitude 1 they would
-    hardly be seen at their initial size.
+    As in that paper, embeddings are first multiplied by √d_model; otherwise their initial values
+    would be negligible compared with waves of amplitude 1.
     """
 
     table: Tensor
@@ -52,22 +52,22 @@ class SinusoidalPosition(nn.Module):
 
 
 class AttentionPosition(nn.Module):
-    """What attention layers share of an encoding; this base class leaves them without any."""
+    """The encoding that all attention layers share; this base class encodes no positions."""
 
     def rotate(self, queries: Heads, keys: Heads) -> tuple[Heads, Heads]:
-        """Queries and keys as the scores shall see them."""
+        """The queries and keys from which the scores are computed."""
         return queries, keys
 
     def bias(self, seq_len: int) -> Float[Tensor, "1 n_heads seq seq"] | None:
-        """What is added to the scores, -inf where a key lies in the future; None: nothing."""
+        """The bias added to the scores, -inf where a key is in the future; None for no bias."""
         return None
 
 
 class RotaryPosition(AttentionPosition):
-    """Rotates each query and key by its position, so that scores depend on distances alone.
+    """Rotates each query and key by its position, so that scores only depend on distances.
 
-    Feature i is paired with feature i + d_head/2, and the pair turned by t · theta^(-2i/d_head)
-    (Su et al. 2021, equation 15; the pairing of GPT-NeoX and LLaMA).
+    Feature i is paired with feature i + d_head/2, and the pair is rotated by the angle
+    t · theta^(-2i/d_head) (Su et al. 2021, equation 15; the pairing of GPT-NeoX and LLaMA).
     """
 
     cos: Tensor
@@ -96,7 +96,7 @@ class RotaryPosition(AttentionPosition):
 
 
 class ALiBi(AttentionPosition):
-    """Subtracts slope · distance from the scores, a slope for each head (Press et al. 2022)."""
+    """Subtracts slope · distance from the scores, with one slope per head (Press et al. 2022)."""
 
     scores: Tensor
 
@@ -113,10 +113,11 @@ class ALiBi(AttentionPosition):
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """2^(-8h/n) for head h = 1 … n, where n is a power of two.
+    """2^(-8h/n) for head h = 1 … n, if n is a power of two.
 
-    Other head counts take the slopes of the next lower power of two n, and the remaining heads
-    every other slope of 2n, beginning with its first (the ALiBi authors' rule).
+    For other numbers of heads, the first heads have the slopes of the next lower power of two, n,
+    and the remaining heads have every other slope of 2n, starting with the first (the rule of the
+    ALiBi authors).
     """
     lower = 2 ** int(math.log2(n_heads))
     slopes = [2.0 ** (-8 * head / lower) for head in range(1, lower + 1)]
@@ -144,7 +145,7 @@ class Position:
     """How positions enter the network.
 
     Attributes:
-        name: a key of `POSITIONS`; with `none` a decoder has the causal mask alone.
+        name: a key of `POSITIONS`; with `none` a decoder has only the causal mask.
         theta: the base of RoPE's frequencies.
 
     Raises:
@@ -164,7 +165,7 @@ class Position:
         )
 
     def at_input(self, seq_len: int, d_model: int) -> nn.Module:
-        """The module that the embeddings [batch, seq, d_model] go through."""
+        """The module applied to the embeddings [batch, seq, d_model]."""
         encoding = POSITIONS[self.name]
         if issubclass(encoding, AttentionPosition):
             return nn.Identity()

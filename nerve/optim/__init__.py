@@ -1,4 +1,4 @@
-"""Optimizers and schedules: parameter roles, several as one, Dion, Muon, learning rates."""
+"""Optimizers and schedules: parameter roles, combined optimizers, Dion, Muon, learning rates."""
 
 from nerve.optim.build import (
     Part,

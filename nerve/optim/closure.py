@@ -1,4 +1,4 @@
-"""What an optimizer's step is given to compute the loss anew."""
+"""The closure that an optimizer's step may be given to recompute the loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def loss_of(closure: Callable[[], Any] | None) -> Any:
-    """What `closure` gives, run with gradients on; None without one."""
+    """The result of `closure`, run with gradients enabled; None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():

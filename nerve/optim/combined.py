@@ -17,14 +17,14 @@ class CombinedOptimizer(Optimizer):
 
     `param_groups` lists the parts' own group dictionaries, so a scheduler that sets `group["lr"]`,
     gradient clipping and AMP act on the parts; `state` reads and writes theirs. A step runs the
-    closure once and then each part's step in the order given: exactly what the parts would do
-    alone. The parts are complete before: no group can be added.
+    closure once and then each part's step in the given order, which has the same effect as the
+    parts alone. No group can be added later.
 
     Attributes:
         parts: name to optimizer.
 
     Raises:
-        ValueError: when two parts share a parameter (by torch).
+        ValueError: if two parts share a parameter (raised by torch).
     """
 
     parts: dict[str, Optimizer]
@@ -37,7 +37,7 @@ class CombinedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs `closure` with gradients on, if there is one, and each part; gives its loss."""
+        """Runs `closure` with gradients enabled, if given, and all parts; returns its loss."""
         loss = loss_of(closure)
         for part in self.parts.values():
             part.step()
@@ -51,29 +51,29 @@ class CombinedOptimizer(Optimizer):
         """Restores each part from `state_dict()` of an optimizer with the same parts.
 
         Raises:
-            ConfigError: when the parts' names differ.
+            ConfigError: if the parts' names differ.
         """
         saved = state_dict.get("parts", {})
         if list(saved) != list(self.parts):
             raise ConfigError(
-                "a checkpoint must hold the optimizer's own parts; it holds "
-                f"{', '.join(saved) or 'none'}, the optimizer has {', '.join(self.parts)}. "
+                "A checkpoint must have the same parts as the optimizer; it has "
+                f"{', '.join(saved) or 'none'}, and the optimizer has {', '.join(self.parts)}. "
                 "Resume with the optimizer that wrote it."
             )
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        # Loading gives the parts new group dictionaries.
+        # Loading replaces the parts' group dictionaries.
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: a group must belong to a part.
+        """Always raises an error after construction, because a group must belong to a part.
 
         Raises:
             ConfigError: always, once constructed.
         """
         if hasattr(self, "parts"):
             raise ConfigError(
-                "a combined optimizer takes no further parameter group; got one with "
+                "A combined optimizer takes no further parameter group; got one with "
                 f"{', '.join(sorted(param_group))}. Give all parameters to its parts "
                 f"({', '.join(self.parts)}) when they are built."
             )
@@ -87,7 +87,7 @@ class CombinedOptimizer(Optimizer):
 
 
 class _PartsState(MutableMapping[Tensor, Any]):
-    """The parts' `state` as one mapping; an entry is that of the part that owns the parameter."""
+    """The `state` of all parts as one mapping; an entry belongs to the part with its parameter."""
 
     def __init__(self, parts: Mapping[str, Optimizer]) -> None:
         self._parts = list(parts.values())
@@ -108,7 +108,7 @@ class _PartsState(MutableMapping[Tensor, Any]):
         del self._owners[parameter].state[parameter]
 
     def __contains__(self, parameter: object) -> bool:
-        # Not by __getitem__: a part's state is a defaultdict, which would make the entry.
+        # Not with __getitem__: a part's state is a defaultdict, which would create the entry.
         return any(parameter in part.state for part in self._parts)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -23,22 +23,22 @@ class Dion(Optimizer):
         B = M + G
         P = orth(B V)               QR: m × r, orthonormal columns
         R = Bᵀ P                    n × r
-        M = B - (1 - μ) P Rᵀ        error feedback: only what the update took decays
+        M = B - (1 - μ) P Rᵀ        error feedback: only what the update used decays
         V = R with columns of unit length
         W = (1 - lr · weight_decay) W - lr · √(m/n) · P Vᵀ
 
     with r = round(rank_fraction · min(m, n)), at least 1. P Vᵀ has Frobenius norm √r, unless the
     rank of B is below r. At full rank P Rᵀ = B for every invertible V, so that M = μ B is ordinary
     momentum. While B keeps its direction, P and V converge to its singular vectors as the power
-    iteration does, by (σ_{j+1}/σ_j)² a step, and at full rank P Vᵀ to the polar factor of B; until
-    then the columns of V are not orthogonal, and P Vᵀ is not orthonormal.
+    iteration does, by (σ_{j+1}/σ_j)² per step, and at full rank P Vᵀ to the polar factor of B;
+    until then the columns of V are not orthogonal, and P Vᵀ is not orthonormal.
 
-    A column of R that is rounding (no longer than max(m, n) machine epsilons of the longest) has no
-    direction: it adds nothing to the update, and V keeps its old column. This guard is ours; it is
-    relative, so that scaling the gradient changes nothing.
+    A column of R that is only rounding (at most max(m, n) machine epsilons of the longest one) has
+    no direction: it adds nothing to the update, and V keeps its old column. This guard is ours; it
+    is relative, so scaling the gradient changes nothing.
 
-    M and V are float32 (float64 for float64 weights); m·n + n·r numbers a weight. No global random
-    state is used: V starts from a generator seeded by the weight's index.
+    M and V are float32 (float64 for float64 weights), m·n + n·r numbers per weight. No global
+    random state is used: V starts from a generator seeded with the weight's index.
 
     Source: Ahn, Xu, Abreu and Langford, arXiv 2504.05295, Algorithm 1 with the scale √(m/n).
 
@@ -73,7 +73,7 @@ class Dion(Optimizer):
         """Adds a group after checking its values.
 
         Raises:
-            ConfigError: as the class does.
+            ConfigError: as for the class.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -93,7 +93,7 @@ class Dion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs `closure` with gradients on, if there is one, and updates; gives its loss."""
+        """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
         loss = loss_of(closure)
         index = 0
         for group in self.param_groups:
@@ -120,7 +120,7 @@ class Dion(Optimizer):
         weight.sub_(update.to(weight.dtype), alpha=group["lr"] * math.sqrt(n_out / n_in))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores the state with the stored precision, where torch would cast to the weights'."""
+        """Restores the state in the stored precision; torch would cast it to the weights' dtype."""
         super().load_state_dict(dict(state_dict))
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -134,8 +134,8 @@ def power_iteration(
 ) -> tuple[Float[Tensor, "n_out rank"], Float[Tensor, "n_in rank"], Float[Tensor, "n_in rank"]]:
     """One step from the right factor V: P = orth(B V), R = Bᵀ P, and R with unit columns.
 
-    P Rᵀ is B projected on the columns of P. A column of R that is rounding beside the longest one
-    has a zero column in the third matrix.
+    P Rᵀ is B projected onto the columns of P. A column of R that is only rounding, compared with
+    the longest one, is zero in the third matrix.
     """
     left, _ = torch.linalg.qr(buffer @ right)
     unscaled = buffer.T @ left
@@ -146,5 +146,5 @@ def power_iteration(
 
 
 def _initial_right(n_in: int, rank: int, index: int) -> Float[Tensor, "n_in rank"]:
-    """Standard normal numbers that depend on the arguments alone; drawn on the CPU."""
+    """Standard normal numbers that depend only on the arguments; drawn on the CPU."""
     return torch.randn(n_in, rank, generator=torch.Generator().manual_seed(index))

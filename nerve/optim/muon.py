@@ -1,4 +1,4 @@
-"""Muon, the matrices of one shape at once."""
+"""Muon, updating all matrices of one shape at once."""
 
 import math
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from nerve.optim.closure import loss_of
 
 
 class Muon(torch.optim.Muon):
-    """That of torch, its settings and its state, with one batch of products for all matrices of one
-    shape and one kernel for what is done to each number.
+    """torch's Muon, with its settings and state, but with batched products for all matrices of one
+    shape and one kernel for each elementwise operation.
 
-    One after the other, the 48 matrices of a GPT of 12 layers take some 1,500 kernels a step, which
-    take longer to launch than the rest of the step. Each update is torch's up to the order in which
-    a product in bfloat16 is added up.
+    One after the other, the 48 matrices of a 12-layer GPT would take some 1,500 kernels per step,
+    whose launches take longer than the rest of the step. Each update equals torch's up to the order
+    of summation in bfloat16 products.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs `closure` with gradients on, if there is one, and updates; gives its loss."""
+        """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
         loss = loss_of(closure)
         for group in self.param_groups:
             by_shape: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -63,9 +63,9 @@ def orthogonalized(
     n_steps: int,
     eps: float,
 ) -> Float[Tensor, "n d_out d_in"]:
-    """Matrices with the singular vectors of those given, and singular values of about 1 (.7 to 1.2
-    with torch's coefficients): X ← a X + (b XXᵀ + c (XXᵀ)²) X, from X of Frobenius norm 1, in their
-    own precision.
+    """Matrices with the same singular vectors, and singular values of about 1 (.7 to 1.2 with
+    torch's coefficients): X ← a X + (b XXᵀ + c (XXᵀ)²) X, starting from X with Frobenius norm 1, in
+    the precision of the input.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
@@ -80,7 +80,7 @@ def orthogonalized(
 
 
 def _size(rule: str | None, d_out: int, d_in: int) -> float:
-    """What the rate of a matrix is multiplied by, by torch's rules."""
+    """The factor on the learning rate of a matrix, by torch's rules."""
     if rule == "match_rms_adamw":
         return 0.2 * math.sqrt(max(d_out, d_in))
     return math.sqrt(max(1.0, d_out / d_in))

@@ -1,4 +1,4 @@
-"""Learning rate schedules: a multiplier of the base learning rate for every update of a run."""
+"""Learning rate schedules: a multiplier of the base learning rate for each update of a run."""
 
 import math
 from collections.abc import Callable
@@ -17,12 +17,13 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "polynomial": lambda t, power: (1.0 - t) ** power,
     "constant": lambda t, power: 1.0 - t,
 }
-"""Name to `decay(t, power)`; t is the elapsed part of the decay. Falls from 1 at 0 to 0 at 1."""
+"""Name to `decay(t, power)`, which falls from 1 at t = 0 to 0 at t = 1; t is the elapsed fraction
+of the decay."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, a constant stretch where there is one, and a decay.
+    """Warm-up, possibly a constant phase, and a decay.
 
     Step s (0-based) is the update that takes the weights from s to s + 1, out of n. With
     w = round(warmup · n) and the decay's first step d, its multiplier is
@@ -32,21 +33,21 @@ class Schedule:
         final + (1 - final) · decay((s - d)/(n - d))  for d ≤ s < n,
         final                                         for s ≥ n.
 
-    d = w for `cosine`, `linear` and `polynomial`; `constant` holds 1 until its last
-    round(cooldown · n) steps (fewer where the warm-up leaves fewer), which fall linearly. The
-    multiplier is 1 at steps w - 1 to d, `final` is what it would be at step n: no update is spent
-    at a rate of zero, and the last one has t = 1 - 1/(n - d). Range [min(1/w, final), 1].
+    d = w for `cosine`, `linear` and `polynomial`; `constant` stays at 1 until the last
+    round(cooldown · n) steps (fewer if the warm-up leaves fewer), in which it falls linearly. The
+    multiplier is 1 at steps w - 1 to d, and would be `final` at step n: no update has a learning
+    rate of zero, and the last one has t = 1 - 1/(n - d). Range [min(1/w, final), 1].
 
     Attributes:
         name: one of `DECAYS`.
-        warmup: fraction of the steps that warm up linearly, in [0, 1).
-        final: multiplier that the decay ends at, in [0, 1].
-        power: exponent of (1 - t), above 0; of `polynomial` only, which needs it.
-        cooldown: fraction of the steps that decay, in [0, 1 - warmup]; of `constant` only, which
-            needs it. 0 keeps the rate to the end.
+        warmup: fraction of the steps for the linear warm-up, in [0, 1).
+        final: multiplier at the end of the decay, in [0, 1].
+        power: exponent of (1 - t), above 0; required by `polynomial`, and only allowed there.
+        cooldown: fraction of the steps for the decay, in [0, 1 - warmup]; required by `constant`,
+            and only allowed there. 0 keeps the learning rate to the end.
 
     Raises:
-        ConfigError: for a value out of range, or a `power` or `cooldown` of another name.
+        ConfigError: for a value out of range, or a `power` or `cooldown` for another name.
     """
 
     name: str
@@ -79,13 +80,13 @@ class Schedule:
         if self.name == owner:
             require(
                 value is not None,
-                f"optimizer.schedule.name={owner} needs optimizer.schedule.{field}, for instance "
+                f"optimizer.schedule.name={owner} needs optimizer.schedule.{field}, for example "
                 f"{example}; got null.",
             )
         else:
             require(
                 value is None,
-                f"optimizer.schedule.{field} belongs to name={owner} alone; got {value} with "
+                f"optimizer.schedule.{field} only applies to name={owner}; got {value} with "
                 f"name={self.name}. Set it to null or choose optimizer.schedule.name={owner}.",
             )
 
@@ -95,8 +96,8 @@ class Schedule:
         Raises:
             ConfigError: for n_steps < 1 or step < 0.
         """
-        require(n_steps >= 1, f"a schedule needs at least one step; got n_steps={n_steps}.")
-        require(step >= 0, f"steps are counted from 0; got step={step}.")
+        require(n_steps >= 1, f"A schedule needs at least one step; got n_steps={n_steps}.")
+        require(step >= 0, f"Steps are counted from 0; got step={step}.")
         n_warmup = round(self.warmup * n_steps)
         if step < n_warmup:
             return (step + 1) / n_warmup
@@ -110,7 +111,8 @@ class Schedule:
         return self.final + (1.0 - self.final) * decay
 
     def scheduler(self, optimizer: Optimizer, n_steps: int) -> LambdaLR:
-        """Sets every group's `lr` by the schedule; to be stepped after each of `n_steps` updates.
+        """Sets the `lr` of each group by the schedule; to be stepped after each of `n_steps`
+        updates.
 
         Raises:
             ConfigError: for n_steps < 1.

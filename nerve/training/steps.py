@@ -1,4 +1,4 @@
-"""Takes the features of a module's own steps, and of nothing else that runs the module."""
+"""Takes the features of a module's own steps, and not of other calls of the module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from nerve.measuring.choice import Choice
 from nerve.recording.recorder import Recorder
 
 STEPS = ("training_step", "validation_step")
-"""What Lightning asks a strategy for."""
+"""The methods of a strategy through which Lightning runs a module's steps."""
 
 
 class _Awaited(NamedTuple):
@@ -21,13 +21,13 @@ class _Awaited(NamedTuple):
 class StepFeatures:
     """Takes the features of a step from its beginning to its end.
 
-    Lightning calls hooks of callbacks and of the module before and after a step, which may run the
-    model themselves. So the step itself is wrapped, where Lightning asks its strategy for it.
+    Before and after a step, Lightning calls hooks of callbacks and of the module, which may run the
+    model themselves. Therefore the strategy's methods that run the steps are wrapped.
 
     Args:
-        trainer: of the fit.
-        recorder: open; takes the features.
-        choice: which samples of a batch count.
+        trainer: the trainer of the fit.
+        recorder: an open recorder, which takes the features.
+        choice: determines which samples of a batch count.
     """
 
     def __init__(self, trainer: L.Trainer, recorder: Recorder, choice: Choice) -> None:
@@ -40,23 +40,23 @@ class StepFeatures:
             setattr(self._strategy, name, self._measured(getattr(self._strategy, name)))
 
     def expect(self, batch: Any) -> None:
-        """Has the next step measured, which is that of this batch."""
+        """Makes the next step, that of this batch, a measured one."""
         self._awaited = _Awaited(batch)
 
     def stop(self) -> None:
-        """Ends a step that is measured before its end: what follows is not its forward pass."""
+        """Stops taking features before the step ends, because its forward pass is over."""
         if self._is_taking:
             self._is_taking = False
             self._recorder.stop()
 
     def end(self) -> None:
-        """Ends a batch. Raises `MeasurementError` where its step was to be measured and never came,
-        as for one that has run no FFN."""
+        """Ends a batch. Raises `MeasurementError` if its step was to be measured but never ran,
+        like for a step that runs no FFN."""
         self._start()
         self.stop()
 
     def close(self) -> None:
-        """Lets the strategy alone; allowed at any time."""
+        """Restores the strategy; may be called at any time."""
         self._awaited, self._is_taking = None, False
         for name in STEPS:
             vars(self._strategy).pop(name, None)

@@ -76,7 +76,7 @@ def test_flagged_runs_are_there_with_their_flag(tables):
 
 @pytest.mark.parametrize(
     ("factor", "message"),
-    [("activation.nam", r"Near names: activation\.name"), ("step", "have already; got step")],
+    [("activation.nam", r"Similar names: activation\.name"), ("step", "already have; got step")],
 )
 def test_a_factor_that_cannot_be_is_refused(tables, factor, message):
     metrics, runs = tables({"rows": rows(8, 5), "config": {"activation.name": "gelu"}})
@@ -208,7 +208,7 @@ def test_factors_that_differ_between_seeds(tables):
 
 def test_averages_are_not_averaged_again(tables):
     designs = average_seeds(final_metrics(*tables({"rows": rows(8, 5)})))
-    with pytest.raises(ConfigError, match="rows of final_metrics, which need the column run_id"):
+    with pytest.raises(ConfigError, match="rows of final_metrics with the column run_id"):
         average_seeds(designs)
 
 

@@ -352,5 +352,5 @@ def test_another_target(tables):
     row = one(correlate_across_runs(points, against="final.val_accuracy"))
     assert (row.n, row.n_missing) == (3, 1)
     assert row.pearson == pytest.approx(1)
-    with pytest.raises(ConfigError, match=r"Near names: .*final\.val_accuracy"):
+    with pytest.raises(ConfigError, match=r"Similar names: .*final\.val_accuracy"):
         correlate_across_runs(points, against="final.accuracy")

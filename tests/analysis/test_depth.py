@@ -102,7 +102,7 @@ def test_the_two_ffns_of_a_mixer_stay_apart(tables):
 def test_other_metrics_can_be_named(tables):
     metrics, runs = tables({"rows": layers(3)})
     assert list(depth_means(metrics, runs, names=["se_post"])["se_post"]) == [1.5, 1.5]
-    with pytest.raises(ConfigError, match=r"need the column se_pots.*Near names: se_post"):
+    with pytest.raises(ConfigError, match=r"with the column se_pots.*Similar names: se_post"):
         depth_means(metrics, runs, names=["se_pots"])
 
 

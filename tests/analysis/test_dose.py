@@ -172,13 +172,17 @@ def test_doses_without_a_seed_in_common_are_not_compared(tables):
 def test_what_cannot_be_compared_is_refused_with_the_fix(tables):
     doubled = run(0, 0, 3, 2, run_id="again", config={"optimizer.lr": 1e-3})
     metrics, runs = tables(run(0, 0, 3, 2), doubled, run(1, 0, 4, 3))
-    with pytest.raises(ConfigError, match=r"weight=0.* seed=0, such as .*Name what else varies"):
+    with pytest.raises(
+        ConfigError, match=r"weight=0.* seed=0, such as .*Add the other columns that vary"
+    ):
         dose_response(metrics, runs, dose=DOSE)
-    with pytest.raises(ConfigError, match=r"reference is one of the doses, 0.*, 1.*; got 2"):
+    with pytest.raises(ConfigError, match=r"reference must be one of the doses, 0.*, 1.*; got 2"):
         dose_response(metrics, runs, dose=DOSE, reference=2)
-    with pytest.raises(ConfigError, match=r"A dose is a number; run_status has values such as"):
+    with pytest.raises(
+        ConfigError, match=r"A dose must be a number; run_status has values such as"
+    ):
         dose_response(metrics, runs.assign(run_status="x"), dose="run_status")
-    with pytest.raises(ConfigError, match=r"rows of load_runs, which need the column ffn.widht"):
+    with pytest.raises(ConfigError, match=r"rows of load_runs with the column ffn.widht"):
         dose_response(metrics, runs, dose="ffn.widht")
 
 

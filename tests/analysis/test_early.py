@@ -90,7 +90,7 @@ def test_factors_make_groups_and_flagged_runs_are_left_out(tables):
 def test_nothing_to_rank_gives_no_rows_and_names_are_checked(tables):
     metrics, runs = tables(*specs())
     assert len(rank_early(metrics[:0], runs)) == 0
-    with pytest.raises(ConfigError, match=r"Near names: .*pr_post"):
+    with pytest.raises(ConfigError, match=r"Similar names: .*pr_post"):
         rank_early(metrics, runs, names=["pr_pos"])
 
 

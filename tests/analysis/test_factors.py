@@ -81,7 +81,7 @@ def test_what_splits_the_runs_alike_goes_together():
     assert factors.varying == ("activation.name",)
     assert factors.together == {"activation.name": ("ffn.width", "activation.slope")}
     (sentence,) = describe_ties(factors)
-    assert sentence.endswith("cannot be told from it: ffn.width, activation.slope.")
+    assert sentence.endswith("cannot be separated: ffn.width, activation.slope.")
 
 
 def test_a_value_that_a_name_fixes_follows_it_but_unique_numbers_fix_nothing():

@@ -24,12 +24,12 @@ def losses(*values):
         (
             {"rows": losses(8, 7.5, 7)},
             "untrained",
-            "The validation loss 7 at best is not below its unigram loss 7.",
+            "Its lowest validation loss, 7, is not below its unigram loss 7.",
         ),
         (
             {"rows": losses(2.4, 2.5), "unigram_loss": None},
             "untrained",
-            "The validation loss 2.4 at best is not below the loss 2.4 of its first measured step.",
+            "lowest validation loss, 2.4, is not below the loss 2.4 of its first measured step.",
         ),
         ({"rows": losses(2.4, 2.3), "unigram_loss": None}, "ok", ""),
         (
@@ -143,9 +143,9 @@ def test_a_run_with_two_rows_is_refused(tables):
 
 def test_a_frame_without_its_columns_is_refused(tables):
     metrics, runs = tables({"rows": losses(8, 6)})
-    with pytest.raises(ConfigError, match=r"rows of load_metrics, which need the column val_loss"):
+    with pytest.raises(ConfigError, match=r"rows of load_metrics with the column val_loss"):
         flag_runs(metrics.drop(columns="val_loss"), runs)
-    with pytest.raises(ConfigError, match="rows of load_runs, which need the column run_status"):
+    with pytest.raises(ConfigError, match="rows of load_runs with the column run_status"):
         flag_runs(metrics, runs.rename(columns={"run_status": "status"}))
 
 

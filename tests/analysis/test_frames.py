@@ -23,16 +23,18 @@ from nerve.errors import ConfigError
 def test_a_missing_column_gets_near_names():
     frame = pd.DataFrame({"pr_pre": [1.0], "pr_post": [2.0]})
     require_columns(frame, ["pr_pre"], "load_metrics")
-    with pytest.raises(ConfigError, match=r"the column pr_pots; .* Near names: pr_post, pr_pre\."):
+    with pytest.raises(
+        ConfigError, match=r"the column pr_pots; .* Similar names: pr_post, pr_pre\."
+    ):
         require_columns(frame, ["pr_pre", "pr_pots"], "load_metrics")
-    with pytest.raises(ConfigError, match="Near names: none"):
+    with pytest.raises(ConfigError, match="Similar names: none"):
         require_columns(frame, ["zzz"], "load_metrics")
 
 
 def test_a_factor_must_not_take_the_name_of_a_result():
     runs = pd.DataFrame({"step": [1], "ffn.width": [4]})
     require_factors(["ffn.width"], runs, ["step"])
-    with pytest.raises(ConfigError, match="have already; got step"):
+    with pytest.raises(ConfigError, match="already have; got step"):
         require_factors(["ffn.width", "step"], runs, ["step"])
 
 
@@ -129,8 +131,8 @@ def test_a_name_where_a_list_of_names_belongs_is_refused(tables, tmp_path, given
     """It would be taken for its letters."""
     frame, runs = tables({"rows": [{"step": 0}]})
     for function, arguments, key in calls(frame, runs):
-        with pytest.raises(ConfigError, match=rf"{key} is a list of names; got {given!r}"):
+        with pytest.raises(ConfigError, match=rf"{key} must be a list of names; got {given!r}"):
             function(*arguments, **{key: given})
     for load in (nerve.load_metrics, nerve.load_spectra, nerve.load_scalars, nerve.Runs):
-        with pytest.raises(ConfigError, match="factors is a list of names; got"):
+        with pytest.raises(ConfigError, match="factors must be a list of names; got"):
             load(tmp_path, factors=given)

@@ -83,5 +83,5 @@ def test_without_groups_there_is_nothing(frames):
 
 def test_other_frames_are_refused(frames):
     metrics, _, runs = frames
-    with pytest.raises(ConfigError, match="rows of load_groups, which need the column site"):
+    with pytest.raises(ConfigError, match="rows of load_groups with the column site"):
         pr_of_groups(metrics, metrics, runs)

@@ -136,7 +136,7 @@ def test_a_factor_that_does_not_vary_or_follows_another_is_refused(tables):
     points = final_metrics(metrics, runs)
     with pytest.raises(ConfigError, match=r"ffn\.width has one level"):
         compare_seeds(points, runs, "ffn.width")
-    with pytest.raises(ConfigError, match=r"activation\.slope goes together with activation\.name"):
+    with pytest.raises(ConfigError, match=r"activation\.slope is confounded with activation\.name"):
         compare_seeds(points, runs, "activation.slope")
 
 

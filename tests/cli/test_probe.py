@@ -295,7 +295,7 @@ def with_the_tokenizer_of_another() -> str:
 def with_little_text() -> str:
     save(llama(), Path("model"))
     write_text(Path("text"), n_letters=90)
-    return "320 tokens; text_files:text/*.txt comes to 96"
+    return "320 tokens; text_files:text/*.txt has 96"
 
 
 def a_folder_of_checkpoints() -> str:

@@ -434,6 +434,6 @@ def test_an_entry_that_may_not_be_read_is_refused_and_left_where_it_is(
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(DataError, match=rf"{opened.path} may not be read .*NERVE_CACHE"):
+    with pytest.raises(DataError, match=rf"{opened.path} belongs to another user .*NERVE_CACHE"):
         cached_tokens(small_corpus, SPEC, 0.2, tmp_path)
     assert entries(tmp_path) == [opened.path.name]

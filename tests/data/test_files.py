@@ -86,7 +86,7 @@ def test_a_column_that_holds_no_text_is_an_error(tmp_path, suffix):
     path = write_rows(tmp_path / f"rows{suffix}", [{"text": 1}])
     with pytest.raises(DataError, match=rf"must be a string.*rows{suffix}.* int") as error:
         documents(path)
-    assert "Set data.corpus.text_column to the column of texts." in str(error.value)
+    assert "Set data.corpus.text_column to the column with the text." in str(error.value)
 
 
 def test_blank_lines_are_skipped(tmp_path):
@@ -101,7 +101,7 @@ def test_rows_without_a_text_are_left_out_and_counted_once(tmp_path, suffix, cap
     corpus = text_files(write_rows(tmp_path / f"rows{suffix}", rows))
     for _ in range(2):
         assert [document.text for document in corpus.documents()] == ["c", "d"]
-    assert caplog.messages == [f"rows without a text, left out of {tmp_path / f'rows{suffix}'}: 2"]
+    assert caplog.messages == [f"2 rows without text are left out of {tmp_path / f'rows{suffix}'}"]
 
 
 def test_a_line_that_is_not_json_is_named_by_file_and_number(tmp_path):
@@ -112,7 +112,7 @@ def test_a_line_that_is_not_json_is_named_by_file_and_number(tmp_path):
 
 def test_a_line_that_is_no_object_is_named_by_file_and_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('"text"\n')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1 holds a str"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 is of type str"):
         documents(tmp_path / "a.jsonl")
 
 
@@ -146,7 +146,8 @@ def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
 def test_a_path_that_matches_no_file_is_an_error(tmp_path, pattern):
     (tmp_path / "there.md").touch()
     with pytest.raises(
-        DataError, match=r"^data\.corpus\.paths .* matches none\. Check the path; for all files of"
+        DataError,
+        match=r"^Each of data\.corpus\.paths .* matches none\. Check the path; for all text files",
     ):
         text_files([f"{tmp_path}/there.md", f"{tmp_path}/{pattern}"])
 
@@ -162,7 +163,7 @@ def test_another_kind_of_file_is_an_error_with_those_that_are_known(tmp_path):
 def test_files_that_are_all_empty_are_an_error(tmp_path):
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.txt").write_text("\n")
-    with pytest.raises(DataError, match="must hold at least one document"):
+    with pytest.raises(DataError, match="must contain at least one document"):
         _ = text_files(f"{tmp_path}/*.txt").hashes
 
 
@@ -268,7 +269,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path, name, ending, damage):
     with pa.CompressedOutputStream(path, "zstd" if ending == ".zst" else "gzip") as file:
         file.write(b'{"text": "one"}\n' * 100)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=rf"whole; {path} cannot be read"):
+    with pytest.raises(DataError, match=rf"complete; {path} cannot be read"):
         documents(path)
 
 

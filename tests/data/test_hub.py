@@ -70,7 +70,7 @@ def test_a_dataset_that_cannot_be_read_is_an_error_with_what_was_asked_for(calls
 
 
 def test_a_missing_column_is_an_error_with_the_columns_that_there_are(calls):
-    with pytest.raises(DataError, match="no texts in 'text'; its columns are 'content', 'id'"):
+    with pytest.raises(DataError, match="no text in 'text'; its columns are 'content', 'id'"):
         list(hub_dataset("a", n_documents=3).documents())
 
 

@@ -154,7 +154,7 @@ def test_a_missing_file_is_an_error_with_the_download(tmp_path):
 
 
 def test_a_folder_without_the_files_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(DataError, match=r"must hold the files train and test.*No such file"):
+    with pytest.raises(DataError, match=r"must contain the files train and test.*No such file"):
         cifar100(tmp_path).read()
 
 
@@ -164,7 +164,7 @@ def test_a_folder_without_the_files_is_an_error_that_names_it(tmp_path):
         ({b"data": np.zeros((3, 10), np.uint8)}, r"uint8 \(3, 10\) for 3 labels"),
         ({b"data": np.zeros((3, 3072))}, "data is float64"),
         ({b"data": np.zeros((2, 3072), np.uint8)}, r"\(2, 3072\) for 3 labels"),
-        ({b"fine_labels": [0, 1, 100]}, "labels reach from 0 to 100"),
+        ({b"fine_labels": [0, 1, 100]}, "labels range from 0 to 100"),
         ({b"fine_labels": None}, "TypeError"),
     ],
 )

@@ -94,7 +94,7 @@ def test_more_documents_are_read_where_a_first_sample_does_not_do():
 
 @pytest.mark.parametrize(("ends", "n"), [({}, 18), ({"eos_token_id": None}, 14)])
 def test_text_that_is_too_short_is_said_with_what_there_is(ends, n):
-    with pytest.raises(DataError, match=f"24 tokens; some comes to {n}"):
+    with pytest.raises(DataError, match=f"24 tokens; some has {n}"):
         pack(corpus(*TEXTS), Letters(**ends), seq_len=6, n_sequences=4)
 
 

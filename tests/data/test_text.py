@@ -209,7 +209,7 @@ def test_more_held_out_tokens_than_there_are_is_an_error_with_both_numbers(make,
     available = (len(tokens.val) - 1) // 16 * 16
     assert make(n_heldout_tokens=available).n_heldout_tokens == available
     with pytest.raises(
-        DataError, match=rf"got {available + 16} .*of {available} that .* raise data.val_fraction"
+        DataError, match=rf"got {available + 16} .* has {available}\. .* raise data.val_fraction"
     ):
         make(n_heldout_tokens=available + 1)
 

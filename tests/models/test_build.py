@@ -241,9 +241,9 @@ def test_a_bad_key_of_a_mixing_is_named_with_its_place() -> None:
 
 
 def test_data_that_does_not_fit_the_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.kind=gpt .*vocab_size.*gives image_size"):
+    with pytest.raises(ConfigError, match=r"model\.kind=gpt .*vocab_size.*has image_size"):
         build_model(GPT_VALUES, seed=0, **IMAGES)
-    with pytest.raises(ConfigError, match=r"model\.kind=mixer .*n_classes.*gives vocab_size"):
+    with pytest.raises(ConfigError, match=r"model\.kind=mixer .*n_classes.*has vocab_size"):
         build_model(MIXER_VALUES, seed=0, vocab_size=11)
 
 

@@ -239,7 +239,7 @@ def test_shorter_sequences_are_taken_and_longer_ones_refused() -> None:
     model = GPT(TINY)
     tokens = some_tokens()
     torch.testing.assert_close(model(tokens[:, :4]), model(tokens)[:, :4])
-    with pytest.raises(ConfigError, match=r"model\.seq_len=6 .*7 tokens"):
+    with pytest.raises(ConfigError, match=r"model\.seq_len=6; .*7 tokens"):
         model(torch.zeros(1, 7, dtype=torch.long))
 
 

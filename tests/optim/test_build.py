@@ -95,7 +95,7 @@ def test_a_constrained_head_stays_the_head():
 def test_a_parameter_without_a_rule_is_named():
     model = Network()
     model.scale = nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(ConfigError, match=r"no rule places 'scale' of Network"):
+    with pytest.raises(ConfigError, match=r"no rule applies to 'scale' of Network"):
         parameter_roles(model)
 
 

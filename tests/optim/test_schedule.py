@@ -128,9 +128,9 @@ def test_scheduler_sets_the_rate_of_the_update_before_it_runs():
         ({"name": "polynomial"}, r"needs optimizer\.schedule\.power"),
         ({"name": "polynomial", "power": 0.0}, "finite and above 0"),
         ({"name": "polynomial", "power": math.inf}, "finite and above 0"),
-        ({"name": "cosine", "power": 2.0}, "power belongs to name=polynomial"),
+        ({"name": "cosine", "power": 2.0}, "power only applies to name=polynomial"),
         ({"name": "constant"}, r"needs optimizer\.schedule\.cooldown"),
-        ({"name": "linear", "cooldown": 0.2}, "cooldown belongs to name=constant"),
+        ({"name": "linear", "cooldown": 0.2}, "cooldown only applies to name=constant"),
         ({"name": "constant", "warmup": 0.5, "cooldown": 0.6}, r"schedule\.warmup=0\.5"),
     ],
 )

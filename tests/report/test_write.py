@@ -359,7 +359,7 @@ def test_a_value_that_varies_but_cannot_be_a_factor_is_named(make, tmp_path):
     for i, lr in enumerate((1e-4, 1e-3)):
         make(str(i), config={"lr": lr})
     notes = " ".join(gather(tmp_path / "runs").notes)
-    assert "cannot be a factor: lr." in notes
+    assert "lr varies, but cannot be a factor" in notes
     assert "No configuration value varies" not in notes
 
 
