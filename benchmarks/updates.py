@@ -1,4 +1,5 @@
-"""Where the device's time goes while the features of one FFN are taken, kernel by kernel."""
+"""Where host and device spend their time on one site of an FFN, kernel by kernel: its shares, its
+covariance by either product, and what is read out of 24 such sites at once."""
 
 import argparse
 import time
@@ -7,6 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nerve.spectra import SampleShares, StreamingCovariance
+from nerve.spectra.shares import shares_of
+
+N_SITES = 24
 
 
 def main() -> None:
@@ -23,18 +27,20 @@ def main() -> None:
     def shares() -> object:
         return SampleShares(args.d_ff, device="cuda").update(x)
 
-    spread = SampleShares(args.d_ff, device="cuda").update(x)
+    several = [SampleShares(args.d_ff, device="cuda") for _ in range(N_SITES)]
+    spreads = [each.update(x) for each in several]
 
     def covariance() -> None:
-        StreamingCovariance(args.d_ff, device="cuda").update(x, None, spread)
+        StreamingCovariance(args.d_ff, device="cuda").update(x, None, spreads[0])
+
+    def centered_covariance() -> None:
+        StreamingCovariance(args.d_ff, device="cuda", product="float16x2").update(x)
 
     def read_out() -> None:
-        given.shares()
+        shares_of(several)
 
-    given = SampleShares(args.d_ff, device="cuda")
-    given.update(x)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape}")
-    for what in (shares, covariance, read_out):
+    for what in (shares, covariance, centered_covariance, read_out):
         for _ in range(3):
             what()
         torch.cuda.synchronize()

@@ -95,7 +95,7 @@ class Stop(BaseException):
 
 
 class FromFirstBatch(L.Callback):
-    """Starts a walk with the first batch of held-out data."""
+    """Starts a walk with the first batch of held-out data, ahead of all other callbacks."""
 
     walk: Walk
 
@@ -138,7 +138,7 @@ def to_row(walk: Walk) -> None:
     build = L.Trainer.__init__
 
     def trainer(self: L.Trainer, *args: Any, callbacks: list[L.Callback], **options: Any) -> None:
-        build(self, *args, callbacks=[*callbacks, FromFirstBatch()], **options)
+        build(self, *args, callbacks=[FromFirstBatch(), *callbacks], **options)
 
     with replaced(pq, "write_table", written), replaced(L.Trainer, "__init__", trainer):
         command("run", *TINY)

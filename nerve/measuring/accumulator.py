@@ -250,7 +250,7 @@ class Accumulator:
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         self.weight, self._bias = weight, bias
         self.of_input = leaves_rounding or (bool(self._shortcut) and is_unrounded(inputs, pre))
-        self._presume(Flag(gives(weight, bias, inputs, pre)))
+        self._presume(gives(weight, bias, inputs, pre))
 
     def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
         """Leaves the weight of the first run where this one used another, or more."""
@@ -258,8 +258,8 @@ class Accumulator:
         if affine is None:
             self.leave_weight()
             return
-        same = (affine[0].to(noted.dtype) == noted).all()
-        self._presume(Flag(same & gives(noted, self._bias, inputs, pre)))
+        self._presume(Flag((affine[0].to(noted.dtype) == noted).all()))
+        self._presume(gives(noted, self._bias, inputs, pre))
 
     def _presume(self, is_so: Flag) -> None:
         """Goes on as if the weight gave pre. Where the features are not taken by way of it, or it

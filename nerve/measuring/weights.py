@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from nerve.measuring.ffns import Site, is_pointwise, sample_of
 from nerve.measuring.slices import Slice
 from nerve.measuring.tap import Hook
+from nerve.spectra.moments import Flag
 
 
 def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -69,19 +70,29 @@ _CANCELLATION = 2**-16
 """The same as a part of the magnitudes, where sums cancel to nearly nothing."""
 
 
-def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Whether some of the outputs, from all over them, are W x + b, up to rounding; on their
-    device, which is not waited for."""
+def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Flag:
+    """Whether some of the outputs, from all over them, are W x + b, up to rounding; the device is
+    not waited for before that is asked."""
+    if not outputs.numel():
+        return Flag(torch.tensor(True))
     kind = torch.finfo(outputs.dtype)
     step = kind.tiny * kind.eps  # what is smaller may have become 0
     x, y = (sample_of(each).detach().to(outputs.dtype).double() for each in (inputs, outputs))
     w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
-    size = x.abs() @ w.abs().T + b.abs()
-    known = y.isfinite()
-    off, size, y = (each.where(known, 0) for each in (y - (x @ w.T + b), size, y))
-    close = (off.abs() <= _ROUNDING.get(outputs.dtype, 2**-6) * size + step).all()
-    in_all = _ROUNDING_OF_ALL * y.norm() + _CANCELLATION * size.norm() + step * y.numel() ** 0.5
-    return close & (off.norm() <= in_all)
+    off = y - torch.addmm(b, x, w.T)
+    size = torch.addmm(b.abs(), x.abs(), w.abs().T)
+    known = y.abs() < torch.inf
+    off, size, y = torch.stack([off, size, y]).where(known, 0)
+    beyond = torch.sub(off.abs(), size, alpha=_ROUNDING.get(outputs.dtype, 2**-6)).amax()
+    norms = [torch.linalg.vector_norm(each) for each in (off, size, y)]
+    n = y.numel()
+
+    def holds(numbers: Tensor) -> bool:
+        beyond, off, size, y = numbers.tolist()
+        in_all = _ROUNDING_OF_ALL * y + _CANCELLATION * size + step * n**0.5
+        return beyond <= step and off <= in_all
+
+    return Flag(torch.stack([beyond, *norms]), holds)
 
 
 def is_unrounded(inputs: Tensor, outputs: Tensor) -> bool:

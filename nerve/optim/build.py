@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nerve.config import require, require_choice
+from nerve.config import require, require_choice, require_type
 from nerve.errors import ConfigError
 from nerve.optim.combined import CombinedOptimizer
 
@@ -49,6 +49,7 @@ class Part:
     build: Callable[[list[dict[str, Any]]], Optimizer]
 
     def __post_init__(self) -> None:
+        require_type("roles of optimizer.parts", self.roles, list)
         require(len(self.roles) > 0, "a part of optimizer.parts needs at least one role; got none.")
         for role in self.roles:
             require_choice("a role of optimizer.parts", role, list(Role))

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from nerve.analysis.correlate import WINDOWS
@@ -179,14 +181,21 @@ def _put_in_place(new: Path, folder: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> bytes:
-    """Writes `<path>.png` and `<path>.svg`; returns the PNG."""
-    buffer = io.BytesIO()
+    """Writes `<path>.png` and `<path>.svg`; returns the PNG.
+
+    This uses the canvases directly, because `savefig` draws each figure twice, the first time for
+    the layout.
+    """
+    buffer, dpi = io.BytesIO(), figure.dpi
     with warnings.catch_warnings():
         # A name may contain characters that the font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="png", dpi=PNG_DPI)
+        figure.dpi = PNG_DPI
+        FigureCanvasAgg(figure).print_png(buffer)
+        figure.dpi = dpi
         figure.set_layout_engine("none")  # the layout is done
-        figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
+        svg = FigureCanvasSVG(figure)
+        svg.print_svg(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
     png = buffer.getvalue()
     path.with_name(f"{path.name}.png").write_bytes(png)
     return png

@@ -3,6 +3,7 @@
 How far they spread says which products of them keep enough digits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,10 +56,19 @@ class OnItsWay:
 
 
 class Flag(OnItsWay):
-    """One truth value of a device, which is waited for where it is asked."""
+    """Whether something holds of numbers of a device, which are waited for where it is asked.
+
+    Args:
+        numbers: one boolean, or whatever `holds` takes.
+        holds: says it of the numbers, on the host.
+    """
+
+    def __init__(self, numbers: Tensor, holds: Callable[[Tensor], bool] = bool) -> None:
+        super().__init__(numbers)
+        self._holds = holds
 
     def __bool__(self) -> bool:
-        return bool(self.numbers())
+        return self._holds(self.numbers())
 
 
 class Spread:
@@ -192,7 +202,7 @@ def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
         rest += y.sum(0)
         product.add(m2, y)
     rest /= n
-    m2.addr_(rest * n, rest, alpha=-1)
+    m2.addr_(rest, rest, alpha=-n)
     unscale = scale.double().reciprocal()
     return Moments(n, shift + rest * unscale, m2.mul_(unscale).mul_(unscale[:, None]))
 
@@ -203,12 +213,13 @@ def _shift_and_scale(
     """About the mean of each column, and the power of two that takes its range to
     `_SCALED_EXPONENT`."""
     dtype = torch.promote_types(x.dtype, product.dtype)
-    low, high = x.amin(0).to(dtype), x.amax(0).to(dtype)
+    low, high = (extreme.to(dtype) for extreme in torch.aminmax(x, dim=0))
     # A sum may overflow where its terms do not; the middle of the range then lies near enough.
     total = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
-    mean = torch.where(total.isfinite(), total / x.shape[0], low / 2 + high / 2)
+    middle = torch.add(low / 2, high, alpha=0.5)
+    mean = torch.where(total.abs() < torch.inf, total / x.shape[0], middle)
     # A dead column must have no variance at all: rounding may push the mean of equal values off
     # their value, but not past the extremes.
     shift = mean.clamp(low, high)
     exponent = torch.frexp(high.double() - low.double()).exponent.clamp(-100, 128)
-    return shift, torch.ldexp(torch.ones_like(shift), _SCALED_EXPONENT - exponent)
+    return shift, torch.pow(2.0, _SCALED_EXPONENT - exponent).to(dtype)

@@ -9,22 +9,17 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nerve.spectra.moments import Spread, square_distances
+from nerve.spectra.positions import (
+    Positions,
+    counts_and_squares,
+    largest_mean,
+    sums_of_positions,
+)
 
 TOP = 1000
 """`top` is the share of the farthest sample in so many, rounded up: 0.1%."""
-
-
-LEAST_SEQUENCES = 8
-"""A position counts where at least so many sequences reach it: fewer are single samples."""
-
-
-_ROWS = 8192
-
-
-_ROWS_OF_16_BITS = 32_768
 
 
 _LEAST_CANDIDATES = 64
@@ -44,7 +39,7 @@ class Shares(NamedTuple):
         position: how far the samples of one position of the sequences are from the mean of all, as
             their mean squared distance over that of all samples, at the position where this is
             largest; 1 where all positions are alike. NaN where features have no positions, or
-            none that `LEAST_SEQUENCES` reach.
+            none that `LEAST_SEQUENCES` of `nerve.spectra.positions` reach.
     """
 
     mean: float
@@ -65,7 +60,7 @@ class Distances(NamedTuple):
 
     Attributes:
         farthest: those of the farthest samples, the largest first.
-        reach: within this lie all others.
+        reach: within this, not squared, lie all others.
         positions: of each position of the sequences, the number of samples and their total.
     """
 
@@ -139,7 +134,7 @@ class SampleShares:
             move = None if not before else (own_mean - self.mean) * (n / self.n)
             self.mean = own_mean if move is None else self.mean + move
             squares = square_distances(counted, self.mean)
-            of_positions = _counts_and_squares(squares, len(sums), mask)
+            of_positions = counts_and_squares(squares, len(sums), mask)
             square = own_square = of_positions[1].sum()
             if move is not None:
                 own_square = square - n * (own_mean - self.mean).square().sum()
@@ -214,7 +209,7 @@ class SampleShares:
             for center, radius in self._bounds
         ]
         most = reach[0] if len(reach) == 1 else torch.stack([mean.new_zeros(()), *reach]).max()
-        return Distances(farthest, most.square(), self._positions.about(mean))
+        return Distances(farthest, most, self._positions.about(mean))
 
     def distances(self) -> Distances:
         """Those from the mean, of all samples that it has."""
@@ -247,6 +242,7 @@ def _shares_of_alike(
     if n < 2:
         return square.new_full((len(several), 4), math.nan)
     farthest, reach, positions = (torch.stack(each) for each in zip(*distances, strict=True))
+    reach = reach.square()
     top = farthest.topk(-(-n // TOP)).values
     of_mean = n * torch.stack([each.mean for each in several]).square().sum(1)
     of_position = largest_mean(positions) / (square / n)
@@ -267,105 +263,3 @@ def _rows_of(
     n = len(first)
     of_second = second[(index - n).clamp(min=0)]
     return torch.where((index < n)[:, None], first[index.clamp(max=n - 1)], of_second)
-
-
-class Positions:
-    """The sum of the samples of each position, and of their squares, over any number of updates.
-
-    The squares about any mean follow from these: those about the mean so far are held, and moved by
-    the little that it moves.
-    """
-
-    def __init__(self) -> None:
-        self._are_there = True
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def n(self) -> int:
-        """The length of the longest sequence so far; 0 where features have no positions."""
-        return len(self._held[0]) if self._held is not None and self._are_there else 0
-
-    def add(
-        self,
-        sums: Float64[Tensor, "positions dim"],
-        counts_and_squares: Float64[Tensor, "2 positions"],
-        mean: Float64[Tensor, " dim"],
-        *,
-        are_there: bool,
-    ) -> None:
-        """Adds samples: their sums, their numbers, and their squared distances from `mean`, any
-        vector that nothing changes. Samples without positions are all of one."""
-        self._are_there &= are_there
-        if self._held is not None:
-            held, own = self._held[0], self._about(mean)
-            n = max(len(held), len(sums))
-            sums = pad(held, (0, 0, 0, n - len(held))) + pad(sums, (0, 0, 0, n - len(sums)))
-            more = n - counts_and_squares.shape[1]
-            counts_and_squares = pad(own, (0, n - own.shape[1])) + pad(
-                counts_and_squares, (0, more)
-            )
-        self._held = sums, counts_and_squares, mean
-
-    def about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
-        """Of each position the number of samples and their total squared distance from `mean`;
-        no positions where features have none."""
-        if self._held is None:
-            return mean.new_zeros(2, 0)
-        return self._about(mean)[:, : self.n]
-
-    def _about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
-        assert self._held is not None
-        sums, counts_and_squares, center = self._held
-        if center is mean:
-            return counts_and_squares
-        # sum |x - m|^2 = sum |x - c|^2 + 2 (c - m) sum x - n (c - m) (c + m)
-        move = center - mean
-        counts, squares = counts_and_squares
-        squares = squares + 2 * (sums @ move) - counts * move.dot(center + mean)
-        return torch.stack([counts, squares])
-
-
-def sums_of_positions(
-    x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
-) -> Float64[Tensor, "positions dim"]:
-    """The sums over the sequences, float64, but of float32 over rows of 16 bits, which loses as few
-    bits of them and is sooner done on a GPU. Features without positions are all of one."""
-    x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1])
-    mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
-    is_wide = x.dtype.itemsize > 2
-    dtype = torch.float64 if is_wide else torch.float32
-    size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
-    sums: Tensor | None = None
-    for first in range(0, len(x), size):
-        sequences = x[first : first + size]
-        if mask is not None:
-            sequences = torch.where(mask[first : first + size], sequences, 0)
-        found = sequences.sum(0, dtype=dtype)
-        sums = found.double() if sums is None else sums.add_(found)
-    assert sums is not None
-    return sums
-
-
-def _counts_and_squares(
-    squares: Float64[Tensor, " n"], n_positions: int, mask: Bool[Tensor, "*samples"] | None
-) -> Float64[Tensor, "2 positions"]:
-    """Of each position the number of samples that count, and the sum of `squares`, which are
-    those samples' own."""
-    if mask is None:
-        of_positions = squares.new_full((2, n_positions), len(squares) // n_positions)
-    else:
-        of_positions = squares.new_empty(2, n_positions)
-        of_positions[0] = mask.reshape(-1, n_positions).sum(0)
-        squares = squares.new_zeros(mask.shape).masked_scatter(mask, squares)
-    torch.sum(squares.reshape(-1, n_positions), 0, out=of_positions[1])
-    return of_positions
-
-
-def largest_mean(positions: Float64[Tensor, "*batch 2 positions"]) -> Float64[Tensor, "*batch"]:
-    """The largest mean square of those positions that enough sequences reach; NaN without any, and
-    of a single one."""
-    counts, squares = positions.unbind(-2)
-    if counts.shape[-1] < 2:
-        return counts.new_full(counts.shape[:-1], math.nan)
-    largest = torch.where(counts >= LEAST_SEQUENCES, squares / counts, -math.inf).amax(-1)
-    return largest.where(largest.isfinite(), math.nan)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from nerve.errors import DivergedError
 from nerve.measuring.distributed import add_up, highest, n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
+from nerve.training.divergence import Divergence, diverged
 from nerve.training.graphs import Batch, CompiledLosses, choose, own_gradients
 from nerve.training.randomness import part_from_other_processes
 
@@ -53,7 +53,8 @@ class TrainedModel(L.LightningModule):
         self.model = model
         self._build_optimizer = build_optimizer
         self._schedule = schedule
-        self._first_bad_step: Tensor | None = None
+        self._divergence = Divergence()
+        self._clipped: list[nn.Parameter] = []
         self._penalty = Penalty(model, regularizer) if regularizer.name != "none" else None
         self._compiled = CompiledLosses(self._losses) if compile else None
         self._has_chosen = False
@@ -63,8 +64,11 @@ class TrainedModel(L.LightningModule):
         self._has_chosen = False
         # A fit that resumes in the middle of an accumulation does not zero the gradients first.
         self._begins_update = True
-        self._first_bad_step = None  # may be left from an earlier fit
+        self._divergence = Divergence()  # an earlier fit may have diverged
         part_from_other_processes(self.global_rank)  # Lightning gives all processes one seed
+
+    def on_train_start(self) -> None:
+        self._clipped = list(self.parameters())  # walking all modules takes time in every step
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
@@ -74,7 +78,7 @@ class TrainedModel(L.LightningModule):
         (loss, penalty), targets = self._training_losses(batch), batch[1]
         # Over all processes, as in the metric rows; if one process diverges, all of them stop.
         mean = _mean_over_processes(loss.detach())
-        self._note_divergence(mean)
+        self._divergence.note(self.global_step, mean)
         if penalty is not None:
             self.log("penalty", penalty, sync_dist=True)
         # With prog_bar=True Lightning would read it after every batch and wait for the device each
@@ -85,7 +89,7 @@ class TrainedModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         loss, logits = self._loss(batch)
         n_targets = batch[1].numel()
-        self._note_divergence(loss)
+        self._divergence.note(self.global_step, loss.detach())
         self.log("val_loss", loss, prog_bar=True, batch_size=n_targets, sync_dist=True)
         self._log_validation(logits, batch[1])
         return {"loss": loss, "n_targets": n_targets}
@@ -93,10 +97,9 @@ class TrainedModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Lightning would label validation with the batches before the last update; we count updates
         self.log("step", float(self.global_step), sync_dist=True)
-        if self._first_bad_step is not None:  # set in all processes, which validate together
-            first = -highest(-int(self._first_bad_step), self.device)
-            self._first_bad_step = self._first_bad_step.new_tensor(first)
-        self._raise_if_diverged()  # no training loss follows the last update
+        first = -highest(-self._divergence.first(), self.device)
+        self._divergence.note_first(first)
+        self._divergence.raise_at(self.global_step)  # no training loss follows the last update
 
     def on_validation_end(self) -> None:
         # The loggers have received it; callbacks would see an outdated step until the next
@@ -106,13 +109,13 @@ class TrainedModel(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Reading the value waits for the device.
         if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:
-            self._raise_if_diverged()
+            self._divergence.raise_at(self.global_step)
 
     def on_validation_start(self) -> None:
-        self._raise_if_diverged()
+        self._divergence.raise_at(self.global_step)
 
     def on_train_end(self) -> None:
-        self._raise_if_diverged()
+        self._divergence.raise_at(self.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -131,12 +134,12 @@ class TrainedModel(L.LightningModule):
             scaler.unscale_(optimizer)
         sharded = self.trainer.model
         if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(self._clipped, gradient_clip_val)
         elif isinstance(sharded, FullyShardedDataParallel):
             # Each process holds a shard; only the wrapper knows the norm of all gradients.
             sharded.clip_grad_norm_(gradient_clip_val)
         else:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_norm_(self._clipped, gradient_clip_val)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         super().optimizer_zero_grad(epoch, batch_idx, optimizer)
@@ -154,7 +157,7 @@ class TrainedModel(L.LightningModule):
         except RuntimeError as error:  # from a matrix decomposition, for example
             if all(map(_is_finite, self.parameters())):
                 raise
-            raise _diverged(self.global_step) from error
+            raise diverged(self.global_step) from error
 
     def configure_optimizers(self) -> Any:
         optimizer = self._build_optimizer(self.model)
@@ -194,26 +197,6 @@ class TrainedModel(L.LightningModule):
 
     def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
         """Logs what a task reports in addition to the loss."""
-
-    def _note_divergence(self, loss: Tensor) -> None:
-        step = torch.full((), self.global_step, dtype=torch.int64, device=loss.device)
-        bad = torch.where(torch.isfinite(loss), torch.iinfo(torch.int64).max, step)
-        first = self._first_bad_step
-        self._first_bad_step = bad if first is None else torch.minimum(first, bad)
-
-    def _raise_if_diverged(self) -> None:
-        if self._first_bad_step is None:
-            return
-        step = int(self._first_bad_step)
-        if step <= self.global_step:
-            raise _diverged(step)
-
-
-def _diverged(step: int) -> DivergedError:
-    return DivergedError(
-        f"The loss must stay finite; it became NaN or infinite at step {step}. "
-        "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
-    )
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:

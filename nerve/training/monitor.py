@@ -174,8 +174,9 @@ class SpectralMonitor(L.Callback):
         self._features.end()
         loss, n_targets = step_loss(outputs)
         # Lightning reports the loss divided by the number of accumulated batches.
-        scaled = None if loss is None else loss * trainer.accumulate_grad_batches
-        self._recorder.add_training(scaled, n_targets)
+        if loss is not None and trainer.accumulate_grad_batches > 1:
+            loss = loss * trainer.accumulate_grad_batches
+        self._recorder.add_training(loss, n_targets)
         validate_next(trainer, self._updates.end_batch(trainer) and self._end_update(trainer))
         self._recorder.end_step()
         if is_last_batch(trainer, batch_idx):
@@ -244,7 +245,10 @@ class SpectralMonitor(L.Callback):
             self._recorder.finish(of_all=self._recorder.is_split)
         if not trainer.sanity_checking:
             values = awaited_values(trainer, self._recorder)
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+            tensors = torch.tensor(
+                [*values.values()]
+            ).unbind()  # one by one they take a millisecond
+            trainer.callback_metrics.update(zip(values, tensors, strict=True))
         self._recorder.end_validation()
 
     # Training: the features of a whole training step if the source is training data

@@ -164,7 +164,7 @@ BAD = [
     (["model.patch_size=3"], ["data.image_size=8", "model.patch_size=3"]),
     (["data.n_heldout=365"], ["data.n_heldout", "365", "364"]),
     (["data=cifar100", "data.images.path=/none.tar.gz"], ["there is no file /none.tar.gz"]),
-    (["data=cifar100", "data.images.path={damaged}"], ["{damaged} is damaged or cut off"]),
+    (["data=cifar100", "data.images.path={damaged}"], ["{damaged} is damaged or truncated"]),
 ]
 
 

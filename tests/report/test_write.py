@@ -8,14 +8,16 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import matplotlib
 import pandas as pd
 import pytest
 from support import StaticPage
 
 from nerve.errors import ConfigError, StoreError
 from nerve.report.content import Content
-from nerve.report.write import gather, write_report
+from nerve.report.write import PNG_DPI, _save, gather, write_report
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -429,6 +431,22 @@ def test_progress_goes_from_nothing_to_all(make, tmp_path):
     assert seen[0] == ("reading runs", 0, 3)
     assert seen[-1][1] == seen[-1][2]
     assert "writing layers" in {what for what, _, _ in seen}
+
+
+def test_a_figure_is_drawn_once_for_each_file_and_both_are_those_of_savefig(make, tmp_path):
+    make("a")
+    drawing = gather(tmp_path / "runs").drawings[0]
+    figure, expected = drawing.draw(), drawing.draw()
+    with matplotlib.rc_context({"svg.hashsalt": "the same names"}):
+        with mock.patch.object(figure, "draw", wraps=figure.draw) as draw:
+            _save(figure, tmp_path / "figure")
+        assert draw.call_count == 2
+        expected.savefig(tmp_path / "expected.png", dpi=PNG_DPI)
+        expected.set_layout_engine("none")  # that of the PNG is the one of both
+        expected.savefig(tmp_path / "expected.svg", metadata={"Date": None})
+    for suffix in (".png", ".svg"):
+        written = (tmp_path / f"figure{suffix}").read_bytes()
+        assert written == (tmp_path / f"expected{suffix}").read_bytes()
 
 
 def test_reports_leave_pyplot_and_torch_alone():

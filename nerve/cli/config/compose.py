@@ -105,6 +105,8 @@ def build(node: Any, *, key: str, **arguments: Any) -> Any:
         reason = text if cause is None else f"{type(cause).__name__}: {cause}"
         where = f"{key}.{inner}" if inner else key
         raise ConfigError(f"{where} cannot be built: {reason}") from error
+    except TypeError as error:  # of Hydra's own flags, such as _partial_
+        raise ConfigError(f"{key} cannot be built: {error}") from error
 
 
 def identity(config: DictConfig) -> str:

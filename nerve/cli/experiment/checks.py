@@ -7,18 +7,18 @@ was received and the likely fix, and it needs neither data nor this machine.
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
-from inspect import Parameter, signature
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig
 
+from nerve.cli.config.compose import CONF
+from nerve.cli.experiment.arguments import data_class
 from nerve.config import require, require_choice, require_count, require_left, require_type
-from nerve.data.batches import BatchDataModule
-from nerve.errors import ConfigError, NerveError
 from nerve.measuring.projection import PROJECTED
 from nerve.models import MODELS
+from nerve.optim import Role
 from nerve.recording.settings import MonitorSettings
 
 LOGGERS = ("tensorboard", "wandb")
@@ -73,6 +73,11 @@ def require_whole(config: Mapping[str, Any]) -> None:
             key in config,
             f"A configuration has all of its values; {key} is missing. Leave ~{key} out.",
         )
+    require_groups(config)
+
+
+def require_groups(config: Mapping[str, Any]) -> None:
+    """Refuses what is no group where one belongs; as a text, an interpolation may become one."""
     for key in GROUPS:
         require(
             isinstance(config[key], Mapping) or _is_interpolation(config[key]),
@@ -108,15 +113,6 @@ def require_suited(config: DictConfig) -> None:
         f"{data.__name__}, which is for model.kind={' or '.join(suited)}. Choose another data "
         "group or another model.",
     )
-
-
-def data_class(data: Mapping[str, Any]) -> type:
-    """What `data._target_` names."""
-    target = str(data.get("_target_"))
-    try:
-        return get_class(target)
-    except Exception as error:  # an import runs code that may raise anything
-        raise ConfigError(f"data._target_ must name a class; got {target!r}: {error}") from error
 
 
 def require_given(config: Mapping[str, Any]) -> None:
@@ -198,6 +194,33 @@ def require_whole_matrices(values: Mapping[str, Any]) -> None:
         )
 
 
+def require_named_optimizer(optimizer: Mapping[str, Any]) -> None:
+    """Refuses the name of an optimizer that does not update the hidden weights: it is what tables
+    call the runs."""
+    name, parts = optimizer.get("name"), optimizer["parts"].values()
+    require_type("optimizer.name", name, str)
+    hidden = [each for each in parts if isinstance(each, Mapping) and _has_hidden(each)]
+    targets = [str(each.get("build", {}).get("_target_")) for each in hidden]
+    require(
+        not targets
+        or name not in optimizers()
+        or name in [each.rpartition(".")[2].lower() for each in targets],
+        f"optimizer.name is what tables call the optimizer of the hidden weights; got "
+        f"{name} for {' and '.join(targets)}. Choose the optimizer with optimizer={name}.",
+    )
+
+
+def _has_hidden(part: Mapping[str, Any]) -> bool:
+    roles = part.get("roles")
+    return isinstance(roles, list) and Role.HIDDEN in roles
+
+
+@cache
+def optimizers() -> frozenset[str]:
+    """The options of the group."""
+    return frozenset(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
+
+
 def require_packages(loggers: Mapping[str, Any]) -> None:
     """Refuses a logger whose package is not installed."""
     for name in loggers:
@@ -208,33 +231,6 @@ def require_packages(loggers: Mapping[str, Any]) -> None:
         )
 
 
-def require_arguments(group: str, target: type, values: Mapping[str, Any]) -> None:
-    """Refuses keys that what `_target_` names does not take."""
-    parameters = signature(target).parameters
-    if any(each.kind == Parameter.VAR_KEYWORD for each in parameters.values()):
-        return
-    for key in values:
-        if not key.startswith("_"):
-            require_choice(f"a key of {group}", key, list(parameters))
-
-
-def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> None:
-    """Has our data modules check their values, and `sizes` as `DataPlan` has them. Corpus, images
-    and tokenizer are not looked at: they may be on another machine."""
-    target = data_class(data)
-    if not issubclass(target, BatchDataModule):
-        return
-    require_arguments("data", target, data)
-    given = {key: value for key, value in data.items() if not key.startswith("_")}
-    elsewhere = {"tokenizer": None} if "tokenizer" in given else {}
-    try:
-        target(**{**given, **sizes, **elsewhere}, seed=seed)
-    except NerveError:
-        raise
-    except Exception as error:  # of a value that has another type than its argument
-        raise ConfigError(f"data cannot be built: {type(error).__name__}: {error}") from error
-
-
 def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
     """Refuses positions to skip, or to group by, where there are none, or none would be left."""
     kind, skip_first = values["model"]["kind"], monitor.skip_first
@@ -243,6 +239,12 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
         kind == "gpt" or not of_text,
         f"monitor.groups={of_text} are groups of text tokens; with model.kind={kind} only halves "
         "are possible. Leave the others out.",
+    )
+    seq_len, longest = values["data"].get("seq_len"), values["model"].get("seq_len")
+    require(
+        not (isinstance(seq_len, int) and isinstance(longest, int)) or seq_len <= longest,
+        f"model.seq_len is the longest sequence that the model takes; got {longest} with "
+        f"data.seq_len={seq_len}. Raise model.seq_len or shorten the sequences.",
     )
     if not skip_first:
         return

@@ -1,6 +1,7 @@
 """Groups of a configuration as a run takes them, each checked by itself."""
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -129,7 +130,7 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
         f"got {devices!r}.",
     )
     strategy = trainer["strategy"]
-    if isinstance(strategy, Mapping):
+    if isinstance(strategy, Mapping) and "_target_" in strategy:
         return
     require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
 
@@ -220,8 +221,14 @@ class DataPlan:
     def of(cls, trainer: TrainerPlan, monitor: MonitorPlan, kind: str, widest: int) -> "DataPlan":
         """What these groups need of the data, for a model of that kind whose widest FFN has that
         d_ff."""
+        n_batches = trainer.max_steps * trainer.accumulate_grad_batches
+        require(
+            n_batches <= sys.maxsize,
+            f"A run must have at most {sys.maxsize:,} batches; trainer.max_steps times "
+            f"trainer.accumulate_grad_batches is {n_batches:,}.",
+        )
         return cls(
-            trainer.max_steps * trainer.accumulate_grad_batches,
+            n_batches,
             monitor.n_heldout_tokens(widest) if kind == "gpt" else None,
         )
 
@@ -267,6 +274,8 @@ def schedule_of(optimizer: Mapping[str, Any]) -> Schedule:
             value = optimizer[name]
             require_type(f"optimizer.{name}", value, float)
             require(value >= 0, f"optimizer.{name} must be at least 0; got {value!r}.")
+    if "precondition_frequency" in optimizer:
+        require_count("optimizer.precondition_frequency", optimizer["precondition_frequency"])
     return from_mapping(Schedule, optimizer["schedule"], "optimizer.schedule")
 
 

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressB
 from omegaconf import DictConfig
 
 from nerve.cli.config.compose import build, resolved, unresolved
+from nerve.cli.experiment.arguments import require_arguments, require_data
 from nerve.cli.experiment.checks import (
-    require_arguments,
-    require_data,
     require_given,
+    require_groups,
+    require_named_optimizer,
     require_packages,
     require_positions,
     require_readable_weight,
@@ -83,6 +84,7 @@ class Plan:
         require_suited(config)
         require_given(given)
         values = resolved(config)
+        require_groups(values)
         kind = values["model"]["kind"]
         require_single_values(values)
         require_devices(values["trainer"])
@@ -92,6 +94,7 @@ class Plan:
         require_arguments("trainer", get_class(values["trainer"]["_target_"]), values["trainer"])
         checkpoint = from_mapping(CheckpointCadence, values["checkpoint"], "checkpoint")
         checkpoint.require_reached(trainer.max_steps)
+        require_named_optimizer(values["optimizer"])
         schedule = schedule_of(values["optimizer"])
         monitor = from_mapping(MonitorPlan, values["monitor"], "monitor")
         monitor.require_reached(trainer.max_steps)

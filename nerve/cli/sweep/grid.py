@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -83,7 +87,7 @@ class Trial:
 
 
 def compose_grid(
-    loader: ConfigLoader, config: DictConfig, grid: Sequence[Sequence[str]]
+    loader: ConfigLoaderImpl, config: DictConfig, grid: Sequence[Sequence[str]]
 ) -> list[Trial]:
     """The trials of a grid, in its order.
 
@@ -98,10 +102,10 @@ def compose_grid(
     """
     trials: list[Trial] = []
     first: dict[Path, tuple[Trial, dict[str, Any]]] = {}
-    stored = StoredRuns()
+    stored, composer = StoredRuns(), Composer(loader, config)
     for number, overrides in enumerate(grid):
         try:
-            composed = loader.load_sweep_config(config, list(overrides))
+            composed = composer.compose(overrides)
         except HydraException as error:
             raise ConfigError(
                 f"trial {number} ({' '.join(overrides)}) of {len(grid)} cannot be composed; "
@@ -138,6 +142,52 @@ def plan_trials(trials: Sequence[Trial]) -> None:
             trial.plan = Plan.of(trial.run_config())
         except NerveError as error:
             trial.rejected_because = str(error)
+
+
+class Composer:
+    """Composes trials as Hydra's loader does, but once for all that choose the same options.
+
+    For each, Hydra reads some thirty files, finds which are meant and merges them; it applies the
+    values after that, which cost a tenth.
+
+    Args:
+        loader: Hydra's.
+        config: the sweep's own configuration.
+    """
+
+    def __init__(self, loader: ConfigLoaderImpl, config: DictConfig) -> None:
+        self._loader, self._config = loader, config
+        self._of_options: dict[tuple[str, ...], DictConfig] = {}
+        self._groups: dict[str, bool] = {}
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """What `load_sweep_config` gives for the overrides of a trial. Raises as that."""
+        parsed = OverridesParser.create().parse_overrides([*overrides])
+        self._loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
+        values = [each for each in parsed if self._is_value(each)]
+        options = tuple(str(each.input_line) for each in parsed if each not in values)
+        if options not in self._of_options:
+            chosen = self._loader.load_sweep_config(self._config, list(options))
+            self._of_options[options] = chosen
+        composed = deepcopy(self._of_options[options])
+        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        job = composed.hydra.job
+        own = [each for each in parsed if not each.is_hydra_override()]
+        composed.hydra.overrides.task = [each.input_line for each in own]
+        job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
+        return composed
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether it sets a value of the application, once options are merged."""
+        if override.is_hydra_override():
+            return False
+        key = override.key_or_group
+        if key not in self._groups:
+            hydra = self._config.hydra
+            given: Any = OmegaConf.to_container(hydra.overrides.hydra)  # with ${…} as it is
+            options = self._loader.get_group_options(key, None, hydra.job.config_name, given)
+            self._groups[key] = bool(options)
+        return not self._groups[key] or isinstance(override.value(), dict)
 
 
 class StoredRuns:

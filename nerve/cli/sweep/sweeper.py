@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -117,7 +118,9 @@ class TrialSweeper(Sweeper):
         jobs = None if launcher["_target_"] == BASIC else SentJobs(launcher, folder)
         if jobs is not None:
             jobs.settle()
-        trials = compose_grid(self.hydra_context.config_loader, self.config, grid)
+        loader = self.hydra_context.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)
+        trials = compose_grid(loader, self.config, grid)
         for trial in trials:
             _refuse_devices(trial, launcher)
         plan_trials(trials)

@@ -170,6 +170,44 @@ BAD_GPT = [
     (["seed=-1"], ["seed must be a whole number", "-1"]),
     (["objective=pr_pots"], ["objective must be one of", "Did you mean 'pr_post'?"]),
     (["data.batch_size=0"], ["data.batch_size must be a whole number of at least 1; got 0"]),
+    (["data.batch_size=true"], ["data.batch_size must be a whole number; got True"]),
+    (["data.seq_len=1.5"], ["data.seq_len must be a whole number; got 1.5"]),
+    (["data.seq_len=1e400"], ["data.seq_len must be a whole number; got inf"]),
+    (["data.seq_len=64"], ["model.seq_len is the longest sequence", "got 32 with data.seq_len=64"]),
+    (
+        ["data.corpus._target_=nerve.none"],
+        ["data.corpus._target_ must name a function; got 'nerve"],
+    ),
+    (
+        ["data=text_files", "data.corpus.paths=[a]", "+data.corpus.path=a"],
+        ["a key of data.corpus must be one of paths, text_column, separator; got 'path'"],
+    ),
+    (["data.corpus.roots=3"], ["data.corpus.roots must be a text; got 3"]),
+    (
+        ["data=text_files", "data.corpus.paths=[a]", "data.corpus.text_column={a: 1}"],
+        ["data.corpus.text_column must be a text; got {'a': 1}"],
+    ),
+    (["trainer.strategy={}"], ["trainer.strategy must be one of auto, ddp", "got {}"]),
+    (
+        ["trainer.accumulate_grad_batches=100000000000000000000"],
+        ["at most 9,223,372,036,854,775,807 batches", "trainer.accumulate_grad_batches is 40,000"],
+    ),
+    (
+        ["optimizer=shampoo", "optimizer.precondition_frequency=1.5"],
+        ["optimizer.precondition_frequency must be a whole number of at least 1; got 1.5"],
+    ),
+    (
+        ["optimizer.name=muon"],
+        ["got muon for torch.optim.AdamW", "Choose the optimizer with optimizer=muon"],
+    ),
+    (["optimizer=muon", "optimizer.name=adamw"], ["got adamw for nerve.optim.Muon"]),
+    (["optimizer.name=null"], ["optimizer.name must be a text; got None"]),
+    (["optimizer.parts.main.roles=3"], ["roles of optimizer.parts must be a list; got 3"]),
+    (
+        ["optimizer.parts.main.build._partial_=abc"],
+        ["optimizer.parts.main.build cannot be built", "_partial_ flag must be a bool"],
+    ),
+    (["callbacks='${seed}'"], ["callbacks must be a group of values; got 0"]),
     (
         ["monitor.layers=[0,7]"],
         ["monitor.layers must be null (all) or layers that have FFNs, as 0, 1 have"],

@@ -1,8 +1,17 @@
-"""Where the run of a trial is, of those that its sweep's folder holds."""
+"""A trial as Hydra composes it, and where its run is, of those that its sweep's folder holds."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from support import hydra_at_conf
 
-from nerve.cli.sweep.grid import StoredRuns
+from nerve.cli.sweep.grid import Composer, StoredRuns
 from nerve.storage.identity import config_id
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock
@@ -60,3 +69,73 @@ def test_a_run_that_is_done_or_at_work_under_its_own_name_stays(tmp_path, capsys
     assert stored.run_of(own, record.config_id) is own
     assert capsys.readouterr().out == ""
     lock.release()
+
+
+TRIALS = [
+    ["activation=gelu", "seed=0"],
+    ["seed=1", "activation=gelu", "optimizer.lr=0.1"],
+    ["optimizer={lr: 0.5}", "optimizer.lr=0.2"],
+    ["optimizer.lr=0.2", "optimizer={lr: 0.5}"],
+    ["model=llama_71m", "model.n_layers=3", 'ffn.width="8/3"'],
+    ["+callbacks.a._target_=a.B", "+callbacks.a.n=3"],
+    ["++trainer.x=1", "~data.corpus", "~seed"],
+    ["~trainer"],
+    ["logger=none", "trainer=ddp", "monitor.layers=[0,1]"],
+    ["callbacks=null"],
+    ["seed='1,2'", "objective=${seed}"],
+    ["hydra.job.chdir=true", "hydra.sweep.subdir=${seed}", "seed=4"],
+    ["data=digits", "model=mixer_tiny"],
+    ["+optimizer@second=sgd"],
+    ["~activation"],
+    ["seed=1,2"],
+    ["optimizr=adamw"],
+    ["model.nope=1"],
+    ["activation=nope"],
+    ["seed@x=1"],
+    ["~data.nope"],
+]
+
+
+def told(compose: Callable[[], DictConfig]) -> list[Any]:
+    """All that a configuration says, also what may be set in it; or why there is none."""
+    try:
+        config = compose()
+    except HydraException as error:
+        return [type(error), str(error)]
+
+    def nodes(node: Any) -> list[Any]:
+        meta = node._metadata
+        own = [(type(node), meta.flags, meta.object_type, meta.ref_type)]
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+            return own
+        return own + [each for key in node for each in nodes(node._get_node(key))]
+
+    return [OmegaConf.to_yaml(config), *nodes(config)]
+
+
+def test_trials_are_composed_as_hydra_does():
+    """Whatever options they share, in any order of overrides; what it refuses, in its words."""
+    with hydra_at_conf():
+        loader = GlobalHydra.instance().config_loader()
+        given = ["hydra.sweep.subdir=${hydra.job.num}_${seed}", "seed=1,2"]
+        config = loader.load_configuration("config", given, RunMode.MULTIRUN)
+        composer = Composer(loader, config)
+        for overrides in TRIALS:
+            expected = told(partial(loader.load_sweep_config, config, overrides))
+            for _ in range(2):
+                assert told(partial(composer.compose, overrides)) == expected
+
+
+def test_options_are_composed_once(monkeypatch):
+    with hydra_at_conf():
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", ["seed=1,2"], RunMode.MULTIRUN)
+        composer, load, asked = Composer(loader, config), loader.load_sweep_config, []
+        monkeypatch.setattr(
+            loader, "load_sweep_config", lambda *args: asked.append(args[1]) or load(*args)
+        )
+        for activation in ("relu", "gelu"):
+            for seed in range(3):
+                composed = composer.compose([f"seed={seed}", f"activation={activation}"])
+                assert (composed.seed, composed.activation.name) == (seed, activation)
+    assert asked == [["activation=relu"], ["activation=gelu"]]

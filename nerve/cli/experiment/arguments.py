@@ -1,0 +1,80 @@
+"""Values as the arguments of what `_target_` names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from hydra.utils import get_class, get_object
+
+from nerve.config import KINDS, require_choice, require_type
+from nerve.data.batches import BatchDataModule
+from nerve.errors import ConfigError, NerveError
+
+
+def data_class(data: Mapping[str, Any]) -> type:
+    """What `data._target_` names."""
+    target = str(data.get("_target_"))
+    try:
+        return get_class(target)
+    except Exception as error:  # an import runs code that may raise anything
+        raise ConfigError(f"data._target_ must name a class; got {target!r}: {error}") from error
+
+
+def require_arguments(group: str, target: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Refuses keys that what `_target_` names does not take."""
+    parameters = signature(target).parameters
+    if any(each.kind == Parameter.VAR_KEYWORD for each in parameters.values()):
+        return
+    for key in values:
+        if not key.startswith("_"):
+            require_choice(f"a key of {group}", key, list(parameters))
+
+
+def require_types(group: str, target: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Refuses values of another type than the argument that takes them is annotated with, also of
+    what is built from them before; what is annotated otherwise is left to its target."""
+    try:
+        parameters = signature(target, eval_str=True).parameters
+    except (NameError, TypeError, ValueError):  # of one that cannot be read
+        return
+    for name, value in values.items():
+        key = f"{group}.{name}"
+        if isinstance(value, Mapping) and "_target_" in value:
+            inner = _named(key, value["_target_"])
+            require_arguments(key, inner, value)
+            require_types(key, inner, value)
+        elif name in parameters:
+            hint = parameters[name].annotation
+            kinds = [get_origin(each) or each for each in get_args(hint) or (hint,)]
+            known = [list if kind is Sequence else kind for kind in kinds if kind is not Path]
+            if all(kind in KINDS for kind in known):
+                require_type(key, value, *known)
+
+
+def _named(key: str, target: object) -> Callable[..., Any]:
+    try:
+        found: Callable[..., Any] = get_object(str(target))
+    except Exception as error:  # an import runs code that may raise anything
+        raise ConfigError(
+            f"{key}._target_ must name a function; got {target!r}: {error}"
+        ) from error
+    return found
+
+
+def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> None:
+    """Has our data modules check their values, and `sizes` as `DataPlan` has them. Corpus, images
+    and tokenizer are not looked at: they may be on another machine."""
+    target = data_class(data)
+    if not issubclass(target, BatchDataModule):
+        return
+    require_arguments("data", target, data)
+    given = {key: value for key, value in data.items() if not key.startswith("_")}
+    elsewhere = {"tokenizer": None} if "tokenizer" in given else {}
+    require_types("data", target, data)
+    try:
+        target(**{**given, **sizes, **elsewhere}, seed=seed)
+    except NerveError:
+        raise
+    except Exception as error:  # of a value that has another type than its argument
+        raise ConfigError(f"data cannot be built: {type(error).__name__}: {error}") from error

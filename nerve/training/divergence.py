@@ -1,0 +1,52 @@
+"""Looks for losses that are not finite, without a kernel or a wait for the device in each step."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from nerve.errors import DivergedError
+
+NEVER = sys.maxsize
+"""The first bad step where there is none."""
+
+
+class Divergence:
+    """Keeps the losses since it last looked, and the first step with one that was not finite."""
+
+    def __init__(self) -> None:
+        self._first = NEVER
+        self._losses: list[tuple[int, Tensor]] = []
+
+    def note(self, step: int, loss: Tensor) -> None:
+        """Keeps a loss, one element that nothing overwrites."""
+        self._losses.append((step, loss))
+
+    def first(self) -> int:
+        """The first step whose loss was not finite, `NEVER` where all were; waits for the
+        device."""
+        if self._losses:
+            steps, losses = zip(*self._losses, strict=True)
+            self._losses.clear()
+            are_finite = torch.stack(losses).isfinite().tolist()
+            bad = [step for step, is_so in zip(steps, are_finite, strict=True) if not is_so]
+            self._first = min([self._first, *bad])
+        return self._first
+
+    def note_first(self, step: int) -> None:
+        """Takes the first bad step that another process has found, or `NEVER`."""
+        self._first = min(self._first, step)
+
+    def raise_at(self, step: int) -> None:
+        """Raises `DivergedError` for a loss of steps up to `step` that was not finite."""
+        first = self.first()
+        if first <= step:
+            raise diverged(first)
+
+
+def diverged(step: int) -> DivergedError:
+    """The error of a step."""
+    return DivergedError(
+        f"The loss must stay finite; it became NaN or infinite at step {step}. "
+        "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
+    )
