@@ -90,7 +90,7 @@ class Skeleton:
         try:
             with torch.device("meta"):
                 return cls(network(short, seed=0), design.n_layers)
-        except (RuntimeError, OverflowError, MemoryError) as error:
+        except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # as torch likes
             raise ConfigError(
                 "The weights of a model must fit into memory; those of model and ffn do not: "
                 f"{str(error).splitlines()[0]}. Use smaller sizes."
