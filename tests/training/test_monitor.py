@@ -616,7 +616,7 @@ def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path
         ({"steps": "log:1"}, "a spacing such as log:30 .*got 'log:1'"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
-        ({"shortcut": 1}, "monitor.shortcut must be true or false or a text; got 1"),
+        ({"shortcut": 1}, "monitor.shortcut must be true or false or a string; got 1"),
         ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
         ({"layers": [0], "ffns": []}, "layers must be None; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
