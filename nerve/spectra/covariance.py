@@ -255,5 +255,6 @@ class StreamingCovariance:
             return
         delta = other.mean - mean
         scatter.add_(other.scatter).addr_(delta * (n * other.n / total), delta)
-        mean.add_(delta * (other.n / total))
+        # A new mean: that of the first samples may be their spread's, which others hold.
+        mean = mean + delta * (other.n / total)
         self._moments = Moments(total, mean, scatter)

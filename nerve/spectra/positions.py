@@ -46,12 +46,9 @@ class Positions:
         self._are_there &= are_there
         if self._held is not None:
             held, own = self._held[0], self._about(mean)
-            n = max(len(held), len(sums))
-            sums = pad(held, (0, 0, 0, n - len(held))) + pad(sums, (0, 0, 0, n - len(sums)))
-            more = n - counts_and_squares.shape[1]
-            counts_and_squares = pad(own, (0, n - own.shape[1])) + pad(
-                counts_and_squares, (0, more)
-            )
+            longest = max(len(held), len(sums))
+            sums = _longer(held.T, longest).T + _longer(sums.T, longest).T
+            counts_and_squares = _longer(own, longest) + _longer(counts_and_squares, longest)
         self._held = sums, counts_and_squares, mean
 
     def about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
@@ -69,8 +66,14 @@ class Positions:
         # sum |x - m|^2 = sum |x - c|^2 + 2 (c - m) sum x - n (c - m) (c + m)
         move = center - mean
         counts, squares = counts_and_squares
-        squares = squares + 2 * (sums @ move) - counts * move.dot(center + mean)
+        squares = torch.addmv(squares, sums, move, alpha=2)
+        squares = torch.addcmul(squares, counts, move.dot(center + mean), value=-1)
         return torch.stack([counts, squares])
+
+
+def _longer(x: Float64[Tensor, "rows n"], longest: int) -> Float64[Tensor, "rows longest"]:
+    """With zeros up to the longest sequence."""
+    return x if x.shape[1] == longest else pad(x, (0, longest - x.shape[1]))
 
 
 def sums_of_positions(

@@ -137,8 +137,10 @@ class SampleShares:
             of_positions = counts_and_squares(squares, len(sums), mask)
             square = own_square = of_positions[1].sum()
             if move is not None:
-                own_square = square - n * (own_mean - self.mean).square().sum()
-                square = self.square + square + before * move.square().sum()
+                # own_mean - mean = move * before / n
+                moved = move.dot(move)
+                own_square = torch.sub(square, moved, alpha=before**2 / n)
+                square = torch.add(self.square + square, moved, alpha=before)
             # First of all, so that it is there when the covariance asks.
             spread = Spread(n, own_mean, own_square)
             self.square = square

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nerve.spectra import SampleShares, Shares
+from nerve.spectra import SampleShares, Shares, StreamingCovariance
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -206,3 +206,23 @@ def test_features_without_positions_have_no_farthest_one(shapes):
     shares = Shares(*found.shares().tolist())
     assert math.isnan(shares.position)
     assert shares.largest > 0
+
+
+def test_a_covariance_that_merges_leaves_the_shares_as_they_are():
+    """It takes the mean of the first samples over from their spread, and moves its own."""
+    x = (draw(3000, 48) * torch.linspace(3, 1, 3000)[:, None]).bfloat16()
+    alone, beside = SampleShares(48), SampleShares(48)
+    covariance = StreamingCovariance(48, product="bfloat16")
+    for batch in (x[:1500], x[1500:] + 0.2):
+        alone.update(batch)
+        covariance.update(batch, None, beside.update(batch))
+    assert covariance.precision == "bfloat16"
+    other = StreamingCovariance(48)
+    other.update(x[:100] + 1)
+    covariance.merge(other)
+    for found, expected in (
+        (beside.shares(), alone.shares()),
+        (beside.about(beside.mean).reach, alone.about(alone.mean).reach),
+        (beside.mean, alone.mean),
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -36,10 +36,9 @@ def marked(monkeypatch):
     return marks
 
 
-def make_module(compile: bool, regularizer: Regularizer | None = None, **groups) -> LanguageModel:
+def make_module(compile: bool, regularizer: Regularizer | None = None, **given) -> LanguageModel:
     schedule = Schedule("cosine", warmup=0.2)
-    given = {"compile": compile, "regularizer": regularizer}
-    return language_model(VOCAB, schedule, **given, **groups)
+    return language_model(VOCAB, schedule, compile=compile, regularizer=regularizer, **given)
 
 
 class InOrder:
@@ -346,15 +345,20 @@ def test_losses_are_those_without_graphs_over_200_steps(
 
 @on_cuda
 def test_a_run_with_graphs_stops_and_goes_on(tmp_path, monkeypatch, compiled):
-    whole, _, one = on_gpu(tmp_path / "whole", True, monkeypatch, 20)
+    """By SGD: a GPU adds gradients up in any order, and where one is near 0 AdamW makes a step of
+    full length of the last digit. A rounding of 1e-7 moves losses by 3e-4 and weights by 2e-4 here;
+    momentum that is not restored moves both by 4e-2, a rate that is one step late by 1.4e-2."""
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    one, half, two = (make_module(True, optimizer=sgd) for _ in range(3))
+    whole, *_ = on_gpu(tmp_path / "whole", True, monkeypatch, 20, one)
     stop = [StopAt(10)]
-    first, trainer, _ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, callbacks=stop)
+    first, trainer, _ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, half, callbacks=stop)
     path = tmp_path / "half.ckpt"
     trainer.save_checkpoint(path)
-    second, _, two = on_gpu(tmp_path / "parts", True, monkeypatch, 20, ckpt=path)
+    second, *_ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, two, ckpt=path)
     torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=2e-3)
     for mine, others in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(mine, others, rtol=0, atol=2e-2)
+        torch.testing.assert_close(mine, others, rtol=0, atol=2e-3)
 
 
 @on_cuda
