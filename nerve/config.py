@@ -70,7 +70,7 @@ _NOT_TEXT = ("null", "true", "false", "inf", "nan")
 
 def require_choice(key: str, value: object, options: Collection[str]) -> None:
     """Raises `ConfigError` with the list of good values unless `value` is one of `options`."""
-    if value in options:
+    if isinstance(value, str) and value in options:  # a list in a set would be an error
         return
     close = get_close_matches(str(value), options, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -193,9 +193,24 @@ def show(statuses: Sequence[Status]) -> None:
     states = Counter(status.state for status in statuses)
     found = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
     say(f"{len(statuses)} run{'s' if len(statuses) > 1 else ''}: {found}")
-    for status in ordered:
-        if status.reason:
-            say(f"{status.directory} {status.state}: {status.reason}")
+    for line in _reasons(ordered):
+        say(line)
+
+
+def _reasons(statuses: Sequence[Status]) -> list[str]:
+    """A line for each run that has a reason; runs with the same kind of warning share one."""
+    lines: list[str] = []
+    warned: dict[str, list[Status]] = defaultdict(list)
+    for status in statuses:
+        if status.record is not None and status.reason == status.record.warning:
+            warned[status.reason.partition(":")[0]].append(status)
+        elif status.reason:
+            lines.append(f"{status.directory} {status.state}: {status.reason}")
+    for kind, (first, *others) in warned.items():
+        names = ", ".join(str(other.directory) for other in others)
+        also = f"; {kind} as well: {names}" if others else ""
+        lines.append(f"{first.directory} {first.state}: {first.reason}{also}")
+    return lines
 
 
 def _cells(status: Status, label: str, folder: str) -> list[str]:

@@ -11,13 +11,26 @@ def is_of_training() -> bool:
 
 
 def is_of_evaluation() -> bool:
-    """Whether the pass is of a batch of an evaluation: not started by a callback, by the
-    computation of metrics, by text generation or by `predict`."""
+    """Whether the pass is of a batch of the Trainer's own evaluation: not started by a callback, by
+    the computation of metrics, by text generation or by `predict`."""
     callers = _callers()
     called = ("generate", "prediction_step", "call_event")
     if next((name for name in callers if name in called), None) != "prediction_step":
         return False
-    return next((name for name in callers if name in ("evaluate", "predict")), None) != "predict"
+    if next((name for name in callers if name in ("evaluate", "predict")), None) == "predict":
+        return False
+    return _is_of_trainer(callers)
+
+
+def ends_evaluation_of_trainer() -> bool:
+    """Whether the evaluation that has ended was not started by a callback."""
+    callers = _callers()
+    return "evaluate" not in callers or _is_of_trainer(callers)
+
+
+def _is_of_trainer(callers: Iterator[str]) -> bool:
+    called = ("call_event", "_evaluate", "_maybe_log_save_evaluate", "_inner_training_loop")
+    return next((name for name in callers if name in called), None) != "call_event"
 
 
 def _callers() -> Iterator[str]:

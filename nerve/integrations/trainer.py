@@ -13,7 +13,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nerve.config import from_mapping
 from nerve.errors import MeasurementError, noted
-from nerve.integrations.callers import is_of_evaluation, is_of_training
+from nerve.integrations.callers import (
+    ends_evaluation_of_trainer,
+    is_of_evaluation,
+    is_of_training,
+)
 from nerve.integrations.loop import WatchedLoop
 from nerve.integrations.losses import StepLosses
 from nerve.integrations.open_run import OpenRun
@@ -42,6 +46,7 @@ class SpectralCallback(TrainerCallback):
     of the Trainer's evaluation, in eval mode: an evaluation is requested at every measured step and
     at the last one, in addition to the Trainer's own. Schedulers and callbacks that use evaluation
     results see these like any other evaluation. Of several evaluation sets, the first is measured.
+    Evaluations that other callbacks start are not measured, and their loss is not `val_loss`.
     Measuring draws no random numbers and leaves weights, gradients and modes unchanged.
 
     `train_loss` is the model's own loss as reported by the Trainer, and null if the loss is
@@ -167,6 +172,10 @@ class SpectralCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         if self._opened.loop is None:  # not in training
+            return
+        if not ends_evaluation_of_trainer():
+            # The handler of callbacks takes it for the one that was asked for.
+            control.should_evaluate |= self._opened.loop.awaits_evaluation
             return
         metrics = {} if metrics is None else metrics
         args.eval_on_start = self._evaluates_at_start

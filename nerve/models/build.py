@@ -66,8 +66,9 @@ class Skeleton:
     depth.
 
     Attributes:
-        network: the network with only its first two blocks, on the meta device; all others are like
-            the second one. (The first may contain parameters that all blocks share.)
+        network: the network with only its first block, on the meta device, or with two blocks where
+            the first contains parameters that all blocks share; the remaining blocks are like the
+            last one here.
         n_layers: number of blocks of the whole network.
     """
 
@@ -81,16 +82,15 @@ class Skeleton:
         Raises:
             ConfigError: for a network that cannot be built, or whose sizes exceed any memory.
         """
-        normalization = design.normalization
-        if normalization.n_post_layers:
-            normalization = replace(normalization, n_post_layers=1)
-        n_blocks = min(design.n_layers, 2)
-        short: Any = replace(design, n_layers=n_blocks, normalization=normalization)
+        n_blocks = min(design.n_layers, 2 if design.activation.shared else 1)
+        # The placement of norms changes no parameter, and a mix of placements needs two blocks.
+        norms = replace(design.normalization, placement="pre", n_post_layers=0)
+        short: Any = replace(design, n_layers=n_blocks, normalization=norms)
         network = next(each for each in MODELS.values() if each.Config is type(design))
         try:
             with torch.device("meta"):
                 return cls(network(short, seed=0), design.n_layers)
-        except (RuntimeError, OverflowError, MemoryError) as error:
+        except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # as torch likes
             raise ConfigError(
                 "The weights of a model must fit into memory; those of model and ffn do not: "
                 f"{str(error).splitlines()[0]}. Use smaller sizes."
@@ -98,8 +98,10 @@ class Skeleton:
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """Name, parameter (on the meta device) and multiplicity of each parameter."""
+        n_blocks = len(self.network.blocks)
         for name, parameter in self.network.named_parameters():
-            yield name, parameter, self.n_layers - 1 if name.startswith("blocks.1.") else 1
+            is_of_last = name.startswith(f"blocks.{n_blocks - 1}.")
+            yield name, parameter, self.n_layers - n_blocks + 1 if is_of_last else 1
 
     @property
     def n_parameters(self) -> int:

@@ -1,1 +1,1 @@
-"""Data frames to figures and a page."""
+"""Turns data frames into figures and a page."""

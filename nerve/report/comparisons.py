@@ -1,4 +1,4 @@
-"""What is computed once for the figures and tables of several runs, and the figures of it."""
+"""The comparisons of several runs, computed once for all figures and tables, and their figures."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -20,19 +20,19 @@ from nerve.report.content import WINDOW_TEXTS, Drawing, limits, seeds
 NULL_NAMES = {"clock": "the clock, log(step + 1)", "lr": "the learning rate"}
 
 MAX_NULLS = 4
-"""Null models in a figure; the table has all."""
+"""The most null models in a figure; the table has all."""
 
-FILLED = "Filled: the 95% interval leaves out 0."
+FILLED = "Filled points: the 95% interval excludes 0."
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """The comparisons of two or more runs, each made when it is first asked for.
+    """The comparisons of two or more runs, each computed on first access.
 
     Args:
         loaded: the runs.
         points: rows of `final_metrics` with the factors that vary.
-        factors: what varies among the runs.
+        factors: the factors that vary among the runs.
     """
 
     loaded: Runs
@@ -52,7 +52,7 @@ class Comparisons:
 
     @cached_property
     def numbers(self) -> list[str]:
-        """The factors that are numbers, of which the loss may be a function."""
+        """The numeric factors, on which the loss may depend directly."""
         return [
             name
             for name in self.factors.varying
@@ -87,7 +87,7 @@ class Comparisons:
 def comparison_drawings(
     compared: Comparisons, window: str, factors: Sequence[str]
 ) -> Iterator[Drawing]:
-    """Correlations beside null models, early ranking, and contrasts by each of the factors."""
+    """Correlations and null models, early ranking, and contrasts by each of the factors."""
     yield from _within(compared, window)
     yield from _across(compared)
     yield from _early(compared)
@@ -97,14 +97,14 @@ def comparison_drawings(
 def within_drawings(
     correlations: pd.DataFrame, window: str, suffix: str, title: str, about: str
 ) -> Iterator[Drawing]:
-    """Correlations within runs of one window and FFN beside the clock and the learning rate; none
-    where there are too few steps for a partial r.
+    """Correlations within runs of one window and FFN, compared with those of the clock and the
+    learning rate; no figure if there are too few steps for a partial r.
 
     Args:
         correlations: rows of `correlate_within_runs`.
-        window: theirs.
-        suffix: of the figure's name.
-        title: of the figure.
+        window: the window of these rows.
+        suffix: suffix of the figure's name.
+        title: title of the figure.
         about: the end of its caption.
     """
     if correlations["given_clock"].isna().all():
@@ -112,8 +112,8 @@ def within_drawings(
     yield Drawing(
         f"nulls_within{suffix}",
         f"Correlation of each metric (mean over layers) with the validation loss over "
-        f"{WINDOW_TEXTS[window]}, one point per run, and that of the clock, log(step + 1), and of "
-        "the learning rate by themselves (lines, median over runs). Right: what is left given "
+        f"{WINDOW_TEXTS[window]}, one point per run, and those of the clock, log(step + 1), and "
+        "the learning rate (lines, median over runs). Right: partial correlations given each of "
         f"these, with 95% intervals over steps (block bootstrap). {FILLED} {about}",
         partial(figures_of_comparisons.beside_nulls, correlations, NULLS, NULL_NAMES, title),
     )
@@ -137,9 +137,9 @@ def _across(compared: Comparisons) -> Iterator[Drawing]:
         yield Drawing(
             f"nulls_across{group.suffix}",
             "Correlation of each metric with the final validation loss over designs (means over "
-            "seeds, last measured step) with its 95% interval (Fisher), and that of what was "
-            "varied by itself (lines). Right: what is left given it, with 95% intervals (bootstrap "
-            f"over designs, from {LEAST_POINTS}). {FILLED} {group.about}",
+            "seeds, last measured step) with its 95% interval (Fisher), and those of the clock and "
+            "of the varied factors (lines). Right: partial correlations given each of these, with "
+            f"95% intervals (bootstrap over designs, from {LEAST_POINTS}). {FILLED} {group.about}",
             partial(figures_of_comparisons.beside_nulls, own, nulls, names, title),
         )
 
@@ -148,22 +148,22 @@ def _early(compared: Comparisons) -> Iterator[Drawing]:
     rows = compared.early
     rows = rows[rows["n_designs"] >= LEAST_POINTS]
     for own, group in _groups(compared, rows, ["ffn", "data", "schedule"]):
-        title = f"What an early step says of the final loss{group.named}"
+        title = f"Prediction of the final loss from early steps{group.named}"
         yield Drawing(
             f"early{group.suffix}",
             "Kendall's τ of each metric (mean over layers) at each measured step with the final "
             "loss, over runs of one schedule and budget "
             f"({own['schedule'].iloc[0] or 'not known'}; {own['n'].max()} runs of "
-            f"{own['n_designs'].max()} designs); 95% bands by a bootstrap over designs. Blue is "
-            "what a metric adds to the loss at that step: the partial τ. It says something where "
-            "its band leaves out both 0 and the dotted line, which is what a noisy copy of the "
-            f"loss would have. {group.about}",
+            f"{own['n_designs'].max()} designs); 95% bands by a bootstrap over designs. Blue: the "
+            "partial τ given the loss at that step, which is what a metric adds to the loss. It is "
+            "evidence only where its band excludes both 0 and the dotted line, the partial τ of a "
+            f"noisy copy of the loss. {group.about}",
             partial(figures_of_comparisons.early_ranking, own, title),
         )
 
 
 def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawing]:
-    """None of what has no interval: the table has the differences."""
+    """Contrasts without intervals have no figure; the table has the differences."""
     for factor in factors:
         rows = compared.contrasts
         rows = rows[rows["factor"] == factor]
@@ -173,20 +173,20 @@ def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawin
             title = f"Paired by seed, {factor}{group.named}"
             yield Drawing(
                 f"contrasts{group.suffix}_by_{factor}",
-                f"Designs that differ in {factor} alone, runs paired by seed: differences of means "
-                "with 95% intervals, the error pooled over all designs of one scale "
+                f"Designs that differ only in {factor}, with runs paired by seed: differences of "
+                "means with 95% intervals, where the error is pooled over all designs of one scale "
                 f"({_ends(own['df'])} degrees of freedom; {_ends(own['n_pairs'])} pairs). "
-                f"{FILLED} Gray: less than 3 degrees of freedom decide nothing. Of more than "
-                f"{figures_of_comparisons.MAX_LEVELS} levels each is drawn against the first, and "
-                f"at most {figures_of_comparisons.MAX_CONTRASTS} pairs; the table has all. "
-                f"{group.about}",
+                f"{FILLED} Gray: undecided, with fewer than 3 degrees of freedom. With more than "
+                f"{figures_of_comparisons.MAX_LEVELS} levels, each is compared with the first; "
+                f"at most {figures_of_comparisons.MAX_CONTRASTS} pairs are shown. The table has "
+                f"all. {group.about}",
                 partial(figures_of_comparisons.contrasts, own, title),
             )
 
 
 @dataclass(frozen=True)
 class _Group:
-    """What is said of the rows of one FFN and data: in a figure's name, title and caption."""
+    """How a figure's name, title and caption describe the rows of one FFN and data."""
 
     suffix: str
     named: str
@@ -212,7 +212,7 @@ def _groups(
 
 
 def _joined(mark: str, parts: Sequence[str]) -> str:
-    """Each part that there is, with the mark before it."""
+    """The nonempty parts, each with the mark before it."""
     return "".join(f"{mark}{part}" for part in parts if part)
 
 

@@ -1,4 +1,4 @@
-"""What a report holds: figures that are drawn when they are written, tables, notes, captions."""
+"""The content of a report: figures, which are drawn when they are written, tables and notes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from nerve.metric_names import SITES
 WINDOW_TEXTS = {
     "all": "all measured steps",
     "after_warmup": "the measured steps after the warm-up",
-    "differences": "the changes from one measured step to the next",
+    "differences": "the changes between consecutive measured steps",
 }
-"""What the windows of correlations within runs take, in words."""
+"""The windows of correlations within runs, in words."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure to be: its file's name, what it shows, and how it is drawn."""
+    """A figure to be drawn: the name of its files, its caption, and the function that draws it."""
 
     name: str
     caption: str
@@ -29,14 +29,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its file's name, what it holds, all its columns, and those that the page shows.
+    """A table: the name of its files, its caption, all rows, and the columns shown on the page.
 
     Args:
-        name: of the files.
-        caption: what a row is, in a sentence or two.
+        name: name of the files.
+        caption: says what a row is, in a sentence or two.
         frame: the rows.
-        shown: columns for the page; those that are not there are passed over. None shows all.
-        in_page: False for what only the files hold.
+        shown: columns for the page; missing ones are skipped. None shows all.
+        in_page: False if the table is only in the files.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Content:
     """A report before it is written.
 
     Args:
-        title: of the page.
-        facts: label and value, for the head of the page.
-        notes: sentences on what is missing, left out, or to be read with care.
+        title: title of the page.
+        facts: labels and values, for the head of the page.
+        notes: sentences about what is missing, left out, or to be read with care.
         drawings: the figures.
         tables: the tables.
     """
@@ -66,12 +66,12 @@ class Content:
 
 
 def known(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
-    """The columns that hold a value: runs of earlier versions lack some."""
+    """The columns that have any value; runs of earlier versions lack some columns."""
     return [name for name in columns if name in frame and frame[name].notna().any()]
 
 
 def limits(metrics: pd.DataFrame) -> str:
-    """The sentences on sampling and rank that every caption of metrics ends with."""
+    """The sentences on sampling and rank at the end of every caption about metrics."""
     if metrics.empty:
         return "Nothing was measured."
     ratio = metrics["n_samples"] / metrics["d_ff"]
@@ -85,18 +85,18 @@ def limits(metrics: pd.DataFrame) -> str:
 
 
 def seeds(designs: pd.DataFrame) -> str:
-    """A sentence on how many seeds are behind the designs (rows of `average_seeds`)."""
+    """A sentence on the number of seeds of the designs (rows of `average_seeds`)."""
     counts = designs.loc[designs["n_seeds"] > 0].groupby("design_id")["n_seeds"].max()
     if counts.empty:
         return "No run can be compared."
     n_designs = f"{len(counts)} design{'s' if len(counts) > 1 else ''}"
     if counts.max() == 1:
-        return f"{n_designs}, one seed each: no interval over seeds can be given."
-    return f"{n_designs} of {_range(counts)} seeds each."
+        return f"{n_designs}, one seed each: no intervals over seeds."
+    return f"{n_designs} with {_range(counts)} seeds each."
 
 
 def dead_layers(metrics: pd.DataFrame) -> list[str]:
-    """Sentences on rows in which nothing could be measured."""
+    """A sentence on rows in which nothing could be measured."""
     null = metrics.loc[metrics["status"] != "ok"]
     if null.empty:
         return []
@@ -104,26 +104,26 @@ def dead_layers(metrics: pd.DataFrame) -> list[str]:
     reasons = ", ".join(f"{reason} ({n:,})" for reason, n in _counts(null["status"]).items())
     return [
         f"In {every} rows of metrics (a row is a layer at a step) nothing could be measured: "
-        f"{reasons}. They are blank in figures and left out of means."
+        f"{reasons}. They are blank in figures and excluded from means."
     ]
 
 
 def sampled_rows(metrics: pd.DataFrame) -> list[str]:
-    """A sentence on how many rows have enough samples, where some have not."""
+    """A sentence on how many rows have enough samples, if some do not."""
     counts = _counts(metrics["sampling"])
     if metrics.empty or counts.get(VERDICTS[0], 0) == counts.sum():
         return []
     told = ", ".join(f"{counts[each]:,} {each}" for each in VERDICTS if each in counts)
     return [
-        f"Sampling, of {counts.sum():,} rows of metrics: {told}. By how far PR moves when it is "
-        "extrapolated from halves to infinitely many samples (well up to 5%, under up to 20%), or "
-        "where no halves were measured by N/D (well from 8, under from 2). Fewer samples lower PR "
-        "and SE and raise EEE; monitor.n_tokens raises their number."
+        f"Sampling of {counts.sum():,} rows of metrics: {told}. The rating depends on how far PR "
+        "moves when it is extrapolated from halves to infinitely many samples (well up to 5%, "
+        "under up to 20%) or, if no halves were measured, on N/D (well from 8, under from 2). "
+        "Fewer samples lower PR and SE and raise EEE; increase monitor.n_tokens for more samples."
     ]
 
 
 def outlying_rows(metrics: pd.DataFrame) -> list[str]:
-    """Sentences on rows whose spectrum may be that of a few samples."""
+    """Sentences on rows whose spectrum may be dominated by a few samples."""
     notes = []
     for site in SITES:
         found = np.flatnonzero(metrics["outliers"].str.contains(site, regex=False))
@@ -132,16 +132,17 @@ def outlying_rows(metrics: pd.DataFrame) -> list[str]:
             place = int(np.argsort(np.nan_to_num(shares, nan=-1.0), kind="stable")[-1])
             worst = metrics.iloc[found[place]].to_dict()
             notes.append(
-                f"In {len(found):,} of {len(metrics):,} rows of metrics a few samples may make the "
-                f"spectrum of {site}. The worst, run {worst['run_id']}, layer {worst['layer']}, "
-                f"step {worst['step']:,}: {describe_outliers(worst, site)}. The column outliers of "
-                "load_metrics names them; monitor.skip_first leaves the first tokens out."
+                f"In {len(found):,} of {len(metrics):,} rows of metrics, a few samples may "
+                f"dominate the spectrum of {site}. The worst row is run {worst['run_id']}, layer "
+                f"{worst['layer']}, step {worst['step']:,}: {describe_outliers(worst, site)}. The "
+                "column outliers of load_metrics marks these rows; monitor.skip_first excludes the "
+                "first tokens."
             )
     return notes
 
 
 def _counts(texts: pd.Series) -> pd.Series:
-    """How often there is each text; none that is not there, as of categories."""
+    """How often each string occurs, without unused categories."""
     counts = texts.value_counts()
     return counts[counts > 0]
 

@@ -1,7 +1,7 @@
-"""Figures of what comparisons leave: correlations beside null models, early ranking, contrasts.
+"""Figures of comparisons: correlations and null models, early ranking, contrasts.
 
-Each function takes rows of one comparison and gives a matplotlib `Figure`. Filled points have an
-interval that leaves out 0, hollow ones do not, or have none.
+Each function takes rows of one comparison and returns a matplotlib `Figure`. Filled points have an
+interval that excludes 0; the intervals of hollow ones include 0 or do not exist.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from nerve.report.style import (
 )
 
 MAX_INTERVALS = 12
-"""Of more runs the points are drawn without their intervals."""
+"""With more runs, points are drawn without their intervals."""
 
 MAX_CONTRASTS = 24
 MAX_LEVELS = 3
-"""Of more levels not all pairs are drawn."""
+"""With more levels, not all pairs are drawn."""
 
 LINE_STYLES = ("--", ":", "-.", (0, (6, 2, 1, 2)))
 
@@ -38,17 +38,18 @@ LINE_STYLES = ("--", ":", "-.", (0, (6, 2, 1, 2)))
 def beside_nulls(
     correlations: pd.DataFrame, nulls: Sequence[str], names: dict[str, str], title: str
 ) -> Figure:
-    """r of each metric and the loss beside that of null models, and the partial r given each.
+    """r of each metric with the loss, compared with that of null models, and the partial r given
+    each null model.
 
-    The left panel has r, one point per row, the median where there are several, and the null
-    models' own r as lines: a metric that lies on a line says of the loss what the null model
-    says. The others have the partial r, with its interval where rows are few.
+    The left panel shows r, one point per row, and the null models' r as lines (the median if there
+    are several rows): a metric on a line predicts the loss as well as the null model does. The
+    other panels show the partial r, with its interval if there are few rows.
 
     Args:
         correlations: rows of `correlate_within_runs` of one window, or of `correlate_across_runs`.
         nulls: up to four with a column `r_<null>`, such as `clock`; one that does not vary has no
             line and no panel.
-        names: how they are called.
+        names: the names of the null models in the figure.
         title: the figure's title.
     """
     nulls = [null for null in nulls if correlations[f"r_{null}"].notna().any()]
@@ -76,7 +77,7 @@ def beside_nulls(
         _points(panel, given, rows, low, high, COLORS["pre"], with_bars=few)
         panel.set_xlabel(f"partial r given {plain(names[null])}", fontsize=8)
         if given.isna().all():
-            say_empty(panel, "nothing is left, or too few points")
+            say_empty(panel, "no residual variation, or too few points")
     for panel in panels:
         panel.axvline(0, color=NULL_COLOR, linewidth=0.8)
         panel.set_xlim(-1.05, 1.05)
@@ -90,9 +91,9 @@ def beside_nulls(
 def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
     """Kendall's τ of each metric with the final loss over steps, and what it adds to the loss.
 
-    Blue: the partial τ given the loss at the same step, with its band; dotted: what it would be if
-    the metric said nothing beside the loss. Orange: τ of the metric by itself. Dashed: τ of the
-    loss so far, which costs nothing.
+    Blue: the partial τ given the loss at the same step, with its band; dotted: its value if the
+    metric contained nothing beyond the loss. Orange: τ of the metric itself. Dashed: τ of the loss
+    so far, which is available for free.
 
     Args:
         ranked: rows of `rank_early` of one group.
@@ -125,7 +126,7 @@ def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
         figure,
         [
             key("metric given the loss so far", color=COLORS["pre"]),
-            key("the same if it said nothing more", color=COLORS["pre"], linestyle=":"),
+            key("the same without added information", color=COLORS["pre"], linestyle=":"),
             key("metric", color=COLORS["post"]),
             key("loss so far", color=LOSS_COLOR, linestyle="--"),
         ],
@@ -135,11 +136,11 @@ def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
 
 
 def contrasts(compared: pd.DataFrame, title: str) -> Figure:
-    """Differences between designs that differ in one factor alone, with runs paired by seed.
+    """Differences between designs that differ in one factor only, with runs paired by seed.
 
-    One row per pair of levels and setting of the other factors (so far as these differ), one panel
-    per metric. Of more than three levels each is drawn against the first of its setting. Gray:
-    fewer than 3 degrees of freedom, nothing is decided.
+    One row per pair of levels and setting of the other factors (if these differ), one panel per
+    metric. With more than three levels, each is compared with the first of its setting. Gray:
+    undecided, with fewer than 3 degrees of freedom.
 
     Args:
         compared: rows of `compare_seeds` of one factor, data and FFN.
@@ -180,7 +181,7 @@ def contrasts(compared: pd.DataFrame, title: str) -> Figure:
 
 
 def _differences(settings: Sequence[str]) -> list[str]:
-    """Each setting without the overrides that all of them have."""
+    """Each setting without the overrides common to all of them."""
     parts = [setting.split() for setting in settings]
     common = set.intersection(*map(set, parts)) if parts else set()
     return [" ".join(part for part in own if part not in common) for own in parts]
@@ -194,7 +195,7 @@ def _unit(name: str, units: pd.Series) -> str:
 
 
 def _shifts(correlations: pd.DataFrame) -> pd.Series:
-    """Up to a third of a row up or down, so that the points of a metric do not hide each other."""
+    """Shifts of up to a third of a row, so that the points of a metric do not hide each other."""
     place = correlations.groupby("metric", sort=False).cumcount()
     size = correlations.groupby("metric", sort=False)["metric"].transform("size")
     return (place + 0.5) / size * 0.66 - 0.33
@@ -210,7 +211,7 @@ def _points(
     *,
     with_bars: bool = True,
 ) -> None:
-    """Points in rows, filled where an interval is given and leaves out 0."""
+    """Points in rows, filled if there is an interval and it excludes 0."""
     if low is None or high is None:
         panel.plot(values, rows, "o", color=color, markersize=3, linestyle="none")
         return

@@ -1,7 +1,7 @@
-"""Figures of groups of tokens, and of what lies around the nonlinearity.
+"""Figures of groups of tokens, and of the sites around the nonlinearity.
 
-Of one run, functions take rows of `load_groups` of one FFN of its layers and one step; of several,
-rows of `pr_of_groups` of one FFN.
+Functions for one run take rows of `load_groups` of one FFN name and one step; functions for several
+runs take rows of `pr_of_groups` of one FFN name.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from nerve.report.style import (
 )
 
 SHOWN = ("se", "pr", "eee")
-"""Metrics of the small multiples, one a row."""
+"""The metrics of the small multiples, one per row."""
 
 SITE_COLORS = {
     "stream_in": LEVEL_COLORS[0],
@@ -43,8 +43,8 @@ COMPARED: dict[str, tuple[tuple[str, ...], ...]] = {
     "position": (("q1",), ("q4",), ("q4", "q1"), ("0", "like_0")),
     "frequency": (("head",), ("mid",), ("tail",), ("tail", "head")),
 }
-"""What has a panel of several runs: a group, or one over another. The first position has few
-samples, so that only its ratio to as many others says something."""
+"""The panels of figures of several runs: a group, or the ratio of one to another. The first
+position has few samples, so only its ratio to equally many others is meaningful."""
 
 
 def groups_by_depth(groups: pd.DataFrame, grouping: str, title: str) -> Figure:
@@ -94,13 +94,13 @@ def sites_by_depth(groups: pd.DataFrame, title: str) -> Figure:
 def groups_by_factor(
     rows: pd.DataFrame, grouping: str, factor: str, others: Sequence[str], title: str
 ) -> Figure:
-    """PR of groups of one grouping by layer, colored by a factor's levels: pre above post. A site's
-    groups share one axis; beside them, one group's PR over another's.
+    """PR of groups of one grouping by layer, colored by a factor's levels: pre above post. The
+    groups of a site share one axis; next to them are the ratios of two groups' PR.
 
     Args:
-        rows: of `pr_of_groups`, with all factors.
+        rows: rows of `pr_of_groups`, with all factors.
         grouping: one of `COMPARED`.
-        factor, others, title: as of `curves_by_factor`.
+        factor, others, title: as in `curves_by_factor`.
     """
     shown = COMPARED[grouping]
     names = [pr_column(site, *groups) for site in SITES for groups in shown]
@@ -121,11 +121,11 @@ def groups_by_factor(
 
 
 def sites_by_factor(rows: pd.DataFrame, factor: str, others: Sequence[str], title: str) -> Figure:
-    """PR along the block by layer, a panel for each site, colored by a factor's levels.
+    """PR along the block by layer, one panel per site, colored by a factor's levels.
 
     Args:
-        rows: of `pr_of_groups`, with all factors.
-        factor, others, title: as of `curves_by_factor`.
+        rows: rows of `pr_of_groups`, with all factors.
+        factor, others, title: as in `curves_by_factor`.
     """
     of_sites = {pr_column(site, POOLED): site for site in GROUP_SITES}
     names = [name for name in of_sites if name in rows and rows[name].notna().any()]
@@ -166,7 +166,7 @@ def _finish(panel: Axes, rows: pd.DataFrame, metric: str, site: str) -> None:
 
 
 def _numbers(groups: pd.DataFrame, grouping: str, name: str) -> str:
-    """How many samples a group has: one number, or from the least to the most."""
+    """The number of samples of a group: one number, or a range."""
     counts = groups.loc[(groups["grouping"] == grouping) & (groups["group"] == name), "n_samples"]
     low, high = int(counts.min()), int(counts.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,7 +1,7 @@
 """Figures of one run: the paper's overview, heat maps over depth, the spectra, training curves.
 
-Each function takes frames of one run and one FFN of its layers and gives a matplotlib `Figure`.
-What could not be measured is left blank or gray, never drawn as a number.
+Each function takes frames of one run and one FFN name and returns a matplotlib `Figure`. What could
+not be measured is left blank or gray, never drawn as a number.
 """
 
 import math
@@ -39,13 +39,13 @@ FLOOR = 1e-9
 def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> Figure:
     """SE, PR and EEE over steps, before and after the nonlinearity, and JS as layers × steps.
 
-    Lines are means over layers, bands one SD (n - 1) to each side; the validation loss is on the
-    right axis. Dotted: what the rank of pre allows, PR ≤ r, SE ≤ ln r, EEE ≥ 1 - r/D.
+    Lines are means over layers, bands ± one SD (n - 1); the validation loss is on the right axis.
+    Dotted: the limits set by the rank of pre, PR ≤ r, SE ≤ ln r, EEE ≥ 1 - r/D.
 
     Args:
         metrics: rows of `load_metrics`.
-        correlations: rows of `correlate_within_runs` of one window; their Pearson r is in the
-            panels' titles.
+        correlations: rows of `correlate_within_runs` of one window; their Pearson r is shown in the
+            titles of the panels.
         title: the figure's title.
     """
     shown = shown_in("overview")
@@ -69,7 +69,7 @@ def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> F
 def gain_maps(metrics: pd.DataFrame, title: str) -> Figure:
     """PR gain (post/pre, logarithmic) and ΔEEE (post - pre) as layers × steps.
 
-    Purple is flattening in both, orange its contrary, white no change, gray not measured.
+    In both, purple is flattening, orange the opposite, white no change, gray not measured.
     """
     shown = shown_in("maps")
     figure, panels = new_figure(1, len(shown), title, width=4.6, height=2.8)
@@ -83,7 +83,7 @@ def spectra(
 ) -> Figure:
     """Shares of the variance p = λ/Σλ by rank, log-log, pre and post, at `steps`.
 
-    Up to six layers, evenly spaced, the first and the last among them; later steps are darker. The
+    Up to six evenly spaced layers, including the first and the last; later steps are darker. The
     dotted line is the rank limit of pre. Shares below 1e-9 are not drawn.
 
     Args:
@@ -96,7 +96,7 @@ def spectra(
     n_columns = 2 if len(layers) in (2, 4) else min(3, len(layers))
     n_rows = math.ceil(len(layers) / n_columns)
     figure, panels = new_figure(n_rows, n_columns, title, width=3.6, height=2.6)
-    # The last step has the full color, also where it is the only one.
+    # The last step has the full color, even if it is the only one.
     shades = dict(zip(steps, np.linspace(1.0, 0.35, len(steps))[::-1], strict=True))
     for panel in panels[1 : len(layers)]:
         panel.sharex(panels[0])
@@ -133,13 +133,14 @@ def spectra(
 def training(
     metrics: pd.DataFrame, scalars: pd.DataFrame, unigram_loss: float | None, title: str
 ) -> Figure:
-    """Losses, learning rate, and whatever else was logged, over steps.
+    """Losses, learning rate, and other logged values over steps.
 
     Args:
         metrics: rows of `load_metrics`: validation loss and learning rate at measured steps.
-        scalars: rows of `load_scalars`; `train_loss` is drawn with the validation loss, every other
-            name has a panel of its own, up to four.
-        unigram_loss: the loss of knowing token frequencies only, drawn as a line; None for none.
+        scalars: rows of `load_scalars`; `train_loss` is drawn with the validation loss, and up to
+            four other names have their own panels.
+        unigram_loss: the loss of a model that only knows token frequencies, drawn as a line; None
+            for no line.
         title: the figure's title.
     """
     logged = {str(name): rows for name, rows in scalars.groupby("name", sort=True, observed=True)}
@@ -175,9 +176,9 @@ def training(
 
 
 def chosen_steps(stored: Sequence[int], asked: Sequence[int] = ()) -> list[int]:
-    """The steps whose spectra are drawn: of the stored ones those nearest to the steps asked for.
+    """The steps whose spectra are drawn: the stored steps nearest to the requested ones.
 
-    Without any asked for: the first, the last and two between.
+    If none are requested: the first, the last and two in between.
     """
     stored = sorted(stored)
     if not asked:
@@ -206,7 +207,7 @@ def _both_sites(panel: Axes, metrics: pd.DataFrame, metric: Metric, pearson: pd.
 def _band(
     panel: Axes, metrics: pd.DataFrame, name: str, color: str, bounds: tuple[float, float]
 ) -> None:
-    """Mean over layers and one SD to each side, as far as the metric's range goes."""
+    """Mean over layers ± one SD, clipped to the metric's range."""
     over_layers = metrics.groupby("step")[name].agg(["mean", "std"])
     mean, spread = over_layers["mean"], over_layers["std"].fillna(0)
     panel.plot(over_layers.index, mean, color=color, linewidth=1.5)
@@ -224,8 +225,8 @@ def _add_loss(panel: Axes, metrics: pd.DataFrame) -> None:
 
 
 def _rank_limit(metrics: pd.DataFrame, metric: Metric) -> float | None:
-    """What a metric of pre can be by its rank, in the layer that is least limited; None for one
-    that knows no limit."""
+    """The limit that the rank sets on a metric of pre, in the least limited layer; None for a
+    metric without such a limit."""
     sizes = metrics[["rank_limit_pre", "d_ff"]].clip(lower=1).drop_duplicates()
     pairs = list(sizes.itertuples(index=False, name=None))
     if metric.at_most is not None:
@@ -241,7 +242,7 @@ def _r(pearson: pd.Series, name: str) -> str:
 
 
 def _shares(eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks, evenly spaced on a logarithmic axis, and the shares of the variance there."""
+    """Ranks, evenly spaced on a logarithmic axis, and their shares of the variance."""
     ordered = np.sort(np.asarray(eigenvalues, float))[::-1]
     total = ordered.sum()
     if not total > 0:

@@ -1,11 +1,12 @@
 """Figures of several runs: curves and layers colored by a factor, and the loss against metrics.
 
-Each function takes rows of the comparisons, of one FFN of the layers and of runs that can be
-compared, and gives a matplotlib `Figure`. Seeds of one design are one line: their mean, with a band
-from the lowest to the highest where there are two or more. Of more than 40 designs only each
-level's median is drawn, with a band from the 10th to the 90th percentile of the designs; of more
-than 40 lines without bands. Each `data` has medians of its own, at the steps or layers that most of
-its designs have: others come and go along a line, which would rise and fall with them.
+Each function takes rows of the comparisons, for one FFN name and runs that can be compared, and
+returns a matplotlib `Figure`. The seeds of a design are one line: their mean, with a band from the
+lowest to the highest if there are two or more. With more than 40 designs, only the median of each
+level is drawn, with a band from the 10th to the 90th percentile of the designs; with more than 40
+lines, without bands. Medians are computed separately for each `data`, and only at the steps or
+layers that the largest number of its designs have, because a varying set of designs would make a
+line rise and fall.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ MAX_LINES = 40
 
 
 def _split(place: Place) -> tuple[list[str], list[str], list[str]]:
-    """The columns that a place shows: those of pre, those of post, and those without a site."""
+    """The columns shown in a place: those of pre, those of post, and those without a site."""
     metrics = shown_in(place)
     pre, post = ([metric.at(site) for metric in metrics if metric.has_sites] for site in SITES)
     return pre, post, [metric.column for metric in metrics if not metric.has_sites]
@@ -59,7 +60,7 @@ CURVES = _curves()
 """The panels of `curves_by_factor` in two rows: pre above post."""
 LAYERS = columns_of(lambda metric: "layers" in metric.shown)
 SCATTERED = _scattered()
-"""The panels of `loss_against_metrics`, likewise."""
+"""The panels of `loss_against_metrics` in two rows."""
 
 
 def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], title: str) -> Figure:
@@ -67,9 +68,9 @@ def curves_by_factor(means: pd.DataFrame, factor: str, others: Sequence[str], ti
 
     Args:
         means: rows of `depth_means` of one region with `CURVES` and all factors.
-        factor: the column that gives the color.
-        others: the other factors that vary; where they have at most four combinations these give
-            the dashes, else the lines do not tell them.
+        factor: the column that determines the color.
+        others: the other factors that vary; if they have at most four combinations, these determine
+            the dashes, otherwise they are not distinguished.
         title: the figure's title.
     """
     figure, panels = _in_rows(2, len(CURVES), title)
@@ -90,11 +91,11 @@ def layers_by_factor(
     """PR_pre, PR_post and their ratio by layer, colored by a factor's levels; or other columns.
 
     Args:
-        layers: rows of `metrics_by_depth` at one step a run, with `names` and all factors. Runs of
-            different numbers of layers are drawn over their relative depth.
-        factor, others, title: as of `curves_by_factor`.
-        names: the columns, a panel each.
-        n_rows: of panels.
+        layers: rows of `metrics_by_depth` at one step per run, with `names` and all factors. Runs
+            with different numbers of layers are drawn over relative depth.
+        factor, others, title: as in `curves_by_factor`.
+        names: the columns, one panel each.
+        n_rows: number of rows of panels.
     """
     figure, panels = _in_rows(n_rows, len(names), title, width=4.0, height=2.9)
     rows, entries = _styled(layers, factor, others)
@@ -112,14 +113,14 @@ def loss_against_metrics(
 ) -> Figure:
     """Final validation loss against each metric, one point per design, with the correlation.
 
-    Points are means over seeds, their bars one SD (n - 1) where there are two or more seeds (and at
-    most 40 designs). A design whose runs are all flagged has no point. A panel's title has
+    Points are means over seeds, with bars of ± one SD (n - 1) if there are two or more seeds (and
+    at most 40 designs). A design whose runs are all flagged has no point. The title of a panel has
     Pearson's r with its 95% interval, Spearman's ρ, and the number of designs.
 
     Args:
         points: rows of `average_seeds` of `final_metrics`, of one `data`.
         correlations: rows of `correlate_across_runs` of these points.
-        factor: the column that gives the color; None for one color.
+        factor: the column that determines the color; None for a single color.
         title: the figure's title.
     """
     figure, panels = _in_rows(2, len(SCATTERED), title, height=2.8)
@@ -159,11 +160,11 @@ def _in_rows(n_rows: int, n: int, title: str, **size: float) -> tuple[Figure, li
 def _styled(
     rows: pd.DataFrame, factor: str, others: Sequence[str]
 ) -> tuple[pd.DataFrame, list[Line2D]]:
-    """The rows with the line they belong to and its `level`, `color` and `dash`, and a legend."""
+    """The rows with the name of their line and its `color` and `dash`, and the legend's entries."""
     levels = levels_of(rows[factor])
     colors = level_colors(ordered_levels(rows[factor]))
     entries = level_keys(colors)
-    # One design on other data is another line.
+    # The same design on other data is a separate line.
     design = rows["design_id"].str.cat(rows["data"].fillna(""), sep=" ")
     many = design.nunique() > MAX_LINES
     if many:
@@ -191,7 +192,7 @@ def _styled(
 def _draw_lines(
     panels: Sequence[Axes], names: Sequence[str], rows: pd.DataFrame, x: str, marker: str = ""
 ) -> None:
-    """In each panel a line per design (or a level) with its band, and the axes' labels."""
+    """Draws a line per design (or level) with its band in each panel, and labels the axes."""
     centers, lows, highs = _summaries(rows, x, names)
     styles = rows.drop_duplicates("line")
     for line, color, dash in zip(styles["line"], styles["color"], styles["dash"], strict=True):
@@ -219,7 +220,7 @@ def _draw_lines(
 
 
 def _summaries(rows: pd.DataFrame, x: str, names: Sequence[str]) -> tuple[pd.DataFrame, ...]:
-    """Middle, lower and upper edge of the band by line and x: see the head of this module."""
+    """Center, lower and upper edge of the band by line and x, as the module docstring says."""
     if (rows["line"] == rows["design"]).all():
         seeds = rows.groupby(["line", x])[list(names)]
         return seeds.mean(), seeds.min(), seeds.max()

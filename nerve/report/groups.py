@@ -1,4 +1,4 @@
-"""What reports show of groups of tokens, of sites, and (of one run) of the error of sampling."""
+"""The parts of a report about groups of tokens, sites, and (for one run) sampling error."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,17 +12,18 @@ from nerve.report import figures_of_groups
 from nerve.report.content import Drawing, Table, known
 
 _ABOUT = {
-    "position": "0: the first position of each sequence; q1 to q4: four equal parts of the others. "
-    "Compare 0 with like_0, which has as many of the others.",
-    "frequency": "Thirds of all occurrences in the training text by how often the token occurs: "
-    "head, the most frequent ones, mid and tail, at equal numbers of samples.",
-    "halves": "Every other sequence: what differs between them is sampling.",
+    "position": "0: the first position of each sequence; q1 to q4: four equal parts of the "
+    "remaining positions. Compare 0 with like_0, which has as many samples from other positions.",
+    "frequency": "Thirds of all occurrences in the training text by the frequency of the token: "
+    "head, the most frequent tokens, mid and tail, with equal numbers of samples.",
+    "halves": "Alternate sequences, which differ only by sampling.",
 }
 
 _SITES = (
-    "the residual stream before the FFN and its norm (stream_in), what the FFN gets (input), "
-    "before and after the nonlinearity (pre, post), what the FFN gives (output), and the stream "
-    "after it (stream_out). Their widths D differ, and with them the largest SE and PR."
+    "the residual stream before the FFN and its norm (stream_in), the input of the FFN (input), "
+    "before and after the nonlinearity (pre, post), the output of the FFN (output), and the "
+    "residual stream after it (stream_out). Their widths D differ, and so do the largest possible "
+    "SE and PR."
 )
 
 _SHOWN = (
@@ -32,15 +33,15 @@ _SHOWN = (
 
 
 def last_of(groups: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last step that has groups."""
+    """The rows of the last step with groups."""
     return groups[groups["step"] == groups["step"].max()] if len(groups) else groups
 
 
 def group_drawings(ffn: str, groups: pd.DataFrame, run_id: str) -> list[Drawing]:
-    """A figure for each grouping, and one of the sites along the block.
+    """A figure for each grouping, and one for the sites along the block.
 
     Args:
-        ffn: which FFN of the layers.
+        ffn: the FFN name.
         groups: its rows of `load_groups` at one step.
         run_id: for the titles.
     """
@@ -79,13 +80,13 @@ def group_drawings(ffn: str, groups: pd.DataFrame, run_id: str) -> list[Drawing]
 
 
 def group_tables(groups: pd.DataFrame) -> list[Table]:
-    """All rows of one step, and what halves say of the error of sampling."""
+    """All rows of one step, and the sampling error estimated from halves."""
     if groups.empty:
         return []
     tables = [
         Table(
             "groups",
-            "Groups of tokens and sites along the block, at the last step that has them.",
+            "Groups of tokens and sites along the block, at the last step with groups.",
             groups,
             in_page=False,
         )
@@ -94,9 +95,9 @@ def group_tables(groups: pd.DataFrame) -> list[Table]:
         tables.append(
             Table(
                 "sampling",
-                "SE, PR and EEE with infinitely many samples, extrapolated from halves (_limit), "
-                "with standard error and 95% interval; n_effective: the number of independent "
-                "Gaussian samples that would differ as the halves do.",
+                "SE, PR and EEE extrapolated from halves to infinitely many samples (_limit), with "
+                "standard error and 95% interval; n_effective: the number of independent Gaussian "
+                "samples whose halves would differ as much.",
                 sampling_error(groups),
                 _SHOWN,
             )
@@ -107,13 +108,13 @@ def group_tables(groups: pd.DataFrame) -> list[Table]:
 def drawings_by_factor(
     ffn: str, rows: pd.DataFrame, shown: Sequence[str], factors: Sequence[str], about: str
 ) -> list[Drawing]:
-    """Of several runs, by each factor: a figure for each grouping, and one of the sites.
+    """Figures of several runs: for each factor, one for each grouping and one for the sites.
 
     Args:
-        ffn: which FFN of the layers.
+        ffn: the FFN name.
         rows: its rows of `pr_of_groups`.
         shown: the factors that have figures.
-        factors: all that vary.
+        factors: all factors that vary.
         about: the end of each caption.
     """
     suffix, named = ("", "") if ffn == "ffn" else (f"_{ffn}", f", {ffn}")
@@ -126,8 +127,8 @@ def drawings_by_factor(
             drawings.append(
                 Drawing(
                     f"groups_{grouping}{suffix}_by_{factor}",
-                    f"PR of groups of tokens by {grouping}, layer by layer at the last step that "
-                    f"has groups, by {factor}. {_ABOUT[grouping]} {about}",
+                    f"PR of groups of tokens by {grouping}, layer by layer at the last step with "
+                    f"groups, by {factor}. {_ABOUT[grouping]} {about}",
                     partial(
                         figures_of_groups.groups_by_factor,
                         rows,
@@ -142,7 +143,7 @@ def drawings_by_factor(
             drawings.append(
                 Drawing(
                     f"sites{suffix}_by_{factor}",
-                    f"PR along the block, layer by layer at the last step that has sites, by "
+                    f"PR along the block, layer by layer at the last step with sites, by "
                     f"{factor}: {_SITES} {about}",
                     partial(
                         figures_of_groups.sites_by_factor,
@@ -157,14 +158,14 @@ def drawings_by_factor(
 
 
 def tables_by_factor(rows: pd.DataFrame, factors: Sequence[str]) -> list[Table]:
-    """Of several runs, given their rows of `pr_of_groups`: these, and pairs of groups by design."""
+    """Tables of several runs: their rows of `pr_of_groups`, and pairs of groups by design."""
     if rows.empty:
         return []
     tables = [
         Table(
             "groups",
-            "PR of groups of tokens and sites along the block, run by run and layer by layer, at "
-            "the last step that has them.",
+            "PR of groups of tokens and sites along the block, by run and layer, at the last step "
+            "with groups.",
             rows,
             in_page=False,
         )
@@ -174,9 +175,9 @@ def tables_by_factor(rows: pd.DataFrame, factors: Sequence[str]) -> list[Table]:
         tables.append(
             Table(
                 "group_contrasts",
-                "How many times the PR of another group (other) one group of tokens has: the "
-                "geometric mean over layers, averaged over the seeds of a design (ratio_sd: sample "
-                "SD over seeds), without flagged runs.",
+                "The ratio of the PR of one group of tokens (group) to that of another (other): "
+                "the geometric mean over layers, averaged over the seeds of a design (ratio_sd: "
+                "sample SD over seeds), without flagged runs.",
                 contrasts,
                 (*(factors or ["design_id"]), *contrasts.columns[list(contrasts).index("ffn") :]),
             )

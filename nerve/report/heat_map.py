@@ -1,4 +1,4 @@
-"""A metric over layers and steps as colors: gray where nothing could be measured."""
+"""A heat map of a metric over layers and steps; gray where nothing could be measured."""
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,13 @@ from nerve.report.style import NULL_COLOR, PLAIN_NUMBERS, name_axes, say_empty, 
 def heat_map(
     figure: Figure, panel: Axes, metrics: pd.DataFrame, metric: Metric, title: str
 ) -> None:
-    """Draws a metric as layers × steps, and its scale to the right of the panel.
+    """Draws a metric as layers × steps, with a color bar to the right of the panel.
 
     Args:
-        figure, panel: where it is drawn.
-        metrics: rows of `load_metrics`, of one run and one FFN of its layers.
-        metric: one without sites.
-        title: of the panel.
+        figure, panel: where to draw it.
+        metrics: rows of `load_metrics` of one run and one FFN name.
+        metric: a metric without sites.
+        title: title of the panel.
     """
     grid = metrics.pivot(index="layer", columns="step", values=metric.column)
     values = np.ma.masked_invalid(grid.to_numpy(float))
@@ -49,8 +49,8 @@ def heat_map(
 
 
 def _scale(metric: Metric, values: np.ma.MaskedArray) -> tuple[str, Normalize]:
-    """Colors of a heat map: from 0, or symmetrically around what says that nothing changes. Purple
-    is where the nonlinearity flattens the spectrum."""
+    """The color scale of a heat map: starting at 0, or symmetric around the value that means no
+    change. Purple is where the nonlinearity flattens the spectrum."""
     if metric.neutral is None:
         return "viridis", Normalize(0, max(float(values.max()), 1e-6))
     palette = "PuOr" if metric.flatter == "above" else "PuOr_r"

@@ -34,9 +34,9 @@ def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Cont
     """Figures and tables of one run.
 
     Args:
-        loaded: it alone; it may have no metrics, spectra and scalars.
-        window: the steps that the r in the overview's title is taken over, one of `WINDOWS`.
-        steps: the steps whose spectra are drawn; none chooses them.
+        loaded: a single run; it may have no metrics, spectra and scalars.
+        window: the window of r in the titles of the overview, one of `WINDOWS`.
+        steps: the steps whose spectra are drawn; if empty, they are chosen.
     """
     runs, metrics, spectra = loaded.frame, loaded.metrics, loaded.spectra
     run, flags = runs.iloc[0], loaded.flags.iloc[0]
@@ -60,7 +60,7 @@ def content_of_run(loaded: Runs, window: str, steps: Sequence[int] = ()) -> Cont
         )
         content.drawings += group_drawings(str(ffn), groups[groups["ffn"] == ffn], run["run_id"])
     if len(metrics) and spectra.empty:
-        content.notes.append("No spectra were stored (monitor.spectra), so none are drawn.")
+        content.notes.append("No spectra are shown, because none were stored (monitor.spectra).")
     content.notes += _unmeasured(spectra, steps)
     if len(metrics) or len(loaded.scalars):
         content.drawings.append(_training(metrics, loaded.scalars, run))
@@ -125,8 +125,8 @@ def _drawings(
     drawings = [
         Drawing(
             f"overview{suffix}",
-            f"{_overview_names(n_layers)}. r: Pearson correlation of the mean over layers "
-            f"with the validation loss over {over}; points of one run are not independent. {about}",
+            f"{_overview_names(n_layers)}. r: Pearson correlation of the mean over layers with the "
+            f"validation loss over {over}; the points of one run are not independent. {about}",
             partial(figures_of_one_run.overview, metrics, correlations, f"{title}; r over {over}"),
         ),
         Drawing(
@@ -166,8 +166,8 @@ def _overview_names(n_layers: int) -> str:
 def _training(metrics: pd.DataFrame, scalars: pd.DataFrame, run: pd.Series) -> Drawing:
     return Drawing(
         "training",
-        "Losses and learning rate over steps. The unigram loss is that of a model which knows only "
-        "how frequent each token (or class) is. One run, one seed.",
+        "Losses and learning rate over steps. The unigram loss is that of a model that only knows "
+        "the frequency of each token (or class). One run, one seed.",
         partial(
             figures_of_one_run.training,
             metrics,
@@ -193,16 +193,16 @@ def _tables(
         Table(
             "within",
             "Correlation of each metric (mean over layers) with the validation loss over the steps "
-            "of this run: all measured steps, those after the warm-up, and of the changes from one "
-            "to the next, which shared trend does not move. r_clock and r_lr: of the loss with "
-            "log(step + 1) and with the learning rate; given_: what is left of r given these, with "
-            "its 95% interval.",
+            "of this run: all measured steps, those after the warm-up, and the changes between "
+            "consecutive steps, which a common trend does not affect. r_clock and r_lr: "
+            "correlation of the loss with log(step + 1) and with the learning rate; given_: "
+            "partial correlation given each of these, with its 95% interval.",
             within,
             shown,
         ),
         Table(
             "within_by_layer",
-            "The same correlations, of each layer by itself.",
+            "The same correlations for each layer.",
             correlate_within_runs(metrics, runs, by_layer=True),
             ("ffn", "layer", *shown[1:]),
         ),

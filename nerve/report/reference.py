@@ -1,8 +1,8 @@
-"""A paper's values, read from a small CSV, as marks in the figures of a report.
+"""Values of a paper, read from a small CSV file, as marks in the figures of a report.
 
-Columns: `metric` (`pr_post`, `val_loss`), `value`, `label` (what the mark is of), and where the
-value stands: `step`, `layer` or `val_loss`, at most one of them in a row. A value that stands
-nowhere is a line through each panel of its metric.
+Columns: `metric` (`pr_post`, `val_loss`), `value`, `label` (the name in the legend), and the
+position of the value: `step`, `layer` or `val_loss`, at most one of them per row. A value without a
+position is drawn as a line through each panel of its metric.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,23 @@ MARKERS = ("*", "P", "X", "D", "v", "^", "<", ">")
 
 
 def read_reference(path: AnyPath) -> pd.DataFrame:
-    """The rows of such a file, with all columns, numbers as floats.
+    """The rows of such a file, with all columns, and numbers as floats.
 
     Raises:
-        ConfigError: for a file that cannot be read, lacks a column, or has a metric that is none or
-            a value that is no number.
+        ConfigError: for a file that cannot be read or lacks a column, for an unknown metric, and
+            for a value that is not a number.
     """
     try:
         rows = pd.read_csv(path, dtype=str, skipinitialspace=True)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ConfigError(f"A reference is a CSV file; {path} cannot be read: {error}") from error
+        raise ConfigError(
+            f"A reference must be a CSV file; {path} cannot be read: {error}"
+        ) from error
     missing = [name for name in ("metric", "value", "label") if name not in rows]
     require(
         not missing,
-        f"A reference has the columns metric, value and label, and may have {', '.join(PLACES)}; "
-        f"{path} lacks {', '.join(missing)}.",
+        f"A reference must have the columns metric, value and label, and may have "
+        f"{', '.join(PLACES)}; {path} lacks {', '.join(missing)}.",
     )
     for metric in rows["metric"].unique():
         require_choice(f"The metric of a row of {path}", metric, MARKED)
@@ -51,13 +53,16 @@ def read_reference(path: AnyPath) -> pd.DataFrame:
     for name in ("value", *PLACES):
         numbers = pd.to_numeric(rows[name], errors="coerce")
         wrong = rows[name][numbers.isna() & (rows[name].notna() | (name == "value"))]
-        require(not len(wrong), f"{name} is a number in each row of {path}; got {list(wrong)[:3]}.")
+        require(
+            not len(wrong),
+            f"{name} must be a number in each row of {path}; got {list(wrong)[:3]}.",
+        )
         rows[name] = numbers.astype(float)
     doubled = np.flatnonzero(rows[list(PLACES)].notna().sum(axis=1) > 1) + 1
     require(
         not len(doubled),
-        f"A value stands at a step, in a layer or at a loss; rows {doubled.tolist()} of {path} "
-        f"have two of {', '.join(PLACES)}.",
+        f"A row may have only one of {', '.join(PLACES)}; rows {doubled.tolist()} of {path} have "
+        "several.",
     )
     return rows.assign(label=rows["label"].fillna("reference"))
 
@@ -65,7 +70,7 @@ def read_reference(path: AnyPath) -> pd.DataFrame:
 def mark(figure: Figure, reference: pd.DataFrame) -> Figure:
     """The figure with a mark for each value of a metric that one of its panels shows, and a legend.
 
-    Panels that show values of other metrics, or over something else, stay as they are.
+    Panels of other metrics, or with another x axis, are unchanged.
     """
     styles = dict(zip(dict.fromkeys(reference["label"]), MARKERS * 9, strict=False))
     used: dict[str, Any] = {}
@@ -94,7 +99,7 @@ def _draw(panel: Axes, row: dict[Any, Any], marker: str) -> None:
     color = _color(row["metric"])
     if np.isnan(row["x"]):
         panel.axhline(row["value"], color=color, linestyle=LINE, linewidth=1)
-    # The mark of a line is at its end.
+    # The marker of a line is at its end.
     place = (
         (row["x"], panel.transData) if np.isfinite(row["x"]) else (1, panel.get_yaxis_transform())
     )
@@ -119,7 +124,7 @@ def _color(column: str) -> str:
 
 
 def _add_legend(figure: Figure, entries: Sequence[Any]) -> None:
-    """Right of all panels, where neither title nor the figure's own legend is."""
+    """Adds a legend to the right of all panels, away from the title and the figure's own legend."""
     figure.set_size_inches(figure.get_figwidth() + LEGEND_WIDTH, figure.get_figheight())
     figure.legend(
         handles=list(entries), loc="outside right upper", title="marks", fontsize=8, frameon=False

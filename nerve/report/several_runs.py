@@ -1,8 +1,8 @@
-"""The content of a report on several runs: what tells them apart, and how they compare.
+"""The content of a report on several runs: the factors that vary, and how the runs compare.
 
-Figures and statistics are of runs that can be compared (flag `ok`); the others are named, with the
-reason, and are in the table of runs. Figures of single runs are not drawn here, however few there
-are: a report on one run's directory has them.
+Figures and statistics use the runs that can be compared (flag `ok`); the others are named with the
+reason, and appear in the table of runs. Figures of single runs are only in the report on a single
+run directory.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ from nerve.storage.find import listed
 
 MAX_FACTORS = 6
 MAX_NAMES = 12
-"""A factor whose levels are names has figures up to this many; the colors of more say nothing."""
+"""A factor whose levels are names has no figures beyond this many levels, because their colors
+could not be distinguished."""
 
 
 def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
@@ -42,8 +43,9 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
 
     Args:
         loaded: the runs.
-        window: the steps that the summary of correlations within runs starts with, of `WINDOWS`.
-        title: of the page.
+        window: the window that the summary of correlations within runs shows first, one of
+            `WINDOWS`.
+        title: title of the page.
     """
     runs, metrics, flags = loaded.frame, loaded.metrics, loaded.flags
     is_ok = (flags["flag"] == "ok").to_numpy()
@@ -56,13 +58,13 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
     content.notes += sampled_rows(metrics)
     content.notes += describe_ties(factors)
     if not factors.varying and not factors.taken:
-        content.notes.append("No configuration value varies among these runs but the seed.")
+        content.notes.append("Only the seed varies among these runs.")
     content.notes += _single_seeds(designs)
     drawn = flags.loc[flags["flag"] == "ok", "run_id"]
     if drawn.empty and len(metrics):
         drawn = flags["run_id"]
         content.notes.append(
-            "No run can be compared, so figures show the flagged ones; statistics are left out."
+            "No run can be compared, so figures show the flagged ones, and statistics are omitted."
         )
     shown_runs = runs[runs["run_id"].isin(drawn)]
     grouped = None
@@ -74,8 +76,9 @@ def content_of_runs(loaded: Runs, window: str, title: str) -> Content:
     hidden = [name for name in factors.varying if name not in shown]
     if hidden:
         content.notes.append(
-            f"No figures by {', '.join(hidden)}: they are drawn for the first {MAX_FACTORS} "
-            f"factors whose levels are numbers or at most {MAX_NAMES} names. The tables have all."
+            f"There are no figures by {', '.join(hidden)}: only the first {MAX_FACTORS} factors "
+            f"whose levels are numbers or at most {MAX_NAMES} names have figures. The tables "
+            "include all factors."
         )
     content.tables += comparison_tables(compared, window)
     if grouped is not None:
@@ -87,7 +90,7 @@ def _facts(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) -> list[tu
     counts = flags["flag"].value_counts()
     facts = [
         ("runs", ", ".join(f"{n:,} {flag}" for flag, n in counts.items())),
-        ("designs", f"{runs['design_id'].nunique():,} (runs that differ in nothing but the seed)"),
+        ("designs", f"{runs['design_id'].nunique():,} (runs that differ only in the seed)"),
     ]
     for name in factors.varying:
         levels = [one_line(level_text(level)) for level in ordered_levels(runs[name])]
@@ -100,10 +103,11 @@ def _facts(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) -> list[tu
 
 
 def _flagged(flags: pd.DataFrame) -> list[str]:
-    """One sentence a flag, with the first runs that have it; the table of runs has every reason."""
+    """One sentence per flag with the first of its runs; the table of runs has all reasons."""
     bad = flags[flags["flag"] != "ok"]
     return [
-        f"{len(rows)} of {len(flags)} runs flagged “{flag}”, in no figure and no statistic: "
+        f"{len(rows)} of {len(flags)} runs are flagged “{flag}” and excluded from figures and "
+        "statistics: "
         f"{listed(list(rows['run_id']))}. {'' if rows['reason'].nunique() == 1 else 'The first: '}"
         f"{rows['reason'].iloc[0]}"
         for flag, rows in bad.groupby("flag", sort=False)
@@ -116,7 +120,7 @@ def _single_seeds(designs: pd.DataFrame) -> list[str]:
     if not n_single:
         return []
     which = "Every design has" if n_single == n_known else f"{n_single} of {n_known} designs have"
-    return [f"{which} one seed only, and so no interval over seeds."]
+    return [f"{which} only one seed, and therefore no intervals over seeds."]
 
 
 def _drawn_factors(runs: pd.DataFrame, factors: Factors) -> list[str]:
@@ -145,7 +149,7 @@ def _drawings(
     )
     shown = _drawn_factors(runs, factors)
     if not factors.varying:
-        # Only seeds differ: each run is a line of its own.
+        # Only seeds differ: each run is a separate line.
         shown = ["seed"] if runs["seed"].nunique() > 1 else ["run_id"]
         means, layers = (frame.assign(design_id=frame["run_id"]) for frame in (means, layers))
         grouped = None if grouped is None else grouped.assign(design_id=grouped["run_id"])
@@ -214,7 +218,7 @@ def _loss_drawings(
     across: pd.DataFrame,
     shown: Sequence[str],
 ) -> list[Drawing]:
-    """Loss against metrics, a drawing for each of the data: their losses are not compared."""
+    """Loss against metrics, one figure per `data`, because their losses are not comparable."""
     drawings = []
     compared = designs[designs["n_seeds"] > 0]
     for i, (data, points) in enumerate(compared.groupby("data", dropna=False, sort=False)):
@@ -245,20 +249,20 @@ def _loss_drawings(
 
 
 def _suffix(ffn: str) -> str:
-    """What a figure's name says of its FFN, where there are several kinds of them."""
+    """The suffix of a figure's name for its FFN, if there are several kinds."""
     return "" if ffn == "ffn" else f"_{ffn}"
 
 
 def _named(ffn: str) -> str:
-    """What its title says."""
+    """The same for a figure's title."""
     return "" if ffn == "ffn" else f", {ffn}"
 
 
 def _lines(means: pd.DataFrame) -> str:
     if means["design_id"].nunique() > figures_of_several_runs.MAX_LINES:
         return (
-            "Lines: median of the designs of a level on the same data, where most of them were "
-            "measured; bands: 10th to 90th percentile, of up to "
-            f"{figures_of_several_runs.MAX_LINES} lines."
+            "Lines: median over the designs of a level on the same data, at the steps or layers "
+            "where most of them were measured; bands (with up to "
+            f"{figures_of_several_runs.MAX_LINES} lines): 10th to 90th percentile."
         )
     return "Lines: mean over the seeds of a design; bands: lowest to highest."

@@ -1,6 +1,6 @@
-"""How all figures look: colors, labels with units, legends beside the data, text shown as it is.
+"""The style of all figures: colors, labels with units, legends outside the panels, literal text.
 
-Figures are made with matplotlib's objects alone; pyplot and its global state are never touched.
+Figures use only matplotlib's objects, not pyplot and its global state.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from nerve.metric_names import SITES, metric_of
 
 T = TypeVar("T")
 
-# Okabe & Ito (2008), which all common kinds of color vision tell apart.
+# Okabe & Ito (2008), distinguishable with all common kinds of color vision.
 COLORS = {"pre": "#0072B2", "post": "#D55E00"}
 LOSS_COLOR = "#333333"
 FLAGGED_COLOR = "#8C8C8C"
 NULL_COLOR = "#9A9A9A"
 
-# What is left of Okabe & Ito beside pre and post, and three of Tol's that keep apart from them.
+# The remaining colors of Okabe & Ito, and three of Tol's that are distinguishable from them.
 LEVEL_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
@@ -44,7 +44,7 @@ LABELS = {
     "loss": "loss (nats per target)",
     "lr": "learning rate",
 }
-"""What an axis shows that is no metric; the catalogue has those."""
+"""Labels of axes that show no metric; the catalog has those of metrics."""
 
 
 def axis_label(column: str) -> str:
@@ -54,7 +54,7 @@ def axis_label(column: str) -> str:
 
 
 def short_name(column: str) -> str:
-    """The paper's short name: `PR post`, `JS`, `ΔEEE`; of a loss without its unit."""
+    """The paper's short name: `PR post`, `JS`, `ΔEEE`; for a loss, its label without the unit."""
     metric = metric_of(column)
     if metric is None:
         return axis_label(column).partition(" (")[0]
@@ -72,12 +72,12 @@ def one_line(text: object, max_length: int = MAX_TEXT) -> str:
 
 
 def plain(text: object, max_length: int = MAX_TEXT) -> str:
-    """Text of a run as one short line in which matplotlib sees no mathematics."""
+    """Text of a run as one short line that matplotlib does not interpret as mathematics."""
     return one_line(text, max_length).replace("$", r"\$")
 
 
 def spread(values: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the values, evenly spaced, with the first and the last."""
+    """At most `count` of the values, evenly spaced, including the first and the last."""
     picked = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
     return [values[i] for i in picked]
 
@@ -98,10 +98,10 @@ def new_figure(
 def name_axes(
     panel: Axes, x: str, y: str, title: str = "", columns: Sequence[str] | None = None
 ) -> None:
-    """Labels an axis pair with columns' names and units.
+    """Labels the axes of a panel with the names and units of columns.
 
     Args:
-        columns: what the panel shows where that is more than `y`.
+        columns: the columns that the panel shows, if these are more than `y`.
     """
     panel.set_xlabel(axis_label(x), fontsize=8)
     panel.set_ylabel(axis_label(y), fontsize=8)
@@ -111,13 +111,13 @@ def name_axes(
 
 
 def panel_columns(panel: Axes) -> tuple[str, list[str]]:
-    """The columns that a panel was given by `name_axes`: that of x, and those that it shows."""
+    """The columns that `name_axes` recorded for a panel: that of x, and those that it shows."""
     x, _, shown = (panel.get_gid() or "").partition(":")
     return x, shown.split(",") if shown else []
 
 
 def scale_by_ratio(panel: Axes, values: pd.Series) -> None:
-    """A logarithmic axis for what ranges over more than a factor of four: PR and its gain."""
+    """Makes the y axis logarithmic if the values span more than a factor of four (PR, PR gain)."""
     positive = values[values > 0]
     if len(positive) and positive.max() > 4 * positive.min():
         panel.set_yscale("log")
@@ -135,7 +135,7 @@ def say_empty(panel: Axes, text: str = "nothing could be measured") -> None:
 
 def key(text: str, **style: Any) -> Line2D:
     """An entry of a legend."""
-    # Of a label that starts with an underscore older matplotlibs think that it is to be hidden.
+    # Older versions of matplotlib hide labels that start with an underscore.
     return Line2D([], [], label=f" {text}" if text.startswith("_") else text, **style)
 
 
@@ -158,7 +158,7 @@ def outside_legend(
 
 
 def level_colors(levels: Sequence[Any]) -> dict[str, Any]:
-    """A color for each level's text: distinct ones, or a scale for numbers and for many levels."""
+    """A color for each level's text: distinct ones, or a color scale for numbers or many levels."""
     texts = [level_text(level) for level in levels]
     if len(texts) <= len(LEVEL_COLORS) and not (len(texts) > 2 and all(map(is_number, levels))):
         return dict(zip(texts, LEVEL_COLORS, strict=False))
@@ -167,7 +167,7 @@ def level_colors(levels: Sequence[Any]) -> dict[str, Any]:
 
 
 def level_keys(colors: dict[str, Any], **style: Any) -> list[Line2D]:
-    """Entries of a legend for levels; of very many, a few evenly spaced."""
+    """Legend entries for levels; if there are many, a few evenly spaced ones."""
     texts = list(colors)
     if len(texts) > MAX_LEGEND:
         texts = spread(texts, MAX_LEGEND)

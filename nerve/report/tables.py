@@ -1,4 +1,4 @@
-"""The tables of a report on several runs: the runs, what they come to, and how it goes together."""
+"""The tables of a report on several runs: runs, designs, correlations and other comparisons."""
 
 import pandas as pd
 
@@ -24,7 +24,8 @@ def comparison_tables(compared: Comparisons, window: str) -> list[Table]:
 
     Args:
         compared: the comparisons of the runs.
-        window: the steps that the summary of correlations within runs starts with, of `WINDOWS`.
+        window: the window that the summary of correlations within runs shows first, one of
+            `WINDOWS`.
     """
     loaded, factors = compared.loaded, compared.factors
     runs, metrics = loaded.frame, loaded.metrics
@@ -46,7 +47,7 @@ def _table_of_runs(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) ->
     own = runs.drop(columns=judged.columns, errors="ignore")
     return Table(
         "runs",
-        "One row per run: its factors, how it ended and its loss; data stands for its corpus and "
+        "One row per run: its factors, how it ended and its loss; data identifies its corpus and "
         "tokenizer.",
         pd.concat([own, judged], axis=1),
         [
@@ -63,15 +64,16 @@ def _tables_of_designs(
     return [
         Table(
             "designs",
-            "The last measured step, means over layers and over the seeds of a design, without "
+            "The last measured step: means over layers and over the seeds of a design, without "
             "flagged runs; _sd: sample SD over seeds.",
             designs,
             (*shown, *SHOWN_LOSS, *known(designs, SHOWN), "n_null"),
         ),
         Table(
             "equal_loss",
-            "The same where each run's validation loss passes the target, interpolated between "
-            "measured steps: the highest at which a comparable run on the same data ends.",
+            "The same at the point where each run's validation loss crosses the target, "
+            "interpolated between measured steps. The target is the highest final loss of all "
+            "comparable runs on the same data.",
             average_seeds(metrics_at_loss(metrics, runs, factors.varying)),
             [
                 *(*shown, "target_loss", "reached", "step", *SHOWN_LOSS),
@@ -90,20 +92,21 @@ def _correlations(compared: Comparisons, window: str) -> list[Table]:
     return [
         Table(
             "across",
-            "Correlation of final metric and final validation loss across designs (means over "
-            "seeds) and across runs (each seed a point), with 95% intervals. r_: of the loss with "
-            "the clock, log(step + 1), and with each factor that is a number; given_: what is left "
-            "of r given it.",
+            "Correlation of the final metric with the final validation loss across designs (means "
+            "over seeds) and across runs (each seed is a point), with 95% intervals. r_: "
+            "correlation of the loss with the clock, log(step + 1), and with each numeric factor; "
+            "given_: partial correlation given it.",
             pd.concat(across),
             ("points", *across[0].columns.drop("points")),
         ),
         Table(
             "within_summary",
-            "Correlation of metric and validation loss within each comparable run, over its "
-            "measured steps: how these lie over runs. Windows: all steps; after the warm-up; "
-            "changes from one measured step to the next, which shared trend does not move. "
-            "r_clock and r_lr: of the loss with log(step + 1) and with the learning rate; given_: "
-            "what is left of r given these, and in how many runs its 95% interval leaves out 0.",
+            "Correlation of metric and validation loss over the measured steps of each comparable "
+            "run: distribution over runs. Windows: all steps; after the warm-up; changes between "
+            "consecutive measured steps, which a common trend does not affect. r_clock and r_lr: "
+            "correlation of the loss with log(step + 1) and with the learning rate; given_: "
+            "partial correlation given each of these; n_beyond_: number of runs in which its 95% "
+            "interval excludes 0.",
             _summary(within, window),
         ),
         Table(
@@ -124,16 +127,16 @@ def _tables_of_comparisons(compared: Comparisons) -> list[Table]:
             "early",
             "Kendall's τ with the final loss at each measured step, over comparable runs of one "
             "schedule and budget: of each metric, of the loss so far, and of the metric given the "
-            "loss so far (partial τ), with 95% intervals; null: what the partial τ of a noisy copy "
-            "of the loss would be.",
+            "loss so far (partial τ), with 95% intervals; null: the partial τ that a noisy copy of "
+            "the loss would have.",
             compared.early,
         ),
         Table(
             "contrasts",
-            "Designs that differ in one factor alone, runs paired by seed: level less other, with "
-            "the 95% interval; the error (sd, of one run) is pooled over all designs of one scale. "
-            "n_higher: pairs in which level is higher. Less than 3 degrees of freedom (df) decide "
-            "nothing.",
+            "Designs that differ in one factor only, with runs paired by seed: level minus other, "
+            "with the 95% interval; the error (sd, of one run) is pooled over all designs of one "
+            "scale. n_higher: pairs in which level is higher. With fewer than 3 degrees of freedom "
+            "(df), the outcome is undecided.",
             compared.contrasts,
         ),
     ]
@@ -155,14 +158,14 @@ def _scaling(compared: Comparisons) -> list[Table]:
     fits = fit_width_scaling(compared.points, by)
     fits = fits[fits["n"] > 1]
     caption = (
-        "Dimensions used against the width of the FFN: metric = coefficient · d_ff^exponent, "
-        "with the 95% interval of the exponent; n counts widths."
+        "Number of used dimensions as a function of the FFN's width: metric = coefficient · "
+        "d_ff^exponent, with the 95% interval of the exponent; n counts widths."
     )
     return [Table("scaling", caption, fits)] if len(fits) else []
 
 
 def _summary(within: pd.DataFrame, window: str) -> pd.DataFrame:
-    """How the coefficients of comparable runs lie: median, lowest, highest; the window's first."""
+    """The median, lowest and highest coefficients of comparable runs; `window` comes first."""
     rows = within[within["flag"] == "ok"]
     columns = {
         "n_runs": ("pearson", "count"),

@@ -32,9 +32,9 @@ from nerve.storage.find import AnyPath
 PNG_DPI = 150
 INDEX = "index.html"
 PARTS = {"figures": (".png", ".svg"), "tables": (".csv", ".parquet")}
-"""Folders of a report, and what ends the names of its files there."""
+"""Folders of a report, and the suffixes of its files in them."""
 BUILDING = ".new-report-"
-"""How the name of the folder begins in which a report is written before it takes its place."""
+"""Prefix of the temporary folder in which a report is written before it is moved into place."""
 
 
 def write_report(
@@ -67,7 +67,7 @@ def write_report(
         ConfigError: for an unknown window, steps with several runs, or an invalid reference file.
     """
     roots = _listed(paths)
-    beside = roots[0].resolve().parent if roots else Path()  # of no path, gather says so
+    beside = roots[0].resolve().parent if roots else Path()  # without a path, gather raises
     folder = Path(output) if output is not None else beside / "report"
     _require_own(folder)
     content = gather(roots, window=window, steps=steps, reference=reference, progress=progress)
@@ -75,8 +75,8 @@ def write_report(
         return _write(content, folder, progress)
     except OSError as error:
         raise StoreError(
-            f"A report must be able to write its folder; {folder} was refused: {error}. Choose "
-            "another with -o."
+            f"The folder of a report must be writable; {folder} is not: {error}. Choose another "
+            "folder with -o."
         ) from error
 
 
@@ -88,9 +88,9 @@ def gather(
     reference: AnyPath | None = None,
     progress: Progress = unseen,
 ) -> Content:
-    """What a report on the runs under `paths` holds, with nothing drawn or written yet.
+    """The content of a report on the runs under `paths`, without drawing or writing anything.
 
-    Arguments and errors as of `write_report`.
+    Arguments and errors as in `write_report`.
     """
     require_choice("window", window, WINDOWS)
     marks = None if reference is None else read_reference(reference)
@@ -101,9 +101,9 @@ def gather(
         runs = Runs(roots)
         if steps and len(runs) != 1:
             raise ConfigError(
-                "steps are those whose spectra are drawn of one run; got "
+                "steps selects the spectra to plot for a single run; got "
                 f"{', '.join(map(str, steps))} for {len(runs):,} runs, which are compared at their "
-                "last steps. Leave them out, or give the path of one run."
+                "last steps. Omit steps, or pass the path of one run."
             )
         progress(f"reading metrics of {len(runs):,} runs", 1, 3)
         _ = runs.metrics
@@ -120,11 +120,12 @@ def gather(
 
 
 def _add_marks(content: Content, marks: pd.DataFrame, source: str) -> None:
-    """Every figure shows the reference values of what its panels show; a table has all of them."""
+    """Adds the reference values to the figures whose panels show these metrics, and a table of all
+    values."""
     content.drawings = [
         replace(drawing, draw=partial(_marked, drawing, marks)) for drawing in content.drawings
     ]
-    caption = f"The values of {source}, which figures show as marks."
+    caption = f"The values of {source}, shown as marks in the figures."
     content.tables.append(Table("reference", caption, marks))
 
 
@@ -166,7 +167,7 @@ def _build(content: Content, folder: Path, progress: Progress) -> None:
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
-    """Each file at once, the page last; then what only the former report had goes."""
+    """Replaces each file atomically, the page last, and then removes files of the former report."""
     whole = {part: {path.name for path in (new / part).iterdir()} for part in PARTS}
     for part, names in whole.items():
         (folder / part).mkdir(exist_ok=True)
@@ -180,18 +181,19 @@ def _put_in_place(new: Path, folder: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> bytes:
-    """Writes `<path>.png` and `<path>.svg`; gives the PNG.
+    """Writes `<path>.png` and `<path>.svg`; returns the PNG.
 
-    By the canvases themselves: `savefig` draws twice for each, the first time for the layout.
+    This uses the canvases directly, because `savefig` draws each figure twice, the first time for
+    the layout.
     """
     buffer, dpi = io.BytesIO(), figure.dpi
     with warnings.catch_warnings():
-        # A name may hold letters that the font lacks; they are drawn as boxes.
+        # A name may contain characters that the font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.dpi = PNG_DPI
         FigureCanvasAgg(figure).print_png(buffer)
         figure.dpi = dpi
-        figure.set_layout_engine("none")  # it is laid out now
+        figure.set_layout_engine("none")  # the layout is done
         svg = FigureCanvasSVG(figure)
         svg.print_svg(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
     png = buffer.getvalue()
@@ -200,7 +202,7 @@ def _save(figure: Figure, path: Path) -> bytes:
 
 
 def _save_table(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Writes `<path>.csv` and `<path>.parquet`; gives the frame as it was written."""
+    """Writes `<path>.csv` and `<path>.parquet`; returns the frame as written."""
     clean = frame.reset_index(drop=True)
     for name in clean.columns:
         if clean[name].dtype == "object":
@@ -212,7 +214,7 @@ def _save_table(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _one_type(values: pd.Series) -> pd.Series:
-    """Values that one Parquet column can hold: texts where kinds are mixed (4 and "8/3")."""
+    """Values that one Parquet column can hold: strings if types are mixed (4 and "8/3")."""
     kinds = {type(value) for value in values.dropna()}
     if kinds <= {int, float} or kinds == {bool}:
         return values
@@ -230,12 +232,12 @@ def _listed(paths: AnyPath | Iterable[AnyPath]) -> list[Path]:
 
 
 def _text(text: str) -> str:
-    """Text that UTF-8 can hold: a path's undecodable bytes become question marks."""
+    """Text that can be encoded in UTF-8: undecodable bytes of a path become question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _file_names(names: Sequence[str]) -> list[str]:
-    """Names that are safe as files on any system, no two of them alike."""
+    """Unique names that are safe as file names on any system."""
     safe: list[str] = []
     for name in names:
         base = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-")[:80] or "unnamed"
@@ -254,6 +256,6 @@ def _require_own(folder: Path) -> None:
         if is_report or not content or any(name.startswith(BUILDING) for name in content):
             return
     raise StoreError(
-        f"A report replaces an earlier report only; {folder} holds something else. Choose "
+        f"A report may only replace an earlier report; {folder} contains something else. Choose "
         "another folder with -o."
     )

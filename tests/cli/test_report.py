@@ -68,7 +68,7 @@ def test_the_folder_can_be_chosen(report, run, tmp_path):
     [
         (["nowhere"], "nerve-report: Runs are read from directories; there is none at nowhere."),
         (["empty"], "nerve-report: A run directory contains run.json; none was found under empty."),
-        (["outputs", "-o", "empty/../outputs"], "outputs holds something else."),
+        (["outputs", "-o", "empty/../outputs"], "outputs contains something else."),
         (["outputs", "--window", "warmup"], "window must be one of all, after_warmup, differences"),
     ],
 )

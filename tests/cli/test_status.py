@@ -108,6 +108,21 @@ def test_every_state_is_told_from_the_others(new_run, at_work, status):
     assert "sweep/unreadable/run.json is not the record of a run" in below
 
 
+def test_warnings_of_one_kind_are_one_line_and_errors_are_one_each(new_run, status):
+    for name, loss in (("a", "5.1"), ("b", "5.2"), ("d", "5.3")):
+        new_run(name).finish("done", warning=f"untrained: the loss of {loss} nats")
+    new_run("c").finish("done", warning="unlucky: for once")
+    for name in ("e", "f"):
+        new_run(name).finish("failed", error=ValueError("no such value"))
+    _, below = status("sweep")
+    assert below.splitlines()[2:] == [
+        "sweep/e failed: ValueError: no such value",
+        "sweep/f failed: ValueError: no such value",
+        "sweep/a done: untrained: the loss of 5.1 nats; untrained as well: sweep/b, sweep/d",
+        "sweep/c done: unlucky: for once",
+    ]
+
+
 def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, status):
     ahead = new_run("ahead")
     at_work(ahead)

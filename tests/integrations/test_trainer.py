@@ -86,7 +86,14 @@ class InOrder(Trainer):
 
 
 def train(
-    folder: Path, *, accumulate: int = 1, resume: str | None = None, callbacks=(), how=None, **asked
+    folder: Path,
+    *,
+    accumulate: int = 1,
+    resume: str | None = None,
+    before=(),
+    callbacks=(),
+    how=None,
+    **asked,
 ) -> Trainer:
     """Trains to step 7; what is measured is in `folder`/run."""
     asked = {"every_n_steps": 3} | asked
@@ -96,9 +103,9 @@ def train(
         arguments(folder, gradient_accumulation_steps=accumulate, **how or {}),
         train_dataset=samples(N_STEPS * BATCH * accumulate),
         eval_dataset=samples(2 * BATCH, seed=9),
-        callbacks=[callback, *callbacks],
+        callbacks=[*before, callback, *callbacks],
     )
-    for each in callbacks:
+    for each in (*before, *callbacks):
         each.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -344,19 +351,22 @@ class Runs(TrainerCallback):
                 if training:  # its sharpness, say
                     torch.autograd.grad(loss, list(model.parameters()))
         self.trainer.predict(samples(BATCH, seed=4))
+        self.trainer.evaluate(samples(BATCH, seed=5), metric_key_prefix="own")
         model.train(modes)
         self._is_running = False
 
     on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_log = _run
 
 
+@pytest.mark.parametrize("place", ["before", "callbacks"])
 @pytest.mark.parametrize("source", ["train", "heldout"])
-def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source):
-    """Before the first batch, between batches and after the last one; the losses are the same."""
+def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source, place):
+    """Before the first batch, between batches and after the last one, whichever callback is told
+    first; the losses are the same."""
     how = {"max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
     asked = {"source": source, "accumulate": 2, "every_n_steps": 2, "how": how}
     train(tmp_path / "alone", **asked)
-    train(tmp_path / "beside", **asked, callbacks=[Runs()])
+    train(tmp_path / "beside", **asked, **{place: [Runs()]})
     assert_same(*(nerve.load_metrics(tmp_path / each / "run") for each in ("alone", "beside")))
 
 

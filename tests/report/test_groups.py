@@ -77,7 +77,7 @@ def test_verdicts_on_sampling_stand_at_the_head(measured):
     """Where some rows have too few samples; with enough in all of them, nothing does."""
     metrics = measured.metrics.assign(sampling=["well", "under", "under", "severely under"])
     (note,) = sampled_rows(metrics)
-    assert note.startswith("Sampling, of 4 rows of metrics: 1 well, 2 under, 1 severely under.")
+    assert note.startswith("Sampling of 4 rows of metrics: 1 well, 2 under, 1 severely under.")
     assert sampled_rows(metrics.assign(sampling="well")) == []
     assert set(content_of_run(measured, "all").notes) >= {*sampled_rows(measured.metrics)}
 
@@ -108,7 +108,7 @@ def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(
     names = [f"{what}_by_run_id" for what in ("groups_position", "groups_frequency", "sites")]
     assert [name for name in drawn if name.startswith(("groups", "sites"))] == names
     for name in names:
-        assert "the last step that has" in drawn[name].caption
+        assert "the last step with" in drawn[name].caption
     sites = drawn["sites_by_run_id"].draw()
     sites.draw_without_rendering()
     titles = [panel.get_title() for panel in sites.axes]

@@ -116,7 +116,7 @@ def test_a_real_sweep_renders_without_errors_and_without_a_network(browser, swee
         assert "rank(pre)" in (image.get_attribute("alt") or "")
     captions = [caption.text for caption in page.find_elements(By.TAG_NAME, "figcaption")]
     assert all(
-        "N/D = 8" in caption and "4 designs of 2 seeds each" in caption for caption in captions
+        "N/D = 8" in caption and "4 designs with 2 seeds each" in caption for caption in captions
     )
     assert page.find_element(By.TAG_NAME, "h1").text == f"8 runs under {sweep.parents[1] / 'runs'}"
     assert page.get_log("browser") == []

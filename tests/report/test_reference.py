@@ -74,10 +74,13 @@ def test_a_panel_of_both_sites_has_the_marks_of_both(reference):
     [
         ("metric,value\npr_post,1\n", "lacks label"),
         ("metric,value,label\npr_pots,1,a\n", "Did you mean 'pr_post'"),
-        ("metric,value,label\npr_post,many,a\n", r"value is a number .*got \['many'\]"),
-        ("metric,value,label\npr_post,,a\n", "value is a number"),
-        ("metric,value,label,step\npr_post,1,a,late\n", r"step is a number .*got \['late'\]"),
-        ("metric,value,label,step,layer\npr_post,1,a,10,3\n", r"rows \[1\] .* have two of"),
+        ("metric,value,label\npr_post,many,a\n", r"value must be a number .*got \['many'\]"),
+        ("metric,value,label\npr_post,,a\n", "value must be a number"),
+        ("metric,value,label,step\npr_post,1,a,late\n", r"step must be a number .*got \['late'\]"),
+        (
+            "metric,value,label,step,layer\npr_post,1,a,10,3\n",
+            r"only one of step.*rows \[1\] .* have several",
+        ),
         ("", "cannot be read"),
     ],
 )

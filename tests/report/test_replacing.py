@@ -116,6 +116,6 @@ def test_a_report_killed_while_it_takes_its_place_is_replaced_by_the_next(
 def test_what_is_no_report_is_left_alone(write, tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").write_text("<p>my own page")
-    with pytest.raises(StoreError, match="replaces an earlier report only"):
+    with pytest.raises(StoreError, match="may only replace an earlier report"):
         write("later")
     assert seen(tmp_path / "report") == {"index.html": b"<p>my own page"}

@@ -153,7 +153,7 @@ def test_several_runs_are_compared_by_what_varies(make, tmp_path):
     assert dict(content.facts)["runs"] == "4 ok"
     assert dict(content.facts)["activation.name"] == "gelu, relu"
     assert "normalization.kind = layernorm" in dict(content.facts)["the same in all runs"]
-    assert "2 designs of 2 seeds each." in content.drawings[0].caption
+    assert "2 designs with 2 seeds each." in content.drawings[0].caption
     runs = table(content, "runs")
     assert sorted(runs["activation.name"]) == ["gelu", "gelu", "relu", "relu"]
     assert set(runs["flag"]) == {"ok"}
@@ -227,7 +227,7 @@ def test_runs_that_cannot_be_compared_are_flagged_and_not_mixed_in(make, tmp_pat
         "ValueError: out of memory (last measured at step 30)"
     )
     for flag in ("running", "untrained", "no metrics"):
-        assert "in no figure and no statistic" in note(content, f"“{flag}”")
+        assert "excluded from figures and statistics" in note(content, f"“{flag}”")
     assert dict(content.facts)["runs"].startswith("2 ok, ")
     assert sorted(table(content, "runs")["flag"]) == [
         "failed",
@@ -239,7 +239,7 @@ def test_runs_that_cannot_be_compared_are_flagged_and_not_mixed_in(make, tmp_pat
     ]
     designs = table(content, "designs").set_index("activation.name")
     assert designs["val_loss"].notna().sum() == 2
-    assert "2 designs, one seed each: no interval" in content.drawings[0].caption
+    assert "2 designs, one seed each: no intervals" in content.drawings[0].caption
 
 
 def test_where_no_run_can_be_compared_the_flagged_ones_are_drawn(make, tmp_path):
@@ -254,7 +254,7 @@ def test_seeds_alone_are_lines_of_their_own(make, tmp_path):
     make("a", seed=0)
     make("b", seed=1)
     content = gather(tmp_path / "runs")
-    assert "varies among these runs but the seed" in note(content, "No configuration value")
+    assert note(content, "Only the seed varies among these runs")
     assert drawings(content)[:2] == ["curves_by_seed", "layers_by_seed"]
 
 
@@ -263,7 +263,7 @@ def test_one_seed_only_gives_no_interval(make, tmp_path):
     make("b", "relu")
     make("c", "relu", seed=1)
     content = gather(tmp_path / "runs")
-    assert note(content, "one seed only").startswith("1 of 2 designs have one seed only")
+    assert note(content, "only one seed").startswith("1 of 2 designs have only one seed")
     assert table(content, "designs")["val_loss_sd"].isna().tolist() == [True, False]
 
 
@@ -285,7 +285,9 @@ def test_spectra_of_a_few_samples_are_named_with_the_worst(make, tmp_path):
     assert not any("a few samples" in text for text in gather(tmp_path / "runs").notes)
     record = make("b", "relu", largest_share_post=0.5, top_share_post=0.75)
     text = note(gather(tmp_path / "runs"), "a few samples")
-    assert text.startswith("In 8 of 16 rows of metrics a few samples may make the spectrum of post")
+    assert text.startswith(
+        "In 8 of 16 rows of metrics, a few samples may dominate the spectrum of post"
+    )
     assert f"run {record.run_id}, layer" in text
     assert "the farthest sample holds 50.0% of the variance, the farthest 0.1% 75.0%" in text
 
@@ -400,7 +402,7 @@ def test_a_report_is_replaced_and_nothing_else_is(make, tmp_path):
     report(tmp_path, output=tmp_path / "out")
     assert not (folder / "figures" / "stale.svg").exists()
     assert (folder / "notes.txt").read_text() == "mine"
-    with pytest.raises(StoreError, match="replaces an earlier report only"):
+    with pytest.raises(StoreError, match="may only replace an earlier report"):
         write_report(tmp_path / "runs", tmp_path / "runs")
     assert not (tmp_path / "runs" / "figures").exists()
 
@@ -418,7 +420,7 @@ def test_bad_input_is_one_message(make, tmp_path):
     with pytest.raises(ConfigError, match="window must be one of all, after_warmup, differences"):
         write_report(tmp_path / "runs", window="warmup")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"must be able to write its folder.*-o"):
+    with pytest.raises(StoreError, match=r"must be writable.*-o"):
         write_report(tmp_path / "runs", tmp_path / "file" / "report")
 
 
@@ -462,6 +464,8 @@ def test_steps_of_several_runs_are_refused(tmp_path, make_run, steps):
     """They choose the spectra of one; nothing is written."""
     for name in ("a", "b", "c"):
         make_run(tmp_path / "runs" / name)
-    with pytest.raises(ConfigError, match=f"of one run; got {', '.join(map(str, steps))} for 3 "):
+    with pytest.raises(
+        ConfigError, match=f"for a single run; got {', '.join(map(str, steps))} for 3 "
+    ):
         write_report(tmp_path / "runs", tmp_path / "report", steps=steps)
     assert not (tmp_path / "report").exists()

@@ -144,6 +144,10 @@ def refuse_lists(overrides: Iterable[Override]) -> None:
         ConfigError: with what is written for a run of each.
     """
     for override in overrides:
+        require(
+            override.key_or_group != "",
+            f"An argument must be key=value; got {override.input_line!r}, which has no key.",
+        )
         value = None if override.is_delete() else override.value()
         given = value.list if isinstance(value, ChoiceSweep) else [value]
         if override.key_or_group in _groups() and any(isinstance(each, list) for each in given):
@@ -178,6 +182,8 @@ def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequ
 
 
 def _is_no_name(value: object) -> bool:
+    if isinstance(value, list):
+        return any(isinstance(each, list) or _is_no_name(each) for each in value)
     return value is None or isinstance(value, int | float)
 
 

@@ -274,6 +274,8 @@ def schedule_of(optimizer: Mapping[str, Any]) -> Schedule:
             value = optimizer[name]
             require_type(f"optimizer.{name}", value, float)
             require(value >= 0, f"optimizer.{name} must be at least 0; got {value!r}.")
+    momentum = optimizer.get("momentum", 0)
+    require(momentum < 1, f"optimizer.momentum must lie in [0, 1); got {momentum!r}.")
     if "precondition_frequency" in optimizer:
         require_count("optimizer.precondition_frequency", optimizer["precondition_frequency"])
     return from_mapping(Schedule, optimizer["schedule"], "optimizer.schedule")

@@ -1,9 +1,8 @@
-"""The page of a report: one HTML file that needs nothing from outside.
+"""The page of a report: one self-contained HTML file.
 
-The template escapes all that comes from runs, so that no name is ever read as markup, and its
-tables can be read without JavaScript. The page's script lets them be sorted and filtered. A content
-security policy allows that one script (by its hash), inline style and embedded images, and nothing
-else.
+The template escapes everything that comes from runs, so that no name is interpreted as markup.
+Tables can be read without JavaScript; the page's script adds sorting and filtering. A content
+security policy allows only this script (by its hash), inline styles and embedded images.
 """
 
 import base64
@@ -24,14 +23,14 @@ MARK = '<meta name="generator" content="nerve-report">'
 PARTS = Path(__file__).parent
 
 MAX_ROWS = 1000
-"""Of a longer table the page has the first rows; the files have all."""
+"""The page shows only the first rows of a longer table; the files have all."""
 
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure in the page: the name of its files, the caption, the PNG in base 64.
+    """A figure on the page: the name of its files, the caption, the PNG in base 64.
 
-    Names of files are those that `write_report` makes, of letters that are safe in an address.
+    The name, made by `write_report`, contains only characters that are safe in a URL.
     """
 
     name: str
@@ -41,13 +40,13 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table in the page: the name of its files, the caption, its length, the rows to show.
+    """A table on the page: the name of its files, the caption, its length, the rows to show.
 
     Args:
-        name: of the files.
-        caption: what a row is.
-        n_rows: in the files.
-        rows: what the page shows; None leaves the table to the files.
+        name: name of the files.
+        caption: says what a row is.
+        n_rows: number of rows in the files.
+        rows: the rows to show; None if the table is only in the files.
     """
 
     name: str
@@ -58,7 +57,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: the text that is shown, and the attributes by which it is styled and sorted."""
+    """A cell: its text, and the attributes for styling and sorting."""
 
     text: str
     attributes: dict[str, str]
@@ -71,7 +70,7 @@ def render(
     figures: Sequence[PageFigure],
     tables: Sequence[PageTable],
 ) -> str:
-    """The page as text that UTF-8 can hold."""
+    """The page as text that can be encoded in UTF-8."""
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PARTS),
@@ -107,12 +106,12 @@ def _table(table: PageTable) -> dict[str, Any]:
 
 
 def _values(values: pd.Series) -> list[Any]:
-    """Python's own values; None for missing ones."""
+    """The values as Python objects; None for missing ones."""
     return list(values.astype(object).where(values.notna(), None))
 
 
 def _cell(column: str, value: Any) -> Cell:
-    """A number is sorted by its first six digits; all but numbers is text."""
+    """The cell of a value. Numbers are sorted by their first six digits; all else is text."""
     if value is None:
         return Cell("–", {"class": "missing"})
     if isinstance(value, bool):
@@ -128,7 +127,7 @@ def _cell(column: str, value: Any) -> Cell:
 
 
 def _shown(value: float) -> str:
-    """Four digits; whole numbers, and those from 10,000 on, without decimals."""
+    """A number with four digits; integers, and numbers from 10,000 on, without decimals."""
     size = abs(value)
     if value.is_integer() or size >= 9999.5:
         return f"{value:.0f}" if size < 1e15 else f"{value:.4g}"

@@ -61,6 +61,9 @@ def test_lists_elsewhere_and_groups_that_take_several_are_let_pass(override):
             "+design=1.5",
         ),
         "activation=gelu,null",
+        "logger=[csv,1]",
+        "logger=[[csv]]",
+        "logger=[null]",
     ],
 )
 def test_what_names_no_option_is_refused(override):
@@ -68,6 +71,11 @@ def test_what_names_no_option_is_refused(override):
     with pytest.raises(ConfigError, match="takes the name of an option; got") as error:
         refuse_lists(parsed("seed=0", override))
     assert override in str(error.value)
+
+
+def test_an_argument_without_a_key_is_refused():
+    with pytest.raises(ConfigError, match=r"must be key=value; got '=3', which has no key"):
+        refuse_lists(parsed("=3"))
 
 
 def test_every_group_that_is_shipped_is_known():

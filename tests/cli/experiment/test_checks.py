@@ -201,6 +201,10 @@ BAD_GPT = [
         ["got muon for torch.optim.AdamW", "Choose the optimizer with optimizer=muon"],
     ),
     (["optimizer=muon", "optimizer.name=adamw"], ["got adamw for nerve.optim.Muon"]),
+    (["optimizer=muon", "optimizer.momentum=1"], ["optimizer.momentum must lie in [0, 1); got 1"]),
+    (["monitor.groups=[[1]]"], ["an entry of monitor.groups must be one of", "got [1]"]),
+    (["model.d_model=1000000000000000000000"], ["The weights of a model must fit into memory"]),
+    (["data.vocab_size=1000000000000000000000"], ["The weights of a model must fit into memory"]),
     (["optimizer.name=null"], ["optimizer.name must be a text; got None"]),
     (["optimizer.parts.main.roles=3"], ["roles of optimizer.parts must be a list; got 3"]),
     (
