@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 
@@ -346,15 +347,26 @@ def test_losses_are_those_without_graphs_over_200_steps(
 
 @on_cuda
 def test_a_run_with_graphs_stops_and_goes_on(tmp_path, monkeypatch, compiled):
+    """As near to an undisturbed run as another undisturbed run is. On the CPU, where equal runs are
+    equal, a resumed one is, too."""
     whole, _, one = on_gpu(tmp_path / "whole", True, monkeypatch, 20)
+    again, _, another = on_gpu(tmp_path / "again", True, monkeypatch, 20)
     stop = [StopAt(10)]
     first, trainer, _ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, callbacks=stop)
     path = tmp_path / "half.ckpt"
     trainer.save_checkpoint(path)
-    second, _, two = on_gpu(tmp_path / "parts", True, monkeypatch, 20, ckpt=path)
-    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=2e-3)
-    for mine, others in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(mine, others, rtol=0, atol=2e-2)
+    second, _, resumed = on_gpu(tmp_path / "parts", True, monkeypatch, 20, ckpt=path)
+    by_chance = apart([again], [whole]), apart(another.parameters(), one.parameters())
+    parts = torch.cat([first, second])
+    by_stopping = apart([parts], [whole]), apart(resumed.parameters(), one.parameters())
+    print(f"losses and weights apart: by chance {by_chance}, by stopping {by_stopping}")
+    assert by_stopping[0] <= max(3 * by_chance[0], 2e-3)
+    assert by_stopping[1] <= max(3 * by_chance[1], 2e-2)
+
+
+def apart(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    """The largest difference of any two numbers."""
+    return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
 
 
 @on_cuda
