@@ -1,5 +1,6 @@
 """Language models of two layers in a Lightning module, as the tests of training have them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,18 +11,19 @@ from nerve.optim import Part, Schedule, build_optimizer
 from nerve.training.module import LanguageModel
 
 SEQ = 8
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 
 
 def language_model(
     vocab_size: int,
     schedule: Schedule,
     *,
-    lr: float = 1e-2,
+    optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
     compile: bool = False,
     regularizer: Regularizer | None = None,
     **groups: dict[str, Any],
 ) -> LanguageModel:
-    """One of d_model 16 and d_ff 32 with AdamW; `groups` change values of the configuration."""
+    """One of d_model 16 and d_ff 32; `groups` change values of the configuration."""
     values: dict[str, dict[str, Any]] = {
         "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
         "normalization": {},
@@ -32,7 +34,7 @@ def language_model(
     for group, changes in groups.items():
         values[group] |= changes
     roles = ("hidden", "embedding", "head", "vector")
-    parts = {"main": Part(roles, partial(torch.optim.AdamW, lr=lr))}
+    parts = {"main": Part(roles, optimizer)}
     return LanguageModel(
         build_model(values, seed=0, vocab_size=vocab_size),
         lambda model: build_optimizer(model, parts),

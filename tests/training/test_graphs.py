@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 
@@ -37,10 +36,9 @@ def marked(monkeypatch):
     return marks
 
 
-def make_module(compile: bool, regularizer: Regularizer | None = None, **groups) -> LanguageModel:
+def make_module(compile: bool, regularizer: Regularizer | None = None, **given) -> LanguageModel:
     schedule = Schedule("cosine", warmup=0.2)
-    given = {"compile": compile, "regularizer": regularizer}
-    return language_model(VOCAB, schedule, **given, **groups)
+    return language_model(VOCAB, schedule, compile=compile, regularizer=regularizer, **given)
 
 
 class InOrder:
@@ -347,26 +345,20 @@ def test_losses_are_those_without_graphs_over_200_steps(
 
 @on_cuda
 def test_a_run_with_graphs_stops_and_goes_on(tmp_path, monkeypatch, compiled):
-    """As near to an undisturbed run as another undisturbed run is. On the CPU, where equal runs are
-    equal, a resumed one is, too."""
-    whole, _, one = on_gpu(tmp_path / "whole", True, monkeypatch, 20)
-    again, _, another = on_gpu(tmp_path / "again", True, monkeypatch, 20)
+    """By SGD: a GPU adds gradients up in any order, and where one is near 0 AdamW makes a step of
+    full length of the last digit. A rounding of 1e-7 moves losses by 3e-4 and weights by 2e-4 here;
+    momentum that is not restored moves both by 4e-2, a rate that is one step late by 1.4e-2."""
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    one, half, two = (make_module(True, optimizer=sgd) for _ in range(3))
+    whole, *_ = on_gpu(tmp_path / "whole", True, monkeypatch, 20, one)
     stop = [StopAt(10)]
-    first, trainer, _ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, callbacks=stop)
+    first, trainer, _ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, half, callbacks=stop)
     path = tmp_path / "half.ckpt"
     trainer.save_checkpoint(path)
-    second, _, resumed = on_gpu(tmp_path / "parts", True, monkeypatch, 20, ckpt=path)
-    by_chance = apart([again], [whole]), apart(another.parameters(), one.parameters())
-    parts = torch.cat([first, second])
-    by_stopping = apart([parts], [whole]), apart(resumed.parameters(), one.parameters())
-    print(f"losses and weights apart: by chance {by_chance}, by stopping {by_stopping}")
-    assert by_stopping[0] <= max(3 * by_chance[0], 2e-3)
-    assert by_stopping[1] <= max(3 * by_chance[1], 2e-2)
-
-
-def apart(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
-    """The largest difference of any two numbers."""
-    return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
+    second, *_ = on_gpu(tmp_path / "parts", True, monkeypatch, 20, two, ckpt=path)
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=2e-3)
+    for mine, others in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(mine, others, rtol=0, atol=2e-3)
 
 
 @on_cuda
