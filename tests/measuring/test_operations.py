@@ -66,6 +66,20 @@ def test_many_ffns_are_read_out_in_as_many_operations_as_one(x):
     assert count(lambda: eigenproblems(many, 1)) == of_one + 11
 
 
+def test_a_run_of_an_ffn_is_taken_in_few_operations(x):
+    """All that is done with pre, post and the input, but for reading out."""
+    accumulator = Accumulator(
+        FFNAdapter(0, "ffn", nn.Linear(8, 24), nn.Linear(24, 8)), shortcut=True
+    )
+
+    def take() -> None:
+        accumulator.see(x[..., :8], x)
+        accumulator.add({"pre": x, "post": x.relu()}, None)
+        accumulator.finish_forward()
+
+    assert count(take) <= 135
+
+
 def test_shares_that_are_read_out_together_are_those_read_out_alone(x):
     """Of one size and of several, in whatever order they come."""
     several = []
