@@ -1,4 +1,4 @@
-"""Plain configuration mappings to frozen dataclasses, with errors that name the key."""
+"""Converts configuration mappings to frozen dataclasses, with errors that name the key."""
 
 import os
 import re
@@ -22,22 +22,22 @@ KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     list: "a list",
     NoneType: "null",
 }
-"""Types of values, as messages name them."""
+"""The names of types in messages."""
 
 LONGEST_NAME = 255
-"""Bytes in a name, of all file systems that matter here (NAME_MAX)."""
+"""The most bytes in a file name on all relevant file systems (NAME_MAX)."""
 
 _ABSTRACT: dict[type, type] = {int: Integral, float: Real, list: Sequence}
 
 
 def quoted(text: str) -> str:
-    """`text` as a value of an override, whatever signs it has.
+    """`text` as a value of an override, whatever characters it contains.
 
-    To Hydra a backslash is a sign of its own only where it stands before a quote or at the end.
+    For Hydra, a backslash is special only before a quote or at the end.
     """
     if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _NOT_TEXT:
         return text
@@ -46,14 +46,14 @@ def quoted(text: str) -> str:
 
 
 def unquoted(value: str) -> str:
-    """The text that `quoted` has made a value of."""
+    """The inverse of `quoted`."""
     if not value.startswith("'"):
         return value
     return re.sub(r"(\\+)('|\Z)", lambda m: len(m[1]) // 2 * "\\" + m[2], value[1:-1])
 
 
 def pasted(key: str, value: object) -> str:
-    """An override that can be pasted into a shell: `key=value`, quoted where it must be."""
+    """An override that can be pasted into a shell: `key=value`, quoted if necessary."""
     text = f"{key}={quoted(str(value))}"
     is_safe_within = not re.search(r'["$`!\\\n]', text)
     return f'"{text}"' if "'" in text and is_safe_within else shlex.quote(text)
@@ -69,8 +69,8 @@ _NOT_TEXT = ("null", "true", "false", "inf", "nan")
 
 
 def require_choice(key: str, value: object, options: Collection[str]) -> None:
-    """Raises `ConfigError` with the list of good values unless `value` is one of `options`."""
-    if isinstance(value, str) and value in options:  # a list in a set would be an error
+    """Raises `ConfigError` with the list of valid values unless `value` is one of `options`."""
+    if isinstance(value, str) and value in options:  # a list is not hashable
         return
     close = get_close_matches(str(value), options, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -78,15 +78,15 @@ def require_choice(key: str, value: object, options: Collection[str]) -> None:
 
 
 def require_several(key: str, values: Collection[object], options: Collection[str]) -> None:
-    """Raises `ConfigError` unless `values` are some of `options`, each once."""
+    """Raises `ConfigError` unless `values` are distinct members of `options`."""
     for each in values:
         require_choice(f"an entry of {key}", each, options)
-    require(len({*values}) == len(values), f"{key} names each once; got {list(values)!r}.")
+    require(len({*values}) == len(values), f"{key} must not repeat an entry; got {list(values)!r}.")
 
 
 def require_type(key: str, value: object, *kinds: type) -> None:
-    """Raises `ConfigError` unless `value` is of one of `kinds`. A whole number is a number, too;
-    true is neither. Any sequence but a text is a list."""
+    """Raises `ConfigError` unless `value` is of one of `kinds`. A whole number is also a number;
+    true is neither. Any sequence except a string is a list."""
     if any(_is_of(value, kind) for kind in kinds):
         return
     named = " or ".join(KINDS.get(kind, kind.__name__) for kind in kinds)
@@ -94,14 +94,14 @@ def require_type(key: str, value: object, *kinds: type) -> None:
 
 
 def require_path(key: str, value: object) -> None:
-    """Raises `ConfigError` unless `value` is a path that a file system can have."""
+    """Raises `ConfigError` unless `value` is a path that can exist on a file system."""
     require_type(key, value, str)
     path = str(value)
     require(path.strip() != "", f"{key} must name a file or a folder; got {path!r}.")
     longest = max(path.split("/"), key=lambda name: len(os.fsencode(name)))
     require(
         len(os.fsencode(longest)) <= LONGEST_NAME,
-        f"A name of a file or a folder has at most {LONGEST_NAME} bytes; {key} has one of "
+        f"The name of a file or folder may have at most {LONGEST_NAME} bytes; {key} has one of "
         f"{len(os.fsencode(longest))}, {longest[:20]!r}…",
     )
 
@@ -128,28 +128,27 @@ def require_steps(key: str, value: object, *, or_empty: bool = False) -> None:
 
 
 def require_reached(key: str, steps: Collection[int], last: int) -> None:
-    """Raises `ConfigError` for steps that a run of `last` steps does not come to."""
+    """Raises `ConfigError` for steps that a run of `last` steps never reaches."""
     late = [step for step in steps if step > last]
     require(
         not late,
         f"{key} takes steps from 0 to trainer.max_steps; got {', '.join(map(str, late))} with "
-        f"trainer.max_steps={last}. Leave these out, or train for longer.",
+        f"trainer.max_steps={last}. Omit these, or train for longer.",
     )
 
 
 def require_layers(key: str, layers: Collection[object] | None, known: Collection[int]) -> None:
-    """Raises `ConfigError` unless `layers` are some of `known`, those with FFNs; None stands for
-    all."""
+    """Raises `ConfigError` unless `layers` are among `known`, those with FFNs; None means all."""
     if layers is None or (len(layers) > 0 and all(each in known for each in layers)):
         return
     raise ConfigError(
-        f"{key} must be null (all) or layers that have FFNs, as {', '.join(map(str, known))} "
-        f"have; got {layers}."
+        f"{key} must be null (all) or layers that have FFNs, which are "
+        f"{', '.join(map(str, known))}; got {layers}."
     )
 
 
 def require_left(key: str, skip_first: int, key_of_length: str, length: int) -> None:
-    """Raises `ConfigError` unless sequences have positions beyond those that are left out."""
+    """Raises `ConfigError` unless sequences have positions beyond those that are excluded."""
     require(
         skip_first < length,
         f"{key} must leave positions to measure; got {key}={skip_first} of "
@@ -158,17 +157,16 @@ def require_left(key: str, skip_first: int, key_of_length: str, length: int) -> 
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
-    """Builds the dataclass `cls` from `values`; an unknown or missing key and a value of another
-    type than the field's are named with their group.
+    """Builds the dataclass `cls` from `values`; errors name the key with its group.
 
     Args:
-        cls: a dataclass that validates the values of its own fields in `__post_init__`.
-        values: the group's values; values may be dataclasses already.
+        cls: a dataclass that validates the values of its fields in `__post_init__`.
+        values: the group's values, some of which may already be dataclasses.
         group: the configuration group, for messages (`"ffn"` gives `ffn.width`).
 
     Raises:
-        ConfigError: for a key that `cls` does not have, one that it requires and is not there, or a
-            value that is not of the field's type.
+        ConfigError: for an unknown key, a missing required key, or a value that does not have the
+            type of its field.
     """
     known = {f.name: f for f in fields(cls)}
     for key in values:
@@ -183,6 +181,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
 
 
 def _is_of(value: object, kind: type[K]) -> TypeGuard[K]:
-    if isinstance(value, bool | str):  # to Python true is a whole number, and a text a sequence
+    if isinstance(value, bool | str):  # in Python, true is an int and a string is a sequence
         return isinstance(value, kind) and kind is not int
     return isinstance(value, _ABSTRACT.get(kind, kind))

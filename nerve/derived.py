@@ -1,5 +1,5 @@
-"""What follows from the stored columns of a row of metrics: further metrics, whether a few samples
-may make its spectrum (massive activations, first tokens), and whether there were enough of them."""
+"""Columns derived from the stored columns of metrics: further metrics, whether a few samples may
+dominate the spectrum (massive activations, first tokens), and whether there were enough samples."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,14 +14,14 @@ VERDICTS = ("well", "under", "severely under")
 
 
 LEAST_RATIO = {"well": 8.0, "under": 2.0}
-"""From how many samples a feature on a verdict holds, where no halves were measured."""
+"""The smallest N/D for each verdict, if no halves were measured."""
 
 
 Columns = Mapping[str, np.ndarray]
 
 _OF_A_SITE: dict[str, Callable[[Columns, str], np.ndarray]] = {
     "exp_se_{site}": lambda rows, site: np.exp(rows[f"se_{site}"]),
-    # One feature has ln D = 0 and no spread that could be normalized.
+    # With one feature, ln D = 0 and the entropy cannot be normalized.
     "se_{site}_normalized": lambda rows, site: (
         rows[f"se_{site}"] / np.log(np.where(rows["d_ff"] > 1, rows["d_ff"], np.nan))
     ),
@@ -35,7 +35,7 @@ _OF_BOTH: dict[str, Callable[[Columns], np.ndarray]] = {
 
 
 def derived_columns(rows: Columns) -> dict[str, np.ndarray]:
-    """Every derived column of the catalogue, from arrays of the stored ones."""
+    """Every derived column of the catalog, computed from arrays of the stored ones."""
     with np.errstate(all="ignore"):
         of_sites = {
             column.format(site=site): derive(rows, site)
@@ -46,8 +46,8 @@ def derived_columns(rows: Columns) -> dict[str, np.ndarray]:
 
 
 def with_derived(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of metrics with every derived column of the catalogue, and `outliers`."""
-    # A column of nothing but None, as rows have it that were never stored, is one of numbers.
+    """Rows of metrics with every derived column of the catalog, and `outliers`."""
+    # In rows that were never stored, a numeric column may contain only None.
     none = [name for name in STORED if name in rows and rows[name].dtype == object]
     if none:
         rows = rows.astype(dict.fromkeys(none, float))
@@ -56,39 +56,39 @@ def with_derived(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rank_limit(rows: Columns, site: str) -> np.ndarray:
-    """Nothing that passes through `d_in` numbers has a higher rank before the nonlinearity."""
+    """The maximum rank: before the nonlinearity, features are a linear map of `d_in` numbers."""
     width = np.minimum(rows["d_in"], rows["d_ff"]) if site == "pre" else rows["d_ff"]
     return np.minimum(width, rows["n_samples"] - 1).astype(rows["d_ff"].dtype)
 
 
 LARGEST_MOVES = 0.10
-"""A row is flagged where the farthest sample alone may move PR by more than this."""
+"""A row is flagged if the farthest sample alone may move PR by more than this."""
 
 
 TOP_MULTIPLE = 16
-"""… or where the farthest 0.1% hold more than so many times what they would if all were as far.
-Many alike move PR together, and none of them alone."""
+"""… or if the farthest 0.1% hold more than this multiple of their proportional share of the
+variance. Many similar samples move PR together, although none of them does alone."""
 
 
 POSITION_RATIO = 4
-"""… or where the samples of one position of the sequences, such as the first tokens, lie at more
-than so many times the mean squared distance: too many for the farthest 0.1%."""
+"""… or if the samples at one position of the sequences, such as the first tokens, have more than
+this multiple of the mean squared distance; they may be too many for the farthest 0.1%."""
 
 
 OF_CHANNELS = "token_mixing"
-"""The FFN of a Mixer whose samples stand side by side as channels, of which each has a spread of
-its own by nature, and not as positions."""
+"""The FFN of a Mixer whose samples are channels, not positions; each channel has its own spread."""
 
 
 _NEEDED = ("largest_share", "top_share", "position_ratio", "pr")
 
 
 def sampling_codes(columns: Columns, is_measured: np.ndarray) -> np.ndarray:
-    """Of each row of metrics its place in `VERDICTS`, by N/D; -1 where nothing was measured.
+    """The verdict on each row of metrics by N/D, as its index in `VERDICTS`; -1 if nothing was
+    measured.
 
     Args:
-        columns: with `n_samples` and `d_ff`.
-        is_measured: of each row.
+        columns: has `n_samples` and `d_ff`.
+        is_measured: whether each row was measured.
     """
     ratio = columns["n_samples"] / columns["d_ff"]
     verdict = np.full(len(ratio), 2, np.int8)
@@ -98,12 +98,12 @@ def sampling_codes(columns: Columns, is_measured: np.ndarray) -> np.ndarray:
 
 
 def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray:
-    """By what part samples with this share of the variance may have moved PR, at most.
+    """The largest relative change of PR that samples with this share of the variance can cause.
 
-    With s their share, C' the covariance (of trace 1) of the others and G that of theirs, `C =
-    (1-s) C' + s G`, and `(1-s) |C'| <= |C| <= (1-s) |C'| + s` in the Frobenius norm, where `PR =
-    1/|C|^2`. So PR is between `((1 - s sqrt(PR)) / (1-s))^2` and `1/(1-s)^2` times what it is
-    without them; infinite where the first is 0. NaN for a share that is not known.
+    With s their share, G their covariance and C' that of the other samples (both of trace 1),
+    `C = (1-s) C' + s G`, and `(1-s) |C'| <= |C| <= (1-s) |C'| + s` in the Frobenius norm, where
+    `PR = 1/|C|^2`. So PR is between `((1 - s sqrt(PR)) / (1-s))^2` and `1/(1-s)^2` times its value
+    without them; infinite if the first is 0. NaN for an unknown share.
 
     Source: ours.
     """
@@ -116,16 +116,16 @@ def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray
 
 
 def outliers(rows: pd.DataFrame) -> pd.Series:
-    """Of each row of metrics the sites whose PR may be that of a few samples.
+    """The sites of each row of metrics whose PR may be dominated by a few samples.
 
-    `pre`, `post`, `pre, post`, or empty, as where the shares were not stored. At a site so named
-    the farthest sample alone may have moved PR by more than `LARGEST_MOVES` (`largest_move`), the
-    farthest 0.1% stand out by `TOP_MULTIPLE`, or one position by `POSITION_RATIO`. One sample that
-    does move PR by more than 10% is always found. Of many alike those are found whose squared
-    distance is 16 times the average, and 4 times where they share a position.
+    `pre`, `post`, `pre, post`, or empty, also if the shares were not stored. At these sites, the
+    farthest sample alone may have moved PR by more than `LARGEST_MOVES` (`largest_move`), the
+    farthest 0.1% stand out by `TOP_MULTIPLE`, or one position by `POSITION_RATIO`. A single sample
+    that moves PR by more than 10% is always found. Many similar samples are found if their squared
+    distance is 16 times the average, or 4 times if they share a position.
 
     Args:
-        rows: with `ffn`, `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*`,
+        rows: has `ffn`, `n_samples`, and `pr_*`, `largest_share_*`, `top_share_*`,
             `position_ratio_*` of both sites.
     """
     names = ("n_samples", *(f"{name}_{site}" for name in _NEEDED for site in SITES))
@@ -137,15 +137,15 @@ def outliers(rows: pd.DataFrame) -> pd.Series:
 def outlier_codes(
     columns: Mapping[str, np.ndarray], is_of_channels: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """What `outliers` says of rows, as the numbers of texts, and the texts.
+    """The values of `outliers` as integer codes, and the strings that they stand for.
 
     Args:
-        columns: arrays, of the names that `outliers` takes but for `ffn`.
-        is_of_channels: which rows are of an FFN whose samples are channels.
+        columns: arrays of the columns that `outliers` takes, except `ffn`.
+        is_of_channels: whether the samples of each row are channels.
     """
     code = np.zeros(len(is_of_channels), dtype=np.int8)
     texts = [""]
-    for site in SITES:  # each doubles the texts: with it, or without
+    for site in SITES:  # each doubles the strings: with the site, and without
         code += _stands_out(columns, is_of_channels, site) * np.int8(len(texts))
         texts += [f"{text}, {site}" if text else site for text in texts]
     return code, tuple(texts)

@@ -1,10 +1,10 @@
-"""The catalogue of metrics: what each is called, where it is read, and which places show it.
+"""The catalog of metrics: their names and properties, and the places that show them.
 
 Every list of metrics in nerve derives from `CATALOGUE`: the columns that a run stores, what loggers
-and sweepers get, what is compared over runs and depth, and what tables and figures show. A new
-metric is one function (with its line in `nerve.spectra.metrics`, or in `nerve.derived` for
-one that is made of stored columns), one entry here, one line in the tables of
-docs/measurement.md, one test.
+and sweepers receive, what is compared over runs and depth, and what tables and figures show. A new
+metric is one function (with its line in `nerve.spectra.metrics`, or in `nerve.derived` if it is
+computed from stored columns), one entry here, one line in the tables of docs/measurement.md, and
+one test.
 """
 
 import math
@@ -16,36 +16,36 @@ SITES = ("pre", "post")
 """Where features are measured: before and after the nonlinearity."""
 
 GROUP_SITES = ("stream_in", "input", "pre", "post", "output", "stream_out")
-"""Where the `groups` table has features of, along a block: the residual stream before the FFN, what
-the FFN gets, before and after the nonlinearity, what the FFN gives, the stream after it."""
+"""The sites in the `groups` table, along a block: the residual stream before the FFN, the FFN's
+input, before and after the nonlinearity, the FFN's output, and the stream after it."""
 
 AROUND = ("stream_in", "input", "output", "stream_out")
-"""Those around the nonlinearity, which `monitor.sites` chooses from."""
+"""The sites around the nonlinearity, the options of `monitor.sites`."""
 
 GROUPS = {
     "position": ("0", "like_0", "q1", "q2", "q3", "q4"),
     "frequency": ("head", "mid", "tail"),
     "halves": ("a", "b"),
 }
-"""The groupings of samples, which `monitor.groups` chooses from, and the groups of each:
+"""The groupings of samples, which are the options of `monitor.groups`, and the groups of each:
 
-- by position in the sequence: 0 alone, and the others in four equal parts; `like_0` has as many of
-  the others as `0` has, one of each sequence, so that these two can be compared
-- by how often the token occurs: the most frequent ones, which make a third of all occurrences, the
-  next third, and the last
-- halves: every other sequence
+- by position in the sequence: 0 alone, and the others in four equal parts; `like_0` has as many
+  samples as `0`, one from another position of each sequence, so that the two can be compared
+- by the frequency of the token: the most frequent tokens, which account for a third of all
+  occurrences, the next third, and the last
+- halves: alternate sequences
 """
 
 POOLED = "all"
-"""The grouping of the rows that have all samples of a site, and the group of these."""
+"""The grouping, and the group, of rows with all samples of a site."""
 
 SPREAD = ("se", "pr", "eee")
-"""The metrics whose sampling error follows from halves."""
+"""The metrics whose sampling error is estimated from halves."""
 
 Place = Literal["summary", "overview", "maps", "curves", "layers", "scatter", "tables", "depth"]
-"""Where a metric is shown: in the summary when a run ends; of one run, in its overview and its maps
-over depth and time; of several, as curves over steps, over layers, and against the loss; in tables;
-and in `metrics_by_depth` unless others are named."""
+"""Where a metric is shown: in the summary at the end of a run; for one run, in its overview and its
+maps over depth and time; for several, as curves over steps, over layers, and against the loss; in
+tables; and by default in `metrics_by_depth`."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Metric:
     """One metric, and its one or two columns.
 
     Attributes:
-        column: the name of its column; with `{site}` in it, of one for each of `SITES`.
+        column: the name of its column; with `{site}` in it, one column for each of `SITES`.
         short: the paper's short name.
-        unit: of its values, or what their ends mean.
+        unit: the unit of its values, or the meaning of their extremes.
         title: its name in words.
-        bounds: what it lies in, whatever was measured.
-        at_most, at_least: of rank r and width D, what pre can be where its rank is r.
-        neutral: the value that says that the nonlinearity changes nothing; None where none does.
-        flatter: on which side of `neutral` the nonlinearity flattens the spectrum.
-        is_ratio: whether it is read on a logarithmic axis where it ranges widely.
-        stored: whether it is a column of the `metrics` table; else `load_metrics` derives it.
-        logged: whether loggers, callbacks and `objective` get it.
+        bounds: the range of its values.
+        at_most, at_least: functions of rank r and width D, the limit of pre if its rank is r.
+        neutral: the value that means that the nonlinearity changes nothing; None if there is none.
+        flatter: the side of `neutral` on which the nonlinearity flattens the spectrum.
+        is_ratio: whether it is shown on a logarithmic axis if its values span a wide range.
+        stored: whether it is a column of the `metrics` table; otherwise `load_metrics` derives it.
+        logged: whether loggers, callbacks and `objective` receive it.
         compared: whether `final_metrics` has it, averaged over layers, then over seeds.
-        correlated: whether it is correlated with the loss unless others are named.
-        grouped: whether sites and groups of samples have it, too, in the `groups` table.
+        correlated: whether it is correlated with the loss by default.
+        grouped: whether the `groups` table also has it, for sites and groups of samples.
         shown: the places that show it.
     """
 
@@ -98,7 +98,7 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """With the unit, for an axis."""
+        """The short name with the unit, for an axis."""
         return f"{self.short} ({self.unit})"
 
     def at(self, site: str) -> str:

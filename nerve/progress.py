@@ -1,4 +1,4 @@
-"""How work of minutes says where it is."""
+"""Reports the progress of work that takes minutes."""
 
 import sys
 import time
@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int | None], None]
-"""Told what is being done, how many of it are done, and of how many, where that is known."""
+"""Called with what is being done, how much of it is done, and the total if it is known."""
 
 INTERVAL_S = 5.0
 
 
 def unseen(what: str, done: int, total: int | None) -> None:
-    """Tells nobody."""
+    """Shows nothing."""
 
 
 @contextmanager
 def shown() -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere lines, so that a log says where it is: one for each thing that
-    is done, and of what it is made of one every few seconds."""
+    """A bar on a terminal; elsewhere lines for the log, one for each new task and one every few
+    seconds during a task."""
     if not sys.stderr.isatty():
         yield _lines()
         return

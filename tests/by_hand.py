@@ -1,4 +1,4 @@
-"""A small FFN of any two projections, and the values of features in float64 NumPy."""
+"""A small FFN made of any two projections, and the metrics of features in float64 NumPy."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def values(x: Tensor) -> tuple[int, float, float]:
 
 
 def assert_measured(row: dict, pre: Tensor, post: Tensor) -> None:
-    """A row has the values of these features, to 1e-6."""
+    """Asserts that a row has the metrics of these features, to 1e-6."""
     assert (row["status"], row["d_ff"]) == ("ok", pre.shape[-1])
     for side, features in (("pre", pre), ("post", post)):
         n, pr, variance = values(features)

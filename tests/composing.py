@@ -1,8 +1,8 @@
-"""What Hydra makes of the shipped configuration, made once for each choice of options.
+"""Caches Hydra's composition of the shipped configuration for each choice of options.
 
-A test in three composes, some dozens of times, and to compose is to parse thirty files, to find
-which of them are meant and to merge them: a tenth of a second. Values that an override sets are
-applied by Hydra after that, each time. Folders that a test makes are read anew each time.
+A third of the tests compose a configuration, some of them dozens of times. Composing takes a tenth
+of a second, because it parses thirty files, finds those that apply and merges them. Hydra still
+applies overrides of values each time. Folders that a test creates are read each time.
 """
 
 import functools
@@ -37,7 +37,7 @@ _composed: dict[Any, bytes] = {}
 
 
 def remember() -> None:
-    """From now on Hydra is asked once for each choice of options."""
+    """Makes Hydra compose only once for each choice of options from now on."""
     OmegaConf.load = staticmethod(load_once)
     config_loader_impl.create_defaults_list = defaults_once
     defaults_list._create_interpolation_map = choices_where_needed
@@ -50,7 +50,7 @@ def _parsed(path: str) -> bytes:
 
 
 def load_once(file: str | Path | IO[Any]) -> Any:
-    """What `OmegaConf.load` gives."""
+    """A cached `OmegaConf.load`."""
     path = Path(getattr(file, "name", file))
     if any(folder in path.parents for folder in SHIPPED):
         return pickle.loads(_parsed(str(path)))
@@ -58,8 +58,8 @@ def load_once(file: str | Path | IO[Any]) -> Any:
 
 
 def _places(name: str | None, repo: IConfigRepository) -> tuple[str, ...] | None:
-    """Where the configuration of this name comes from, if nothing of it is a test's own: neither
-    a folder nor, as where a run is resumed, what the command itself has put in Hydra's store."""
+    """Where the configuration of this name comes from, unless part of it belongs to a test: a
+    folder or, when a run is resumed, what the command itself put into Hydra's store."""
     places = tuple(source.path for source in repo.get_sources())
     is_shipped = any((folder / f"{name}.yaml").is_file() for folder in (CONF, SWEEPS))
     return places if is_shipped and PLACES.issuperset(places) else None
@@ -72,7 +72,7 @@ def defaults_once(
     prepend_hydra: bool,
     skip_missing: bool,
 ) -> DefaultsList:
-    """What `create_defaults_list` gives: which files a configuration is made of."""
+    """A cached `create_defaults_list`, which determines the files of a configuration."""
     how = (prepend_hydra, skip_missing)
     places = _places(config_name, repo)
     if places is None:
@@ -88,8 +88,8 @@ def defaults_once(
 def choices_where_needed(
     overrides: Overrides, defaults: list[InputDefault], self_added: bool
 ) -> DictConfig:
-    """What `_create_interpolation_map` gives where a default is named after the choice of another
-    one; elsewhere nobody looks, and it is made for each file anew."""
+    """`_create_interpolation_map`, but only if the name of a default depends on the choice of
+    another; otherwise it is not needed, and Hydra would create it for each file."""
     if any(each.is_interpolation() for each in defaults):
         return choices(overrides, defaults, self_added)
     return DictConfig({})
@@ -102,7 +102,7 @@ def _is_option(override: Override, repo: IConfigRepository) -> bool:
 def compose_once(
     self: ConfigLoaderImpl, defaults: Sequence[ResultDefault], repo: IConfigRepository
 ) -> DictConfig:
-    """What `ConfigLoaderImpl._compose_config_from_defaults_list` gives: these files, merged."""
+    """A cached `ConfigLoaderImpl._compose_config_from_defaults_list`, which merges these files."""
     places = _places(next(each.config_path for each in defaults if each.primary), repo)
     if places is None:
         return compose_defaults(self, list(defaults), repo)

@@ -1,4 +1,4 @@
-"""How the tests are run: by whom, in which order, side by side; what they share is shared.py."""
+"""How tests are run: in which process and order, and in parallel; shared.py has what they share."""
 
 import gc
 import os
@@ -55,7 +55,8 @@ class ByFile(LoadScopeScheduling):
     """Each file's tests run in one process, and so do those of `TOGETHER`."""
 
     def remove_node(self, node: WorkerController) -> str | None:
-        """As it is, but that the test that ended its process is not run again by the next one."""
+        """Like the original, but the test that ended its process is not run again by the next
+        one."""
         others, self.assigned_work = self.assigned_work, {node: self.assigned_work[node]}
         crashed: str | None = super().remove_node(node)
         others.pop(node)
@@ -79,7 +80,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are cores, as that of the cluster's tests mostly waits."""
+    """One more than the number of cores, because the cluster's tests mostly wait."""
     return cores.allowed() + 1
 
 
@@ -105,8 +106,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, bool, bool]:
-    """What a file's tests have imported or keep stays, too: else each search takes longer than the
-    one before it, up to a second."""
+    """Excludes what a file's tests have imported or kept from garbage collection; otherwise each
+    collection takes longer than the one before, up to a second."""
     ended = yield
     if nextitem is not None and nextitem.path != item.path:
         gc.collect()

@@ -1,4 +1,4 @@
-"""Language models of two layers in a Lightning module, as the tests of training have them."""
+"""Language models of two layers in a Lightning module, for the tests of training."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ def language_model(
     regularizer: Regularizer | None = None,
     **groups: dict[str, Any],
 ) -> LanguageModel:
-    """One of d_model 16 and d_ff 32; `groups` change values of the configuration."""
+    """A model with d_model 16 and d_ff 32; `groups` change values of the configuration."""
     values: dict[str, dict[str, Any]] = {
         "model": {"kind": "gpt", "n_layers": 2, "d_model": 16, "n_heads": 2, "seq_len": SEQ},
         "normalization": {},

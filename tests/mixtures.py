@@ -25,8 +25,8 @@ FAMILIES = {
 
 
 def model_of(family: str, ff: int = FF) -> Any:
-    """A tiny random model in float64, of whose experts the first gets no token: among the logits of
-    the others, those of v, -v, u and -u, two are always above its own, 0."""
+    """A tiny random model in float64 whose first expert gets no token: among the logits of the
+    others, which are those of v, -v, u and -u, two are always above its own, 0."""
     name, values = FAMILIES[family]
     values = {k: ff if v == FF else v for k, v in values.items()}
     config = getattr(transformers, name)(
@@ -55,7 +55,7 @@ def model_of(family: str, ff: int = FF) -> Any:
 
 
 def router_of(mixture: Any) -> Any:
-    """What chooses the experts; its output has their numbers as its third part."""
+    """The module that chooses the experts; the third part of its output has their indices."""
     return mixture.gate if hasattr(mixture, "gate") else mixture.router
 
 

@@ -1,4 +1,4 @@
-"""Notebooks as they are stored."""
+"""Stored notebooks."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def stored_cells(path: Path) -> dict[str, Any]:
 
 
 def assert_small_and_without_places(path: Path) -> None:
-    """A notebook that is executed elsewhere must not name a place on the machine that wrote it."""
+    """An executed notebook must be small and must not name a path of the machine that wrote it."""
     assert path.stat().st_size < LARGEST
     for cell in stored_cells(path).values():
         texts = [cell.source]

@@ -1,9 +1,9 @@
-"""Processes that begin with all imported that a run needs.
+"""Starts processes in which everything that a run needs is already imported.
 
-They are forked from one process that has imported it once, and that the first of them starts: to
-import Lightning takes five seconds of a core. What a process of its own proves, such as locks,
-signals, kills and collectives, they prove as well. That the commands start from nothing is shown
-where they are called so: in test_install.py, by the jobs of slurm/ and by the trials of sweeps.
+They are forked from one process that has imported it once and that the first of them starts,
+because importing Lightning takes five seconds of a core. They prove the same about locks, signals,
+kills and collectives as processes started from scratch. Commands are started from scratch in
+test_install.py, by the jobs of slurm/ and by the trials of sweeps.
 """
 
 import atexit
@@ -72,12 +72,12 @@ def start(
 
 
 def lean_path(*others: Path) -> str:
-    """PYTHONPATH with `LEAN` and these folders before what it has."""
+    """PYTHONPATH with `LEAN` and these folders in front."""
     return os.pathsep.join(map(str, filter(None, [*others, LEAN, os.environ.get("PYTHONPATH")])))
 
 
 def nerve_run(arguments: Sequence[str], **where: Any) -> BaseProcess:
-    """`nerve-run` with these arguments; the rest is as `start` has it."""
+    """Runs `nerve-run` with these arguments; the others are as in `start`."""
     return start(_nerve_run, [*map(str, arguments)], **where)
 
 
@@ -131,14 +131,14 @@ def held_port() -> Iterator[str]:
 
 @contextmanager
 def _environments(n: int) -> Iterator[list[dict[str, str]]]:
-    """What tells `n` processes that they are one group."""
+    """The environment variables that tell `n` processes that they form one group."""
     with held_port() as port:
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
         yield [os.environ | group | {"LOCAL_RANK": str(rank)} for rank in range(n)]
 
 
 def ended(process: BaseProcess, seconds: float = ENDS_WITHIN_S) -> int:
-    """Waits for the end of a process; its exit status."""
+    """Waits for the end of a process and returns its exit status."""
     return _all_ended([process], seconds)[0]
 
 
@@ -164,7 +164,7 @@ def _all_ended(processes: Sequence[BaseProcess], seconds: float = ENDS_WITHIN_S)
 
 
 def _kill(process: BaseProcess) -> None:
-    """Ends a process that is stuck, once it has told where."""
+    """Kills a process that is stuck, after it has printed its stacks."""
     if process.pid is not None:
         os.kill(process.pid, signal.SIGQUIT)
     process.join(0.5)
@@ -174,15 +174,15 @@ def _kill(process: BaseProcess) -> None:
 
 @atexit.register
 def _kill_what_is_left() -> None:
-    """Before multiprocessing waits for it without a bound."""
+    """Kills the remaining processes, because multiprocessing would wait for them without limit."""
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def tell_stacks(seconds: float) -> None:
-    """Has this process print the stacks of its threads when it gets SIGQUIT, and when it is still
-    there after so many seconds, which also ends it: whatever its threads are at. One that was
-    forked from such a process cannot be told so again."""
+    """Makes this process print the stacks of its threads on SIGQUIT, and after this many seconds,
+    which also ends it whatever its threads are doing. In a process forked from such a process, this
+    cannot be set up again."""
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     faulthandler.dump_traceback_later(seconds, exit=True)
 

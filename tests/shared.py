@@ -1,5 +1,5 @@
-"""What all tests share: shapes are checked as annotated, no user's cache is touched, real runs; and
-none of them hangs."""
+"""What all tests share: shapes are checked against annotations, the user's cache is not used, real
+runs are provided, and no test hangs."""
 
 import faulthandler
 import functools
@@ -65,8 +65,8 @@ composing.remember()
 
 
 def ask_once_for_provenance() -> None:
-    """The commit and the versions, for which each new record asks git three times and the metadata
-    of a dozen packages, do not change while tests run."""
+    """Caches the commit and the versions, which do not change during tests; each new record would
+    call git three times and read the metadata of a dozen packages."""
     versions = functools.cache(record.package_versions)
     record.git_commit = functools.cache(record.git_commit)
     record.package_versions = lambda: dict(versions())
@@ -111,8 +111,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
-    """A test that hangs is ended; and none is another one after others: what they drew, or set for
-    their process as commands do, is undone."""
+    """Ends a test that hangs, and undoes what a test drew or set for its process, as commands do,
+    so that no test depends on those before it."""
     marker = item.get_closest_marker("timeout")
     limit = float(marker.args[0] if marker else item.config.getini("timeout"))
     if not item.config.getoption("usepdb"):
@@ -140,7 +140,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
-    """A test that leaves the process another one fails."""
+    """Fails a test that leaves the process in another state."""
     yield
     found, left = item.stash[_found], state_of_the_process()
     changed = [
@@ -151,7 +151,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def state_of_the_process() -> dict[str, object]:
-    """What one test could change for all others and that no command sets."""
+    """The state that a test could change for all others and that no command sets."""
     return {
         "working directory": os.getcwd(),
         "sys.path": tuple(sys.path),

@@ -1,4 +1,4 @@
-"""The study, loaded and judged once for all tests of its page, its rule and its figures."""
+"""The study, loaded and judged once for all tests of its pages, its rule and its figures."""
 
 import importlib
 import sys
@@ -16,8 +16,8 @@ MODULES = ("claims", "criteria", "evidence", "figures", "judgement", "page", "ve
 
 @pytest.fixture(scope="session")
 def scorecard() -> Iterator[SimpleNamespace]:
-    """The files of study/scorecard, imported by plain names as `python study/scorecard` does it,
-    and forgotten afterwards."""
+    """The modules of study/scorecard, imported by plain names as in `python study/scorecard`, and
+    unloaded afterwards."""
     folder = STUDY / "scorecard"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
@@ -30,16 +30,16 @@ def scorecard() -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="session")
 def evidence(scorecard: SimpleNamespace) -> Any:
-    """The committed runs, each sweep loaded once."""
+    """The committed runs; each sweep is loaded once."""
     return scorecard.evidence.Evidence(RUNS)
 
 
 @pytest.fixture(scope="session")
 def judged(scorecard: SimpleNamespace, evidence: Any) -> list[Any]:
-    """All checks of the committed runs: the paper's, then our own."""
+    """All checks on the committed runs: those of the paper, then our own."""
     return judgements(scorecard, evidence)
 
 
 def judgements(scorecard: SimpleNamespace, evidence: Any) -> list[Any]:
-    """Of the paper's checks, then of our own."""
+    """The judged checks of the paper, and our own."""
     return [check.judge(evidence) for check in scorecard.criteria.CHECKS + scorecard.criteria.OURS]

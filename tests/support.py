@@ -1,4 +1,5 @@
-"""What tests share: rows, runs and stores with numbers that are known, and the pages' examples."""
+"""Helpers for several test files: rows, runs and stores with known numbers, and the pages'
+examples."""
 
 import logging
 import os
@@ -55,8 +56,8 @@ ROOT = Path(__file__).parents[1]
 
 
 class PlainArguments(logging.Handler):
-    """Refuses records that hold more than texts, numbers and the like: who keeps one, as some
-    handlers do, would keep a model with it, or the frames of an error."""
+    """Rejects log records with arguments other than strings, numbers and the like: a handler that
+    keeps records would keep a model or the frames of an error alive."""
 
     PLAIN = (str, int, float, Path, torch.device, type(None))
 
@@ -72,9 +73,9 @@ LOGGERS = (None, "lightning", "lightning.pytorch", "nerve")
 
 @contextmanager
 def as_before() -> Iterator[None]:
-    """What a command sets for all of its process is afterwards as before: the environment, what
-    loggers let through, the root's handlers (Hydra's write to what is stdout meanwhile), what is
-    called last of an exception, and Hydra's own configuration. What nerve logs is text."""
+    """Restores what a command sets for its process: the environment, log levels, the root logger's
+    handlers (Hydra's handler writes to the current stdout), the exception hook, and Hydra's own
+    configuration."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, LOGGERS)]
     handlers, environment = logging.root.handlers.copy(), os.environ.copy()
     hook, config = sys.excepthook, HydraConfig.instance().cfg
@@ -100,7 +101,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced block of a page: the page relative to the root, the language, the text within."""
+    """A fenced block of a page: the page relative to the root, its language, and its text."""
 
     page: str
     language: str
@@ -108,7 +109,7 @@ class Example:
 
 
 def examples(language: str) -> list[Example]:
-    """All fenced blocks of README.md and docs/*.md in that language, in the order of the pages."""
+    """All fenced blocks of README.md and docs/*.md in this language, in the order of the pages."""
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     return [
         Example(str(page.relative_to(ROOT)), found, text)
@@ -119,7 +120,7 @@ def examples(language: str) -> list[Example]:
 
 
 def example(language: str, words: str) -> str:
-    """The text of the one block of the pages in that language that has these words."""
+    """The only block of the pages in this language that contains these words."""
     (found,) = [block.text for block in examples(language) if words in block.text]
     return found
 
@@ -180,11 +181,11 @@ class StaticPage(HTMLParser):
 
 
 class Batches(tuple):
-    """One loader of batches; Lightning would take a list or a tuple for several loaders."""
+    """A single loader of batches; Lightning would take a list or tuple for several loaders."""
 
 
 class KeepWeights(L.Callback):
-    """Copies of the weights after every number of optimizer steps, 0 among them."""
+    """Keeps copies of the weights after each optimizer step, and before the first."""
 
     def __init__(self) -> None:
         self.after: dict[int, dict[str, torch.Tensor]] = {}
@@ -201,14 +202,14 @@ class KeepWeights(L.Callback):
 
 @contextmanager
 def hydra_at_conf() -> Iterator[None]:
-    """What the command line starts with."""
+    """The configuration search path of the command line."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 
 
 def composed(*overrides: str, name: str = "config", with_hydra: bool = False) -> DictConfig:
-    """A configuration as the command line composes it, with Hydra's own node where asked for."""
+    """A configuration as composed by the command line, with Hydra's own node on request."""
     with hydra_at_conf():
         return compose(name, list(overrides), return_hydra_config=with_hydra)
 
@@ -253,13 +254,13 @@ def metrics_row(step: int, layer: int = 0, **values: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def row() -> Callable[..., dict[str, Any]]:
-    """A whole row of metrics at a step."""
+    """A complete row of metrics at a step."""
     return metrics_row
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> RunStore:
-    """A store with nothing in it."""
+    """An empty store."""
     return RunStore(tmp_path / "run", "cafe0001")
 
 

@@ -122,7 +122,7 @@ def test_the_first_line_of_a_claim_says_its_verdict_why_and_which_null_passes(sc
     assert line([no_runs]).startswith("**? Cannot be told here** because `15.stall` has no runs")
     passes = line([judged(holds, [dataclasses.replace(holds, effect=0.6)])])
     assert passes.startswith("**? Cannot be told here**")
-    assert "runs with permuted labels would pass a check of it as well" in passes
+    assert "runs with permuted labels would also pass one of its checks" in passes
 
 
 def test_the_scorecard_has_a_verdict_and_a_number_of_each_claim(scorecard, judged, text):

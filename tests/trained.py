@@ -1,4 +1,4 @@
-"""Tiny models of transformers as somebody has trained and saved them, with a tokenizer."""
+"""Tiny trained and saved transformers models, with a tokenizer."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ LETTERS = " etaoinshrdlcumwfgypbvk"
 
 
 def save_tokenizer(folder: Path, letters: str = LETTERS, **special: str) -> None:
-    """A token a letter; `eos_token` ends a document."""
+    """A tokenizer with one token per letter; `eos_token` ends a document."""
     names = ["<pad>", "<s>", "</s>", "<unk>", *letters]
     tokenizer = Tokenizer(
         models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>")
@@ -57,7 +57,7 @@ def llama(seed: int = 0, **values: Any) -> nn.Module:
 
 
 def save_gguf(model: nn.Module, file: Path) -> None:
-    """A model of `llama` with 261 tokens, and a tokenizer of bytes, in one file."""
+    """A model of `llama` with 261 tokens and a byte tokenizer, in one file."""
     config, writer = model.config, gguf.GGUFWriter(str(file), "llama")
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -96,7 +96,7 @@ def save(model: nn.Module, folder: Path) -> Path:
 
 
 def write_text(folder: Path, *, n_letters: int = 1200, seed: int = 0, n_files: int = 3) -> Path:
-    """Some files of text; the pattern that matches them."""
+    """Writes some text files; returns the pattern that matches them."""
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(n_files):
@@ -106,7 +106,7 @@ def write_text(folder: Path, *, n_letters: int = 1200, seed: int = 0, n_files: i
 
 
 def nerve_probe(*arguments: Any) -> tuple[int, str, str]:
-    """Calls `nerve-probe` here; its exit status, stdout and stderr."""
+    """Calls `nerve-probe` in this process; returns its exit status, stdout and stderr."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -117,19 +117,19 @@ def nerve_probe(*arguments: Any) -> tuple[int, str, str]:
 
 
 def save_series(steps: Iterable[int]) -> None:
-    """Weights that differ from step to step, in `ckpt/step_*`, and text."""
+    """Saves weights that differ from step to step in `ckpt/step_*`, and text."""
     for step in steps:
         save(llama(seed=step), Path(f"ckpt/step_{step}"))
     write_text(Path("text"))
 
 
 def probed(*asked: Any) -> tuple[int, str, str]:
-    """`nerve-probe` on 64 tokens of that text, into `out`."""
+    """Runs `nerve-probe` on 64 tokens of that text, into `out`."""
     return nerve_probe(*asked, "--text", "text/*.txt", "-o", "out", "--n-tokens", 64)
 
 
 def assert_same_run(one: str, other: str) -> None:
-    """Rows and eigenvalues, to the last bit."""
+    """Asserts that rows and eigenvalues are equal, bit for bit."""
     for load in (nerve.load_metrics, nerve.load_spectra):
         keys = ["step", "layer", *(["site"] if load is nerve.load_spectra else [])]
         left, right = (

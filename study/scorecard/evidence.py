@@ -1,7 +1,7 @@
-"""The runs of the study: each sweep loaded once, its designs, and what its layers came to.
+"""The runs of the study: each sweep is loaded once, with its designs and the values by layer.
 
 A design is named by its `level`, the text of the configuration values that a question is about.
-Flagged runs are in `runs` and `points` alone: no mean and no sample here has them.
+Flagged runs are only in `runs` and `points`, and in no mean or sample.
 """
 
 from collections.abc import Iterable
@@ -35,9 +35,9 @@ class Sweep:
     """Runs of one question.
 
     Attributes:
-        runs: rows of `load_runs`; the column `level`, where there is one, names the design, and
+        runs: rows of `load_runs`; the column `level`, if there is one, names the design, and
             `folder` the sweep.
-        metrics: rows of `load_metrics`; those of other runs are passed over.
+        metrics: rows of `load_metrics`; rows of other runs are ignored.
     """
 
     runs: pd.DataFrame
@@ -60,12 +60,12 @@ class Sweep:
 
     @cached_property
     def points(self) -> pd.DataFrame:
-        """Means over layers at the last step, flagged runs among them."""
+        """Means over layers at the last step, including flagged runs."""
         return final_metrics(self.metrics, self.runs, self._factors)
 
     @cached_property
     def ok(self) -> pd.DataFrame:
-        """Those of `points` that can be compared."""
+        """The rows of `points` that can be compared."""
         return self.points[self.points["flag"] == "ok"]
 
     @cached_property
@@ -76,7 +76,7 @@ class Sweep:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """Those of `means` that are over all layers."""
+        """The rows of `means` that are over all layers."""
         return self.means[self.means["region"] == "all"]
 
     @cached_property
@@ -91,12 +91,12 @@ class Sweep:
         return last_step(self.all_layers)
 
     def final(self, name: str, level: str, ffn: str = "ffn") -> np.ndarray:
-        """One value per seed of a design: the layers' mean of a metric, or the loss, at the end."""
+        """One value per seed of a design at the end: a metric's mean over layers, or the loss."""
         rows = self.ok[(self.ok["level"] == level) & (self.ok["ffn"] == ffn)]
         return rows.sort_values("seed")[name].to_numpy(float)
 
     def middle(self, name: str, level: str) -> np.ndarray:
-        """As `final`, the mean over the middle third of the layers."""
+        """Like `final`, with the mean over the middle third of the layers."""
         rows = last_step(self.means)
         rows = rows[(rows["level"] == level) & (rows["region"] == "middle")]
         return rows.sort_values("seed")[name].to_numpy(float)
@@ -113,12 +113,12 @@ class Sweep:
         return f"{size}, {span(runs['step'])} steps"
 
     def seeds(self) -> str:
-        """How many seeds a design has: `3`, or `1 to 3`."""
+        """The number of seeds of the designs: `3`, or `1 to 3`."""
         return span(self.compared.groupby("design_id")["seed"].nunique())
 
     @property
     def compared(self) -> pd.DataFrame:
-        """Those of `runs` that can be compared."""
+        """The rows of `runs` that can be compared."""
         return self.runs[self.runs["run_id"].isin(self.ok["run_id"])]
 
     @property
@@ -127,10 +127,10 @@ class Sweep:
 
 
 class Evidence:
-    """The sweeps below a folder, each loaded when it is first asked for.
+    """The sweeps below a folder, each loaded on first access.
 
     Args:
-        root: holds a folder of runs for each sweep.
+        root: contains a folder of runs for each sweep.
     """
 
     def __init__(self, root: Path) -> None:
@@ -161,6 +161,6 @@ def last_step(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def span(values: pd.Series) -> str:
-    """Lowest and highest of whole numbers, once where they are one."""
+    """The lowest and the highest of integers, or one number if they are equal."""
     low, high = f"{values.min():,.0f}", f"{values.max():,.0f}"
     return low if low == high else f"{low} to {high}"

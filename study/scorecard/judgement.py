@@ -1,4 +1,4 @@
-"""What the runs say to a claim beside its core checks: criteria of before the rule, and tables."""
+"""What the runs say about a claim in addition to its core checks: earlier criteria, and tables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from evidence import Evidence, Sweep
 from wording import Values, loss, spread
 
 Outcome = Literal["yes", "no", "one seed", "not run"]
-"""Whether a criterion holds; the last two say why that cannot be decided."""
+"""Whether a criterion holds; the last two say why it cannot be decided."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers beside the checks, as text."""
+    """Further numbers, as text."""
 
     title: str
     header: Sequence[str]
@@ -41,12 +41,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs say to a claim.
+    """What the runs say about a claim.
 
     Attributes:
-        measured: the main numbers, to stand beside the paper's.
+        measured: the main numbers, to compare with the paper's.
         scale, seeds: of the runs that the checks are about.
-        checks: one a criterion.
+        checks: one per criterion.
         tables: further numbers.
     """
 
@@ -76,8 +76,8 @@ class Claim:
         statement: in one sentence.
         short: in at most eight words.
         paper: the main numbers that it reports.
-        sweeps: the runs without which nothing can be said.
-        judge: what they say.
+        sweeps: the sweeps that are required to judge it.
+        judge: judges it from these.
         figure: the name of its figure, empty for none.
     """
 
@@ -90,7 +90,7 @@ class Claim:
     figure: str = ""
 
     def find(self, evidence: Evidence) -> Finding:
-        """What the runs say, or that they are not there."""
+        """What the runs say, or `NOT_RUN` if they are missing."""
         return self.judge(evidence) if evidence.has(self.sweeps) else NOT_RUN
 
 
@@ -104,20 +104,20 @@ def beyond_noise(greater: Values, less: Values) -> Outcome:
 
 
 def decided(samples: Iterable[Values], holds: bool | np.bool_) -> Outcome:
-    """Of a check that means of several designs decide, each of several seeds."""
+    """The outcome of a check that compares means of several designs over several seeds."""
     n_seeds = min(map(len, samples))
     return outcome(holds) if n_seeds > 1 else "one seed" if n_seeds else "not run"
 
 
 def descending(samples: Mapping[str, Values]) -> list[str]:
-    """Designs by their mean, the highest first; none where one has no run."""
+    """Designs by their mean, the highest first; empty if one has no run."""
     if not all(map(len, samples.values())):
         return []
     return sorted(samples, key=lambda level: -float(np.mean(samples[level])))
 
 
 def outcome(holds: bool | np.bool_) -> Outcome:
-    """Of what can be decided."""
+    """`yes` or `no`."""
     return "yes" if holds else "no"
 
 
@@ -129,7 +129,7 @@ def above(
     *,
     wording: Callable[[Values], str] = spread,
 ) -> Check:
-    """A check that one design is above another beyond seed noise; each comes with its name."""
+    """A check that one design is above another beyond seed noise; each is given with its name."""
     measured = ", ".join(f"{name} {wording(values)}" for name, values in (greater, less))
     return Check(criterion, paper, measured, beyond_noise(greater[1], less[1]))
 
@@ -143,7 +143,7 @@ def lower_loss(
 
 
 def counted(criterion: str, paper: str, holds: Sequence[bool] | pd.Series) -> Check:
-    """A check that must hold in every case, at least two of them; says in how many it does."""
+    """A check that must hold in every case, of at least two; reports in how many it holds."""
     if not len(holds):
         return Check(criterion, paper, "–", "not run")
     n_held = sum(bool(case) for case in holds)

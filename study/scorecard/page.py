@@ -1,7 +1,7 @@
 """The generated blocks of study/findings.md (the scorecard, verdict and tables of each claim, the
 runs), and the list of all runs.
 
-A block stands between `<!-- name -->` and `<!-- end -->`; all other text is written by hand.
+A block lies between `<!-- name -->` and `<!-- end -->`; all other text is written by hand.
 """
 
 import re
@@ -39,13 +39,13 @@ def blocks(evidence: Evidence, judged: Sequence[Judged]) -> dict[str, str]:
 
 
 def fill(text: str, contents: Mapping[str, str]) -> str:
-    """`text` with each block's content between its marks.
+    """`text` with the content of each block inserted between its marks.
 
     Raises:
-        ValueError: when the text does not have a block's marks exactly once.
+        ValueError: if the text does not have the marks of a block exactly once.
     """
     for name, content in contents.items():
-        # What is between them has no mark itself: that of another block would be lost with it.
+        # There must be no other mark in between, because the block of that mark would be lost.
         marks = re.compile(rf"(<!-- {name} -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
         found = list(marks.finditer(text))
         if len(found) != 1:
@@ -65,13 +65,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """What a reader opens to see."""
+    """A fold, which the reader opens."""
     return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def _scorecard(judged: Sequence[Judged]) -> str:
     links = {claim: f"#{anchor(claim)}" for claim in CLAIMS}
-    header = ["#", "claim", "", "ours", "paper", "of", "trained on"]
+    header = ["#", "claim", "", "ours", "paper", "effect", "trained on"]
     return markdown(header, scorecard(judged, links))
 
 
@@ -81,7 +81,7 @@ def heading(claim: Claim) -> str:
 
 
 def anchor(claim: Claim) -> str:
-    """What a heading is linked by: lower case, no punctuation, hyphens for spaces."""
+    """The anchor of a heading: lower case, no punctuation, hyphens for spaces."""
     return re.sub(r"[^\w\- ]", "", heading(claim).lower()).replace(" ", "-")
 
 
@@ -96,7 +96,7 @@ def _beside(claim: Claim, finding: Finding) -> str:
         f"The paper: {claim.paper}.",
     ]
     if rows:
-        parts.append(f"Criteria of before the rule:\n\n{markdown(header, rows)}")
+        parts.append(f"Criteria from before the rule:\n\n{markdown(header, rows)}")
     parts += [_titled(table) for table in finding.tables if table.rows]
     return folded(f"Tables: {finding.scale}", "\n\n".join(parts))
 
@@ -120,24 +120,25 @@ def _runs(evidence: Evidence) -> str:
     header += ["training, summed", "measuring", "parameters", "device", "versions", "commit"]
     table = markdown(header, [[name, *_about(sweep)] for name, sweep in sweeps.items()])
     note = (
-        "A Mixer's tokens are images. Wall time: while at least one run of the sweep was at work, "
-        "mostly beside runs of other sweeps; tokens/s: of all runs in that time. "
-        "Measuring, with validation, is a share of the training. A + after a commit: with changes."
+        "A Mixer's tokens are images. Wall time: the time in which at least one run of the sweep "
+        "was active, mostly next to runs of other sweeps; tokens/s: of all runs in that time. "
+        "Measuring, including validation, is a share of the training time. A + after a commit "
+        "means uncommitted changes."
     )
     flagged = [line for name, sweep in sweeps.items() for line in _flagged(name, sweep)]
     listed = "\n".join(flagged) or "No run is flagged."
-    return f"{table}\n\n{note}\n\nFlagged runs, which are in no mean:\n\n{listed}"
+    return f"{table}\n\n{note}\n\nFlagged runs, which are excluded from all means:\n\n{listed}"
 
 
 def each_run(evidence: Evidence) -> str:
-    """The page with a row per run: its design, how it ended, its speed and measuring's share."""
+    """The page with one row per run: design, how it ended, speed, share of measuring."""
     rows = [row for name in evidence.names for row in _each(name, evidence.sweep(name))]
     header = ["sweep", "directory", "design", "loss", "flag", "steps", "tokens/s", "measuring"]
     return (
         "# Every run of the study\n\n"
-        "Written by `python study/scorecard` from `runs/`; what they say is in "
-        "[findings.md](findings.md). Runs of a sweep were at work side by side, so tokens/s (a "
-        "Mixer's: images) is a run's share of its machine; measuring includes validation.\n\n"
+        "Written by `python study/scorecard` from `runs/`; the results are in "
+        "[findings.md](findings.md). Runs of a sweep shared a machine, so tokens/s (for a Mixer, "
+        "images/s) is a run's share of it; measuring includes validation.\n\n"
         f"{markdown(header, rows)}\n"
     )
 
@@ -166,12 +167,12 @@ def _each(name: str, sweep: Sweep) -> list[list[str]]:
 
 
 def _varying(sweep: Sweep) -> list[str]:
-    """What tells the runs of a sweep from each other."""
+    """The factors that distinguish the runs of a sweep."""
     return [*find_factors(sweep.runs).varying, "seed"]
 
 
 def _design(run: pd.Series, varying: Sequence[str]) -> str:
-    """A run's values of these."""
+    """The values of these factors for a run."""
     return ", ".join(f"{factor} {level_text(run[factor])}" for factor in varying)
 
 
@@ -204,7 +205,7 @@ def _about(sweep: Sweep) -> list[str]:
 
 
 def seconds_at_work(started: pd.Series, ended: pd.Series) -> float:
-    """For how long at least one run was at work."""
+    """The time in which at least one run was active, in seconds."""
     spans = pd.DataFrame({"start": started, "end": ended}).dropna().sort_values("start")
     before = spans["end"].cummax().shift()
     start = spans["start"].where(before.isna() | (spans["start"] > before), before)

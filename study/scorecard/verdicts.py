@@ -1,5 +1,5 @@
-"""What the rule says of each claim, as the page writes it: the scorecard, the first line of each
-claim, and the headline of each over the scales that were run."""
+"""The verdicts of the rule in the words of the page: the scorecard, the first line of each claim,
+and the effect of each check at the sizes that were run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +34,7 @@ def of_claim(judged: Sequence[Judged], number: int) -> list[Judged]:
 
 
 def outcome(checks: Sequence[Judged]) -> Verdict:
-    """Of a claim, by its checks."""
+    """The verdict on a claim, from its checks."""
     return verdict([(each.outcome, bool(each.passes_null)) for each in checks])
 
 
@@ -45,7 +45,7 @@ def interval(estimate: Estimate) -> str:
 
 
 def scorecard(judged: Sequence[Judged], links: Mapping[Claim, str]) -> list[list[str]]:
-    """A row for each claim: its verdict, and one number of ours and of the paper's."""
+    """One row per claim: its verdict, and one number of ours and of the paper."""
     rows = []
     for claim in CLAIMS:
         checks = of_claim(judged, claim.number)
@@ -72,16 +72,18 @@ def first_line(checks: Sequence[Judged]) -> str:
     parts = [_because(each) for each in checks]
     nulls = sorted({NULLS[name] for each in checks for name in each.passes_null})
     also = (
-        f" **It says less than it seems**: {_listed(nulls)} would pass a check of it as well."
+        f" **It says less than it seems**: {_listed(nulls)} would also pass one of its checks."
         if nulls
         else ""
     )
-    old = " These runs are older than the rule." if any(each.exploratory for each in checks) else ""
+    old = (
+        " These runs are from before the rule." if any(each.exploratory for each in checks) else ""
+    )
     return f"**{SYMBOLS[found]} {found.capitalize()}** because {'; '.join(parts)}.{also}{old}"
 
 
 def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each check of GPTs on its sources of runs, by the size of their network."""
+    """Header and rows: each check of GPTs on its sources of runs, by the size of the network."""
     rows, by_size = [], {name: _by_size(evidence.sweep(name)) for name in evidence.names}
     for check in (*CHECKS, *OURS):
         found: dict[str, list[str]] = {size: [] for size in SIZES.values()}
@@ -99,32 +101,32 @@ def over_scales(evidence: Evidence) -> tuple[list[str], list[list[str]]]:
 
 
 def _by_size(sweep: Sweep) -> dict[str, Sweep]:
-    """Its runs by the size of their network, where it has some of that size."""
+    """The runs of a sweep by the size of their network."""
     sizes = {size: sweep.runs["model.d_model"] == d_model for d_model, size in SIZES.items()}
     return {size: sweep.where(of_size) for size, of_size in sizes.items() if of_size.any()}
 
 
 def _because(each: Judged) -> str:
-    """An outcome with what it rests on."""
+    """An outcome and its reason."""
     check = each.check
     if each.estimate is None:
         return f"`{check.id}` has no runs ({check.states})"
-    limit = f", asked: above {number(check.smallest, 2)}" if check.smallest else ""
-    words: dict[str, str] = {"undecided": f"is undecided for want of {_listed(each.missing)}"}
+    limit = f", required: above {number(check.smallest, 2)}" if check.smallest else ""
+    words: dict[str, str] = {"undecided": f"is undecided, lacking {_listed(each.missing)}"}
     said = words.get(each.outcome, "is " * (each.outcome != "holds") + each.outcome)
     if each.outcome == "within noise" and each.estimate.low > 0:
-        said = "is above 0, and not by as much as was asked"
+        said = "is above 0, but not by as much as required"
     reads = ""
     if each.outcome == "undecided" and each.reading is not None:
-        reads = f", would be read as {each.reading!r}"
+        reads = f", where the interval alone reads {each.reading!r}"
     return f"`{check.id}` {said}: {check.states}, {interval(each.estimate)}{limit}{reads}"
 
 
 def _asked(each: Judged) -> str:
-    """What the effect is, and what was asked of it."""
+    """The effect, and its required size."""
     check = each.check
     effect = check.effect.partition("; or")[0]
-    return f"{effect} (asked: above {number(check.smallest, 2)})" if check.smallest else effect
+    return f"{effect} (required: above {number(check.smallest, 2)})" if check.smallest else effect
 
 
 def _trained_on(each: Judged) -> str:

@@ -1,4 +1,4 @@
-"""Numbers and names as the page writes them."""
+"""Formats numbers and names for the page."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 Values = Sequence[float] | np.ndarray | pd.Series
-"""One number a seed, or a layer."""
+"""One number per seed or layer."""
 
 MISSING = "–"
 LABELS = {
@@ -46,12 +46,12 @@ LABELS = {
 
 
 def label(level: str) -> str:
-    """A configuration value or column as prose writes it; others stay as they are."""
+    """The name of a configuration value or column in prose; others are unchanged."""
     return LABELS.get(level, level)
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, whole from 10^digits on."""
+    """A number with `digits` significant digits; without decimals from 10^digits on."""
     if not np.isfinite(value):
         return MISSING
     text = f"{value:#.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
@@ -59,7 +59,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def spread(values: Values, digits: int = 3) -> str:
-    """The mean over seeds, with the lowest and the highest of them."""
+    """The mean over seeds, with the lowest and the highest seed."""
     if not len(values):
         return MISSING
     low, high = (number(end, digits) for end in (min(values), max(values)))
@@ -72,7 +72,7 @@ def mean(values: Values, digits: int = 3) -> str:
 
 
 def loss(values: Values) -> str:
-    """As `spread`, with the four digits that losses are told apart by."""
+    """`spread` with four digits, as needed to distinguish losses."""
     return spread(values, 4)
 
 
@@ -92,7 +92,7 @@ def coefficient(value: float) -> str:
 
 
 def interval(value: float, low: float, high: float) -> str:
-    """A coefficient and its 95% interval, where it has one."""
+    """A coefficient and its 95% interval, if it has one."""
     bounds = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
     return coefficient(value) + bounds
 

@@ -346,7 +346,7 @@ def test_what_cannot_be_grouped_is_refused(tmp_path):
     gpt, given = model(), {"into": tmp_path / "run"}
     with pytest.raises(ConfigError, match="an entry of groups must be one of position"):
         nerve.measure(gpt, [tokens()], groups=["positions"], **given)
-    with pytest.raises(ConfigError, match="names each once"):
+    with pytest.raises(ConfigError, match="must not repeat an entry"):
         nerve.measure(gpt, [tokens()], sites=["input", "input"], **given)
     with pytest.raises(ConfigError, match="Give into="):
         nerve.measure(gpt, [tokens()], groups=["halves"])

@@ -140,5 +140,5 @@ def test_bad_values_are_refused(values: dict, message: str) -> None:
 @pytest.mark.parametrize("layers", [[], [0, 3], ["0"]])
 def test_layers_that_the_network_does_not_have_are_refused(layers: list) -> None:
     regularizer = Regularizer("participation_ratio", 1.0, layers=layers)
-    with pytest.raises(ConfigError, match=r"regularizer\.layers must be null .* as 0, 1, 2 have"):
+    with pytest.raises(ConfigError, match=r"regularizer\.layers must be null .* which are 0, 1, 2"):
         regularizer.ffns(PLAIN)

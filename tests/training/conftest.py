@@ -1,4 +1,4 @@
-"""What the tests of training share."""
+"""Fixtures for the tests of training."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Compiles as far as AOTAutograd goes, and keeps the graphs that were made."""
+    """Compiles only up to AOTAutograd, and keeps the graphs."""
     made = []
 
     def backend(graph, inputs):

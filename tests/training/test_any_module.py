@@ -1,4 +1,4 @@
-"""A LightningModule of one's own is measured at its own updates, or the fit says that it is not."""
+"""A user's LightningModule is measured at its own updates, or the fit says that it is not."""
 
 import warnings
 from pathlib import Path
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 class Module(L.LightningModule):
-    """Returns what it is told to: of a batch of pairs its loss in some form."""
+    """Returns the loss of a batch of pairs in the requested form."""
 
     def __init__(self, returns: str = "mapping") -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Module(L.LightningModule):
 
 
 class TwoOptimizers(Module):
-    """Both step once in each batch, as those of two parts of one model do."""
+    """Both optimizers step once per batch, like those of two parts of one model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class TwoOptimizers(Module):
 
 
 class OwnAccumulation(Module):
-    """Steps after every second batch, also without Lightning's wrapper of the optimizer."""
+    """Steps after every second batch, also with an optimizer that Lightning does not wrap."""
 
     def __init__(self, is_wrapped: bool = True) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def pairs(n: int = N_BATCHES, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 
 def fit(directory: Path, module: L.LightningModule, *loaders, trainer=None, **monitor) -> list[int]:
-    """Trains over the batches once; gives the steps that were measured."""
+    """Trains over the batches once; returns the measured steps."""
     store = nerve.RunStore(directory, nerve.RunRecord.create(directory, {}).run_id)
     options = {"max_epochs": 1, "callbacks": []} | (trainer or {})
     options["callbacks"] = [nerve.SpectralMonitor(store, **monitor), *options["callbacks"]]
@@ -158,7 +158,8 @@ def test_an_empty_validation_loader_is_refused_before_the_first_step(tmp_path):
 @pytest.mark.parametrize("source", ["heldout", "train"])
 @pytest.mark.parametrize("name", ["two", "own", "bypassing"])
 def test_labels_count_updates_of_the_weights(tmp_path, name, source):
-    """Two optimizers, accumulation of one's own, and one that Lightning does not see step."""
+    """With two optimizers, with manual accumulation, and with an optimizer step that Lightning does
+    not see."""
     module = {
         "two": TwoOptimizers,
         "own": OwnAccumulation,
@@ -234,7 +235,7 @@ def test_of_several_validation_loaders_the_first_is_measured(tmp_path):
 
 
 def test_losses_are_as_known_as_the_steps_tell(tmp_path):
-    """A tensor or an entry loss is a mean that weighs 1; nothing is nothing."""
+    """A tensor or an entry `loss` is a mean with weight 1; without a loss, none is stored."""
     rows = {}
     for returns in ("mapping", "tensor", "loss", "none"):
         module = Module(returns)
@@ -276,7 +277,7 @@ def test_steps_are_measured_wherever_they_lie(tmp_path, monitor, expected, sourc
 
 @pytest.mark.filterwarnings("ignore:Runs without metrics")
 def test_steps_that_are_never_reached_are_said_at_the_start_or_at_the_end(tmp_path):
-    """At the end where nobody knows how many updates there will be."""
+    """At the end if the number of updates is not known in advance."""
     never = {"every_n_steps": None, "steps": [50], "source": "train"}
     kept = KeepWeights()
     with pytest.raises(ConfigError, match=r"would measure nothing: it ends at step 8"):
@@ -327,7 +328,7 @@ def test_steps_are_measured_in_two_processes_that_accumulate(tmp_path):
 
 
 class Language(nn.Module):
-    """Tokens and their mask by keyword, as models of transformers take them."""
+    """Tokens and their mask as keyword arguments, as in transformers models."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run shows that it lives whatever it is at, and stops where it ends."""
+"""A run shows that it is alive whatever it is doing, and stops doing so when it ends."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def told(record: RunRecord) -> str:
 
 
 def is_still(record: RunRecord) -> bool:
-    """Whether nothing beats any more."""
+    """Whether the heartbeat has stopped."""
     return not beats(record, 0.1) and "heartbeat" not in {t.name for t in threading.enumerate()}
 
 
@@ -62,7 +62,7 @@ def test_an_error_ends_it(record):
 
 
 class Looks(L.LightningModule):
-    """Whether the heart beats within each hook of a fit, in which no batch ends."""
+    """Checks that the heartbeat continues within each hook of a fit in which no batch ends."""
 
     def __init__(self, record: RunRecord) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def fit(module: Looks, heartbeat: Heartbeat) -> None:
 
 
 class Counts(L.LightningModule):
-    """A step of training says how many targets it had."""
+    """Its training step returns the number of targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Counts(L.LightningModule):
 
 
 def test_a_terminal_is_not_shown_the_loss_of_every_batch(monkeypatch):
-    """Reading it waits for the device; the first and the last batch are shown in any case."""
+    """Reading it waits for the device; the first and the last batch are always shown."""
     monkeypatch.setattr(callbacks, "SHOWN_EVERY_S", 1e9)
     monkeypatch.setattr(callbacks.sys.stdout, "isatty", lambda: True, raising=False)
     bar, module, asked = RunProgressBar("tokens"), Counts(), []
@@ -167,7 +167,7 @@ def test_a_fit_that_fails_ends_it(record):
 
 
 def test_a_beat_that_is_refused_neither_ends_it_nor_is_lost(record):
-    """The directory is renamed, and comes back: the next update of the run itself tells."""
+    """The directory is renamed and then restored; the run's next update raises the error."""
     moved = record.directory.with_name("moved")
     with Heartbeat(record):
         record.directory.rename(moved)
@@ -186,7 +186,7 @@ def test_two_threads_that_update_a_record_leave_it_whole(record):
 
 
 def test_it_can_be_sent_to_a_process_that_trains(record):
-    """Strategies that spawn processes pickle the callbacks; a thread stays where it is."""
+    """Strategies that spawn processes pickle the callbacks; the thread is not pickled."""
     with Heartbeat(record) as heartbeat:
         sent = pickle.loads(pickle.dumps(heartbeat))
     with sent:
@@ -195,15 +195,15 @@ def test_it_can_be_sent_to_a_process_that_trains(record):
 
 
 class Screen(io.StringIO):
-    """A terminal of 80 columns."""
+    """A terminal with 80 columns."""
 
     def isatty(self) -> bool:
         return True
 
 
 def bar_of(n_batches: int, of: int, resumed_at: int, metrics: dict[str, float], unit: str) -> str:
-    """The line that is shown once a run that went on at a batch has done `n_batches` in all, at
-    half a second each, of which 100,000 tokens a batch."""
+    """The line shown once a run that was resumed at a batch has done `n_batches` in total, at half
+    a second and 100,000 tokens per batch."""
     bar = RunProgressBar(unit)
     batches = SimpleNamespace(current=SimpleNamespace(processed=resumed_at))
     trainer = SimpleNamespace(
@@ -235,7 +235,7 @@ LOSSES = {"train_loss": 10.8249, "val_loss": 10.8251, "v_num": 3}
 )
 @pytest.mark.parametrize("n", [100, 5_000, 100_000])
 def test_the_bar_is_whole_at_80_columns(monkeypatch, metrics, unit, n):
-    """Also for a run of 14 hours; every part is there."""
+    """Even for a run of 14 hours, every part of the bar is shown."""
     monkeypatch.setattr(sys, "stdout", Screen())
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (80, 24))

@@ -1,4 +1,4 @@
-"""When a run saves, and that the best weights are those of the lowest validation loss."""
+"""When a run saves, and that the best weights have the lowest validation loss."""
 
 import time
 from functools import partial
@@ -30,7 +30,7 @@ N_STEPS = 8
 
 
 def averaging() -> L.Callback:
-    """An average of the weights, which the oldest Lightning that is supported does not have."""
+    """Weight averaging, which the oldest supported version of Lightning does not have."""
     make = getattr(L.pytorch.callbacks, "EMAWeightAveraging", None)
     if make is None:
         pytest.skip("this Lightning averages no weights")
@@ -38,7 +38,7 @@ def averaging() -> L.Callback:
 
 
 class Scripted(ImageClassifier):
-    """Its validation losses, from step 1 on, are those given; without any, its own."""
+    """Has the given validation losses from step 1 on, or without any, its real ones."""
 
     losses: tuple[float, ...] = ()
 
@@ -65,7 +65,8 @@ def fit(
     validate_every: int = 1,
     callbacks: tuple[L.Callback, ...] = (),
 ):
-    """Trains `N_STEPS` steps and validates every so many; gives the weights after each."""
+    """Trains `N_STEPS` steps and validates at the given interval; returns the weights after each
+    step."""
     torch.manual_seed(0)
     module = Scripted(
         nn.Linear(4, 2), lambda model: SGD(model.parameters(), lr=0.1), Schedule("linear")
@@ -101,7 +102,7 @@ def fit(
 
 
 class StopAtTheEnd(L.Callback):
-    """As the monitor does, so that the last step is validated as the last."""
+    """Sets should_stop like the monitor, so that the last step is validated."""
 
     def on_train_batch_end(self, trainer, *args):
         trainer.should_stop = trainer.global_step == trainer.max_steps
@@ -109,7 +110,7 @@ class StopAtTheEnd(L.Callback):
 
 @pytest.fixture
 def steps_saved(monkeypatch) -> list[int]:
-    """The step of each checkpoint that is written, in order."""
+    """The step of each checkpoint that was written, in order."""
     steps: list[int] = []
     write = CheckpointFiles.write
 
@@ -142,7 +143,7 @@ def test_a_checkpoint_is_due_at_steps_and_so_many_minutes_after_the_last_one():
 
 
 def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, monkeypatch):
-    """A clock that moves by 25 s at each look: one per step, and one at each checkpoint."""
+    """The clock advances by 25 s per call: once per step, and once per checkpoint."""
     seconds = iter(range(0, 10**6, 25))
     clock = SimpleNamespace(monotonic=partial(next, seconds), perf_counter=time.perf_counter)
     monkeypatch.setattr("nerve.training.checkpoint_callback.time", clock)
@@ -154,7 +155,8 @@ def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, steps_saved, mon
 def test_steps_of_several_processes_wait_for_no_device_and_seldom_for_each_other(
     tmp_path, steps_saved, monkeypatch, every
 ):
-    """Steps to save at are known without an exchange; of eight fast steps the first has one."""
+    """The steps at which to save are known without an exchange; of eight fast steps, only the first
+    has one."""
     collectives, exchanges = [], []
     for name in ("all_reduce", "all_gather", "broadcast", "reduce", "barrier"):
         monkeypatch.setattr(torch.distributed, name, partial(collectives.append, name))
@@ -180,7 +182,7 @@ def test_steps_of_several_processes_wait_for_no_device_and_seldom_for_each_other
 )
 @pytest.mark.parametrize("every", [None, 1, 3])
 def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, losses, best, every):
-    """Whenever files are written; of equal losses the first counts."""
+    """Regardless of when files are written; of equal losses, the first counts."""
     weights, saving = fit(
         tmp_path, CheckpointCadence(every_n_steps=every), tuple(map(float, losses))
     )
@@ -193,7 +195,7 @@ def test_the_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, loss
 
 
 def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_kept_for(tmp_path):
-    """They are validated in the place of those that are trained, which have another loss."""
+    """The averaged weights are validated, not the trained ones, whose loss differs."""
     weights, _ = fit(tmp_path, CheckpointCadence(), (), callbacks=(averaging(),))
     kept = read_checkpoint(RunDirectory(tmp_path).checkpoint("best"))
 
@@ -210,7 +212,8 @@ def test_where_weights_are_averaged_the_best_ones_have_the_loss_that_they_are_ke
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("validate_every", [1, 3, N_STEPS])
 def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate, validate_every):
-    """Whether or not a validation falls on the step; as training begins, in its midst, its end."""
+    """At the start, in the middle and at the end of training, with or without a validation at the
+    step."""
     weights, _ = fit(
         tmp_path,
         CheckpointCadence(keep=[0, 2, 3, N_STEPS]),
@@ -229,7 +232,7 @@ def test_kept_weights_are_those_after_exactly_so_many_steps(tmp_path, accumulate
 
 
 def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch):
-    """Beside those of the best, of which there is one here: of equal losses the first."""
+    """Apart from the best weights, which are gathered once here, because the losses are equal."""
     steps, gather = [], Checkpointing._weights
 
     def noting(saving, trainer, module):
@@ -242,7 +245,8 @@ def test_weights_are_gathered_for_the_steps_to_keep_alone(tmp_path, monkeypatch)
 
 
 def test_where_weights_are_averaged_the_kept_ones_are_the_averages_as_the_best_are(tmp_path):
-    """Of one step, the best and the kept are the same, and not those that are trained."""
+    """At the same step, the best and the kept weights are equal, and differ from the trained
+    ones."""
     losses = (2.0, 2.0, 1.0, *(2.0,) * (N_STEPS - 3))
     average = averaging()
     weights, _ = fit(tmp_path, CheckpointCadence(keep=[3]), losses, callbacks=(average,))
@@ -305,7 +309,7 @@ def test_a_cadence_is_checked(values):
 
 
 class Rename(L.Callback):
-    """Renames the run's directory after three steps."""
+    """Renames the run directory after three steps."""
 
     def __init__(self, directory) -> None:
         self.directory = directory
@@ -327,7 +331,7 @@ def test_a_directory_that_was_renamed_does_not_come_back_with_lone_checkpoints(t
 
 
 class SaveOver(L.Callback):
-    """Saves where it likes, as code of one's own does."""
+    """Saves to an arbitrary path, like a user's code."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -338,7 +342,7 @@ class SaveOver(L.Callback):
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "step-000000000003.ckpt"])
 def test_the_files_of_a_run_are_not_written_by_anything_else(tmp_path, name):
-    """ModelCheckpoint(save_last=True) would write over what a resume goes on from."""
+    """ModelCheckpoint(save_last=True) would overwrite the checkpoint from which the run resumes."""
     own = SaveOver(tmp_path / "checkpoints" / name)
     with pytest.raises(ConfigError, match=rf"{name} is one of them, .* another name or dirpath"):
         fit(tmp_path, CheckpointCadence(every_n_steps=1), (1.0,) * N_STEPS, callbacks=(own,))

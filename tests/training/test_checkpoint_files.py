@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, never code, and a person's way to a trained model."""
+"""Checkpoint files are complete or absent, never run code, and give users their trained model."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ DATA_DIMS = {"vocab_size": 7}
 
 
 class Evil:
-    """Pickles as a call that leaves a file."""
+    """An object whose pickle calls a function that creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +48,7 @@ class Evil:
 
 
 def lightning_checkpoint(model: torch.nn.Module) -> dict:
-    """What matters of the dictionary that Lightning saves."""
+    """The relevant part of the dictionary that Lightning saves."""
     return {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "global_step": 5,
@@ -66,7 +66,7 @@ def test_a_step_that_is_no_whole_number_is_refused(tmp_path, step):
 @pytest.mark.parametrize("which", ["best", "last"])
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_model_is_loaded_as_it_was_saved(tmp_path, which, is_done):
-    """From weights alone as from a whole checkpoint; another seed would give other weights."""
+    """From weights alone and from a full checkpoint; another seed would give other weights."""
     trained = build_model({**CONFIG, "seed": 2}, seed=2, **DATA_DIMS)
     RunRecord.create(tmp_path, CONFIG)
     path = RunDirectory(tmp_path).checkpoint(which)
@@ -116,7 +116,7 @@ def test_files_of_further_callbacks_are_written_too_unless_they_are_taken_back(t
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
-    """torch's format and a bare pickle, each with an object that would make a directory."""
+    """In torch's format and as a bare pickle, each with an object that would create a directory."""
     target = tmp_path / "made"
     path = RunDirectory(tmp_path).checkpoint("last")
     write_checkpoint(path, {"state_dict": {}, "callbacks": Evil(target)})
@@ -138,9 +138,9 @@ def write_evil(folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("mask", [0x01, 0x40])
 def test_a_changed_byte_anywhere_in_a_checkpoint_is_harmless_or_named(tmp_path, mask):
-    """Single bits of tensors, of their description, and of the archive around them.
+    """Flips single bits of tensors, of their metadata, and of the archive.
 
-    Without verification the same changes load as other weights, in silence.
+    Without verification, the same changes would silently load as other weights.
     """
     path = RunDirectory(tmp_path).checkpoint("last")
     write_checkpoint(path, {"model": {"w": torch.arange(400.0)}, "scores": [0.5] * 20, "step": 7})
@@ -167,7 +167,7 @@ def is_equal(a: dict, b: dict) -> bool:
 
 
 def loads_otherwise(path: Path, whole: dict) -> bool:
-    """Whether torch alone takes the file for a checkpoint with other numbers."""
+    """Whether torch alone loads the file as a checkpoint with other numbers."""
     try:
         return not is_equal(torch.load(path, weights_only=True), whole)
     except Exception:
@@ -200,7 +200,8 @@ def test_a_model_with_a_changed_bit_is_not_loaded(tmp_path, kind):
 @pytest.mark.parametrize("config", [CONFIG, {**CONFIG, "activation": {"name": "relu"}}])
 @pytest.mark.parametrize("kind", ["best", "last", 100])
 def test_weights_of_another_run_of_the_same_shapes_are_not_loaded(tmp_path, kind, config):
-    """Of the same configuration, and of one whose weights mean another function."""
+    """From a run with the same configuration, and from one in which the weights mean another
+    function."""
     RunRecord.create(tmp_path / "run", CONFIG, "mine")
     other = RunRecord.create(tmp_path / "other", config, "its")
     run = RunDirectory(tmp_path / "run")
@@ -247,7 +248,7 @@ def test_a_run_goes_on_from_its_own_sound_checkpoint_alone(tmp_path):
     ids=str,
 )
 def test_weights_of_another_model_are_not_loaded(tmp_path, content):
-    """A checkpoint that is sound, says no run, and fits nothing: of other shapes, of other code."""
+    """A valid checkpoint without a run id that does not fit: other shapes, or other code."""
     RunRecord.create(tmp_path, CONFIG)
     write_checkpoint(RunDirectory(tmp_path).checkpoint("best"), content)
     with pytest.raises(StoreError, match=r"best\.ckpt does not: "):
@@ -292,7 +293,7 @@ def test_no_checkpoint_and_another_name_are_named(tmp_path):
 
 
 def test_the_weights_of_a_step_are_loaded_by_its_number(tmp_path):
-    """Of several that are kept, beside a best and a last one that are others."""
+    """Of several kept steps, with other weights in the best and last checkpoints."""
     RunRecord.create(tmp_path, CONFIG)
     for which in ("best", "last"):
         other = build_model(CONFIG, seed=9, **DATA_DIMS)
@@ -338,7 +339,7 @@ def test_which_and_step_exclude_each_other(tmp_path, which):
     ids=["whole", "held", "weights alone"],
 )
 def test_a_disk_that_fills_while_a_checkpoint_is_written_is_told_as_that(tmp_path, limit, write):
-    """Wherever in the file: torch makes another error of what its file raises."""
+    """At any point of the file, although torch replaces the error that its file raises."""
     path = RunDirectory(tmp_path).checkpoint("last")
     write_checkpoint(
         path, {"state_dict": {"w": torch.zeros(30_000)}, "facts": {}, "global_step": 1}
@@ -356,7 +357,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_told_as_that(tmp_pat
 
 @contextlib.contextmanager
 def full_after(n_bytes: int) -> Iterator[None]:
-    """The system refuses to let any file grow past a size, as a full disk does."""
+    """The system refuses to let a file grow beyond a size, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:

@@ -1,4 +1,4 @@
-"""Constraints hold while every optimizer trains under them, as it is configured."""
+"""Constraints hold during training with every optimizer in its configured form."""
 
 from functools import cache
 
@@ -65,7 +65,8 @@ def test_weight_norm_rows_have_the_length_of_their_magnitude(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_spectral_norm_is_one_in_training(optimizer):
-    """Up to the drift that 20 power iterations leave: a few percent at the highest rates."""
+    """Up to the drift that 20 power iterations leave: a few percent at the highest learning
+    rates."""
     for matrix in matrices(trained(optimizer, "spectral_norm").eval()):
         largest = torch.linalg.matrix_norm(matrix.weight, 2).item()
         assert 0.9 < largest < 1.1

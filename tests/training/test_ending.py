@@ -1,4 +1,4 @@
-"""Whether a run is done is told by what was done, not by the absence of an error."""
+"""Whether a run is done depends on what was done, not on the absence of an error."""
 
 import math
 from datetime import timedelta
@@ -37,7 +37,7 @@ def test_a_rule_of_a_lightning_that_keeps_no_reason_is_named():
 
 
 def test_a_rule_that_has_not_decided_answers_for_nobody():
-    """Beside it something else has asked to stop."""
+    """Something else has asked to stop."""
     rule = EarlyStopping("val_loss")
     rule.stopping_reason_message = None  # as it begins, where Lightning keeps reasons
     assert not follows_a_rule(trainer(7, rule))
@@ -47,7 +47,8 @@ def test_a_rule_that_has_not_decided_answers_for_nobody():
 
 @pytest.mark.parametrize("callbacks", [(), (L.Callback(),), (EarlyStopping("val_loss"),)])
 def test_anything_else_that_ends_early_has_interrupted_the_run(callbacks):
-    """A callback of one's own, fewer batches than steps; also with a rule that did not ask."""
+    """A user's callback, or fewer batches than steps; also if early stopping did not ask to
+    stop."""
     with pytest.raises(
         Interrupted, match="something else ended training at step 7 of 10"
     ) as stopped:

@@ -1,4 +1,4 @@
-"""Processes that come to one run, or do not: none waits for another that will not come."""
+"""Processes that come to a run, or do not: none waits for one that will not come."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from nerve.training.signals import Interrupted, StopSignals
 
 
 class Strategy:
-    """Of a trainer, what a gathering asks of it."""
+    """The part of a trainer that a gathering uses."""
 
     def __init__(self) -> None:
         self.connected = False
@@ -37,7 +37,7 @@ class Trainer:
 
 @pytest.fixture(autouse=True)
 def _group(monkeypatch):
-    """What tells processes that they are one group."""
+    """The environment variables that tell processes that they form one group."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with held_port() as port:
@@ -194,7 +194,7 @@ def test_a_process_that_waits_obeys_signals_at_once(monkeypatch, signum, leads):
 
 
 def test_torch_opens_its_own_store_where_they_have_met():
-    """The port is one and the same: torch's group would not start if it were taken."""
+    """The port is the same: torch's group would not start if it were occupied."""
     with Gathering(LightningEnvironment(), 2, leads=True) as members:
         members.begin()
         port = members.environment.main_port

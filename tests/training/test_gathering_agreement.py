@@ -1,4 +1,5 @@
-"""What one process finds alone, all act upon at the same step, without asking at every one."""
+"""All processes act at the same step on what a single one notices, without an exchange at every
+step."""
 
 import threading
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def run(monkeypatch):
 @pytest.mark.parametrize("since", [0, 1, 7, 50])
 @pytest.mark.parametrize("step_s", [0.001, 0.1, 3.0])
 def test_a_wish_of_one_is_heard_by_all_at_one_step_soon_after(run, who, since, step_s):
-    """Whatever the speed of the steps, which each process measures otherwise."""
+    """At any speed of the steps, which each process measures differently."""
 
     def seconds(rank, step):
         return step_s * (1 + 0.2 * rank) * (1 + 0.1 * (step % 3))
@@ -74,8 +75,8 @@ def test_a_wish_of_one_is_heard_by_all_at_one_step_soon_after(run, who, since, s
 
 @pytest.mark.parametrize(("step_s", "most"), [(0.001, 5), (0.1, 12), (2.0, 100)])
 def test_fast_steps_go_without_an_exchange(run, step_s, most):
-    """Of 100 steps; those that take a second or more have one each, as a run is to stop within the
-    step that it is told to."""
+    """Of 100 steps; steps that take a second or more have one exchange each, because a run must
+    stop within the step in which it is told to."""
     heard, asked = run(100, lambda rank, step: step_s, {})
     assert {*heard[0]} == {0}
     assert asked[0] == asked[1] == asked[2] <= most

@@ -1,4 +1,5 @@
-"""Training under CUDA graphs: what is replayed, what is not, and that no result depends on it."""
+"""Training with CUDA graphs: what is replayed, what is not, and that results do not depend on
+it."""
 
 import copy
 import logging
@@ -30,7 +31,7 @@ VOCAB, BATCH = 11, 4
 
 @pytest.fixture
 def marked(monkeypatch):
-    """Where a step began, in place of torch's mark, whose module warns as it is imported."""
+    """The beginnings of steps, in place of torch's mark, whose module warns when it is imported."""
     marks = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     return marks
@@ -42,7 +43,7 @@ def make_module(compile: bool, regularizer: Regularizer | None = None, **given) 
 
 
 class InOrder:
-    """Batch i is the i-th, so that a resumed run goes on with the next one."""
+    """Batch i is the i-th, so that a resumed run continues with the next one."""
 
     batch_size = BATCH
 
@@ -51,7 +52,7 @@ class InOrder:
 
 
 def batches(n: int) -> BatchLoader:
-    """Tokens that mostly are one more than those before them: what a model can learn."""
+    """Tokens that mostly are one more than the previous one, so that a model can learn."""
     rng = np.random.default_rng(0)
     tokens = (rng.integers(VOCAB, size=(n * BATCH, 1)) + np.arange(SEQ + 1)) % VOCAB
     noise = rng.integers(VOCAB, size=tokens.shape)
@@ -60,7 +61,7 @@ def batches(n: int) -> BatchLoader:
 
 
 class StopAt(L.Callback):
-    """Ends a training early, as a signal does."""
+    """Ends training early, like a signal."""
 
     def __init__(self, step):
         self.step = step
@@ -70,7 +71,7 @@ class StopAt(L.Callback):
 
 
 class Losses(L.Callback):
-    """The loss of each batch, read when the training is over, as a logger might."""
+    """The loss of each batch, read when training is over, as a logger might."""
 
     def __init__(self):
         self.kept = []
@@ -80,7 +81,8 @@ class Losses(L.Callback):
 
 
 def fit(directory, module, n, *, accumulate=1, callbacks=(), ckpt=None, **trainer):
-    """Trains on `n` batches, measuring the training batch at every third step; gives its losses."""
+    """Trains on `n` batches and measures the training batch at every third step; returns its
+    losses."""
     store = RunStore(directory, "run")
     if not directory.exists():
         RunRecord.create(directory, {}, run_id="run")
@@ -105,8 +107,8 @@ def fit(directory, module, n, *, accumulate=1, callbacks=(), ckpt=None, **traine
 
 
 class Replays:
-    """Stands for `torch.compile`: in the mode of graphs, a call first destroys what the one before
-    it gave, gradients included, as a replay writes where the last one wrote."""
+    """Replaces `torch.compile`: in graph mode, a call first destroys the results of the previous
+    one, including gradients, because a replay overwrites them."""
 
     def __init__(self, module: LanguageModel):
         self.n = {"default": 0, "reduce-overhead": 0}
@@ -118,7 +120,7 @@ class Replays:
             parameter.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, parameter: Tensor) -> None:
-        """Notes a gradient that the replay made, rather than added to one that was there."""
+        """Notes a gradient that the replay wrote, not one that was added to an existing one."""
         there = {each.data_ptr() for each in self._before if each is not None}
         if self._replayed and parameter.grad.data_ptr() not in there:
             self._given.append(parameter.grad.detach())
@@ -145,7 +147,7 @@ class Replays:
 def test_nothing_that_a_replay_overwrites_is_read_later(
     tmp_path, monkeypatch, marked, accumulate, weight
 ):
-    """Losses, weights and the measured steps' rows are those of training without graphs."""
+    """Losses, weights and measured rows equal those of training without graphs."""
     name = "participation_ratio" if weight else "none"
     found = {}
     for is_graphed in (False, True):
@@ -166,8 +168,33 @@ def test_nothing_that_a_replay_overwrites_is_read_later(
     assert all(map(torch.equal, found[True][1], found[False][1]))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_of_replays_stops_and_goes_on(tmp_path, monkeypatch, marked, accumulate):
+    """Equal in every bit to one that did not stop, and to one without graphs."""
+    monkeypatch.setattr("nerve.training.module.choose", lambda *_: True)
+
+    def replaying(directory, **arguments):
+        module = make_module(False)
+        replays = Replays(module)
+        monkeypatch.setattr(torch, "compile", replays.compile)
+        module._compiled = CompiledLosses(module._losses)
+        losses, trainer = fit(directory, module, n, accumulate=accumulate, **arguments)
+        assert replays.n["reduce-overhead"] > 0
+        return losses, trainer, module
+
+    n = 8 * accumulate
+    plain = make_module(False)
+    expected, _ = fit(tmp_path / "plain", plain, n, accumulate=accumulate)
+    first, trainer, _ = replaying(tmp_path / "parts", callbacks=[StopAt(4)])
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, _, module = replaying(tmp_path / "parts", ckpt=tmp_path / "half.ckpt")
+    assert len(first) == 4 * accumulate
+    assert torch.equal(torch.cat([first, second]), expected)
+    assert all(map(torch.equal, module.parameters(), plain.parameters()))
+
+
 def test_the_double_destroys_what_is_not_copied(tmp_path, monkeypatch, marked):
-    """Without the copies the test above would see it."""
+    """Without the copies, the test above would fail."""
     module = make_module(False)
     replays = Replays(module)
     monkeypatch.setattr(torch, "compile", replays.compile)
@@ -179,7 +206,7 @@ def test_the_double_destroys_what_is_not_copied(tmp_path, monkeypatch, marked):
 
 
 def test_the_first_batch_of_a_fit_owns_its_gradients():
-    """One that goes on in the middle of an accumulation: no gradients are zeroed before."""
+    """In a fit that resumes in the middle of an accumulation, gradients are not zeroed first."""
     module = make_module(False)
     module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_rank=0)
     module._compiled = SimpleNamespace(is_replaying=True)
@@ -207,7 +234,7 @@ def test_own_gradients_are_equal_and_elsewhere():
 
 
 def test_graphs_and_plain_code_are_compiled_apart(monkeypatch, marked):
-    """One function under two modes: neither runs the code of the other, nor compiles again."""
+    """One function in two modes: neither runs the other's code or compiles again."""
     modes = []
 
     def backend(graph, inputs, *, mode=None):
@@ -236,7 +263,7 @@ def trainer_on(device: str, **arguments) -> L.Trainer:
 
 
 def watching(module, *_):
-    """A hook of somebody else."""
+    """A hook of other code."""
 
 
 @pytest.mark.parametrize(
@@ -282,7 +309,7 @@ def test_the_choice_is_said_in_one_line(caplog, n_positions, expected):
 
 
 def test_the_operations_of_a_matrix():
-    """2 · d_in · d_out a position forward, twice that backward; of a constrained one as well."""
+    """2 · d_in · d_out per position forward, twice that backward; also for a constrained matrix."""
     model = make_module(False, ffn={"constraint": "spectral_norm"}).model
     layer = 16 * 48 + 16 * 16 + 2 * 16 * 32
     mean = (2 * layer + 16 * VOCAB) / 9
@@ -294,7 +321,7 @@ def test_the_operations_of_a_matrix():
 
 
 def on_cuda(test):
-    """Torch's compiler warns of its own parts."""
+    """Ignores the warnings of torch's compiler about its own parts."""
     return pytest.mark.cuda(pytest.mark.filterwarnings("ignore")(test))
 
 
@@ -307,7 +334,7 @@ def compiled(monkeypatch):
 
 
 def n_graphs() -> int:
-    """Roots of the trees of graphs that torch keeps on the GPU."""
+    """The number of roots of the graph trees that torch keeps on the GPU."""
     from torch._inductor.cudagraph_trees import get_container
 
     manager = get_container(0).tree_manager
@@ -315,7 +342,7 @@ def n_graphs() -> int:
 
 
 def on_gpu(directory, is_graphed: bool, monkeypatch, n: int, module=None, **arguments):
-    """`fit` there in bfloat16, with graphs or without; fails where torch made none."""
+    """`fit` on the GPU in bfloat16, with or without graphs; fails if torch created none."""
     torch.compiler.reset()
     monkeypatch.setattr("nerve.training.module.choose", lambda *_: is_graphed)
     module = module or make_module(True)
@@ -331,7 +358,7 @@ def on_gpu(directory, is_graphed: bool, monkeypatch, n: int, module=None, **argu
 def test_losses_are_those_without_graphs_over_200_steps(
     tmp_path, monkeypatch, compiled, accumulate
 ):
-    """Clipped, at a rate that changes at every step, every third one measured."""
+    """With clipping, a learning rate that changes at every step, and every third step measured."""
     found = {}
     for name, is_graphed in (("plain", False), ("again", False), ("graphs", True)):
         n = 200 * accumulate

@@ -1,4 +1,5 @@
-"""The CSV file has each row once, however often the run was resumed; wandb has one run for each."""
+"""The CSV file has each row once, however often the run was resumed; wandb has one run for each
+run."""
 
 import csv
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_a_row_holds_what_one_call_logged(tmp_path):
 
 
 def test_rows_are_appended_and_a_new_column_has_the_file_written_anew(tmp_path, monkeypatch):
-    """At any moment the file has all that was saved; a name with a comma stays one column."""
+    """At any time the file has all saved rows; a name with a comma stays one column."""
     anew = []
     write = nerve.training.loggers.write_atomically
     monkeypatch.setattr(
@@ -51,7 +52,8 @@ def test_rows_are_appended_and_a_new_column_has_the_file_written_anew(tmp_path, 
 
 
 def test_a_row_that_was_cut_short_is_dropped_and_a_refused_one_is_not(tmp_path, monkeypatch):
-    """A process dies in the middle of a row; the disk is full in the middle of another."""
+    """One process dies in the middle of a row; for another, the disk is full in the middle of a
+    row."""
     first = CSVLogger(tmp_path)
     first.log_metrics({"loss": 0.25}, 0)
     first.save()
@@ -81,7 +83,7 @@ def test_a_row_that_was_cut_short_is_dropped_and_a_refused_one_is_not(tmp_path, 
 
 @pytest.mark.parametrize("resumed_at", [0, 2, 5])
 def test_a_resumed_run_replaces_what_it_logs_again(tmp_path, resumed_at):
-    """The first piece dies at step 4, the second starts from a checkpoint before or after."""
+    """The first process dies at step 4; the second starts from an earlier or later checkpoint."""
     first = CSVLogger(tmp_path)
     for step in range(5):
         first.log_metrics({"loss": 1 / (step + 1)}, step)
@@ -96,7 +98,7 @@ def test_a_resumed_run_replaces_what_it_logs_again(tmp_path, resumed_at):
 
 
 def test_a_last_piece_that_has_nothing_to_log_leaves_each_row_once(tmp_path):
-    """The piece before it logged steps again, saved its last step, and was killed."""
+    """The previous process logged steps again, saved its last step, and was killed."""
     first = CSVLogger(tmp_path)
     for step in range(3):
         first.log_metrics({"loss": 1.5}, step)
@@ -115,7 +117,7 @@ def test_a_last_piece_that_has_nothing_to_log_leaves_each_row_once(tmp_path):
 
 
 def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_file(tmp_path):
-    """Neither for a row that is appended, nor for the whole file written anew."""
+    """Neither when a row is appended nor when the whole file is rewritten."""
     logger = CSVLogger(tmp_path / "run" / "logs")
     logger.log_metrics({"loss": 0.25}, 0)
     logger.save()
@@ -130,7 +132,8 @@ def test_a_directory_that_is_gone_does_not_come_back_with_a_lone_file(tmp_path):
 
 @pytest.mark.parametrize("when", ["new", "resumed"])
 def test_what_a_killed_writer_left_is_removed(tmp_path, when):
-    """A disk that fills, or a kill, in the middle of the file: half of it under a hidden name."""
+    """After a full disk or a kill while the file was written, half of it remains under a hidden
+    name."""
     if when == "resumed":
         first = CSVLogger(tmp_path)
         first.log_metrics({"loss": 0.25}, 0)
@@ -168,7 +171,7 @@ def test_the_id_at_wandb_is_the_records_or_that_of_its_environment(
 
 @pytest.mark.parametrize("sweep", [None, "normfree"])
 def test_what_the_environment_names_at_wandb_is_left_to_it(tmp_path, monkeypatch, sweep):
-    """wandb reads these itself where it is given nothing."""
+    """wandb reads these variables itself if it is given nothing."""
     given: dict[str, object] = {}
     monkeypatch.setattr(
         "lightning.pytorch.loggers.WandbLogger.__init__",

@@ -1,4 +1,4 @@
-"""Training: the losses that are logged, the step they belong to, the updates, and divergence."""
+"""Training: the logged losses and their steps, the updates, and divergence."""
 
 from copy import deepcopy
 from functools import partial
@@ -25,7 +25,7 @@ SCHEDULE = Schedule("linear", warmup=0.3)
 
 
 class Logged(Logger):
-    """Keeps what Lightning logs: name to {step: value}."""
+    """Keeps what Lightning logs, as name to {step: value}."""
 
     name = "logged"
     version = 0
@@ -43,7 +43,7 @@ class Logged(Logger):
 
 
 class Updates(L.Callback):
-    """Weights after every number of updates, and the learning rate of each update."""
+    """Keeps the weights after each number of updates, and the learning rate of each update."""
 
     def __init__(self):
         self.weights = {}
@@ -90,7 +90,7 @@ def fit(
     callbacks=(),
     **arguments,
 ):
-    """Trains on all of `train` and validates every so many steps; gives updates and log."""
+    """Trains on all of `train` and validates at the given interval; returns updates and log."""
     updates, logged = Updates(), Logged()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -184,7 +184,7 @@ def test_what_is_logged_at_a_step_is_of_the_weights_after_that_many_updates(accu
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_schedule_counts_updates_and_micro_batches_are_averaged(accumulate):
-    """Against a loop written by hand, which takes the mean of each update's micro-batches."""
+    """Compared with a plain loop that averages the micro-batches of each update."""
     n_steps = 7
     train = image_batches(*[5] * (n_steps * accumulate))
     updates, _ = fit(classifier(), train, image_batches(2), accumulate=accumulate)
@@ -207,7 +207,7 @@ def test_the_schedule_counts_updates_and_micro_batches_are_averaged(accumulate):
 
 @pytest.mark.parametrize("off", [0, 0.0, -1])
 def test_a_gradient_clip_of_nothing_clips_nothing(off):
-    """Lightning's meaning; a small positive one does clip."""
+    """As in Lightning; a small positive value does clip."""
     train, heldout = image_batches(5, 5), image_batches(2)
     plain, unclipped, clipped = (
         fit(classifier(), train, heldout, gradient_clip_val=value)[0].weights[2]
@@ -259,7 +259,8 @@ def test_on_an_accelerator_the_first_bad_step_is_named_though_it_is_looked_for_l
 
 
 def test_weights_that_break_in_the_last_update_end_the_run_as_diverged():
-    """Its training losses are all finite; the validation after it is the first to show."""
+    """All training losses are finite; the validation after the last update is the first to show
+    it."""
     module = classifier()
 
     class Break(Updates):
@@ -283,7 +284,7 @@ def test_weights_that_break_in_the_last_update_end_the_run_as_diverged():
 
 @pytest.mark.parametrize("constraint", ["none", "weight_norm"])
 def test_nothing_without_matrix_shape_is_decayed_on_the_way_through_the_trainer(constraint):
-    """AdamW decays p by lr · decay · p whatever the gradient: the difference that it makes."""
+    """AdamW decays p by lr · decay · p whatever the gradient; the test checks this difference."""
     lr, decay = 0.01, 0.5
     values = {
         "model": {"kind": "mixer", "n_layers": 1, "d_model": 4, "patch_size": 1},
@@ -325,7 +326,7 @@ def test_nothing_without_matrix_shape_is_decayed_on_the_way_through_the_trainer(
 
 @pytest.mark.parametrize("other", [3.0, -0.5, 0.0])
 def test_the_logged_training_loss_is_the_mean_over_processes(monkeypatch, other):
-    """As the rows of metrics have it: the loss of the other process differs by `other`."""
+    """As in the metric rows; the loss of the other process differs by `other`."""
     train, heldout = image_batches(*[5] * 4), image_batches(2)
     _, alone = fit(classifier(), train, heldout, every=100)
     monkeypatch.setattr("nerve.training.module.n_processes", lambda: 2)
@@ -343,7 +344,8 @@ def test_the_logged_training_loss_is_the_mean_over_processes(monkeypatch, other)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_loss_that_diverges_in_another_process_ends_this_one_too(monkeypatch, value, step):
-    """Its own loss is finite; without the other's it would wait for it in the next collective."""
+    """Its own loss is finite; otherwise it would wait for the other process in the next
+    collective."""
     losses = iter([0.0] * step + [value] * 9)
     monkeypatch.setattr("nerve.training.module.n_processes", lambda: 2)
     monkeypatch.setattr("nerve.training.module.add_up", lambda mine: mine.add_(next(losses)))
@@ -359,7 +361,7 @@ def test_a_validation_that_diverges_in_another_process_ends_this_one_too(monkeyp
 
 
 class BreakGradients(L.Callback):
-    """Gradients that are not finite at step 2, of a loss that is."""
+    """Makes gradients non-finite at step 2, while the loss is finite."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -414,7 +416,7 @@ def test_what_an_optimizer_refuses_of_finite_numbers_is_no_divergence():
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_a_fused_optimizer_with_a_scaler_clips_as_another_does(algorithm, clip):
-    """Such an optimizer takes the scale out by itself, after the clipping; Lightning refuses it."""
+    """Such an optimizer unscales gradients itself, after clipping, which Lightning refuses."""
 
     def weights(fused: bool) -> dict[str, torch.Tensor]:
         module = ImageClassifier(

@@ -64,7 +64,7 @@ def fit(
     precision=None,
     **monitor,
 ):
-    """Trains with a monitor; gives it and the rows that it stored."""
+    """Trains with a monitor; returns it and the rows that it stored."""
     store = RunStore(directory, "run")
     RunRecord.create(directory, {}, run_id="run")
     callback = SpectralMonitor(store, **monitor)
@@ -129,7 +129,7 @@ def test_loss_and_tokens_stand_in_the_row_of_their_step(tmp_path):
 
 
 def test_both_sources_agree_on_the_same_tokens(tmp_path):
-    """Held-out data that is the training batch: only the mode of the model differs."""
+    """The held-out data is the training batch; only the mode of the model differs."""
     batch = batches(1)
     _, heldout = fit(tmp_path / "a", make_module(), batch * 5, batch, every_n_steps=1)
     _, train = fit(tmp_path / "b", make_module(), batch * 5, batch, every_n_steps=1, source="train")
@@ -210,7 +210,7 @@ def test_spectra_are_stored_where_asked_for(tmp_path):
 
 
 def test_scalars_carry_the_step_of_the_weights(tmp_path):
-    """Training loss s and validation loss s are those of the weights after s steps."""
+    """Training and validation losses labeled s are those of the weights after s steps."""
     _, rows = fit(tmp_path, make_module(), batches(4), batches(2, seed=1), every_n_steps=2)
     scalars = nerve.load_scalars(tmp_path)
     train = scalars[scalars.name == "train_loss"].set_index("step").value
@@ -224,7 +224,7 @@ def test_scalars_carry_the_step_of_the_weights(tmp_path):
 
 
 def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp_path, graphs):
-    """One graph with the taps and one without, each made once, however often steps alternate."""
+    """One graph with taps and one without, each compiled once, however often steps alternate."""
     rows, weights = {}, {}
     for name, every in (("compiled", 3), ("eager", 3), ("never", 100)):
         module = make_module(compile=name != "eager")
@@ -242,7 +242,7 @@ def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp
 
 
 def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
-    """Code that was compiled without a probe is compiled again, for this fit and for the next."""
+    """Code compiled without a probe is recompiled, for this fit and for the next."""
     module, rows = make_module(compile=True), []
     module._training_losses(batches(1)[0])[0].backward()
     module.zero_grad()
@@ -256,7 +256,7 @@ def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
 
 
 def test_recomputed_activations_are_not_counted_again(tmp_path):
-    """Activation checkpointing runs the FFNs' forward again in the backward pass."""
+    """Activation checkpointing runs the FFNs' forward pass again in the backward pass."""
     rows, runs = {}, []
     for name in ("kept", "recomputed"):
         module = make_module()
@@ -273,7 +273,7 @@ def test_recomputed_activations_are_not_counted_again(tmp_path):
 
 
 def test_mixed_precision_measures_the_features_as_they_are_and_without_autocast(tmp_path):
-    """bfloat16 features, and the spectra that float64 NumPy gives of them."""
+    """bfloat16 features, and the spectra that float64 NumPy computes from them."""
     module, taken = make_module(), {}
     heldout = batches(2, seed=1)
     down = module.model.blocks[1].ffn.post
@@ -289,7 +289,7 @@ def test_mixed_precision_measures_the_features_as_they_are_and_without_autocast(
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
 def test_mixed_precision_may_project_pre_and_trains_the_same(tmp_path, source):
-    """The rows say so; but for pre they are the same, and the weights are to the last bit."""
+    """The rows record it; apart from pre they are equal, and the weights are bit-identical."""
     rows, weights = {}, {}
     for shortcut in (True, "projected"):
         module = make_module()
@@ -319,7 +319,7 @@ def test_a_last_batch_of_another_size_counts_with_its_own_samples(tmp_path):
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
 def test_padding_is_left_out(tmp_path, source):
-    """Whatever stands in the padding, the spectra are those of the other tokens."""
+    """Whatever the padding contains, the spectra are those of the other tokens."""
 
     class Padded(LanguageModel):
         def padding_mask(self, batch):
@@ -353,7 +353,7 @@ def test_chosen_layers_are_measured_and_no_others(tmp_path):
 
 
 class Foreign(L.LightningModule):
-    """A model that knows nothing of nerve, with an optimizer that does not either."""
+    """A model and an optimizer that know nothing of nerve."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ class Foreign(L.LightningModule):
 
 
 def test_a_model_of_ones_own_is_described_and_its_run_read_as_any_other(tmp_path):
-    """As in the README."""
+    """As described in the docs."""
     module = Foreign()
     train, heldout = batches(4), batches(2, seed=1)
     _, rows = fit(tmp_path, module, train, heldout, every_n_steps=2, ffns=module.ffns())
@@ -405,7 +405,7 @@ def test_the_first_positions_are_left_out_of_the_features_alone(tmp_path, source
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
 def test_groups_and_sites_are_measured_with_every_second_measurement(tmp_path, source):
-    """As by hand, with the pooled rows as they are without."""
+    """Compared with a computation by hand; the pooled rows are the same as without groups."""
     module, train, heldout = (
         make_module(optimizer=partial(torch.optim.AdamW, lr=0.0)),
         batches(4),
@@ -474,7 +474,7 @@ def test_several_fits_in_one_process(tmp_path):
 
 
 def fit_again(callback, module, train, heldout, *, trainer=None, **options) -> L.Trainer:
-    """Another fit with the same monitor, in a trainer of its own or going on with one."""
+    """Another fit with the same monitor, in a new trainer or continuing with one."""
     if trainer is None:
         trainer = L.Trainer(
             accelerator="cpu",
@@ -580,7 +580,7 @@ def test_the_last_step_of_a_number_of_epochs_is_measured(tmp_path):
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
 def test_epochs_that_end_within_a_window_of_accumulation_keep_to_the_cadence(tmp_path, source):
-    """Of 5 batches an epoch the last is an update of its own: 3 updates an epoch."""
+    """With 5 batches per epoch, the last batch is an update by itself: 3 updates per epoch."""
     store = RunStore(tmp_path, RunRecord.create(tmp_path, {}, run_id="run").run_id)
     module = Foreign()
     callback = SpectralMonitor(store, every_n_steps=2, ffns=module.ffns(), source=source)
@@ -669,7 +669,7 @@ def test_a_training_step_that_is_skipped_before_the_model_runs_is_named(tmp_path
         ({"steps": "log:1"}, "a spacing such as log:30 .*got 'log:1'"),
         ({"source": "held_out"}, "monitor.source must be one of heldout, train; got 'held_out'"),
         ({"layers": "all"}, "monitor.layers must be a list or null; got 'all'"),
-        ({"shortcut": 1}, "monitor.shortcut must be true or false or a text; got 1"),
+        ({"shortcut": 1}, "monitor.shortcut must be true or false or a string; got 1"),
         ({"shortcut": "exact"}, "shortcut must be true, false or projected; got 'exact'"),
         ({"layers": [0], "ffns": []}, "layers must be None; got both"),
         ({"spectra": "yes"}, "monitor.spectra must be true, false or auto; got 'yes'"),
@@ -684,7 +684,7 @@ def test_bad_values_are_refused_before_training(tmp_path, values, message):
 
 
 class Recorder(Logger):
-    """Keeps what it is given, each measurement with the step at which training was."""
+    """Keeps the logged values, and the training step at which each measurement was logged."""
 
     name, version = "recorder", ""
 
@@ -702,7 +702,7 @@ class Recorder(Logger):
 
 
 class Watch(L.Callback):
-    """What callbacks can monitor when validation ends, by step."""
+    """The values that callbacks can monitor at the end of validation, by step."""
 
     def __init__(self) -> None:
         self.seen: dict[int, dict[str, float]] = {}
@@ -736,7 +736,7 @@ def test_loggers_get_each_measurement_with_its_step_and_the_store_has_it_once(tm
 
 @pytest.mark.parametrize("source", ["heldout", "train"])
 def test_callbacks_can_monitor_layers_and_their_means(tmp_path, source):
-    """Those of the same step; of training data they are those of the step before."""
+    """They are those of the same step, or with training data those of the previous one."""
     watch = Watch()
     values = {"every_n_steps": 2, "source": source}
     data = batches(6), batches(2, seed=1)
@@ -750,7 +750,7 @@ def test_callbacks_can_monitor_layers_and_their_means(tmp_path, source):
 
 
 def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_path, monkeypatch):
-    """Solving takes longer than training does from one measurement to the next."""
+    """Solving takes longer than training from one measurement to the next."""
     solve = FFNEigenproblem.solve
 
     def late(problem):
@@ -774,7 +774,7 @@ def test_measurements_that_are_solved_late_keep_their_step_and_their_order(tmp_p
 
 
 def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_path, monkeypatch):
-    """Lightning refuses to save or stop by a value that is not there."""
+    """Lightning raises an error if a callback monitors a value that does not exist."""
     solve, began = FFNEigenproblem.solve, threading.Event()
 
     def late(problem):
@@ -806,7 +806,7 @@ def test_training_can_be_stopped_early_by_what_was_measured(tmp_path, monitor):
 
 
 def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):
-    """No layer has anything to measure: the FFNs' inputs are 0."""
+    """No layer can be measured, because the FFNs' inputs are 0."""
     module, recorder, watch = make_module(activation={"name": "relu"}), Recorder(), Watch()
     for block in module.model.blocks:
         torch.nn.init.zeros_(block.ffn.up.weight)
@@ -820,7 +820,8 @@ def test_a_mean_of_nothing_is_nan_for_callbacks_and_left_out_of_logs(tmp_path):
 
 
 class Resumable(Batches):
-    """Lightning warns of a loader that cannot be resumed; which batches come is no matter here."""
+    """Avoids Lightning's warning about a loader that cannot be resumed; the batches do not matter
+    here."""
 
     def state_dict(self):
         return {}
@@ -830,7 +831,7 @@ class Resumable(Batches):
 
 
 class SaveAt(L.Callback):
-    """Saves a checkpoint at a step, as code of one's own does."""
+    """Saves a checkpoint at a step, like a user's code."""
 
     def __init__(self, path, step: int) -> None:
         self.path, self.step = path, step
@@ -847,8 +848,8 @@ class SaveAt(L.Callback):
 def test_who_resumes_leaves_no_rows_of_the_branch_that_it_abandons(
     tmp_path, every_n_steps, n_steps, steps
 ):
-    """At another cadence, and for fewer steps: rows past the checkpoint that no measurement takes
-    the place of. With a trainer of one's own, without anything else of this project."""
+    """With another cadence and fewer steps, rows after the checkpoint would not be replaced. With a
+    user's trainer, without any other part of nerve."""
     RunRecord.create(tmp_path, {}, run_id="run")
 
     def fit_piece(every: int, n: int, callbacks=(), ckpt_path=None) -> None:
@@ -890,7 +891,7 @@ class Poison(L.Callback):
 def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
     tmp_path, monkeypatch, what
 ):
-    """And hooks are removed and threads ended, whatever is raised on the way."""
+    """And hooks are removed and threads end, whatever is raised in the process."""
     whole = getattr(spectra_recorder.Recorder, what)
 
     def refuse(recorder, **given):
@@ -908,7 +909,7 @@ def test_the_error_that_ends_a_run_is_not_replaced_by_what_the_ending_raises(
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_monitor_keeps_no_model_once_the_fit_is_over(tmp_path, raises):
-    """Nor does the heartbeat: Lightning gives callbacks functions to log by, which have it."""
+    """Nor does the heartbeat: Lightning sets log methods of the module on callbacks."""
     record = RunRecord.create(tmp_path, {})
     monitor = SpectralMonitor(RunStore(tmp_path, record.run_id), every_n_steps=1)
     module, heartbeat = make_module(), nerve.Heartbeat(record)

@@ -1,4 +1,4 @@
-"""Global generators go on as if nothing had happened since their states were taken."""
+"""Global generators continue as if nothing had happened since their states were taken."""
 
 import random
 
@@ -11,7 +11,7 @@ from nerve.training.randomness import part_from_other_processes, random_states, 
 
 
 def draw() -> list[float]:
-    """Odd numbers of draws, so that halves of pairs are kept over."""
+    """An odd number of draws, so that one half of a pair is left over."""
     normals = [random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))]
     return [*normals, random.random(), *np.random.rand(3), *torch.rand(3).tolist()]
 
@@ -26,7 +26,7 @@ def test_states_survive_a_checkpoint(tmp_path):
 
 
 def test_processes_draw_masks_of_their_own_and_process_0_those_of_one_alone():
-    """Neither do two seeds meet: process 1 of seed 0 is not process 0 of seed 1."""
+    """Nor do two seeds coincide: process 1 of seed 0 differs from process 0 of seed 1."""
 
     def mask(seed: int, rank: int) -> tuple[float, ...]:
         L.seed_everything(seed, verbose=False)

@@ -1,4 +1,4 @@
-"""Training with a regularizer: what its term changes, and what stays the cross-entropy alone."""
+"""Training with a regularizer: what its term changes, and what remains the plain cross-entropy."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def batches(n: int, seed: int = 0) -> Batches:
 
 
 def fit(directory: Path, module: LanguageModel, train: Batches, **arguments: Any) -> pd.DataFrame:
-    """Trains with a monitor; gives the rows that it stored."""
+    """Trains with a monitor; returns the rows that it stored."""
     store = RunStore(directory, "run")
     RunRecord.create(directory, {}, run_id="run")
     monitor = SpectralMonitor(store, every_n_steps=arguments.pop("every_n_steps", 1))
@@ -71,7 +71,7 @@ def cross_entropy(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
 
 
 def by_hand(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Cross-entropy, term and the gradient of their sum, of the initial weights."""
+    """Cross-entropy, term, and the gradient of their sum for the initial weights."""
     model = make_module().model
     penalty = Penalty(model, STRONG)
     penalty.start()
@@ -123,8 +123,8 @@ class Gradients(L.Callback):
 
 
 def test_losses_are_stored_without_the_term_and_the_term_beside_them(tmp_path: Path):
-    """Rows, scalars and what callbacks see, as training went; accumulation averages micro-batches,
-    each with the term of its own features."""
+    """In rows, scalars and what callbacks see; accumulation averages micro-batches, each with the
+    term of its own features."""
     train, gradients = batches(4), Gradients()
     module = make_module(STRONG)
     metrics = fit(tmp_path, module, train, callbacks=[gradients], accumulate_grad_batches=2)
@@ -143,7 +143,7 @@ def test_losses_are_stored_without_the_term_and_the_term_beside_them(tmp_path: P
 
 
 def test_training_with_a_weight_moves_pr_its_way_and_one_of_0_changes_nothing(tmp_path: Path):
-    """Of the features that are measured, at equal steps."""
+    """The PR of the measured features, at equal steps."""
     ratios = {}
     for weight in (-0.3, 0, 0.3, None):
         regularizer = NONE if weight is None else Regularizer("participation_ratio", weight)

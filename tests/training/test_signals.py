@@ -1,4 +1,4 @@
-"""Signals that ask to stop: at once before training, at the end of a step in it."""
+"""Signals that ask to stop: obeyed immediately before training, at the end of a step during it."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_a_second_ctrl_c_ends_at_once(capfd):
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_batch_system_may_signal_as_often_as_it_likes(first):
-    """SLURM sends SIGTERM to each step of a job, and after the signal before the time limit."""
+    """SLURM sends SIGTERM to each step of a job, also after the signal before the time limit."""
     with StopSignals() as asked:
         asked.defer()
         for signum in (first, first, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR2):
@@ -75,7 +75,7 @@ def test_what_handled_signals_before_does_so_again():
 
 
 def test_handlers_that_someone_installs_meanwhile_do_not_act():
-    """Lightning puts its own over ours when it starts to fit."""
+    """Lightning installs its own handlers when a fit starts."""
     acted = []
     with StopSignals() as asked:
         signal.signal(signal.SIGTERM, lambda *args: acted.append(args))
@@ -86,7 +86,7 @@ def test_handlers_that_someone_installs_meanwhile_do_not_act():
 
 
 def test_signals_are_handed_on_to_what_handled_them_before_once_all_is_saved():
-    """submitit's handler of SIGUSR2 counts the timeout, requeues, and exits."""
+    """submitit's handler of SIGUSR2 counts the timeout, requeues the job, and exits."""
     handled = []
     before = signal.signal(signal.SIGUSR2, lambda *args: handled.append(args))
     try:
@@ -103,8 +103,8 @@ def test_signals_are_handed_on_to_what_handled_them_before_once_all_is_saved():
 
 @pytest.fixture
 def slurm(monkeypatch) -> SimpleNamespace:
-    """A job of SLURM: `says` is what scontrol tells of it, one look after the other, `slept` how
-    long the process waited."""
+    """A SLURM job: `says` has the outputs of successive scontrol calls, and `slept` the time that
+    the process waited."""
     cluster = SimpleNamespace(says=[], slept=[], asked=[])
 
     def run(command, **values):
@@ -161,7 +161,7 @@ PREEMPTED = "JobId=12 JobState=RUNNING QOS=low Partition=gpu PreemptTime=2026-11
     ],
 )
 def test_it_waits_as_long_as_the_cluster_lets_it(slurm, monkeypatch, job, partition, qos, expected):
-    """KillWait, after the GraceTime of a job that is preempted."""
+    """KillWait, after the GraceTime of a preempted job."""
     says = {
         ("scontrol", "job"): job,
         ("scontrol", "config"): "KillOnBadExit = 0\nKillWait                = 90 sec\n",
@@ -179,7 +179,7 @@ def test_it_waits_as_long_as_the_cluster_lets_it(slurm, monkeypatch, job, partit
 
 
 def test_what_handled_a_signal_before_has_it_also_where_no_run_had_begun():
-    """Of a job whose time runs out while its trial still starts."""
+    """For a job whose time runs out while its trial is still starting."""
     handled = []
     before = signal.signal(signal.SIGUSR2, lambda signum, frame: handled.append(signum))
     try:
@@ -191,7 +191,7 @@ def test_what_handled_a_signal_before_has_it_also_where_no_run_had_begun():
 
 
 def handed_to(handler: Callable[[int, Any], object]) -> None:
-    """A run out of time in a process that hears so by `handler`."""
+    """A run whose time is up, in a process that is notified through `handler`."""
     before = signal.signal(signal.SIGUSR2, handler)
     try:
         hand_on(signal.SIGUSR2)
@@ -200,13 +200,13 @@ def handed_to(handler: Callable[[int, Any], object]) -> None:
 
 
 def requeue(ends: str) -> Callable[[int, Any], object]:
-    """What submitit does, with a command in place of scontrol's that ends so."""
+    """Does what submitit does, with a command in place of scontrol that ends in the given way."""
     return lambda signum, frame: subprocess.check_call(["sh", "-c", ends])
 
 
 @pytest.mark.parametrize("ends", ["kill $$", "kill -9 $$"])
 def test_what_gives_the_job_back_may_be_killed_with_the_job(slurm, ends):
-    """It is given back then, and the run waits for its own end."""
+    """The job is then requeued, and the run waits for its own end."""
     slurm.says = ["JobState=REQUEUED"]
     handed_to(requeue(ends))
     assert 30 <= sum(slurm.slept) <= 50
@@ -236,7 +236,7 @@ def test_it_waits_no_longer_than_slurm_says_so(slurm):
     ],
 )
 def test_after_a_sigterm_that_is_not_slurms_nothing_is_waited_for(slurm, said):
-    """`timeout 60 nerve-run` in a job; a controller that does not answer."""
+    """`timeout 60 nerve-run` in a job; or a controller that does not answer."""
     slurm.says = [said]
     hand_on(signal.SIGTERM)
     assert sum(slurm.slept) == 0

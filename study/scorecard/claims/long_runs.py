@@ -1,4 +1,4 @@
-"""The longest runs, 125M parameters over 10,000 steps: what claims 1, 3, 4, 6 and 7 rest on."""
+"""The longest runs, 125M parameters and 10,000 steps, on which claims 1, 3, 4, 6 and 7 rest."""
 
 from evidence import Evidence, Sweep
 from judgement import Table
@@ -19,7 +19,7 @@ PAPER = {
 
 
 def tables(evidence: Evidence) -> list[Table]:
-    """Means over layers beside the paper's values; by layer; how metrics follow the loss."""
+    """Means over layers and the paper's values; values by layer; how metrics follow the loss."""
     if not evidence.has([SWEEP]):
         return []
     sweep = named(evidence.sweep(SWEEP))
@@ -34,7 +34,9 @@ def tables(evidence: Evidence) -> list[Table]:
         rows.append(["the paper's", "–", paper_perplexity, *paper])
     header = ["design", "loss", "perplexity", "SE", "PR", "EEE", "largest JS of a layer"]
     profiles = [
-        by_layer(sweep, metric, names, f"{label(metric)} by layer at the last step, mean of seeds")
+        by_layer(
+            sweep, metric, names, f"{label(metric)} by layer at the last step, mean over seeds"
+        )
         for metric in ("pr_gain", "js", "eee_post")
     ]
     deviations = [[name, *map(number, deviation(sweep, name))] for name in names]
@@ -45,7 +47,7 @@ def tables(evidence: Evidence) -> list[Table]:
         ),
         *profiles,
         Table(
-            "SD of the nonlinearity's input u by layer, √(Σλ / d_ff), mean of seeds",
+            "SD of the nonlinearity's input u by layer, √(Σλ / d_ff), mean over seeds",
             ["layer", *layers],
             deviations,
         ),
@@ -59,7 +61,7 @@ def _shift(sweep: Sweep, metric: str, level: str) -> str:
 
 
 def _following(sweep: Sweep, names: list[str]) -> Table:
-    """r with the loss after warm-up, as it is and given the clock, the mean of seeds."""
+    """r with the loss after warm-up, plain and given the clock, mean over seeds."""
     metrics = ("se_pre", "se_post", "pr_pre", "pr_post")
     within = correlate_within_runs(sweep.metrics, sweep.runs, ["level"], names=list(metrics))
     late = within[(within["flag"] == "ok") & (within["window"] == "after_warmup")]
@@ -77,7 +79,7 @@ def _following(sweep: Sweep, names: list[str]) -> Table:
     ]
     return Table(
         "r of a metric (mean over layers) and the loss over the steps after warm-up; in "
-        "parentheses what is left of it given log(step + 1)",
+        "parentheses, the partial r given log(step + 1)",
         ["design", *map(label, metrics)],
         rows,
     )

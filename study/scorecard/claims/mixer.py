@@ -90,7 +90,7 @@ def mixer_optimizers(evidence: Evidence) -> Finding:
     ]
     table = Table(
         "By optimizer and learning rate: mean (lowest to highest seed); bold: the highest mean "
-        "accuracy, of equal ones that with the lowest loss",
+        "accuracy and, among equal ones, the lowest loss",
         ["optimizer", "rate", "accuracy", "loss", "seeds"],
         rows,
     )

@@ -37,7 +37,7 @@ def reinjection(evidence: Evidence) -> Finding:
     tables = [
         _shifts(sizes),
         Table(
-            "In how many layers and seeds",
+            "Number of layers and seeds in which the shift holds",
             ["runs", *(f"{name.upper()}_post {sign} {name.upper()}_pre" for name, sign in SHIFTS)],
             [
                 [title, *(check.measured for check in shift_checks(rows, ""))]

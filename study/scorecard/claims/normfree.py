@@ -63,8 +63,8 @@ def inertia(evidence: Evidence) -> Finding:
     ]
     layers = [str(layer) for layer in profiles["js"].index]
     table = Table(
-        "Norm-free GELU by layer at the last step, mean over seeds; SD of u: √(Σλ / d_ff), how far "
-        "the inputs of the nonlinearity spread",
+        "Norm-free GELU by layer at the last step, mean over seeds; SD of u: √(Σλ / d_ff), the "
+        "standard deviation of the inputs of the nonlinearity",
         ["layer", *layers],
         rows,
     )
@@ -159,7 +159,9 @@ def constraints(evidence: Evidence) -> Finding:
         for level in CONSTRAINTS
     ]
     header = ["constraint", "loss", "EEE_post", "PR_post", "seeds"]
-    table = Table("Norm-free GELU: mean (lowest to highest seed) of layers' means", header, rows)
+    table = Table(
+        "Norm-free GELU: mean (lowest to highest seed) of means over layers", header, rows
+    )
     measured = ", ".join(
         f"{label(level)} {mean_perplexity(losses[level])}" for level in CONSTRAINTS
     )

@@ -55,7 +55,7 @@ def repair_and_refinement(evidence: Evidence) -> Finding:
     if evidence.has(["optimizer"]):
         small = evidence.sweep("optimizer").by("optimizer.name")
         small_rates = best_rates(small)
-        title = f"{small.scale()}, at the rates of conf/optimizer, Adafactor's the best of five"
+        title = f"{small.scale()}, at the rates of conf/optimizer, for Adafactor the best of five"
         tables.append(_table_of_best(at_rates(small, small_rates), small_rates, title))
     return Finding.of(measured, _three(best), checks, tables)
 
@@ -228,8 +228,8 @@ def _table_at_loss(target: float, points: pd.DataFrame) -> Table:
         for level, own in points.groupby("level")
     ]
     return Table(
-        f"Where the loss passes {number(target, 4)}, the highest at which a run of AdamW, Dion or "
-        "Muon ends, interpolated between measured steps",
+        f"Where the loss crosses {number(target, 4)}, the highest final loss of AdamW, Dion and "
+        "Muon, interpolated between measured steps",
         ["optimizer", "step", "PR_pre", "PR gain", "JS", "seeds"],
         rows,
     )

@@ -168,8 +168,8 @@ def _placements(everything: Sweep) -> Table:
     ]
     header = ["placement", "width", "learning rate", "warm-up", "seed", "loss", "PR_post"]
     return Table(
-        f"Every run of {everything.scale()}, also those that cannot be compared (flag); warm-up as "
-        "a share of the steps",
+        f"Every run of {everything.scale()}, including those that cannot be compared (flag); "
+        "warm-up as a share of the steps",
         [*header, "PR_post / d_ff", "flag"],
         rows,
     )
@@ -187,13 +187,13 @@ def _residual(sweep: Sweep) -> Table:
         for level in ("pre", "pre_residual_after_norm")
     ]
     return Table(
-        f"Where the residual is taken, {sweep.scale()}, at 3e-3: mean (lowest to highest seed)",
+        f"Where the residual branches off, {sweep.scale()}, at 3e-3: mean (lowest to highest seed)",
         ["placement", "loss", *map(label, names), "seeds"],
         rows,
     )
 
 
 def _last_third(sweep: Sweep, level: str) -> pd.Series:
-    """PR_post of each seed, the mean over the layers past two thirds of the depth."""
+    """PR_post of each seed, averaged over the layers in the last third of the depth."""
     rows = sweep.layers[(sweep.layers["level"] == level) & (sweep.layers["depth"] > 2 / 3)]
     return rows.groupby("seed")["pr_post"].mean()

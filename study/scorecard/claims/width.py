@@ -158,7 +158,7 @@ def _in_how_many(evidence: Evidence) -> Table:
         counts = [*(follow[metric].sum() for metric in FOUR), follow.all(axis=1).sum()]
         rows.append([name, sweep.scale(), str(len(follow)), *map(str, counts)])
     return Table(
-        f"In how many runs r after the warm-up is ≤ {LATE_LIMIT}",
+        f"Number of runs in which r after the warm-up is ≤ {LATE_LIMIT}",
         ["sweep", "scale", "runs", *map(label, FOUR), "all four"],
         rows,
     )
@@ -217,8 +217,8 @@ def _by_width(sweep: Sweep) -> Table:
         for _, run in sweep.points.sort_values(order).iterrows()
     ]
     return Table(
-        "Every run at its last step, also those that cannot be compared (flag), metrics as means "
-        "over layers",
+        "Every run at its last step, including those that cannot be compared (flag); metrics are "
+        "means over layers",
         ["design", "learning rate", "width", "loss", *map(label, FOUR), "flag"],
         rows,
     )

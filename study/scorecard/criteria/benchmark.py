@@ -1,4 +1,4 @@
-"""Claim 15 by a stored result of `python benchmarks/monitor.py`: no runs, no spectra."""
+"""Claim 15, judged by a stored result of `python benchmarks/monitor.py` instead of runs."""
 
 import json
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from nerve.analysis.estimate import Estimate, contrast
 
 @dataclass(frozen=True)
 class Benchmark(CoreCheck):
-    """A check on a file beside the runs, `benchmarks/monitor.json`.
+    """A check on the file `benchmarks/monitor.json`, instead of runs.
 
-    The file has `started` (ISO 8601), `device`, `step_ms` (a step that is not measured),
-    `stall_ms` (a list: what each measurement adds to the steps up to the next) and `between_ms`
-    (what of that the later half of these steps has, far from a measurement), of GPT-2 125M at
-    65,536 tokens per step.
+    The file has `started` (ISO 8601), `device`, `step_ms` (the time of an unmeasured step),
+    `stall_ms` (a list: the time that each measurement adds to the steps up to the next one) and
+    `between_ms` (the part of it in the later half of these steps, far from a measurement), of GPT-2
+    125M at 65,536 tokens per step.
     """
 
     def on_each_source(self, evidence: Evidence) -> Iterator[Judged]:
-        """On the file, where there is one."""
+        """Judges the file, if it exists."""
         path = evidence.root.parent / self.sources[0]
         if not path.is_file():
             return
@@ -48,8 +48,9 @@ class Benchmark(CoreCheck):
 
 
 def small_and_seen(stall: np.ndarray, between: np.ndarray) -> Estimate:
-    """The lesser of 1 less the share of training at every 1000 steps, in percent, and of what
-    measured steps take beyond others. Both are in steps, shape (measurement,)."""
+    """The smaller of two effects: 1 minus the share of the training time at every 1000 steps, in
+    percent, and the additional time of measured steps. Both arguments are in steps, shape
+    (measurement,)."""
     design, number = np.full(len(stall), "measured"), np.arange(len(stall))
     effects = (1 - 100 * stall / 1000, stall - between)
     return lowest([contrast(effect, design, number, {"measured": 1.0}) for effect in effects])

@@ -1,4 +1,4 @@
-"""A core check: what it computes, what it asks for, its outcome, and the nulls that it passes."""
+"""A core check: its effect, its requirements, its outcome, and the null models that it passes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from criteria.nulls import CHANCE, FIXED, Labels, permutations
 from nerve.analysis.estimate import LEAST_DF, Estimate, Outcome, Reading, decide, read
 
 COMMITTED = pd.Timestamp("2026-11-26T18:40:00Z")
-"""A run that began before is older than the rule: what it says is exploratory."""
+"""Results of runs that began before this time, when the rule was committed, are exploratory."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The least that runs must have, so that the first transient does not decide."""
+    """The smallest runs that may decide, so that the initial transient does not."""
 
     n_layers: int
     d_model: int
@@ -41,21 +41,23 @@ class CoreCheck:
     Attributes:
         id: the claim's number and a word.
         states: what must hold, in one sentence.
-        effect: what is computed, positive as the claim says; with its unit.
-        estimate: computes it, from the runs (of a benchmark, from its times).
-        designs: all that are loaded, by name: those compared and those whose errors are pooled.
+        effect: the quantity computed, positive in the direction of the claim, with its unit.
+        estimate: computes it from the runs (for a benchmark, from its times).
+        designs: all designs that are loaded, by name: the compared ones, and others whose errors
+            are pooled with theirs.
         compared: the designs that the effect is about.
-        sources: folders of runs, the most telling first; see `judge`.
+        sources: folders of runs, the preferred one first; see `judge`.
         labels: what the permutation permutes.
-        seeds: asked for in each compared design, or how many points of a correlation or slope.
-        scale: asked for.
+        seeds: required number of seeds of each compared design, or of points of a correlation or
+            slope.
+        scale: required scale.
         paper: the paper's value of the effect, in its unit.
-        paper_value: the same as a number, where it can be one.
-        smallest: the interval must lie above it.
-        why: why this and not another effect.
+        paper_value: the same as a number, if possible.
+        smallest: the interval must lie above this value.
+        why: why this effect was chosen.
         unit: what `seeds` counts.
-        narrow: leaves out runs that the question does not mean, such as those of other rates.
-        needs: a further requirement: its name, and whether runs have it.
+        narrow: excludes runs that the question is not about, such as those at other rates.
+        needs: a further requirement: its name, and whether runs meet it.
     """
 
     id: str
@@ -81,14 +83,14 @@ class CoreCheck:
         return int(self.id.partition(".")[0])
 
     def judge(self, evidence: Evidence) -> "Judged":
-        """The outcome on the first source that has all that the check asks for; where none has, on
-        the first that has all compared designs, else on none."""
+        """The outcome on the first source that has everything the check requires; if none has, on
+        the first with all compared designs; otherwise on none."""
         judged = list(self.on_each_source(evidence))
         whole = [each for each in judged if not each.missing]
         return [*whole, *judged, Judged(self, None, None, None, None, _none)][0]
 
     def on_each_source(self, evidence: Evidence) -> Iterator["Judged"]:
-        """On every source that has all compared designs, in their order."""
+        """The outcome on each source with all compared designs, in order."""
         for source in self.sources:
             if source in evidence.names:
                 judged = self.on(source, evidence.sweep(source))
@@ -96,7 +98,7 @@ class CoreCheck:
                     yield judged
 
     def on(self, source: str, sweep: Sweep) -> "Judged | None":
-        """On runs of one source; None where a compared design has none."""
+        """The outcome on the runs of one source; None if a compared design has no run."""
         runs = measure(self.narrow(sweep), self.designs)
         if runs is None or not all(runs.of([name]).any() for name in self.compared):
             return None
@@ -115,13 +117,13 @@ def _none(judged: "Judged") -> Iterator[Estimate]:
 
 @dataclass(frozen=True)
 class Judged:
-    """A check on what is at hand; all are None where nothing is.
+    """A check on the available runs; all attributes are None if there are none.
 
     Attributes:
         source: the folder of the runs, or the file.
         runs: None for a file.
-        started: when the first of them began.
-        permuted: gives the estimates on permuted labels.
+        started: the start of the first run.
+        permuted: yields the estimates on permuted labels.
     """
 
     check: CoreCheck
@@ -133,12 +135,12 @@ class Judged:
 
     @property
     def reading(self) -> Reading | None:
-        """What the interval says, whatever is missing."""
+        """What the interval alone says, regardless of what is missing."""
         return None if self.estimate is None else read(self.estimate, self.check.smallest)
 
     @property
     def missing(self) -> list[str]:
-        """What the rule asks for and these runs lack."""
+        """What the rule requires and these runs lack."""
         if self.estimate is None:
             return ["runs"]
         lacks = []
@@ -162,12 +164,12 @@ class Judged:
 
     @property
     def exploratory(self) -> bool:
-        """Whether a run is older than the rule."""
+        """Whether a run began before the rule."""
         return self.started is not None and self.started < COMMITTED
 
     @cached_property
     def passes_null(self) -> tuple[str, ...]:
-        """The null models on which the check holds, whatever is missing."""
+        """The null models on which the check holds, regardless of what is missing."""
         passed = []
         if self.runs is not None:
             for name, functions in FIXED.items():
@@ -180,10 +182,10 @@ class Judged:
 
     @cached_property
     def share_permuted(self) -> float:
-        """The share of permutations in which the check holds; 0 where none changes anything."""
+        """The share of permutations in which the check holds; 0 if none changes anything."""
         held = [self._holds(estimate) for estimate in self.permuted(self)]
         return sum(held) / len(held) if held else 0.0
 
     def _holds(self, estimate: Estimate) -> bool:
-        """On a null model, unless the check looks at nothing that it changes."""
+        """Whether the check holds on a null model that changes something it uses."""
         return estimate != self.estimate and read(estimate, self.check.smallest) == "holds"

@@ -1,4 +1,4 @@
-"""The designs that claims 1 to 10 compare, the scales asked of them, and which runs count."""
+"""The designs that claims 1 to 10 compare, their required scales, and the runs that count."""
 
 from evidence import Sweep
 
@@ -37,18 +37,18 @@ LONG = Scale(12, 768, 10_000, 320e6)
 
 
 def widths(design: Design) -> dict[str, Design]:
-    """A design at widths 1 to 8, each under a name of its own."""
+    """A design at widths 1 to 8, each with its own name."""
     return {f"width {width}": {**design, "ffn.width": width} for width in range(1, 9)}
 
 
 def largest(sweep: Sweep) -> Sweep:
-    """The runs of the largest d_model: sizes are never pooled."""
+    """The runs with the largest d_model, because sizes are never pooled."""
     sizes = sweep.runs["model.d_model"]
     return sweep.where(sizes == sizes.max())
 
 
 def most_complete_rate(sweep: Sweep) -> Sweep:
-    """Norm-free runs at the rate, and all runs at the warm-up, that most of them finished at."""
+    """Runs with norms, and norm-free runs at the learning rate that most of them finished."""
     ok = sweep.compared
     free = ok["normalization.kind"] == "none"
     rate = ok["optimizer.lr"][free].mode()
@@ -57,7 +57,7 @@ def most_complete_rate(sweep: Sweep) -> Sweep:
 
 
 def all_placements_trained(sweep: Sweep) -> Sweep:
-    """The runs at the rate and warm-up at which PostLN has most runs that can be compared."""
+    """The runs at the rate and warm-up with the most PostLN runs that can be compared."""
     names = ["optimizer.lr", "optimizer.schedule.warmup"]
     post = sweep.compared[sweep.compared["normalization.placement"] == "post"]
     if post.empty:

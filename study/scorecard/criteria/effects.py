@@ -1,4 +1,4 @@
-"""Effects of runs: of a value per run, what a check estimates."""
+"""The effects that checks estimate, computed from one value per run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from criteria.measured import Measured
 from nerve.analysis.estimate import Estimate, contrast, correlation, slope_difference
 
 Value = Callable[[Measured], np.ndarray]
-"""A number a run, shape (run,), or a number a run and step."""
+"""One number per run, shape (run,), or one per run and step."""
 Effect = Callable[[Measured], Estimate]
 
 
@@ -23,30 +23,30 @@ def mean(value: Value, *names: str) -> Effect:
 
 
 def difference(value: Value, more: str, less: str) -> Effect:
-    """One design less another, paired by seed."""
+    """One design minus another, paired by seed."""
     weights = {more: 1.0, less: -1.0}
     return lambda runs: contrast(value(runs), runs.design, runs.seed, weights)
 
 
 def descending(value: Value, *names: str) -> Effect:
-    """The least of the differences of neighbors, each design less the next."""
+    """The smallest difference between neighbors, each design minus the next."""
     return least(*(difference(value, *pair) for pair in pairwise(names)))
 
 
 def least(*effects: Effect) -> Effect:
-    """The lowest of several effects, as `lowest` has it."""
+    """The lowest of several effects, according to `lowest`."""
     return lambda runs: lowest([effect(runs) for effect in effects])
 
 
 def lowest(found: Sequence[Estimate]) -> Estimate:
-    """The effect whose interval has the lowest bound: it lies above a limit just where all do. It
-    has the seeds that all of them have."""
+    """The effect whose interval has the lowest bound, which lies above a limit if and only if all
+    do. Its number of seeds is the smallest of all."""
     least = min(found, key=lambda each: each.low if each.has_interval else -np.inf)
     return replace(least, n_seeds=min(each.n_seeds for each in found))
 
 
 def steeper(value: Value, more: str, less: str) -> Effect:
-    """The slope over log width of one design less that of another; names are `design width`."""
+    """The slope over log width of one design minus that of another; names are `design width`."""
 
     def estimate(runs: Measured) -> Estimate:
         design = np.array([name.rpartition(" ")[0] for name in runs.design.tolist()])
@@ -56,7 +56,7 @@ def steeper(value: Value, more: str, less: str) -> Effect:
 
 
 def beyond_the_start(series: Value) -> Effect:
-    """-r of a series' end and the final loss over runs, given its value at step 0."""
+    """-r of the final value of a series and the final loss over runs, given its value at step 0."""
 
     def estimate(runs: Measured) -> Estimate:
         own = series(runs)
@@ -68,7 +68,7 @@ def beyond_the_start(series: Value) -> Effect:
 def ranks_the_designs(value: Value) -> Effect:
     """-Spearman's r of a value and the final loss over the means of designs.
 
-    Seeds of one design are no further points.
+    The seeds of a design are one point.
     """
 
     def estimate(runs: Measured) -> Estimate:

@@ -29,7 +29,7 @@ EARLY = 7 / 12
 
 
 def pr_gain(runs: Measured) -> np.ndarray:
-    """log of PR_post over PR_pre, each a mean over layers, end less step 0."""
+    """log of PR_post over PR_pre, each a mean over layers, end minus step 0."""
     post, pre = (v.mean_of(runs, f"pr_{site}", log=True) for site in ("post", "pre"))
     return v.gained(post - pre)
 
@@ -100,18 +100,18 @@ CHECKS = (
     CoreCheck(
         "1.pr",
         "training raises the PR gain of the nonlinearity",
-        "log PR_post/PR_pre, means of layers, end less step 0; nats",
+        "log PR_post/PR_pre, each a mean over layers, end minus step 0; nats",
         mean(pr_gain, "PreLN GELU"),
         paper="1.93 at the end (step 0 not given)",
         paper_value=1.93,
         smallest=0.1,
-        why="the shift itself stands at step 0; what training adds does not",
+        why="the shift itself is there at step 0; the check is about what training adds",
         **ALONE,
     ),
     CoreCheck(
         "1.eee",
         "training deepens the fall of EEE from pre to post",
-        "EEE_pre - EEE_post, mean of layers, end less step 0",
+        "EEE_pre - EEE_post, mean over layers, end minus step 0",
         mean(eee_fall, "PreLN GELU"),
         paper="0.475 at the end (step 0 not given)",
         paper_value=0.475,
@@ -121,7 +121,7 @@ CHECKS = (
     CoreCheck(
         "2.loss",
         "GELU has a lower loss than ReLU",
-        "loss, ReLU less GELU; nats",
+        "loss, ReLU minus GELU; nats",
         difference(loss_fall, "PreLN GELU", "PreLN ReLU"),
         paper="0.022",
         paper_value=0.022,
@@ -130,7 +130,7 @@ CHECKS = (
     CoreCheck(
         "2.pr",
         "GELU keeps more dimensions after the nonlinearity than ReLU",
-        "log of mean PR_post, GELU less ReLU; nats",
+        "log of mean PR_post, GELU minus ReLU; nats",
         difference(log_pr_post, "PreLN GELU", "PreLN ReLU"),
         paper="0.36",
         paper_value=0.36,
@@ -140,10 +140,10 @@ CHECKS = (
     CoreCheck(
         "3.band",
         "JS of layers 2 to 4 of 12 lies above that of layer 0 and of the deeper half",
-        "lowest JS of the band less the highest outside; nats",
+        "lowest JS in the band minus the highest outside; nats",
         mean(v.band, "PreLN GELU"),
         paper="peak .28, layer 0 low",
-        why="a peak anywhere is no band; that of a permuted depth is not there",
+        why="a peak alone is not a band, and with permuted layers the band must disappear",
         **ALONE | {"labels": "layer"},
     ),
     *(
@@ -161,10 +161,10 @@ CHECKS = (
             (
                 "pr_pre",
                 "PR_pre",
-                ".97 to .99, clock not taken out",
-                "log(step + 1) alone has r = -.99; only what is left beside it counts",
+                ".97 to .99, not given the clock",
+                "log(step + 1) alone has r = -.99; only the correlation beyond it counts",
             ),
-            ("se_post", "SE_post", ".84 to .87, clock not taken out", ""),
+            ("se_post", "SE_post", ".84 to .87, not given the clock", ""),
         )
     ),
     *(
@@ -188,16 +188,16 @@ CHECKS = (
                 "preln",
                 "PreLN GELU",
                 PRELN | GELU,
-                "1.00, nothing taken out",
-                "width alone ranks the losses (-.92), and an untrained SE_post is its curve",
+                "1.00, given nothing",
+                "width alone ranks the losses (-.92), and the untrained SE_post follows the width",
             ),
-            ("normfree", "norm-free ReLU", NORM_FREE | RELU, ".99, nothing taken out", ""),
+            ("normfree", "norm-free ReLU", NORM_FREE | RELU, ".99, given nothing", ""),
         )
     ),
     CoreCheck(
         "6.inertia",
         "without norms, training brings less PR gain to GELU's layers 0 to 6 than with them",
-        "log PR gain, mean of the layers, end less step 0, PreLN less norm-free; nats",
+        "log PR gain, mean over layers, end minus step 0, PreLN minus norm-free; nats",
         difference(early_gain, "PreLN GELU", "norm-free GELU"),
         compared=("PreLN GELU", "norm-free GELU"),
         labels="design",
@@ -205,13 +205,13 @@ CHECKS = (
         paper="about 1.9 at the end (norm-free: 0)",
         paper_value=1.9,
         smallest=0.4,
-        why="small inputs make GELU linear at step 0 already; the claim is about training",
+        why="small inputs make GELU linear already at step 0; the claim is about training",
         **NORMFREE,
     ),
     CoreCheck(
         "6.price",
         "without norms, GELU has a higher loss than ReLU",
-        "loss, norm-free GELU less norm-free ReLU; nats",
+        "loss, norm-free GELU minus norm-free ReLU; nats",
         difference(loss_fall, "norm-free ReLU", "norm-free GELU"),
         compared=("norm-free ReLU", "norm-free GELU"),
         labels="design",
@@ -225,7 +225,7 @@ CHECKS = (
             f"7.{name}",
             f"without norms, training raises {title}'s largest PR gain of the first layers above "
             "that of PreLN GELU",
-            "log of the largest PR gain of layers 0 to 3, end less step 0, less PreLN GELU's; nats",
+            "log of the largest PR gain of layers 0 to 3, end minus step 0, minus PreLN GELU; nats",
             difference(first_gain, design, "PreLN GELU"),
             compared=(design, "PreLN GELU"),
             labels="design",
@@ -243,7 +243,7 @@ CHECKS = (
     CoreCheck(
         "8.loss",
         "without norms, spectral norm has a lower loss than hyperspherical weights",
-        "loss, hyperspherical less spectral norm; nats",
+        "loss, hyperspherical minus spectral norm; nats",
         difference(loss_fall, "spectral_norm", "hyperspherical"),
         paper="0.040",
         paper_value=0.040,
@@ -252,16 +252,17 @@ CHECKS = (
     CoreCheck(
         "8.flat",
         "and training makes its nonlinearity flatten more",
-        "EEE_pre - EEE_post, mean of layers, end less step 0, spectral norm less hyperspherical",
+        "EEE_pre - EEE_post, mean over layers, end minus step 0, spectral norm minus "
+        "hyperspherical",
         difference(eee_fall, "spectral_norm", "hyperspherical"),
         paper="not known",
-        why="the paper's best and its worst; constraints differ in EEE_post at step 0 already",
+        why="the paper's best and worst; constraints differ in EEE_post already at step 0",
         **CONSTRAINT,
     ),
     CoreCheck(
         "9.order",
         "at width 8 PreLN keeps more dimensions than MixLN, and MixLN more than PostLN",
-        "log of mean PR_post, the lesser difference of neighbors; nats",
+        "log of mean PR_post, the smaller difference between neighbors; nats",
         descending(log_pr_post, "PreLN 8", "MixLN 8", "PostLN 8"),
         compared=("PreLN 8", "MixLN 8", "PostLN 8"),
         seeds=3,
@@ -269,28 +270,28 @@ CHECKS = (
         paper="2.06 and 1.19",
         paper_value=1.19,
         smallest=0.1,
-        why="runs at the unigram loss are flagged: an untrained PostLN is no evidence",
+        why="runs at the unigram loss are flagged, because an untrained PostLN is no evidence",
         sources=("paper_placement_gpu", "norm_placement_gpu"),
         **PLACEMENT,
     ),
     CoreCheck(
         "9.returns",
         "training makes PR_post grow faster with width under PreLN than under PostLN",
-        "exponent of mean PR_post over width, end less step 0, PreLN less PostLN",
+        "exponent of mean PR_post over width, end minus step 0, PreLN minus PostLN",
         steeper(gained_pr_post, "PreLN", "PostLN"),
         compared=("PreLN 8", "PreLN 4", "PreLN 1", "PostLN 1", "PostLN 4", "PostLN 8"),
         seeds=4,
         unit="runs",
         scale=THOUSANDS,
         paper="diminishing returns under PostLN",
-        why="untrained networks differ in the exponent already",
+        why="untrained networks already differ in the exponent",
         sources=("paper_width_placement_gpu", "norm_placement_gpu"),
         **PLACEMENT,
     ),
     CoreCheck(
         "10.loss",
         "RoPE has a lower loss than no position encoding",
-        "loss, none less RoPE; nats",
+        "loss, none minus RoPE; nats",
         difference(loss_fall, "rope", "none"),
         paper="0.099",
         paper_value=0.099,
@@ -299,7 +300,7 @@ CHECKS = (
     CoreCheck(
         "10.deep",
         "RoPE keeps more dimensions in middle and deep layers",
-        "log of mean PR_post of the last two thirds of the layers, RoPE less none; nats",
+        "log of mean PR_post of the last two thirds of the layers, RoPE minus none; nats",
         difference(
             lambda runs: v.final(v.mean_of(runs, "pr_post", 1 / 3, 1, log=True)), "rope", "none"
         ),

@@ -1,4 +1,4 @@
-"""The runs that a core check compares, as arrays: what null models transform."""
+"""The runs that a core check compares, as arrays, which null models transform."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

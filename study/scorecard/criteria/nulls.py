@@ -1,7 +1,7 @@
-"""Null models: what a check would be computed from if there were nothing to find.
+"""Null models: the runs as they would be if there were nothing to find.
 
-Each is a function from runs to runs. The spectra are replaced and the losses stay, so that a check
-on losses alone meets only the permutation of labels.
+Each is a function from runs to runs. It replaces the spectra and keeps the losses, so a check that
+uses only losses is tested only by the permutation of labels.
 """
 
 import itertools
@@ -15,14 +15,14 @@ from criteria.measured import Measured
 from criteria.values import seconds
 
 Labels = Literal["design", "step", "layer", "spectrum", "measured"]
-"""What a check tells apart by its label, and so what is permuted."""
+"""What a check distinguishes by labels, and what is therefore permuted."""
 
 N_PERMUTATIONS = 400
 ALL_UP_TO = 6
-"""With so many compared runs or fewer all orders of designs are gone through, not a sample."""
+"""With at most this many compared runs, all orders of designs are used, not a sample."""
 
 CHANCE = 0.05
-"""A check passes the permutation where it holds in more than this share of them."""
+"""A check passes the permutation if it holds in more than this share of permutations."""
 
 
 def untrained(runs: Measured) -> Measured:
@@ -36,12 +36,12 @@ def untrained(runs: Measured) -> Measured:
 
 
 def clock(runs: Measured) -> Measured:
-    """Every metric is 1 + log(step + 1), in every run and layer: 1, so that PR has a logarithm."""
+    """Every metric is 1 + log(step + 1) in every run and layer; with 1 so that log PR exists."""
     return _clock(runs, 1 + np.log1p(runs.steps))
 
 
 def clock_backwards(runs: Measured) -> Measured:
-    """A clock that falls to 1: for metrics that a claim says to fall."""
+    """A clock that falls to 1, for metrics that should fall according to a claim."""
     times = np.log1p(runs.steps)
     return _clock(runs, 1 + times[-1] - times)
 
@@ -58,19 +58,18 @@ FIXED: dict[str, tuple[Callable[[Measured], Measured], ...]] = {
     "clock": (clock, clock_backwards),
     "identity": (identity,),
 }
-"""By name; a check passes one where it holds on any of its functions."""
+"""The null models by name; a check passes one if it holds on any of its functions."""
 
 
 def permutations(runs: Measured, labels: Labels, compared: Sequence[str]) -> Iterator[Measured]:
-    """Runs with permuted labels, a fixed set; those that change nothing are left out.
+    """Runs with permuted labels, a fixed set, without permutations that change nothing.
 
-    - `design`: design and seed go to other runs, among those of the compared designs; orders that
-      only rename whole designs are left out: they would turn an opposite effect into one that holds
-    - `step`: the spectra of each run go to other steps, in each run by themselves; losses stay
-    - `layer`: the layers change places, in each run by themselves
-    - `spectrum`: the spectra of each design go to another; losses stay
-    - `measured`: what was measured and what was not change places, in each of the compared runs
-      by themselves: a step takes a measurement's time, and a measurement a step's
+    - `design`: design and seed are permuted among the runs of the compared designs, without orders
+      that only rename whole designs, which would turn an opposite effect into one that holds
+    - `step`: the spectra are permuted over the steps, separately in each run; losses stay
+    - `layer`: the layers are permuted, separately in each run
+    - `spectrum`: the spectra of each design are assigned to another; losses stay
+    - `measured`: in each of the compared runs, the times of measurements and of steps are exchanged
     """
     if labels == "design":
         yield from _designs(runs, np.flatnonzero(runs.of(compared)))
@@ -105,7 +104,7 @@ def _designs(runs: Measured, own: np.ndarray) -> Iterator[Measured]:
 
 
 def _orders(n: int) -> Iterator[Sequence[int]]:
-    """All orders of a few places, of more a fixed sample."""
+    """All orders of a few places; of more, a fixed sample."""
     if n <= ALL_UP_TO:
         yield from itertools.permutations(range(n))
         return

@@ -1,4 +1,4 @@
-"""Core checks of claims 11 to 15: optimizers, the MLP-Mixer, and what measuring costs."""
+"""Core checks of claims 11 to 15: optimizers, the MLP-Mixer, and the cost of measuring."""
 
 from itertools import product
 
@@ -50,7 +50,7 @@ NO_CEILING = (
 
 
 def best_of_each(sweep: Sweep) -> Sweep:
-    """Each optimizer at the rate of the lowest loss at seed 0."""
+    """The runs of each optimizer at its rate with the lowest loss at seed 0."""
     points = sweep.ok[sweep.ok["seed"] == 0].merge(sweep.runs[["run_id", "optimizer.name"]])
     lowest = points.sort_values("val_loss").drop_duplicates("optimizer.name")
     best = dict(zip(lowest["optimizer.name"], lowest["optimizer.lr"], strict=True))
@@ -58,7 +58,7 @@ def best_of_each(sweep: Sweep) -> Sweep:
 
 
 def best_of_mixers(sweep: Sweep) -> Sweep:
-    """Each optimizer at the rate of the highest mean accuracy."""
+    """The runs of each optimizer at its rate with the highest mean accuracy."""
     sweep = sweep.by("optimizer.name")
     rates = best_rates(sweep.ok[sweep.ok["ffn"] == "token_mixing"])
     return sweep.where(sweep.runs["optimizer.lr"] == sweep.runs["level"].map(rates))
@@ -116,19 +116,19 @@ CHECKS = (
         "11.gain",
         "at the end and at equal loss AdamW's largest PR gain is above Dion's, and Dion's above "
         "Muon's",
-        "log of the largest PR gain, the least of four differences of neighbors; nats",
+        "log of the largest PR gain, the smallest of four differences between neighbors; nats",
         at_both(largest_gain, "adamw", "dion", "muon"),
         compared=("adamw", "dion", "muon"),
         paper="1.37 and 0.99, at the end",
         paper_value=0.99,
-        why="at the end they differ in loss too; at equal loss alone a clock orders them",
+        why="at the end they also differ in loss; at equal loss alone, a clock would order them",
         **OPTIMIZER,
     ),
     CoreCheck(
         "11.pre",
         "at the end and at equal loss Muon's PR_pre in the first half of the layers is above "
         "AdamW's",
-        "log of mean PR_pre, Muon less AdamW, the lesser of the two; nats",
+        "log of mean PR_pre, Muon minus AdamW, the smaller of the two; nats",
         at_both(first_pr_pre, "muon", "adamw"),
         compared=("muon", "adamw"),
         paper="about 2.9, at the end",
@@ -147,13 +147,13 @@ CHECKS = (
         seeds=9,
         unit="designs",
         scale=Scale(12, 512, 3_000, 98e6),
-        paper="1.00 of three optimizers",
-        why="an order of three comes by chance once in six: nine designs are asked for",
+        paper="1.00 for three optimizers",
+        why="an order of three occurs by chance once in six, so nine designs are required",
     ),
     CoreCheck(
         "13.pattern",
         "training raises the PR gain of a Mixer's nonlinearities",
-        "log PR_post/PR_pre, means of all FFNs, mean of the four cells, end less step 0; nats",
+        "log PR_post/PR_pre, means over all FFNs, mean of the four cells, end minus step 0; nats",
         mean(pr_gain, *CELLS),
         compared=tuple(CELLS),
         labels="step",
@@ -165,20 +165,20 @@ CHECKS = (
     CoreCheck(
         "13.channel",
         "GELU does more for the accuracy in channel mixing than in token mixing",
-        "accuracy, ReLU/GELU less GELU/ReLU (token/channel); points",
+        "accuracy, ReLU/GELU minus GELU/ReLU (token/channel); points",
         difference(lambda runs: 100 * runs.accuracy, "relu/gelu", "gelu/relu"),
         compared=("relu/gelu", "gelu/relu"),
         labels="design",
         paper="0.87",
         paper_value=0.87,
         needs=NO_CEILING,
-        why="the difference of the two factors' effects, with a sign",
+        why="the difference between the effects of the two factors, with its sign",
         **MIXER_ACTIVATION,
     ),
     CoreCheck(
         "14.accuracy",
         "SGD reaches a better accuracy than AdamW on an MLP-Mixer, each at its best rate",
-        "accuracy, SGD less AdamW; points",
+        "accuracy, SGD minus AdamW; points",
         difference(lambda runs: 100 * runs.accuracy, "sgd", "adamw"),
         paper="1.11",
         paper_value=1.11,
@@ -188,7 +188,7 @@ CHECKS = (
     CoreCheck(
         "14.pr",
         "and keeps more dimensions after the nonlinearity",
-        "log of mean PR_post of all FFNs, SGD less AdamW; nats",
+        "log of mean PR_post of all FFNs, SGD minus AdamW; nats",
         difference(log_pr_post, "sgd", "adamw"),
         paper="higher",
         **MIXER_OPTIMIZER,
@@ -196,8 +196,8 @@ CHECKS = (
     CoreCheck(
         "15.runs",
         "measuring at every 1000 steps would take at most 1% of the training time",
-        "1 less the share in percent, of stored runs alone on their GPU; points; or log of the "
-        "steps that a measurement takes the time of, the lesser",
+        "1 minus the share in percent, of stored runs alone on their GPU; points; or log of the "
+        "number of steps that take as long as a measurement; the smaller",
         least(
             mean(lambda runs: 1 - 100 * v.share_at_1000(runs), "PreLN GELU"),
             mean(v.log_steps, "PreLN GELU"),
@@ -210,14 +210,14 @@ CHECKS = (
         scale=Scale(12, 768, 3_000, 98e6),
         narrow=largest,
         paper="about 0",
-        why="runs side by side share a GPU and count more: those of this check were alone; a cost "
-        "that these times do not show would be small by any label, so it must be seen",
+        why="runs that share a GPU measure a higher cost, so those of this check were alone; a "
+        "cost that these times cannot show would be small under any labels, so it must be visible",
     ),
     Benchmark(
         "15.stall",
         "the stall of a measurement at every 1000 steps is at most 1% of the training time",
-        "1 less the share in percent, of each measurement of a stored benchmark; points; or the "
-        "stall less that of steps far from a measurement, in steps; the lesser",
+        "1 minus the share in percent, of each measurement of a stored benchmark; points; or the "
+        "stall minus that of steps far from a measurement, in steps; the smaller",
         small_and_seen,
         {},
         (),

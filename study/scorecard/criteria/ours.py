@@ -1,7 +1,7 @@
-"""Core checks of claims of our own, 16 to 18: what the sweeps `cause_*` were run for.
+"""Core checks of our own claims, 16 to 18, for which the sweeps `cause_*` were run.
 
-The readings stand in the headers of these sweeps and are older than their runs; the checks, which
-put them into numbers, are not.
+The readings were written into the headers of these sweeps before their runs; the checks, which
+express them in numbers, were not.
 """
 
 import numpy as np
@@ -77,7 +77,7 @@ CHECKS = (
     check(
         "16.free",
         "without norms, larger inputs let training raise the early PR gain",
-        "log PR gain of layers 0 to 6, end less step 0, SD(u) .15 less .05; nats",
+        "log PR gain of layers 0 to 6, end minus step 0, SD(u) .15 minus .05; nats",
         difference(early_gain, "norm-free 0.15", "norm-free 0.05"),
         PRE_SCALES,
         ("norm-free 0.15", "norm-free 0.05"),
@@ -87,7 +87,7 @@ CHECKS = (
     check(
         "16.preln",
         "with norms, inputs as small as those without let training raise it less",
-        "log PR gain of layers 0 to 6, end less step 0, SD(u) 1 less .05; nats",
+        "log PR gain of layers 0 to 6, end minus step 0, SD(u) 1 minus .05; nats",
         difference(early_gain, "PreLN 1", "PreLN 0.05"),
         PRE_SCALES,
         ("PreLN 1", "PreLN 0.05"),
@@ -96,7 +96,7 @@ CHECKS = (
     check(
         "17.loss",
         "the loss falls with every step from the identity to GELU",
-        "loss, the least fall of four steps of a quarter; nats",
+        "loss, the smallest fall in four steps of a quarter; nats",
         descending(loss_fall, *reversed(ALPHAS)),
         DOSES,
         ALPHAS,
@@ -104,7 +104,7 @@ CHECKS = (
     check(
         "17.post",
         "and PR_post rises with every such step",
-        "mean over layers of log PR_post, the least rise of four; nats",
+        "mean over layers of log PR_post, the smallest rise of four; nats",
         descending(log_pr_post, *reversed(ALPHAS)),
         DOSES,
         ALPHAS,
@@ -113,16 +113,16 @@ CHECKS = (
     check(
         "18.wider",
         "raising PR_post by a term of the loss lowers the cross-entropy",
-        "loss, weight 0 less weight -.004, GELU; nats",
+        "loss, weight 0 minus weight -.004, GELU; nats",
         difference(loss_fall, "weight -0.004", "weight 0"),
         WEIGHTS,
         ("weight -0.004", "weight 0"),
-        why="the weight raises PR_post 3.4 times at 12 × 512; what ReLU does is told beside it",
+        why="the weight raises PR_post 3.4 times at 12 × 512; ReLU is reported separately",
     ),
     check(
         "18.narrower",
         "and lowering it raises the cross-entropy",
-        "loss, weight .004 less weight 0, GELU; nats",
+        "loss, weight .004 minus weight 0, GELU; nats",
         difference(loss_fall, "weight 0", "weight 0.004"),
         WEIGHTS,
         ("weight 0.004", "weight 0"),

@@ -1,4 +1,4 @@
-"""What a run comes to, from its spectra and losses: one number, or one per step."""
+"""Quantities computed from the spectra and losses of runs: one number per run, or per step."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def final(series: np.ndarray) -> np.ndarray:
 
 
 def gained(series: np.ndarray) -> np.ndarray:
-    """The value at the last step less that at step 0: what training has done."""
+    """The value at the last step minus that at step 0: the effect of training."""
     return series[:, -1] - series[:, 0]
 
 
@@ -38,9 +38,9 @@ def log_gain(runs: Measured, first: float = 0.0, last: float = 1.0) -> np.ndarra
 
 
 def band(runs: Measured) -> np.ndarray:
-    """Lowest JS of layers L/6 to L/3 less the highest of layer 0 and of the deeper half, (run,).
+    """Lowest JS of layers L/6 to L/3 minus the highest of layer 0 and of the deeper half, (run,).
 
-    Of 12 layers: 2 to 4 against 0 and 6 to 11.
+    With 12 layers: 2 to 4 against 0 and 6 to 11.
     """
     js = final(runs.spectra["js"])
     n = runs.n_layers
@@ -51,7 +51,7 @@ def band(runs: Measured) -> np.ndarray:
 def tracking(runs: Measured, name: str) -> np.ndarray:
     """-r of a metric's mean over layers and the loss given log(step + 1), after warm-up, (run,).
 
-    nan with fewer than 8 measured steps after it: too few for a control and a correlation.
+    nan with fewer than 8 measured steps after warm-up, too few for a control and a correlation.
     """
     warm = (runs.runs["optimizer.schedule.warmup"] * runs.runs["trainer.max_steps"]).max()
     late = runs.steps > warm
@@ -66,7 +66,7 @@ def tracking(runs: Measured, name: str) -> np.ndarray:
 def at_equal_loss(series: np.ndarray, runs: Measured, names: tuple[str, ...]) -> np.ndarray:
     """A series at the highest final loss of these designs, interpolated over the loss, (run,).
 
-    nan for a run that never passes it on its way down.
+    nan for a run that never crosses it on the way down.
     """
     level = runs.loss[runs.of(names), -1].max()
     places = [last_crossing(loss, level) for loss in runs.loss]
@@ -84,19 +84,19 @@ def design_means(runs: Measured, values: np.ndarray) -> np.ndarray:
 
 
 def seconds(runs: Measured) -> tuple[np.ndarray, np.ndarray]:
-    """Of one measurement, validation included, and of one training step; each of shape (run,)."""
+    """The time of one measurement, including validation, and of one training step; shape (run,)."""
     measuring = runs.runs["final.measuring_seconds"].to_numpy(float)
     training = runs.runs["final.train_seconds"].to_numpy(float)
     return measuring / len(runs.steps), (training - measuring) / runs.steps[-1]
 
 
 def share_at_1000(runs: Measured) -> np.ndarray:
-    """What measuring would take of the training time at every 1000 steps, shape (run,)."""
+    """The share of the training time that measuring every 1000 steps would take, shape (run,)."""
     measurement, step = seconds(runs)
     return measurement / (1000 * step)
 
 
 def log_steps(runs: Measured) -> np.ndarray:
-    """Logarithm of the steps that one measurement takes the time of, shape (run,)."""
+    """Logarithm of the number of steps that take as long as one measurement, shape (run,)."""
     measurement, step = seconds(runs)
     return np.log(measurement / step)
