@@ -19,7 +19,6 @@ from nerve.errors import MeasurementError
 from nerve.measuring.ffns import (
     FFN,
     Site,
-    argument,
     declared_widths,
     last,
     n_runs_of,
@@ -33,7 +32,6 @@ from nerve.measuring.following import Following
 from nerve.measuring.site_probe import ReceiveSite, SiteProbe
 from nerve.measuring.slices import products_of
 from nerve.measuring.tap import (
-    Hook,
     check_same_samples,
     check_whole,
     hook_at,
@@ -122,8 +120,8 @@ class Probe:
         for each in products_of(self.sites):
             self._handles += each.install(self._is_on)
         for module in {tokens.module for ffn in self.ffns if (tokens := tokens_of(ffn))}:
-            hook = Hook(self._hook_tokens)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            tokens = Site(module, "input")
+            self._handles.append(hook_at(tokens, self._is_on, partial(self._note, module)))
         for index, (pre, post) in enumerate(self.sites):
             self._handles += [
                 hook_at(pre, self._is_on, partial(self._begin, index)),
@@ -234,11 +232,10 @@ class Probe:
     def _is_on(self) -> bool:
         return self._receive is not None
 
-    def _hook_tokens(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._receive is not None and not torch.compiler.is_compiling():
-            self._tokens[module] = plain(argument(args, kwargs), "input", type(module).__name__)
+    def _note(self, module: nn.Module, given: Any, _: Any) -> None:
+        """Keeps what a module with all tokens of its experts gets."""
+        if not torch.compiler.is_compiling():
+            self._tokens[module] = plain(given, "input", type(module).__name__)
 
     # Everything is tapped once post is there: a tap of pre alone, ahead of the nonlinearity, would
     # make compiled code keep more for the backward pass than it keeps without.

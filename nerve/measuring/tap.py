@@ -140,17 +140,17 @@ def nothing(*args: Any) -> None:
 def hook_at(
     site: Site, is_on: Callable[[], bool], look: Callable[[Any, Any], Any]
 ) -> RemovableHandle:
-    """Has `look` see what there is at a site, while `is_on`.
+    """Registers a hook at a site, which calls `look` while `is_on`.
 
     Args:
-        look: takes the input of the module, and what there is at the site, whole: its output, or
-            that input again. What it gives goes on in place of the latter, unless None.
+        look: takes the input of the module and the whole tensor at the site: its output, or the
+            input again. If it returns a tensor, the model continues with that one.
     """
 
-    def output(module: nn.Module, args: tuple[Any, ...], kwargs: Any, given: Any) -> Any:
+    def of_output(module: nn.Module, args: tuple[Any, ...], kwargs: Any, given: Any) -> Any:
         return look(argument(args, kwargs), given) if is_on() else None
 
-    def input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def of_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not is_on():
             return None
         given = argument(args, kwargs)
@@ -158,8 +158,8 @@ def hook_at(
         return None if other is None else replaced(args, kwargs, other)
 
     if site.of == "output":
-        return site.module.register_forward_hook(Hook(output), with_kwargs=True)
-    return site.module.register_forward_pre_hook(Hook(input), with_kwargs=True)
+        return site.module.register_forward_hook(Hook(of_output), with_kwargs=True)
+    return site.module.register_forward_pre_hook(Hook(of_input), with_kwargs=True)
 
 
 class Taker(Protocol):

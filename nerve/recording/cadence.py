@@ -28,6 +28,8 @@ class Cadence:
         """The last validation loss, nats per target."""
         self._tokens_seen = 0
         self._training = WeightedMean()
+        self._labeled = WeightedMean()
+        """The training losses that the label in `due` is the mean of."""
         self._validation = WeightedMean()
 
     def add_training(self, loss: Tensor | None, n_targets: int | None, n_processes: int) -> None:
@@ -78,12 +80,20 @@ class Cadence:
             "val_loss": self.val_loss,
             "lr": lr,
         }
-        self._training = WeightedMean()
+        self._labeled, self._training = self._training, WeightedMean()
 
     def take_due(self) -> Labels | None:
         """The labels that wait, which then wait no more."""
         due, self.due = self.due, None
+        self._labeled = WeightedMean()
         return due
+
+    def drop_due(self) -> None:
+        """Takes the labels back that wait: their step is not measured, and its training losses are
+        those of the next one, too."""
+        self.due = None
+        self._training.merge(self._labeled)
+        self._labeled = WeightedMean()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; all processes must call it."""
@@ -119,6 +129,11 @@ class WeightedMean:
         if weight:  # else the mean is of nothing, and NaN
             self._total = self._total + loss.double() * weight
             self._weight += weight
+
+    def merge(self, other: "WeightedMean") -> None:
+        """Adds the losses of another mean."""
+        self._total = self._total + other._total
+        self._weight += other._weight
 
     @property
     def weight(self) -> int:

@@ -221,7 +221,7 @@ class Recorder:
 
     def drop_due(self) -> None:
         """Gives the step up whose features do not come any more."""
-        self._cadence.take_due()
+        self._cadence.drop_due()
 
     # What is solved
 

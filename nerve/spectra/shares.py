@@ -96,15 +96,25 @@ class SampleShares:
         self.device = torch.device("cpu" if device is None else device)
         self.n = 0
         """Samples that counted so far."""
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=self.device)
-        """Their mean, float64 `[dim]`; never changed in place."""
-        self.square = self.mean.new_zeros(())
-        """Their total squared distance from it, float64."""
+        self._mean: Tensor | None = None
+        self._square: Tensor | None = None
         self._candidates: Tensor | None = None
         self._farthest: Tensor | None = None  # their squared distances from the mean
         self._bounds: list[_Bound] = []
         self._positions = Positions()
         self._of_all: Distances | None = None
+
+    @property
+    def mean(self) -> Float64[Tensor, " dim"]:
+        """The mean of the samples so far, a tensor that nothing changes; zeros before the first."""
+        if self._mean is None:
+            self._mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+        return self._mean
+
+    @property
+    def square(self) -> Float64[Tensor, ""]:
+        """Their total squared distance from it."""
+        return self.mean.new_zeros(()) if self._square is None else self._square
 
     def update(
         self, x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None = None
@@ -132,7 +142,7 @@ class SampleShares:
             own_mean = sums.sum(0).div_(n)
             self.n += n
             move = None if not before else (own_mean - self.mean) * (n / self.n)
-            self.mean = own_mean if move is None else self.mean + move
+            self._mean = own_mean if move is None else self.mean + move
             squares = square_distances(counted, self.mean)
             of_positions = counts_and_squares(squares, len(sums), mask)
             square = own_square = of_positions[1].sum()
@@ -143,7 +153,7 @@ class SampleShares:
                 square = torch.add(self.square + square, moved, alpha=before)
             # First of all, so that it is there when the covariance asks.
             spread = Spread(n, own_mean, own_square)
-            self.square = square
+            self._square = square
             self._positions.add(sums, of_positions, self.mean, are_there=x.ndim > 2)
             self._choose(counted, squares)
             return spread
@@ -172,7 +182,7 @@ class SampleShares:
             square: their total squared distance from it.
             of_all: as of `about(mean)`.
         """
-        self.n, self.mean, self.square, self._of_all = n, mean, square, of_all
+        self.n, self._mean, self._square, self._of_all = n, mean, square, of_all
 
     def n_candidates(self, n: int) -> int:
         """How many candidates are held of n samples."""

@@ -289,7 +289,9 @@ class SpectralMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._updates.close()
-        self._recorder.drop_due()
+        due_step = self._recorder.due_step
+        if due_step is not None and due_step not in self._updates.steps:
+            self._recorder.drop_due()  # one in between; any other is measured by a fit that resumes
         self._recorder.wait()
         if not (self._recorder.n_measured or self.latest):
             warn_of_nothing(self.settings, self._updates.n)

@@ -29,11 +29,12 @@ class WeightUpdates:
 
     Attributes:
         n: updates so far.
+        steps: those to measure.
     """
 
     def __init__(self) -> None:
         self.n = 0
-        self._steps = MeasuredSteps(None)
+        self.steps = MeasuredSteps(None)
         self._next: int | None = None
         self._is_manual = False
         self._stepped: Counter[int] = Counter()
@@ -52,7 +53,7 @@ class WeightUpdates:
             steps: the steps to measure.
             on_step: called after each optimizer step that the module takes itself.
         """
-        self._steps = steps
+        self.steps = steps
         self._is_manual = not module.automatic_optimization
         if not self._is_manual:
             self.n = trainer.global_step
@@ -82,7 +83,7 @@ class WeightUpdates:
         """Whether a step to be measured has been reached or passed since the last call."""
         is_due = self._next is not None and self.n >= self._next
         if is_due:
-            self._next = self._steps.after(self.n)
+            self._next = self.steps.after(self.n)
         return is_due
 
     def close(self) -> None:

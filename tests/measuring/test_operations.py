@@ -27,8 +27,9 @@ def test_operations_are_counted_and_views_are_not(x):
 
 def test_shares_of_the_first_samples_are_not_merged_with_nothing(x):
     shares = SampleShares(24)
-    assert count(lambda: shares.update(x)) <= 20
-    assert count(lambda: shares.update(x)) <= 50
+    assert count(lambda: shares.update(x)) <= 19
+    assert count(lambda: shares.update(x)) <= 48
+    assert count(lambda: SampleShares(24)) == 0
 
 
 @pytest.mark.parametrize(("product", "most"), [("float32", 40), ("float16x2", 56)])
@@ -63,6 +64,20 @@ def test_many_ffns_are_read_out_in_as_many_operations_as_one(x):
     of_one = count(lambda: eigenproblems(one, 1))
     assert of_one <= 40
     assert count(lambda: eigenproblems(many, 1)) == of_one + 11
+
+
+def test_a_run_of_an_ffn_is_taken_in_few_operations(x):
+    """All that is done with pre, post and the input, but for reading out."""
+    accumulator = Accumulator(
+        FFNAdapter(0, "ffn", nn.Linear(8, 24), nn.Linear(24, 8)), shortcut=True
+    )
+
+    def take() -> None:
+        accumulator.see(x[..., :8], x)
+        accumulator.add({"pre": x, "post": x.relu()}, None)
+        accumulator.finish_forward()
+
+    assert count(take) <= 135
 
 
 def test_shares_that_are_read_out_together_are_those_read_out_alone(x):

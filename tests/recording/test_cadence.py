@@ -44,6 +44,25 @@ def test_losses_are_means_over_targets_and_training_starts_anew_with_each_label(
     assert (due["train_loss"], due["tokens_seen"]) == (6.0, 12)
 
 
+def test_losses_of_a_step_that_is_not_measured_after_all_count_for_the_next_one():
+    """Also over a checkpoint, as of a fit that stops between two measured steps and goes on."""
+    cadence, other = Cadence(), Cadence()
+    cadence.add_training(loss(1.0), 1, 1)
+    label(cadence, 1)
+    cadence.add_training(loss(3.0), 1, 1)
+    cadence.drop_due()
+    assert cadence.due is None
+    other.load_state_dict(cadence.state_dict())
+    other.add_training(loss(5.0), 2, 1)
+    label(other, 3)
+    assert other.due is not None
+    assert other.due["train_loss"] == 3.5
+    assert other.take_due() is not None
+    other.drop_due()  # what was measured does not count again
+    label(other, 4)
+    assert other.due["train_loss"] is None
+
+
 def test_without_a_batch_there_is_no_loss():
     cadence = Cadence()
     label(cadence, 0)

@@ -168,6 +168,31 @@ def test_nothing_that_a_replay_overwrites_is_read_later(
     assert all(map(torch.equal, found[True][1], found[False][1]))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_of_replays_stops_and_goes_on(tmp_path, monkeypatch, marked, accumulate):
+    """Equal in every bit to one that did not stop, and to one without graphs."""
+    monkeypatch.setattr("nerve.training.module.choose", lambda *_: True)
+
+    def replaying(directory, **arguments):
+        module = make_module(False)
+        replays = Replays(module)
+        monkeypatch.setattr(torch, "compile", replays.compile)
+        module._compiled = CompiledLosses(module._losses)
+        losses, trainer = fit(directory, module, n, accumulate=accumulate, **arguments)
+        assert replays.n["reduce-overhead"] > 0
+        return losses, trainer, module
+
+    n = 8 * accumulate
+    plain = make_module(False)
+    expected, _ = fit(tmp_path / "plain", plain, n, accumulate=accumulate)
+    first, trainer, _ = replaying(tmp_path / "parts", callbacks=[StopAt(4)])
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, _, module = replaying(tmp_path / "parts", ckpt=tmp_path / "half.ckpt")
+    assert len(first) == 4 * accumulate
+    assert torch.equal(torch.cat([first, second]), expected)
+    assert all(map(torch.equal, module.parameters(), plain.parameters()))
+
+
 def test_the_double_destroys_what_is_not_copied(tmp_path, monkeypatch, marked):
     """Without the copies, the test above would fail."""
     module = make_module(False)

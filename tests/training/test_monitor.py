@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import nerve
 import nerve.recording.recorder as spectra_recorder
 import nerve.training.fit as fit_module
+from nerve.data.batches import BatchLoader
 from nerve.errors import ConfigError, DivergedError, MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem
 from nerve.measuring.ffns import FFNAdapter
@@ -486,6 +487,50 @@ def fit_again(callback, module, train, heldout, *, trainer=None, **options) -> L
         )
     trainer.fit(module, Batches(train), Batches(heldout))
     return trainer
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_fit_that_stops_early_and_resumes_leaves_the_rows_of_one_that_does_not(tmp_path, step):
+    """At a step to measure, whose features come with the next batch, or in between, where the
+    validation at the end of the fit is of no measured step."""
+
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop |= trainer.global_step == step
+
+    class InOrder:
+        batch_size = 1
+
+        def indices(self, i):
+            return np.array([i])
+
+    def part(name, callbacks=(), ckpt=None):
+        module, train = Foreign(), batches(6)
+        module.load_state_dict(weights)
+        store = RunStore(tmp_path / name, "run")
+        monitor = SpectralMonitor(store, every_n_steps=2, source="train", ffns=module.ffns())
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=6,
+            callbacks=[monitor, *callbacks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = BatchLoader(lambda rows: train[rows[0]], InOrder(), 6)
+        trainer.fit(module, loader, Batches(batches(1, seed=1)), ckpt_path=ckpt)
+        return trainer
+
+    weights = Foreign().state_dict()
+    for name in ("whole", "parts"):
+        RunRecord.create(tmp_path / name, {}, run_id="run")
+    part("whole")
+    part("parts", [Stops()]).save_checkpoint(tmp_path / "stopped.ckpt")
+    part("parts", ckpt=tmp_path / "stopped.ckpt")
+    whole, parts = (nerve.load_metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.step.tolist() == [0, 2, 4]
+    pd.testing.assert_frame_equal(parts, whole, check_exact=True)
 
 
 def test_a_monitor_that_fits_again_starts_from_nothing(tmp_path):
