@@ -1,4 +1,4 @@
-"""Benchmarks keep to the GPUs that they are given."""
+"""Benchmarks use only the GPUs that they are given."""
 
 import argparse
 import subprocess

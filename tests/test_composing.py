@@ -1,4 +1,4 @@
-"""What tests compose from what is remembered is what Hydra composes."""
+"""The cached composition in tests equals that of Hydra."""
 
 import composing
 import pytest
@@ -20,7 +20,7 @@ COMMANDS = [
 
 @pytest.fixture
 def by_hydra(monkeypatch):
-    """Calls a function while nothing is remembered."""
+    """Calls a function without the cache."""
 
     def call(function):
         with monkeypatch.context() as patch:

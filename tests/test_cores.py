@@ -1,4 +1,4 @@
-"""Cores: what a container, a job of SLURM and the system leave to a process."""
+"""The cores that a container, a SLURM job and the system leave to a process."""
 
 import os
 
@@ -9,7 +9,7 @@ from nerve import cores
 
 @pytest.fixture(autouse=True)
 def host(monkeypatch, tmp_path):
-    """A host of 64 cores without any limit; `group` sets what control groups say."""
+    """A host with 64 cores and no limits; `group` sets the limits of control groups."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(cores, "_CGROUPS", tmp_path / "cgroup")
@@ -43,7 +43,7 @@ def host(monkeypatch, tmp_path):
     ],
 )
 def test_the_quota_of_a_container_counts(host, files, expected):
-    """Its own group's, and of those around it; within a container its path may not be there."""
+    """That of its own group and of the parents; within a container, its path may not exist."""
     host("0::/a/b\n", **files)
     assert cores.allowed() == expected
     assert cores.are_fewer() == (expected < 64)
@@ -77,7 +77,7 @@ def test_the_fewest_count(host, monkeypatch):
 
 
 def test_where_the_system_does_not_say_they_are_all_or_one(monkeypatch):
-    """On macOS."""
+    """As on macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert cores.allowed() == 5

@@ -1,4 +1,4 @@
-"""Rows whose spectrum may be that of a few samples: each that is must be flagged, by a proof."""
+"""Rows whose spectrum may be dominated by a few samples: by a proof, each such row is flagged."""
 
 from typing import Any
 
@@ -43,8 +43,8 @@ def row_of(pre: torch.Tensor, post: torch.Tensor) -> pd.DataFrame:
 
 
 def test_the_bound_holds_for_any_sample_and_is_nearly_reached():
-    """Random spectra, and a sample of any size along any direction: PR moves by no more than the
-    bound, with the covariances of float64 and the sample's exact share."""
+    """Random spectra, and a sample of any size in any direction: PR moves by at most the bound,
+    with covariances in float64 and the exact share of the sample."""
     generator = torch.Generator().manual_seed(0)
     tightest = np.inf
     for case in range(400):
@@ -95,7 +95,7 @@ def test_a_plant_that_moves_pr_is_flagged_at_its_site(site, factor, position):
 @pytest.mark.parametrize("position", [0, 77])
 @pytest.mark.parametrize("factor", [3, 5, 10, 300])
 def test_a_token_of_every_sequence_is_flagged(seq_len, position, factor):
-    """As in trained models: first tokens that are one large vector."""
+    """As in trained models, where first tokens are one large vector."""
     x = torch.randn(16, seq_len, 64, generator=torch.Generator().manual_seed(0))
     x[:, position] = factor * x.norm(dim=-1).median() / 8
     row = row_of(x, torch.randn(16, seq_len, 64))
@@ -103,7 +103,7 @@ def test_a_token_of_every_sequence_is_flagged(seq_len, position, factor):
 
 
 def test_a_channel_that_lies_far_is_none():
-    """Channels of token mixing stand where tokens stand in a sequence."""
+    """The channels of token mixing take the place of tokens in a sequence."""
     x = torch.randn(128, 64, 64, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= 2.5
     row = row_of(x, torch.randn(128, 64, 64))
@@ -137,7 +137,7 @@ def test_rows_without_shares_are_not_flagged():
 
 
 def test_verdicts_go_by_the_samples_of_a_feature():
-    """From 8 on there are enough, from 2 on too few, below severely so."""
+    """N/D from 8 is well, from 2 under, and below severely under."""
     n = np.array([800, 799, 200, 199, 800])
     columns = {"n_samples": n, "d_ff": np.full(5, 100)}
     codes = sampling_codes(columns, np.array([True, True, True, True, False]))

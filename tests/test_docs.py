@@ -1,4 +1,4 @@
-"""The pages: what they link is there, their commands compose, their code runs as it stands."""
+"""The pages: their links exist, their commands compose, and their code runs as it is."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives the headings of a page."""
+    """The anchors that GitHub creates for the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -62,14 +62,14 @@ def test_the_names_of_the_package_on_the_pages_are_there():
 
 
 def commands() -> list[list[str]]:
-    """The arguments of each `nerve-run` on the pages, without those that resume some run."""
+    """The arguments of each `nerve-run` on the pages, except those that resume a run."""
     lines = [line for block in examples("bash") for line in block.text.splitlines()]
     calls = [line.partition("nerve-run")[2] for line in lines if "nerve-run" in line]
     return [shlex.split(call, comments=True) for call in calls if "<run>" not in call]
 
 
 def test_the_commands_of_the_pages_compose(tmp_path):
-    """Of a sweep its first trial; the launcher of one's own is the page's YAML block."""
+    """The first trial of each sweep; the user's own launcher is the YAML block of the page."""
     launcher = tmp_path / "cluster" / "hydra" / "launcher" / "ours.yaml"
     launcher.parent.mkdir(parents=True)
     launcher.write_text(example("yaml", "partition"))
@@ -94,7 +94,7 @@ def test_the_commands_of_the_pages_compose(tmp_path):
 
 
 def rows(page: str, head: str) -> list[list[str]]:
-    """The cells of the table of a page whose first line starts so."""
+    """The cells of the table of a page whose first line starts with this text."""
     lines = iter((ROOT / "docs" / page).read_text().splitlines())
     assert any(line.startswith(head) for line in lines)
     next(lines)
@@ -107,7 +107,7 @@ def rows(page: str, head: str) -> list[list[str]]:
 
 
 def test_the_page_on_what_is_measured_names_each_column_of_the_loader(make_run, tmp_path):
-    """And none that is not there; `*` stands for pre and post."""
+    """And no column that does not exist; `*` stands for pre and post."""
     make_run(tmp_path / "run")
     page = (ROOT / "docs/measurement.md").read_text()
     page = page[: page.index("## Limits")]
@@ -166,7 +166,7 @@ def check_comparison(found: SimpleNamespace) -> None:
 
 
 def check_own_model(found: SimpleNamespace) -> None:
-    """Of models of two blocks, measured at once and in each loop, seven times."""
+    """Checks the rows of models with two blocks, measured once and in each loop, seven times."""
     assert found.rows["layer"].tolist() == [0, 1]
     measured = nerve.load_metrics("outputs/series", factors=["family"])
     assert measured["step"].tolist() == [0, 0, 1000, 1000]
@@ -193,7 +193,7 @@ RECIPES = {
 
 
 def test_a_recipe_stands_alone_and_takes_few_lines():
-    """As ruff leaves it; of twenty lines at most six, as the test of their running shows."""
+    """Formatted by ruff, it adds at most six lines to a loop of twenty; another test runs it."""
     for words, ours in RECIPES.items():
         text = example("python", words)
         for line in text.splitlines():
@@ -209,7 +209,7 @@ def test_a_recipe_stands_alone_and_takes_few_lines():
 
 
 def given_trained_models() -> dict[str, Any]:
-    """What the page on trained models takes as given, after its commands."""
+    """What the page on trained models assumes, after its commands."""
     save(llama(), Path("models/tiny"))
     for step in (0, 10):
         save(llama(seed=step), Path(f"ckpt/step_{step}"))
@@ -243,7 +243,7 @@ RUN: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[SimpleNamespace], N
 
 
 def test_all_code_of_the_pages_is_run():
-    """Here, or beside the fixtures of its own in storage/test_other_readers.py."""
+    """Here, or in storage/test_other_readers.py, which has fixtures for it."""
     pages = {block.page for language in ("python", "sql") for block in examples(language)}
     assert pages == RUN.keys() | {"docs/results.md"}
     assert [block.page for block in examples("sql")] == ["docs/results.md"]
@@ -254,8 +254,8 @@ def test_all_code_of_the_pages_is_run():
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # of the Trainer
 @pytest.mark.parametrize("page", RUN)
 def test_the_code_of_a_page_runs_as_it_stands(page, trained_runs, tmp_path, monkeypatch):
-    """From top to bottom, where `outputs` has a sweep of eight runs; recipes without what stands
-    above them."""
+    """From top to bottom, where `outputs` has a sweep of eight runs; recipes without the code above
+    them."""
     monkeypatch.chdir(tmp_path)
     Path("outputs").mkdir()
     Path("outputs", "multirun").symlink_to(trained_runs)

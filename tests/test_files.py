@@ -1,4 +1,4 @@
-"""A file is its old self or its new self, never in between, and nothing is left beside it."""
+"""A file has its old or its new content, never a mixture, and no other files remain."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from nerve.files import _say_once, building_folder, remove_temporaries, write_at
 
 
 def test_the_temporary_file_is_hidden_and_of_another_suffix(tmp_path):
-    """A reader that looks while the file is being written finds the old one alone."""
+    """A reader that looks while the file is being written finds only the old one."""
     path = tmp_path / "a.parquet"
     path.write_bytes(b"old")
 
@@ -45,7 +45,7 @@ def test_any_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
 
 
 def test_content_is_synced_before_the_move_and_the_directory_after(tmp_path, monkeypatch):
-    """Otherwise a power cut could leave an empty file under the final name."""
+    """Otherwise a power failure could leave an empty file under the final name."""
     order = []
     real_sync, real_replace = os.fsync, os.replace
 
@@ -63,7 +63,7 @@ def test_content_is_synced_before_the_move_and_the_directory_after(tmp_path, mon
 def test_a_directory_that_cannot_be_synced_is_said_once_and_keeps_no_file_from_being_written(
     tmp_path, monkeypatch, caplog, code
 ):
-    """As on CIFS and FUSE: the file is there all the same."""
+    """As on CIFS and FUSE: the file is written nevertheless."""
     real = os.fsync
 
     def refuse(descriptor):
@@ -96,7 +96,7 @@ def check_written(folder, monkeypatch, caplog, fsync):
 
 @pytest.mark.parametrize("code", ["EACCES", "EPERM", "EISDIR"])
 def test_a_directory_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch, caplog, code):
-    """One that may be written, and not read."""
+    """A directory with write permission but no read permission."""
     real = os.open
 
     def refuse(path, *args):
@@ -119,7 +119,7 @@ def test_a_sync_that_fails_is_no_sync_that_is_not_supported(tmp_path, monkeypatc
 
 
 def test_what_is_built_is_removed_and_so_is_what_the_dead_left(tmp_path):
-    """That of a writer that lives stays."""
+    """The folder of a live writer stays."""
     (tmp_path / ".new-dead" / "deep").mkdir(parents=True)
     (tmp_path / ".other").mkdir()
     with building_folder(tmp_path, ".new-") as mine:
@@ -170,7 +170,7 @@ def test_a_folder_at_work_for_days_is_alive_by_its_files_where_no_lock_tells(tmp
 
 
 def test_a_folder_that_another_took_for_a_leftover_is_made_again(tmp_path, monkeypatch):
-    """Between the making of it and its lock."""
+    """Between its creation and its lock."""
     removed = []
 
     def lose_the_first(descriptor, operation):

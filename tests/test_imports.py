@@ -1,4 +1,4 @@
-"""The import rules: which folder may import which, and what stays light."""
+"""The import rules: which folder may import which, and which modules stay light."""
 
 import ast
 import subprocess
@@ -83,7 +83,7 @@ def module_name(path: Path) -> str:
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Every dotted name that a file imports, at any depth; relative imports are a fault."""
+    """Every dotted name that a file imports, at any depth; relative imports are not allowed."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -106,12 +106,12 @@ def folder_of(module: str) -> str:
 
 
 def place_in_cli(module: str) -> str:
-    """`nerve.cli.sweep.grid` is in `sweep`; empty for what is not in nerve/cli."""
+    """`nerve.cli.sweep.grid` is in `sweep`; empty for modules outside of nerve/cli."""
     return module.split(".")[2] if module.startswith("nerve.cli.") else ""
 
 
 def reached(modules: dict[str, frozenset[str]], start: str) -> set[str]:
-    """What of nerve a module imports by way of others, with the packages around each."""
+    """The modules of nerve that a module imports directly or indirectly, with their packages."""
     found, waiting = set(), [start]
     while waiting:
         module = waiting.pop()
@@ -124,7 +124,7 @@ def reached(modules: dict[str, frozenset[str]], start: str) -> set[str]:
 
 
 def owner(modules: dict[str, frozenset[str]], name: str) -> str:
-    """The file that an imported name is in or of; empty for what is not of nerve."""
+    """The file that an imported name is or is defined in; empty for names outside of nerve."""
     parts = name.split(".")
     tried = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((each for each in tried if each in modules), "")

@@ -1,4 +1,5 @@
-"""The wheel and what it names are enough: in a new environment it runs from an empty directory."""
+"""The wheel and its requirements are sufficient: in a new environment it runs from an empty
+directory."""
 
 import json
 import os
@@ -39,8 +40,8 @@ def call(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def build() -> Iterator[Build]:
-    """Builds as `python -m build` does, in an environment with nothing but what pyproject.toml asks
-    for; one for all, as to make it takes longer than to build."""
+    """Builds like `python -m build`, in an environment with only the build requirements of
+    pyproject.toml, shared by all builds because creating it takes longer than building."""
     with pytest.MonkeyPatch.context() as patch, DefaultIsolatedEnv() as environment:
         patch.delenv("PYTHONPATH", raising=False)
         patch.delenv("VIRTUAL_ENV", raising=False)
@@ -81,7 +82,7 @@ def commit_in(path: Path) -> str:
 
 
 def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(build, tmp_path):
-    """From a clone: wheel, source distribution, and the wheel that is built from that."""
+    """Built from a clone: wheel, source distribution, and the wheel built from the latter."""
     clone = tmp_path / "clone"
     call("git", "clone", "-q", ROOT, clone, cwd=tmp_path)
     for name in ("hatch_build.py", "pyproject.toml", "nerve/storage/provenance.py"):
@@ -104,7 +105,7 @@ def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(build
 
 
 def needed(requires: list[str]) -> set[str]:
-    """The packages that requirements name, and all that these need."""
+    """The packages named by requirements, and all that these need."""
     found: set[str] = set()
     todo = [(text, frozenset[str]()) for text in requires]
     seen = set(todo)
@@ -121,8 +122,8 @@ def needed(requires: list[str]) -> set[str]:
 
 
 def link_packages(names: set[str], site: Path) -> None:
-    """Links what this environment has of these packages into a `site-packages`: whole folders, but
-    of those that several packages share the files."""
+    """Links these packages of this environment into a `site-packages`: whole folders, except those
+    whose files several packages share."""
     files = {name: distribution(name).files or [] for name in names}
     owners = Counter(part for of_one in files.values() for part in {f.parts[0] for f in of_one})
     for name, of_one in files.items():
@@ -135,7 +136,7 @@ def link_packages(names: set[str], site: Path) -> None:
 
 
 def link_what_the_wheel_names(environment: Path, wheel: Path) -> None:
-    """Nothing else is there, so that a package that is imported and not named would be missed."""
+    """Nothing else is there, so a package that is imported but not required would be missing."""
     call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment.parent)
     (site,) = environment.glob("lib/python3.*/site-packages")
     (metadata,) = [path for path in zipfile.Path(wheel).iterdir() if ".dist-info" in path.name]
@@ -147,7 +148,7 @@ def link_what_the_wheel_names(environment: Path, wheel: Path) -> None:
 
 
 def install_from_the_index(environment: Path, wheel: Path) -> None:
-    """As a user does it."""
+    """Installs like a user."""
     call(sys.executable, "-m", "venv", environment, cwd=environment.parent)
     pip = [environment / "bin" / "python", "-m", "pip"]
     constraints = ROOT / "constraints.txt"

@@ -1,4 +1,5 @@
-"""All that nerve does with a metric follows from its entry; a measurement as named numbers."""
+"""Everything that nerve does with a metric follows from its entry; a measurement as named
+numbers."""
 
 import ast
 import math
@@ -38,7 +39,7 @@ def row(layer: int, ffn: str = "ffn", **values: float | None) -> dict:
 
 @pytest.fixture(scope="module")
 def measured() -> pd.DataFrame:
-    """A linear layer with a ReLU behind it, of 200 samples."""
+    """A linear layer followed by a ReLU, measured on 200 samples."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
     ffn = FFNAdapter(0, "ffn", model[0], model[2])
@@ -53,7 +54,7 @@ def test_the_stored_metrics_are_columns_in_the_order_of_the_catalogue():
 
 
 def test_what_is_measured_and_derived_is_what_the_catalogue_has(measured):
-    """No metric without its function, no function without its metric."""
+    """Every metric has a function, and every function a metric."""
     others = {*METRICS.names, "outliers"} - set(STORED)
     assert [name for name in measured if name not in others] == [
         *STORED,
@@ -72,7 +73,8 @@ def test_a_measurement_keeps_to_the_bounds_of_the_catalogue(measured):
 
 @pytest.mark.parametrize("metric", [m for m in CATALOGUE if m.at_most or m.at_least])
 def test_a_flat_spectrum_of_a_rank_is_at_the_limit_of_the_catalogue(metric):
-    """Rank 6 of 16, the extreme of SE, PR and EEE; any other spectrum of it is on the good side."""
+    """Rank 6 of 16, the extreme of SE, PR and EEE; any other spectrum of that rank is within the
+    limit."""
     flat = torch.tensor([1.0] * 6 + [0.0] * 10, dtype=torch.float64)
     sloped = flat * torch.arange(16, 0, -1)
     of = OF_ONE_SPECTRUM[metric.column]
@@ -82,8 +84,8 @@ def test_a_flat_spectrum_of_a_rank_is_at_the_limit_of_the_catalogue(metric):
 
 
 def test_every_metric_is_described_for_users():
-    """The stored ones in the README or the pages, `pr_post` or `mean_share_*`; the derived ones
-    where they are made."""
+    """Stored ones in the README or the pages, as `pr_post` or `mean_share_*`; derived ones in the
+    docstring of the loader."""
     root = Path(__file__).parents[1]
     pages = [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
@@ -96,7 +98,7 @@ def test_every_metric_is_described_for_users():
 
 
 def test_no_other_file_lists_metrics():
-    """Three of their columns beside each other, apart from keywords and comparisons, are a list."""
+    """Three consecutive metric columns, except in keywords and comparisons, count as a list."""
     package, columns = Path(nerve.__file__).parent, {*STORED, *DERIVED}
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -108,7 +110,7 @@ def test_no_other_file_lists_metrics():
 def test_rows_that_were_stored_without_the_later_columns_are_compared_and_reported(
     tables, tmp_path
 ):
-    """Null in every row; warnings are errors."""
+    """These columns are null in every row; warnings are errors."""
     later = [name for name in STORED if "share" in name or name == "variance_outside"]
     missing = dict.fromkeys(later)
     rows = [{"step": step, "val_loss": 5.0 - step, **missing} for step in (0, 1, 2)]
@@ -187,7 +189,7 @@ nerve.write_report("runs/a")
 
 
 def test_a_new_metric_is_one_function_and_one_entry(tmp_path):
-    """In a copy of the package: from the measurement to the summary, the frames and the reports."""
+    """In a copy of the package, from the measurement to the summary, the frames and the reports."""
     shutil.copytree(Path(nerve.__file__).parent, tmp_path / "nerve")
     functions = tmp_path / "nerve" / "spectra" / "metrics.py"
     functions.write_text(functions.read_text(encoding="utf-8") + NEW_FUNCTION, encoding="utf-8")
@@ -237,7 +239,7 @@ def test_a_mixer_has_means_of_each_kind_and_of_all():
 
 @pytest.mark.parametrize("missing", [None, math.nan])
 def test_what_was_not_measured_does_not_count(missing):
-    """As rows have it: None where they are made, NaN where they were read."""
+    """As in rows: None when they are created, NaN when they are read."""
     rows = [row(0, js=missing, pr_pre=missing), row(1, js=0.5, pr_pre=missing)]
     means, values = mean_values(rows), logged_values(rows)
     assert means["js"] == means["ffn/mean/js"] == values["ffn/mean/js"] == 0.5

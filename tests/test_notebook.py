@@ -1,4 +1,4 @@
-"""The notebook of comparisons: executed on fresh runs, and stored with outputs that fit it."""
+"""The notebook of comparisons: executed on fresh runs, and stored with outputs that match it."""
 
 import base64
 import io
@@ -24,13 +24,13 @@ FIGURES = ("overview", "curves", "scatter", "layers")
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    """The cells as they are committed, by id."""
+    """The committed cells, by id."""
     return stored_cells(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
 def executed(trained_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The cells after they ran on eight fresh runs, by id."""
+    """The cells after execution on eight fresh runs, by id."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in tags(cell))
     parameters.source = f"outputs = {str(trained_runs)!r}"
@@ -49,7 +49,7 @@ def tags(cell: Any) -> list[str]:
 
 
 def kinds(cell: Any) -> list[tuple[str, list[str]]]:
-    """What a cell puts out: the type of each output, and the forms that it has."""
+    """The type of each output of a cell, and its representations."""
     return [(output.output_type, sorted(output.get("data", {}))) for output in cell.outputs]
 
 
@@ -62,13 +62,13 @@ def table(cell: Any) -> list[list[str]]:
 
 
 def numbers(cell: Any, name: str) -> list[float]:
-    """The row of that name in the table below a cell."""
+    """The row with this name in the table below a cell."""
     (found,) = (row for row in table(cell) if row[0] == name)
     return [float(text) for text in found[1:]]
 
 
 def test_every_cell_runs_on_fresh_runs_and_gives_what_the_stored_one_gave(executed, stored):
-    """Nothing is written to stderr either: a warning would be an output more."""
+    """Nothing is written to stderr: a warning would be an additional output."""
     code = {name: cell for name, cell in executed.items() if cell.cell_type == "code"}
     assert 10 <= len(code) <= 14
     for name, cell in code.items():

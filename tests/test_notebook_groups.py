@@ -1,4 +1,4 @@
-"""The notebook of groups: executed on a fresh run with groups and sites, and stored as it ran."""
+"""The notebook of groups: executed on a fresh run with groups and sites, and stored as executed."""
 
 import sys
 from pathlib import Path
@@ -24,13 +24,13 @@ ASKED = (
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    """The cells as they are committed, by id."""
+    """The committed cells, by id."""
     return stored_cells(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of five steps that measures everything at steps 0, 4 and not at 2 and 5."""
+    """A run of five steps that measures everything at steps 0 and 4, and no groups at 2 and 5."""
     from nerve.cli.run import main  # after the import hook
 
     folder = tmp_path_factory.mktemp("groups") / "run"
@@ -57,7 +57,7 @@ def test_a_run_stores_groups_and_sites_with_every_second_measurement(run):
 
 
 def test_every_cell_runs_on_a_fresh_run_and_gives_what_the_stored_one_gave(run, stored, tmp_path):
-    """Nothing is written to stderr either: a warning would be an output more."""
+    """Nothing is written to stderr: a warning would be an additional output."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     parameters.source = f"outputs = {str(run)!r}"

@@ -1,4 +1,4 @@
-"""Processes that tests start end within a bound, and tell where they stood if they do not."""
+"""Processes started by tests end within a bound, and print their stacks if they do not."""
 
 import ctypes
 import socket
@@ -13,7 +13,7 @@ from processes import ended, held_port, start, together
 
 
 def wait_for_ever(rank: int, folder: str) -> None:
-    """The second; the first fails once it does."""
+    """The second process waits forever; the first fails once it does."""
     there = Path(folder, "there")
     if rank == 0:
         wait_for(there)
@@ -23,7 +23,7 @@ def wait_for_ever(rank: int, folder: str) -> None:
 
 
 def hold_the_interpreter(folder: str) -> None:
-    """No other thread can run, nor a handler of a signal."""
+    """Neither another thread nor a signal handler can run."""
     Path(folder, "there").touch()
     while True:
         ctypes.PyDLL(None).sleep(1000)

@@ -1,4 +1,4 @@
-"""What is printed to be pasted means what it says: in a shell, and to Hydra behind it."""
+"""Printed commands mean what they say when pasted, to the shell and then to Hydra."""
 
 import shlex
 import subprocess

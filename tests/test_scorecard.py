@@ -1,4 +1,4 @@
-"""The study in docs: its page says what its runs say, by rules that hold on cases made by hand."""
+"""The study: its page says what its runs say, by rules that hold for hand-made cases."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def block(text: str, name: str) -> str:
 
 
 def cells(block: str, *starts: str) -> list[str]:
-    """The further cells of the row of a block whose first cells begin so."""
+    """The remaining cells of the row of a block whose first cells start with these texts."""
     found = []
     for line in block.splitlines():
         row = [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -83,9 +83,9 @@ def cells(block: str, *starts: str) -> list[str]:
 
 
 def says(text: str, values: Sequence[float]) -> bool:
-    """Whether a text has just these numbers, each rounded to the digits that it shows.
+    """Whether a text contains exactly these numbers, each rounded to the displayed digits.
 
-    One number stands for all: the mean of seeds that do not differ in the digits shown.
+    One number stands for all, as the mean of seeds that agree in the displayed digits.
     """
     shown = re.findall(r"-?\d[\d,]*\.?\d*", text)
     shown = shown * len(values) if len(shown) == 1 else shown
@@ -101,12 +101,12 @@ def mean_and_range(values: Sequence[float]) -> list[float]:
 
 
 def test_the_page_is_what_its_runs_give(scorecard, evidence, judged, text):
-    """Nothing changes when the blocks are computed again from the committed runs."""
+    """Nothing changes when the blocks are recomputed from the committed runs."""
     assert scorecard.page.fill(text, scorecard.page.blocks(evidence, judged)) == text
 
 
 def test_the_first_line_of_a_claim_says_its_verdict_why_and_which_null_passes(scorecard):
-    """Of checks made by hand: it holds, is opposite, has no runs, passes a null."""
+    """For hand-made checks: holds, opposite, without runs, and passing a null model."""
     checks = {check.id: check for check in scorecard.criteria.CHECKS}
     Judged, Estimate = scorecard.criteria.check.Judged, scorecard.criteria.check.Estimate
     no_runs = Judged(checks["15.stall"], None, None, None, None, lambda _: iter(()))
@@ -126,7 +126,7 @@ def test_the_first_line_of_a_claim_says_its_verdict_why_and_which_null_passes(sc
 
 
 def test_the_scorecard_has_a_verdict_and_a_number_of_each_claim(scorecard, judged, text):
-    """The first screen: at most eight words a claim, the effect of its first check."""
+    """The first screen: at most eight words per claim, and the effect of its first check."""
     rows = [row for row in block(text, "scorecard").splitlines() if row.startswith("| [")]
     assert len(rows) == len(scorecard.claims.CLAIMS)
     for claim, row in zip(scorecard.claims.CLAIMS, rows, strict=True):
@@ -312,7 +312,7 @@ def test_beyond_seed_noise_is_ranges_that_do_not_overlap(scorecard, greater, les
 
 
 def test_the_effect_of_a_factor_and_its_standard_error(scorecard):
-    """Cells 1 ± 1, 3 ± 1, 5 ± 1, 9 ± 1 of two seeds each: s² = 2, error √2/2 · √(4/2) = 1."""
+    """Cells 1 ± 1, 3 ± 1, 5 ± 1, 9 ± 1 with two seeds each: s² = 2, error √2/2 · √(4/2) = 1."""
     mixer = sys.modules["claims.mixer"]
     means = {("gelu", "gelu"): 1, ("relu", "gelu"): 3, ("gelu", "relu"): 5, ("relu", "relu"): 9}
     cells = {cell: np.array([mean - 1.0, mean + 1.0]) for cell, mean in means.items()}
@@ -341,7 +341,7 @@ def test_one_seed_of_one_design_leaves_a_check_of_several_undecided(scorecard):
 
 
 def test_a_series_has_settled_when_it_never_again_leaves_a_tenth_around_its_end(scorecard):
-    """20, 95, 80, 105, 100: at 95 it is near, leaves again at 80, and has settled at 105."""
+    """20, 95, 80, 105, 100: it is near at 95, leaves again at 80, and has settled at 105."""
     settling_steps = sys.modules["claims.nonlinearity"].settling_steps
     curve = {"step": range(0, 50, 10), "pr_post": [20.0, 95.0, 80.0, 105.0, 100.0]}
     sweep = SimpleNamespace(curves=pd.DataFrame({**curve, "level": "gelu", "seed": 0}))
@@ -356,7 +356,7 @@ def test_time_at_work_counts_runs_side_by_side_once_and_pauses_not_at_all(scorec
 
 
 def make_run(root: Path, activation: str, seed: int, loss: float, pr_post: float) -> str:
-    """A run of two layers and steps in a sweep `activation_gpu`; gives its id."""
+    """A run with two layers and steps in a sweep `activation_gpu`; returns its id."""
     config = {
         "activation": {"name": activation},
         "model": {"n_layers": 2, "d_model": 512},
@@ -380,7 +380,7 @@ def make_run(root: Path, activation: str, seed: int, loss: float, pr_post: float
 
 
 def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, monkeypatch):
-    """PR_post 5 and 7 of two seeds; the third, 1000, never got below the loss of 6."""
+    """PR_post 5 and 7 for two seeds; the third, with 1000, never got below the loss of 6."""
     monkeypatch.setattr("nerve.storage.record.git_commit", lambda: None)
     monkeypatch.setattr("nerve.storage.record.package_versions", dict)
     for seed, (loss, pr_post) in enumerate([(3.0, 5.0), (3.1, 7.0), (6.5, 1000.0)]):

@@ -1,5 +1,5 @@
-"""The rule for verdicts: nulls that catch what has nothing in it, and the
-page and the queue against the code and the sweeps."""
+"""The rule for verdicts: null models that detect empty results, and the page and the queue against
+the code and the sweeps."""
 
 import dataclasses
 import importlib
@@ -38,7 +38,7 @@ def rule(scorecard: SimpleNamespace) -> SimpleNamespace:
 
 
 def made(rule, design, seed, spectra=None, loss=None, steps=(0, 100, 200, 300), n_layers=2):
-    """Runs made by hand; metrics that are not given are noise around 10."""
+    """Hand-made runs; metrics that are not given are noise around 10."""
     noise = np.random.default_rng(1)
     shape = (len(design), len(steps), n_layers)
     names = rule.measured.NAMES
@@ -58,7 +58,7 @@ def made(rule, design, seed, spectra=None, loss=None, steps=(0, 100, 200, 300), 
 
 
 def judged(rule, estimate, runs, labels="design", compared=("a", "b")):
-    """A check of such runs."""
+    """A check on such runs."""
     check = rule.check.CoreCheck(
         "1.x", "", "", estimate, {}, compared, (), labels, 2, rule.check.Scale(0, 0, 0, 0), ""
     )
@@ -85,7 +85,7 @@ def test_each_null_model_does_what_its_name_says(rule):
 
 
 def test_a_pure_trend_is_caught_by_the_clock(rule):
-    """A metric that rises with time in every run, as the loss falls: r of -1 with it."""
+    """A metric that rises with time in every run while the loss falls: r = -1."""
     steps = tuple(range(0, 1000, 100))
     trend = np.log1p(np.array(steps))[None, :, None] + np.zeros((3, len(steps), 2))
     runs = made(rule, ["a"] * 3, range(3), {"se_pre": trend}, 9 - 2 * trend[:, :, 0], steps=steps)
@@ -132,7 +132,7 @@ def test_what_pre_has_too_is_caught_by_the_identity(rule):
 
 
 def test_a_coin_is_caught_by_permuted_labels(rule):
-    """A check that asks for no difference beyond noise holds for about half of all labels."""
+    """A check that requires no difference beyond noise holds for about half of all labels."""
     runs = made(rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2)
 
     def coin(runs):
@@ -159,7 +159,7 @@ def test_an_order_of_three_designs_is_no_evidence_and_one_of_twelve_is(rule):
 
 
 def test_permutations_that_only_rename_designs_are_left_out(rule):
-    """Of 720 orders of 3 + 3 runs 72 leave each three together."""
+    """Of 720 orders of 3 + 3 runs, 72 keep each three together."""
     runs = made(rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2)
     changed = list(rule.nulls.permutations(runs, "design", ("a", "b")))
     assert len(changed) == 720 - 72
@@ -196,7 +196,7 @@ def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule, judged
 
 
 def test_a_row_that_has_begun_does_not_take_the_place_of_runs_that_are_whole(rule):
-    """Two folders stand for a row of which a run is there and an older one, whole or not."""
+    """A row has two folders: one with a single run, and an older one, complete or not."""
 
     def check_on(missing: dict[str, list[str]]):
         check = dataclasses.replace(rule.CHECKS[0], sources=tuple(missing))
@@ -226,7 +226,7 @@ def test_the_page_of_the_rule_is_what_its_code_prints(rule, judged):
 
 
 def test_a_stored_benchmark_gives_the_share_of_a_measurement(rule, tmp_path):
-    """Stalls of .9 to 1.1 steps at every 1000: .09 to .11%."""
+    """Stalls of .9 to 1.1 steps every 1000 steps: .09 to .11%."""
     (tmp_path / "runs").mkdir()
     folder = tmp_path / "benchmarks"
     folder.mkdir()
@@ -249,8 +249,8 @@ def test_a_stored_benchmark_gives_the_share_of_a_measurement(rule, tmp_path):
 
 
 def test_what_runs_spent_on_measuring_is_small_and_seen(rule):
-    """Measurements of 30 steps each: at every 1000 steps 3%; of 3 steps: .3%, and seen; where
-    the times are permuted neither holds."""
+    """Measurements of 30 steps each: 3% at every 1000 steps; of 3 steps: .3%, and visible; with
+    permuted times, neither holds."""
     check = next(check for check in rule.CHECKS if check.id == "15.runs")
     runs = made(rule, ["PreLN GELU", "norm-free GELU"] * 2, [0, 0, 1, 1])
 
@@ -289,7 +289,8 @@ def with_options(name: str, options: tuple[str, ...]) -> DictConfig:
 
 
 def composed(name: str, overrides: list[str]) -> DictConfig:
-    """As Hydra composes it, but for its own values: the options of groups, then the others."""
+    """Composed like by Hydra, except for its own values: first the options of groups, then the
+    others."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     groups = {path.name for root in (CONF, SWEEPS) for path in root.iterdir() if path.is_dir()}
     options = [each.input_line for each in parsed if each.key_or_group in groups]
@@ -301,7 +302,8 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
 
 
 def cells_of(command: list[str]) -> tuple[str, list[dict]]:
-    """The folder that a command writes to, and each of its cells as plain values by dotted name."""
+    """The folder that a command writes to, and each of its trials as plain values by dotted
+    name."""
     name = command[0].removeprefix("--config-name=")
     with hydra_at_conf():
         given = OverridesParser.create().parse_overrides(command[1:])
@@ -334,7 +336,7 @@ def named(key: str, fixed: list[str]) -> bool:
 
 
 def n_points(check, cells: list[dict]) -> int:
-    """How many runs, or designs, of those that a check loads a folder will have."""
+    """The number of runs, or designs, that a check loads from a folder."""
     loaded = [
         (name, cell["seed"])
         for name, design in check.designs.items()
@@ -345,7 +347,8 @@ def n_points(check, cells: list[dict]) -> int:
 
 
 def test_the_queue_gives_every_check_of_new_runs_its_designs_and_its_scale(rule):
-    """Every command composes; together the cells of a folder have what its checks ask for."""
+    """Every command composes, and the trials of a folder together meet the requirements of its
+    checks."""
     folders: dict[str, list[dict]] = {}
     rows = queued()
     assert list(rows)[:5] == ["0a", "0b", "0c", "1a", "2"]

@@ -1,4 +1,4 @@
-"""The figures of the study are drawn from its committed runs alone, and flagged runs stay out."""
+"""The figures of the study are drawn only from its committed runs, without flagged runs."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def drawn(
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A folder of runs that holds one sweep, to be changed."""
+    """A modifiable folder of runs with one sweep."""
     shutil.copytree(RUNS / "position_gpu", tmp_path / "runs" / "position_gpu")
     return tmp_path / "runs"
 
@@ -49,7 +49,8 @@ def mark_failed(record: Path) -> None:
 
 
 def test_every_committed_figure_is_drawn_from_the_committed_runs(drawn):
-    """The same names as in study/figures, each an image with ink on less than half of it."""
+    """The same names as in study/figures; each is an image with ink on less than half of its
+    area."""
     assert {path.name for path in drawn} == {path.name for path in STUDY.glob("figures/*.png")}
     for path in drawn:
         with Image.open(path) as image:
@@ -66,7 +67,8 @@ def test_one_sweep_alone_gives_its_figure_and_the_same_bytes(draw, drawn, runs, 
 
 
 def test_a_failed_run_is_drawn_as_if_it_were_not_there(draw, drawn, runs, tmp_path):
-    """Marking a run as failed gives the image without it, which is another than that with it."""
+    """Marking a run as failed gives the same image as removing it, and another one than keeping
+    it."""
     record = min(runs.glob("position_gpu/*/run.json"))
     mark_failed(record)
     (failed,) = draw(runs, tmp_path / "failed")

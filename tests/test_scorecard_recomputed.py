@@ -1,8 +1,8 @@
-"""Every core check of the study computed a second time: from run.json and the Parquet files by
-pandas, with intervals from textbook formulas, without nerve and without study/scorecard.
+"""Every core check of the study computed a second time, from run.json and the Parquet files with
+pandas and textbook formulas for intervals, without nerve and study/scorecard.
 
-What a check means is written down here once more, from study/criteria.md. Of the code under test
-these tests take only what it found, and on which folder of runs.
+The meaning of each check is implemented again here, following study/criteria.md. From the code
+under test, these tests only use its results and the folders of runs that it chose.
 """
 
 import itertools
@@ -25,7 +25,7 @@ Found = tuple[float, float, float]
 
 @pytest.fixture(scope="module")
 def of_ids(scorecard: SimpleNamespace, judged: Sequence[Any]) -> dict[str, Any]:
-    """What study/scorecard found of the paper's checks, by the check's id."""
+    """The results of study/scorecard for the paper's checks, by id."""
     checks = scorecard.criteria.CHECKS
     return {check.id: each for check, each in zip(checks, judged, strict=False)}
 
@@ -88,7 +88,8 @@ def widest(runs: Sequence[SimpleNamespace]) -> list[SimpleNamespace]:
 def of_difference(
     runs: Sequence[SimpleNamespace], values: Sequence[float], a: str, b: str
 ) -> Found:
-    """a less b in values = intercept + design + seed + error, with treatment coding against b."""
+    """a minus b in values = intercept + design + seed + error, with treatment coding relative to
+    b."""
     names = sorted({run.design for run in runs} - {b})
     seeds = sorted({run.seed for run in runs})[1:]
     columns = [np.ones(len(runs))]
@@ -115,7 +116,7 @@ def of_mean(runs: Sequence[SimpleNamespace], values: Sequence[float], *designs: 
 
 
 def of_slopes(runs: Sequence[SimpleNamespace], values: Sequence[float], a: str, b: str) -> Found:
-    """The slope over log width of a less that of b, each a line of its own, pooled residuals."""
+    """The slope over log width of a minus that of b, with separate lines and pooled residuals."""
     slopes, residuals, spreads, df = [], 0.0, 0.0, 0
     for name in (a, b):
         own = [(run, v) for run, v in zip(runs, values, strict=True) if run.design == name]
@@ -133,7 +134,7 @@ def of_slopes(runs: Sequence[SimpleNamespace], values: Sequence[float], a: str, 
 
 
 def of_correlation(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> Found:
-    """r of the residuals of two lines over `given`, by Fisher's z."""
+    """r of the residuals of two linear fits on `given`, with Fisher's z."""
     if given is not None:
         x, y = (v - np.polyval(np.polyfit(given, v, 1), given) for v in (x, y))
     r = float(stats.pearsonr(x, y).statistic)
@@ -154,7 +155,7 @@ def lowest(*found: Found) -> Found:
 
 
 def log_gain(run: SimpleNamespace) -> np.ndarray:
-    """Of the means over layers, (step,)."""
+    """Log ratio of means over layers, (step,)."""
     return np.log(run.pr_post.mean(axis=1) / run.pr_pre.mean(axis=1))
 
 
@@ -171,12 +172,12 @@ def end_pr_post(run: SimpleNamespace, layers: slice = slice(None)) -> float:
 
 
 def early_gain(run: SimpleNamespace) -> float:
-    """Layers 0 to 6 of 12: the mean of log gains, end less start."""
+    """Layers 0 to 6 of 12: the mean of log gains, end minus start."""
     return end_less_start(np.log(run.pr_post / run.pr_pre)[:, :7].mean(axis=1))
 
 
 def first_gain(run: SimpleNamespace) -> float:
-    """Layers 0 to 3 of 12: the largest log gain, end less start."""
+    """Layers 0 to 3 of 12: the largest log gain, end minus start."""
     return end_less_start(np.log(run.pr_post / run.pr_pre)[:, :4].max(axis=1))
 
 
@@ -199,7 +200,7 @@ def tracking(metric: str) -> Callable[[SimpleNamespace], float]:
 
 
 def measuring_s(run: SimpleNamespace) -> float:
-    """Of one measurement."""
+    """The seconds of one measurement."""
     return float(run.record["final"]["measuring_seconds"]) / len(run.steps)
 
 
@@ -209,7 +210,7 @@ def step_s(run: SimpleNamespace) -> float:
 
 
 def at_loss(run: SimpleNamespace, series: np.ndarray, level: float) -> float:
-    """A series where the loss last passes a level on its way down."""
+    """The value of a series where the loss last crosses a level on its way down."""
     for i in range(len(run.loss) - 2, -1, -1):
         if run.loss[i] > level >= run.loss[i + 1]:
             share = (run.loss[i] - level) / (run.loss[i] - run.loss[i + 1])
@@ -271,8 +272,8 @@ def accuracy(run: SimpleNamespace) -> float:
 
 
 def across_widths(design: Mapping[str, Any]) -> Callable[[str], Found]:
-    """-r of SE_post and loss over widths given SE_post at step 0, at the rate at which most
-    norm-free runs ended."""
+    """-r of SE_post and loss over widths given SE_post at step 0, at the learning rate with the
+    most completed norm-free runs."""
 
     def found(source: str) -> Found:
         runs = runs_of(source)
@@ -287,7 +288,7 @@ def across_widths(design: Mapping[str, Any]) -> Callable[[str], Found]:
 
 
 def placements(source: str) -> list[SimpleNamespace]:
-    """At the rate and warm-up at which most runs of PostLN can be compared."""
+    """The runs at the learning rate and warm-up with the most PostLN runs that can be compared."""
     names = ("optimizer.lr", "optimizer.schedule.warmup")
     post = [run for run in runs_of(source) if run.config["normalization.placement"] == "post"]
     settings = pd.Series([tuple(run.config[name] for name in names) for run in post])
@@ -315,7 +316,7 @@ def placement_returns(source: str) -> Found:
 
 
 def optimizers(source: str) -> list[SimpleNamespace]:
-    """AdamW, Muon and Dion, each at the rate of its lowest loss at seed 0."""
+    """AdamW, Muon and Dion, each at its learning rate with the lowest loss at seed 0."""
     kept = []
     for name in ("adamw", "muon", "dion"):
         own = [run for run in runs_of(source) if run.config["optimizer.name"] == name]
@@ -326,7 +327,8 @@ def optimizers(source: str) -> list[SimpleNamespace]:
 
 
 def at_both(series: Callable[[SimpleNamespace], np.ndarray], *names: str) -> Callable[[str], Found]:
-    """The least difference of neighbors at the end and where the loss passes the highest final."""
+    """The smallest difference between neighbors, at the end and where the loss crosses the highest
+    final loss."""
 
     def found(source: str) -> Found:
         runs = optimizers(source)
@@ -342,7 +344,7 @@ def at_both(series: Callable[[SimpleNamespace], np.ndarray], *names: str) -> Cal
 
 
 def middle_layers(source: str) -> Found:
-    """-Spearman's r over the means of optimizers and rates."""
+    """-Spearman's r over the means of optimizers and learning rates."""
     rows = [
         {
             "design": (run.config["optimizer.name"], run.config["optimizer.lr"]),
@@ -357,9 +359,10 @@ def middle_layers(source: str) -> Found:
 
 
 def mixer_optimizers(value: Value) -> Callable[[str], Found]:
-    """SGD less AdamW, each at the rate of its highest mean accuracy, of equal ones the lowest loss.
+    """SGD minus AdamW, each at its learning rate with the highest mean accuracy and, among equal
+    ones, the lowest loss.
 
-    Accuracies are stored in float32: those that differ by 1e-3 points are equal.
+    Accuracies are stored in float32: differences below 1e-3 points count as none.
     """
 
     def found(source: str) -> Found:

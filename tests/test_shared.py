@@ -1,4 +1,4 @@
-"""Tests start alike: what one sets for its process is undone, or seen."""
+"""Every test starts from the same state: changes to the process are undone or detected."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ def test_what_a_command_sets_for_its_process_is_undone():
 
 
 def changes() -> dict[str, tuple]:
-    """By name what changes it, what it takes for the value that is usual, and for another."""
+    """By name: a function that makes the change, the usual value, and another value."""
     return {
         "working directory": (os.chdir, os.getcwd(), "/"),
         "sys.path": (

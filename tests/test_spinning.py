@@ -1,5 +1,5 @@
-"""How threads of libraries wait and how many there are, unless the user said otherwise; the
-libraries must not be imported yet."""
+"""How library threads wait and how many there are, unless the user configured it; must be set
+before the libraries are imported."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""The sweeps: what their headers say, and every trial of every one at both scales.
+"""The sweeps: the commands in their headers, and every trial of each at both scales.
 
-The commands in a header are the ones that are tested: each is composed as the command line would,
-trial by trial, and each trial is built and trained for two steps.
+Each command in a header is composed like on the command line, trial by trial, and each trial is
+built and trained for two steps.
 """
 
 import itertools
@@ -85,7 +85,7 @@ class Sweep:
 
 
 def header(name: str) -> list[str]:
-    """The comment that the file opens with, line by line, without `#`."""
+    """The comment at the start of the file, line by line, without `#`."""
     lines = (SWEEPS / f"{name}.yaml").read_text().splitlines()
     return [line[1:].strip() for line in itertools.takewhile(lambda x: x.startswith("#"), lines)]
 
@@ -97,7 +97,7 @@ def commands(name: str) -> list[list[str]]:
 
 
 def folder(name: str, scale: str) -> Path:
-    """Where the study keeps the runs of a command."""
+    """The folder of the study with the runs of a command."""
     return RUNS / (f"{name}_gpu" if scale == "gpu" else name)
 
 
@@ -129,13 +129,13 @@ def composed(name: str, scale: str) -> Sweep:
 
 
 def options_of(point: Sequence[str], groups: Container[str]) -> tuple[str, ...]:
-    """Those of a trial's overrides that choose an option of a group. To compose takes a tenth of a
-    second, so trials that differ in values alone are composed once."""
+    """The overrides of a trial that choose an option of a group. Composing takes a tenth of a
+    second, so trials that differ only in values are composed once."""
     return tuple(each for each in point if each.partition("=")[0] in groups)
 
 
 def with_values(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A copy in which these overrides of values are set; a key that is not there is refused."""
+    """A copy with these overrides of values; a key that does not exist is an error."""
     changed = deepcopy(config)
     with read_write(changed):
         for each in OverridesParser.create().parse_overrides(list(overrides)):
@@ -144,7 +144,7 @@ def with_values(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def grid(params: Mapping[str, str]) -> dict[str, list[str]]:
-    """Each axis of `hydra.sweeper.params` as the overrides that it goes through."""
+    """Each axis of `hydra.sweeper.params` as a list of overrides."""
     given = [f"{key}={values}" for key, values in params.items()]
     axes = zip(params, OverridesParser.create().parse_overrides(given), strict=True)
     return {
@@ -190,7 +190,7 @@ def optimizer_of(trial: DictConfig, model: torch.nn.Module) -> torch.optim.Optim
 
 
 def shrunk(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
-    """The design at sizes that two steps on a CPU take; those meant for a CPU keep their width."""
+    """The design at sizes for two steps on a CPU; designs for a CPU keep their width."""
     small = deepcopy(dict(values))
     if small["model"]["kind"] == "gpt":
         small["model"]["seq_len"] = 8
@@ -204,7 +204,7 @@ def shrunk(values: Mapping[str, Any], scale: str) -> dict[str, Any]:
 
 
 def train_two_steps(trial: DictConfig, values: Mapping[str, Any]) -> None:
-    """Trains on noise; each parameter that gets a gradient must move and stay finite."""
+    """Trains on noise; each parameter with a gradient must change and stay finite."""
     size = 2 * patch_size(values)
     model = build_model(values, seed=0, **data_dims_of(values, vocab_size=32, image_size=size))
     optimizer = optimizer_of(trial, model)
@@ -308,8 +308,8 @@ def test_every_trial_takes_two_training_steps(name, scale):
 
 @every_sweep
 def test_one_value_of_an_axis_can_be_asked_for(name):
-    """`nerve-run --config-name=cause_dose activation.alpha=0.5` is read against what the sweep is
-    without its axes, which must have that key."""
+    """`nerve-run --config-name=cause_dose activation.alpha=0.5` is parsed against the sweep without
+    its axes, which must have that key."""
     sweep = composed(name, "cpu")
     keys = [key for key in sweep.hydra.sweeper.params if not (CONF / key).is_dir()]
     keys = [key for key in keys if not (SWEEPS / key).is_dir()]
@@ -389,7 +389,8 @@ STATES = {
 
 @pytest.mark.parametrize("place", sorted(path.name for path in RUNS.iterdir()))
 def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monkeypatch, capsys):
-    """By what they ran, whatever their directories are called: a copy leaves nothing to run."""
+    """By their configurations, whatever their directories are called: with a copy of the runs,
+    nothing remains to be run."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     name = place.removesuffix("_gpu")
     if name not in NAMES:
@@ -415,7 +416,7 @@ def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monk
 
 
 def test_the_command_runs_a_sweep_that_the_command_line_narrows(monkeypatch, tmp_path, capsys):
-    """Its trials are processes whose training is a stand-in."""
+    """Its trials are processes with simulated training."""
     stand_in = Path(__file__).parent / "cli" / "sweep" / "stand_in.py"
     monkeypatch.setattr("nerve.cli.sweep.local.COMMAND", [sys.executable, "-P", str(stand_in)])
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What is imported for seconds is not searched for garbage meanwhile."""
+"""Garbage collection is disabled during imports that take seconds."""
 
 import gc
 import sys
@@ -10,7 +10,8 @@ from nerve import cores
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_collected_while_torch_is_imported(monkeypatch, fails):
-    """Also where that fails it is searched again afterwards, but for what is there by then."""
+    """Also if the import fails, collection is enabled again afterwards, excluding the objects that
+    exist by then."""
     frozen = []
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
@@ -26,7 +27,7 @@ def test_nothing_is_collected_while_torch_is_imported(monkeypatch, fails):
 
 
 def test_a_process_that_has_torch_already_is_left_as_it_is(monkeypatch):
-    """Garbage that a notebook has made by then must not stay."""
+    """The garbage that a notebook has made by then must not stay."""
     monkeypatch.setitem(sys.modules, "torch", sys)
     monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("frozen"))
     with cores.uncollected():

@@ -1,4 +1,4 @@
-"""Looks for losses that are not finite, without a kernel or a wait for the device in each step."""
+"""Detects losses that are not finite, without a kernel or a wait for the device in each step."""
 
 import sys
 
@@ -8,22 +8,22 @@ from torch import Tensor
 from nerve.errors import DivergedError
 
 NEVER = sys.maxsize
-"""The first bad step where there is none."""
+"""The first bad step if there is none."""
 
 
 class Divergence:
-    """Keeps the losses since it last looked, and the first step with one that was not finite."""
+    """Keeps the losses since the last check, and the first step whose loss was not finite."""
 
     def __init__(self) -> None:
         self._first = NEVER
         self._losses: list[tuple[int, Tensor]] = []
 
     def note(self, step: int, loss: Tensor) -> None:
-        """Keeps a loss, one element that nothing overwrites."""
+        """Keeps a loss, a tensor with one element that nothing overwrites."""
         self._losses.append((step, loss))
 
     def first(self) -> int:
-        """The first step whose loss was not finite, `NEVER` where all were; waits for the
+        """The first step whose loss was not finite, `NEVER` if all were finite; waits for the
         device."""
         if self._losses:
             steps, losses = zip(*self._losses, strict=True)
@@ -34,18 +34,18 @@ class Divergence:
         return self._first
 
     def note_first(self, step: int) -> None:
-        """Takes the first bad step that another process has found, or `NEVER`."""
+        """Records the first bad step that another process has found, or `NEVER`."""
         self._first = min(self._first, step)
 
     def raise_at(self, step: int) -> None:
-        """Raises `DivergedError` for a loss of steps up to `step` that was not finite."""
+        """Raises `DivergedError` if a loss up to `step` was not finite."""
         first = self.first()
         if first <= step:
             raise diverged(first)
 
 
 def diverged(step: int) -> DivergedError:
-    """The error of a step."""
+    """The error for a step."""
     return DivergedError(
         f"The loss must stay finite; it became NaN or infinite at step {step}. "
         "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."

@@ -9,7 +9,7 @@ from nerve.storage.find import IncompleteWarning
 
 
 def rows(*losses, ffn="ffn", pr_post=(5.0, 7.0)):
-    """Steps 0, 10, 20, …, two layers; PR_post falls by 1 a step."""
+    """Steps 0, 10, 20, …, two layers; PR_post falls by 1 per step."""
     return [
         {"step": 10 * i, "layer": layer, "ffn": ffn, "val_loss": loss, "pr_post": pr - i}
         for i, loss in enumerate(losses)
@@ -18,7 +18,7 @@ def rows(*losses, ffn="ffn", pr_post=(5.0, 7.0)):
 
 
 def test_the_last_step_of_each_run(tables):
-    """Means over layers by hand; runs in their order, with the factors asked for."""
+    """Means over layers computed by hand; runs in their order, with the requested factors."""
     metrics, runs = tables(
         {"rows": rows(8, 6, 5), "seed": 4, "config": {"activation.name": "gelu"}},
         {"rows": rows(8, 6), "seed": 0, "config": {"activation.name": "relu"}},
@@ -85,8 +85,8 @@ def test_a_factor_that_cannot_be_is_refused(tables, factor, message):
 
 
 def test_where_a_loss_is_passed_by_hand(tables):
-    """From 6.5 to 4 it passes 5 after three fifths of the way, the last time; one meets it at its
-    end; one never does; one was below before it was measured."""
+    """From 6.5 to 4, it crosses 5 for the last time after three fifths of the way; one run reaches
+    it at its end, one never does, and one was below before it was measured."""
     points = metrics_at_loss(
         *tables(
             {"rows": rows(8, 6, 4.5, 6.5, 4)},
@@ -107,7 +107,7 @@ def test_where_a_loss_is_passed_by_hand(tables):
 
 
 def test_equal_loss_does_not_depend_on_how_often_a_run_was_measured(tables):
-    """Two runs on one line, measured every 10 and every 30 steps: the same place at loss 5.25."""
+    """Two runs on one line, measured every 10 and every 30 steps: the same point at loss 5.25."""
     losses = [8 - 0.5 * i for i in range(7)]
     often = rows(*losses)
     seldom = [row for row in often if row["step"] % 30 == 0]
@@ -118,7 +118,7 @@ def test_equal_loss_does_not_depend_on_how_often_a_run_was_measured(tables):
 
 
 def test_dead_layers_on_either_side_are_counted(tables):
-    """One of two layers is dead at the step below the target, none above."""
+    """One of two layers is dead at the step below the target, none at the step above."""
     both = rows(8, 4)
     both[-1] |= {"pr_post": None, "status": "no variance"}
     (point,) = metrics_at_loss(*tables({"rows": both}), loss=5).itertuples()
@@ -127,7 +127,7 @@ def test_dead_layers_on_either_side_are_counted(tables):
 
 
 def test_the_highest_final_loss_is_the_default(tables):
-    """Among runs of the same data; flagged runs do not set it, but may reach it."""
+    """Among runs on the same data; flagged runs do not determine it, but may reach it."""
     there, elsewhere = {"corpus": "a"}, {"corpus": "b"}
     with pytest.warns(UserWarning, match="fingerprints"):
         metrics, runs = tables(
@@ -156,7 +156,7 @@ def test_a_target_is_finite(tables):
 
 
 def test_seeds_are_averaged_and_designs_kept_apart(tables):
-    """Losses 5 and 6: mean 5.5, SD .7071; one seed has a mean and no SD."""
+    """Losses 5 and 6: mean 5.5, SD .7071; a single seed has a mean and no SD."""
     gelu, relu = {"activation.name": "gelu"}, {"activation.name": "relu"}
     metrics, runs = tables(
         {"rows": rows(8, 5), "seed": 0, "config": gelu, "final": {"val_accuracy": 0.5}},
@@ -180,7 +180,7 @@ def test_seeds_are_averaged_and_designs_kept_apart(tables):
 
 
 def test_flagged_seeds_are_counted_and_left_out(tables):
-    """Also one without metrics; a design of flagged runs alone stays, with nothing to average."""
+    """Also one without metrics; a design with only flagged runs remains, with missing means."""
     a, b = {"ffn.width": 2}, {"ffn.width": 4}
     with pytest.warns(IncompleteWarning):
         metrics, runs = tables(
@@ -199,7 +199,7 @@ def test_flagged_seeds_are_counted_and_left_out(tables):
 
 
 def test_factors_that_differ_between_seeds(tables):
-    """A text that differs is missing: it belongs to no design."""
+    """A string that differs is missing, because it belongs to no design."""
     metrics, runs = tables(
         {"rows": rows(8, 5), "seed": 0, "host": "a"}, {"rows": rows(8, 5), "seed": 1, "host": "b"}
     )

@@ -1,4 +1,5 @@
-"""Correlations within and across runs against hand-made series, SciPy, and what they leave out."""
+"""Correlations within and across runs against hand-made series and SciPy, and what they leave
+out."""
 
 import numpy as np
 import pandas as pd
@@ -22,14 +23,15 @@ def series(losses, values, name="pr_post", layer=0, every=10, **more):
 
 
 def of(frame, metric="pr_post", **values):
-    """The rows of one metric, by window."""
+    """The rows of a metric, by window."""
     for name, value in (values | {"metric": metric}).items():
         frame = frame[frame[name] == value]
     return frame.set_index("window")
 
 
 def test_the_three_windows_by_hand(tables):
-    """Step 0 far off turns a perfect -1 of all later steps around; their changes agree in part."""
+    """Step 0 is far off and reverses the perfect -1 of all later steps; their changes agree in
+    part."""
     losses, values = [9, 5, 4, 2, 1], [-40, 1, 2, 4, 5]
     metrics, runs = tables({"rows": series(losses, values), "config": SCHEDULE})
     windows = of(correlate_within_runs(metrics, runs))
@@ -44,7 +46,7 @@ def test_the_three_windows_by_hand(tables):
 
 
 def test_a_shared_trend_has_no_shared_changes(tables):
-    """Loss -1, -2, -1, -2 and metric +1, +1, +2, +2 a step: both drift, no change is shared."""
+    """Loss -1, -2, -1, -2 and metric +1, +1, +2, +2 per step: both drift, but share no change."""
     losses, values = [20, 19, 17, 16, 14], [0, 1, 2, 4, 6]
     metrics, runs = tables(
         {"rows": series([25, *losses], [-1, *values]), "config": SCHEDULE},
@@ -66,7 +68,7 @@ def test_a_shared_trend_has_no_shared_changes(tables):
     ],
 )
 def test_where_the_warmup_ends(tables, config, first_step):
-    """round(warmup · max_steps), at least 1; .05 and the last step, 40, where not known."""
+    """round(warmup · max_steps), at least 1; .05 and the last step, 40, if these are unknown."""
     metrics, runs = tables({"rows": series([5, 4, 3, 2, 1], range(5)), "config": config})
     windows = of(correlate_within_runs(metrics, runs))
     assert windows.loc["after_warmup", "first_step"] == first_step
@@ -74,7 +76,7 @@ def test_where_the_warmup_ends(tables, config, first_step):
 
 
 def test_layers_each_and_their_mean(tables):
-    """Two layers that move against each other: -1 and +1, and a mean that is constant."""
+    """Two layers that move in opposite directions: -1 and +1, and a constant mean."""
     losses = [5, 4, 3, 2]
     rows = [*series(losses, [1, 2, 3, 4]), *series(losses, [4, 3, 2, 1], layer=1)]
     metrics, runs = tables({"rows": rows})
@@ -88,7 +90,8 @@ def test_layers_each_and_their_mean(tables):
 
 
 def test_many_runs_in_any_order_are_scipys(tables):
-    """Six runs of two FFNs and two layers, rows shuffled, some null: all as SciPy a series."""
+    """Six runs of two FFNs and two layers, with shuffled rows and some nulls: each series as in
+    SciPy."""
     rng = np.random.default_rng(0)
     names = ["pr_post", "js"]
     specs = []
@@ -120,7 +123,8 @@ def test_many_runs_in_any_order_are_scipys(tables):
 
 
 def test_runs_with_little_to_correlate_stay_in_the_table(tables):
-    """Two steps, dead layers, no loss: rows with n and no coefficient; the flag says which."""
+    """Two steps, dead layers, no loss: rows with n and without coefficients; the flag says
+    which."""
     with pytest.warns(IncompleteWarning):
         metrics, runs = tables(
             {"rows": series([8, 5], [1, 2])},
@@ -143,7 +147,8 @@ def test_no_rows_give_no_rows(tables):
 
 
 def test_null_models_stand_beside_each_window_by_scipy(tables):
-    """Loss and metric follow a clock and the rate, with noise: r of each, and what is left."""
+    """Loss and metric follow a clock and the learning rate, with noise: r of each, and partial
+    r."""
     rng = np.random.default_rng(5)
     steps = np.arange(0, 210, 10)
     clock, rates = np.log1p(steps), 0.01 * (1 - (steps / 200) ** 2)
@@ -184,7 +189,8 @@ def test_a_constant_rate_is_no_null_model(tables):
 
 
 def test_what_was_varied_stands_beside_r_across_runs(tables):
-    """Both follow the width of 9 designs of two seeds (one width a fraction), and no more."""
+    """Both follow the width of 9 designs with two seeds (one width is a fraction), and nothing
+    else."""
     rng = np.random.default_rng(7)
     widths = [1, 2, 3, 4, 5, 6, 7, 8, "26/3"]
     numbers = np.repeat([*range(1, 9), 26 / 3], 2)
@@ -249,7 +255,7 @@ def test_across_runs_is_scipys(tables):
 
 
 def test_flagged_runs_are_counted_and_left_out_unless_asked_for(tables):
-    """The loss 9 is above the unigram loss and would turn the correlation around."""
+    """The loss 9 is above the unigram loss and would reverse the correlation."""
     points = points_of(tables, [(5, 1), (4, 2), (3, 3), (9, 99)])
     row = one(correlate_across_runs(points))
     assert (row.n, row.n_flagged) == (3, 1)
@@ -283,7 +289,8 @@ def test_groups_by_factors_of_any_kind(tables):
 
 
 def test_a_run_without_metrics_counts_in_its_groups(tables):
-    """It has no FFN: it counts beside both of a Mixer's, and alone where its group has no other."""
+    """It has no FFN: it counts in both groups of a Mixer, and separately if there is no other
+    group."""
     with pytest.warns(IncompleteWarning):
         metrics, runs = tables(
             {
@@ -340,7 +347,7 @@ def test_seeds_as_points_or_designs(tables):
 
 
 def test_another_target(tables):
-    """An accuracy stored at the end of the run, that one run does not have."""
+    """An accuracy stored at the end of the run, which one run does not have."""
     specs = [
         {
             "rows": [{"step": 10, "val_loss": 1, "pr_post": value}],

@@ -1,4 +1,4 @@
-"""Layers by their place in depth, and which of them are the middle third."""
+"""The depth of layers, and which of them are in the middle third."""
 
 import numpy as np
 import pytest
@@ -29,14 +29,14 @@ def layers(n, step=0, ffn="ffn", **values):
     ],
 )
 def test_the_middle_third(tables, n, middle):
-    """By hand; a third of the layers where three divides their number."""
+    """Computed by hand; a third of the layers if their number is divisible by three."""
     rows = metrics_by_depth(*tables({"rows": layers(n)}))
     assert list(rows.loc[rows["middle"], "layer"]) == middle
     assert list(rows["depth"]) == [(i + 0.5) / n for i in range(n)]
 
 
 def test_the_depth_is_that_of_the_model_where_a_few_layers_were_measured(tables):
-    """monitor.layers=[0,1,2] of six layers: none but layer 2 is in the middle third."""
+    """monitor.layers=[0,1,2] of six layers: only layer 2 is in the middle third."""
     part = {"rows": layers(3), "config": {"model.n_layers": 6}}
     rows = metrics_by_depth(*tables(part, {"rows": layers(3)}))
     by_run = rows.groupby("run_id", sort=False, observed=True)
@@ -62,7 +62,7 @@ def test_one_row_a_layer_with_what_is_read_over_depth(tables):
 
 
 def test_means_over_all_layers_and_the_middle(tables):
-    """Layers 0 to 5 of JS 0 to 5/16: 2.5/16 for all and for 2 and 3; with 3 dead, 2/16."""
+    """Layers 0 to 5 with JS 0 to 5/16: 2.5/16 for all and for 2 and 3; with 3 dead, 2/16."""
     dead = {"step": 10, "layer": 3, "js": None, "val_loss": 4, "status": "no variance"}
     later = [row for row in layers(6, step=10) if row["layer"] != 3]
     means = depth_means(*tables({"rows": [*layers(6), *later, dead]}))

@@ -1,4 +1,5 @@
-"""Dose and response on hand-made runs, and against least squares written out with dummies."""
+"""Dose and response on hand-made runs, and against least squares written out with dummy
+variables."""
 
 import math
 
@@ -15,7 +16,7 @@ DOSE = "regularizer.weight"
 
 
 def run(dose, seed, loss, pr, **more):
-    """A run of one measured step, in two layers whose mean PR is `pr`."""
+    """A run with one measured step and two layers whose mean PR is `pr`."""
     rows = [{"step": 10, "layer": layer, "val_loss": loss, "pr_post": pr} for layer in range(2)]
     config = {DOSE: dose, **more.pop("config", {})}
     return {"rows": rows, "seed": seed, "config": config, "run_id": f"d{dose}s{seed}"} | more
@@ -48,7 +49,8 @@ def test_an_exact_response_by_hand(tables):
 
 
 def test_seeds_are_paired(tables):
-    """Seeds far apart, doses close by: without pairs the interval would be wider than 1."""
+    """Seeds far apart, doses close together: without pairing, the interval would be wider than
+    1."""
     noise = iter([0.01, -0.01, 0.02, -0.02, 0.01, 0.0])
     specs = [
         run(dose, seed, 3 + 0.1 * dose + 5 * seed + next(noise), 8.0, unigram_loss=99.0)
@@ -75,7 +77,7 @@ def least_squares(design: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
 
 
 def test_intervals_are_those_of_least_squares_also_where_runs_are_missing(tables):
-    """Of a grid of 4 doses and 3 seeds two runs are not there; the error is of all doses."""
+    """Two runs of a grid of 4 doses and 3 seeds are missing; the error is pooled over all doses."""
     rng = np.random.default_rng(0)
     doses, seeds = np.array([-1.0, 0.0, 2.0, 3.0]), np.arange(3)
     cells = [(d, s) for d in doses for s in seeds if (d, s) not in ((2.0, 1), (-1.0, 0))]
@@ -109,7 +111,8 @@ def design(name, loss, pr, seed=0):
 
 
 def test_what_designs_predict_is_the_line_through_them(tables):
-    """loss = 5 - .25 · log PR, four designs of two seeds about it; dosed ones are passed over."""
+    """loss = 5 - .25 · log PR, with four designs of two seeds around it; designs with a dose are
+    ignored."""
     others = [
         design(f"a{i}", 5 - 0.25 * log + bump + 0.1 * seed, math.exp(log), seed)
         for i, (log, bump) in enumerate([(1, 0.01), (2, -0.02), (3, 0.0), (4, 0.01)])
@@ -131,7 +134,7 @@ def test_what_designs_predict_is_the_line_through_them(tables):
 
 
 def test_groups_are_apart_and_flagged_runs_left_out(tables):
-    """The second design responds the other way; one of its runs did not finish."""
+    """The second design responds in the opposite way; one of its runs did not finish."""
     specs = []
     for sign, name in ((1, "gelu"), (-1, "relu")):
         for spec in line_of_runs():

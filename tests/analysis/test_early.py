@@ -1,4 +1,4 @@
-"""Early ranking against SciPy's Kendall, and what it says where the loss so far says all."""
+"""Early ranking against SciPy's Kendall, and its result if the loss so far says everything."""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ METRIC = RNG.normal(size=N) + 5.0
 
 
 def specs(metric=METRIC, n_steps=100, final=FINAL, **more):
-    """Runs measured at step 0, 10 and 20 of so many."""
+    """`n` runs measured at steps 0, 10 and 20."""
     config = {"trainer.max_steps": n_steps, "optimizer.schedule.warmup": 0.1}
     return [
         {
@@ -62,7 +62,7 @@ def test_at_the_last_step_the_loss_says_all_and_at_step_0_nothing(tables):
 
 
 def test_runs_of_another_budget_are_another_group(tables):
-    """Longer runs end lower and have a higher metric: within each budget there is no order."""
+    """Longer runs end lower and have a higher metric; within each budget there is no order."""
     longer = specs(METRIC + 100, 1000, FINAL - 1.5)
     metrics, runs = tables(*specs(), *(each | {"seed": 99} for each in longer))
     table = rank_early(metrics, runs, names=["pr_post"])
@@ -95,7 +95,7 @@ def test_nothing_to_rank_gives_no_rows_and_names_are_checked(tables):
 
 
 def test_a_value_that_is_drawn_twice_is_tied_with_itself():
-    """Of weighted samples, against SciPy's of the values repeated; none of what does not vary."""
+    """Weighted samples against SciPy with repeated values; NaN if nothing varies."""
     rng = np.random.default_rng(1)
     x, y = rng.integers(0, 6, size=(2, 15)).astype(float)
     weights = rng.multinomial(15, np.ones(15) / 15, size=20).astype(float)
@@ -106,7 +106,7 @@ def test_a_value_that_is_drawn_twice_is_tied_with_itself():
 
 
 def test_a_noisy_copy_of_the_loss_has_the_partial_tau_of_the_null(tables):
-    """Metric and final loss are the loss so far and noise of their own: 300 runs."""
+    """Metric and final loss are the loss so far plus independent noise: 300 runs."""
     rng = np.random.default_rng(2)
     loss, noise, other = rng.normal(size=(3, 300))
     frame = pd.DataFrame({"loss": 3 + loss / 10, "metric": np.exp(-(loss + noise))})
@@ -127,7 +127,7 @@ def test_a_noisy_copy_of_the_loss_has_the_partial_tau_of_the_null(tables):
 
 
 def test_of_many_runs_whole_designs_are_ranked_whatever_their_order(tables, monkeypatch):
-    """As many designs as have no more runs than are ranked; N runs would be too many."""
+    """As many designs as fit into the limit of ranked runs."""
     monkeypatch.setattr(early, "MOST_RUNS", 6)
     metrics, runs = tables(*specs())
     table = rank_early(metrics, runs, names=["pr_post"])

@@ -1,4 +1,5 @@
-"""Estimates and their intervals against SciPy and textbook formulas, and what follows from them."""
+"""Estimates and their intervals against SciPy and textbook formulas, and the outcomes that
+follow."""
 
 import math
 
@@ -30,7 +31,7 @@ def test_the_mean_of_one_design_has_the_error_of_its_seeds():
 
 
 def test_errors_are_pooled_over_all_designs_of_the_comparison():
-    """Three designs, two seeds: residuals of the two-way table have (3-1)(2-1) = 2 df."""
+    """Three designs, two seeds: the residuals of the two-way table have (3-1)(2-1) = 2 df."""
     table = np.array([[1.0, 2.5], [3.0, 4.0], [7.0, 7.5]])
     residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
     sd = math.sqrt((residual**2).sum() / 2)
@@ -90,7 +91,7 @@ def test_what_an_interval_says(low, high, smallest, expected):
     ],
 )
 def test_little_decides_nothing(low, df, missing, expected):
-    """Two degrees of freedom are too few whatever the interval says."""
+    """Two degrees of freedom are too few, whatever the interval says."""
     assert decide(Estimate(0.3, low, 0.4, 0.1, df, 3, 6), 0.1, missing) == expected
 
 

@@ -1,4 +1,4 @@
-"""What tells runs apart: factors that vary, that follow others, and that stay the same."""
+"""Factors that distinguish runs, those that follow others, and those that are constant."""
 
 import pandas as pd
 
@@ -9,7 +9,7 @@ RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versio
 
 
 def runs_of(*designs: dict) -> pd.DataFrame:
-    """Two seeds of each design, with what the record itself says, which differs too."""
+    """Two seeds of each design, with the record's own fields, which also differ."""
     rows = [
         {**design, "design_id": f"design {i}", "seed": seed, **RECORD, "final.val_loss": i + seed}
         for i, design in enumerate(designs)
@@ -58,7 +58,7 @@ def test_seeds_results_places_and_targets_are_no_factors():
 
 
 def test_what_varies_under_the_name_of_a_result_is_named(tmp_path, make_run):
-    """Of runs of one's own; in a group it is a factor. What is the same in all is not named."""
+    """In a user's runs; inside a group it is a factor. Constant keys are not named."""
     for i, lr in enumerate((0.1, 0.2)):
         make_run(tmp_path / f"bare{i}", {"lr": lr, "data": "mine"})
         make_run(tmp_path / f"grouped{i}", {"optimizer": {"lr": lr}})
@@ -85,7 +85,8 @@ def test_what_splits_the_runs_alike_goes_together():
 
 
 def test_a_value_that_a_name_fixes_follows_it_but_unique_numbers_fix_nothing():
-    """The momentum follows from the optimizer; the decay does not follow from a unique rate."""
+    """The momentum follows from the optimizer; the decay does not follow from a unique learning
+    rate."""
     designs = [
         {"optimizer.name": name, "optimizer.momentum": momentum, "optimizer.lr": lr, "z.decay": d}
         for name, momentum, lr, d in [
@@ -101,7 +102,7 @@ def test_a_value_that_a_name_fixes_follows_it_but_unique_numbers_fix_nothing():
 
 
 def test_the_rate_of_a_part_is_the_rate_where_there_is_that_part():
-    """Only one of two optimizers has it: nothing of its own to draw."""
+    """Only one of two optimizers has this part, so its rate is not a separate factor."""
     designs = [
         {"optimizer.name": name, "optimizer.lr": lr, "optimizer.parts.main.lr": own}
         for name, lr, own in [
@@ -117,7 +118,7 @@ def test_the_rate_of_a_part_is_the_rate_where_there_is_that_part():
 
 
 def test_a_function_of_a_number_follows_it_where_it_is_told_by_several_designs():
-    """As many heads as the size asks for; each size has two widths."""
+    """The number of heads is determined by the size; each size has two widths."""
     designs = [
         {"ffn.width": width, "model.d_model": size, "model.n_heads": heads}
         for width in (2, 4)

@@ -1,4 +1,4 @@
-"""Every way a run can be unfit for comparison is named, with its reason."""
+"""Every reason why a run cannot be compared is named."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_a_damaged_part_makes_a_run_incomplete(tables, tmp_path):
 
 
 def test_the_numbers(tables):
-    """Counts and losses by hand; a dead layer is counted, and flags nothing."""
+    """Counts and losses computed by hand; a dead layer is counted but not flagged."""
     dead = {"status": "no variance", "pr_pre": None}
     rows = [
         {"step": step, "layer": layer, "val_loss": loss, **(dead if layer else {})}
@@ -151,7 +151,7 @@ def test_a_frame_without_its_columns_is_refused(tables):
 
 @pytest.mark.filterwarnings("ignore::nerve.storage.find.FingerprintWarning")
 def test_a_run_made_again_is_no_further_seed(tables):
-    """The same configuration and seed on the same data count once; a failed one takes no place."""
+    """The same configuration and seed on the same data count once; a failed run does not count."""
     again = {"rows": losses(8, 6), "seed": 4, "fingerprints": {"heldout": "a"}}
     specs = [
         again | {"run_status": "failed"},
@@ -168,7 +168,7 @@ def test_a_run_made_again_is_no_further_seed(tables):
 
 @pytest.mark.filterwarnings("ignore::nerve.storage.find.FingerprintWarning")
 def test_runs_that_only_their_recorded_seeds_tell_apart_are_samples(tmp_path, make_run):
-    """Their configuration does not hold the seed; without any, nothing tells them apart."""
+    """Their configuration does not contain the seed; without a recorded seed, they are repeats."""
     for i, seed in enumerate([0, 1, 0, None, None]):
         values = {} if seed is None else {"seed": seed}
         config = {"optimizer": {"lr": 0.1}}

@@ -1,4 +1,4 @@
-"""What the comparisons share: columns that must be there, runs of rows, groups of points."""
+"""Helpers of the comparisons: required columns, runs of rows, groups of points."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def test_rows_get_what_is_said_of_their_runs():
 
 
 def test_means_over_layers():
-    """Of the layers with a number; none where no layer has one."""
+    """Over the layers with a value; missing if no layer has one."""
     frame = pd.DataFrame(
         {
             "run_id": "a",
@@ -107,7 +107,7 @@ def test_interleaved_tables():
 
 
 def calls(frame, runs):
-    """Each function that takes names, given a text where it takes a list."""
+    """Each function that takes names, given a string instead of a list."""
     across = nerve.correlate_across_runs
     return [
         (nerve.final_metrics, (frame, runs), "factors"),
@@ -128,7 +128,7 @@ def calls(frame, runs):
 
 @pytest.mark.parametrize("given", ["seed", "level", 3, None])
 def test_a_name_where_a_list_of_names_belongs_is_refused(tables, tmp_path, given):
-    """It would be taken for its letters."""
+    """Its letters would be taken for names."""
     frame, runs = tables({"rows": [{"step": 0}]})
     for function, arguments, key in calls(frame, runs):
         with pytest.raises(ConfigError, match=rf"{key} must be a list of names; got {given!r}"):

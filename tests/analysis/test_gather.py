@@ -1,4 +1,4 @@
-"""Frames that are gathered block by block are those of all blocks at once."""
+"""Frames gathered block by block equal those of all blocks at once."""
 
 import re
 from pathlib import Path
@@ -49,7 +49,7 @@ def gathered_frame(blocks: list[pd.DataFrame]) -> pd.DataFrame:
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (1, 200, 7), (0, 0, 3), (200, 1)])
 def test_blocks_of_any_size_are_pandas_own_concatenation(sizes):
-    """Also where the first blocks say nothing of how many rows will come."""
+    """Also if the first blocks do not indicate how many rows will follow."""
     blocks = [block(n, ["b", "a", None, f"only in {i}"]) for i, n in enumerate(sizes)]
     found, expected = gathered_frame(blocks), pd.concat(blocks, ignore_index=True)
     assert list(found.columns) == list(expected.columns)
@@ -64,7 +64,7 @@ def test_blocks_of_any_size_are_pandas_own_concatenation(sizes):
 
 @pytest.mark.parametrize(("n", "kind"), [(100, np.int8), (300, np.int16), (40_000, np.int32)])
 def test_codes_are_as_short_as_the_texts_allow(n, kind):
-    """Where they become too many in a later block, too."""
+    """Also if a later block makes them too many."""
     texts = [f"{i:05d}" for i in RNG.permutation(n)]
     half = n // 2
     parts = [pd.Series(texts[:half]), pd.Series(texts[half:])]
@@ -74,7 +74,7 @@ def test_codes_are_as_short_as_the_texts_allow(n, kind):
 
 
 def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
-    """Texts by their numbers, also where a later chunk brings others; null is no text and NaN."""
+    """Strings by their codes, also if a later chunk has new ones; null becomes no string or NaN."""
     lists = pa.array([[1.0], [], [2.0, 3.0], [4.0]], pa.list_(pa.float32()))
     first, second = (
         pa.table(
@@ -117,7 +117,7 @@ def test_texts_that_no_row_has_are_left_out():
 
 
 def test_each_text_is_repeated_as_often_as_counted():
-    """One that has no row is none of the texts."""
+    """A string without rows is omitted."""
     found = Coded.repeated(["a", "b", "c"], [2, 0, 1])
     assert list(found.codes) == [0, 0, 1]
     assert found.texts == ("a", "c")
@@ -140,7 +140,7 @@ def test_renumbering_goes_piece_by_piece(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what memory is")
 def test_rows_lie_in_memory_without_huge_pages():
-    """Other columns of that size NumPy has marked as such (`hg`)."""
+    """NumPy marks other columns of that size for huge pages (`hg`)."""
     column = gather._Column(np.empty(0))
     column.append(np.arange(1e6), 1.0)
     values = column.finished()
@@ -150,7 +150,7 @@ def test_rows_lie_in_memory_without_huge_pages():
 
 
 def flags_of_memory(values: np.ndarray) -> list[str]:
-    """Of the mapping that holds the middle of an array."""
+    """The flags of the memory mapping that contains the middle of an array."""
     middle = values.ctypes.data + values.nbytes // 2
     is_within = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""PR of groups beside each other: which step, which ratios, and what is averaged in what order."""
+"""Comparing the PR of groups: which step, which ratios, and the order of averaging."""
 
 import math
 
@@ -12,7 +12,7 @@ WIDTH = "ffn.width"
 
 
 def rows_of(run: str, step: int, prs: dict[tuple[str, str], tuple[float, ...]]) -> list[dict]:
-    """Rows of `load_groups`: the PR of a site's group, layer by layer."""
+    """Rows of `load_groups`: the PR of a site's group by layer."""
     return [
         {"run_id": run, "step": step, "layer": layer, "ffn": "ffn"}
         | {"site": site, "group": group, "pr": pr}
@@ -23,8 +23,8 @@ def rows_of(run: str, step: int, prs: dict[tuple[str, str], tuple[float, ...]]) 
 
 @pytest.fixture
 def frames(tables):
-    """Two seeds of one design and one of another, of two layers, measured at steps 0, 10 and 20;
-    groups at 0 and 10."""
+    """Two seeds of one design and one of another, with two layers, measured at steps 0, 10 and 20,
+    with groups at 0 and 10."""
     of_run = [{"step": s, "layer": i, "val_loss": 6 - s / 10} for s in (0, 10, 20) for i in (0, 1)]
     specs = [
         {"seed": seed, "config": {WIDTH: width}, "rows": of_run, "unigram_loss": None}
@@ -55,7 +55,7 @@ def test_pr_stands_in_a_column_a_group_at_the_last_step_that_has_groups(frames):
 
 
 def test_ratios_are_geometric_means_over_layers_and_means_over_seeds(frames):
-    """By hand: run 0 has 2 and 8, so 4; run 1 has 2. Of run 2 one layer could be measured."""
+    """By hand: run 0 has 2 and 8, so 4; run 1 has 2. One layer of run 2 could be measured."""
     table = contrast_groups(pr_of_groups(*frames, [WIDTH]), [WIDTH]).set_index(WIDTH)
     assert list(table["n_seeds"]) == [2, 1]
     assert table["ratio"].to_dict() == pytest.approx({4: 3.0, 8: 1.0})

@@ -1,4 +1,4 @@
-"""Frames: one row per run with its factors, and stored rows joined with what was asked for."""
+"""Frames: one row per run with its factors, and stored rows joined with the requested columns."""
 
 import json
 import math
@@ -59,7 +59,7 @@ HOSTILE = 'two\nlines <script>alert(1)</script> "=cmd|1" ü \u202e'
 
 @pytest.fixture
 def sweep(tmp_path, make_run):
-    """Three runs: done, failed, and one that says that it is running."""
+    """Three runs: done, failed, and one marked as running."""
     configs = [
         {"normalization": {"kind": "layernorm"}, "optimizer": {"betas": [0.9, 0.95]}, "seed": 1},
         {"normalization": {"kind": "none"}, "ffn": {"width": "8/3"}, "note": HOSTILE, "seed": 2},
@@ -96,7 +96,7 @@ def test_one_row_a_run_with_a_column_for_each_leaf(sweep, tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_design(tmp_path, make_run):
-    """Also where seeds or excluded values such as threads differ; not where a factor does."""
+    """Also if excluded values such as threads differ, but not if a factor does."""
     configs = [
         {"ffn": {"width": 4}, "seed": 0},
         {"ffn": {"width": 4}, "seed": 1, "threads": 2},
@@ -116,7 +116,7 @@ def test_metrics_of_a_run_a_sweep_and_several_paths(sweep, tmp_path):
 
 
 def test_metrics_are_joined_with_status_and_factors(sweep, tmp_path):
-    """Unfinished and failed runs are there, and can be told."""
+    """Unfinished and failed runs are included, and can be recognized."""
     metrics = load_metrics(tmp_path, factors=["normalization.kind", "seed", "final.val_loss"])
     by_run = metrics.groupby("run_id", sort=False)
     assert list(by_run["run_status"].unique().str[0]) == ["done", "failed", "running"]
@@ -144,7 +144,7 @@ def test_derived_columns_are_their_formulas(tmp_path, make_run):
 
 
 def test_derived_columns_are_missing_where_nothing_was_measured(tmp_path, make_run, row):
-    """A dead layer and a single feature give no number, and no warning of a division."""
+    """A dead layer and a single feature give no number and no warning about a division."""
     record = make_run(tmp_path, steps=())
     store = RunStore(tmp_path, record.run_id)
     dead = dict.fromkeys(["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "js"])
@@ -236,7 +236,7 @@ def test_parts_that_could_not_be_read_are_counted(sweep, tmp_path):
 
 
 def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
-    """One run of a later version does not keep years of others from being read."""
+    """One run of a later version does not prevent reading the others."""
     part = sorted((tmp_path / "sweep" / "b" / "metrics").iterdir())[0]
     table = pq.read_table(part)
     pq.write_table(table.replace_schema_metadata({"nerve_schema_version": "3"}), part)
@@ -249,7 +249,7 @@ def test_metrics_of_a_newer_nerve_are_left_out_and_named(sweep, tmp_path):
 
 
 def test_runs_parse_each_record_once_whatever_is_asked_of_them(sweep, tmp_path, monkeypatch):
-    """And their frames are those of the loaders, each made once."""
+    """And their frames equal those of the loaders, each created once."""
     store = RunStore(tmp_path / "sweep" / "a", sweep[0].run_id)
     spectrum = {"step": 0, "layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [1.0, 0.5]}
     store.append_spectra([spectrum])
@@ -269,8 +269,8 @@ def test_runs_parse_each_record_once_whatever_is_asked_of_them(sweep, tmp_path, 
 
 
 def test_what_is_left_out_is_said_once_at_the_line_that_asked(tmp_path, make_run):
-    """The records' faults where the runs are named, those of rows where they are first asked for,
-    also through what needs them; each at a line of this file."""
+    """Faults of records where the runs are loaded, those of rows on their first access, also if
+    another frame needs them; each at a line of this file."""
     for name, corpus in (("a", "py311"), ("b", "py312"), ("c", "py312")):
         make_run(tmp_path / name, fingerprints={"corpus": corpus})
     (tmp_path / "c" / "run.json").write_text("{")
@@ -297,7 +297,7 @@ def test_no_runs(tmp_path):
 
 
 def test_an_interrupted_compaction_changes_no_frame(tmp_path, make_run):
-    """The compacted part is there and the others too: as if the process died in between."""
+    """Both the compacted part and the others exist, as if the process died in between."""
     record = make_run(tmp_path, steps=(0, 10, 20))
     before = load_metrics(tmp_path)
     folder = tmp_path / "metrics"
@@ -315,7 +315,7 @@ def test_an_interrupted_compaction_changes_no_frame(tmp_path, make_run):
 
 
 def test_a_value_with_the_name_of_a_result_is_a_factor_inside_a_group(tmp_path, make_run):
-    """As the error says, which names a bare one; that of another dataset may be bare."""
+    """As the error says for a bare name; a bare name of another dataset is allowed."""
     for lr in (1e-4, 2e-4):
         make_run(tmp_path / str(lr), {"lr": lr, "optimizer": {"lr": lr}})
     with pytest.raises(ConfigError, match=r'got \'lr\'\. .* config=\{"group": \{"lr": …\}\} gives'):
@@ -325,7 +325,7 @@ def test_a_value_with_the_name_of_a_result_is_a_factor_inside_a_group(tmp_path, 
 
 
 def test_reading_needs_no_torch(tmp_path, make_run):
-    """A report starts at once: torch, Lightning and Hydra stay unimported."""
+    """A report starts immediately: torch, Lightning and Hydra are not imported."""
     make_run(tmp_path)
     code = (
         "import sys; from nerve import load_metrics, RunStore, RunRecord;"
@@ -341,7 +341,7 @@ def test_reading_needs_no_torch(tmp_path, make_run):
 
 
 def test_a_path_that_is_no_unicode_is_escaped(tmp_path, make_run):
-    """Linux allows any bytes in a name, such as those that an archive of another system left."""
+    """Linux allows arbitrary bytes in a name, for example from an archive of another system."""
     directory = tmp_path / os.fsdecode(b"\xe9t\xe9")
     make_run(directory, {"seed": 0, "data": {"path": str(directory)}})
     runs = load_runs(tmp_path)
@@ -373,7 +373,7 @@ def test_two_hundred_runs_load_quickly(tmp_path, make_run, row):
 
 
 def test_runs_of_earlier_versions_share_ids_with_those_of_today(tmp_path, make_run):
-    """Ids are made from what was stored; an infinite value is one in the frame, too."""
+    """Ids are computed from what was stored; an infinite value is also infinite in the frame."""
     config = {"data": {"_target_": "now.here.Data"}, "monitor": {"skip_first": 0}, "clip": math.inf}
     before = {"data": {"_target_": "once.there.Data"}, "monitor": {}, "clip": math.inf}
     for name, values, seed in (("now", config, 1), ("before", before, 1), ("other", before, 2)):
@@ -388,8 +388,8 @@ def test_runs_of_earlier_versions_share_ids_with_those_of_today(tmp_path, make_r
 
 
 def test_runs_read_a_few_at_once_are_as_read_all_at_once(tmp_path, make_run, row, monkeypatch):
-    """Rows in the order of the runs, each with what derives from it and from its own groups; among
-    the runs are one without rows and one with two parts."""
+    """Rows in the order of the runs, each with columns derived from it and from its own groups,
+    including a run without rows and one with two parts."""
     for i in range(5):
         record = make_run(tmp_path / str(i), {"a": f"text {i}"}, steps=() if i == 2 else (0, 10))
         if i == 3:
@@ -409,7 +409,7 @@ def test_runs_read_a_few_at_once_are_as_read_all_at_once(tmp_path, make_run, row
 
 
 def test_texts_are_categories_that_behave_as_texts(sweep, tmp_path):
-    """In what notebooks do with them: groups, merges, comparisons, pivots, sorting."""
+    """In the operations that notebooks use: groups, merges, comparisons, pivots, sorting."""
     metrics = load_metrics(tmp_path, factors=["normalization.kind"])
     texts = metrics.astype(
         {name: object for name, kind in metrics.dtypes.items() if kind == "category"}

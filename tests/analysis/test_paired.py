@@ -1,4 +1,5 @@
-"""Differences of designs paired by seed, against SciPy and by hand, and what pools their error."""
+"""Differences of designs paired by seed, against SciPy and by hand, and over which runs the error
+is pooled."""
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ RNG = np.random.default_rng(0)
 
 
 def specs(losses, pr_post=None, **config):
-    """Seeds 0, 1, … of one design, which end at these losses."""
+    """Seeds 0, 1, … of one design, with these final losses."""
     pr_post = pr_post or [5.0] * len(losses)
     return [
         {
@@ -47,7 +48,7 @@ def test_two_designs_are_scipys_paired_t(tables):
 
 
 def test_two_seeds_of_two_designs_alone_decide_nothing(tables):
-    """However far apart they are: one degree of freedom."""
+    """However far apart they are: there is only one degree of freedom."""
     noise = iter(RNG.normal(size=16) / 100)
     two = [
         specs([4 + drop + next(noise), 4.2 + drop + next(noise)], activation__name=name)
@@ -58,7 +59,7 @@ def test_two_seeds_of_two_designs_alone_decide_nothing(tables):
 
 
 def test_the_error_is_pooled_over_the_designs_of_one_scale(tables):
-    """Those of another d_model have their own, as those of other data."""
+    """Designs of another d_model, or of other data, have their own error."""
     noise = iter(RNG.normal(size=32) / 100)
     designs = [
         specs(
@@ -85,7 +86,7 @@ def test_the_error_is_pooled_over_the_designs_of_one_scale(tables):
 
 
 def test_only_designs_that_differ_in_the_factor_alone_and_share_a_seed(tables):
-    """GELU at width 1, ReLU at 2: no pair. At width 4 there is one; SiLU's seed is another."""
+    """GELU at width 1, ReLU at 2: no pair. At width 4 there is one; SiLU has another seed."""
     silu = [dict(specs([4.4], activation__name="silu", ffn__width=4)[0], seed=7)]
     designs = [
         specs([4.0, 4.1], activation__name="gelu", ffn__width=1),
@@ -99,7 +100,7 @@ def test_only_designs_that_differ_in_the_factor_alone_and_share_a_seed(tables):
 
 
 def test_levels_in_their_order_and_ratios_as_logarithms(tables):
-    """PR_post doubles with the width: a difference of ln 2, whichever the width."""
+    """PR_post doubles with the width: a difference of ln 2 at any width."""
     pr = {width: [width * 10.0, width * 11.0] for width in (1, 2, 4)}
     designs = [specs([4.0, 4.1], pr[width], ffn__width=width) for width in (4, 1, 2)]
     table = compared(tables, designs, "ffn.width", names=["pr_post", "val_loss"])

@@ -1,4 +1,4 @@
-"""Design + seed + error against the pseudoinverse of the whole matrix."""
+"""Design + seed + error against the pseudoinverse of the full matrix."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from nerve.analysis.paired_fit import paired_by_seed
 
 
 def layout(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, designs and seeds of some runs: seeds missing, doubled, or of one design alone."""
+    """Values, designs and seeds of some runs, with missing and repeated seeds, or with a single
+    design."""
     rng = np.random.default_rng(number)
     n = int(rng.integers(3, 30))
     design = rng.integers(0, rng.integers(2, 7), n).astype(str)
@@ -24,7 +25,7 @@ def dense(design: np.ndarray, seed: np.ndarray) -> LeastSquares:
 
 @pytest.mark.parametrize("number", range(40))
 def test_differences_are_those_of_the_pseudoinverse(number):
-    """Effects, intervals, SD and degrees of freedom of all pairs; what is not determined is nan."""
+    """Effects, intervals, SD and degrees of freedom of all pairs; undetermined ones are nan."""
     values, design, seed = layout(number)
     names = np.unique(design)
     one, two = np.triu_indices(len(names), 1)
@@ -42,7 +43,7 @@ def test_differences_are_those_of_the_pseudoinverse(number):
 
 @pytest.mark.parametrize("number", range(10))
 def test_a_weighted_sum_is_that_of_the_pseudoinverse(number):
-    """With seeds left in the error."""
+    """With seeds as part of the error."""
     values, design, seed = layout(number)
     names = np.unique(design)
     weights = np.arange(1.0, len(names) + 1)

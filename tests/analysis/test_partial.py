@@ -1,4 +1,4 @@
-"""Partial correlations against the textbook, and intervals that hold what is true."""
+"""Partial correlations against the textbook, and intervals that contain the true value."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ CLOCK = np.log1p(STEPS)
 
 
 def independent(n_series, n, alike=0.0, seed=0):
-    """Pairs of independent series with AR(1) errors, each beside a clock that both follow."""
+    """Pairs of independent series with AR(1) errors, with a clock that both follow."""
     rng = np.random.default_rng(seed)
     x, y = np.zeros((2, n_series, n + 50))
     for i in range(1, n + 50):
@@ -30,7 +30,7 @@ def independent(n_series, n, alike=0.0, seed=0):
 
 
 def over_steps(x, y, z):
-    """Of series in rows, which are given value by value."""
+    """`partial_over_steps` for series in rows, flattened."""
     n_series, n = x.shape
     codes = np.repeat(np.arange(n_series), n)
     found = partial_over_steps(codes, x.reshape(1, -1), y.ravel(), np.tile(z, n_series), n_series)
@@ -63,8 +63,8 @@ def test_a_pure_clock_has_a_partial_r_of_zero_within_its_interval():
 @pytest.mark.parametrize("n", [8, 20, 40])
 @pytest.mark.parametrize("alike", [0.0, 0.5, 0.8])
 def test_intervals_over_steps_hold_the_truth(n, alike):
-    """In 86 to 98% of 400 pairs of independent series; the nominal 95% are not reached where the
-    errors of neighboring steps are alike, as the docstring says."""
+    """In 86 to 98% of 400 pairs of independent series; autocorrelated errors reduce the coverage
+    below the nominal 95%, as the docstring says."""
     _, low, high = over_steps(*independent(400, n, alike))
     assert 0.86 <= np.mean((low <= 0) & (high >= 0)) <= 0.98
 
@@ -76,7 +76,7 @@ def test_what_is_shared_beside_the_clock_is_found():
 
 
 def test_series_in_any_order_with_gaps_are_those_by_themselves():
-    """Two series value by value in turn, one with missing values, beside one of three points."""
+    """Two interleaved series, one with missing values, and one of three points."""
     x, y, clock = independent(2, 20)
     x[1, 3] = y[1, 7] = np.nan
     codes = np.tile([0, 1], 20)
@@ -96,7 +96,8 @@ def test_series_in_any_order_with_gaps_are_those_by_themselves():
 
 
 def test_what_does_not_vary_but_for_rounding_has_no_partial_r():
-    """A null model: there is nothing that was given. A metric: PR gain of the identity is 1."""
+    """A constant null model: nothing was given. A constant metric: the PR gain of the identity is
+    1."""
     x, y, clock = independent(1, 20)
     ones = 1 + np.tile([0.0, 2e-16, 4e-16, 0.0], 5)
     assert np.isnan(over_steps(x, y, np.zeros(20))).all()
@@ -113,7 +114,8 @@ def test_few_points_have_no_interval():
 
 
 def test_over_runs_seeds_of_a_design_are_drawn_together():
-    """Ten seeds of each of 12 designs: as wide as of 12 designs alone, not of 120 runs."""
+    """With ten seeds of each of 12 designs, as wide as for 12 designs alone, not as for 120
+    runs."""
     rng = np.random.default_rng(3)
     x, y, z = rng.normal(size=(3, 12))
     zeros = np.zeros(12, dtype=int)
@@ -126,7 +128,7 @@ def test_over_runs_seeds_of_a_design_are_drawn_together():
 
 
 def test_intervals_over_runs_hold_the_truth():
-    """Metric and loss both follow the width of 12 designs: 90 to 99% of 200 intervals hold 0."""
+    """Metric and loss both follow the width of 12 designs: 90 to 99% of 200 intervals contain 0."""
     rng = np.random.default_rng(4)
     width = np.arange(1.0, 13.0)
     codes = np.repeat(np.arange(200), 12)
@@ -138,7 +140,7 @@ def test_intervals_over_runs_hold_the_truth():
 
 
 def test_several_metrics_at_once_are_each_by_itself():
-    """Where all have their values, and where one has not."""
+    """With and without missing values in one of them."""
     x, y, clock = independent(6, 30)
     codes, z = np.repeat([0, 1], 30), np.tile(clock, 2)
     several, loss = x.reshape(3, -1), y[:2].ravel()
@@ -151,7 +153,7 @@ def test_several_metrics_at_once_are_each_by_itself():
 
 
 def test_weights_count_what_is_drawn():
-    """Each draw has n values; blocks have neighbors in common; clusters share their counts."""
+    """Each draw has n values; blocks contain consecutive steps; clusters share their counts."""
     weights = block_weights(16)
     assert (weights.sum(axis=1) == 16).all()
     assert ((weights > 0) == (np.roll(weights, 1, axis=1) > 0)).mean() > 0.6

@@ -1,4 +1,5 @@
-"""The error that halves tell of, against samples whose truth is known; ranks against formulas."""
+"""The sampling error estimated from halves, against samples whose true values are known; ranks
+against formulas."""
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,8 @@ def sequences(n: int, correlation: float, seed: int) -> np.ndarray:
 
 
 def metrics_of(x: np.ndarray) -> pd.DataFrame:
-    """The columns of `groups` of each draw's samples `[draws, N, D]`; NumPy's eigenvalues."""
+    """The columns of `groups` for the samples of each draw, `[draws, N, D]`, from NumPy's
+    eigenvalues."""
     centered = x - x.mean(1, keepdims=True)
     covariance = np.einsum("bni,bnj->bij", centered, centered, optimize=True) / (x.shape[1] - 1)
     values = torch.from_numpy(np.linalg.eigvalsh(covariance).clip(0)[:, ::-1].copy())
@@ -38,7 +40,7 @@ def metrics_of(x: np.ndarray) -> pd.DataFrame:
 
 
 def groups_of(x: np.ndarray) -> pd.DataFrame:
-    """Rows of `groups` of all samples and of halves by whole sequences."""
+    """Rows of `groups` for all samples and for halves of whole sequences."""
     parts = {("all", "all"): x, ("halves", "a"): x[:, ::2], ("halves", "b"): x[:, 1::2]}
     place = {"step": 0, "layer": 0, "ffn": "ffn", "site": "post"}
     return pd.concat(
@@ -54,8 +56,8 @@ def truth() -> dict[str, float]:
 
 @pytest.mark.parametrize("correlation", [0.0, 0.7])
 def test_intervals_of_halves_cover_the_truth_and_are_no_wider_than_they_must_be(correlation):
-    """Of independent and of correlated samples: in 90 to 99% of 500 draws, and to each side at
-    most 3 times the standard error that the draws themselves have."""
+    """For independent and correlated samples: in 90 to 99% of 500 draws, and on each side at most 3
+    times the standard error of the draws themselves."""
     groups = groups_of(sequences(24, correlation, seed=1))
     found = sampling_error(groups)
     assert len(found) == DRAWS
@@ -67,7 +69,7 @@ def test_intervals_of_halves_cover_the_truth_and_are_no_wider_than_they_must_be(
 
 
 def test_the_limit_is_nearer_the_truth_than_what_was_measured():
-    """N/D = 16 with correlated samples: the bias is most of the error of PR, and goes."""
+    """N/D = 16 with correlated samples: most of the error of PR is bias, which is removed."""
     found = sampling_error(groups_of(sequences(24, 0.7, seed=2)))
     for name, value in truth().items():
         bias, left = abs(found[name].mean() - value), abs(found[f"{name}_limit"].mean() - value)
@@ -75,8 +77,7 @@ def test_the_limit_is_nearer_the_truth_than_what_was_measured():
 
 
 def test_the_effective_number_of_samples_is_their_number_and_that_of_correlated_ones_smaller():
-    """An AR(1) process has as many as (1 - r²)/(1 + r²) of them for second moments, in long
-    sequences."""
+    """For second moments of long AR(1) sequences, it is the number times (1 - r²)/(1 + r²)."""
     alone = sampling_error(groups_of(sequences(24, 0.0, seed=3)))["n_effective"]
     assert alone.median() == pytest.approx(24 * LENGTH, rel=0.15)
     r = 0.7
@@ -87,7 +88,7 @@ def test_the_effective_number_of_samples_is_their_number_and_that_of_correlated_
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_spreads_are_the_standard_errors_of_many_independent_samples(name):
-    """Over 500 draws of N/D = 16, times √N."""
+    """Over 500 draws with N/D = 16, times √N."""
     values = metrics_of(sequences(24, 0.0, seed=5).reshape(DRAWS, -1, D))
     spread = float(OF_A_GROUP[f"{name}_spread"](torch.from_numpy(TRUE), 1))
     assert values[name].std() * np.sqrt(24 * LENGTH) == pytest.approx(spread, rel=0.12)
@@ -103,8 +104,8 @@ def row(**values: object) -> dict:
     [(9.6, "well"), (8.7, "under"), (6.0, "severely under"), (4.9, "severely under")],
 )
 def test_verdicts_go_by_how_far_halves_say_that_pr_moves(half, expected):
-    """1/PR of all is 0.1: extrapolated it is 0.2 - 1/half, of which 0 and less is no limit. Of pre
-    and post the worse counts."""
+    """1/PR of all samples is 0.1; extrapolated it is 0.2 - 1/half, and values of 0 or less are no
+    limit. The worse of pre and post counts."""
     place = {"run_id": "a", "step": 0, "layer": 0, "ffn": "ffn", "se": 2.0, "eee": 0.5}
     place |= {"variance": 1.0, **{f"{name}_spread": 1.0 for name in SPREAD}}
     groups = pd.DataFrame(
@@ -122,8 +123,8 @@ def test_verdicts_go_by_how_far_halves_say_that_pr_moves(half, expected):
 
 
 def test_ranks_of_each_order_are_those_of_flat_and_of_geometric_spectra():
-    """A flat spectrum has its size at each order; of shares 1/2, 1/4, 1/8, 1/8 they follow by
-    hand."""
+    """A flat spectrum has its size at each order; for shares 1/2, 1/4, 1/8, 1/8 they are computed
+    by hand."""
     frame = pd.DataFrame(
         {"run_id": "a", "eigenvalues": [np.full(7, 3.0), np.array([4.0, 2, 1, 1])]}
     )

@@ -1,4 +1,5 @@
-"""The power law of width: exact ones are found, seeds are not widths, and few widths say so."""
+"""The power law of width: exact ones are recovered, seeds do not count as widths, and few widths
+give no interval."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def of(frame, metric="pr_post"):
 
 
 def test_an_exact_power_law(tables):
-    """PR = 2 · d^.75 and exp(SE) = √PR = √2 · d^.375, without any doubt left."""
+    """PR = 2 · d^.75 and exp(SE) = √PR = √2 · d^.375, with intervals of zero width."""
     points = final_metrics(*tables(*(width(d, 2 * d**0.75) for d in (64, 128, 256, 512))))
     row = of(fit_width_scaling(points))
     assert (row.n, row.n_points, row.d_ff_min, row.d_ff_max) == (4, 4, 64, 512)

@@ -1,4 +1,5 @@
-"""Grouped statistics against SciPy, group by group, and what they say where nothing can be said."""
+"""Grouped statistics against SciPy, group by group, and missing values where nothing can be
+computed."""
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_pearson_and_spearman_are_scipys(groups):
 
 
 def test_ranks_by_hand():
-    """Equal values share their mean rank; each group counts from 1."""
+    """Equal values have their mean rank; each group counts from 1."""
     codes = np.array([1, 0, 1, 0, 1, 1])
     x = np.array([5.0, 2.0, 3.0, 1.0, 5.0, 9.0])
     ranked = Pairs.of(codes, x, -x, 2).ranked()
@@ -82,7 +83,7 @@ def test_what_varies_by_rounding_alone_has_no_r():
     ids=["nothing", "two", "x constant", "y constant", "two left"],
 )
 def test_no_correlation_is_missing(x, y):
-    """Beside a group that has one, which stays as it is."""
+    """Next to a group that has one, which is unchanged."""
     codes = np.array([0] * len(x) + [1] * 3)
     pairs = Pairs.of(codes, np.array([*x, 1, 2, 3.0]), np.array([*y, 3, 2, 1.0]), 2)
     for r in (correlation(pairs), correlation(pairs.ranked())):
@@ -109,7 +110,8 @@ def test_lines_are_scipys(groups):
 
 
 def test_a_line_through_few_points():
-    """One point has no line; two have one without an interval; three on a line have no doubt."""
+    """One point has no line; two have one without an interval; three on a line have an interval of
+    zero width."""
     codes = np.array([0, 1, 1, 2, 2, 2, 3, 3])
     x = np.array([1.0, 1, 2, 1, 2, 3, 7, 7])
     y = np.array([5.0, 1, 3, 3, 5, 7, 1, 2])
@@ -147,6 +149,6 @@ def test_the_spearman_interval_by_hand():
 
 @pytest.mark.parametrize("interval", [pearson_interval, spearman_interval])
 def test_no_interval_is_missing(interval):
-    """For three points, at ±1 and what rounds to it, and for no correlation."""
+    """For three points, at ±1 and what rounds to it, and without a correlation."""
     ends = interval(np.array([0.5, 1.0, -1 + 2e-16, np.nan]), np.array([3, 100, 100, 100]))
     assert np.isnan(ends).all()

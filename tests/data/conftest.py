@@ -10,7 +10,7 @@ from nerve.data.corpus import Corpus, Document
 
 @pytest.fixture(scope="session")
 def make_corpus() -> Callable[[Iterable[str]], Corpus]:
-    """Makes a corpus of texts."""
+    """Makes a corpus from texts."""
 
     def make(texts: Iterable[str]) -> Corpus:
         documents = [Document(f"{i}.txt", text) for i, text in enumerate(texts)]
@@ -21,7 +21,7 @@ def make_corpus() -> Callable[[Iterable[str]], Corpus]:
 
 @pytest.fixture(scope="session")
 def small_texts() -> list[str]:
-    """40 texts of some 450 bytes: words of a small vocabulary, some outside ASCII."""
+    """40 texts of about 450 bytes: words from a small vocabulary, some of them not ASCII."""
     rng = random.Random(0)
     words = ["the", "rank", "of", "a", "matrix", "naïve", "Größe", "λ₁", "≥", "0", "\n", "def", "x"]
     return [" ".join(rng.choices(words, k=100)) for _ in range(40)]

@@ -13,7 +13,7 @@ N_STEPS = 10
 
 
 class Items(BatchDataModule):
-    """Batches of item numbers, with the number of the item as its own label."""
+    """Batches of item numbers, where each item is its own label."""
 
     def __init__(self, n_train_batches: int = N_STEPS) -> None:
         super().__init__(batch_size=4, n_train_batches=n_train_batches, seed=0)
@@ -50,7 +50,7 @@ class Recorder(LightningModule):
 
 
 class SaveEachStep(Callback):
-    """Saves at the end of each step, where `ModelCheckpoint` does."""
+    """Saves at the end of each step, like `ModelCheckpoint`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class SaveEachStep(Callback):
 
 
 class Interrupt(Callback):
-    """Stops the training abruptly at the start of a step."""
+    """Stops training abruptly at the start of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -93,7 +93,7 @@ def fit(folder, *callbacks, ckpt_path=None, n_train_batches=N_STEPS, **values) -
 def test_a_training_resumed_after_step_k_gets_exactly_the_batches_left(
     tmp_path, k, limit_val_batches
 ):
-    """Also from a checkpoint older than the interruption, and with validation in between."""
+    """Also from a checkpoint before the interruption, and with validation in between."""
     values = {"limit_val_batches": limit_val_batches, "val_check_interval": 2}
     whole = fit(tmp_path / "whole", **values)
     assert whole.trained == [items.tolist() for items, _ in Items().train_dataloader()]
@@ -115,7 +115,8 @@ def test_a_finished_training_can_be_made_longer(tmp_path):
 
 
 def test_an_interruption_in_a_step_counts_its_batch_as_consumed(tmp_path):
-    """The stated limit: such a checkpoint has not trained on the batch that it goes on after."""
+    """The documented limit: such a checkpoint has not been trained on the batch after which it
+    resumes."""
     states = []
 
     class Save(Interrupt):

@@ -383,7 +383,7 @@ def key(small_corpus, tmp_path) -> str:
     "name", [".building-0a1b2c3d", ".building-q1w2e3r4", ".damaged-0a1b2c3d", ".damaged-x1y2z3"]
 )
 def test_what_dead_builds_left_is_removed_at_the_next_build(small_corpus, tmp_path, key, name):
-    """Of this version and of those before, of the same entry or another."""
+    """From this and earlier versions, for the same entry or another one."""
     left = leftover(tmp_path / "cache" / name)
     cached_tokens(small_corpus, SPEC, 0.2, tmp_path / "cache")
     assert not left.exists()
@@ -404,7 +404,7 @@ def test_the_build_of_a_living_process_is_left_alone(small_corpus, tmp_path):
 def test_a_lock_that_another_user_made_is_waited_for_all_the_same(
     small_corpus, tmp_path, monkeypatch, key
 ):
-    """It may be opened for reading, which is enough to lock it."""
+    """It can be opened for reading, which is enough to lock it."""
     refused = []
 
     def open_to_read(path, mode="r", **options):

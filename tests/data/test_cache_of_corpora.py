@@ -1,4 +1,4 @@
-"""A corpus whose files are as they were is not read again; whatever changes them is seen."""
+"""A corpus whose files have not changed is not read again, and any change to them is detected."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from nerve.data.tokenizer import TokenizerSpec
 
 @pytest.fixture(autouse=True)
 def _at_rest(monkeypatch):
-    """Files count as settled at once, which takes two seconds else."""
+    """Makes files count as settled immediately, instead of after two seconds."""
     monkeypatch.setattr(cache_module, "SETTLED_AFTER_NS", 0)
 
 
@@ -40,7 +40,7 @@ def cache(tmp_path) -> Path:
 
 
 def corpus_of(files: Path, reads: list[int] | None = None) -> Corpus:
-    """The corpus of a new start; `reads` gets an entry for each time that it is read."""
+    """The corpus of a new start; `reads` gets an entry each time it is read."""
     corpus = text_files(f"{files}/*.txt")
 
     def read():
@@ -56,7 +56,7 @@ def key(files: Path, cache: Path, reads: list[int] | None = None) -> str:
 
 
 def test_the_second_start_opens_none_of_the_files(files, cache, monkeypatch):
-    """Neither to name the corpus nor to open its tokens; and gets the same ones."""
+    """Neither to name the corpus nor to open its tokens, which are the same."""
     first = cached_tokens(corpus_of(files), TokenizerSpec(300), 0.3, cache)
 
     def refuse(*_):
@@ -78,14 +78,15 @@ def _append(file: Path) -> None:
 
 
 def _overwrite(file: Path) -> None:
-    """With as many bytes, and the time of before."""
+    """Overwrites with the same number of bytes, and restores the time."""
     status = file.stat()
     file.write_text(file.read_text().replace("text", "TEXT"))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _replace(file: Path) -> None:
-    """By another of the same size and time, as a copy that keeps times has it."""
+    """Replaces a file by another one of the same size and time, like a copy that preserves
+    times."""
     other = file.with_suffix(".new")
     other.write_text(file.read_text().replace("text", "TEXT"))
     shutil.copystat(file, other)
@@ -121,7 +122,7 @@ def test_what_else_decides_the_documents_is_part_of_the_state(files, cache, monk
 
 
 def test_files_that_changed_just_now_are_read_again(files, cache, monkeypatch):
-    """Within two seconds a second change can have the time of the first."""
+    """Within two seconds, a second change can have the same time as the first."""
     monkeypatch.setattr(cache_module, "SETTLED_AFTER_NS", 3600 * 10**9)
     key(files, cache)
     reads: list[int] = []

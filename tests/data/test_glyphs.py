@@ -21,13 +21,13 @@ def square(low: float, high: float) -> np.ndarray:
 
 
 def drawn(edges: np.ndarray, turn=0.0, across=0.0, down=0.0) -> np.ndarray:
-    """One image, in shares of pixels, of edges turned and shifted by radians and pixels."""
+    """One image, in shares of pixels, of edges rotated by radians and shifted by pixels."""
     unit = np.array([turn / glyphs_module._MAX_TURN, across / 5, down / 5])
     return glyphs_module._drawn(edges, unit[:, None])[0] / 255
 
 
 def test_a_pixel_is_the_share_of_it_that_the_shape_covers():
-    """A square from 4.5 to 8.25 pixels off the middle; scan lines see quarters of a pixel."""
+    """A square from 4.5 to 8.25 pixels from the center; scan lines resolve quarters of a pixel."""
     image = drawn(square(4.5, 8.25))
     edge = np.zeros(SIZE)
     edge[20], edge[21:24], edge[24] = 0.5, 1, 0.25
@@ -73,14 +73,14 @@ def test_no_font_and_no_image_is_in_both_splits(splits):
 
 
 def test_the_images_are_the_same_on_every_machine(splits):
-    """Whatever the version of matplotlib, whose drawing has no part in them."""
+    """Independent of matplotlib's version, which does not draw them."""
     total = hashlib.sha256(b"".join(split.images.tobytes() for split in splits))
     assert total.hexdigest()[:16] == AS_DRAWN
 
 
 def test_the_task_has_no_ceiling(splits):
-    """A linear classifier by least squares is far from right on fonts that it has not seen, and
-    far from chance, 1 in 52."""
+    """A linear least-squares classifier is far from perfect on unseen fonts, and far above chance,
+    1 in 52."""
     (train, labels), (test, answers) = splits
     features = np.linalg.qr(np.random.Generator(np.random.PCG64(0)).normal(size=(1024, 200)))[0]
     seen, unseen = (split.reshape(len(split), -1) @ features for split in (train, test))

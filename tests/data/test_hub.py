@@ -13,7 +13,7 @@ ROWS = [{"content": f"row {i}", "id": i} for i in range(5)]
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
-    """Puts a `datasets` in place that serves `ROWS` and records how it is called."""
+    """Replaces `datasets` by a module that serves `ROWS` and records how it is called."""
     calls = []
 
     def load_dataset(path, name=None, *, split=None, revision=None, streaming=False):
@@ -52,7 +52,7 @@ def test_the_request_names_the_contents_and_each_argument_changes_it(calls):
 
 
 def test_the_cache_of_a_folder_follows_its_files(calls, monkeypatch, tmp_path):
-    """Its rows name it, not the path, which another working directory may have as well."""
+    """Its rows identify it, not the path, which may also exist in another working directory."""
     keys = []
     for content in ("alpha", "omega"):
         rows = [{"text": f"{content} {i}"} for i in range(3)]

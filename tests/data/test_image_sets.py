@@ -14,7 +14,7 @@ from nerve.errors import ConfigError, DataError
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes byte and text strings as Python 2 did, with which CIFAR-100 was made."""
+    """Writes byte and text strings like Python 2, with which CIFAR-100 was pickled."""
 
     def save_string(self, string):
         data = string.encode() if isinstance(string, str) else string
@@ -70,7 +70,7 @@ def test_digits_are_held_out_class_by_class_every_fifth():
 
 
 def test_digits_keep_every_image_with_its_label():
-    """Against scikit-learn's own arrays, as sets of (image, label)."""
+    """Compared with scikit-learn's own arrays, as sets of (image, label)."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

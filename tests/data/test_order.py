@@ -30,7 +30,7 @@ def test_epochs_and_seeds_give_different_permutations():
 
 
 def test_a_batch_is_a_function_of_seed_and_index_alone():
-    """Neither the batches asked for before, nor NumPy's global state, change it."""
+    """Neither the batches requested before nor NumPy's global state changes it."""
     expected = [ShuffledOrder(11, 4, seed=5).indices(i) for i in range(20)]
     order = ShuffledOrder(11, 4, seed=5)
     for i in [19, 0, 7, 7, 3, 18, *range(20)]:
@@ -46,7 +46,7 @@ def test_drawing_leaves_the_global_random_state_alone():
 
 
 def test_the_order_is_the_same_with_every_version_of_numpy():
-    """Pinned: a change would make runs of different versions incomparable."""
+    """Pinned, because a change would make runs of different versions incomparable."""
     assert ShuffledOrder(8, 8, seed=42).indices(0).tolist() == [0, 1, 4, 2, 6, 5, 7, 3]
 
 

@@ -1,4 +1,4 @@
-"""Documents become full sequences: every token once, in an order that nothing else decides."""
+"""Documents become full sequences: every token once, in an order that depends on nothing else."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ END = 99
 
 
 class Letters:
-    """A token a letter, by its place in the alphabet."""
+    """One token per letter, its position in the alphabet."""
 
     def __init__(self, before: Sequence[int] = (), after: Sequence[int] = (), **ends: Any) -> None:
         self._before, self._after = [*before], [*after]
@@ -39,7 +39,7 @@ def corpus(*texts: str) -> Corpus:
 
 
 def in_order(*texts: str) -> list[str]:
-    """By the second half of their digests, as the sample is drawn."""
+    """In the order of the second half of their digests, in which the sample is drawn."""
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest()[16:])
 
 
@@ -47,7 +47,8 @@ TEXTS = ("abc", "de", "fghij", "klmn", "de")
 
 
 def test_documents_are_laid_end_to_end_each_with_its_end():
-    """All tokens of all documents, copies once; the last that do not fill a sequence are left."""
+    """All tokens of all documents, duplicates once; the last tokens that do not fill a sequence are
+    dropped."""
     packed = pack(corpus(*TEXTS), Letters(), seq_len=6, n_sequences=3)
     stream = [t for text in in_order(*TEXTS) for t in [*(ord(c) - 97 for c in text), END]]
     assert packed.sequences.tolist() == np.array(stream[:18]).reshape(3, 6).tolist()
@@ -56,7 +57,7 @@ def test_documents_are_laid_end_to_end_each_with_its_end():
 
 
 def test_the_unigram_loss_is_the_entropy_of_what_is_predicted():
-    """Of three a, two b and an end among the targets: ln 6 - (3 ln 3 + 2 ln 2) / 6."""
+    """The targets are three a, two b and one end token: ln 6 - (3 ln 3 + 2 ln 2) / 6."""
     packed = pack(corpus("aaaabb"), Letters(), seq_len=7, n_sequences=1)
     expected = np.log(6) - (3 * np.log(3) + 2 * np.log(2)) / 6
     assert packed.unigram_loss == pytest.approx(expected, rel=1e-12)
@@ -81,7 +82,7 @@ def test_the_order_of_the_documents_does_not_matter_but_their_texts_do():
 
 
 def test_more_documents_are_read_where_a_first_sample_does_not_do():
-    """Six bytes a token are not enough where a token is ten letters."""
+    """Six bytes per token are not enough if a token is ten letters."""
 
     class Tens(Letters):
         def __call__(self, text: str, **how: Any) -> Any:
@@ -100,8 +101,8 @@ def test_text_that_is_too_short_is_said_with_what_there_is(ends, n):
 
 @pytest.mark.parametrize(("unknown", "fails"), [(3, True), (1, False), (END, False), (None, False)])
 def test_a_tokenizer_must_know_three_quarters_of_the_text(unknown, fails):
-    """Of "bddd" three letters in four are token 3. A tokenizer whose unknown token is its end of
-    text, as GPT-2's is, knows all."""
+    """In "bddd", three of four letters are token 3. A tokenizer whose unknown token is its end of
+    text, like GPT-2's, knows every text."""
     texts = corpus("bddd", "dbdd")
     tokenizer = Letters(unk_token_id=unknown)
     if fails:

@@ -17,7 +17,7 @@ def _often(monkeypatch, caplog):
 
 
 def until(caplog, message: str) -> None:
-    """Waits until it is said: when the thread comes to it is the machine's to decide."""
+    """Waits for a message, because the machine determines when the thread runs."""
     for _ in range(5_000):
         if message in caplog.messages:
             return
@@ -78,7 +78,7 @@ def test_each_long_part_of_a_build_says_how_far_it_is(make_corpus, tmp_path, cap
 
 
 def test_the_merges_of_a_tokenizer_are_not_silent(caplog):
-    """They are made in one call, during which only a thread can say anything."""
+    """They are computed in one call, during which only a thread can log."""
     TokenizerSpec(2000).build(["".join(map(chr, range(200, 9000))) * 3])
     said = [message for message in caplog.messages if message.startswith("training the tokenizer")]
     assert len(said) > 2

@@ -26,7 +26,7 @@ VALUES = {
 
 @pytest.fixture
 def make(small_corpus, tmp_path):
-    """Makes a module that is set up, of the small corpus unless told."""
+    """Makes a module that is set up, by default with the small corpus."""
 
     def make(corpus=small_corpus, **changes):
         module = TextDataModule(corpus, cache_dir=tmp_path, **(VALUES | changes))
@@ -120,7 +120,8 @@ def test_held_out_windows_are_spread_evenly_over_the_validation_stream(make, tok
 
 
 def test_held_out_bytes_are_those_of_the_decoded_targets(make, tokens):
-    """With the whole validation split held out, all its bytes but the first token's count."""
+    """With the whole validation split held out, all its bytes count except those of the first
+    token."""
     module = make(seq_len=1, n_heldout_tokens=len(tokens.val) - 1)
     text = tokens.tokenizer.decode(tokens.val.all()[1:].tolist(), skip_special_tokens=True)
     assert module.n_heldout_bytes == len(text.encode())
@@ -199,7 +200,7 @@ def test_a_vocabulary_below_257_is_an_error(small_corpus):
 def test_a_split_shorter_than_a_window_is_an_error_that_names_both_lengths(
     make, make_corpus, split, pick
 ):
-    """The document with the smallest digest is held out: pick a short one before or after."""
+    """The document with the smallest digest is held out: pick a short one before or after it."""
     short = pick("abcdefgh", key=lambda text: hashlib.sha256(text.encode()).digest())
     with pytest.raises(DataError, match=rf"The {split} split .*17 tokens; .* has 2\. Lower"):
         make(make_corpus([short, "x" * 900]), val_fraction=0.001, vocab_size=257)
@@ -262,8 +263,8 @@ def test_tokens_that_changed_behind_the_files_time_are_refused_when_used_and_the
 def test_one_document_that_is_most_of_the_validation_split_is_warned_of_at_every_start(
     make, make_corpus, monkeypatch, caplog, sizes, share
 ):
-    """The validation split is made by size here: large documents first. One of less than 64 kB,
-    as all parts are of a text that was cut, is not meant."""
+    """The validation split is chosen by size here, large documents first. Documents below 64 kB,
+    like the parts of a text that was cut, cause no warning."""
     texts = [f"{i} " + "word " * 100 * size for i, size in enumerate(sizes)]
     corpus = make_corpus(texts)
     largest = sizes.index(max(sizes))

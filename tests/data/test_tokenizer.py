@@ -156,7 +156,7 @@ def test_a_path_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, star
 
 
 def renamed(tokenizer: Tokenizer, token: str, path: Path) -> Path:
-    """A file of `tokenizer` with another token in the place of its separator."""
+    """A file of `tokenizer` with another token in place of its separator."""
     path.write_text(tokenizer.to_str().replace(SEPARATORS[0], token), encoding="utf-8")
     return path
 

@@ -1,4 +1,4 @@
-"""Causal self-attention against one that is written out with an explicit softmax."""
+"""Causal self-attention against an implementation with an explicit softmax."""
 
 import math
 

@@ -55,7 +55,7 @@ def n_parameters(model: torch.nn.Module) -> int:
 
 
 def closed_form(values: dict[str, Any], vocab_size: int) -> int:
-    """Parameters of a GPT, counted on paper."""
+    """The number of parameters of a GPT, derived on paper."""
     model, ffn = values["model"], values["ffn"]
     d, n_layers = model["d_model"], model["n_layers"]
     d_ff = ffn["d_ff"] or ffn["width"] * d
@@ -126,7 +126,8 @@ def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
 def test_a_skeleton_has_the_parameters_of_the_whole_network(
     base: dict, group: str, changed: dict, n_layers: int
 ) -> None:
-    """Each shape in each role as often as there, whatever layers share, and the same FFNs."""
+    """Each shape in each role as often as in the network, whatever layers share, and the same
+    FFNs."""
     values = {**deepcopy(base), group: {**base[group], **changed}}
     values["model"]["n_layers"] = n_layers
     design = model_design(values, **({"vocab_size": 11} if base is GPT_VALUES else IMAGES))
@@ -150,7 +151,7 @@ def test_a_skeleton_has_the_parameters_of_the_whole_network(
 
 
 def test_a_skeleton_of_layers_with_two_placements_is_that_of_one() -> None:
-    """Norms have the same parameters on either side; the number of PostLN layers is checked."""
+    """Norms have the same parameters in both placements; the number of PostLN layers is checked."""
     values = deepcopy(GPT_VALUES)
     values["model"]["n_layers"] = 7
     plain = Skeleton.of(model_design(values, vocab_size=11))
@@ -175,7 +176,7 @@ def test_the_command_line_beats_the_factors_of_a_preset() -> None:
 
 
 def test_every_option_of_every_factor_builds() -> None:
-    """The groups are gone through side by side, the shorter ones over again."""
+    """The groups are cycled through in parallel, repeating the shorter ones."""
     groups = ("normalization", "activation", "position", "ffn")
     options = {group: [file.stem for file in (CONF / group).glob("*.yaml")] for group in groups}
     for i in range(max(len(names) for names in options.values())):

@@ -1,4 +1,4 @@
-"""The GPT: causality, wiring, factors in every combination, and what may not be combined."""
+"""The GPT: causality, wiring, factors in every combination, and invalid combinations."""
 
 from dataclasses import replace
 from itertools import product
@@ -35,7 +35,8 @@ def some_tokens(config: GPTConfig = TINY, batch: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_logits_depend_on_the_past_and_the_present_alone(position: str) -> None:
-    """Gradients of the logits at t with respect to the embeddings: exactly 0 after t, not at t."""
+    """Gradients of the logits at t with respect to the embeddings are exactly 0 after t, but not at
+    t."""
     model = GPT(replace(TINY, position=Position(position), init_std=0.5))
     embedded: list[Tensor] = []
     model.embedding.register_forward_hook(
@@ -169,7 +170,7 @@ def test_residual_outputs_start_smaller_by_the_root_of_twice_the_depth() -> None
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_initial_weights_come_from_the_seed_alone(constraint: str) -> None:
-    """Whatever the global state is, which is left as it was."""
+    """Whatever the global random state is, which does not change."""
     config = replace(TINY, ffn=FFNDesign(constraint=constraint, gated=True))
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -202,7 +203,8 @@ def test_factors_leave_the_initial_weights_of_shared_layers_alone() -> None:
 
 
 def test_spectral_norm_holds_while_a_gpt_trains() -> None:
-    """20 AdamW steps at lr 3e-3 from the start: σ within 5% in every forward, 1e-4 at the end."""
+    """20 AdamW steps at lr 3e-3 from the start: σ is within 5% in every forward pass, 1e-4 at the
+    end."""
     config = GPTConfig(
         n_layers=2,
         d_model=128,

@@ -1,4 +1,4 @@
-"""The MLP-Mixer against one written out by hand, its two FFNs, and what it refuses."""
+"""The MLP-Mixer against one written out by hand, its two FFNs, and invalid values."""
 
 from dataclasses import replace
 

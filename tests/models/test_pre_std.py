@@ -1,4 +1,4 @@
-"""`model.pre_std`: what the pre-activations are after the scaling, and what the scaling leaves."""
+"""`model.pre_std`: the pre-activations after the scaling, and what the scaling leaves unchanged."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,13 +33,14 @@ def some_tokens() -> Tensor:
 
 
 def standardized(x: Tensor) -> Tensor:
-    """A LayerNorm as it is built, written out."""
+    """A newly built LayerNorm, written out."""
     centered = x - x.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
 def by_hand(model: GPT, tokens: Tensor, std: float) -> dict[str, float]:
-    """The factors from a forward pass in float64, written out on copies of the initial weights."""
+    """The factors from a forward pass in float64, written out with copies of the initial
+    weights."""
     weights = {name: value.double() for name, value in model.state_dict().items()}
     norm: Callable[[Tensor], Tensor] = (
         (lambda x: x) if model.config.normalization.kind == "none" else standardized
@@ -141,7 +142,7 @@ def test_modes_hooks_and_the_random_state_are_as_before_and_dropout_is_off() -> 
 
 
 def test_the_head_is_not_run() -> None:
-    """Its logits of a whole batch would be by far the largest tensor of the pass."""
+    """Its logits for a whole batch would be by far the largest tensor of the pass."""
     model = GPT(TINY)
     model.head.register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
     assert len(scale_pre(model, some_tokens(), 1.0)) == 3

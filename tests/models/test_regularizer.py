@@ -1,4 +1,4 @@
-"""The spectral regularizer: which features it takes of a forward pass, and what it refuses."""
+"""The spectral regularizer: the features that it takes from a forward pass, and invalid values."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The spectral regularizer in two processes: each one's term is that of its own micro-batch."""
+"""The spectral regularizer in two processes: each process has the term of its own micro-batch."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def in_processes(rank: int, directory: str) -> None:
 
 
 def test_the_gradient_of_two_processes_is_the_mean_of_those_of_their_own_batches(tmp_path):
-    """Not that of the two batches together: log PR of all tokens is another number."""
+    """Not that of both batches together, because log PR of all tokens is another number."""
     together(in_processes, 2, tmp_path)
     expected = []
     for rank in (0, 1):

@@ -63,7 +63,7 @@ def test_a_shared_slope_is_one_parameter_in_modules_of_their_own() -> None:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("alpha", [0, 0.25, 1])
 def test_an_interpolation_lies_between_the_identity_and_its_base(base: str, alpha: float) -> None:
-    """At both ends to the last bit, so that these runs are those of the identity and the base."""
+    """Bit for bit at both ends, so these runs equal those of the identity and the base."""
     x = torch.linspace(-5, 5, 101)
     (act,) = Activation("interpolated", base=base, alpha=alpha).build(1)
     (whole,) = Activation(base).build(1)

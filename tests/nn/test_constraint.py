@@ -1,4 +1,4 @@
-"""The constraints hold at the start and while an optimizer moves what they are made of."""
+"""The constraints hold initially and while an optimizer updates their parameters."""
 
 import copy
 from collections import Counter
@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 
 def train(linear: nn.Linear) -> Iterator[None]:
-    """20 AdamW steps, fast enough to turn the initial weights over; yields after each."""
+    """20 AdamW steps, fast enough to replace the initial weights; yields after each."""
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(linear.in_features, linear.out_features, generator=generator)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=3e-3)
@@ -59,7 +59,7 @@ def train(linear: nn.Linear) -> Iterator[None]:
 
 
 def largest_singular_value(linear: nn.Linear) -> float:
-    """Of the weight as evaluation mode gives it, which does not iterate."""
+    """Of the weight in evaluation mode, in which it does not iterate."""
     linear.eval()
     value = torch.linalg.matrix_norm(linear.weight.detach().double(), 2).item()
     linear.train()
@@ -68,7 +68,7 @@ def largest_singular_value(linear: nn.Linear) -> float:
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_on_the_meta_device_there_are_shapes_and_nothing_is_computed(constraint: str) -> None:
-    """Which become the same layer where memory and a state are given to them."""
+    """These become the same layer when they are given memory and a state."""
     linear = nn.Linear(D_IN, D_OUT, device="meta")
     with Operators() as run:
         constrain(linear, constraint)
@@ -117,8 +117,8 @@ def test_the_largest_singular_value_is_1_at_the_start(shape: tuple[int, int]) ->
 
 
 def test_the_iterations_a_step_keep_the_largest_singular_value_near_1() -> None:
-    """Without a leading direction, the hardest task: off by 6% (6 to 9% for 12 draws of the bias
-    that a layer begins with), with torch's default by 41%."""
+    """Without a leading direction, which is the hardest case: off by 6% (6 to 9% for 12 draws of a
+    layer's initial bias), with torch's default by 41%."""
     torch.manual_seed(1)
     linears = {"ours": constrained("spectral_norm", drawn())}
     linears["default"] = parametrizations.spectral_norm(nn.Linear(D_IN, D_OUT))
@@ -157,7 +157,7 @@ def network(d: int = 6, hidden: int = 10) -> nn.Sequential:
 
 
 def steps(model: nn.Module, n: int = 3) -> list[Tensor]:
-    """Outputs of as many steps of SGD, and all parameters and buffers after them."""
+    """The outputs of `n` steps of SGD, and all parameters and buffers after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -219,7 +219,7 @@ def test_the_next_read_in_training_iterates_again_and_evaluation_never_does() ->
 
 
 class Products(TorchDispatchMode):
-    """Counts products by the operator."""
+    """Counts products by operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ def test_autocast_does_not_round_the_largest_singular_value() -> None:
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_a_network_without_values_has_its_shapes(constraint: str) -> None:
-    """As a plan looks at it before there is a device."""
+    """As a plan sees it before there is a device."""
     with torch.device("meta"):
         model = nn.Sequential(constrain(nn.Linear(D_IN, D_OUT), constraint))
         iterate_together(model)

@@ -1,4 +1,4 @@
-"""The feed-forward network against einsums, its exact width, and what it tells a probe."""
+"""The feed-forward network against einsums, its exact width, and the attributes for a probe."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_gated_multiplies_the_activated_gate_by_up() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_pre_gives_and_post_takes_the_features(gated: bool) -> None:
-    """Hooked as a probe does: the output of `pre` is u or g, the input of `post` is h."""
+    """With hooks like those of a probe: the output of `pre` is u or g, the input of `post` is h."""
     torch.manual_seed(0)
     ffn = FeedForward(6, 10, nn.ReLU(), gated=gated, layer=3, name="channel_mixing")
     assert (ffn.layer, ffn.name) == (3, "channel_mixing")

@@ -1,4 +1,4 @@
-"""The normalization factor: the norms' formulas, the placements, the combinations it refuses."""
+"""The normalization factor: the norms' formulas, the placements, and invalid combinations."""
 
 import numpy as np
 import pytest

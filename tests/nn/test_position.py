@@ -54,7 +54,7 @@ def test_rope_is_the_multiplication_of_feature_pairs_by_a_phase() -> None:
 
 
 def test_rope_scores_depend_on_the_distance_alone() -> None:
-    """One query and one key at all positions: the scores are constant along each diagonal."""
+    """The same query and key at all positions: the scores are constant along each diagonal."""
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 16, generator=generator).double()
     queries, keys = RotaryPosition(seq_len=24, d_head=16, theta=10_000.0).rotate(

@@ -1,4 +1,4 @@
-"""The wirings of a block against their formulas, and what each does to the stream."""
+"""The wirings of a block against their formulas, and their effect on the residual stream."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Roles by name and owner, claims that are total and exclusive, and the groups that result."""
+"""Roles by name and owner, claims that are complete and exclusive, and the resulting groups."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ class Slope(nn.Module):
 
 
 class Network(nn.Module):
-    """One of each kind of parameter; shapes are alike on purpose, so that they tell nothing."""
+    """One parameter of each kind; shapes are equal on purpose, so that they reveal nothing."""
 
     def __init__(self, tied=False):
         super().__init__()
@@ -153,7 +153,7 @@ def test_a_parameter_claimed_twice_is_named_with_its_parts(parts):
 
 
 def test_a_part_with_nothing_to_update_is_refused():
-    """Muon on a model without a hidden matrix fails before training, by its part's name."""
+    """Muon on a model without a hidden matrix fails before training; the error names its part."""
     model = nn.Sequential(nn.Embedding(4, 4))
     parts = {"matrices": Part(("hidden",), MUON), "rest": Part(ALL_ROLES[1:], ADAMW)}
     with pytest.raises(

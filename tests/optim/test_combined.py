@@ -1,4 +1,4 @@
-"""The parts together do exactly what they do alone, and pass for one optimizer everywhere."""
+"""The parts together do exactly what they do alone, and act as one optimizer everywhere."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def assert_same_weights(first, second):
 
 
 def through_a_file(value):
-    """Saved and loaded as a checkpoint is, refusing everything but tensors and plain values."""
+    """Saved and loaded like a checkpoint, which rejects everything but tensors and plain values."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -144,7 +144,7 @@ def test_state_reads_and_writes_the_parts():
 
 @pytest.mark.parametrize("n_before", [0, 1, 5])
 def test_resuming_from_a_checkpoint_continues_bit_identically(n_before):
-    """Weights, state and the scheduler's rates; also from before the first step."""
+    """Weights, state and the scheduler's learning rates; also from before the first step."""
     whole, interrupted = make_model(), make_model()
     optimizers = {}
     for model in (whole, interrupted):
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_other_parts_is_refused(saved):
     "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
 )
 def test_a_copy_goes_on_alone(duplicate):
-    """Copied with its model, as a process that is spawned gets it."""
+    """Copied with its model, like for a spawned process."""
     model = make_model()
     combined = make_optimizer(model)
     train(model, combined.step, batches()[:2])
@@ -209,7 +209,7 @@ def test_parts_may_not_share_a_parameter():
 
 
 def test_gradient_scaling_skips_a_step_that_overflows():
-    """AMP's scaler unscales the parts' gradients, and steps none where one is infinite."""
+    """AMP's scaler unscales the parts' gradients, and skips the step of all if one is infinite."""
     scaled, plain = make_model(), make_model()
     optimizer, scaler = make_optimizer(scaled), torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(loss_of(scaled, batches()[0])).backward()
@@ -258,7 +258,7 @@ def fit(directory, max_steps, resume=None):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning's own
 def test_lightning_trains_clips_and_resumes_as_a_plain_loop_does(tmp_path):
-    """Automatic optimization on one batch against a plain loop, and interrupted after 3 of 8."""
+    """Automatic optimization on one batch against a plain loop, interrupted after 3 of 8 steps."""
     _, whole = fit(tmp_path, N_STEPS)
     plain = make_model()
     optimizer = make_optimizer(plain)

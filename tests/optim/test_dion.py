@@ -25,7 +25,8 @@ def with_singular_values(values, n_out, n_in):
 
 
 def updates_of(gradients, **options):
-    """The weight's change at each step, over the learning rate, from a weight of zero."""
+    """The weight's change at each step divided by the learning rate, starting from a weight of
+    zero."""
     weight = nn.Parameter(torch.zeros_like(gradients[0]))
     optimizer = Dion([weight], lr=1.0, weight_decay=0.0, **options)
     changes = []
@@ -39,7 +40,7 @@ def updates_of(gradients, **options):
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 5)])
 def test_steps_follow_the_definition_with_error_feedback(shape):
-    """Five steps in float64 with decay, by Gram-Schmidt columns and a loop a column of V."""
+    """Five steps in float64 with decay, using Gram-Schmidt and a loop over the columns of V."""
     lr, momentum, decay = 0.1, 0.9, 0.05
     n_out, n_in = shape
     start = matrix(*shape, seed=3)
@@ -67,7 +68,7 @@ def test_steps_follow_the_definition_with_error_feedback(shape):
 
 
 def test_error_feedback_keeps_what_the_update_left_out():
-    """What P spans decays by μ, what it does not stays whole: M = μ P Pᵀ B + (I - P Pᵀ) B."""
+    """The part spanned by P decays by μ, the rest is kept: M = μ P Pᵀ B + (I - P Pᵀ) B."""
     buffer = matrix(7, 5)
     left, unscaled, _ = power_iteration(buffer, matrix(5, 2, seed=1))
     kept = buffer - 0.1 * left @ unscaled.T
@@ -88,7 +89,8 @@ def test_at_full_rank_the_buffer_is_plain_momentum(shape):
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_at_full_rank_a_repeated_gradient_converges_to_its_polar_factor(shape):
-    """Singular values 8, 4, 2, 1: the error falls by 1/4 a step, the first update is not there."""
+    """Singular values 8, 4, 2, 1: the error falls by 1/4 per step; the first update is not yet
+    converged."""
     gradient = with_singular_values([8.0, 4.0, 2.0, 1.0], *shape)
     changes, _ = updates_of([gradient] * 30, momentum=0.9, rank_fraction=1.0)
     polar, _ = scipy.linalg.polar(gradient.numpy())
@@ -100,7 +102,7 @@ def test_at_full_rank_a_repeated_gradient_converges_to_its_polar_factor(shape):
 
 
 def test_below_full_rank_a_repeated_gradient_takes_its_leading_directions():
-    """Rank 2 of 4, μ so near 1 that B keeps its direction: U₂ V₂ᵀ of the truncated SVD."""
+    """Rank 2 of 4, with μ so close to 1 that B keeps its direction: U₂ V₂ᵀ of the truncated SVD."""
     gradient = with_singular_values([8.0, 4.0, 0.2, 0.1], 5, 4)
     changes, _ = updates_of([gradient] * 20, momentum=1 - 1e-12, rank_fraction=0.5)
     left, _, right = np.linalg.svd(gradient.numpy())
@@ -126,7 +128,7 @@ def test_the_update_does_not_depend_on_the_gradients_scale(scale):
 
 
 def test_a_gradient_below_the_rank_moves_only_its_own_direction():
-    """Rank 1 at r = 4: the three columns of R that are rounding add nothing to u vᵀ."""
+    """Rank 1 with r = 4: the three columns of R that are rounding add nothing to u vᵀ."""
     gradient = with_singular_values([1e-3], 6, 6).float()
     changes, state = updates_of([gradient] * 3, rank_fraction=4 / 6)
     polar = gradient.numpy() / np.linalg.norm(gradient.numpy())
@@ -136,7 +138,7 @@ def test_a_gradient_below_the_rank_moves_only_its_own_direction():
 
 
 def test_a_zero_gradient_moves_nothing_and_the_next_one_is_seen():
-    """Also where the next gradient avoids the first outputs, as with dead neurons."""
+    """Also if the next gradient avoids the first outputs, as with dead neurons."""
     gradient = torch.zeros(6, 4, dtype=torch.float64)
     gradient[4:] = matrix(2, 4)
     changes, _ = updates_of([torch.zeros_like(gradient), gradient], rank_fraction=0.5)
@@ -169,7 +171,8 @@ def test_the_state_holds_the_momentum_and_one_thin_factor(shape, fraction, rank)
 
 
 def test_no_global_random_state_is_used_and_runs_repeat():
-    """Equal matrices at two places start from different factors; a second run from the same."""
+    """Equal matrices at two positions start from different factors; a second run from the same
+    ones."""
     gradient = matrix(6, 4, dtype=torch.float32)
     results = []
     for seed in (0, 1):
@@ -214,7 +217,8 @@ def test_a_checkpoint_continues_bit_identically_at_full_precision(dtype):
 
 
 def test_a_weight_without_gradient_is_left_alone():
-    """No decay and no state; and its place still counts for the start of those after it."""
+    """No decay and no state; its index still counts for the initialization of the weights after
+    it."""
     idle, weight = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
     optimizer = Dion([idle, weight], weight_decay=0.5)
     weight.grad = matrix(4, 3, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Muon, batched: the updates of torch's, its state, and fewer products."""
+"""Batched Muon: the updates and state of torch's Muon, and fewer products."""
 
 import copy
 from collections import Counter
@@ -60,7 +60,7 @@ def test_it_goes_on_from_the_state_of_torch():
 
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4)])
 def test_orthogonalizing_applies_the_polynomial_to_singular_values(shape):
-    """Independent: by an SVD in NumPy."""
+    """Checked independently with an SVD in NumPy."""
     matrices = np.random.default_rng(0).normal(size=(5, *shape))
     found = orthogonalized(torch.from_numpy(matrices), COEFFICIENTS, 5, 1e-7)
     a, b, c = COEFFICIENTS

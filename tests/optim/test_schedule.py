@@ -1,4 +1,4 @@
-"""Multipliers in closed form, their limits, and what a scheduler makes of them."""
+"""Multipliers in closed form, their limits, and how a scheduler applies them."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_without_warmup_the_first_update_has_the_full_rate():
 
 
 def test_linear_in_closed_form():
-    """Five steps without warm-up: 1 - s/5, and `final` only where a sixth would be."""
+    """Five steps without warm-up: 1 - s/5; `final` would only be reached at a sixth step."""
     schedule = Schedule("linear")
     assert multipliers(schedule, 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], abs=1e-15)
     assert schedule.multiplier(5, 5) == 0.0
@@ -62,7 +62,7 @@ def test_constant_holds_one_until_its_cooldown():
 
 
 def test_a_cooldown_that_rounds_into_the_warmup_begins_after_it():
-    """Halves of three steps both round to two; the warm-up has them."""
+    """Halves of three steps both round to two; the warm-up takes precedence."""
     assert multipliers(Schedule("constant", warmup=0.5, cooldown=0.5), 3) == [0.5, 1.0, 1.0]
 
 
@@ -81,7 +81,8 @@ SCHEDULES = [
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 7, 400])
 def test_range_and_shape_whatever_the_number_of_steps(schedule, n_steps):
-    """Rises, then falls, within (0, 1]: no update is lost; past the end it is `final`."""
+    """Rises, then falls, within (0, 1]: no update has a rate of zero; after the end it is
+    `final`."""
     values = multipliers(schedule, n_steps)
     peak = values.index(max(values))
     assert values[: peak + 1] == sorted(values[: peak + 1])
@@ -100,7 +101,7 @@ def test_last_update_is_one_step_above_final(schedule):
 
 
 def test_scheduler_sets_the_rate_of_the_update_before_it_runs():
-    """Update s runs at base · multiplier(s), in every group by its own base rate."""
+    """Update s runs at base · multiplier(s), in every group with its own base learning rate."""
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD(
         [{"params": [weights[0]], "lr": 2.0}, {"params": [weights[1]], "lr": 0.5}]

@@ -1,4 +1,4 @@
-"""Where parameters are sharded over processes, an optimizer trains the network of one device."""
+"""With parameters sharded over processes, an optimizer trains the same network as on one device."""
 
 import json
 import os
@@ -25,7 +25,7 @@ STEPS = 6
 
 
 def curve(values: dict[str, Any], rank: int, n: int, shard: Any) -> list[float]:
-    """The loss of each step, over all processes; each takes its part of every batch."""
+    """The loss of each step over all processes, each of which takes its part of every batch."""
     torch.set_default_dtype(torch.float64)
     model = build_model(values, seed=0, vocab_size=50).double()
     sharded = shard(model) or model
@@ -47,7 +47,7 @@ def curve(values: dict[str, Any], rank: int, n: int, shard: Any) -> list[float]:
 
 
 def values_of(optimizer: str) -> dict[str, Any]:
-    """A large weight decay: one that is left out shows in the second step."""
+    """Uses a large weight decay, whose omission would show in the second step."""
     return resolved(
         composed(
             "logger=none",

@@ -1,4 +1,4 @@
-"""The optimizers of pytorch-optimizer do what their papers say, step by step in NumPy (float64)."""
+"""The optimizers of pytorch-optimizer follow their papers, step by step in NumPy (float64)."""
 
 import io
 
@@ -17,7 +17,7 @@ def gradients(shape, n_steps):
 
 
 def weights_after(optimizer, weight, some_gradients):
-    """The weight after each step; the optimizer must leave the gradient as it was."""
+    """The weight after each step; the optimizer must not change the gradient."""
     weights = []
     for gradient in some_gradients:
         weight.grad = gradient.clone()

@@ -1,5 +1,5 @@
-"""Figures of comparisons: null models are lines, intervals bars, and a point is filled where 0 is
-left out."""
+"""Figures of comparisons: null models are lines, intervals are bars, and a point is filled if its
+interval excludes 0."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from nerve.report.style import COLORS, NULL_COLOR
 
 
 def correlations(n_runs=1, **changes):
-    """SE_pre is left with 0 within its interval, PR_post is not."""
+    """The interval of SE_pre contains 0, that of PR_post does not."""
     rows = [
         {"metric": metric, "pearson": r, "r_clock": -0.9, "given_clock": given, "r_lr": np.nan}
         | {"given_clock_low": given - 0.2, "given_clock_high": given + 0.2, "given_lr": np.nan}
@@ -29,7 +29,7 @@ def finite(line):
 
 
 def filled(panel, color):
-    """The x of points with a filling, and of those without that have an x."""
+    """The x values of filled points, and of hollow points that have an x."""
     lines = [line for line in panel.lines if line.get_marker() == "o"]
     return (
         [

@@ -56,7 +56,7 @@ def texts_of(figure):
 
 
 def test_overview_lines_are_means_over_layers_and_bands_one_sd():
-    """By hand for three layers 0.1 apart: SD .1."""
+    """By hand for three layers that are 0.1 apart: SD .1."""
     figure = figures_of_one_run.overview(measured(), CORRELATIONS, "run x")
     panel = figure.axes[0]
     line = line_of(panel, COLORS["pre"])
@@ -69,7 +69,7 @@ def test_overview_lines_are_means_over_layers_and_bands_one_sd():
 
 
 def test_overview_has_units_correlations_loss_and_limits():
-    """Limits by hand for r = 4 of D = 16: ln 4, 4 and 1 - 4/16."""
+    """Limits by hand for r = 4 and D = 16: ln 4, 4 and 1 - 4/16."""
     figure = figures_of_one_run.overview(measured(), CORRELATIONS, "run x")
     panels = figure.axes[:4]
     assert [panel.get_ylabel() for panel in panels] == [
@@ -104,7 +104,7 @@ def test_heat_maps_are_layers_by_steps_with_edges_between_steps():
 
 
 def test_gain_maps_are_symmetric_about_no_change():
-    """Gain 3 at most: from 1/3 to 3, logarithmic; ΔEEE about 0."""
+    """The gain is at most 3: from 1/3 to 3, logarithmic; ΔEEE symmetric around 0."""
     figure = figures_of_one_run.gain_maps(measured(), "t")
     gain, delta = (panel.collections[0] for panel in figure.axes[:2])
     assert isinstance(gain.norm, LogNorm)
@@ -150,7 +150,7 @@ def test_one_layer_and_one_step_can_be_drawn():
 
 @pytest.fixture
 def stored() -> pd.DataFrame:
-    """Spectra of eight layers at three steps: pre has rank 4 of 16, post falls as 1/k."""
+    """Spectra of eight layers at three steps: pre has rank 4 of 16, post falls like 1/k."""
     pre = np.array([8.0, 4.0, 2.0, 2.0, *[0.0] * 12], dtype=np.float32)
     post = (1 / np.arange(1, 17)).astype(np.float32)
     rows = [
@@ -163,7 +163,7 @@ def stored() -> pd.DataFrame:
 
 
 def test_spectra_are_shares_of_the_variance_by_rank(stored):
-    """By hand: 8, 4, 2, 2 of 16; eigenvalues of 0 have no place on a logarithmic axis."""
+    """By hand: 8, 4, 2, 2 of 16; eigenvalues of 0 cannot be shown on a logarithmic axis."""
     figure = figures_of_one_run.spectra(stored, measured(8), "t", STEPS)
     assert [panel.get_title() for panel in figure.axes] == [
         f"layer {i}" for i in (0, 1, 3, 4, 6, 7)

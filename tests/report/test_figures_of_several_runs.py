@@ -1,4 +1,4 @@
-"""Figures of several runs: seeds are averaged, levels colored, nothing is pooled in silence."""
+"""Figures of several runs: seeds are averaged, levels colored, and nothing is pooled silently."""
 
 import numpy as np
 import pandas as pd
@@ -91,7 +91,7 @@ def test_one_design_on_other_data_is_another_line():
 
 
 def test_of_many_designs_the_median_of_each_level_is_drawn():
-    """60 designs of two levels: even ones 1, 3, …, 59 have the median 30."""
+    """60 designs of two levels: the even ones, 1, 3, …, 59, have the median 30."""
     figure = figures_of_several_runs.curves_by_factor(
         curves(60, (0,)), "activation.name", ["optimizer.lr"], "t"
     )
@@ -104,8 +104,8 @@ def test_of_many_designs_the_median_of_each_level_is_drawn():
 
 
 def test_a_median_is_of_the_same_designs_all_along_its_line():
-    """40 designs end at step 10; others, ten times as high, have a step 5 and go on to step 20. On
-    other data there is another line."""
+    """40 designs end at step 10; others, ten times as high, also have steps 5 and 20. Other data
+    have a separate line."""
     many = curves(80, (0,))
     few = curves(4, (0,)).replace({"step": {0: 5, 10: 20}})
     few["design_id"] += " longer"

@@ -1,4 +1,4 @@
-"""What reports show of groups of tokens, of sites, and of sampling; from small measured runs."""
+"""The parts of reports about groups of tokens, sites and sampling, from small measured runs."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ SITES = ["stream_in", "input", "output", "stream_out"]
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Runs:
-    """A GPT of two layers, with all groups and sites at two steps, and a step without."""
+    """A GPT of two layers, with all groups and sites at two steps, and one step without."""
     folder = tmp_path_factory.mktemp("report") / "run"
     config = GPTConfig(n_layers=2, d_model=8, n_heads=2, seq_len=9, vocab_size=8)
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def test_the_sites_are_drawn_in_the_order_of_the_block_with_their_widths(measure
 
 
 def test_verdicts_on_sampling_stand_at_the_head(measured):
-    """Where some rows have too few samples; with enough in all of them, nothing does."""
+    """If some rows have too few samples; no note if all have enough."""
     metrics = measured.metrics.assign(sampling=["well", "under", "under", "severely under"])
     (note,) = sampled_rows(metrics)
     assert note.startswith("Sampling of 4 rows of metrics: 1 well, 2 under, 1 severely under.")
@@ -92,7 +92,7 @@ def test_a_run_without_groups_has_no_figure_of_them(measured, tmp_path):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Runs:
-    """Two GPTs of one and of three layers, measured with groups and three sites."""
+    """Two GPTs with one and three layers, measured with groups and three sites."""
     folder = tmp_path_factory.mktemp("report")
     batch = torch.randint(8, (20, 9), generator=torch.Generator().manual_seed(0))
     for n_layers in (1, 3):

@@ -1,4 +1,5 @@
-"""The page in a browser: figures render, tables sort and filter, nothing is asked of a network."""
+"""The page in a browser: figures render, tables sort and filter, and nothing is requested from a
+network."""
 
 import json
 import os
@@ -61,7 +62,7 @@ def sweep(trained_runs: Path) -> Path:
 
 
 def opened(browser: webdriver.Chrome, index: Path) -> webdriver.Chrome:
-    """Opens a page from its file; what was logged for earlier pages is forgotten."""
+    """Opens a page from its file; log messages of earlier pages are discarded."""
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(index.as_uri())
@@ -69,7 +70,7 @@ def opened(browser: webdriver.Chrome, index: Path) -> webdriver.Chrome:
 
 
 def requested(browser: webdriver.Chrome) -> set[str]:
-    """The addresses that the page asked for, embedded data aside."""
+    """The URLs that the page requested, except embedded data."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     addresses = {
         event["params"]["request"]["url"]
@@ -80,7 +81,7 @@ def requested(browser: webdriver.Chrome) -> set[str]:
 
 
 def column(browser: webdriver.Chrome, table: str, name: str) -> list[str]:
-    """The text of a column's cells, as they are shown."""
+    """The displayed text of a column's cells."""
     part = browser.find_element(By.ID, f"table-{table}")
     names = [button.text for button in part.find_elements(By.CSS_SELECTOR, "th button")]
     script = (
@@ -96,7 +97,7 @@ def header(browser: webdriver.Chrome, table: str, name: str) -> WebElement:
 
 
 def filtered(browser: webdriver.Chrome, table: str, name: str, text: str) -> str:
-    """Puts a text into a column's filter; gives what the page says of the number of rows."""
+    """Types text into a column's filter; returns what the page says about the number of rows."""
     part = browser.find_element(By.ID, f"table-{table}")
     field = part.find_element(By.CSS_SELECTOR, f'input[aria-label="filter {name}"]')
     field.send_keys(Keys.CONTROL + "a")
@@ -149,7 +150,7 @@ def test_the_table_of_a_real_sweep_sorts_and_filters(browser, sweep):
 def test_hostile_runs_are_shown_as_text(
     browser, tmp_path: Path, row: Callable[..., dict[str, Any]]
 ):
-    """Names, errors and values of the configuration, and the path itself, are text in the page."""
+    """Names, errors, configuration values and the path itself are text on the page."""
     for i, name in enumerate((HOSTILE, "$x_{$ \u202e\n</script><!--", "gelu")):
         config = {"activation": {"name": name}, HOSTILE: {"x": i}, "seed": 0}
         directory = tmp_path / "<img src=x onerror=alert(2)>" / str(i)
@@ -210,7 +211,7 @@ def test_filters_compare_numbers_and_find_text(browser, tmp_path):
 
 
 def test_tables_are_read_without_scripts(tmp_path):
-    """Four digits, whole numbers whole, and a dash for what is missing."""
+    """Four digits, integers without decimals, and a dash for missing values."""
     values = [10.0, None, 1e-7, 0.123456, 2.5, -12345.67, 9999.7, float("inf")]
     page = page_of(tmp_path, [[f"run {i}", value] for i, value in enumerate(values)]).read_text()
     head, *rows = StaticPage(page).tables["runs"]
@@ -243,7 +244,8 @@ def test_of_a_long_table_the_first_rows_are_shown_and_the_files_are_linked(tmp_p
     ],
 )
 def test_no_text_is_read_as_markup_or_as_a_place_to_fill(text):
-    """Whatever it is in, it comes out as it went in; what UTF-8 cannot hold is a question mark."""
+    """Any text comes out as it went in; characters that UTF-8 cannot encode become question
+    marks."""
     frame = pd.DataFrame([[text]], columns=pd.Index([text], dtype=object), dtype=object)
     figure = PageFigure("f", text, "")
     page = render(text, [(text, text)], [text], [figure], [PageTable(text, text, 1, frame)])

@@ -1,4 +1,4 @@
-"""A paper's values as marks: where they stand, and files that are refused."""
+"""A paper's values as marks: their positions, and invalid files."""
 
 import pytest
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A report takes the place of an earlier one once it is whole, wherever its writer is cut off."""
+"""A report replaces an earlier one once it is complete, wherever its writer is killed."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Write = Callable[..., None]
 
 @pytest.fixture
 def write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Write:
-    """Writes a report with some figures, and a table of each, into `<tmp_path>/report`."""
+    """Writes a report with some figures, and a table for each, into `<tmp_path>/report`."""
 
     def call(title: str, names: str = "ab", progress=lambda *told: None) -> None:
         drawings = [Drawing(name, title, Figure) for name in names]
@@ -42,7 +42,8 @@ def files(names: str) -> set[str]:
 
 
 def test_until_the_new_report_is_whole_the_earlier_one_stays(write, tmp_path):
-    """At each step, so also if its writer is killed there; then what only it had goes."""
+    """At each step, and therefore also if the writer is killed there; then files that only the old
+    report had are removed."""
     write("earlier", "abc")
     earlier, steps = seen(tmp_path / "report"), []
 
@@ -85,8 +86,8 @@ def test_a_report_that_fails_leaves_nothing_of_itself(write, tmp_path, error, is
 def test_a_report_killed_while_it_takes_its_place_is_replaced_by_the_next(
     write, tmp_path, monkeypatch, is_first, n_moved
 ):
-    """A kill removes nothing: beside the files that were moved lies the folder with the others. The
-    page, which shows all figures and tables, is the earlier one until all is there."""
+    """A kill removes nothing: next to the files that were moved, the folder with the others
+    remains. The page is the earlier one until all files are there."""
     folder = tmp_path / "report"
     if not is_first:
         write("earlier")

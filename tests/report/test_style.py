@@ -1,4 +1,5 @@
-"""Text of runs is drawn as it is, colors keep apart, and legends stay off the data."""
+"""Text of runs is drawn literally, colors are distinguishable, and legends do not cover the
+data."""
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,7 @@ def lab(color: str, matrix: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [None, *DICHROMATS])
 def test_colors_keep_apart_for_all_kinds_of_color_vision(kind):
-    """ΔE (CIE 1976) of pre and post, and of the first four levels; 10 is plainly visible."""
+    """ΔE (CIE 1976) of pre and post, and of the first four levels; 10 is clearly visible."""
     matrix = np.eye(3) if kind is None else np.array(DICHROMATS[kind])
     for group in (list(COLORS.values()), list(LEVEL_COLORS[:4])):
         seen = [lab(color, matrix) for color in group]
@@ -79,7 +80,7 @@ def test_colors_keep_apart_for_all_kinds_of_color_vision(kind):
     ],
 )
 def test_text_of_runs_is_drawn_as_it_is(text, drawn):
-    """No mathematics, no control characters, one line: the string that the renderer is given."""
+    """No mathematics, no control characters, one line: the string passed to the renderer."""
     figure, (panel,) = new_figure(1, 1, text)
     artist = panel.set_title(plain(text))
     figure.draw_without_rendering()

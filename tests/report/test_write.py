@@ -1,4 +1,4 @@
-"""A report holds what its runs hold, says plainly what is missing, and replaces only a report."""
+"""A report shows what its runs contain, says what is missing, and replaces only a report."""
 
 import json
 import shutil
@@ -29,7 +29,8 @@ Make = Callable[..., RunRecord]
 
 @pytest.fixture
 def make(tmp_path: Path, row: Callable[..., dict[str, Any]]) -> Make:
-    """Makes a finished run under `runs/`; its loss falls with the steps and rises with the seed."""
+    """Makes a finished run under `runs/`; its loss falls with the steps and increases with the
+    seed."""
 
     def make(
         name: str,
@@ -72,7 +73,7 @@ def make(tmp_path: Path, row: Callable[..., dict[str, Any]]) -> Make:
 
 
 def report(tmp_path: Path, **options: Any) -> tuple[Path, StaticPage]:
-    """Writes a report on `runs/`; gives its folder and its page."""
+    """Writes a report on `runs/`; returns its folder and its page."""
     index = write_report(tmp_path / "runs", **options)
     return index.parent, StaticPage(index.read_text(encoding="utf-8"))
 
@@ -122,7 +123,7 @@ def test_one_run_has_its_own_figures_and_tables_in_files_and_page(make, tmp_path
 
 
 def test_captions_say_sampling_rank_limits_and_seeds(make, tmp_path):
-    """The rows of the fixture: N = 100, D = 8, d_in = 4."""
+    """The rows of the fixture have N = 100, D = 8, d_in = 4."""
     make("a")
     content = gather(tmp_path / "runs")
     for drawing in content.drawings[:2]:
@@ -167,9 +168,9 @@ def test_several_runs_are_compared_by_what_varies(make, tmp_path):
 
 
 def test_null_models_early_ranking_and_contrasts_are_shown_where_there_is_enough(make, tmp_path):
-    """Four rates of each activation, ten steps: a figure and a table of each comparison.
+    """Four learning rates of each activation, ten steps: a figure and a table for each comparison.
 
-    The first rate has a second seed, so that there is an error, of one degree of freedom.
+    The first rate has a second seed, which gives an error with one degree of freedom.
     """
     names = ("gelu", "relu")
     for i, activation, seed in [*product(range(4), names, [0]), *product([0], names, [1])]:
@@ -366,7 +367,7 @@ def test_a_value_that_varies_but_cannot_be_a_factor_is_named(make, tmp_path):
 
 
 def test_hostile_names_stay_data(make, tmp_path):
-    """No string of a run can be read as markup, name a file, or be read as mathematics."""
+    """No string of a run is interpreted as markup, a file name, or mathematics."""
     bad = "</script><script>alert(1)</script>"
     for i, value in enumerate((bad, "$\\frac{$_{", "_x\u202e\n漢")):
         make(str(i), config={f"../../{bad}": {"x y": value}, "threads": 4 if i else "8/3"})
@@ -461,7 +462,7 @@ def test_reports_leave_pyplot_and_torch_alone():
 
 @pytest.mark.parametrize("steps", [(0,), (0, 10), (5, 5)])
 def test_steps_of_several_runs_are_refused(tmp_path, make_run, steps):
-    """They choose the spectra of one; nothing is written."""
+    """Steps select the spectra of a single run; nothing is written."""
     for name in ("a", "b", "c"):
         make_run(tmp_path / "runs" / name)
     with pytest.raises(

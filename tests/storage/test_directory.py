@@ -1,4 +1,4 @@
-"""What a run directory tells of its run, and what a start in it comes to."""
+"""What a run directory says about its run, and what happens when a run starts in it."""
 
 import socket
 import threading
@@ -15,7 +15,7 @@ from nerve.storage.store import RunStore
 
 
 def on_host(record: RunRecord, host: str, age: timedelta) -> None:
-    """Makes the record one of another host whose heart beat last `age` ago."""
+    """Makes the record that of another host whose last heartbeat was `age` ago."""
     beat = datetime.now(UTC) - age
     record.update(host=host, heartbeat=beat.isoformat(timespec="seconds"))
 
@@ -48,7 +48,7 @@ def test_a_running_run_is_alive_while_its_lock_is_held_and_dead_without(tmp_path
 
 
 def test_a_run_of_another_host_is_alive_while_its_heart_beats(tmp_path):
-    """Locks may not reach across hosts; on this host the lock alone decides."""
+    """Locks may not reach across hosts; on the same host, only the lock decides."""
     RunLock(tmp_path).release()
     record = RunRecord.create(tmp_path, {})
     on_host(record, "elsewhere", timedelta(0))
@@ -60,7 +60,7 @@ def test_a_run_of_another_host_is_alive_while_its_heart_beats(tmp_path):
 
 
 def test_a_run_that_never_took_a_lock_is_alive_while_its_heart_beats(tmp_path):
-    """As one that code of the user's own records."""
+    """Such as a run recorded by user code."""
     record = RunRecord.create(tmp_path, {})
     assert RunDirectory(tmp_path).state == RunState.ALIVE
     on_host(record, socket.gethostname(), FRESH + timedelta(seconds=1))
@@ -75,7 +75,7 @@ def test_a_damaged_record_is_no_state(tmp_path):
 
 @pytest.mark.parametrize("left", ["checkpoint", "parts", "list of parts"])
 def test_a_record_that_is_gone_is_told_as_what_it_is(tmp_path, row, left):
-    """It is no new run, whose rows would be dropped or whose data would be called others."""
+    """It must not count as a new run, whose start would drop or mix up the old rows."""
     store = RunStore(tmp_path, RunRecord.create(tmp_path, {}).run_id)
     store.append_metrics([row(0)])
     store.flush(0)
@@ -127,7 +127,7 @@ def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
 def test_a_heart_that_beat_in_the_future_is_waited_for_a_minute_of_ones_own(
     tmp_path, monkeypatch, ahead
 ):
-    """The clock of the host that wrote it is ahead: by it alone the wait would have no end."""
+    """The clock of the host that wrote it is ahead; by that clock, the wait would never end."""
     on_host(RunRecord.create(tmp_path, {}), "elsewhere", -ahead)
     assert RunDirectory(tmp_path).state == RunState.DEAD
     clock = Clock(monkeypatch)
@@ -145,7 +145,7 @@ def test_a_heart_that_beats_on_in_the_future_is_given_way_to(tmp_path, monkeypat
 
 
 class Clock:
-    """Time that passes in sleep alone."""
+    """Time that only passes in sleep."""
 
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Runs are found wherever the path points above them, once each, and oddities are named."""
+"""Runs are found wherever the path points above them, each once, and oddities are named."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def test_links_are_followed_and_their_loops_end(tree, tmp_path):
 
 
 def test_runs_within_runs_are_found(tree, make_run):
-    """In the run's directory itself, below a folder of one's own in it, and within each other."""
+    """Directly in the run's directory, in a user's folder in it, and nested."""
     inner = [
         tree / "single" / "a",
         tree / "single" / "a" / "b",
@@ -117,7 +117,8 @@ def test_of_a_run_in_two_directories_the_further_one_counts(tree, further):
 
 
 def test_a_copy_is_told_from_another_run_of_the_same_id(tree, make_run):
-    """A copy started when its original did; two runs that a caller gave one id did not."""
+    """A copy has the start time of its original; two runs to which a caller gave the same id do
+    not."""
     shutil.copytree(tree / "single", tree / "copy")
     with pytest.warns(IncompleteWarning, match=r"\(copies of one run\).*Move one of them away"):
         load_records(tree)
@@ -140,7 +141,8 @@ def test_a_record_of_a_newer_nerve_is_left_out_and_named(tree):
 
 
 def test_differing_fingerprints_are_named(tmp_path, make_run):
-    """Once for what differs, with the runs; a run without a fingerprint is not a difference."""
+    """One warning per fingerprint that differs, with the runs; a missing fingerprint is no
+    difference."""
     same = {"tokenizer": "t", "heldout": "h"}
     ids = [
         make_run(tmp_path / str(i), steps=(), fingerprints=fingerprints).run_id
@@ -159,7 +161,7 @@ def test_differing_fingerprints_are_named(tmp_path, make_run):
 
 
 def test_a_link_to_itself_is_named(tree):
-    """Beside runs, in the place of a run, and of a sweep."""
+    """Next to runs, in place of a run, and in place of a sweep."""
     for path in (tree / "self", tree / "sweep_a" / "self"):
         path.symlink_to(path)
     with pytest.warns(IncompleteWarning, match=r"self cannot be followed: .*links") as caught:
@@ -172,7 +174,7 @@ def test_a_link_to_itself_is_named(tree):
 @pytest.mark.parametrize("code", ["ENOENT", "ENOTDIR", "ESTALE", "EIO", "EACCES"])
 @pytest.mark.parametrize("call", ["scandir", "stat"])
 def test_a_directory_that_vanishes_while_the_tree_is_listed_is_named(tree, monkeypatch, code, call):
-    """Or one that its server does not find, or cannot read, any more."""
+    """Or that its server no longer finds or can read."""
     real = getattr(os, call)
 
     def refused(path, *args, **kwargs):
@@ -186,7 +188,7 @@ def test_a_directory_that_vanishes_while_the_tree_is_listed_is_named(tree, monke
 
 
 def test_names_that_are_no_text_keep_nothing_from_being_read(tree, make_run):
-    """Of a file beside runs, of a run, and of a folder above one: bytes that are not UTF-8."""
+    """Names that are not UTF-8: of a file next to runs, of a run, and of a folder above one."""
     odd = os.fsdecode(b"caf\xe9")
     (tree / odd).write_text("")
     (tree / "sweep_a" / "c1" / odd).write_text("")

@@ -1,4 +1,4 @@
-"""config_id: what defines the result and nothing else; run_id: unique."""
+"""config_id depends on what defines the result and on nothing else; run_id is unique."""
 
 import json
 import math
@@ -34,7 +34,7 @@ CONFIG = {
 
 
 def test_known_value():
-    """The same on every machine and in later versions: SHA-256 of {"ffn":{"width":4},"seed":1}."""
+    """Equal on every machine and in later versions: SHA-256 of {"ffn":{"width":4},"seed":1}."""
     assert config_id({"seed": 1, "ffn": {"width": 4.0}}) == "4c269520c577"
 
 
@@ -93,7 +93,7 @@ def test_what_can_change_the_result_changes_the_id(one, other):
 
 @pytest.fixture(scope="module")
 def default() -> dict:
-    """The configuration of the default run, as run.json has it."""
+    """The configuration of the default run, as in run.json."""
     config = composed("logger=none")
     values = resolved(config)
     assert config_id(values) == identity(config)
@@ -107,7 +107,7 @@ def images() -> dict:
 
 
 def changed(config: dict, dotted: str, *value: object) -> dict:
-    """`config` with `value` at the dotted key; without the key where none is given."""
+    """`config` with `value` at the dotted key, or without the key if no value is given."""
     config = deepcopy(config)
     *parents, leaf = dotted.split(".")
     node = config
@@ -123,7 +123,7 @@ def changed(config: dict, dotted: str, *value: object) -> dict:
 def test_a_key_added_later_changes_an_id_only_with_a_value_that_changes_the_run(
     default, images, key
 ):
-    """Runs of before the key are those of today; the key of another place counts."""
+    """Earlier runs without the key keep their ids; the same key elsewhere counts."""
     default = images if key.startswith("data.images.") else default
     before, same = changed(default, key), changed(default, key, ADDED[key])
     assert config_id(before) == config_id(same) == config_id(default)
@@ -178,7 +178,7 @@ def test_false_is_not_the_zero_that_means_as_before(monkeypatch):
 
 
 def test_of_a_target_the_last_name_counts():
-    """Wherever it stands, so that a module can move; it takes nothing else with it."""
+    """In any module, so that a class can move; nothing else is ignored with it."""
 
     def config(module: str) -> dict:
         inner = {"_target_": f"{module}.Inner", "x": 1}
@@ -194,7 +194,8 @@ def test_of_a_target_the_last_name_counts():
 
 
 def test_what_json_does_not_have_comes_back_from_it():
-    """NaN and infinities of a configuration, in lists, too; NumPy's numbers and paths as plain."""
+    """NaN and infinities in a configuration, also in lists; NumPy numbers and paths become plain
+    values."""
     config = {
         "a": math.inf,
         "b": [1, {"c": -math.inf}, (math.nan, np.float64("inf"))],
@@ -268,7 +269,7 @@ def test_differences_are_the_keys_that_make_another_result():
     ],
 )
 def test_both_ids_of_a_configuration_are_those_of_its_canonical_json(config):
-    """Whatever is remembered of its groups; the second is the first without the seed."""
+    """Whatever is cached of its groups; the second id is the first without the seed."""
     for _ in range(2):
         assert ids_of_plain(config)[0] == config_id(config)
         without = {key: value for key, value in config.items() if key != "seed"}

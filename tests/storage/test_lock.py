@@ -1,4 +1,4 @@
-"""One process per run directory, whatever becomes of the process that had it."""
+"""One process per run directory, whatever happens to the process that had it."""
 
 import errno
 import fcntl
@@ -74,7 +74,7 @@ def test_a_lock_is_free_once_released(tmp_path):
 
 
 def test_whoever_only_asks_keeps_no_one_from_starting(tmp_path):
-    """Asking holds the lock shared for an instant; a start waits for that instant."""
+    """Reading the state holds a shared lock for an instant; a start waits for that instant."""
     RunLock(tmp_path).release()
     with open(tmp_path / ".lock") as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)
@@ -112,7 +112,7 @@ NO_LOCKS = ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EBADF", "EINVAL", "EPERM", "EIO",
 
 @pytest.fixture(params=NO_LOCKS)
 def without_locks(request, monkeypatch):
-    """A file system that refuses to lock, each in its way; a start there waits for no second."""
+    """A file system that refuses locks, in several ways; a start does not wait a second there."""
     code = getattr(errno, request.param)
 
     def refuse(*args):
@@ -136,8 +136,8 @@ def test_a_file_system_without_locks_is_said_once_and_does_not_stop_a_run(tmp_pa
 
 @pytest.mark.usefixtures("without_locks")
 def test_without_locks_the_heartbeat_decides_also_on_one_host(tmp_path, monkeypatch):
-    """A run of this very host, whose lock file is there: alive while its heart beats, and left
-    alone; else dead, and gone on with."""
+    """A run of this host whose lock file exists is alive while its heartbeat is fresh, and left
+    alone; otherwise it is dead, and resumed."""
     RunLock(tmp_path).release()
     record = RunRecord.create(tmp_path, {})
     assert RunDirectory(tmp_path).state == RunState.ALIVE
@@ -158,7 +158,7 @@ def at(seconds: float) -> str:
 
 @pytest.mark.usefixtures("without_locks")
 def test_of_two_that_start_at_once_without_locks_one_goes_on(tmp_path, monkeypatch):
-    """The one that is named last; the other looks again before it begins."""
+    """The one that is named last; the other checks again before it begins."""
 
     def another_starts(seconds: float) -> None:
         (tmp_path / ".lock").write_text('{"host": "elsewhere", "pid": 7}')
@@ -171,7 +171,7 @@ def test_of_two_that_start_at_once_without_locks_one_goes_on(tmp_path, monkeypat
 
 
 def test_a_lock_file_that_cannot_be_opened_tells_nothing(tmp_path, monkeypatch):
-    """That of another user, say: the heartbeat decides."""
+    """For example, that of another user: the heartbeat decides."""
     RunLock(tmp_path).release()
     RunRecord.create(tmp_path, {})
     real = os.open

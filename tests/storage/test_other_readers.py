@@ -1,4 +1,4 @@
-"""DuckDB and Polars read what runs stored: the pages' two queries, and every column as it is."""
+"""DuckDB and Polars read what runs stored: the two queries in the docs, and every column."""
 
 import logging
 import shutil
@@ -46,7 +46,8 @@ def outputs(
 def write_run(
     activation: str, seed: int, row: Callable[..., dict[str, Any]], gain: float, val_loss: float
 ) -> None:
-    """Two steps of two layers; at the last step the PR gain is `gain`, in layer 1 twice that."""
+    """Two steps of two layers; at the last step, the PR gain is `gain`, and twice that in layer
+    1."""
     config = {"activation": {"name": activation}, "normalization": {"kind": "none"}, "seed": seed}
     directory = Path("outputs", "sweep", f"{activation}-{seed}")
     record = RunRecord.create(directory, config, f"{activation}{seed}", seed=seed)
@@ -66,7 +67,7 @@ def write_run(
 
 
 def interrupt_compaction(directory: Path, run_id: str) -> None:
-    """Leaves the parts of a run as a kill does between their compaction and their removal."""
+    """Leaves the parts of a run in the state after a kill between their compaction and removal."""
     parts = {path: path.read_bytes() for path in directory.glob("*/*.parquet")}
     RunStore(directory, run_id).compact()
     removed = {path: part for path, part in parts.items() if not path.exists()}
@@ -95,7 +96,7 @@ def test_the_polars_query_of_the_pages(outputs):
 
 @pytest.mark.parametrize("folder", ["val_loss=7", "pr_post=1", "step=0", "run_id=x", "layer=deep"])
 def test_folders_that_look_like_columns_change_no_answer_of_the_pages(outputs, folder):
-    """As `hydra.sweep.subdir="lr=…"` makes them: what is stored counts, not what a folder says."""
+    """As with `hydra.sweep.subdir="lr=…"`: the stored values count, not the names of folders."""
     shutil.rmtree(outputs / "failed")
     (outputs / "sweep").rename(outputs / folder)
     test_the_duckdb_query_of_the_pages(outputs)
@@ -128,7 +129,7 @@ def test_any_other_folder_is_not_warned_of(tmp_path, caplog, folder):
 @pytest.mark.parametrize("name", list(DATASETS))
 @pytest.mark.parametrize("run", ["gelu-0", "relu-0"])
 def test_both_read_every_column_and_value_that_our_own_reader_reads(outputs, run, name):
-    """Without doubled rows, and cast to the schema, for both have other names for some types."""
+    """Without duplicate rows, and cast to the schema, because both name some types differently."""
     directory, dataset = outputs / "sweep" / run, DATASETS[name]
     expected, damaged = read_parts(directory, dataset)
     assert not damaged

@@ -1,4 +1,4 @@
-"""Reading parts: doubled rows once, damaged files named, newer files not guessed at."""
+"""Reading parts: duplicate rows once, damaged files named, newer files not guessed at."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def filled(store, row):
 
 
 def test_parts_are_listed_by_step(filled):
-    """Also one whose number somebody did not pad."""
+    """Also one whose number is not padded."""
     path = filled / "metrics" / "part-7.parquet"
     path.write_bytes(part_path(filled, DATASET, 40).read_bytes())
     found = [p.name for p in list_parts(filled, DATASET)]
@@ -48,7 +48,7 @@ def test_parts_are_listed_by_step(filled):
 
 
 def test_joined_agrees_with_pandas(row):
-    """The last of the rows with one key, in order, as pandas' drop_duplicates has it."""
+    """The last of the rows with one key, in order, like pandas' drop_duplicates."""
     tables = [
         pa.Table.from_pylist(
             [row(s % 4, s % 3, se_pre=float(10 * t + s), run_id="a") for s in range(9)],
@@ -79,7 +79,7 @@ def test_a_cut_part_is_left_out_and_named(filled, length):
 
 
 def test_flipped_bytes_are_left_out_and_named(filled):
-    """Overwritten in the middle, with a footer that still reads well."""
+    """Overwritten in the middle, with a footer that can still be read."""
     path = part_path(filled, DATASET, 40)
     content = bytearray(path.read_bytes())
     content[4:60] = b"\xff" * 56
@@ -111,7 +111,7 @@ NULLABLE = [field.name for field in METRICS if field.nullable]
 
 @pytest.mark.parametrize("without", [[name] for name in NULLABLE] + [NULLABLE], ids=str)
 def test_a_nullable_column_that_a_part_lacks_reads_as_null(filled, without):
-    """Each alone and all of them: the others keep their places, values and types."""
+    """Each column alone and all together; the others keep their places, values and types."""
     path = part_path(filled, DATASET, 40)
     whole = read_part(path, DATASET)
     pq.write_table(pq.read_table(path).drop_columns(without), path)
@@ -125,7 +125,7 @@ def test_a_nullable_column_that_a_part_lacks_reads_as_null(filled, without):
 
 
 def test_a_column_that_is_not_the_datasets_is_left_out(filled):
-    """Somebody's own, beside those that the dataset has."""
+    """A user's column in addition to those of the dataset."""
     path = part_path(filled, DATASET, 40)
     whole = read_part(path, DATASET)
     pq.write_table(pq.read_table(path).append_column("note", pa.array(["a", "b"])), path)
@@ -144,9 +144,9 @@ def chunk_ends(path: Path) -> int:
 
 @pytest.mark.parametrize("mask", [0x01, 0x10])
 def test_a_changed_byte_anywhere_is_harmless_or_named(filled, mask):
-    """Every fifth byte of a part, changed alone: the rows are the same, or the part is damaged.
+    """Changes every fifth byte of a part separately: the rows are the same, or the part is damaged.
 
-    Without verification the same changes give other numbers, or nulls, in silence.
+    Without verification, the same changes would silently give other numbers or nulls.
     """
     path = part_path(filled, DATASET, 40)
     content, whole, end = path.read_bytes(), read_part(path, DATASET), chunk_ends(path)
@@ -171,7 +171,7 @@ def test_a_changed_byte_anywhere_is_harmless_or_named(filled, mask):
 
 
 def differs_unverified(content: bytes, whole: pa.Table) -> bool:
-    """Whether a reader that checks nothing takes the file for a part with other rows."""
+    """Whether a reader without verification reads other rows from the file."""
     try:
         with pq.ParquetFile(pa.BufferReader(bytes(content))) as file:
             table = file.read(use_threads=False)
@@ -185,8 +185,8 @@ def differs_unverified(content: bytes, whole: pa.Table) -> bool:
 
 @pytest.mark.parametrize("name", list(DATASETS))
 def test_whatever_the_store_writes_is_verified(store, row, name):
-    """A changed byte in the middle of a page is named after a flush, a merge, a truncation and a
-    compaction, and in every dataset."""
+    """A changed byte in the middle of a page is detected after a flush, a merge, a truncation and a
+    compaction, in every dataset."""
     spectrum = {"layer": 0, "ffn": "ffn", "site": "pre", "eigenvalues": [4.0, 3.0, 2.0, 1.0]}
     group = {"ffn": "ffn", "site": "pre", "grouping": "halves", "group": "a", "n_samples": 9}
     group |= {"dim": 4, "pr": 2.0, "status": "ok"}
@@ -230,7 +230,8 @@ def test_whatever_the_store_writes_is_verified(store, row, name):
 
 
 def test_a_mark_of_a_compaction_that_was_changed_removes_nothing(filled, store):
-    """The mark names part 5; changed in one byte it would name part 4, a part of another writer."""
+    """The mark names part 5; with one changed byte it would name part 4, which belongs to another
+    writer."""
     store.compact()
     (path,) = list_parts(filled, DATASET)
     other = part_path(filled, DATASET, 4)
@@ -243,7 +244,7 @@ def test_a_mark_of_a_compaction_that_was_changed_removes_nothing(filled, store):
 
 
 def test_a_part_without_checksums_still_reads(filled):
-    """As an older nerve wrote it."""
+    """As written by an older nerve."""
     path = part_path(filled, DATASET, 40)
     whole = read_part(path, DATASET)
     pq.write_table(whole, path, compression="zstd")
@@ -287,7 +288,7 @@ def test_a_compaction_while_reading_loses_nothing(filled, store, monkeypatch):
 
 
 def test_a_part_that_is_listed_and_never_there_is_named(filled, monkeypatch):
-    """As the listing of a network's file system can be: reading ends, with the other parts."""
+    """As on a network file system with an outdated listing: reading ends, with the other parts."""
     real = parts_module.list_parts
     ghost = part_path(filled, DATASET, 50)
     monkeypatch.setattr(parts_module, "list_parts", lambda *of: [*real(*of), ghost])
@@ -300,7 +301,7 @@ def test_a_part_that_is_listed_and_never_there_is_named(filled, monkeypatch):
 
 
 def test_hidden_files_are_no_parts(filled):
-    """macOS puts one beside each file that it copies to another file system."""
+    """macOS adds one for each file that it copies to another file system."""
     for path in list_parts(filled, DATASET):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
     table, damaged = read_parts(filled, DATASET)
@@ -309,7 +310,7 @@ def test_hidden_files_are_no_parts(filled):
 
 
 def test_what_is_in_the_place_of_a_part_is_named(filled):
-    """A link to itself, one to nowhere, and a name that is no text; a folder is none."""
+    """A link to itself, a broken link, and a name that is not UTF-8; a folder is not a part."""
     folder = filled / "metrics"
     (folder / "self.parquet").symlink_to(folder / "self.parquet")
     (folder / "nowhere.parquet").symlink_to(folder / "gone")
@@ -322,7 +323,7 @@ def test_what_is_in_the_place_of_a_part_is_named(filled):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
 def test_a_folder_of_parts_that_cannot_be_listed_is_named(filled, monkeypatch, code):
-    """Else its run would have no rows, in silence."""
+    """Otherwise its run would silently have no rows."""
 
     def refuse(path):
         raise OSError(code, os.strerror(code))

@@ -21,7 +21,7 @@ def test_versions_are_those_installed(monkeypatch):
 
 
 def test_the_packages_are_by_names_that_the_index_knows():
-    """A misspelled one would be passed over as one that is not installed."""
+    """A misspelled name would be skipped like a package that is not installed."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     assert set(provenance.PACKAGES) - {"nerve"} <= pins
@@ -29,7 +29,7 @@ def test_the_packages_are_by_names_that_the_index_knows():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A checkout with this package's files for its commit; `call` is git in it."""
+    """A checkout with this package's files as its commit; `call` runs git in it."""
 
     def call(*arguments: str) -> str:
         user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -48,7 +48,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_commit_of_the_checkout_and_of_nothing_else(repository, tmp_path, monkeypatch):
-    """The repository that the package lies in, marked when changed; not one further out."""
+    """Of the repository that contains the package, marked if changed; not of one further up."""
     folder, git = repository
     assert provenance.git_commit() is None, "no commit yet"
     git("add", ".")
@@ -62,7 +62,7 @@ def test_commit_of_the_checkout_and_of_nothing_else(repository, tmp_path, monkey
 
 
 def test_an_archive_carries_its_commit(repository, tmp_path):
-    """Unpacked where there is no repository, and asked in a process of its own."""
+    """Unpacked outside of any repository, and asked in a separate process."""
     folder, git = repository
     git("add", ".")
     git("commit", "-q", "-m", "one")
@@ -135,7 +135,7 @@ def test_the_placeholder_is_what_the_repository_has():
 
 @pytest.mark.parametrize("change", [None, "nerve/storage/more.py", "conf/a.yaml", "notes"])
 def test_a_source_distribution_has_a_digest_of_its_code(unpacked, change):
-    """Of code and configuration, whatever else lies there."""
+    """Of code and configuration, whatever other files are there."""
     folder, commit = unpacked
     (folder / "conf").mkdir()
     digest = provenance.files_digest(folder)
@@ -177,8 +177,8 @@ def test_an_installed_wheel_is_compared_with_its_record(unpacked, change, monkey
     ],
 )
 def test_what_a_file_carries_is_a_commit_or_nothing(text, commit, tmp_path, monkeypatch):
-    """Without a repository: the placeholder of a tree that was merely copied says nothing; a commit
-    alone is that of a wheel, which is not installed here."""
+    """Outside of a repository: the placeholder of a copied tree says nothing; a commit alone is
+    that of a wheel, which is not installed here."""
     (tmp_path / "nerve").mkdir()
     (tmp_path / "nerve" / "_commit.txt").write_text(text)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "nerve/storage/provenance.py"))

@@ -1,4 +1,4 @@
-"""run.json: whole or not there, and true to what the run said."""
+"""run.json is complete or absent, and contains what the run recorded."""
 
 import json
 import math
@@ -18,7 +18,7 @@ CONFIG = {"seed": 3, "ffn": {"width": "8/3"}, "note": "two\nlines <script>alert(
 
 
 def test_round_trip(tmp_path):
-    """Every field comes back, hostile text in the configuration included."""
+    """Every field is restored, even hostile text in the configuration."""
     record = RunRecord.create(
         tmp_path / "run",
         CONFIG,
@@ -50,7 +50,7 @@ def test_each_run_has_an_id_of_its_own(tmp_path):
 
 
 def test_the_file_is_strict_json(tmp_path):
-    """NaN and infinity, NumPy numbers, paths and tuples come out as what JSON has."""
+    """NaN and infinity, NumPy numbers, paths and tuples are converted to JSON."""
     record = RunRecord.create(tmp_path, {"lr": np.float32(0.5), "betas": (0.9, float("inf"))})
     record.update(final={"val_loss": float("nan"), "accuracy": np.float64(0.5)}, step=np.int64(7))
 
@@ -78,7 +78,7 @@ def test_an_infinite_value_has_one_id_in_the_process_and_in_the_file(tmp_path):
 
 
 def test_the_id_is_that_of_the_configuration_whatever_an_earlier_version_called_it(tmp_path):
-    """Also where it wrote none, and where it wrote null for an infinite value, which stays null."""
+    """Also if it wrote none, or wrote null for an infinite value, which stays null."""
     record = RunRecord.create(tmp_path, {"clip": None, "_target_": "once.here.Thing"})
     path = tmp_path / "run.json"
     values = json.loads(path.read_text()) | {"checksum": None}
@@ -94,7 +94,7 @@ def test_the_id_is_that_of_the_configuration_whatever_an_earlier_version_called_
 
 
 def test_finish_and_restart(tmp_path):
-    """A failed run says why and when; the same run, started again, keeps its id and counts it."""
+    """A failed run says why and when; restarting it keeps its id and counts the restart."""
     record = RunRecord.create(tmp_path, CONFIG)
     record.finish("failed", ValueError("no such <thing>"), step=5)
     failed = RunRecord.load(tmp_path)
@@ -188,7 +188,8 @@ def test_a_refused_write_leaves_the_old_record(tmp_path, monkeypatch, where):
 
 
 def test_every_truncation_of_the_file_is_named(tmp_path):
-    """Wherever the file is cut, the error names it; a cut record is never taken for a whole one."""
+    """Wherever the file is cut, the error names it; a truncated record is never taken for a
+    complete one."""
     RunRecord.create(tmp_path, CONFIG)
     path = tmp_path / "run.json"
     whole = path.read_bytes()
@@ -200,7 +201,7 @@ def test_every_truncation_of_the_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("mask", [0x01, 0x04])
 def test_a_changed_byte_anywhere_is_harmless_or_named(tmp_path, mask):
-    """Without a checksum a changed digit, letter or key would be another value in silence."""
+    """Without a checksum, a changed digit, letter or key would silently be another value."""
     record = RunRecord.create(tmp_path, {"optimizer": {"lr": 0.003}, "seed": 3}, seed=3)
     record.finish("done", final={"val_loss": 4.25}, step=40)
     path = tmp_path / "run.json"
@@ -220,7 +221,7 @@ def test_a_changed_byte_anywhere_is_harmless_or_named(tmp_path, mask):
 
 
 def reads_otherwise(changed: bytes, content: bytes) -> bool:
-    """Whether JSON alone has no complaint."""
+    """Whether the JSON parser alone accepts it."""
     try:
         return json.loads(changed) != json.loads(content)
     except ValueError:
@@ -289,7 +290,7 @@ def test_what_is_not_a_record_is_named(tmp_path, text):
     ids=str,
 )
 def test_a_record_with_a_value_of_another_type_is_named(tmp_path, values):
-    """Whichever it is: what a record says is shown, sorted and counted with elsewhere."""
+    """For every field, because records are displayed, sorted and counted elsewhere."""
     RunRecord.create(tmp_path, CONFIG)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values | {"checksum": None}))

@@ -1,4 +1,4 @@
-"""The columns are those that readers rely on, and only rows that fit them are taken."""
+"""The columns are those that readers rely on, and only rows that fit them are accepted."""
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +48,7 @@ def test_spectra_and_scalars_columns_and_types():
 
 
 def test_groups_columns_and_types():
-    """One row a site and group of a measured FFN."""
+    """One row per site and group of a measured FFN."""
     measured = ["se", "pr", "eee", "variance", "pr_corrected"]
     measured += ["se_spread", "pr_spread", "eee_spread"]
     expected = {
@@ -72,7 +72,7 @@ def test_version_is_in_the_metadata(schema):
 
 @pytest.mark.parametrize("nan", [float("nan"), np.float32("nan"), np.float64("nan"), None])
 def test_nan_becomes_null(row, nan):
-    """No kind of NaN survives into a metric; the row itself does, with its status."""
+    """NaN never remains in a metric; the row itself remains, with its status."""
     table = table_of(DATASETS["metrics"], [row(1, se_pre=nan, status="no variance")], "a")
     assert table["se_pre"].to_pylist() == [None]
     assert table["se_post"].to_pylist() == [1.5]
@@ -109,7 +109,7 @@ def test_spectra_take_arrays_and_round_to_float32():
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_by_name(row, change, named):
-    """Also 1.5 as a layer, which Arrow alone would cut to 1."""
+    """Including 1.5 as a layer, which Arrow itself would truncate to 1."""
     with pytest.raises(StoreError, match=named):
         table_of(DATASETS["metrics"], [row(1), row(2) | change], "cafe")
 

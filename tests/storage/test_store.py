@@ -1,4 +1,4 @@
-"""The writer: what was flushed is there, whole and once, whatever happens in between."""
+"""The writer: flushed rows are there, complete and once, whatever happens in between."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def fill(store: RunStore, row, steps=(0, 10, 20, 30)) -> None:
 
 
 def test_round_trip_of_all_three_datasets(store, row):
-    """Values, types and schema come back as they were given, in plain pyarrow."""
+    """Values, types and schema are restored, using plain pyarrow."""
     store.append_metrics([row(3, se_pre=float("nan"))])
     spectrum = {"step": 3, "layer": 0, "ffn": "ffn", "site": "post", "eigenvalues": [2.5, 0.5]}
     store.append_spectra([spectrum])
@@ -62,8 +62,8 @@ def test_round_trip_of_all_three_datasets(store, row):
     ],
 )
 def test_what_repeats_in_a_column_is_compressed(tmp_path, dataset, plain, lists):
-    """Measured numbers would not be smaller for it; a codec that makes a context for each column is
-    for long ones only."""
+    """Compression would not make measured numbers smaller; a codec that creates a context for each
+    column is only used for long columns."""
     write_part(tmp_path / "part", DATASETS[dataset].schema.empty_table())
     group = pq.read_metadata(tmp_path / "part").row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
@@ -74,7 +74,7 @@ def test_what_repeats_in_a_column_is_compressed(tmp_path, dataset, plain, lists)
 
 
 def test_pandas_reads_the_folder_as_it_is(store, row):
-    """Also beside the temporary file of a writer that is just writing or was killed."""
+    """Also next to the temporary file of a writer that is active or was killed."""
     fill(store, row)
     (store.directory / "metrics" / ".part-000000000040.parquet.0a1b.tmp").write_bytes(b"PAR1half")
     frame = pd.read_parquet(store.directory / "metrics")
@@ -116,7 +116,7 @@ def test_late_rows_do_not_go_before_the_last_part(store, row):
 
 
 def test_rows_past_the_flushed_step_name_the_part(store, row):
-    """So that a part never holds rows past its name."""
+    """So that a part never contains rows after the step in its name."""
     store.append_metrics([row(12)])
     store.flush(10)
     assert names(store) == ["part-000000000012.parquet"]
@@ -135,7 +135,8 @@ def test_compaction_keeps_every_row_once_and_sorted(store, row):
 
 
 def test_rows_after_a_compaction_survive_the_next_opening(store, row):
-    """A resumed run goes on beside the compacted part; opening again removes nothing of it."""
+    """A resumed run continues next to the compacted part; opening the store again removes nothing
+    of it."""
     fill(store, row)
     store.compact()
     fill(store, row, steps=(30, 40))
@@ -146,7 +147,7 @@ def test_rows_after_a_compaction_survive_the_next_opening(store, row):
 
 
 def test_restored_part_is_not_taken_for_a_leftover(store, row):
-    """A damaged part moved away before a compaction may come back fixed after it."""
+    """A damaged part that was moved away before a compaction may be restored afterwards."""
     fill(store, row)
     part = store.directory / "metrics" / "part-000000000010.parquet"
     part.rename(store.directory / "kept")
@@ -183,7 +184,8 @@ def test_truncation_then_resuming_gives_the_rows_of_an_uninterrupted_run(
 
 
 def test_truncation_of_a_part_that_somebody_renamed(store, row):
-    """The part of the step that is kept holds rows past it: these go, and the part stays."""
+    """The part of the step that is kept contains later rows: these are dropped, and the part
+    stays."""
     fill(store, row, steps=(10, 30))
     store.compact()
     folder = store.directory / "metrics"
@@ -202,7 +204,7 @@ def test_truncation_drops_waiting_rows_too(store, row):
 
 
 def test_a_damaged_part_is_left_alone_and_named(store, row):
-    """Neither compaction nor truncation destroys what someone may still want to restore."""
+    """Neither compaction nor truncation destroys what a user may still want to restore."""
     fill(store, row)
     part = store.directory / "metrics" / "part-000000000010.parquet"
     part.write_bytes(part.read_bytes()[:100])
@@ -230,7 +232,7 @@ def test_a_damaged_part_is_not_overwritten_and_rows_go_beside_it(store, row):
 
 
 def test_a_resumed_run_goes_on_beside_a_damaged_part_of_its_own_step(store, row):
-    """Rows of step 20 that came with a later part are kept, in the part after the damaged one."""
+    """Rows of step 20 from a later part are kept, in the part after the damaged one."""
     fill(store, row, steps=(0, 10, 20))
     store.append_metrics([row(20, 2), row(40)])
     store.flush(40)
@@ -246,7 +248,7 @@ def test_a_resumed_run_goes_on_beside_a_damaged_part_of_its_own_step(store, row)
 
 @pytest.mark.parametrize("where", ["os.replace", "os.fsync", "pyarrow.parquet.write_table"])
 def test_a_full_disk_loses_nothing_and_a_retry_succeeds(store, row, monkeypatch, where):
-    """ENOSPC at any of the three places: an error with the fix, old files whole, rows kept."""
+    """ENOSPC at any of the three places: an error with the fix, old files intact, rows kept."""
     fill(store, row, steps=(0,))
     before = rows_of(store.directory)
 
@@ -268,7 +270,7 @@ def test_a_full_disk_loses_nothing_and_a_retry_succeeds(store, row, monkeypatch,
 
 
 def test_only_what_failed_is_written_again(store, row, monkeypatch):
-    """The disk fills between metrics and scalars: the retry writes the scalars alone."""
+    """The disk fills up between metrics and scalars: the retry only writes the scalars."""
     store.append_metrics([row(10)])
     store.append_scalars([{"step": 10, "name": "loss", "value": 1.0}])
     real, calls = pq.write_table, []
@@ -366,7 +368,7 @@ for k in range(100):
 
 @pytest.fixture(scope="module", params=["compact", "truncate", "flush"])
 def killed(request, tmp_path_factory) -> tuple[str, list[Path]]:
-    """Runs of which a real process was killed by SIGKILL before the k-th change to the files."""
+    """Runs whose process was killed by SIGKILL before the k-th change to the files."""
     base = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(base), request.param]
     root = Path(__file__).parents[2]
@@ -375,7 +377,8 @@ def killed(request, tmp_path_factory) -> tuple[str, list[Path]]:
 
 
 def test_sigkill_at_every_call(killed, row):
-    """Readers see the same rows at once; the next start has nothing left over, and can go on."""
+    """Readers see the same rows immediately; the next start finds nothing left over and can
+    continue."""
     operation, directories = killed
     *interrupted, finished = directories
     assert len(interrupted) >= {"compact": 8, "truncate": 7, "flush": 4}[operation]
@@ -406,8 +409,8 @@ def test_sigkill_at_every_call(killed, row):
 @pytest.mark.parametrize("step", [0, 10, 30])
 @pytest.mark.parametrize("reopened", [False, True])
 def test_a_deleted_part_is_named_whoever_looks(store, row, step, reopened):
-    """The first, one in the middle, and the last, after which no other tells of it: by readers, by
-    a run that is resumed, at its end, and ever after."""
+    """The first, a middle one, and the last, which no later part reveals: named by readers, by a
+    resumed run, at its end, and afterwards."""
     fill(store, row)
     name = f"part-{step:012d}.parquet"
     (store.directory / "metrics" / name).unlink()
@@ -425,7 +428,7 @@ def test_a_deleted_part_is_named_whoever_looks(store, row, step, reopened):
 
 
 def test_a_deleted_dataset_is_named(store, row):
-    """And the part that a compaction left alone."""
+    """And the single part that a compaction left."""
     fill(store, row)
     store.compact()
     shutil.rmtree(store.directory / "metrics")
@@ -463,7 +466,7 @@ def test_what_a_writer_removes_while_others_read_is_not_missed(store, row, monke
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"metrics": 3}', b"\xff\x00"])
 def test_a_damaged_list_keeps_nothing_from_being_read(store, row, content):
-    """As a power cut may leave it; the next opening makes it anew."""
+    """As after a power failure; the next opening rewrites it."""
     fill(store, row)
     (store.directory / ".parts.json").write_bytes(content)
     assert len(rows_of(store.directory)) == 8
@@ -474,7 +477,7 @@ def test_a_damaged_list_keeps_nothing_from_being_read(store, row, content):
 
 @pytest.mark.parametrize("step", [None, True, 2.5, float("nan"), "10"])
 def test_rows_are_dropped_past_a_whole_step_alone(store, row, step):
-    """A comparison with none would drop every row."""
+    """A comparison with None would drop every row."""
     fill(store, row)
     with pytest.raises(
         StoreError, match=r"after which rows are dropped must be a whole number .*; got"
@@ -501,7 +504,7 @@ def test_opening_removes_stale_temporaries_only(store, row):
 
 
 def test_a_flush_does_the_same_work_however_many_parts_there_are(store, row, monkeypatch):
-    """It neither looks at them nor writes their list anew."""
+    """It neither reads them nor rewrites their list."""
     fill(store, row)
     forbidden = []
     for name in ("list_parts", "write_manifest"):
@@ -514,7 +517,7 @@ def test_a_flush_does_the_same_work_however_many_parts_there_are(store, row, mon
 
 
 def test_a_list_that_was_cut_off_ends_there(store, row):
-    """As a power cut may leave the last line."""
+    """As a power failure may leave the last line."""
     fill(store, row)
     before = read_manifest(store.directory)
     with open(store.directory / ".parts.json", "ab") as file:
@@ -529,7 +532,7 @@ def test_a_list_that_was_cut_off_ends_there(store, row):
 
 @pytest.mark.parametrize("dataset", ["metrics", "scalars", "spectra"])
 def test_a_part_of_another_run_is_not_read_as_the_runs_own(tmp_path, row, dataset):
-    """Somebody has copied it into the wrong folder."""
+    """A user copied it into the wrong folder."""
     stores = [RunStore(tmp_path / name, name) for name in ("mine", "other")]
     for store, steps in zip(stores, ((0, 10), (20, 30)), strict=True):
         for step in steps:
@@ -556,7 +559,7 @@ def test_a_part_of_another_run_is_not_read_as_the_runs_own(tmp_path, row, datase
 def test_a_run_without_groups_has_no_folder_of_them_and_one_with_them_is_resumed_as_any(
     tmp_path, row
 ):
-    """Rows past a step are dropped of groups as well, and compacted to one part."""
+    """Rows after a step are also dropped from groups, which are compacted to one part."""
     group = {"layer": 0, "ffn": "ffn", "grouping": "halves", "group": "a", "n_samples": 9, "dim": 4}
     store = RunStore(tmp_path, "a")
     store.append_metrics([row(1)])
