@@ -22,6 +22,11 @@ class Divergence:
         """Keeps a loss, a tensor with one element that nothing overwrites."""
         self._losses.append((step, loss))
 
+    @property
+    def n_kept(self) -> int:
+        """How many losses were noted since the last check."""
+        return len(self._losses)
+
     def first(self) -> int:
         """The first step whose loss was not finite, `NEVER` if all were finite; waits for the
         device."""

@@ -19,7 +19,7 @@ from nerve.training.randomness import part_from_other_processes
 
 NO_REGULARIZER = Regularizer()
 
-CHECK_EVERY_N_BATCHES = 50
+CHECK_EVERY_N_LOSSES = 50
 """How often to check for a diverged loss on a GPU; on the CPU it is checked after every batch."""
 
 
@@ -107,8 +107,8 @@ class TrainedModel(L.LightningModule):
         self.trainer.callback_metrics.pop("step", None)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Reading the value waits for the device.
-        if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:
+        # Reading them waits for the device. Not by batch_idx: epochs may be shorter.
+        if self.device.type == "cpu" or self._divergence.n_kept >= CHECK_EVERY_N_LOSSES:
             self._divergence.raise_at(self.global_step)
 
     def on_validation_start(self) -> None:
@@ -123,10 +123,8 @@ class TrainedModel(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_val is not None and gradient_clip_val <= 0:
+        if gradient_clip_val is None or gradient_clip_val <= 0:
             return  # off, as everywhere in Lightning
-        if gradient_clip_val is None:
-            return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Such an optimizer (fused=True) unscales the gradients itself when it steps, so
