@@ -10,11 +10,8 @@ from torch.nn.functional import pad
 LEAST_SEQUENCES = 8
 """A position counts where at least so many sequences reach it: fewer are single samples."""
 
-
-_ROWS = 8192
-
-
-_ROWS_OF_16_BITS = 32_768
+_ROWS, _ROWS_OF_16_BITS = 8192, 32_768
+"""Samples that are summed at a time, those of 16 bits in float32."""
 
 
 class Positions:
@@ -79,8 +76,9 @@ def _longer(x: Float64[Tensor, "rows n"], longest: int) -> Float64[Tensor, "rows
 def sums_of_positions(
     x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
 ) -> Float64[Tensor, "positions dim"]:
-    """The sums over the sequences, float64, but of float32 over rows of 16 bits, which loses as few
-    bits of them and is sooner done on a GPU. Features without positions are all of one."""
+    """The sums over the sequences, in float64. Features of 16 bits are summed in float32, so many
+    samples at a time, which loses none of their digits to speak of and is faster on a GPU. Features
+    without positions are all of one."""
     x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1])
     mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
     is_wide = x.dtype.itemsize > 2

@@ -21,7 +21,6 @@ from nerve.spectra.positions import (
 TOP = 1000
 """`top` is the share of the farthest sample in so many, rounded up: 0.1%."""
 
-
 _LEAST_CANDIDATES = 64
 _CANDIDATES_FOR_EACH_OF_THE_TOP = 4
 _MOST_BOUNDS = 16
@@ -130,6 +129,7 @@ class SampleShares:
             The spread of the samples that count, which a covariance of the same ones needs; None
             where there are none.
         """
+        assert self._of_all is None, "after replace(), no samples can be added"
         with torch.inference_mode(False), torch.no_grad():
             x, mask = x.detach().to(self.device), None if mask is None else mask.to(self.device)
             counted = x.reshape(-1, self.dim)

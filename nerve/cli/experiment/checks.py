@@ -1,7 +1,8 @@
 """What a configuration must be as a whole, beside what each group checks of its own values.
 
 Every check is one of `nerve.config` or of `require`: it raises `ConfigError` with the rule, what
-was received and the likely fix, and it needs neither data nor this machine.
+was received and the likely fix. None needs the data; of the machine, one asks which packages are
+installed.
 """
 
 import math
@@ -66,7 +67,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
     """Refuses a configuration of which a part was deleted, or replaced by what is no group.
 
     Args:
-        config: as plain values, with interpolations as texts.
+        config: as plain values, with interpolations as strings.
     """
     for key in (*GROUPS, *SINGLE):
         require(
@@ -77,7 +78,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
 
 
 def require_groups(config: Mapping[str, Any]) -> None:
-    """Refuses what is no group where one belongs; as a text, an interpolation may become one."""
+    """Refuses what is no group where one belongs. An interpolation may become one, and passes."""
     for key in GROUPS:
         require(
             isinstance(config[key], Mapping) or _is_interpolation(config[key]),
