@@ -17,6 +17,7 @@ from nerve.analysis.frames import (
     average_layers,
     group_points,
     require_columns,
+    require_free,
     require_names,
     rows_of,
 )
@@ -142,6 +143,8 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
     """
     own = ["run_id", "config_id", "seed"]
     require_columns(points, [*own, "design_id", "flag", *NUMBERS, *COUNTS], "final_metrics")
+    added = ["n_seeds", "n_flagged", *(f"{name}_sd" for name in points.columns)]
+    require_free(list(points.columns), added)
     codes, groups = group_points(points, ["design_id"])
     ok = ((points["flag"] == "ok") & (codes >= 0)).to_numpy()
     every = points[codes >= 0].groupby(codes[codes >= 0])

@@ -21,6 +21,7 @@ from nerve.analysis.frames import (
     join_runs,
     number_rows,
     require_columns,
+    require_free,
     require_names,
     rows_of,
 )
@@ -50,6 +51,12 @@ def null_columns(null: str) -> list[str]:
     """The columns of a null model: its r with the loss, the partial r given it, the interval."""
     return [f"r_{null}", f"given_{null}", f"given_{null}_low", f"given_{null}_high"]
 
+
+_ACROSS = (
+    *("metric", "n", "n_flagged", "n_missing", "n_heldout", "pearson", "pearson_low"),
+    *("pearson_high", "spearman", "spearman_low", "spearman_high"),
+)
+"""The columns of a correlation across runs, apart from those of null models."""
 
 RESULTS = ("n", "pearson", "spearman", *(name for null in NULLS for name in null_columns(null)))
 """The columns of a correlation within a run."""
@@ -188,6 +195,7 @@ def correlate_across_runs(
     require_names(by=by, given=given, names=names)
     needed = ["design_id", "step", "flag", "heldout", *by, against, *given, *names]
     require_columns(points, needed, "final_metrics")
+    require_free([*by, *given], [*_ACROSS, "clock", *null_columns("clock")])
     nulls = {"clock": np.log1p(points["step"].to_numpy(float, na_value=np.nan))}
     nulls |= {name: _factor_numbers(points[name]) for name in given}
     designs = number_rows(points, ["design_id"])

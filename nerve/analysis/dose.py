@@ -1,6 +1,7 @@
 """Dose and response: how the loss changes when a metric is changed by an intervention, compared
 with the prediction from designs."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from pandas.api.types import is_numeric_dtype
 
 from nerve.analysis.compare import final_metrics
 from nerve.analysis.estimate import LeastSquares
-from nerve.analysis.frames import group_points, require_columns, require_names
+from nerve.analysis.frames import group_points, require_columns, require_free, require_names
 from nerve.analysis.paired import on_scale
 from nerve.analysis.paired_fit import Effects, paired_by_seed
 from nerve.analysis.statistics import Pairs, fit_line
@@ -71,6 +72,8 @@ def dose_response(
             run has, or runs with the same dose and seed that differ in something else.
     """
     require_names(by=by, names=names)
+    columns = _columns(by, dose)
+    require_free([dose, *by], [name for name, n in Counter(columns).items() if n > 1] + ["metric"])
     points = final_metrics(metrics, runs, factors=[dose, *by])
     require_columns(points, names, "final_metrics")
     require(
@@ -99,7 +102,7 @@ def dose_response(
                 {**said, dose: value, **response, **predicted}
                 for value, response in _responses(own, dose, name, reference, predicted)
             )
-    frame = pd.DataFrame(rows, columns=_columns(by, dose))
+    frame = pd.DataFrame(rows, columns=columns)
     return frame.astype({"n_seeds": int, "n_flagged": int, "df": int, "n_designs": int})
 
 

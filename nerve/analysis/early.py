@@ -11,6 +11,7 @@ import pandas as pd
 from nerve.analysis.factors import overrides
 from nerve.analysis.flags import describe_runs, flag_runs
 from nerve.analysis.frames import (
+    AT_STEP,
     average_layers,
     join_runs,
     number_rows,
@@ -82,7 +83,8 @@ def rank_early(
     """
     require_names(by=by, names=names)
     require_columns(metrics, ["run_id", "ffn", "step", "val_loss", *names], "load_metrics")
-    taken = ["ffn", "schedule", "step", "metric", "n", "n_designs", "null", *ESTIMATES]
+    taken = ["schedule", "metric", "n", "n_designs", "null", *ESTIMATES, "final_loss"]
+    taken += ["ffn", "step", "n_layers", "n_null", *AT_STEP, *names]
     flags = flag_runs(metrics, runs)
     described = describe_runs(flags, runs, by, taken)
     described = described.assign(schedule=_schedules(runs), final_loss=flags["final_loss"])

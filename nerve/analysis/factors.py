@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.compare import COUNTS, NUMBERS
+from nerve.metric_names import DERIVED
 from nerve.storage.identity import EXCLUDED
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
@@ -40,11 +41,26 @@ _READ_AS_ANOTHER = re.compile(
 )
 """The strings that `level_text` writes for numbers, booleans and missing values, or similar."""
 
+_ESTIMATED = (
+    *("pearson", "spearman", "given_clock", "given_lr", "kendall", "loss_kendall", "given_loss"),
+    *("exponent", "ratio"),
+)
+
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
 RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 DIGESTS = ("weights", "batches")
 """Hashes of tensors in the configuration of a measured model, which differ between any two runs."""
-TAKEN = {*METRICS.names, *NUMBERS, *COUNTS, "data", "heldout", "flag", "ffn", "depth", "region"}
+TAKEN = {
+    *(*METRICS.names, *DERIVED, *NUMBERS, *(f"{name}_sd" for name in NUMBERS), *COUNTS),
+    *("data", "heldout", "flag", "reason", "n_steps", "n_damaged_parts", "n_seeds", "n_flagged"),
+    *("first_loss", "min_loss", "final_loss", "final_step", "target_loss", "reached"),
+    *("depth", "middle", "region", "outliers", "sampling", "schedule", "clock", "metric", "window"),
+    *("first_step", "n", "n_missing", "n_heldout", "n_points", "n_designs", "d_ff_min", "d_ff_max"),
+    *(f"{name}{end}" for name in _ESTIMATED for end in ("", "_low", "_high")),
+    *("null", "coefficient", "r_squared", "r_clock", "r_lr", "points", "ratio_sd"),
+    *("site", "grouping", "group", "other", "pr_group", "pr_other"),
+}
+"""The columns of results, whose values a factor of the same name would replace."""
 
 
 @dataclass(frozen=True)

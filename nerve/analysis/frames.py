@@ -8,6 +8,7 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 
 from nerve.errors import ConfigError
+from nerve.metric_names import DERIVED
 from nerve.storage.schema import Dataset
 
 AT_STEP = ("tokens_seen", "train_loss", "val_loss")
@@ -39,18 +40,26 @@ def require_columns(frame: pd.DataFrame, names: Sequence[str], source: str) -> N
 def require_factors(factors: Sequence[str], runs: pd.DataFrame, taken: Collection[str]) -> None:
     """Raises `ConfigError` for factors that `runs` does not have, or whose name is `taken`."""
     require_columns(runs, factors, "load_runs")
-    doubled = [name for name in factors if name in taken]
+    require_free(factors, taken)
+
+
+def require_free(factors: Sequence[str], taken: Collection[str]) -> None:
+    """Raises `ConfigError` for factors whose name is `taken` by a column of the result, which would
+    replace their values."""
+    doubled = [name for name in dict.fromkeys(factors) if name in taken]
     if doubled:
         raise ConfigError(
-            f"A factor must be a column of load_runs that the result does not already have; got "
-            f"{', '.join(doubled)}. Omit it."
+            f"A factor must be a column that the result does not already have; got "
+            f"{', '.join(doubled)}. Omit it, or rename the column."
         )
 
 
 def require_joinable(factors: Sequence[str], runs: pd.DataFrame, dataset: Dataset) -> None:
     """Raises `ConfigError` with similar names for factors that `runs` does not have, or that the
     rows of the dataset already have."""
-    columns = [name for name in runs.columns if name not in dataset.schema.names]
+    own = {*dataset.schema.names, "n_damaged_parts"}
+    own |= {*DERIVED, "outliers", "sampling"} if dataset.name == "metrics" else set()
+    columns = [name for name in runs.columns if name not in own]
     for factor in factors:
         if factor in columns:
             continue

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.depth import metrics_by_depth
-from nerve.analysis.frames import at_last_step, require_columns
+from nerve.analysis.frames import at_last_step, require_columns, require_free
 from nerve.metric_names import SITES
 
 ROW = ["run_id", "step", "layer", "ffn"]
@@ -65,6 +65,8 @@ def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataF
         rows: rows of `pr_of_groups`, of runs that can be compared.
         factors: columns of `rows`, the same for all seeds of a design.
     """
+    added = ("site", "grouping", "group", "other", "n_seeds", "pr_group", "pr_other")
+    require_free(factors, [*added, "ratio", "ratio_sd"])
     keys = ["design_id", "data", *factors, "ffn"]
     tables = [pd.DataFrame(columns=[*keys, "grouping"])]
     for grouping, site, group, other in _contrasts():

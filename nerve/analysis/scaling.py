@@ -10,6 +10,7 @@ from nerve.analysis.frames import (
     group_points,
     interleave,
     require_columns,
+    require_free,
     require_names,
 )
 from nerve.analysis.statistics import Pairs, fit_line
@@ -17,6 +18,12 @@ from nerve.metric_names import columns_of
 
 SCALING_NAMES = columns_of(lambda metric: metric.compared and metric.unit == "dimensions")
 """The metrics that count dimensions."""
+
+_FITTED = (
+    *("metric", "n", "n_points", "n_flagged", "n_missing", "n_heldout", "d_ff_min", "d_ff_max"),
+    *("exponent", "exponent_low", "exponent_high", "coefficient", "r_squared"),
+)
+"""The columns of a fit."""
 
 
 def fit_width_scaling(
@@ -53,6 +60,7 @@ def fit_width_scaling(
     """
     require_names(by=by, names=names)
     require_columns(points, ["flag", "heldout", "d_ff", *by, *names], "final_metrics")
+    require_free(by, _FITTED)
     codes, groups = group_points(points, by)
     n_groups = len(groups)
     codes = np.where(flagged | (points["flag"] == "ok").to_numpy(), codes, -1)

@@ -112,6 +112,57 @@ def test_interleaved_tables():
     assert interleave([a, b])["n"].tolist() == [1, 2, 3, 4]
 
 
+def with_factor(metrics, runs, name):
+    """The result of each function with this factor; None if it is refused."""
+    names = ["pr_post"]
+
+    def found(function, *arguments, **others):
+        try:
+            return function(*arguments, **others)
+        except ConfigError:
+            return None
+
+    points = found(nerve.final_metrics, metrics, runs, [name])
+    results = {
+        "points": points,
+        "early": found(nerve.rank_early, metrics, runs, [name], names=names),
+        "dose": found(nerve.dose_response, metrics, runs, dose=name, by=["o.other"], names=names),
+        "by": found(nerve.dose_response, metrics, runs, dose="o.other", by=[name], names=names),
+    }
+    if points is not None:
+        across = nerve.correlate_across_runs
+        results |= {
+            "designs": found(nerve.average_seeds, points),
+            "across": found(across, points, [name], names=names),
+            "given": found(across, points, given=[name], names=names),
+            "widths": found(nerve.fit_width_scaling, points, [name], names=names),
+        }
+    return results
+
+
+def test_a_factor_keeps_its_values_whatever_its_name_or_is_refused(tables):
+    specs = [
+        {
+            "rows": [{"step": 0, "val_loss": 6.0}, {"step": 10, "val_loss": 3 + seed / 10 + level}],
+            "run_id": f"{level}{other}{seed}",
+            "seed": seed,
+            "config": {"a.level": level, "o.other": other},
+        }
+        for level in (0, 1)
+        for other in (0, 1)
+        for seed in (0, 1)
+    ]
+    metrics, runs = tables(*specs)
+    expected = with_factor(metrics, runs, "a.level")
+    assert all(table is not None for table in expected.values())
+    for name in ("n", "n_seeds", "val_loss_sd", "slope", "clock", "n_steps", "final_loss"):
+        found = with_factor(metrics, runs.rename(columns={"a.level": name}), name)
+        for key, table in found.items():
+            if table is not None:
+                columns = [column.replace("a.level", name) for column in expected[key]]
+                pd.testing.assert_frame_equal(table, expected[key].set_axis(columns, axis=1))
+
+
 def calls(frame, runs):
     """Each function that takes names, given a string instead of a list."""
     across = nerve.correlate_across_runs

@@ -434,3 +434,10 @@ def test_texts_are_categories_that_behave_as_texts(sweep, tmp_path):
     assert len(layers) == metrics["run_id"].nunique()
     ordered = metrics.sort_values("normalization.kind", kind="stable")
     assert list(ordered["normalization.kind"]) == sorted(metrics["normalization.kind"])
+
+
+@pytest.mark.parametrize("name", ["pr_gain", "exp_se_pre", "sampling", "n_damaged_parts"])
+def test_a_factor_cannot_replace_a_column_that_is_derived(tmp_path, make_run, name):
+    make_run(tmp_path / "a", {name: 3})
+    with pytest.raises(ConfigError, match=f"got '{name}'"):
+        load_metrics(tmp_path, [name])
