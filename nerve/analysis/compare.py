@@ -147,7 +147,9 @@ def average_seeds(points: pd.DataFrame) -> pd.DataFrame:
     require_free(list(points.columns), added)
     codes, groups = group_points(points, ["design_id"])
     ok = ((points["flag"] == "ok") & (codes >= 0)).to_numpy()
-    every = points[codes >= 0].groupby(codes[codes >= 0])
+    # A flagged run describes a design only where there is no other.
+    only = ok | ((codes >= 0) & ~np.isin(codes, codes[ok]))
+    every = points[only].groupby(codes[only])
     used = points[ok].groupby(codes[ok])
     columns: dict[str, pd.Series] = {}
     spreads: dict[str, pd.Series] = {}
@@ -226,6 +228,8 @@ def last_crossing(loss: Array, level: float) -> Crossing | None:
     if not len(above) or above[-1] == last:
         return None
     i = int(above[-1])
+    if loss[i + 1] == level:  # nothing to interpolate: a metric may be missing at the step before
+        return Crossing(i + 1, i + 1, 0.0)
     return Crossing(i, i + 1, float((loss[i] - level) / (loss[i] - loss[i + 1])))
 
 

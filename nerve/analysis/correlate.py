@@ -288,7 +288,8 @@ def _warmup_ends(rows: pd.DataFrame, series: pd.DataFrame, runs: pd.DataFrame) -
     """The first step after warm-up of each of `series`; `rows` has all their steps."""
     last = rows.groupby("run_id", observed=True)["step"].max()
     own = runs.set_index("run_id").reindex(series["run_id"])
-    n_steps = _numbers(own, "trainer.max_steps").fillna(last.reindex(own.index))
+    n_steps = _numbers(own, "trainer.max_steps")
+    n_steps = n_steps.where(n_steps > 0).fillna(last.reindex(own.index))  # -1 means no limit
     fraction = _numbers(own, "optimizer.schedule.warmup").fillna(DEFAULT_WARMUP)
     return np.maximum(1, np.round((fraction * n_steps).to_numpy())).astype(int)
 

@@ -198,10 +198,13 @@ def level_text(value: object) -> str:
         return "not set"
     if isinstance(value, bool | np.bool_):
         return str(value).lower()
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        if not number.is_integer() or abs(number) >= 1e15:
+            return f"{number:.10g}"  # with fewer digits, values that differ would be one level
+        value = int(number)  # a whole number in a column with missing ones
     if isinstance(value, int | np.integer):
         return str(value)
-    if isinstance(value, float | np.floating):
-        return f"{value:.10g}"  # with fewer digits, values that differ would be one level
     text = str(value)
     return f"'{text}'" if _READ_AS_ANOTHER.fullmatch(text) else text
 

@@ -1,9 +1,11 @@
 """One row per run: its last step, the step that reaches a loss, and the mean over its seeds."""
 
+import math
+
 import numpy as np
 import pytest
 
-from nerve.analysis.compare import average_seeds, final_metrics, metrics_at_loss
+from nerve.analysis.compare import average_seeds, final_metrics, last_crossing, metrics_at_loss
 from nerve.errors import ConfigError
 from nerve.storage.find import IncompleteWarning
 
@@ -223,3 +225,23 @@ def test_how_many_seeds_reached_a_loss(tables):
     assert design.n_seeds == 3
     assert design.val_loss == 5
     assert design.step == pytest.approx((10 + 7.5) / 2)
+
+
+def test_a_flagged_run_says_nothing_of_a_design_that_has_others(tables):
+    """The final accuracy of a failed run is not that of the design."""
+    rows = [{"step": 0, "val_loss": 6.0}, {"step": 10, "val_loss": 3.0}]
+    config = {"activation.name": "gelu"}
+    metrics, runs = tables(
+        {"rows": rows, "config": config, "run_status": "failed", "final": {"accuracy": 0.5}},
+        {"rows": rows, "config": config},
+        {"rows": rows, "config": config},
+    )
+    (design,) = average_seeds(final_metrics(metrics, runs, ["final.accuracy"])).to_dict("records")
+    assert (design["n_seeds"], design["n_flagged"]) == (2, 1)
+    assert math.isnan(design["final.accuracy"])
+
+
+def test_a_step_exactly_at_the_target_needs_no_step_before_it():
+    """There, the metric may be missing."""
+    crossing = last_crossing(np.array([3.0, 2.0, 1.0]), 2.0)
+    assert crossing.interpolate(np.array([np.nan, 5.0, 6.0])) == 5.0

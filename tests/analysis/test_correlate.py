@@ -361,3 +361,10 @@ def test_another_target(tables):
     assert row.pearson == pytest.approx(1)
     with pytest.raises(ConfigError, match=r"Similar names: .*final\.val_accuracy"):
         correlate_across_runs(points, against="final.accuracy")
+
+
+def test_training_without_a_limit_of_steps_warms_up_for_a_part_of_what_was_measured(tables):
+    rows = [{"step": step, "val_loss": 6 - step / 1000} for step in range(0, 1001, 100)]
+    metrics, runs = tables({"rows": rows, "config": {"trainer.max_steps": -1}})
+    table = correlate_within_runs(metrics, runs, names=["js"]).set_index("window")
+    assert table["first_step"].to_dict() == {"all": 0, "after_warmup": 50, "differences": 50}

@@ -2,7 +2,13 @@
 
 import pandas as pd
 
-from nerve.analysis.factors import describe_ties, find_factors, level_text, ordered_levels
+from nerve.analysis.factors import (
+    describe_ties,
+    find_factors,
+    level_text,
+    levels_of,
+    ordered_levels,
+)
 from nerve.analysis.load import load_runs
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
@@ -153,3 +159,8 @@ def test_a_string_that_looks_like_another_value_is_in_quotes():
         True,
         None,
     ]
+
+
+def test_large_whole_numbers_that_differ_are_different_levels_beside_a_missing_one():
+    values = pd.Series([12345678901, 12345678902, None, -0.0])
+    assert list(levels_of(values)) == ["12345678901", "12345678902", "not set", "0"]
