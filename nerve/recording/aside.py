@@ -1,5 +1,5 @@
-"""Runs training on a GPU and the work after a measurement concurrently: on separate CUDA streams,
-and without the training thread occupying its core while it waits."""
+"""Overlaps training on a GPU with the work that follows a measurement: separate CUDA streams, and
+waits that leave the training thread's core free."""
 
 import ctypes
 import logging
@@ -14,15 +14,16 @@ from nerve.cores import share_among_trials
 log = logging.getLogger(__name__)
 
 _WAYS_TO_WAIT, _SLEEP = 7, 4
-"""The bits of a context's flags that say how threads wait for the device, and the one to sleep."""
+"""The bits of a context's flags that say how threads wait for the device, and the value for
+sleeping."""
 
 
 class Aside:
-    """A stream of a GPU for what need not be done before training goes on: many small kernels, and
-    what processes exchange. On a CPU nothing is beside.
+    """A side CUDA stream for work that training need not wait for: many small kernels, and
+    collectives. On a CPU there is no side stream.
 
-    What is used there was made by training's stream, which may give the memory away as soon as it
-    is let go: so it is held here until that work is done.
+    Tensors used there were allocated on training's stream, which may reuse their memory as soon as
+    they are freed. So references to them are held here until that work is done.
 
     Args:
         device: where the model trains.
@@ -35,8 +36,8 @@ class Aside:
 
     @contextmanager
     def work_on(self, held: object) -> Iterator[None]:
-        """Within it work for the device goes to the stream beside, after all that training has
-        given it so far; `held` has what it uses."""
+        """Puts device work within the block on the side stream, after everything that training has
+        queued so far; `held` contains the tensors it uses."""
         if self._stream is None:
             yield
             return
@@ -48,25 +49,25 @@ class Aside:
             self._held.append((self._stream.record_event(), held))
 
     def let_go(self) -> None:
-        """Lets go of what is done, without waiting."""
+        """Drops references to tensors whose work is done, without waiting."""
         while self._held and self._held[0][0].query():
             self._held.popleft()
 
     def close(self, *, wait: bool) -> None:
-        """Lets go of all, once it is done if `wait`: its memory is soon others'. After an error it
-        may wait for a process that has gone."""
+        """Drops all references, after waiting for the work if `wait`, since the memory will soon be
+        reused. After an error, waiting could hang on a process that has exited."""
         if wait and self._held:
             self._held[-1][0].synchronize()
         self._held.clear()
 
 
 class Pace:
-    """Has the threads that wait for the GPU sleep, where trials share the cores, and that which
-    trains wait until its GPU has ended the step before.
+    """Makes threads sleep while they wait for the GPU where trials share cores, and makes the
+    training thread wait until the GPU has finished the previous step.
 
-    It runs ahead otherwise, until the driver takes no more, and waits there. A wait keeps a core
-    busy unless the driver is told else. Where trials share a GPU, threads wait most of the time;
-    those that solve on the host are to have that core. The GPU always has a step to do.
+    Otherwise that thread runs ahead until the driver's queue is full, and waits there; by default a
+    waiting thread keeps a core busy. Where trials share a GPU, threads wait most of the time, and
+    the threads that solve on the host need that core. The GPU always has one step queued.
 
     Args:
         device: where the model trains.
@@ -85,7 +86,7 @@ class Pace:
             torch.cuda.current_stream(self._device).synchronize()
 
     def end_step(self) -> None:
-        """To be called when all work of a step is given to the device."""
+        """Must be called once all work of a step has been queued on the device."""
         if not self._is_kept:
             return
         event = torch.cuda.Event(blocking=True)
@@ -96,8 +97,8 @@ class Pace:
 
 
 def sleep_while_waiting(device: torch.device) -> None:
-    """Has each thread of this process that waits for `device` sleep, in place of asking again and
-    again. Where the driver cannot be told so (before 12.1), it stays as it is."""
+    """Makes every thread of this process that waits for `device` sleep instead of polling. Drivers
+    before CUDA 12.1 cannot be told to; there nothing changes."""
     flags = ctypes.c_uint()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -109,4 +110,4 @@ def sleep_while_waiting(device: torch.device) -> None:
     except (OSError, AttributeError) as error:
         refusal = error
     if refusal:
-        log.info("threads that wait for %s occupy their cores: %s", device, refusal)
+        log.info("threads that wait for %s keep their cores busy: %s", device, refusal)

@@ -1,5 +1,5 @@
-"""Losses, tokens and the learning rate between measurements: the columns that all rows of a
-measurement share."""
+"""Losses, tokens and the learning rate between measurements: the columns shared by all rows of a
+measurement."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,53 +14,53 @@ from nerve.recording.solver import Labels
 
 
 class Cadence:
-    """Sums losses and tokens up from one measured step to the next, and labels that step.
+    """Accumulates losses and tokens from one measured step to the next, and labels that step.
 
-    A step is labeled when its validation is over: with the validation loss of its weights, and the
-    mean training loss since the step that was labeled before. The label waits in `due` until the
-    features of that step are measured.
+    A step is labeled once its validation is over: with the validation loss of its weights, and the
+    mean training loss since the previously labeled step. The label stays in `due` until the
+    features of that step have been measured.
     """
 
     def __init__(self) -> None:
         self.due: Labels | None = None
-        """The labels of the measurement that is to come; None between measurements."""
+        """The labels of the upcoming measurement; None between measurements."""
         self.val_loss: float | None = None
         """The last validation loss, nats per target."""
         self._tokens_seen = 0
         self._training = WeightedMean()
         self._labeled = WeightedMean()
-        """The training losses that the label in `due` is the mean of."""
+        """The training losses averaged in the label in `due`."""
         self._validation = WeightedMean()
 
     def add_training(self, loss: Tensor | None, n_targets: int | None, n_processes: int) -> None:
         """Counts a batch.
 
         Args:
-            loss: the mean of this process's targets; None where that is not known.
-            n_targets: how many they are; None where that is not known, and batches count alike.
-            n_processes: how many processes have as many.
+            loss: the mean over this process's targets; None if unknown.
+            n_targets: their number; None if unknown, in which case batches have equal weight.
+            n_processes: number of processes that have this many targets.
         """
         if loss is not None:
             self._training.add(loss, n_targets)
         self._tokens_seen += (n_targets or 0) * n_processes
 
     def start_validation(self) -> None:
-        """Begins the held-out set anew."""
+        """Starts a new pass over the held-out set."""
         self._validation = WeightedMean()
 
     def add_validation(self, loss: Tensor, n_targets: int | None) -> None:
-        """Counts a held-out batch; those without `n_targets` count alike."""
+        """Counts a held-out batch; batches without `n_targets` have equal weight."""
         self._validation.add(loss, n_targets)
 
     def note_validation(self, loss: float) -> None:
-        """Takes the validation loss of the weights that are labeled, found by somebody else; of
-        several the first."""
+        """Takes a validation loss of the labeled weights that was computed elsewhere; the first one
+        counts."""
         if self.due is not None and self.due["val_loss"] is None:
             self.val_loss = self.due["val_loss"] = loss
 
     @property
     def n_validated(self) -> int:
-        """Targets of the last validation; 0 before the first of this process."""
+        """Number of targets in the last validation; 0 before this process's first."""
         return self._validation.weight
 
     def label(self, step: int, lr: float | None, *, n_processes: int, is_split: bool) -> None:
@@ -69,8 +69,8 @@ class Cadence:
         Args:
             step: optimizer steps so far.
             lr: the learning rate of the hidden weights.
-            n_processes: how many train.
-            is_split: whether each of them evaluated its own part of the held-out set.
+            n_processes: number of training processes.
+            is_split: whether each process evaluated its own part of the held-out set.
         """
         self.val_loss = self._validation.value(over_processes=is_split)
         self.due = {
@@ -83,20 +83,20 @@ class Cadence:
         self._labeled, self._training = self._training, WeightedMean()
 
     def take_due(self) -> Labels | None:
-        """The labels that wait, which then wait no more."""
+        """Returns the pending labels and clears them."""
         due, self.due = self.due, None
         self._labeled = WeightedMean()
         return due
 
     def drop_due(self) -> None:
-        """Takes the labels back that wait: their step is not measured, and its training losses are
-        those of the next one, too."""
+        """Cancels the pending labels: their step is not measured, and its training losses count
+        toward the next one."""
         self.due = None
         self._training.merge(self._labeled)
         self._labeled = WeightedMean()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; all processes must call it."""
+        """The state for a checkpoint; all processes must call it."""
         return {
             "tokens_seen": self._tokens_seen,
             "training": gathered(self._training.state()),
@@ -105,10 +105,10 @@ class Cadence:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint; it may hold more.
+        """Continues from a checkpoint, whose state may have further entries.
 
         Raises:
-            StoreError: for one of another number of processes.
+            StoreError: for a checkpoint of a different number of processes.
         """
         self._tokens_seen = state["tokens_seen"]
         self._training = WeightedMean(*own_part(state["training"]))
@@ -117,16 +117,18 @@ class Cadence:
 
 
 class WeightedMean:
-    """Mean of losses weighted by their targets, in float64, without waiting for the device."""
+    """Mean of losses weighted by their number of targets, in float64, without synchronizing with
+    the device."""
 
     def __init__(self, total: Tensor | float = 0.0, weight: int = 0) -> None:
         self._total = total
         self._weight = weight
 
     def add(self, loss: Tensor, n_targets: int | None) -> None:
-        """Adds the mean loss of so many targets; without their number it weighs 1."""
+        """Adds the mean loss of `n_targets` targets; if their number is unknown, it has weight
+        1."""
         weight = 1 if n_targets is None else n_targets
-        if weight:  # else the mean is of nothing, and NaN
+        if weight:  # otherwise the mean is NaN
             self._total = self._total + loss.double() * weight
             self._weight += weight
 
@@ -137,24 +139,24 @@ class WeightedMean:
 
     @property
     def weight(self) -> int:
-        """How many targets it is of."""
+        """The number of targets."""
         return self._weight
 
     def value(self, *, over_processes: bool = False) -> float | None:
-        """The mean, of all processes' losses together if asked for, which then all must ask for;
-        None without any."""
+        """The mean, over all processes if `over_processes`, which all of them must then request;
+        None if there are no losses."""
         states = gathered(self.state()) if over_processes else [self.state()]
         total, weight = (sum(part) for part in zip(*states, strict=True))
         return total / weight if weight else None
 
     def state(self) -> tuple[float, int]:
-        """What it begins again with."""
+        """The arguments that recreate it."""
         return float(self._total), self._weight
 
 
 def loss_of(output: Any) -> tuple[Tensor, int | None] | None:
-    """The mean loss and the number of targets that it is of, None where that is not said; None
-    where the model gives no loss.
+    """The mean loss and the number of targets it averages (None if not given); None if the model
+    returns no loss.
 
     Args:
         output: what a model returned. The loss is the entry or attribute `loss`, a tensor with one
@@ -169,16 +171,16 @@ def loss_of(output: Any) -> tuple[Tensor, int | None] | None:
 
 
 def step_loss(output: Any) -> tuple[Tensor | None, int | None]:
-    """The same of what a step of Lightning returned, where a bare tensor is the loss; None for each
-    that it does not say."""
+    """The same for what a Lightning step returns, which may also be a bare loss tensor; None for
+    each value that is not given."""
     found = loss_of({"loss": output} if isinstance(output, Tensor) else output)
     return (None, None) if found is None else found
 
 
 def rate_of(optimizers: Sequence[Optimizer], ffns: Sequence[FFN]) -> float | None:
     """The learning rate of the measured weights, as the schedule left it: that of the optimizers
-    that hold them, None where it is not one. Of shards, which no optimizer has by that name, that
-    of all optimizers."""
+    that hold them, or None if it is not unique. Sharded weights are in no optimizer under that
+    name; for them, all optimizers count."""
     measured = {
         id(weight) for ffn in ffns for site in sites_of(ffn) for weight in site.module.parameters()
     }
@@ -188,10 +190,11 @@ def rate_of(optimizers: Sequence[Optimizer], ffns: Sequence[FFN]) -> float | Non
 
 
 def hidden_lr(optimizer: Optimizer) -> float | None:
-    """The present learning rate of the hidden weights, as the schedule left it.
+    """The current learning rate of the hidden weights, as the schedule left it.
 
-    That of the parameter groups with the role `hidden`; in an optimizer that `build_optimizer` did
-    not make, where groups have no roles, that of all groups. None where they have several.
+    It comes from the parameter groups with the role `hidden`, or from all groups of an optimizer
+    that `build_optimizer` did not make, whose groups have no roles. None if they have several
+    rates.
     """
     groups = optimizer.param_groups
     hidden = [group for group in groups if group.get("role") == Role.HIDDEN]
@@ -200,7 +203,7 @@ def hidden_lr(optimizer: Optimizer) -> float | None:
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:
-    """Those of all its groups."""
+    """The parameters of all its groups."""
     return [each for group in optimizer.param_groups for each in group["params"]]
 
 

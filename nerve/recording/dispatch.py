@@ -30,21 +30,23 @@ Place = Literal["host", "device"]
 
 HOST_S = 6e-11
 DEVICE_S = 3e-12
-"""Seconds for each cube of a width until they are measured: of one core (1.5 s at 3072), and of a
-GPU of a data center (.08 s, training beside it)."""
+"""Initial estimates of seconds per cube of the width, until they are measured: for one core (1.5 s
+at 3072), and for a data-center GPU (.08 s, with training running)."""
 
 FIRST_S = 10.0
-"""What the host may take for the first measurement, when nobody knows when the next one comes."""
+"""Time that the host may spend on the first measurement, when the time to the next one is
+unknown."""
 
 _ROOM = 1.5
-"""What is pending on the host is to be done within so many times between two measurements: more
-than one, as the next one may find some pending, and fewer than training would wait for."""
+"""Work pending on the host must be finishable within this many intervals between measurements: more
+than one, because the next measurement may find some pending, and fewer than would make training
+wait."""
 _NEWEST = 0.3
-"""What the last solution counts for in the mean of what they take."""
+"""Weight of the latest solution in the running mean of solving times."""
 
 
 class Untaken:
-    """An eigenproblem until a thread takes it, which may be copied to the host before."""
+    """An eigenproblem until a thread takes it; it may be copied to the host before then."""
 
     def __init__(self, eigenproblem: Eigenproblem) -> None:
         self._lock = threading.Lock()
@@ -52,14 +54,15 @@ class Untaken:
         self.is_copied = False
 
     def take(self) -> Eigenproblem:
-        """Gives it, and keeps nothing, so that a GPU's memory is free once it is copied."""
+        """Returns the eigenproblem and drops the reference, so that GPU memory is freed once it is
+        copied."""
         with self._lock:
             held, self._held = self._held, None
         assert held is not None
         return held
 
     def copy(self, to_host: Callable[[Eigenproblem], Eigenproblem]) -> None:
-        """Has a copy take its place, if nobody has taken it."""
+        """Replaces it by a copy, unless it has been taken."""
         with self._lock:
             if self._held is not None:
                 self._held = to_host(self._held)
@@ -67,13 +70,13 @@ class Untaken:
 
     @property
     def n_bytes(self) -> int:
-        """What it takes of the device."""
+        """The device memory it occupies."""
         held = self._held
         return 0 if held is None or self.is_copied else bytes_of(held)
 
 
 class Waiting(NamedTuple):
-    """An FFN as messages name it, its eigenproblem, and its spectra to come."""
+    """The name of an FFN for messages, its eigenproblem, and the future of its spectra."""
 
     name: str
     untaken: Untaken
@@ -81,23 +84,23 @@ class Waiting(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """What it takes of the device while nobody has taken it."""
+        """The device memory it occupies until it is taken."""
         return self.untaken.n_bytes
 
 
 class Dispatch:
-    """Solves each eigenproblem of a GPU where that costs less (`Placement`), while training goes
-    on: copied to the host and solved there, one thread for each of them, or on the GPU, between its
-    other work. Those of a CPU, whose cores train, are solved at once.
+    """Solves each eigenproblem of a GPU where that costs less (`Placement`) while training goes on:
+    on the host, one thread per eigenproblem, after copying it there, or on the GPU, between its
+    other work. Eigenproblems of a CPU, whose cores train, are solved at once.
 
-    What the host is to solve is copied as long as its memory is for that, threads or not: runs that
-    share a GPU have few threads each, and its memory is what they have least of.
+    Those assigned to the host are copied as long as host memory allows, even before a thread is
+    free: runs that share a GPU have few threads each, and GPU memory is their scarcest resource.
 
     Args:
         device: where the model trains.
-        n_workers: threads of the host; 0 solves on `device`.
-        n_bytes: what an eigenproblem is expected to take on the host: room for it is made now,
-            beside what comes first.
+        n_workers: number of host threads; 0 solves on `device`.
+        n_bytes: expected host memory of an eigenproblem, which is allocated now, while training
+            starts.
     """
 
     def __init__(self, device: torch.device, n_workers: int, n_bytes: int) -> None:
@@ -113,19 +116,20 @@ class Dispatch:
         self._copier = pool_of(1) if self._pool and is_gpu else None
         self._room = threading.Semaphore(waiting_on_host(n_processes(), n_bytes))
         if self._copier:
-            # What it cannot pin is asked for again, and refused, where it is needed.
+            # If pinning fails here, it is tried again, and fails, where it is needed.
             self._copier.submit(self._staging.reserve, n_bytes)
 
     @property
     def is_beside(self) -> bool:
-        """Whether anything is solved beside training."""
+        """Whether anything is solved concurrently with training."""
         return bool(self._pool or self._of_gpu)
 
     def start(self, eigenproblems: Sequence[Eigenproblem], step: Any) -> list[Waiting]:
-        """Has the eigenproblems of a measurement solved, once the device has made them.
+        """Queues the eigenproblems of a measurement, to be solved once the device has computed
+        them.
 
         Args:
-            step: of the measurement, for the log.
+            step: the step of the measurement, for the log.
         """
         ready = None
         if self._stream is not None:
@@ -147,7 +151,7 @@ class Dispatch:
         return waiting
 
     def close(self) -> None:
-        """Ends the threads; what none of them has begun is dropped."""
+        """Ends the threads and drops what none of them has started."""
         pools = [pool for pool in (self._pool, self._of_gpu, self._copier) if pool]
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)  # also where the wait is interrupted
@@ -186,14 +190,14 @@ class Dispatch:
                     if self._stream is not None and ready is not None:
                         self._stream.wait_event(ready)
                     spectra = untaken.take().solve()
-            spectra.row()  # many small operations, which the thread that trains is spared
+            spectra.row()  # many small operations, done here to spare the training thread
             seconds = time.monotonic() - began
         finally:
             self._placement.solved(place, work, seconds)
         return spectra
 
     def _copy(self, untaken: Untaken, ready: torch.cuda.Event | None) -> None:
-        """Copies it ahead of the thread that solves it, which does so itself where this fails."""
+        """Copies it ahead of the thread that solves it; if this fails, that thread copies it."""
         if self._room.acquire(blocking=False):
             try:
                 untaken.copy(partial(self._staging.to_host, ready=ready))
@@ -202,8 +206,8 @@ class Dispatch:
                     self._room.release()
 
     def _say(self, places: Sequence[Place], step: Any) -> None:
-        """Logs where the eigenproblems are solved, when that changes; nothing where all of them are
-        solved at once."""
+        """Logs where the eigenproblems are solved whenever that changes; nothing if all are solved
+        at once."""
         counted = Counter(places)
         if self.is_beside and counted != self._said:
             self._said = counted
@@ -220,14 +224,14 @@ class Dispatch:
 class Placement:
     """Decides for each eigenproblem whether the host or the GPU solves it.
 
-    What the host can solve while measurements come as they do costs training nothing, and goes
-    there. The rest goes to the GPU, where it takes its time from training, or, if the GPU is slower
-    at it than all the threads are, to the host as well. Times are those that were measured here,
-    beside everything else that runs; the time between measurements is that of the last two.
+    What the host can solve at the current rate of measurements costs training nothing, and goes
+    there. The rest goes to the GPU, where it takes time from training, or, if the GPU would be
+    slower at it than all threads together, to the host as well. The times are measured in this run,
+    under its actual load; the interval between measurements is that of the last two.
 
     Args:
-        n_threads: of the host.
-        clock: seconds.
+        n_threads: number of host threads.
+        clock: returns seconds.
     """
 
     def __init__(self, n_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -239,7 +243,7 @@ class Placement:
         self._last: float | None = None
 
     def choose(self, works: Sequence[float]) -> list[Place]:
-        """One for each eigenproblem of a measurement that has come now; see `work_of`."""
+        """Chooses a place for each eigenproblem of a new measurement; for `works` see `work_of`."""
         now = self._clock()
         with self._lock:
             room = self._room(now)
@@ -256,7 +260,7 @@ class Placement:
         return places
 
     def solved(self, place: Place, work: float, seconds: float | None) -> None:
-        """Notes how long it took to solve one; None for one that failed."""
+        """Records how long solving one took; None if it failed."""
         with self._lock:
             if place == "host":
                 self._pending -= work
@@ -264,20 +268,20 @@ class Placement:
                 self._seconds[place] += _NEWEST * (seconds / work - self._seconds[place])
 
     def _room(self, now: float) -> float:
-        """The work that may be pending on the host."""
+        """How much more work may be pending on the host."""
         seconds = FIRST_S if self._last is None else _ROOM * (now - self._last)
         return seconds * self._n_threads / self._seconds["host"]
 
 
 def work_of(eigenproblem: Eigenproblem) -> float:
-    """What it costs to solve: the cubes of the widths of its matrices."""
+    """The cost of solving it: the sum of the cubes of its matrices' widths."""
     if isinstance(eigenproblem, GroupEigenproblem):
         return float(len(eigenproblem.matrix)) ** 3
     return float(len(eigenproblem.before)) ** 3 + float(len(eigenproblem.post)) ** 3
 
 
 def bytes_of(eigenproblem: Eigenproblem) -> int:
-    """What its matrices take."""
+    """The memory of its matrices."""
     if isinstance(eigenproblem, GroupEigenproblem):
         return eigenproblem.matrix.nbytes
     return eigenproblem.before.nbytes + eigenproblem.post.nbytes

@@ -35,7 +35,7 @@ from nerve.recording.settings import require_shortcut
 from nerve.storage.schema import METRICS
 
 _ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
-"""What the configuration of the run has of `How` as it is."""
+"""The fields of `How` that the configuration of the run records unchanged."""
 
 
 def measure(
@@ -194,7 +194,7 @@ def _check_stored(
     *,
     is_series: bool,
 ) -> None:
-    """Checks what `measure` is to store, and that there is a run for it.
+    """Checks the arguments for storing, and that there is a run for them.
 
     Raises:
         ConfigError: for a value that is out of range, or that only a run takes.
@@ -218,7 +218,7 @@ def _check_stored(
 
 
 def _check_labels(labels: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for a label with a name that is taken."""
+    """Raises `ConfigError` for a label whose name is reserved."""
     taken = sorted(labels.keys() & {*OWN, *METRICS.names})
     require(
         not taken,
@@ -229,7 +229,7 @@ def _check_labels(labels: Mapping[str, Any]) -> None:
 
 
 def _as_recorded(how: How) -> dict[str, Any]:
-    """What was asked, as the configuration of the run has it."""
+    """The arguments as the configuration of the run records them."""
     chosen = {name: getattr(how, name) for name in _ASKED} | {"mask": how.mask is not None}
     lists = (("groups", how.grouped.groupings), ("sites", how.sites))
     return chosen | {name: list(each) for name, each in lists if each}
@@ -247,7 +247,8 @@ def measure_one(
     step: int,
     tokens_seen: int = 0,
 ) -> list[FFNSpectra]:
-    """Measures one model, and stores it where there is a run. Arguments are those of `measure`."""
+    """Measures one model, and stores the result if there is a run. The arguments are those of
+    `measure`."""
     loaded = model if isinstance(model, nn.Module) else model()
     require_model(loaded)
     loss, digest = WeightedMean(), Digest()

@@ -1,4 +1,4 @@
-"""The run of a model that is measured without being trained, at one or several of its steps."""
+"""The run of a model that is measured without being trained, at one or more of its steps."""
 
 import hashlib
 import os
@@ -19,17 +19,17 @@ from nerve.storage.directory import RunDirectory
 from nerve.storage.identity import differences
 
 OWN = ("model", "weights", "batches", "measure", "text")
-"""What the configuration of such a run says by itself."""
+"""The keys of the configuration that such a run fills in itself."""
 
 
 class Digest:
-    """Of tensors: their types, shapes and values."""
+    """A digest of tensors: their types, shapes and values."""
 
     def __init__(self) -> None:
         self._sha: Any = hashlib.sha256()
 
     def add(self, tensors: Iterable[Any]) -> None:
-        """Adds tensors; what else there is does not count."""
+        """Adds tensors; other values are ignored."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self._sha.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -41,11 +41,11 @@ class Digest:
 
 
 class MeasuredRun:
-    """Takes the measurements of a run, each of a step.
+    """Stores the measurements of a run, one per step.
 
-    Its configuration has what was asked, and grows with each step: `model`, `batches` (a digest),
-    and `weights`, for each step in order a text of the step and a digest. A `model` that was asked
-    for stays as it is.
+    Its configuration holds the request, and grows with each step: `model`, `batches` (a digest),
+    and `weights`, a string with the step and a digest for each step in order. A `model` given in
+    the request stays as it is.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class MeasuredRun:
 
     @property
     def steps(self) -> dict[int, str]:
-        """Those that are measured and stored, each with the digest of its weights."""
+        """The steps that are measured and stored, each with the digest of its weights."""
         return _steps_of(self._config)
 
     def beat(self) -> None:
-        """Tells from time to time that the run lives; to be called often."""
+        """Updates the run's heartbeat at intervals; call it often."""
         if time.monotonic() - self._heard > BEAT_EVERY_S:
             self._heard = time.monotonic()
             self._record.update()
@@ -82,7 +82,7 @@ class MeasuredRun:
         """Stores a measurement.
 
         Raises:
-            StoreError: for other batches than those of the steps before.
+            StoreError: if the batches differ from those of earlier steps.
         """
         if self._config.get("batches", str(batches)) != str(batches):
             raise StoreError(
@@ -119,12 +119,12 @@ def weights_of(model: nn.Module) -> Digest:
 
 
 class Measured(NamedTuple):
-    """What there is of a run that is measured.
+    """The state of a measured run.
 
     Attributes:
-        steps: each with the digest of its weights.
-        began: when it was begun; None where it was not.
-        is_done: whether the process that measured last came to its end.
+        steps: the measured steps, each with the digest of its weights.
+        began: when the run began; None if it has not.
+        is_done: whether the last process that measured has finished.
     """
 
     steps: dict[int, str]
@@ -133,10 +133,10 @@ class Measured(NamedTuple):
 
 
 def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> Measured:
-    """What a directory has of the run that was asked for.
+    """What a directory holds of the requested run.
 
     Raises:
-        StoreError: for a directory with another run.
+        StoreError: if the directory holds another run.
     """
     record = RunDirectory(directory).record
     if record is None:
@@ -145,15 +145,15 @@ def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> 
     if different:
         more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
         raise StoreError(
-            f"A directory holds one run; {record.directory} holds run {record.run_id} "
-            f"({record.run_status}) with other values of {', '.join(different[:_SHOWN])}{more}. "
-            "Choose another directory, or delete that one."
+            f"A directory can hold only one run; {record.directory} holds run {record.run_id} "
+            f"({record.run_status}) with different values of {', '.join(different[:_SHOWN])}{more}."
+            " Choose another directory, or delete that one."
         )
     return Measured(_steps_of(record.config), record.started, record.run_status == "done")
 
 
 def _asked_of(config: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what such a run finds by itself."""
+    """A configuration without the keys that the run fills in itself."""
     return {key: value for key, value in config.items() if key in asked or key not in _FOUND}
 
 
@@ -171,14 +171,14 @@ def measured_run(
     resume: bool,
     **first: Any,
 ) -> Iterator[MeasuredRun | None]:
-    """A run that is measured within the block.
+    """Records a measured run within the block.
 
     Args:
         directory: the run directory.
-        asked: what is known of the configuration beforehand.
+        asked: the part of the configuration that is known in advance.
         spectra: whether eigenvalues are stored, as in `SpectraWriter`.
-        resume: whether a run that is there goes on; else it is refused where it is done, and begun
-            anew where it is not.
+        resume: whether to continue an existing run. Otherwise a run that is done is refused, and
+            one that is not starts over.
         first: fields of a new run's record, such as `fingerprints`.
 
     Raises:
@@ -198,8 +198,8 @@ def measured_run(
 
 
 def _config_of(model: nn.Module) -> Any:
-    """What a model of transformers says of itself, without where it came from; of another the
-    name of its class."""
+    """The model's own configuration, as in transformers, without where it was loaded from; for
+    other models the name of the class."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     if to_dict is None:
         return type(model).__name__

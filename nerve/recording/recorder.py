@@ -1,4 +1,4 @@
-"""Measures a model's FFNs during training by any loop, and writes the rows of a run."""
+"""Measures a model's FFNs during training in any loop, and writes the rows of a run."""
 
 import sys
 import time
@@ -27,26 +27,28 @@ from nerve.storage.store import RunStore
 
 
 class Recorder:
-    """What a loop that trains calls, whoever's it is, so that measured steps become rows.
+    """The calls that a training loop makes so that measured steps become rows; it is independent of
+    any framework.
 
     Between `open` and `close`, at each step to measure: `start_validation`, `add_validation` for
-    every held-out batch, `label`, `end_validation`. Each forward pass whose features count stands
-    between `start` and `stop`: those of the held-out batches, or those of the training step that
-    follows. `finish` hands what was measured on to the solver; `end_step` and `drain` write
-    what it has solved. Every process of a run must call all of it alike.
+    every held-out batch, `label`, `end_validation`. Each forward pass whose features count runs
+    between `start` and `stop`: those of the held-out batches, or those of the next training step.
+    `finish` passes the measurement to the solver; `end_step` and `drain` write what has been
+    solved. Every process of a run must make the same calls.
 
     Args:
         settings: what is measured, and when.
-        store: where rows go; flushed after each measurement. None in a process that is not the one
-            that writes: of several processes, rank 0. All of them share the solving.
+        store: where rows go; flushed after each measurement. None in processes that do not write:
+            all but rank 0. All processes share the solving.
     """
 
     def __init__(self, settings: MonitorSettings, store: RunStore | None) -> None:
         self.settings = settings
         self.seconds = 0.0
-        """Wall time spent measuring, validating, and waiting for what was not solved in time."""
+        """Wall time spent measuring, validating, and waiting for results that were not solved in
+        time."""
         self.n_measured = 0
-        """Measurements since it was opened."""
+        """Number of measurements since it was opened."""
         self._store = store
         self._rank, self._n_processes = 0, 1
         self._is_split = False
@@ -63,17 +65,17 @@ class Recorder:
 
     @property
     def is_due(self) -> bool:
-        """Whether a step is labeled whose features are still to be measured."""
+        """Whether a labeled step still waits for its features to be measured."""
         return self._cadence.due is not None
 
     @property
     def due_step(self) -> int | None:
-        """That step."""
+        """The labeled step that waits for its features."""
         return self._cadence.due["step"] if self._cadence.due is not None else None
 
     @property
     def probe(self) -> Probe:
-        """What taps the features, between `open` and `close`."""
+        """The probe that reads the features, between `open` and `close`."""
         assert self._probe is not None
         return self._probe
 
@@ -89,16 +91,16 @@ class Recorder:
 
     @property
     def n_validated(self) -> int:
-        """Targets of the last validation, of this process; 0 before the first."""
+        """Number of this process's targets in the last validation; 0 before the first."""
         return self._cadence.n_validated
 
     @property
     def latest(self) -> list[dict[str, Any]]:
-        """The rows of the last measurement that is solved."""
+        """The rows of the most recent measurement that is solved."""
         return self._writer.latest if self._writer else []
 
     def drop_after(self, step: int) -> None:
-        """Drops rows past `step`: of a branch that is abandoned where training begins there."""
+        """Drops rows after `step`: they belong to an abandoned branch if training starts there."""
         if self._store is not None:
             self._store.truncate_after(step)
 
@@ -115,18 +117,18 @@ class Recorder:
         token_counts: Tensor | None = None,
         find_streams: Callable[[], list[Stream | None]] | None = None,
     ) -> None:
-        """Installs the probe, and starts what solves.
+        """Installs the probe and starts the solver.
 
         Args:
             ffns: the FFNs to measure.
             device: where the model trains.
-            loggers: get each measurement with its own step.
-            anew: whether training begins at step 0; else the counts of losses and tokens go on.
-            rank: this process's number of those that train.
-            n_processes: how many train.
-            n_here: how many of them on this host, which share its cores.
+            loggers: receive each measurement with its own step.
+            anew: whether training begins at step 0; otherwise losses and tokens keep counting.
+            rank: the rank of this process.
+            n_processes: number of training processes.
+            n_here: how many of them share the cores of this host.
             token_counts: how often each token occurs, for groups by frequency.
-            find_streams: gives the streams around FFNs whose descriptions do not.
+            find_streams: finds the streams around FFNs whose descriptions do not name them.
         """
         self._grouped = Grouped(tuple(self.settings.groups), token_counts)
         around = sites_around(ffns, self.settings.sites, find_streams)
@@ -134,7 +136,7 @@ class Recorder:
         self._probe.install()
         compiler = sys.modules.get("torch._dynamo")
         if compiler is not None and compiler.utils.counters["frames"]:
-            torch.compiler.reset()  # code that was compiled before knows no probe
+            torch.compiler.reset()  # code compiled earlier ignores the probe
         if anew:
             self.seconds, self._n_measurements = 0.0, 0
             self._cadence = Cadence()
@@ -150,12 +152,12 @@ class Recorder:
     def add_training(
         self, loss: Tensor | None, n_targets: int | None, *, of_all: bool = False
     ) -> None:
-        """Counts a training batch: the mean loss of this process's targets, and how many they are;
-        with `of_all` that number is of all processes. Either may be unknown, None."""
+        """Counts a training batch: the mean loss of this process's targets, and their number; with
+        `of_all`, that number is of all processes. Either may be unknown, None."""
         self._cadence.add_training(loss, n_targets, 1 if of_all else self._n_processes)
 
     def start_validation(self, *, is_split: bool = False) -> None:
-        """Begins the held-out set anew; `is_split` as the property."""
+        """Starts a new pass over the held-out set; `is_split` is explained at the property."""
         if self._pace is not None:
             self._pace.catch_up()
         self._began = time.perf_counter()
@@ -163,26 +165,27 @@ class Recorder:
         self._cadence.start_validation()
 
     def add_validation(self, loss: Tensor, n_targets: int | None) -> None:
-        """Counts a held-out batch, by its targets where they are known."""
+        """Counts a held-out batch, weighted by its number of targets if known."""
         self._cadence.add_validation(loss, n_targets)
 
     def note_validation(self, loss: float) -> None:
-        """Takes a validation loss of the labeled weights that somebody else has found."""
+        """Takes a validation loss of the labeled weights that was computed elsewhere."""
         self._cadence.note_validation(loss)
 
     def label(self, step: int, optimizers: Sequence[Optimizer]) -> None:
-        """Labels the measurement of `step` with its losses and the rate of the measured weights."""
+        """Labels the measurement of `step` with its losses and the learning rate of the measured
+        weights."""
         lr = rate_of(optimizers, self.probe.ffns)
         self._cadence.label(step, lr, n_processes=self._n_processes, is_split=self._is_split)
 
     def end_validation(self) -> None:
-        """Ends the time that validation took."""
+        """Stops the clock of the validation."""
         self.seconds += time.perf_counter() - self._began
 
     # Features
 
     def start(self, chosen: Chosen = ALL) -> None:
-        """Begins to take the features of a forward pass, of the samples that count."""
+        """Starts reading the features of a forward pass, for the chosen samples."""
         if self._measurement is None:
             assert self._probe is not None
             is_grouped = self._n_measurements % self.settings.groups_every == 0
@@ -197,13 +200,14 @@ class Recorder:
         self._measurement.start(chosen)
 
     def stop(self) -> None:
-        """Ends the forward pass, if one is measured."""
+        """Ends the forward pass, if one is being measured."""
         if self._measurement is not None:
             self._measurement.finish_forward()
             self._measurement.stop()
 
     def finish(self, *, of_all: bool) -> None:
-        """Hands the measurement on; that of all processes where each saw a part of the samples."""
+        """Passes the measurement to the solver; with `of_all`, pooled over all processes, each of
+        which saw part of the samples."""
         measurement, due = self._measurement, self._cadence.take_due()
         self._measurement = None
         if measurement is not None and due is not None:
@@ -220,13 +224,13 @@ class Recorder:
             self._write(solved)
 
     def drop_due(self) -> None:
-        """Gives the step up whose features do not come any more."""
+        """Gives up the labeled step, whose features will not come."""
         self._cadence.drop_due()
 
     # What is solved
 
     def end_step(self) -> None:
-        """Writes what is solved by now; to be called after each step of training."""
+        """Writes what has been solved by now; call it after each training step."""
         assert self._solver is not None
         assert self._aside is not None
         assert self._pace is not None
@@ -235,24 +239,25 @@ class Recorder:
         self._write(self._solver.finished())
 
     def drain(self) -> None:
-        """Waits for all that is being solved, and writes it."""
+        """Waits for everything that is being solved, and writes it."""
         if self._solver is not None:
             self._write(self._solver.drain())
 
     def wait(self) -> None:
-        """Drains, where training stands still for it."""
+        """Drains, and counts the time as overhead because training waits."""
         began = time.perf_counter()
         self.drain()
         self.seconds += time.perf_counter() - began
 
     def abort(self) -> None:
-        """Stops taking features, wherever a forward pass was."""
+        """Stops reading features, even in the middle of a forward pass."""
         if self._probe is not None:
             self._probe.stop()
 
     def fail(self, error: BaseException) -> None:
-        """Ends it where training has ended by an error: what was measured is written, unless that
-        takes other processes, which may never come. What this raises is a note of `error`."""
+        """Ends recording after an error in training: writes what was measured, unless that needs
+        other processes, which may never respond. An exception raised here is added to `error` as a
+        note."""
         try:
             with noted(error):
                 self.abort()
@@ -264,9 +269,9 @@ class Recorder:
                 self.close(wait=self._n_processes == 1)
 
     def close(self, *, wait: bool = True) -> None:
-        """Removes the probe and ends what solves; what is still pending is dropped, and nothing
-        keeps the model. `wait` as of `Aside.close`."""
-        self._measurement = None  # of a fit that was cut off
+        """Removes the probe and ends the solver; pending work is dropped, and no reference to the
+        model remains. For `wait` see `Aside.close`."""
+        self._measurement = None  # left by a fit that was interrupted
         probe, self._probe = self._probe, None
         solver, self._solver = self._solver, None
         aside, self._aside = self._aside, None
@@ -280,7 +285,7 @@ class Recorder:
                 aside.close(wait=wait)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs, once all rows up to its step are written."""
+        """The state for a checkpoint, after writing all rows up to its step."""
         self.wait()
         return {
             **self._cadence.state_dict(),
@@ -290,12 +295,12 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint; all processes must call it."""
+        """Continues from a checkpoint; all processes must call it."""
         self._cadence.load_state_dict(state)
         if self._writer is not None:
             self._writer.latest = state["latest"]
         self.seconds = state["seconds"]
-        self._n_measurements = state.get("n_measurements", 0)  # a checkpoint of 0.1 has none
+        self._n_measurements = state.get("n_measurements", 0)  # checkpoints of 0.1 lack it
 
     def _write(self, solved: Iterable[Solved]) -> None:
         assert self._writer is not None

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class RecordedRun(NamedTuple):
-    """A run that this process records: its `run.json`, and where its rows go."""
+    """A run that this process records: its `run.json`, and the store of its rows."""
 
     record: RunRecord
     store: RunStore
@@ -27,22 +27,23 @@ class RecordedRun(NamedTuple):
 def recorded_run(
     directory: str | os.PathLike[str], config: Mapping[str, Any], *, goes_on: bool, **first: Any
 ) -> Iterator[RecordedRun | None]:
-    """Records a run within the block; None in a process that does not: of several, all but rank 0.
+    """Records a run within the block; yields None in processes that do not record: of several, all
+    but rank 0.
 
-    The directory is locked within the block. A run that comes to its end is done; where it raises,
-    the run has failed, or was interrupted (Ctrl-C, SystemExit, or a loop that yields and
-    is asked for no more). All processes must enter alike.
+    The directory is locked within the block. A run whose block completes is done; if the block
+    raises, the run is failed, or interrupted (Ctrl-C, SystemExit, or a generator that is not
+    resumed). All processes must enter it together.
 
     Args:
         directory: the run directory.
-        config: what tells runs apart.
-        goes_on: whether the caller has the state of a checkpoint. Without it a run that is there
-            and has not ended begins anew.
+        config: what distinguishes runs.
+        goes_on: whether the caller has the state of a checkpoint. Without one, an existing run that
+            has not ended starts over.
         first: fields of a new run's record.
 
     Raises:
-        StoreError: when the directory holds a run of another configuration, one that is done and
-            does not go on, or one that another process is at work in; in every process.
+        StoreError: if the directory holds a run with another configuration, one that is done and
+            is not continued, or one in use by another process; in every process.
     """
     with ExitStack() as stack:
         run = _opened(stack, RunDirectory(directory), config, goes_on, first)
@@ -65,7 +66,7 @@ def _opened(
     goes_on: bool,
     first: Mapping[str, Any],
 ) -> RecordedRun | None:
-    """What rank 0 has opened; what has kept it from that is raised in all processes."""
+    """What rank 0 has opened; an error there is raised in all processes."""
     opened, refused = None, None
     if rank() == 0:
         try:
@@ -86,22 +87,22 @@ def _begun(
     if run.state == RunState.DONE:
         if not goes_on:
             raise StoreError(
-                f"A directory holds one run; the one in {run.path} is done. Choose another "
+                f"A directory can hold only one run; the one in {run.path} is done. Choose another "
                 "directory, delete that one, or resume from one of its checkpoints with resume=."
             )
         record = run.require_record()
         record.restart()
         return record
     if run.record is not None and not goes_on:
-        log.warning("without resume= the run in %s starts from its beginning", run.path)
+        log.warning("without resume= the run in %s starts over", run.path)
     return run.create_or_resume(config, retry=True, **first)
 
 
 def _end(run: RecordedRun, error: BaseException) -> None:
     interrupted = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
-    with noted(error):  # rows that are refused leave the record to be written
+    with noted(error):  # the record is still written if the rows cannot be
         run.store.flush(run.record.step)
     try:
         run.record.finish("interrupted" if interrupted else "failed", error=error)
     except StoreError as refused:
-        log.error("run.json cannot say how the run ended: %s", str(refused))
+        log.error("run.json cannot record how the run ended: %s", str(refused))

@@ -17,12 +17,12 @@ from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import AROUND, GROUPS
 
 SPACING = "log:"
-"""How a number of steps, each a like factor after the one before, is asked for: `log:30`."""
+"""Prefix of a request for a number of geometrically spaced steps: `log:30`."""
 
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """The steps of a cadence together with single ones.
+    """The steps of a cadence, plus single steps.
 
     Args:
         every_n_steps: measures steps 0, k, 2k, …; None for no cadence.
@@ -36,7 +36,7 @@ class MeasuredSteps:
         return step in self.steps or self._next_of_cadence(step - 1) == step
 
     def after(self, step: int) -> int | None:
-        """The first one that comes after `step`; None if none does."""
+        """The first one after `step`; None if there is none."""
         later = [each for each in self.steps if each > step]
         following = self._next_of_cadence(step)
         return min(later if following is None else [*later, following], default=None)
@@ -47,7 +47,8 @@ class MeasuredSteps:
 
 
 def require_shortcut(key: str, value: object) -> None:
-    """Raises `ConfigError` unless `value` says when pre is computed from the FFN's input."""
+    """Raises `ConfigError` unless `value` is a valid setting for computing pre from the FFN's
+    input."""
     require(
         isinstance(value, bool) or value == PROJECTED,
         f"{key} must be true, false or {PROJECTED}; got {value!r}.",
@@ -56,28 +57,27 @@ def require_shortcut(key: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """The values of `monitor` that decide what a run measures.
+    """The settings of the `monitor` group that decide what a run measures.
 
     Attributes:
-        every_n_steps: optimizer steps from one measurement to the next, at steps 0, k, 2k, …; None
-            for no such cadence.
-        steps: single steps beside it, in any order; or `log:n`: n steps that divide 1 to the last
-            one by like factors, and step 0. None for none. Of held-out data the last step is always
-            measured.
-        source: `heldout` takes the features of the validation batches, in eval mode: one forward
-            pass gives the loss and the spectra. `train` takes those of every micro-batch of the
-            training step that follows, in train mode; the last step has no row then.
-        spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
+        every_n_steps: optimizer steps between measurements, at steps 0, k, 2k, …; None for no such
+            cadence.
+        steps: additional single steps, in any order; or `log:n`: n geometrically spaced steps from
+            1 to the last one, and step 0. None for none. With held-out data, the last step is
+            always measured.
+        source: `heldout` measures the features of the validation batches, in eval mode: one forward
+            pass gives the loss and the spectra. `train` measures those of every micro-batch of the
+            next training step, in train mode; the last step then has no row.
+        spectra: whether to store eigenvalues, too; `auto` for d_ff up to 1024.
         layers: the layers to measure; None for all.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
-            as exact and cheaper; `projected`: of 16-bit features, too, without their own rounding.
-        skip_first: leaves so many positions at the beginning of each sequence out of the features,
-            not of the loss.
-        groups: groupings of the samples, of `position`, `frequency` and `halves`, whose groups are
-            measured by themselves as well.
-        groups_every: groups and sites are measured with every so many-th measurement, the first
-            among them.
-        sites: of `stream_in`, `input`, `output` and `stream_out` those that are measured as well.
+            as exact and cheaper; `projected`: for 16-bit features, too, without their own rounding.
+        skip_first: number of positions to exclude at the beginning of each sequence, from the
+            features but not from the loss.
+        groups: groupings of the samples, among `position`, `frequency` and `halves`; each group is
+            measured separately, too.
+        groups_every: groups and sites are part of every n-th measurement, starting with the first.
+        sites: additional sites to measure, among `stream_in`, `input`, `output` and `stream_out`.
 
     Raises:
         ConfigError: for a value out of range.
@@ -115,19 +115,19 @@ class MonitorSettings:
 
     @property
     def begins_at_zero(self) -> bool:
-        """Whether step 0 is measured, as it is of each cadence and each spacing."""
+        """Whether step 0 is measured, as with every cadence and every spacing."""
         return (
             self.every_n_steps is not None or isinstance(self.steps, str) or 0 in (self.steps or ())
         )
 
     def measured_steps(self, last: int | None) -> MeasuredSteps:
-        """The steps to measure of a training whose last step is `last`, None where that is not
-        known. Raises `ConfigError` for a spacing that needs it."""
+        """The steps to measure when training ends at step `last`, None if that is unknown. Raises
+        `ConfigError` for a spacing that needs it."""
         return MeasuredSteps(self.every_n_steps, steps_of(self.steps, last))
 
     def require_some(self, last: int | None) -> None:
-        """Raises `ConfigError` where a training from step 0 to `last` would measure nothing, as can
-        be with features of training batches; None where the last step is not known."""
+        """Raises `ConfigError` if training from step 0 to `last` would measure nothing, which can
+        happen with features of training batches; `last` is None if unknown."""
         if self.source == "heldout" or last is None or self.begins_at_zero:
             return
         first = self.measured_steps(last).after(0)
@@ -139,7 +139,7 @@ class MonitorSettings:
         )
 
     def require_reached(self, last: int) -> None:
-        """Raises `ConfigError` for single steps that a run of `last` steps does not come to."""
+        """Raises `ConfigError` for single steps after the last step of training."""
         require_reached("monitor.steps", steps_of(self.steps, last), last)
 
 
@@ -156,15 +156,15 @@ def _check_steps(key: str, steps: Any) -> None:
 
 
 def steps_of(steps: Sequence[int] | str | None, last: int | None) -> tuple[int, ...]:
-    """Single steps as they were asked for, in their order.
+    """The single steps requested, in their order.
 
     Args:
-        steps: a list, `log:n` for n steps that divide 1 to `last` by like factors (some of which
-            fall together) and step 0, or None for none.
-        last: the step that ends training, where that is known.
+        steps: a list, `log:n` for n geometrically spaced steps from 1 to `last` (some of which may
+            coincide) and step 0, or None for none.
+        last: the last step of training, if known.
 
     Raises:
-        ConfigError: for a spacing without an end.
+        ConfigError: for a spacing if the last step is unknown.
     """
     if isinstance(steps, str):
         require(

@@ -17,10 +17,10 @@ from nerve.recording.dispatch import Dispatch, Eigenproblem, Waiting
 log = logging.getLogger(__name__)
 
 MOST_PENDING = 4
-"""Measurements that may wait for their solution; one more has training wait for the oldest."""
+"""Number of measurements that may be pending; with one more, training waits for the oldest."""
 
 SHARE_OF_DEVICE = 8
-"""All but the newest of them may take one part in so many of the device's memory."""
+"""All but the newest may take 1/this of the device's memory."""
 
 Labels = dict[str, Any]
 
@@ -36,12 +36,13 @@ class Solved:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Those of the `metrics` table."""
+        """The rows of the `metrics` table."""
         return [self.labels | spectra.row() for spectra in self.spectra]
 
     @property
     def group_rows(self) -> list[dict[str, Any]]:
-        """Those of the `groups` table: with pre and post of all samples, where there are others."""
+        """The rows of the `groups` table, including pre and post of all samples if there are
+        others."""
         if not self.groups:
             return []
         step = {"step": self.labels["step"]}
@@ -50,7 +51,7 @@ class Solved:
 
 
 class _Pending(NamedTuple):
-    """A measurement and its spectra to come."""
+    """A measurement and the futures of its spectra."""
 
     labels: Labels
     waiting: list[Waiting]
@@ -61,12 +62,12 @@ class _Pending(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """What it takes of the device."""
+        """The device memory it occupies."""
         return sum(each.n_bytes for each in self.waiting)
 
 
 class _Part(NamedTuple):
-    """What one process solved of a measurement; `error` says what it could not solve."""
+    """What one process solved of a measurement; `error` says what could not be solved."""
 
     labels: Labels
     spectra: list[FFNSpectra]
@@ -75,19 +76,19 @@ class _Part(NamedTuple):
 
 
 class Solver:
-    """Takes a measurement's eigenproblems and gives their solutions, in the order of measurements.
+    """Takes the eigenproblems of measurements and returns their solutions, in order.
 
     Those of a GPU are solved while training goes on, those of a CPU at once (`Dispatch`).
 
-    Of several processes each submits its share of a measurement's eigenproblems: process r of n
-    every n-th, from number r on. Process 0 gets the spectra of all, the others their own. Only in
-    `drain` do they wait for each other. `submit` and `drain` every process must call alike.
+    With several processes, each submits its share of a measurement's eigenproblems: process r of n
+    takes every n-th, starting with number r. Process 0 gets all spectra, the others get their own.
+    They wait for each other only in `drain`. All processes must call `submit` and `drain` alike.
 
     Args:
         device: where the model trains.
-        n_workers: threads of the host; 0 solves on `device`.
-        n_bytes: what an eigenproblem is expected to take on the host: room for it is made now,
-            beside what comes first.
+        n_workers: number of host threads; 0 solves on `device`.
+        n_bytes: expected host memory of an eigenproblem, which is allocated now, while training
+            starts.
     """
 
     def __init__(self, device: torch.device, n_workers: int = 0, n_bytes: int = 0) -> None:
@@ -101,12 +102,12 @@ class Solver:
 
     @property
     def n_workers(self) -> int:
-        """Threads of the host that solve."""
+        """Number of host threads that solve."""
         return self._dispatch.n_workers
 
     def submit(self, labels: Labels, eigenproblems: Sequence[Eigenproblem]) -> Iterator[Solved]:
-        """Takes a measurement at once; gives what is solved by then, after waiting if too much is
-        pending.
+        """Accepts a measurement at once; yields what has been solved by then, after waiting if too
+        much is pending.
 
         Raises:
             MeasurementError: for one that could not be solved, with its layer and step; in all
@@ -124,8 +125,8 @@ class Solver:
         return self.finished()
 
     def finished(self) -> Iterator[Solved]:
-        """Gives the measurements that are solved, without waiting. Raises as `submit`, but of
-        several processes only that does, as all must."""
+        """Yields the measurements that are solved, without waiting. Raises as `submit` does, but
+        only with a single process; several processes must raise together."""
         self._collect_done()
         while self._parts:
             solved = self._solved(wait=False)
@@ -136,7 +137,7 @@ class Solver:
             self._raise_failed()
 
     def drain(self) -> Iterator[Solved]:
-        """Waits for all measurements, and gives them. Raises as `submit`."""
+        """Waits for all measurements, and yields them. Raises as `submit` does."""
         while self._pending:
             self._collect()
         while self._parts:
@@ -146,20 +147,20 @@ class Solver:
         self._raise_failed()
 
     def close(self) -> None:
-        """Ends the threads; what is still pending is dropped."""
+        """Ends the threads; pending work is dropped."""
         self._pending.clear()
         self._parts.clear()
         self._dispatch.close()
 
     def _wait_for_room(self) -> None:
-        """Waits for the oldest measurements where too much waits for its solution; no process waits
-        for another."""
+        """Waits for the oldest measurements if too much is pending; no process waits for
+        another."""
         while len(self._pending) > MOST_PENDING or self._older_bytes() > self._most_bytes:
             if not self._has_warned:
                 self._has_warned = True
                 log.warning(
-                    "training waits for the spectra of step %s: %s measurements are not yet "
-                    "solved, and hold %.3g GiB. Measure less often, measure fewer layers, or use "
+                    "training waits for the spectra of step %s: %s unsolved measurements "
+                    "occupy %.3g GiB. Measure less often, measure fewer layers, or use "
                     "more cores",
                     self._pending[0].labels.get("step"),
                     len(self._pending),
@@ -168,7 +169,7 @@ class Solver:
             self._collect()
 
     def _older_bytes(self) -> int:
-        """What all measurements but the newest take of the device."""
+        """The device memory of all pending measurements but the newest."""
         return sum(each.n_bytes for each in list(self._pending)[:-1])
 
     def _collect_done(self) -> None:
@@ -176,7 +177,7 @@ class Solver:
             self._collect()
 
     def _collect(self) -> None:
-        """Takes the spectra of the oldest measurement, which are waited for."""
+        """Waits for the spectra of the oldest measurement and collects them."""
         labels, waiting = self._pending[0]
         spectra: list[FFNSpectra] = []
         groups: list[GroupSpectrum] = []
@@ -192,7 +193,7 @@ class Solver:
                     f"solved: {str(cause) or type(cause).__name__}"
                 )
                 error.__cause__ = cause
-        self._pending.popleft()  # not before: Ctrl-C ends the wait, and what is pending is still
+        self._pending.popleft()  # not earlier: Ctrl-C may end the wait, and it is still pending
         self._failed = self._failed or error
         part = _Part(labels, spectra, groups, error)
         if self._mail is not None and rank() > 0:
@@ -200,7 +201,7 @@ class Solver:
         self._parts.append(part)
 
     def _solved(self, *, wait: bool) -> Solved | None:
-        """The next measurement; None where some of it has not come, or could not be solved."""
+        """The next measurement; None if part of it is missing or could not be solved."""
         labels, spectra, groups, error = self._parts[0]
         if self._mail is not None and rank() == 0:
             others = self._mail.take(wait=wait)
@@ -216,7 +217,7 @@ class Solver:
         return Solved(labels, spectra, groups) if error is None else None
 
     def _raise_failed(self) -> None:
-        """Raises what could not be solved, in all processes, which must call it alike."""
+        """Raises for what could not be solved, in all processes, which must all call it."""
         failed, self._failed = self._failed, None
         if self._mail is not None:
             told = gathered(None if failed is None else str(failed))
@@ -227,7 +228,7 @@ class Solver:
 
 
 def _most_bytes(device: torch.device) -> int:
-    """What measurements may take of a GPU while they wait."""
+    """The GPU memory that pending measurements may occupy."""
     if device.type != "cuda":
         return sys.maxsize
     return torch.cuda.get_device_properties(device).total_memory // SHARE_OF_DEVICE

@@ -16,21 +16,21 @@ from nerve.spectra.triangle import from_lower_blocks, lower_blocks, lower_bytes
 E = TypeVar("E", bound=FFNEigenproblem | GroupEigenproblem)
 
 N_BUFFERS = 2
-"""One is filled while what the other holds is copied on."""
+"""Two: one is filled while the contents of the other are copied on."""
 
 _ALIGNMENT = 64
 _LOWER = ("before", "post", "matrix")
-"""Of these matrices the lower triangle alone counts, and is copied."""
+"""Only the lower triangle of these matrices counts and is copied."""
 
 
 class Staging:
-    """Copies eigenproblems beside the device's work, whichever thread asks.
+    """Copies eigenproblems while the device does other work; any thread may ask.
 
-    To pin memory costs half a second for each GB, in which the device is given no work: so a few
+    Pinning memory takes half a second per GB, during which the device receives no work. So a few
     buffers are pinned, once.
 
     Args:
-        device: where eigenproblems come from.
+        device: the device of the eigenproblems.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Staging:
             self._buffers.put(HostBuffer(pinned=is_gpu))
 
     def reserve(self, n_bytes: int) -> None:
-        """Makes all buffers that are not in use at least so large."""
+        """Grows all buffers that are not in use to at least this size."""
         buffers = [self._buffers.get() for _ in range(N_BUFFERS)]
         try:
             for buffer in buffers:
@@ -51,7 +51,7 @@ class Staging:
                 self._buffers.put(buffer)
 
     def to_host(self, eigenproblem: E, ready: torch.cuda.Event | None = None) -> E:
-        """The same eigenproblem on the host, copied once the device has come to `ready`."""
+        """The same eigenproblem on the host, copied once the device has reached `ready`."""
         tensors = {
             name: value for name, value in vars(eigenproblem).items() if isinstance(value, Tensor)
         }
@@ -67,7 +67,7 @@ class Staging:
                 }
                 held = iter(buffer.hold([part for each in parts.values() for part in each]))
                 if self._stream is not None:
-                    # One that sleeps: its core is for those that solve.
+                    # A sleeping wait: the core is needed by the threads that solve.
                     copied = torch.cuda.Event(blocking=True)
                     copied.record(self._stream)
                     copied.synchronize()
@@ -83,10 +83,10 @@ class Staging:
 
 
 class HostBuffer:
-    """Memory of the host that grows to the largest of what it holds.
+    """Host memory that grows to the largest request.
 
     Args:
-        pinned: whether a GPU copies to it beside its other work.
+        pinned: whether a GPU copies to it while it does other work.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -94,13 +94,13 @@ class HostBuffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, n_bytes: int) -> None:
-        """Makes it at least so large."""
+        """Grows it to at least this size."""
         if len(self._memory) < n_bytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # never both
             self._memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def hold(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Begins to copy `tensors`; the copies are valid until the next call."""
+        """Starts copying `tensors`; the copies are valid until the next call."""
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self.reserve(sum(sizes))
         copies, start = [], 0
@@ -113,8 +113,8 @@ class HostBuffer:
 
 
 def expected_bytes(ffn: FFN) -> int:
-    """What a buffer needs for an FFN where more samples come than it is wide; 0 where its modules
-    do not say how wide that is."""
+    """The buffer size that an FFN needs if there are more samples than its width; 0 if its modules
+    do not reveal the width."""
     pre, post = sites_of(ffn)
     d_ff, d_in = pre.width or post.width or 0, n_inputs(pre) or 0
     return 2 * lower_bytes(d_ff) + 4 * d_ff * d_in + 4096

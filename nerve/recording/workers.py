@@ -14,25 +14,26 @@ from nerve.errors import MeasurementError
 log = logging.getLogger(__name__)
 
 NICENESS = 19
-"""Priority of the workers, the lowest: training must not wait for them to start the GPU's work."""
+"""Priority of the workers, the lowest: training must not wait behind them to launch the GPU's
+work."""
 
 SHARE_OF_HOST, COPIES, WAITING = 4, 4, 2
-"""What is being solved may take one part in so many of the host's memory, where a thread has so
-many times what it gets; and as much again may wait for a thread, with so many times that."""
+"""Eigenproblems being solved may take 1/`SHARE_OF_HOST` of the host's memory, at `COPIES` times
+their size; those that wait for a thread may take as much again, at `WAITING` times their size."""
 
 
 def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) -> int:
-    """Threads that can solve beside training on `device`: the cores of this process, shared with
-    the other training processes of the host, but one; not more than the memory is for. 0 where the
-    cores train. On a GPU there is at least one, which takes what training leaves of the cores.
+    """Number of threads that can solve while `device` trains: the cores of this process, shared
+    with the other training processes on the host, minus one, limited by memory. 0 if the cores
+    train. With a GPU there is at least one, which uses the core time that training leaves.
 
-    A trial beside others has one more than its cores: its thread that trains sleeps most of the
-    time (`Pace`), and its cores are rounded down.
+    A trial that shares the machine gets one more than its cores: its training thread sleeps most of
+    the time (`Pace`), and its number of cores is rounded down.
 
     Args:
         device: where the model trains.
-        n_processes: that train on this host.
-        n_bytes: what an eigenproblem takes on its way to the host.
+        n_processes: number of training processes on this host.
+        n_bytes: size of an eigenproblem when it is copied to the host.
     """
     if device.type != "cuda":
         return 0
@@ -42,26 +43,26 @@ def spare_workers(device: torch.device, n_processes: int = 1, n_bytes: int = 0) 
 
 
 def waiting_on_host(n_processes: int, n_bytes: int) -> int:
-    """How many eigenproblems may wait on the host for a thread, as its memory is. Arguments as of
-    `spare_workers`."""
+    """How many eigenproblems may wait on the host for a thread, given its memory. The arguments are
+    those of `spare_workers`."""
     return _by_memory(n_processes, WAITING * n_bytes)
 
 
 def _by_memory(n_processes: int, n_bytes: int) -> int:
-    """For how many of `n_bytes` there is memory here."""
+    """How many eigenproblems of `n_bytes` fit into memory."""
     share = share_among_trials()
     n_beside = n_processes if share is None else max(1, allowed() // share)
     return memory() // (SHARE_OF_HOST * n_beside * max(n_bytes, 1))
 
 
 def pool_of(n_workers: int) -> ThreadPoolExecutor:
-    """A pool whose threads each use one core in torch, and give way to those that train.
+    """A pool whose threads each use one core in torch, at lower priority than those that train.
 
-    The number of threads that torch sets in a thread is that thread's own, and the default of
-    threads to come; it is set back for those.
+    The number of threads that torch sets in a thread applies to that thread and becomes the default
+    of later threads; that default is restored.
 
     Raises:
-        MeasurementError: where the threads cannot be started.
+        MeasurementError: if the threads cannot be started.
     """
     n_threads = torch.get_num_threads()
     started = threading.Barrier(n_workers + 1)
@@ -69,12 +70,12 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
 
     def start() -> None:
         try:
-            torch.get_num_threads()  # the first call in a thread takes the default over, and once
+            torch.get_num_threads()  # a thread's first call, and only that, adopts the default
             torch.set_num_threads(1)
             _give_way(refusals)
         except BaseException as error:
             refusals.append(MeasurementError(f"{type(error).__name__}: {error}"))
-            started.abort()  # else all others wait for this one
+            started.abort()  # otherwise all others wait for this one
             raise
         started.wait()
 
@@ -89,14 +90,14 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
         reason = next((each for each in refusals if isinstance(each, MeasurementError)), error)
         raise MeasurementError(
             f"Spectra are solved by {n_workers} background threads, which could not be started: "
-            f"{reason}. Raise the limit of threads (ulimit -u), or give this process fewer cores "
+            f"{reason}. Raise the limit on threads (ulimit -u), or give this process fewer cores "
             "(taskset)."
         ) from error
     finally:
         torch.set_num_threads(n_threads)
     if refusals:
         log.warning(
-            "the threads that solve spectra cannot lower their priority, and compete with "
+            "the threads that solve spectra cannot lower their priority and will compete with "
             "training: %s",
             str(refusals[0]),
         )
@@ -104,8 +105,8 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
 
 
 def _give_way(refusals: list[Exception]) -> None:
-    """Lowers the priority of this thread, which a sandbox may refuse."""
-    if sys.platform != "linux":  # where a priority is that of a thread
+    """Lowers the priority of this thread; a sandbox may refuse."""
+    if sys.platform != "linux":  # only there do threads have their own priority
         return
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -15,22 +15,22 @@ LARGEST_D_FF_FOR_SPECTRA = 1024
 
 
 class Logger(Protocol):
-    """What is given each measurement beside the store, such as a logger of Lightning."""
+    """A receiver of each measurement besides the store, such as a Lightning logger."""
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Takes named numbers of a step."""
+        """Receives the named values of a step."""
 
     def save(self) -> None:
-        """Writes what it was given."""
+        """Writes what it has received."""
 
 
 class SpectraWriter:
-    """Writes measurements that are solved to the run, and gives them to loggers.
+    """Writes solved measurements to the run, and passes them to loggers.
 
     Args:
         store: where rows go; flushed after each measurement. None in a process that does not write.
-        loggers: get each measurement with its own step.
-        spectra: whether eigenvalues are stored beside the metrics; `auto` for d_ff up to 1024.
+        loggers: receive each measurement with its own step.
+        spectra: whether to store eigenvalues, too; `auto` for d_ff up to 1024.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class SpectraWriter:
         self._spectra = spectra
 
     def write(self, solved: Iterable[Solved]) -> None:
-        """Writes measurements as they come; without a store it goes through them alone, as every
-        process must: what comes between them is exchanged with the others."""
+        """Writes measurements as they come. Without a store it only iterates over them, which every
+        process must do because the processes exchange data between them."""
         for measured in solved:
             if self._store is None:
                 continue
@@ -80,7 +80,7 @@ def _spectra_rows(step: int, spectra: FFNSpectra) -> list[dict[str, Any]]:
             "eigenvalues": spectrum.cpu().numpy(),
         }
         for site, spectrum in (("pre", spectra.pre), ("post", spectra.post))
-        if spectrum.isfinite().all()  # else nothing was measured, as the row's status says
+        if spectrum.isfinite().all()  # otherwise nothing was measured, and the row's status says so
     ]
 
 
@@ -93,13 +93,14 @@ def mean_name(ffn: str, metric: str) -> str:
 
 
 def mean_values(rows: Rows) -> dict[str, float]:
-    """Each metric averaged: `pr_post` over all FFNs, `ffn/mean/pr_post` over the layers of `ffn`
-    (a Mixer has `token_mixing/mean/pr_post` and `channel_mixing/mean/pr_post`).
+    """Averages each metric: `pr_post` over all FFNs, `ffn/mean/pr_post` over the layers of `ffn` (a
+    Mixer has `token_mixing/mean/pr_post` and `channel_mixing/mean/pr_post`).
 
-    FFNs where nothing could be measured do not count; NaN where none is left.
+    FFNs where nothing could be measured are left out; NaN if none remain.
 
     Args:
-        rows: of one measurement, as in the `metrics` table; rows of earlier versions lack columns.
+        rows: the rows of one measurement, as in the `metrics` table; rows of earlier versions lack
+            columns.
     """
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -120,8 +121,8 @@ def layer_name(ffn: str, layer: int, metric: str) -> str:
 
 
 def monitored_values(rows: Rows) -> dict[str, float]:
-    """What callbacks can monitor: the means of `mean_values`, and each metric of each layer,
-    `ffn/03/pr_post`; NaN where nothing could be measured."""
+    """The values that callbacks can monitor: the means of `mean_values`, and each metric of each
+    layer, `ffn/03/pr_post`; NaN where nothing could be measured."""
     rows = list(rows)
     layers = {
         layer_name(row["ffn"], row["layer"], metric): row.get(metric)
@@ -134,12 +135,13 @@ def monitored_values(rows: Rows) -> dict[str, float]:
 
 
 def logged_values(rows: Rows) -> dict[str, float]:
-    """What loggers get: each metric of each layer, `ffn/03/pr_post`, and its `ffn/mean/pr_post`.
+    """The values that loggers receive: each metric of each layer, `ffn/03/pr_post`, and its mean,
+    `ffn/mean/pr_post`.
 
-    What could not be measured is left out.
+    Values that could not be measured are left out.
 
     Args:
-        rows: of one measurement, as in the `metrics` table.
+        rows: the rows of one measurement, as in the `metrics` table.
     """
     values = monitored_values(rows)
     return {

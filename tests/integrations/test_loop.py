@@ -326,7 +326,7 @@ def test_without_a_checkpoint_a_run_begins_anew_and_one_that_is_done_does_not(tm
     with pytest.raises(ValueError, match="no"):
         train(tmp_path, network(), within=raising(ValueError("no")))
     train(tmp_path, network())
-    assert "starts from its beginning" in caplog.text
+    assert "starts over" in caplog.text
     assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0, 3, 6]
     with pytest.raises(StoreError, match=r"done\..*another directory"):
         train(tmp_path, network())
