@@ -1,7 +1,8 @@
 """Checks of a configuration as a whole, in addition to what each group checks itself.
 
-Every check is from `nerve.config` or uses `require`: it raises `ConfigError` with the rule, what
-was received and the likely fix, and needs neither the data nor this machine.
+Every check is one of `nerve.config` or of `require`: it raises `ConfigError` with the rule, what
+was received and the likely fix. None needs the data; of the machine, one asks which packages are
+installed.
 """
 
 import math
@@ -67,7 +68,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
     value.
 
     Args:
-        config: as plain values, with interpolations as texts.
+        config: as plain values, with interpolations as strings.
     """
     for key in (*GROUPS, *SINGLE):
         require(
@@ -78,7 +79,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
 
 
 def require_groups(config: Mapping[str, Any]) -> None:
-    """Refuses a value where a group belongs; a string with an interpolation may become a group."""
+    """Refuses what is no group where one belongs. An interpolation may become one, and passes."""
     for key in GROUPS:
         require(
             isinstance(config[key], Mapping) or _is_interpolation(config[key]),
