@@ -174,15 +174,19 @@ def level_text(value: object) -> str:
         return "not set"
     if isinstance(value, bool | np.bool_):
         return str(value).lower()
-    if isinstance(value, int | float | np.number):
-        return f"{value:g}"
+    if isinstance(value, int | np.integer):
+        return str(value)
+    if isinstance(value, float | np.floating):
+        return f"{value:.10g}"  # with fewer digits, values that differ would be one level
     return str(value)
 
 
 def ordered_levels(values: pd.Series) -> list[Any]:
     """The distinct values of a factor: sorted numbers, then strings, then None if it is not set."""
-    levels = list(pd.unique(values.astype(object).where(values.notna(), None)))
-    return sorted(levels, key=_rank)
+    levels = values.astype(object).where(values.notna(), None)
+    if values.dtype == object:  # true and 1 are different levels
+        return sorted({level_text(level): level for level in levels}.values(), key=_rank)
+    return sorted(pd.unique(levels), key=_rank)
 
 
 def _rank(level: Any) -> tuple[int, float, str]:

@@ -66,13 +66,22 @@ class _Before(NamedTuple):
     Attributes:
         inputs, pre: as `Receive` takes them.
         sample: of pre, as it was when it appeared.
+        version: how often pre was modified in place by then, as `_version_of` has it.
         recorded: pre as the model goes on with it, where autograd records what follows.
     """
 
     inputs: Tensor
     pre: Tensor
     sample: Tensor
+    version: int | None
     recorded: Tensor | None
+
+
+def _version_of(pre: Tensor, site: Site) -> int | None:
+    """How often a tensor was modified in place; None where that is not known of pre alone. Then a
+    sample of it has to tell."""
+    is_counted = not torch.compiler.is_compiling() and not pre.is_inference()
+    return pre._version if is_counted and site.part == slice(None) else None
 
 
 class Probe:
@@ -187,10 +196,7 @@ class Probe:
         self._following.finish_forward()
         self._forget()
         for index in (index for index, is_so in unchanged if not is_so):
-            raise MeasurementError(
-                f"A nonlinearity must not modify its input; the one of {self._names[index]} "
-                "overwrites it. Use one with inplace=False."
-            )
+            raise self._modified(index)
         for index, ffn in enumerate(self.ffns):
             promised = n_runs_of(ffn)
             if index in pending:
@@ -258,7 +264,8 @@ class Probe:
         pre = of_site(plain(tensor, "pre", where), site, where)
         recorded = self._following.recorded(index, tensor)
         sample = sample_of(pre).clone()
-        self._before[index] = _Before(pre if inputs is None else inputs, pre, sample, recorded)
+        inputs = pre if inputs is None else inputs
+        self._before[index] = _Before(inputs, pre, sample, _version_of(pre, site), recorded)
         return tensor if is_new else None
 
     def _finish(self, index: int, given: Any, tensor: Any) -> Any:
@@ -271,12 +278,21 @@ class Probe:
                 "modules in its description."
             )
         before = self._before.pop(index)
+        if before.version != _version_of(before.pre, self.sites[index][0]):
+            raise self._modified(index)
         plain_post = plain(tensor, "post", where)
         site, site_of_post = self.sites[index]
         is_new = self._following.end(index, before.recorded, tensor, site, where)
         post = of_site(plain_post, site_of_post, where)
         tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
         return plain_post if is_new else None
+
+    def _modified(self, index: int) -> MeasurementError:
+        return MeasurementError(
+            f"A nonlinearity must not modify its input; the one of {self._names[index]}, or the "
+            "model before it, overwrites it. Use one with inplace=False, and change features in a "
+            "copy of them."
+        )
 
     def _forget(self) -> None:
         """Ends a forward pass, however it went."""

@@ -1,5 +1,6 @@
 """Lightning modules: loss, logging, optimizer and schedule, but no measuring."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +11,61 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from nerve.errors import DivergedError
 from nerve.measuring.distributed import add_up, highest, n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
-from nerve.training.divergence import Divergence, diverged
 from nerve.training.graphs import Batch, CompiledLosses, choose, own_gradients
 from nerve.training.randomness import part_from_other_processes
 
 NO_REGULARIZER = Regularizer()
 
-CHECK_EVERY_N_BATCHES = 50
+CHECK_EVERY_N_LOSSES = 50
 """How often to check for a diverged loss on a GPU; on the CPU it is checked after every batch."""
+
+NEVER = sys.maxsize
+"""The first bad step if there is none."""
+
+
+class Divergence:
+    """Keeps the losses since the last check, and the first step whose loss was not finite.
+
+    To keep a loss takes no kernel, and only a check waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._first = NEVER
+        self._losses: list[tuple[int, Tensor]] = []
+
+    def note(self, step: int, loss: Tensor) -> None:
+        """Keeps a loss, a tensor with one element that nothing overwrites."""
+        self._losses.append((step, loss))
+
+    @property
+    def n_kept(self) -> int:
+        """How many losses were noted since the last check."""
+        return len(self._losses)
+
+    def first(self) -> int:
+        """The first step whose loss was not finite, `NEVER` if all were finite; waits for the
+        device."""
+        if self._losses:
+            steps, losses = zip(*self._losses, strict=True)
+            self._losses.clear()
+            are_finite = torch.stack(losses).isfinite().tolist()
+            bad = [step for step, is_so in zip(steps, are_finite, strict=True) if not is_so]
+            self._first = min([self._first, *bad])
+        return self._first
+
+    def note_first(self, step: int) -> None:
+        """Records the first bad step that another process has found, or `NEVER`."""
+        self._first = min(self._first, step)
+
+    def raise_at(self, step: int) -> None:
+        """Raises `DivergedError` if a loss up to `step` was not finite."""
+        first = self.first()
+        if first <= step:
+            raise _diverged(first)
 
 
 class TrainedModel(L.LightningModule):
@@ -107,8 +152,8 @@ class TrainedModel(L.LightningModule):
         self.trainer.callback_metrics.pop("step", None)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Reading the value waits for the device.
-        if self.device.type == "cpu" or (batch_idx + 1) % CHECK_EVERY_N_BATCHES == 0:
+        # Reading them waits for the device. Not by batch_idx: epochs may be shorter.
+        if self.device.type == "cpu" or self._divergence.n_kept >= CHECK_EVERY_N_LOSSES:
             self._divergence.raise_at(self.global_step)
 
     def on_validation_start(self) -> None:
@@ -123,10 +168,8 @@ class TrainedModel(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_val is not None and gradient_clip_val <= 0:
+        if gradient_clip_val is None or gradient_clip_val <= 0:
             return  # off, as everywhere in Lightning
-        if gradient_clip_val is None:
-            return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Such an optimizer (fused=True) unscales the gradients itself when it steps, so
@@ -157,7 +200,7 @@ class TrainedModel(L.LightningModule):
         except RuntimeError as error:  # from a matrix decomposition, for example
             if all(map(_is_finite, self.parameters())):
                 raise
-            raise diverged(self.global_step) from error
+            raise _diverged(self.global_step) from error
 
     def configure_optimizers(self) -> Any:
         optimizer = self._build_optimizer(self.model)
@@ -197,6 +240,14 @@ class TrainedModel(L.LightningModule):
 
     def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
         """Logs what a task reports in addition to the loss."""
+
+
+def _diverged(step: int) -> DivergedError:
+    """The error for a step."""
+    return DivergedError(
+        f"The loss must stay finite; it became NaN or infinite at step {step}. "
+        "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
+    )
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:

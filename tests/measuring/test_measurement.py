@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import nerve
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.ffns import FFNAdapter, sample_of
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.spectra import covariance
@@ -182,6 +182,36 @@ def test_an_overwritten_input_shows_in_any_sample():
     ffns = [FFNAdapter(0, "ffn", model[0], model[2])]
     with pytest.raises(MeasurementError, match="overwrites it"):
         nerve.measure(model, [x], ffns=ffns, shortcut=False)
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_pre_that_is_modified_at_one_position_is_refused(model, is_trained, shortcut):
+    """Steering, say: few samples are compared, and none of this position."""
+
+    def steer(module, args):
+        args[0][3] += 1.0
+
+    act = nn.ReLU()
+    act.register_forward_pre_hook(steer)
+    steered = nn.Sequential(model.up, act, model.down)
+    ffns, x = model.ffns(), torch.randn(80, 6)
+    assert torch.equal(sample_of(x), x[::10])
+    with pytest.raises(MeasurementError, match="or the model before it, overwrites it"):
+        measured(steered, x, ffns, shortcut, is_trained=is_trained)
+
+
+def measured(model, x, ffns, shortcut, *, is_trained):
+    """What is measured of a pass with gradients, or without."""
+    probe = Probe(ffns)
+    probe.install()
+    measurement = Measurement(probe, shortcut=shortcut)
+    measurement.start()
+    with torch.set_grad_enabled(is_trained):
+        model(x)
+    measurement.finish_forward()
+    measurement.stop()
+    return measurement.spectra()
 
 
 def test_batches_without_samples_measure_nothing(model):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from nerve.analysis.factors import level_text, ordered_levels
+from nerve.analysis.factors import level_text, levels_of, ordered_levels
 from nerve.report.style import (
     COLORS,
     LEVEL_COLORS,
@@ -117,6 +117,14 @@ def test_levels_are_ordered_and_written_as_on_the_command_line():
     assert level_text(3e-3) == "0.003"
     assert level_text(np.float64(4)) == "4"
     assert level_text(float("nan")) == "not set"
+
+
+def test_values_that_differ_are_different_levels():
+    values = pd.Series([1, True, 0, False, 1000000, 1000001, 0.1234567, 0.1234568], dtype=object)
+    texts = [level_text(level) for level in ordered_levels(values)]
+    numbers = ["0", "0.1234567", "0.1234568", "1", "1000000", "1000001"]
+    assert texts == [*numbers, "false", "true"]
+    assert sorted(texts) == sorted(levels_of(values))
 
 
 def test_names_get_distinct_colors_and_numbers_a_scale():

@@ -258,6 +258,36 @@ def test_on_an_accelerator_the_first_bad_step_is_named_though_it_is_looked_for_l
         fit(module, train, image_batches(2), every=100)
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_on_an_accelerator_epochs_shorter_than_the_interval_of_checks_are_checked(monkeypatch):
+    """The loss of step 2 is bad; in epochs of 3 batches without validation it ends the fit when as
+    many losses as the interval are there, those of earlier epochs included."""
+
+    class Elsewhere(ImageClassifier):
+        device = torch.device("cuda")
+
+    class Break(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step == 2:
+                nn.init.constant_(module.model[1].weight, float("nan"))
+
+    monkeypatch.setattr("nerve.training.module.CHECK_EVERY_N_LOSSES", 4)
+    plain = classifier()
+    module = Elsewhere(plain.model, plain._build_optimizer, plain._schedule)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=30,
+        callbacks=[Break()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(DivergedError, match=r"at step 2\."):
+        trainer.fit(module, image_batches(*[5] * 3))
+    assert trainer.global_step == 4
+
+
 def test_weights_that_break_in_the_last_update_end_the_run_as_diverged():
     """All training losses are finite; the validation after the last update is the first to show
     it."""

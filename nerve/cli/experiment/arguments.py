@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from hydra.utils import get_class, get_object
 
@@ -46,7 +47,8 @@ def require_types(group: str, target: Callable[..., Any], values: Mapping[str, A
             require_types(key, inner, value)
         elif name in parameters:
             hint = parameters[name].annotation
-            kinds = [get_origin(each) or each for each in get_args(hint) or (hint,)]
+            is_union = get_origin(hint) in (Union, UnionType)
+            kinds = [get_origin(each) or each for each in (get_args(hint) if is_union else (hint,))]
             known = [list if kind is Sequence else kind for kind in kinds if kind is not Path]
             if all(kind in KINDS for kind in known):
                 require_type(key, value, *known)
