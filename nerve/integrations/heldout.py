@@ -37,7 +37,7 @@ def evaluate(
     recorder: Recorder,
     choice: Choice,
 ) -> None:
-    """Measures a model on batches, in eval mode, and their loss where it gives one."""
+    """Measures a model on batches in eval mode, and their loss if the model returns one."""
     with evaluating(model):
         for batch in batches:
             recorder.start(choice.of(batch))

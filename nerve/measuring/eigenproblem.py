@@ -1,5 +1,5 @@
-"""The eigenproblems that a measurement leaves, of FFNs and of groups of samples and sites, and the
-spectra that solve them."""
+"""The eigenproblems of a measurement, of FFNs and of groups of samples and sites, and the spectra
+that solve them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,18 +15,18 @@ from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_o
 from nerve.spectra.metrics import OF_A_GROUP, OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 
 TOO_FEW_SAMPLES = "too_few_samples"
-"""The status of what has fewer than two samples."""
+"""The status with fewer than two samples."""
 
 WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
     "non_finite": lambda spectrum: not bool(torch.isfinite(spectrum).all()),
     "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
 }
-"""Why nothing can be said of a spectrum, and whether it is so."""
+"""Reasons why a spectrum cannot be measured, each with a check."""
 
 
 @dataclass(frozen=True)
 class FFNSpectra:
-    """What one measurement says of one FFN.
+    """The result of one measurement for one FFN.
 
     Attributes:
         layer: index of the block, from 0.
@@ -58,8 +58,8 @@ class FFNSpectra:
 
     @cached_property
     def status(self) -> str:
-        """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
-        the last two with `_pre` or `_post` where it is one side alone."""
+        """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`, the
+        last two with `_pre` or `_post` if only one side is affected."""
         if self.n_samples < 2:
             return TOO_FEW_SAMPLES
         for reason, holds in WHY_NULL.items():
@@ -71,7 +71,7 @@ class FFNSpectra:
     def row(self) -> dict[str, Any]:
         """The measurement as columns of the `metrics` table; None where nothing can be measured.
 
-        What it takes is computed once, by whichever thread asks first.
+        It is computed once, by whichever thread asks first.
         """
         return {
             "layer": self.layer,
@@ -112,10 +112,10 @@ class FFNSpectra:
 
 @dataclass(frozen=True)
 class FFNEigenproblem:
-    """What a measurement accumulated of one FFN's features; `solve` gives their spectra.
+    """What a measurement accumulated for one FFN; `solve` returns its spectra.
 
-    Of each matrix the lower triangle counts. Its eigenvalues are (N - 1) times those of a
-    covariance; those that are not there are 0.
+    Only the lower triangle of each matrix counts. Its eigenvalues are (N - 1) times those of a
+    covariance; missing ones are 0.
 
     Attributes:
         layer, ffn, n_samples, d_in, d_ff, precision: as in `FFNSpectra`.
@@ -142,7 +142,7 @@ class FFNEigenproblem:
     post_samples: Tensor | None = None
 
     def solve(self) -> FFNSpectra:
-        """Solves both eigenproblems where the tensors lie."""
+        """Solves both eigenproblems on the tensors' device."""
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
         if self.of_input:
             assert self.weight is not None
@@ -174,7 +174,7 @@ class FFNEigenproblem:
 
 @dataclass(frozen=True)
 class GroupSpectrum:
-    """What one measurement says of the samples of one group at one site of an FFN.
+    """The result of one measurement for one group of samples at one site of an FFN.
 
     Attributes:
         layer, ffn: of the FFN.
@@ -200,7 +200,7 @@ class GroupSpectrum:
         return next((why for why, holds in WHY_NULL.items() if holds(self.eigenvalues)), "ok")
 
     def row(self) -> dict[str, Any]:
-        """The spectrum as columns of the `groups` table; None where nothing can be measured. As of
+        """The spectrum as columns of the `groups` table; None where nothing can be measured. As in
         `FFNSpectra.row`, it is computed once."""
         return {
             "layer": self.layer,
@@ -224,7 +224,7 @@ class GroupSpectrum:
 
 @dataclass(frozen=True)
 class GroupEigenproblem:
-    """What a measurement accumulated of one group at one site; `solve` gives its spectrum.
+    """What a measurement accumulated for one group at one site; `solve` returns its spectrum.
 
     Attributes:
         layer, ffn, site, grouping, group, n_samples: as in `GroupSpectrum`.
@@ -245,7 +245,7 @@ class GroupEigenproblem:
     weight: Tensor | None = None
 
     def solve(self) -> GroupSpectrum:
-        """Solves the eigenproblem where the tensors lie."""
+        """Solves the eigenproblem on the tensors' device."""
         if self.n_samples < 2:
             values = torch.full((self.dim,), math.nan, dtype=torch.float64)
         elif self.weight is not None:

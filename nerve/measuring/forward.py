@@ -1,4 +1,4 @@
-"""Running a model that is measured."""
+"""Runs a model that is being measured."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,8 +14,8 @@ from nerve.measuring.tap import Taker, looking
 
 @contextmanager
 def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
-    """The model in eval mode, without gradients, uncompiled, with plain tensors, out of inference
-    mode, which would keep autograd from showing what follows from what; after it as it was.
+    """Puts the model in eval mode, without gradients, uncompiled, with plain tensors, outside of
+    inference mode (which would keep autograd from recording dependence); restores it afterwards.
 
     Args:
         model: the model.
@@ -46,13 +46,14 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Code that was compiled before knows no probe; without its compiler nothing is compiled."""
+    """Turns compiled code off, because code compiled earlier ignores the probe; does nothing if the
+    compiler is not loaded."""
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def call(model: nn.Module, batch: Any) -> object:
-    """Runs a model on a batch; the entries of a mapping are its arguments.
+    """Calls a model with a batch; the entries of a mapping are its keyword arguments.
 
     Raises:
         MeasurementError: where the model does not take a mapping or a tuple so.

@@ -1,4 +1,4 @@
-"""What a caller gives in Python: refused where it is of another kind than its place takes."""
+"""Checks arguments given in Python, and refuses those of the wrong kind."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -10,7 +10,7 @@ from nerve.config import require, require_count
 from nerve.measuring.ffns import FFN
 
 Loaded = nn.Module | Callable[[], nn.Module]
-"""A model, or what loads it."""
+"""A model, or a function that loads it."""
 
 _FUNCTIONS = {
     "mask": "mask=lambda batch: batch[...] != padding",
@@ -39,8 +39,8 @@ def check_given(
     exclude: Collection[int] = (),
     layers: Sequence[int] | None = None,
 ) -> None:
-    """Checks what is given to be called or looked through, as `nerve.measure` takes it; `layers` of
-    a monitor are the ones to look for, beside which there are no `ffns`.
+    """Checks arguments that are called or iterated over, as `nerve.measure` takes them; `layers` of
+    a monitor select layers to search, and exclude `ffns`.
 
     Raises:
         ConfigError: for what is of another kind.
@@ -74,7 +74,7 @@ def check_given(
 
 
 def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
-    """The series that `measure` was given, checked: a list at once, an iterator as it goes.
+    """The series that `measure` was given, checked: a list at once, an iterator while iterating.
 
     Raises:
         ConfigError: for what is no model and no series, an item that is no step and its model, or a
@@ -112,7 +112,7 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
 
 
 def check_batches(batches: Any) -> None:
-    """Raises `ConfigError` for one batch in place of several."""
+    """Raises `ConfigError` if a single batch is given instead of several."""
     require(
         not isinstance(batches, Tensor | Mapping | str),
         f"batches must be a list of batches; got one, a {type(batches).__name__}. Give [batch].",
@@ -131,7 +131,7 @@ def check_batches(batches: Any) -> None:
 
 
 def told(value: object) -> str:
-    """A value as messages show it: what is short as it is, else its type."""
+    """A value as messages show it: itself if short, otherwise its type."""
     text = repr(value)
     kind = type(value).__name__
     return f"{kind} {text}" if isinstance(value, str | int | float) and len(text) < 60 else kind

@@ -15,7 +15,7 @@ counts all samples."""
 
 
 class Order(NamedTuple):
-    """How the tokens of a stream lie in an FFN's features.
+    """How the tokens of a stream are arranged in an FFN's features.
 
     Attributes:
         n_sequences, n_positions: of the stream, as its mask has them.
@@ -44,7 +44,8 @@ class Order(NamedTuple):
 
 
 class UnknownOrder:
-    """The order of an FFN's tokens where nothing has shown it; none of them may come then."""
+    """The order of an FFN's tokens if it could not be determined; the FFN must then not receive
+    any."""
 
     def sequences(self, features: Tensor, where: str) -> Tensor:
         """Raises `MeasurementError`: features have come."""
@@ -56,7 +57,7 @@ class UnknownOrder:
 
 
 Orders = Sequence[Order | UnknownOrder | None]
-"""For each FFN how its tokens lie; None where they are taken as they lie."""
+"""For each FFN the order of its tokens; None if they are used as they are."""
 
 
 def as_bool(mask: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def as_bool(mask: Tensor) -> Tensor:
 
 
 class Chosen(NamedTuple):
-    """Which samples of a forward pass count, and what is known of them; by default all do.
+    """Which samples of a forward pass count, and what is known about them; by default all count.
 
     Attributes:
         masks: True or 1 for the samples that count (False or 0: padding), in the shape of the
@@ -133,7 +134,7 @@ def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
 
 
 def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
-    """The mask in the shape of an FFN's samples: as it is, or flattened as they are.
+    """The mask in the shape of an FFN's samples: unchanged, or flattened like them.
 
     Raises:
         MeasurementError: where it is of other samples.
@@ -150,7 +151,7 @@ def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
 
 
 def _is_flattened(sizes: list[int], flat: list[int]) -> bool:
-    """Whether neighbors among `sizes` multiplied give `flat`."""
+    """Whether multiplying neighbors among `sizes` gives `flat`."""
     for size in flat:
         product = sizes.pop(0) if sizes else 0
         while product < size and sizes:

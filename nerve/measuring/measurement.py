@@ -68,7 +68,7 @@ class Measurement:
         self._is_pooled = False
 
     def start(self, chosen: Chosen = ALL) -> None:
-        """Measures forward passes from now on, of their samples those that count.
+        """Starts measuring forward passes, with the samples that count.
 
         Raises:
             MeasurementError: for a mask with other values, or one that belongs to no FFN.
@@ -90,20 +90,20 @@ class Measurement:
         self._samples.finish_forward()
 
     def require_positions(self) -> None:
-        """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
+        """Raises `MeasurementError` if `skip_first` leaves no position of any sequence."""
         self._samples.require_positions()
 
     def reduce(self) -> None:
-        """Makes the measurement that of all processes' samples together: each process then has the
-        eigenproblems of its share.
+        """Combines the samples of all processes; each process then has the eigenproblems of its
+        share.
 
-        Every process must call it; one may have measured nothing.
+        Every process must call it, even one that has measured nothing.
         """
         self._n_forwards = reduce(self._rows(), self._n_forwards)
 
     def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
-        """What is left to solve: one eigenproblem for each FFN, in the order given, and one for
-        each pool, after its last FFN.
+        """The eigenproblems to solve: one for each FFN, in the order given, and one for each pool,
+        after its last FFN.
 
         Args:
             share, n_shares: of several processes, which one takes its share: every `n_shares`-th
@@ -115,7 +115,7 @@ class Measurement:
         return eigenproblems(self._rows()[share::n_shares], self._n_forwards)
 
     def group_eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[GroupEigenproblem]:
-        """What is left to solve of groups and sites, of the same FFNs. Arguments as of
+        """The eigenproblems of groups and sites of the same FFNs. The arguments are those of
         `eigenproblems`."""
         if not self._has_parts:
             return []
@@ -123,7 +123,7 @@ class Measurement:
         return [problem for each in mine for problem in each.group_eigenproblems()]
 
     def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
-        """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
+        """Solves the eigenproblems, one after the other. Raises as `eigenproblems` does."""
         eigenproblems = self.eigenproblems()
         solved: list[FFNSpectra] = []
         for eigenproblem in eigenproblems:
@@ -147,11 +147,12 @@ class Measurement:
         return "input" in self._sites and self._probe.sites[index][0].of == "output"
 
     def _take_site(self, index: int, name: str, features: Tensor) -> None:
-        """Adds what there is at a site around an FFN."""
+        """Adds the features of a site around an FFN."""
         self._of[index].parts.add_site(name, *self._samples.taken_around(index, features))
 
     def _rows(self) -> list[Accumulator]:
-        """Those of FFNs and pools, as rows go; the pools are whole from the first call on."""
+        """The accumulators of FFNs and pools in the order of rows; pools are complete from the
+        first call on."""
         pools = [
             pool
             for pool in dict.fromkeys(self._pools.values())
@@ -186,7 +187,7 @@ class Taken(NamedTuple):
 
 
 class Samples:
-    """Masks, skipped positions, the order of tokens and groups, forward pass by forward pass.
+    """Masks, skipped positions, the order of tokens, and groups of each forward pass.
 
     Args:
         probe: gives the features, and the tokens of which an expert gets some.
@@ -204,7 +205,7 @@ class Samples:
         self._orders: Orders = [None] * n
 
     def start(self, chosen: Chosen) -> None:
-        """Takes what belongs to the forward pass that comes; raises as `Measurement.start`."""
+        """Takes the data of the next forward pass; raises as `Measurement.start` does."""
         masks, orders, ids, in_sequences = chosen
         self._masks = for_each(self._probe.ffns, masks)
         self._orders = [None] * len(self._masks) if orders is None else orders
@@ -212,12 +213,12 @@ class Samples:
             self._groups.start(ids, in_sequences)
 
     def finish_forward(self) -> None:
-        """Ends one forward pass: the next one has other sequences."""
+        """Ends one forward pass: the next one has different sequences."""
         if self._groups is not None:
             self._groups.finish_forward()
 
     def require_positions(self) -> None:
-        """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
+        """Raises `MeasurementError` if `skip_first` leaves no position of any sequence."""
         if self._longest is not None and self._longest <= self._skip_first:
             raise MeasurementError(
                 f"skip_first must leave positions to measure; got skip_first={self._skip_first} "
@@ -225,7 +226,7 @@ class Samples:
             )
 
     def taken(self, index: int, inputs: Tensor, features: dict[Side, Tensor]) -> Taken:
-        """Those of one run of an FFN.
+        """The samples of one run of an FFN.
 
         Args:
             index: of the FFN.
@@ -253,7 +254,7 @@ class Samples:
         return Taken(features, self._mask_without_first(mask), divisions)
 
     def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those at a site around an FFN, which are the FFN's, and their mask."""
+        """The samples at a site around an FFN, which are those of the FFN, and their mask."""
         if (order := self._orders[index]) is not None:
             features = order.sequences(features, named(self._probe.ffns[index]))
         mask = self._mask(index, features.shape[:-1])
@@ -264,7 +265,7 @@ class Samples:
         return None if mask is None else fitted(mask, samples, self._probe.ffns[index])
 
     def _without_first(self, features: Tensor) -> Tensor:
-        """Without the first positions of each sequence, where these are skipped."""
+        """Drops the first positions of each sequence if they are skipped."""
         if not self._skip_first:
             return features
         if features.ndim < 3:
@@ -280,7 +281,7 @@ class Samples:
         return None if mask is None else mask[..., self._skip_first :]
 
     def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
-        """Which samples of an expert count: those of the tokens that do."""
+        """Which samples of an expert count: those of tokens that count."""
         ffn = self._probe.ffns[index]
         if self._masks[index] is None and not self._skip_first:
             return None
