@@ -26,10 +26,10 @@ class PassFeatures:
 
     Args:
         model: the module that is called.
-        recorder: open; takes the features.
+        recorder: an open recorder, which receives the features.
         choice: which samples of a batch count.
-        of_training: whether its passes in train mode with gradients are meant, of which each of a
-            step's micro-batches is one; else those in eval mode without.
+        of_training: whether to measure passes in train mode with gradients, one per micro-batch;
+            otherwise passes in eval mode without gradients.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class PassFeatures:
         """Ends the passes of a step.
 
         Raises:
-            MeasurementError: where none has come, or one has come to no end.
+            MeasurementError: if there was no pass, or one did not complete.
         """
         self.is_open = False
         self._require_ended()
         if self.n_seen == 0:
             kind = (
-                "those of the next training pass, and none was seen: the watched module must be "
+                "those of the next training pass, but there was none: the watched module must be "
                 "the one that the loop calls, in train mode and with gradients. Watch the compiled "
                 "or distributed module if the loop calls that, or give held-out batches with "
                 "heldout=."
                 if self._of_training
-                else "those of its evaluation, and none was seen. Give the Trainer an "
+                else "those of its evaluation, but there was none. Give the Trainer an "
                 "eval_dataset that is not empty, whose batches its prediction_step gives to the "
                 "model that it trains, or take source='train'."
             )

@@ -143,11 +143,11 @@ class WatchedLoop:
         """Starts measuring, with the first step if it is to be measured.
 
         Args:
-            model: the one that the loop calls.
-            choose: makes the `Choice` for a model, a probe and what runs the model on a batch.
-            batches: the held-out ones; None for features of passes that the loop runs.
-            state: of the checkpoint that the loop goes on from.
-            first: the step that a loop without `state` begins at.
+            model: the model that the loop calls.
+            choose: creates the `Choice` from a model, a probe and a function that runs the model.
+            batches: held-out batches; None for features of passes that the loop runs.
+            state: the state of the checkpoint from which the loop resumes.
+            first: the first step of a loop without `state`.
             token_counts: how often each token occurs, for groups by frequency.
         """
         n, inner, recorder = n_processes(), unwrapped(model), self.recorder
@@ -207,7 +207,7 @@ class WatchedLoop:
         """Ends the evaluation that a measured step has waited for, with its loss.
 
         Raises:
-            MeasurementError: where no pass was seen.
+            MeasurementError: if there was no pass.
         """
         assert self.features is not None
         self.awaits_evaluation = False
@@ -231,7 +231,7 @@ class WatchedLoop:
         self.recorder.wait()
         if self.n_steps and not (self.recorder.n_measured or self.latest) and rank() == 0:
             log.warning(
-                "nothing was measured in %d steps: none of them was to be measured", self.n_steps
+                "nothing was measured: none of the %d steps was due for a measurement", self.n_steps
             )
         if self._record is not None:
             self._record.final = {

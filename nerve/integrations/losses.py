@@ -41,7 +41,7 @@ class StepLosses:
 
     Args:
         model: the module that the Trainer trains.
-        of_all: whether that number is of all processes.
+        of_all: whether that number covers all processes.
     """
 
     def __init__(self, model: nn.Module, *, of_all: bool) -> None:
@@ -70,14 +70,14 @@ class StepLosses:
     def _keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        is_own = module is self._model()  # a replica has its hooks, too
+        is_own = module is self._model()  # a replica shares its hooks
         is_meant = is_own and module.training and torch.is_grad_enabled()
         if not (is_meant and is_of_training()):
             return
         found = loss_of(output)
         loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
         if found is not None and isinstance(loss, Tensor) and loss.requires_grad:
-            # A copy: the Trainer scales the loss in its place.
+            # A copy: the Trainer scales the loss in place.
             made = _Pass(found[0].clone(), found[1], kwargs.get("num_items_in_batch"))
             loss.register_hook(made.note_backward)
             self._passes.append(made)

@@ -48,7 +48,7 @@ class OpenRun:
         does nothing for a closed run."""
         if self._context is not None:
             last = getattr(sys, "last_value", None)
-            error = last or RuntimeError("Training ended before its last step, by an exception.")
+            error = last or RuntimeError("An exception ended training before its last step.")
             with noted(error):
                 self.close(error)
 

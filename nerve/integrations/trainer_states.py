@@ -35,7 +35,7 @@ class TrainerStates:
         """The state to resume from at a step, in every process; None if the run starts there.
 
         Raises:
-            StoreError: where the run was there without a checkpoint of that step.
+            StoreError: if the run exists but has no checkpoint of that step.
         """
         found = self._found(step) if rank() == 0 else None
         state, refused = gathered(found)[0]

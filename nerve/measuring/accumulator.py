@@ -34,21 +34,19 @@ class Accumulator:
     """Accumulates the features of one FFN over its runs.
 
     Args:
-        ffn: whose they are.
-        shortcut: as of `Measurement`.
+        ffn: the FFN.
+        shortcut: as in `Measurement`.
 
     Attributes:
-        d_in: width of the FFN's input, of a pool that of all its FFNs together; None before the
-            first run.
-        weight: W of pre = W x + b as the first run used it; None where it cannot be read, or was
-            not what all runs used.
-        of_input: whether the covariance of the input is taken in place of pre's.
+        d_in: width of the FFN's input, summed over the FFNs of a pool; None before the first run.
+        weight: W of pre = W x + b in the first run; None if it cannot be read or differs in other
+            runs.
+        of_input: whether the covariance of the input is accumulated instead of that of pre.
         altered: whether some run used more than the weight.
-        took_pre: whether pre was taken after its input, as its own rounding was too large to be
-            left out.
-        covariances: of the input or of pre, and of post.
-        shares: of pre and of post.
-        parts: covariances of groups of the samples, and of sites around the FFN.
+        took_pre: whether pre replaced its input because its rounding was too large to leave out.
+        covariances: those of the input or pre, and of post.
+        shares: those of pre and post.
+        parts: covariances of groups of samples, and of sites around the FFN.
     """
 
     def __init__(self, ffn: FFN, *, shortcut: bool | str) -> None:
@@ -94,12 +92,12 @@ class Accumulator:
         """Adds the samples of a run.
 
         Args:
-            features: of each side, `[*samples, width]`.
+            features: the features of each side, `[*samples, width]`.
             mask: True for the samples that count.
-            divisions: how the samples that count are grouped, by grouping; None or empty: they are
-                not.
+            divisions: how the samples that count are grouped, by grouping; None or empty if they
+                are not.
         """
-        spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
+        spreads = self.add_shares(features, mask)  # first, because covariances use the spread
         if (
             self.of_input
             and self._leaves_rounding
@@ -113,7 +111,7 @@ class Accumulator:
             product = None
             if side == "input":
                 assert self.weight is not None
-                x = x.to(self.weight.dtype)  # as it was multiplied
+                x = x.to(self.weight.dtype)  # the dtype of the multiplication
                 product = product_of_input(x.dtype)
             if divisions:
                 self.parts.add(side, x, divisions, product)
@@ -201,10 +199,10 @@ class Accumulator:
         """Handles an FFN that never ran: it has no samples if it need not run.
 
         Args:
-            n_forwards: forward passes that were measured.
+            n_forwards: number of measured forward passes.
 
         Raises:
-            MeasurementError: where it should have.
+            MeasurementError: if it should have run.
         """
         self.merge_groups()
         if "post" not in self.covariances:
@@ -214,7 +212,7 @@ class Accumulator:
         """The eigenproblem of an FFN, after `require_run`.
 
         Args:
-            shares: as of `FFNEigenproblem`.
+            shares: as in `FFNEigenproblem`.
         """
         post = self.covariances["post"]
         before = self.covariances["input" if self.of_input else "pre"]
@@ -248,7 +246,7 @@ class Accumulator:
             return
         self._leaves_rounding = leaves_rounding
         # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
-        # forward has used them rounded, as its outputs tell.
+        # forward pass has rounded them to the dtype of its outputs.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         self.weight, self._bias = weight, bias

@@ -32,8 +32,8 @@ def sites_around(
 
     Args:
         ffns: the FFNs.
-        wanted: some of `nerve.metric_names.AROUND`.
-        find: gives the streams around FFNs whose descriptions do not; None where nothing can.
+        wanted: the requested ones of `nerve.metric_names.AROUND`.
+        find: finds the streams that descriptions do not declare; None if that is impossible.
     """
     streams = [stream_of(ffn) for ffn in ffns]
     of_stream = not {"stream_in", "stream_out"}.isdisjoint(wanted)
@@ -52,7 +52,7 @@ def sites_around(
         unknown = [name for name in wanted if name not in known]
         if unknown:
             log.warning(
-                "%s: %s cannot be measured, their place in the model is unknown",
+                "%s: %s cannot be measured because their place in the model is unknown",
                 named(ffn),
                 ", ".join(unknown),
             )

@@ -30,14 +30,14 @@ class Choice:
 
     Args:
         model: the model.
-        probe: taps the FFNs; installed.
+        probe: an installed probe that taps the FFNs.
         run: runs the model on a batch, without gradients and in eval mode.
-        mask, exclude, only_labeled: as `nerve.measure` takes them.
-        skips_first: whether first positions are left out, whose order must be known then.
-        groups: whether samples are grouped, whose order must be known, too.
+        mask, exclude, only_labeled: as in `nerve.measure`.
+        skips_first: whether first positions are skipped, which requires a known order.
+        groups: whether samples are grouped, which requires a known order, too.
 
     Raises:
-        MeasurementError: for `mask` beside what it replaces.
+        MeasurementError: for `mask` together with options that it replaces.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Choice:
         except TraceError:
             if is_needed:
                 raise
-            return Chosen()  # all count, in whatever order
+            return Chosen()  # all count, in any order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
         return Chosen(masks, orders, *_tokens(ffns, streams))
@@ -196,7 +196,7 @@ def call_probed(
     """Runs the model on a batch while the probe may record what depends on pre.
 
     Raises:
-        MeasurementError: where that is what the model cannot do.
+        MeasurementError: if recording makes the model fail.
     """
     try:
         return forward(model, batch)

@@ -30,11 +30,11 @@ class Link:
     how.
 
     Attributes:
-        pre: what the nonlinearity gets; where `kind` is unclear, what may be.
+        pre: the input of the nonlinearity; if `kind` is unclear, a candidate.
         post: the projection after it.
-        other: what the nonlinearity's output is multiplied with, where gated.
+        other: the factor that multiplies the nonlinearity's output if gated.
         kind: `plain`, `gated`, or unclear.
-        why: what speaks against it, where unclear.
+        why: the reason why it is unclear.
     """
 
     pre: Site
@@ -74,14 +74,14 @@ class Dependence:
     """Collects what the forward passes inside `watch` show.
 
     Attributes:
-        projections: modules whose outputs are made leaves, beside slices of parameters.
+        projections: modules whose outputs become leaves, in addition to slices of parameters.
         is_gate: whether a projection's name says so.
-        products: of the modules that have such parameters.
+        products: those of the modules that have such parameters.
         also: installs further hooks.
-        links: in the order in which they appeared.
-        n_links: how often each link appeared in one pass, at most, by its key.
-        hidden: projections to fewer features of which activation checkpointing, or autograd that is
-            off, leaves no derivatives.
+        links: the links in order of appearance.
+        n_links: by key, the maximum number of times that each link appeared in one pass.
+        hidden: projections to fewer features without derivatives, because of activation
+            checkpointing or disabled autograd.
     """
 
     projections: Iterable[nn.Module]
@@ -149,13 +149,13 @@ class Dependence:
         if not features.requires_grad:
             self._hide(module)
             return
-        self._asks = True  # a checkpoint of activations runs its part of the model again for it
+        self._asks = True  # activation checkpointing reruns part of the model for it
         try:
             link = self._link(module, rows)
         except CheckpointError:
             self._hide(module)
             return
-        except RuntimeError:  # no derivative: of what a recurrence has overwritten, say
+        except RuntimeError:  # no derivative, for example of what a recurrence has overwritten
             return
         finally:
             self._asks = False
@@ -268,7 +268,7 @@ def _mixed(
     rows[chosen[0]] = True
     if any(bool(hit[~rows].any()) for hit in reached):
         return None
-    why = "features are mixed in between, as by a normalization"
+    why = "features are mixed in between, for example by a normalization"
     return Link(Site(sources[0].module, "output"), post, None, "unclear", why)
 
 

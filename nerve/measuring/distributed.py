@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Before any process group exists: its functions have the group as default argument. Imported later
-# (torch.compile's modules do so), they keep its threads alive into the end of the interpreter,
-# where a thread that lets go of a tensor aborts the process.
+# Imported before any process group exists, because its functions have the group as a default
+# argument. Imported later (as torch.compile's modules do), they keep the group's threads alive
+# until the interpreter exits, when a thread that frees a tensor aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -46,8 +46,7 @@ def gathered(value: Any) -> list[Any]:
     process, which usually hosts the store, returns last: it may exit then, and the store with it.
 
     Raises:
-        NotGatheredError: where one of them has left, or does not come in the time that the group
-            gives it.
+        NotGatheredError: if one of them has left, or does not arrive within the group's timeout.
     """
     n, mine = n_processes(), rank()
     if n == 1:
@@ -55,10 +54,10 @@ def gathered(value: Any) -> list[Any]:
     with _reached():
         store = _store()
         number = store.add(f"gathered/{mine}", 1)
-        store.delete_key(f"left/{mine}")  # of an error that was caught
+        store.delete_key(f"left/{mine}")  # left by an error that was caught
         _put(store, f"gathered/{number}/{mine}", value)
         values = _taken(store, {other: f"gathered/{number}/{other}" for other in range(n)})
-        # All have come to this one, and have read the one before.
+        # All have arrived here, so they have read the previous values.
         store.delete_key(f"gathered/{number - 1}/{mine}")
         if mine == 0:
             _take(store, {other: f"read/{number}/{other}" for other in range(1, n)})
@@ -109,7 +108,7 @@ def in_turns(hands: Sequence[Sequence[Any]]) -> list[Any]:
 def leave(error: BaseException) -> None:
     """Tells the other processes, which may wait for this one, that it stops with an error."""
     if n_processes() > 1:
-        with suppress(RuntimeError):  # of a store whose process has gone
+        with suppress(RuntimeError):  # from a store whose process has exited
             _put(_store(), f"left/{rank()}", f"{type(error).__name__}: {error}")
 
 
@@ -118,7 +117,7 @@ def _reached() -> Iterator[None]:
     """Explains the error if the store, which the first process hosts, cannot be reached."""
     try:
         yield
-    except RuntimeError as error:  # those of torch.distributed are
+    except RuntimeError as error:  # errors of torch.distributed are of this type
         raise NotGatheredError(
             "The processes of a run must all continue together; the first process cannot be "
             f"reached or has ended without an error message: {str(error).splitlines()[0]}"
@@ -187,11 +186,11 @@ def own_part(parts: Sequence[Any]) -> Any:
     """This process's part of values that all processes once gathered.
 
     Raises:
-        StoreError: where there were more or fewer processes then.
+        StoreError: if the number of processes was different.
     """
     if len(parts) != n_processes():
         raise StoreError(
-            "A run must be resumed with as many processes as it began with; its checkpoint is of "
+            "A run must be resumed with its original number of processes; its checkpoint is of "
             f"{len(parts)} processes, now there are {n_processes()}. Start it with {len(parts)}: "
             "set CUDA_VISIBLE_DEVICES or the number of tasks of the job."
         )
@@ -202,8 +201,8 @@ def highest(value: int, device: torch.device) -> int:
     """The maximum of every process's `value`; all of them must call it.
 
     Args:
-        value: this process's.
-        device: where the processes exchange tensors.
+        value: the value of this process.
+        device: the device on which the processes exchange tensors.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return value

@@ -36,12 +36,12 @@ class FFNSpectra:
         d_ff: hidden width, the number of eigenvalues.
         pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
         post: eigenvalues after it, likewise.
-        precision: how the products of the covariances were taken; the coarser way of the two. A
-            name with `projected_` is that of the type whose rounding is left out of pre.
-        pre_shares, post_shares: what the mean, the farthest samples and positions have of the
-            features.
-        variance_outside: the share of post's variance outside the span of what pre can be; NaN
-            where no weight says what that is.
+        precision: how the products of the covariances were computed; the less precise of the two.
+            With `projected_`, it names the dtype whose rounding is left out of pre.
+        pre_shares, post_shares: the variance shares of the mean, the farthest samples and the
+            positions.
+        variance_outside: the share of post's variance outside the span that pre can reach; NaN if
+            no weight defines that span.
     """
 
     layer: int
@@ -101,7 +101,7 @@ class FFNSpectra:
             for site, value in zip(sites, of_one(both, self.n_samples).tolist(), strict=True):
                 values[column.format(site=site)] = value
         for site, shares in zip(sites, (self.pre_shares, self.post_shares), strict=True):
-            # Where nothing varies, what there is of it is rounding.
+            # Without variance, the rest is rounding.
             varies = values[f"variance_{site}"] > 0
             values[f"largest_share_{site}"] = shares.largest if varies else math.nan
             values[f"top_share_{site}"] = shares.top if varies else math.nan
@@ -119,13 +119,13 @@ class FFNEigenproblem:
 
     Attributes:
         layer, ffn, n_samples, d_in, d_ff, precision: as in `FFNSpectra`.
-        before: float64 `[k, k]`, k <= d_ff, of pre; or, where `of_input`, of the FFN's input,
+        before: float64 `[k, k]`, k <= d_ff, for pre; or, with `of_input`, for the FFN's input,
             `[d_in, d_in]`.
-        post: float64 `[k, k]`, of post.
+        post: float64 `[k, k]`, for post.
         shares: float64 `[2, 4]`, the `Shares` of pre and of post.
-        weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, where it can be read.
-        of_input: whether `before` is that of x, so that pre's is `W C_x W^T`.
-        post_samples: where `post` is their Gram matrix, the samples themselves, `[k, d_ff]`.
+        weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, if it can be read.
+        of_input: whether `before` is for x, so that the one for pre is `W C_x W^T`.
+        post_samples: if `post` is a Gram matrix, its samples, `[k, d_ff]`.
     """
 
     layer: int
@@ -177,10 +177,10 @@ class GroupSpectrum:
     """The result of one measurement for one group of samples at one site of an FFN.
 
     Attributes:
-        layer, ffn: of the FFN.
+        layer, ffn: the FFN.
         site: one of `nerve.metric_names.GROUP_SITES`.
-        grouping, group: of the samples; both `all` for all of them.
-        n_samples: how many.
+        grouping, group: the samples; both `all` for all of them.
+        n_samples: number of samples.
         eigenvalues: descending, float64 `[dim]`.
     """
 
@@ -230,8 +230,8 @@ class GroupEigenproblem:
         layer, ffn, site, grouping, group, n_samples: as in `GroupSpectrum`.
         dim: number of features.
         matrix: float64 `[k, k]`, whose lower triangle counts; its eigenvalues are (N - 1) times
-            those of the covariance, or of that of the FFN's input where there is a `weight`.
-        weight: W where the features are pre = W x + b and the matrix is that of x.
+            those of the covariance, or of that of the FFN's input if there is a `weight`.
+        weight: W if the features are pre = W x + b and the matrix is for x.
     """
 
     layer: int

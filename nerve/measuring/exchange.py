@@ -23,9 +23,9 @@ class OfCovariance(NamedTuple):
     """A covariance for which one process receives the samples of all.
 
     Attributes:
-        covariance: this process's; it may have seen no samples.
-        to: the process that gets them.
-        tallies: every process's own, in any order.
+        covariance: this process's; it may have no samples.
+        to: the process that receives the samples.
+        tallies: those of every process, in any order.
     """
 
     covariance: StreamingCovariance
@@ -42,9 +42,9 @@ class OfShares(NamedTuple):
     """Shares for which one process receives the samples of all.
 
     Attributes:
-        shares: this process's; they may have seen no samples.
-        to: the process that gets them.
-        counts: `n` of every process that has seen samples, in any order.
+        shares: this process's; they may have no samples.
+        to: the process that receives the samples.
+        counts: `n` of every process that has samples, in any order.
         n_positions: their `n_positions`.
     """
 
@@ -104,7 +104,7 @@ class _About(NamedTuple):
     """Distances of one process's samples from the mean of all.
 
     Attributes:
-        mean, square, positions: as of `SampleShares`; the last two become those of all samples.
+        mean, square, positions: as in `SampleShares`; the last two become those of all samples.
         mine: the reach, and the distances of the candidates, as many as any process has.
     """
 

@@ -22,9 +22,9 @@ class Experts(NamedTuple):
     """Experts that share the tokens of one mixture.
 
     Attributes:
-        links: of each expert, those that got no token as well.
-        labels: by which they are told apart, such as their numbers.
-        mixture: the module whose tokens they get.
+        links: one for each expert, including those without tokens.
+        labels: what distinguishes them, such as their numbers.
+        mixture: the module whose tokens they receive.
     """
 
     links: list[Link]
