@@ -1,4 +1,4 @@
-"""Where the commands enter: what takes seconds to import, a Ctrl-C may interrupt."""
+"""The entry points of the commands, which also handle Ctrl-C during imports that take seconds."""
 
 import os
 import sys
@@ -6,11 +6,11 @@ from importlib import import_module
 from importlib.metadata import version
 
 STOPPED, UNREAD = 130, 141
-"""The exit statuses that shells expect of a command that Ctrl-C has ended, or a closed pipe."""
+"""The exit statuses that shells expect of a command ended by Ctrl-C, or by a closed pipe."""
 
 
 def run() -> None:
-    """`nerve-run`, whose `--version` is Hydra's; nerve's stands before it."""
+    """`nerve-run`, whose `--version` is Hydra's; nerve's version is printed before it."""
     if "--version" in sys.argv[1:]:
         print(f"nerve {version('nerve')}", flush=True)
     _enter("run")
