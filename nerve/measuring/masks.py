@@ -26,6 +26,10 @@ class Order(NamedTuple):
     n_positions: int
     batch_first: bool
 
+    def fits(self, features: Tensor) -> bool:
+        """Whether they are as many as the tokens."""
+        return features[..., 0].numel() == self.n_sequences * self.n_positions
+
     def sequences(self, features: Tensor, where: str) -> Tensor:
         """`[n_sequences, n_positions, width]` of features in this order, flattened or not.
 
@@ -33,7 +37,7 @@ class Order(NamedTuple):
             MeasurementError: for another number of samples.
         """
         sizes = (self.n_sequences, self.n_positions)
-        if features[..., 0].numel() != sizes[0] * sizes[1]:
+        if not self.fits(features):
             raise MeasurementError(
                 f"{where} received the tokens of one stream in the first batch; now its features "
                 f"have the shape {tuple(features.shape)} for {sizes[0]} sequences of {sizes[1]}."
@@ -46,6 +50,10 @@ class Order(NamedTuple):
 class UnknownOrder:
     """The order of an FFN's tokens if it could not be determined; the FFN must then not receive
     any."""
+
+    def fits(self, features: Tensor) -> bool:
+        """True: `sequences` says what is wrong with them."""
+        return True
 
     def sequences(self, features: Tensor, where: str) -> Tensor:
         """Raises `MeasurementError`: features have come."""

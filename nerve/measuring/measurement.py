@@ -236,10 +236,9 @@ class Samples:
         Raises:
             MeasurementError: where mask, positions or groups do not fit the features.
         """
-        ffn, order = self._probe.ffns[index], self._orders[index]
-        is_expert = tokens_of(ffn) is not None
-        if order is not None and not is_expert:
-            features = {side: order.sequences(each, named(ffn)) for side, each in features.items()}
+        is_expert = tokens_of(self._probe.ffns[index]) is not None
+        if not is_expert:
+            features = {side: self._in_order(index, each) for side, each in features.items()}
         samples = features["pre"].shape[:-1]
         features = {side: each.reshape(*samples, each.shape[-1]) for side, each in features.items()}
         if is_expert:
@@ -255,10 +254,18 @@ class Samples:
 
     def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """The samples at a site around an FFN, which are those of the FFN, and their mask."""
-        if (order := self._orders[index]) is not None:
-            features = order.sequences(features, named(self._probe.ffns[index]))
+        features = self._in_order(index, features)
         mask = self._mask(index, features.shape[:-1])
         return self._without_first(features), self._mask_without_first(mask)
+
+    def _in_order(self, index: int, features: Tensor) -> Tensor:
+        """Sequence by sequence, where that is known. A part of a batch, as of a model that splits
+        it, stays as it lies where all samples count alike."""
+        order = self._orders[index]
+        is_needed = self._masks[index] is not None or self._skip_first or self._groups is not None
+        if order is None or not (is_needed or order.fits(features)):
+            return features
+        return order.sequences(features, named(self._probe.ffns[index]))
 
     def _mask(self, index: int, samples: torch.Size) -> Tensor | None:
         mask = self._masks[index]
