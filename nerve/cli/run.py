@@ -119,7 +119,7 @@ class _Command:
             return None
         if isinstance(error, NerveError):
             return str(error)
-        if self._started:
+        if self._started or isinstance(error, BrokenPipeError):
             return None
         if isinstance(error, ValueError) and str(error).startswith(("Only one of --", "The --")):
             return str(error)  # so Hydra refuses options that do not go together
