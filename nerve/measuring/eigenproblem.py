@@ -85,6 +85,14 @@ class FFNSpectra:
         }
 
     @cached_property
+    def pooled(self) -> list["GroupSpectrum"]:
+        """Pre and post over all samples, for comparison with groups and other sites."""
+        return [
+            GroupSpectrum(self.layer, self.ffn, site, POOLED, POOLED, self.n_samples, values)
+            for site, values in (("pre", self.pre), ("post", self.post))
+        ]
+
+    @cached_property
     def _metrics(self) -> dict[str, float | None]:
         values = {name: float(of(self.pre, self.post)) for name, of in OF_TWO_SPECTRA.items()}
         values["variance_outside"] = self.variance_outside
@@ -246,12 +254,3 @@ class GroupEigenproblem:
             values = eigenvalues(self.matrix, self.dim).cpu() / (self.n_samples - 1)
         place = (self.layer, self.ffn, self.site, self.grouping, self.group)
         return GroupSpectrum(*place, self.n_samples, values)
-
-
-def pooled_spectra(spectra: FFNSpectra) -> list[GroupSpectrum]:
-    """Those of pre and post of an FFN, of all samples, to stand beside groups and other sites."""
-    place = (spectra.layer, spectra.ffn)
-    return [
-        GroupSpectrum(*place, site, POOLED, POOLED, spectra.n_samples, values)
-        for site, values in (("pre", spectra.pre), ("post", spectra.post))
-    ]
