@@ -33,8 +33,8 @@ class Following:
     left for the forward passes that need it; compiled code cannot be inspected.
 
     Args:
-        described: indices of the FFNs for which inference mode is left: those that are not modules
-            of the model, which says itself what they are.
+        described: indices of the FFNs for which inference mode is left: those that are described
+            by the caller and not modules of the model itself.
     """
 
     def __init__(self, described: Iterable[int]) -> None:
@@ -62,9 +62,9 @@ class Following:
         interfere.
 
         Args:
-            index: of the FFN.
-            tensor: what holds pre.
-            where: for messages.
+            index: the index of the FFN.
+            tensor: the tensor that holds pre.
+            where: the FFN, for messages.
         """
         if (
             torch.compiler.is_compiling()
@@ -90,13 +90,13 @@ class Following:
 
         Args:
             index: of the FFN.
-            pre: as `recorded` gave it.
-            post: what holds post.
-            site: of pre.
-            where: for messages.
+            pre: the result of `recorded`.
+            post: the tensor that holds post.
+            site: the site of pre.
+            where: the FFN, for messages.
 
         Raises:
-            MeasurementError: where it does not, or where pre is what it is multiplied with.
+            MeasurementError: if it does not, or if pre is the factor that multiplies.
         """
         is_ours = not torch.compiler.is_compiling() and index in self._recording
         if is_ours:
@@ -151,12 +151,12 @@ def check_is_no_factor(pre: Tensor, post: Tensor, site: Site, where: str) -> Non
     """Raises `MeasurementError` if pre is the factor of a gated FFN that multiplies.
 
     Args:
-        pre: what the module of `site` gives or gets, recorded by autograd.
-        post: what follows from it.
-        site: of pre.
-        where: for messages.
+        pre: the input or output of the module of `site`, recorded by autograd.
+        post: what depends on it.
+        site: the site of pre.
+        where: the FFN, for messages.
     """
-    # Of a fused projection another part is a factor; rounding to 16 bits would look like one.
+    # In a fused projection another part is a factor; rounding to 16 bits would look like one.
     is_whole = site.part == slice(None) and pre.numel() == post.numel() > 0
     if is_whole and pre.dtype.itemsize > 2 and is_factor(pre, post, site.feature_axis):
         raise MeasurementError(
@@ -203,9 +203,9 @@ def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
     a gated FFN: linear in it, elementwise, with a slope that does not depend on it.
 
     Args:
-        side: recorded by autograd, of 32 bits or more: rounding to 16 would look like it.
-        features: what follows from it, in the same shape or flattened.
-        axis: holds the features of `side`.
+        side: recorded by autograd, in 32 bits or more: rounding to 16 would look like a factor.
+        features: what depends on it, in the same shape or flattened.
+        axis: the axis that holds the features of `side`.
     """
     assert side.grad_fn is not None
     with torch.enable_grad():
@@ -217,7 +217,7 @@ def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
     if not bool(h.isfinite().all()):
         return False
     is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
-    # As of a ReLU that is written as a clamp, whose derivative no graph has.
+    # For example a ReLU written as a clamp, whose derivative is in no graph.
     is_cut = not bool(slope[x < 0].any())
     return is_linear and not is_cut and not decides(x, x, h)
 

@@ -43,7 +43,7 @@ def check_given(
     a monitor select layers to search, and exclude `ffns`.
 
     Raises:
-        ConfigError: for what is of another kind.
+        ConfigError: for an argument of the wrong kind.
     """
     for key, value in (("mask", mask), ("forward", forward)):
         require(
@@ -77,8 +77,8 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
     """The series that `measure` was given, checked: a list at once, an iterator while iterating.
 
     Raises:
-        ConfigError: for what is no model and no series, an item that is no step and its model, or a
-            step that is there twice.
+        ConfigError: for what is neither a model nor a series, an item that is not a step and its
+            model, or a duplicate step.
     """
     if isinstance(model, nn.Module):
         return [(step, model)]
@@ -107,7 +107,7 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
         known.add(item[0])
         return item[0], item[1]
 
-    items = map(checked, model)  # holds no item, so that a model can go before the next
+    items = map(checked, model)  # keeps no item, so that a model can be freed before the next
     return list(items) if isinstance(model, Sequence) else items
 
 
@@ -118,7 +118,7 @@ def check_batches(batches: Any) -> None:
         f"batches must be a list of batches; got one, a {type(batches).__name__}. Give [batch].",
     )
     if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
-        # A list may well have batches of several shapes, a tuple is what loaders give.
+        # A list may contain batches of several shapes; a tuple is what loaders yield.
         is_tuple = isinstance(batches, tuple)
         kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
         require(

@@ -44,10 +44,10 @@ class Grouped:
 
     Attributes:
         groupings: keys of `GROUPS`, each once.
-        token_counts: how often each token id occurs in the training text; needed for `frequency`.
+        token_counts: occurrences of each token id in the training text; needed for `frequency`.
 
     Raises:
-        MeasurementError: for another grouping, or `frequency` without counts.
+        MeasurementError: for an unknown grouping, or `frequency` without counts.
     """
 
     groupings: tuple[str, ...] = ()
@@ -81,8 +81,8 @@ class Division(NamedTuple):
     forward pass.
 
     Attributes:
-        parts: those of groups that share no sample, `REST` among them; together all that count.
-        others: those of groups whose samples are in `parts`, too.
+        parts: rows of disjoint groups, including `REST`; together all samples that count.
+        others: rows of groups whose samples are in `parts`, too.
     """
 
     parts: dict[str, Int64[Tensor, " n"]]
@@ -110,9 +110,9 @@ class Divider:
     """Divides the samples of forward passes.
 
     Args:
-        grouped: how.
-        skip_first: positions at the beginning of each sequence that were left out; position 0 is
-            no group then.
+        grouped: the groups.
+        skip_first: number of positions skipped at the beginning of each sequence; position 0 is
+            then not a group.
     """
 
     def __init__(self, grouped: Grouped, skip_first: int = 0) -> None:
@@ -132,18 +132,18 @@ class Divider:
         """The rows of each group, by grouping, on the host.
 
         Args:
-            sizes: number of sequences and of positions, those that are skipped among them.
+            sizes: number of sequences and of positions, including skipped ones.
             mask: True for the samples that count, before any are skipped.
             ids: the tokens; needed for `frequency`.
-            first: number of the first sequence, of those that were measured before.
+            first: index of the first sequence, continuing from earlier forward passes.
             per_sequence: how many of `sizes[0]` belong to one sequence, such as the rows of an
                 image.
 
         Raises:
-            MeasurementError: for tokens that are not there, or of another shape.
+            MeasurementError: for missing tokens, or tokens of the wrong shape.
         """
         mask = torch.ones(sizes, dtype=torch.bool) if mask is None else mask.cpu()
-        # Padding may come first: positions count from the first sample that is none.
+        # Padding may come first: positions count from the first sample that is not padding.
         start = torch.where(mask.any(1), mask.int().argmax(1), 0)[:, None]
         position = torch.arange(sizes[1])[None]
         place = position - start
@@ -184,7 +184,7 @@ class Divider:
                 f"{sizes}; got {'none' if ids is None else tuple(ids.shape)}. Give batches that "
                 "are mappings with input_ids, or leave frequency out of groups."
             )
-        # An id that was never counted is a rare one.
+        # An id that was never counted is rare.
         ids = ids.detach().cpu().long()
         known = (ids >= 0) & (ids < len(self._classes))
         return torch.where(known, self._classes[torch.where(known, ids, 0)], 2)
@@ -271,7 +271,7 @@ def _moved(division: Division, device: torch.device) -> Division:
 
 @cache
 def _say_not_grouped(where: str) -> None:
-    log.warning("%s is not grouped: its samples are no tokens in a known order", where)
+    log.warning("%s is not grouped: its samples are not tokens in a known order", where)
 
 
 def _one_other(

@@ -18,8 +18,8 @@ class Order(NamedTuple):
     """How the tokens of a stream are arranged in an FFN's features.
 
     Attributes:
-        n_sequences, n_positions: of the stream, as its mask has them.
-        batch_first: whether the features' samples go sequence by sequence.
+        n_sequences, n_positions: the sizes of the stream, as in its mask.
+        batch_first: whether the features are ordered sequence by sequence.
     """
 
     n_sequences: int
@@ -34,7 +34,7 @@ class Order(NamedTuple):
         """`[n_sequences, n_positions, width]` of features in this order, flattened or not.
 
         Raises:
-            MeasurementError: for another number of samples.
+            MeasurementError: if the number of samples differs.
         """
         sizes = (self.n_sequences, self.n_positions)
         if not self.fits(features):
@@ -72,7 +72,7 @@ def as_bool(mask: Tensor) -> Tensor:
     """A mask as bool: True for the samples that count.
 
     Raises:
-        MeasurementError: for other values than 0 and 1.
+        MeasurementError: for values other than 0 and 1.
     """
     if mask.dtype == torch.bool:
         return mask
@@ -93,12 +93,12 @@ class Chosen(NamedTuple):
         masks: True or 1 for the samples that count (False or 0: padding), in the shape of the
             features without their last dimension, or flattened as they are; one for all FFNs or
             one for each.
-        orders: for each FFN how the tokens of its stream lie in its features, where that is known;
-            its mask is then `[n_sequences, n_positions]`.
-        ids: the tokens that the samples are of, `[n_sequences, n_positions]`, of all FFNs or of
-            each; groups by frequency need them.
-        in_sequences: whether the samples of each FFN are those of sequences; those of others are
-            not grouped. None where all are.
+        orders: for each FFN, the order of its stream's tokens in its features, if known; its mask
+            is then `[n_sequences, n_positions]`.
+        ids: the tokens of the samples, `[n_sequences, n_positions]`, for all FFNs or for each;
+            groups by frequency need them.
+        in_sequences: for each FFN, whether its samples form sequences; otherwise they are not
+            grouped. None if all do.
     """
 
     masks: Masks = None
@@ -114,8 +114,7 @@ def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
     """The mask of each FFN.
 
     Raises:
-        MeasurementError: where an FFN has none, a mask belongs to none, or has other values than 0
-            and 1.
+        MeasurementError: if an FFN has no mask, or a mask has no FFN or values other than 0 and 1.
     """
     if masks is None or isinstance(masks, Tensor):
         each: list[Tensor | None] = [masks] * len(ffns)
@@ -145,7 +144,7 @@ def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
     """The mask in the shape of an FFN's samples: unchanged, or flattened like them.
 
     Raises:
-        MeasurementError: where it is of other samples.
+        MeasurementError: if it belongs to other samples.
     """
     if mask.shape == samples:
         return mask

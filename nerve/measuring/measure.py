@@ -57,14 +57,14 @@ def spectra_of(
     """The solved spectra of a model's FFNs over batches, and those of groups and sites.
 
     Args:
-        model, batches, ffns, memory: as `nerve.measure` takes them.
-        how: what else it takes.
-        progress: told of batches and eigenproblems.
-        give: gets each batch once, with what the model returned.
+        model, batches, ffns, memory: as in `nerve.measure`.
+        how: its other arguments.
+        progress: receives the progress of batches and eigenproblems.
+        give: receives each batch once, with the output of the model.
 
     Raises:
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
-            that are not what they are said to be.
+            that are inconsistent.
     """
     with evaluating(model), ExitStack() as stack:
         first: list[Any] = []
@@ -83,7 +83,7 @@ def spectra_of(
         pools: Pools = {}
         spectra: list[FFNSpectra] = []
         groups: list[GroupSpectrum] = []
-        # In each pass the model does the same, also where experts are not those of the pass.
+        # The model behaves the same in each pass, even for experts outside of the pass.
         for products in products_of(sites_of(ffn) for ffn in ffns):
             for handle in products.install(lambda: True):
                 stack.callback(handle.remove)
@@ -117,7 +117,7 @@ def spectra_of(
 def _found(model: nn.Module, batch: Any, how: How) -> FoundFFNs:
     """The FFNs that a forward pass shows; logs them and candidates that may be FFNs."""
     found = find_ffns(model, batch, forward=how.forward)
-    log.info("FFNs to measure:\n%s", str(found))  # a kept record would keep the model
+    log.info("FFNs to measure:\n%s", str(found))  # a stored log record would keep the model
     for line in found.unclear:
         log.warning("not measured; if it is an FFN, describe it by hand: %s", line)
     return found

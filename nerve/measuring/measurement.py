@@ -28,18 +28,19 @@ class Measurement:
         probe: taps the FFNs to measure; installed by the caller.
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
             W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features); `projected`
-            does so of 16-bit features as well and leaves their own rounding out, where it has less
-            than 5e-5 of the variance; where it has more, pre itself is taken.
-        skip_first: leaves out so many positions at the beginning of each sequence.
-        grouped: groups of the samples that are measured by themselves, too.
-        sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
-            tap them, but for `input`.
-        pools: by layer and name those of an earlier measurement, which go on; new ones are added.
-        open_pools: layer and name of those that a later measurement goes on with: they have no
+            does so for 16-bit features, too, leaving out their own rounding if that is less than
+            5e-5 of the variance; otherwise pre itself is used.
+        skip_first: number of positions to skip at the beginning of each sequence.
+        grouped: groups of the samples that are measured separately, too.
+        sites: the sites to measure around the FFNs, some of `nerve.metric_names.AROUND`; the probe
+            must tap them, except for `input`.
+        pools: by layer and name, the pools of an earlier measurement, which are continued; new
+            ones are added.
+        open_pools: layer and name of pools that a later measurement continues: they have no
             eigenproblem yet.
 
     Raises:
-        MeasurementError: for a `skip_first` that is no whole number from 0 on.
+        MeasurementError: for a `skip_first` that is not a nonnegative integer.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Measurement:
         """Starts measuring forward passes, with the samples that count.
 
         Raises:
-            MeasurementError: for a mask with other values, or one that belongs to no FFN.
+            MeasurementError: for a mask with values other than 0 and 1, or one without an FFN.
         """
         self._samples.start(chosen)
         self._probe.start(self._accumulate, self._take_site if self._sites else None)
@@ -106,8 +107,8 @@ class Measurement:
         after its last FFN.
 
         Args:
-            share, n_shares: of several processes, which one takes its share: every `n_shares`-th
-                eigenproblem, from number `share` on.
+            share, n_shares: selects every `n_shares`-th eigenproblem, starting with number `share`,
+                as the share of one of several processes.
 
         Raises:
             MeasurementError: if nothing was measured.
@@ -176,9 +177,9 @@ class Taken(NamedTuple):
     """The samples of one run of an FFN.
 
     Attributes:
-        features: of each side, `[*samples, width]`, the same samples in the same order.
-        mask: True for those that count, `[*samples]`; None where all do.
-        divisions: how those that count are grouped, by grouping; None where they are not.
+        features: those of each side, `[*samples, width]`, the same samples in the same order.
+        mask: True for the samples that count, `[*samples]`; None if all do.
+        divisions: how the samples that count are grouped, by grouping; None if they are not.
     """
 
     features: dict[Side, Tensor]
@@ -190,8 +191,8 @@ class Samples:
     """Masks, skipped positions, the order of tokens, and groups of each forward pass.
 
     Args:
-        probe: gives the features, and the tokens of which an expert gets some.
-        skip_first: leaves out so many positions at the beginning of each sequence.
+        probe: provides the features, and the tokens among which those of an expert are.
+        skip_first: number of positions to skip at the beginning of each sequence.
         grouped: groups of the samples.
     """
 
@@ -229,12 +230,12 @@ class Samples:
         """The samples of one run of an FFN.
 
         Args:
-            index: of the FFN.
-            inputs: what it gets, by which an expert's tokens are known.
-            features: of each side, as the probe has them.
+            index: the index of the FFN.
+            inputs: its input, which identifies an expert's tokens.
+            features: those of each side, from the probe.
 
         Raises:
-            MeasurementError: where mask, positions or groups do not fit the features.
+            MeasurementError: if mask, positions or groups do not fit the features.
         """
         is_expert = tokens_of(self._probe.ffns[index]) is not None
         if not is_expert:

@@ -31,7 +31,7 @@ class Parts:
     dropped.
 
     Attributes:
-        covariances: by what they are of.
+        covariances: the covariances by key.
     """
 
     def __init__(self) -> None:
@@ -97,8 +97,8 @@ class Parts:
         """The eigenproblems, site by site and group by group.
 
         Args:
-            ffn: whose they are.
-            weight: W of pre = W x + b, where groups are of the input x.
+            ffn: the FFN.
+            weight: W of pre = W x + b, if groups are of the input x.
         """
         for key in sorted(self.covariances, key=_place):
             if key.group == REST:

@@ -21,15 +21,15 @@ _UNITS = {"": 1, "b": 1} | {
     for infix, base in (("", 1000), ("i", 1024))
 }
 _NUMBER = 8  # bytes of float64
-_AT_WORK = 4  # matrices beside those that are held: a chunk's, a merge's, an eigenproblem's
+_AT_WORK = 4  # temporary matrices: for a chunk, a merge, an eigenproblem
 
 
 class Pass(NamedTuple):
     """FFNs that are measured together.
 
     Attributes:
-        indices: of the FFNs.
-        open_pools: layer and name of pools of which a later pass has members, too.
+        indices: the indices of the FFNs.
+        open_pools: layer and name of pools that have members in a later pass, too.
     """
 
     indices: list[int]
@@ -60,12 +60,12 @@ def passes(
 
     Args:
         ffns: the FFNs.
-        model: whose device says how much there is by default.
-        memory: bytes of matrices at once, as of `bytes_of`; None for the default.
-        n_matrices: of each FFN's sides, where its samples are grouped.
+        model: the model, whose device determines the default.
+        memory: bytes of matrices at once, as in `bytes_of`; None for the default.
+        n_matrices: number of matrices for each side of an FFN whose samples are grouped.
 
     Raises:
-        MeasurementError: where one FFN alone does not fit into a `memory` that was given.
+        MeasurementError: if one FFN alone does not fit into the given `memory`.
     """
     known = memory is not None
     limit = _default(model) if memory is None else bytes_of(memory)

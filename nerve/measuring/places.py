@@ -29,10 +29,10 @@ class Tree:
     an encoder and a decoder, are stacks: each begins at 0, and gives its name to its FFNs.
 
     Attributes:
-        paths: of each module.
+        paths: the path of each module.
 
     Args:
-        slices: matrices of parameters, which lie in the module that has the parameter.
+        slices: matrices of parameters, placed in the module that has the parameter.
     """
 
     def __init__(self, model: nn.Module, slices: Iterable[Slice] = ()) -> None:
@@ -65,7 +65,7 @@ class Tree:
 
         Args:
             ffns: the modules of each.
-            names: of those that have one whatever else their block has.
+            names: fixed names of some FFNs, whatever else their block contains.
         """
         names = [None] * len(ffns) if names is None else names
         holders = [self._holder(modules) for modules in ffns]

@@ -96,7 +96,7 @@ class Probe:
 
     Args:
         ffns: the FFNs to tap.
-        around: for each FFN the sites around it that are tapped, too, by name.
+        around: for each FFN, the sites around it to tap, too, by name.
 
     Raises:
         MeasurementError: if there is none, if two share layer and name, or if pre is the output of
@@ -224,7 +224,7 @@ class Probe:
         while stopped.
 
         Raises:
-            MeasurementError: for features that are not those of the FFN.
+            MeasurementError: for features that do not belong to the FFN.
         """
         if self._receive is None:
             return
@@ -250,7 +250,7 @@ class Probe:
         """Keeps pre and the input of its module until post appears; returns what the model
         continues with in place of `tensor`."""
         site, where = self.sites[index][0], self._names[index]
-        inputs = None  # pre itself, where it is what a module gets
+        inputs = None  # pre itself is the input of a module
         if site.of == "output":
             widths = declared_widths(site.module)
             axis = site.feature_axis if widths is None else widths.axis

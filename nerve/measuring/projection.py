@@ -45,7 +45,7 @@ def is_rounding_small(
 
     Args:
         pre: the features of a run, `[*samples, d_ff]`.
-        spread: of those that count; None where there are none.
+        spread: the spread of the samples that count; None if there are none.
         divisions: how these are grouped, by grouping.
     """
     if spread is None:

@@ -31,10 +31,10 @@ def reduce(accumulators: Sequence[Accumulator], n_forwards: int) -> int:
     Every process must call it, with accumulators of the same FFNs, even one that has seen nothing.
 
     Args:
-        n_forwards: forward passes that this process has measured.
+        n_forwards: number of forward passes that this process has measured.
 
     Returns:
-        those of all processes.
+        The number over all processes.
     """
     everyone, numbers = _told(accumulators, n_forwards)
     if _leave_weights(accumulators, everyone):

@@ -50,14 +50,14 @@ def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tens
     """Which of an expert's rows count.
 
     Args:
-        rows: what it got, `[*samples, width]`.
-        source: what its mixture got, `[*tokens, width]`.
+        rows: its input, `[*samples, width]`.
+        source: the input of its mixture, `[*tokens, width]`.
         counts: which of those tokens count, bool, flattened.
-        where: for messages.
+        where: the FFN, for messages.
 
     Raises:
-        MeasurementError: for rows that are none of the source's, or equal ones of which some count
-            and some do not, and only some of which the expert got.
+        MeasurementError: for rows that are not in the source, or for equal rows of which only some
+            count and the expert received only some.
     """
     given, tokens = rows.reshape(-1, rows.shape[-1]), source.reshape(-1, source.shape[-1])
     found = origins(given, tokens) if given.shape[-1] == tokens.shape[-1] else None
@@ -99,7 +99,7 @@ class Routing:
     not blocks.
 
     Attributes:
-        mixtures: by list, the module that gets the tokens.
+        mixtures: for each list, the module that receives the tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,7 +116,7 @@ class Routing:
         """Watches forward passes, until the handles are removed.
 
         Args:
-            projections: those in a module.
+            projections: returns the projections in a module.
         """
         handles: list[RemovableHandle] = []
         for of_list, outer in self._around.items():
@@ -145,7 +145,7 @@ class Routing:
             if item in entered or source is None:
                 return
             x = argument(args, kwargs)
-            entered[item] = None  # where it is not a part of the source
+            entered[item] = None  # if it is not a part of the source
             widths = declared_widths(module)
             if not isinstance(x, Tensor) or widths is None or x.ndim == 0:
                 return

@@ -22,8 +22,8 @@ class SiteProbe:
     """Taps sites around FFNs between `start()` and `stop()`; for compiled code, see `Probe`.
 
     Args:
-        sites: for each FFN its sites, by name.
-        names: what messages call the FFNs.
+        sites: the sites of each FFN, by name.
+        names: the names of the FFNs in messages.
     """
 
     def __init__(self, sites: Sequence[Mapping[str, Site]], names: Sequence[str]) -> None:

@@ -31,10 +31,10 @@ class Slice(nn.Module):
     It has no weights of its own, and no place among the model's modules.
 
     Attributes:
-        stack: the matrices that it is one of.
+        stack: the matrices that it belongs to.
         holder: the module that has the parameter.
-        index: which matrix it is.
-        in_features, out_features: widths of what it gets and gives.
+        index: the index of the matrix.
+        in_features, out_features: widths of its input and output.
     """
 
     def __init__(self, stack: "Stack", index: int) -> None:
@@ -72,10 +72,10 @@ class Stack:
 
     Attributes:
         holder: the module that has it.
-        name: of the parameter.
-        out_first: whether a matrix is `[out_features, in_features]`, as of a linear layer.
+        name: the name of the parameter.
+        out_first: whether a matrix is `[out_features, in_features]`, as in a linear layer.
         slices: the matrices, in order.
-        bias_name: the parameter of the biases that are added to the products, once that was seen.
+        bias_name: the parameter of the biases added to the products, once that has been seen.
     """
 
     def __init__(self, products: "Products", name: str, *, out_first: bool) -> None:
@@ -106,7 +106,7 @@ class Products:
 
     Attributes:
         holder: the module.
-        stacks: those that were multiplied by, by the name of the parameter.
+        stacks: those used in products, by the name of the parameter.
     """
 
     def __init__(self, holder: nn.Module) -> None:
@@ -123,13 +123,13 @@ class Products:
         already watched is not watched twice.
 
         Args:
-            is_on: whether a forward pass that begins is watched.
-            found: gets each slice before its first product.
+            is_on: whether to watch a forward pass that begins.
+            found: receives each slice before its first product.
         """
         running: list[_Watch] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            # A replica of the holder has this hook, too.
+            # A replica of the holder shares this hook.
             if module is self.holder and is_on() and not self._is_watched:
                 watch = _Watch(self, found)
                 watch.__enter__()
@@ -150,8 +150,8 @@ class Products:
         """The slice used in a product; None for another tensor.
 
         Args:
-            matrix: what the product was taken with.
-            is_linear: whether it was given as `[out, in]`; else as `[in, out]`.
+            matrix: the matrix of the product.
+            is_linear: whether it was given as `[out, in]`; otherwise as `[in, out]`.
         """
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             return None
@@ -229,7 +229,7 @@ class _Watch(TorchFunctionMode):
         is_whole = name == "addmm" or len(args) > 2 or bool(kwargs)
         if is_whole or not matrix.stack.may_have_bias:
             return matrix(args[at], multiply)
-        # It runs where its bias is added, if that is the next that happens to it.
+        # It runs when its bias is added, if that is the next operation on it.
         product = multiply(args[at])
         self._waiting = (product, matrix, args[at], multiply)
         return product

@@ -25,9 +25,9 @@ class Stream(NamedTuple):
     """Tokens of a batch that belong together.
 
     Attributes:
-        sizes: of the batch, as `[n_sequences, n_positions]`.
-        mask: of padding, where the batch has one.
-        ids, labels: the tokens and what is to be predicted, where the batch has them.
+        sizes: the sizes of the batch, `[n_sequences, n_positions]`.
+        mask: the padding mask, if the batch has one.
+        ids, labels: the tokens and the targets, if the batch has them.
     """
 
     sizes: tuple[int, int]
@@ -72,7 +72,7 @@ def count_tokens(batches: Iterable[Any]) -> Tensor:
     """Number of occurrences of each token id in batches, without padding, `[highest id + 1]`.
 
     Raises:
-        MeasurementError: where they have no token ids.
+        MeasurementError: if they have no token ids.
     """
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in batches:
@@ -110,8 +110,8 @@ class Traced(NamedTuple):
     """Where an FFN's samples come from.
 
     Attributes:
-        stream: the prefix of its stream; None where its samples are no tokens of a stream.
-        batch_first: whether they go sequence by sequence.
+        stream: the prefix of its stream; None if its samples are not tokens of a stream.
+        batch_first: whether they are ordered sequence by sequence.
         ran: whether there were any.
     """
 
@@ -124,9 +124,9 @@ class Trace(NamedTuple):
     """The result of a forward pass of two equal, shortened sequences.
 
     Attributes:
-        ffns: for each FFN where its samples come from.
-        batch: the batch of that pass, as the model's own are.
-        lengths: positions of each stream in it, by prefix.
+        ffns: for each FFN, where its samples come from.
+        batch: the batch of that pass, in the model's format.
+        lengths: number of positions of each stream in it, by prefix.
     """
 
     ffns: list[Traced]
@@ -150,8 +150,8 @@ def trace(
     two sequences are equal in the right order.
 
     Raises:
-        TraceError: where the model cannot run on such a batch.
-        MeasurementError: for features that are not those that the FFNs are described with.
+        TraceError: if the model cannot run on such a batch.
+        MeasurementError: for features that do not match the descriptions of the FFNs.
     """
     cut, lengths = _reduced(as_mapping(batch), streams)
     if not isinstance(batch, Mapping):
@@ -165,7 +165,7 @@ def trace(
     probe.start(receive)
     try:
         run(cut)
-        # Of experts it is the tokens of all, also where one of them got none.
+        # For experts these are the tokens of all, even if one of them received none.
         tokens = {index: probe.tokens_of(index) for index in range(len(probe.ffns))}
         seen |= {index: each for index, each in tokens.items() if each is not None}
         probe.finish_forward()
@@ -192,7 +192,7 @@ def _reduced(batch: Mapping[str, Any], streams: dict[str, Stream]) -> tuple[Any,
     lengths: dict[str, int] = {}
     for prefix, stream in streams.items():
         n = stream.sizes[1]
-        # Two positions at least: one would not show how sequences and positions lie.
+        # At least two positions: one would not show the order of sequences and positions.
         others = (m for m in (n - 1, n - 2, n) if m >= 2 and m not in lengths.values())
         lengths[prefix] = next(others, 1)
     first = next(iter(streams.values()))
@@ -211,7 +211,7 @@ def _cut(
         return value
     twice = value[[row, row]]
     stream = streams[prefix]
-    # Beside token ids, numbers of three dimensions may be something else, such as patches.
+    # Next to token ids, three-dimensional floats may be something else, such as patches.
     of_tokens = value.ndim == 2 or not value.is_floating_point() or stream.ids is None
     if value.ndim >= 2 and of_tokens and value.shape[1] == stream.sizes[1]:
         return twice[:, : lengths[prefix]]
@@ -259,7 +259,7 @@ def counting(
     """The mask of a stream's tokens that count; None if all do.
 
     Raises:
-        MeasurementError: where the batch does not say what a token is.
+        MeasurementError: if the batch does not contain what is needed.
     """
     mask = None if stream.mask is None else as_bool(stream.mask)
     if mask is not None and tuple(mask.shape) != stream.sizes:

@@ -21,8 +21,8 @@ def plain(features: Any, side: str, where: str) -> Tensor:
     """The tensor, detached.
 
     Args:
-        features: what a module gives or gets.
-        side, where: of an FFN, for messages.
+        features: the input or output of a module.
+        side, where: the side and the FFN, for messages.
 
     Raises:
         MeasurementError: unless it is one plain tensor of floats.
@@ -68,7 +68,7 @@ def of_site(tensor: Tensor, site: Site, where: str) -> Tensor:
     """The features `[*samples, width]` of a site.
 
     Raises:
-        MeasurementError: where the axis that holds them is not as wide as the module declares.
+        MeasurementError: if the feature axis is not as wide as the module declares.
     """
     axis, declared = site.feature_axis, site.declared
     if not -tensor.ndim <= axis < tensor.ndim or (
@@ -112,7 +112,7 @@ class Hook:
     have it: they are other models, which are not measured.
 
     Args:
-        look: takes what hooks take; what it gives goes on in place of what it got, unless None.
+        look: takes the arguments of hooks; its result, unless None, replaces the tensor.
     """
 
     def __init__(self, look: Callable[..., Any]) -> None:
@@ -166,8 +166,8 @@ class Taker(Protocol):
     """A receiver of features.
 
     Attributes:
-        is_taking: whether it does now.
-        thread: the one that has begun to.
+        is_taking: whether it is receiving features now.
+        thread: the thread that started it.
     """
 
     thread: int

@@ -51,9 +51,9 @@ class Seen(NamedTuple):
     """What a forward pass has shown.
 
     Attributes:
-        dependence: which features follow from which.
-        products: of the modules whose parameters hold several matrices.
-        mixtures: by list of experts, the module whose tokens they get.
+        dependence: which features depend on which.
+        products: those of the modules whose parameters hold several matrices.
+        mixtures: for each list of experts, the module whose tokens they receive.
     """
 
     dependence: Dependence
@@ -66,8 +66,8 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
     model provides, or of its blocks separately.
 
     Args:
-        model: the model, which is left as it was.
-        batch: what `forward` takes; None for none.
+        model: the model, which is left unchanged.
+        batch: a batch for `forward`, or None.
         forward: runs the model on one batch.
     """
     if _is_sharded(model):

@@ -19,8 +19,8 @@ def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tens
     weight in training differs at each access (spectral norm iterates).
 
     Args:
-        site: of pre; the outputs may be a part of what its module gives.
-        inputs: what the module gets, `[*samples, d_in]`.
+        site: the site of pre; the outputs may be a part of the module's output.
+        inputs: the input of the module, `[*samples, d_in]`.
         outputs: pre, `[*samples, d_ff]`.
     """
     module = site.module
@@ -41,7 +41,7 @@ def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tens
     matrix = matrix.T if _is_conv1d(module) else matrix.flatten(1) if matrix.ndim > 2 else matrix
     matrix = matrix[site.part]
     if matrix.shape != (outputs.shape[-1], inputs.shape[-1]):
-        return None  # of other weights than the features', as those of a shard
+        return None  # not the weights of these features, for example a shard
     return matrix, None if bias is None else bias.detach()[site.part]
 
 
