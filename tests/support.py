@@ -307,8 +307,11 @@ def tables(
             final = values.pop("final", {})
             config: dict[str, Any] = {"seed": values["seed"]}
             for name, value in leaves.items():
-                group, _, key = name.partition(".")
-                config.setdefault(group, {})[key] = value
+                group, dot, key = name.partition(".")
+                if dot:
+                    config.setdefault(group, {})[key] = value
+                else:
+                    config[name] = value
             record = RunRecord.create(tmp_path / values["run_id"], config, **values)
             store = RunStore(record.directory, record.run_id)
             store.append_metrics(metrics_row(**row) for row in rows)

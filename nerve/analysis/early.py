@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from nerve.analysis.factors import level_text
+from nerve.analysis.factors import overrides
 from nerve.analysis.flags import describe_runs, flag_runs
 from nerve.analysis.frames import (
     average_layers,
@@ -106,11 +106,7 @@ def _schedules(runs: pd.DataFrame) -> list[str]:
     """Budget and schedule of each run as overrides; values that are not set are omitted."""
     names = [name for name in BUDGET if name in runs]
     names += sorted(name for name in runs.columns if name.startswith(SCHEDULE))
-    texts = [[(name, level_text(value)) for value in runs[name]] for name in names]
-    return [
-        " ".join(f"{name}={text}" for name, text in row if text != "not set")
-        for row in (zip(*texts, strict=True) if names else [()] * len(runs))
-    ]
+    return overrides(runs, names)
 
 
 def _sampled(rows: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +166,8 @@ class Order:
     def signs(self) -> np.ndarray:
         """1 above, 0 equal, -1 below, shape (n, n); sums of such small numbers are exact in
         float32."""
-        return np.sign(self.values[:, None] - self.values[None, :]).astype(np.float32)
+        row, column = self.values[:, None], self.values[None, :]  # a difference of ∞ would be NaN
+        return (row > column).astype(np.float32) - (row < column)
 
     def kendall(self, other: "Order", weights: Array) -> Array:
         """Kendall's τ-b of weighted samples; a value that is drawn twice is tied with itself.

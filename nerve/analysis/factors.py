@@ -2,6 +2,7 @@
 are confounded."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -34,6 +35,11 @@ DESIGN_FACTORS = (
 )
 """The values by which runs are distinguished first, and which are reported if they are constant."""
 
+_READ_AS_ANOTHER = re.compile(
+    r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)|true|false|not set", re.IGNORECASE
+)
+"""The strings that `level_text` writes for numbers, booleans and missing values, or similar."""
+
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
 RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
 DIGESTS = ("weights", "batches")
@@ -50,7 +56,8 @@ class Factors:
             way.
         together: for some of `varying`, the other columns that it determines.
         constant: design factors with a single value, and that value.
-        taken: keys that vary, but cannot be factors because they have the name of a result.
+        taken: keys that vary independently of `varying`, but cannot be factors because they have
+            the name of a result. Designs that differ in one of them differ in more than a factor.
     """
 
     varying: tuple[str, ...]
@@ -74,16 +81,18 @@ def find_factors(runs: pd.DataFrame) -> Factors:
     """
     leaves = [name for name in runs.columns if _is_leaf(str(name))]
     ordered = [name for name in DESIGN_FACTORS if name in leaves]
-    ordered += [name for name in leaves if name not in DESIGN_FACTORS]
+    ordered += [name for name in leaves if name not in DESIGN_FACTORS and name not in TAKEN]
+    ordered += [name for name in leaves if name in TAKEN]
     levels = {name: levels_of(runs[name]) for name in ordered}
     varying: list[str] = []
+    taken: list[str] = []
     together: dict[str, list[str]] = {}
     for name in ordered:
         if levels[name].nunique() < 2:
             continue
         owner = next((other for other in varying if _follows(runs, levels, name, other)), None)
         if owner is None:
-            varying.append(name)
+            (taken if name in TAKEN else varying).append(name)
         else:
             together.setdefault(owner, []).append(name)
     constant = {
@@ -91,12 +100,11 @@ def find_factors(runs: pd.DataFrame) -> Factors:
         for name in DESIGN_FACTORS
         if name in levels and levels[name].nunique() == 1
     }
-    taken = [name for name in runs.columns if name in TAKEN and name not in RECORDED]
     return Factors(
         tuple(varying),
         {name: tuple(others) for name, others in together.items()},
         constant,
-        tuple(name for name in taken if levels_of(runs[name]).nunique() > 1),
+        tuple(taken),
     )
 
 
@@ -129,7 +137,6 @@ def _is_leaf(name: str) -> bool:
     parts = name.split(".")
     return (
         name not in RECORDED
-        and name not in TAKEN
         and name not in DIGESTS
         and parts[0] not in RECORDED_GROUPS
         and not any(name == other or name.startswith(f"{other}.") for other in EXCLUDED)
@@ -169,7 +176,8 @@ def _is_name(values: pd.Series) -> bool:
 
 
 def level_text(value: object) -> str:
-    """A configuration value as written on the command line."""
+    """A configuration value as written on the command line: a string that would be read as
+    something else is in quotes, so that `1` and `'1'` are different levels."""
     if value is None or value is pd.NA or value != value:
         return "not set"
     if isinstance(value, bool | np.bool_):
@@ -178,7 +186,18 @@ def level_text(value: object) -> str:
         return str(value)
     if isinstance(value, float | np.floating):
         return f"{value:.10g}"  # with fewer digits, values that differ would be one level
-    return str(value)
+    text = str(value)
+    return f"'{text}'" if _READ_AS_ANOTHER.fullmatch(text) else text
+
+
+def overrides(runs: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """These values of each run as overrides; values that are not set are omitted."""
+    texts = [levels_of(runs[name]) for name in names]
+    unset = level_text(None)
+    return [
+        " ".join(f"{name}={text}" for name, text in zip(names, row, strict=True) if text != unset)
+        for row in (zip(*texts, strict=True) if names else [()] * len(runs))
+    ]
 
 
 def ordered_levels(values: pd.Series) -> list[Any]:

@@ -101,8 +101,9 @@ def describe_runs(
     require_factors(factors, runs, taken)
     known = [*IDENTITY, "data", "heldout", "flag"]
     more = [name for name in dict.fromkeys(factors) if name not in known]
-    joined = pd.concat([flags, runs[more].reset_index(drop=True)], axis=1)
-    return joined[[*IDENTITY, *more, "data", "heldout", "flag"]]
+    own = runs[more].reset_index(drop=True)  # its names may be those of other columns of flags
+    parts = [flags[[*IDENTITY]], own, flags[["data", "heldout", "flag"]]]
+    return pd.concat(parts, axis=1)
 
 
 def _steps(metrics: pd.DataFrame) -> pd.DataFrame:

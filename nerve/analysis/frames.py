@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import infer_dtype
 
 from nerve.errors import ConfigError
 from nerve.storage.schema import Dataset
@@ -143,7 +144,15 @@ def number_rows(frame: pd.DataFrame, by: Sequence[str]) -> np.ndarray:
     """Numbers the distinct values of the columns `by` in the order of their appearance."""
     if not len(by):
         return np.zeros(len(frame), dtype=np.intp)
-    return frame.groupby([*by], sort=False, dropna=False, observed=True).ngroup().to_numpy()
+    keys = [_distinct(frame[name]) for name in by]
+    return frame.groupby(keys, sort=False, dropna=False, observed=True).ngroup().to_numpy()
+
+
+def _distinct(values: pd.Series) -> pd.Series:
+    """Values that pandas tells apart: true equals 1 in its tables, but is another level."""
+    if values.dtype != object or not infer_dtype(values, skipna=True).startswith("mixed"):
+        return values
+    return values.map(lambda value: (value,) if isinstance(value, bool) else value)
 
 
 def count_distinct(codes: np.ndarray, values: pd.Series, n_groups: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nerve.analysis.early import BUDGET
 from nerve.analysis.estimate import Estimate, Outcome, decide
-from nerve.analysis.factors import find_factors, level_text, ordered_levels
+from nerve.analysis.factors import find_factors, level_text, ordered_levels, overrides
 from nerve.analysis.frames import number_rows, require_columns, require_names
 from nerve.analysis.paired_fit import paired_by_seed
 from nerve.analysis.statistics import Array
@@ -76,7 +76,7 @@ def compare_seeds(
     points = points[(points["flag"] == "ok") & points["seed"].notna() & points["ffn"].notna()]
     runs = runs[runs["run_id"].isin(points["run_id"])]
     factors = find_factors(runs)
-    others = [name for name in factors.varying if name != factor]
+    others = [name for name in (*factors.varying, *factors.taken) if name != factor]
     if factor not in factors.varying:
         owner = next((name for name, own in factors.together.items() if factor in own), None)
         reason = f"is confounded with {owner}" if owner else "has one level"
@@ -85,27 +85,27 @@ def compare_seeds(
             f"{factor} {reason}. Factors that vary: {', '.join(factors.varying) or 'none'}."
         )
     scale = [name for name in SCALE if name in runs]
-    settings = runs.set_index("run_id")[[*dict.fromkeys([*scale, factor, *others])]]
+    # The others are kept as a number and a text: their names may be those of results.
+    settings = runs.assign(_alike=number_rows(runs, others), _where=overrides(runs, others))
+    settings = settings.set_index("run_id")[[*dict.fromkeys([*scale, factor, "_alike", "_where"])]]
     own = points[["run_id", "design_id", "seed", "data", "ffn", *names]]
     own = own.join(settings, on="run_id")
     rows = [
         {"factor": factor, **row}
         for _, group in own.groupby(number_rows(own, [*scale, "data", "ffn"]))
-        for row in _of_scale(group, factor, others, names)
+        for row in _of_scale(group, factor, names)
     ]
     columns = ["factor", "level", "other", "where", "data", "ffn", "metric", "unit", "n_pairs"]
     columns += ["n_higher", "difference", "low", "high", "sd", "df", "n_designs", "outcome"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _of_scale(
-    points: pd.DataFrame, factor: str, others: Sequence[str], names: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def _of_scale(points: pd.DataFrame, factor: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of one scale, data and FFN."""
     design, seed = points["design_id"].to_numpy(str), points["seed"].to_numpy(int)
     designs, of_design = np.unique(design, return_inverse=True)
     _, of_seed = np.unique(seed, return_inverse=True)
-    pairs = [*_pairs(points, factor, others)]
+    pairs = [*_pairs(points, factor)]
     ids = np.array([[one["design_id"], two["design_id"]] for one, two, _ in pairs], dtype=str)
     one, two = np.searchsorted(designs, ids.reshape(-1, 2)).T
     found = {}
@@ -154,22 +154,18 @@ def _of_scale(
 
 
 def _pairs(
-    points: pd.DataFrame, factor: str, others: Sequence[str]
+    points: pd.DataFrame, factor: str
 ) -> Iterator[tuple[dict[Any, Any], dict[Any, Any], str]]:
     """Pairs of designs that differ only in the factor, in the order of its levels."""
     order = {level_text(level): i for i, level in enumerate(ordered_levels(points[factor]))}
     designs = points.drop_duplicates("design_id")
-    designs = designs.assign(
-        _place=designs[factor].map(level_text).map(order), _alike=number_rows(designs, others)
-    ).sort_values(["_alike", "_place"], kind="stable")
-    rows = designs[["design_id", "data", "ffn", "_place", "_alike", factor, *others]]
+    designs = designs.assign(_place=designs[factor].map(level_text).map(order))
+    designs = designs.sort_values(["_alike", "_place"], kind="stable")
+    rows = designs[["design_id", "data", "ffn", "_place", "_alike", "_where", factor]]
     for _, group in groupby(rows.to_dict("records"), key=lambda row: row["_alike"]):
-        alike = [*group]
-        texts = ((name, level_text(alike[0][name])) for name in others)
-        where = " ".join(f"{name}={text}" for name, text in texts if text != "not set")
-        for one, two in combinations(alike, 2):
+        for one, two in combinations(group, 2):
             if one["_place"] != two["_place"]:
-                yield one, two, where
+                yield one, two, one["_where"]
 
 
 def on_scale(name: str, values: Array) -> tuple[Array, str]:

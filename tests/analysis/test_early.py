@@ -105,6 +105,15 @@ def test_a_value_that_is_drawn_twice_is_tied_with_itself():
     assert np.isnan(Order(np.ones(15)).kendall(Order(y), weights)).all()
 
 
+def test_infinite_losses_are_ranked_last_and_are_ties():
+    """Two runs that started with an infinite loss and recovered, against SciPy on finite ranks."""
+    so_far = np.array([np.inf, 3.0, 2.5, np.inf, 2.0, 4.0])
+    final = np.array([2.0, 1.0, 3.0, 2.5, 1.5, 0.5])
+    weights = np.ones((1, 6))
+    (found,) = Order(so_far).kendall(Order(final), weights)
+    assert found == pytest.approx(tau(np.minimum(so_far, 9.0), final))
+
+
 def test_a_noisy_copy_of_the_loss_has_the_partial_tau_of_the_null(tables):
     """Metric and final loss are the loss so far plus independent noise: 300 runs."""
     rng = np.random.default_rng(2)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from nerve.analysis.factors import describe_ties, find_factors
+from nerve.analysis.factors import describe_ties, find_factors, level_text, ordered_levels
 from nerve.analysis.load import load_runs
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
@@ -134,3 +134,22 @@ def test_a_missing_leaf_is_a_level_and_many_ties_are_cut_short():
     second = {"activation.name": "relu"} | {f"x.leaf{i}": 1 for i in range(9)}
     (sentence,) = describe_ties(find_factors(runs_of(first, second)))
     assert sentence.endswith("x.leaf4, x.leaf5 and 3 more.")
+
+
+def test_a_key_with_the_name_of_a_result_that_follows_a_factor_is_confounded_with_it():
+    factors = find_factors(runs_of({"x.width": 1, "lr": 0.1}, {"x.width": 2, "lr": 0.2}))
+    assert (factors.varying, factors.taken) == (("x.width",), ())
+    assert factors.together == {"x.width": ("lr",)}
+
+
+def test_a_string_that_looks_like_another_value_is_in_quotes():
+    values = ["1", "-1.5", "1e-3", "inf", "true", "not set", "gelu", "8/3", "1a", ""]
+    assert [level_text(value) for value in values] == [
+        *("'1'", "'-1.5'", "'1e-3'", "'inf'", "'true'", "'not set'", "gelu", "8/3", "1a", "")
+    ]
+    assert ordered_levels(pd.Series(["1", 1, None, True, 1.0], dtype=object)) == [
+        1,
+        "1",
+        True,
+        None,
+    ]

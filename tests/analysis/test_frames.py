@@ -101,6 +101,12 @@ def test_different_values_are_counted_in_each_group():
     assert counts.tolist() == [2, 0, 0]
 
 
+def test_true_and_one_are_different_groups():
+    values = pd.Series([True, 1, 1.0, False, 0, "a", None, np.nan, True], dtype=object)
+    codes = number_rows(pd.DataFrame({"x": values, "y": "same"}), ["x", "y"])
+    assert codes.tolist() == [0, 1, 1, 2, 3, 4, 5, 5, 0]
+
+
 def test_interleaved_tables():
     a, b = pd.DataFrame({"n": [1, 3]}), pd.DataFrame({"n": [2, 4]})
     assert interleave([a, b])["n"].tolist() == [1, 2, 3, 4]

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from nerve.analysis.compare import final_metrics, metrics_at_loss
+from nerve.analysis.factors import level_text
 from nerve.analysis.paired import compare_seeds
 from nerve.errors import ConfigError
 
@@ -156,3 +157,27 @@ def test_a_metric_that_no_pair_has_keeps_no_other_from_its_row(tables):
     ]
     table = compared(tables, designs, "activation.name", ["pr_post", "val_loss"])
     assert table["metric"].tolist() == ["val_loss"]
+
+
+def test_designs_that_also_differ_in_a_key_with_the_name_of_a_result_are_no_pair(tables):
+    """A flat configuration: `lr` is a column of the metrics, too. Four designs are two pairs."""
+    designs = [
+        specs([2 + width + lr, 3 + width + lr], o__width=width, lr=lr)
+        for width in (1, 2)
+        for lr in (0.1, 0.2)
+    ]
+    table = compared(tables, designs, "o.width")
+    assert list(table["where"]) == ["lr=0.1", "lr=0.2"]
+    assert list(table["difference"]) == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("values", [(True, 1), (False, 0), (1, "1"), (True, "true")])
+def test_designs_with_values_that_are_only_written_alike_are_no_pair(tables, values):
+    """Two designs that differ in both factors, and two that differ in one."""
+    designs = [
+        specs([2.0 + width, 3.0 + width], a__width=width, a__other=other)
+        for width, other in ((1, values[0]), (2, values[1]), (2, values[0]))
+    ]
+    (row,) = compared(tables, designs, "a.width").itertuples()
+    assert row.where == f"a.other={level_text(values[0])}"
+    assert (row.n_pairs, row.difference) == (2, pytest.approx(1.0))
