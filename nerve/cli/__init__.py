@@ -1,1 +1,1 @@
-"""The commands. Only here is Hydra known; heavy imports wait until a run needs them."""
+"""The commands. Hydra is used only here; heavy imports wait until a run needs them."""

@@ -1,4 +1,4 @@
-"""How the commands read lists, print and fail."""
+"""How the commands read lists, print, and fail."""
 
 import argparse
 import io
@@ -9,23 +9,25 @@ from typing import NoReturn
 from rich.console import Console
 
 WIDTH = 120
-"""Columns where the output is no terminal."""
+"""Number of columns if the output is not a terminal."""
 
 
 def console() -> Console:
-    """Where tables go: stdout as it is now. Brackets are text, as in an override with a list."""
+    """A console for tables, on the current stdout. Brackets are plain text, as in an override with
+    a list."""
     _print_all_letters()
     return Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False, markup=False)
 
 
 def say(line: str) -> None:
-    """Prints a line as it is, at once: processes that write to the same terminal come after it."""
+    """Prints a line unchanged and flushes it, since other processes may write to the same terminal
+    next."""
     _print_all_letters()
     print(line, flush=True)
 
 
 def fail(command: str, message: str, exit_status: int = 1) -> NoReturn:
-    """Ends a command with a message that names it, on stderr."""
+    """Ends a command with a message on stderr that starts with the command's name."""
     print(f"{command}: {message}", file=sys.stderr)
     sys.exit(exit_status)
 
@@ -41,14 +43,14 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _print_all_letters() -> None:
-    """Lets stdout write what its encoding lacks by its number, as stderr does: the name of a file
-    can hold bytes that are no text at all."""
+    """Makes stdout escape characters that its encoding lacks, as stderr does: a file name may
+    contain bytes that are not valid text."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def figure(value: float | None) -> str:
-    """A number in three significant places or three decimals; – where there is none."""
+    """A number with three significant digits or three decimals; – for None or NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

@@ -1,16 +1,16 @@
-"""Where the commands enter: what takes seconds to import, a Ctrl-C may interrupt."""
+"""The entry points of the commands, which also handle Ctrl-C during imports that take seconds."""
 
 import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
 
-STOPPED = 130
-"""The exit status that shells expect of a command that Ctrl-C has ended."""
+STOPPED, UNREAD = 130, 141
+"""The exit statuses that shells expect of a command ended by Ctrl-C, or by a closed pipe."""
 
 
 def run() -> None:
-    """`nerve-run`, whose `--version` is Hydra's; nerve's stands before it."""
+    """`nerve-run`, whose `--version` is Hydra's; nerve's version is printed before it."""
     if "--version" in sys.argv[1:]:
         print(f"nerve {version('nerve')}", flush=True)
     _enter("run")
@@ -38,3 +38,8 @@ def _enter(name: str) -> None:
         print(f"nerve-{name}: stopped", file=sys.stderr, flush=True)
         # What is half imported may have threads, or complain at its end.
         os._exit(STOPPED)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)  # what is still to be written fails, too
+        print(f"nerve-{name}: stopped, as nothing reads its output any more", file=sys.stderr)
+        sys.exit(UNREAD)

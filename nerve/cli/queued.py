@@ -1,4 +1,4 @@
-"""Trials that `nerve-run` has sent to SLURM and that are not at work yet, for `nerve-status`."""
+"""Trials that `nerve-run` has submitted to SLURM and that have not started, for `nerve-status`."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ class QueuedTrial:
 
     Attributes:
         directory: where its run is, or will be.
-        overrides: that set it apart.
+        overrides: the overrides that distinguish it.
         job_id: of its job.
         job: in the queue.
     """
@@ -29,14 +29,14 @@ class QueuedTrial:
 
 
 def queued_trials(paths: Iterable[str], ended: set[Path]) -> list[QueuedTrial]:
-    """Those of the sweeps at or directly below `paths`.
+    """The queued trials of the sweeps at or directly below `paths`.
 
     Args:
         paths: as the command has them.
-        ended: absolute directories of runs for which no job can be waiting.
+        ended: absolute directories of runs for which no job can be pending.
 
     Raises:
-        NerveError: where there are such trials, and SLURM does not say what became of them.
+        NerveError: if there are such trials and SLURM does not report their state.
     """
     sent = [each for path in paths for each in _sent(Path(path)) if _absolute(each[0]) not in ended]
     queue = ask(squeue(None)) if sent else {}
@@ -48,8 +48,8 @@ def queued_trials(paths: Iterable[str], ended: set[Path]) -> list[QueuedTrial]:
 
 
 def _sent(path: Path) -> Iterator[tuple[Path, tuple[str, ...], str]]:
-    """Directory, overrides and job of each trial that was sent, where submitit's files are in their
-    usual place."""
+    """Directory, overrides and job of each submitted trial, if submitit's files are in their usual
+    place."""
     for file in sorted((*path.glob(f".submitit/*/*{SENT}"), *path.glob(f"*/.submitit/*/*{SENT}"))):
         sent, folder = read_sent(file), file.parents[2]
         subdirs = [each for each in sent.overrides if each.startswith(_SUBDIR)] if sent else []

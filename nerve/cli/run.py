@@ -42,7 +42,7 @@ HINTS = {
     "hydra/sweeper/cells": "It is now called hydra/sweeper=trials.",
     "hydra/launcher/submitit_slurm": 'It comes with an extra: pip install -e ".[slurm]"',
 }
-"""Configurations that are not there, and what to do."""
+"""Configurations that are not available, and what to do instead."""
 
 
 def main() -> None:
@@ -78,11 +78,12 @@ def main() -> None:
 
 
 class _Command:
-    """One call of the command: the jobs that Hydra lets it run, and what is said of its errors."""
+    """One invocation of the command: the jobs that Hydra runs for it, and how their errors are
+    reported."""
 
     def __init__(self, show_tracebacks: bool) -> None:
         self.failures: list[NerveError] = []
-        """What jobs ended with, beside those of a sweep that have processes of their own."""
+        """The errors of jobs, except those that a sweep runs in their own processes."""
         self._show_tracebacks = show_tracebacks
         self._started = False
 
@@ -109,7 +110,7 @@ class _Command:
             return None
 
     def message(self, error: Exception) -> str | None:
-        """What to say of an error in the place of its traceback; None where that is to be seen."""
+        """The message to show instead of an error's traceback; None to show the traceback."""
         if isinstance(error, SweepError):
             return str(error)
         if isinstance(error, HydraException | OmegaConfBaseException):
@@ -118,7 +119,7 @@ class _Command:
             return None
         if isinstance(error, NerveError):
             return str(error)
-        if self._started:
+        if self._started or isinstance(error, BrokenPipeError):
             return None
         if isinstance(error, ValueError) and str(error).startswith(("Only one of --", "The --")):
             return str(error)  # so Hydra refuses options that do not go together
@@ -134,14 +135,14 @@ class _Command:
 
 
 def _remove_if_empty(folders: Iterable[Path]) -> None:
-    """Removes what Hydra has made for a run that never began."""
+    """Removes directories that Hydra created for a run that never began."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 def _explained(error: Exception) -> str:
-    """The message for what could not be composed."""
+    """The message for a command line that could not be composed."""
     missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
     if missing and not has_own_files(sys.argv[1:]):
         return no_such_sweep(missing[1])

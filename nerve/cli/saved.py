@@ -1,4 +1,4 @@
-"""What Hydra saved beside a run, read as files of which anything may have become."""
+"""Reads what Hydra saved with a run; the files may have been damaged or edited."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,14 @@ from yaml import YAMLError
 from nerve.errors import StoreError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Ten times faster where libyaml is there."""
+"""Ten times faster if libyaml is available."""
 
 
 def load_saved(path: Path) -> dict[str, Any]:
-    """The plain content of `.hydra/config.yaml` and its like, interpolations as such.
+    """The plain content of `.hydra/config.yaml` and similar files, with interpolations kept.
 
     Raises:
-        StoreError: for a file that cannot be read, or holds something else.
+        StoreError: for a file that cannot be read, or contains something else.
     """
     content = _read(path, lambda: OmegaConf.to_container(OmegaConf.load(path)), dict)
     if not content:
@@ -28,7 +28,7 @@ def load_saved(path: Path) -> dict[str, Any]:
 
 
 def load_overrides(path: Path) -> list[str]:
-    """The texts in `.hydra/overrides.yaml`. Raises as `load_saved`."""
+    """The strings in `.hydra/overrides.yaml`. Raises as `load_saved` does."""
     return [str(text) for text in _read(path, lambda: yaml.load(path.read_bytes(), _LOADER), list)]
 
 

@@ -1,4 +1,4 @@
-"""`nerve-status PATH…`: where each run stands, read from what it has left on disk."""
+"""`nerve-status PATH…`: the state of each run, read from its files on disk."""
 
 import argparse
 import os
@@ -24,17 +24,18 @@ from nerve.storage.schema import DATASETS
 from nerve.storage.state import LOCK_NAME, RunState
 
 SLOW_S = 60.0
-"""A run whose process lives is slow when its heartbeat, due every ten seconds, is older."""
+"""A run whose process is alive is slow if its heartbeat, due every ten seconds, is older than
+this."""
 
 GO_ON = ("running", "slow", "queued", "starting")
-"""States in which something is still to come."""
+"""States of runs that have not ended."""
 
 ORDER = (*GO_ON, "done", "interrupted", "dead", "failed", "unreadable")
 
 WATCHED_EVERY_S = 10.0
 
 SHOWN_PATH = 40
-"""Letters of a path for which the table has room."""
+"""Number of characters of a path that fit into the table."""
 METRICS = DATASETS["metrics"]
 
 RIGHT = ("step", "val loss", "time left", "heartbeat")
@@ -52,9 +53,9 @@ class Status:
             (its job of SLURM waits), starting (its job has begun, the run has not), done,
             interrupted (stopped, and saved), dead (its process is gone without a word), failed, or
             unreadable.
-        record: None where it cannot be read, or there is none yet.
-        val_loss: the last that is known.
-        left_s: seconds of training left; None where nothing trains, or too little is known.
+        record: None if it cannot be read, or does not exist yet.
+        val_loss: the last known one.
+        left_s: seconds of training left; None if nothing trains, or too little is known.
         silent_s: seconds since the last sign of life; None once it has ended.
         reason: why it ended, cannot be read, waits for somebody, or what to know of one that is
             done.
@@ -110,10 +111,10 @@ def main() -> None:
 
 
 def statuses_of(paths: Sequence[str]) -> list[Status]:
-    """Where each run stands that `paths` hold, and each trial that waits in SLURM's queue.
+    """The status of each run below `paths`, and of each trial in SLURM's queue.
 
     Raises:
-        StoreError: where there is none.
+        StoreError: if there is none.
     """
     none: StoreError | None = None
     try:
@@ -142,7 +143,7 @@ def statuses_of(paths: Sequence[str]) -> list[Status]:
 
 
 def status_of(directory: Path) -> Status:
-    """Where the run in `directory` stands now; a record that cannot be read is a state, too."""
+    """The current status of the run in `directory`; an unreadable record is a state, too."""
     overrides, damaged = _overrides(directory)
     try:
         return _status_of(RunDirectory(directory), overrides, damaged)
@@ -154,11 +155,11 @@ def status_of(directory: Path) -> Status:
 def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> Status:
     directory = run.path
     state, record = run.state, run.require_record()
-    heard = datetime.fromisoformat(record.heartbeat)  # by a clock that may be ahead of this one
+    heard = datetime.fromisoformat(record.heartbeat)  # another machine's clock may be ahead
     silent_s = max(0.0, (datetime.now(UTC) - heard).total_seconds())
     is_alive = state == RunState.ALIVE
     left_s = _left_s(record, silent_s) if is_alive else None
-    # What is measured is written at once, the step in the record with the heartbeat.
+    # Measurements are written at once, the step in the record only with the heartbeat.
     measured = [part_step(path) for path in list_parts(directory, METRICS)]
     record.step = max(record.step, *measured) if measured else record.step
     return Status(
@@ -177,7 +178,7 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
 
 
 def show(statuses: Sequence[Status]) -> None:
-    """Prints one row per run, how many there are of each state, and why runs ended early."""
+    """Prints one row per run, the number of runs in each state, and why runs ended early."""
     counts = Counter(override for status in statuses for override in set(status.overrides))
     labels = {
         status.directory: " ".join(o for o in status.overrides if counts[o] < len(statuses))
@@ -214,7 +215,7 @@ def _reasons(statuses: Sequence[Status]) -> list[str]:
 
 
 def _cells(status: Status, label: str, folder: str) -> list[str]:
-    """What the table says of a run, for each of `COLUMNS`."""
+    """The table cells of a run, one for each of `COLUMNS`."""
     record = status.record
     return [
         os.path.relpath(status.directory, folder) if folder else str(status.directory),
@@ -230,7 +231,7 @@ def _cells(status: Status, label: str, folder: str) -> list[str]:
 
 
 def _folder(statuses: Sequence[Status]) -> str:
-    """That all runs lie in, to be named once where their paths would be cut to pieces."""
+    """The common folder of all runs, printed once if their paths would not fit into the table."""
     if max(len(str(status.directory)) for status in statuses) <= SHOWN_PATH:
         return ""
     parents = {str(status.directory.parent) for status in statuses}
@@ -241,7 +242,7 @@ def _folder(statuses: Sequence[Status]) -> str:
 
 
 def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
-    """Those of the command line, and what keeps them from being read."""
+    """The overrides of the command line, and why they cannot be read."""
     saved = directory / ".hydra" / "overrides.yaml"
     try:
         return (tuple(load_overrides(saved)) if saved.is_file() else ()), ""
@@ -250,7 +251,7 @@ def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:
 
 
 def _last_val_loss(record: RunRecord) -> float | None:
-    """Of the newest part of the metrics that has one."""
+    """The loss in the newest metrics file that has one."""
     for path in reversed(list_parts(record.directory, METRICS)):
         try:
             part = read_part(path, METRICS, record.run_id)
@@ -263,18 +264,19 @@ def _last_val_loss(record: RunRecord) -> float | None:
 
 
 def _left_s(record: RunRecord, silent_s: float) -> float | None:
-    """From the pace since the first part that this process of the run wrote."""
+    """Estimates the time left from the pace since the first metrics file that this process
+    wrote."""
     try:
         began = (record.directory / LOCK_NAME).stat().st_mtime
         written = [(path.stat().st_mtime, part_step(path)) for path in _parts(record.directory)]
     except FileNotFoundError:
-        return None  # a run without a lock, or its parts have just been compacted
+        return None  # the run has no lock, or its files have just been compacted
     since, first = min(
         ((time, step) for time, step in written if time >= began), default=(began, None)
     )
     if first is None:
         if record.restarts:
-            return None  # it is not known at which step it went on
+            return None  # the step at which it resumed is unknown
         first = 0
     heard = datetime.fromisoformat(record.heartbeat).timestamp()
     if record.max_steps is None or record.step <= first or heard <= since:

@@ -1,4 +1,4 @@
-"""Takes the features of passes that an external training loop runs."""
+"""Reads the features of forward passes that an external training loop runs."""
 
 import inspect
 import sys
@@ -18,18 +18,18 @@ from nerve.recording.recorder import Recorder
 
 
 class PassFeatures:
-    """Takes the features of the passes of a model while it is open.
+    """Reads the features of a model's forward passes while it is open.
 
-    A pass ends where the model returns: activation checkpointing runs parts of it again in the
-    backward pass, which do not count; nor does what is run to look at the model, here or by
-    `nerve.measure`. Compiled code leaves what happens here to Python.
+    A pass ends when the model returns. Activation checkpointing reruns parts of it in the backward
+    pass, which do not count; nor do passes that inspect the model, here or in `nerve.measure`. In
+    compiled code, the hooks run in Python.
 
     Args:
         model: the module that is called.
-        recorder: open; takes the features.
+        recorder: an open recorder, which receives the features.
         choice: which samples of a batch count.
-        of_training: whether its passes in train mode with gradients are meant, of which each of a
-            step's micro-batches is one; else those in eval mode without.
+        of_training: whether to measure passes in train mode with gradients, one per micro-batch;
+            otherwise passes in eval mode without gradients.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class PassFeatures:
     ) -> None:
         self.is_open = False
         self.is_of_loop: Callable[[], bool] = lambda: True
-        """Whether a pass is one of the loop's own, where that can be known."""
+        """Whether a pass is the loop's own, if that can be determined."""
         self.n_sequences = 0
-        """How many rows the batches had since it was last asked for passes."""
+        """Number of rows in the batches since the last call of `require_seen`."""
         self._recorder = recorder
         self._choice = choice
         self._of_training = of_training
         self.n_seen = 0
-        """How many passes were taken since then."""
+        """Number of passes measured since then."""
         self._is_taking = False
         self._model = weakref.ref(model)
         self._handles = [
@@ -56,18 +56,18 @@ class PassFeatures:
         """Ends the passes of a step.
 
         Raises:
-            MeasurementError: where none has come, or one has come to no end.
+            MeasurementError: if there was no pass, or one did not complete.
         """
         self.is_open = False
         self._require_ended()
         if self.n_seen == 0:
             kind = (
-                "those of the next training pass, and none was seen: the watched module must be "
+                "those of the next training pass, but there was none: the watched module must be "
                 "the one that the loop calls, in train mode and with gradients. Watch the compiled "
                 "or distributed module if the loop calls that, or give held-out batches with "
                 "heldout=."
                 if self._of_training
-                else "those of its evaluation, and none was seen. Give the Trainer an "
+                else "those of its evaluation, but there was none. Give the Trainer an "
                 "eval_dataset that is not empty, whose batches its prediction_step gives to the "
                 "model that it trains, or take source='train'."
             )
@@ -75,7 +75,7 @@ class PassFeatures:
         self.n_seen = self.n_sequences = 0
 
     def close(self) -> None:
-        """Lets the model alone."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -92,13 +92,14 @@ class PassFeatures:
             self._recorder.start(chosen)
 
     def _is_own(self, module: nn.Module) -> bool:
-        """Whether what runs is a pass of the model, not of a replica, which has its hooks, nor one
-        to look at it, to export it or to trace it."""
+        """Whether this is a pass of the model itself: not of a replica, which shares its hooks, and
+        not one that inspects, exports or traces the model."""
         is_exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
         return module is self._model() and not (is_looking() or is_exported)
 
     def _require_ended(self) -> None:
-        """Raises `MeasurementError` where a pass has raised: some of its features are counted."""
+        """Raises `MeasurementError` if a pass has raised, since some of its features are already
+        counted."""
         if self._is_taking:
             raise MeasurementError(
                 "A measured forward pass must complete; the last one raised an exception, and the "
@@ -114,20 +115,20 @@ class PassFeatures:
 
 
 def untraced(look: Callable[..., None]) -> Hook:
-    """A hook that compiled code leaves to Python. Where nothing is compiled the compiler is not
-    loaded for it, which takes seconds and, beside a process group, keeps its threads alive."""
+    """A hook that compiled code leaves to Python. If nothing is compiled, the compiler is not
+    imported for it, which takes seconds and, with a process group, keeps its threads alive."""
     return _untraced_hook()(look) if "torch._dynamo" in sys.modules else Hook(look)
 
 
 @cache
 def _untraced_hook() -> type[Hook]:
-    """A hook whose call itself is left to Python: within one that is traced a graph would break."""
+    """A hook whose call itself is left to Python: inside a traced hook the graph would break."""
     return type("UntracedHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
 
 
 def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module is called with, as the batch that it is: its one argument, the tuple of those
-    by position, or a mapping of all by name."""
+    """The batch that a module is called with: its only argument, the tuple of its positional
+    arguments, or the mapping of all arguments by name."""
     if not args:
         return kwargs
     if not kwargs:

@@ -19,14 +19,17 @@ def batches_of(given: Iterable[Any]) -> list[Any]:
     """Held-out batches as a list, so that every measurement has the same ones.
 
     Raises:
-        ConfigError: for one batch in their place, or none.
+        ConfigError: for a single batch, or none.
     """
     require(
         not isinstance(given, Tensor | Mapping),
         f"heldout must be a list of batches; got one, a {type(given).__name__}. Give [batch].",
     )
     batches = list(given)
-    require(bool(batches), "heldout is a list of batches; got none. Give one, or heldout=None.")
+    require(
+        bool(batches),
+        "heldout must contain at least one batch; got none. Give one, or heldout=None.",
+    )
     return batches
 
 
@@ -37,7 +40,7 @@ def evaluate(
     recorder: Recorder,
     choice: Choice,
 ) -> None:
-    """Measures a model on batches, in eval mode, and their loss where it gives one."""
+    """Measures a model on batches in eval mode, and their loss if the model returns one."""
     with evaluating(model):
         for batch in batches:
             recorder.start(choice.of(batch))

@@ -27,7 +27,7 @@ from nerve.recording.settings import MeasuredSteps, MonitorSettings
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
-"""Least time between two writings of run.json while training goes on."""
+"""Minimum time between writes of run.json during training."""
 
 
 class WatchedLoop:
@@ -45,9 +45,9 @@ class WatchedLoop:
         """Steps so far."""
         self.recorder = Recorder(settings, recorded and recorded.store)
         self.features: PassFeatures | None = None
-        """Takes those of passes that the loop runs; None where held-out batches are at hand."""
+        """Reads the features of passes that the loop runs; None if there are held-out batches."""
         self.awaits_evaluation = False
-        """Whether the present step is measured by an evaluation that is still to come."""
+        """Whether the current step is measured by an evaluation that is still to come."""
         self._device = device_of(model)
         self._steps = steps
         self._is_train = settings.source == "train"
@@ -140,14 +140,14 @@ class WatchedLoop:
         first: int = 0,
         token_counts: Tensor | None = None,
     ) -> None:
-        """Opens what measures, and measures the first step if it is one of those.
+        """Starts measuring, with the first step if it is to be measured.
 
         Args:
-            model: the one that the loop calls.
-            choose: makes the `Choice` for a model, a probe and what runs the model on a batch.
-            batches: the held-out ones; None for features of passes that the loop runs.
-            state: of the checkpoint that the loop goes on from.
-            first: the step that a loop without `state` begins at.
+            model: the model that the loop calls.
+            choose: creates the `Choice` from a model, a probe and a function that runs the model.
+            batches: held-out batches; None for features of passes that the loop runs.
+            state: the state of the checkpoint from which the loop resumes.
+            first: the first step of a loop without `state`.
             token_counts: how often each token occurs, for groups by frequency.
         """
         n, inner, recorder = n_processes(), unwrapped(model), self.recorder
@@ -187,7 +187,7 @@ class WatchedLoop:
             self.measure()
 
     def measure(self) -> None:
-        """Labels the present weights; measures them, or has what follows measured."""
+        """Labels the current weights and measures them, or lets the next passes be measured."""
         self.recorder.start_validation(is_split=n_processes() > 1)
         if self.features is not None:
             self.features.is_open = True
@@ -207,7 +207,7 @@ class WatchedLoop:
         """Ends the evaluation that a measured step has waited for, with its loss.
 
         Raises:
-            MeasurementError: where no pass was seen.
+            MeasurementError: if there was no pass.
         """
         assert self.features is not None
         self.awaits_evaluation = False
@@ -231,7 +231,7 @@ class WatchedLoop:
         self.recorder.wait()
         if self.n_steps and not (self.recorder.n_measured or self.latest) and rank() == 0:
             log.warning(
-                "nothing was measured in %d steps: none of them was to be measured", self.n_steps
+                "nothing was measured: none of the %d steps was due for a measurement", self.n_steps
             )
         if self._record is not None:
             self._record.final = {
@@ -240,8 +240,8 @@ class WatchedLoop:
             }
 
     def fail(self, error: BaseException) -> None:
-        """Stops measuring wherever it was, and writes what is measured; what that raises is a note
-        of `error`."""
+        """Stops measuring at any point, and writes what was measured; an exception raised here is
+        added to `error` as a note."""
         self.recorder.fail(error)
 
     def close(self) -> None:
@@ -254,7 +254,7 @@ class WatchedLoop:
 
 
 def _count_of(n_targets: Any) -> int:
-    """The number of targets, which may be a tensor's sum."""
+    """The number of targets, which may be given as a tensor."""
     value = n_targets.item() if isinstance(n_targets, Tensor) else n_targets
     is_whole = isinstance(value, float) and value.is_integer()
     count = int(value) if is_whole else value

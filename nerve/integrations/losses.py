@@ -1,4 +1,4 @@
-"""Losses of the forward passes of one update, where the model computes them."""
+"""Losses of the forward passes of one update, for models that compute their own loss."""
 
 import weakref
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from nerve.recording.recorder import Recorder
 
 @dataclass
 class _Pass:
-    """A training pass: its mean loss, the number of targets that the model says, that of the whole
-    update that the Trainer says, and whether a backward pass came through the loss."""
+    """A training pass: its mean loss, its number of targets as the model gives it, that of the
+    whole update as the Trainer gives it, and whether a backward pass went through the loss."""
 
     loss: Tensor
     n_targets: int | None
@@ -30,18 +30,18 @@ class _Pass:
 
 
 class StepLosses:
-    """Keeps the losses of a model's training passes until the update that they are for is made.
+    """Keeps the losses of a model's training passes until their update is made.
 
-    Only those that a backward pass comes through are losses of training: some trainers (of
-    preferences, say) compute their own from what the model gives beside one.
+    Only losses that a backward pass goes through are training losses: some trainers, such as those
+    for preferences, compute their own from the model's outputs.
 
-    A model that takes `num_items_in_batch` has divided each micro-batch's sum by the number of
-    targets of the whole update: the sum of what it returns is the mean. Of another one each
+    A model that accepts `num_items_in_batch` has divided each micro-batch's sum by the number of
+    targets of the whole update, so the sum of its losses is the mean. For other models, each
     micro-batch's loss is a mean of its own.
 
     Args:
         model: the module that the Trainer trains.
-        of_all: whether that number is of all processes.
+        of_all: whether that number covers all processes.
     """
 
     def __init__(self, model: nn.Module, *, of_all: bool) -> None:
@@ -51,7 +51,7 @@ class StepLosses:
         self._handle = model.register_forward_hook(untraced(self._keep), with_kwargs=True)
 
     def give(self, recorder: Recorder) -> None:
-        """Counts those of the update that was made."""
+        """Adds the losses of the completed update."""
         trained = [each for each in self._passes if each.is_trained]
         shares = [each for each in trained if each.items is not None]
         if shares:
@@ -64,20 +64,20 @@ class StepLosses:
         self._passes.clear()
 
     def close(self) -> None:
-        """Lets the model alone."""
+        """Removes the hooks from the model."""
         self._handle.remove()
 
     def _keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        is_own = module is self._model()  # a replica has its hooks, too
+        is_own = module is self._model()  # a replica shares its hooks
         is_meant = is_own and module.training and torch.is_grad_enabled()
         if not (is_meant and is_of_training()):
             return
         found = loss_of(output)
         loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
         if found is not None and isinstance(loss, Tensor) and loss.requires_grad:
-            # A copy: the Trainer scales the loss in its place.
+            # A copy: the Trainer scales the loss in place.
             made = _Pass(found[0].clone(), found[1], kwargs.get("num_items_in_batch"))
             loss.register_hook(made.note_backward)
             self._passes.append(made)

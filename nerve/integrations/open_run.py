@@ -1,4 +1,5 @@
-"""A run that stays open between callbacks, and is closed when the program ends without them."""
+"""A run that stays open between callbacks, and is closed if the program ends without calling
+them."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -10,12 +11,12 @@ from nerve.integrations.loop import WatchedLoop
 from nerve.integrations.losses import StepLosses
 
 _open: WeakValueDictionary[Path, "OpenRun"] = WeakValueDictionary()
-"""The runs of this process that are open, by directory."""
+"""The open runs of this process, by directory."""
 
 
 class OpenRun:
-    """The run of a callback, apart from it: what ends the program, or lets the callback go, ends
-    the run."""
+    """The run of a callback, kept separately from it, so that it ends when the program ends or the
+    callback is garbage-collected."""
 
     def __init__(self) -> None:
         self.loop: WatchedLoop | None = None
@@ -23,14 +24,14 @@ class OpenRun:
         self._context: AbstractContextManager[WatchedLoop] | None = None
 
     def open(self, path: Path, context: AbstractContextManager[WatchedLoop]) -> WatchedLoop:
-        """Enters what records the run in that directory."""
+        """Enters the context that records the run in that directory."""
         self.loop = context.__enter__()
         self._context = context
         _open[path] = self
         return self.loop
 
     def close(self, error: BaseException | None) -> None:
-        """Ends the run: done, or as the error says."""
+        """Ends the run: as done, or with the error."""
         context, self._context, self.loop = self._context, None, None
         if self.losses is not None:
             self.losses.close()
@@ -43,18 +44,18 @@ class OpenRun:
             context.__exit__(type(error), error, error.__traceback__)
 
     def give_up(self) -> None:
-        """Ends a run whose training did not come to its end, with the error that ended the program
-        where that is known; nothing for one that is closed."""
+        """Ends a run whose training did not finish, with the error that ended the program if known;
+        does nothing for a closed run."""
         if self._context is not None:
             last = getattr(sys, "last_value", None)
-            error = last or RuntimeError("Training ended before its last step, by an exception.")
+            error = last or RuntimeError("An exception ended training before its last step.")
             with noted(error):
                 self.close(error)
 
     @staticmethod
     def give_up_in(path: Path) -> None:
-        """Gives up the run in that directory that a training before has left open: what raised may
-        keep its callback alive."""
+        """Gives up the run that an earlier training has left open in that directory: its exception
+        may keep its callback alive."""
         left = _open.pop(path, None)
         if left is not None:
             left.give_up()

@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 
 class TrainerStates:
-    """Keeps the state of a run at each step that a Trainer saves, in the run's own directory: it
-    is small, and the Trainer's checkpoints may be moved or deleted.
+    """Keeps the state of a run at each step that a Trainer saves, in the run's own directory: the
+    state is small, and the Trainer's checkpoints may be moved or deleted.
 
     Args:
         run: the run's directory.
@@ -25,17 +25,17 @@ class TrainerStates:
         self._run = run
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Keeps a state; all processes call it, and rank 0 writes."""
+        """Saves a state; all processes call it, and rank 0 writes."""
         if rank() == 0:
             path = self._path(step)
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, lambda file: file.write(json.dumps(state).encode()))
 
     def load(self, step: int) -> dict[str, Any] | None:
-        """The state to go on from at a step, in every process; None where the run begins.
+        """The state to resume from at a step, in every process; None if the run starts there.
 
         Raises:
-            StoreError: where the run was there without a checkpoint of that step.
+            StoreError: if the run exists but has no checkpoint of that step.
         """
         found = self._found(step) if rank() == 0 else None
         state, refused = gathered(found)[0]
@@ -44,7 +44,7 @@ class TrainerStates:
         return state
 
     def _found(self, step: int) -> tuple[dict[str, Any] | None, str | None]:
-        """The state, and why there is none."""
+        """The state, or the reason why there is none."""
         if step == 0:
             return None, None
         path = self._path(step)

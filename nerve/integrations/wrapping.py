@@ -9,7 +9,7 @@ from nerve.errors import MeasurementError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module within what distributes or compiles it."""
+    """The module inside wrappers for distribution or compilation."""
     require(
         not isinstance(model, DataParallel),
         "DataParallel runs copies of a model, which cannot be measured; use "

@@ -1,1 +1,1 @@
-"""A model and batches to the spectra of each of its FFNs; no Lightning."""
+"""From a model and batches to the spectra of each of its FFNs; no Lightning."""

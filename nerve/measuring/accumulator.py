@@ -1,4 +1,5 @@
-"""What a measurement holds of one FFN: covariances, shares of samples, the weight before pre."""
+"""The state of a measurement for one FFN: covariances, shares of samples, and the weight before
+pre."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -25,28 +26,27 @@ from nerve.spectra.product import coarsest, product_of_input
 from nerve.spectra.shares import shares_of
 
 Side = Literal["input", "pre", "post"]
-"""What a covariance is of: what the FFN gets, or its features before and after the nonlinearity."""
+"""The subject of a covariance: the FFN's input, or its features before and after the
+nonlinearity."""
 
 
 class Accumulator:
-    """Takes the features of one FFN, run by run.
+    """Accumulates the features of one FFN over its runs.
 
     Args:
-        ffn: whose they are.
-        shortcut: as of `Measurement`.
+        ffn: the FFN.
+        shortcut: as in `Measurement`.
 
     Attributes:
-        d_in: width of the FFN's input, of a pool that of all its FFNs together; None before the
-            first run.
-        weight: W of pre = W x + b as the first run used it; None where it cannot be read, or was
-            not what all runs used.
-        of_input: whether the covariance of the input is taken in place of pre's.
+        d_in: width of the FFN's input, summed over the FFNs of a pool; None before the first run.
+        weight: W of pre = W x + b in the first run; None if it cannot be read or differs in other
+            runs.
+        of_input: whether the covariance of the input is accumulated instead of that of pre.
         altered: whether some run used more than the weight.
-        took_pre: whether pre was taken after its input, as its own rounding was too large to be
-            left out.
-        covariances: of the input or of pre, and of post.
-        shares: of pre and of post.
-        parts: covariances of groups of the samples, and of sites around the FFN.
+        took_pre: whether pre replaced its input because its rounding was too large to leave out.
+        covariances: those of the input or pre, and of post.
+        shares: those of pre and post.
+        parts: covariances of groups of samples, and of sites around the FFN.
     """
 
     def __init__(self, ffn: FFN, *, shortcut: bool | str) -> None:
@@ -68,15 +68,15 @@ class Accumulator:
 
     @property
     def device(self) -> torch.device:
-        """That of the FFN's weights."""
+        """The device of the FFN's weights."""
         for site in (self._pre, self._post):
             for parameter in site.module.parameters():
                 return parameter.device
         return torch.device("cpu")
 
     def see(self, inputs: Tensor, pre: Tensor) -> None:
-        """Notes what gave pre: to be called at each run, before `add`. Raises `MeasurementError`
-        where pre is to be projected and cannot be."""
+        """Records what pre was computed from; call it at each run, before `add`. Raises
+        `MeasurementError` if pre is to be projected and cannot be."""
         if self.d_in is None:
             self.d_in = n_inputs(self._pre) or inputs.shape[-1]
             self._take_weight(inputs, pre)
@@ -92,12 +92,12 @@ class Accumulator:
         """Adds the samples of a run.
 
         Args:
-            features: of each side, `[*samples, width]`.
+            features: the features of each side, `[*samples, width]`.
             mask: True for the samples that count.
-            divisions: how the samples that count are grouped, by grouping; None or empty: they are
-                not.
+            divisions: how the samples that count are grouped, by grouping; None or empty if they
+                are not.
         """
-        spreads = self.add_shares(features, mask)  # first: a covariance asks how far they spread
+        spreads = self.add_shares(features, mask)  # first, because covariances use the spread
         if (
             self.of_input
             and self._leaves_rounding
@@ -111,7 +111,7 @@ class Accumulator:
             product = None
             if side == "input":
                 assert self.weight is not None
-                x = x.to(self.weight.dtype)  # as it was multiplied
+                x = x.to(self.weight.dtype)  # the dtype of the multiplication
                 product = product_of_input(x.dtype)
             if divisions:
                 self.parts.add(side, x, divisions, product)
@@ -123,8 +123,8 @@ class Accumulator:
     def add_shares(
         self, features: Mapping[Side, Tensor], mask: Tensor | None
     ) -> dict[Side, Spread | None]:
-        """Adds the samples of a run to the shares alone; the spread of each side. Arguments as of
-        `add`."""
+        """Adds the samples of a run to the shares only, and returns the spread of each side. The
+        arguments are those of `add`."""
         sides: tuple[Side, ...] = ("pre", "post")
         return {
             side: self.shares_of(side, x.shape[-1], x.device).update(x, mask)
@@ -132,15 +132,16 @@ class Accumulator:
         }
 
     def finish_forward(self) -> None:
-        """Ends one forward pass: leaves the weight where it did not give pre after all."""
+        """Ends one forward pass: drops the weight if pre turned out not to be computed from it
+        alone."""
         if not all(self._presumed):
             self.leave_weight()
         self._presumed.clear()
 
     def merge(self, other: "Accumulator") -> None:
-        """Adds the covariances of another FFN's samples; its shares go to `add_shares`.
+        """Adds the covariances of another FFN's samples; shares are merged with `add_shares`.
 
-        What pre is made of adds up: each projection has directions of its own.
+        `d_in` adds up: each projection has its own input directions.
         """
         for side, covariance in other.covariances.items():
             if side == "input":
@@ -151,8 +152,8 @@ class Accumulator:
         self.d_in = (self.d_in or 0) + (n_inputs(other._pre) or other.d_in or 0)
 
     def leave_weight(self) -> None:
-        """From now on takes pre itself, and knows no weight. Raises `MeasurementError` where pre is
-        to be projected."""
+        """Uses pre itself from now on, without a weight. Raises `MeasurementError` if pre is to be
+        projected."""
         if self._leaves_rounding:
             raise not_affine(self.ffn)
         self.altered = True
@@ -160,7 +161,7 @@ class Accumulator:
         self.weight = None
 
     def take_pre(self) -> None:
-        """From now on takes pre itself; what was accumulated of the input is converted."""
+        """Uses pre itself from now on; what was accumulated from the input is converted."""
         if not self.of_input:
             return
         self.of_input, self.took_pre = False, True
@@ -171,7 +172,7 @@ class Accumulator:
             self.parts.project(self.weight, self._bias)
 
     def merge_groups(self) -> None:
-        """Merges groups into the covariances of all samples; no more are added then."""
+        """Merges groups into the covariances of all samples; no more can be added then."""
         grouping, self._merging = self._merging, None
         if grouping is not None:
             first: Side = "input" if self.of_input else "pre"
@@ -183,35 +184,35 @@ class Accumulator:
     def covariance(
         self, side: Side, dim: int, device: torch.device, product: str | None = None
     ) -> StreamingCovariance:
-        """That of one side, which begins without samples, to be taken with `product`."""
+        """The covariance of one side, created without samples, accumulated with `product`."""
         if side not in self.covariances:
             self.covariances[side] = StreamingCovariance(dim, device=device, product=product)
         return self.covariances[side]
 
     def shares_of(self, side: Side, dim: int, device: torch.device) -> SampleShares:
-        """Those of one side, which begin without samples."""
+        """The shares of one side, created without samples."""
         if side not in self.shares:
             self.shares[side] = SampleShares(dim, device=device)
         return self.shares[side]
 
     def require_run(self, n_forwards: int) -> None:
-        """Makes an FFN that never ran, and need not, one without samples.
+        """Handles an FFN that never ran: it has no samples if it need not run.
 
         Args:
-            n_forwards: forward passes that were measured.
+            n_forwards: number of measured forward passes.
 
         Raises:
-            MeasurementError: where it should have.
+            MeasurementError: if it should have run.
         """
         self.merge_groups()
         if "post" not in self.covariances:
             self._add_nothing(n_forwards)
 
     def eigenproblem(self, shares: Tensor) -> FFNEigenproblem:
-        """What is left to solve, of an FFN that `require_run` has seen.
+        """The eigenproblem of an FFN, after `require_run`.
 
         Args:
-            shares: as of `FFNEigenproblem`.
+            shares: as in `FFNEigenproblem`.
         """
         post = self.covariances["post"]
         before = self.covariances["input" if self.of_input else "pre"]
@@ -232,11 +233,11 @@ class Accumulator:
         )
 
     def group_eigenproblems(self) -> list[GroupEigenproblem]:
-        """What is left to solve of groups and sites."""
+        """The eigenproblems of groups and sites."""
         return list(self.parts.eigenproblems(self.ffn, self.weight if self.of_input else None))
 
     def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
-        """Notes W and b of `pre = W x + b`, where it is that."""
+        """Records W and b if pre is `W x + b`."""
         affine = affine_of(self._pre, inputs, pre)
         leaves_rounding = self._shortcut == PROJECTED and is_rounded(pre)
         if affine is None:
@@ -245,7 +246,7 @@ class Accumulator:
             return
         self._leaves_rounding = leaves_rounding
         # Copies: the optimizer may step before the eigenproblems are solved. Under autocast the
-        # forward has used them rounded, as its outputs tell.
+        # forward pass has rounded them to the dtype of its outputs.
         weight = affine[0].to(pre.dtype, copy=True)
         bias = None if affine[1] is None else affine[1].to(pre.dtype, copy=True)
         self.weight, self._bias = weight, bias
@@ -253,7 +254,7 @@ class Accumulator:
         self._presume(gives(weight, bias, inputs, pre))
 
     def _compare_weight(self, noted: Tensor, inputs: Tensor, pre: Tensor) -> None:
-        """Leaves the weight of the first run where this one used another, or more."""
+        """Drops the weight of the first run if this run used another one, or more than a weight."""
         affine = affine_of(self._pre, inputs, pre)
         if affine is None:
             self.leave_weight()
@@ -262,16 +263,16 @@ class Accumulator:
         self._presume(gives(noted, self._bias, inputs, pre))
 
     def _presume(self, is_so: Flag) -> None:
-        """Goes on as if the weight gave pre. Where the features are not taken by way of it, or it
-        must give pre, the answer is awaited at the end of the forward pass, so that the device does
-        not run dry."""
+        """Proceeds as if pre was computed from the weight. If the features do not depend on the
+        answer, or pre must be computed from it, the answer is awaited only at the end of the
+        forward pass, so that the device does not run dry."""
         if not self.of_input or self._leaves_rounding:
             self._presumed.append(is_so)
         elif not is_so:
             self.leave_weight()
 
     def _add_nothing(self, n_forwards: int) -> None:
-        """Makes an FFN that never ran, and need not, one without samples."""
+        """Gives an FFN that never ran, and need not, zero samples."""
         width, d_in = self._pre.width or self._post.width, n_inputs(self._pre)
         if not n_forwards or n_runs_of(self.ffn) is not None:
             raise MeasurementError(
@@ -289,7 +290,7 @@ class Accumulator:
 
 
 def eigenproblems(several: Sequence[Accumulator], n_forwards: int) -> list[FFNEigenproblem]:
-    """What is left to solve of each. Arguments and errors as of `Accumulator.require_run`."""
+    """The eigenproblem of each. Arguments and errors are those of `Accumulator.require_run`."""
     for each in several:
         each.require_run(n_forwards)
     sides: tuple[Side, ...] = ("pre", "post")
@@ -298,11 +299,11 @@ def eigenproblems(several: Sequence[Accumulator], n_forwards: int) -> list[FFNEi
 
 
 Pools = dict[tuple[int, str], Accumulator]
-"""By layer and name the samples of all FFNs that are pooled under it."""
+"""For each layer and name, the samples of all FFNs pooled under it."""
 
 
 def pools_of(members: Sequence[Accumulator], pools: Pools) -> dict[int, Accumulator]:
-    """By the index of an FFN the accumulator of its pool, which is added to `pools` where new."""
+    """For the index of each FFN, the accumulator of its pool, which is added to `pools` if new."""
     found = {}
     for index, member in enumerate(members):
         ffn, name = member.ffn, pool_of(member.ffn)

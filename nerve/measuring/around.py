@@ -1,7 +1,7 @@
-"""What lies around the nonlinearity of an FFN: the residual stream, the FFN's input and output.
+"""The surroundings of an FFN's nonlinearity: the residual stream, the FFN's input and output.
 
-Where a model says nothing of it, it is seen in one forward pass: the stream after an FFN is the
-stream before it plus what the FFN gives.
+If a model does not declare them, they are found in one forward pass: the stream after an FFN is the
+stream before it plus the FFN's output.
 """
 
 import logging
@@ -19,7 +19,7 @@ Stream = tuple[Site, Site]
 """The residual stream before an FFN, and after it."""
 
 _ROWS = 32
-"""How many samples of a stream tell it from others, at least."""
+"""Minimum number of samples that distinguish a stream from others."""
 
 
 def sites_around(
@@ -27,13 +27,13 @@ def sites_around(
     wanted: Collection[str],
     find: Callable[[], list[Stream | None]] | None = None,
 ) -> list[dict[str, Site]]:
-    """For each FFN the sites to tap, of those that are wanted, so far as they are known; what is
-    not is named in a warning. `input` is not among them: a probe has it beside pre.
+    """For each FFN, the requested sites to tap, as far as they are known; a warning names the
+    others. `input` is not among them: a probe reads it together with pre.
 
     Args:
         ffns: the FFNs.
-        wanted: some of `nerve.metric_names.AROUND`.
-        find: gives the streams around FFNs whose descriptions do not; None where nothing can.
+        wanted: the requested ones of `nerve.metric_names.AROUND`.
+        find: finds the streams that descriptions do not declare; None if that is impossible.
     """
     streams = [stream_of(ffn) for ffn in ffns]
     of_stream = not {"stream_in", "stream_out"}.isdisjoint(wanted)
@@ -52,7 +52,7 @@ def sites_around(
         unknown = [name for name in wanted if name not in known]
         if unknown:
             log.warning(
-                "%s: %s cannot be measured, their place in the model is unknown",
+                "%s: %s cannot be measured because their place in the model is unknown",
                 named(ffn),
                 ", ".join(unknown),
             )
@@ -61,7 +61,7 @@ def sites_around(
 
 
 def stream_of(ffn: FFN) -> Stream | None:
-    """What an FFN's description says of the stream around it."""
+    """The stream around an FFN as its description declares it."""
     stream = getattr(ffn, "stream", None)
     if isinstance(stream, nn.Module):
         return Site(stream, "input"), Site(stream, "output")
@@ -71,10 +71,10 @@ def stream_of(ffn: FFN) -> Stream | None:
 def find_streams(
     model: nn.Module, ffns: Sequence[FFN], run: Callable[[], object]
 ) -> list[Stream | None]:
-    """The stream around each FFN, where one forward pass shows it; None where it does not.
+    """The stream around each FFN if one forward pass shows it; None otherwise.
 
-    It does where the output of the FFN is added to what some module gets, and where the sum is what
-    some module gives (or, of a sum that is normalized, what the norm gets).
+    It is found if the output of the FFN is added to what some module receives, and if the sum is
+    the output of some module (or, if the sum is normalized, the input of the norm).
 
     Args:
         model: the model.
@@ -103,7 +103,7 @@ def find_streams(
 
 
 class _Event(NamedTuple):
-    """What a module got or gave: some of its samples."""
+    """Some of the samples that a module received or returned."""
 
     module: nn.Module
     of: Any
@@ -148,8 +148,8 @@ def _stream(model: nn.Module, ffn: FFN, events: Sequence[_Event]) -> Stream | No
 
 
 def _normalized(total: _Event, later: Sequence[_Event], before: _Event, given: _Event) -> Site:
-    """The stream after the FFN: the sum, or what a norm behind it makes of it where the FFN gets
-    the stream as it is."""
+    """The stream after the FFN: the sum, or the output of a norm after it if the FFN receives the
+    stream unnormalized."""
     gets_stream = _is_same(before.rows, given.rows) if before.shape == given.shape else False
     if gets_stream and total.of == "input":
         normed = next((e for e in later if e.module is total.module and e.of == "output"), None)

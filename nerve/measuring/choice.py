@@ -1,4 +1,4 @@
-"""Which samples of a batch count: what its caller says, or what the batch itself shows."""
+"""Which samples of a batch count: as the caller says, or as the batch itself shows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,14 +30,14 @@ class Choice:
 
     Args:
         model: the model.
-        probe: taps the FFNs; installed.
+        probe: an installed probe that taps the FFNs.
         run: runs the model on a batch, without gradients and in eval mode.
-        mask, exclude, only_labeled: as `nerve.measure` takes them.
-        skips_first: whether first positions are left out, whose order must be known then.
-        groups: whether samples are grouped, whose order must be known, too.
+        mask, exclude, only_labeled: as in `nerve.measure`.
+        skips_first: whether first positions are skipped, which requires a known order.
+        groups: whether samples are grouped, which requires a known order, too.
 
     Raises:
-        MeasurementError: for `mask` beside what it replaces.
+        MeasurementError: for `mask` together with options that it replaces.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Choice:
         self._trace: Trace | None = None
 
     def of(self, batch: Any) -> Chosen:
-        """Which samples of this batch."""
+        """The samples of this batch that count."""
         batch = _without_cache(batch)
         named = as_mapping(batch)
         streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
@@ -98,13 +98,13 @@ class Choice:
         except TraceError:
             if is_needed:
                 raise
-            return Chosen()  # all count, in whatever order
+            return Chosen()  # all count, in any order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
         return Chosen(masks, orders, *_tokens(ffns, streams))
 
     def _of_other_shape(self, batch: Tensor) -> Chosen:
-        """Of a bare tensor that is no batch of sequences as the first one was."""
+        """The choice for a bare tensor that, unlike the first one, is not a batch of sequences."""
         if self._needs_order:
             raise MeasurementError(
                 "skip_first= and groups= count positions, so every batch must contain sequences, "
@@ -113,9 +113,8 @@ class Choice:
         return Chosen(None if self._mask is None else self._mask(batch))
 
     def _given(self, batch: Any, streams: dict[str, Stream]) -> Chosen:
-        """Masks that the caller gives. Those that are `[sequence, position]` of a stream, also for
-        the batch of the trace, are put into the order of the features; any other is taken as it
-        lies."""
+        """The caller's masks. Those that are `[sequence, position]` of a stream, also for the batch
+        of the trace, are put into the order of the features; others are used as they are."""
         assert self._mask is not None
         ffns = self._probe.ffns
         given = self._mask(batch)
@@ -162,9 +161,9 @@ class Choice:
 
 
 def _without_cache(batch: Any) -> Any:
-    """The batch without what a model of transformers keeps of tokens before, as prefix tuning gives
-    it: those are no samples, and a run that looks at the model would add to it. The attention mask
-    has them first."""
+    """The batch without the key-value cache of a transformers model, such as from prefix tuning:
+    cached tokens are not samples, and a pass that inspects the model would append to the cache.
+    They come first in the attention mask."""
     caches = {
         name for name in _CACHES if isinstance(batch, Mapping) and batch.get(name) is not None
     }
@@ -180,7 +179,7 @@ def _without_cache(batch: Any) -> Any:
 def _tokens(
     ffns: Sequence[Traced], streams: dict[str, Stream]
 ) -> tuple[list[Tensor | None], list[bool]]:
-    """For each FFN the tokens of its stream, and whether its samples are of one."""
+    """For each FFN, the tokens of its stream, and whether its samples belong to one."""
     ids = [None if each.stream is None else streams[each.stream].ids for each in ffns]
     return ids, [each.stream is not None for each in ffns]
 
@@ -194,10 +193,10 @@ def _order(place: Traced, streams: dict[str, Stream]) -> Order | UnknownOrder | 
 def call_probed(
     probe: Probe, forward: Callable[[nn.Module, Any], object], model: nn.Module, batch: Any
 ) -> object:
-    """Runs the model on a batch while the probe may record what follows from pre.
+    """Runs the model on a batch while the probe may record what depends on pre.
 
     Raises:
-        MeasurementError: where that is what the model cannot do.
+        MeasurementError: if recording makes the model fail.
     """
     try:
         return forward(model, batch)

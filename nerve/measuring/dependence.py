@@ -1,7 +1,7 @@
-"""Which features follow from which, element by element, in one forward pass.
+"""Determines in one forward pass which features depend on which, element by element.
 
-The output of every projection is made a leaf of autograd; what a projection gets is then asked for
-its derivatives with respect to them.
+The output of every projection becomes an autograd leaf; the input of each projection is then
+differentiated with respect to these leaves.
 """
 
 from collections import Counter
@@ -26,14 +26,15 @@ Kind = Literal["plain", "gated", "unclear"]
 
 @dataclass(frozen=True)
 class Link:
-    """That what a projection gets follows from what one or two others gave, and in which way.
+    """The finding that the input of one projection depends on the output of one or two others, and
+    how.
 
     Attributes:
-        pre: what the nonlinearity gets; where `kind` is unclear, what may be.
+        pre: the input of the nonlinearity; if `kind` is unclear, a candidate.
         post: the projection after it.
-        other: what the nonlinearity's output is multiplied with, where gated.
+        other: the factor that multiplies the nonlinearity's output if gated.
         kind: `plain`, `gated`, or unclear.
-        why: what speaks against it, where unclear.
+        why: the reason why it is unclear.
     """
 
     pre: Site
@@ -44,20 +45,20 @@ class Link:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Its projections: of pre, of the other side where gated, and of post."""
+        """Its projections: of pre, of the other factor if gated, and of post."""
         other = [] if self.other is None else [self.other.module]
         return [self.pre.module, *other, self.post]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells links apart: modules and parts."""
+        """What distinguishes links: modules and parts."""
         part = self.pre.part
         return (self.pre.module, part.start, part.stop, part.step, self.post)
 
 
 @dataclass
 class _Leaf:
-    """One output of a projection, as a leaf of autograd."""
+    """The output of a projection as an autograd leaf."""
 
     module: nn.Module
     tensor: Tensor
@@ -70,17 +71,17 @@ class _Leaf:
 
 @dataclass
 class Dependence:
-    """What the forward passes inside of `watch` tell.
+    """Collects what the forward passes inside `watch` show.
 
     Attributes:
-        projections: modules whose outputs are made leaves, beside slices of parameters.
+        projections: modules whose outputs become leaves, in addition to slices of parameters.
         is_gate: whether a projection's name says so.
-        products: of the modules that have such parameters.
+        products: those of the modules that have such parameters.
         also: installs further hooks.
-        links: in the order in which they appeared.
-        n_links: how often each link appeared in one pass, at most, by its key.
-        hidden: projections to fewer features of which activation checkpointing, or autograd that is
-            off, leaves no derivatives.
+        links: the links in order of appearance.
+        n_links: by key, the maximum number of times that each link appeared in one pass.
+        hidden: projections to fewer features without derivatives, because of activation
+            checkpointing or disabled autograd.
     """
 
     projections: Iterable[nn.Module]
@@ -96,7 +97,7 @@ class Dependence:
     _hooked: dict[nn.Module, list[RemovableHandle]] = field(default_factory=dict)
 
     def watch(self, run: Callable[[], object]) -> None:
-        """Runs the model once; its projections' outputs are made leaves."""
+        """Runs the model once, with its projections' outputs as leaves."""
         handles: list[RemovableHandle] = []
         try:
             for module in self.projections:
@@ -115,7 +116,7 @@ class Dependence:
             self._now.clear()
 
     def forget(self) -> None:
-        """As if there had been no forward pass."""
+        """Discards everything that was recorded."""
         self.links.clear()
         self.n_links.clear()
         self.hidden.clear()
@@ -148,13 +149,13 @@ class Dependence:
         if not features.requires_grad:
             self._hide(module)
             return
-        self._asks = True  # a checkpoint of activations runs its part of the model again for it
+        self._asks = True  # activation checkpointing reruns part of the model for it
         try:
             link = self._link(module, rows)
         except CheckpointError:
             self._hide(module)
             return
-        except RuntimeError:  # no derivative: of what a recurrence has overwritten, say
+        except RuntimeError:  # no derivative, for example of what a recurrence has overwritten
             return
         finally:
             self._asks = False
@@ -198,7 +199,7 @@ class Dependence:
     def _fused(
         self, post: nn.Module, h: Tensor, source: _Leaf, reached: Tensor, chosen: Any
     ) -> Link | None:
-        """Of one projection that gives both sides of a gated FFN."""
+        """The link for one projection that computes both factors of a gated FFN."""
         width = h.shape[1]
         layouts = {
             "halves": ([0, width], (slice(0, width), slice(width, 2 * width)), 1),
@@ -223,11 +224,11 @@ class Dependence:
         x: list[Tensor],
         d: list[Tensor],
     ) -> Link:
-        """Which of two sides the nonlinearity gets: h is not linear in it.
+        """Determines which of two factors goes through the nonlinearity: h is not linear in it.
 
-        Euler: what is linear (and homogeneous) in x is x dh/dx. Where it holds for both sides (ReLU
-        is homogeneous, too), h / (x0 x1) depends on the sign of the gate alone. Where it holds for
-        neither, as of `(x1 + 1) act(x0)`, the gate is the side along which h curves.
+        Euler: what is linear (and homogeneous) in x equals x dh/dx. If that holds for both factors
+        (ReLU is homogeneous, too), h / (x0 x1) depends only on the sign of the gate. If it holds
+        for neither, as in `(x1 + 1) act(x0)`, the gate is the factor along which h curves.
         """
         h = features.detach()
         off = [float((x[i] * d[i] - h).abs().sum() / h.abs().sum()) for i in (0, 1)]
@@ -262,12 +263,12 @@ def _curves(h: Tensor, leaf: _Leaf, part: slice) -> bool:
 def _mixed(
     post: nn.Module, sources: list[_Leaf], reached: list[Tensor], chosen: Any
 ) -> Link | None:
-    """Features that follow from one projection's in the same sample, but not one by one."""
+    """Features that depend on one projection's output in the same sample, but not elementwise."""
     rows = torch.zeros(len(reached[0]), dtype=torch.bool, device=reached[0].device)
     rows[chosen[0]] = True
     if any(bool(hit[~rows].any()) for hit in reached):
         return None
-    why = "features are mixed in between, as by a normalization"
+    why = "features are mixed in between, for example by a normalization"
     return Link(Site(sources[0].module, "output"), post, None, "unclear", why)
 
 
@@ -278,7 +279,8 @@ def _rows(tensor: Tensor, module: nn.Module) -> Tensor:
 
 
 def _chosen(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of some elements, large ones, each of another row, from all over them."""
+    """Rows and columns of some large elements, each from a different row, spread over all of
+    them."""
     rows = torch.linspace(0, len(h) - 1, min(N_ELEMENTS, len(h))).long().unique().to(h.device)
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(len(rows), h.shape[1], generator=generator).to(h.device)
@@ -291,7 +293,8 @@ def _gradients(of: Tensor, leaves: list[_Leaf]) -> tuple[Any, ...]:
 
 
 def _only_at(reached: Tensor, chosen: tuple[Tensor, Tensor], offsets: list[int]) -> bool:
-    """Whether derivatives are at the chosen elements, moved by the offsets, and nowhere else."""
+    """Whether derivatives are nonzero at the chosen elements, shifted by the offsets, and nowhere
+    else."""
     rows, columns = chosen
     if int(columns.max()) + max(offsets) >= reached.shape[1]:
         return False

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other; a run of one process has only itself to ask."""
+"""Communication between the processes of a run, which may be a single one."""
 
 import itertools
 import pickle
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Before any process group exists: its functions have the group as default argument. Imported later
-# (torch.compile's modules do so), they keep its threads alive into the end of the interpreter,
-# where a thread that lets go of a tensor aborts the process.
+# Imported before any process group exists, because its functions have the group as a default
+# argument. Imported later (as torch.compile's modules do), they keep the group's threads alive
+# until the interpreter exits, when a thread that frees a tensor aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -21,33 +21,32 @@ from torch.distributed import distributed_c10d
 from nerve.errors import NotGatheredError, StoreError
 
 BELIEVED_AFTER_S = 30.0
-"""How long a process that has left is waited for all the same: it may have come back, where whoever
-runs it has caught the error."""
+"""How long to keep waiting for a process that has left: it may return if its error was caught."""
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 0.05
 _PAUSE = 1 / 16
-"""Of the time that is waited already: so much later than it has come something is seen."""
+"""Polling interval as a fraction of the time waited so far, so that a result is noticed with at
+most this relative delay."""
 
 
 def rank() -> int:
-    """This process's place among them, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def n_processes() -> int:
-    """How many there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gathered(value: Any) -> list[Any]:
     """Every process's `value`, in the order of their ranks; all of them must call it.
 
-    It goes through the store of the group, so that nobody waits for a device. The first process,
-    which mostly has the store, is the last to return: it may end then, and the store with it.
+    It goes through the store of the process group, so that no one waits for a device. The first
+    process, which usually hosts the store, returns last: it may exit then, and the store with it.
 
     Raises:
-        NotGatheredError: where one of them has left, or does not come in the time that the group
-            gives it.
+        NotGatheredError: if one of them has left, or does not arrive within the group's timeout.
     """
     n, mine = n_processes(), rank()
     if n == 1:
@@ -55,10 +54,10 @@ def gathered(value: Any) -> list[Any]:
     with _reached():
         store = _store()
         number = store.add(f"gathered/{mine}", 1)
-        store.delete_key(f"left/{mine}")  # of an error that was caught
+        store.delete_key(f"left/{mine}")  # left by an error that was caught
         _put(store, f"gathered/{number}/{mine}", value)
         values = _taken(store, {other: f"gathered/{number}/{other}" for other in range(n)})
-        # All have come to this one, and have read the one before.
+        # All have arrived here, so they have read the previous values.
         store.delete_key(f"gathered/{number - 1}/{mine}")
         if mine == 0:
             _take(store, {other: f"read/{number}/{other}" for other in range(1, n)})
@@ -68,9 +67,9 @@ def gathered(value: Any) -> list[Any]:
 
 
 class Mailbox:
-    """Takes objects to process 0, which takes them when they are there: no process waits.
+    """Sends objects to process 0, which takes them when they have arrived: no process waits.
 
-    Every process must make its own at the same place among those that it makes.
+    Every process must create its mailboxes in the same order.
     """
 
     def __init__(self) -> None:
@@ -80,14 +79,14 @@ class Mailbox:
         self._n = 0
 
     def send(self, value: Any) -> None:
-        """Of another process: what process 0 takes next from it."""
+        """For other processes: sends the next object to process 0."""
         with _reached():
             _put(self._store, self._key(rank()), value)
         self._n += 1
 
     def take(self, *, wait: bool) -> list[Any] | None:
-        """Of process 0: what is next from each of the others, in their order; None where some of it
-        has not come, or after a wait for it, which raises as `gathered`."""
+        """For process 0: the next object of each other process, in order of rank; None if some have
+        not arrived. With `wait` it waits for them, and raises as `gathered` does."""
         keys = {other: self._key(other) for other in range(1, n_processes())}
         with _reached():
             if not wait and not self._store.check([*keys.values()]):
@@ -101,24 +100,24 @@ class Mailbox:
 
 
 def in_turns(hands: Sequence[Sequence[Any]]) -> list[Any]:
-    """What was dealt to the processes in turns, in its order."""
+    """Restores the order of what was dealt to the processes in turns."""
     turns = itertools.chain.from_iterable(itertools.zip_longest(*hands))
     return [item for item in turns if item is not None]
 
 
 def leave(error: BaseException) -> None:
-    """Tells the other processes, which may wait for this one, that an error ends its part."""
+    """Tells the other processes, which may wait for this one, that it stops with an error."""
     if n_processes() > 1:
-        with suppress(RuntimeError):  # of a store whose process has gone
+        with suppress(RuntimeError):  # from a store whose process has exited
             _put(_store(), f"left/{rank()}", f"{type(error).__name__}: {error}")
 
 
 @contextmanager
 def _reached() -> Iterator[None]:
-    """Says what it means where the store, which the first process has, cannot be reached."""
+    """Explains the error if the store, which the first process hosts, cannot be reached."""
     try:
         yield
-    except RuntimeError as error:  # those of torch.distributed are
+    except RuntimeError as error:  # errors of torch.distributed are of this type
         raise NotGatheredError(
             "The processes of a run must all continue together; the first process cannot be "
             f"reached or has ended without an error message: {str(error).splitlines()[0]}"
@@ -126,10 +125,10 @@ def _reached() -> Iterator[None]:
 
 
 def _taken(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
-    """What is at the keys, each of a process, once all of it has come.
+    """The values of the keys, one per process, once all have arrived.
 
-    The wait is made of short ones: within one, torch lets no signal through, and would wait as long
-    for a process that has gone.
+    The wait consists of short ones: during a wait, torch lets no signal through, and it would wait
+    in full for a process that has exited.
     """
     began, within_s = time.monotonic(), _timeout_of(store).total_seconds()
     while not store.check([*keys.values()]):
@@ -141,7 +140,7 @@ def _taken(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
 
 
 def _take(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
-    """The same, and it is there no longer."""
+    """The same as `_taken`, and removes the values."""
     values = _taken(store, keys)
     for key in keys.values():
         store.delete_key(key)
@@ -149,8 +148,8 @@ def _take(store: dist.Store, keys: Mapping[int, str]) -> list[Any]:
 
 
 def _require_there(store: dist.Store, keys: Mapping[int, str], *, is_over: bool) -> None:
-    """Raises `NotGatheredError` where a process that is waited for has left; `is_over` where it is
-    too late for those that have not."""
+    """Raises `NotGatheredError` if a process that is waited for has left; with `is_over`, also if
+    one has not arrived."""
     missing = [other for other, key in keys.items() if not store.check([key])]
     for other in missing:
         if store.check([f"left/{other}"]):
@@ -172,25 +171,26 @@ def _put(store: dist.Store, key: str, value: Any) -> None:
 
 
 def _store() -> dist.Store:
-    """Where the processes of the group met: it reaches each of them whatever they train on."""
+    """The store through which the processes met: it reaches all of them, whatever device they
+    use."""
     return dist.PrefixStore("nerve", distributed_c10d._get_default_store())
 
 
 def _timeout_of(store: dist.Store) -> timedelta:
-    """What `init_process_group` was given, or torch's half an hour."""
+    """The timeout given to `init_process_group`, or torch's default of half an hour."""
     timeout: timedelta = store.timeout  # type: ignore[attr-defined] # missing in torch's stub
     return timeout
 
 
 def own_part(parts: Sequence[Any]) -> Any:
-    """Of what every process once gathered, this one's.
+    """This process's part of values that all processes once gathered.
 
     Raises:
-        StoreError: where there were more or fewer processes then.
+        StoreError: if the number of processes was different.
     """
     if len(parts) != n_processes():
         raise StoreError(
-            "A run must be resumed with as many processes as it began with; its checkpoint is of "
+            "A run must be resumed with its original number of processes; its checkpoint is of "
             f"{len(parts)} processes, now there are {n_processes()}. Start it with {len(parts)}: "
             "set CUDA_VISIBLE_DEVICES or the number of tasks of the job."
         )
@@ -198,11 +198,11 @@ def own_part(parts: Sequence[Any]) -> Any:
 
 
 def highest(value: int, device: torch.device) -> int:
-    """The highest of every process's `value`; all of them must call it.
+    """The maximum of every process's `value`; all of them must call it.
 
     Args:
-        value: this process's.
-        device: where the processes exchange tensors.
+        value: the value of this process.
+        device: the device on which the processes exchange tensors.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return value
@@ -212,10 +212,10 @@ def highest(value: int, device: torch.device) -> int:
 
 
 def add_up(tensor: Tensor) -> None:
-    """Makes every process's `tensor` the sum of all; all of them must call it."""
+    """Replaces every process's `tensor` by the sum over all; all of them must call it."""
     dist.all_reduce(tensor)
 
 
 def shared_from(owner: int, tensor: Tensor) -> None:
-    """Fills every process's `tensor` with that of `owner`; all of them must call it."""
+    """Copies `owner`'s `tensor` into that of every process; all of them must call it."""
     dist.broadcast(tensor, src=owner)

@@ -1,5 +1,5 @@
-"""The eigenproblems that a measurement leaves, of FFNs and of groups of samples and sites, and the
-spectra that solve them."""
+"""The eigenproblems of a measurement, of FFNs and of groups of samples and sites, and the spectra
+that solve them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,18 +15,18 @@ from nerve.spectra import Shares, eigenvalues, projected_eigenvalues, variance_o
 from nerve.spectra.metrics import OF_A_GROUP, OF_ONE_SPECTRUM, OF_TWO_SPECTRA
 
 TOO_FEW_SAMPLES = "too_few_samples"
-"""The status of what has fewer than two samples."""
+"""The status with fewer than two samples."""
 
 WHY_NULL: Mapping[str, Callable[[Tensor], bool]] = {
     "non_finite": lambda spectrum: not bool(torch.isfinite(spectrum).all()),
     "zero_variance": lambda spectrum: not bool(spectrum.sum() > 0),
 }
-"""Why nothing can be said of a spectrum, and whether it is so."""
+"""Reasons why a spectrum cannot be measured, each with a check."""
 
 
 @dataclass(frozen=True)
 class FFNSpectra:
-    """What one measurement says of one FFN.
+    """The result of one measurement for one FFN.
 
     Attributes:
         layer: index of the block, from 0.
@@ -36,12 +36,12 @@ class FFNSpectra:
         d_ff: hidden width, the number of eigenvalues.
         pre: eigenvalues before the nonlinearity, descending, float64 `[d_ff]`.
         post: eigenvalues after it, likewise.
-        precision: how the products of the covariances were taken; the coarser way of the two. A
-            name with `projected_` is that of the type whose rounding is left out of pre.
-        pre_shares, post_shares: what the mean, the farthest samples and positions have of the
-            features.
-        variance_outside: the share of post's variance outside the span of what pre can be; NaN
-            where no weight says what that is.
+        precision: how the products of the covariances were computed; the less precise of the two.
+            With `projected_`, it names the dtype whose rounding is left out of pre.
+        pre_shares, post_shares: the variance shares of the mean, the farthest samples and the
+            positions.
+        variance_outside: the share of post's variance outside the span that pre can reach; NaN if
+            no weight defines that span.
     """
 
     layer: int
@@ -58,8 +58,8 @@ class FFNSpectra:
 
     @cached_property
     def status(self) -> str:
-        """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`,
-        the last two with `_pre` or `_post` where it is one side alone."""
+        """`ok`, or why metrics are null: `too_few_samples`, `non_finite` or `zero_variance`, the
+        last two with `_pre` or `_post` if only one side is affected."""
         if self.n_samples < 2:
             return TOO_FEW_SAMPLES
         for reason, holds in WHY_NULL.items():
@@ -71,7 +71,7 @@ class FFNSpectra:
     def row(self) -> dict[str, Any]:
         """The measurement as columns of the `metrics` table; None where nothing can be measured.
 
-        What it takes is computed once, by whichever thread asks first.
+        It is computed once, by whichever thread asks first.
         """
         return {
             "layer": self.layer,
@@ -85,6 +85,14 @@ class FFNSpectra:
         }
 
     @cached_property
+    def pooled(self) -> list["GroupSpectrum"]:
+        """Pre and post over all samples, for comparison with groups and other sites."""
+        return [
+            GroupSpectrum(self.layer, self.ffn, site, POOLED, POOLED, self.n_samples, values)
+            for site, values in (("pre", self.pre), ("post", self.post))
+        ]
+
+    @cached_property
     def _metrics(self) -> dict[str, float | None]:
         values = {name: float(of(self.pre, self.post)) for name, of in OF_TWO_SPECTRA.items()}
         values["variance_outside"] = self.variance_outside
@@ -93,7 +101,7 @@ class FFNSpectra:
             for site, value in zip(sites, of_one(both, self.n_samples).tolist(), strict=True):
                 values[column.format(site=site)] = value
         for site, shares in zip(sites, (self.pre_shares, self.post_shares), strict=True):
-            # Where nothing varies, what there is of it is rounding.
+            # Without variance, the rest is rounding.
             varies = values[f"variance_{site}"] > 0
             values[f"largest_share_{site}"] = shares.largest if varies else math.nan
             values[f"top_share_{site}"] = shares.top if varies else math.nan
@@ -104,20 +112,20 @@ class FFNSpectra:
 
 @dataclass(frozen=True)
 class FFNEigenproblem:
-    """What a measurement accumulated of one FFN's features; `solve` gives their spectra.
+    """What a measurement accumulated for one FFN; `solve` returns its spectra.
 
-    Of each matrix the lower triangle counts. Its eigenvalues are (N - 1) times those of a
-    covariance; those that are not there are 0.
+    Only the lower triangle of each matrix counts. Its eigenvalues are (N - 1) times those of a
+    covariance; missing ones are 0.
 
     Attributes:
         layer, ffn, n_samples, d_in, d_ff, precision: as in `FFNSpectra`.
-        before: float64 `[k, k]`, k <= d_ff, of pre; or, where `of_input`, of the FFN's input,
+        before: float64 `[k, k]`, k <= d_ff, for pre; or, with `of_input`, for the FFN's input,
             `[d_in, d_in]`.
-        post: float64 `[k, k]`, of post.
+        post: float64 `[k, k]`, for post.
         shares: float64 `[2, 4]`, the `Shares` of pre and of post.
-        weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, where it can be read.
-        of_input: whether `before` is that of x, so that pre's is `W C_x W^T`.
-        post_samples: where `post` is their Gram matrix, the samples themselves, `[k, d_ff]`.
+        weight: W of pre = W x + b, `[d_ff, d_in]`, d_in < d_ff, if it can be read.
+        of_input: whether `before` is for x, so that the one for pre is `W C_x W^T`.
+        post_samples: if `post` is a Gram matrix, its samples, `[k, d_ff]`.
     """
 
     layer: int
@@ -134,7 +142,7 @@ class FFNEigenproblem:
     post_samples: Tensor | None = None
 
     def solve(self) -> FFNSpectra:
-        """Solves both eigenproblems where the tensors lie."""
+        """Solves both eigenproblems on the tensors' device."""
         degrees = self.n_samples - 1 if self.n_samples >= 2 else math.nan
         if self.of_input:
             assert self.weight is not None
@@ -166,13 +174,13 @@ class FFNEigenproblem:
 
 @dataclass(frozen=True)
 class GroupSpectrum:
-    """What one measurement says of the samples of one group at one site of an FFN.
+    """The result of one measurement for one group of samples at one site of an FFN.
 
     Attributes:
-        layer, ffn: of the FFN.
+        layer, ffn: the FFN.
         site: one of `nerve.metric_names.GROUP_SITES`.
-        grouping, group: of the samples; both `all` for all of them.
-        n_samples: how many.
+        grouping, group: the samples; both `all` for all of them.
+        n_samples: number of samples.
         eigenvalues: descending, float64 `[dim]`.
     """
 
@@ -192,7 +200,7 @@ class GroupSpectrum:
         return next((why for why, holds in WHY_NULL.items() if holds(self.eigenvalues)), "ok")
 
     def row(self) -> dict[str, Any]:
-        """The spectrum as columns of the `groups` table; None where nothing can be measured. As of
+        """The spectrum as columns of the `groups` table; None where nothing can be measured. As in
         `FFNSpectra.row`, it is computed once."""
         return {
             "layer": self.layer,
@@ -216,14 +224,14 @@ class GroupSpectrum:
 
 @dataclass(frozen=True)
 class GroupEigenproblem:
-    """What a measurement accumulated of one group at one site; `solve` gives its spectrum.
+    """What a measurement accumulated for one group at one site; `solve` returns its spectrum.
 
     Attributes:
         layer, ffn, site, grouping, group, n_samples: as in `GroupSpectrum`.
         dim: number of features.
         matrix: float64 `[k, k]`, whose lower triangle counts; its eigenvalues are (N - 1) times
-            those of the covariance, or of that of the FFN's input where there is a `weight`.
-        weight: W where the features are pre = W x + b and the matrix is that of x.
+            those of the covariance, or of that of the FFN's input if there is a `weight`.
+        weight: W if the features are pre = W x + b and the matrix is for x.
     """
 
     layer: int
@@ -237,7 +245,7 @@ class GroupEigenproblem:
     weight: Tensor | None = None
 
     def solve(self) -> GroupSpectrum:
-        """Solves the eigenproblem where the tensors lie."""
+        """Solves the eigenproblem on the tensors' device."""
         if self.n_samples < 2:
             values = torch.full((self.dim,), math.nan, dtype=torch.float64)
         elif self.weight is not None:
@@ -246,12 +254,3 @@ class GroupEigenproblem:
             values = eigenvalues(self.matrix, self.dim).cpu() / (self.n_samples - 1)
         place = (self.layer, self.ffn, self.site, self.grouping, self.group)
         return GroupSpectrum(*place, self.n_samples, values)
-
-
-def pooled_spectra(spectra: FFNSpectra) -> list[GroupSpectrum]:
-    """Those of pre and post of an FFN, of all samples, to stand beside groups and other sites."""
-    place = (spectra.layer, spectra.ffn)
-    return [
-        GroupSpectrum(*place, site, POOLED, POOLED, spectra.n_samples, values)
-        for site, values in (("pre", spectra.pre), ("post", spectra.post))
-    ]

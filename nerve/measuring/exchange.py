@@ -1,4 +1,4 @@
-"""What several processes accumulated, brought to the ones that solve it, in few collectives."""
+"""Sends what several processes accumulated to the ones that solve it, in few collectives."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ from nerve.spectra.shares import Distances
 from nerve.spectra.triangle import lower_blocks
 
 MOST_BYTES = 2**30
-"""What one collective takes of the device for its copies."""
+"""Maximum device memory for the copies of one collective."""
 
 
 class OfCovariance(NamedTuple):
-    """A covariance that one process gets the samples of all for.
+    """A covariance for which one process receives the samples of all.
 
     Attributes:
-        covariance: this process's; it may have seen no samples.
-        to: the process that gets them.
-        tallies: every process's own, in any order.
+        covariance: this process's; it may have no samples.
+        to: the process that receives the samples.
+        tallies: those of every process, in any order.
     """
 
     covariance: StreamingCovariance
@@ -34,17 +34,17 @@ class OfCovariance(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Samples of all processes."""
+        """Number of samples over all processes."""
         return sum(tally.n for tally in self.tallies)
 
 
 class OfShares(NamedTuple):
-    """Shares that one process gets the samples of all for.
+    """Shares for which one process receives the samples of all.
 
     Attributes:
-        shares: this process's; they may have seen no samples.
-        to: the process that gets them.
-        counts: `n` of every process that has seen samples, in any order.
+        shares: this process's; they may have no samples.
+        to: the process that receives the samples.
+        counts: `n` of every process that has samples, in any order.
         n_positions: their `n_positions`.
     """
 
@@ -55,27 +55,27 @@ class OfShares(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Samples of all processes."""
+        """Number of samples over all processes."""
         return sum(self.counts)
 
     @property
     def longest(self) -> int:
-        """The positions that all have; one process without any leaves none to the others."""
+        """The positions that all have; a process without any reduces them to none."""
         return max(self.n_positions) if min(self.n_positions) else 0
 
     @property
     def n_candidates(self) -> int:
-        """The most that one process holds."""
+        """The largest number that one process holds."""
         return max(self.shares.n_candidates(count) for count in self.counts)
 
 
 def exchange(covariances: Sequence[OfCovariance], shares: Sequence[OfShares]) -> None:
-    """Gives each of them to the process that it goes to, with the samples of all processes.
+    """Reduces each of them to its process, with the samples of all processes.
 
-    Every process must call it, with the same ones in the same order. What the other processes hold
-    afterwards means nothing, but for `n_samples` and `precision`, and shares take no more samples.
-    No process waits for its device: one collective for all means, one for all candidates, and for
-    each process that gets something one for all that is added up, unless that exceeds `MOST_BYTES`.
+    Every process must call it, with the same items in the same order. Afterwards the values in the
+    other processes are meaningless, except for `n_samples` and `precision`, and shares accept no
+    more samples. No process waits for its device: there is one collective for all means, one for
+    all candidates, and one sum for each receiving process, or several if it exceeds `MOST_BYTES`.
     """
     with torch.inference_mode(False), torch.no_grad():
         moments = [each.covariance.moments() for each in covariances]
@@ -104,7 +104,7 @@ class _About(NamedTuple):
     """Distances of one process's samples from the mean of all.
 
     Attributes:
-        mean, square, positions: as of `SampleShares`; the last two become those of all samples.
+        mean, square, positions: as in `SampleShares`; the last two become those of all samples.
         mine: the reach, and the distances of the candidates, as many as any process has.
     """
 
@@ -115,7 +115,7 @@ class _About(NamedTuple):
 
 
 def _about(each: OfShares, mean: Tensor, sums: list[Tensor]) -> _About:
-    """Those from `mean`; what of it is added up is put to `sums`."""
+    """The distances from `mean`; what must be summed over processes is added to `sums`."""
     square = each.shares.square_about(mean)
     farthest, reach, positions = each.shares.about(mean)
     farthest = torch.nn.functional.pad(farthest, (0, each.n_candidates - len(farthest)))
@@ -135,7 +135,7 @@ def _of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _add_up_at(to: int, tensors: Sequence[Tensor]) -> None:
-    """Makes tensors of process `to` the sums over all processes."""
+    """Replaces tensors of process `to` by the sums over all processes."""
     for some in _within(MOST_BYTES, tensors):
         flat = _flat(some, some[0].device)
         dist.reduce(flat, to)
@@ -145,7 +145,7 @@ def _add_up_at(to: int, tensors: Sequence[Tensor]) -> None:
 
 
 def _of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those of every process, one a row."""
+    """The tensors of every process, one row per process."""
     if not tensors:
         return []
     flat = _flat(tensors, tensors[0].device)
@@ -156,7 +156,7 @@ def _of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _within(most_bytes: int, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """All of them in their order, in lists that take at most so much, or have one."""
+    """All tensors in order, in lists of at most `most_bytes`, or of one tensor."""
     some: list[Tensor] = []
     n_bytes = 0
     for tensor in tensors:

@@ -1,7 +1,7 @@
 """Which of the FFNs that a forward pass has shown are experts, and which experts it has not shown.
 
-Experts are the matrices of two stacked parameters, or the modules of a list that gets its tokens
-dealt out. One pass may leave some of them without tokens; they are as the others are.
+Experts are the matrices of two stacked parameters, or the modules of a list among which its tokens
+are distributed. Some may get no tokens in one pass; they are taken to be like the others.
 """
 
 from collections import Counter, defaultdict
@@ -22,9 +22,9 @@ class Experts(NamedTuple):
     """Experts that share the tokens of one mixture.
 
     Attributes:
-        links: of each expert, those that got no token as well.
-        labels: by which they are told apart, such as their numbers.
-        mixture: the module whose tokens they get.
+        links: one for each expert, including those without tokens.
+        labels: what distinguishes them, such as their numbers.
+        mixture: the module whose tokens they receive.
     """
 
     links: list[Link]
@@ -37,7 +37,7 @@ class Experts(NamedTuple):
         return [module for link in self.links for module in link.modules]
 
     def ffns(self, place: Place) -> list[FFNAdapter]:
-        """One FFN for each; all their samples are pooled under the name of the place."""
+        """One FFN for each expert; their samples are pooled under the name of the place."""
         single = place.name.removesuffix("s") if place.name.endswith("experts") else place.name
         return [
             FFNAdapter(
@@ -55,7 +55,7 @@ class Experts(NamedTuple):
 
 
 def grouped(tree: Tree, seen: Seen, links: Iterable[Link]) -> list[Link | Experts]:
-    """The links in the order in which they appeared, those of experts together as one."""
+    """The links in order of appearance, with experts that belong together merged into one item."""
     groups: dict[Any, list[Link]] = defaultdict(list)
     for link in links:
         groups[_key(tree, seen, link)].append(link)
@@ -87,7 +87,7 @@ def _key(tree: Tree, seen: Seen, link: Link) -> tuple[Any, ...]:
 
 
 def _usual(links: Sequence[Link]) -> Link:
-    """One of the kind that most of them are; few tokens may leave it unclear."""
+    """A link of the most frequent kind; with few tokens a link may be unclear."""
     kinds = Counter(link.kind for link in links if link.kind != "unclear")
     kind = kinds.most_common(1)[0][0] if kinds else "unclear"
     return next(link for link in links if link.kind == kind)

@@ -1,4 +1,4 @@
-"""Whether post follows from pre with no matrix in between, as autograd records it."""
+"""Whether post depends on pre with no matrix in between, as recorded by autograd."""
 
 import re
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from nerve.measuring.ffns import Site, last, sample_of
 from nerve.measuring.tap import plain
 
 ENOUGH = 64
-"""With so many samples an FFN is known; fewer may look like what they are not."""
+"""With this many samples an FFN is known; with fewer, dependence may be misjudged."""
 
 _ROWS = 512
-"""How many samples tell a factor from a nonlinearity, at least."""
+"""Minimum number of samples that distinguish a factor from a nonlinearity."""
 
 Way = Literal["directly", "through a matrix", "not at all"]
 
@@ -25,16 +25,16 @@ _MATRIX = re.compile(r"mm(back|$)|(?<!non)linear|convolution|matmul|attention|do
 
 
 class Following:
-    """Lets autograd record what happens between pre and post of each FFN, until it is known: at its
-    first run, and where that was of few samples at those that follow.
+    """Lets autograd record what happens between pre and post of each FFN until it is known: in its
+    first run, and, if that had few samples, in later ones.
 
-    Gradients are off elsewhere: they are turned on when pre appears and off when post is there.
-    Where a model trains, its own graph is looked at. Inference mode does not allow for that, and is
-    left for the forward passes that it takes; of compiled code nothing can be seen.
+    Gradients are otherwise off: they are turned on when pre appears and off when post is there. In
+    training, the model's own graph is inspected. Inference mode does not allow recording and is
+    left for the forward passes that need it; compiled code cannot be inspected.
 
     Args:
-        described: indices of the FFNs for which inference mode is left: those that are not modules
-            of the model, which says itself what they are.
+        described: indices of the FFNs for which inference mode is left: those that are described
+            by the caller and not modules of the model itself.
     """
 
     def __init__(self, described: Iterable[int]) -> None:
@@ -44,7 +44,7 @@ class Following:
         self._outside: Any = None
 
     def start_forward(self) -> None:
-        """Leaves inference mode, where there is an FFN that is not known."""
+        """Leaves inference mode if there is an FFN that is not known."""
         if torch.is_inference_mode_enabled() and not self._described <= self._known:
             self._outside = torch.inference_mode(False)
             self._outside.__enter__()
@@ -57,13 +57,14 @@ class Following:
         return bool(self._recording)
 
     def begin(self, index: int, tensor: Any, where: str) -> tuple[Any, bool]:
-        """What the model goes on with in place of pre, and whether it is another tensor: one that
-        autograd records from now on, where that was never seen and does not disturb.
+        """The tensor with which the model continues in place of pre, and whether it is a new one:
+        one that autograd records from now on, if the FFN is unknown and recording does not
+        interfere.
 
         Args:
-            index: of the FFN.
-            tensor: what holds pre.
-            where: for messages.
+            index: the index of the FFN.
+            tensor: the tensor that holds pre.
+            where: the FFN, for messages.
         """
         if (
             torch.compiler.is_compiling()
@@ -79,23 +80,23 @@ class Following:
         return given.requires_grad_().clone(), True
 
     def recorded(self, index: int, tensor: Tensor) -> Tensor | None:
-        """`tensor`, which holds pre, where what follows from it is to be checked."""
+        """`tensor`, which holds pre, if what depends on it is to be checked."""
         if torch.compiler.is_compiling() or index in self._known or tensor.grad_fn is None:
             return None
         return tensor
 
     def end(self, index: int, pre: Tensor | None, post: Any, site: Site, where: str) -> bool:
-        """Checks that post follows from pre; whether autograd has recorded it for that alone.
+        """Checks that post depends on pre; returns whether autograd was recording only for that.
 
         Args:
             index: of the FFN.
-            pre: as `recorded` gave it.
-            post: what holds post.
-            site: of pre.
-            where: for messages.
+            pre: the result of `recorded`.
+            post: the tensor that holds post.
+            site: the site of pre.
+            where: the FFN, for messages.
 
         Raises:
-            MeasurementError: where it does not, or where pre is what it is multiplied with.
+            MeasurementError: if it does not, or if pre is the factor that multiplies.
         """
         is_ours = not torch.compiler.is_compiling() and index in self._recording
         if is_ours:
@@ -110,7 +111,7 @@ class Following:
         return is_ours
 
     def finish_forward(self) -> None:
-        """Ends a forward pass that came to its end."""
+        """Ends a forward pass that completed."""
         if self._recording:
             torch.set_grad_enabled(False)
         if self._outside is not None:
@@ -121,20 +122,20 @@ class Following:
     def forget(self) -> None:
         """Ends a forward pass, however it went.
 
-        Gradients stay: whatever turned them off has turned them on again where an error has led
-        here, and else the forward pass was finished.
+        The gradient mode is left alone: after an error, whatever turned gradients off has turned
+        them on again, and otherwise the forward pass was finished.
         """
         self._recording.clear()
         self._outside = None
 
 
 _OPEN: list[Any] = []
-"""Inference modes that were left, and not yet entered again. One that an error has ended stays: to
-let go of it would enter it again."""
+"""Inference modes that were left and not yet reentered. One that an error has ended is kept:
+releasing it would reenter it."""
 
 
 def check_follows(pre: Tensor, post: Tensor, where: str) -> None:
-    """Raises `MeasurementError` unless autograd has recorded how post follows from pre, without a
+    """Raises `MeasurementError` unless autograd has recorded that post depends on pre without a
     matrix in between."""
     assert pre.grad_fn is not None
     way = way_from(pre.grad_fn, post)
@@ -147,15 +148,15 @@ def check_follows(pre: Tensor, post: Tensor, where: str) -> None:
 
 
 def check_is_no_factor(pre: Tensor, post: Tensor, site: Site, where: str) -> None:
-    """Raises `MeasurementError` where pre is the side of a gated FFN that multiplies.
+    """Raises `MeasurementError` if pre is the factor of a gated FFN that multiplies.
 
     Args:
-        pre: what the module of `site` gives or gets, recorded by autograd.
-        post: what follows from it.
-        site: of pre.
-        where: for messages.
+        pre: the input or output of the module of `site`, recorded by autograd.
+        post: what depends on it.
+        site: the site of pre.
+        where: the FFN, for messages.
     """
-    # Of a fused projection another part is a factor; rounding to 16 bits would look like one.
+    # In a fused projection another part is a factor; rounding to 16 bits would look like one.
     is_whole = site.part == slice(None) and pre.numel() == post.numel() > 0
     if is_whole and pre.dtype.itemsize > 2 and is_factor(pre, post, site.feature_axis):
         raise MeasurementError(
@@ -165,9 +166,9 @@ def check_is_no_factor(pre: Tensor, post: Tensor, site: Site, where: str) -> Non
 
 
 def way_from(node: torch.autograd.graph.Node, features: Tensor) -> Way:
-    """How `features` follow from what `node` gave: without a matrix in between, or through one.
+    """How `features` depend on the output of `node`: without a matrix in between, or through one.
 
-    A linear upsampling would pass for a matrix; no FFN has one between its sides.
+    A linear upsampling would count as a matrix; no FFN has one between pre and post.
     """
     if features.grad_fn is None:
         return "not at all"
@@ -198,13 +199,13 @@ def _next(node: torch.autograd.graph.Node) -> Iterable[torch.autograd.graph.Node
 
 
 def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
-    """Whether `features` are the product of `side` with something else, as the ungated side of a
-    gated FFN: linear in it, element by element, by a slope that does not depend on it.
+    """Whether `features` are the product of `side` with something else, like the ungated factor of
+    a gated FFN: linear in it, elementwise, with a slope that does not depend on it.
 
     Args:
-        side: recorded by autograd, of 32 bits or more: rounding to 16 would look like it.
-        features: what follows from it, in the same shape or flattened.
-        axis: holds the features of `side`.
+        side: recorded by autograd, in 32 bits or more: rounding to 16 would look like a factor.
+        features: what depends on it, in the same shape or flattened.
+        axis: the axis that holds the features of `side`.
     """
     assert side.grad_fn is not None
     with torch.enable_grad():
@@ -216,13 +217,13 @@ def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
     if not bool(h.isfinite().all()):
         return False
     is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
-    # As of a ReLU that is written as a clamp, whose derivative no graph has.
+    # For example a ReLU written as a clamp, whose derivative is in no graph.
     is_cut = not bool(slope[x < 0].any())
     return is_linear and not is_cut and not decides(x, x, h)
 
 
 def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
-    """Whether `h / product` is one number for each sign of `side`, feature by feature."""
+    """Whether `h / product` is a single number for each sign of `side`, feature by feature."""
     usable = product.abs() > product.abs().mean() * 1e-2
     ratio = torch.where(usable, h / product, torch.nan)
     for sign in (side > 0, side < 0):

@@ -1,4 +1,4 @@
-"""Running a model that is measured."""
+"""Runs a model that is being measured."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,20 +14,20 @@ from nerve.measuring.tap import Taker, looking
 
 @contextmanager
 def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
-    """The model in eval mode, without gradients, uncompiled, with plain tensors, out of inference
-    mode, which would keep autograd from showing what follows from what; after it as it was.
+    """Puts the model in eval mode, without gradients, uncompiled, with plain tensors, outside of
+    inference mode (which would keep autograd from recording dependence); restores it afterwards.
 
     Args:
         model: the model.
-        taker: what may take features meanwhile, beside what begins to; others pause.
+        taker: the taker that may continue, besides those that start; others pause.
     """
     modes = {module: module.training for module in model.modules()}
-    # Autograd may record what happens to features: not to weights, which a forward may overwrite.
-    # Those of inference mode take part in no graph, whatever they say.
+    # Autograd may record operations on features, but not on weights, which a forward may overwrite.
+    # Weights created in inference mode take part in no graph, whatever their flag says.
     trained = [
         each for each in model.parameters() if each.requires_grad and not each.is_inference()
     ]
-    # nn.TransformerEncoder's own way past its modules, with nested tensors where there is padding.
+    # nn.TransformerEncoder's fast path bypasses its modules, with nested tensors for padding.
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     try:
@@ -37,7 +37,7 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
         with torch.inference_mode(False), torch.no_grad(), _uncompiled(), looking(taker):
             yield
     finally:
-        # First what cannot fail: within torch.func parameters refuse.
+        # First what cannot fail: within torch.func, setting flags of parameters fails.
         for module, training in modes.items():
             module.training = training
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -46,16 +46,17 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """Code that was compiled before knows no probe; without its compiler nothing is compiled."""
+    """Turns compiled code off, because code compiled earlier ignores the probe; does nothing if the
+    compiler is not loaded."""
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def call(model: nn.Module, batch: Any) -> object:
-    """Runs a model on a batch; the entries of a mapping are its arguments.
+    """Calls a model with a batch; the entries of a mapping are its keyword arguments.
 
     Raises:
-        MeasurementError: where the model does not take a mapping or a tuple so.
+        MeasurementError: if the model does not accept a mapping or a tuple this way.
     """
     if not isinstance(batch, Mapping | tuple | list):
         return model(batch)

@@ -1,4 +1,4 @@
-"""What a caller gives in Python: refused where it is of another kind than its place takes."""
+"""Checks arguments given in Python, and refuses those of the wrong kind."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -10,7 +10,7 @@ from nerve.config import require, require_count
 from nerve.measuring.ffns import FFN
 
 Loaded = nn.Module | Callable[[], nn.Module]
-"""A model, or what loads it."""
+"""A model, or a function that loads it."""
 
 _FUNCTIONS = {
     "mask": "mask=lambda batch: batch[...] != padding",
@@ -39,11 +39,11 @@ def check_given(
     exclude: Collection[int] = (),
     layers: Sequence[int] | None = None,
 ) -> None:
-    """Checks what is given to be called or looked through, as `nerve.measure` takes it; `layers` of
-    a monitor are the ones to look for, beside which there are no `ffns`.
+    """Checks arguments that are called or iterated over, as `nerve.measure` takes them; `layers` of
+    a monitor select layers to search, and exclude `ffns`.
 
     Raises:
-        ConfigError: for what is of another kind.
+        ConfigError: for an argument of the wrong kind.
     """
     for key, value in (("mask", mask), ("forward", forward)):
         require(
@@ -74,11 +74,11 @@ def check_given(
 
 
 def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
-    """The series that `measure` was given, checked: a list at once, an iterator as it goes.
+    """The series that `measure` was given, checked: a list at once, an iterator while iterating.
 
     Raises:
-        ConfigError: for what is no model and no series, an item that is no step and its model, or a
-            step that is there twice.
+        ConfigError: for what is neither a model nor a series, an item that is not a step and its
+            model, or a duplicate step.
     """
     if isinstance(model, nn.Module):
         return [(step, model)]
@@ -107,18 +107,18 @@ def series_of(model: Any, step: int) -> Iterable[tuple[int, Loaded]]:
         known.add(item[0])
         return item[0], item[1]
 
-    items = map(checked, model)  # holds no item, so that a model can go before the next
+    items = map(checked, model)  # keeps no item, so that a model can be freed before the next
     return list(items) if isinstance(model, Sequence) else items
 
 
 def check_batches(batches: Any) -> None:
-    """Raises `ConfigError` for one batch in place of several."""
+    """Raises `ConfigError` if a single batch is given instead of several."""
     require(
         not isinstance(batches, Tensor | Mapping | str),
         f"batches must be a list of batches; got one, a {type(batches).__name__}. Give [batch].",
     )
     if isinstance(batches, tuple | list) and all(isinstance(each, Tensor) for each in batches):
-        # A list may well have batches of several shapes, a tuple is what loaders give.
+        # A list may contain batches of several shapes; a tuple is what loaders yield.
         is_tuple = isinstance(batches, tuple)
         kinds = {(each.is_floating_point(), each.ndim if is_tuple else 0) for each in batches}
         require(
@@ -131,7 +131,7 @@ def check_batches(batches: Any) -> None:
 
 
 def told(value: object) -> str:
-    """A value as messages show it: what is short as it is, else its type."""
+    """A value as messages show it: itself if short, otherwise its type."""
     text = repr(value)
     kind = type(value).__name__
     return f"{kind} {text}" if isinstance(value, str | int | float) and len(text) < 60 else kind

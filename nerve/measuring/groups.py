@@ -1,7 +1,7 @@
-"""Groups of samples: by position in the sequence, by how often the token occurs, by halves.
+"""Groups of samples: by position in the sequence, by token frequency, by halves.
 
 The samples of a forward pass are divided on the host, once for all FFNs that share them: an index
-of rows for each group, of which the features of every FFN are then taken.
+of rows for each group, with which the features of every FFN are then selected.
 """
 
 import logging
@@ -22,32 +22,32 @@ from nerve.metric_names import GROUPS
 log = logging.getLogger(__name__)
 
 REST = "rest"
-"""The group of the samples that count and are in no other; it has no row."""
+"""The group of the samples that count and are in no other group; it has no row."""
 
 OVERLAPPING = ("like_0",)
-"""Groups whose samples are in other groups of their grouping, too."""
+"""Groups whose samples are also in other groups of their grouping."""
 
 _COUNTED = -1
 _NOT_COUNTED = -2
 
 _EQUAL = {"position": ("q1", "q2", "q3", "q4"), "frequency": GROUPS["frequency"]}
-"""The groups that get equal numbers of samples in every forward pass. Halves differ by a sequence
-at most, and position 0 has one sample of each."""
+"""The groups that get equal numbers of samples in every forward pass. Halves differ by one sequence
+at most, and position 0 has one sample per sequence."""
 
 _GOLDEN = 0.6180339887498949
-"""Its multiples, without their whole parts, are spread evenly in [0, 1)."""
+"""The fractional parts of its multiples are spread evenly in [0, 1)."""
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """What is measured of the samples beside all of them.
+    """The groups that are measured in addition to all samples.
 
     Attributes:
         groupings: keys of `GROUPS`, each once.
-        token_counts: how often each token id occurs in the training text; needed for `frequency`.
+        token_counts: occurrences of each token id in the training text; needed for `frequency`.
 
     Raises:
-        MeasurementError: for another grouping, or `frequency` without counts.
+        MeasurementError: for an unknown grouping, or `frequency` without counts.
     """
 
     groupings: tuple[str, ...] = ()
@@ -68,8 +68,8 @@ class Grouped:
 
     @property
     def n_matrices(self) -> int:
-        """Covariances of each side of an FFN: of all groups, and what the first grouping leaves
-        out; without groups the one of all samples."""
+        """Number of covariances for each side of an FFN: those of all groups and the rest of the
+        first grouping; without groups, the one of all samples."""
         return sum(len(GROUPS[name]) for name in self.groupings) + 1
 
 
@@ -77,12 +77,12 @@ NOT_GROUPED = Grouped()
 
 
 class Division(NamedTuple):
-    """The rows of the samples of one forward pass, `[n_sequences · n_positions]` of them, that
-    each group of a grouping has.
+    """The rows of each group of a grouping, among the `[n_sequences · n_positions]` samples of one
+    forward pass.
 
     Attributes:
-        parts: those of groups that share no sample, `REST` among them; together all that count.
-        others: those of groups whose samples are in `parts`, too.
+        parts: rows of disjoint groups, including `REST`; together all samples that count.
+        others: rows of groups whose samples are in `parts`, too.
     """
 
     parts: dict[str, Int64[Tensor, " n"]]
@@ -90,10 +90,11 @@ class Division(NamedTuple):
 
 
 def frequency_classes(counts: Int64[Tensor, " vocab"]) -> Int64[Tensor, " vocab"]:
-    """The third of all occurrences that each token is in: 0 the most frequent tokens, 2 the least.
+    """The third of all occurrences that each token belongs to: 0 for the most frequent tokens, 2
+    for the least frequent.
 
-    A token belongs where the occurrences of more frequent ones end; of equally frequent tokens the
-    one with the lower id comes first. Tokens that never occur are in the last third.
+    A token is classified by where the occurrences of more frequent ones end; among equally frequent
+    tokens, the lower id comes first. Tokens that never occur are in the last third.
     """
     counts = counts.detach().to("cpu", torch.float64)
     order = counts.argsort(descending=True, stable=True)
@@ -109,9 +110,9 @@ class Divider:
     """Divides the samples of forward passes.
 
     Args:
-        grouped: how.
-        skip_first: positions at the beginning of each sequence that were left out; position 0 is
-            no group then.
+        grouped: the groups.
+        skip_first: number of positions skipped at the beginning of each sequence; position 0 is
+            then not a group.
     """
 
     def __init__(self, grouped: Grouped, skip_first: int = 0) -> None:
@@ -131,18 +132,18 @@ class Divider:
         """The rows of each group, by grouping, on the host.
 
         Args:
-            sizes: number of sequences and of positions, those that are skipped among them.
+            sizes: number of sequences and of positions, including skipped ones.
             mask: True for the samples that count, before any are skipped.
             ids: the tokens; needed for `frequency`.
-            first: number of the first sequence, of those that were measured before.
+            first: index of the first sequence, continuing from earlier forward passes.
             per_sequence: how many of `sizes[0]` belong to one sequence, such as the rows of an
                 image.
 
         Raises:
-            MeasurementError: for tokens that are not there, or of another shape.
+            MeasurementError: for missing tokens, or tokens of the wrong shape.
         """
         mask = torch.ones(sizes, dtype=torch.bool) if mask is None else mask.cpu()
-        # Padding may come first: positions count from the first sample that is none.
+        # Padding may come first: positions count from the first sample that is not padding.
         start = torch.where(mask.any(1), mask.int().argmax(1), 0)[:, None]
         position = torch.arange(sizes[1])[None]
         place = position - start
@@ -168,7 +169,8 @@ class Divider:
         return given
 
     def _quarters(self, place: Tensor, n_positions: int) -> Tensor:
-        """0 for position 0, then four equal parts of the others; these alone without it."""
+        """0 for position 0, then four equal parts of the other positions; only the latter if
+        position 0 is not a group."""
         first = max(self._skip_first, 1)
         quarter = ((place - first) * 4).div(max(n_positions - first, 1), rounding_mode="floor")
         quarter = quarter.clamp(0, 3)
@@ -182,18 +184,18 @@ class Divider:
                 f"{sizes}; got {'none' if ids is None else tuple(ids.shape)}. Give batches that "
                 "are mappings with input_ids, or leave frequency out of groups."
             )
-        # An id that was never counted is a rare one.
+        # An id that was never counted is rare.
         ids = ids.detach().cpu().long()
         known = (ids >= 0) & (ids < len(self._classes))
         return torch.where(known, self._classes[torch.where(known, ids, 0)], 2)
 
     def _rows(self, chosen: Bool[Tensor, "sequences positions"]) -> Int64[Tensor, " n"]:
-        """Their numbers among those that are not skipped."""
+        """The indices of the chosen samples among those that are not skipped."""
         return chosen[:, self._skip_first :].reshape(-1).nonzero()[:, 0]
 
 
 class GroupsOfFFNs:
-    """How the samples of each FFN are grouped, forward pass by forward pass.
+    """The grouping of each FFN's samples in each forward pass.
 
     Args:
         grouped, skip_first: as of `Divider`.
@@ -212,14 +214,14 @@ class GroupsOfFFNs:
     def start(
         self, ids: Tensor | Sequence[Tensor | None] | None, in_sequences: Sequence[bool] | None
     ) -> None:
-        """Takes what belongs to the forward pass that comes, as of `Chosen`."""
+        """Takes the data of the next forward pass, as in `Chosen`."""
         n = len(self._ffns)
         self._ids = [ids] * n if ids is None or isinstance(ids, Tensor) else ids
         self._in_sequences = [True] * n if in_sequences is None else in_sequences
         self._divisions.clear()
 
     def finish_forward(self) -> None:
-        """Ends one forward pass: the next one has other sequences."""
+        """Ends one forward pass: the next one has different sequences."""
         for index, n in enumerate(self._n_sequences_now):
             self._n_sequences[index] += n
             self._n_sequences_now[index] = 0
@@ -227,8 +229,9 @@ class GroupsOfFFNs:
     def of(
         self, index: int, features: Tensor, mask: Tensor | None, given: Tensor | None
     ) -> Mapping[str, Division] | None:
-        """By grouping, on the device of the features `[..., sequence, width]`; None where these are
-        of no sequences. `mask` is that of the samples, `given` as FFNs share it."""
+        """The divisions by grouping, on the device of the features `[..., sequence, width]`; None
+        if these are not sequences. `mask` is that of the samples, `given` the one that FFNs
+        share."""
         if not self._in_sequences[index]:
             self.leave_out(index)
             return None
@@ -254,7 +257,7 @@ class GroupsOfFFNs:
         return self._divisions[key]
 
     def leave_out(self, index: int) -> None:
-        """Says, once, of an FFN that it is not grouped."""
+        """Logs, once, that an FFN is not grouped."""
         _say_not_grouped(named(self._ffns[index]))
 
 
@@ -268,14 +271,14 @@ def _moved(division: Division, device: torch.device) -> Division:
 
 @cache
 def _say_not_grouped(where: str) -> None:
-    log.warning("%s is not grouped: its samples are no tokens in a known order", where)
+    log.warning("%s is not grouped: its samples are not tokens in a known order", where)
 
 
 def _one_other(
     counts: Bool[Tensor, "sequences positions"], place: Tensor, number: Tensor
 ) -> Bool[Tensor, "sequences positions"]:
-    """Of each sequence whose position 0 counts one other sample, at places that are spread over
-    the sequences evenly."""
+    """For each sequence whose position 0 counts, one other sample, at places spread evenly over the
+    sequences."""
     later = counts & (place > 0)
     n_later = later.sum(1, keepdim=True)
     chosen = (number * _GOLDEN % 1 * n_later).long() + 1
@@ -285,7 +288,7 @@ def _one_other(
 
 def _equalized(parts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """As many rows of each of these groups as the smallest of them has, evenly spread; the others
-    go to the rest."""
+    become part of the rest."""
     if not names:
         return parts
     least = min(len(parts[name]) for name in names)

@@ -15,25 +15,29 @@ counts all samples."""
 
 
 class Order(NamedTuple):
-    """How the tokens of a stream lie in an FFN's features.
+    """How the tokens of a stream are arranged in an FFN's features.
 
     Attributes:
-        n_sequences, n_positions: of the stream, as its mask has them.
-        batch_first: whether the features' samples go sequence by sequence.
+        n_sequences, n_positions: the sizes of the stream, as in its mask.
+        batch_first: whether the features are ordered sequence by sequence.
     """
 
     n_sequences: int
     n_positions: int
     batch_first: bool
 
+    def fits(self, features: Tensor) -> bool:
+        """Whether they are as many as the tokens."""
+        return features[..., 0].numel() == self.n_sequences * self.n_positions
+
     def sequences(self, features: Tensor, where: str) -> Tensor:
         """`[n_sequences, n_positions, width]` of features in this order, flattened or not.
 
         Raises:
-            MeasurementError: for another number of samples.
+            MeasurementError: if the number of samples differs.
         """
         sizes = (self.n_sequences, self.n_positions)
-        if features[..., 0].numel() != sizes[0] * sizes[1]:
+        if not self.fits(features):
             raise MeasurementError(
                 f"{where} received the tokens of one stream in the first batch; now its features "
                 f"have the shape {tuple(features.shape)} for {sizes[0]} sequences of {sizes[1]}."
@@ -44,7 +48,12 @@ class Order(NamedTuple):
 
 
 class UnknownOrder:
-    """The order of an FFN's tokens where nothing has shown it; none of them may come then."""
+    """The order of an FFN's tokens if it could not be determined; the FFN must then not receive
+    any."""
+
+    def fits(self, features: Tensor) -> bool:
+        """True: `sequences` says what is wrong with them."""
+        return True
 
     def sequences(self, features: Tensor, where: str) -> Tensor:
         """Raises `MeasurementError`: features have come."""
@@ -56,14 +65,14 @@ class UnknownOrder:
 
 
 Orders = Sequence[Order | UnknownOrder | None]
-"""For each FFN how its tokens lie; None where they are taken as they lie."""
+"""For each FFN the order of its tokens; None if they are used as they are."""
 
 
 def as_bool(mask: Tensor) -> Tensor:
     """A mask as bool: True for the samples that count.
 
     Raises:
-        MeasurementError: for other values than 0 and 1.
+        MeasurementError: for values other than 0 and 1.
     """
     if mask.dtype == torch.bool:
         return mask
@@ -78,18 +87,18 @@ def as_bool(mask: Tensor) -> Tensor:
 
 
 class Chosen(NamedTuple):
-    """Which samples of a forward pass count, and what is known of them; by default all do.
+    """Which samples of a forward pass count, and what is known about them; by default all count.
 
     Attributes:
         masks: True or 1 for the samples that count (False or 0: padding), in the shape of the
             features without their last dimension, or flattened as they are; one for all FFNs or
             one for each.
-        orders: for each FFN how the tokens of its stream lie in its features, where that is known;
-            its mask is then `[n_sequences, n_positions]`.
-        ids: the tokens that the samples are of, `[n_sequences, n_positions]`, of all FFNs or of
-            each; groups by frequency need them.
-        in_sequences: whether the samples of each FFN are those of sequences; those of others are
-            not grouped. None where all are.
+        orders: for each FFN, the order of its stream's tokens in its features, if known; its mask
+            is then `[n_sequences, n_positions]`.
+        ids: the tokens of the samples, `[n_sequences, n_positions]`, for all FFNs or for each;
+            groups by frequency need them.
+        in_sequences: for each FFN, whether its samples form sequences; otherwise they are not
+            grouped. None if all do.
     """
 
     masks: Masks = None
@@ -105,8 +114,7 @@ def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
     """The mask of each FFN.
 
     Raises:
-        MeasurementError: where an FFN has none, a mask belongs to none, or has other values than 0
-            and 1.
+        MeasurementError: if an FFN has no mask, or a mask has no FFN or values other than 0 and 1.
     """
     if masks is None or isinstance(masks, Tensor):
         each: list[Tensor | None] = [masks] * len(ffns)
@@ -133,10 +141,10 @@ def for_each(ffns: Sequence[FFN], masks: Masks) -> list[Tensor | None]:
 
 
 def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
-    """The mask in the shape of an FFN's samples: as it is, or flattened as they are.
+    """The mask in the shape of an FFN's samples: unchanged, or flattened like them.
 
     Raises:
-        MeasurementError: where it is of other samples.
+        MeasurementError: if it belongs to other samples.
     """
     if mask.shape == samples:
         return mask
@@ -150,7 +158,7 @@ def fitted(mask: Tensor, samples: torch.Size, ffn: FFN) -> Tensor:
 
 
 def _is_flattened(sizes: list[int], flat: list[int]) -> bool:
-    """Whether neighbors among `sizes` multiplied give `flat`."""
+    """Whether multiplying neighbors among `sizes` gives `flat`."""
     for size in flat:
         product = sizes.pop(0) if sizes else 0
         while product < size and sizes:

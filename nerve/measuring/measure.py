@@ -1,4 +1,4 @@
-"""A model and batches to the spectra of each of its FFNs, in one go."""
+"""From a model and batches to the spectra of each of its FFNs, in one call."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -54,17 +54,17 @@ def spectra_of(
     progress: Progress,
     give: Callable[[Any, object], None],
 ) -> tuple[list[FFNSpectra], list[GroupSpectrum]]:
-    """The spectra of a model's FFNs over batches, solved, and those of groups and sites.
+    """The solved spectra of a model's FFNs over batches, and those of groups and sites.
 
     Args:
-        model, batches, ffns, memory: as `nerve.measure` takes them.
-        how: what else it takes.
-        progress: told of batches and eigenproblems.
-        give: gets each batch once, with what the model returned.
+        model, batches, ffns, memory: as in `nerve.measure`.
+        how: its other arguments.
+        progress: receives the progress of batches and eigenproblems.
+        give: receives each batch once, with the output of the model.
 
     Raises:
         MeasurementError: for a model without FFNs, no batches, or features, masks or descriptions
-            that are not what they are said to be.
+            that are inconsistent.
     """
     with evaluating(model), ExitStack() as stack:
         first: list[Any] = []
@@ -83,7 +83,7 @@ def spectra_of(
         pools: Pools = {}
         spectra: list[FFNSpectra] = []
         groups: list[GroupSpectrum] = []
-        # In each pass the model does the same, also where experts are not those of the pass.
+        # The model behaves the same in each pass, even for experts outside of the pass.
         for products in products_of(sites_of(ffn) for ffn in ffns):
             for handle in products.install(lambda: True):
                 stack.callback(handle.remove)
@@ -115,9 +115,9 @@ def spectra_of(
 
 
 def _found(model: nn.Module, batch: Any, how: How) -> FoundFFNs:
-    """The FFNs that a forward pass shows, which are said, and what might be one, too."""
+    """The FFNs that a forward pass shows; logs them and candidates that may be FFNs."""
     found = find_ffns(model, batch, forward=how.forward)
-    log.info("FFNs to measure:\n%s", str(found))  # a kept record would keep the model
+    log.info("FFNs to measure:\n%s", str(found))  # a stored log record would keep the model
     for line in found.unclear:
         log.warning("not measured; if it is an FFN, describe it by hand: %s", line)
     return found
@@ -152,7 +152,7 @@ def _run(
 
 
 def _told(batches: Iterable[Any], what: str, progress: Progress) -> Iterator[Any]:
-    """The batches, of which `progress` is told."""
+    """The batches, reporting to `progress`."""
     n_batches = len(batches) if isinstance(batches, Sized) else None
     for done, batch in enumerate(batches):
         progress(what, done, n_batches)
@@ -160,14 +160,14 @@ def _told(batches: Iterable[Any], what: str, progress: Progress) -> Iterator[Any
 
 
 def frame_of(spectra: Iterable[FFNSpectra]) -> pd.DataFrame:
-    """One row an FFN, with the column `outliers`."""
+    """One row per FFN, with the column `outliers`."""
     rows = pd.DataFrame([each.row() for each in spectra])
     rows = rows.astype({name: float for name in rows if rows[name].isna().all()})
     return rows.assign(outliers=outliers(rows))
 
 
 def _first_of(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
-    """The first batch, if there is one, and all of them."""
+    """The first batch, if any, and an iterable of all batches."""
     iterator = iter(batches)
     first = list(islice(iterator, 1))
     return first, chain(first, iterator) if iterator is batches else batches
@@ -176,7 +176,7 @@ def _first_of(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
 def _of_some(
     mask: Callable[[Any], Masks] | None, ffns: Sequence[FFN], indices: Sequence[int]
 ) -> Callable[[Any], Masks] | None:
-    """The masks of some of the FFNs, of what gives those of all."""
+    """A mask function for some of the FFNs, given one for all."""
 
     if mask is None or len(indices) == len(ffns):
         return mask

@@ -28,18 +28,19 @@ class Measurement:
         probe: taps the FFNs to measure; installed by the caller.
         shortcut: whether pre may be computed from the covariance of the FFN's input, C_pre =
             W C_x Wᵀ, where that is as exact and cheaper (float32 and float64 features); `projected`
-            does so of 16-bit features as well and leaves their own rounding out, where it has less
-            than 5e-5 of the variance; where it has more, pre itself is taken.
-        skip_first: leaves out so many positions at the beginning of each sequence.
-        grouped: groups of the samples that are measured by themselves, too.
-        sites: what is measured around the FFNs, some of `nerve.metric_names.AROUND`; the probe must
-            tap them, but for `input`.
-        pools: by layer and name those of an earlier measurement, which go on; new ones are added.
-        open_pools: layer and name of those that a later measurement goes on with: they have no
+            does so for 16-bit features, too, leaving out their own rounding if that is less than
+            5e-5 of the variance; otherwise pre itself is used.
+        skip_first: number of positions to skip at the beginning of each sequence.
+        grouped: groups of the samples that are measured separately, too.
+        sites: the sites to measure around the FFNs, some of `nerve.metric_names.AROUND`; the probe
+            must tap them, except for `input`.
+        pools: by layer and name, the pools of an earlier measurement, which are continued; new
+            ones are added.
+        open_pools: layer and name of pools that a later measurement continues: they have no
             eigenproblem yet.
 
     Raises:
-        MeasurementError: for a `skip_first` that is no whole number from 0 on.
+        MeasurementError: for a `skip_first` that is not a nonnegative integer.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Measurement:
         self._is_pooled = False
 
     def start(self, chosen: Chosen = ALL) -> None:
-        """Measures forward passes from now on, of their samples those that count.
+        """Starts measuring forward passes, with the samples that count.
 
         Raises:
-            MeasurementError: for a mask with other values, or one that belongs to no FFN.
+            MeasurementError: for a mask with values other than 0 and 1, or one without an FFN.
         """
         self._samples.start(chosen)
         self._probe.start(self._accumulate, self._take_site if self._sites else None)
@@ -90,24 +91,24 @@ class Measurement:
         self._samples.finish_forward()
 
     def require_positions(self) -> None:
-        """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
+        """Raises `MeasurementError` if `skip_first` leaves no position of any sequence."""
         self._samples.require_positions()
 
     def reduce(self) -> None:
-        """Makes the measurement that of all processes' samples together: each process then has the
-        eigenproblems of its share.
+        """Combines the samples of all processes; each process then has the eigenproblems of its
+        share.
 
-        Every process must call it; one may have measured nothing.
+        Every process must call it, even one that has measured nothing.
         """
         self._n_forwards = reduce(self._rows(), self._n_forwards)
 
     def eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[FFNEigenproblem]:
-        """What is left to solve: one eigenproblem for each FFN, in the order given, and one for
-        each pool, after its last FFN.
+        """The eigenproblems to solve: one for each FFN, in the order given, and one for each pool,
+        after its last FFN.
 
         Args:
-            share, n_shares: of several processes, which one takes its share: every `n_shares`-th
-                eigenproblem, from number `share` on.
+            share, n_shares: selects every `n_shares`-th eigenproblem, starting with number `share`,
+                as the share of one of several processes.
 
         Raises:
             MeasurementError: if nothing was measured.
@@ -115,7 +116,7 @@ class Measurement:
         return eigenproblems(self._rows()[share::n_shares], self._n_forwards)
 
     def group_eigenproblems(self, share: int = 0, n_shares: int = 1) -> list[GroupEigenproblem]:
-        """What is left to solve of groups and sites, of the same FFNs. Arguments as of
+        """The eigenproblems of groups and sites of the same FFNs. The arguments are those of
         `eigenproblems`."""
         if not self._has_parts:
             return []
@@ -123,7 +124,7 @@ class Measurement:
         return [problem for each in mine for problem in each.group_eigenproblems()]
 
     def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
-        """Solves the eigenproblems, one after the other. Raises as `eigenproblems`."""
+        """Solves the eigenproblems, one after the other. Raises as `eigenproblems` does."""
         eigenproblems = self.eigenproblems()
         solved: list[FFNSpectra] = []
         for eigenproblem in eigenproblems:
@@ -147,11 +148,12 @@ class Measurement:
         return "input" in self._sites and self._probe.sites[index][0].of == "output"
 
     def _take_site(self, index: int, name: str, features: Tensor) -> None:
-        """Adds what there is at a site around an FFN."""
+        """Adds the features of a site around an FFN."""
         self._of[index].parts.add_site(name, *self._samples.taken_around(index, features))
 
     def _rows(self) -> list[Accumulator]:
-        """Those of FFNs and pools, as rows go; the pools are whole from the first call on."""
+        """The accumulators of FFNs and pools in the order of rows; pools are complete from the
+        first call on."""
         pools = [
             pool
             for pool in dict.fromkeys(self._pools.values())
@@ -175,9 +177,9 @@ class Taken(NamedTuple):
     """The samples of one run of an FFN.
 
     Attributes:
-        features: of each side, `[*samples, width]`, the same samples in the same order.
-        mask: True for those that count, `[*samples]`; None where all do.
-        divisions: how those that count are grouped, by grouping; None where they are not.
+        features: those of each side, `[*samples, width]`, the same samples in the same order.
+        mask: True for the samples that count, `[*samples]`; None if all do.
+        divisions: how the samples that count are grouped, by grouping; None if they are not.
     """
 
     features: dict[Side, Tensor]
@@ -186,11 +188,11 @@ class Taken(NamedTuple):
 
 
 class Samples:
-    """Masks, skipped positions, the order of tokens and groups, forward pass by forward pass.
+    """Masks, skipped positions, the order of tokens, and groups of each forward pass.
 
     Args:
-        probe: gives the features, and the tokens of which an expert gets some.
-        skip_first: leaves out so many positions at the beginning of each sequence.
+        probe: provides the features, and the tokens among which those of an expert are.
+        skip_first: number of positions to skip at the beginning of each sequence.
         grouped: groups of the samples.
     """
 
@@ -204,7 +206,7 @@ class Samples:
         self._orders: Orders = [None] * n
 
     def start(self, chosen: Chosen) -> None:
-        """Takes what belongs to the forward pass that comes; raises as `Measurement.start`."""
+        """Takes the data of the next forward pass; raises as `Measurement.start` does."""
         masks, orders, ids, in_sequences = chosen
         self._masks = for_each(self._probe.ffns, masks)
         self._orders = [None] * len(self._masks) if orders is None else orders
@@ -212,12 +214,12 @@ class Samples:
             self._groups.start(ids, in_sequences)
 
     def finish_forward(self) -> None:
-        """Ends one forward pass: the next one has other sequences."""
+        """Ends one forward pass: the next one has different sequences."""
         if self._groups is not None:
             self._groups.finish_forward()
 
     def require_positions(self) -> None:
-        """Raises `MeasurementError` where `skip_first` has left no position of any sequence."""
+        """Raises `MeasurementError` if `skip_first` leaves no position of any sequence."""
         if self._longest is not None and self._longest <= self._skip_first:
             raise MeasurementError(
                 f"skip_first must leave positions to measure; got skip_first={self._skip_first} "
@@ -225,20 +227,19 @@ class Samples:
             )
 
     def taken(self, index: int, inputs: Tensor, features: dict[Side, Tensor]) -> Taken:
-        """Those of one run of an FFN.
+        """The samples of one run of an FFN.
 
         Args:
-            index: of the FFN.
-            inputs: what it gets, by which an expert's tokens are known.
-            features: of each side, as the probe has them.
+            index: the index of the FFN.
+            inputs: its input, which identifies an expert's tokens.
+            features: those of each side, from the probe.
 
         Raises:
-            MeasurementError: where mask, positions or groups do not fit the features.
+            MeasurementError: if mask, positions or groups do not fit the features.
         """
-        ffn, order = self._probe.ffns[index], self._orders[index]
-        is_expert = tokens_of(ffn) is not None
-        if order is not None and not is_expert:
-            features = {side: order.sequences(each, named(ffn)) for side, each in features.items()}
+        is_expert = tokens_of(self._probe.ffns[index]) is not None
+        if not is_expert:
+            features = {side: self._in_order(index, each) for side, each in features.items()}
         samples = features["pre"].shape[:-1]
         features = {side: each.reshape(*samples, each.shape[-1]) for side, each in features.items()}
         if is_expert:
@@ -253,18 +254,26 @@ class Samples:
         return Taken(features, self._mask_without_first(mask), divisions)
 
     def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those at a site around an FFN, which are the FFN's, and their mask."""
-        if (order := self._orders[index]) is not None:
-            features = order.sequences(features, named(self._probe.ffns[index]))
+        """The samples at a site around an FFN, which are those of the FFN, and their mask."""
+        features = self._in_order(index, features)
         mask = self._mask(index, features.shape[:-1])
         return self._without_first(features), self._mask_without_first(mask)
+
+    def _in_order(self, index: int, features: Tensor) -> Tensor:
+        """Sequence by sequence, where that is known. A part of a batch, as of a model that splits
+        it, stays as it lies where all samples count alike."""
+        order = self._orders[index]
+        is_needed = self._masks[index] is not None or self._skip_first or self._groups is not None
+        if order is None or not (is_needed or order.fits(features)):
+            return features
+        return order.sequences(features, named(self._probe.ffns[index]))
 
     def _mask(self, index: int, samples: torch.Size) -> Tensor | None:
         mask = self._masks[index]
         return None if mask is None else fitted(mask, samples, self._probe.ffns[index])
 
     def _without_first(self, features: Tensor) -> Tensor:
-        """Without the first positions of each sequence, where these are skipped."""
+        """Drops the first positions of each sequence if they are skipped."""
         if not self._skip_first:
             return features
         if features.ndim < 3:
@@ -280,7 +289,7 @@ class Samples:
         return None if mask is None else mask[..., self._skip_first :]
 
     def _counted_of(self, index: int, inputs: Tensor) -> Tensor | None:
-        """Which samples of an expert count: those of the tokens that do."""
+        """Which samples of an expert count: those of tokens that count."""
         ffn = self._probe.ffns[index]
         if self._masks[index] is None and not self._skip_first:
             return None

@@ -1,4 +1,5 @@
-"""What a measurement holds of one FFN beside all its samples: groups of them, and sites around."""
+"""The state of a measurement for one FFN besides all its samples: groups of them, and sites around
+it."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from nerve.spectra import StreamingCovariance
 
 
 class Key(NamedTuple):
-    """What a covariance is of: a site (or what the FFN gets, in place of pre), and a group of its
+    """The subject of a covariance: a site (or the FFN's input, instead of pre), and a group of its
     samples; `POOLED` twice for all of them."""
 
     side: str
@@ -25,11 +26,12 @@ class Key(NamedTuple):
 class Parts:
     """The covariances of groups of an FFN's samples, and of sites around it.
 
-    Those of the first grouping, with its rest, are merged exactly into that of all samples, which
-    therefore need not be taken by itself. Of further groupings the rest is left out.
+    Those of the first grouping, including its rest, are merged exactly into the covariance of all
+    samples, which therefore need not be accumulated separately. For further groupings the rest is
+    dropped.
 
     Attributes:
-        covariances: by what they are of.
+        covariances: the covariances by key.
     """
 
     def __init__(self) -> None:
@@ -38,7 +40,7 @@ class Parts:
     def covariance(
         self, key: Key, dim: int, device: torch.device, product: str | None = None
     ) -> StreamingCovariance:
-        """That of a key, which begins without samples, to be taken with `product`."""
+        """The covariance of a key, created without samples, accumulated with `product`."""
         if key not in self.covariances:
             self.covariances[key] = StreamingCovariance(dim, device=device, product=product)
         return self.covariances[key]
@@ -67,9 +69,9 @@ class Parts:
     def merged(
         self, side: str, grouping: str, into: StreamingCovariance | None
     ) -> StreamingCovariance | None:
-        """That of all samples: what is there by itself, and all groups of a grouping.
+        """The covariance of all samples: those accumulated as such, plus all groups of a grouping.
 
-        The rest is given up for it. None where there is nothing.
+        This uses up the rest. None if there is nothing.
         """
         target = self.covariances.pop(Key(side, grouping, REST), None)
         if into is not None:
@@ -85,17 +87,18 @@ class Parts:
         return target
 
     def project(self, weight: Tensor, bias: Tensor | None) -> None:
-        """From now on pre itself is taken of groups; what was taken of the input is converted."""
+        """Uses pre itself for groups from now on; what was accumulated from the input is
+        converted."""
         for key in [key for key in self.covariances if self._is_input_of_group(key)]:
             of_input = self.covariances.pop(key)
             self.covariances[key._replace(side="pre")] = of_input.projected(weight, bias)
 
     def eigenproblems(self, ffn: FFN, weight: Tensor | None) -> Iterator[GroupEigenproblem]:
-        """What is left to solve, site by site and group by group.
+        """The eigenproblems, site by site and group by group.
 
         Args:
-            ffn: whose they are.
-            weight: W of pre = W x + b, where groups are of the input x.
+            ffn: the FFN.
+            weight: W of pre = W x + b, if groups are of the input x.
         """
         for key in sorted(self.covariances, key=_place):
             if key.group == REST:
@@ -121,7 +124,7 @@ class Parts:
 
 
 def _place(key: Key) -> tuple[int, int, int]:
-    """In the order of the catalogue."""
+    """The position in the order of the catalog."""
     grouping = -1 if key.grouping == POOLED else list(GROUPS).index(key.grouping)
     names = (*GROUPS.get(key.grouping, (POOLED,)), REST)
     return GROUP_SITES.index(key.side), grouping, names.index(key.group)

@@ -12,7 +12,8 @@ from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, named, pool_of, sites_of
 
 ON_CPU = 8 * 2**30
-"""Bytes of matrices at once by default, on a CPU; on a GPU it is half of what is free there."""
+"""Default for the bytes of matrices held at once, on a CPU; on a GPU it is half of the free
+memory."""
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{infix}b": base**power
@@ -20,15 +21,15 @@ _UNITS = {"": 1, "b": 1} | {
     for infix, base in (("", 1000), ("i", 1024))
 }
 _NUMBER = 8  # bytes of float64
-_AT_WORK = 4  # matrices beside those that are held: a chunk's, a merge's, an eigenproblem's
+_AT_WORK = 4  # temporary matrices: for a chunk, a merge, an eigenproblem
 
 
 class Pass(NamedTuple):
     """FFNs that are measured together.
 
     Attributes:
-        indices: of the FFNs.
-        open_pools: layer and name of pools of which a later pass has members, too.
+        indices: the indices of the FFNs.
+        open_pools: layer and name of pools that have members in a later pass, too.
     """
 
     indices: list[int]
@@ -36,7 +37,7 @@ class Pass(NamedTuple):
 
 
 def bytes_of(memory: int | str) -> int:
-    """A number of bytes, as a number or as a text such as `8GiB` or `500 MB`.
+    """A number of bytes, from a number or a string such as `8GiB` or `500 MB`.
 
     Raises:
         ConfigError: for anything else.
@@ -52,19 +53,19 @@ def bytes_of(memory: int | str) -> int:
 def passes(
     ffns: Sequence[FFN], model: nn.Module, memory: int | str | None, n_matrices: int = 1
 ) -> list[Pass]:
-    """As few passes as the memory allows, FFNs in their order.
+    """The fewest passes that memory allows, with FFNs in order.
 
-    An FFN counts with two matrices of d_ff x d_ff in float64 (two for each group), as does a pool
-    in each pass that has one of its members; the widest one four times more, for what is at work.
+    An FFN needs two d_ff x d_ff matrices in float64 (two for each group), as does a pool in each
+    pass that has one of its members; the widest one needs four more, for temporaries.
 
     Args:
         ffns: the FFNs.
-        model: whose device says how much there is by default.
-        memory: bytes of matrices at once, as of `bytes_of`; None for the default.
-        n_matrices: of each FFN's sides, where its samples are grouped.
+        model: the model, whose device determines the default.
+        memory: bytes of matrices at once, as in `bytes_of`; None for the default.
+        n_matrices: number of matrices for each side of an FFN whose samples are grouped.
 
     Raises:
-        MeasurementError: where one FFN alone does not fit into a `memory` that was given.
+        MeasurementError: if one FFN alone does not fit into the given `memory`.
     """
     known = memory is not None
     limit = _default(model) if memory is None else bytes_of(memory)
@@ -101,7 +102,7 @@ def _pools(ffns: Sequence[FFN], indices: Sequence[int]) -> set[tuple[int, str]]:
 
 
 def _matrix(ffn: FFN) -> int:
-    """Bytes of a matrix of d_ff x d_ff; 0 where no module says how wide it is."""
+    """Bytes of a d_ff x d_ff matrix; 0 if no module declares the width."""
     pre, post = sites_of(ffn)
     return _NUMBER * (post.width or pre.width or 0) ** 2
 

@@ -1,4 +1,4 @@
-"""Where in its model an FFN lies: which layer, and which FFN of it."""
+"""The place of an FFN in its model: its layer, and its name within the layer."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -29,10 +29,10 @@ class Tree:
     an encoder and a decoder, are stacks: each begins at 0, and gives its name to its FFNs.
 
     Attributes:
-        paths: of each module.
+        paths: the path of each module.
 
     Args:
-        slices: matrices of parameters, which lie in the module that has the parameter.
+        slices: matrices of parameters, placed in the module that has the parameter.
     """
 
     def __init__(self, model: nn.Module, slices: Iterable[Slice] = ()) -> None:
@@ -51,7 +51,7 @@ class Tree:
         return self._modules[_parts(path)]
 
     def runs(self, path: str) -> str:
-        """The path of the smallest module around this one, or itself, that runs as a whole: a list
+        """The path of the smallest module at or around this path that runs as a whole, which a list
         does not."""
         parts = _parts(path)
         while parts and type(self._modules[parts]).forward is nn.Module.forward:
@@ -61,11 +61,11 @@ class Tree:
     def places(
         self, ffns: Sequence[Sequence[nn.Module]], names: Sequence[str | None] | None = None
     ) -> list[Place]:
-        """Those of FFNs, in the order in which they run.
+        """The places of FFNs, in the order in which they run.
 
         Args:
             ffns: the modules of each.
-            names: of those that have one whatever else their block has.
+            names: fixed names of some FFNs, whatever else their block contains.
         """
         names = [None] * len(ffns) if names is None else names
         holders = [self._holder(modules) for modules in ffns]

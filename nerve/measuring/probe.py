@@ -1,7 +1,7 @@
 """Taps the features of feed-forward networks (FFNs) while their model runs.
 
-A probe knows sites and tensors, nothing of covariance or metrics: what it taps goes to the
-`receive` function that it is given, as it appears, so that no activation is kept.
+A probe knows sites and tensors, but nothing about covariances or metrics: it passes features to its
+`receive` function as they appear, so that no activation is kept.
 """
 
 import threading
@@ -61,7 +61,7 @@ _NONE_RAN = (
 
 
 class _Before(NamedTuple):
-    """What is known of an FFN until its nonlinearity is through.
+    """What is known of an FFN before its nonlinearity has run.
 
     Attributes:
         inputs, pre: as `Receive` takes them.
@@ -87,16 +87,16 @@ def _version_of(pre: Tensor, site: Site) -> int | None:
 class Probe:
     """Taps the features of FFNs in every forward pass between `start()` and `stop()`.
 
-    Its hooks must be in place when a model is compiled: `install()` before the first call of
-    compiled code. That code then exists in two versions, with the taps and without them, and
-    starting and stopping chooses; a probe that is stopped costs nothing.
+    Its hooks must be in place when a model is compiled: call `install()` before the first call of
+    compiled code. That code then exists in two versions, with and without the taps, and starting
+    and stopping selects one; a stopped probe costs nothing.
 
-    What the descriptions promise is checked at each run. That post follows from pre, with no matrix
-    in between, is checked at the first run of each FFN (`Following`).
+    The promises of descriptions are checked at each run. That post depends on pre with no matrix in
+    between is checked at the first run of each FFN (`Following`).
 
     Args:
         ffns: the FFNs to tap.
-        around: for each FFN the sites around it that are tapped, too, by name.
+        around: for each FFN, the sites around it to tap, too, by name.
 
     Raises:
         MeasurementError: if there is none, if two share layer and name, or if pre is the output of
@@ -124,7 +124,7 @@ class Probe:
         self._order = torch.zeros(())
 
     def install(self) -> None:
-        """Puts the hooks in place."""
+        """Registers the hooks."""
         # Those that watch products come first: slices run within them.
         for each in products_of(self.sites):
             self._handles += each.install(self._is_on)
@@ -140,7 +140,7 @@ class Probe:
             self._around.install()
 
     def remove(self) -> None:
-        """Takes the hooks away; allowed at any time."""
+        """Removes the hooks; allowed at any time."""
         self.stop()
         for handle in self._handles:
             handle.remove()
@@ -149,8 +149,8 @@ class Probe:
             self._around.remove()
 
     def start(self, receive: Receive, receive_site: ReceiveSite | None = None) -> None:
-        """From now on calls `receive` once for each run of an FFN, and `receive_site` for each
-        tensor at a site around one, in the forward pass that `finish_forward` ends."""
+        """Starts calling `receive` once for each run of an FFN, and `receive_site` for each tensor
+        at a site around one, in forward passes that `finish_forward` ends."""
         self._receive, self.thread = receive, threading.get_ident()
         if self._around is not None and receive_site is not None:
             self._around.start(receive_site)
@@ -165,7 +165,7 @@ class Probe:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it nothing is tapped; afterwards the pass that was tapped goes on."""
+        """Taps nothing within the block; afterwards the current pass continues to be tapped."""
         receive, self._receive = self._receive, None
         with ExitStack() as stack:
             if self._around is not None:
@@ -177,7 +177,7 @@ class Probe:
 
     @property
     def is_taking(self) -> bool:
-        """Whether it taps, between `start()` and `stop()`."""
+        """Whether it is tapping, between `start()` and `stop()`."""
         return self._is_on()
 
     @property
@@ -213,18 +213,18 @@ class Probe:
                 )
 
     def tokens_of(self, index: int) -> Tensor | None:
-        """Of an expert, all tokens of which it gets some, `[*tokens, d_in]`, as the forward pass
-        has them by now; None of another FFN, or where there were none."""
+        """For an expert, all tokens among which its own are, `[*tokens, d_in]`, as far as the
+        forward pass has shown them; None for another FFN, or if there were none."""
         site = tokens_of(self.ffns[index])
         tokens = None if site is None else self._tokens.get(site.module)
         return None if site is None or tokens is None else site.features(tokens)
 
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
-        """What the taps call with features, and a sample of pre as it was when it appeared;
-        nothing happens while stopped.
+        """Receives features from the taps, and a sample of pre from when it appeared; does nothing
+        while stopped.
 
         Raises:
-            MeasurementError: for features that are not those of the FFN.
+            MeasurementError: for features that do not belong to the FFN.
         """
         if self._receive is None:
             return
@@ -239,7 +239,7 @@ class Probe:
         return self._receive is not None
 
     def _note(self, module: nn.Module, given: Any, _: Any) -> None:
-        """Keeps what a module with all tokens of its experts gets."""
+        """Keeps the input of a module that receives all tokens of its experts."""
         if not torch.compiler.is_compiling():
             self._tokens[module] = plain(given, "input", type(module).__name__)
 
@@ -247,10 +247,10 @@ class Probe:
     # make compiled code keep more for the backward pass than it keeps without.
 
     def _begin(self, index: int, given: Any, tensor: Any) -> Any:
-        """Notes pre, and what its module was given, until post comes; what the model is to go on
-        with in place of `tensor`."""
+        """Keeps pre and the input of its module until post appears; returns what the model
+        continues with in place of `tensor`."""
         site, where = self.sites[index][0], self._names[index]
-        inputs = None  # pre itself, where it is what a module gets
+        inputs = None  # pre itself is the input of a module
         if site.of == "output":
             widths = declared_widths(site.module)
             axis = site.feature_axis if widths is None else widths.axis
@@ -269,8 +269,8 @@ class Probe:
         return tensor if is_new else None
 
     def _finish(self, index: int, given: Any, tensor: Any) -> Any:
-        """Hands on what there is before and after; what the model is to go on with in place of
-        `tensor`."""
+        """Passes on the features before and after the nonlinearity; returns what the model
+        continues with in place of `tensor`."""
         where = self._names[index]
         if index not in self._before:
             raise MeasurementError(

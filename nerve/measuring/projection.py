@@ -1,4 +1,4 @@
-"""The shortcut that is not exact: pre from the FFN's input, but for its rounding to 16 bits."""
+"""The inexact shortcut: computing pre from the FFN's input, without its rounding to 16 bits."""
 
 from collections.abc import Mapping
 
@@ -11,24 +11,23 @@ from nerve.measuring.groups import REST, Division
 from nerve.spectra.moments import Spread
 
 PROJECTED = "projected"
-"""What asks for it, in place of true."""
+"""The setting that requests it, in place of true."""
 
 
 def is_rounded(pre: Tensor) -> bool:
-    """Whether pre was rounded to a type of 16 bits, of whose rounding it is known how large it
-    is."""
+    """Whether pre was rounded to a 16-bit type for which the size of the rounding is known."""
     return pre.dtype in (torch.bfloat16, torch.float16)
 
 
 def require_affine(ffn: FFN, inputs: Tensor, pre: Tensor) -> None:
-    """Raises where no weight says what pre is made of; not where pre is as narrow as the input, and
-    costs no more itself."""
+    """Raises if no weight defines pre; not if pre is as narrow as the input, so that measuring it
+    costs no more."""
     if sites_of(ffn)[0].of != "output" or pre.shape[-1] > inputs.shape[-1]:
         raise not_affine(ffn)
 
 
 def not_affine(ffn: FFN) -> MeasurementError:
-    """What is raised for an FFN whose pre cannot be projected."""
+    """The error for an FFN whose pre cannot be projected."""
     return MeasurementError(
         f"shortcut={PROJECTED} computes pre from the FFN's input, so pre must be W x + b with a "
         f"single readable weight; that of {named(ffn)} is not. Either it is described as the input "
@@ -41,11 +40,12 @@ def not_affine(ffn: FFN) -> MeasurementError:
 def is_rounding_small(
     pre: Tensor, spread: Spread | None, divisions: Mapping[str, Division] | None
 ) -> bool:
-    """Whether the rounding of pre hardly has a part of its variance, nor of that of any group.
+    """Whether rounding contributes a negligible part of the variance of pre, and of that of each
+    group.
 
     Args:
         pre: the features of a run, `[*samples, d_ff]`.
-        spread: of those that count; None where there are none.
+        spread: the spread of the samples that count; None if there are none.
         divisions: how these are grouped, by grouping.
     """
     if spread is None:

@@ -1,4 +1,4 @@
-"""The samples of all processes, brought together: each process gets the FFNs of its share."""
+"""Combines the samples of all processes: each process gets the FFNs of its share."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from nerve.spectra.covariance import Tally
 
 
 class _Seen(NamedTuple):
-    """What one process has of an FFN, in numbers that others may read."""
+    """What one process has seen of an FFN, as numbers that others can read."""
 
     altered: bool
     took_pre: bool
@@ -26,15 +26,15 @@ class _Seen(NamedTuple):
 
 
 def reduce(accumulators: Sequence[Accumulator], n_forwards: int) -> int:
-    """Gives the FFNs to the processes in turns, each with the samples of all.
+    """Distributes the FFNs over the processes in turns, each with the samples of all.
 
-    Every process must call it, with accumulators of the same FFNs; one may have seen nothing.
+    Every process must call it, with accumulators of the same FFNs, even one that has seen nothing.
 
     Args:
-        n_forwards: forward passes that this process has measured.
+        n_forwards: number of forward passes that this process has measured.
 
     Returns:
-        those of all processes.
+        The number over all processes.
     """
     everyone, numbers = _told(accumulators, n_forwards)
     if _leave_weights(accumulators, everyone):
@@ -53,7 +53,7 @@ def reduce(accumulators: Sequence[Accumulator], n_forwards: int) -> int:
 def _told(
     accumulators: Sequence[Accumulator], n_forwards: int
 ) -> tuple[list[list[_Seen]], list[int]]:
-    """What each process has seen of each FFN, and its forward passes."""
+    """What each process has seen of each FFN, and its number of forward passes."""
     told = gathered(([_seen(each) for each in accumulators], n_forwards))
     return [seen for seen, _ in told], [n for _, n in told]
 
@@ -61,7 +61,7 @@ def _told(
 def _leave_weights(
     accumulators: Sequence[Accumulator], everyone: Sequence[Sequence[_Seen]]
 ) -> bool:
-    """Takes pre itself where another process does; whether some process had to change."""
+    """Uses pre itself if another process does; returns whether some process had to change."""
     has_changed = False
     for index, each in enumerate(accumulators):
         if {seen[index].altered for seen in everyone} == {True, False}:
@@ -97,7 +97,7 @@ def _prepare(
     covariances: list[OfCovariance],
     shares: list[OfShares],
 ) -> None:
-    """Has this process's accumulator hold what that of any process holds, and lists it."""
+    """Makes this process's accumulator hold what that of any process holds, and lists it."""
     sides: tuple[Side, ...] = ("input", "post", "pre")
     of_shares: tuple[Literal["pre", "post"], ...] = ("pre", "post")
     lengths = [seen.n_positions for seen in everyone if seen.n_positions is not None]

@@ -1,4 +1,4 @@
-"""Which tokens an expert gets: rows of what its mixture gets, in any order."""
+"""Which tokens an expert receives: rows of its mixture's input, in any order."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +15,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def origins(rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Where each of `rows` stands in `source`, by equal bits; None where one of them does not.
+    """The index of each of `rows` in `source`, by bitwise equality; None if one is not there.
 
-    Equal rows of the source are taken in their order.
+    Equal rows of the source are used in order.
 
     Args:
         rows: `[n, width]`.
@@ -47,17 +47,17 @@ def origins(rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tensor:
-    """Which of the rows that an expert got count.
+    """Which of an expert's rows count.
 
     Args:
-        rows: what it got, `[*samples, width]`.
-        source: what its mixture got, `[*tokens, width]`.
+        rows: its input, `[*samples, width]`.
+        source: the input of its mixture, `[*tokens, width]`.
         counts: which of those tokens count, bool, flattened.
-        where: for messages.
+        where: the FFN, for messages.
 
     Raises:
-        MeasurementError: for rows that are none of the source's, or equal ones of which some count
-            and some do not, and only some of which the expert got.
+        MeasurementError: for rows that are not in the source, or for equal rows of which only some
+            count and the expert received only some.
     """
     given, tokens = rows.reshape(-1, rows.shape[-1]), source.reshape(-1, source.shape[-1])
     found = origins(given, tokens) if given.shape[-1] == tokens.shape[-1] else None
@@ -87,7 +87,7 @@ def _bits(rows: Tensor) -> Tensor:
 
 
 def _digest(rows: Tensor) -> Tensor:
-    """A number of 64 bits for each row, of its bits."""
+    """A 64-bit number for each row, computed from its bits."""
     bits = _bits(rows).long()
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) * 2 + 1
@@ -95,11 +95,11 @@ def _digest(rows: Tensor) -> Tensor:
 
 
 class Routing:
-    """Finds the lists whose modules each get some of the tokens that the module around them gets:
-    experts, and no blocks.
+    """Finds lists whose modules each receive some of the tokens of the module around them: experts,
+    not blocks.
 
     Attributes:
-        mixtures: by list, the module that gets the tokens.
+        mixtures: for each list, the module that receives the tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,7 +116,7 @@ class Routing:
         """Watches forward passes, until the handles are removed.
 
         Args:
-            projections: those in a module.
+            projections: returns the projections in a module.
         """
         handles: list[RemovableHandle] = []
         for of_list, outer in self._around.items():
@@ -145,7 +145,7 @@ class Routing:
             if item in entered or source is None:
                 return
             x = argument(args, kwargs)
-            entered[item] = None  # where it is not a part of the source
+            entered[item] = None  # if it is not a part of the source
             widths = declared_widths(module)
             if not isinstance(x, Tensor) or widths is None or x.ndim == 0:
                 return
@@ -172,7 +172,7 @@ class Routing:
 
 
 def _with_outer(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Each module with the smallest one around it (or itself) that runs as a whole."""
+    """Each module with the smallest module that contains it (or is it) and runs as a whole."""
     found: list[tuple[nn.Module, nn.Module]] = []
 
     def walk(module: nn.Module, outer: nn.Module) -> None:

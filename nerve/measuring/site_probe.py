@@ -1,4 +1,4 @@
-"""Taps what modules around an FFN get or give while their model runs."""
+"""Taps the inputs or outputs of modules around an FFN while their model runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ ReceiveSite = Callable[[int, str, Tensor], None]
 
 
 class SiteProbe:
-    """Taps sites around FFNs between `start()` and `stop()`; to compiled code as `Probe`.
+    """Taps sites around FFNs between `start()` and `stop()`; for compiled code, see `Probe`.
 
     Args:
-        sites: for each FFN its sites, by name.
-        names: what messages call the FFNs.
+        sites: the sites of each FFN, by name.
+        names: the names of the FFNs in messages.
     """
 
     def __init__(self, sites: Sequence[Mapping[str, Site]], names: Sequence[str]) -> None:
@@ -39,19 +39,19 @@ class SiteProbe:
         _probes[self._number] = self
 
     def install(self) -> None:
-        """Puts the hooks in place."""
+        """Registers the hooks."""
         for number, (_, _, site, _) in enumerate(self._taps):
             self._handles.append(hook_at(site, self._is_on, partial(self._tap, number)))
 
     def remove(self) -> None:
-        """Takes the hooks away; allowed at any time."""
+        """Removes the hooks; allowed at any time."""
         self.stop()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def start(self, receive: ReceiveSite) -> None:
-        """From now on calls `receive` for each tensor that appears at a site."""
+        """Starts calling `receive` for each tensor that appears at a site."""
         self._receive = receive
 
     def stop(self) -> None:
@@ -68,7 +68,7 @@ class SiteProbe:
             self._receive = receive
 
     def take(self, number: int, features: Tensor) -> None:
-        """What the taps call with features; nothing happens while stopped."""
+        """Receives features from the taps; does nothing while stopped."""
         if self._receive is not None:
             index, name, *_ = self._taps[number]
             self._receive(index, name, features)

@@ -1,9 +1,8 @@
-"""Matrices that lie stacked in one parameter, as those of experts do: each as a projection of its
-own.
+"""Matrices stacked in one parameter, such as those of experts, each treated as a projection.
 
-A module may hold the weights of all its experts in parameters of three dimensions and multiply by
-one slice after the other, with no module to name for any of them. Which slice a product is with
-shows in where its numbers lie in memory.
+A module may hold the weights of all its experts in three-dimensional parameters and multiply by one
+slice after the other, so that there is no module for any of them. The memory address shows which
+slice a product uses.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,22 +18,23 @@ from nerve.measuring.ffns import Site
 from nerve.measuring.tap import Hook
 
 _PLACES = {"linear": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
-"""By the name of a product, where among its arguments the features and the matrix stand."""
+"""For the name of a product: the positions of features and matrix among its arguments."""
 
 PLAIN = "eager"
-"""What transformers calls the implementation that multiplies by one expert after the other."""
+"""The name in transformers of the implementation that multiplies by one expert after the other."""
 
 
 class Slice(nn.Module):
-    """One of the matrices of a parameter, as a projection: a product with it runs through here.
+    """One of the matrices of a parameter, as a projection: products with it run through this
+    module.
 
     It has no weights of its own, and no place among the model's modules.
 
     Attributes:
-        stack: the matrices that it is one of.
+        stack: the matrices that it belongs to.
         holder: the module that has the parameter.
-        index: which matrix it is.
-        in_features, out_features: widths of what it gets and gives.
+        index: the index of the matrix.
+        in_features, out_features: widths of its input and output.
     """
 
     def __init__(self, stack: "Stack", index: int) -> None:
@@ -51,7 +51,7 @@ class Slice(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """`[out_features]`; None where none was added so far."""
+        """`[out_features]`; None if none has been added so far."""
         if self.stack.bias_name is None:
             return None
         biases = getattr(self.holder, self.stack.bias_name).detach().flatten(0, -2)
@@ -59,11 +59,11 @@ class Slice(nn.Module):
 
     @property
     def label(self) -> str:
-        """Its place in the holder, such as `down_proj[3]`."""
+        """Its name in the holder, such as `down_proj[3]`."""
         return f"{self.stack.name}[{self.index}]"
 
     def forward(self, features: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-        """The product as the model takes it."""
+        """The product as the model computes it."""
         return multiply(features)
 
 
@@ -72,10 +72,10 @@ class Stack:
 
     Attributes:
         holder: the module that has it.
-        name: of the parameter.
-        out_first: whether a matrix is `[out_features, in_features]`, as of a linear layer.
+        name: the name of the parameter.
+        out_first: whether a matrix is `[out_features, in_features]`, as in a linear layer.
         slices: the matrices, in order.
-        bias_name: the parameter of the biases that are added to the products, once that was seen.
+        bias_name: the parameter of the biases added to the products, once that has been seen.
     """
 
     def __init__(self, products: "Products", name: str, *, out_first: bool) -> None:
@@ -86,7 +86,7 @@ class Stack:
 
     @property
     def may_have_bias(self) -> bool:
-        """Whether the holder has a parameter that is one vector for each product."""
+        """Whether the holder has a parameter with one vector per product."""
         size = (*self.parameter.shape[:-2], self.slices[0].out_features)
         return any(each.shape == size for each in self.holder.parameters(recurse=False))
 
@@ -101,35 +101,35 @@ class Stack:
 class Products:
     """Watches the products of one module with the matrices of its stacked parameters.
 
-    Where transformers takes them at once (grouped, batched), the module's plain implementation runs
+    If transformers computes them at once (grouped, batched), the module's plain implementation runs
     instead while they are watched: the same products, one expert after the other.
 
     Attributes:
         holder: the module.
-        stacks: those that were multiplied by, by the name of the parameter.
+        stacks: those used in products, by the name of the parameter.
     """
 
     def __init__(self, holder: nn.Module) -> None:
         self.holder = holder
         self.stacks: dict[str, Stack] = {}
         self.replaces: str | None = None
-        """The implementation that the plain one stood in for."""
+        """The implementation that the plain one has replaced."""
         self._is_watched = False
 
     def install(
         self, is_on: Callable[[], bool], found: Callable[[Slice], None] = lambda each: None
     ) -> list[RemovableHandle]:
-        """Watches forward passes of the holder, until the handles are removed; one that is watched
-        already is not watched twice.
+        """Watches forward passes of the holder until the handles are removed; a pass that is
+        already watched is not watched twice.
 
         Args:
-            is_on: whether a forward pass that begins is watched.
-            found: gets each slice before its first product.
+            is_on: whether to watch a forward pass that begins.
+            found: receives each slice before its first product.
         """
         running: list[_Watch] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            # A replica of the holder has this hook, too.
+            # A replica of the holder shares this hook.
             if module is self.holder and is_on() and not self._is_watched:
                 watch = _Watch(self, found)
                 watch.__enter__()
@@ -147,11 +147,11 @@ class Products:
         ]
 
     def slice_of(self, matrix: Any, *, is_linear: bool) -> Slice | None:
-        """The slice that a product was taken with; None for another tensor.
+        """The slice used in a product; None for another tensor.
 
         Args:
-            matrix: what the product was taken with.
-            is_linear: whether it was given as `[out, in]`; else as `[in, out]`.
+            matrix: the matrix of the product.
+            is_linear: whether it was given as `[out, in]`; otherwise as `[in, out]`.
         """
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             return None
@@ -229,13 +229,13 @@ class _Watch(TorchFunctionMode):
         is_whole = name == "addmm" or len(args) > 2 or bool(kwargs)
         if is_whole or not matrix.stack.may_have_bias:
             return matrix(args[at], multiply)
-        # It runs where its bias is added, if that is the next that happens to it.
+        # It runs when its bias is added, if that is the next operation on it.
         product = multiply(args[at])
         self._waiting = (product, matrix, args[at], multiply)
         return product
 
     def _sum(self, func: Any, one: Any, other: Any) -> Any:
-        """A sum, which is the output of a slice where its bias is added to the product."""
+        """A sum, which is the output of a slice if its bias is added to the product."""
         waiting, self._waiting = self._waiting, None
         if waiting is None or one is not waiting[0] or not isinstance(other, Tensor):
             return func(one, other)
@@ -252,8 +252,7 @@ class _Watch(TorchFunctionMode):
 
 
 def stacked(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a module itself that hold several matrices; those of a convolution hold
-    one."""
+    """A module's own parameters that hold several matrices; those of a convolution hold one."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return
     for name, parameter in module.named_parameters(recurse=False):
@@ -262,6 +261,6 @@ def stacked(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def products_of(pairs: Iterable[tuple[Site, Site]]) -> set[Products]:
-    """Those whose slices are among the sites of FFNs."""
+    """The products whose slices are among the sites of FFNs."""
     modules = [site.module for pair in pairs for site in pair]
     return {each.stack.products for each in modules if isinstance(each, Slice)}

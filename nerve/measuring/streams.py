@@ -1,4 +1,4 @@
-"""The streams of tokens in a batch, and how they lie in the features of each FFN."""
+"""The streams of tokens in a batch, and how they are arranged in the features of each FFN."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ class Stream(NamedTuple):
     """Tokens of a batch that belong together.
 
     Attributes:
-        sizes: of the batch, as `[n_sequences, n_positions]`.
-        mask: of padding, where the batch has one.
-        ids, labels: the tokens and what is to be predicted, where the batch has them.
+        sizes: the sizes of the batch, `[n_sequences, n_positions]`.
+        mask: the padding mask, if the batch has one.
+        ids, labels: the tokens and the targets, if the batch has them.
     """
 
     sizes: tuple[int, int]
@@ -37,8 +37,8 @@ class Stream(NamedTuple):
 
 
 def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
-    """The streams of a mapping, by the prefix of their keys: `""`, and `decoder_` where it has one;
-    none of another batch."""
+    """The streams of a mapping, by the prefix of their keys: `""`, and `decoder_` if present; none
+    for other batches."""
     if not isinstance(batch, Mapping):
         return {}
     found = {}
@@ -61,18 +61,18 @@ def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
 
 
 def ids_of(batch: Any) -> Tensor | None:
-    """The token ids of a batch without streams: whole numbers, `[sequence, position]`, that come
-    first in it."""
+    """The token ids of a batch without streams: integers `[sequence, position]`, its first
+    entry."""
     first = batch[0] if isinstance(batch, tuple | list) and batch else None
     is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
     return first if is_ids else None
 
 
 def count_tokens(batches: Iterable[Any]) -> Tensor:
-    """How often each token id occurs in batches, padding left out, `[highest id + 1]`.
+    """Number of occurrences of each token id in batches, without padding, `[highest id + 1]`.
 
     Raises:
-        MeasurementError: where they have no token ids.
+        MeasurementError: if they have no token ids.
     """
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in batches:
@@ -97,8 +97,8 @@ def count_tokens(batches: Iterable[Any]) -> Tensor:
 
 
 def as_mapping(batch: Any) -> Any:
-    """A bare tensor of tokens, `[batch, sequence]` of whole numbers or `[batch, sequence, width]`
-    of floats, by the name that it would have in a mapping; any other batch as it is."""
+    """Wraps a bare tensor of tokens, `[batch, sequence]` of integers or `[batch, sequence, width]`
+    of floats, in a mapping under its usual name; returns other batches unchanged."""
     if not isinstance(batch, Tensor) or batch.is_nested:
         return batch
     if batch.ndim == 2 and not batch.is_floating_point():
@@ -110,8 +110,8 @@ class Traced(NamedTuple):
     """Where an FFN's samples come from.
 
     Attributes:
-        stream: the prefix of its stream; None where its samples are no tokens of a stream.
-        batch_first: whether they go sequence by sequence.
+        stream: the prefix of its stream; None if its samples are not tokens of a stream.
+        batch_first: whether they are ordered sequence by sequence.
         ran: whether there were any.
     """
 
@@ -121,12 +121,12 @@ class Traced(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a forward pass of two equal, shortened sequences has told.
+    """The result of a forward pass of two equal, shortened sequences.
 
     Attributes:
-        ffns: for each FFN where its samples come from.
-        batch: the batch of that pass, as the model's own are.
-        lengths: positions of each stream in it, by prefix.
+        ffns: for each FFN, where its samples come from.
+        batch: the batch of that pass, in the model's format.
+        lengths: number of positions of each stream in it, by prefix.
     """
 
     ffns: list[Traced]
@@ -134,7 +134,8 @@ class Trace(NamedTuple):
     lengths: dict[str, int]
 
     def stream_of(self, mask: Tensor) -> str | None:
-        """The stream that a mask of `batch` belongs to, `[sequence, position]`; None if to none."""
+        """The stream that a mask `[sequence, position]` of `batch` belongs to; None if there is
+        none."""
         sizes = {torch.Size((2, n)): prefix for prefix, n in self.lengths.items()}
         return sizes.get(mask.shape)
 
@@ -142,15 +143,15 @@ class Trace(NamedTuple):
 def trace(
     probe: Probe, run: Callable[[Any], object], batch: Any, streams: dict[str, Stream]
 ) -> Trace:
-    """Finds out which stream each FFN has the tokens of, and in which order.
+    """Determines which stream's tokens each FFN receives, and in which order.
 
-    Equal shapes prove nothing: the model runs on one sequence, twice in a batch, each stream cut to
-    a length of its own. Features whose number goes along are of the stream, and the two sequences
-    are alike in the order in which they lie.
+    Equal shapes prove nothing, so the model runs on one sequence, twice in a batch, with each
+    stream cut to a different length. Features whose number matches belong to that stream, and the
+    two sequences are equal in the right order.
 
     Raises:
-        TraceError: where the model cannot run on such a batch.
-        MeasurementError: for features that are not those that the FFNs are described with.
+        TraceError: if the model cannot run on such a batch.
+        MeasurementError: for features that do not match the descriptions of the FFNs.
     """
     cut, lengths = _reduced(as_mapping(batch), streams)
     if not isinstance(batch, Mapping):
@@ -164,7 +165,7 @@ def trace(
     probe.start(receive)
     try:
         run(cut)
-        # Of experts it is the tokens of all, also where one of them got none.
+        # For experts these are the tokens of all, even if one of them received none.
         tokens = {index: probe.tokens_of(index) for index in range(len(probe.ffns))}
         seen |= {index: each for index, each in tokens.items() if each is not None}
         probe.finish_forward()
@@ -186,11 +187,12 @@ def trace(
 
 
 def _reduced(batch: Mapping[str, Any], streams: dict[str, Stream]) -> tuple[Any, dict[str, int]]:
-    """The batch with its fullest sequence twice, and how many positions each stream has left."""
+    """The batch with its fullest sequence twice, and the number of positions left in each
+    stream."""
     lengths: dict[str, int] = {}
     for prefix, stream in streams.items():
         n = stream.sizes[1]
-        # Two positions at least: one would not show how sequences and positions lie.
+        # At least two positions: one would not show the order of sequences and positions.
         others = (m for m in (n - 1, n - 2, n) if m >= 2 and m not in lengths.values())
         lengths[prefix] = next(others, 1)
     first = next(iter(streams.values()))
@@ -209,7 +211,7 @@ def _cut(
         return value
     twice = value[[row, row]]
     stream = streams[prefix]
-    # Beside token ids, numbers of three dimensions may be something else, such as patches.
+    # Next to token ids, three-dimensional floats may be something else, such as patches.
     of_tokens = value.ndim == 2 or not value.is_floating_point() or stream.ids is None
     if value.ndim >= 2 and of_tokens and value.shape[1] == stream.sizes[1]:
         return twice[:, : lengths[prefix]]
@@ -219,8 +221,8 @@ def _cut(
 def _traced(
     pre: Tensor | None, sizes: dict[str, int], ffn: FFN, is_short: dict[str, bool]
 ) -> Traced:
-    """What features of two equal sequences tell; not their order, where one position is left of
-    more."""
+    """What the features of two equal sequences show; not their order if only one of several
+    positions is left."""
     if pre is None:
         return Traced(None, ran=False)
     n_samples, width = pre[..., 0].numel(), pre.shape[-1]
@@ -245,7 +247,7 @@ def _traced(
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a part of the largest value; where both are NaN there is none."""
+    """The largest difference relative to the largest value; NaN in both counts as equal."""
     size = float(one.abs().nan_to_num().amax())
     apart = (one - other).abs().masked_fill(one.isnan() & other.isnan(), 0)
     return float(apart.nan_to_num(torch.inf).amax()) / size if size else 0.0
@@ -254,10 +256,10 @@ def _difference(one: Tensor, other: Tensor) -> float:
 def counting(
     stream: Stream, name: str, exclude: Sequence[int], only_labeled: bool
 ) -> Tensor | None:
-    """The mask of a stream's tokens that count; None where all do.
+    """The mask of a stream's tokens that count; None if all do.
 
     Raises:
-        MeasurementError: where the batch does not say what a token is.
+        MeasurementError: if the batch does not contain what is needed.
     """
     mask = None if stream.mask is None else as_bool(stream.mask)
     if mask is not None and tuple(mask.shape) != stream.sizes:
@@ -283,8 +285,8 @@ def counting(
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model of transformers has a decoder beside an encoder, so that labels are the
-    decoder's."""
+    """Whether a transformers model has a decoder and an encoder, so that labels belong to the
+    decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 

@@ -1,5 +1,5 @@
-"""Features on their way from a model to whoever takes them: refused where they are none, and
-handed on through an operator, which compiled code holds as it is."""
+"""Passes features from a model to their receiver: refuses invalid ones, and hands them on through a
+custom operator, which compiled code keeps."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ def plain(features: Any, side: str, where: str) -> Tensor:
     """The tensor, detached.
 
     Args:
-        features: what a module gives or gets.
-        side, where: of an FFN, for messages.
+        features: the input or output of a module.
+        side, where: the side and the FFN, for messages.
 
     Raises:
         MeasurementError: unless it is one plain tensor of floats.
@@ -59,7 +59,7 @@ def plain(features: Any, side: str, where: str) -> Tensor:
 
 
 def _in_vmap() -> bool:
-    """Whether torch.func.vmap runs, however deep within other transforms."""
+    """Whether torch.func.vmap is active, at any depth of transforms."""
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(each.key() == torch._C._functorch.TransformType.Vmap for each in levels)
 
@@ -68,7 +68,7 @@ def of_site(tensor: Tensor, site: Site, where: str) -> Tensor:
     """The features `[*samples, width]` of a site.
 
     Raises:
-        MeasurementError: where the axis that holds them is not as wide as the module declares.
+        MeasurementError: if the feature axis is not as wide as the module declares.
     """
     axis, declared = site.feature_axis, site.declared
     if not -tensor.ndim <= axis < tensor.ndim or (
@@ -82,7 +82,7 @@ def of_site(tensor: Tensor, site: Site, where: str) -> Tensor:
 
 
 def check_same_samples(pre: Tensor, post: Tensor, where: str) -> None:
-    """Raises `MeasurementError` unless both are as many samples of as many features."""
+    """Raises `MeasurementError` unless both have the same number of samples and features."""
     if pre.numel() != post.numel() or pre.shape[-1] != post.shape[-1]:
         raise MeasurementError(
             "Features before and after a nonlinearity must have the same samples and width; "
@@ -92,8 +92,8 @@ def check_same_samples(pre: Tensor, post: Tensor, where: str) -> None:
 
 
 def check_whole(module: nn.Module, where: str) -> None:
-    """Raises `MeasurementError` for a module whose weights are slices: what it gives is one, too,
-    which no type shows."""
+    """Raises `MeasurementError` for a module whose weights are slices: its output is then a slice,
+    too, which no type shows."""
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         raise _split(where)
 
@@ -108,11 +108,11 @@ def _split(where: str) -> MeasurementError:
 
 
 class Hook:
-    """A hook that looks at what a module gets or gives. A copy of the module, or one that is saved,
-    does not have it: that is another model, which nobody measures.
+    """A hook that looks at a module's input or output. Copies of the module and saved ones do not
+    have it: they are other models, which are not measured.
 
     Args:
-        look: takes what hooks take; what it gives goes on in place of what it got, unless None.
+        look: takes the arguments of hooks; its result, unless None, replaces the tensor.
     """
 
     def __init__(self, look: Callable[..., Any]) -> None:
@@ -134,7 +134,7 @@ class Hook:
 
 
 def nothing(*args: Any) -> None:
-    """What the hooks of copies do."""
+    """What the hooks of copies do: nothing."""
 
 
 def hook_at(
@@ -163,11 +163,11 @@ def hook_at(
 
 
 class Taker(Protocol):
-    """What gets features.
+    """A receiver of features.
 
     Attributes:
-        is_taking: whether it does now.
-        thread: the one that has begun to.
+        is_taking: whether it is receiving features now.
+        thread: the thread that started it.
     """
 
     thread: int
@@ -176,10 +176,10 @@ class Taker(Protocol):
     def is_taking(self) -> bool: ...
 
     def take(self, index: int, inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor) -> None:
-        """Takes those of an FFN."""
+        """Receives the features of an FFN."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Within it, it gets none, and goes on afterwards where it was."""
+        """Receives nothing within the block, and continues afterwards."""
 
 
 _numbers = count()
@@ -187,24 +187,24 @@ _takers: WeakValueDictionary[int, Taker] = WeakValueDictionary()
 
 
 def registered(taker: Taker) -> int:
-    """The number by which `tap` knows who gets its features: compiled code can name none else."""
+    """The number by which `tap` finds the receiver: compiled code cannot refer to it otherwise."""
     number = next(_numbers)
     _takers[number] = taker
     return number
 
 
 def is_taking() -> bool:
-    """Whether anything taps features now: then what runs must run Python, too."""
+    """Whether anything is tapping features, in which case hooks must run in Python."""
     return any(taker.is_taking for taker in _registered())
 
 
 def _registered() -> list[Taker]:
-    """All takers that there are, also while other threads register theirs."""
+    """All current takers, even while other threads register theirs."""
     return [taker for each in _takers.valuerefs() if (taker := each()) is not None]
 
 
 class _Looks(threading.local):
-    """Those of this thread: another one may train a model meanwhile."""
+    """State of this thread only: another one may be training a model."""
 
     n = 0
 
@@ -214,8 +214,8 @@ _looks = _Looks()
 
 @contextmanager
 def looking(own: Taker | None) -> Iterator[None]:
-    """Within it a model is run to be looked at, perhaps in the middle of a pass that is measured:
-    of those that are taking features only `own` goes on, others pause."""
+    """Runs a model for inspection within the block, possibly in the middle of a measured pass: of
+    the active takers only `own` continues, others pause."""
     here = threading.get_ident()
     others = [each for each in _registered() if each is not own and each.is_taking]
     with ExitStack() as stack:
@@ -229,7 +229,7 @@ def looking(own: Taker | None) -> Iterator[None]:
 
 
 def is_looking() -> bool:
-    """Whether a model runs to be looked at, which is no pass of its own."""
+    """Whether a model is running for inspection, which is not a pass of its own."""
     return _looks.n > 0
 
 
@@ -237,8 +237,8 @@ def is_looking() -> bool:
 def tap(
     inputs: Tensor, pre: Tensor, post: Tensor, sample: Tensor, order: Tensor, taker: int, index: int
 ) -> None:
-    """Gives features to a taker. It is said to change `order`, so that the compiler neither drops
-    nor reorders it."""
+    """Gives features to a taker. It is declared to mutate `order`, so that the compiler neither
+    drops nor reorders it."""
     _takers[taker].take(index, inputs, pre, post, sample)
 
 

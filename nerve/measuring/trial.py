@@ -1,4 +1,4 @@
-"""Runs a model, or its blocks by themselves, to see which features follow from which."""
+"""Runs a model, or its blocks separately, to see which features depend on which."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ from nerve.measuring.slices import Products, Slice, stacked
 
 _FEW = 2
 _SHORT = 16
-"""How many sequences, and positions of each, the forward pass gets that looks for FFNs."""
+"""Number of sequences, and positions of each, in the forward pass that searches for FFNs."""
 
 
 def projections_of(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that multiply by a matrix: one that wraps another of the same widths,
-    as adapters do, and no network that says how wide it is."""
+    """The outermost modules that multiply by a matrix, including adapters that wrap one of the same
+    widths, but not networks that declare their width."""
     found: dict[nn.Module, None] = {}
 
     def walk(module: nn.Module) -> None:
@@ -51,9 +51,9 @@ class Seen(NamedTuple):
     """What a forward pass has shown.
 
     Attributes:
-        dependence: which features follow from which.
-        products: of the modules whose parameters hold several matrices.
-        mixtures: by list of experts, the module whose tokens they get.
+        dependence: which features depend on which.
+        products: those of the modules whose parameters hold several matrices.
+        mixtures: for each list of experts, the module whose tokens they receive.
     """
 
     dependence: Dependence
@@ -62,12 +62,12 @@ class Seen(NamedTuple):
 
 
 def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], object]) -> Seen:
-    """What follows from what in a forward pass: of a few sequences of the batch, of an example that
-    the model has itself, or else of its blocks alone.
+    """The dependences in a forward pass: of a few sequences of the batch, of an example that the
+    model provides, or of its blocks separately.
 
     Args:
-        model: the model, which is left as it was.
-        batch: what `forward` takes; None for none.
+        model: the model, which is left unchanged.
+        batch: a batch for `forward`, or None.
         forward: runs the model on one batch.
     """
     if _is_sharded(model):
@@ -96,7 +96,7 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
 
 
 def _require_values(model: nn.Module, batch: Any) -> None:
-    """Raises `MeasurementError` where nothing could be seen: there are no numbers to look at."""
+    """Raises `MeasurementError` if there are no values to look at."""
     given = list(_leaves(batch))
     if any(each.is_meta for each in (*model.parameters(), *given)):
         raise MeasurementError(
@@ -112,7 +112,7 @@ def _require_values(model: nn.Module, batch: Any) -> None:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either kind, has the weights of a model."""
+    """Whether the model's weights are sharded by either kind of FSDP."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     known = tuple(kind for kind in kinds if kind is not None)
@@ -120,7 +120,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> None:
-    """Runs on few and short sequences where the model can, or else on the whole batch."""
+    """Runs on a few short sequences if the model can, and otherwise on the whole batch."""
     for part in (_cut(batch, _FEW, _SHORT), _cut(batch, _FEW, None)):
         try:
             seen.watch(partial(run, part))
@@ -140,8 +140,8 @@ def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> No
 
 
 def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:
-    """The first sequences of every tensor that has as many as the first one, and of tokens (whole
-    numbers, `[batch, sequence]`) and their masks the first positions."""
+    """The first sequences of every tensor that has as many as the first one; for tokens (integers
+    `[batch, sequence]`) and their masks, only the first positions."""
     tensors = [each for each in _leaves(batch) if each.ndim]
     n = len(tensors[0]) if tensors else 0
 
@@ -171,7 +171,7 @@ def _leaves(batch: Any) -> Iterator[Tensor]:
 
 
 def _examples(model: nn.Module) -> Iterator[Any]:
-    """Batches that the model itself gives as examples."""
+    """Batches that the model provides as examples."""
     for name in ("dummy_inputs", "example_input_array"):
         example = getattr(model, name, None)
         if example is not None:
@@ -199,7 +199,7 @@ def _works(seen: Dependence, model: nn.Module, batch: Any) -> bool:
 
 
 def _watch_blocks(seen: Dependence, model: nn.Module) -> None:
-    """Runs the smallest modules that hold two projections which fit, each on random features."""
+    """Runs the smallest modules that contain two matching projections, each on random features."""
     projections = set(projections_of(model))
     done: set[nn.Module] = set()
     for module in _inner_first(model):
@@ -225,7 +225,7 @@ def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inputs(inside: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Random features for each pair of projections that fits."""
+    """Random features for each pair of matching projections."""
     for first in inside:
         a = declared_widths(first)
         fits = any(

@@ -1,4 +1,4 @@
-"""The weight before a nonlinearity: whether it can be read, and gives what the layer gave."""
+"""The weight before a nonlinearity: whether it can be read and reproduces the layer's output."""
 
 import sys
 
@@ -13,15 +13,14 @@ from nerve.spectra.moments import Flag
 
 
 def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """W and b of outputs = W x + b where these are wider than x; None where no weight says what
-    they are.
+    """W and b of outputs = W x + b if the outputs are wider than x; None if no weight defines them.
 
-    A forward of the module's own or a hook may change them (an adapter, an ablation); a
-    parametrized weight in training is another at each reading (spectral norm iterates).
+    The module's own forward or a hook may change them (an adapter, an ablation); a parametrized
+    weight in training differs at each access (spectral norm iterates).
 
     Args:
-        site: of pre; the outputs may be a part of what its module gives.
-        inputs: what the module gets, `[*samples, d_in]`.
+        site: the site of pre; the outputs may be a part of the module's output.
+        inputs: the input of the module, `[*samples, d_in]`.
         outputs: pre, `[*samples, d_ff]`.
     """
     module = site.module
@@ -42,7 +41,7 @@ def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tens
     matrix = matrix.T if _is_conv1d(module) else matrix.flatten(1) if matrix.ndim > 2 else matrix
     matrix = matrix[site.part]
     if matrix.shape != (outputs.shape[-1], inputs.shape[-1]):
-        return None  # of other weights than the features', as those of a shard
+        return None  # not the weights of these features, for example a shard
     return matrix, None if bias is None else bias.detach()[site.part]
 
 
@@ -71,8 +70,8 @@ _CANCELLATION = 2**-16
 
 
 def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Flag:
-    """Whether some of the outputs, from all over them, are W x + b, up to rounding; the device is
-    not waited for before that is asked."""
+    """Whether a sample of the outputs equals W x + b up to rounding; does not wait for the device
+    until the result is used."""
     if not outputs.numel():
         return Flag(torch.tensor(True))
     kind = torch.finfo(outputs.dtype)
@@ -96,5 +95,5 @@ def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) 
 
 
 def is_unrounded(inputs: Tensor, outputs: Tensor) -> bool:
-    """Whether W x + b was not rounded to 16 bits on the way, which the shortcut would leave out."""
+    """Whether W x + b was not rounded to 16 bits, which the shortcut would leave out."""
     return inputs.dtype == outputs.dtype and outputs.dtype in (torch.float32, torch.float64)

@@ -140,11 +140,12 @@ class Dispatch:
         else:
             places = ["host" if self._pool else "device"] * len(works)
         self._say(places, step)
+        has_groups = any(isinstance(each, GroupEigenproblem) for each in eigenproblems)
         waiting = []
         for eigenproblem, work, place in zip(eigenproblems, works, places, strict=True):
             name = f"{eigenproblem.ffn} in layer {eigenproblem.layer}"
             untaken = Untaken(eigenproblem)
-            task = partial(self._solve, untaken, place, work, ready)
+            task = partial(self._solve, untaken, place, work, ready, has_groups)
             waiting.append(Waiting(name, untaken, self._begun(task, place)))
             if self._copier and place == "host":
                 self._copier.submit(self._copy, untaken, ready)
@@ -175,6 +176,7 @@ class Dispatch:
         place: Place,
         work: float,
         ready: torch.cuda.Event | None,
+        has_groups: bool,
     ) -> FFNSpectra | GroupSpectrum:
         began, seconds = time.monotonic(), None
         try:
@@ -190,7 +192,11 @@ class Dispatch:
                     if self._stream is not None and ready is not None:
                         self._stream.wait_event(ready)
                     spectra = untaken.take().solve()
-            spectra.row()  # many small operations, done here to spare the training thread
+            # Many small operations, done here to spare the training thread.
+            spectra.row()
+            if has_groups and isinstance(spectra, FFNSpectra):
+                for each in spectra.pooled:
+                    each.row()
             seconds = time.monotonic() - began
         finally:
             self._placement.solved(place, work, seconds)

@@ -11,7 +11,7 @@ import torch
 
 from nerve.errors import MeasurementError
 from nerve.measuring.distributed import Mailbox, gathered, in_turns, n_processes, rank
-from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum, pooled_spectra
+from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
 from nerve.recording.dispatch import Dispatch, Eigenproblem, Waiting
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Solved:
         if not self.groups:
             return []
         step = {"step": self.labels["step"]}
-        pooled = [each for spectra in self.spectra for each in pooled_spectra(spectra)]
+        pooled = [each for spectra in self.spectra for each in spectra.pooled]
         return [step | each.row() for each in (*pooled, *self.groups)]
 
 

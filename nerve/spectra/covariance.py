@@ -14,7 +14,7 @@ from nerve.spectra.product import PRODUCTS, coarsest, default_product
 
 
 class Tally(NamedTuple):
-    """What a covariance has seen: how many samples, and which products took them."""
+    """The number of samples in a covariance, and the products that were used for them."""
 
     n: int
     products: frozenset[str]
@@ -26,28 +26,29 @@ class StreamingCovariance:
     Holds the number of samples, their mean (float64, `[dim]`) and the sum of squares about it
     (float64, `[dim, dim]`) on `device`, merged by Chan's formula. Within an update:
 
-    - features are centered before they are multiplied wherever a mean could cost digits;
+    - features are centered before they are multiplied if their mean could cost digits;
     - each column is scaled by a power of two, which is exact, so that no scale of the features
       over- or underflows in the product;
     - the product is taken in chunks of rows that are summed in float64.
 
-    Until more than `dim` samples have come, copies of the samples are held in place of moments: no
-    more numbers, and `eigenproblem` is smaller for them. It is so where no `product` is named.
+    Up to `dim` samples, copies of the samples are held instead of moments, unless a `product` is
+    named: they take no more memory, and `eigenproblem` is smaller for them.
 
     The error of an entry, relative to the two standard deviations, is that of the product: 1e-7 to
-    a few 1e-6 for `float32` and `float16x2`, 1e-15 for `float64`; for `bfloat16` relative to the
-    whole variance, so that entries of columns far below the loudest one can be off. No update
-    records an autograd graph, and only those with a mask or of `bfloat16` wait for the device:
-    these products take the features uncentered, but `float16x2` where the mean is too large for
-    that.
+    a few 1e-6 for `float32` and `float16x2`, and 1e-15 for `float64`. For `bfloat16` it is relative
+    to the whole variance, so entries of columns far smaller than the largest one can be inaccurate.
+    No update records an autograd graph. Only updates with a mask, or with the product `bfloat16`,
+    wait for the device: it multiplies uncentered features, and `float16x2` is used instead if the
+    mean is too large for that.
 
     Args:
         dim: number of features.
-        device: where the state lives and the products are taken; features from elsewhere are moved
-            there. It must have float64. By default the CPU.
-        product: how the products are taken, a name of `nerve.spectra.product.PRODUCTS`. By default
-            `float64` for float64 features and, on an NVIDIA GPU, float32 ones; `bfloat16` for
-            bfloat16 and `float16x2` for float16 features on an NVIDIA GPU; `float32` for others.
+        device: where the state is kept and the products are computed; features from elsewhere are
+            moved there. It must support float64. By default the CPU.
+        product: how the products are computed, a key of `nerve.spectra.product.PRODUCTS`. By
+            default `float64` for float64 features and, on an NVIDIA GPU, float32 ones; `bfloat16`
+            for bfloat16 and `float16x2` for float16 features on an NVIDIA GPU; `float32` for
+            others.
 
     Raises:
         MeasurementError: for a `dim` below 1 or an unknown `product`.
@@ -82,7 +83,7 @@ class StreamingCovariance:
         Args:
             x: features; all dimensions but the last are samples.
             mask: True for the samples that count; what the others hold, NaN included, is ignored.
-            spread: of those that count, where it is known.
+            spread: of the samples that count, if it is known.
 
         Raises:
             MeasurementError: if `x` does not end in `dim` features or `mask` has another shape than
@@ -100,7 +101,7 @@ class StreamingCovariance:
                 self._add(x, spread)
 
     def merge(self, other: "StreamingCovariance") -> None:
-        """Adds all samples that `other` has seen; `other` is left as it is.
+        """Adds all samples of `other`, which is not changed.
 
         Raises:
             MeasurementError: if `other` has another `dim`.
@@ -120,7 +121,7 @@ class StreamingCovariance:
                 self._merge(Moments(n, *(part.to(self.device, copy=True) for part in parts)))
 
     def tally(self) -> Tally:
-        """What it has seen so far, in numbers that the host knows."""
+        """The tally so far; does not wait for the device."""
         with torch.inference_mode(False), torch.no_grad():
             self._fold()
         n = 0 if self._moments is None else self._moments.n
@@ -132,7 +133,7 @@ class StreamingCovariance:
             return self._all_moments()
 
     def replace(self, moments: Moments, tallies: Sequence[Tally]) -> None:
-        """Takes other moments in place of its own: of all samples that the tallies count."""
+        """Replaces the moments by those of all samples that the tallies count."""
         self._held.clear()
         self._moments = moments
         self._taken = set().union(*(tally.products for tally in tallies))
@@ -140,7 +141,7 @@ class StreamingCovariance:
     def projected(
         self, weight: Float[Tensor, "d_out dim"], bias: Float[Tensor, " d_out"] | None
     ) -> "StreamingCovariance":
-        """What `W x + b` of the same samples would have given: `W mean + b`, `W M2 W^T`."""
+        """The covariance of `W x + b` of the same samples, from `W mean + b` and `W M2 W^T`."""
         with torch.inference_mode(False), torch.no_grad():
             n, mean, scatter = self._all_moments()
             w = weight.to(self.device).double()
@@ -158,26 +159,26 @@ class StreamingCovariance:
             return torch.where(covariance.isfinite().all(), covariance, torch.nan)
 
     def scatter(self) -> Float64[Tensor, "dim dim"]:
-        """`(N - 1) C`, in the lower triangle alone: what the upper one holds means nothing.
+        """`(N - 1) C` in the lower triangle; the upper triangle is undefined.
 
-        A view of the state, valid until more samples are added. All zeros below two samples; where
-        a feature was not finite, some entry of the lower triangle is not either.
+        A view of the state, valid until more samples are added. All zeros below two samples. If a
+        feature was not finite, some entry of the lower triangle is not finite either.
         """
         with torch.inference_mode(False), torch.no_grad():
             return self._all_moments().scatter
 
     def eigenproblem(self) -> Float64[Tensor, "n n"]:
-        """The smallest matrix that has the eigenvalues of `scatter()`, apart from zeros.
+        """The smallest matrix that has the nonzero eigenvalues of `scatter()`.
 
-        `(X - mean) (X - mean)^T`, N x N, while the samples are held; then `scatter()`, under the
-        same terms: the lower triangle alone, valid until more samples are added.
+        `(X - mean) (X - mean)^T`, N x N, while the samples are held, and `scatter()` afterwards.
+        Only the lower triangle is valid, and only until more samples are added.
         """
         with torch.inference_mode(False):
             samples = self.held_samples()
             return self.scatter() if samples is None else gram(samples)
 
     def held_samples(self) -> Float[Tensor, "n dim"] | None:
-        """All samples, while they are held in place of moments; None then, or where there are
+        """All samples, while they are held instead of moments; None afterwards, and if there are
         none."""
         with torch.inference_mode(False):
             return torch.cat(self._held) if self._n_held else None
@@ -189,8 +190,8 @@ class StreamingCovariance:
 
     @property
     def precision(self) -> str:
-        """How the products were taken, the coarsest way if updates differed (see `product`);
-        `float64` while all samples are held.
+        """How the products were computed, the least precise way if updates differed (see
+        `product`); `float64` while all samples are held.
 
         Raises:
             MeasurementError: before the first update.
@@ -199,7 +200,7 @@ class StreamingCovariance:
             return "float64"
         if not self._taken:
             raise MeasurementError(
-                "A covariance has a precision from its first update on; got none."
+                "A covariance has a precision only after its first update; there was none."
             )
         return coarsest(self._taken)
 
@@ -224,7 +225,7 @@ class StreamingCovariance:
         return fresh and self._n_held + len(x) <= self.dim
 
     def _fold(self) -> None:
-        """Takes the samples held into the moments."""
+        """Replaces the held samples by their moments."""
         if self._held:
             samples = torch.cat(self._held)
             self._held.clear()
@@ -255,6 +256,6 @@ class StreamingCovariance:
             return
         delta = other.mean - mean
         scatter.add_(other.scatter).addr_(delta * (n * other.n / total), delta)
-        # A new mean: that of the first samples may be their spread's, which others hold.
+        # Not in place: the mean of the first samples may belong to their spread.
         mean = mean + delta * (other.n / total)
         self._moments = Moments(total, mean, scatter)

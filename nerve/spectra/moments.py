@@ -1,6 +1,6 @@
-"""Number, mean and sum of squares of samples, however they are scaled and wherever they lie.
+"""Number, mean and sum of squares of samples, at any scale and with any mean.
 
-How far they spread says which products of them keep enough digits.
+How far the samples spread decides which way to multiply them keeps enough digits.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,17 @@ _LEAST_SQUARE = 1e-30
 _LARGEST_TOTAL = 1e37
 
 _LARGEST_ROUNDING = 5e-5
-"""Share of the variance that rounding may have where it is left out: it moves SE by less than 1e-3
-nats."""
+"""The largest share of the variance that rounding may have if it is omitted: this changes SE by
+less than 1e-3 nats."""
 
 _ROWS = 8192
 
 
 class OnItsWay:
-    """Numbers of a device, for which only whoever asks waits.
+    """Numbers on their way from a device to the host; only reading them waits.
 
-    Of a GPU's the copy starts at once: between that and the question lies as much work for the
-    device as the host has queued by then, so that the GPU does not run dry.
-
-    Args:
-        numbers: any number of them.
+    The copy from a GPU starts at once. By the time the numbers are read, the host has queued more
+    work for the GPU, which therefore does not idle.
     """
 
     def __init__(self, numbers: Tensor) -> None:
@@ -49,18 +46,18 @@ class OnItsWay:
             self._arrived = torch.cuda.current_stream(numbers.device).record_event()
 
     def numbers(self) -> Tensor:
-        """They themselves, on the host."""
+        """The numbers, on the host; waits for them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers
 
 
 class Flag(OnItsWay):
-    """Whether something holds of numbers of a device, which are waited for where it is asked.
+    """A condition on numbers of a device, which are waited for when it is evaluated.
 
     Args:
-        numbers: one boolean, or whatever `holds` takes.
-        holds: says it of the numbers, on the host.
+        numbers: one boolean, or what `holds` takes.
+        holds: evaluates the condition from the numbers, on the host.
     """
 
     def __init__(self, numbers: Tensor, holds: Callable[[Tensor], bool] = bool) -> None:
@@ -72,9 +69,9 @@ class Flag(OnItsWay):
 
 
 class Spread:
-    """The mean of samples, at least one, and their total squared distance from it.
+    """The mean of at least one sample, and the total squared distance from it.
 
-    Its answers wait for the device, as those of `OnItsWay`.
+    The methods wait for the device, like those of `OnItsWay`.
 
     Attributes:
         mean: float64 `[dim]`.
@@ -101,10 +98,10 @@ class Spread:
         )
 
     def is_left_by_rounding(self, dtype: torch.dtype) -> bool:
-        """Whether rounding the samples to `dtype` leaves their variance as it is, to 5e-5.
+        """Whether rounding the samples to `dtype` contributes at most 5e-5 of their variance.
 
-        Of normal and of skewed data rounding has about `eps^2 / 22` of the mean square (of evenly
-        spread data less); near 0, where steps do not shrink any more, `step^2 / 12`.
+        For normal and for skewed data, it contributes about `eps^2 / 22` of the mean square (less
+        for evenly spread data); near 0, where steps do not shrink any further, `step^2 / 12`.
         """
         kind = torch.finfo(dtype)
         step = kind.tiny * kind.eps
@@ -114,13 +111,13 @@ class Spread:
         return rounding <= _LARGEST_ROUNDING * square
 
     def _of_all(self) -> tuple[float, float]:
-        """The total squared distance, and what the mean has of the total square."""
+        """The total squared distance from the mean, and `n |mean|^2`."""
         square, of_one = self._squares.numbers().tolist()
         return square, self._n * of_one
 
     @classmethod
     def of(cls, x: Float[Tensor, "n dim"]) -> "Spread":
-        """That of `x`, in two passes over it."""
+        """The spread of `x`, in two passes over it."""
         sums = [rows.sum(0, dtype=torch.float32).double() for rows in x.split(_ROWS)]
         mean = torch.stack(sums).sum(0) / len(x)
         return cls(len(x), mean, square_distances(x, mean).sum())
@@ -146,9 +143,9 @@ def square_distances(
 
 
 class Moments(NamedTuple):
-    """Number, mean and sum of squares about the mean of samples.
+    """Number, mean and scatter matrix (the sum of squares about the mean) of samples.
 
-    Of the sum of squares, the scatter matrix, the lower triangle alone is valid.
+    Only the lower triangle of the scatter matrix is valid.
     """
 
     n: int
@@ -159,9 +156,9 @@ class Moments(NamedTuple):
 def moments_of(
     x: Float[Tensor, "n dim"], product: str, spread: Spread | None = None
 ) -> tuple[Moments, str]:
-    """The moments of the samples `x`, at least one, and the name of the product that took them:
-    `float16x2` where an uncentered one would lose digits. Their spread, where that is known, spares
-    passes over them."""
+    """The moments of the samples `x`, at least one, and the name of the product that was used:
+    `float16x2` if an uncentered one would lose digits. Giving their spread saves passes over
+    them."""
     with exact_products(x.device):
         if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
@@ -173,10 +170,10 @@ def moments_of(
 
 
 def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) -> Moments:
-    """As `_centered_moments`, from products of the samples as they are: one pass over them.
+    """The moments from products of uncentered samples: one pass over them.
 
-    `X^T X` is rounded relative to the mean square, variance and squared mean together, so the
-    covariance loses the digits by which they exceed the variance.
+    The rounding of `X^T X` is relative to the mean square, which is the variance plus the squared
+    mean. So the covariance loses the digits by which that exceeds the variance.
     """
     m2 = spread.mean.new_zeros(x.shape[1], x.shape[1])
     for rows in x.split(product.n_rows):
@@ -185,11 +182,11 @@ def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) ->
 
 
 def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
-    """Number, mean and sum of squares about the mean of the samples `x`.
+    """The moments from products of centered samples.
 
-    The samples are shifted by their mean, rounded to the working type. Each difference then has all
-    digits of that type, however large the mean; and what is left of the mean is measured on the
-    shifted samples and taken out in float64.
+    The samples are shifted by their mean, rounded to the working type. So each difference has all
+    digits of that type, however large the mean is. The rest of the mean is measured on the shifted
+    samples and subtracted in float64.
     """
     n = len(x)
     shift, scale = _shift_and_scale(x, product)
@@ -210,11 +207,11 @@ def _centered_moments(x: Float[Tensor, "n dim"], product: Product) -> Moments:
 def _shift_and_scale(
     x: Float[Tensor, "n dim"], product: Product
 ) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
-    """About the mean of each column, and the power of two that takes its range to
+    """The approximate mean of each column, and the power of two that scales its range to
     `_SCALED_EXPONENT`."""
     dtype = torch.promote_types(x.dtype, product.dtype)
     low, high = (extreme.to(dtype) for extreme in torch.aminmax(x, dim=0))
-    # A sum may overflow where its terms do not; the middle of the range then lies near enough.
+    # A sum may overflow although its terms do not; the middle of the range is then close enough.
     total = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
     middle = torch.add(low / 2, high, alpha=0.5)
     mean = torch.where(total.abs() < torch.inf, total / x.shape[0], middle)

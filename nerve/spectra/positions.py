@@ -1,4 +1,4 @@
-"""Sums of the samples of each position of the sequences, and of their squares."""
+"""Sums of the samples at each sequence position, and of their squared distances from a mean."""
 
 import math
 
@@ -8,17 +8,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LEAST_SEQUENCES = 8
-"""A position counts where at least so many sequences reach it: fewer are single samples."""
+"""A position counts if at least this many sequences reach it; fewer are only single samples."""
 
 _ROWS, _ROWS_OF_16_BITS = 8192, 32_768
 """Samples that are summed at a time, those of 16 bits in float32."""
 
 
 class Positions:
-    """The sum of the samples of each position, and of their squares, over any number of updates.
+    """The sums of the samples at each position, and of their squared distances, over any number of
+    updates.
 
-    The squares about any mean follow from these: those about the mean so far are held, and moved by
-    the little that it moves.
+    Squared distances from any mean follow from those from another one. They are kept for the latest
+    mean, because computing them for a mean that is close by loses no digits.
     """
 
     def __init__(self) -> None:
@@ -38,8 +39,14 @@ class Positions:
         *,
         are_there: bool,
     ) -> None:
-        """Adds samples: their sums, their numbers, and their squared distances from `mean`, any
-        vector that nothing changes. Samples without positions are all of one."""
+        """Adds samples.
+
+        Args:
+            sums: of the samples at each position.
+            counts_and_squares: their number and the sum of their squared distances from `mean`.
+            mean: any vector; it is kept and must not be changed.
+            are_there: whether the features have positions; if not, all samples are at a single one.
+        """
         self._are_there &= are_there
         if self._held is not None:
             held, own = self._held[0], self._about(mean)
@@ -49,8 +56,8 @@ class Positions:
         self._held = sums, counts_and_squares, mean
 
     def about(self, mean: Float64[Tensor, " dim"]) -> Float64[Tensor, "2 positions"]:
-        """Of each position the number of samples and their total squared distance from `mean`;
-        no positions where features have none."""
+        """For each position, the number of samples and the sum of their squared distances from
+        `mean`; empty if the features have no positions."""
         if self._held is None:
             return mean.new_zeros(2, 0)
         return self._about(mean)[:, : self.n]
@@ -69,16 +76,15 @@ class Positions:
 
 
 def _longer(x: Float64[Tensor, "rows n"], longest: int) -> Float64[Tensor, "rows longest"]:
-    """With zeros up to the longest sequence."""
+    """Padded with zeros to the longest sequence."""
     return x if x.shape[1] == longest else pad(x, (0, longest - x.shape[1]))
 
 
 def sums_of_positions(
     x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
 ) -> Float64[Tensor, "positions dim"]:
-    """The sums over the sequences, in float64. Features of 16 bits are summed in float32, so many
-    samples at a time, which loses none of their digits to speak of and is faster on a GPU. Features
-    without positions are all of one."""
+    """The sums over the sequences, in float64. 16-bit features are summed in float32 within chunks,
+    which is as accurate for them and faster on a GPU. Features without positions have one row."""
     x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1])
     mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
     is_wide = x.dtype.itemsize > 2
@@ -98,8 +104,8 @@ def sums_of_positions(
 def counts_and_squares(
     squares: Float64[Tensor, " n"], n_positions: int, mask: Bool[Tensor, "*samples"] | None
 ) -> Float64[Tensor, "2 positions"]:
-    """Of each position the number of samples that count, and the sum of `squares`, which are
-    those samples' own."""
+    """For each position, the number of samples that count and the sum of their `squares`, which
+    are given for the samples that count alone."""
     if mask is None:
         of_positions = squares.new_full((2, n_positions), len(squares) // n_positions)
     else:
@@ -111,8 +117,8 @@ def counts_and_squares(
 
 
 def largest_mean(positions: Float64[Tensor, "*batch 2 positions"]) -> Float64[Tensor, "*batch"]:
-    """The largest mean square of those positions that enough sequences reach; NaN without any, and
-    of a single one."""
+    """The largest mean square among the positions that enough sequences reach; NaN if there is none
+    or only a single position."""
     counts, squares = positions.unbind(-2)
     if counts.shape[-1] < 2:
         return counts.new_full(counts.shape[:-1], math.nan)

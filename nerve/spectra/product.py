@@ -1,4 +1,4 @@
-"""How `y^T y` of centered features is taken: in which precision, and how exactly."""
+"""The ways to compute `y^T y` of features: their precision, and what they cost."""
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
@@ -13,16 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Product:
-    """A way to take `y^T y`.
+    """A way to compute `y^T y`.
 
     Attributes:
         dtype: the type of `y`.
         n_rows: rows at a time. Within a chunk, sums are rounded in the product's own type; more
             rows mean more rounding, fewer mean more additions of `dim x dim` float64 matrices.
-        add: adds it to a float64 matrix, in place: to the lower triangle with the diagonal. What
-            the upper one holds means nothing.
-        centered: whether `y` is centered first, which costs passes over it, or the mean is taken
-            out of the sum, which costs digits where the mean is large.
+        add: adds it in place to the lower triangle (with the diagonal) of a float64 matrix, whose
+            upper triangle is undefined.
+        centered: whether `y` is centered first, which costs passes over it; otherwise the mean is
+            subtracted from the sum, which costs digits if the mean is large.
     """
 
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Product:
     centered: bool = True
 
 
-# Blocks of fewer columns would keep the cores less busy.
+# Blocks of fewer columns would use the cores less well.
 _LEAST_WIDTH = 192
 
 
@@ -86,7 +86,7 @@ def has_kernels(device: torch.device) -> bool:
 def _add_float16x2_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor, "n dim"]) -> None:
     """`y = high + low`, two float16 numbers that hold 22 binary digits of y between them.
 
-    `low^T low`, below 2**-24 of the variances, is left out. `|y|` must be below 65,504.
+    `low^T low`, below 2**-24 of the variances, is omitted. `|y|` must be below 65,504.
     """
     high = y.half()
     low = (y - high).half()
@@ -145,28 +145,28 @@ PRODUCTS: dict[str, Product] = {
 
 
 def product_of_input(dtype: torch.dtype) -> str:
-    """The name of the product that takes x where the covariance of `u = W x + b` is made of that of
-    x: in float64, for W would magnify rounding.
+    """The name of the product for x if the covariance of `u = W x + b` is computed from that of x:
+    in float64, because W would magnify rounding.
 
-    Where u is of a `dtype` of 16 bits, its own rounding is left out, and the name says so, so that
-    whatever it goes into says so as well.
+    If u has a 16-bit `dtype`, its own rounding is omitted. The name says so, and so does the
+    precision of all results.
     """
     name = f"projected_{str(dtype).removeprefix('torch.')}"
     return name if name in PRODUCTS else "float64"
 
 
 def coarsest(names: Iterable[str]) -> str:
-    """Of the names of products that were used together, the one that bounds what is exact."""
+    """The name of the least precise of several products that were used together."""
     return min(names, key=list(PRODUCTS).index)
 
 
 def default_product(dtype: torch.dtype, device: torch.device) -> str:
-    """The name of the product that features of `dtype` deserve on `device`.
+    """The name of the default product for features of `dtype` on `device`.
 
-    On an NVIDIA GPU of a data center, float64 is as fast as float32 without its rounding, and
-    16-bit features have tensor cores; elsewhere 16-bit features are taken as float32. Products of
-    bfloat16 numbers have 16 digits, which tensor cores sum without loss; those of float16 have 22,
-    some of which are cut off, so that they pay for being centered.
+    On an NVIDIA GPU of a data center, float64 is as fast as float32 and has less rounding, and
+    16-bit features can use tensor cores; elsewhere 16-bit features are converted to float32.
+    Products of two bfloat16 numbers have 16 binary digits, which tensor cores sum without loss.
+    Those of float16 have 22, some of which are cut off, so that centering is worth its cost.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return "float64" if dtype == torch.float64 else "float32"
@@ -184,8 +184,9 @@ _SIXTEEN_BIT_SUMS = (
 def exact_products(device: torch.device) -> Iterator[None]:
     """Makes matrix products keep every digit of their type, whatever the caller has set.
 
-    Turns off autocast and the global switches that trade digits for speed (TF32, bfloat16 in place
-    of float32, sums in 16 bits), and sets them back.
+    Turns off autocast and the global switches that trade digits for speed (TF32, bfloat16 instead
+    of float32, sums in 16 bits), and restores them. The switches are those of the whole process: to
+    be used in one thread at a time.
     """
     cuda = torch.backends.cuda.matmul
     sums = {name: getattr(cuda, name) for name in _SIXTEEN_BIT_SUMS}

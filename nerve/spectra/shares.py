@@ -1,5 +1,4 @@
-"""How the variance is shared among the samples: whether the mean, a few of them, or those of one
-position hold it all."""
+"""How much of the features' squares the mean, single samples and single positions account for."""
 
 import math
 from collections import defaultdict
@@ -27,18 +26,18 @@ _MOST_BOUNDS = 16
 
 
 class Shares(NamedTuple):
-    """What the mean and single samples have of the features' squares; NaN where it is not known.
+    """The shares of the mean, of single samples and of one position; NaN where they are unknown.
 
     Attributes:
         mean: the mean's share of the second moment, `N |mean|^2 / sum |x|^2`, in [0, 1]; 1 where
             all samples are one vector, which centered spectra cannot see.
-        largest: the share of all variance that the sample farthest from the mean has,
+        largest: the share of the variance that the sample farthest from the mean accounts for,
             `max |x - mean|^2 / sum |x - mean|^2`, in [1/N, 1 - 1/N].
         top: that of the farthest 0.1% of the samples, their number rounded up.
-        position: how far the samples of one position of the sequences are from the mean of all, as
-            their mean squared distance over that of all samples, at the position where this is
-            largest; 1 where all positions are alike. NaN where features have no positions, or
-            none that `LEAST_SEQUENCES` of `nerve.spectra.positions` reach.
+        position: the mean squared distance of the samples at one sequence position from the mean of
+            all samples, divided by that of all samples, at the position where this is largest; 1 if
+            all positions are alike. NaN if features have no positions, or none that at least
+            `LEAST_SEQUENCES` sequences reach.
     """
 
     mean: float
@@ -48,7 +47,7 @@ class Shares(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """Samples that are not held lie within `radius` of `center`."""
+    """A ball around `center` that contains samples that are not held."""
 
     center: Float64[Tensor, " dim"]
     radius: Float64[Tensor, ""]
@@ -58,9 +57,10 @@ class Distances(NamedTuple):
     """Squared distances of samples from a mean.
 
     Attributes:
-        farthest: those of the farthest samples, the largest first.
-        reach: within this, not squared, lie all others.
-        positions: of each position of the sequences, the number of samples and their total.
+        farthest: those of the candidates, in any order.
+        reach: all other samples are within this distance, which is not squared.
+        positions: for each sequence position, the number of samples and the sum of their squared
+            distances.
     """
 
     farthest: Float64[Tensor, " k"]
@@ -71,17 +71,18 @@ class Distances(NamedTuple):
 class SampleShares:
     """`Shares` over any number of updates, although the mean is known only at the end.
 
-    Holds number, mean and total square of the samples (float64), and as candidates those that lie
-    farthest from the mean so far: at least a quarter as many as there are features, and four times
-    the top 0.1%. Of the others it keeps how far the farthest one was and from which mean. No sample
-    moves farther against the mean than the mean itself does, so that either the farthest samples
-    are among the candidates for certain, or the share is NaN. In one update they always are; over
-    several it takes a mean that wanders by more than the farthest samples stand out to lose them.
+    Holds the number, mean and total squared distance of the samples (float64), and copies of the
+    candidates: the samples farthest from the mean so far, at least a quarter as many as there are
+    features and four times the top 0.1%. For the other samples it holds balls that contain them,
+    around the means of the updates that dropped them. A mean that moves by some distance changes
+    the distance of no sample by more than that. So either the farthest samples are certainly among
+    the candidates, or the share is NaN. After one update they always are; several updates lose them
+    only if the mean moves by more than the farthest samples stand out.
 
-    Holds a sixteenth of what a covariance of bfloat16 features holds, and for each position of the
-    sequences the sum of its samples (float64 `[positions, dim]`). No update waits for the device,
-    but those with a mask. Small models wait for the host to launch its kernels: so the first update
-    is taken as it is, nothing being moved or merged, and `shares_of` reads many out at once.
+    Takes a sixteenth of the memory of a covariance of bfloat16 features, and for each sequence
+    position the sum of its samples (float64 `[positions, dim]`). Only updates with a mask wait for
+    the device. Small models are limited by the host, which launches the kernels: so the first
+    update moves and merges nothing, and `shares_of` reads many instances at once.
 
     Args:
         dim: number of features.
@@ -112,7 +113,7 @@ class SampleShares:
 
     @property
     def square(self) -> Float64[Tensor, ""]:
-        """Their total squared distance from it."""
+        """The total squared distance of the samples so far from `mean`."""
         return self.mean.new_zeros(()) if self._square is None else self._square
 
     def update(
@@ -126,8 +127,8 @@ class SampleShares:
             mask: True for the samples that count; what the others hold is ignored.
 
         Returns:
-            The spread of the samples that count, which a covariance of the same ones needs; None
-            where there are none.
+            The spread of the samples that count, which a covariance of the same samples needs; None
+            if none count.
         """
         assert self._of_all is None, "after replace(), no samples can be added"
         with torch.inference_mode(False), torch.no_grad():
@@ -151,7 +152,7 @@ class SampleShares:
                 moved = move.dot(move)
                 own_square = torch.sub(square, moved, alpha=before**2 / n)
                 square = torch.add(self.square + square, moved, alpha=before)
-            # First of all, so that it is there when the covariance asks.
+            # Before the rest, so that the numbers have arrived when the covariance reads them.
             spread = Spread(n, own_mean, own_square)
             self._square = square
             self._positions.add(sums, of_positions, self.mean, are_there=x.ndim > 2)
@@ -175,22 +176,22 @@ class SampleShares:
     def replace(
         self, n: int, mean: Float64[Tensor, " dim"], square: Float64[Tensor, ""], of_all: Distances
     ) -> None:
-        """Takes other samples in place of its own; none can be added to them.
+        """Replaces the samples by others, to which none can be added.
 
         Args:
             n, mean: their number and mean.
-            square: their total squared distance from it.
-            of_all: as of `about(mean)`.
+            square: their total squared distance from the mean.
+            of_all: what `about(mean)` would return for them.
         """
         self.n, self._mean, self._square, self._of_all = n, mean, square, of_all
 
     def n_candidates(self, n: int) -> int:
-        """How many candidates are held of n samples."""
+        """How many candidates are held if there are n samples."""
         top = _CANDIDATES_FOR_EACH_OF_THE_TOP * -(-n // TOP)
         return min(n, max(_LEAST_CANDIDATES, self.dim // 4, top))
 
     def _choose(self, x: Float[Tensor, "n dim"], squares: Float64[Tensor, " n"]) -> None:
-        """Takes the candidates among those so far and `x`."""
+        """Chooses the candidates among the previous ones and `x`."""
         held = self._candidates
         if held is not None:
             squares = torch.cat([square_distances(held, self.mean), squares])
@@ -203,13 +204,14 @@ class SampleShares:
         self._candidates = _rows_of(held, x, index[:-1])
         self._farthest = values[:-1]
         self._bounds.append(_Bound(self.mean, values[-1].sqrt()))
-        if len(self._bounds) > _MOST_BOUNDS:  # late means lie close together: little is lost
+        if len(self._bounds) > _MOST_BOUNDS:
+            # The last means are close together, so one ball around two loses little.
             last, earlier = self._bounds.pop(), self._bounds.pop()
             reach = earlier.radius + (last.center - earlier.center).norm()
             self._bounds.append(_Bound(last.center, torch.maximum(last.radius, reach)))
 
     def about(self, mean: Float64[Tensor, " dim"]) -> Distances:
-        """The distances of the samples from `mean`; the farthest are those of the candidates."""
+        """The distances of the samples from `mean`."""
         if self._candidates is None or self._farthest is None:
             farthest = mean.new_zeros(1)
         elif mean is self.mean:
@@ -224,13 +226,13 @@ class SampleShares:
         return Distances(farthest, most, self._positions.about(mean))
 
     def distances(self) -> Distances:
-        """Those from the mean, of all samples that it has."""
+        """The distances from the mean of all samples, after `replace` of those given there."""
         return self._of_all or self.about(self.mean)
 
 
 def shares_of(several: Sequence[SampleShares]) -> list[Float64[Tensor, "4"]]:
-    """`SampleShares.shares` of each. Those of one size are read out together, which takes as many
-    kernels as to read out one."""
+    """`SampleShares.shares` of each. Those of the same size are read together, with as many kernels
+    as a single one."""
     with torch.inference_mode(False), torch.no_grad():
         distances = [each.distances() for each in several]
         alike: dict[Hashable, list[int]] = defaultdict(list)
@@ -248,8 +250,7 @@ def shares_of(several: Sequence[SampleShares]) -> list[Float64[Tensor, "4"]]:
 def _shares_of_alike(
     several: Sequence[SampleShares], distances: Sequence[Distances]
 ) -> Float64[Tensor, "several 4"]:
-    """As `shares_of`, of those that have equally many samples, features, candidates and
-    positions."""
+    """`shares_of` for those with equal numbers of samples, features, candidates and positions."""
     n, square = several[0].n, torch.stack([each.square for each in several])
     if n < 2:
         return square.new_full((len(several), 4), math.nan)

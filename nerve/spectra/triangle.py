@@ -1,4 +1,4 @@
-"""Symmetric matrices of which the lower triangle alone counts, in the parts that are moved."""
+"""Symmetric matrices of which only the lower triangle is valid, in blocks for copying."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,13 @@ _WIDTH = 384
 
 
 def lower_blocks(matrix: Float[Tensor, "n n"]) -> list[Tensor]:
-    """Views of block columns that hold the lower triangle: little more than half of the matrix."""
+    """Views of block columns that contain the lower triangle: little more than half of the
+    matrix."""
     return [matrix[s:, s : s + _WIDTH] for s in range(0, len(matrix), _WIDTH)]
 
 
 def from_lower_blocks(blocks: Sequence[Tensor]) -> Tensor:
-    """The matrix again, float64; what its upper triangle holds means nothing."""
+    """The matrix of these blocks, float64; its upper triangle is undefined."""
     n = len(blocks[0]) if blocks else 0
     matrix = torch.zeros(n, n, dtype=torch.float64)
     for number, block in enumerate(blocks):
@@ -25,5 +26,5 @@ def from_lower_blocks(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def lower_bytes(n: int) -> int:
-    """What the blocks of a float64 `[n, n]` take."""
+    """The size in bytes of the blocks of a float64 matrix `[n, n]`."""
     return 8 * sum((n - s) * min(_WIDTH, n - s) for s in range(0, n, _WIDTH))

@@ -99,7 +99,7 @@ class TrainedModel(L.LightningModule):
         self._build_optimizer = build_optimizer
         self._schedule = schedule
         self._divergence = Divergence()
-        self._clipped: list[nn.Parameter] = []
+        self._clipped: list[nn.Parameter] | None = None
         self._penalty = Penalty(model, regularizer) if regularizer.name != "none" else None
         self._compiled = CompiledLosses(self._losses) if compile else None
         self._has_chosen = False
@@ -110,10 +110,8 @@ class TrainedModel(L.LightningModule):
         # A fit that resumes in the middle of an accumulation does not zero the gradients first.
         self._begins_update = True
         self._divergence = Divergence()  # an earlier fit may have diverged
+        self._clipped = None
         part_from_other_processes(self.global_rank)  # Lightning gives all processes one seed
-
-    def on_train_start(self) -> None:
-        self._clipped = list(self.parameters())  # walking all modules takes time in every step
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs)
@@ -175,6 +173,8 @@ class TrainedModel(L.LightningModule):
             # Such an optimizer (fused=True) unscales the gradients itself when it steps, so
             # Lightning leaves them scaled and then refuses to clip them.
             scaler.unscale_(optimizer)
+        if self._clipped is None:
+            self._clipped = list(self.parameters())  # walking all modules in every step takes time
         sharded = self.trainer.model
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._clipped, gradient_clip_val)

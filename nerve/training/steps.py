@@ -36,6 +36,8 @@ class StepFeatures:
         self._choice = choice
         self._awaited: _Awaited | None = None
         self._is_taking = False
+        own = vars(self._strategy)
+        self._replaced = {name: own.get(name) for name in STEPS}  # of other code that wraps them
         for name in STEPS:
             setattr(self._strategy, name, self._measured(getattr(self._strategy, name)))
 
@@ -58,8 +60,12 @@ class StepFeatures:
     def close(self) -> None:
         """Restores the strategy; may be called at any time."""
         self._awaited, self._is_taking = None, False
-        for name in STEPS:
-            vars(self._strategy).pop(name, None)
+        for name, before in self._replaced.items():
+            if before is None:
+                vars(self._strategy).pop(name, None)
+            else:
+                setattr(self._strategy, name, before)
+        self._replaced.clear()
 
     def _measured(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*args: Any, **kwargs: Any) -> Any:

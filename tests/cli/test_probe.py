@@ -432,7 +432,7 @@ def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):
     status, _, err = nerve_probe("EleutherAI/pythia-70m@step1000")
     assert status == 1
     assert asked == [("EleutherAI/pythia-70m", {"revision": "step1000"})]
-    assert "is no folder here, and on the hub cannot be read" in err
+    assert "is not a folder here, and on the hub cannot be read" in err
 
 
 def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):

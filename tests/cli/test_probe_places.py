@@ -38,10 +38,13 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("./ckpt/stpe_1", "there is no ./ckpt/stpe_1. Near: ckpt/step_1. Check"),
-        ("ckpt/stpe_1", "the folder ckpt exists, and has no stpe_1. Near: ckpt/step_1. Check"),
+        ("./ckpt/stpe_1", "there is no ./ckpt/stpe_1. Similar names: ckpt/step_1. Check"),
+        (
+            "ckpt/stpe_1",
+            "the folder ckpt exists, and has no stpe_1. Similar names: ckpt/step_1. Check",
+        ),
         ("ckpt/other", "the folder ckpt exists, and has no other. Check"),
-        ("ckpts/step_1/model", "there is no ckpts/step_1/model. Near: ckpt. Check"),
+        ("ckpts/step_1/model", "there is no ckpts/step_1/model. Similar names: ckpt. Check"),
         ("ckpt/step_1/a/b", "there is no ckpt/step_1/a/b. Check"),
         ("/nowhere/step_1", "there is no /nowhere/step_1. Check"),
     ],
@@ -52,7 +55,9 @@ def test_a_misspelt_path_is_answered_with_what_is_near_it(place, words):
 
 
 def test_a_tokenizer_is_looked_for_as_a_model_is():
-    with pytest.raises(DataError, match=r"A tokenizer is a folder or .* has no stpe_1. Near: "):
+    with pytest.raises(
+        DataError, match=r"A tokenizer is a folder or .* has no stpe_1. Similar names: "
+    ):
         Folders(Asked(("gpt2",), tokenizer="ckpt/stpe_1"))
 
 
@@ -64,7 +69,7 @@ def test_names_on_the_hub_are_told_from_what_is_here():
 def test_a_hub_that_does_not_answer_is_asked_once(requests):
     """Of transformers it would be six times, with pauses of 23 s between."""
     with pytest.raises(
-        DataError, match=r"cpkt is no folder here, .* be reached \(timed out\). Nea"
+        DataError, match=r"cpkt is not a folder here, .* be reached \(timed out\). Sim"
     ):
         check_hub(["cpkt", "gpt2"])
     ((url, timeout),) = requests
@@ -94,7 +99,7 @@ def test_what_is_cached_needs_no_hub(requests, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", find)
     check_hub(["org/model@step1", "org/tokens"])
     assert requests == []
-    with pytest.raises(DataError, match="org/model@step2 is no folder here"):
+    with pytest.raises(DataError, match="org/model@step2 is not a folder here"):
         check_hub(["org/model@step1", "org/model@step2"])
 
 

@@ -125,7 +125,7 @@ def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
     save(llama(seed=5), Path("ckpt/step_10"))
     status, _, err = probed("ckpt/step_*")
     assert status == 1
-    assert "step 10 was measured with other weights than ckpt/step_10 has now" in err
+    assert "step 10 was measured with different weights than ckpt/step_10 has now" in err
     assert nerve.load_metrics("out")["pr_post"].tolist() == before["pr_post"].tolist()
 
 

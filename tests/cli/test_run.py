@@ -21,6 +21,7 @@ from processes import lean_path
 from support import TINY_RUN, composed
 
 import nerve
+import nerve.cli.run as run_module
 from nerve.cli import entry
 from nerve.cli.config.compose import SWEEPS
 from nerve.cli.config.explain import explain_error
@@ -181,6 +182,23 @@ def test_the_version_is_that_of_nerve_before_hydras(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-run", "--version"])
     entry.run()
     assert capsys.readouterr().out == f"nerve {metadata.version('nerve')}\n"
+
+
+def test_a_closed_pipe_ends_a_command_in_words(monkeypatch, capsys):
+    """As of `nerve-run --help | head`: it was told that its output directory is not writable."""
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)
+
+    def no_reader():
+        error = BrokenPipeError(errno.EPIPE, "Broken pipe")
+        assert run_module._Command(show_tracebacks=False).message(error) is None
+        raise error
+
+    monkeypatch.setattr(entry, "import_module", lambda name: SimpleNamespace(main=no_reader))
+    monkeypatch.setattr(sys, "argv", ["nerve-run", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        entry.run()
+    assert ended.value.code == entry.UNREAD
+    assert "nothing reads its output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("overrides", "expected"), COMPOSITION, ids=lambda v: " ".join(v)[:40])

@@ -267,7 +267,7 @@ def test_what_cannot_be_told_is_said_with_the_line_that_describes_it():
     assert places(found) == [(0, "ffn")]
     (line,) = found.unclear
     code, why = line.split("  # ")
-    assert why == "features are mixed in between, as by a normalization"
+    assert why == "features are mixed in between, for example by a normalization"
     assert line in str(found)
     ffn = eval(code.replace("model.1.", "model[1]."), {"nerve": nerve, "model": model})
     (row,) = nerve.measure(model, [x], ffns=[ffn]).to_dict("records")

@@ -291,7 +291,7 @@ def test_where_the_stream_is_not_shown_a_warning_says_so(tmp_path, caplog):
     nerve.measure(
         Half(), [torch.randn(8, 5, 6)], into=tmp_path / "run", sites=["stream_in", "output"]
     )
-    assert "ffn in layer 0: stream_in cannot be measured, " in caplog.text
+    assert "ffn in layer 0: stream_in cannot be measured because " in caplog.text
     assert set(nerve.load_groups(tmp_path / "run")["site"]) == {"pre", "post", "output"}
 
 

@@ -41,6 +41,21 @@ def test_samples_that_count_are_the_same_wherever_their_tokens_lie(features, ord
     torch.testing.assert_close(around[around_mask], FEATURES[MASK])
 
 
+@pytest.mark.parametrize("skip_first", [0, 1])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_a_part_of_a_batch_stays_as_it_lies_where_all_samples_count_alike(mask, skip_first):
+    """As of a model that splits the batch; which part it is, nobody knows."""
+    samples, part = samples_of(skip_first), FEATURES[:2]
+    samples.start(Chosen(mask, [Order(N, T, batch_first=True)]))
+    if mask is None and not skip_first:
+        taken = samples.taken(0, part, {"pre": part, "post": part})
+        assert torch.equal(taken.features["post"], part)
+        assert torch.equal(samples.taken_around(0, part)[0], part)
+    else:
+        with pytest.raises(MeasurementError, match="now its features have the shape"):
+            samples.taken(0, part, {"pre": part, "post": part})
+
+
 @pytest.mark.parametrize("skip_first", [1, 3])
 @pytest.mark.parametrize("name", ["as they are", "position first"])
 def test_skipped_positions_are_left_out_of_features_and_mask(name, skip_first):

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from operations import count
 
 from nerve.errors import MeasurementError
-from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
 from nerve.recording.dispatch import Dispatch, Placement
 from nerve.recording.solver import MOST_PENDING, Solver
 
@@ -65,6 +66,15 @@ def test_every_measurement_comes_out_once_in_order(solver):
             expected = torch.tensor([4.0, 3, 2, 1]) * (item.labels["step"] + 1)
             torch.testing.assert_close(spectra.post, expected.double())
     assert not list(solver.drain())
+
+
+def test_rows_take_nothing_of_the_thread_that_writes_them(solver):
+    """Those of groups neither, nor pre and post of all samples, which stand beside groups."""
+    group = GroupEigenproblem(0, "ffn", "pre", "halves", "a", 10, 4, make_eigenproblem(0).post)
+    solved = [*solver.submit({"step": 0}, [make_eigenproblem(0), group]), *solver.drain()]
+    assert count(lambda: [(each.rows, each.group_rows) for each in solved]) == 0
+    places = [(row["site"], row["group"], row["variance"]) for row in solved[0].group_rows]
+    assert places == [("pre", "all", 10.0), ("post", "all", 10.0), ("pre", "a", 10.0)]
 
 
 def test_without_workers_a_measurement_is_solved_at_once():

@@ -443,6 +443,23 @@ def test_what_an_optimizer_refuses_of_finite_numbers_is_no_divergence():
         fit(module, image_batches(5), image_batches(2))
 
 
+def test_gradients_are_clipped_whatever_hooks_a_subclass_has_and_whichever_fit_it_is():
+    """A step of rate 1 moves the weights by the norm of the gradients."""
+
+    class Own(ImageClassifier):
+        def on_train_start(self):
+            pass
+
+    model, constant = linear_classifier(), Schedule("constant", cooldown=0.0)
+    module = Own(model, lambda m: SGD(m.parameters(), lr=1.0), constant)
+    for _ in range(2):
+        module.model[1] = nn.Linear(N_PIXELS, N_CLASSES)
+        before = deepcopy(module.model.state_dict())
+        fit(module, image_batches(5), image_batches(2), gradient_clip_val=1e-3)
+        moves = [(value - before[name]).flatten() for name, value in model.state_dict().items()]
+        assert float(torch.cat(moves).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_a_fused_optimizer_with_a_scaler_clips_as_another_does(algorithm, clip):

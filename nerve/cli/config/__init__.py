@@ -1,1 +1,2 @@
-"""The configuration: where Hydra finds it, what may be overridden, and that of a resumed run."""
+"""The configuration: where Hydra finds it, what may be overridden, and how a resumed run gets its
+own."""

@@ -1,4 +1,4 @@
-"""Where Hydra finds configuration, and what its interpolations may compute."""
+"""Where Hydra finds configuration files, and the resolvers for interpolations."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def _shipped(folder: str) -> Path:
-    """`folder` inside the installed package, or beside the package in a checkout."""
+    """`folder` inside the installed package, or next to the package in a checkout."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder
 
@@ -30,7 +30,7 @@ SWEEPS = _shipped("sweeps")
 
 
 SUBMITIT_SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
-"""The launcher that sends trials to SLURM."""
+"""The launcher that submits trials to SLURM."""
 
 
 class SweepsSearchPath(SearchPathPlugin):
@@ -41,8 +41,8 @@ class SweepsSearchPath(SearchPathPlugin):
 
 
 def register(plugins: Mapping[str, type] | None = None) -> None:
-    """Registers the search path, the resolver of ids and, by what `_target_` calls them, plugins of
-    Hydra, for one start of a command.
+    """Registers the search path, the resolver of ids and, by their `_target_` names, Hydra plugins,
+    for one invocation of a command.
 
     `${run_id:}` is one new id, for the directory and the record of a single run.
     """
@@ -53,12 +53,12 @@ def register(plugins: Mapping[str, type] | None = None) -> None:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values."""
+    """The configuration as plain values, interpolations resolved."""
     return _plain(config, resolve=True)
 
 
 def unresolved(config: DictConfig) -> dict[str, Any]:
-    """The same, with interpolations as texts."""
+    """The configuration as plain values, with interpolations as strings."""
     return _plain(config, resolve=False)
 
 
@@ -69,12 +69,13 @@ def _plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
 
 
 def encoded(config: DictConfig) -> bytes:
-    """A composed configuration, with Hydra's own node, as one line; interpolations stay as such."""
+    """A composed configuration, including Hydra's own node, as one line; interpolations are
+    kept."""
     return json.dumps(OmegaConf.to_container(config, enum_to_str=True)).encode() + b"\n"
 
 
 def decoded(line: bytes) -> DictConfig:
-    """The configuration that `encoded` made a line of, with the types that Hydra asks for."""
+    """The configuration that `encoded` serialized, with the types that Hydra requires."""
     schema = OmegaConf.create({"hydra": HydraConf})
     OmegaConf.set_struct(schema.hydra, False)
     del schema.hydra["defaults"]
@@ -85,15 +86,15 @@ def decoded(line: bytes) -> DictConfig:
 
 
 def build(node: Any, *, key: str, **arguments: Any) -> Any:
-    """Instantiates what `_target_` names, with errors that the user can fix.
+    """Instantiates `_target_`, with errors that the user can fix.
 
     Args:
         node: values, resolved.
-        key: what the configuration calls them, for messages.
-        arguments: others, which go before.
+        key: the name of the node in the configuration, for messages.
+        arguments: further arguments, which take precedence.
 
     Raises:
-        NerveError: as the target raised it, or `ConfigError` where it could not be called.
+        NerveError: as raised by the target, or `ConfigError` if it could not be called.
     """
     try:
         return instantiate(node, **arguments)
@@ -110,18 +111,18 @@ def build(node: Any, *, key: str, **arguments: Any) -> Any:
 
 
 def identity(config: DictConfig) -> str:
-    """`config_id` of a configuration, without resolving what does not count."""
+    """The `config_id` of a configuration, without resolving values that do not count."""
     return config_id(resolved(_counted(config)))
 
 
 def depends_on_place(config: DictConfig) -> bool:
-    """Whether values that count are other ones where a job runs than where it was sent."""
+    """Whether values that count depend on where the job runs."""
     text = OmegaConf.to_yaml(_counted(config))
     return any(f"${{{resolver}:" in text for resolver in ("hydra", "oc.env"))
 
 
 def _counted(config: DictConfig) -> DictConfig:
-    """What `config_id` counts, interpolations as such."""
+    """The part of a configuration that `config_id` covers, with interpolations kept."""
     counted = OmegaConf.masked_copy(config, [str(key) for key in config if key not in EXCLUDED])
     with open_dict(counted):
         for key in EXCLUDED:
@@ -136,6 +137,6 @@ def _config_id_of_root(*, _root_: DictConfig) -> str:
     return identity(_root_)
 
 
-# `${config_id:}`, the id of the configuration around it, names the directory of a trial; the
-# job of a cluster asks for it before it calls anything of ours.
+# `${config_id:}`, the id of the surrounding configuration, names the directory of a trial; a
+# cluster job resolves it before it calls any of our code.
 OmegaConf.register_new_resolver("config_id", _config_id_of_root, replace=True)

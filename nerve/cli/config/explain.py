@@ -1,4 +1,4 @@
-"""What is said of a command line that cannot be composed, for one who need not know Hydra."""
+"""Explains why a command line cannot be composed, for users who need not know Hydra."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from nerve.errors import NerveError
 
 
 def explain_error(error: Exception) -> str:
-    """What an error of Hydra or OmegaConf says, for one who need not know either."""
+    """Explains an error of Hydra or OmegaConf, for users who need not know either."""
     text = str(error)
     if found := re.match(r"Could not override '([^']+)'", text):
         key, known = found[1], known_keys()
@@ -75,7 +75,7 @@ def _no_override(argument: str) -> str:
 
 
 def no_such_sweep(name: str) -> str:
-    """What to say of a `--config-name` that is no shipped sweep."""
+    """The message for a `--config-name` that is not a shipped sweep."""
     names = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
     close = get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -83,7 +83,7 @@ def no_such_sweep(name: str) -> str:
 
 
 def meant(key: str, known: Iterable[str]) -> str:
-    """The value that was likely meant, of those that are known, and where all are shown."""
+    """A hint with the known value that was likely meant, and where all are listed."""
     parent, _, leaf = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
     if siblings:
@@ -95,15 +95,15 @@ def meant(key: str, known: Iterable[str]) -> str:
 
 
 def _of_the_same_leaf(key: str, known: Iterable[str]) -> list[str]:
-    """The value of the same last name in a group within, where there is just one."""
+    """The value with the same last name in a nested group, if there is exactly one."""
     depth, leaf = key.count(".") + 1, key.rpartition(".")[2]
     same = [o for o in known if o.count(".") == depth and o.rpartition(".")[2] == leaf]
     return same if len(same) == 1 else []
 
 
 def known_keys() -> dict[str, str]:
-    """The values of all groups' options by their full names, each with an option that has it; and
-    the groups themselves."""
+    """The full names of all values of all groups' options, each with an option that has it; and the
+    groups themselves."""
     keys: dict[str, str] = {}
     for path in sorted(CONF.rglob("*.yaml")):
         group = path.parent.relative_to(CONF).as_posix().strip(".")

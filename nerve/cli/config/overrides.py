@@ -1,4 +1,4 @@
-"""The overrides of a command line: what is read of them, and what is refused before composition."""
+"""The overrides of a command line: reading them, and refusing some before composition."""
 
 import os
 from collections import defaultdict
@@ -18,22 +18,22 @@ from nerve.config import quoted, require, require_path
 from nerve.errors import ConfigError
 
 DIRECTORIES = ("resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir")
-"""Keys of one path, of which no sweep makes several."""
+"""Keys that take one path, which a sweep cannot vary."""
 
 TEXTS = (
     *("data.corpus.path", "data.corpus.paths", "data.corpus.roots", "data.images.path"),
     *("data.tokenizer", "data.corpus.separator", "data.separator_token"),
 )
-"""Keys of a path or a mark, which a sweep may vary and which may have a list."""
+"""Keys that take a path or a mark; a sweep may vary them, and they may hold a list."""
 
 OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
-"""Those of which Hydra makes directories before anything else is looked at."""
+"""Keys from which Hydra creates directories before anything else is checked."""
 
 SEVERAL = ("logger",)
-"""Groups of which a run may have several options."""
+"""Groups that may have several options in one run."""
 
 _OWN_FILES = ("--config-d", "-cd", "--config-p", "-cp", "hydra.searchpath=")
-"""How arguments begin with which a user brings configuration files of his own."""
+"""Prefixes of arguments that bring the user's own configuration files."""
 
 _SET_BY_THE_RUN = {
     "trainer.callbacks": "callbacks.<name> adds one",
@@ -47,23 +47,23 @@ _SET_BY_THE_RUN = {
     "trainer.use_distributed_sampler": "the data module distributes the samples itself",
     "trainer.val_check_interval": "monitor.every_n_steps determines when to validate",
 }
-"""Values that `build_trainer` and the monitor set themselves, and what stands in their place."""
+"""Values that `build_trainer` and the monitor set themselves, and what replaces them."""
 
 _UNREADABLE = object()
 
 
 def with_literal_paths(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with quotes around the values of `DIRECTORIES` and `TEXTS` that Hydra's
-    grammar does not read as that text; `~` is the user's home in directories that Hydra makes.
+    """The arguments, with quotes around values of `DIRECTORIES` and `TEXTS` that Hydra's grammar
+    would not read as the same text; `~` is expanded in directories that Hydra creates.
 
-    What it reads as a list, null or (of `TEXTS`) a choice for a sweep stays, unless a file has that
-    very name.
+    Values that it reads as a list, null or (in `TEXTS`) a choice for a sweep are kept, unless a
+    file has exactly that name.
     """
     return [_literal(argument) for argument in arguments]
 
 
 def overrides_of(arguments: Sequence[str]) -> list[Override]:
-    """The overrides among the arguments; what cannot be parsed is left for Hydra to refuse."""
+    """The overrides among the arguments; Hydra refuses what cannot be parsed."""
     given = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     try:
         return list(OverridesParser.create().parse_overrides(given))
@@ -72,16 +72,16 @@ def overrides_of(arguments: Sequence[str]) -> list[Override]:
 
 
 def value_of(overrides: Iterable[Override], key: str) -> Any:
-    """The value that is given to `key`, the last of several; None where there is none."""
+    """The value given to `key`, the last if there are several; None if there is none."""
     given = [override.value() for override in overrides if override.key_or_group == key]
     return given[-1] if given else None
 
 
 def require_directories(overrides: Iterable[Override]) -> None:
-    """Refuses what can be no directory of a run.
+    """Refuses values that cannot be the directory of a run.
 
     Raises:
-        ConfigError: for a value that is empty, null, no text, or has too long a name.
+        ConfigError: for a value that is empty, null, not a string, or too long a name.
     """
     for override in overrides:
         key = override.key_or_group
@@ -95,18 +95,18 @@ def require_directories(overrides: Iterable[Override]) -> None:
 
 
 def check_added(overrides: Iterable[Override], arguments: Sequence[str]) -> None:
-    """Refuses values that `+` would add where nothing reads them, or the run sets its own.
+    """Refuses values added with `+` that nothing reads or that the run sets itself.
 
-    Only what is certain: a value that another one may refer to, or a user's own file, is let pass,
-    and so is one that some option of `optimizer` has. Groups whose values are built into something
-    refuse what is wrong themselves.
+    Only clear cases: values that another value or a user's own file may refer to are allowed, and
+    so are those that some option of `optimizer` has. Groups from whose values something is built
+    refuse wrong keys themselves.
 
     Args:
         overrides: among the arguments.
         arguments: of the command line.
 
     Raises:
-        ConfigError: for such a value, with the one that was likely meant.
+        ConfigError: for such a value, suggesting the one that was likely meant.
     """
     added = [each for each in overrides if each.is_add() or each.is_force_add()]
     for override in added:
@@ -132,16 +132,16 @@ def check_added(overrides: Iterable[Override], arguments: Sequence[str]) -> None
 
 
 def has_own_files(arguments: Sequence[str]) -> bool:
-    """Whether a command line names configuration files beside those that are shipped."""
+    """Whether a command line names configuration files other than the shipped ones."""
     return any(argument.startswith(_OWN_FILES) for argument in arguments)
 
 
 def refuse_lists(overrides: Iterable[Override]) -> None:
-    """Refuses overrides that give a list to a group of which one option is meant, and those that
-    give a group what names no option.
+    """Refuses overrides that give a list to a group that takes one option, and values that cannot
+    be the name of an option.
 
     Raises:
-        ConfigError: with what is written for a run of each.
+        ConfigError: with the syntax for running each of them.
     """
     for override in overrides:
         require(
@@ -162,12 +162,12 @@ def refuse_lists(overrides: Iterable[Override]) -> None:
 
 
 def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequence[str]) -> None:
-    """Refuses a list of options in the defaults of the files that are composed.
+    """Refuses a list of options in the defaults of the composed files.
 
-    What an option of a group itself builds upon, in that group, is no such list.
+    An option that builds on another option of its own group is not such a list.
 
     Raises:
-        ConfigError: with what is written for a run of each.
+        ConfigError: with the syntax for running each of them.
     """
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN).defaults
@@ -189,7 +189,7 @@ def _is_no_name(value: object) -> bool:
 
 @cache
 def _groups() -> frozenset[str]:
-    """The groups that are shipped, without those that take several options."""
+    """The shipped groups, without those that take several options."""
     groups = {
         path.parent.relative_to(root).as_posix()
         for root in (CONF, SWEEPS)
@@ -228,7 +228,7 @@ def _literal(argument: str) -> str:
 
 
 def _read(argument: str) -> Any:
-    """The value that Hydra reads; `_UNREADABLE` for what is not of its grammar."""
+    """The value as Hydra reads it; `_UNREADABLE` if its grammar does not accept it."""
     try:
         return OverridesParser.create().parse_override(argument).value()
     except HydraException:

@@ -1,4 +1,4 @@
-"""`nerve-run resume=<run directory>`: the saved configuration of a run in the place of `config`."""
+"""`nerve-run resume=<run directory>`: uses the saved configuration of a run instead of `config`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from nerve.errors import StoreError
 from nerve.storage.identity import ADDED, EXCLUDED
 
 CONFIG_NAME = "resumed"
-"""The primary config that `prepare_resume` puts where Hydra finds it."""
+"""The primary config that `prepare_resume` stores where Hydra finds it."""
 
 
 def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Sequence[str]) -> str:
@@ -27,8 +27,8 @@ def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Se
         arguments: of the command line.
 
     Raises:
-        ConfigError: for values beside `resume` that would make it another run.
-        StoreError: for a directory that holds no run.
+        ConfigError: for values besides `resume` that would make it a different run.
+        StoreError: if the directory holds no run.
     """
     defining = [
         str(override.input_line)
@@ -73,7 +73,7 @@ def _store(directory: Path, chooses_logger: bool) -> None:
     stored = load_saved(saved)
     primary = OmegaConf.load(CONF / "config.yaml")
     assert isinstance(primary, DictConfig)
-    # The run's nerve may not have had a key that is free now, or one that was added since.
+    # The nerve version of the run may lack keys that are free now or were added since.
     known = OmegaConf.create(
         {key: primary[key] for key in primary if _is_free(str(key)) and key != "hydra"}
     )

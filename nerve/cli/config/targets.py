@@ -1,4 +1,4 @@
-"""Where the classes and functions are that a configuration names by `_target_`."""
+"""The current locations of the classes and functions that a configuration names by `_target_`."""
 
 from typing import Any
 
@@ -21,15 +21,16 @@ TARGETS = {
         "nerve.training.loggers.WandbLogger",
     )
 }
-"""All that conf/ names below `nerve.`, by its last name. Modules move; a configuration that was
-stored before names them where they were."""
+"""Everything that conf/ names below `nerve.`, by its last name. Modules move; configurations stored
+earlier name the old locations."""
 
 TRUSTED = ("nerve", "lightning", "torch")
-"""Packages whose classes and functions a configuration may call without a word."""
+"""Packages whose classes and functions a configuration may call without a warning."""
 
 
 def resolve_targets(values: Any) -> Any:
-    """`values` with each `_target_` below `nerve.` where it is now; others are left as they are."""
+    """`values` with each `_target_` below `nerve.` at its current location; others are left as they
+    are."""
     if isinstance(values, list):
         return [resolve_targets(value) for value in values]
     if not isinstance(values, dict):
@@ -42,7 +43,8 @@ def resolve_targets(values: Any) -> Any:
 
 
 def foreign_targets(values: Any) -> list[str]:
-    """What a configuration calls that is neither of this project nor of what it trains with."""
+    """The targets in a configuration that belong neither to this project nor to the packages it
+    trains with."""
     if isinstance(values, list):
         return sorted({target for value in values for target in foreign_targets(value)})
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Values as the arguments of what `_target_` names."""
+"""Checks values against the parameters of their `_target_`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
@@ -14,7 +14,7 @@ from nerve.errors import ConfigError, NerveError
 
 
 def data_class(data: Mapping[str, Any]) -> type:
-    """What `data._target_` names."""
+    """The class that `data._target_` names."""
     target = str(data.get("_target_"))
     try:
         return get_class(target)
@@ -23,7 +23,7 @@ def data_class(data: Mapping[str, Any]) -> type:
 
 
 def require_arguments(group: str, target: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Refuses keys that what `_target_` names does not take."""
+    """Refuses keys that the `_target_` does not accept."""
     parameters = signature(target).parameters
     if any(each.kind == Parameter.VAR_KEYWORD for each in parameters.values()):
         return
@@ -33,8 +33,8 @@ def require_arguments(group: str, target: Callable[..., Any], values: Mapping[st
 
 
 def require_types(group: str, target: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Refuses values of another type than the argument that takes them is annotated with, also of
-    what is built from them before; what is annotated otherwise is left to its target."""
+    """Refuses values whose type does not match the annotation of their parameter, including values
+    that are built first; other annotations are left to the target."""
     try:
         parameters = signature(target, eval_str=True).parameters
     except (NameError, TypeError, ValueError):  # of one that cannot be read
@@ -65,8 +65,8 @@ def _named(key: str, target: object) -> Callable[..., Any]:
 
 
 def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> None:
-    """Has our data modules check their values, and `sizes` as `DataPlan` has them. Corpus, images
-    and tokenizer are not looked at: they may be on another machine."""
+    """Lets our data modules check their values, and `sizes` as from `DataPlan`. Corpus, images and
+    tokenizer are not opened: they may be on another machine."""
     target = data_class(data)
     if not issubclass(target, BatchDataModule):
         return

@@ -30,13 +30,13 @@ TASKS: dict[str, tuple[type[TrainedModel], str]] = {
     "gpt": (LanguageModel, "tokens"),
     "mixer": (ImageClassifier, "images"),
 }
-"""The kind of a model to the Lightning module that trains it, and what its batches count."""
+"""The Lightning module for each kind of model, and what its batches count."""
 
 
 def build_data(plan: Plan) -> Any:
     """The data module, prepared: the model needs sizes that only the data knows.
 
-    Relative paths begin where the command was given, also if Hydra changed the directory.
+    Relative paths start where the command was given, even if Hydra changed the directory.
     """
     given_in = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else "."
     with chdir(given_in):
@@ -47,8 +47,7 @@ def build_data(plan: Plan) -> Any:
 
 
 def counts(described: Mapping[str, int | float | str]) -> str:
-    """What data come to, as they describe themselves, for the log: `n_…` as counts, others by their
-    names."""
+    """The data's description of itself, for the log: `n_…` as counts, other values by name."""
     return ", ".join(
         f"{_plain(value)} {name[2:].replace('_', ' ')}"
         if name.startswith("n_")
@@ -64,7 +63,7 @@ def _plain(value: int | float | str) -> str:
 
 
 def data_dims_of(data: Any, kind: str) -> dict[str, Any]:
-    """What a model of that kind must know of the data, such as `vocab_size`."""
+    """What a model of that kind needs to know about the data, such as `vocab_size`."""
     return {name: getattr(data, name) for name in MODELS[kind].DATA_DIMS if hasattr(data, name)}
 
 
@@ -81,10 +80,10 @@ def build_module(plan: Plan, data_dims: Mapping[str, Any]) -> TrainedModel:
 
 
 def scale_pre_activations(plan: Plan, module: TrainedModel, data: Any) -> dict[str, float]:
-    """Brings the pre-activations of a model that begins to `model.pre_std`, where that is set.
+    """Scales the pre-activations of a newly initialized model to `model.pre_std`, if that is set.
 
-    Every process takes the whole first batch, on the CPU, so that all of them get the same weights
-    and a run does not depend on their number. Gives the factors, by FFN.
+    Every process uses the whole first batch, on the CPU, so that all get the same weights and a run
+    does not depend on the number of processes. Returns the factors by FFN.
     """
     std = plan.model.design.pre_std
     if std is None:
@@ -101,7 +100,8 @@ def build_trainer(
     files: CheckpointFiles,
     environment: ClusterEnvironment,
 ) -> L.Trainer:
-    """The trainer, with the loggers and callbacks of the configuration beside those given."""
+    """The trainer, with the given loggers and callbacks in addition to those of the
+    configuration."""
     if (
         n_processes_of(plan.values["trainer"]) == 1
     ):  # whatever a job around it says of its tasks, which Lightning has read
@@ -131,12 +131,12 @@ def build_trainer(
 
 
 def build_monitor(plan: Plan, store: RunStore | None) -> SpectralMonitor:
-    """The monitor of the configuration; `store` as there."""
+    """The monitor of the configuration; `store` as in `SpectralMonitor`."""
     return SpectralMonitor(store, **plan.monitor.settings)
 
 
 def log_configuration(trainer: L.Trainer, plan: Plan) -> None:
-    """Gives the loggers the configuration, which starts those that write elsewhere.
+    """Passes the configuration to the loggers, which starts those that write to a service.
 
     Raises:
         ConfigError: when one cannot start, for want of a login, say.
@@ -158,7 +158,7 @@ def describe(
     trainer: L.Trainer,
     pre_scales: dict[str, float],
 ) -> None:
-    """Writes into the record what is known once all parts are built."""
+    """Adds to the record what is known once all parts are built."""
     record.update(
         n_parameters=sum(parameter.numel() for parameter in module.model.parameters()),
         fingerprints=data.fingerprints,

@@ -1,4 +1,4 @@
-"""What a configuration must be as a whole, beside what each group checks of its own values.
+"""Checks of a configuration as a whole, in addition to what each group checks itself.
 
 Every check is one of `nerve.config` or of `require`: it raises `ConfigError` with the rule, what
 was received and the likely fix. None needs the data; of the machine, one asks which packages are
@@ -23,7 +23,7 @@ from nerve.optim import Role
 from nerve.recording.settings import MonitorSettings
 
 LOGGERS = ("tensorboard", "wandb")
-"""Options of `logger` that need a package; it has their name, and so has the extra with it."""
+"""Options of `logger` that need a package; the package and the extra have the same name."""
 
 GROUPS = (
     "model",
@@ -43,10 +43,10 @@ GROUPS = (
 SINGLE = ("seed", "threads", "compile", "resume", "check", "retry", "objective")
 
 MOST_THREADS = 4096
-"""More than any machine has; each takes memory of its own."""
+"""More than any machine has; each thread needs memory."""
 
 MOST_LAYERS = 100_000
-"""The modules of more do not fit into a process, however small their weights are."""
+"""With more, the modules do not fit into a process, however small their weights are."""
 
 ELEMENTWISE = frozenset(
     f"torch.optim.{name}"
@@ -55,7 +55,7 @@ ELEMENTWISE = frozenset(
         *("Rprop", "SGD"),
     )
 )
-"""Optimizers that treat each number of a parameter by itself, whatever shape it has."""
+"""Elementwise optimizers, which do not depend on the shape of a parameter."""
 
 FLAGS = ("compile", "retry", "check")
 
@@ -64,7 +64,8 @@ FLAGS = ("compile", "retry", "check")
 
 
 def require_whole(config: Mapping[str, Any]) -> None:
-    """Refuses a configuration of which a part was deleted, or replaced by what is no group.
+    """Refuses a configuration in which a part was deleted, or a group was replaced by a single
+    value.
 
     Args:
         config: as plain values, with interpolations as strings.
@@ -98,7 +99,7 @@ def _is_interpolation(value: object) -> bool:
 
 
 def require_suited(config: DictConfig) -> None:
-    """Refuses data that do not give what the model needs."""
+    """Refuses data that cannot provide what the model needs."""
     kind = config.model.get("kind")
     require_choice("model.kind", kind, MODELS)
     data = data_class(config.data)
@@ -117,7 +118,7 @@ def require_suited(config: DictConfig) -> None:
 
 
 def require_given(config: Mapping[str, Any]) -> None:
-    """Refuses a configuration in which a value without a default is not given. Argument as of
+    """Refuses a configuration that lacks a value without a default. The argument is as in
     `require_whole`."""
     missing = sorted(_missing(config))
     require(
@@ -139,7 +140,7 @@ def _missing(values: Any, prefix: str = "") -> list[str]:
 
 
 def require_single_values(values: Mapping[str, Any]) -> None:
-    """Refuses what stands beside the groups and is out of range."""
+    """Refuses values outside of the groups that are out of range."""
     for key in FLAGS:
         require_type(key, values[key], bool)
     seed, threads = values["seed"], values["threads"]
@@ -177,7 +178,7 @@ def _require_finite(key: str, value: Any) -> None:
 
 
 def require_whole_matrices(values: Mapping[str, Any]) -> None:
-    """Refuses optimizers of matrices where each process has a part of them, as flat numbers."""
+    """Refuses optimizers of matrices if each process has only a flat piece of them."""
     strategy = values["trainer"]["strategy"]
     named = strategy.get("_target_") if isinstance(strategy, Mapping) else strategy
     if not re.search("fsdp|deepspeed|modelparallel", str(named), re.IGNORECASE):
@@ -196,8 +197,8 @@ def require_whole_matrices(values: Mapping[str, Any]) -> None:
 
 
 def require_named_optimizer(optimizer: Mapping[str, Any]) -> None:
-    """Refuses the name of an optimizer that does not update the hidden weights: it is what tables
-    call the runs."""
+    """Refuses the name of an optimizer that does not update the hidden weights, because tables
+    label runs with it."""
     name, parts = optimizer.get("name"), optimizer["parts"].values()
     require_type("optimizer.name", name, str)
     hidden = [each for each in parts if isinstance(each, Mapping) and _has_hidden(each)]
@@ -218,7 +219,7 @@ def _has_hidden(part: Mapping[str, Any]) -> bool:
 
 @cache
 def optimizers() -> frozenset[str]:
-    """The options of the group."""
+    """The options of the group `optimizer`."""
     return frozenset(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
 
 
@@ -233,7 +234,7 @@ def require_packages(loggers: Mapping[str, Any]) -> None:
 
 
 def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
-    """Refuses positions to skip, or to group by, where there are none, or none would be left."""
+    """Refuses to skip or group by positions if there are none, or none would be left."""
     kind, skip_first = values["model"]["kind"], monitor.skip_first
     of_text = [name for name in monitor.groups if name != "halves"]
     require(
@@ -258,7 +259,7 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
 
 
 def require_readable_weight(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
-    """Refuses to project pre where the weight before it would be another at each reading."""
+    """Refuses to project pre if the weight before it is recomputed at each access."""
     constraint, precision = values["ffn"]["constraint"], values["trainer"].get("precision")
     require(
         constraint == "none"
@@ -272,7 +273,7 @@ def require_readable_weight(monitor: MonitorSettings, values: Mapping[str, Any])
 
 
 def require_tokens_of_text(n_tokens: int | str, kind: str) -> None:
-    """Refuses a number of tokens to measure where there are none."""
+    """Refuses a number of tokens to measure if the data has no tokens."""
     require(
         kind == "gpt" or n_tokens == "auto",
         "monitor.n_tokens counts held-out tokens of text; with images it must be auto, got "

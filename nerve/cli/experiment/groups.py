@@ -1,4 +1,4 @@
-"""Groups of a configuration as a run takes them, each checked by itself."""
+"""Groups of a configuration in the form that a run uses, each checked by itself."""
 
 import re
 import sys
@@ -40,7 +40,7 @@ _OPTIMIZER_NUMBERS = (
     "matrix_eps",
     "precondition_frequency",
 )
-"""Values of the optimizers in conf/optimizer, all of them numbers."""
+"""Keys of the optimizers in conf/optimizer, all of them numeric."""
 
 
 _PATHS_OF_DATA = ("cache_dir", "tokenizer", "corpus.path", "images.path")
@@ -55,14 +55,15 @@ _WHOLE: Mapping[str, tuple[Any, str]] = {
     "overfit_batches": (0.0, "data.corpus.roots sets what to train on"),
     "fast_dev_run": (False, "trainer.max_steps=2 is a short run"),
 }
-"""Values of Lightning's trainer that cut a run short, each with the one that does not, and with
-what to set in its place."""
+"""Options of Lightning's trainer that cut a run short, each with its neutral value and what to set
+instead."""
 
 
 @dataclass(frozen=True)
 class TrainerPlan:
-    """What the run itself reads of `trainer`, and what Lightning would take, or fail on in words of
-    its own, once the data has been loaded. Lightning gets all of `trainer`.
+    """The values of `trainer` that the run itself reads, and checks of those that Lightning would
+    accept, or reject in its own words, only after the data has been loaded. Lightning gets all of
+    `trainer`.
 
     Raises:
         ConfigError: for a value out of range.
@@ -103,13 +104,13 @@ class TrainerPlan:
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> "TrainerPlan":
-        """That of the values of `trainer`."""
+        """Creates it from the values of `trainer`."""
         read = {each.name for each in fields(cls)} & trainer.keys()
         return from_mapping(cls, {name: trainer[name] for name in read}, "trainer")
 
 
 def require_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuses devices that Lightning does not know, and such as cannot measure."""
+    """Refuses devices that Lightning does not know or that cannot measure."""
     for key in ("accelerator", "devices", "strategy"):
         require(key in trainer, f"trainer lacks {key}. Leave ~trainer.{key} out.")
     accelerator, devices = trainer["accelerator"], trainer["devices"]
@@ -137,7 +138,7 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class MonitorPlan(MonitorSettings):
-    """What is measured, and of how many held-out tokens: a number, or `auto`, which is worked out
+    """What is measured, and the number of held-out tokens: a number, or `auto`, which is derived
     from the width of the widest FFN."""
 
     n_tokens: int | str = "auto"
@@ -153,11 +154,11 @@ class MonitorPlan(MonitorSettings):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of `SpectralMonitor`, by name."""
+        """The settings of `SpectralMonitor`, by name."""
         return {each.name: getattr(self, each.name) for each in fields(MonitorSettings)}
 
     def n_heldout_tokens(self, widest: int) -> int:
-        """Tokens to measure, where the widest FFN has that d_ff."""
+        """Number of tokens to measure if the widest FFN has d_ff `widest`."""
         return SAMPLES_PER_DIMENSION * widest if self.n_tokens == "auto" else int(self.n_tokens)
 
 
@@ -167,9 +168,9 @@ class ModelPlan:
 
     Attributes:
         kind: a key of `MODELS`.
-        design: what defines it; what only the data can tell is as `data_dims` has it.
-        data_dims: what the data gives, so far as the configuration says it, else a stand-in.
-        n_unknown: how many of `data_dims` are stand-ins.
+        design: the arguments that define it; sizes that depend on the data come from `data_dims`.
+        data_dims: sizes that the data determines; placeholders if the configuration lacks them.
+        n_unknown: number of placeholders in `data_dims`.
         skeleton: the parameters of the network of `design`, without memory.
     """
 
@@ -181,7 +182,7 @@ class ModelPlan:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "ModelPlan":
-        """That of a configuration."""
+        """Creates it from a configuration."""
         kind = values["model"]["kind"]
         data_dims: dict[str, int] = {}
         n_unknown = 0
@@ -196,7 +197,7 @@ class ModelPlan:
 
     @property
     def layers(self) -> range:
-        """Those with FFNs, which are all."""
+        """The layers with FFNs, which are all."""
         return range(self.design.n_layers)
 
     @property
@@ -207,11 +208,11 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The data, apart from where they come from.
+    """The sizes of the data, without its source.
 
     Attributes:
-        n_train_batches: batches that the run trains on.
-        n_heldout_tokens: tokens to measure, before they are rounded up; None with images.
+        n_train_batches: number of batches that the run trains on.
+        n_heldout_tokens: number of tokens to measure, before rounding up; None with images.
     """
 
     n_train_batches: int
@@ -219,8 +220,8 @@ class DataPlan:
 
     @classmethod
     def of(cls, trainer: TrainerPlan, monitor: MonitorPlan, kind: str, widest: int) -> "DataPlan":
-        """What these groups need of the data, for a model of that kind whose widest FFN has that
-        d_ff."""
+        """What these groups require of the data, for a model of that kind whose widest FFN has d_ff
+        `widest`."""
         n_batches = trainer.max_steps * trainer.accumulate_grad_batches
         require(
             n_batches <= sys.maxsize,
@@ -234,14 +235,14 @@ class DataPlan:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As the data module takes them."""
+        """The sizes as the data module takes them."""
         tokens = self.n_heldout_tokens
         sizes = {"n_train_batches": self.n_train_batches}
         return sizes if tokens is None else sizes | {"n_heldout_tokens": tokens}
 
 
 def require_paths_of_data(data: Mapping[str, Any]) -> None:
-    """Refuses what can be no path where one belongs; whether it is there is not looked at."""
+    """Refuses values that cannot be paths; whether the paths exist is not checked."""
     for name in (*_PATHS_OF_DATA, *_LISTS_OF_PATHS):
         node: Any = data
         *groups, leaf = name.split(".")
@@ -261,14 +262,14 @@ def require_paths_of_data(data: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class OptimizerPlan:
-    """The optimizers of the parameters' roles, and their common schedule."""
+    """The optimizers for the roles of parameters, and their common schedule."""
 
     parts: Mapping[str, Part]
     schedule: Schedule
 
 
 def schedule_of(optimizer: Mapping[str, Any]) -> Schedule:
-    """The schedule, after the numbers of which optimizers would complain in words of their own."""
+    """The schedule, after checking numbers for which optimizers would raise errors of their own."""
     for name in _OPTIMIZER_NUMBERS:
         if name in optimizer:
             value = optimizer[name]
@@ -282,7 +283,7 @@ def schedule_of(optimizer: Mapping[str, Any]) -> Schedule:
 
 
 def parts_of(optimizer: Mapping[str, Any], network: nn.Module) -> dict[str, Part]:
-    """The optimizers, each of the values that it takes and with parameters of the network."""
+    """The optimizers, each with the values that it accepts and with parameters of the network."""
     parts: dict[str, Part] = {}
     for name, part in optimizer["parts"].items():
         for key in part:

@@ -1,4 +1,4 @@
-"""The machine that a run is on: what the run asks of it, whether it has that, and what it is."""
+"""The machine of a run: what the run needs, whether the machine has it, and its description."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +38,12 @@ STATES: dict[str, State] = {
     "SOAP": lambda m, n, _: 2 * m * n + 2 * (m * m + n * n),
     "Shampoo": lambda m, n, _: m * n + 2 * (m * m + n * n),
 }
-"""The last name of an optimizer's `_target_` to the numbers that it keeps of an m × n matrix (a
-vector: m = 1), with its values."""
+"""For the last name of an optimizer's `_target_`: how many numbers of state it keeps for an m × n
+matrix (m = 1 for a vector), given its values."""
 
 
 def check_machine(plan: Plan) -> None:
-    """Refuses a run that this machine has no device for."""
+    """Refuses a run if this machine has no suitable device."""
     accelerator = plan.values["trainer"].get("accelerator")
     require(
         accelerator not in ("gpu", "cuda") or CUDAAccelerator.is_available(),
@@ -62,7 +62,7 @@ def check_machine(plan: Plan) -> None:
 
 
 def require_memory(plan: Plan, has_bytes: int) -> None:
-    """Refuses a run that does not fit into a device that has that many bytes."""
+    """Refuses a run that does not fit into a device with `has_bytes` of memory."""
     trainer = plan.values["trainer"]
     n_devices = n_devices_of(trainer) or max(1, torch.cuda.device_count())
     needs_bytes = least_memory(plan, n_devices * trainer.get("num_nodes", 1))
@@ -76,7 +76,7 @@ def require_memory(plan: Plan, has_bytes: int) -> None:
 
 
 def _device_bytes(accelerator: str) -> int:
-    """Memory of the largest device that a run may take, with what the host may swap out."""
+    """Memory of the largest device that a run may use, including the host's swap space."""
     if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
         return max(
             torch.cuda.get_device_properties(i).total_memory
@@ -94,11 +94,11 @@ def _device_bytes(accelerator: str) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes of a run.
+    """Size estimates for a run.
 
     Attributes:
-        n_parameters: None where only the data can tell.
-        memory_bytes: what `COUNTED` says; None likewise, or for an optimizer that is not known.
+        n_parameters: None if it depends on the data.
+        memory_bytes: as described by `COUNTED`; None likewise, or for an unknown optimizer.
     """
 
     n_parameters: int | None
@@ -106,7 +106,7 @@ class Estimate:
 
     @classmethod
     def of(cls, plan: Plan) -> "Estimate":
-        """That of a plan."""
+        """Creates it from a plan."""
         if plan.model.n_unknown:
             return cls(None, None)
         n_parameters = plan.model.skeleton.n_parameters
@@ -119,10 +119,10 @@ class Estimate:
 
 
 def least_memory(plan: Plan, n_processes: int) -> int:
-    """Bytes that a run takes at least on each of its devices: less than it does, never more.
+    """A lower bound on the memory that a run needs on each of its devices.
 
-    Its weights with their gradients, which stand beside each other at every step, where no process
-    has a part of them alone; and of the batch the logits and one layer's features, in 16 bits.
+    It counts weights and gradients, which exist at the same time in every step, unless they are
+    sharded; and for a batch the logits and one layer's features, in 16 bits.
     """
     values = plan.values
     a_number = 2 if str(values["trainer"].get("precision")).endswith("16-true") else 4
@@ -157,8 +157,8 @@ def _n_state(plan: Plan) -> float | None:
 
 
 def _n_covariances(plan: Plan) -> int:
-    """Numbers in the matrices of every measured FFN: of pre and post, of their groups, and of the
-    sites around them."""
+    """Number of matrix entries for all measured FFNs: pre and post, their groups, and the sites
+    around them."""
     total, monitor = 0, plan.monitor
     n_groups = sum(len(GROUPS[name]) for name in monitor.groups) + bool(monitor.groups)
     for d_in, width in plan.model.ffn_widths:
@@ -172,7 +172,7 @@ def _n_covariances(plan: Plan) -> int:
 
 
 def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
-    """How many there are on each node; None where Lightning is to find out.
+    """Number of devices on each node; None if Lightning determines it.
 
     Args:
         trainer: values of the group `trainer`.
@@ -184,9 +184,9 @@ def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
 
 
 def n_processes_of(trainer: Mapping[str, Any]) -> int:
-    """How many processes a run is, by what it asks for.
+    """Number of processes that a run requests.
 
-    The job around it may have others: tasks of `srun` that each run a command of their own.
+    The surrounding job may have others: `srun` tasks that each run a command of their own.
 
     Args:
         trainer: values of the group `trainer`.
@@ -198,19 +198,19 @@ def n_processes_of(trainer: Mapping[str, Any]) -> int:
 
 
 def leads(trainer: Mapping[str, Any]) -> bool:
-    """Whether this process records the run: of several processes the first, of one that one."""
+    """Whether this process records the run: the first of several processes, or the only one."""
     is_alone = n_processes_of(trainer) == 1
     return is_alone or bool(vars(rank_zero_only)["rank"] == 0)
 
 
 def gathering_of(trainer: Mapping[str, Any]) -> Gathering:
-    """Where the processes of a run meet before they are one group."""
+    """Where the processes of a run meet before the process group exists."""
     n_processes = n_processes_of(trainer)
     return Gathering(environment_of(n_processes == 1), n_processes, leads(trainer))
 
 
 def device_names(trainer: L.Trainer) -> str:
-    """The devices as run.json has them: each GPU of this node with what it is."""
+    """The devices as recorded in run.json: each GPU of this node with its name."""
     root = trainer.strategy.root_device
     if root.type != "cuda":
         return str(root)
@@ -220,7 +220,7 @@ def device_names(trainer: L.Trainer) -> str:
 
 
 def gpu_versions(trainer: L.Trainer) -> dict[str, str]:
-    """What computes on a GPU beside packages: CUDA and NVIDIA's driver."""
+    """The versions of CUDA and NVIDIA's driver."""
     if trainer.strategy.root_device.type != "cuda":
         return {}
     versions = {"cuda": torch.version.cuda, "nvidia-driver": nvidia_driver()}
@@ -228,15 +228,15 @@ def gpu_versions(trainer: L.Trainer) -> dict[str, str]:
 
 
 def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
-    """Refuses a trial whose processes or GPUs would not be there.
+    """Refuses a trial that would not get its processes or GPUs.
 
     Args:
         trainer: `trainer` of the trial.
-        launcher: `hydra.launcher` of the sweep; jobs of SLURM are compared with what they ask for,
+        launcher: `hydra.launcher` of the sweep; SLURM jobs are checked against their request,
             any other launcher gives a trial one process.
 
     Raises:
-        ConfigError: naming the keys that do not fit together.
+        ConfigError: naming the keys that conflict.
     """
     if launcher["_target_"] == SUBMITIT_SLURM:
         _check_job(trainer, launcher)
@@ -254,10 +254,10 @@ def check_devices(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> No
 
 
 def check_counted(trainer: Mapping[str, Any]) -> None:
-    """Refuses a job of SLURM of unknown size.
+    """Refuses a SLURM job of unknown size.
 
     Raises:
-        ConfigError: for `trainer.devices` that is no number.
+        ConfigError: if `trainer.devices` is not a number.
     """
     require(
         n_devices_of(trainer) is not None,

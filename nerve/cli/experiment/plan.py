@@ -1,4 +1,5 @@
-"""The plan of a run: its configuration, checked once, before a directory, a lock or any data."""
+"""The plan of a run: its configuration, checked once, before there is a directory, a lock or any
+data."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,12 +43,12 @@ from nerve.recording.writer import layer_name, mean_name
 from nerve.training.checkpoint_io import CheckpointCadence
 
 SCORES = {"gpt": ("val_loss", "bits_per_byte"), "mixer": ("val_loss", "val_accuracy")}
-"""The kind of a model to the final scores of its runs in `run.json`."""
+"""The final scores in `run.json` for each kind of model."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as its configuration describes it. What it holds can be run, so far as that can be told
+    """A run as described by its configuration. A plan can be run, as far as that can be determined
     without the data and the machine.
 
     Attributes:
@@ -70,14 +71,14 @@ class Plan:
 
     @classmethod
     def of(cls, config: DictConfig) -> "Plan":
-        """The plan of a composed configuration, without Hydra's own node.
+        """Creates the plan of a composed configuration, without Hydra's own node.
 
-        What costs least is looked at first: single values, the data module, then the parameters
-        of the network, without memory, and the optimizers of these.
+        The cheapest checks come first: single values, the data module, then the network's
+        parameters, without allocating them, and their optimizers.
 
         Raises:
-            ConfigError: for all that a configuration alone can tell to be wrong, naming the keys.
-            NerveError: for what a part of the run refuses, in its words.
+            ConfigError: for every error that shows in the configuration alone, naming the keys.
+            NerveError: as raised by a part of the run.
         """
         given = unresolved(config)
         require_whole(given)
@@ -128,17 +129,17 @@ class Plan:
 
     @property
     def objective(self) -> str:
-        """The number that the run returns."""
+        """The name of the number that the run returns."""
         return str(self.values["objective"])
 
     @property
     def seed(self) -> int:
-        """Of the weights and of the order of the data."""
+        """The seed of the weights and of the data order."""
         return int(self.values["seed"])
 
     @property
     def threads(self) -> int | None:
-        """CPU threads of torch; None leaves its own choice."""
+        """Number of CPU threads for torch; None leaves it to torch."""
         threads: int | None = self.values["threads"]
         return threads
 
@@ -149,7 +150,7 @@ class Plan:
 
 
 def check_objective(name: str, kind: str) -> None:
-    """Refuses a name that a run of a model of that kind will not have a number for.
+    """Refuses a name for which a run with a model of that kind has no number.
 
     Raises:
         ConfigError: with the good names.
@@ -159,7 +160,7 @@ def check_objective(name: str, kind: str) -> None:
 
 
 def objectives(kind: str) -> tuple[str, ...]:
-    """The numbers that a run of a model of that kind has at its end."""
+    """The names of the numbers that a run with a model of that kind ends with."""
     means = (mean_name(ffn, metric) for ffn in ffns_of(kind) for metric in MEASURED)
     return (*SCORES[kind], *MEASURED, *means)
 
@@ -170,7 +171,7 @@ def ffns_of(kind: str) -> tuple[str, ...]:
 
 
 def of_layers(kind: str, layers: Iterable[int]) -> set[str]:
-    """The numbers of single layers that callbacks of such a run can monitor."""
+    """The names of per-layer values that callbacks of such a run can monitor."""
     return {
         layer_name(ffn, layer, metric)
         for ffn in ffns_of(kind)
@@ -180,11 +181,11 @@ def of_layers(kind: str, layers: Iterable[int]) -> set[str]:
 
 
 def callbacks_of(values: Mapping[str, Any]) -> list[L.Callback]:
-    """The callbacks of a configuration, built.
+    """Builds the callbacks of a configuration.
 
     Raises:
-        ConfigError: for what is no callback, monitors what no run of this kind logs, or changes
-            what the run itself decides.
+        ConfigError: for what is not a callback, monitors what no such run logs, or changes what
+            the run itself controls.
     """
     callbacks = [_callback(name, node) for name, node in values["callbacks"].items()]
     for name, callback in zip(values["callbacks"], callbacks, strict=True):

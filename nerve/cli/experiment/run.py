@@ -50,16 +50,16 @@ log = logging.getLogger(__name__)
 def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
     """Trains, measures and records one run in Hydra's output directory.
 
-    A directory that holds the run already is gone on with: a run that is done is left as it is, one
-    that was interrupted or killed resumes from its last checkpoint, one that failed is refused
-    unless `retry` is set.
+    If the directory already holds the run, it is continued: a run that is done is left as it is,
+    one that was interrupted or killed resumes from its last checkpoint, and one that failed is
+    refused unless `retry` is set.
 
     Returns:
         What `objective` names, by default the final validation loss in nats per target. Of several
         processes only the one that records the run knows more than the loss.
 
     Raises:
-        NerveError: for what the user can fix; a run that had begun is recorded as failed.
+        NerveError: for errors that the user can fix; a run that had begun is recorded as failed.
         Interrupted: when a signal asked it to stop; it is recorded as interrupted.
     """
     plan = Plan.of(config)
@@ -81,14 +81,14 @@ def run_experiment(config: DictConfig, hydra_config: HydraConf) -> float:
                 return objective_of(run, plan.objective)
             with run.locked():
                 record = start(run, config, hydra_config)
-                if record.run_status != "done":  # else it has been done just now
+                if record.run_status != "done":  # otherwise it has just finished
                     gathering.begin()
                     _lead(plan, run, record, signals, gathering)
     return objective_of(run, plan.objective)
 
 
 def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gathering) -> float:
-    """The run in a process that does not record it."""
+    """Runs a process that does not record the run."""
     try:
         return _run(plan, run, None, signals, None, gathering)
     except Interrupted as interrupted:
@@ -100,19 +100,21 @@ def _follow(plan: Plan, run: RunDirectory, signals: StopSignals, gathering: Gath
 def _lead(
     plan: Plan, run: RunDirectory, record: RunRecord, signals: StopSignals, gathering: Gathering
 ) -> None:
-    """The run in the process that records how it ends."""
+    """Runs the process that records how the run ends."""
     heartbeat = Heartbeat(record)
     try:
         with heartbeat:
             _run(plan, run, record, signals, heartbeat, gathering)
     except BaseException as error:
-        if record.run_status != "done":  # else what came after it went wrong, not the run
+        if record.run_status != "done":  # otherwise something failed after the run
             _record_end(record, error)
         if isinstance(error, Interrupted):
             log.warning("%s; to resume: nerve-run %s", str(error), pasted("resume", run.path))
             signals.hand_on()
         raise
-    if signals.received:  # while it ended: nothing is left to save, but the command must stop
+    if (
+        signals.received
+    ):  # at the end of the run: nothing is left to save, but the command must stop
         signals.hand_on()
         signals.stop()
 
@@ -184,7 +186,7 @@ def _set_threads(n: int | None) -> None:
 
 
 def _close(trainer: L.Trainer, record: RunRecord | None, store: RunStore | None) -> None:
-    """Leaves the rows of a fit that is over, however it ended, in the fewest files."""
+    """Compacts the rows of a finished fit, however it ended, into as few files as possible."""
     if record and store:
         record.step = trainer.global_step
         store.flush(trainer.global_step)
@@ -192,7 +194,7 @@ def _close(trainer: L.Trainer, record: RunRecord | None, store: RunStore | None)
 
 
 def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -> None:
-    """Makes the directory what the run can go on from: its last checkpoint, or nothing."""
+    """Prepares the directory for continuing: from its last checkpoint, or from the start."""
     last = run.checkpoint("last")
     remove_temporaries(last.parent)
     if not last.exists():

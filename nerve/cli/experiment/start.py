@@ -1,4 +1,4 @@
-"""How `nerve-run` starts a run in its directory: as a new one, where it was left, or not at all."""
+"""How `nerve-run` starts a run in its directory: as a new one, by continuing it, or not at all."""
 
 import logging
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def is_done(run: RunDirectory, config: DictConfig) -> bool:
-    """Whether the run of this configuration is done, which is then said.
+    """Whether the run of this configuration is done; if so, logs that.
 
     Raises:
         StoreError: when the directory holds a run of another configuration.
@@ -29,9 +29,10 @@ def is_done(run: RunDirectory, config: DictConfig) -> bool:
 
 
 def start(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> RunRecord:
-    """The record of the run that begins, goes on, or is done; within the directory's lock.
+    """The record of the run that starts, continues, or is done; call it within the directory's
+    lock.
 
-    Errors are those of `RunDirectory.create_or_resume`.
+    The errors are those of `RunDirectory.create_or_resume`.
     """
     values = resolved(config)
     is_new = run.record is None
@@ -65,7 +66,8 @@ def _say_done(record: RunRecord) -> None:
 
 
 def _save(run: RunDirectory, config: DictConfig, hydra_config: HydraConf) -> None:
-    """Writes `.hydra/`, from which a run is resumed. Raises `StoreError` where that is refused."""
+    """Writes `.hydra/`, from which a run is resumed. Raises `StoreError` if it cannot be
+    written."""
     for name, content in (
         ("config", config),
         ("hydra", OmegaConf.create({"hydra": hydra_config})),

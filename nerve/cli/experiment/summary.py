@@ -1,4 +1,4 @@
-"""How a run ends: what it came to, and what it says of that."""
+"""The end of a run: its results, and the summary that is printed."""
 
 import logging
 import math
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 def objective_of(run: RunDirectory, name: str) -> float:
-    """The number that `objective` names, of a run that is done.
+    """The number that `objective` names, for a run that is done.
 
-    A score is that of the last validation, a metric the mean over layers of the last measurement;
-    NaN where nothing could be measured.
+    A score is from the last validation; a metric is its mean over layers in the last measurement,
+    NaN if nothing could be measured.
     """
     score = run.require_record().final.get(name)
     if score is not None:
@@ -49,12 +49,12 @@ def finish(
     reason: str | None,
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Records that the run is done, keeps of its last checkpoint what a reader needs, and says what
-    the run came to.
+    """Records that the run is done, reduces its last checkpoint to what readers need, and prints
+    the results.
 
     Args:
         final: as the record has it.
-        reason: why training ended before its last step; None where it did not.
+        reason: why training ended before its last step; None if it did not.
         rows: those of the last measurement.
     """
     warning = warning_of(final["val_loss"], record.unigram_loss)
@@ -67,7 +67,7 @@ def finish(
 
 
 def final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -> dict[str, float]:
-    """What the last validation found; it follows the last step."""
+    """The scores of the last validation, which follows the last step."""
     assert val_loss is not None
     final = {**scores, "val_loss": val_loss}
     if hasattr(data, "n_heldout_bytes"):
@@ -79,7 +79,7 @@ def final_scores(val_loss: float | None, scores: dict[str, float], data: Any) ->
 def print_summary(
     rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str], directory: Path
 ) -> None:
-    """Prints the last measurement layer by layer, the run's figures, and how to load it.
+    """Prints the last measurement layer by layer, the results of the run, and how to load it.
 
     Args:
         rows: the rows of the last measurement, as in the `metrics` table.
@@ -98,7 +98,7 @@ def print_summary(
 
 
 def warning_of(val_loss: float, unigram_loss: float | None) -> str | None:
-    """What says that a run has learned nothing, however finite its loss is."""
+    """A warning if the run has learned nothing, even though its loss is finite."""
     if unigram_loss is None or val_loss < unigram_loss:
         return None
     return (
@@ -108,7 +108,7 @@ def warning_of(val_loss: float, unigram_loss: float | None) -> str | None:
 
 
 def facts_of(final: Mapping[str, float], warning: str | None) -> dict[str, str]:
-    """The figures of a run, label to text."""
+    """The results of a run, from label to text."""
     loss = f"{final['val_loss']:.3f} nats per target"
     if "bits_per_byte" in final:
         loss += f", {final['bits_per_byte']:.3f} bits per byte"
@@ -123,7 +123,7 @@ def facts_of(final: Mapping[str, float], warning: str | None) -> dict[str, str]:
 
 
 def _outlying(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
-    """A line for each spectrum that may be that of a few samples."""
+    """A line for each spectrum that a few samples may dominate."""
     return [
         f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: a few samples may "
         "dominate this spectrum"

@@ -1,2 +1,2 @@
-"""What `nerve-probe` measures: checkpoints of transformers' models and of runs, on text or held-out
+"""What `nerve-probe` measures: checkpoints of transformers models and of runs, on text or held-out
 data."""

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers reads, on text."""
+"""Checkpoints that transformers can read, measured on text."""
 
 import math
 from collections.abc import Callable
@@ -32,26 +32,26 @@ from nerve.measuring.groups import Grouped
 from nerve.measuring.streams import UNLABELED, count_tokens
 
 SAMPLES_PER_FEATURE = 8
-"""Tokens that are measured for each feature of the widest FFN."""
+"""Tokens measured per feature of the widest FFN."""
 
 LONGEST = 1024
-"""Tokens of a sequence, where the model can take so many."""
+"""Tokens per sequence, if the model accepts as many."""
 
 BATCH_SIZE = 4
-"""Sequences of a batch."""
+"""Sequences per batch."""
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
 class Folders:
-    """A model of transformers, or a series of its checkpoints.
+    """A transformers model, or a series of its checkpoints.
 
     Args:
-        asked: what the command was asked.
+        asked: the arguments of the command.
 
     Raises:
         DataError: for what cannot be a model.
-        ConfigError: for steps, a device or a dtype that cannot be.
+        ConfigError: for invalid steps, device or dtype.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -77,13 +77,13 @@ class Folders:
 
         Raises:
             DataError: for an architecture that transformers does not know or that takes no tokens,
-                and weights that cannot be read, are missing or do not fit.
+                and weights that are unreadable, missing or of the wrong shape.
         """
         where, extra = arguments_of(checkpoint.place)
         auto = self._transformers.AutoConfig
         config = self._read(checkpoint, lambda: auto.from_pretrained(where, **extra))
         network = self._network(checkpoint, config)
-        # Its name in every version; 4.x reads float32 where nothing is said.
+        # This name works in every version; 4.x reads float32 by default.
         extra["torch_dtype" if self._version < 5 else "dtype"] = self._dtype or "auto"
         model, found = self._read(
             checkpoint, lambda: network.from_pretrained(where, output_loading_info=True, **extra)
@@ -91,15 +91,15 @@ class Folders:
         lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
         if lacking:
             raise DataError(
-                f"A checkpoint holds all weights of its model; {checkpoint.place} lacks "
+                f"A checkpoint must contain all weights of its model; {checkpoint.place} lacks "
                 f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}, or has them in "
-                f"another shape than {network.__name__}. Restore it, or name the right class as "
+                f"other shapes than {network.__name__}. Restore it, or name the right class as "
                 "architectures in its config.json."
             )
         return model.to(self._device).eval()
 
     def find(self, model: nn.Module) -> FoundFFNs:
-        """The FFNs that are asked for."""
+        """The requested FFNs."""
         layers, select = self._asked.layers, self._asked.select
         n_tokens = min(16, self._seq_len(model))
         generator = torch.Generator().manual_seed(0)
@@ -111,8 +111,8 @@ class Folders:
         """The text, as sequences of tokens.
 
         Raises:
-            ConfigError: for positions to skip that are all of a sequence.
-            DataError: for a tokenizer that is not there, or another model's, and text that cannot
+            ConfigError: if the positions to skip are a whole sequence.
+            DataError: for a tokenizer that is missing, or another model's, and text that cannot
                 be read or is too short.
         """
         asked, seq_len = self._asked, self._seq_len(model)
@@ -155,7 +155,7 @@ class Folders:
         return int(self._transformers.__version__.partition(".")[0])
 
     def _read(self, checkpoint: Checkpoint, read: Callable[[], Any]) -> Any:
-        """What transformers reads, with its errors as one message."""
+        """Calls transformers to read something, and turns its errors into one message."""
         try:
             return read()
         except ImportError as error:
@@ -163,16 +163,16 @@ class Folders:
                 f"{checkpoint.place} needs a package that is not installed: {_first_line(error)}. "
                 'In the checkout of nerve: pip install -c constraints.txt -e ".[hf]"'
             ) from error
-        except Exception as error:  # a damaged file may lead it to any
+        except Exception as error:  # a damaged file may cause any exception
             is_here = Path(checkpoint.place).exists()
-            where = "" if is_here else "is no folder here, and on the hub "
+            where = "" if is_here else "is not a folder here, and on the hub "
             raise DataError(
-                f"A model is one that transformers reads; {checkpoint.place} {where}cannot be read "
-                f"by transformers {self._transformers.__version__}: {_first_line(error)}"
+                f"A model must be readable by transformers; {checkpoint.place} {where}cannot be "
+                f"read by transformers {self._transformers.__version__}: {_first_line(error)}"
             ) from error
 
     def _network(self, checkpoint: Checkpoint, config: Any) -> Any:
-        """The class that the weights are of."""
+        """The class of the network that the weights belong to."""
         named = config.architectures or ()
         classes = [getattr(self._transformers, name, None) for name in named]
         for auto in _AUTO:
@@ -199,14 +199,14 @@ class Folders:
             if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
                 raise ValueError("its vocabulary is empty")
             return tokenizer
-        except Exception as error:  # it may be about anything
+        except Exception as error:  # it may be of any kind
             raise DataError(
                 f"Text needs the model's tokenizer; {where} has none that transformers reads "
-                f"({_first_line(error)}). Put its files there, or say with --tokenizer where it is."
+                f"({_first_line(error)}). Put its files there, or point --tokenizer at them."
             ) from error
 
     def _seq_len(self, model: nn.Module) -> int:
-        """As asked, else as long as the model takes, up to `LONGEST`."""
+        """The requested length, or by default what the model accepts, up to `LONGEST`."""
         longest = getattr(text_config(model), "max_position_embeddings", None)
         if self._asked.seq_len is None:
             return min(LONGEST, longest or LONGEST)
@@ -218,16 +218,16 @@ class Folders:
         return self._asked.seq_len
 
     def _forward(self, model: nn.Module) -> Callable[[nn.Module, Any], object]:
-        """Gives the loss of a causal language model, and of another none."""
+        """Returns the forward function, which gives a loss only for causal language models."""
         mapping = self._transformers.AutoModelForCausalLM._model_mapping
         kind = type(model.config)
         if not (kind in mapping and mapping[kind] is type(model)):
             return lambda model, batch: model(**batch)
 
         def forward(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-            # Not by the model: transformers 4 keeps every model that has computed its loss.
+            # Not computed by the model: transformers 4 then keeps it in memory.
             logits, ids = model(**batch).logits.flatten(0, 1), batch["input_ids"]
-            targets = F.pad(ids[:, 1:], (0, 1), value=UNLABELED)  # logits need not be copied so
+            targets = F.pad(ids[:, 1:], (0, 1), value=UNLABELED)  # avoids copying the logits
             logits = logits.float() if logits.dtype.itemsize < 4 else logits
             loss = F.cross_entropy(logits, targets.flatten())
             return {"loss": loss, "n_targets": ids[:, 1:].numel()}

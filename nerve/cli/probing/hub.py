@@ -1,4 +1,5 @@
-"""Whether the hub answers, asked once before transformers asks it for file after file."""
+"""Checks once whether the Hugging Face hub responds, before transformers requests file after
+file."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,23 +9,23 @@ from nerve.data.extras import import_extra
 from nerve.errors import DataError
 
 TIMEOUT_S = 5.0
-"""For a connection, and for an answer."""
+"""Timeouts for connecting and for a response."""
 
 _FILES = ("config.json", "tokenizer_config.json")
-"""Of which a model or a tokenizer that was read before has one in the cache."""
+"""A model or tokenizer that was read before has one of these in the cache."""
 
 
 def check_hub(places: Sequence[str]) -> None:
-    """Refuses names on the hub where it cannot be reached and one of them is not cached.
+    """Refuses names on the hub if it cannot be reached and one of them is not cached.
 
-    transformers would try again for half a minute. What the hub answers, also that it has no such
-    model, transformers says.
+    transformers would retry for half a minute. If the hub responds, transformers reports what it
+    says, including that there is no such model.
 
     Args:
         places: `name` or `name@revision`, as `is_on_hub` lets them pass.
 
     Raises:
-        DataError: for a name that no model of the hub can have, and without an answer.
+        DataError: for a name that no model on the hub can have, or without a response.
     """
     for place in places:
         hub = import_extra("huggingface_hub", "hf", "A model of the hub")
@@ -33,16 +34,16 @@ def check_hub(places: Sequence[str]) -> None:
             if _is_cached(hub, name, how):
                 continue
             hub.get_hf_file_metadata(hub.hf_hub_url(name, _FILES[0], **how), timeout=TIMEOUT_S)
-        except hub.utils.HfHubHTTPError:  # an answer, whatever it says
+        except hub.utils.HfHubHTTPError:  # a response, whatever it says
             return
-        except Exception as error:  # versions of the hub's client differ in those of connections
+        except Exception as error:  # connection errors differ between versions of the hub's client
             is_name = not isinstance(error, hub.utils.HFValidationError)
             where = (
                 "the hub cannot be reached" if is_name else "there is none of that name on the hub"
             )
             raise DataError(
-                f"{place} is no folder here, and {where} ({error}).{near_names(place)} Check the "
-                "path, or download the model elsewhere and give it as a folder."
+                f"{place} is not a folder here, and {where} ({error}).{near_names(place)} Check "
+                "the path, or download the model elsewhere and give it as a folder."
             ) from error
         return
 

@@ -1,4 +1,4 @@
-"""What a model is probed on and in."""
+"""The device and dtype for probing a model."""
 
 import torch
 
@@ -9,10 +9,10 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device, by default a GPU where there is one.
+    """The device; by default a GPU if there is one.
 
     Raises:
-        ConfigError: for one that is not there.
+        ConfigError: for a device that does not exist.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

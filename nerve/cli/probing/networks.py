@@ -1,4 +1,4 @@
-"""What a network of transformers says of itself."""
+"""What a transformers network reveals about itself."""
 
 from typing import Any
 
@@ -17,20 +17,20 @@ _ACTIVATION = (
 
 
 def n_embedded(model: nn.Module) -> int:
-    """How many tokens have an embedding."""
+    """Number of tokens that have an embedding."""
     embedding: Any = model.get_input_embeddings
     return int(embedding().weight.shape[0])
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of what reads text, where a model has others beside it."""
+    """The configuration of the part that reads text, if a model has other parts, too."""
     config: Any = model.config
     return config.get_text_config()
 
 
 def columns(model: nn.Module, ffns: FoundFFNs) -> dict[str, Any]:
-    """What tells a model from others, by the names that nerve-run has for it, and all that the
-    model says of itself."""
+    """What distinguishes a model from others, under the names that nerve-run uses, plus the model's
+    own configuration."""
     whole: Any = model.config
     config, table = text_config(model), ffns.table()
     sizes = {
@@ -61,6 +61,6 @@ def _normalization(model: nn.Module) -> str:
 
 
 def _only(values: list[Any]) -> Any:
-    """The value that all have, else each once."""
+    """The common value, or the distinct values if they differ."""
     different = list(dict.fromkeys(values))
     return different[0] if len(different) == 1 else different

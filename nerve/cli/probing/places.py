@@ -1,4 +1,4 @@
-"""Where checkpoints for transformers are: folders, gguf files, names on the hub."""
+"""Where checkpoints for transformers are: folders, .gguf files, names on the hub."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 
 _MEASURED_BY = {"probe": "nerve-probe", "measure": "nerve.measure"}
-"""What each writes into the configuration of its runs, which nerve-run does not."""
+"""What each tool writes into the configuration of its runs, and nerve-run does not."""
 
 
 def expanded(models: Sequence[str]) -> list[str]:
-    """The models, each pattern of which as what it matches, in the order of the names.
+    """The models, with each pattern replaced by its matches, sorted by name.
 
     Raises:
         ConfigError: for a pattern that matches nothing.
@@ -35,14 +35,14 @@ def expanded(models: Sequence[str]) -> list[str]:
 
 
 def is_on_hub(place: str, rule: str = "A model is a folder, a run directory") -> bool:
-    """Whether a place is to be looked for on the hub; False for what is here.
+    """Whether to look for a place on the hub; False if it exists here.
 
     Args:
         place: as typed.
-        rule: what else it may be, as the error begins.
+        rule: the start of the error message, which says what else it may be.
 
     Raises:
-        DataError: for what is not here and can be no name on the hub.
+        DataError: for what does not exist here and cannot be a name on the hub.
     """
     path = Path(place)
     if path.exists():
@@ -61,23 +61,23 @@ def is_on_hub(place: str, rule: str = "A model is a folder, a run directory") ->
 
 
 def near_names(place: str) -> str:
-    """What of a path is here, where it goes astray: ` Near: ckpt/step_1.`, or nothing."""
+    """A hint with names similar to the first missing part of a path, or nothing."""
     path = Path(place)
     while not path.parent.exists():
         path = path.parent
     try:
         names = [each.name for each in path.parent.iterdir()]
-    except OSError:  # a file, or a folder that may not be read
+    except OSError:  # a file, or a folder that cannot be read
         return ""
     close = [str(path.parent / each) for each in get_close_matches(path.name, names)]
-    return f" Near: {', '.join(close)}." if close else ""
+    return f" Similar names: {', '.join(close)}." if close else ""
 
 
 def check_place(place: str) -> None:
     """Refuses what cannot be a model, before anything is loaded.
 
     Raises:
-        DataError: saying what it is.
+        DataError: saying what it is instead.
     """
     if is_on_hub(place):
         return
@@ -87,7 +87,7 @@ def check_place(place: str) -> None:
             return
         raise DataError(
             f"A model is a folder that transformers reads, or a .gguf file; {place} is another "
-            "file. Give the folder that it is in."
+            "file. Give the folder that contains it."
         )
     gguf = sorted(path.glob("*.gguf"))
     if not (path / "config.json").is_file() and not gguf:
@@ -111,14 +111,14 @@ def check_place(place: str) -> None:
 
 
 def check_keeps_weights(directory: Path, config: Mapping[str, Any]) -> None:
-    """Refuses the run of what measures and keeps no weights.
+    """Refuses a run of a tool that measures but does not store weights.
 
     Args:
         directory: of the run.
         config: its configuration.
 
     Raises:
-        DataError: saying whose run it is.
+        DataError: naming the tool that wrote the run.
     """
     written = next((name for key, name in _MEASURED_BY.items() if key in config), None)
     if written is None and "trainer" not in config:
@@ -132,7 +132,8 @@ def check_keeps_weights(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def arguments_of(place: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` of transformers takes for a model, its weights and its tokenizer."""
+    """The arguments of transformers' `from_pretrained` for a model, its weights and its
+    tokenizer."""
     path = Path(place)
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -144,7 +145,7 @@ def arguments_of(place: str) -> tuple[str, dict[str, Any]]:
 
 
 def name_of(places: Sequence[str]) -> str:
-    """A short name for a series: of several folders that of the folder around them."""
+    """A short name for a series: for several folders, the name of their parent."""
     path = Path(places[0])
     if not path.exists():
         return places[0].partition("@")[0].split("/")[-1]

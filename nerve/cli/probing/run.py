@@ -1,4 +1,4 @@
-"""Measures checkpoints one by one into one run, and shows what came of it."""
+"""Measures checkpoints one by one into one run, and prints the results."""
 
 import gc
 import shlex
@@ -29,11 +29,11 @@ from nerve.storage.identity import config_id
 from nerve.storage.record import RECORD_NAME
 
 OUTPUTS = Path("outputs", "probe")
-"""Where runs go that are not told where."""
+"""The default parent directory of runs."""
 
 
 def source_of(asked: Asked) -> Source:
-    """What is to be probed. Raises `NerveError` for what cannot be."""
+    """The source to probe. Raises `NerveError` if there cannot be one."""
     if any(Path(model, RECORD_NAME).is_file() for model in asked.models):
         from nerve.cli.probing.runs import KeptCheckpoints  # Hydra and Lightning
 
@@ -44,7 +44,7 @@ def source_of(asked: Asked) -> Source:
 
 
 class Opened(NamedTuple):
-    """A checkpoint whose model is in memory, and its FFNs."""
+    """A checkpoint whose model is in memory, with its FFNs."""
 
     checkpoint: Checkpoint
     model: nn.Module
@@ -52,22 +52,22 @@ class Opened(NamedTuple):
 
 
 def opened(source: Source, checkpoint: Checkpoint) -> Opened:
-    """Loads a checkpoint and finds its FFNs. Raises as the source."""
+    """Loads a checkpoint and finds its FFNs. Raises as the source does."""
     model = source.load(checkpoint)
     return Opened(checkpoint, model, source.find(model))
 
 
 def probe(source: Source, asked: Asked, *, output: str | None, progress: Progress) -> None:
-    """Measures what is not measured yet, and prints the layers of the last step.
+    """Measures what has not been measured yet, and prints the layers of the last step.
 
     Args:
         source: what is probed.
-        asked: what the command was asked.
-        output: the run directory; None for one that is named after the model and what is asked.
-        progress: told of checkpoints, batches and eigenproblems.
+        asked: the arguments of the command.
+        output: the run directory; None for one named after the model and the arguments.
+        progress: receives the progress of checkpoints, batches and eigenproblems.
 
     Raises:
-        NerveError: for what the user can fix; what was measured before stays.
+        NerveError: for errors that the user can fix; earlier measurements are kept.
     """
     progress(f"loading {source.checkpoints[0].place}", 0, len(source.checkpoints))
     now: Opened | None = opened(source, source.checkpoints[0])
@@ -84,7 +84,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
             assert run is not None  # in a single process
             for number, checkpoint in enumerate(left):
                 if now is None or now.checkpoint != checkpoint:
-                    now = None  # one at a time is in memory
+                    now = None  # keeps only one in memory
                     gc.collect()  # hooks and graphs may keep a model until then
                     progress(f"loading {checkpoint.place}", number, len(left))
                     now = opened(source, checkpoint)
@@ -95,7 +95,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
 
 
 def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
-    """Those that are not measured yet, or whose files may be others than those that were."""
+    """The checkpoints that are not measured yet, or whose files may have changed since."""
     return [
         each
         for each in checkpoints
@@ -116,14 +116,14 @@ def _require_alike(now: Opened, table: pd.DataFrame) -> None:
 def _measure(
     run: MeasuredRun, now: Opened, data: Data, memory: str | None, progress: Progress
 ) -> bool:
-    """Measures a checkpoint, unless these very weights have been; says whether it did."""
+    """Measures a checkpoint, unless the same weights have been measured; returns whether it did."""
     step = now.checkpoint.step
     known = run.steps.get(step)
     if known is not None:
         if known == str(weights_of(now.model)):
             return False
         raise StoreError(
-            f"A step has one set of weights; step {step} was measured with other weights than "
+            f"A step has one set of weights; step {step} was measured with different weights than "
             f"{now.checkpoint.place} has now. Choose another directory with -o."
         )
 
@@ -155,7 +155,7 @@ def _measure(
 
 
 def _show(directory: Path, data: Data, n_before: int) -> None:
-    """Prints the layers of the last step, what is flagged, and how to go on."""
+    """Prints the layers of the last step, what is flagged, and how to continue."""
     metrics = load_metrics(directory)
     steps = sorted(set(metrics["step"]))
     last = metrics[metrics["step"] == steps[-1]]

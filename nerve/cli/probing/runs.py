@@ -1,4 +1,4 @@
-"""The checkpoints that a run has kept, on its own held-out data."""
+"""The checkpoints that a run has kept, measured on its own held-out data."""
 
 from typing import Any
 
@@ -23,15 +23,15 @@ _OF_TEXT = ("text", "tokenizer", "n_tokens", "seq_len", "batch_size", "steps")
 
 
 class KeptCheckpoints:
-    """The weights that a run has kept, or its last ones where it was not to keep any.
+    """The weights that a run has kept, or the last ones if it was not asked to keep any.
 
     Args:
-        asked: what the command was asked; its one model is the run directory.
+        asked: the arguments of the command; the only model is the run directory.
 
     Raises:
-        StoreError: for a run that has no checkpoint.
-        DataError: for a run that trained nothing, as those of nerve-probe.
-        ConfigError: for what only a model without held-out data can be asked.
+        StoreError: for a run without checkpoints.
+        DataError: for a run that did not train, such as those of nerve-probe.
+        ConfigError: for arguments that only apply to models without held-out data.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -58,7 +58,7 @@ class KeptCheckpoints:
         ] or [Checkpoint(self._record.step, str(self._run.checkpoint("last")))]
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
-        """The model. Raises as `load_model`."""
+        """The model. Raises as `load_model` does."""
         if checkpoint.step in self._run.kept_steps():
             model = load_model(self._run.path, step=checkpoint.step)
         else:
@@ -66,7 +66,7 @@ class KeptCheckpoints:
         return model.to(self._device, self._dtype)
 
     def find(self, model: nn.Module) -> FoundFFNs:
-        """The FFNs that are asked for, by default those that the run measures."""
+        """The requested FFNs; by default those that the run measures."""
         layers = self._asked.layers or self._plan.monitor.layers
         return find_ffns(model, layers=layers, select=self._asked.select)
 
@@ -74,7 +74,7 @@ class KeptCheckpoints:
         """The held-out data of the run.
 
         Raises:
-            DataError: where they are not what they were.
+            DataError: if they have changed.
         """
         plan, record, asked = self._plan, self._record, self._asked
         data = build_data(plan)
@@ -117,7 +117,7 @@ class KeptCheckpoints:
 
 
 def _loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """As in training: the mean over the targets."""
+    """The loss as in training: the mean over the targets."""
     inputs, targets = batch
     logits = model(inputs)
     loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())

@@ -1,4 +1,5 @@
-"""What is probed, wherever it comes from: checkpoints, one at a time, and the batches for them."""
+"""What is probed, independent of where it comes from: checkpoints, one at a time, and their
+batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,24 +19,24 @@ from nerve.metric_names import AROUND, GROUPS
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command was asked; None leaves a choice to the model.
+    """The arguments of the command; None leaves a choice to the model.
 
     Attributes:
         models: MODEL, as typed.
         text: files; None for the standard library's source.
         tokenizer: where it is, if not beside the weights.
-        n_tokens, seq_len, batch_size: of the text that is measured; a batch counts sequences.
-        device, dtype: what the model runs on and in.
-        select, layers: which FFNs.
-        skip_first: positions at the beginning of each sequence that are left out.
-        spectra: whether eigenvalues are stored.
-        memory: of matrices that are held at once, as `nerve.measure` takes it.
+        n_tokens, seq_len, batch_size: sizes of the measured text; batch_size counts sequences.
+        device, dtype: where and in which precision the model runs.
+        select, layers: the FFNs to measure.
+        skip_first: number of positions to exclude at the beginning of each sequence.
+        spectra: whether to store eigenvalues.
+        memory: limit for the matrices held at once, as in `nerve.measure`.
         steps: of the models, in their order.
         groups: groupings of the samples whose groups are measured by themselves, too.
         sites: what is measured around the nonlinearity.
 
     Raises:
-        ConfigError: for numbers that are too small, and unknown groups.
+        ConfigError: for numbers that are too small, or unknown groups.
     """
 
     models: tuple[str, ...]
@@ -74,8 +75,8 @@ class Asked:
         sites: tuple[str, ...],
         fingerprints: Mapping[str, str],
     ) -> dict[str, Any]:
-        """What the configuration of the run has of it, as the model and its data decided what was
-        left to them."""
+        """The arguments as the configuration of the run records them, with defaults as the model
+        and its data determined them."""
         return {
             "dtype": str(dtype).removeprefix("torch."),
             "select": self.select,
@@ -89,10 +90,10 @@ class Asked:
 
 
 class Checkpoint(NamedTuple):
-    """Weights of a step.
+    """The weights of one step.
 
     Attributes:
-        step: optimizer steps that they have seen.
+        step: number of optimizer steps so far.
         place: the folder or file, or the name on the hub.
     """
 
@@ -100,8 +101,8 @@ class Checkpoint(NamedTuple):
     place: str
 
     def is_older_than(self, time: str) -> bool:
-        """Whether nothing in it has been written since, nor put there; of what is no file here
-        nobody knows."""
+        """Whether nothing in it has been written or added since `time`; False for what is not a
+        file here."""
         path = Path(self.place)
         files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
         if not files or not path.exists():
@@ -113,16 +114,16 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Data:
-    """What the models of a series all get.
+    """What all models of a series share.
 
     Attributes:
         batches: on the device; they can be gone through again and again.
-        forward: runs a model on one, and returns its loss where there is one.
+        forward: runs a model on a batch, and returns its loss if there is one.
         config: the configuration of the run but for the weights.
         record: further fields of its record, such as `fingerprints`.
         skip_first, shortcut: of the measurement.
         tokens_seen: by a model at a step.
-        grouped: groups of the samples that are measured by themselves.
+        grouped: groups of the samples that are measured separately.
         sites: what is measured around the nonlinearity.
     """
 
@@ -147,7 +148,7 @@ class Source(Protocol):
         """The model, in eval mode, on the device."""
 
     def find(self, model: nn.Module) -> FoundFFNs:
-        """Its FFNs, of which those asked for."""
+        """Its requested FFNs."""
 
     def data(self, model: nn.Module, ffns: FoundFFNs) -> Data:
-        """What is measured, given one of the models."""
+        """The data to measure, given one of the models."""

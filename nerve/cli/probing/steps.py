@@ -1,4 +1,4 @@
-"""The steps that names of checkpoints give."""
+"""Derives steps from the names of checkpoints."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ _NUMBER = re.compile(r"\d+")
 
 
 def steps_of(names: Sequence[str], given: Sequence[int] | None) -> list[int]:
-    """The step of each checkpoint: as given, else as its name says.
+    """The step of each checkpoint: as given, or from its name.
 
-    `step_100`, `checkpoint-100` and `ckpt/100` say it; of several also any last number of the name.
-    A single one that does not say it stands at step 0.
+    `step_100`, `checkpoint-100` and `ckpt/100` contain it; in a series, any last number of the name
+    counts as well. A single checkpoint whose name has no step gets step 0.
 
     Raises:
         ConfigError: for a number of steps that is not that of the checkpoints, names that do not

@@ -26,11 +26,11 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class CheckInPlaceOfRun(Callback):
-    """Hydra's callback that ends a single run with `check=true` before it has a directory. That of
-    a sweep is `TrialSweeper`'s."""
+    """Hydra's callback that ends a single run with `check=true` before it has a directory. For
+    sweeps, `TrialSweeper` does that."""
 
     missing: ClassVar[list[Path]] = []
-    """The run's directory and those around it that are not there before Hydra makes them."""
+    """The run's directory and its parents that do not exist before Hydra creates them."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         directory = Path(str(config.hydra.run.dir))
@@ -47,8 +47,8 @@ class CheckInPlaceOfRun(Callback):
 
 
 def check_composed(hydra_config: HydraConf) -> None:
-    """Refuses what Hydra composes for a single run and would pass over: a launcher, and all but
-    the last of several options of a group."""
+    """Refuses what Hydra accepts for a single run and ignores: a launcher, and all but the last of
+    several options of a group."""
     if hydra_config.mode != RunMode.MULTIRUN:
         refuse_merged(
             GlobalHydra.instance().config_loader(),
@@ -64,13 +64,13 @@ def check_composed(hydra_config: HydraConf) -> None:
 
 
 def check_experiment(config: DictConfig) -> None:
-    """Shows what `run_experiment` would do, and does nothing.
+    """Shows what `run_experiment` would do, without doing it.
 
     Args:
         config: composed, with Hydra's own node.
 
     Raises:
-        NerveError: as there, where it can be told before.
+        NerveError: as `run_experiment` does, if the error shows without running.
     """
     from nerve.cli.experiment.machine import check_machine  # torch takes seconds to import
     from nerve.cli.experiment.plan import Plan
@@ -88,7 +88,7 @@ def check_experiment(config: DictConfig) -> None:
 
 
 def _directory(config: DictConfig) -> Path:
-    """Where the run would be; "a new directory" where it would be named for the time."""
+    """The directory of the run; "a new directory" if it would be named after the time."""
     named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
     if named or config.resume is not None:
         return Path(str(config.hydra.run.dir))
@@ -96,14 +96,14 @@ def _directory(config: DictConfig) -> Path:
 
 
 def preview(folder: Path, trials: Sequence[Trial]) -> None:
-    """Prints the trials of a sweep, each with its state and what it would take; starts nothing.
+    """Prints the trials of a sweep, each with its state and estimated sizes; starts nothing.
 
     Args:
         folder: of the sweep.
-        trials: all of the grid, planned where they are to be run.
+        trials: all of the grid, planned if they are to be run.
 
     Raises:
-        SweepError: where some are refused, with the reasons.
+        SweepError: if some are refused, with the reasons.
     """
     from nerve.cli.experiment.machine import COUNTED, Estimate  # torch takes seconds to import
 

@@ -1,4 +1,4 @@
-"""The trials of a sweep: each composed, with its directory and what that holds already."""
+"""The trials of a sweep: each composed, with its directory and what that already holds."""
 
 import os
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ class Trial:
 
     Attributes:
         number: its place in the grid, from 0.
-        overrides: what sets it apart on the command line, and what all share.
+        overrides: the overrides that are its own, and those that all trials share.
         config: composed, with Hydra's own node.
-        run: its directory; where that cannot be told, the sweep's. Duplicates share one.
+        run: its directory, or the sweep's if unknown. Duplicates share one.
         state_before: what the directory held before the sweep.
-        job: that an earlier command has sent for it and that is queued or at work.
+        job: a queued or running job that an earlier command has submitted for it.
         duplicate_of: the number of an earlier trial that defines the same result.
         rejected_because: why it cannot be run.
-        start_error: why it could not be started, or its end not be recorded.
+        start_error: why it could not be started, or its end could not be recorded.
         plan: of its run, once `plan_trials` has made it.
     """
 
@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def directory(self) -> Path:
-        """Where its run is."""
+        """The directory of its run."""
         return self.run.path
 
     @property
@@ -82,7 +82,7 @@ class Trial:
         return OmegaConf.masked_copy(self.config, keys)
 
     def values(self) -> dict[str, Any]:
-        """The same, resolved."""
+        """The configuration without Hydra's own node, resolved."""
         return resolved(self.run_config())
 
 
@@ -132,7 +132,7 @@ def compose_grid(
 
 
 def plan_trials(trials: Sequence[Trial]) -> None:
-    """Plans each trial that is to be run; one that a plan refuses is refused."""
+    """Plans each trial that is to be run; if planning fails, the trial is refused."""
     for trial in trials:
         if not trial.is_to_do:
             continue
@@ -145,10 +145,10 @@ def plan_trials(trials: Sequence[Trial]) -> None:
 
 
 class Composer:
-    """Composes trials as Hydra's loader does, but once for all that choose the same options.
+    """Composes trials as Hydra's loader does, but only once for all trials with the same options.
 
-    For each, Hydra reads some thirty files, finds which are meant and merges them; it applies the
-    values after that, which cost a tenth.
+    For each composition, Hydra reads some thirty files, selects and merges them; applying the
+    values afterwards costs a tenth of that.
 
     Args:
         loader: Hydra's.
@@ -161,7 +161,7 @@ class Composer:
         self._groups: dict[str, bool] = {}
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """What `load_sweep_config` gives for the overrides of a trial. Raises as that."""
+        """The result of `load_sweep_config` for the overrides of a trial. Raises as that does."""
         parsed = OverridesParser.create().parse_overrides([*overrides])
         self._loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
         values = [each for each in parsed if self._is_value(each)]
@@ -178,7 +178,7 @@ class Composer:
         return composed
 
     def _is_value(self, override: Override) -> bool:
-        """Whether it sets a value of the application, once options are merged."""
+        """Whether it sets a value of the application, after options have been merged."""
         if override.is_hydra_override():
             return False
         key = override.key_or_group
@@ -191,21 +191,21 @@ class Composer:
 
 
 class StoredRuns:
-    """The runs that the directories of sweeps hold; each record is read once, when first asked."""
+    """The runs stored in the directories of sweeps; each record is read once, on first use."""
 
     def __init__(self) -> None:
         self._runs: dict[Path, RunDirectory] = {}
         self._chosen: dict[Path, dict[str, RunDirectory]] = {}
 
     def at(self, path: Path) -> RunDirectory:
-        """The one object for the directory `path`."""
+        """The unique object for the directory `path`."""
         return self._runs.setdefault(path, RunDirectory(path))
 
     def run_of(self, own: RunDirectory, config_id: str) -> RunDirectory:
-        """Where the run of `config_id` is in the sweep whose directory `own` is in.
+        """Where the run of `config_id` is, in the sweep that contains the directory `own`.
 
-        That is `own`, named by the id, where a run is done or at work; else the directory of the
-        run beside it that has the id, which an earlier version may have called otherwise.
+        That is `own`, named by the id, if a run there is done or active; otherwise the sibling
+        directory whose run has the id, which an earlier version may have named differently.
 
         Raises:
             StoreError: when the record in `own` cannot be read.
@@ -218,10 +218,10 @@ class StoredRuns:
         return self._chosen[folder].get(config_id, own)
 
     def _choose(self, folder: Path) -> dict[str, RunDirectory]:
-        """The run directly below `folder` to take for each id, after saying what was passed over.
+        """The run directly below `folder` to use for each id, after reporting the ones passed over.
 
-        Of several it is one that is done, else one at work, else the one that got furthest, or of
-        these the last heard of; what their directories are called does not matter.
+        Among several, it is one that is done, or one that is active, or the one that got furthest,
+        or among equals the one with the latest heartbeat; directory names do not matter.
         """
         runs: dict[str, list[RunDirectory]] = {}
         for path in sorted(folder.glob(f"[!.]*/{RECORD_NAME}")):
@@ -237,8 +237,8 @@ class StoredRuns:
             if others:
                 names = ", ".join(str(other.path) for other in others)
                 say(
-                    f"{best.path} ({best.state}, step {best.require_record().progress}) counts; of "
-                    f"the same configuration, and left as they are: {names}"
+                    f"{best.path} ({best.state}, step {best.require_record().progress}) is used; "
+                    f"ignored, with the same configuration: {names}"
                 )
         return chosen
 
@@ -250,13 +250,13 @@ def _worth(run: RunDirectory) -> tuple[bool, bool, int, str]:
 
 
 def _place(trial: Trial, stored: StoredRuns) -> None:
-    """Finds the trial's directory: where Hydra would put it, or where its run is already."""
+    """Finds the trial's directory: where Hydra would put it, or where its run already is."""
     hydra = trial.config.hydra
     HydraConfig.instance().set_config(trial.config)
     subdir = str(hydra.sweep.subdir)
     trial.run = stored.at(trial.directory / subdir)
     own_id = identity(trial.config)
-    if subdir == own_id:  # else it was chosen by hand
+    if subdir == own_id:  # otherwise it was chosen by hand
         trial.run = stored.run_of(trial.run, own_id)
     OmegaConf.set_readonly(hydra, False)
     with open_dict(hydra):
@@ -265,11 +265,11 @@ def _place(trial: Trial, stored: StoredRuns) -> None:
 
 
 def _check_same(trial: Trial, other: Trial, different: Sequence[str]) -> None:
-    """Refuses the sweep where a directory that was chosen by hand is that of two results."""
+    """Refuses the sweep if two different results would share a directory chosen by hand."""
     if different:
         names = [f"{each.number} ({' '.join(each.overrides)})" for each in (other, trial)]
         raise ConfigError(
-            f"A directory contains one run; trials {' and '.join(names)} would share "
+            f"A directory can hold only one run; trials {' and '.join(names)} would share "
             f"{trial.directory} with different values of {', '.join(different)}; nothing was "
             "started. Put what varies into hydra.sweep.subdir, or omit that, so that each trial "
             "has its own."

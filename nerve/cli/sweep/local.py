@@ -1,4 +1,4 @@
-"""Trials of a sweep on this machine, each in its own process: started, watched, told to stop."""
+"""Trials of a sweep on this machine, each in its own process: starts, watches and stops them."""
 
 import contextlib
 import os
@@ -23,17 +23,17 @@ from nerve.files import require_there
 from nerve.training.signals import SignalsHandled
 
 GRACE_S = 120.0
-"""How long a trial that is asked to stop may take to save; then it is killed."""
+"""How long a trial may take to save when it is asked to stop; then it is killed."""
 
 COMMAND = [sys.executable, "-P", "-m", "nerve.cli.sweep.worker"]
 POLL_S = 0.1
 LOG_NAME = "output.log"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FROM_OUTSIDE = (signal.SIGKILL, *STOPPING)
-"""Signals that say nothing against the trial that they end."""
+"""Signals that do not indicate an error of the trial they end."""
 
 ASKED_TO_STOP = 128 + signal.SIGINT
-"""The exit status of a trial that stopped when it was asked to."""
+"""The exit status of a trial that stopped on request."""
 
 
 class KilledError(NerveError):
@@ -41,22 +41,22 @@ class KilledError(NerveError):
 
 
 class CrashedError(NerveError):
-    """The process of a trial ended before its run did, by its own doing."""
+    """The process of a trial ended by itself before its run did."""
 
 
 class TimeLimitError(NerveError):
-    """A trial took longer than it was given."""
+    """A trial took longer than its time limit."""
 
 
 class StopRequests(SignalsHandled):
-    """Counts the requests to stop that this process gets while the `with` block runs.
+    """Counts the requests to stop that this process receives while the `with` block runs.
 
     A signal that is ignored (`nohup`) stays ignored.
     """
 
     @property
     def received(self) -> list[int]:
-        """The signals so far."""
+        """The signals received so far."""
         return self._received
 
     def _signums(self) -> Iterable[int]:
@@ -73,10 +73,11 @@ def run_here(
     starting: Callable[[Trial], None],
     ended: Callable[[Trial], None],
 ) -> int | None:
-    """Runs the trials, in their order, until all have ended or this process is asked to stop.
+    """Runs the trials, in order, until all have ended or this process is asked to stop.
 
-    Asked to stop (Ctrl-C), it passes the request on to the trials at work, which save, and starts
-    no other; asked again, they end without saving. How each trial ended is in its directory.
+    When asked to stop (Ctrl-C), it passes the request on to the running trials, which save, and
+    starts no more; if asked again, they end without saving. How each trial ended is recorded in its
+    directory.
 
     Args:
         trials: not yet at work, each in a directory of its own.
@@ -116,10 +117,10 @@ def run_here(
 
 @dataclass(frozen=True)
 class _Room:
-    """What a trial gets of this machine.
+    """The part of this machine that a trial gets.
 
     Attributes:
-        place: the lowest that no other trial at work has, from 0.
+        place: the lowest slot that no other running trial has, from 0.
         n_sharing: how many trials share the cores.
         has_log: whether it writes to a file of its own.
     """
@@ -130,7 +131,7 @@ class _Room:
 
 
 class _Process:
-    """A trial at work, in one of the places for those that run at once."""
+    """A running trial, in one of the slots for those that run at once."""
 
     def __init__(self, trial: Trial, room: _Room, timeout_s: float | None) -> None:
         self.trial = trial
@@ -140,11 +141,11 @@ class _Process:
         self._requests = 0
         self._to_be_killed_at: float | None = None
         self._error: NerveError | None = None
-        self._n_starts = trial.run.reload().n_starts  # it may have been waiting for long
+        self._n_starts = trial.run.reload().n_starts  # it may have waited for a long time
         self._popen = _start(trial, room)
 
     def has_ended(self, requests: int) -> bool:
-        """Whether the trial has ended; if not, and it ought to, it is told so.
+        """Whether the trial has ended; if it has not but should, asks it to.
 
         Args:
             requests: how often the sweep has been asked to stop.
@@ -173,30 +174,31 @@ class _Process:
 
     def _ask_to_stop(self, now: float) -> None:
         self._to_be_killed_at = self._to_be_killed_at or now + GRACE_S
-        # Not SIGTERM: within a job of SLURM a run takes that for the scheduler's. And not by Popen,
-        # which takes the exit status of a process that has ended just now.
+        # Not SIGTERM: in a SLURM job, a run thinks that it came from the scheduler. Not through
+        # Popen, which collects the exit status of a process that has just ended.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._popen.pid, signal.SIGINT)
 
     def _has_exited(self) -> bool:
-        """Whether the process has ended. Its status is left where it is, and its number so stays
-        its own: once that is taken, the system may give the number to a stranger."""
+        """Whether the process has ended. Its status is not collected, so that its process id stays
+        reserved: otherwise the system may give the id to another process."""
         if not hasattr(os, "waitid"):  # macOS
             return self._popen.poll() is not None
         try:
             how = os.WEXITED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self._popen.pid, how) is not None
-        except ChildProcessError:  # someone else in this process has taken it
+        except ChildProcessError:  # other code in this process has collected it
             return True
 
     def _kill(self) -> None:
-        """Ends all that is left of the trial: also data workers, which may hold the run's lock."""
+        """Kills whatever is left of the trial, including data workers, which may hold the run's
+        lock."""
         if self._popen.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
 
     def _settle(self) -> None:
-        """Sees to it that the directory says how the trial ended."""
+        """Makes sure that the directory records how the trial ended."""
         assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
@@ -209,17 +211,17 @@ class _Process:
                     error = self._error or _error(status)
                     run_status = "failed" if isinstance(error, CrashedError) else "interrupted"
                     record_end(self.trial.run, self.trial.values(), run_status, error)
-        except StoreError as error:  # nothing can be written, or someone else goes on with it
+        except StoreError as error:  # nothing can be written, or another process continues it
             self.trial.start_error = str(error)
 
     def _is_recorded(self, status: int) -> bool:
-        """Whether the run itself has said all that there is to say of its end."""
+        """Whether the run itself has fully recorded how it ended."""
         run = self.trial.run
         run_status = run.record.run_status if run.record else None
         if run.n_starts == self._n_starts:  # it never began
             asked = status == ASKED_TO_STOP and self._error is None
             return asked or run_status in ("done", "failed")
-        # Where it was stopped for a reason, only this process knows the reason.
+        # If it was stopped for a reason, only this process knows it.
         return run_status != "running" and (run_status != "interrupted" or self._error is None)
 
 
@@ -236,7 +238,7 @@ def _start(trial: Trial, room: _Room) -> "subprocess.Popen[bytes]":
             stdout=log,
             stderr=log and subprocess.STDOUT,
             env=environment,
-            process_group=0,  # a Ctrl-C is for the sweep, which passes it on once
+            process_group=0,  # Ctrl-C goes to the sweep, which passes it on once
         )
     assert popen.stdin is not None
     with contextlib.suppress(BrokenPipeError):
@@ -246,7 +248,7 @@ def _start(trial: Trial, room: _Room) -> "subprocess.Popen[bytes]":
 
 
 def _share(room: _Room) -> dict[str, str]:
-    """What tells a trial beside others which of the cores and GPUs are its."""
+    """Environment variables that tell a trial which cores and GPUs it may use."""
     share: dict[str, str] = {}
     if room.n_sharing > 1:
         n_threads = str(max(1, cores.allowed() // room.n_sharing))
@@ -259,8 +261,9 @@ def _share(room: _Room) -> dict[str, str]:
 
 
 def _own_paths() -> dict[str, str]:
-    """Where a trial finds modules as this process does, beside where each process of this Python
-    does: to one of another Python, which a trial may call, its library would be a wrong one."""
+    """Makes a trial find the same modules as this process, without the paths that every process of
+    this Python has: a trial may call another Python, for which this one's library would be
+    wrong."""
     everyones = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
     for name in ("stdlib", "platstdlib"):
         library = sysconfig.get_path(name)
@@ -274,8 +277,7 @@ def _own_paths() -> dict[str, str]:
 
 
 def _gpus() -> list[str]:
-    """What CUDA may see here, by the names that it goes by; found without the seconds that torch
-    takes to import."""
+    """The names of the GPUs visible to CUDA, found without importing torch, which takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -283,7 +285,7 @@ def _gpus() -> list[str]:
 
 
 def _error(status: int) -> NerveError:
-    """What an exit status says of a process that has not said anything itself."""
+    """Describes an exit status, for a process that did not report an error itself."""
     if status >= 0:
         return CrashedError(f"its process ended with exit status {status} before the run did")
     name = signal.Signals(-status).name

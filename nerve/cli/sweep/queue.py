@@ -1,4 +1,5 @@
-"""What SLURM says of jobs: those in its queue, how one has ended, and what each was sent for."""
+"""Queries SLURM about jobs: those in the queue, how one has ended, and what each was submitted
+for."""
 
 import json
 import os
@@ -11,18 +12,18 @@ from pathlib import Path
 from nerve.errors import NerveError
 
 SENT = "_nerve.json"
-"""How the name of the file ends, beside submitit's own, that says what a job was sent for. Those of
-submitit are pickles: reading one from a folder that is shared runs what somebody put into it."""
+"""Suffix of the file next to submitit's own that says what a job was submitted for. submitit's
+files are pickles: reading one from a shared folder would run whatever somebody put into it."""
 
 ENDING = "CG"  # completing: its processes are being ended, or have just been
 
 ANSWERS_WITHIN_S = 60
-"""A controller that is down leaves its clients waiting."""
+"""Clients of a controller that is down would wait."""
 
 _NEVER = re.compile(
     r"held|^(DependencyNeverSatisfied|BadConstraints|InvalidAccount|InvalidQOS)$", re.I
 )
-"""Reasons for which a job waits until somebody does something."""
+"""Reasons for which a job waits until somebody intervenes."""
 
 _HELD_STATES = ("RH", "SE")  # requeued and held, special exit
 
@@ -41,19 +42,17 @@ class QueuedJob:
 
     @property
     def waits_for_ever(self) -> bool:
-        """Whether it starts only once somebody does something about it."""
+        """Whether it starts only after somebody intervenes."""
         waits = self.state == "PD" and bool(_NEVER.search(self.reason))
         return waits or self.state in _HELD_STATES
 
 
 def squeue(cluster: str | None) -> list[str]:
-    """The command that prints id, state and reason of each job of this user that is queued or at
-    work.
-
-    Those that are just being requeued, suspended or held are among them.
+    """The command that prints id, state and reason of each of this user's jobs that is queued or
+    running, including jobs that are being requeued, suspended or held.
 
     Args:
-        cluster: that is asked, where it is not this machine's.
+        cluster: the cluster to ask, if it is not this machine's.
     """
     filters = [f"--unset={name}" for name in os.environ if name.startswith("SQUEUE_")]
     mine = ["--all", "--array", f"--user={os.getuid()}"]
@@ -66,7 +65,7 @@ def squeue(cluster: str | None) -> list[str]:
 
 
 def ask(command: list[str]) -> dict[str, QueuedJob]:
-    """The jobs in the queue, by their ids.
+    """The jobs in the queue, by id.
 
     Raises:
         NerveError: if SLURM does not answer.
@@ -82,7 +81,7 @@ def ask(command: list[str]) -> dict[str, QueuedJob]:
 
 
 def parsed(answer: str) -> dict[str, QueuedJob]:
-    """What `squeue` has printed."""
+    """Parses the output of `squeue`."""
     lines = (line.split(maxsplit=2) for line in answer.splitlines())
     return {
         line[0]: QueuedJob(line[1], line[2] if len(line) > 2 else "")
@@ -92,7 +91,7 @@ def parsed(answer: str) -> dict[str, QueuedJob]:
 
 
 def ended(job_id: str) -> str | None:
-    """The state in which a job has ended, such as TIMEOUT; None once SLURM has forgotten it."""
+    """The final state of a job, such as TIMEOUT; None once SLURM has forgotten it."""
     command = ["scontrol", "show", "job", job_id]
     try:
         told = subprocess.run(
@@ -106,11 +105,11 @@ def ended(job_id: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sent:
-    """What a job was sent for.
+    """What a job was submitted for.
 
     Attributes:
         folder: of the sweep, absolute.
-        overrides: that it was given.
+        overrides: the overrides that it was given.
     """
 
     folder: str
@@ -118,8 +117,8 @@ class Sent:
 
 
 def read_sent(file: Path) -> Sent | None:
-    """What the file beside submitit's says; None if it cannot be told: what is sent twice runs
-    once."""
+    """The content of the file next to submitit's; None if it cannot be read: a trial submitted
+    twice still runs only once."""
     try:
         content = json.loads(file.read_bytes())
         return Sent(str(content["folder"]), tuple(map(str, content["overrides"])))
@@ -128,7 +127,7 @@ def read_sent(file: Path) -> Sent | None:
 
 
 def cluster_of(launcher: Mapping[str, object]) -> str | None:
-    """The cluster to which `hydra.launcher` sends, where it names one."""
+    """The cluster that `hydra.launcher` submits to, if it names one."""
     more = launcher.get("additional_parameters")
     named = more.get("clusters") if isinstance(more, Mapping) else None
     return None if named is None else str(named)
@@ -137,6 +136,6 @@ def cluster_of(launcher: Mapping[str, object]) -> str | None:
 def _said(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         if error.returncode == 124:  # of timeout(1)
-            return f"it does not answer within {ANSWERS_WITHIN_S} s"
+            return f"it did not answer within {ANSWERS_WITHIN_S} s"
         return f"it says: {error.stderr.strip() or error}"
     return f"it cannot be called: {error}"

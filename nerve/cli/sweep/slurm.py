@@ -1,4 +1,5 @@
-"""The jobs of a sweep in SLURM's queue, which alone says whether one still waits or is at work."""
+"""The jobs of a sweep in SLURM's queue, the only place that says whether a job is pending or
+running."""
 
 import functools
 import json
@@ -28,19 +29,20 @@ from nerve.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 60  # from one question to the queue to the next
+_LONGEST_PAUSE_S = 60  # between queries of the queue
 _LONGEST_ENDING_S = 120
 
 
 class SentJobs:
-    """The jobs that a sweep has sent to SLURM through submitit's launcher, by any command so far.
+    """The jobs that a sweep has submitted to SLURM through submitit's launcher, in this or earlier
+    commands.
 
-    submitit's launcher raises at the first job that was killed, while others may still be waiting
-    or at work. And it asks the accounting, which not every cluster keeps, and where a task of an
-    array leaves nothing if it is cancelled while it is queued: it is made to ask the queue instead.
+    submitit's launcher raises at the first job that was killed, while others may still be pending
+    or running. It also asks the accounting, which not every cluster has, and which has no entry for
+    an array task cancelled while queued. So it is made to ask the queue instead.
 
     Args:
-        launcher: the values of `hydra.launcher`; jobs of another launcher are not known.
+        launcher: the values of `hydra.launcher`; jobs of other launchers are unknown.
         folder: of the sweep.
     """
 
@@ -56,7 +58,7 @@ class SentJobs:
             _make_submitit_ask_the_queue(self._squeue, self._tell)
 
     def open(self) -> dict[str, str]:
-        """The ids of those that are queued or at work, by each override that they were given.
+        """The ids of the jobs that are queued or running, by each override that they were given.
 
         Raises:
             NerveError: if SLURM does not answer.
@@ -66,10 +68,10 @@ class SentJobs:
         }
 
     def settle(self) -> None:
-        """Returns once SLURM is not about to end one, or after two minutes.
+        """Returns once SLURM is not ending any of the jobs, or after two minutes.
 
-        A run that was told to go stays until it is killed, as SLURM requeues a job only then; in
-        the meantime none can tell whether its job comes back.
+        A run that was told to stop stays until it is killed, because SLURM requeues a job only
+        then; until then it is unknown whether its job will return.
         """
         until = time.monotonic() + _LONGEST_ENDING_S
         said = False
@@ -84,11 +86,11 @@ class SentJobs:
     def _ending(self) -> list[str]:
         try:
             return [job_id for job_id, job in self._queue().items() if job.state == ENDING]
-        except NerveError:  # whoever needs an answer asks again
+        except NerveError:  # callers that need an answer ask again
             return []
 
     def wait(self, overrides: Set[str]) -> None:
-        """Returns once no job that was given one of these overrides is queued or at work."""
+        """Returns once no job that was given one of these overrides is queued or running."""
         pause = 1.0
         while overrides and self._may_be_open(overrides):
             time.sleep(pause)
@@ -102,8 +104,8 @@ class SentJobs:
             return True
 
     def ended(self, override: str) -> str | None:
-        """How the last job that was given the override has ended, for a trial that it has not
-        begun; None where SLURM does not know it any more."""
+        """How the last job that was given the override ended, for a trial that it did not start;
+        None if SLURM has forgotten it."""
         for job_id, file in self._sent().items():
             self._know(job_id, file)
         ids = [job_id for job_id, given in self._overrides.items() if override in given]
@@ -117,7 +119,7 @@ class SentJobs:
         return f"its job {job_id} ended before the run began, with {state}{why}"
 
     def _queue(self) -> dict[str, QueuedJob]:
-        """The jobs of the sweep that the queue has, by their ids."""
+        """The jobs of the sweep that are in the queue, by id."""
         files = self._sent()
         known = files.keys() | self._overrides.keys()
         if not known:
@@ -131,12 +133,12 @@ class SentJobs:
 
     def _know(self, job_id: str, file: Path) -> None:
         if job_id not in self._overrides and (sent := read_sent(file)) is not None:
-            # Sweeps may share the place of these files.
+            # Sweeps may share the folder of these files.
             mine = sent.folder == self._folder
             self._overrides[job_id] = list(sent.overrides) if mine else []
 
     def _tell(self, queue: Mapping[str, QueuedJob]) -> None:
-        """Says of each job, once, that it waits for somebody."""
+        """Reports each job that needs intervention, once."""
         for job_id, job in sorted(queue.items()):
             if job.waits_for_ever and job_id not in self._told:
                 self._told.add(job_id)
@@ -147,7 +149,7 @@ class SentJobs:
                 )
 
     def _sent(self) -> dict[str, Path]:
-        """What is kept of each job, by the job's id."""
+        """The file kept for each job, by the job's id."""
         if self._files is None:
             return {}
         pattern = f"{self._files.name.replace('%j', '*')}/*{SENT}"
@@ -156,12 +158,12 @@ class SentJobs:
 
 
 def _make_submitit_say_what_it_sends(folder: str) -> None:
-    """Lets submitit, in this process, write what each job is for beside its own files."""
+    """Makes submitit, in this process, write what each job is for next to its own files."""
     from submitit.slurm.slurm import SlurmExecutor
 
     submitit: Any = SlurmExecutor
     process = submitit._internal_process_submissions
-    process = getattr(process, "__wrapped__", process)  # of a sweep before in this process
+    process = getattr(process, "__wrapped__", process)  # from an earlier sweep in this process
 
     @functools.wraps(process)
     def process_and_say(executor: Any, submissions: list[Any]) -> list[Any]:
@@ -181,7 +183,7 @@ def _say(path: Path, folder: str, overrides: Sequence[str]) -> None:
 def _make_submitit_ask_the_queue(
     command: list[str], tell: Callable[[Mapping[str, QueuedJob]], None]
 ) -> None:
-    """Lets submitit, in this process, take a job for ended once the queue does not have it."""
+    """Makes submitit, in this process, regard a job as ended once it is not in the queue."""
     from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
     class Watcher(SlurmInfoWatcher):

@@ -1,4 +1,5 @@
-"""A sweep: every trial of a grid composed, what is left to do run, and all accounted for."""
+"""A sweep: composes every trial of a grid, runs what is left to do, and accounts for all of
+them."""
 
 import signal
 import time
@@ -30,32 +31,32 @@ from nerve.files import as_store_error
 from nerve.storage.state import FRESH, RunState
 
 NAME = "hydra_plugins.nerve.TrialSweeper"
-"""What `_target_` calls the sweeper: Hydra makes plugins of such names only."""
+"""The sweeper's name in `_target_`: Hydra only creates plugins with such names."""
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
 
 class TrialSweeper(Sweeper):
-    """Hydra's sweeper of grids, which runs only what has not been run.
+    """Hydra's sweeper for grids, which runs only what has not been run.
 
-    Each trial is composed first, so that its directory is known, and what that holds decides: runs
-    that are done, at work or the same as another trial are left out, interrupted ones go on, failed
-    ones are left unless `retry` is set. Those that an earlier command has sent to a cluster, and
-    whose jobs are queued or at work, are waited for. How the trials ended is read from their
-    directories.
+    Each trial is composed first, so that its directory is known, and the content of that directory
+    decides: runs that are done, active or the same as another trial are left out, interrupted ones
+    are resumed, failed ones are left alone unless `retry` is set. Trials that an earlier command
+    has submitted to a cluster and whose jobs are queued or running are waited for. How the trials
+    ended is read from their directories.
 
-    On this machine each trial runs in a process of its own. Hydra's launcher `basic` stands for it;
-    any other launcher gets the trials that are left to do and not yet sent.
+    On this machine each trial runs in its own process. Hydra's launcher `basic` stands for that;
+    any other launcher gets the trials that are left to do and not yet submitted.
 
     Args:
         n_jobs: how many trials run side by side on this machine; -1 for as many as it has cores.
         max_batch_size: how many trials another launcher gets at once; None for all.
-        params: axis to values, as on the command line, which goes before.
+        params: axis to values, as on the command line, which takes precedence.
         timeout_min: how many minutes a trial on this machine may take; None for no limit.
 
     Raises:
-        ConfigError: for a time limit that is not positive, or a number of jobs that is none.
+        ConfigError: for a time limit that is not positive, or an invalid number of jobs.
     """
 
     def __init__(
@@ -87,19 +88,19 @@ class TrialSweeper(Sweeper):
         if OmegaConf.select(config, "hydra.launcher._target_") == SUBMITIT_SLURM:
             from nerve.cli.experiment.machine import check_counted
 
-            check_counted(config.trainer)  # its launcher is not made of anything but a number
+            check_counted(config.trainer)  # its launcher can only be built from a number
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs what is left to do of the grid; with `check`, shows it.
+        """Runs what is left to do of the grid; with `check`, shows it instead.
 
         Raises:
-            SweepError: when it ends with trials that are not done, after the summary.
+            SweepError: after the summary, if some trials are not done.
             ConfigError: for what a sweep cannot do, and for a trial that cannot be composed;
                 nothing is started then.
-            NerveError: when SLURM does not say what became of the jobs that were sent before;
+            NerveError: if SLURM does not report the state of jobs submitted earlier;
                 nothing is started then.
         """
         assert self.config is not None
@@ -159,7 +160,7 @@ class TrialSweeper(Sweeper):
         return list(grid)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
-        """Refuses a launcher that would take the place of `n_jobs`, or beside which it is none."""
+        """Refuses a launcher that conflicts with `n_jobs`."""
         require(
             launcher["_target_"] != JOBLIB,
             "Trials run in parallel with hydra.sweeper.n_jobs; got hydra/launcher=joblib. Use "
@@ -175,9 +176,9 @@ class TrialSweeper(Sweeper):
     def _hand_over(
         self, trials: Sequence[Trial], sent: Sequence[Trial], jobs: SentJobs
     ) -> tuple[int | None, list[Exception]]:
-        """Gives trials to the launcher, and notes how they and those that were sent before ended.
+        """Passes trials to the launcher, and records how they and those submitted earlier ended.
 
-        Returns a signal that asked to stop, and what the launcher raised.
+        Returns a signal that asked to stop, and the errors of the launcher.
         """
         before = {trial.number: n_starts(trial) for trial in (*trials, *sent)}
         errors: list[Exception] = []
@@ -196,7 +197,7 @@ class TrialSweeper(Sweeper):
         return signum, errors
 
     def _launch(self, trials: Sequence[Trial], jobs: SentJobs, errors: list[Exception]) -> None:
-        """Waits for what the launcher makes of the trials, and adds what it raises to `errors`."""
+        """Lets the launcher run the trials, and adds its errors to `errors`."""
         assert self.launcher is not None
         size = self._max_batch_size or max(1, len(trials))
         for number in range(0, len(trials), size):
@@ -217,7 +218,7 @@ def _make(folder: Path, config: DictConfig) -> None:
 
 
 def _require_values(overrides: Sequence[Override]) -> None:
-    """Refuses an axis without values: the sweep would be done before it began."""
+    """Refuses an axis without values, with which the sweep would have no trials."""
     for override in overrides:
         require(
             not override.is_sweep_override() or any(True for _ in override.sweep_iterator()),
@@ -237,7 +238,8 @@ def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:
 
 
 def _find_jobs(trials: Sequence[Trial], jobs: SentJobs) -> None:
-    """Finds the jobs that an earlier command has sent for trials and that will still run them."""
+    """Finds the jobs that an earlier command has submitted for trials and that will still run
+    them."""
     ended = (RunState.DONE, RunState.FAILED)
     waiting = [
         trial
@@ -252,7 +254,8 @@ def _find_jobs(trials: Sequence[Trial], jobs: SentJobs) -> None:
 
 
 def _wait_for_silence(trials: Sequence[Trial]) -> None:
-    """For a minute a run whose node was lost looks alive: its heart has just beaten."""
+    """Waits up to a minute, during which a run whose node was lost looks alive because its last
+    heartbeat is recent."""
     until = time.monotonic() + FRESH.total_seconds()
     while time.monotonic() < until and any(map(_is_alive, trials)):
         time.sleep(1.0)
@@ -266,7 +269,7 @@ def _is_alive(trial: Trial) -> bool:
 
 
 def _refuse_other_values(trial: Trial) -> None:
-    """A job of another trial may have come first, where directories are chosen by hand."""
+    """Checks that no job of another trial came first, if directories are chosen by hand."""
     if depends_on_place(trial.config):
         return
     try:
@@ -276,7 +279,8 @@ def _refuse_other_values(trial: Trial) -> None:
 
 
 def _place(trial: Trial) -> str:
-    """The override that names the trial's directory: another machine need not find the same."""
+    """The override that names the trial's directory, since another machine may derive a different
+    one."""
     return f"hydra.sweep.subdir={quoted(trial.config.hydra.sweep.subdir)}"
 
 

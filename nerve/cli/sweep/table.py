@@ -1,4 +1,4 @@
-"""What a sweep says of its trials: before, while they run, and at the end."""
+"""What a sweep prints about its trials: before, while they run, and at the end."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ DEED = {
     RunState.FAILED: "retried",
 }
 SHOWN = 8
-"""Trials or jobs that are named in one line; more are counted."""
+"""Maximum number of trials or jobs named in one line; more are counted."""
 
 
 class SweepError(NerveError):
@@ -44,7 +44,7 @@ class SweepError(NerveError):
 
 
 class SweepTable:
-    """Tells a sweep's user about its trials. What became of each is read from its directory.
+    """Reports the trials of a sweep to the user. How each ended is read from its directory.
 
     Args:
         folder: of the sweep.
@@ -61,7 +61,7 @@ class SweepTable:
         self._ended: list[Trial] = []
 
     def begin(self) -> None:
-        """Says how many trials there are, and what was found of them."""
+        """Prints the number of trials, and what was found of them."""
         kinds = Counter(
             "refused"
             if trial.rejected_because is not None
@@ -79,7 +79,7 @@ class SweepTable:
             say(f"also waiting for {_some(jobs)}, submitted before with their own hydra.launcher")
 
     def starting(self, trial: Trial) -> None:
-        """Says that a trial starts."""
+        """Prints that a trial starts."""
         self._n_started += 1
         say(
             f"[{self._n_started}/{self._n_to_do}] {self._labels[trial.number]} "
@@ -87,7 +87,7 @@ class SweepTable:
         )
 
     def ended(self, trial: Trial) -> None:
-        """Says how a trial ended, whose directory has just been looked at."""
+        """Prints how a trial ended, whose directory has just been read."""
         self._ended.append(trial)
         state, record, reason = _ending(trial)
         loss = f", validation loss {figure(record.final.get('val_loss'))}" if record else ""
@@ -99,7 +99,7 @@ class SweepTable:
 
         Args:
             signum: the signal that asked the sweep to stop, if any.
-            errors: what a launcher raised.
+            errors: the errors of a launcher.
 
         Raises:
             SweepError: unless all trials are done.
@@ -178,7 +178,7 @@ def _ending(trial: Trial) -> tuple[str, RunRecord | None, str]:
 
 
 def n_starts(trial: Trial) -> int:
-    """How often a process has begun to work in the trial's directory."""
+    """How many times a process has started working in the trial's directory."""
     if trial.rejected_because is not None:
         return 0
     try:
@@ -188,7 +188,7 @@ def n_starts(trial: Trial) -> int:
 
 
 def _labels(trials: Sequence[Trial]) -> list[str]:
-    """What sets each trial apart: its overrides that not all of them have."""
+    """What distinguishes each trial: the overrides that not all of them share."""
     counts = Counter(override for trial in trials for override in set(trial.overrides))
     return [
         " ".join(override for override in trial.overrides if counts[override] < len(trials))

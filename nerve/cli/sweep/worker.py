@@ -2,8 +2,8 @@
 
 The configuration comes on stdin.
 
-Whatever happens to such a process, it cannot reach the other trials; and it stops, saving, when the
-one that started it is gone.
+Whatever happens to such a process, it cannot affect other trials; and it saves and stops when its
+parent process is gone.
 """
 
 import os
@@ -33,7 +33,7 @@ STDIN = 0
 
 
 def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:
-    """`run_experiment` for a trial, which leaves a record also if it fails before it begins."""
+    """`run_experiment` for a trial, which leaves a record even if it fails before it begins."""
     with uncollected():  # torch and Lightning take seconds to import
         from nerve.cli.experiment.run import run_experiment
 
@@ -42,13 +42,13 @@ def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:
     try:
         return run_experiment(config, hydra_config)
     except StoreError:
-        raise  # the directory is another's, or cannot be written
+        raise  # the directory belongs to another run, or cannot be written
     except (Exception, SystemExit) as error:
         from nerve.cli.experiment.machine import leads
 
         values = resolved(config)
         if leads(values["trainer"]) and run.path.is_dir() and run.reload().record is None:
-            if isinstance(error, SystemExit):  # of a signal, or of what handled it before
+            if isinstance(error, SystemExit):  # from a signal, or from its previous handler
                 stopped = error if isinstance(error, Interrupted) else error.__context__
                 record_end(run, values, "interrupted", stopped or error)
             else:
@@ -57,7 +57,8 @@ def run_trial(config: DictConfig, hydra_config: HydraConf) -> float:
 
 
 def _check_unchanged(config: DictConfig, run: RunDirectory) -> None:
-    """A job of a cluster composes its configuration again, perhaps hours after it was sent."""
+    """Checks that a cluster job, which composes its configuration again, perhaps hours later, gets
+    the submitted values."""
     if cluster_job() is None or depends_on_place(config):
         return
     sent, now = _id_of(run), identity(config)
@@ -70,7 +71,7 @@ def _check_unchanged(config: DictConfig, run: RunDirectory) -> None:
 
 
 def _id_of(run: RunDirectory) -> str | None:
-    """The id that a trial of this directory has; None where neither record nor name says."""
+    """The id of this directory's trial; None if neither the record nor the name has it."""
     if run.record is not None:
         return run.record.config_id
     return run.path.name if re.fullmatch("[0-9a-f]{12}", run.path.name) else None
@@ -79,7 +80,7 @@ def _id_of(run: RunDirectory) -> str | None:
 def record_end(
     run: RunDirectory, values: Mapping[str, Any], run_status: str, error: BaseException
 ) -> None:
-    """Records how a trial ended whose run could not say so itself, or had not begun.
+    """Records how a trial ended if its run could not do so itself, or had not begun.
 
     Args:
         run: its directory.

@@ -44,8 +44,7 @@ def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_pat
     assert broken.startswith(f"skipped: {tmp_path / 'broken' / 'run.json'} is not the record")
     rest = ", ".join(str(tmp_path / name) for name in "cba")
     assert several == (
-        f"{tmp_path / 'd'} (done, step 1) counts; of the same configuration, and left as they are: "
-        f"{rest}"
+        f"{tmp_path / 'd'} (done, step 1) is used; ignored, with the same configuration: {rest}"
     )
 
 

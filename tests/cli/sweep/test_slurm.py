@@ -301,7 +301,7 @@ def test_a_queue_that_does_not_answer_is_no_answer(jobs, queue, tmp_path, monkey
     (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr("nerve.cli.sweep.queue.ANSWERS_WITHIN_S", 0.2)
     slow = SentJobs(launcher(tmp_path), tmp_path)
-    with pytest.raises(NerveError, match=r"it does not answer within 0\.2 s"):
+    with pytest.raises(NerveError, match=r"it did not answer within 0\.2 s"):
         slow.open()
     submitit.SlurmJob(launcher(tmp_path)["submitit_folder"], "7_0").watcher.update()  # returns
 

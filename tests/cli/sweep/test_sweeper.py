@@ -163,11 +163,14 @@ def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(swe
     status, out, _ = sweep("seed=0,1")
     assert status == 0
     assert "2 trials, 1 done, 1 interrupted; 1 to run" in out
-    assert f"{FOLDER}/023456789abc (done, step 400/400) counts; of the same configuration" in out
-    assert f"{FOLDER}/123456789abc (interrupted, step 30/400) counts" in out
+    assert (
+        f"{FOLDER}/023456789abc (done, step 400/400) is used; ignored, with the same configuration"
+        in out
+    )
+    assert f"{FOLDER}/123456789abc (interrupted, step 30/400) is used" in out
     assert "0 seed=0 skipped done 400/400 0.500 023456789abc" in out
     assert "1 seed=1 resumed done 400/400 1.500 123456789abc" in out
-    assert "left as they are" in sweep("seed=0,1")[1]
+    assert "is used; ignored" in sweep("seed=0,1")[1]
 
 
 def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_trial(sweep):
