@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.compare import COUNTS, NUMBERS
-from nerve.metric_names import DERIVED
+from nerve.analysis.groups import contrasts, pr_column
+from nerve.metric_names import DERIVED, GROUP_SITES, GROUPS, POOLED
 from nerve.storage.identity import EXCLUDED
 from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
@@ -43,8 +44,10 @@ _READ_AS_ANOTHER = re.compile(
 
 _ESTIMATED = (
     *("pearson", "spearman", "given_clock", "given_lr", "kendall", "loss_kendall", "given_loss"),
-    *("exponent", "ratio"),
+    "exponent",
 )
+_PARTS = [group for groups in GROUPS.values() for group in groups]
+"""The groups of all groupings."""
 
 RECORDED = {entry.name for entry in fields(RunRecord)} | {"design_id"}
 RECORDED_GROUPS = ("final", "fingerprints", "versions", "job", "pre_scales")
@@ -57,10 +60,13 @@ TAKEN = {
     *("depth", "middle", "region", "outliers", "sampling", "schedule", "clock", "metric", "window"),
     *("first_step", "n", "n_missing", "n_heldout", "n_points", "n_designs", "d_ff_min", "d_ff_max"),
     *(f"{name}{end}" for name in _ESTIMATED for end in ("", "_low", "_high")),
-    *("null", "coefficient", "r_squared", "r_clock", "r_lr", "points", "ratio_sd"),
-    *("site", "grouping", "group", "other", "pr_group", "pr_other"),
+    *("null", "coefficient", "r_squared", "r_clock", "r_lr", "points"),
+    *("site", "grouping", "group", "other", "pr_group", "pr_other", "ratio", "ratio_sd"),
+    *(pr_column(site, group) for site in GROUP_SITES for group in (POOLED, *_PARTS)),
+    *(pr_column(site, *pair) for _, site, *pair in contrasts()),
 }
-"""The columns of results, whose values a factor of the same name would replace."""
+"""The columns of results that also have factors, whose values a factor of the same name would
+replace."""
 
 
 @dataclass(frozen=True)

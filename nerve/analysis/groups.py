@@ -41,7 +41,7 @@ def pr_of_groups(
     last = at_last_step(groups)
     wide = last.pivot(index=ROW, columns=["site", "group"], values="pr")
     wide.columns = wide.columns.map(lambda pair: pr_column(*pair))
-    for _, site, group, other in _contrasts():
+    for _, site, group, other in contrasts():
         above, below = (pr_column(site, each) for each in (group, other))
         if above in wide and below in wide:
             wide[pr_column(site, group, other)] = wide[above] / wide[below]
@@ -69,7 +69,7 @@ def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataF
     require_free(factors, [*added, "ratio", "ratio_sd"])
     keys = ["design_id", "data", *factors, "ffn"]
     tables = [pd.DataFrame(columns=[*keys, "grouping"])]
-    for grouping, site, group, other in _contrasts():
+    for grouping, site, group, other in contrasts():
         ratio = pr_column(site, group, other)
         if ratio not in rows:
             continue
@@ -86,7 +86,8 @@ def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataF
     return pd.concat([table for table in tables if len(table)] or tables)
 
 
-def _contrasts() -> Iterator[tuple[str, str, str, str]]:
+def contrasts() -> Iterator[tuple[str, str, str, str]]:
+    """Each grouping, site, group and other group whose PR are compared."""
     for grouping, pairs in CONTRASTS.items():
         for site in SITES:
             for group, other in pairs:

@@ -2,14 +2,24 @@
 
 import pandas as pd
 
+from nerve.analysis.compare import average_seeds, final_metrics, metrics_at_loss
+from nerve.analysis.correlate import correlate_across_runs, correlate_within_runs
+from nerve.analysis.depth import depth_means, metrics_by_depth
+from nerve.analysis.early import rank_early
 from nerve.analysis.factors import (
+    RECORDED,
+    TAKEN,
     describe_ties,
     find_factors,
     level_text,
     levels_of,
     ordered_levels,
 )
+from nerve.analysis.flags import flag_runs
+from nerve.analysis.groups import contrast_groups, contrasts, pr_of_groups
 from nerve.analysis.load import load_runs
+from nerve.analysis.scaling import fit_width_scaling
+from nerve.metric_names import GROUP_SITES, GROUPS, POOLED
 
 RECORD = {"run_id": "r", "sweep": "s", "step": 1, "final.val_loss": 1.0, "versions.torch": "2"}
 
@@ -164,3 +174,27 @@ def test_a_string_that_looks_like_another_value_is_in_quotes():
 def test_large_whole_numbers_that_differ_are_different_levels_beside_a_missing_one():
     values = pd.Series([12345678901, 12345678902, None, -0.0])
     assert list(levels_of(values)) == ["12345678901", "12345678902", "not set", "0"]
+
+
+def test_a_key_is_taken_exactly_if_a_result_with_factors_has_a_column_of_its_name(tables):
+    """`dose_response` refuses such factors itself, and `compare_seeds` has no factors as columns;
+    `clock` is a null model beside the factors, and `points` a column of a report."""
+    metrics, runs = tables({"rows": [{"step": 0, "val_loss": 6.0}, {"step": 1}]})
+    pairs = {(site, group) for _, site, *groups in contrasts() for group in groups}
+    pairs |= {(site, part) for site in GROUP_SITES for parts in GROUPS.values() for part in parts}
+    pairs |= {(site, POOLED) for site in GROUP_SITES}
+    at = {"run_id": "run0", "step": 1, "layer": 0, "ffn": "ffn", "pr": 2.0}
+    groups = pr_of_groups(
+        metrics, pd.DataFrame([at | {"site": s, "group": g} for s, g in pairs]), runs
+    )
+    final, at_loss = final_metrics(metrics, runs), metrics_at_loss(metrics, runs)
+    results = [
+        *(metrics, flag_runs(metrics, runs), final, at_loss, average_seeds(final)),
+        *(average_seeds(at_loss), correlate_across_runs(final), fit_width_scaling(final)),
+        *(correlate_within_runs(metrics, runs, by_layer=True), rank_early(metrics, runs)),
+        *(metrics_by_depth(metrics, runs), depth_means(metrics, runs)),
+        *(groups, contrast_groups(groups)),
+    ]
+    columns = {name for result in results for name in result.columns}
+    assert columns - TAKEN <= RECORDED
+    assert TAKEN - columns == {"clock", "points"}
