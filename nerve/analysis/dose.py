@@ -149,7 +149,8 @@ def _responses(
     if not kept.any():
         return
     values, losses, points = values[kept], losses[kept], points[kept]
-    given, seeds = points[dose].to_numpy(float), points["seed"].to_numpy(int)
+    given = points[dose].to_numpy(float)
+    seeds, _ = pd.factorize(points["seed"], sort=True)  # a seed may have more than 64 bits
     fit = paired_by_seed(given, seeds)
     doses = np.unique(given)  # in the order of fit.designs
     of_seeds = [seeds == seed for seed in np.unique(seeds)]

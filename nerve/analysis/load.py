@@ -243,6 +243,9 @@ def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
 TIMES = ("started", "heartbeat", "ended")
 
 
+_INEXACT = 2**53
+"""From here on, not every integer is a float."""
+
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
@@ -273,6 +276,11 @@ class RunRows:
         """The rows of the runs in these directories, in this order."""
         places = [self._places[directory] for directory in directories]
         frame = pd.DataFrame(self._columns).take(places).reset_index(drop=True)
+        for name in frame.select_dtypes("float64").columns:
+            values = self._columns[name]
+            if frame[name].abs().max() >= _INEXACT and int in map(type, values):
+                # Beside missing values, large seeds would become floats, and different ones equal.
+                frame[name] = pd.Series([values[place] for place in places], dtype=object)
         for name in TIMES:
             frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
         return frame

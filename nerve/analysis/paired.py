@@ -102,9 +102,9 @@ def compare_seeds(
 
 def _of_scale(points: pd.DataFrame, factor: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of one scale, data and FFN."""
-    design, seed = points["design_id"].to_numpy(str), points["seed"].to_numpy(int)
+    design = points["design_id"].to_numpy(str)
     designs, of_design = np.unique(design, return_inverse=True)
-    _, of_seed = np.unique(seed, return_inverse=True)
+    of_seed, _ = pd.factorize(points["seed"], sort=True)  # a seed may have more than 64 bits
     pairs = [*_pairs(points, factor)]
     ids = np.array([[one["design_id"], two["design_id"]] for one, two, _ in pairs], dtype=str)
     one, two = np.searchsorted(designs, ids.reshape(-1, 2)).T
@@ -118,7 +118,7 @@ def _of_scale(points: pd.DataFrame, factor: str, names: Sequence[str]) -> Iterat
         some = np.flatnonzero(shared.any(axis=1))
         if not len(some):
             continue
-        fit = paired_by_seed(design[kept], seed[kept])
+        fit = paired_by_seed(design[kept], of_seed[kept])
         places = np.searchsorted(fit.designs, designs)
         effects = fit.differences(values[kept], *(places[own[some]] for own in (one, two)))
         n_pairs = shared.sum(axis=1)

@@ -7,11 +7,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -214,10 +216,13 @@ def _save_table(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _one_type(values: pd.Series) -> pd.Series:
-    """Values that one Parquet column can hold: strings if types are mixed (4 and "8/3")."""
+    """Values that one Parquet column can hold: strings if types are mixed (4 and "8/3"), and for
+    integers that it cannot hold exactly (a seed of 128 bits)."""
     kinds = {type(value) for value in values.dropna()}
     if kinds <= {int, float} or kinds == {bool}:
-        return values
+        with suppress(OverflowError, pa.ArrowInvalid):
+            pa.array(values, from_pandas=True)
+            return values
     return values.map(lambda value: _text(str(value)), na_action="ignore")
 
 

@@ -76,6 +76,13 @@ def least_squares(design: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
     return fitted, scipy.stats.t.ppf(0.975, free) * np.sqrt(error * np.diag(inverse)), free
 
 
+def test_seeds_of_128_bits_are_paired_like_small_ones(tables):
+    metrics, runs = tables(*line_of_runs())
+    large = runs.assign(seed=runs["seed"].astype(object) + 2**100)
+    tables_of = [dose_response(metrics, own, dose=DOSE) for own in (runs, large)]
+    pd.testing.assert_frame_equal(*tables_of)
+
+
 def test_intervals_are_those_of_least_squares_also_where_runs_are_missing(tables):
     """Two runs of a grid of 4 doses and 3 seeds are missing; the error is pooled over all doses."""
     rng = np.random.default_rng(0)

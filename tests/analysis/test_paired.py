@@ -181,3 +181,21 @@ def test_designs_with_values_that_are_only_written_alike_are_no_pair(tables, val
     (row,) = compared(tables, designs, "a.width").itertuples()
     assert row.where == f"a.other={level_text(values[0])}"
     assert (row.n_pairs, row.difference) == (2, pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("first", [2**53, 2**63, 2**100])
+def test_large_seeds_pair_like_small_ones_also_beside_a_run_without_a_seed(tables, first):
+    """As floats, neighbors would be one seed; seeds of 128 bits do not fit into any NumPy type."""
+    losses = {4: [3.0, 3.2, 3.1], 8: [2.9, 3.0, 3.0]}
+    runs = [
+        {"run_id": f"{width}-{seed}", "seed": first + seed, "config": {"ffn.width": width}}
+        | {"rows": [{"step": 0, "val_loss": 6.0}, {"step": 1, "val_loss": loss}]}
+        for width, of_width in losses.items()
+        for seed, loss in enumerate(of_width)
+    ]
+    metrics, loaded = tables(*runs, runs[0] | {"run_id": "x", "seed": None})
+    points = final_metrics(metrics, loaded)
+    (row,) = compare_seeds(points, loaded, "ffn.width", names=["val_loss"]).to_dict("records")
+    assert (row["n_pairs"], row["n_designs"]) == (3, 2)
+    paired = stats.ttest_rel(losses[8], losses[4]).confidence_interval()
+    assert [row["low"], row["high"]] == pytest.approx([*paired])

@@ -17,7 +17,7 @@ from support import StaticPage
 
 from nerve.errors import ConfigError, StoreError
 from nerve.report.content import Content
-from nerve.report.write import PNG_DPI, _save, gather, write_report
+from nerve.report.write import PNG_DPI, _save, _save_table, gather, write_report
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -384,6 +384,15 @@ def test_hostile_names_stay_data(make, tmp_path):
     assert "_x\u202e\n漢" in set(csv[f"../../{bad}.x y"])
     parquet = pd.read_parquet(folder / "tables" / "runs.parquet")
     assert list(parquet["threads"]) == ["8/3", "4", "4"]
+
+
+@pytest.mark.parametrize("values", [[2**70, 1], [2**53 + 1, 1.5], [True, None], [3, 2.5]])
+def test_a_table_holds_integers_of_any_size(tmp_path, values):
+    """As text in place of numbers that Parquet cannot hold exactly."""
+    _save_table(pd.DataFrame({"x": pd.Series(values, dtype=object)}), tmp_path / "t")
+    kept = pd.read_parquet(tmp_path / "t.parquet")["x"]
+    exact = max(map(abs, filter(None, values))) < 2**53
+    assert [*kept] == (values if exact else [str(value) for value in values])
 
 
 @pytest.mark.parametrize("n_runs", [1, 2])
