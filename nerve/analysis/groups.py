@@ -65,10 +65,11 @@ def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataF
         rows: rows of `pr_of_groups`, of runs that can be compared.
         factors: columns of `rows`, the same for all seeds of a design.
     """
-    added = ("site", "grouping", "group", "other", "n_seeds", "pr_group", "pr_other")
-    require_free(factors, [*added, "ratio", "ratio_sd"])
+    added = ["site", "grouping", "group", "other", "n_seeds", "pr_group", "pr_other"]
+    added += ["ratio", "ratio_sd"]
+    require_free(factors, added)
     keys = ["design_id", "data", *factors, "ffn"]
-    tables = [pd.DataFrame(columns=[*keys, "grouping"])]
+    tables = [pd.DataFrame(columns=[*keys, *added])]
     for grouping, site, group, other in contrasts():
         ratio = pr_column(site, group, other)
         if ratio not in rows:
@@ -83,7 +84,7 @@ def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataF
         for place, (name, value) in enumerate(named.items(), len(keys)):
             table.insert(place, name, value)
         tables.append(table)
-    return pd.concat([table for table in tables if len(table)] or tables)
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def contrasts() -> Iterator[tuple[str, str, str, str]]:

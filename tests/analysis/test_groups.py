@@ -85,3 +85,13 @@ def test_other_frames_are_refused(frames):
     metrics, _, runs = frames
     with pytest.raises(ConfigError, match="rows of load_groups with the column site"):
         pr_of_groups(metrics, metrics, runs)
+
+
+def test_contrasts_have_the_same_columns_and_one_index_for_any_number_of_rows(frames):
+    metrics, groups, runs = frames
+    more = groups[groups["group"].isin(["head", "tail"])].assign(site="pre")
+    found = contrast_groups(pr_of_groups(metrics, pd.concat([groups, more]), runs))
+    assert [*found.index] == [0, 1, 2, 3]  # two designs, two sites
+    none = contrast_groups(pr_of_groups(metrics, groups.iloc[:0], runs))
+    assert [*none.columns] == [*found.columns]
+    assert none.empty
