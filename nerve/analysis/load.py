@@ -278,8 +278,9 @@ class RunRows:
         frame = pd.DataFrame(self._columns).take(places).reset_index(drop=True)
         for name in frame.select_dtypes("float64").columns:
             values = self._columns[name]
-            if frame[name].abs().max() >= _INEXACT and int in map(type, values):
-                # Beside missing values, large seeds would become floats, and different ones equal.
+            if frame[name].abs().max() >= _INEXACT and any(
+                type(value) is int and float(value) != value for value in values
+            ):  # beside missing values, different seeds would become the same float
                 frame[name] = pd.Series([values[place] for place in places], dtype=object)
         for name in TIMES:
             frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
