@@ -254,9 +254,10 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 def counting(
-    stream: Stream, name: str, exclude: Sequence[int], only_labeled: bool
+    stream: Stream, name: str, exclude: Sequence[int], only_labeled: bool, skip_first: int = 0
 ) -> Tensor | None:
-    """The mask of a stream's tokens that count; None if all do.
+    """The mask of a stream's tokens that count; None if all do. The first positions of a sequence
+    are those after its left padding; without such padding, they are left to the caller.
 
     Raises:
         MeasurementError: if the batch does not contain what is needed.
@@ -268,6 +269,10 @@ def counting(
             f"{tuple(mask.shape)}. Give mask=lambda batch: …, True for the tokens that count."
         )
     parts = [] if mask is None else [mask]
+    if mask is not None and skip_first and mask.shape[1]:
+        start = mask.int().argmax(1, keepdim=True)
+        position = torch.arange(mask.shape[1], device=mask.device)
+        parts.append((start == 0) | (position >= start + skip_first))
     if exclude:
         if stream.ids is None:
             raise MeasurementError(

@@ -160,6 +160,17 @@ def test_first_positions_special_tokens_and_unlabeled_ones_are_left_out(order):
     assert_counts(row, model.pre(ids)[counts])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_first_positions_are_those_after_left_padding(order):
+    """A sequence means the same wherever it is padded: it loses as many tokens either way."""
+    model, left = Ordered(order).double(), padding(5, 4, 5, 3, 1).flip(1)
+    ids = tokens(1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    batch = {"input_ids": ids, "attention_mask": left}
+    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=2).to_dict("records")
+    assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_positions_are_those_of_sequences_in_any_order(padded):
     """`position_ratio`, batch first or not, flattened or not: the same number."""
