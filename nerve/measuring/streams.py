@@ -1,5 +1,6 @@
 """The streams of tokens in a batch, and how they are arranged in the features of each FFN."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -157,8 +158,10 @@ def trace(
     if not isinstance(batch, Mapping):
         (cut,) = cut.values()
     seen: dict[int, Tensor] = {}
+    n_samples = Counter[int]()
 
     def receive(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
+        n_samples[index] += pre[..., 0].numel()
         if index not in seen and tokens_of(probe.ffns[index]) is None:
             seen[index] = pre.clone()
 
@@ -183,6 +186,14 @@ def trace(
     traced = [
         _traced(seen.get(index), lengths, ffn, is_short) for index, ffn in enumerate(probe.ffns)
     ]
+    for index, (ffn, place) in enumerate(zip(probe.ffns, traced, strict=True)):
+        is_apart = index in seen and place.stream is None and tokens_of(ffn) is None
+        if is_apart and n_samples[index] in {2 * n for n in lengths.values()}:
+            raise TraceError(
+                f"{named(ffn)} receives the tokens of a stream in several parts, whose order is "
+                "unknown. Set the model to process its batches whole; or give batches without "
+                "padding, and leave skip_first=, exclude=, only_labeled= and groups= out."
+            )
     return Trace(traced, cut, lengths)
 
 
