@@ -33,7 +33,8 @@ class Choice:
         probe: an installed probe that taps the FFNs.
         run: runs the model on a batch, without gradients and in eval mode.
         mask, exclude, only_labeled: as in `nerve.measure`.
-        skips_first: whether first positions are skipped, which requires a known order.
+        skip_first: number of positions to skip at the beginning of each sequence, which requires a
+            known order; those after left padding are skipped here.
         groups: whether samples are grouped, which requires a known order, too.
 
     Raises:
@@ -48,7 +49,7 @@ class Choice:
         mask: Callable[[Any], Masks] | None,
         exclude: Sequence[int],
         only_labeled: bool,
-        skips_first: bool,
+        skip_first: int,
         groups: bool = False,
     ) -> None:
         if mask is not None and (exclude or only_labeled):
@@ -59,7 +60,7 @@ class Choice:
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
         self._exclude, self._only_labeled = exclude, only_labeled
-        self._needs_order = skips_first or groups
+        self._skip_first, self._needs_order = skip_first, skip_first > 0 or groups
         self._trace: Trace | None = None
 
     def of(self, batch: Any) -> Chosen:
@@ -87,7 +88,7 @@ class Choice:
                 "the same shape as its tokens; got none. Leave out only_labeled=."
             )
         counts = {
-            name: counting(stream, name, self._exclude, self._only_labeled)
+            name: counting(stream, name, self._exclude, self._only_labeled, self._skip_first)
             for name, stream in streams.items()
         }
         if not streams:

@@ -16,7 +16,7 @@ from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths, n_inputs, poo
 from nerve.measuring.forward import call
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import products_of, stacked
-from nerve.measuring.trial import Seen, look_at
+from nerve.measuring.trial import Seen, look_at, tensors_of
 
 _SHOWN = 6
 
@@ -114,7 +114,7 @@ def find_ffns(
         seen = look_at(model, batch, forward or call)
         found, paths, unclear = _described(model, seen, select)
     if not found:
-        raise _none_found(model, batch is not None, select, paths, unclear)
+        raise _none_found(model, batch, select, paths, unclear)
     _check_layers(found, layers)
     found = [ffn for ffn in found if layers is None or ffn.layer in layers]
     return FoundFFNs(sorted(found, key=lambda ffn: ffn.layer), paths, unclear)
@@ -233,7 +233,7 @@ def _part(part: slice) -> str:
 
 def _none_found(
     model: nn.Module,
-    has_batch: bool,
+    batch: Any,
     select: str | None,
     paths: Mapping[nn.Module, str],
     unclear: Sequence[str],
@@ -245,12 +245,25 @@ def _none_found(
             f"{select!r}. Some of its paths: {some}."
         )
     chosen = "" if select is None else f" that matches select={select!r}"
-    fix = "Describe" if has_batch else "Give a batch, nerve.find_ffns(model, batch), or describe"
+    fix = "Describe"
+    if batch is None:
+        fix = "Give a batch, nerve.find_ffns(model, batch), or describe"
+    elif _is_one_sample(batch):
+        fix = "A single sample shows none: put a batch with more first, or describe"
     maybe = ("Perhaps: " + "; ".join(unclear[:4])) if unclear else ""
     return MeasurementError(
         "A model to measure needs FFNs: two projections with a nonlinearity in between. No FFN"
         f"{chosen} was found in a forward pass of {type(model).__name__}. {fix} each with "
         f'nerve.FFNAdapter(layer, "ffn", block.up, block.down). {maybe}'.strip()
+    )
+
+
+def _is_one_sample(batch: Any) -> bool:
+    """Whether a batch is one token, or one vector."""
+    return all(
+        (each[..., 0] if each.is_floating_point() else each).numel() == 1
+        for each in tensors_of(batch)
+        if each.ndim
     )
 
 

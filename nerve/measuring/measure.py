@@ -138,7 +138,7 @@ def _run(
 
     counted = (how.mask, how.exclude, how.only_labeled)
     is_grouped = bool(how.grouped.groupings)
-    choice = Choice(model, probe, run, *counted, how.skip_first > 0, is_grouped)
+    choice = Choice(model, probe, run, *counted, how.skip_first, is_grouped)
     probe.install()
     try:
         for batch in batches:

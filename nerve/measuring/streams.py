@@ -1,5 +1,6 @@
 """The streams of tokens in a batch, and how they are arranged in the features of each FFN."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -157,8 +158,10 @@ def trace(
     if not isinstance(batch, Mapping):
         (cut,) = cut.values()
     seen: dict[int, Tensor] = {}
+    n_samples = Counter[int]()
 
     def receive(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
+        n_samples[index] += pre[..., 0].numel()
         if index not in seen and tokens_of(probe.ffns[index]) is None:
             seen[index] = pre.clone()
 
@@ -183,6 +186,14 @@ def trace(
     traced = [
         _traced(seen.get(index), lengths, ffn, is_short) for index, ffn in enumerate(probe.ffns)
     ]
+    for index, (ffn, place) in enumerate(zip(probe.ffns, traced, strict=True)):
+        is_apart = index in seen and place.stream is None and tokens_of(ffn) is None
+        if is_apart and n_samples[index] in {2 * n for n in lengths.values()}:
+            raise TraceError(
+                f"{named(ffn)} receives the tokens of a stream in several parts, whose order is "
+                "unknown. Set the model to process its batches whole; or give batches without "
+                "padding, and leave skip_first=, exclude=, only_labeled= and groups= out."
+            )
     return Trace(traced, cut, lengths)
 
 
@@ -254,9 +265,10 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 def counting(
-    stream: Stream, name: str, exclude: Sequence[int], only_labeled: bool
+    stream: Stream, name: str, exclude: Sequence[int], only_labeled: bool, skip_first: int = 0
 ) -> Tensor | None:
-    """The mask of a stream's tokens that count; None if all do.
+    """The mask of a stream's tokens that count; None if all do. The first positions of a sequence
+    are those after its left padding; without such padding, they are left to the caller.
 
     Raises:
         MeasurementError: if the batch does not contain what is needed.
@@ -268,6 +280,10 @@ def counting(
             f"{tuple(mask.shape)}. Give mask=lambda batch: …, True for the tokens that count."
         )
     parts = [] if mask is None else [mask]
+    if mask is not None and skip_first and mask.shape[1]:
+        start = mask.int().argmax(1, keepdim=True)
+        position = torch.arange(mask.shape[1], device=mask.device)
+        parts.append((start == 0) | (position >= start + skip_first))
     if exclude:
         if stream.ids is None:
             raise MeasurementError(

@@ -97,7 +97,7 @@ def look_at(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], ob
 
 def _require_values(model: nn.Module, batch: Any) -> None:
     """Raises `MeasurementError` if there are no values to look at."""
-    given = list(_leaves(batch))
+    given = list(tensors_of(batch))
     if any(each.is_meta for each in (*model.parameters(), *given)):
         raise MeasurementError(
             "FFNs are found in a forward pass, so weights and batch must have values; some are on "
@@ -142,7 +142,7 @@ def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> No
 def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:
     """The first sequences of every tensor that has as many as the first one; for tokens (integers
     `[batch, sequence]`) and their masks, only the first positions."""
-    tensors = [each for each in _leaves(batch) if each.ndim]
+    tensors = [each for each in tensors_of(batch) if each.ndim]
     n = len(tensors[0]) if tensors else 0
 
     def cut(each: Any) -> Any:
@@ -159,15 +159,16 @@ def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:
     return cut(batch)
 
 
-def _leaves(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, at any depth."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _leaves(value)
+            yield from tensors_of(value)
     elif isinstance(batch, tuple | list):
         for value in batch:
-            yield from _leaves(value)
+            yield from tensors_of(value)
 
 
 def _examples(model: nn.Module) -> Iterator[Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nerve.config import require, require_count, require_several
 from nerve.measuring.eigenproblem import FFNSpectra
@@ -167,6 +166,11 @@ def measure(
             run = stack.enter_context(
                 measured_run(into, asked, spectra, resume=resume, fingerprints=text)
             )
+        if run is not None and run.steps and isinstance(batches, Sequence):
+            # Before anything is loaded, and even if no step is left.
+            digest = Digest()
+            digest.add_batch(batches)
+            run.require_batches(digest)
         show = stack.enter_context(shown()) if progress is True else progress or unseen
         for at, loaded in series:
             if run is not None and at in run.steps:
@@ -255,7 +259,7 @@ def measure_one(
 
     def give(batch: Any, output: object) -> None:
         if run is not None:
-            digest.add(tree_leaves(batch))
+            digest.add_batch(batch)
         found = loss_of(output)
         if found is not None:
             loss.add(*found)

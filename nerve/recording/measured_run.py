@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nerve.errors import StoreError
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
@@ -35,6 +36,15 @@ class Digest:
                 self._sha.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
                 plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 self._sha.update(plain.numpy())
+
+    def add_batch(self, batch: Any) -> None:
+        """Adds the tensors of a batch, at any depth, also in mappings that are no node of torch's
+        trees, such as what a tokenizer of transformers returns."""
+        for leaf in tree_leaves(batch):
+            if isinstance(leaf, Mapping):
+                self.add_batch(dict(leaf))
+            else:
+                self.add([leaf])
 
     def __str__(self) -> str:
         return self._sha.hexdigest()[:16]
@@ -69,6 +79,15 @@ class MeasuredRun:
             self._heard = time.monotonic()
             self._record.update()
 
+    def require_batches(self, batches: Digest) -> None:
+        """Raises `StoreError` if the batches differ from those of earlier steps."""
+        if self._config.get("batches", str(batches)) != str(batches):
+            raise StoreError(
+                "All steps of a run must be measured on the same batches; those of "
+                f"{self._record.directory} have the digest {self._config['batches']}, these have "
+                f"{batches}. Choose another directory."
+            )
+
     def add(
         self,
         step: int,
@@ -84,12 +103,7 @@ class MeasuredRun:
         Raises:
             StoreError: if the batches differ from those of earlier steps.
         """
-        if self._config.get("batches", str(batches)) != str(batches):
-            raise StoreError(
-                "All steps of a run must be measured on the same batches; those of "
-                f"{self._record.directory} have the digest {self._config['batches']}, these have "
-                f"{batches}. Choose another directory."
-            )
+        self.require_batches(batches)
         labels = {"step": step, "tokens_seen": tokens_seen, "val_loss": val_loss}
         self._writer.write([Solved(labels, list(spectra), groups)])
         steps = self.steps | {step: str(weights_of(model))}

@@ -125,8 +125,8 @@ def choice_of(
             return call_probed(probe, call, model, batch)
 
     mask = getattr(module, "padding_mask", None) if mask is None else mask
-    skips, groups = settings.skip_first > 0, bool(settings.groups)
-    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skips, groups)
+    skip_first, groups = settings.skip_first, bool(settings.groups)
+    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, groups)
 
 
 def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:

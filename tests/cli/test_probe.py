@@ -397,6 +397,7 @@ def test_steps_are_what_names_say(names, steps):
         (["a/step_1", "b/step_1"], None, "both have step 1"),
         (["step_1", "step_2"], [5], "got 1 for 2"),
         (["step_1", "step_2"], [5, 5], "both have step 5"),
+        (["step_1", "step_2"], [5, -1], "at least 0; got -1"),
     ],
 )
 def test_names_that_do_not_say_it_are_refused(names, given, words):

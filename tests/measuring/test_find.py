@@ -534,3 +534,14 @@ def test_nothing_is_found_where_there_are_no_numbers():
         nerve.measure(model, [torch.zeros(0, 4), torch.zeros(9, 4)])
     with pytest.raises(MeasurementError, match="meta device"):
         nerve.find_ffns(model.to("meta"))
+
+
+@pytest.mark.parametrize("batch", [torch.randn(1, 8), {"x": torch.randn(1, 1, 8)}])
+def test_a_single_sample_is_said_to_show_no_ffn(batch):
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(model: nn.Module, batch: object) -> Tensor:
+        return model(batch["x"] if isinstance(batch, dict) else batch)
+
+    with pytest.raises(MeasurementError, match="A single sample shows none: put a batch with more"):
+        nerve.find_ffns(model, batch, forward=forward)

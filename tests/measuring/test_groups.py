@@ -87,6 +87,18 @@ def test_position_0_is_the_first_token_behind_padding():
     assert (first % 17).unique().tolist() == [5]
 
 
+def test_quarters_behind_padding_are_those_without_where_the_first_are_skipped():
+    """Every second sequence has 4 positions of padding, and loses the 3 behind it."""
+    n_padding = 4 * (torch.arange(24) % 2)
+    mask = (n_padding == 0)[:, None] | (torch.arange(17) >= n_padding[:, None] + 3)
+    parts = divided(mask, skip_first=3)["position"].parts
+    for quarter in range(4):
+        rows = parts[f"q{quarter + 1}"]
+        place = rows % 14 - n_padding[rows // 14]
+        assert len(rows) > 0
+        assert (place * 4 // 14 == quarter).all()
+
+
 def test_like_0_has_one_other_position_of_each_sequence_spread_over_all():
     like = divided(n=170)["position"].others["like_0"]
     assert torch.equal(like // 17, torch.arange(170))

@@ -160,6 +160,35 @@ def test_first_positions_special_tokens_and_unlabeled_ones_are_left_out(order):
     assert_counts(row, model.pre(ids)[counts])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_first_positions_are_those_after_left_padding(order):
+    """A sequence means the same wherever it is padded: it loses as many tokens either way."""
+    model, left = Ordered(order).double(), padding(5, 4, 5, 3, 1).flip(1)
+    ids = tokens(1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    batch = {"input_ids": ids, "attention_mask": left}
+    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=2).to_dict("records")
+    assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_padding_of_tokens_that_come_in_parts_is_refused(axis):
+    """Of a model that splits its batches or sequences; without padding, all samples count."""
+
+    class Parts(Ordered):
+        def forward(self, input_ids, **others) -> Tensor:
+            x = self.embedding(input_ids)
+            return torch.cat([self.ffn(part) for part in x.split(1, axis)], axis)
+
+    model = Parts("sequences").double()
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=None)]
+    batch = {"input_ids": tokens(1), "attention_mask": padding(5, 4, 5, 3, 1)}
+    with pytest.raises(MeasurementError, match="several parts, whose order is unknown"):
+        nerve.measure(model, [batch], ffns=ffns)
+    (row,) = nerve.measure(model, [{"input_ids": tokens(1)}], ffns=ffns).to_dict("records")
+    assert_counts(row, model.pre(tokens(1)))
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_positions_are_those_of_sequences_in_any_order(padded):
     """`position_ratio`, batch first or not, flattened or not: the same number."""

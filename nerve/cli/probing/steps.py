@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from nerve.config import require
+from nerve.config import require, require_count
 
 _OF_A_STEP = re.compile(
     r"(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=.]?(\d+)(?!\d)", re.IGNORECASE
@@ -27,6 +27,8 @@ def steps_of(names: Sequence[str], given: Sequence[int] | None) -> list[int]:
             f"--steps gives one step for each model; got {len(given)} for {len(names)}: "
             f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}.",
         )
+        for step in given:
+            require_count("--steps", step, least=0)
         steps = list(given)
     else:
         steps = [_step_of(name, is_single=len(names) == 1) for name in names]
