@@ -225,7 +225,7 @@ def _cut(
     # Next to token ids, three-dimensional floats may be something else, such as patches.
     of_tokens = value.ndim == 2 or not value.is_floating_point() or stream.ids is None
     if value.ndim >= 2 and of_tokens and value.shape[1] == stream.sizes[1]:
-        return twice[:, : lengths[prefix]]
+        return twice[:, : lengths[prefix]].contiguous()  # models may view it
     return twice
 
 

@@ -154,7 +154,7 @@ def _cut(batch: Any, n_sequences: int, n_positions: int | None) -> Any:
             return each
         each = each[:n_sequences]
         short = each.ndim == 2 and not each.is_floating_point()
-        return each[:, :n_positions] if short else each
+        return each[:, :n_positions].contiguous() if short else each
 
     return cut(batch)
 

@@ -171,6 +171,24 @@ def test_first_positions_are_those_after_left_padding(order):
     assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
 
 
+def test_a_model_that_views_its_labels_is_traced():
+    """As T5 does, which needs them contiguous."""
+
+    class Viewing(EncoderDecoder):
+        def forward(self, input_ids, labels, **masks) -> Tensor:
+            ids = labels.view(-1).clamp(min=0).view(labels.shape)
+            return super().forward(input_ids, ids, **masks)
+
+    model = Viewing().double()
+    mask = padding(5, 4, 5, 3, 1)
+    batch = {"input_ids": tokens(1), "attention_mask": mask, "labels": tokens(2)}
+    rows = nerve.measure(model, [batch], ffns=model.ffns()).set_index("ffn")
+    assert_counts(
+        rows.loc["encoder"].to_dict(),
+        model.encoder.up(model.embedding(tokens(1)))[mask.bool()].detach(),
+    )
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_padding_of_tokens_that_come_in_parts_is_refused(axis):
     """Of a model that splits its batches or sequences; without padding, all samples count."""
