@@ -22,6 +22,7 @@ from nerve.measuring.eigenproblem import (
 )
 from nerve.recording.staging import Staging
 from nerve.recording.workers import pool_of, waiting_on_host
+from nerve.spectra.moments import prepare_centered
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Dispatch:
         self._staging = Staging(device)
         self._placement = Placement(n_workers)
         self._said: Counter[Place] = Counter()
+        self._is_prepared = False
         self._copier = pool_of(1) if self._pool and is_gpu else None
         self._room = threading.Semaphore(waiting_on_host(n_processes(), n_bytes))
         if self._copier:
@@ -149,7 +151,19 @@ class Dispatch:
             waiting.append(Waiting(name, untaken, self._begun(task, place)))
             if self._copier and place == "host":
                 self._copier.submit(self._copy, untaken, ready)
+        self._prepare(eigenproblems)
         return waiting
+
+    def _prepare(self, eigenproblems: Sequence[Eigenproblem]) -> None:
+        """Prepares, beside training, for the products that bfloat16 features may need later."""
+        names = {each.precision for each in eigenproblems if isinstance(each, FFNEigenproblem)}
+        if self._of_gpu and not self._is_prepared and "bfloat16" in names:
+            self._is_prepared = True
+            self._of_gpu.submit(self._prepare_centered)
+
+    def _prepare_centered(self) -> None:
+        with torch.cuda.stream(self._stream):
+            prepare_centered(self._device)
 
     def close(self) -> None:
         """Ends the threads and drops what none of them has started."""

@@ -169,6 +169,19 @@ def moments_of(
         return _centered_moments(x, PRODUCTS[product]), product
 
 
+def prepare_centered(device: torch.device) -> None:
+    """Has what takes `float16x2` compiled and loaded, which bfloat16 features need only once their
+    mean is large: in the middle of training that takes seconds. Waits for the device.
+
+    No setting of products is touched, since other threads train meanwhile: kernels know none.
+    """
+    if has_kernels(device):
+        with torch.inference_mode(False), torch.no_grad():
+            x = torch.ones(512, 128, dtype=torch.bfloat16, device=device)
+            _centered_moments(x, PRODUCTS["float16x2"])
+            torch.cuda.current_stream(device).synchronize()
+
+
 def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) -> Moments:
     """The moments from products of uncentered samples: one pass over them.
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nerve.spectra.moments import moments_of, prepare_centered
 from nerve.spectra.product import has_kernels
 
 pytestmark = pytest.mark.cuda
@@ -65,3 +66,21 @@ def test_what_is_not_finite_shows(x):
     assert products[7].isnan().any()
     assert not products[:7, :7].isnan().any()
     assert square_distances(part, part.new_zeros(part.shape[1], dtype=torch.float32))[3].isnan()
+
+
+def test_what_is_prepared_needs_no_compiler_later(monkeypatch):
+    """Whatever the number of samples and features, in multiples of 16."""
+    from nerve.spectra import kernels
+
+    device = torch.device("cuda")
+    prepare_centered(device)
+
+    def compile(*args: object, **options: object) -> None:
+        raise AssertionError("compiled in the middle of training")
+
+    for kernel in (kernels._lower_tiles, kernels._add_lower):
+        monkeypatch.setattr(kernel, "compile", compile)
+    x = torch.randn(16_384, 512, device=device).bfloat16() + 3
+    moments, name = moments_of(x, "bfloat16")
+    assert name == "float16x2"
+    assert moments.scatter.isfinite().all()
