@@ -2,6 +2,10 @@
 
 To import this module is to import triton, which torch brings along where it is built for CUDA on
 Linux: ask `nerve.spectra.product.has_kernels` first.
+
+Triton compiles a kernel once for each kind of arguments, which takes a second or more. No kernel is
+compiled anew for another number of samples, which may change with every batch: numbers of rows
+(`do_not_specialize`) count as one kind.
 """
 
 from collections.abc import Sequence
@@ -66,7 +70,7 @@ def _with_columns_together(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rows_each"])
 @no_type_check
 def _lower_tiles(
     a_rows,
@@ -109,7 +113,7 @@ def _lower_tiles(
     tl.store(here, total, mask=(rows[:, None] < dim) & (columns[None, :] < dim))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_products"])
 @no_type_check
 def _add_lower(total, products, n_products, dim, size, SIDE: tl.constexpr):
     """Adds one square of each of the products, unless it lies above the diagonal."""
@@ -126,7 +130,7 @@ def _add_lower(total, products, n_products, dim, size, SIDE: tl.constexpr):
         tl.store(total + at, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 @no_type_check
 def _square_distances(
     x, center, squares, n, dim, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr

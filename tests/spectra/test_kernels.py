@@ -68,8 +68,9 @@ def test_what_is_not_finite_shows(x):
     assert square_distances(part, part.new_zeros(part.shape[1], dtype=torch.float32))[3].isnan()
 
 
-def test_what_is_prepared_needs_no_compiler_later(monkeypatch):
-    """Whatever the number of samples and features, in multiples of 16."""
+@pytest.mark.parametrize("n", [16_384, 16_383, 1_000])
+def test_what_is_prepared_needs_no_compiler_later(monkeypatch, n):
+    """Whatever the number of samples; numbers of features are multiples of 16."""
     from nerve.spectra import kernels
 
     device = torch.device("cuda")
@@ -80,7 +81,29 @@ def test_what_is_prepared_needs_no_compiler_later(monkeypatch):
 
     for kernel in (kernels._lower_tiles, kernels._add_lower):
         monkeypatch.setattr(kernel, "compile", compile)
-    x = torch.randn(16_384, 512, device=device).bfloat16() + 3
+    x = torch.randn(n, 512, device=device).bfloat16() + 3
     moments, name = moments_of(x, "bfloat16")
     assert name == "float16x2"
     assert moments.scatter.isfinite().all()
+
+
+def test_another_number_of_samples_needs_no_compiler(monkeypatch):
+    from nerve.spectra import kernels
+
+    x = torch.randn(4_096, 512, device="cuda").bfloat16()
+    center = torch.zeros(512, device="cuda")
+
+    def use(n):
+        total = torch.zeros(512, 512, dtype=torch.float64, device="cuda")
+        kernels.add_lower_products(total, [(x[:n], x[:n])], 512)
+        return kernels.square_distances(x[:n], center)
+
+    use(4_096)
+
+    def compile(*args: object, **options: object) -> None:
+        raise AssertionError("compiled anew for another number of samples")
+
+    for kernel in (kernels._lower_tiles, kernels._add_lower, kernels._square_distances):
+        monkeypatch.setattr(kernel, "compile", compile)
+    for n in (1, 2, 77, 1_000, 4_095):
+        assert use(n).isfinite().all()
