@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nerve.spectra.product import PRODUCTS, Product, exact_products, has_kernels
+from nerve.spectra.product import PRODUCTS, Product, has_kernels
 
 # Columns are scaled so that a centered value stays below 2**15: inside float16's range (65,504),
 # with 39 binary digits between that and float16's smallest step.
@@ -159,7 +159,7 @@ def moments_of(
     """The moments of the samples `x`, at least one, and the name of the product that was used:
     `float16x2` if an uncentered one would lose digits. Giving their spread saves passes over
     them."""
-    with exact_products(x.device):
+    with torch.autocast(x.device.type, enabled=False):
         if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
                 spread = Spread.of(x) if spread is None else spread

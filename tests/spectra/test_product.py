@@ -1,14 +1,13 @@
 """Products keep every digit of their type whatever the user has set, and leave it set."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from nerve.spectra import StreamingCovariance
-from nerve.spectra.product import PRODUCTS, add_lower, default_product, exact_products
+from nerve.spectra import StreamingCovariance, product
+from nerve.spectra.product import PRODUCTS, add_lower, default_product, full_precision
 
 CUDA = torch.backends.cuda.matmul
 BACKENDS = (CUDA, torch.backends.mkldnn.matmul)
@@ -45,42 +44,61 @@ def _restored() -> Iterator[None]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What was in force while the product was taken."""
+    """The settings during each product."""
     states: list[tuple[object, ...]] = []
-    product = PRODUCTS["float32"]
 
-    def spy(total: Tensor, y: Tensor) -> None:
+    def spy(total: Tensor, a: Tensor, b: Tensor, *matmul: Callable[..., Tensor]) -> None:
         precisions = [backend.fp32_precision for backend in BACKENDS]
-        states.append((*precisions, CUDA.allow_fp16_accumulation, (y.T @ y).dtype))
-        product.add(total, y)
+        states.append((*precisions, CUDA.allow_fp16_accumulation, (a.T @ b).dtype))
+        add_lower(total, a, b, *matmul)
 
-    monkeypatch.setitem(PRODUCTS, "float32", replace(product, add=spy))
+    monkeypatch.setattr(product, "add_lower", spy)
     return states
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_reduced_precision_is_off_during_an_update_and_back_after_it(setting, seen):
+@pytest.mark.parametrize(
+    ("name", "multiplied"),
+    [
+        ("float32", torch.float32),
+        ("float16x2", torch.float16),
+        ("bfloat16", torch.bfloat16),
+    ],
+)
+def test_reduced_precision_is_off_during_products_and_restored_after_them(
+    setting, name, multiplied, seen
+):
     SETTINGS[setting]()
     before = settings()
+    x = torch.tensor([[1.0, -1], [-1, 1]], dtype=multiplied)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        StreamingCovariance(4).update(torch.ones(5, 4))
+        StreamingCovariance(2, product=name).update(x)
         assert torch.is_autocast_enabled("cpu")
-    assert seen == [("ieee", "ieee", False, torch.float32)]
+    assert {*seen} == {("ieee", "ieee", False, multiplied)}
     assert settings() == before
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_products_in_float64_touch_no_setting(setting, seen):
+    """Other threads train meanwhile, with the settings of the whole process."""
+    SETTINGS[setting]()
+    before = [backend.fp32_precision for backend in BACKENDS]
+    StreamingCovariance(4, product="float64").update(torch.ones(5, 4))
+    assert [[*state[:2]] for state in seen] == [before]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_come_back_after_an_error(setting):
     SETTINGS[setting]()
     before = settings()
-    with pytest.raises(ZeroDivisionError), exact_products(torch.device("cpu")):
+    with pytest.raises(ZeroDivisionError), full_precision():
         _ = 1 / 0
     assert settings() == before
 
 
 def test_an_inherited_setting_stays_inherited():
     torch.backends.fp32_precision = "tf32"
-    with exact_products(torch.device("cpu")):
+    with full_precision():
         pass
     torch.backends.fp32_precision = "ieee"
     assert [backend.fp32_precision for backend in BACKENDS] == ["ieee", "ieee"]
