@@ -231,5 +231,7 @@ def _shift_and_scale(
     # A dead column must have no variance at all: rounding may push the mean of equal values off
     # their value, but not past the extremes.
     shift = mean.clamp(low, high)
-    exponent = torch.frexp(high.double() - low.double()).exponent.clamp(-100, 128)
+    # Of a constant column nothing is left, unless a scale makes it overflow before it is shifted.
+    extent = torch.nn.functional.threshold(high.double() - low.double(), 0.0, 2.0**127)
+    exponent = torch.frexp(extent).exponent.clamp(-100, 128)
     return shift, torch.pow(2.0, _SCALED_EXPONENT - exponent).to(dtype)

@@ -233,6 +233,19 @@ def test_a_dead_layer_has_exactly_no_variance(device, product, value):
         assert streaming.covariance().count_nonzero() == 0
 
 
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if PRODUCTS[name].centered])
+@pytest.mark.parametrize("value", [3e38, -1e36, 1e-40])
+def test_a_constant_column_has_no_variance_and_leaves_the_others_alone(product, value):
+    """However large it is: the scale of a column must not make it overflow."""
+    x = draw(300).float()
+    x[:, 5] = value
+    measured, expected = covariance_of(x, product=product), oracle(x)
+    assert (measured[5] == 0).all()
+    others = torch.arange(DIM) != 5
+    error = entry_error(measured[others][:, others], expected[others][:, others])
+    assert error <= 2e-6
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_one_value_that_is_not_finite_makes_all_nan(product, value):
