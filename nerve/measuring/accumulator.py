@@ -21,7 +21,8 @@ from nerve.measuring.projection import (
 )
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
-from nerve.spectra.moments import Flag, Spread
+from nerve.spectra.host_copy import Flag
+from nerve.spectra.moments import Spread
 from nerve.spectra.product import coarsest, product_of_input
 from nerve.spectra.shares import shares_of
 

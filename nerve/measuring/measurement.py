@@ -123,6 +123,12 @@ class Measurement:
         mine = self._rows()[share::n_shares]
         return [problem for each in mine for problem in each.group_eigenproblems()]
 
+    @property
+    def products(self) -> set[str]:
+        """The products that were used for the covariances of all FFNs (`nerve.spectra.product`)."""
+        covariances = [each for of in self._of for each in of.covariances.values()]
+        return {name for covariance in covariances for name in covariance.products}
+
     def spectra(self, progress: Progress = unseen) -> list[FFNSpectra]:
         """Solves the eigenproblems, one after the other. Raises as `eigenproblems` does."""
         eigenproblems = self.eigenproblems()

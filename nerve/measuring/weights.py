@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from nerve.measuring.ffns import Site, is_pointwise, sample_of
 from nerve.measuring.slices import Slice
 from nerve.measuring.tap import Hook
-from nerve.spectra.moments import Flag
+from nerve.spectra.host_copy import Flag
 
 
 def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:

@@ -10,8 +10,10 @@ from torch import nn
 from nerve import FFNAdapter, measure
 from nerve.analysis.load import load_metrics
 from nerve.errors import StoreError
+from nerve.recording.preparation import Preparation
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
+from nerve.spectra import covariance
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -170,3 +172,22 @@ def test_a_recorder_that_is_closed_keeps_no_model(store):
     gc.collect()
     assert [each() for each in seen] == [None, None]
     assert recorder.latest[0]["step"] == 0
+
+
+@pytest.mark.parametrize("groups", [[], ["halves"]])
+def test_the_preparation_learns_which_products_were_used(store, monkeypatch, groups):
+    """Also where the precision of the row names only the coarsest of them."""
+    started: list[set[str]] = []
+    monkeypatch.setattr(covariance, "default_product", lambda dtype, device: "bfloat16")
+    monkeypatch.setattr(Preparation, "start", lambda self, products: started.append(products))
+    settings = MonitorSettings(source="train", shortcut="projected", groups=groups)
+    model, recorder = network().bfloat16(), Recorder(settings, store)
+    recorder.open(ffns(model), CPU, anew=True)
+    recorder.label(0, [])
+    recorder.start()
+    model(torch.randn(4, 64, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
+    recorder.stop()
+    recorder.finish(of_all=False)
+    assert recorder.latest[0]["precision"] == "projected_bfloat16"
+    assert started == [{"projected_bfloat16", "bfloat16"}]
+    recorder.close()

@@ -15,7 +15,8 @@ from operations import count
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
-from nerve.recording.dispatch import Dispatch, Placement
+from nerve.recording.dispatch import Dispatch
+from nerve.recording.placement import Placement
 from nerve.recording.solver import MOST_PENDING, Solver
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nerve.spectra import StreamingCovariance, variance_outside
-from nerve.spectra.metrics import column_basis
+from nerve.spectra.outside import column_basis
 
 DIM, D_IN, N = 24, 5, 400
 
@@ -91,6 +91,9 @@ def test_scale_and_mean_do_not_matter():
 
 def test_no_variance_and_entries_that_are_not_finite_give_nan():
     weight, x = draw(DIM, D_IN), draw(N, DIM, seed=1)
-    assert variance_outside(weight, samples=torch.ones(N, DIM)).isnan()
+    for value in (1.0, 0.1, 0.7):  # the means of some are rounded
+        assert variance_outside(weight, samples=torch.full((10, DIM), value)).isnan()
+        constant = torch.full((10, DIM), value, dtype=torch.float64)
+        assert variance_outside(weight, samples=constant).isnan()
     assert variance_outside(weight * torch.inf, samples=x).isnan()
     assert variance_outside(weight, samples=x * torch.nan).isnan()
