@@ -11,16 +11,13 @@ from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
-    Trace,
-    Traced,
-    TraceError,
     as_mapping,
     counting,
     ids_of,
     is_encoder_decoder,
     streams_of,
-    trace,
 )
+from nerve.measuring.trace import Trace, Traced, TraceError, trace
 
 _CACHES = ("past_key_values", "cache", "cache_params")
 
@@ -66,8 +63,8 @@ class Choice:
     def of(self, batch: Any) -> Chosen:
         """The samples of this batch that count."""
         batch = _without_cache(batch)
-        named = as_mapping(batch)
-        streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
+        mapping = as_mapping(batch)
+        streams = streams_of(mapping, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
             if isinstance(batch, Tensor) and isinstance(self._trace.batch, Tensor):
                 return self._of_other_shape(batch)
@@ -77,7 +74,7 @@ class Choice:
             )
         if self._mask is not None:
             return self._given(batch, streams)
-        if (self._exclude or self._only_labeled) and not (streams and named is batch):
+        if (self._exclude or self._only_labeled) and not (streams and mapping is batch):
             raise MeasurementError(
                 "exclude= and only_labeled= need batches that are mappings with input_ids and "
                 f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."

@@ -27,7 +27,7 @@ import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.routing import origins
+from nerve.measuring.routing import counted_of, origins
 
 
 def unfused(mixture: Any, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -317,6 +317,23 @@ def test_rows_are_found_among_equal_ones():
     assert (partly >= 0).tolist() == [True, False, True, False, False]
     assert origins(torch.tensor([[0.0, 0]]), source) is None
     assert origins(source[[1, 1]], source) is None
+
+
+def test_equal_rows_of_which_only_some_came_must_count_alike():
+    """Many sets of them, as of tokens without positions: one test of each against each is too much
+    to hold."""
+    source = torch.arange(4.0).repeat_interleave(3)[:, None]
+    rows = source[[0, 1, 3, 9, 10, 11]]  # two of three, one of three, none, all
+    counts = torch.tensor([1, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 1]).bool()
+    assert counted_of(rows, source, counts, "it").tolist() == [1, 1, 0, 0, 1, 1]
+    for changed in (2, 4):
+        unclear = counts.clone()
+        unclear[changed] ^= True
+        with pytest.raises(MeasurementError, match="some of several identical tokens"):
+            counted_of(rows, source, unclear, "it")
+    many = torch.arange(30_000.0).repeat_interleave(2)[:, None]
+    counted = counted_of(many[::2], many, torch.ones(60_000, dtype=torch.bool), "it")
+    assert counted.all()
 
 
 @pytest.mark.cuda

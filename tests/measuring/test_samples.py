@@ -10,7 +10,7 @@ from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen, Order
-from nerve.measuring.measurement import Samples
+from nerve.measuring.samples import Samples
 
 N, T, D = 3, 5, 4
 FEATURES = torch.arange(float(N * T * D)).reshape(N, T, D)
