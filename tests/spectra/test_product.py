@@ -1,4 +1,5 @@
-"""Products keep every digit of their type whatever the user has set, and leave it set."""
+"""Products keep every digit of their dtype whatever the user has set, and do not change the
+settings."""
 
 from collections.abc import Callable, Iterator
 
@@ -79,8 +80,8 @@ def test_reduced_precision_is_off_during_products_and_restored_after_them(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_products_in_float64_touch_no_setting(setting, seen):
-    """Other threads train meanwhile, with the settings of the whole process."""
+def test_products_in_float64_change_no_setting(setting, seen):
+    """Other threads train meanwhile, and the settings belong to the whole process."""
     SETTINGS[setting]()
     before = [backend.fp32_precision for backend in BACKENDS]
     StreamingCovariance(4, product="float64").update(torch.ones(5, 4))
@@ -88,7 +89,7 @@ def test_products_in_float64_touch_no_setting(setting, seen):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_settings_come_back_after_an_error(setting):
+def test_settings_are_restored_after_an_error(setting):
     SETTINGS[setting]()
     before = settings()
     with pytest.raises(ZeroDivisionError), full_precision():
@@ -107,7 +108,7 @@ def test_an_inherited_setting_stays_inherited():
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("dim", [1, 6, 400, 1537])
 def test_products_add_the_gram_matrix_to_the_lower_triangle(name, dim):
-    """In one block of columns, and in several of which the last is narrower."""
+    """In one block of columns, and in several, of which the last one is narrower."""
     product = PRODUCTS[name]
     y = torch.randn(50, dim, generator=torch.Generator().manual_seed(0)).to(product.dtype)
     total = torch.eye(dim, dtype=torch.float64)
@@ -116,7 +117,7 @@ def test_products_add_the_gram_matrix_to_the_lower_triangle(name, dim):
     torch.testing.assert_close(total.tril(), expected.tril(), rtol=0, atol=1e-6 * 50)
 
 
-def test_add_lower_takes_two_matrices():
+def test_add_lower_multiplies_two_different_matrices():
     a, b = (
         torch.randn(30, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 1)
@@ -126,7 +127,7 @@ def test_add_lower_takes_two_matrices():
     torch.testing.assert_close(total.tril(), (a.T @ b).tril(), rtol=1e-12, atol=1e-12)
 
 
-def test_tensor_cores_are_for_sixteen_bit_features_on_a_gpu_only():
+def test_tensor_cores_are_only_for_16_bit_features_on_a_gpu():
     cpu = torch.device("cpu")
     assert default_product(torch.bfloat16, cpu) == "float32"
     assert default_product(torch.float32, cpu) == "float32"
@@ -151,7 +152,7 @@ def test_the_default_on_a_gpu(dtype, name):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 1e-5)])
 def test_a_gpu_product_keeps_its_digits_whatever_the_settings(setting, dtype, tolerance):
-    """TF32 would be off by several 1e-5, float16 sums by 1e-3."""
+    """TF32 would be off by several 1e-5, and sums in float16 by 1e-3."""
     x = torch.randn(4096, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     x = x.to(dtype)
     SETTINGS[setting]()
