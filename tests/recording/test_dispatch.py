@@ -12,7 +12,7 @@ def problem(value: float) -> GroupEigenproblem:
     return GroupEigenproblem(0, "ffn", "pre", "all", "all", 9, 4, matrix)
 
 
-def test_what_is_copied_ahead_takes_nothing_of_the_device_and_is_what_is_solved():
+def test_a_copy_made_ahead_is_solved_and_takes_no_device_memory():
     given, copy = problem(1.0), problem(2.0)
     untaken = Untaken(given)
     assert (untaken.n_bytes, untaken.is_copied) == (128, False)
@@ -21,14 +21,14 @@ def test_what_is_copied_ahead_takes_nothing_of_the_device_and_is_what_is_solved(
     assert untaken.take() is copy
 
 
-def test_what_a_thread_has_taken_is_not_copied():
+def test_a_taken_eigenproblem_is_not_copied():
     untaken = Untaken(problem(1.0))
     untaken.take()
     untaken.copy(lambda _: pytest.fail("copied"))
     assert (untaken.n_bytes, untaken.is_copied) == (0, False)
 
 
-def test_what_cannot_be_copied_ahead_is_still_there():
+def test_an_eigenproblem_that_cannot_be_copied_is_kept():
     def refuse(_):
         raise MemoryError
 

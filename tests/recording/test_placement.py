@@ -20,7 +20,7 @@ def clock():
     return Clock()
 
 
-def test_spare_cores_take_all(clock):
+def test_spare_cores_solve_everything(clock):
     placement = Placement(15, clock)
     for _ in range(3):
         assert placement.choose([WORK] * 12) == ["host"] * 12
@@ -29,8 +29,8 @@ def test_spare_cores_take_all(clock):
         clock.now += 10
 
 
-def test_one_core_takes_what_it_solves_in_time(clock):
-    """What is left of the time between two measurements is the GPU's, not training's to wait."""
+def test_one_core_solves_what_it_can_in_time(clock):
+    """The GPU solves the rest of the interval's work, so that training does not wait for it."""
     placement = Placement(1, clock)
     each = HOST_S * WORK
     placement.choose([WORK])
@@ -39,7 +39,7 @@ def test_one_core_takes_what_it_solves_in_time(clock):
     assert placement.choose([WORK] * 12) == ["host"] * 4 + ["device"] * 8
 
 
-def test_what_is_pending_counts(clock):
+def test_pending_work_counts(clock):
     placement = Placement(1, clock)
     each = HOST_S * WORK
     placement.choose([WORK] * 3)
@@ -48,8 +48,8 @@ def test_what_is_pending_counts(clock):
     assert placement.choose([WORK] * 12).count("host") == 2
 
 
-def test_times_are_those_that_were_measured(clock):
-    """Threads that nine other trials hold up count as the slower ones that they are."""
+def test_solving_times_are_measured(clock):
+    """Threads that compete with nine other trials count as slower."""
     placement = Placement(2, clock)
     for _ in range(40):
         clock.now += 100
@@ -59,8 +59,8 @@ def test_times_are_those_that_were_measured(clock):
     assert placement.choose([WORK] * 12).count("host") == 4  # two for each thread
 
 
-def test_a_gpu_that_is_slower_than_the_threads_gets_none(clock):
-    """One whose float64 is a 64th of its float32."""
+def test_a_gpu_that_is_slower_than_the_threads_solves_nothing(clock):
+    """A GPU whose float64 is 64 times slower than its float32."""
     placement = Placement(4, clock)
     for _ in range(40):
         placement.solved("device", WORK, 20 * DEVICE_S * WORK)
@@ -69,7 +69,7 @@ def test_a_gpu_that_is_slower_than_the_threads_gets_none(clock):
     assert placement.choose([WORK] * 12) == ["host"] * 12
 
 
-def test_without_threads_the_gpu_takes_all(clock):
+def test_without_threads_the_gpu_solves_everything(clock):
     assert Placement(0, clock).choose([WORK] * 3) == ["device"] * 3
 
 
@@ -79,7 +79,7 @@ def test_the_first_measurement_does_not_keep_the_host_busy_for_long(clock):
     assert chosen.count("device") > 0
 
 
-def test_one_that_failed_is_no_longer_pending(clock):
+def test_a_failed_eigenproblem_is_no_longer_pending(clock):
     placement = Placement(1, clock)
     placement.choose([WORK])
     placement.solved("host", WORK, None)

@@ -1,4 +1,5 @@
-"""Kernels that only a large mean needs are compiled once, beside training, and may fail to be."""
+"""Kernels that are needed only for a large mean are compiled once, beside training; a failure is
+logged."""
 
 import threading
 
@@ -40,7 +41,7 @@ def test_without_kernels_nothing_is_compiled(compiled, monkeypatch):
     assert compiled == []
 
 
-def test_training_does_not_wait_and_the_end_does(compiled, monkeypatch):
+def test_training_does_not_wait_but_close_does(compiled, monkeypatch):
     gate = threading.Event()
 
     def compile_slowly(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What the other processes of a run hear when the one that records cannot begin."""
+"""An error of the process that records a run reaches the other processes."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from nerve.recording.run import recorded_run
 from nerve.storage.directory import RunDirectory
 
 
-def test_the_others_are_told_of_any_error_before_the_block(tmp_path, monkeypatch):
-    """Otherwise they would wait for this process, which has left, for half an hour."""
+def test_an_error_before_the_block_is_sent_to_the_other_processes(tmp_path, monkeypatch):
+    """Otherwise they would wait half an hour for a process that has left."""
     told: list[BaseException] = []
     monkeypatch.setattr(run, "leave", told.append)
 
