@@ -36,9 +36,10 @@ from nerve.measuring import (
     following,
     masks,
     measure,
-    measurement,
     probe,
+    samples,
     streams,
+    trace,
 )
 from nerve.measuring.ffns import FFNAdapter, Site
 
@@ -570,7 +571,9 @@ def without() -> dict[str, list[Any]]:
         "post follows from pre": [put(following, "way_from", lambda *how: "directly")],
         "pre is no factor": [put(following, "is_factor", lambda *how: False)],
         "pre has a weight": [put(ffns, "_has_weight", lambda module: True)],
-        "masks are 0 and 1": [put(masks, "as_bool", any_bool), put(streams, "as_bool", any_bool)],
+        "masks are 0 and 1": [
+            put(module, "as_bool", any_bool) for module in (masks, streams, trace)
+        ],
         "W x + b is what the layer gave": [put(accumulator, "gives", yes)],
         "the weight is that of the first batch": [
             put(accumulator.Accumulator, "_compare_weight", lambda *how: None)
@@ -580,8 +583,8 @@ def without() -> dict[str, list[Any]]:
             put(probe, "of_site", lambda tensor, site, where: site.features(tensor))
         ],
         "post of the same samples": [put(probe, "check_same_samples", lambda *how: None)],
-        "the order of tokens": [put(streams, "_traced", lambda *how: streams.Traced("", True))],
-        "the tokens of an expert": [put(measurement, "counted_of", all_count)],
+        "the order of tokens": [put(trace, "_traced", lambda *how: trace.Traced("", True))],
+        "the tokens of an expert": [put(samples, "counted_of", all_count)],
         "pre unchanged": [put(torch, "isclose", yes)],
     }
 
