@@ -32,7 +32,7 @@ class Choice:
         mask, exclude, only_labeled: as in `nerve.measure`.
         skip_first: number of positions to skip at the beginning of each sequence, which requires a
             known order; those after left padding are skipped here.
-        groups: whether samples are grouped, which requires a known order, too.
+        is_grouped: whether samples are grouped, which requires a known order, too.
 
     Raises:
         MeasurementError: for `mask` together with options that it replaces.
@@ -47,7 +47,7 @@ class Choice:
         exclude: Sequence[int],
         only_labeled: bool,
         skip_first: int,
-        groups: bool = False,
+        is_grouped: bool = False,
     ) -> None:
         if mask is not None and (exclude or only_labeled):
             raise MeasurementError(
@@ -57,7 +57,7 @@ class Choice:
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
         self._exclude, self._only_labeled = exclude, only_labeled
-        self._skip_first, self._needs_order = skip_first, skip_first > 0 or groups
+        self._skip_first, self._needs_order = skip_first, skip_first > 0 or is_grouped
         self._trace: Trace | None = None
 
     def of(self, batch: Any) -> Chosen:
