@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nerve.measuring.forward import evaluating
+from nerve.recording.workers import _default_restored
 from nerve.shared_context import SharedContext
 from nerve.spectra.product import full_precision
 
@@ -113,3 +114,30 @@ def test_a_measurement_stays_eager_and_dense_when_that_of_another_thread_ends(co
     before = state()
     assert overlap(measuring, state) == ("force_eager", False)
     assert state() == before
+
+
+def test_pools_that_start_at_the_same_time_restore_the_default_number_of_threads():
+    """The default of threads that start later, which each thread of a pool sets to 1."""
+
+    @contextmanager
+    def starting():
+        with _default_restored():
+            in_thread(lambda: torch.set_num_threads(1))
+            yield
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        overlap(starting, lambda: None)
+        assert in_thread(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_thread(call: Callable[[], T]) -> T:
+    """What `call` returns in a new thread."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]

@@ -18,6 +18,9 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     """Puts the model in eval mode, without gradients, uncompiled, with plain tensors, outside of
     inference mode (which would keep autograd from recording dependence); restores it afterwards.
 
+    Two of these settings belong to the whole process: until the last thread has left this context,
+    no thread runs compiled code or the fast path of nn.TransformerEncoder.
+
     Args:
         model: the model.
         taker: the taker that may continue, besides those that start; others pause.

@@ -9,9 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nerve.spectra.eigenvalues import centered, mirrored
-
-_WIDTH = 384
-"""Columns of a block."""
+from nerve.spectra.triangle import lower_blocks
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Singular values of columns of unit length below this share of the largest are rounding."""
@@ -54,11 +52,12 @@ def _trace_of_projection(
 ) -> Float64[Tensor, ""]:
     """`tr(Q^T S Q)` from the lower triangle of S: the sum of `S * Q Q^T`, in block columns."""
     inside = scatter.new_zeros(())
-    for start in range(0, len(scatter), _WIDTH):
-        block, stop = scatter[start:, start : start + _WIDTH], start + _WIDTH
-        projector = basis[start:] @ basis[start:stop].T
-        inside += (mirrored(block[:_WIDTH]) * projector[:_WIDTH]).sum()
-        inside += 2 * (block[_WIDTH:] * projector[_WIDTH:]).sum()
+    for block in lower_blocks(scatter):
+        n, width = block.shape
+        rows = basis[-n:]
+        projector = rows @ rows[:width].T
+        inside += (mirrored(block[:width]) * projector[:width]).sum()
+        inside += 2 * (block[width:] * projector[width:]).sum()
     return inside
 
 
