@@ -76,6 +76,7 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
     """
     damaged: dict[Checkpoint, NerveError] = {}
     now: Opened | None = _first(source, damaged, progress)
+    assert now is not None
     for line in now.ffns.unclear:
         say(f"not measured; if it is an FFN, describe it by hand: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
