@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, named, tokens_of
-from nerve.measuring.masks import as_bool
+from nerve.measuring.masks import as_bool, without_first
 from nerve.measuring.probe import Probe
 
 UNLABELED = -100
@@ -279,11 +279,7 @@ def counting(
             f"The attention_mask of {_NAMES[name]} must be [batch, sequence], {stream.sizes}; got "
             f"{tuple(mask.shape)}. Give mask=lambda batch: …, True for the tokens that count."
         )
-    parts = [] if mask is None else [mask]
-    if mask is not None and skip_first and mask.shape[1]:
-        start = mask.int().argmax(1, keepdim=True)
-        position = torch.arange(mask.shape[1], device=mask.device)
-        parts.append((start == 0) | (position >= start + skip_first))
+    parts = [] if mask is None else [without_first(mask, skip_first)]
     if exclude:
         if stream.ids is None:
             raise MeasurementError(
