@@ -224,7 +224,9 @@ class SpectralCallback(TrainerCallback):
 
 
 def require_once(n_sequences: int, loader: Any) -> None:
-    """Raises `MeasurementError` if several processes have evaluated some sequences twice.
+    """Raises `MeasurementError` if several processes may have evaluated some sequences twice.
+
+    An example may be several sequences, such as a chosen and a rejected answer.
 
     Args:
         n_sequences: number of sequences that this process has evaluated.
@@ -234,13 +236,24 @@ def require_once(n_sequences: int, loader: Any) -> None:
     if n_processes() == 1 or not isinstance(dataset, Sized):
         return
     total = sum(gathered(n_sequences))
-    if total > len(dataset):
+    if total > len(dataset) and _fills_up(loader, len(dataset)):
         raise MeasurementError(
             f"Each held-out sequence must be evaluated once; {n_processes()} processes have "
             f"evaluated {total} for an eval_dataset of {len(dataset)}, since the Trainer fills up "
             "the last batches. Make its size a multiple of processes times "
             "per_device_eval_batch_size, or set accelerator_config={'even_batches': False}."
         )
+
+
+def _fills_up(loader: Any, n_examples: int) -> bool:
+    """Whether a loader of accelerate fills up its last batches with examples of the first ones, so
+    that all processes get as many; True for any other loader."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None)
+    if size is None or not hasattr(sampler, "even_batches"):
+        return True
+    of_all = size if sampler.split_batches else size * sampler.num_processes
+    return bool(sampler.even_batches) and n_examples % of_all != 0
 
 
 def _loss_of(metrics: Mapping[str, float]) -> float | None:

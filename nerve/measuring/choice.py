@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
-from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each
+from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each, without_first
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
@@ -110,13 +110,21 @@ class Choice:
             )
         return Chosen(None if self._mask is None else self._mask(batch))
 
+    def _without_first(self, masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The masks of all FFNs without the first positions behind left padding; of one that
+        several of them share, once."""
+        own = {
+            id(mask): without_first(mask, self._skip_first) for mask in masks if mask is not None
+        }
+        return [None if mask is None else own[id(mask)] for mask in masks]
+
     def _given(self, batch: Any, streams: dict[str, Stream]) -> Chosen:
         """The caller's masks. Those that are `[sequence, position]` of a stream, also for the batch
         of the trace, are put into the order of the features; others are used as they are."""
         assert self._mask is not None
         ffns = self._probe.ffns
         given = self._mask(batch)
-        masks = for_each(ffns, given)
+        masks = self._without_first(for_each(ffns, given))
         of_all = isinstance(given, Tensor)
         if not streams:
             return Chosen(masks, ids=ids_of(batch))

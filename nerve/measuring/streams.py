@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.masks import as_bool
+from nerve.measuring.masks import as_bool, without_first
 
 UNLABELED = -100
 """The label of a token that no loss counts, torch's and transformers' convention."""
@@ -115,11 +115,7 @@ def counting(
             f"The attention_mask of {_NAMES[name]} must be [batch, sequence], {stream.sizes}; got "
             f"{tuple(mask.shape)}. Give mask=lambda batch: …, True for the tokens that count."
         )
-    parts = [] if mask is None else [mask]
-    if mask is not None and skip_first and mask.shape[1]:
-        start = mask.int().argmax(1, keepdim=True)
-        position = torch.arange(mask.shape[1], device=mask.device)
-        parts.append((start == 0) | (position >= start + skip_first))
+    parts = [] if mask is None else [without_first(mask, skip_first)]
     if exclude:
         if stream.ids is None:
             raise MeasurementError(

@@ -188,6 +188,8 @@ def test_what_cannot_be_compared_is_refused_with_the_fix(tables):
         dose_response(metrics, runs, dose=DOSE)
     with pytest.raises(ConfigError, match=r"reference must be one of the doses, 0.*, 1.*; got 2"):
         dose_response(metrics, runs, dose=DOSE, reference=2)
+    with pytest.raises(ConfigError, match=f"{DOSE} has no value in these runs"):
+        dose_response(metrics, runs.assign(**{DOSE: math.nan}), dose=DOSE)
     with pytest.raises(
         ConfigError, match=r"A dose must be a number; run_status has values such as"
     ):

@@ -60,6 +60,8 @@ def test_a_correlation_has_fishers_interval():
     found = correlation(x, y)
     assert (found.low, found.high, found.df) == pytest.approx((low, high, 17))
     assert correlation(x, y, [z]).df == 16
+    gap = np.where(np.arange(len(x)) == 3, np.nan, z)
+    assert correlation(x, y, [gap]) == correlation(*np.delete([x, y], 3, 1), [np.delete(z, 3)])
     assert not correlation(x[:3], y[:3]).has_interval
 
 

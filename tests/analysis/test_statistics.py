@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from nerve.analysis import statistics
 from nerve.analysis.statistics import (
     Pairs,
     correlation,
@@ -124,12 +125,22 @@ def test_a_line_through_few_points():
 
 
 def test_student_t_is_scipys():
-    free = np.array([0, 1, 2, 3, 4, 5, 6, 7, 30, 101, 2000, 3, -1])
+    free = np.array([0, *range(1, 260), 500, 2000, 10**4, 10**9, 3, -1])
     known = free > 0
     expected = scipy.stats.t.ppf(0.975, free[known])
     # SciPy before 1.17 is 4e-11 off.
     np.testing.assert_allclose(student_t(free)[known], expected, rtol=1e-10)
     assert np.isnan(student_t(free)[~known]).all()
+
+
+def test_student_t_takes_a_series_only_for_few_degrees_of_freedom(monkeypatch):
+    """Halves of many runs have thousands of different ones, and each series takes 10 ms."""
+    asked = []
+    monkeypatch.setattr(statistics, "_student_t", lambda free: asked.append(free) or 2.0)
+    student_t(np.arange(-5, 10_000))
+    assert asked == [*range(1, statistics.MANY)]
+    assert student_t(np.array([[1, 300]])).shape == (1, 2)
+    assert student_t(np.empty(0, int)).shape == (0,)
 
 
 def test_the_pearson_interval_is_scipys():

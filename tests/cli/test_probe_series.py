@@ -129,24 +129,52 @@ def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
     assert nerve.load_metrics("out")["pr_post"].tolist() == before["pr_post"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: save(llama(intermediate_size=48), Path("ckpt/step_10")), "of one model; the FFNs"),
-        (lambda: Path("ckpt/step_10/model.safetensors").write_bytes(b"gone"), "cannot be read"),
-    ],
-)
-def test_one_that_fails_leaves_those_before_it(make, words):
+def test_another_model_in_a_series_leaves_those_before_it():
     save_series(STEPS[:3])
-    make()
+    save(llama(intermediate_size=48), Path("ckpt/step_10"))
     status, _, err = probed("ckpt/step_*")
-    assert (status, words in err) == (1, True)
+    assert (status, "of one model; the FFNs of ckpt/step_10" in err) == (1, True)
     assert set(nerve.load_metrics("out")["step"]) == {0}
     assert nerve.RunRecord.load("out").run_status == "failed"
     save(llama(seed=10), Path("ckpt/step_10"))
     assert probed("ckpt/step_*")[0] == 0
     assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10, 20]
     assert nerve.RunRecord.load("out").run_status == "done"
+
+
+@pytest.mark.parametrize("damaged", [[0], [10, 20]])
+def test_damaged_checkpoints_are_named_and_the_others_measured(damaged):
+    """Whichever it is; the run is failed until they are restored or left out."""
+    save_series(STEPS[:4])
+    whole = [step for step in STEPS[:4] if step not in damaged]
+    for step in damaged:
+        Path(f"ckpt/step_{step}/model.safetensors").write_bytes(b"gone")
+    status, out, err = probed("ckpt/step_*")
+    assert status == 1
+    (message,) = [line for line in err.splitlines() if line.startswith("nerve-probe: ")]
+    assert f"{len(damaged)} of 4 could not be" in message
+    for step in damaged:
+        assert f"step {step}: A model must be readable by transformers; ckpt/step_{step}" in message
+    assert f"steps: {len(whole)} ({', '.join(map(str, whole))})\n" in out  # none before
+    assert sorted(set(nerve.load_metrics("out")["step"])) == whole
+    assert nerve.RunRecord.load("out").run_status == "failed"
+    status, out, _ = probed(*(f"ckpt/step_{step}" for step in whole))
+    assert (status, nerve.RunRecord.load("out").run_status) == (0, "done")
+    assert f"of which {len(whole)} were measured before" in out
+    for step in damaged:
+        save(llama(seed=step), Path(f"ckpt/step_{step}"))
+    assert probed("ckpt/step_*")[0] == 0
+    assert sorted(set(nerve.load_metrics("out")["step"])) == [*STEPS[:4]]
+
+
+def test_a_series_of_which_nothing_can_be_loaded_fails_with_its_first_error():
+    save_series(STEPS[:2])
+    for step in STEPS[:2]:
+        Path(f"ckpt/step_{step}/model.safetensors").write_bytes(b"gone")
+    status, out, err = probed("ckpt/step_*")
+    assert (status, out) == (1, "")
+    assert "ckpt/step_0 cannot be read" in err
+    assert not Path("out").exists()
 
 
 def test_ctrl_c_leaves_what_is_measured(monkeypatch):

@@ -11,11 +11,12 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from integrations.revealing import two_trainers
 from processes import together
 from support import Batches
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -28,6 +29,7 @@ from transformers import (
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations import trainer
 from nerve.integrations.losses import StepLosses
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.storage.directory import RunDirectory
@@ -214,6 +216,8 @@ def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_pa
     assert evaluated[:3] == [2, 4, 6]
     assert {*evaluated[3:]} <= {7}  # the end, where transformers 5 evaluates, too
     assert rows.notna().tolist() == [False, False, True]
+    flags = nerve.flag_runs(nerve.load_metrics(tmp_path / "a"), nerve.load_runs(tmp_path / "a"))
+    assert flags["flag"].tolist() == ["ok"]  # with one loss, nothing can be said against it
     evaluated.clear()
     heldout = True
     train(tmp_path / "b", source="heldout", callbacks=[Count()], how=how)
@@ -400,6 +404,35 @@ def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tm
     expected = whole[whole["step"] > 0].reset_index(drop=True)
     expected.loc[expected["step"] == 3, "train_loss"] = float("nan")
     assert_same(late, expected)
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "even_batches", "n_sequences", "is_refused"),
+    [
+        (12, True, 6, False),
+        (12, True, 12, False),  # each of two sequences, as pairs of preferences are
+        (10, True, 6, True),  # of which 2 come twice
+        (10, True, 12, True),
+        (10, False, 10, False),
+        (10, False, 5, False),
+    ],
+)
+def test_what_several_processes_evaluate_twice_is_refused(
+    monkeypatch, n_examples, even_batches, n_sequences, is_refused
+):
+    """In batches of 3 of two processes that evaluate as many sequences."""
+    monkeypatch.setattr(trainer, "n_processes", lambda: 2)
+    monkeypatch.setattr(trainer, "gathered", lambda n: [n, n])
+    loader = DataLoader(range(n_examples), batch_size=3)
+    sampler = BatchSamplerShard(loader.batch_sampler, 2, even_batches=even_batches)
+    sharded = DataLoader(range(n_examples), batch_sampler=sampler)
+    if is_refused:
+        with pytest.raises(MeasurementError, match="a multiple of processes times"):
+            trainer.require_once(n_sequences, sharded)
+    else:
+        trainer.require_once(n_sequences, sharded)
+    with pytest.raises(MeasurementError, match="must be evaluated once"):
+        trainer.require_once(n_examples, loader)  # of which nothing is known
 
 
 def in_processes(rank: int, folder: str) -> None:

@@ -275,27 +275,6 @@ def test_an_unclear_ffn_is_reported_with_the_line_that_describes_it():
     assert_measured(row, pre, model[1].norm(pre.relu()))
 
 
-class Lora(nn.Module):
-    """An adapter that wraps a projection."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base_layer = base
-        self.a, self.b = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.b(self.a(x))
-
-
-def test_a_wrapped_projection_is_measured_with_its_wrapper():
-    model = Plain(Lora(nn.Linear(D, FF)), Lora(nn.Linear(FF, D))).double()
-    x = torch.randn(3, 30, D, dtype=torch.float64)
-    (row,) = nerve.measure(model, [x]).to_dict("records")
-    assert_measured(row, model.up(x), model.up(x).relu())
-    assert row["d_in"] == D
-
-
 class Declaring(Plain):
     """A whole network that declares its width."""
 

@@ -161,13 +161,26 @@ def test_first_positions_special_tokens_and_unlabeled_tokens_are_excluded(order)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_first_positions_are_those_after_left_padding(order):
+@pytest.mark.parametrize("explicit", [False, True])
+def test_first_positions_are_those_after_left_padding(order, explicit):
     """Equally many tokens of a sequence are skipped on whichever side it is padded."""
     model, left = Ordered(order).double(), padding(5, 4, 5, 3, 1).flip(1)
     ids = tokens(1)
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     batch = {"input_ids": ids, "attention_mask": left}
-    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=2).to_dict("records")
+    given = {"mask": lambda b: b["attention_mask"]} if explicit else {}
+    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=2, **given).to_dict("records")
+    assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
+
+
+def test_so_they_are_of_a_bare_batch_whose_mask_the_caller_gives():
+    """There, the mask is all that shows the padding."""
+    model, left = Ordered("sequences").double(), padding(5, 4, 5, 3, 1).flip(1)
+    ids = tokens(1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    (row,) = nerve.measure(model, [ids], ffns=ffns, skip_first=2, mask=lambda batch: left).to_dict(
+        "records"
+    )
     assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
 
 

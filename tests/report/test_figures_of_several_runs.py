@@ -139,7 +139,9 @@ def test_runs_of_different_depth_are_drawn_over_relative_depth():
     deep, shallow = layers(n_designs=2, seeds=(0,)), layers(n_designs=1, seeds=(0,))
     frame = pd.concat([deep[deep["design_id"] == "design 1"], shallow[shallow["layer"] == 0]])
     figure = figures_of_several_runs.layers_by_factor(frame, "activation.name", [], "t")
-    assert {panel.get_xlabel() for panel in figure.axes} == {"depth (0 first layer, 1 last)"}
+    assert {panel.get_xlabel() for panel in figure.axes} == {
+        "depth, (layer + ½) / number of layers"
+    }
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0.25, 0.75])
 
 

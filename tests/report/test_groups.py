@@ -95,11 +95,15 @@ def two(tmp_path_factory) -> Runs:
     """Two GPTs with one and three layers, measured with groups and three sites."""
     folder = tmp_path_factory.mktemp("report")
     batch = torch.randint(8, (20, 9), generator=torch.Generator().manual_seed(0))
+    how = {"groups": GROUPINGS, "sites": SITES[:3], "forward": with_loss}
     for n_layers in (1, 3):
         config = GPTConfig(n_layers=n_layers, d_model=8, n_heads=2, seq_len=9, vocab_size=8)
-        into = folder / f"run{n_layers}"
-        nerve.measure(GPT(config), [batch], into=into, groups=GROUPINGS, sites=SITES[:3])
+        nerve.measure(GPT(config), [batch], into=folder / f"run{n_layers}", **how)
     return Runs(folder)
+
+
+def with_loss(model: GPT, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"loss": model(batch).logsumexp(-1).mean()}
 
 
 def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(two):
@@ -116,6 +120,8 @@ def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(
     tables = {table.name: table.frame for table in content.tables}
     assert len(tables["groups"]) == 1 + 3
     assert len(tables["group_contrasts"]) == 2 * 2 * 3  # designs, sites, pairs
+    flagged = tables["groups"].assign(flag="no loss")
+    assert [table.name for table in tables_by_factor(flagged, [])] == ["groups"]
 
 
 def test_groups_of_a_site_share_an_axis_and_a_ratio_has_a_line_at_one(two):
