@@ -5,6 +5,8 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from nerve.errors import NerveError
+
 STOPPED, UNREAD = 130, 141
 """The exit statuses that shells expect of a command ended by Ctrl-C, or by a closed pipe."""
 
@@ -34,6 +36,9 @@ def status() -> None:
 def _enter(name: str) -> None:
     try:
         import_module(f"nerve.cli.{name}").main()
+    except NerveError as error:  # of an import: commands report their own
+        print(f"nerve-{name}: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"nerve-{name}: stopped", file=sys.stderr, flush=True)
         # What is half imported may have threads, or complain at its end.
