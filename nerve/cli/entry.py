@@ -34,6 +34,7 @@ def status() -> None:
 
 
 def _enter(name: str) -> None:
+    _open_standard_streams()
     try:
         import_module(f"nerve.cli.{name}").main()
     except NerveError as error:  # of an import: commands report their own
@@ -48,3 +49,13 @@ def _enter(name: str) -> None:
             os.dup2(nowhere.fileno(), 1)  # what is still to be written fails, too
         print(f"nerve-{name}: stopped, as nothing reads its output any more", file=sys.stderr)
         sys.exit(UNREAD)
+
+
+def _open_standard_streams() -> None:
+    """Opens the null device for each standard stream that is closed (`>&-`). Otherwise the next
+    file that is opened would take its place, and receive whatever a library prints."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - until the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
