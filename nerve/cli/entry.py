@@ -5,6 +5,8 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from nerve.errors import NerveError
+
 STOPPED, UNREAD = 130, 141
 """The exit statuses that shells expect of a command ended by Ctrl-C, or by a closed pipe."""
 
@@ -32,8 +34,12 @@ def status() -> None:
 
 
 def _enter(name: str) -> None:
+    _open_standard_streams()
     try:
         import_module(f"nerve.cli.{name}").main()
+    except NerveError as error:  # of an import: commands report their own
+        print(f"nerve-{name}: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"nerve-{name}: stopped", file=sys.stderr, flush=True)
         # What is half imported may have threads, or complain at its end.
@@ -43,3 +49,13 @@ def _enter(name: str) -> None:
             os.dup2(nowhere.fileno(), 1)  # what is still to be written fails, too
         print(f"nerve-{name}: stopped, as nothing reads its output any more", file=sys.stderr)
         sys.exit(UNREAD)
+
+
+def _open_standard_streams() -> None:
+    """Opens the null device for each standard stream that is closed (`>&-`). Otherwise the next
+    file that is opened would take its place, and receive whatever a library prints."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - until the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

@@ -103,7 +103,7 @@ def run_here(
                     room = _Room(places[0], n_sharing, has_log=n_at_once > 1)
                     running.append(_Process(trial, room, timeout_s))
                     places.popleft()
-                except OSError as error:
+                except (OSError, StoreError) as error:
                     trial.start_error = f"its process could not be started: {error}"
                     ended(trial)
             time.sleep(POLL_S)
