@@ -43,6 +43,7 @@ OF_COMMANDS = {
     "console": set(),
     "saved": set(),
     "text_table": {"console"},
+    "status_table": {"console", "text_table"},
     "config": {"saved"},
     "experiment": {"config", "console"},
     "sweep": {"config", "console", "experiment"},
@@ -51,7 +52,7 @@ OF_COMMANDS = {
     "run": {"config", "console", "experiment", "sweep"},
     "probe": {"console", "probing"},
     "report": {"console"},
-    "status": {"console", "queued", "saved", "text_table"},
+    "status": {"console", "queued", "saved", "status_table"},
     "entry": set(),
 }
 
