@@ -197,13 +197,14 @@ def _draw_lines(
     styles = rows.drop_duplicates("line")
     for line, color, dash in zip(styles["line"], styles["color"], styles["dash"], strict=True):
         center, low, high = (frame.loc[line] for frame in (centers, lows, highs))
+        one_point = "." if len(center) == 1 else ""
         for panel, name in zip(panels, names, strict=True):
             panel.plot(
                 center.index,
                 center[name],
                 color=color,
                 linestyle=dash,
-                marker=marker,
+                marker=marker or one_point,
                 linewidth=1.3,
             )
             if len(styles) <= MAX_LINES:
