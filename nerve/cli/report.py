@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `nerve-report`. Errors that the user can fix are shown as one message."""
     asked = _parser().parse_args(arguments)
     multiply_in_one_thread()
-    from nerve.report.write import INDEX, folder_of, write_report  # pandas and matplotlib take a second to import
+    from nerve.report.write import (
+        INDEX,
+        folder_of,
+        write_report,
+    )  # pandas and matplotlib take a second to import
 
     replaces = (folder_of(asked.paths, asked.output) / INDEX).exists()
     try:
@@ -53,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         "paths", metavar="PATH", nargs="+", help="a run, a sweep, or any folder of runs"
     )
     parser.add_argument(
-        "-o", "--output", metavar="FOLDER", help="default: report, next to the first path; an earlier report there is replaced"
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="default: report, next to the first path; an earlier report there is replaced",
     )
     parser.add_argument(
         "--window",
