@@ -143,6 +143,7 @@ def loss_against_metrics(
         if not shown.any():
             say_empty(panel, "no run with this metric and a loss")
         name_axes(panel, "val_loss", name, f"{short_name(name)}\n{_coefficients(by_metric, name)}")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
     if factor:
         entries = level_keys(colors, marker="o", linestyle="none", markersize=4)
         outside_legend(figure, entries, plain(factor))

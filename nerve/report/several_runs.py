@@ -230,7 +230,7 @@ def _loss_drawings(
             continue  # one point shows no relation
         which = ""
         if compared["data"].nunique(dropna=False) > 1:
-            which = ", data " + ("not recorded" if pd.isna(data) else str(data))
+            which = ", data " + ("unknown" if pd.isna(data) else str(data))
         same_data, same_group = (
             frame["data"].isna() if pd.isna(data) else frame["data"] == data
             for frame in (means, across)

@@ -150,7 +150,7 @@ def test_figures_show_only_what_runs_have(make, tmp_path):
         make(name, ("gelu", "relu")[name > "b"], corpus=corpus, variance_outside=None)
     drawn = {each.name: each for each in gather(tmp_path / "runs").drawings}
     losses = [drawn[name].caption for name in ("loss_0", "loss_1")]
-    assert sum("measured step, data not recorded. " in caption for caption in losses) == 1
+    assert sum("measured step, data unknown. " in caption for caption in losses) == 1
     panels = drawn["layers_by_activation.name"].draw().axes
     assert [panel.get_title() for panel in panels] == ["PR pre", "PR post", "PR gain"]
 
