@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
-from nerve.measuring.ffns import FFN, FFNAdapter, n_inputs, n_runs_of, named, pool_of, sites_of
+from nerve.measuring.ffns import FFN, n_inputs, n_runs_of, named, sites_of
 from nerve.measuring.groups import Division
 from nerve.measuring.parts import Parts
 from nerve.measuring.projection import (
@@ -301,19 +301,3 @@ def eigenproblems(several: Sequence[Accumulator], n_forwards: int) -> list[FFNEi
         each.require_run(n_forwards)
     shares = iter(shares_of([each.shares[side] for each in several for side in SITES]))
     return [each.eigenproblem(torch.stack([next(shares) for _ in SITES])) for each in several]
-
-
-Pools = dict[tuple[int, str], Accumulator]
-"""For each layer and name, the samples of all FFNs pooled under it."""
-
-
-def pools_of(members: Sequence[Accumulator], pools: Pools) -> dict[int, Accumulator]:
-    """For the index of each FFN, the accumulator of its pool, which is added to `pools` if new."""
-    found = {}
-    for index, member in enumerate(members):
-        ffn, name = member.ffn, pool_of(member.ffn)
-        if name is not None:
-            pool = FFNAdapter(ffn.layer, name, ffn.pre, ffn.post, n_runs=None)
-            key = (ffn.layer, name)
-            found[index] = pools.setdefault(key, Accumulator(pool, shortcut=False))
-    return found

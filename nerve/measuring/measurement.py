@@ -5,10 +5,11 @@ from collections.abc import Collection
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.accumulator import Accumulator, Pools, Side, eigenproblems, pools_of
+from nerve.measuring.accumulator import Accumulator, Side, eigenproblems
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen
+from nerve.measuring.pools import Pools, pools_of
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
 from nerve.measuring.samples import Samples

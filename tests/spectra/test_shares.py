@@ -183,15 +183,20 @@ def test_a_position_with_all_the_variance_has_a_ratio_of_the_number_of_positions
     assert shares_of(x, sizes=6).position == pytest.approx(16)
 
 
-def test_positions_of_masked_sequences_of_different_lengths():
-    """Only samples that exist count; a position counts if at least 8 sequences reach it."""
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_of_masked_sequences_of_different_lengths(side):
+    """Only samples that exist count; a position counts if at least 8 sequences reach it. Positions
+    count from the first sample of a sequence, whichever side is padded."""
     sequences = [draw(length, 6, seed=length) for length in range(1, 25)]
     for x in sequences:
         x[2:3] *= 3
     found = SampleShares(6)
     for first in range(0, 24, 5):
         batch = torch.nn.utils.rnn.pad_sequence(
-            sequences[first : first + 5], batch_first=True, padding_value=math.nan
+            sequences[first : first + 5],
+            batch_first=True,
+            padding_value=math.nan,
+            padding_side=side,
         )
         found.update(batch, ~batch[..., 0].isnan())
     every = torch.cat(sequences).double()
