@@ -200,8 +200,8 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     if not last.exists():
         if record.restarts:
             log.warning(
-                "there is no %s: the run starts from the beginning (checkpoint.every_n_minutes or "
-                "checkpoint.every_n_steps of a new run saves it more often)",
+                "there is no %s: the run starts from the beginning (checkpoint.every_n_minutes and "
+                "checkpoint.every_n_steps say how often it is saved)",
                 last,
             )
         store.truncate_after(-1)
