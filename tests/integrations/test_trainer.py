@@ -285,12 +285,12 @@ def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monk
     assert sorted(set(nerve.load_metrics(tmp_path / "run")["step"])) == [0, 3]
 
 
-def evaluated(folder: Path, within=lambda model: None) -> pd.DataFrame:
+def evaluated(folder: Path, within=lambda model: None, **how) -> pd.DataFrame:
     """The rows of a model whose weights are measured in an evaluation of two batches, before which,
     in whose steps and after which `within` may run the model."""
     model = language_model(torch.float64)
     data = batches_of(texts(2 * BATCH))
-    callback = nerve.SpectralCallback(folder, source="heldout")
+    callback = nerve.SpectralCallback(folder, source="heldout", **how)
     given = TrainingArguments(folder / "hf", use_cpu=True), TrainerState(max_steps=9)
     control = TrainerControl()
     callback.on_train_begin(*given, control, model=model)
@@ -314,6 +314,15 @@ def evaluated(folder: Path, within=lambda model: None) -> pd.DataFrame:
     rows = pd.DataFrame(callback.latest)
     callback.on_train_end(*given, control)
     return rows
+
+
+def test_groups_by_frequency_need_the_counts_of_the_tokens(tmp_path):
+    counts = torch.arange(100, dtype=torch.int64)
+    evaluated(tmp_path / "run", groups=["frequency"], token_counts=counts)
+    groups = nerve.load_groups(tmp_path / "run")
+    assert {*groups["group"]} == {"all", "head", "mid", "tail"}
+    with pytest.raises(MeasurementError, match="frequency need token_counts"):
+        evaluated(tmp_path / "other", groups=["frequency"])
 
 
 def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_generates(tmp_path):
