@@ -215,7 +215,7 @@ def test_a_loop_in_16_bits_may_project_pre(tmp_path):
     assert groups["max"].groupby("site").max().to_dict() == {"input": 4, "post": 12, "pre": 12}
 
 
-def test_the_run_is_one_that_is_read_as_any_other(tmp_path):
+def test_the_run_is_loaded_like_any_other(tmp_path):
     train(tmp_path, network(), source="heldout", config={"seed": 5, "design": "plain"})
     runs = nerve.load_runs(tmp_path)
     (run,) = runs.to_dict("records")
@@ -241,7 +241,9 @@ def raising(error: BaseException) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError("no"), "failed"), (KeyboardInterrupt(), "interrupted")]
 )
-def test_a_loop_that_raised_goes_on_as_if_it_had_not(tmp_path, source, save_at, error, status):
+def test_a_loop_that_raised_is_resumed_as_if_uninterrupted(
+    tmp_path, source, save_at, error, status
+):
     """From a step that is measured, whose features may still be to come, and between two."""
     train(tmp_path / "whole", network(), source=source, save_at=save_at)
     model, cut = network(), tmp_path / "cut"
@@ -264,7 +266,7 @@ def test_a_loop_that_raised_goes_on_as_if_it_had_not(tmp_path, source, save_at, 
     assert_same(nerve.load_metrics(cut), nerve.load_metrics(tmp_path / "whole"))
 
 
-def test_the_error_of_a_loop_is_not_replaced_by_what_the_ending_raises(tmp_path, monkeypatch):
+def test_the_error_of_a_loop_is_not_replaced_by_one_at_its_end(tmp_path, monkeypatch):
     """A disk that is full refuses the rows, not the record of how the run ended."""
 
     def full(store, step):
@@ -308,7 +310,7 @@ def killed(directory: str) -> None:
     train(Path(directory), network(), source="heldout", save_at=4, within=within)
 
 
-def test_a_loop_that_was_killed_keeps_its_rows_and_goes_on(tmp_path):
+def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
     """Without a checkpoint it begins anew, and so do its rows."""
     train(tmp_path / "whole", network(), source="heldout", save_at=4)
     whole, cut = nerve.load_metrics(tmp_path / "whole"), tmp_path / "cut"
@@ -322,7 +324,7 @@ def test_a_loop_that_was_killed_keeps_its_rows_and_goes_on(tmp_path):
     assert_same(nerve.load_metrics(cut), whole)
 
 
-def test_without_a_checkpoint_a_run_begins_anew_and_one_that_is_done_does_not(tmp_path, caplog):
+def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, caplog):
     with pytest.raises(ValueError, match="no"):
         train(tmp_path, network(), within=raising(ValueError("no")))
     train(tmp_path, network())
@@ -400,7 +402,7 @@ def test_padding_does_not_count(tmp_path, is_heldout):
     assert rows["val_loss"].notna().all() == is_heldout
 
 
-def test_padding_does_not_count_in_any_micro_batch_nor_what_is_computed_again(tmp_path):
+def test_neither_padding_nor_recomputed_features_count_in_any_micro_batch(tmp_path):
     """The model runs once more to see which tokens an FFN has, and parts of it in the backward
     pass; the mask is found among arguments by position and by name."""
     torch.manual_seed(0)
@@ -419,7 +421,7 @@ def test_padding_does_not_count_in_any_micro_batch_nor_what_is_computed_again(tm
     assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-6)
 
 
-def test_a_compiled_model_is_the_one_to_watch(tmp_path):
+def test_a_compiled_model_must_be_watched_itself(tmp_path):
     """The loop calls it, and so it says where a pass begins; the rows are those of eager. So they
     are where it was compiled in its place."""
     train(tmp_path / "eager", without_dropout())
@@ -432,7 +434,7 @@ def test_a_compiled_model_is_the_one_to_watch(tmp_path):
         assert_same(nerve.load_metrics(tmp_path / name), eager)
 
 
-def test_features_that_never_come_are_an_error(tmp_path):
+def test_missing_features_are_an_error(tmp_path):
     """The loop calls another module than the one that is watched."""
     model, inputs = network(), pairs(1)[0][0]
 
@@ -447,7 +449,7 @@ def test_features_that_never_come_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("tries_again", [True, False])
-def test_a_pass_that_has_raised_is_not_counted_in_part(tmp_path, tries_again):
+def test_a_pass_that_raised_is_not_partly_counted(tmp_path, tries_again):
     """The loop goes on, as some do that have run out of memory; each run of an FFN is pooled."""
     model, x = network(), pairs(1)[0][0]
     pooled = [
@@ -496,7 +498,7 @@ def test_two_watches_of_one_model_at_once_leave_equal_rows(tmp_path, n_runs):
     assert_same(rows, nerve.load_metrics(tmp_path / "two"))
 
 
-def test_measuring_within_a_pass_that_is_watched_leaves_it_alone(tmp_path):
+def test_measuring_within_a_watched_pass_does_not_disturb_it(tmp_path):
     model, x = network(), in_sequences()
     expected = nerve.measure(model.eval(), [x], ffns=ffns(model))
     model.drop.p = 0
@@ -515,7 +517,7 @@ def test_measuring_within_a_pass_that_is_watched_leaves_it_alone(tmp_path):
 
 
 @pytest.mark.parametrize("n_runs", [1, None])
-def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
+def test_a_copy_of_a_watched_model_is_not_watched(tmp_path, n_runs):
     """Both are trained, and the copy runs within the other's pass, too."""
     model, x = network(), in_sequences()
     described = [
@@ -537,7 +539,7 @@ def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
 
 
 @pytest.mark.parametrize("is_compiler_loaded", [True, False])
-def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
+def test_a_watched_model_can_be_copied_and_saved_like_any_other(
     tmp_path, monkeypatch, is_compiler_loaded
 ):
     """What is saved runs, and neither is measured; the hooks of an unloaded compiler are bare."""
@@ -556,7 +558,7 @@ def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_what_another_thread_measures_and_what_is_exported_are_no_passes(tmp_path):
+def test_neither_another_threads_measurement_nor_an_export_is_a_pass(tmp_path):
     """The other thread looks at its model while a pass runs that is watched."""
     model, other, x = network(), network(), in_sequences()
     looks, has_run, errors = threading.Event(), threading.Event(), []
@@ -610,7 +612,7 @@ class Remembering(Net):
         return super().forward(x + torch.cat(kept).mean(0))
 
 
-def test_what_is_kept_of_tokens_before_is_no_sample_and_is_left_alone(tmp_path):
+def test_a_key_value_cache_is_not_sampled_and_left_unchanged(tmp_path):
     """Two sequences: what looks at the order of tokens runs as many, and could add to it."""
     torch.manual_seed(0)
     model = Remembering()
@@ -649,7 +651,7 @@ def test_a_loop_of_functional_calls_is_measured_in_its_mode(tmp_path):
         each(values, in_sequences())
 
 
-def test_a_loop_that_yields_is_interrupted_where_nobody_asks_for_more(tmp_path):
+def test_a_generator_that_is_not_resumed_is_an_interrupted_run(tmp_path):
     model = network()
 
     def steps():
@@ -691,13 +693,13 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"resume": "checkpoint.pt"}, "resume must be a mapping"),
     ],
 )
-def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):
+def test_invalid_arguments_are_refused_before_a_run_begins(tmp_path, given, words):
     with pytest.raises(ConfigError, match=words), nerve.watch(network(), tmp_path / "run", **given):
         pass
     assert not (tmp_path / "run").exists()
 
 
-def test_without_targets_steps_count_alike_and_targets_need_their_loss(tmp_path):
+def test_without_targets_steps_have_equal_weight_and_targets_require_a_loss(tmp_path):
     model, pair = network(), pairs(1)[0]
     with nerve.watch(model, tmp_path / "a", heldout=[pair[0]], every_n_steps=2) as run:
         run.step(0.5)
@@ -711,7 +713,7 @@ def test_without_targets_steps_count_alike_and_targets_need_their_loss(tmp_path)
         run.step(n_targets=3)
 
 
-def test_what_a_step_tells_is_checked(tmp_path):
+def test_the_arguments_of_a_step_are_checked(tmp_path):
     model = network()
     for given, words in (
         (("much",), "loss of step must be a number or Tensor; got 'much'"),
@@ -730,7 +732,7 @@ def test_what_a_step_tells_is_checked(tmp_path):
     assert nerve.load_metrics(tmp_path / "b")["tokens_seen"].max() == 3
 
 
-def test_a_plain_model_is_found_and_measured_again_and_again(tmp_path):
+def test_a_plain_model_can_be_measured_repeatedly(tmp_path):
     """Training features of modules that were found, of float32, in every cadence of 6 steps."""
     model = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
     optimizer = optimizer_of(model)
@@ -756,12 +758,12 @@ def test_a_plain_model_is_found_and_measured_again_and_again(tmp_path):
     ],
     ids=["list", "union", "log", "not at first"],
 )
-def test_steps_are_measured_wherever_they_lie(tmp_path, source, accumulate, asked, steps):
+def test_steps_at_any_places_are_measured(tmp_path, source, accumulate, asked, steps):
     train(tmp_path, network(), source=source, accumulate=accumulate, **asked)
     found = nerve.load_metrics(tmp_path)
     assert sorted(set(found["step"])) == (steps if source == "train" else [*steps, N_STEPS])
 
 
-def test_a_spacing_needs_the_last_step(tmp_path):
+def test_logarithmic_steps_require_the_last_step(tmp_path):
     with pytest.raises(ConfigError, match="log:4 needs the last step"):
         train(tmp_path, network(), every_n_steps=None, steps="log:4")

@@ -251,7 +251,7 @@ class Raise(TrainerCallback):
 
 @pytest.mark.parametrize("source", ["train", "heldout"])
 @pytest.mark.parametrize("save_at", [3, 4])
-def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, save_at):
+def test_an_interrupted_training_is_resumed_as_if_uninterrupted(tmp_path, source, save_at):
     """From a step that is measured, whose features may still be to come, and between two."""
     how = {"save_strategy": "steps", "save_steps": save_at}
     train(tmp_path / "whole", source=source, how=how)
@@ -270,7 +270,7 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, 
         TrainerStates(RunDirectory(cut / "run")).load(2)
 
 
-def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monkeypatch):
+def test_a_run_that_is_never_ended_has_failed_when_its_callback_is_deleted(tmp_path, monkeypatch):
     """As it does where the program ends: the Trainer tells no callback of an exception."""
     with pytest.raises(ValueError, match="no") as raised:
         train(tmp_path, callbacks=[Raise()])
@@ -325,7 +325,7 @@ def test_groups_by_frequency_need_the_counts_of_the_tokens(tmp_path):
         evaluated(tmp_path / "other", groups=["frequency"])
 
 
-def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_generates(tmp_path):
+def test_an_evaluation_on_tokens_is_measured_despite_inspection_and_generation(tmp_path):
     """To see which tokens an FFN has the model is run, which is no evaluation of its own."""
 
     def generate(model: GPT2LMHeadModel) -> None:
@@ -373,7 +373,7 @@ class Runs(TrainerCallback):
 
 @pytest.mark.parametrize("place", ["before", "callbacks"])
 @pytest.mark.parametrize("source", ["train", "heldout"])
-def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source, place):
+def test_passes_that_callbacks_run_are_neither_training_nor_evaluation(tmp_path, source, place):
     """Before the first batch, between batches and after the last one, whichever callback is told
     first; the losses are the same."""
     how = {"max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
@@ -383,7 +383,7 @@ def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source,
     assert_same(*(nerve.load_metrics(tmp_path / each / "run") for each in ("alone", "beside")))
 
 
-def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
+def test_a_loss_without_a_backward_pass_is_not_a_training_loss():
     """Some trainers compute their own from the logits, beside which the model gives one."""
     model, batch = language_model(torch.float64), batches_of(texts(BATCH))[0]
     losses, given = StepLosses(model, of_all=False), []
@@ -402,7 +402,7 @@ def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
     assert [(float(mean), n) for mean, n in given] == [(expected, None)]
 
 
-def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tmp_path, caplog):
+def test_a_new_run_directory_starts_at_the_step_where_the_trainer_resumes(tmp_path, caplog):
     how = {"save_strategy": "steps", "save_steps": 3}
     train(tmp_path / "whole", how=how)
     saved = tmp_path / "whole" / "trainer" / "checkpoint-3"
@@ -426,7 +426,7 @@ def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tm
         (10, False, 5, False),
     ],
 )
-def test_what_several_processes_evaluate_twice_is_refused(
+def test_examples_that_several_processes_evaluate_twice_are_refused(
     monkeypatch, n_examples, even_batches, n_sequences, is_refused
 ):
     """In batches of 3 of two processes that evaluate as many sequences."""
@@ -542,7 +542,7 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
     ]  # as it counts labels
 
 
-def test_what_cannot_be_is_said_before_training(tmp_path):
+def test_invalid_arguments_are_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match="source must be one of heldout, train"):
         nerve.SpectralCallback(tmp_path, source="eval")
     with pytest.raises(ConfigError, match="mask must be a function"):
