@@ -71,7 +71,7 @@ def test_a_family_is_measured_as_in_python(name, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
 def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
-    """Those of `nerve.measure`, one without tokens among them; N/D says how few they have."""
+    """Those of `nerve.measure`, including an expert without tokens; N/D shows how few they have."""
     model = model_of(family)
     save(model, tmp_path / "model")
     status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 320)
@@ -92,7 +92,7 @@ def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
 
 
 def test_columns_describe_the_model_and_rows_have_its_loss(tmp_path):
-    """The names that nerve-run has; the loss is that of the same tokens; the report takes it."""
+    """Columns are named as in nerve-run; the loss is that of the same tokens; a report reads them."""
     model = llama()
     folder = save(model, tmp_path / "model")
     assert nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--seq-len", 16)[0] == 0
@@ -128,7 +128,7 @@ def test_columns_describe_the_model_and_rows_have_its_loss(tmp_path):
 
 
 def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_path):
-    """Planted: a direction that only the first position has, and that one feature reads."""
+    """A planted direction that only the first position has, and that one feature reads."""
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=32)
     )
@@ -164,7 +164,7 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
 
 @pytest.mark.parametrize("place", ["model", "model/tiny.gguf"])
 def test_a_gguf_file_is_a_model(place, tmp_path):
-    """As a file or in a folder of its own, with the tokenizer that it holds."""
+    """As a file or in its own folder, with the tokenizer that it contains."""
     model = llama(vocab_size=261)
     (tmp_path / "model").mkdir()
     save_gguf(model, tmp_path / "model" / "tiny.gguf")
@@ -222,7 +222,7 @@ def test_the_dtype_is_that_of_the_weights_or_the_requested_one(tmp_path):
 
 
 def test_other_text_and_another_tokenizer_are_other_runs(tmp_path):
-    """In a directory of their own each; never in one."""
+    """Each in its own directory; never in the same one."""
     save(llama(), tmp_path / "model")
     write_text(tmp_path / "other", seed=1)
     save_tokenizer(tmp_path / "reversed", " etaoinshrdlcumwfgypbvk"[::-1])
@@ -421,7 +421,7 @@ def test_a_run_without_weights_is_distinguished_from_a_model(config, written):
 
 
 def test_a_revision_on_the_hub_is_requested_by_name(monkeypatch):
-    """What `from_pretrained` gets for it, without a network."""
+    """The arguments that `from_pretrained` gets for it, without a network."""
     asked = []
 
     def config(name, **how):

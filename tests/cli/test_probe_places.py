@@ -24,7 +24,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
-    """What the hub is asked for, and how long an answer may take; it gives none."""
+    """The requests to the hub and their timeouts; it does not answer."""
     asked: list[tuple[str, float]] = []
 
     def ask(url: str, timeout: float) -> None:
@@ -67,7 +67,7 @@ def test_names_on_the_hub_are_distinguished_from_local_paths():
 
 
 def test_an_unreachable_hub_is_asked_once(requests):
-    """Of transformers it would be six times, with pauses of 23 s between."""
+    """transformers would ask six times, with pauses of 23 s in total."""
     with pytest.raises(
         DataError, match=r"cpkt is not a folder here, .* be reached \(timed out\). Sim"
     ):
@@ -78,7 +78,7 @@ def test_an_unreachable_hub_is_asked_once(requests):
 
 
 def test_an_answer_of_the_hub_is_left_to_transformers(monkeypatch):
-    """Also that it has no such model; further names are not asked for."""
+    """Including that it has no such model; further names are not requested."""
     asked = []
 
     def ask(url: str, timeout: float) -> None:

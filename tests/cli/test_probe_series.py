@@ -87,7 +87,7 @@ def test_a_run_without_kept_checkpoints_is_probed_at_its_last_one(run):
 
 
 def test_a_series_is_measured_once_and_continued_when_it_grows(loaded, monkeypatch):
-    """What is done is not loaded again; an earlier step comes in between; the same rows as at
+    """Measured steps are not loaded again; an earlier step comes in between; the same rows as at
     once."""
     later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
     monkeypatch.setattr("nerve.storage.record._now", later.isoformat)

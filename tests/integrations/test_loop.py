@@ -119,7 +119,7 @@ def train(
     share: slice = slice(None),
     **more,
 ) -> dict:
-    """Trains to step 7, perhaps from a checkpoint; gives the one of step `save_at`.
+    """Trains to step 7, possibly from a checkpoint; returns the one of step `save_at`.
 
     Args:
         within: is called in each step between its backward pass and the optimizer, with the number
@@ -161,7 +161,7 @@ def train(
 
 
 def assert_same(rows: pd.DataFrame, other: pd.DataFrame, leaving: tuple[str, ...] = ()) -> None:
-    """All columns but those that tell of the run, to 1e-12."""
+    """All columns except those that describe the run, to 1e-12."""
     rows, other = (each.drop(columns=["run_id", "run_status", *leaving]) for each in (rows, other))
     pd.testing.assert_frame_equal(rows, other, rtol=1e-12, atol=1e-12)
 
@@ -199,7 +199,7 @@ def test_watching_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
 
 
 def test_a_loop_in_16_bits_may_project_pre(tmp_path):
-    """Beside groups and the input itself, which is a site then."""
+    """Also with groups, and with the input as a site."""
     model = network().float()
     ways = {"shortcut": "projected", "groups": ["halves"], "sites": ["input"]}
     with nerve.watch(model, tmp_path, every_n_steps=1, **ways) as run:
@@ -244,7 +244,7 @@ def raising(error: BaseException) -> Callable[[int], None]:
 def test_a_loop_that_raised_is_resumed_as_if_uninterrupted(
     tmp_path, source, save_at, error, status
 ):
-    """From a step that is measured, whose features may still be to come, and between two."""
+    """From a measured step, before its features are there, and from one between two of them."""
     train(tmp_path / "whole", network(), source=source, save_at=save_at)
     model, cut = network(), tmp_path / "cut"
     with pytest.raises(type(error)):
@@ -267,7 +267,7 @@ def test_a_loop_that_raised_is_resumed_as_if_uninterrupted(
 
 
 def test_the_error_of_a_loop_is_not_replaced_by_one_at_its_end(tmp_path, monkeypatch):
-    """A disk that is full refuses the rows, not the record of how the run ended."""
+    """A full disk prevents writing rows, but not the record of how the run ended."""
 
     def full(store, step):
         raise StoreError("the disk is full")
@@ -286,7 +286,7 @@ def test_the_error_of_a_loop_is_not_replaced_by_one_at_its_end(tmp_path, monkeyp
 
 @pytest.mark.parametrize("source", ["train", "heldout"])
 def test_a_loop_that_has_ended_keeps_no_model(tmp_path, source):
-    """Though what the block was given is still there, as in a notebook."""
+    """Even if the variables of the block still exist, as in a notebook."""
     model = network()
     seen, heldout = weakref.ref(model), {"heldout": [pairs(1)[0][0]]} if source == "heldout" else {}
     with nerve.watch(model, tmp_path, optimizer=optimizer_of(model), **heldout) as run:
@@ -301,7 +301,7 @@ def test_a_loop_that_has_ended_keeps_no_model(tmp_path, source):
 
 
 def killed(directory: str) -> None:
-    """Saves at step 4, and is killed within the step that follows the sixth."""
+    """Saves at step 4, and is killed during the step after the sixth."""
 
     def within(step: int) -> None:
         if step == 6:
@@ -311,7 +311,7 @@ def killed(directory: str) -> None:
 
 
 def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
-    """Without a checkpoint it begins anew, and so do its rows."""
+    """Without a checkpoint, the run and its rows start over."""
     train(tmp_path / "whole", network(), source="heldout", save_at=4)
     whole, cut = nerve.load_metrics(tmp_path / "whole"), tmp_path / "cut"
     cut.mkdir()
@@ -337,7 +337,7 @@ def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, capl
 
 
 def in_processes(rank: int, directory: str) -> None:
-    """Each has half of every batch, and of the held-out batches one of two."""
+    """Each has half of every batch, and one of the two held-out batches."""
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     half = slice(16 * rank, 16 * (rank + 1))
     for source in ("train", "heldout"):
@@ -356,7 +356,7 @@ def without_dropout() -> Net:
 
 
 def test_two_processes_leave_the_rows_of_one(tmp_path):
-    """But for rounding: sums are of halves."""
+    """Up to rounding, since sums are over halves."""
     together(in_processes, 2, tmp_path)
     for source in ("train", "heldout"):
         train(tmp_path / "one", without_dropout(), source=source, config={"source": source})
@@ -422,8 +422,8 @@ def test_neither_padding_nor_recomputed_features_count_in_any_micro_batch(tmp_pa
 
 
 def test_a_compiled_model_must_be_watched_itself(tmp_path):
-    """The loop calls it, and so it says where a pass begins; the rows are those of eager. So they
-    are where it was compiled in its place."""
+    """The loop calls it, so it determines where a pass begins; the rows are those of the eager
+    model, also if the model was compiled in place."""
     train(tmp_path / "eager", without_dropout())
     train(tmp_path / "compiled", torch.compile(without_dropout(), backend="aot_eager"))
     in_place = without_dropout()
@@ -435,7 +435,7 @@ def test_a_compiled_model_must_be_watched_itself(tmp_path):
 
 
 def test_missing_features_are_an_error(tmp_path):
-    """The loop calls another module than the one that is watched."""
+    """The loop calls a module other than the watched one."""
     model, inputs = network(), pairs(1)[0][0]
 
     def loop() -> None:
@@ -450,7 +450,7 @@ def test_missing_features_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("tries_again", [True, False])
 def test_a_pass_that_raised_is_not_partly_counted(tmp_path, tries_again):
-    """The loop goes on, as some do that have run out of memory; each run of an FFN is pooled."""
+    """The loop continues, as some do after running out of memory; all runs of an FFN are pooled."""
     model, x = network(), pairs(1)[0][0]
     pooled = [
         nerve.FFNAdapter(i, "ffn", b[0], b[2], n_runs=None) for i, b in enumerate(model.blocks)
@@ -470,8 +470,8 @@ def test_a_pass_that_raised_is_not_partly_counted(tmp_path, tries_again):
 
 
 def in_sequences(seed: int = 0) -> Tensor:
-    """`[sequence, position, width]`: of such batches it is seen on shortened ones which tokens the
-    FFNs have."""
+    """`[sequence, position, width]`: shortened copies of such batches show which tokens the FFNs
+    have."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 8, 4, generator=generator, dtype=torch.float64)
 
