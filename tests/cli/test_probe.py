@@ -92,7 +92,7 @@ def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
 
 
 def test_columns_describe_the_model_and_rows_have_its_loss(tmp_path):
-    """Columns are named as in nerve-run; the loss is that of the same tokens; a report reads them."""
+    """Columns named as in nerve-run, the loss of the same tokens, and a report that reads them."""
     model = llama()
     folder = save(model, tmp_path / "model")
     assert nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--seq-len", 16)[0] == 0
