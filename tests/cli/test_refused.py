@@ -194,6 +194,7 @@ entry.{command}()
     [
         ("run", "hydra", []),
         ("run", "torch", ["model=gpt_tiny"]),
+        ("trial", "hydra", []),
         ("status", "nerve.cli.text_table", ["outputs"]),
         ("report", "pandas", ["outputs"]),
     ],
@@ -210,4 +211,5 @@ def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(tmp_path, command,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    assert (done.returncode, done.stderr) == (130, f"nerve-{command}: stopped\n")
+    name = "run" if command == "trial" else command
+    assert (done.returncode, done.stderr) == (130, f"nerve-{name}: stopped\n")

@@ -1,4 +1,4 @@
-"""A trial of a sweep in its own process: `python -m nerve.cli.sweep.worker`.
+"""A trial of a sweep in its own process, which `nerve.cli.entry.trial` starts.
 
 The configuration comes on stdin.
 
@@ -140,7 +140,3 @@ def _stop_when_alone() -> None:
     while os.read(STDIN, 1):
         pass
     os.kill(os.getpid(), signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main()

@@ -347,6 +347,17 @@ def test_a_record_damaged_while_its_trial_waited_stops_no_other_trial(tmp_path, 
     assert trials[1].start_error is None
 
 
+@pytest.mark.parametrize("deed", ["exit 130", "kill -INT $$"])
+def test_a_trial_that_is_stopped_before_it_begins_is_not_started(tmp_path, monkeypatch, deed):
+    """Also by the signal itself, before Python handles it: nobody has killed it."""
+    monkeypatch.setattr(local, "COMMAND", ["bash", "-c", deed])
+    monkeypatch.setattr(Trial, "values", lambda trial: {"seed": 0})
+    trial = Trial(0, [], OmegaConf.create({}), RunDirectory(tmp_path / "run"))
+    local.run_here([trial], 1, None, lambda trial: None, lambda trial: None)
+    assert trial.run.reload().state == RunState.NEW
+    assert trial.start_error is None
+
+
 @pytest.mark.parametrize("deed", ["exit 0", "exit 3", "kill -9 $$"])
 def test_a_group_is_ended_before_its_number_can_be_another_ones(tmp_path, monkeypatch, deed):
     """The status is taken last: until then the system gives the number to nobody. What the trial
