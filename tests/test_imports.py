@@ -47,6 +47,7 @@ OF_COMMANDS = {
     "console": set(),
     "saved": set(),
     "text_table": {"console"},
+    "status_table": {"console", "text_table"},
     "config": {"saved"},
     "experiment": {"config", "console"},
     "sweep": {"config", "console", "experiment"},
@@ -55,7 +56,7 @@ OF_COMMANDS = {
     "run": {"config", "console", "experiment", "sweep"},
     "probe": {"console", "probing"},
     "report": {"console"},
-    "status": {"console", "queued", "saved", "text_table"},
+    "status": {"console", "queued", "saved", "status_table"},
     "entry": set(),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -64,8 +64,11 @@ class SpectralCallback(TrainerCallback):
         directory: the run directory.
         every_n_steps: updates between measurements; None if `steps` gives all of them.
         source: `train` or `heldout`.
-        config, mask, exclude, only_labeled, ffns: as in `nerve.watch`.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as in `nerve.watch`.
+        config, mask, exclude, only_labeled, ffns, token_counts: as in `nerve.watch`; groups by
+            frequency require `token_counts`.
+        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
+            `sites`, as in `nerve.watch`; a residual stream that the model does not declare is not
+            looked for.
 
     Raises:
         ConfigError: for a setting that is out of range.
@@ -84,6 +87,7 @@ class SpectralCallback(TrainerCallback):
         exclude: Collection[int] = (),
         only_labeled: bool = False,
         ffns: Sequence[FFN] | None = None,
+        token_counts: Tensor | None = None,
         **settings: Any,
     ) -> None:
         self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
@@ -97,6 +101,7 @@ class SpectralCallback(TrainerCallback):
             "exclude": exclude,
             "only_labeled": only_labeled,
             "ffns": ffns,
+            "token_counts": token_counts,
         }
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)

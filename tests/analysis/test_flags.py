@@ -158,7 +158,7 @@ def test_data_is_corpus_and_tokenizer_and_not_the_held_out_set(tables):
     assert len(data[0]) == 8
 
 
-def test_rows_of_other_runs_are_passed_over(tables):
+def test_rows_of_other_runs_are_ignored(tables):
     metrics, runs = tables({"rows": losses(8, 6)}, {"rows": losses(8, 9)})
     flags = flag_runs(metrics, runs[runs["run_id"] == "run1"])
     assert list(flags["run_id"]) == ["run1"]
@@ -180,7 +180,7 @@ def test_a_frame_without_its_columns_is_refused(tables):
 
 
 @pytest.mark.filterwarnings("ignore::nerve.storage.find.FingerprintWarning")
-def test_a_run_made_again_is_no_further_seed(tables):
+def test_a_repeated_run_is_not_a_further_seed(tables):
     """The same configuration and seed on the same data count once; a failed run does not count."""
     again = {"rows": losses(8, 6), "seed": 4, "fingerprints": {"heldout": "a"}}
     specs = [
@@ -197,7 +197,7 @@ def test_a_run_made_again_is_no_further_seed(tables):
 
 
 @pytest.mark.filterwarnings("ignore::nerve.storage.find.FingerprintWarning")
-def test_runs_that_only_their_recorded_seeds_tell_apart_are_samples(tmp_path, make_run):
+def test_runs_that_differ_only_in_their_recorded_seed_are_separate_samples(tmp_path, make_run):
     """Their configuration does not contain the seed; without a recorded seed, they are repeats."""
     for i, seed in enumerate([0, 1, 0, None, None]):
         values = {} if seed is None else {"seed": seed}

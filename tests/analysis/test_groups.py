@@ -39,7 +39,7 @@ def frames(tables):
     return metrics, pd.DataFrame(groups), runs
 
 
-def test_pr_stands_in_a_column_a_group_at_the_last_step_that_has_groups(frames):
+def test_pr_has_a_column_per_group_at_the_last_step_with_groups(frames):
     rows = pr_of_groups(*frames, [WIDTH])
     assert list(rows["run_id"]) == ["run0", "run0", "run1", "run1", "run2", "run2"]
     assert set(rows["step"]) == {10}

@@ -64,7 +64,7 @@ def test_a_large_mean_costs_no_digits():
     assert shifted[0] == pytest.approx(plain[0], abs=1e-7)
 
 
-def test_what_varies_by_rounding_alone_has_no_r():
+def test_rounding_alone_gives_no_r():
     """The steps of a straight line in floating point."""
     x = np.diff([0.7, 0.6, 0.5, 0.4, 0.3])
     assert len(set(x)) > 1
@@ -83,7 +83,7 @@ def test_what_varies_by_rounding_alone_has_no_r():
     ],
     ids=["nothing", "two", "x constant", "y constant", "two left"],
 )
-def test_no_correlation_is_missing(x, y):
+def test_undefined_correlations_are_missing(x, y):
     """Next to a group that has one, which is unchanged."""
     codes = np.array([0] * len(x) + [1] * 3)
     pairs = Pairs.of(codes, np.array([*x, 1, 2, 3.0]), np.array([*y, 3, 2, 1.0]), 2)
@@ -159,7 +159,7 @@ def test_the_spearman_interval_by_hand():
 
 
 @pytest.mark.parametrize("interval", [pearson_interval, spearman_interval])
-def test_no_interval_is_missing(interval):
+def test_undefined_intervals_are_missing(interval):
     """For three points, at ±1 and what rounds to it, and without a correlation."""
     ends = interval(np.array([0.5, 1.0, -1 + 2e-16, np.nan]), np.array([3, 100, 100, 100]))
     assert np.isnan(ends).all()

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring.find import find_ffns
+from nerve.nn.ffn import FeedForward
 
 D, FF = 6, 10
 
@@ -416,6 +417,14 @@ def test_found_ffns_print_as_a_table():
     columns = ["layer", "name", "pre", "post", "d_in", "d_ff", "gated", "n_runs", "pool"]
     assert table.columns.tolist() == columns
     assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1, None]
+
+
+def test_columns_that_say_nothing_are_not_printed():
+    """And nerve's own FFNs say whether they are gated."""
+    model = nn.ModuleList(FeedForward(D, FF, nn.GELU(), gated=i > 0, layer=i) for i in range(2))
+    head, first, second = str(find_ffns(model)).splitlines()
+    assert head.split() == ["layer", "name", "pre", "post", "d_in", "d_ff", "gated"]
+    assert (first.split()[-1], second.split()[-1]) == ("False", "True")
 
 
 class NeedsMore(nn.Module):

@@ -4,6 +4,7 @@ import weakref
 from collections import UserDict
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -204,6 +205,7 @@ def test_a_failed_run_starts_over_and_a_completed_one_stays(tmp_path, model, bat
         ([torch.zeros(3, 4)], {"labels": ["a"]}, "labels must be a mapping by name.*got list"),
         ([torch.zeros(3, 4)], {"labels": {1: "a"}}, "labels must be a mapping by name"),
         ([torch.zeros(3, 4)], {"labels": {"lr": 1}}, r"got lr\. .*labels={'group': {'lr'"),
+        ([torch.zeros(3, 4)], {"labels": {"host": "a"}}, r"what each run records.*got host\."),
         ([torch.zeros(3, 4)], {"fingerprints": "ab"}, "fingerprints must be a mapping"),
         (
             [torch.zeros(3, 4)],
@@ -248,6 +250,15 @@ def test_a_duplicate_step_ends_an_iterator_of_models(tmp_path, model, batches):
     with pytest.raises(ConfigError, match="step 5 appears twice"):
         nerve.measure(iter([(5, model), (5, model)]), batches, into=tmp_path)
     assert nerve.load_metrics(tmp_path)["step"].tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("seed", "recorded"), [(3, 3), (np.int64(2**62), 2**62), (True, None), ("3", None), (0.5, None)]
+)
+def test_a_seed_among_the_labels_is_that_of_the_run(tmp_path, model, batches, seed, recorded):
+    """So that comparisons pair runs by it."""
+    nerve.measure(model, batches, into=tmp_path / "run", labels={"seed": seed})
+    assert nerve.RunRecord.load(tmp_path / "run").seed == recorded
 
 
 def test_a_step_without_a_run_raises(model, batches):

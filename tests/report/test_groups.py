@@ -73,7 +73,7 @@ def test_the_sites_are_drawn_in_the_order_of_the_block_with_their_widths(measure
     assert all(len(panel.lines) == 6 for panel in figure.axes)
 
 
-def test_verdicts_on_sampling_stand_at_the_head(measured):
+def test_verdicts_on_sampling_are_in_the_notes(measured):
     """If some rows have too few samples; no note if all have enough."""
     metrics = measured.metrics.assign(sampling=["well", "under", "under", "severely under"])
     (note,) = sampled_rows(metrics)
@@ -106,7 +106,7 @@ def with_loss(model: GPT, batch: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"loss": model(batch).logsumexp(-1).mean()}
 
 
-def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(two):
+def test_a_report_on_several_runs_has_groups_and_sites_by_factor(two):
     content = content_of_runs(two, "all", "t")
     drawn = {drawing.name: drawing for drawing in content.drawings}
     names = [f"{what}_by_run_id" for what in ("groups_position", "groups_frequency", "sites")]
