@@ -215,8 +215,19 @@ def test_training_curves_and_what_else_was_logged():
     figure.draw_without_rendering()  # a name with dollars is no formula
 
 
+def test_the_training_loss_of_other_loops_is_that_of_the_rows():
+    scalars = pd.DataFrame({"step": [], "name": [], "value": []})
+    frame = measured()
+    frame["train_loss"] = np.where(frame["step"] > 0, 7.0, np.nan)
+    figure = figures_of_one_run.training(frame, scalars, None, "t")
+    n_steps = frame["step"].nunique()
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [7.0] * (n_steps - 1))
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["training, mean since the last measurement", "validation"]
+
+
 def test_training_without_a_loss_says_so():
-    frame = measured().assign(val_loss=np.nan)
+    frame = measured().assign(val_loss=np.nan, train_loss=np.nan)
     scalars = pd.DataFrame({"step": [], "name": [], "value": []})
     figure = figures_of_one_run.training(frame, scalars, None, "t")
     assert texts_of(figure) == ["no loss was stored"]
