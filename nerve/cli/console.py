@@ -55,13 +55,16 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def _print_all_letters() -> None:
     """Makes stdout escape characters that its encoding lacks, as stderr does: a file name may
-    contain bytes that are not valid text."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    contain bytes that are not valid text, and the locale C has only ASCII."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    raises = {"strict"} if sys.stdout.encoding.lower() == "utf-8" else {"strict", "surrogateescape"}
+    if sys.stdout.errors in raises:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def figure(value: float | None) -> str:
-    """A number with three significant digits or three decimals; – for None or NaN."""
+    """A number with three decimals, or one from 10 on; – for None or NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

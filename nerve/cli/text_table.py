@@ -10,14 +10,13 @@ from nerve.cli.console import console, say
 
 
 def say_table(names: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table as rich's are, with cells folded where they have no room, in a small part
-    of the time: of ten thousand rows rich's takes nine seconds. Cells are folded after spaces,
-    slashes and commas and between the parts of a run's name, and elsewhere only if the table has
-    no room for a part.
+    """Prints a table that looks like rich's, in a small part of the time: for ten thousand rows,
+    rich takes nine seconds. Cells that do not fit are folded after spaces, slashes and commas and
+    between the parts of a run's name, and elsewhere only if a part alone does not fit.
 
     Args:
         names: of the columns.
-        right: those whose cells end at the right.
+        right: those that are aligned to the right.
         rows: a text for each column.
     """
     cells = [[_lines_of(text) for text in row] for row in (names, *rows)]
@@ -31,7 +30,12 @@ def say_table(names: Sequence[str], right: Sequence[str], rows: Sequence[Sequenc
         f"│ {' │ '.join(line)} │" for row in cells[1:] for line in _folded(row, widths, is_right)
     )
     lines = [_rule(widths, "┏━┳┓"), *head, _rule(widths, "┡━╇┩"), *body, _rule(widths, "└─┴┘")]
-    say("\n".join(lines))
+    table = "\n".join(lines)
+    say(table.translate(_IN_ASCII) if console().options.ascii_only else table)
+
+
+_IN_ASCII = str.maketrans("━─┏┳┓┡╇┩└┴┘┃│–", "--" + 9 * "+" + "||-")
+"""What stands for the lines of a table where stdout has only ASCII."""
 
 
 def fits(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
