@@ -215,7 +215,7 @@ def test_training_curves_and_other_logged_values():
     figure.draw_without_rendering()  # a name with dollars is no formula
 
 
-def test_the_training_loss_of_other_loops_is_that_of_the_rows():
+def test_without_scalars_the_training_loss_comes_from_the_rows():
     scalars = pd.DataFrame({"step": [], "name": [], "value": []})
     frame = measured()
     frame["train_loss"] = np.where(frame["step"] > 0, 7.0, np.nan)
