@@ -158,7 +158,8 @@ def training(
     n_rows = math.ceil(n_panels / n_columns)
     figure, panels = new_figure(n_rows, n_columns, title, width=4.2, height=2.7)
     panels[0].plot(train["step"], train["value"], color=FLAGGED_COLOR, linewidth=1)
-    panels[0].plot(measured["step"], measured["val_loss"], color=LOSS_COLOR, marker=".")
+    evaluated = measured.dropna(subset="val_loss")
+    panels[0].plot(evaluated["step"], evaluated["val_loss"], color=LOSS_COLOR, marker=".")
     entries = [key("validation", color=LOSS_COLOR, marker=".")]
     if len(train):
         entries.insert(0, key(trained, color=FLAGGED_COLOR))
@@ -220,7 +221,7 @@ def _band(
 
 
 def _add_loss(panel: Axes, metrics: pd.DataFrame) -> None:
-    loss = metrics.groupby("step")["val_loss"].first()
+    loss = metrics.groupby("step")["val_loss"].first().dropna()  # not evaluated at every step
     right = panel.twinx()
     right.plot(loss.index, loss, color=LOSS_COLOR, linestyle="--", linewidth=1)
     right.set_ylabel(axis_label("val_loss"), fontsize=8)

@@ -226,6 +226,18 @@ def test_without_scalars_the_training_loss_comes_from_the_rows():
     assert shown == ["training, mean since the last measurement", "validation"]
 
 
+def test_a_loss_that_was_not_evaluated_at_every_step_is_a_line():
+    """Without markers, points with gaps between them would be invisible."""
+    frame = measured().assign(train_loss=np.nan)
+    frame.loc[frame["step"] == STEPS[1], "val_loss"] = np.nan
+    scalars = pd.DataFrame({"step": [], "name": [], "value": []})
+    training = figures_of_one_run.training(frame, scalars, None, "t").axes[0].lines[1]
+    overview = figures_of_one_run.overview(frame, CORRELATIONS, "run x")
+    (twin, *_) = [each for each in overview.axes if each.get_ylabel() == "validation loss (nats)"]
+    for line in (training, twin.lines[0]):
+        np.testing.assert_array_equal(line.get_xdata(), [STEPS[0], STEPS[2]])
+
+
 def test_training_without_a_loss_says_so():
     frame = measured().assign(val_loss=np.nan, train_loss=np.nan)
     scalars = pd.DataFrame({"step": [], "name": [], "value": []})
