@@ -84,7 +84,7 @@ def logged_records(file: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_a_wandb_run_has_the_values_and_the_configuration_of_its_run(run, monkeypatch):
+def test_a_wandb_run_has_the_values_and_the_configuration_of_the_run(run, monkeypatch):
     """Read back from the file that wandb would upload; the next run in the process has its own."""
     wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
@@ -153,7 +153,7 @@ def test_a_run_that_is_stopped_early_is_done(run, monitor):
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
+def test_the_weights_with_the_best_mean_over_layers_can_be_kept(run, mode):
     """Beside the run's own checkpoints, and they are those of that step."""
     keep = [
         "+callbacks.keep._target_=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -208,7 +208,7 @@ def test_processes_monitor_the_same_means(tmp_path):
     assert shown == pytest.approx(measured("ffn/mean/js", directory), rel=1e-6)
 
 
-def test_what_no_callback_can_know_is_refused_with_what_it_can(run):
+def test_an_unknown_name_to_monitor_is_refused_with_the_known_ones(run):
     stop = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
     status, _, err = run(*TINY, stop, "+callbacks.stop.monitor=pr_past")
     assert status == 1

@@ -139,7 +139,7 @@ def test_images_are_resized_and_other_optimizers_train_a_mixer(run):
     assert (metrics.status == "ok").all()
 
 
-def test_cifar_is_read_from_the_path_given(run, tmp_path):
+def test_cifar_is_read_from_the_given_path(run, tmp_path):
     folder = write_cifar(tmp_path / "cifar-100-python", n_train=20, n_test=7)
     status, _, err = run(
         *SMALL,
@@ -169,7 +169,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda v: " ".join(v)[:50])
-def test_images_that_do_not_do_fail_the_run_before_training(run, tmp_path, overrides, expected):
+def test_unsuitable_images_fail_the_run_before_training(run, tmp_path, overrides, expected):
     damaged = tmp_path / "damaged.tar.gz"
     damaged.write_bytes(b"\x1f\x8b" + bytes(100))
     filled = [text.replace("{damaged}", str(damaged)) for text in overrides]

@@ -79,7 +79,7 @@ def status(monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
     return call
 
 
-def test_every_state_is_told_from_the_others(new_run, at_work, status):
+def test_all_states_are_distinguished(new_run, at_work, status):
     """A dead run and a slow one have both been silent for long; a process holds the lock of one."""
     for name in ("running", "slow"):
         at_work(new_run(name))
@@ -123,7 +123,7 @@ def test_warnings_of_one_kind_are_one_line_and_errors_are_one_each(new_run, stat
     ]
 
 
-def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, status):
+def test_a_heartbeat_from_a_clock_that_is_ahead_counts_as_now(new_run, at_work, status):
     ahead = new_run("ahead")
     at_work(ahead)
     heard(ahead, -600)
@@ -131,7 +131,7 @@ def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, st
     assert " running 0/100 – 0 s ago " in rows[-1]
 
 
-def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
+def test_rows_show_the_differing_overrides_and_are_sorted_by_them(new_run, status):
     for name, seed in (("c", 1), ("a", 2), ("b", 0)):
         new_run(name, "model.n_layers=2", f"seed={seed}").finish("done", final={"val_loss": seed})
     rows, _ = status("sweep")
@@ -142,7 +142,7 @@ def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
     ]
 
 
-def test_brackets_of_an_override_are_shown_as_they_are(new_run, status):
+def test_brackets_in_an_override_are_shown_literally(new_run, status):
     """Rich would take [stdlib] for a style and stumble over [/data]."""
     for name, roots in (("a", "[stdlib]"), ("b", "[/data/code]")):
         new_run(name, f"data.corpus.roots={roots}").finish("done")
@@ -151,9 +151,7 @@ def test_brackets_of_an_override_are_shown_as_they_are(new_run, status):
     assert sorted(shown) == ["data.corpus.roots=[/data/code]", "data.corpus.roots=[stdlib]"]
 
 
-def test_the_step_is_that_of_the_last_measurement_where_it_is_ahead_of_the_heartbeat(
-    new_run, at_work
-):
+def test_the_step_is_that_of_the_last_measurement_if_it_is_ahead_of_the_heartbeat(new_run, at_work):
     record = new_run("a")
     at_work(record)
     store = RunStore(record.directory, record.run_id)
@@ -218,7 +216,7 @@ def test_a_run_without_a_lock_is_shown_with_no_time_left(new_run, status):
     assert "2 runs: 2 running" in below
 
 
-def test_a_run_of_other_code_has_no_last_step(tmp_path, monkeypatch, status):
+def test_a_run_of_other_code_has_no_maximum_step(tmp_path, monkeypatch, status):
     monkeypatch.chdir(tmp_path)
     RunRecord.create("own", {"lr": 0.1}).finish("done", step=7)
     rows, below = status("own")
@@ -244,7 +242,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_damaged_file_is_named_and_hides_no_other_run(new_run, status, name):
+def test_a_damaged_file_is_named_and_other_runs_are_shown(new_run, status, name):
     """Whichever file it is of, and whatever it holds."""
     new_run("sound").finish("done", final={"val_loss": 1.25})
     path, content = new_run(name, "seed=1").directory / BAD[name][0], BAD[name][1]
@@ -259,7 +257,7 @@ def test_a_damaged_file_is_named_and_hides_no_other_run(new_run, status, name):
         assert str(path).removeprefix(f"{Path.cwd()}/") in below
 
 
-def test_names_that_are_no_text_are_shown(new_run, status, monkeypatch):
+def test_names_that_are_not_valid_text_are_shown(new_run, status, monkeypatch):
     """To a terminal or a file that can write no such letters, nor dashes."""
     new_run(os.fsdecode(b"caf\xe9")).finish("done")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
@@ -269,7 +267,7 @@ def test_names_that_are_no_text_are_shown(new_run, status, monkeypatch):
     assert b"sweep/caf\\udce9" in sys.stdout.buffer.getvalue()
 
 
-def test_where_there_is_no_run_one_message_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_run_there_is_one_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -299,7 +297,7 @@ def test_neither_torch_nor_hydra_is_loaded():
     assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())
 
 
-def test_long_paths_are_whole_below_the_folder_that_is_named_once(new_run, status, capsys):
+def test_long_paths_are_shown_relative_to_their_folder_which_is_named_once(new_run, status, capsys):
     deep = "a_folder_of_a_project_that_is_deep/in_the_tree/of_a_group"
     for name in ("gelu", "relu"):
         new_run(f"../{deep}/{name}").finish("done")
@@ -364,7 +362,7 @@ def test_a_queue_that_does_not_answer_hides_no_run(new_run, status, queue, monke
     assert len(rows) == 1
 
 
-def test_slurm_is_not_asked_where_nothing_waits(new_run, status, queue):
+def test_slurm_is_not_asked_if_nothing_waits(new_run, status, queue):
     new_run("done").finish("done")
     queue("exit 1", j1="done")
     rows, below = status("sweep")
@@ -372,7 +370,7 @@ def test_slurm_is_not_asked_where_nothing_waits(new_run, status, queue):
     assert "not shown" not in below
 
 
-def test_it_is_shown_again_as_long_as_something_goes_on(new_run, at_work, status, monkeypatch):
+def test_watch_refreshes_while_any_run_is_active(new_run, at_work, status, monkeypatch):
     record = new_run("run")
     at_work(record)
     slept = []

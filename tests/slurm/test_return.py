@@ -73,7 +73,7 @@ def taken_away(cluster, new_sweep, local, out_of_time):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_requeued_or_preempted_run_ends_as_if_nothing_had_been(
+def test_a_requeued_or_preempted_run_ends_like_an_undisturbed_one(
     taken_away, seed, assert_same_rows
 ):
     record = taken_away[seed].records()[seed]
@@ -82,7 +82,7 @@ def test_a_requeued_or_preempted_run_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, seed):
+def test_it_resumes_where_it_was_in_the_same_directory_and_job(taken_away, seed):
     sweep = taken_away[seed]
     first, second = sweep.starts(seed)
     assert first.step == 0
@@ -113,7 +113,7 @@ def lost_sight_of(cluster, new_sweep, local):
     return sweep
 
 
-def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
+def test_a_repeated_command_waits_for_queued_and_running_trials_and_submits_none_twice(
     lost_sight_of, assert_same_rows
 ):
     sweep = lost_sight_of
@@ -129,7 +129,7 @@ def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
         assert_same_rows(sweep, seed)
 
 
-def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_time):
+def test_at_the_time_limit_a_run_is_requeued_as_often_as_allowed(cluster, out_of_time):
     sweep = out_of_time.result()
     assert sweep.finish() == 1
     assert "Job not requeued because: timed-out too many times." in sweep.logs()[0]
@@ -143,7 +143,7 @@ def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_ti
     assert state == "COMPLETED", "it is not queued again"
 
 
-def test_sent_again_it_ends_as_if_it_had_had_the_time(out_of_time, assert_same_rows):
+def test_a_repeated_command_completes_it_as_if_it_had_had_the_time(out_of_time, assert_same_rows):
     sweep = out_of_time.result()
     last = sweep.starts(0)[-1]
     sweep.release()

@@ -29,19 +29,19 @@ def sweep(cluster, new_sweep, local):
     return sent
 
 
-def test_there_is_one_process_a_device(cluster, sweep):
+def test_there_is_one_process_per_device(cluster, sweep):
     record = sweep.records()[0]
     assert cluster.job(record.job["id"])["NumTasks"] == "2"
     assert record.config["trainer"]["devices"] == 2
 
 
-def test_the_run_goes_on_where_it_was(sweep):
+def test_the_run_resumes_where_it_was(sweep):
     record = sweep.records()[0]
     assert (record.run_status, record.restarts) == ("done", 1)
     assert sweep.starts(0)[1].step > 20
 
 
-def test_the_rows_are_those_of_one_process(sweep, local):
+def test_the_rows_equal_those_of_one_process(sweep, local):
     """float32 gradients are summed in another order, which all steps of training amplify."""
     metrics, expected = sweep.rows(0)[0], local.rows(0)[0]
     assert metrics.step.tolist() == expected.step.tolist()

@@ -37,7 +37,7 @@ def takes(
         {"word": "c", "free": object(), "unknown": 3},  # left to the target
     ],
 )
-def test_what_an_annotation_allows_is_taken(values):
+def test_a_value_that_the_annotation_allows_is_accepted(values):
     require_types("data", takes, values)
 
 

@@ -410,7 +410,7 @@ def test_a_plan_costs_the_same_at_any_depth():
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-def test_a_plan_makes_no_constrained_weight(constraint, monkeypatch):
+def test_a_plan_computes_no_constrained_weight(constraint, monkeypatch):
     """To make one on the meta device takes milliseconds a matrix."""
 
     def refuse(*args, **kwargs):
@@ -424,7 +424,7 @@ def test_a_plan_makes_no_constrained_weight(constraint, monkeypatch):
     assert found == expected + n_lengths
 
 
-def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():
+def test_data_may_be_on_another_machine_when_a_run_is_planned():
     text = composed(*GPT, "data.corpus.roots=[/nowhere]", "data.tokenizer=/nowhere.json")
     images = composed(*MIXER, "data=cifar100", "data.images.path=/nowhere")
     data = [Plan.of(config).values["data"] for config in (text, images)]
@@ -432,14 +432,14 @@ def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():
     assert data[1]["images"]["path"] == "/nowhere"
 
 
-def test_a_plan_holds_the_values_that_the_run_takes():
+def test_a_plan_holds_the_values_that_the_run_uses():
     plan = Plan.of(composed(*GPT, "trainer.accumulate_grad_batches=3", "trainer.max_steps=5"))
     assert plan.data.sizes == {"n_train_batches": 15, "n_heldout_tokens": 8 * 128}
     assert plan.monitor.settings.keys().isdisjoint({"n_tokens", "store"})
     assert (plan.seed, plan.threads, plan.trainer.max_steps) == (0, None, 5)
 
 
-def test_the_model_of_the_data_must_tell_what_is_not_configured():
+def test_nothing_is_estimated_if_sizes_depend_on_the_data():
     estimate = Estimate.of(Plan.of(composed(*MIXER)))
     assert (estimate.n_parameters, estimate.memory_bytes) == (None, None)
 
@@ -460,7 +460,7 @@ def n_state(optimizer: torch.optim.Optimizer) -> int:
 @pytest.mark.parametrize(
     "optimizer", ["adamw", "sgd", "adafactor", "muon", "dion", "soap", "shampoo"]
 )
-def test_the_estimate_is_what_a_step_leaves(optimizer):
+def test_the_estimate_equals_the_memory_after_a_step(optimizer):
     """Against the tensors of a network that has taken two steps, and D² or d² for the monitor."""
     config = composed(*GPT, f"optimizer={optimizer}", "data.vocab_size=300")
     with at_once():
@@ -480,7 +480,7 @@ def test_the_estimate_is_what_a_step_leaves(optimizer):
 
 
 @pytest.mark.parametrize(("shortcut", "width"), [("true", 128), ("projected", 32), ("false", 128)])
-def test_of_16_bits_the_input_is_held_where_pre_is_projected(shortcut, width):
+def test_with_16_bits_the_covariance_of_the_input_is_kept_only_if_pre_is_projected(shortcut, width):
     def memory(*overrides: str) -> float:
         plan = Plan.of(composed(*GPT, "data.vocab_size=300", *overrides))
         return Estimate.of(plan).memory_bytes
@@ -491,14 +491,14 @@ def test_of_16_bits_the_input_is_held_where_pre_is_projected(shortcut, width):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_optimizers_of_single_numbers_take_shards(optimizer):
+def test_elementwise_optimizers_accept_shards(optimizer):
     plan = Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
     assert plan.values["trainer"]["strategy"] == "fsdp"
     assert plan.values["optimizer"]["name"] == optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "shampoo", "muon", "dion", "adafactor"])
-def test_optimizers_of_matrices_take_copies(optimizer):
+def test_optimizers_of_matrices_accept_copies_but_no_shards(optimizer):
     plan = Plan.of(composed(*GPT, "trainer=ddp", f"optimizer={optimizer}"))
     assert plan.values["trainer"]["strategy"] == "ddp"
     assert plan.values["optimizer"]["name"] == optimizer
@@ -506,7 +506,7 @@ def test_optimizers_of_matrices_take_copies(optimizer):
         Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
 
 
-def test_a_callback_of_ones_own_may_log_what_another_monitors():
+def test_a_callback_may_monitor_what_a_callback_of_the_user_logs():
     own = ("+callbacks.mine._target_=support.KeepWeights",)
     stop = (
         f"+callbacks.a._target_={CALLBACKS}.EarlyStopping",
@@ -517,7 +517,7 @@ def test_a_callback_of_ones_own_may_log_what_another_monitors():
         Plan.of(composed(*GPT, *stop))
 
 
-def test_steps_are_asked_for_on_the_command_line_and_change_no_id_where_they_are_not():
+def test_steps_change_the_id_of_a_run_only_if_they_are_given():
     spaced = Plan.of(composed(*GPT, "monitor.every_n_steps=null", "monitor.steps=log:30"))
     assert spaced.monitor.settings["steps"] == "log:30"
     plain = Plan.of(composed(*GPT)).values

@@ -21,9 +21,7 @@ TIMER = [
 
 
 @pytest.mark.parametrize("limit", [MAX_TIME, TIMER], ids=["max_time", "Timer"])
-def test_a_run_whose_time_is_over_goes_on_when_called_again(
-    experiment, assert_same, tmp_path, limit
-):
+def test_a_run_that_reached_its_time_limit_is_resumed(experiment, assert_same, tmp_path, limit):
     """No time at all is one step a start; the rows are those of a run that nothing stopped."""
     experiment("whole")
     for restarts in range(4):
@@ -36,7 +34,7 @@ def test_a_run_whose_time_is_over_goes_on_when_called_again(
     assert_same("whole", "pieces")
 
 
-def test_a_rule_on_results_ends_a_run_as_done_and_is_recorded(experiment, tmp_path):
+def test_early_stopping_ends_a_run_as_done_and_is_recorded(experiment, tmp_path):
     stop = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
     rule = ["+callbacks.stop.monitor=val_loss", "+callbacks.stop.stopping_threshold=100"]
     experiment("run", stop, *rule)
@@ -52,7 +50,7 @@ class StopOnce(L.Callback):
         trainer.should_stop = trainer.global_step == 3
 
 
-def test_a_run_that_something_ended_early_is_not_done_and_goes_on(experiment, tmp_path):
+def test_a_run_that_was_ended_early_without_a_reason_is_not_done(experiment, tmp_path):
     stop = [f"+callbacks.stop._target_={__name__}.StopOnce"]
     with pytest.raises(Interrupted, match="something else ended training at step 3 of 5"):
         experiment("run", *stop)
@@ -63,7 +61,7 @@ def test_a_run_that_something_ended_early_is_not_done_and_goes_on(experiment, tm
     assert (record.run_status, record.step, record.stopped_by) == ("done", 5, None)
 
 
-def test_a_run_that_validated_a_part_is_not_done(experiment, tmp_path, monkeypatch):
+def test_a_run_that_validated_on_part_of_the_data_is_not_done(experiment, tmp_path, monkeypatch):
     """Whatever limited the batches."""
     monkeypatch.setattr("nerve.data.batches.HeldOutBatches.__len__", lambda self: 1)
     with pytest.raises(MeasurementError, match=r"1,024 targets; the last validation saw 64\."):
@@ -80,7 +78,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("variables", TASKS.values(), ids=TASKS)
-def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path, variables):
+def test_a_run_on_one_device_is_complete_in_any_task_of_a_job(small, tmp_path, variables):
     """In a process of its own, whose rank is read from the variables."""
     job = {"SLURM_JOB_NAME": "a", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
     environment, log = {**os.environ, **job, **variables}, tmp_path / "log"
@@ -92,7 +90,7 @@ def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path,
     assert nerve.load_metrics(tmp_path / "run").step.max() == 5
 
 
-def test_a_run_that_learned_nothing_says_so(experiment, tmp_path, capsys):
+def test_a_run_that_learned_nothing_has_a_warning(experiment, tmp_path, capsys):
     """A finite loss, however absurd: done, with a warning in its record, its summary and the
     command that lists runs. One that learned has none, nor one of images."""
     experiment("absurd", "optimizer=sgd", "optimizer.lr=1e-9")

@@ -29,7 +29,7 @@ def late(monkeypatch):
     ("source", "cause", "measured"),
     [("heldout", signal.SIGTERM, [0, 1, 2, 3, 4]), ("train", ValueError("mine"), [0, 1, 2])],
 )
-def test_what_is_solved_late_is_there_when_a_run_ends_early_and_after_it_has_gone_on(
+def test_late_spectra_are_stored_when_a_run_is_interrupted_and_after_it_resumed(
     experiment, stop_at, go_on, late, tmp_path, source, cause, measured
 ):
     """In the fourth step, with a checkpoint of the second one; loggers get it whenever it comes."""

@@ -62,7 +62,7 @@ def _count_down(left: int) -> None:
 @pytest.mark.parametrize(
     ("n_checkpoints", "n_kills"), [(4, 3), pytest.param(8, 20, marks=pytest.mark.slow)]
 )
-def test_a_series_that_is_killed_ends_as_one_that_was_not(
+def test_a_killed_series_ends_like_an_undisturbed_one(
     n_checkpoints, n_kills, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)

@@ -52,7 +52,7 @@ def assert_readable(directory: Path) -> RunState:
     ("seed", "n_kills"),
     [(0, 24), pytest.param(1, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
 )
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(
+def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(
     small, assert_same, tmp_path, seed, n_kills
 ):
     """Dozens of SIGKILLs, during flush, compaction, checkpoint and measurement, each followed by a

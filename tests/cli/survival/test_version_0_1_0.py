@@ -47,7 +47,7 @@ def stored(run: str, name: str) -> pd.DataFrame:
     return pq.read_table(part).to_pandas()
 
 
-def test_the_rows_are_loaded_as_they_were_stored_and_new_columns_are_null(copy):
+def test_the_rows_are_loaded_unchanged_and_new_columns_are_null(copy):
     loaded = {
         "metrics": nerve.load_metrics(copy),
         "spectra": nerve.load_spectra(copy),
@@ -83,14 +83,14 @@ def test_the_model_is_loaded(copy):
     assert logits.shape == (1, 8, 264)
 
 
-def test_a_run_that_is_done_is_left_as_it_is(copy, run):
+def test_a_completed_run_is_left_unchanged(copy, run):
     before = Path("done/run.json").read_bytes()
     status, _, err = run("resume=done")
     assert status == 0, err
     assert Path("done/run.json").read_bytes() == before
 
 
-def test_the_interrupted_run_goes_on_to_what_the_other_one_left(copy, run):
+def test_the_interrupted_run_is_resumed_to_the_result_of_the_other_one(copy, run):
     """It keeps its rows exactly. Later ones are those of the run that was never interrupted, to
     the digits that versions of torch and processors share."""
     before = {name: stored("interrupted", name) for name in ("metrics", "spectra", "scalars")}

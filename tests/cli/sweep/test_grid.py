@@ -20,7 +20,7 @@ from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock
 
 
-def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_path, capsys):
+def test_runs_are_found_by_their_configuration_and_the_best_one_is_used(tmp_path, capsys):
     """Done, then at work, then the furthest, then the last heard of; only directly below."""
     config = {"seed": 1}
     for name, run_status, step in (
@@ -51,14 +51,14 @@ def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_pat
     )
 
 
-def test_a_folder_that_is_not_there_holds_no_run(tmp_path):
+def test_a_missing_folder_holds_no_run(tmp_path):
     stored = StoredRuns()
     own = stored.at(tmp_path / "nowhere" / "0123456789ab")
     assert stored.run_of(own, "0123456789ab") is own
 
 
 @pytest.mark.parametrize("run_status", ["done", "running"])
-def test_a_run_that_is_done_or_at_work_under_its_own_name_stays(tmp_path, capsys, run_status):
+def test_a_completed_or_active_run_named_by_its_id_is_used(tmp_path, capsys, run_status):
     """What is beside it is not even read: of the broken record nothing is said."""
     RunRecord.create(tmp_path / "beside", {"seed": 1}).finish("done", step=9)
     (tmp_path / "broken").mkdir()
