@@ -1,4 +1,4 @@
-"""Command lines that are refused: what is said of them, and that nothing is left behind."""
+"""Command lines that are refused: the messages, and that nothing is left behind."""
 
 import os
 import signal
@@ -126,7 +126,7 @@ NOTHING_TO_RUN = [
 
 @pytest.mark.parametrize("arguments", NOTHING_TO_RUN, ids=lambda a: " ".join(a)[:40])
 def test_a_refused_command_leaves_no_directory(run, tmp_path, arguments):
-    """Nor those around it; one that was there before stays."""
+    """Nor its parents; an existing one is kept."""
     (tmp_path / "own").mkdir()
     status, _, err = run(*arguments)
     assert status == 1

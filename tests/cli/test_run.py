@@ -1,4 +1,4 @@
-"""`nerve-run`, as a user calls it: what a run leaves, and what it says of bad input."""
+"""`nerve-run`, as a user calls it: what a run stores, and its messages for bad input."""
 
 import errno
 import json
@@ -112,7 +112,7 @@ def test_a_single_layer_can_be_measured(run, tiny, tmp_path):
 
 
 def test_a_trial_of_a_multirun_leaves_the_same_as_a_single_run(run, tiny, monkeypatch):
-    """Its process of its own changes no bit; called again, the command starts none."""
+    """Its separate process changes no bit; the repeated command starts none."""
     monkeypatch.setenv("PYTHONPATH", lean_path())
     design = [*tiny, "activation=relu", "logger=none"]
     assert run(*design, "hydra.run.dir=single")[0] == 0
@@ -185,7 +185,7 @@ def test_the_version_of_nerve_is_printed_before_that_of_hydra(monkeypatch, capsy
 
 
 def test_a_closed_pipe_ends_a_command_with_a_message(monkeypatch, capsys):
-    """As of `nerve-run --help | head`: it was told that its output directory is not writable."""
+    """As in `nerve-run --help | head`, which once reported an unwritable output directory."""
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)
 
     def no_reader():
@@ -263,7 +263,7 @@ def test_a_spectrum_dominated_by_a_few_samples_is_reported_at_the_end(run, tiny,
 
 
 def test_a_run_is_done_even_if_its_summary_cannot_be_printed(run, tiny, monkeypatch):
-    """A full disk under the log, or a pipe that nobody reads."""
+    """Because the disk with the log is full, or nobody reads the pipe."""
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -331,7 +331,7 @@ def test_values_that_may_be_read_can_be_added(arguments):
 
 
 def test_values_that_the_run_sets_itself_cannot_be_added(monkeypatch):
-    """Whatever the trainer is given beside the configuration, and what the monitor sets."""
+    """All that the trainer gets in addition to the configuration, and what the monitor sets."""
     given: dict = {}
 
     def build_nothing(node, *, key, **arguments):
@@ -351,7 +351,7 @@ def test_values_that_the_run_sets_itself_cannot_be_added(monkeypatch):
 
 
 def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkeypatch):
-    """One run, a sweep of which one trial is refused, and one of the shipped sweeps."""
+    """For one run, a sweep with a refused trial, and a shipped sweep."""
 
     def refuse(*args, **kwargs):
         pytest.fail("it reads data")
@@ -403,7 +403,7 @@ def test_a_missing_gpu_is_refused_by_name(run, tiny, monkeypatch):
 
 
 def test_the_unigram_loss_is_recorded(run, tiny, tmp_path):
-    """An untrained model knows less than the unigram distribution; both stand in the record."""
+    """An untrained model has a higher loss than the unigram distribution."""
     assert run(*tiny)[0] == 0
     record = nerve.load_runs(tmp_path).iloc[0]
     first = nerve.load_metrics(tmp_path).sort_values("step").val_loss.iloc[0]

@@ -1,4 +1,4 @@
-"""`nerve-status`: what it says of runs in every state, from their directories alone."""
+"""`nerve-status`: runs in every state, read from their directories alone."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def new_run(tmp_path, monkeypatch) -> NewRun:
 
 @pytest.fixture
 def at_work() -> Iterator[Callable[[RunRecord], None]]:
-    """Takes the locks of runs, as their processes would."""
+    """Takes the locks of runs, like their processes."""
     locks: list[RunLock] = []
     yield lambda record: locks.append(RunLock(record.directory))
     for lock in locks:
@@ -57,7 +57,7 @@ def at_work() -> Iterator[Callable[[RunRecord], None]]:
 
 
 def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
-    """Makes the last sign of life that old."""
+    """Sets the age of the heartbeat."""
     record.update(step=step)
     path = record.directory / RECORD_NAME
     then = datetime.now(UTC) - timedelta(seconds=seconds_ago)
@@ -67,7 +67,8 @@ def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
 
 @pytest.fixture
 def status(monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
-    """Calls `nerve-status`; gives the rows of its table, blanks made one, and the lines below."""
+    """Calls `nerve-status`; returns the rows of its table without repeated blanks, and the lines
+    below it."""
 
     def call(*paths: str) -> tuple[list[str], str]:
         monkeypatch.setattr(sys, "argv", ["nerve-status", *paths])
@@ -80,7 +81,7 @@ def status(monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
 
 
 def test_all_states_are_distinguished(new_run, at_work, status):
-    """A dead run and a slow one have both been silent for long; a process holds the lock of one."""
+    """A dead and a slow run have both been silent for long, but a process holds the lock of one."""
     for name in ("running", "slow"):
         at_work(new_run(name))
     heard(RunRecord.load("sweep/slow"), 300, step=7)
@@ -143,7 +144,7 @@ def test_rows_show_the_differing_overrides_and_are_sorted_by_them(new_run, statu
 
 
 def test_brackets_in_an_override_are_shown_literally(new_run, status):
-    """Rich would take [stdlib] for a style and stumble over [/data]."""
+    """Rich would take [stdlib] for a style and fail at [/data]."""
     for name, roots in (("a", "[stdlib]"), ("b", "[/data/code]")):
         new_run(name, f"data.corpus.roots={roots}").finish("done")
     rows, _ = status("sweep")
@@ -171,8 +172,8 @@ def test_several_paths_are_shown_together_and_outputs_is_the_default(new_run, st
 
 
 def test_time_left_follows_the_pace_of_this_process(new_run, at_work):
-    """20 steps in the 40 s since the part of step 10 leave 70 steps at 2 s, 5 s of them past. What
-    was written before the process began, at another pace, does not count."""
+    """20 steps in the 40 s since the part of step 10 leave 70 steps of 2 s, minus the 5 s since.
+    Parts written before the process began, at another pace, do not count."""
     record = new_run("resumed", restarts=1)
     store = RunStore(record.directory, record.run_id)
     for step, loss in ((5, 3.0), (10, 2.5)):
@@ -204,7 +205,7 @@ def test_time_left_is_unknown_before_there_is_a_pace(new_run, at_work):
 
 
 def test_a_run_without_a_lock_is_shown_with_no_time_left(new_run, status):
-    """Recorded by code of one's own, or copied from another host without its dotfiles."""
+    """Recorded by code of the user, or copied from another host without hidden files."""
     heard(new_run("own"), 5, step=30)
     heard(new_run("copied", host="elsewhere"), 5, step=30)
     assert status_of(Path("sweep/own")).left_s is None
@@ -243,7 +244,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_damaged_file_is_named_and_other_runs_are_shown(new_run, status, name):
-    """Whichever file it is of, and whatever it holds."""
+    """Any file of a run, with any contents."""
     new_run("sound").finish("done", final={"val_loss": 1.25})
     path, content = new_run(name, "seed=1").directory / BAD[name][0], BAD[name][1]
     if isinstance(content, dict):
@@ -258,7 +259,7 @@ def test_a_damaged_file_is_named_and_other_runs_are_shown(new_run, status, name)
 
 
 def test_names_that_are_not_valid_text_are_shown(new_run, status, monkeypatch):
-    """To a terminal or a file that can write no such letters, nor dashes."""
+    """On a terminal or in a file whose encoding lacks these characters and dashes."""
     new_run(os.fsdecode(b"caf\xe9")).finish("done")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
@@ -309,7 +310,7 @@ def test_long_paths_are_shown_relative_to_their_folder_which_is_named_once(new_r
 
 @pytest.fixture
 def queue(monkeypatch, tmp_path):
-    """Sends jobs for trials of `sweep` as `nerve-run` does, and sets what squeue prints."""
+    """Submits jobs for trials of `sweep` like `nerve-run`, and sets what squeue prints."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "squeue"
@@ -328,8 +329,8 @@ def queue(monkeypatch, tmp_path):
 
 
 def test_trials_in_slurms_queue_are_listed(new_run, status, queue):
-    """Also where no run is there yet, and one that goes on in its place; of those that are at work
-    or done the directory says more."""
+    """Also without a run so far, and one that will be resumed; for active and completed runs the
+    directory says more."""
     new_run("going on").finish("interrupted", step=50)
     new_run("done").finish("done", final={"val_loss": 1.25})
     queue(

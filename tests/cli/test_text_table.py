@@ -1,4 +1,4 @@
-"""Tables against rich's, and how they fold."""
+"""Tables compared with those of rich, and how cells are folded."""
 
 import io
 

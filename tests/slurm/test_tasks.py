@@ -1,4 +1,4 @@
-"""One run of several processes: Slurm starts them, one a device, and all of them come back."""
+"""One run with several processes: Slurm starts one per device, and all of them come back."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ NUMBERS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "val
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """Two processes on one node, which are told to save and come back."""
+    """Two processes on one node, which are asked to save and come back."""
     sent = new_sweep("tasks")
     sent.send(
         "seed=0",
@@ -42,7 +42,7 @@ def test_the_run_resumes_where_it_was(sweep):
 
 
 def test_the_rows_equal_those_of_one_process(sweep, local):
-    """float32 gradients are summed in another order, which all steps of training amplify."""
+    """float32 gradients are summed in another order, and training amplifies the difference."""
     metrics, expected = sweep.rows(0)[0], local.rows(0)[0]
     assert metrics.step.tolist() == expected.step.tolist()
     np.testing.assert_allclose(metrics[NUMBERS], expected[NUMBERS], rtol=1e-3)

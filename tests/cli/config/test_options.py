@@ -1,4 +1,4 @@
-"""A group of which one option is meant takes no list: two options would be merged into one run."""
+"""A group that takes one option refuses a list, which would be merged into one run."""
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -1,4 +1,4 @@
-"""Keys whose values are paths take any path, as it is, and what is printed of it can be pasted."""
+"""Keys of paths accept any path literally, and what is printed can be pasted into a shell."""
 
 import shlex
 

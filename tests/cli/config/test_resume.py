@@ -1,4 +1,4 @@
-"""`resume=<run directory>`: the run's own configuration, and nothing that would make it another."""
+"""`resume=<run directory>` uses the configuration of the run, and refuses other values."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from nerve.errors import StoreError
 
 @pytest.fixture
 def begun(run, experiments) -> str:
-    """The directory of a run whose group options and values are not the default ones."""
+    """The directory of a run with options and values that differ from the defaults."""
     assert run("hydra.run.dir=it", "optimizer=muon", "ffn=gated", "seed=3", "threads=1")[0] == 0
     return "it"
 
@@ -77,7 +77,7 @@ def test_resume_null_is_an_ordinary_run(run, experiments):
     "content", [b"[a: b: c", b"- 1\n- 2\n", b"5", b"\xff\xfe\x00", b"\x00" * 50, b"", b"a: ${"]
 )
 def test_a_damaged_configuration_is_named(tmp_path, content):
-    """Cut, overwritten, or of another kind; before anything is composed of it."""
+    """Truncated, overwritten, or of another kind; before anything is composed."""
     saved = tmp_path / ".hydra" / "config.yaml"
     saved.parent.mkdir()
     saved.write_bytes(content)

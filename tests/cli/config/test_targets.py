@@ -1,4 +1,4 @@
-"""Stored configurations name classes where they were; conf/ names them where they are."""
+"""Stored configurations name classes by their old modules; conf/ names the current ones."""
 
 import re
 

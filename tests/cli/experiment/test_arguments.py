@@ -1,4 +1,4 @@
-"""Values are held to the annotations of the arguments that take them."""
+"""Values are checked against the annotations of their parameters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def takes(
     word: Literal["a", "b"] = "a",
     free=None,
 ) -> None:
-    """What a data module of one's own may take."""
+    """The parameters of a data module of the user."""
 
 
 @pytest.mark.parametrize(

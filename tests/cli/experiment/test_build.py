@@ -1,4 +1,4 @@
-"""What is built of a plan, from where."""
+"""The parts of a run that are built from a plan."""
 
 import sys
 from pathlib import Path

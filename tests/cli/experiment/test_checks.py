@@ -302,7 +302,7 @@ BAD = [([*GPT, *bad], texts) for bad, texts in BAD_GPT] + [
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported():
-    """What the first plan of a process imports is no work of a plan."""
+    """Imports by the first plan of a process do not count."""
     Plan.of(composed(*GPT, "optimizer=soap"))
 
 
@@ -322,7 +322,7 @@ def _without_data(monkeypatch):
 
 @contextmanager
 def at_once():
-    """Fails where more is done than a plan has the time for; gives the calls, in a list."""
+    """Fails if a plan enters too many functions; yields their number, in a list."""
     calls = [0]
 
     def count(frame, event, argument):
@@ -390,7 +390,7 @@ def test_a_value_of_any_kind_is_planned_or_refused():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_shipped_model_is_planned_at_once_with_each_constraint(preset):
-    """What is refused last is refused then, too."""
+    """The last checks are included."""
     path = ["data.images.path=/nowhere"] if preset.startswith("mixer_b") else []
     config = composed("logger=none", f"model={preset}", *path)
     for constraint in CONSTRAINTS:
@@ -411,7 +411,7 @@ def test_a_plan_costs_the_same_at_any_depth():
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_a_plan_computes_no_constrained_weight(constraint, monkeypatch):
-    """To make one on the meta device takes milliseconds a matrix."""
+    """Computing one on the meta device takes milliseconds per matrix."""
 
     def refuse(*args, **kwargs):
         pytest.fail("a plan needs the shapes of parameters, not the weight that they make")
@@ -445,7 +445,7 @@ def test_nothing_is_estimated_if_sizes_depend_on_the_data():
 
 
 def n_state(optimizer: torch.optim.Optimizer) -> int:
-    """Numbers that an optimizer keeps, counters apart."""
+    """How many numbers an optimizer keeps, not counting counters."""
 
     def count(value: object) -> int:
         if isinstance(value, torch.Tensor):
@@ -461,7 +461,7 @@ def n_state(optimizer: torch.optim.Optimizer) -> int:
     "optimizer", ["adamw", "sgd", "adafactor", "muon", "dion", "soap", "shampoo"]
 )
 def test_the_estimate_equals_the_memory_after_a_step(optimizer):
-    """Against the tensors of a network that has taken two steps, and D² or d² for the monitor."""
+    """Compared with the tensors of a network after two steps, plus D² or d² for the monitor."""
     config = composed(*GPT, f"optimizer={optimizer}", "data.vocab_size=300")
     with at_once():
         plan = Plan.of(config)

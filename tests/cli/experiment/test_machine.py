@@ -1,4 +1,4 @@
-"""What a run records of its devices; which process records it, by what the run asks for."""
+"""The devices that a run records, the process that records it, and the memory that it needs."""
 
 from types import SimpleNamespace
 
@@ -89,7 +89,7 @@ def test_a_machine_whose_gpu_has_no_float64_is_refused(no_cuda, accelerator):
 
 
 def test_devices_that_are_listed_in_a_string_are_counted(monkeypatch):
-    """As Lightning reads them; the others of the machine do not take part."""
+    """As Lightning reads them; the other devices of the machine are not used."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     listed = {"accelerator": "gpu", "devices": "0,3"}
     assert n_processes_of(listed) == n_processes_of(listed | {"devices": [0, 3]}) == 2
@@ -129,7 +129,7 @@ PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_no_preset_is_refused_if_it_fits(preset, precision):
-    """What the estimate counts, which leaves activations out, is more than the lower bound."""
+    """The estimate, which leaves out activations, is above the lower bound."""
     images = ["data.images.path=x"] if preset in ("mixer_b16", "mixer_b4") else []
     plan = Plan.of(
         composed("logger=none", f"model={preset}", f"trainer.precision={precision}", *images)

@@ -1,4 +1,4 @@
-"""Devices of a trial against what the launcher gives it."""
+"""The devices that a trial requests, compared with what its launcher provides."""
 
 import pytest
 

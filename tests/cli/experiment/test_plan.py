@@ -1,4 +1,4 @@
-"""What a run returns to a sweeper, whether it is trained now or was before."""
+"""What a run returns to a sweeper, whether it trains now or was done before."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TINY = [*TINY_RUN, "trainer.max_steps=3", "hydra.run.dir=it"]
 
 @pytest.fixture
 def returned(monkeypatch) -> list[float]:
-    """What the task returned to Hydra, at each call."""
+    """What the task has returned to Hydra, one entry per call."""
     values: list[float] = []
     task: Callable[..., float] = experiment.run_experiment
 
@@ -34,7 +34,7 @@ def returned(monkeypatch) -> list[float]:
 
 
 def test_a_run_returns_its_objective_also_when_it_is_already_done(run, returned, monkeypatch):
-    """The loss unless another is named, which makes it no other run."""
+    """The loss by default; another objective does not make it another run."""
     assert run(*TINY)[0] == 0
     final = RunRecord.load("it").final
     last = nerve.load_metrics("it").query("step == 3")
@@ -52,7 +52,7 @@ def test_a_run_returns_its_objective_also_when_it_is_already_done(run, returned,
 
 
 def test_a_trial_of_another_sweeper_returns_its_objective(run, returned):
-    """Of a sweeper that takes what tasks return; the id of the trial is that of any objective."""
+    """To a sweeper that uses it; the id of the trial does not depend on the objective."""
     several = ["-m", "hydra/sweeper=basic", *TINY[:-1], "seed=0,1"]
     status, _, err = run(*several, "objective=se_pre")
     assert (status, err) == (0, "")

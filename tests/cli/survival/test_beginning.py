@@ -1,4 +1,4 @@
-"""What `nerve-run` does with a directory that a run has used before."""
+"""What `nerve-run` does in a directory that already holds a run."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def test_a_completed_run_reports_it_and_does_nothing(run, tiny, files):
 
 
 def as_an_earlier_version_wrote_it(directory: str) -> str:
-    """Gives the record another id, the data another module, and takes out a key added since."""
+    """Changes the id in the record and the module of the data, and removes a key added since."""
     path = Path(directory) / "run.json"
     values = json.loads(path.read_text())
     values["config_id"], now = "0123456789ab", values["config_id"]
@@ -65,7 +65,7 @@ def as_an_earlier_version_wrote_it(directory: str) -> str:
 
 
 def test_a_directory_of_an_earlier_version_is_resumed(run, tiny, stop_at, go_on):
-    """With an infinite value, too, which run.json writes in its own way."""
+    """Also with an infinite value, for which run.json has a special form."""
     stop_at(1, signal.SIGINT)
     infinite = [*tiny, "trainer.gradient_clip_val=inf"]
     assert run(*infinite)[0] == 130
@@ -133,7 +133,7 @@ def test_after_a_second_ctrl_c_the_run_resumes_from_its_last_checkpoint(
 
 
 def test_the_previous_signal_handler_is_called_once_all_is_saved(run, tiny, stop_at):
-    """As in a job of submitit, whose handler gives the job back to SLURM and exits."""
+    """As in a job of submitit, whose handler requeues the job and exits."""
     seen = []
 
     def requeue(signum, frame):
@@ -274,7 +274,7 @@ def test_the_progress_bar_of_a_resumed_run_starts_at_its_step(run, tiny, stop_at
 
 @pytest.mark.parametrize("where", ["omegaconf.OmegaConf.save", "pathlib.Path.mkdir"])
 def test_a_full_disk_at_the_start_is_reported_as_such(tmp_path, monkeypatch, where):
-    """Before anything of ours is written: the configuration comes first."""
+    """Before anything else is written: the configuration comes first."""
 
     def refuse(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -288,7 +288,7 @@ def test_a_full_disk_at_the_start_is_reported_as_such(tmp_path, monkeypatch, whe
 
 
 def test_a_resumed_run_names_the_foreign_targets_of_its_directory(tmp_path, caplog):
-    """Nobody has given it on the command line this time."""
+    """They were not given on the command line this time."""
     config = composed("+callbacks.mine._target_=own.code.Thing", with_hydra=True)
     HydraConfig.instance().set_config(config)
     hydra_config = config.hydra

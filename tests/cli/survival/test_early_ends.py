@@ -1,4 +1,4 @@
-"""A run that ends before its last step without an error: done, or to be gone on with."""
+"""A run that ends early without an error is either done or to be resumed."""
 
 import os
 
@@ -22,7 +22,7 @@ TIMER = [
 
 @pytest.mark.parametrize("limit", [MAX_TIME, TIMER], ids=["max_time", "Timer"])
 def test_a_run_that_reached_its_time_limit_is_resumed(experiment, assert_same, tmp_path, limit):
-    """No time at all is one step a start; the rows are those of a run that nothing stopped."""
+    """With no time at all, each start does one step; the rows equal those of an undisturbed run."""
     experiment("whole")
     for restarts in range(4):
         with pytest.raises(Interrupted, match=r"the 0 s of trainer\.max_time are over"):
@@ -44,7 +44,7 @@ def test_early_stopping_ends_a_run_as_done_and_is_recorded(experiment, tmp_path)
 
 
 class StopOnce(L.Callback):
-    """Asks training to stop, for no reason that anybody could name."""
+    """Makes training stop without a recorded reason."""
 
     def on_train_batch_end(self, trainer, *args):
         trainer.should_stop = trainer.global_step == 3
@@ -62,7 +62,7 @@ def test_a_run_that_was_ended_early_without_a_reason_is_not_done(experiment, tmp
 
 
 def test_a_run_that_validated_on_part_of_the_data_is_not_done(experiment, tmp_path, monkeypatch):
-    """Whatever limited the batches."""
+    """For any limit on the batches."""
     monkeypatch.setattr("nerve.data.batches.HeldOutBatches.__len__", lambda self: 1)
     with pytest.raises(MeasurementError, match=r"1,024 targets; the last validation saw 64\."):
         experiment("run", "monitor.n_tokens=1024")
@@ -79,7 +79,7 @@ TASKS = {
 
 @pytest.mark.parametrize("variables", TASKS.values(), ids=TASKS)
 def test_a_run_on_one_device_is_complete_in_any_task_of_a_job(small, tmp_path, variables):
-    """In a process of its own, whose rank is read from the variables."""
+    """In its own process, whose rank comes from environment variables."""
     job = {"SLURM_JOB_NAME": "a", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
     environment, log = {**os.environ, **job, **variables}, tmp_path / "log"
     process = nerve_run(

@@ -1,4 +1,4 @@
-"""SIGKILL to `nerve-probe`: what it has measured stays, and what it has not is measured next."""
+"""After SIGKILL, `nerve-probe` keeps what it has measured and measures the rest."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from .killer import kill_probes
 
 
 def kill_pieces(n_kills: int) -> None:
-    """Probes in pieces, each of which is killed at some change that it makes to the files."""
+    """Probes in pieces, each of which is killed at a change to the file system."""
     llama()  # likewise
     rng, kills, n_done, status = random.Random(n_kills), 0, 0, 1
     while kills < n_kills or status:

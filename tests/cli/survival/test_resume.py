@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed leaves what it would have left undisturbed, bit for bit."""
+"""A run that is stopped and resumed equals an undisturbed one, bit for bit."""
 
 import signal
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_a_run_stopped_at_every_step_equals_an_undisturbed_one(
 def test_an_image_classifier_resumes_just_as_exactly(
     tmp_path, monkeypatch, run, stop_at, assert_same
 ):
-    """Through the command; accuracy is among the scores that a resumed run ends with."""
+    """Through the command; the final scores of a resumed run include the accuracy."""
     mixer = ["model=mixer_tiny", "model.n_layers=1", "model.d_model=16", "data.batch_size=8"]
     mixer += ["trainer.max_steps=3", "monitor.every_n_steps=2", "trainer.log_every_n_steps=1"]
     mixer += ["trainer.enable_progress_bar=false", "threads=1"]
@@ -76,7 +76,7 @@ def test_an_image_classifier_resumes_just_as_exactly(
 def test_a_run_killed_after_saving_its_last_step_only_has_to_be_recorded_as_done(
     experiment, assert_same, monkeypatch, tmp_path
 ):
-    """Nothing is left to train: scores and rows come from the checkpoint."""
+    """Nothing is left to train; scores and rows come from the checkpoint."""
     experiment("whole")
 
     def die(*args, **kwargs):
@@ -126,7 +126,7 @@ def fail_in_step_4(stop_at, go_on) -> Callable[[Callable[[], float]], None]:
 def test_weights_kept_after_the_last_checkpoint_are_written_again(
     experiment, fail_in_step_4, assert_same, tmp_path
 ):
-    """The last checkpoint is of step 2, and step 3 is done again."""
+    """The last checkpoint is that of step 2, so step 3 is repeated."""
     experiment("whole", "checkpoint.keep=[1,3]")
     keep = ["checkpoint.keep=[1,3]", "checkpoint.every_n_steps=2"]
     fail_in_step_4(lambda: experiment("pieces", *keep))
@@ -142,7 +142,7 @@ def test_weights_kept_after_the_last_checkpoint_are_written_again(
 def test_weights_kept_after_the_step_of_the_resume_are_dropped(
     experiment, fail_in_step_4, every, left
 ):
-    """They are of steps whose rows are dropped; without a checkpoint that is every step."""
+    """The rows of these steps are dropped; without a checkpoint, those of all steps."""
     cadence = f"checkpoint.every_n_steps={every}"
     fail_in_step_4(lambda: experiment("run", "checkpoint.keep=[1,3]", cadence))
     assert RunDirectory("run").kept_steps() == [1, 3]
@@ -163,7 +163,7 @@ def test_a_step_to_keep_that_is_already_past_is_named(experiment, stop_at, go_on
 
 
 def test_the_weights_of_step_0_are_the_initial_ones(experiment, tmp_path):
-    """They stay when the run is done, as do the last ones, of which they are no copies."""
+    """They are kept when the run is done, like the last ones, from which they differ."""
     experiment("run", "checkpoint.keep=[0,5]")
     record = RunRecord.load("run")
     assert record.run_status == "done"
@@ -193,7 +193,7 @@ def test_the_cadence_of_checkpoints_changes_nothing(experiment, assert_same, tmp
 def test_on_a_gpu_a_resumed_run_has_the_rows_of_an_undisturbed_one(
     experiment, stop_at, go_on, tmp_path
 ):
-    """In bfloat16 with dropout; kernels may add in another order, hence not bit for bit."""
+    """In bfloat16 with dropout; not bit for bit, because kernels may sum in another order."""
     gpu = ["trainer=gpu", "model.dropout=0.2", "trainer.max_steps=9", "monitor.source=train"]
     experiment("whole", *gpu)
     for stop in (3, 6):

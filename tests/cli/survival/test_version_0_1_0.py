@@ -1,4 +1,4 @@
-"""Run directories that version 0.1.0 wrote are loaded, reported on, and gone on with.
+"""Run directories that version 0.1.0 wrote are loaded, reported on, and resumed.
 
 `of_version_0_1_0/` holds a run that was done after its 6 steps and one of the same values that got
 SIGTERM in its fourth, each as that version left it (but the lock, and the last weights of the first
@@ -41,7 +41,7 @@ def copy(tmp_path, monkeypatch) -> Path:
 
 
 def stored(run: str, name: str) -> pd.DataFrame:
-    """The one part of a dataset as it lies in the folder, read without nerve."""
+    """The only part of a dataset in the folder, read without nerve."""
     (part,) = (STORED / run / name).glob("*.parquet")
     assert pq.read_schema(part).metadata[b"nerve_schema_version"] == b"1"
     return pq.read_table(part).to_pandas()
@@ -70,7 +70,7 @@ def test_the_rows_are_loaded_unchanged_and_new_columns_are_null(copy):
 
 
 def test_a_report_is_written(copy):
-    """Of one run, and of both."""
+    """Of one run and of both."""
     for path in ("interrupted", "."):
         write_report(path, copy / "report")
         assert "SE" in (copy / "report" / "index.html").read_text()

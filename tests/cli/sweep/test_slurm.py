@@ -1,4 +1,4 @@
-"""Jobs that submitit has sent, found again by its files and by what `squeue` says of them."""
+"""Jobs that submitit has submitted, known from the files next to its own and from `squeue`."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def send(folder: Path, job_id: str, *overrides: str, sweep: Path | None = None) 
 
 @pytest.fixture
 def queue(monkeypatch, tmp_path):
-    """Sets the jobs, their states and reasons that `squeue` prints, as in `7:PD:job+held`: one
-    answer each time that it is asked, the last one from then on.
+    """Sets what `squeue` prints: ids, states and reasons, as in `7:PD:job+held`. Each query gets
+    the next answer, and the last one is repeated.
     """
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(submitit.SlurmJob, "watcher", submitit.SlurmJob.watcher)
@@ -62,7 +62,7 @@ def place(number: int) -> str:
 
 @pytest.fixture
 def jobs(tmp_path, queue):
-    """Three tasks of an array and a job of its own, which have been sent."""
+    """Three tasks of an array and a single job, all submitted."""
     for number, job_id in enumerate(["7_0", "7_1", "7_2", "9"]):
         send(tmp_path, job_id, "activation=gelu", place(number))
     return SentJobs(launcher(tmp_path), tmp_path)
@@ -87,7 +87,7 @@ def test_jobs_submitted_later_are_known_too(jobs, queue, tmp_path):
 
 
 def test_only_the_given_jobs_are_waited_for_until_they_left_the_queue(jobs, queue, monkeypatch):
-    """While it does not answer they may be there."""
+    """Without an answer, they may still be in the queue."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     calls = queue("7_0:R 7_1:R 9:R", "no answer", "7_0:R 9:R", "9:R")
     jobs.wait({place(0), place(1)})
@@ -97,7 +97,7 @@ def test_only_the_given_jobs_are_waited_for_until_they_left_the_queue(jobs, queu
 def test_jobs_that_slurm_is_ending_are_awaited_before_anything_is_decided(
     jobs, queue, monkeypatch, capsys
 ):
-    """Other jobs of the user do not count, nor do those of the sweep that are not ending."""
+    """Other jobs of the user do not count, nor jobs of the sweep that are not ending."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     calls = queue("7_0:CG 9:R", "7_0:CG 7_2:CG 9:R", "7_2:PD 9:R 12:CG")
     jobs.settle()
@@ -108,7 +108,7 @@ def test_jobs_that_slurm_is_ending_are_awaited_before_anything_is_decided(
 
 
 def test_an_unanswered_question_about_ending_jobs_is_no_error(jobs, queue):
-    """A sweep of which all is done needs no SLURM."""
+    """A sweep whose trials are all done does not need SLURM."""
     calls = queue("no socket")
     jobs.settle()
     assert len(calls.read_text().splitlines()) == 1
@@ -131,7 +131,7 @@ def test_a_job_of_another_sweep_with_files_in_this_folder_is_not_known(jobs, que
 
 
 def test_a_job_whose_file_is_rewritten_stays_known(jobs, queue, tmp_path):
-    """As by a run that ran out of time."""
+    """As after a timeout."""
     queue("7_0:R 7_1:R")
     assert place(1) in jobs.open()
     (tmp_path / ".submitit" / "7_1" / "7_1_nerve.json").unlink()
@@ -164,7 +164,7 @@ def test_a_job_whose_overrides_cannot_be_read_is_not_known(tmp_path, queue, cont
 
 
 class Evil:
-    """Pickles as a call that leaves a folder."""
+    """Is pickled as a call that creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,7 +174,7 @@ class Evil:
 
 
 def test_nothing_in_the_folder_of_jobs_is_executed(tmp_path, queue):
-    """A pickle under submitit's name, which a colleague put there, and one under ours."""
+    """A pickle that a colleague put there under submitit's name, and one under ours."""
     queue("7_0:R 7_1:R 9:R")
     for job_id in ("7_0", "9"):
         path = send(tmp_path, job_id, place(0))
@@ -231,7 +231,7 @@ def test_the_users_filters_of_squeue_do_not_hide_jobs(tmp_path, queue, monkeypat
 
 
 def test_submitit_regards_a_job_as_ended_once_it_left_the_queue(jobs, queue, tmp_path):
-    """Also if nothing was ever heard of it."""
+    """Even if it was never seen there."""
     queue("7_0:R", "no answer", "7_0:R", "9:R")
     folder = launcher(tmp_path)["submitit_folder"]
     first, second = (submitit.SlurmJob(folder, job_id) for job_id in ("7_0", "7_1"))
@@ -292,7 +292,7 @@ def test_a_job_that_submitit_waits_for_is_named_too(jobs, queue, tmp_path, capsy
 
 
 def test_a_queue_that_does_not_answer_in_time_is_an_error(jobs, queue, tmp_path, monkeypatch):
-    """Its clients wait for a controller that is down for as long as one lets them."""
+    """Clients would wait without limit for a controller that is down."""
     queue("7_0:R")
     (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr("nerve.cli.sweep.queue.ANSWERS_WITHIN_S", 0.2)

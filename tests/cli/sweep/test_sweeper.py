@@ -1,7 +1,7 @@
-"""Sweeps: each trial runs once, what befalls one costs only itself, and all are accounted for.
+"""Sweeps: each trial runs once, a mishap affects only its trial, and all are accounted for.
 
-Trials are processes as they always are; their training is a stand-in (stand_in.py), so that each
-takes a second. Real training in a sweep is in test_run.py.
+Trials are processes as usual, but their training is a stand-in (stand_in.py), so that each takes a
+second. Real training in a sweep is in test_run.py.
 """
 
 import json
@@ -44,7 +44,7 @@ Sweep = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def sweep(run, monkeypatch) -> Sweep:
-    """Calls `nerve-run -m`; gives exit status, stdout and stderr, blanks made one."""
+    """Calls `nerve-run -m`; returns exit status, stdout without repeated blanks, and stderr."""
     monkeypatch.setattr(local, "COMMAND", [sys.executable, "-P", str(STAND_IN)])
     # A shell that starts the tests in its background has them ignore Ctrl-C, and so would a sweep.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,7 +59,7 @@ def sweep(run, monkeypatch) -> Sweep:
 
 
 def befalls(deeds: dict[int, str]) -> None:
-    """What happens to the trials of these seeds from now on."""
+    """Sets what happens to the trials of these seeds from now on."""
     Path("deeds.json").write_text(json.dumps(deeds))
 
 
@@ -112,7 +112,7 @@ def test_interrupted_and_killed_trials_are_resumed_in_place(sweep):
 
 
 def as_an_earlier_version_left(seed: int, name: str) -> Path:
-    """Gives the directory of a run, and its record, another id; the new place of the directory."""
+    """Changes the id in the name and in the record of a run's directory; returns the new path."""
     record = records()[seed]
     moved = record.directory.rename(FOLDER / name)
     path = moved / "run.json"
@@ -122,7 +122,7 @@ def as_an_earlier_version_left(seed: int, name: str) -> Path:
 
 
 def test_runs_that_an_earlier_version_named_differently_are_found_and_resumed(sweep):
-    """Each in its own directory, where what is left of it stays; records are seldom read."""
+    """Each in its own directory, whose files are kept; records are rarely read."""
     assert sweep("seed=0,1,2,3")[0] == 0
     moved = [as_an_earlier_version_left(seed, f"{seed}23456789abc") for seed in (0, 1, 2)]
     for seed, run_status in ((1, "interrupted"), (2, "failed")):
@@ -152,7 +152,7 @@ def test_runs_that_an_earlier_version_named_differently_are_found_and_resumed(sw
 
 
 def test_of_two_runs_of_one_configuration_the_better_one_is_used_and_named(sweep):
-    """Done before interrupted, then the one that got further; its own name gives none a lead."""
+    """Done before interrupted, then the one that got further; names do not matter."""
     assert sweep("seed=0,1")[0] == 0
     for seed, status_of_copy, step_of_copy in ((0, "done", 400), (1, "interrupted", 30)):
         record = records()[seed]
@@ -222,7 +222,7 @@ def test_a_mishap_affects_only_its_trial_and_is_reported(sweep, deed):
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_process_that_ends_silently_is_reported_with_its_exit_status(status):
-    """Also by 0, with which a library may end it."""
+    """Even if it is 0: a library may end the process with it."""
     assert f"exit status {status} before the run did" in str(local._error(status))
 
 
@@ -265,7 +265,7 @@ def test_a_time_limit_must_be_positive(sweep):
 
 
 def test_trials_run_side_by_side_on_request(sweep, monkeypatch):
-    """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
+    """Each waits for the other to start, and gets a share of the cores, a GPU, and a log."""
     for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delenv(pool, raising=False)
     monkeypatch.setattr(cores, "allowed", lambda: 6)
@@ -290,7 +290,7 @@ def test_trials_run_side_by_side_on_request(sweep, monkeypatch):
     ],
 )
 def test_cores_are_shared_only_by_running_trials(tmp_path, monkeypatch, n_jobs, seeds, shares):
-    """All that start at first end at once; the last one starts after them."""
+    """The first ones end together, and then the last one starts."""
     monkeypatch.setattr(cores, "allowed", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -313,7 +313,7 @@ def test_cores_are_shared_only_by_running_trials(tmp_path, monkeypatch, n_jobs, 
 def test_a_trial_gets_the_import_paths_of_this_process_except_those_of_its_python(
     monkeypatch, tmp_path
 ):
-    """Another Python that it calls finds its own standard library."""
+    """Another Python that the trial calls must find its own standard library."""
     given = [str(tmp_path), "relative", "/elsewhere/archive.zip"]
     monkeypatch.setattr(sys, "path", [*given, *sys.path])
     paths = local._own_paths()["PYTHONPATH"].split(os.pathsep)
@@ -356,8 +356,8 @@ def test_a_trial_that_is_stopped_before_it_begins_is_not_started(tmp_path, monke
 
 @pytest.mark.parametrize("deed", ["exit 0", "exit 3", "kill -9 $$"])
 def test_a_process_group_is_killed_before_its_id_can_be_reused(tmp_path, monkeypatch, deed):
-    """The status is taken last: until then the system gives the number to nobody. What the trial
-    has left behind is ended."""
+    """The exit status is collected last, which keeps the id reserved until then. Processes that the
+    trial left behind are killed."""
     calls = []
     popen = subprocess.Popen(
         ["bash", "-c", f"sleep 100 & echo $! > {tmp_path}/left; {deed}"],
@@ -415,7 +415,7 @@ def test_ctrl_c_stops_the_running_trial_and_starts_no_other(sweep):
 
 
 def run_with(command: list[str]) -> None:
-    """A sweep of two trials whose processes are started so."""
+    """A sweep of two trials whose processes are started with this command."""
     local.COMMAND = command
     sys.argv = ["nerve-run", "-m", "seed=0,1"]
     main()
@@ -449,7 +449,7 @@ def test_a_trial_whose_values_cannot_be_resolved_does_not_affect_the_others(swee
 
 
 def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
-    """One is refused then, and leaves nothing; one that is done needs no plan."""
+    """A refused trial leaves no files; one that is done is not planned."""
     planned: list[tuple[int, int]] = []
     plan_of = Plan.of
 
@@ -543,7 +543,7 @@ def test_the_directories_are_those_given_to_hydra(sweep):
 
 @pytest.mark.parametrize("is_run_before", [False, True])
 def test_trials_with_different_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
-    """Else one of them would count as the other, which is done, and never run."""
+    """Otherwise one of them would be taken for the other, which is done, and never run."""
     chosen = "hydra.sweep.subdir=${activation.name}"
     if is_run_before:
         assert sweep("seed=0", "activation=relu", chosen)[0] == 0
@@ -569,7 +569,7 @@ def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_built(sweep):
 
 
 class Returns(Launcher):
-    """Returns what the trials raised, as submitit's launcher does."""
+    """A launcher that returns the errors of trials, like that of submitit."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
@@ -579,7 +579,7 @@ class Returns(Launcher):
 
 
 class StartsNone(Launcher):
-    """Whose jobs end before the trials begin."""
+    """A launcher whose jobs end before their trials begin."""
 
     def setup(self, **given):
         pass
@@ -610,7 +610,7 @@ def test_errors_that_trials_raised_elsewhere_are_reported(sweep, monkeypatch):
 
 
 class GivesUp(Launcher):
-    """Takes the trials, and raises as submitit's launcher does when a job is killed."""
+    """A launcher that raises an error, as that of submitit does when a job is killed."""
 
     received: list[list[str]]
 
@@ -647,7 +647,7 @@ def test_another_launcher_gets_the_remaining_trials_and_its_errors_lose_nothing(
 
 
 class FindsARun(Launcher):
-    """Meanwhile the directory of the trial has got the run that is in `other`."""
+    """A launcher that puts the run in `other` into the directory of the trial."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
@@ -687,7 +687,7 @@ def test_values_that_depend_on_the_machine_may_differ_there(finds_a_run, monkeyp
 
 
 def test_a_run_whose_node_was_lost_is_dead_despite_its_recent_heartbeat(finds_a_run):
-    """It is seen once the heartbeat is old: here, in two seconds."""
+    """This shows once the heartbeat is old: here, after two seconds."""
 
     def lose_the_node() -> None:
         beat = datetime.now(UTC) - FRESH + timedelta(seconds=2)
@@ -701,7 +701,7 @@ def test_a_run_whose_node_was_lost_is_dead_despite_its_recent_heartbeat(finds_a_
 
 
 def test_a_directory_renamed_while_its_trial_ran_is_not_recreated(tmp_path):
-    """However its process ended: what there is to say of it is said in the summary."""
+    """However its process ended; the summary says why."""
     run = RunDirectory(tmp_path / "run")
     RunRecord.create(run.path, {"seed": 1})
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)
