@@ -33,6 +33,9 @@ LONGEST_NAME = 255
 
 _ABSTRACT: dict[type, type] = {int: Integral, float: Real, list: Sequence}
 
+_NOT_TEXT = ("null", "true", "false", "inf", "nan")
+"""Words that Hydra reads as values other than strings."""
+
 
 def quoted(text: str) -> str:
     """`text` as a value of an override, whatever characters it contains.
@@ -65,7 +68,20 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-_NOT_TEXT = ("null", "true", "false", "inf", "nan")
+def require_group(key: str, value: object, names: Collection[str] = ()) -> None:
+    """Raises `ConfigError` unless `value` is a group of values that has all of `names`."""
+    require(
+        isinstance(value, Mapping),
+        f"{key} must be a group of values; got {value!r}. Set single values, as in {key}.…=…, or "
+        "choose another option of the group.",
+    )
+    assert isinstance(value, Mapping)
+    for name in names:
+        require(
+            name in value,
+            f"{key} lacks {name}; got {', '.join(map(str, value)) or 'no values'}. Set "
+            f"+{key}.{name}=…, or leave ~{key}.{name} out.",
+        )
 
 
 def require_choice(key: str, value: object, options: Collection[str]) -> None:
@@ -165,15 +181,15 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], group: str) -> T:
         group: the configuration group, for messages (`"ffn"` gives `ffn.width`).
 
     Raises:
-        ConfigError: for an unknown key, a missing required key, or a value that does not have the
-            type of its field.
+        ConfigError: for values that are not a mapping, an unknown key, a missing required key, or a
+            value that does not have the type of its field.
     """
+    require_group(group, values)
     known = {f.name: f for f in fields(cls)}
     for key in values:
         require_choice(f"a key of {group}", key, sorted(known))
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    missing = [name for name in needed if name not in values]
-    require(not missing, f"{group} lacks {', '.join(missing)}; got {', '.join(sorted(values))}.")
+    require_group(group, values, needed)
     hints = get_type_hints(cls)
     for key, value in values.items():
         require_type(f"{group}.{key}", value, *(get_args(hints[key]) or [hints[key]]))

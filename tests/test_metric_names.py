@@ -181,7 +181,7 @@ assert "ffn/00/first_post" in logged_values(rows)
 assert "first_post" in nerve.metrics_by_depth(metrics, runs)
 assert "first_post_sd" in nerve.average_seeds(nerve.final_metrics(metrics, runs))
 assert "first_post" in set(nerve.correlate_within_runs(metrics, runs)["metric"])
-print_summary([rows[0] | at_step], {}, record.directory)
+print_summary([rows[0] | at_step], {})
 write._save = lambda figure, path: b""  # drawn, and not rendered
 nerve.write_report("runs")
 nerve.write_report("runs/a")

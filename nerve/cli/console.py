@@ -3,7 +3,10 @@
 import argparse
 import io
 import math
+import os
+import shlex
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -26,6 +29,14 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def say_next(directory: Path) -> None:
+    """Prints how to show and to load the results in a run directory, or in a folder of runs."""
+    say(f"report: nerve-report {shlex.quote(str(directory))}")
+    say(
+        f"in a notebook: import nerve; metrics = nerve.load_metrics({os.path.abspath(directory)!r})"
+    )
+
+
 def fail(command: str, message: str, exit_status: int = 1) -> NoReturn:
     """Ends a command with a message on stderr that starts with the command's name."""
     print(f"{command}: {message}", file=sys.stderr)
@@ -44,13 +55,16 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def _print_all_letters() -> None:
     """Makes stdout escape characters that its encoding lacks, as stderr does: a file name may
-    contain bytes that are not valid text."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    contain bytes that are not valid text, and the locale C has only ASCII."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    raises = {"strict"} if sys.stdout.encoding.lower() == "utf-8" else {"strict", "surrogateescape"}
+    if sys.stdout.errors in raises:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def figure(value: float | None) -> str:
-    """A number with three significant digits or three decimals; – for None or NaN."""
+    """A number with three decimals, or one from 10 on; – for None or NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

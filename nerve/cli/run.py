@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -121,16 +122,13 @@ class _Command:
             return str(error)
         if self._started or isinstance(error, BrokenPipeError):
             return None
-        if isinstance(error, ValueError) and str(error).startswith(("Only one of --", "The --")):
-            return str(error)  # so Hydra refuses options that do not go together
+        if isinstance(error, ValueError | RuntimeError) and _is_raised_by_hydra(error):
+            return str(error)  # such as options that cannot be combined, or hydra.launcher=null
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             name = Path(str(error.filename)).name
             return f"A file name has at most {LONGEST_NAME} bytes; {name[:20]}… has more."
         if isinstance(error, OSError):
-            return (
-                f"The output directory must be writable; {error.filename}: {error.strerror}. "
-                f"Choose another with hydra.run.dir=… (now in {Path.cwd()})."
-            )
+            return _unwritable(error)
         return None
 
 
@@ -141,9 +139,25 @@ def _remove_if_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
+def _is_raised_by_hydra(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("hydra.")
+
+
+def _unwritable(error: OSError) -> str:
+    try:
+        place = Path.cwd()
+    except OSError:
+        return "A command needs a working directory; this one was deleted. Change to another one."
+    return (
+        f"The output directory must be writable; {error.filename}: {error.strerror}. Choose "
+        f"another with hydra.run.dir=… (now in {place})."
+    )
+
+
 def _explained(error: Exception) -> str:
     """The message for a command line that could not be composed."""
-    missing = re.match(r"Cannot find primary config '([^']+)'", str(error))
+    missing = re.match(r"Cannot find primary config '([^']*)'", str(error))
     if missing and not has_own_files(sys.argv[1:]):
         return no_such_sweep(missing[1])
     hint = HINTS.get(getattr(error, "missing_cfg_file", None) or "")

@@ -43,7 +43,7 @@ def hub_dataset(
     Raises:
         ConfigError: for `n_documents` below 2 (one per split).
     """
-    require(n_documents >= 2, f"data n_documents must be at least 2; got {n_documents}.")
+    require(n_documents >= 2, f"data.corpus.n_documents must be at least 2; got {n_documents}.")
     arguments = {"path": _source(path), "name": name, "split": split, "revision": revision}
 
     @cache
@@ -90,9 +90,16 @@ def hub_images(
                     f"columns are {', '.join(map(repr, rows[0] if rows else ()))}. Set "
                     "image_column and label_column to two of them."
                 )
-        images = np.stack([np.asarray(row[image_column], dtype=np.uint8) for row in rows])
+        images = [np.asarray(row[image_column], dtype=np.uint8) for row in rows]
+        shapes = sorted({image.shape for image in images})
+        if len(shapes) > 1 or len(shapes[0]) != 3:
+            raise DataError(
+                f"The images of a dataset must be RGB and of one size; {path!r} has the shapes "
+                f"{', '.join(map(str, shapes[:3]))}{', …' if len(shapes) > 3 else ''} in split "
+                f"{split}. Convert them, or choose another dataset."
+            )
         labels = np.array([row[label_column] for row in rows], dtype=np.int64)
-        return LabeledImages(images.transpose(0, 3, 1, 2), labels)
+        return LabeledImages(np.stack(images).transpose(0, 3, 1, 2), labels)
 
     return ImageSet(
         f"hub:{path}", n_classes, flips, read=lambda: (split_of("train"), split_of("test"))

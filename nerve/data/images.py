@@ -86,16 +86,19 @@ class ImageDataModule(BatchDataModule):
         """Reads the images; may be called again.
 
         Raises:
-            DataError: if they cannot be read, or `n_heldout` exceeds the test set.
+            DataError: if they cannot be read, do not have the form of `LabeledImages`, or if
+                `n_heldout` exceeds the test set.
         """
         if self._splits is not None:
             return
         train, test = self.images.read()
+        for split in (train, test):
+            _require_valid(split, self.images)
         if self._n_heldout is not None and self._n_heldout > len(test.labels):
             raise DataError(
                 f"data.n_heldout must not exceed the number of test images; got {self._n_heldout}, "
-                "and "
-                f"{self.images.name} has {len(test.labels)}. Lower it, or set it to null for all."
+                f"and {self.images.name} has {len(test.labels)}. Lower it, or set it to null for "
+                "all."
             )
         self._splits = train, test
 
@@ -191,6 +194,12 @@ class ImageDataModule(BatchDataModule):
         shares = counts / images.shape[1]
         mean = shares @ levels
         std = np.sqrt(np.sum(shares * (levels - mean[:, None]) ** 2, axis=1))
+        if not std.all():
+            raise DataError(
+                "Each channel is divided by its standard deviation over the training images; "
+                f"channel {np.argmin(std)} of {self.images.name} is constant. Use "
+                "images in which it varies."
+            )
         return _per_channel(mean), _per_channel(std)
 
     def _fetch_train(self, indices: np.ndarray) -> Batch:
@@ -209,6 +218,21 @@ class ImageDataModule(BatchDataModule):
             size = (self.image_size, self.image_size)
             images = interpolate(images, size, mode="bilinear", antialias=True)
         return images, torch.from_numpy(split.labels[items])
+
+
+def _require_valid(split: LabeledImages, images: ImageSet) -> None:
+    shape, labels = split.images.shape, split.labels
+    if len(shape) != 4 or shape[2] != shape[3] or labels.shape != shape[:1] or not len(labels):
+        raise DataError(
+            "Images must have the shape [n, channels, size, size], each with a label; those of "
+            f"{images.name} have the shape {list(shape)}, with {labels.size} labels."
+        )
+    if labels.min() < 0 or labels.max() >= images.n_classes:
+        raise DataError(
+            f"Labels must lie between 0 and n_classes - 1; those of {images.name} range from "
+            f"{labels.min()} to {labels.max()} with n_classes={images.n_classes}. Set "
+            "data.images.n_classes, or choose another label column."
+        )
 
 
 def _per_channel(values: np.ndarray) -> Tensor:

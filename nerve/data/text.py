@@ -72,7 +72,7 @@ class TextDataModule(BatchDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, n_train_batches=n_train_batches, seed=seed)
         require_type("data.val_fraction", val_fraction, float)
-        require(seq_len >= 1, f"seq_len must be at least 1; got {seq_len}.")
+        require(seq_len >= 1, f"data.seq_len must be at least 1; got {seq_len}.")
         require(
             n_heldout_tokens >= 1,
             f"monitor.n_tokens must be at least 1; got {n_heldout_tokens}.",

@@ -32,8 +32,8 @@ class TokenizerSpec:
         sample_bytes: the most text on which a tokenizer is trained.
 
     Raises:
-        ConfigError: for values of the wrong type, and for `sample_bytes` below 1.
-        DataError: for a `vocab_size` below 257, and for a file that does not exist.
+        ConfigError: for values of the wrong type, or too small.
+        DataError: for a file that does not exist.
     """
 
     vocab_size: int = 1024
@@ -51,11 +51,11 @@ class TokenizerSpec:
             self.sample_bytes >= 1,
             f"data.tokenizer_sample_bytes must be at least 1; got {self.sample_bytes}.",
         )
-        if self.vocab_size <= N_BYTES:
-            raise DataError(
-                f"vocab_size must be at least {N_BYTES + 1}, one token for each byte and the "
-                f"document separator; got {self.vocab_size}."
-            )
+        require(
+            self.vocab_size > N_BYTES,
+            f"data.vocab_size must be at least {N_BYTES + 1}, one token for each byte and the "
+            f"document separator; got {self.vocab_size}.",
+        )
         if self.path is not None and not self.path.is_file():
             raise DataError(
                 f"A tokenizer must be a tokenizer.json; there is no file {str(self.path)!r}. "
@@ -64,12 +64,21 @@ class TokenizerSpec:
 
     @property
     def key(self) -> str:
-        """Identifies the tokenizer in the key of the token cache."""
+        """Identifies the tokenizer in the key of the token cache.
+
+        Raises:
+            DataError: if its file cannot be read.
+        """
         if self.path is None:
-            decisive: list = ["bpe", self.vocab_size, self.sample_bytes]
-        else:
-            decisive = ["file", hashlib.sha256(self.path.read_bytes()).hexdigest()]
-        return json.dumps([*decisive, self.separator])
+            return json.dumps(["bpe", self.vocab_size, self.sample_bytes, self.separator])
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"A tokenizer.json must be readable; {self.path} is not ({error.strerror}). Grant "
+                "access, or save it again."
+            ) from error
+        return json.dumps(["file", hashlib.sha256(content).hexdigest(), self.separator])
 
     def build(self, texts: Iterable[str], n_bytes: int | None = None) -> Tokenizer:
         """Loads or trains the tokenizer; `texts`, of `n_bytes` in total, are only read to train."""

@@ -65,10 +65,11 @@ class Skeleton:
     """The parameters of a network without their memory, at a cost that does not grow with its
     depth.
 
+    Two blocks show what a block adds: a parameter that blocks share is one of the first block
+    only, whatever shares it. The remaining blocks are like the second.
+
     Attributes:
-        network: the network with only its first block, on the meta device, or with two blocks where
-            the first contains parameters that all blocks share; the remaining blocks are like the
-            last one here.
+        network: the network with its first two blocks, on the meta device.
         n_layers: number of blocks of the whole network.
     """
 
@@ -82,7 +83,7 @@ class Skeleton:
         Raises:
             ConfigError: for a network that cannot be built, or whose sizes exceed any memory.
         """
-        n_blocks = min(design.n_layers, 2 if design.activation.shared else 1)
+        n_blocks = min(design.n_layers, 2)
         # The placement of norms changes no parameter, and a mix of placements needs two blocks.
         norms = replace(design.normalization, placement="pre", n_post_layers=0)
         short: Any = replace(design, n_layers=n_blocks, normalization=norms)

@@ -53,8 +53,9 @@ def recorded_run(
             is not continued, or one in use by another process; in every process.
     """
     with ExitStack() as stack:
-        run = _opened(stack, RunDirectory(directory), config, goes_on, first)
+        run = None
         try:
+            run = _opened(stack, RunDirectory(directory), config, goes_on, first)
             yield run
         except BaseException as error:
             leave(error)

@@ -143,6 +143,7 @@ def loss_against_metrics(
         if not shown.any():
             say_empty(panel, "no run with this metric and a loss")
         name_axes(panel, "val_loss", name, f"{short_name(name)}\n{_coefficients(by_metric, name)}")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
     if factor:
         entries = level_keys(colors, marker="o", linestyle="none", markersize=4)
         outside_legend(figure, entries, plain(factor))
@@ -200,12 +201,13 @@ def _draw_lines(
             center, low, high = (frame.loc[line, name] for frame in (centers, lows, highs))
             if name == "val_loss":  # a run need not be evaluated at every measured step
                 center, low, high = (each[center.notna()] for each in (center, low, high))
+            one_point = "." if len(center) == 1 else ""
             panel.plot(
                 center.index,
                 center,
                 color=color,
                 linestyle=dash,
-                marker=marker,
+                marker=marker or one_point,
                 linewidth=1.3,
             )
             if len(styles) <= MAX_LINES:

@@ -67,8 +67,8 @@ def git_commit() -> str | None:
     copy carries its commit, whatever repository it lies in, and its files are compared with what
     was packed: those of `git archive` with the commit's tree, if git is available (all files count
     that .gitignore does not exclude), those of a source distribution with its digest, and those of
-    an installed wheel with its record. In a checkout git is asked; of the untracked files, only
-    those in the folders of `CODE` count.
+    an installed wheel with its record. In a checkout git is asked; only the folders of `CODE`
+    count, including their untracked files.
     """
     package = Path(__file__).resolve().parents[1]
     return _carried(package) or _of_checkout(package)
@@ -147,13 +147,15 @@ def _of_checkout(package: Path) -> str | None:
     checkout = package.parent
     if not (checkout / ".git").exists():
         return None
+    how = ("--porcelain=v2", "--branch", "--untracked-files=normal", "--", *CODE)
     try:
-        commit = _git(checkout, "rev-parse", "HEAD")
-        tracked = _git(checkout, "status", "--porcelain", "--untracked-files=no")
-        beside = _git(checkout, "status", "--porcelain", "--", *CODE)
+        # Without locks, so that a git command of the user never finds the index locked.
+        status = _git(checkout, "status", *how, GIT_OPTIONAL_LOCKS="0").splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if tracked or beside else "")
+    headers = [line for line in status if line.startswith("# ")]
+    found = re.search(r"^# branch\.oid ([0-9a-f]+)$", "\n".join(headers), re.MULTILINE)
+    return found and found[1] + ("+" if len(status) > len(headers) else "")
 
 
 def cluster_job() -> dict[str, str] | None:

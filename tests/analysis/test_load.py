@@ -179,7 +179,7 @@ def test_derived_columns_are_missing_where_nothing_was_measured(tmp_path, make_r
         ("kind", "normalization.kind"),
         ("normalization", "normalization.kind"),
         ("step", "already"),
-        ("zzz", "see load_runs"),
+        ("zzz", r"must be a column of load_runs; got 'zzz'\. .*see load_runs"),
     ],
 )
 def test_the_error_for_an_unknown_factor_suggests_similar_names(sweep, tmp_path, factor, near):

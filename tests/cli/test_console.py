@@ -1,9 +1,63 @@
-"""Numbers as the commands print them."""
+"""What the commands print: numbers, and text that the terminal cannot show."""
 
-from nerve.cli.console import duration
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nerve.cli.console import duration, figure, say
+from nerve.cli.text_table import say_table
+from nerve.storage.record import RunRecord
 
 
 def test_a_duration_has_its_two_largest_units():
     assert [duration(seconds) for seconds in (0.2, 42, 425, 12_000, 187_200)] == [
         *("0 s", "42 s", "7 min 5 s", "3 h 20 min", "2 d 4 h"),
     ]
+
+
+def test_a_number_has_three_decimals_below_10_and_one_from_there_on():
+    found = [figure(value) for value in (0.0004, 1.2345, -9.9, 10, 1234.56, None, float("nan"))]
+    assert found == ["0.000", "1.234", "-9.900", "10.0", "1234.6", "–", "–"]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_terminal_of_ascii_gets_all_names_and_tables_that_can_be_read(monkeypatch, errors):
+    """As in the locale C, whose stdout escapes only what came from undecodable bytes."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", errors))
+    say("λ \udcff")
+    say_table(["run"], [], [["ü"], ["–"]])
+    sys.stdout.flush()
+    assert written.getvalue().decode().splitlines() == [
+        *("\\u03bb \\udcff", "+-----+", "| run |", "+-----+"),
+        *("| \\xfc   |", "| -   |", "+-----+"),
+    ]
+
+
+def test_a_name_of_undecodable_bytes_is_printed_as_it_is_in_utf_8(monkeypatch):
+    """Where stdout lets such bytes pass, a name can be pasted."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", "surrogateescape"))
+    say("λ \udcff")
+    assert written.getvalue() == "λ ".encode() + b"\xff\n"
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream_ends_no_command(tmp_path, closed):
+    """Nor does a file get its number and what is printed."""
+    RunRecord.create(tmp_path / "run", {})
+    code = "import sys; sys.argv[1:] = ['.']; from nerve.cli import entry; entry.status()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=None if closed == 1 else subprocess.PIPE,
+        stderr=None if closed == 2 else subprocess.PIPE,
+        preexec_fn=lambda: os.close(closed),
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert (done.returncode, done.stderr or b"") == (0, b"")
+    assert closed == 1 or b"1 run: 1 " in done.stdout

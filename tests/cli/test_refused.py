@@ -4,17 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 import pytest
 from hydra import compose
+from hydra._internal import config_loader_impl
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from support import hydra_at_conf
 
+from nerve.cli import entry
 from nerve.cli.config.explain import explain_error
 from nerve.cli.config.overrides import overrides_of, require_directories, with_literal_paths
-from nerve.errors import ConfigError
+from nerve.errors import ConfigError, NerveError
 
 LONG = 300 * "n"
 
@@ -74,6 +77,10 @@ def test_what_can_be_a_directory_is_let_pass(argument):
         ("optimizer=adamww", "optimizer must be one of adafactor, "),
         ("model=gpt_tinyy", "Did you mean model=gpt_tiny?"),
         ("activation=xyz", "got 'xyz'."),
+        ("data=/my/a.txt", "got '/my/a.txt'. Your own text: data=text_files data.corpus.paths=/my"),
+        ("data=texts/a.txt", "text_files; got 'texts/a.txt'. Your own text: data=text_files data."),
+        ("data=a.txt", "got 'a.txt'. Your own text: data=text_files data.corpus.paths=a.txt."),
+        ("data=text_file", "Did you mean data=text_files?"),
         (
             "hello",
             "An argument must be key=value, or an option that starts with dashes; got 'hello'.",
@@ -84,6 +91,9 @@ def test_what_can_be_a_directory_is_let_pass(argument):
         ("callbacks=[a]", "callbacks is a group of values; got callbacks=[a]."),
         ("model.n_layers=[1", "Hydra must be able to parse each override: "),
         ("seed=choice()", "empty choice is not legal"),
+        ("hydra.run=null", "field 'hydra.run' is not Optional (hydra.run)"),
+        ("callbacks.a=1", "There is no value 'callbacks.a'."),
+        ("threads.a=1", "There is no value 'threads.a'."),
     ],
 )
 def test_what_cannot_be_composed_is_told_in_words_of_ours(argument, expected):
@@ -106,6 +116,15 @@ NOTHING_TO_RUN = [
     [f"hydra.run.dir=a/{LONG}/b"],
     [f"--config-name={LONG}"],
     [f"{LONG}=3"],
+    ["hydra=null"],
+    ["--config-name="],
+    ["-m", "hydra.launcher=null"],
+    ["-m", "seed=interval(0,1)"],
+    ["-m", "seed=range(0,1e12)"],
+    ["-m", "~trainer.devices"],
+    ["-m", "hydra.sweeper.max_batch_size=-3"],
+    ["-m", "hydra.sweeper.timeout_min=soon"],
+    ["-m", "hydra.sweeper.params=[a]"],
 ]
 
 
@@ -118,6 +137,37 @@ def test_what_is_refused_leaves_no_directory(run, tmp_path, arguments):
     assert err.startswith("nerve-run: ")
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_deleted_working_directory_is_named(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    status, _, err = run("seed=0")
+    os.chdir(tmp_path)
+    assert status == 1
+    assert err == (
+        "nerve-run: A command needs a working directory; this one was deleted. Change to another "
+        "one.\n"
+    )
+
+
+def test_internals_that_another_hydra_lacks_are_named(monkeypatch):
+    monkeypatch.delattr(config_loader_impl, "get_overrides_dirname")
+    spec = find_spec("nerve.cli.config.hydra_internals")
+    with pytest.raises(NerveError, match=r"hydra-core>=1\.3\.2,<1\.4, got .*get_overrides_dirname"):
+        spec.loader.exec_module(module_from_spec(spec))
+
+
+def test_an_error_of_an_import_is_one_message(monkeypatch, capsys):
+    def fail(name: str) -> None:
+        raise NerveError(f"{name} needs another Hydra.")
+
+    monkeypatch.setattr(entry, "import_module", fail)
+    with pytest.raises(SystemExit) as exit_:
+        entry.status()
+    expected = "nerve-status: nerve.cli.status needs another Hydra.\n"
+    assert (exit_.value.code, capsys.readouterr().err) == (1, expected)
 
 
 def test_an_empty_directory_that_was_there_before_stays(run, tmp_path):
@@ -144,6 +194,7 @@ entry.{command}()
     [
         ("run", "hydra", []),
         ("run", "torch", ["model=gpt_tiny"]),
+        ("trial", "hydra", []),
         ("status", "nerve.cli.text_table", ["outputs"]),
         ("report", "pandas", ["outputs"]),
     ],
@@ -160,4 +211,5 @@ def test_ctrl_c_in_the_first_seconds_ends_without_a_traceback(tmp_path, command,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    assert (done.returncode, done.stderr) == (130, f"nerve-{command}: stopped\n")
+    name = "run" if command == "trial" else command
+    assert (done.returncode, done.stderr) == (130, f"nerve-{name}: stopped\n")

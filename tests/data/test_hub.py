@@ -113,6 +113,16 @@ def test_images_without_the_columns_named_are_an_error_with_those_there_are(call
         hub_images("a", n_classes=2).read()
 
 
+@pytest.mark.parametrize("shapes", [[(4, 4), (4, 4)], [(4, 4, 3), (5, 4, 3)]])
+def test_images_that_are_gray_or_of_several_sizes_are_an_error_with_their_shapes(
+    calls, monkeypatch, shapes
+):
+    rows = [{"image": np.zeros(shape).tolist(), "label": 0} for shape in shapes]
+    monkeypatch.setitem(globals(), "ROWS", rows)
+    with pytest.raises(DataError, match=r"must be RGB and of one size; 'a' has the shapes \(4, 4"):
+        hub_images("a", n_classes=1).read()
+
+
 @pytest.mark.parametrize("start", ["~", "."])
 def test_a_folder_begins_at_home_or_where_it_was_given(tmp_path, monkeypatch, start):
     monkeypatch.setenv("HOME", str(tmp_path))

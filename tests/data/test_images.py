@@ -174,6 +174,33 @@ def test_more_held_out_images_than_there_are_is_an_error_with_both_numbers(make)
         make(n_heldout=10)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (images, labels + 1), r"between 0 and n_classes - 1.*from 1 to 5"),
+        (lambda images, labels: (images, labels - 1), r"range from -1 to 3 with n_classes=5"),
+        (lambda images, labels: (images[0], labels), r"those of random have the shape \[3, 6, 6\]"),
+        (lambda images, labels: (images[..., :5], labels), r"the shape \[12, 3, 6, 5\]"),
+        (lambda images, labels: (images, labels[1:]), r"with 11 labels"),
+        (lambda images, labels: (images[:0], labels[:0]), r"\[0, 3, 6, 6\], with 0 labels"),
+    ],
+)
+def test_images_of_another_form_are_refused_before_training(make, change, message):
+    """Wrong labels would end the run in the loss, with an error of torch or of CUDA."""
+    splits = LabeledImages(*change(*random_images(12, 0))), random_images(9, 1)
+    with pytest.raises(DataError, match=message):
+        make(ImageSet("random", n_classes=5, flips=True, read=lambda: splits))
+
+
+def test_a_constant_channel_is_refused(make):
+    """Divided by its standard deviation, it would be NaN."""
+    train = random_images(12, 0)
+    train.images[:, 1] = 7
+    module = make(ImageSet("gray", 5, flips=False, read=lambda: (train, random_images(9, 1))))
+    with pytest.raises(DataError, match="channel 1 of gray is constant"):
+        next(iter(module.val_dataloader()))
+
+
 def test_asking_before_setup_is_an_error_that_says_so(image_set):
     with pytest.raises(DataError, match=r"Call setup\(\)"):
         _ = ImageDataModule(image_set, **VALUES).n_channels

@@ -192,7 +192,7 @@ def test_values_out_of_range_are_errors_that_name_them(small_corpus, changes, me
 
 
 def test_a_vocabulary_below_257_is_an_error(small_corpus):
-    with pytest.raises(DataError, match=r"at least 257.*got 256"):
+    with pytest.raises(ConfigError, match=r"at least 257.*got 256"):
         TextDataModule(small_corpus, **(VALUES | {"vocab_size": 256}))
 
 

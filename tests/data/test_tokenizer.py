@@ -15,7 +15,7 @@ from nerve.data.tokenizer import (
     train_tokenizer,
     vocab_size,
 )
-from nerve.errors import DataError
+from nerve.errors import ConfigError, DataError
 
 TEXTS = ["def forward(self, x):\n    return self.down(self.act(self.up(x)))\n" * 5, "λ₁ ≥ λ₂"]
 
@@ -124,7 +124,7 @@ def test_a_tokenizer_without_separator_is_an_error_with_the_names_that_are_known
 
 
 def test_a_vocabulary_below_the_bytes_and_a_separator_is_an_error():
-    with pytest.raises(DataError, match=r"at least 257.*got 256"):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size must be at least 257.*got 256"):
         TokenizerSpec(256)
     assert vocab_size(TokenizerSpec(257).build(TEXTS)) == 257
 
@@ -132,6 +132,12 @@ def test_a_vocabulary_below_the_bytes_and_a_separator_is_an_error():
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(DataError, match=r"no file '.*absent.json'"):
         TokenizerSpec(path=tmp_path / "absent.json")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_a_cache_that_cannot_be_written():
+    spec = TokenizerSpec(path=Path("/proc/self/mem"))  # a file whose reading fails, also for root
+    with pytest.raises(DataError, match=r"/proc/self/mem is not \(Input/output error\)"):
+        spec.key  # noqa: B018
 
 
 def test_the_key_follows_the_contents_of_a_file_not_its_name(tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from nerve.errors import ConfigError
 from nerve.measuring.ffns import n_inputs, sites_of
 from nerve.measuring.find import find_ffns
 from nerve.models import MODELS, Skeleton, build_model, model_design
+from nerve.models.build import FACTORS
 from nerve.models.gpt import GPT
 from nerve.models.mixer import Mixer
+from nerve.nn.activation import ACTIVATIONS
 from nerve.nn.constraint import CONSTRAINTS
+from nerve.nn.normalization import NORMS, WIRINGS
+from nerve.nn.position import POSITIONS
 from nerve.optim import parameter_roles
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -106,31 +111,71 @@ def test_mixer_presets_have_the_sizes_that_they_announce() -> None:
     assert b16.blocks[0].channel_mixing.up.weight.shape == (3072, 768)
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, 3, 7])
-@pytest.mark.parametrize(
-    ("base", "group", "changed"),
-    [
-        *((GPT_VALUES, "ffn", {"constraint": each}) for each in CONSTRAINTS),
-        *((MIXER_VALUES, "ffn", {"constraint": each, "gated": False}) for each in CONSTRAINTS),
-        *(
-            (base, "activation", {"name": "learnable_leaky_relu", "shared": shared})
-            for base in (GPT_VALUES, MIXER_VALUES)
-            for shared in (True, False)
-        ),
-        (GPT_VALUES, "model", {"tie_embeddings": False, "attention_bias": False}),
-        (GPT_VALUES, "position", {"name": "learned"}),
-        (MIXER_VALUES, "normalization", {"final": False}),
-        (GPT_VALUES, "normalization", {"kind": "none"}),
+LEAKY = {"name": "learnable_leaky_relu", "shared": True}
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "normalization": [
+        *({"kind": kind} for kind in NORMS),
+        *({"placement": placement} for placement in WIRINGS),
+        {"placement": "mix", "n_post_layers": 2},
+        {"final": False, "eps": 1e-3},
     ],
-)
-def test_a_skeleton_has_the_parameters_of_the_whole_network(
-    base: dict, group: str, changed: dict, n_layers: int
-) -> None:
-    """Each shape in each role as often as in the network, whatever layers share, and the same
+    "activation": [
+        *({"name": name} for name in ACTIVATIONS),
+        LEAKY | {"negative_slope": 0.1},
+        {"name": "interpolated", "base": "relu", "alpha": 0.1},
+    ],
+    "position": [*({"name": name} for name in POSITIONS), {"name": "rope", "theta": 100.0}],
+    "ffn": [
+        *({"constraint": constraint} for constraint in CONSTRAINTS),
+        {"width": None, "d_ff": 5},
+        {"gated": False},
+        {"bias": False},
+    ],
+    "model": [
+        {"tie_embeddings": False, "attention_bias": False, "scale_residual_init": False},
+        {"dropout": 0.1, "init_std": 0.1, "pre_std": 1},
+        {"n_layers": 5, "d_model": 4, "n_heads": 1, "seq_len": 3},
+    ],
+}
+"""Every value of a design of a GPT, and every option of a factor."""
+MIXER_CHANGES: dict[str, list[dict[str, Any]]] = {
+    **{group: CHANGES[group] for group in ("normalization", "activation", "ffn")},
+    "position": [{"name": "none", "theta": 10_000.0}],
+    "model": [
+        {"dropout": 0.1, "init_std": 0.1, "pre_std": 1},
+        {"n_layers": 5, "d_model": 4, "patch_size": 1},
+        {"token_mixing": {"activation": "relu"}, "channel_mixing": {"width": 1}},
+    ],
+}
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 7])
+@pytest.mark.parametrize("base", [GPT_VALUES, MIXER_VALUES])
+def test_a_skeleton_has_the_parameters_of_the_whole_network(base: dict, n_layers: int) -> None:
+    """Each shape in each role as often as in the network, whatever blocks share, and the same
     FFNs."""
-    values = {**deepcopy(base), group: {**base[group], **changed}}
+    for changed in ({}, LEAKY):
+        check_skeleton({**deepcopy(base), "activation": base["activation"] | changed}, n_layers)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"), [(GPT_VALUES, CHANGES), (MIXER_VALUES, MIXER_CHANGES)]
+)
+def test_each_value_of_a_design_is_in_the_skeleton(base: dict, changes: dict) -> None:
+    """A new value or option must be tried here: it may make blocks share weights, or differ."""
+    design = MODELS[base["model"]["kind"]].Config
+    for group, cls in {**FACTORS, "model": design}.items():
+        known = {each.name for each in fields(cls)} - FACTORS.keys() - IMAGES.keys()
+        tried = {name for change in changes[group] for name in change}
+        assert known - {"vocab_size"} == tried
+        for change in changes[group]:
+            check_skeleton({**deepcopy(base), group: base[group] | change}, 5)
+
+
+def check_skeleton(values: dict[str, Any], n_layers: int) -> None:
     values["model"]["n_layers"] = n_layers
-    design = model_design(values, **({"vocab_size": 11} if base is GPT_VALUES else IMAGES))
+    data_dims = {"vocab_size": 11} if values["model"]["kind"] == "gpt" else IMAGES
+    design = model_design(values, **data_dims)
     with torch.device("meta"):
         network = MODELS[values["model"]["kind"]](design)
     roles = parameter_roles(network)

@@ -117,6 +117,13 @@ def test_many_designs_are_drawn_as_the_median_of_each_level():
     assert band.max() == pytest.approx(1 + np.quantile(np.arange(0, 60, 2), 0.9))
 
 
+def test_a_run_with_one_step_is_a_point():
+    long, short = curves(1), curves(2)
+    frame = pd.concat([long, short[(short["activation.name"] == "relu") & (short["step"] == 0)]])
+    figure = figures_of_several_runs.curves_by_factor(frame, "activation.name", [], "t")
+    assert [line.get_marker() for line in figure.axes[0].lines] == ["", "."]
+
+
 def test_a_median_uses_the_same_designs_along_its_line():
     """40 designs end at step 10; others, ten times as high, also have steps 5 and 20. Other data
     have a separate line."""

@@ -54,6 +54,8 @@ def test_commit_of_the_checkout_and_of_nothing_else(repository, tmp_path, monkey
     git("add", ".")
     git("commit", "-q", "-m", "one")
     assert provenance.git_commit() == git("rev-parse", "HEAD")
+    (folder / ".gitattributes").write_text("# no code")
+    assert provenance.git_commit() == git("rev-parse", "HEAD")
     (folder / "nerve" / "storage" / "provenance.py").write_text("2")
     assert provenance.git_commit() == git("rev-parse", "HEAD") + "+"
     for installed in (folder / "venv/nerve/storage/p.py", tmp_path / "nerve/storage/p.py"):
@@ -193,8 +195,25 @@ def test_an_archive_in_another_repository_has_the_commit_that_it_carries(reposit
     assert provenance.git_commit() == "a1" * 20 + "?"
 
 
+def test_a_checkout_is_asked_once_and_its_index_is_never_locked(repository, monkeypatch):
+    """Each question takes a process at each start; a locked index would stop the user's commands.
+    An index that is out of date is not written either."""
+    folder, git = repository
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    (folder / "nerve" / "_commit.txt").touch()
+    before = (folder / ".git" / "index").read_bytes()
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **options: calls.append(args) or run(*args, **options)
+    )
+    assert provenance.git_commit() is not None
+    assert len(calls) == 1
+    assert (folder / ".git" / "index").read_bytes() == before
+
+
 @pytest.mark.parametrize("folder", ["nerve/storage", "conf/activation", "sweeps"])
-def test_a_file_that_git_does_not_know_counts_beside_the_code(repository, folder):
+def test_an_untracked_file_counts_in_the_folders_of_the_code(repository, folder):
     checkout, git = repository
     git("add", ".")
     git("commit", "-q", "-m", "one")

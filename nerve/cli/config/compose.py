@@ -13,6 +13,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nerve.cli.config.hydra_internals import plugin_classes
 from nerve.errors import ConfigError, NerveError
 from nerve.storage.identity import EXCLUDED, config_id, new_run_id
 
@@ -47,7 +48,7 @@ def register(plugins: Mapping[str, type] | None = None) -> None:
     `${run_id:}` is one new id, for the directory and the record of a single run.
     """
     Plugins.instance().register(SweepsSearchPath)
-    Plugins.instance().class_name_to_class.update(plugins or {})
+    plugin_classes().update(plugins or {})
     run_id = new_run_id()
     OmegaConf.register_new_resolver("run_id", lambda: run_id, replace=True)
 

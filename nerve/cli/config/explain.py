@@ -8,8 +8,10 @@ from typing import Any
 
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, SWEEPS
+from nerve.config import pasted
 from nerve.errors import NerveError
 
 
@@ -18,9 +20,10 @@ def explain_error(error: Exception) -> str:
     text = str(error)
     if found := re.match(r"Could not override '([^']+)'", text):
         key, known = found[1], known_keys()
-        if key in known:
+        if key not in known:
+            return f"There is no value {key!r}.{meant(key, known)}"
+        if known[key]:
             return f"The selected options have no value {key!r}; it belongs to {known[key]}."
-        return f"There is no value {key!r}.{meant(key, known)}"
     if found := re.match(r"Multiple values for ([^.]+)\.", text):
         return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
     if found := re.search(r"Could not find '(.+)/([^/']+)'", text):
@@ -48,13 +51,39 @@ def explain_error(error: Exception) -> str:
     return f"{told}\n{reason}" if isinstance(error.__cause__, Exception) else told
 
 
+def explain_unresolved(
+    error: OmegaConfBaseException, choices: Mapping[str, str] | None = None
+) -> str:
+    """Explains why the values of a composed configuration cannot be resolved.
+
+    Args:
+        error: raised by resolving them.
+        choices: the selected option of each group, if known.
+    """
+    text = str(error)
+    chosen = [f"{group}={name}" for group, name in (choices or {}).items() if f"{group}." in text]
+    where = f", which {error.full_key} refers to" if error.full_key else ""
+    selected = f"; selected: {', '.join(chosen)}" if chosen else ""
+    return (
+        f"The values of a run must exist and be compatible; {text.splitlines()[0]}{where}. "
+        f"Choose compatible options, or set the value{selected}."
+    )
+
+
 def _without_link(text: str) -> str:
-    return re.sub(r"\nSee https?:\S+( for details)?", "", text).rstrip()
+    """An error's text without links and without OmegaConf's internal types."""
+    text = re.sub(r"\nSee https?:\S+( for details)?", "", text)
+    text = re.sub(r"\n\s*(object|reference)_type=.*", "", text)
+    return re.sub(r"\n\s*full_key: (.*)", r" (\1)", text).rstrip()
 
 
 def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    if group.startswith("data/"):  # Hydra splits a path at its slashes
+        group, option = "data", f"{group.removeprefix('data/')}/{option}"
     close = get_close_matches(option, options, n=1)
     hint = f" Did you mean {group}={close[0]}?" if close else ""
+    if group == "data" and re.search(r"[./]", option):
+        hint = f" Your own text: data=text_files {pasted('data.corpus.paths', option)}."
     return f"{group} must be one of {', '.join(options)}; got {option!r}.{hint}"
 
 
@@ -102,8 +131,8 @@ def _of_the_same_leaf(key: str, known: Iterable[str]) -> list[str]:
 
 
 def known_keys() -> dict[str, str]:
-    """The full names of all values of all groups' options, each with an option that has it; and the
-    groups themselves."""
+    """The full names of all values of all groups' options, each with an option that has it, empty
+    for those that every configuration has; and the groups themselves."""
     keys: dict[str, str] = {}
     for path in sorted(CONF.rglob("*.yaml")):
         group = path.parent.relative_to(CONF).as_posix().strip(".")
@@ -113,7 +142,7 @@ def known_keys() -> dict[str, str]:
         prefix = "" if is_global or not group else f"{group}."
         names = [f"{prefix}{key}" for key in _flat(_loaded(path)) if key != "defaults"]
         for name in [*names, *([group] if group else [])]:
-            keys.setdefault(name, f"{group}={path.stem}")
+            keys.setdefault(name, f"{group}={path.stem}" if group else "")
     return keys
 
 

@@ -42,7 +42,8 @@ def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Se
         "change.",
     )
     named = any(
-        argument.startswith(("--config-name", "-cn", "--multirun", "-m")) for argument in arguments
+        argument.startswith(("--config-n", "-cn", "--m", "-m"))  # options may be shortened
+        for argument in arguments
     )
     require(
         not named,

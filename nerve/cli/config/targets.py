@@ -24,8 +24,9 @@ TARGETS = {
 """Everything that conf/ names below `nerve.`, by its last name. Modules move; configurations stored
 earlier name the old locations."""
 
-TRUSTED = ("nerve", "lightning", "torch")
-"""Packages whose classes and functions a configuration may call without a warning."""
+TRUSTED = ("nerve", "lightning", "torch", "pytorch_optimizer")
+"""Packages whose classes and functions a configuration may call without a warning: all that conf/
+names."""
 
 
 def resolve_targets(values: Any) -> Any:

@@ -8,18 +8,25 @@ from typing import Any, Union, get_args, get_origin
 
 from hydra.utils import get_class, get_object
 
-from nerve.config import KINDS, require_choice, require_type
+from nerve.config import KINDS, require, require_choice, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError, NerveError
 
+_SET_BY_THE_RUN = {
+    "n_heldout_tokens": "monitor.n_tokens",
+    "n_train_batches": "trainer.max_steps",
+    "seed": "seed",
+}
+"""Arguments of data modules that the run passes itself, and the keys from which they follow."""
 
-def data_class(data: Mapping[str, Any]) -> type:
-    """The class that `data._target_` names."""
-    target = str(data.get("_target_"))
+
+def class_of(group: str, values: Mapping[str, Any]) -> type:
+    """The class that the `_target_` of a group names."""
+    target = str(values.get("_target_"))
     try:
         return get_class(target)
     except Exception as error:  # an import runs code that may raise anything
-        raise ConfigError(f"data._target_ must name a class; got {target!r}: {error}") from error
+        raise ConfigError(f"{group}._target_ must name a class; got {target!r}: {error}") from error
 
 
 def require_arguments(group: str, target: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -57,6 +64,8 @@ def require_types(group: str, target: Callable[..., Any], values: Mapping[str, A
 def _named(key: str, target: object) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = get_object(str(target))
+        if not callable(found):
+            raise TypeError(f"it is a {type(found).__name__}")
     except Exception as error:  # an import runs code that may raise anything
         raise ConfigError(
             f"{key}._target_ must name a function; got {target!r}: {error}"
@@ -67,7 +76,12 @@ def _named(key: str, target: object) -> Callable[..., Any]:
 def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> None:
     """Lets our data modules check their values, and `sizes` as from `DataPlan`. Corpus, images and
     tokenizer are not opened: they may be on another machine."""
-    target = data_class(data)
+    for name, key in _SET_BY_THE_RUN.items():
+        require(
+            name not in data,
+            f"A run sets data.{name} itself; got {data.get(name)!r}. Leave it out, and set {key}.",
+        )
+    target = class_of("data", data)
     if not issubclass(target, BatchDataModule):
         return
     require_arguments("data", target, data)

@@ -15,8 +15,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nerve.cli.config.compose import CONF
-from nerve.cli.experiment.arguments import data_class
-from nerve.config import require, require_choice, require_count, require_left, require_type
+from nerve.cli.experiment.arguments import class_of
+from nerve.config import (
+    require,
+    require_choice,
+    require_count,
+    require_group,
+    require_left,
+    require_type,
+)
 from nerve.measuring.projection import PROJECTED
 from nerve.models import MODELS
 from nerve.optim import Role
@@ -81,28 +88,33 @@ def require_whole(config: Mapping[str, Any]) -> None:
 def require_groups(config: Mapping[str, Any]) -> None:
     """Refuses what is no group where one belongs. An interpolation may become one, and passes."""
     for key in GROUPS:
-        require(
-            isinstance(config[key], Mapping) or _is_interpolation(config[key]),
-            f"{key} must be a group of values; got {config[key]!r}. Set single values, as in "
-            f"{key}.…=…, or choose another option of the group.",
-        )
-    parts = config["optimizer"].get("parts") if isinstance(config["optimizer"], Mapping) else {}
-    require(
-        isinstance(parts, Mapping) or _is_interpolation(parts),
-        "optimizer.parts must be a mapping with the optimizers, by any names; got "
-        f"{parts!r}. Choose an option of the group optimizer.",
-    )
+        if not _is_interpolation(config[key]):
+            require_group(key, config[key])
 
 
 def _is_interpolation(value: object) -> bool:
     return isinstance(value, str) and value.startswith("${")
 
 
+def require_parts(optimizer: Mapping[str, Any]) -> None:
+    """Refuses optimizers without roles, or without the values from which they are built."""
+    require_group("optimizer", optimizer, ("parts", "schedule"))
+    require_group("optimizer.parts", optimizer["parts"])
+    for name, part in optimizer["parts"].items():
+        key = f"optimizer.parts.{name}"
+        require_group(key, part, ("roles", "build"))
+        require_group(f"{key}.build", part["build"], ("_target_",))
+        for each in part:
+            require_choice(f"a key of {key}", each, ("roles", "build"))
+
+
 def require_suited(config: DictConfig) -> None:
     """Refuses data that cannot provide what the model needs."""
+    for key in ("model", "data"):  # one may have been an interpolation
+        require_group(key, config[key])
     kind = config.model.get("kind")
     require_choice("model.kind", kind, MODELS)
-    data = data_class(config.data)
+    data = class_of("data", config.data)
     suited = [
         other
         for other, network in MODELS.items()
@@ -184,8 +196,7 @@ def require_whole_matrices(values: Mapping[str, Any]) -> None:
     if not re.search("fsdp|deepspeed|modelparallel", str(named), re.IGNORECASE):
         return
     for name, part in values["optimizer"]["parts"].items():
-        build = part.get("build", {}) if isinstance(part, Mapping) else {}
-        target = str(build.get("_target_"))
+        target = str(part["build"]["_target_"])
         require(
             target in ELEMENTWISE,
             "With sharded parameters, each process has flat pieces of matrices, so the optimizer "
@@ -201,8 +212,7 @@ def require_named_optimizer(optimizer: Mapping[str, Any]) -> None:
     label runs with it."""
     name, parts = optimizer.get("name"), optimizer["parts"].values()
     require_type("optimizer.name", name, str)
-    hidden = [each for each in parts if isinstance(each, Mapping) and _has_hidden(each)]
-    targets = [str(each.get("build", {}).get("_target_")) for each in hidden]
+    targets = [str(part["build"]["_target_"]) for part in parts if _has_hidden(part)]
     require(
         not targets
         or name not in optimizers()
@@ -213,8 +223,7 @@ def require_named_optimizer(optimizer: Mapping[str, Any]) -> None:
 
 
 def _has_hidden(part: Mapping[str, Any]) -> bool:
-    roles = part.get("roles")
-    return isinstance(roles, list) and Role.HIDDEN in roles
+    return isinstance(part["roles"], list) and Role.HIDDEN in part["roles"]
 
 
 @cache
@@ -258,9 +267,8 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
     require_left("monitor.skip_first", skip_first, "data.seq_len", values["data"]["seq_len"])
 
 
-def require_readable_weight(monitor: MonitorSettings, values: Mapping[str, Any]) -> None:
+def require_readable_weight(monitor: MonitorSettings, constraint: str, precision: object) -> None:
     """Refuses to project pre if the weight before it is recomputed at each access."""
-    constraint, precision = values["ffn"]["constraint"], values["trainer"].get("precision")
     require(
         constraint == "none"
         or monitor.source == "heldout"

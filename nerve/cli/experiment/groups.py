@@ -17,6 +17,7 @@ from nerve.config import (
     require,
     require_choice,
     require_count,
+    require_group,
     require_path,
     require_type,
 )
@@ -79,10 +80,12 @@ class TrainerPlan:
     overfit_batches: int | float | None = None
     fast_dev_run: bool | int | None = None
     precision: int | str | None = None
+    num_nodes: int = 1
 
     def __post_init__(self) -> None:
         require_count("trainer.max_steps", self.max_steps)
         require_count("trainer.accumulate_grad_batches", self.accumulate_grad_batches)
+        require_count("trainer.num_nodes", self.num_nodes)
         clip, every = self.gradient_clip_val, self.log_every_n_steps
         require(
             clip is None or clip >= 0,
@@ -111,8 +114,7 @@ class TrainerPlan:
 
 def require_devices(trainer: Mapping[str, Any]) -> None:
     """Refuses devices that Lightning does not know or that cannot measure."""
-    for key in ("accelerator", "devices", "strategy"):
-        require(key in trainer, f"trainer lacks {key}. Leave ~trainer.{key} out.")
+    require_group("trainer", trainer, ("accelerator", "devices", "strategy"))
     accelerator, devices = trainer["accelerator"], trainer["devices"]
     known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
     require_choice("trainer.accelerator", accelerator, known)
@@ -121,19 +123,30 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
         "Spectra are computed in float64, which Apple GPUs do not support; got "
         "trainer.accelerator=mps. Use trainer=cpu, or an NVIDIA GPU.",
     )
-    ids = devices if isinstance(devices, list) else []
+    is_number = re.fullmatch(r"[1-9]\d*", str(devices)) is not None
+    if isinstance(devices, str) and re.fullmatch(r"\d+(,\d+)+|\d+,", devices):
+        devices = [int(each) for each in devices.split(",") if each]
     require(
-        (ids and all(isinstance(each, int) and each >= 0 for each in ids))
-        or (isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1)
-        or devices in (-1, "-1", "auto")
-        or (isinstance(devices, str) and bool(re.fullmatch(r"[1-9]\d*|\d+(,\d+)*,?", devices))),
-        "trainer.devices must be auto, -1 (all), a number of at least 1, or a list such as [0,1]; "
-        f"got {devices!r}.",
+        is_number or devices in (-1, "-1", "auto") or _are_ids(devices),
+        "trainer.devices must be auto, -1 (all), a number of at least 1, or a list of different "
+        f"devices such as [0,1]; got {trainer['devices']!r}.",
+    )
+    require(
+        accelerator != "cpu" or is_number or devices == "auto",
+        "With trainer.accelerator=cpu, trainer.devices is the number of processes; got "
+        f"{trainer['devices']!r}. Use trainer.devices=1.",
     )
     strategy = trainer["strategy"]
     if isinstance(strategy, Mapping) and "_target_" in strategy:
         return
     require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
+
+
+def _are_ids(devices: object) -> bool:
+    if not isinstance(devices, list) or not devices:
+        return False
+    are_numbers = all(type(each) is int and each >= 0 for each in devices)
+    return are_numbers and len({*devices}) == len(devices)
 
 
 @dataclass(frozen=True)
@@ -286,8 +299,6 @@ def parts_of(optimizer: Mapping[str, Any], network: nn.Module) -> dict[str, Part
     """The optimizers, each with the values that it accepts and with parameters of the network."""
     parts: dict[str, Part] = {}
     for name, part in optimizer["parts"].items():
-        for key in part:
-            require_choice(f"a key of optimizer.parts.{name}", key, ("roles", "build"))
         built = build(part["build"], key=f"optimizer.parts.{name}.build")
         parts[name] = Part(part["roles"], built)
     check_parts(network, parts)

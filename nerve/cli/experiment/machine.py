@@ -1,9 +1,9 @@
 """The machine of a run: what the run needs, whether the machine has it, and its description."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
+from nerve import cores
 from nerve.cli.config.compose import SUBMITIT_SLURM
 from nerve.cli.experiment.plan import Plan
 from nerve.config import require
 from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import GROUPS
-from nerve.optim import parameter_roles
+from nerve.optim import Dion, parameter_roles
 from nerve.storage.provenance import nvidia_driver
 from nerve.training.gathering import Gathering, environment_of
 
@@ -27,6 +28,8 @@ COUNTED = (
     "eigensolver."
 )
 
+_RANK_FRACTION: float = signature(Dion).parameters["rank_fraction"].default
+
 State = Callable[[int, int, Mapping[str, Any]], float]
 
 STATES: dict[str, State] = {
@@ -34,7 +37,9 @@ STATES: dict[str, State] = {
     "SGD": lambda m, n, build: m * n if build.get("momentum") else 0,
     "Adafactor": lambda m, n, _: m + n if m > 1 else n,
     "Muon": lambda m, n, _: m * n,
-    "Dion": lambda m, n, build: m * n + n * max(1, round(build["rank_fraction"] * min(m, n))),
+    "Dion": lambda m, n, build: (
+        m * n + n * max(1, round(build.get("rank_fraction", _RANK_FRACTION) * min(m, n)))
+    ),
     "SOAP": lambda m, n, _: 2 * m * n + 2 * (m * m + n * n),
     "Shampoo": lambda m, n, _: m * n + 2 * (m * m + n * n),
 }
@@ -89,7 +94,7 @@ def _device_bytes(accelerator: str) -> int:
             for line in Path("/proc/meminfo").read_text().splitlines()
             if line.startswith("SwapTotal")
         )
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + swap
+    return cores.memory() + swap
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,11 @@ def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
         trainer: values of the group `trainer`.
     """
     devices = trainer["devices"]
-    if isinstance(devices, int | str) and str(devices).isdigit():
-        return int(devices)
-    return None if isinstance(devices, str) or not isinstance(devices, Sequence) else len(devices)
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each]
+    if isinstance(devices, int | str):
+        return int(devices) if str(devices).isdigit() else None
+    return len(devices) if isinstance(devices, Sequence) else None
 
 
 def n_processes_of(trainer: Mapping[str, Any]) -> int:

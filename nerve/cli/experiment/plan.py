@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from hydra.utils import get_class
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import build, resolved, unresolved
-from nerve.cli.experiment.arguments import require_arguments, require_data
+from nerve.cli.config.explain import explain_unresolved
+from nerve.cli.experiment.arguments import class_of, require_arguments, require_data
 from nerve.cli.experiment.checks import (
     require_given,
     require_groups,
     require_named_optimizer,
     require_packages,
+    require_parts,
     require_positions,
     require_readable_weight,
     require_single_values,
@@ -37,6 +39,7 @@ from nerve.cli.experiment.groups import (
     schedule_of,
 )
 from nerve.config import from_mapping, require, require_choice, require_layers
+from nerve.errors import ConfigError
 from nerve.metric_names import MEASURED
 from nerve.models import MODELS, Regularizer
 from nerve.recording.writer import layer_name, mean_name
@@ -84,15 +87,19 @@ class Plan:
         require_whole(given)
         require_suited(config)
         require_given(given)
-        values = resolved(config)
+        try:
+            values = resolved(config)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain_unresolved(error)) from error
         require_groups(values)
         kind = values["model"]["kind"]
         require_single_values(values)
         require_devices(values["trainer"])
+        require_parts(values["optimizer"])
         require_whole_matrices(values)
         check_objective(values["objective"], kind)
         trainer = TrainerPlan.of(values["trainer"])
-        require_arguments("trainer", get_class(values["trainer"]["_target_"]), values["trainer"])
+        require_arguments("trainer", class_of("trainer", values["trainer"]), values["trainer"])
         checkpoint = from_mapping(CheckpointCadence, values["checkpoint"], "checkpoint")
         checkpoint.require_reached(trainer.max_steps)
         require_named_optimizer(values["optimizer"])
@@ -101,13 +108,15 @@ class Plan:
         monitor.require_reached(trainer.max_steps)
         require_tokens_of_text(monitor.n_tokens, kind)
         require_positions(monitor, values)
-        require_readable_weight(monitor, values)
         require_packages(values["logger"])
         callbacks = callbacks_of(values)
         data = DataPlan.of(trainer, monitor, kind, widest=1)
         require_paths_of_data(values["data"])
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
+        require_readable_weight(
+            monitor, model.design.ffn.constraint, values["trainer"].get("precision")
+        )
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
         require_layers("monitor.layers", monitor.layers, model.layers)
         if regularizer.name != "none":

@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from nerve.analysis.load import load_metrics
-from nerve.cli.console import say
+from nerve.cli.console import say, say_next
 from nerve.cli.experiment.summary import print_summary
 from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
 from nerve.errors import DataError, NerveError, StoreError
@@ -224,8 +224,9 @@ def _show(directory: Path, data: Data, n_new: int) -> None:
         facts["flagged"] = (
             f"{n_flagged} of {len(metrics)} rows may be dominated by a few samples{hint}"
         )
-    print_summary(last.to_dict("records"), facts, directory)
-    say(f"report: nerve-report {shlex.quote(str(directory))}")
+    print_summary(last.to_dict("records"), facts)
+    say(f"run directory: {shlex.quote(str(directory))}")
+    say_next(directory)
 
 
 def _range_of(values: pd.Series) -> str:

@@ -1,5 +1,7 @@
 """The trials of a sweep: each composed, with its directory and what that already holds."""
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from copy import deepcopy
@@ -7,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -17,8 +18,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import identity, resolved
-from nerve.cli.config.explain import explain_error
+from nerve.cli.config.explain import explain_error, explain_unresolved
+from nerve.cli.config.hydra_internals import (
+    ConfigLoaderImpl,
+    apply_overrides,
+    overrides_dirname,
+)
 from nerve.cli.console import say
+from nerve.config import require
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.identity import differences
@@ -86,6 +93,44 @@ class Trial:
         return resolved(self.run_config())
 
 
+MOST_TRIALS = 100_000
+"""Composing that many trials takes minutes; more are hardly meant."""
+
+
+def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """The overrides of each trial: all combinations of the values of the axes, the last axis
+    changing fastest. Of overrides with the same key, the last one counts.
+
+    Raises:
+        ConfigError: for an axis that has no values or does not list them, and for too many trials.
+    """
+    axes: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+            continue
+        require(
+            not override.is_interval_sweep(),
+            f"An axis of a sweep has a list of values; {override.input_line} is an interval. List "
+            f"them, as in {key}=0.1,0.2,0.3.",
+        )
+        values = itertools.islice(override.sweep_string_iterator(), MOST_TRIALS + 1)
+        axes[key] = [f"{key}={value}" for value in values]
+        require(
+            bool(axes[key]),
+            f"An axis of a sweep has at least one value; {override.input_line} has none. Add "
+            "values, or leave it out.",
+        )
+    require(
+        math.prod(map(len, axes.values())) <= MOST_TRIALS,
+        f"A sweep has at most {MOST_TRIALS:,} trials; these axes have more combinations: "
+        f"{' '.join(str(o.input_line) for o in overrides if o.is_sweep_override())}. Leave out "
+        "values.",
+    )
+    return list(map(list, itertools.product(*axes.values())))
+
+
 def compose_grid(
     loader: ConfigLoaderImpl, config: DictConfig, grid: Sequence[Sequence[str]]
 ) -> list[Trial]:
@@ -124,7 +169,7 @@ def compose_grid(
             trial.state_before = trial.run.state
             trial.run.require_same(values)
         except OmegaConfBaseException as error:
-            trial.rejected_because = _unresolved(composed, error)
+            trial.rejected_because = explain_unresolved(error, composed.hydra.runtime.choices)
         except StoreError as error:
             trial.rejected_because = str(error)
         trials.append(trial)
@@ -170,11 +215,11 @@ class Composer:
             chosen = self._loader.load_sweep_config(self._config, list(options))
             self._of_options[options] = chosen
         composed = deepcopy(self._of_options[options])
-        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        apply_overrides(values, composed)
         job = composed.hydra.job
         own = [each for each in parsed if not each.is_hydra_override()]
         composed.hydra.overrides.task = [each.input_line for each in own]
-        job.override_dirname = get_overrides_dirname(own, **job.config.override_dirname)
+        job.override_dirname = overrides_dirname(own, **job.config.override_dirname)
         return composed
 
     def _is_value(self, override: Override) -> bool:
@@ -274,17 +319,3 @@ def _check_same(trial: Trial, other: Trial, different: Sequence[str]) -> None:
             "started. Put what varies into hydra.sweep.subdir, or omit that, so that each trial "
             "has its own."
         )
-
-
-def _unresolved(config: DictConfig, error: OmegaConfBaseException) -> str:
-    text = str(error)
-    chosen = [
-        f"{group}={option}"
-        for group, option in config.hydra.runtime.choices.items()
-        if f"{group}." in text
-    ]
-    where = f", which {error.full_key} refers to" if error.full_key else ""
-    return (
-        f"The values of a trial must exist and be compatible; {text.splitlines()[0]}{where}. "
-        f"Choose compatible options, or set the value; selected: {', '.join(chosen)}."
-    )

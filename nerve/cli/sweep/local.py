@@ -25,15 +25,16 @@ from nerve.training.signals import SignalsHandled
 GRACE_S = 120.0
 """How long a trial may take to save when it is asked to stop; then it is killed."""
 
-COMMAND = [sys.executable, "-P", "-m", "nerve.cli.sweep.worker"]
+COMMAND = [sys.executable, "-P", "-c", "from nerve.cli.entry import trial; trial()"]
 POLL_S = 0.1
 LOG_NAME = "output.log"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FROM_OUTSIDE = (signal.SIGKILL, *STOPPING)
 """Signals that do not indicate an error of the trial they end."""
 
-ASKED_TO_STOP = 128 + signal.SIGINT
-"""The exit status of a trial that stopped on request."""
+ASKED_TO_STOP = (128 + signal.SIGINT, -signal.SIGINT)
+"""The exit statuses of a trial that stopped on request; the second one is that of a process that
+had just started."""
 
 
 class KilledError(NerveError):
@@ -103,7 +104,7 @@ def run_here(
                     room = _Room(places[0], n_sharing, has_log=n_at_once > 1)
                     running.append(_Process(trial, room, timeout_s))
                     places.popleft()
-                except OSError as error:
+                except (OSError, StoreError) as error:
                     trial.start_error = f"its process could not be started: {error}"
                     ended(trial)
             time.sleep(POLL_S)
@@ -219,7 +220,7 @@ class _Process:
         run = self.trial.run
         run_status = run.record.run_status if run.record else None
         if run.n_starts == self._n_starts:  # it never began
-            asked = status == ASKED_TO_STOP and self._error is None
+            asked = status in ASKED_TO_STOP and self._error is None
             return asked or run_status in ("done", "failed")
         # If it was stopped for a reason, only this process knows it.
         return run_status != "running" and (run_status != "interrupted" or self._error is None)

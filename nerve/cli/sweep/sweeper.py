@@ -5,26 +5,24 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from nerve.cli.config.compose import SUBMITIT_SLURM, depends_on_place, resolved
+from nerve.cli.config.hydra_internals import ConfigLoaderImpl, error_of
 from nerve.cli.config.overrides import refuse_lists, refuse_merged
 from nerve.cli.sweep.check import preview
-from nerve.cli.sweep.grid import Trial, compose_grid, plan_trials
+from nerve.cli.sweep.grid import Trial, combinations, compose_grid, plan_trials
 from nerve.cli.sweep.local import run_here
 from nerve.cli.sweep.slurm import SentJobs
 from nerve.cli.sweep.table import SweepTable, n_starts
-from nerve.config import pasted, quoted, require, require_type
+from nerve.config import pasted, quoted, require, require_count, require_group, require_type
 from nerve.cores import allowed
 from nerve.errors import ConfigError, NerveError, StoreError
 from nerve.files import as_store_error
@@ -56,7 +54,7 @@ class TrialSweeper(Sweeper):
         timeout_min: how many minutes a trial on this machine may take; None for no limit.
 
     Raises:
-        ConfigError: for a time limit that is not positive, or an invalid number of jobs.
+        ConfigError: for a value of the wrong type or out of range.
     """
 
     def __init__(
@@ -71,10 +69,14 @@ class TrialSweeper(Sweeper):
             n_jobs >= 1 or n_jobs == -1,
             f"hydra.sweeper.n_jobs must be at least 1, or -1 for every core; got {n_jobs!r}.",
         )
+        require_count("hydra.sweeper.max_batch_size", max_batch_size, or_null=True)
+        require_type("hydra.sweeper.timeout_min", timeout_min, float, NoneType)
         require(
             timeout_min is None or timeout_min > 0,
             f"hydra.sweeper.timeout_min must be null or a positive number; got {timeout_min!r}.",
         )
+        if params is not None:
+            require_group("hydra.sweeper.params", params)
         self._n_jobs = allowed() if n_jobs == -1 else n_jobs
         self._max_batch_size = max_batch_size
         self._params = dict(params or {})
@@ -122,9 +124,9 @@ class TrialSweeper(Sweeper):
         loader = self.hydra_context.config_loader
         assert isinstance(loader, ConfigLoaderImpl)
         trials = compose_grid(loader, self.config, grid)
+        plan_trials(trials)
         for trial in trials:
             _refuse_devices(trial, launcher)
-        plan_trials(trials)
         if jobs is not None:
             _find_jobs(trials, jobs)
         if self.config.check:
@@ -155,9 +157,7 @@ class TrialSweeper(Sweeper):
         refuse_merged(
             loader, name, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         )
-        _require_values(overrides)
-        (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        return list(grid)
+        return combinations(overrides)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:
         """Refuses a launcher that conflicts with `n_jobs`."""
@@ -205,7 +205,7 @@ class TrialSweeper(Sweeper):
             overrides = [[*trial.overrides, _place(trial)] for trial in batch]
             try:
                 returns = self.launcher.launch(overrides, initial_job_idx=number)
-                errors += [job._return_value for job in returns if _has_failed(job)]
+                errors += [error for job in returns if (error := error_of(job)) is not None]
             except Exception as error:  # submitit's, when a job is killed
                 errors.append(error)
                 jobs.wait({_place(trial) for trial in batch})
@@ -215,16 +215,6 @@ def _make(folder: Path, config: DictConfig) -> None:
     with as_store_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
-
-
-def _require_values(overrides: Sequence[Override]) -> None:
-    """Refuses an axis without values, with which the sweep would have no trials."""
-    for override in overrides:
-        require(
-            not override.is_sweep_override() or any(True for _ in override.sweep_iterator()),
-            f"An axis of a sweep has at least one value; {override.input_line} has none. Add "
-            "values, or leave it out.",
-        )
 
 
 def _refuse_devices(trial: Trial, launcher: Mapping[str, Any]) -> None:
@@ -282,7 +272,3 @@ def _place(trial: Trial) -> str:
     """The override that names the trial's directory, since another machine may derive a different
     one."""
     return f"hydra.sweep.subdir={quoted(trial.config.hydra.sweep.subdir)}"
-
-
-def _has_failed(job: JobReturn) -> bool:
-    return job.status == JobStatus.FAILED and isinstance(job._return_value, Exception)

@@ -1,4 +1,4 @@
-"""A trial of a sweep in its own process: `python -m nerve.cli.sweep.worker`.
+"""A trial of a sweep in its own process, which `nerve.cli.entry.trial` starts.
 
 The configuration comes on stdin.
 
@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job, setup_globals
@@ -23,6 +22,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from nerve.cli.config.compose import decoded, depends_on_place, identity, register, resolved
+from nerve.cli.config.hydra_internals import Callbacks
 from nerve.cores import uncollected
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
@@ -98,6 +98,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with open(STDIN, "rb", buffering=0, closefd=False) as stdin:
         line = stdin.readline()
+    if not line.endswith(b"\n"):  # the parent process is gone
+        sys.exit(128 + signal.SIGINT)
     threading.Thread(target=_stop_when_alone, daemon=True).start()
     register()
     setup_globals()
@@ -138,7 +140,3 @@ def _stop_when_alone() -> None:
     while os.read(STDIN, 1):
         pass
     os.kill(os.getpid(), signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main()

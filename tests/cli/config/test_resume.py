@@ -50,6 +50,8 @@ def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
         (["activation=relu", "++model.n_layers=2"], "activation=relu ++model.n_layers=2"),
         (["-m"], "with --multirun"),
         (["--config-name=normfree"], "--config-name"),
+        (["--config-n=config"], "--config-name"),
+        (["--multi"], "with --multirun"),
     ],
 )
 def test_what_would_be_another_run_is_refused(run, begun, experiments, beside, named):

@@ -20,6 +20,13 @@ def test_the_table_has_what_the_configuration_names_and_each_is_there():
     assert all(callable(get_object(path)) for path in NAMED)
 
 
+def test_resuming_a_run_of_any_shipped_option_warns_of_no_target():
+    named = re.findall(r"_target_: ([\w.]+)", "".join(p.read_text() for p in CONF.rglob("*.yaml")))
+    assert len(named) > len(NAMED)
+    runs = [{"_target_": name} for name in named if not name.startswith("hydra_plugins.")]
+    assert foreign_targets(runs) == []
+
+
 def test_a_moved_target_is_found_by_its_last_name_at_any_depth():
     stored = {
         "logger": {"csv": {"_target_": "nerve.logger.CSVLogger", "flush": 1}},

@@ -1,10 +1,15 @@
 """A configuration that is wrong is refused by its plan alone, with one message that names keys."""
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import reduce
+from itertools import cycle
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from support import composed
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -146,7 +151,7 @@ BAD_GPT = [
         ["trainer.enable_progress_bar=false", f"+callbacks.a._target_={CALLBACKS}.RichProgressBar"],
         ["at most one progress bar; got callbacks.a with trainer.enable_progress_bar=false"],
     ),
-    (["optimizer.parts=null"], ["optimizer.parts must be a mapping", "got None"]),
+    (["optimizer.parts=null"], ["optimizer.parts must be a group of values; got None"]),
     (["+callbacks.a=5"], ["callbacks.a must be a mapping with the class of a callback"]),
     (["+callbacks.a._target_=builtins.dict"], ["callbacks.a._target_", "builtins.dict gives dict"]),
     (["+callbacks.a._target_=nowhere.X"], ["callbacks.a cannot be built"]),
@@ -259,6 +264,21 @@ BAD_GPT = [
     ),
     (["monitor.skip_first=-1"], ["skip_first must be a whole number of at least 0; got -1"]),
     (["data=digits"], ["model.kind=gpt", "ImageDataModule", "kind=mixer"]),
+    (["+data.seed=3"], ["A run sets data.seed itself; got 3", "set seed"]),
+    (["+data.n_train_batches=3"], ["sets data.n_train_batches itself", "set trainer.max_steps"]),
+    (["+data.n_heldout_tokens=3"], ["sets data.n_heldout_tokens itself", "set monitor.n_tokens"]),
+    (["+trainer.num_nodes=0"], ["trainer.num_nodes must be a whole number of at least 1; got 0"]),
+    (["+trainer.num_nodes=two"], ["trainer.num_nodes must be a whole number; got 'two'"]),
+    *(
+        ([f"trainer.devices={n}"], ["accelerator=cpu, trainer.devices is the number of processes"])
+        for n in ("[0]", "-1", "'0,1'", "'0,'")
+    ),
+    (["trainer.accelerator=auto", "trainer.devices=[1,1]"], ["a list of different", "got [1, 1]"]),
+    (["~optimizer.lr"], ["'optimizer.lr' not found, which optimizer.parts.main.build.lr refers"]),
+    (["~optimizer.parts.main.roles"], ["optimizer.parts.main lacks roles; got build"]),
+    (["optimizer.schedule=null"], ["optimizer.schedule must be a group of values; got None"]),
+    (["trainer._target_=abc"], ["trainer._target_ must name a class; got 'abc'"]),
+    (["data.corpus._target_=abc"], ["data.corpus._target_ must name a function; got 'abc'"]),
 ]
 BAD_MIXER = [
     (["monitor.skip_first=1"], ["monitor.skip_first", "model.kind=mixer", "must be 0, got 1"]),
@@ -323,6 +343,49 @@ def test_bad_input_is_refused_at_once_with_the_keys(overrides, expected):
         Plan.of(config)
     for text in expected:
         assert text in str(refusal.value)
+
+
+HOSTILE = ("delete", None, [], "abc", {})
+"""Values of each kind; the first one stands for a deletion."""
+
+
+def keys_of(values: dict, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of groups and values."""
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{key}.")
+
+
+def test_a_value_of_any_kind_is_planned_or_refused():
+    """Each value of a configuration in turn is replaced by one of another kind, or deleted: there
+    is a plan with its estimate, or an error that a user understands, and no other exception."""
+    designs = (
+        (*GPT, "optimizer=dion", "regularizer=participation_ratio", "activation=interpolated"),
+        (*GPT, "data=text_files", "data.corpus.paths=[a]", "normalization=mixln"),
+        MIXER,
+    )
+    kinds, tried = cycle(HOSTILE), set()
+    for overrides in designs:
+        stored = OmegaConf.to_container(composed(*overrides))
+        for key in keys_of(stored):
+            if key in tried:
+                continue
+            tried.add(key)
+            values, hostile = deepcopy(stored), next(kinds)
+            *groups, leaf = key.split(".")
+            parent = reduce(lambda group, name: group[name], groups, values)
+            if hostile == "delete":
+                del parent[leaf]
+            else:
+                parent[leaf] = hostile
+            try:
+                Estimate.of(Plan.of(OmegaConf.create(values)))
+            except NerveError:
+                continue
+            except Exception as error:
+                raise AssertionError(f"{key}={hostile!r}") from error
+    assert len(tried) > 100
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -58,6 +58,8 @@ ONE = {"accelerator": "cpu", "devices": 1}
         ({"num_nodes": 2}, False),
         ({"accelerator": "gpu", "devices": "auto"}, False),
         ({"accelerator": "gpu", "devices": 1}, True),
+        ({"accelerator": "gpu", "devices": "2,"}, True),
+        ({"accelerator": "gpu", "devices": "0,1"}, False),
     ],
 )
 def test_a_run_is_one_process_where_it_asks_for_one_device(changes, alone, monkeypatch):
@@ -83,6 +85,22 @@ def test_a_machine_whose_gpu_has_no_float64_is_refused(no_cuda, accelerator):
     """Lightning would take Apple's GPU for each of these."""
     plan = Plan.of(composed("logger=none", f"trainer.accelerator={accelerator}"))
     with pytest.raises(ConfigError, match="float64"):
+        machine.check_machine(plan)
+
+
+def test_devices_that_are_listed_in_a_string_are_counted(monkeypatch):
+    """As Lightning reads them; the others of the machine do not take part."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    listed = {"accelerator": "gpu", "devices": "0,3"}
+    assert n_processes_of(listed) == n_processes_of(listed | {"devices": [0, 3]}) == 2
+
+
+def test_a_run_must_fit_into_the_memory_of_its_container(monkeypatch):
+    """Not only into that of the host."""
+    plan = Plan.of(composed("logger=none", "model.n_layers=100"))
+    monkeypatch.setattr("nerve.cores._memory_limits", lambda: [10**6])
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: "SwapTotal: 0 kB")
+    with pytest.raises(ConfigError, match="and it has 0 GB"):
         machine.check_machine(plan)
 
 

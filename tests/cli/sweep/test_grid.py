@@ -5,13 +5,16 @@ from functools import partial
 from typing import Any
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from support import hydra_at_conf
 
-from nerve.cli.sweep.grid import Composer, StoredRuns
+from nerve.cli.sweep.grid import MOST_TRIALS, Composer, StoredRuns, combinations
+from nerve.errors import ConfigError
 from nerve.storage.identity import config_id
 from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock
@@ -110,6 +113,38 @@ def told(compose: Callable[[], DictConfig]) -> list[Any]:
         return own + [each for key in node for each in nodes(node._get_node(key))]
 
     return [OmegaConf.to_yaml(config), *nodes(config)]
+
+
+def trials_of(*overrides: str) -> list[str]:
+    parsed = OverridesParser.create().parse_overrides([*overrides])
+    return [" ".join(each) for each in combinations(parsed)]
+
+
+def test_a_grid_has_every_combination_and_its_last_axis_changes_fastest():
+    assert trials_of("seed=range(2)", "x=5", "+a.b='1,2',c", "~d") == [
+        f"seed={seed} x=5 +a.b={value} ~d={end}"
+        for seed in (0, 1)
+        for value in ("'1,2'", "c")
+        for end in ["null"]
+    ]
+    assert trials_of() == [""]
+
+
+def test_of_axes_with_one_key_the_last_counts_in_the_place_of_the_first():
+    assert trials_of("seed=0,1", "x=5", "seed=2") == ["seed=2 x=5"]
+
+
+def test_grids_are_as_hydras_own_sweeper_makes_them():
+    for overrides in (["a=1,2", "b=x,y", "c=[1,2],[3]"], ["a=choice(1,2)", "a=3,4"], ["++a=b"]):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        assert [combinations(parsed)] == BasicSweeper.split_arguments(parsed, max_batch_size=None)
+
+
+def test_too_many_trials_are_refused_before_they_are_counted():
+    for overrides in (["a=range(0,1e15)"], ["a=range(1000)", "b=range(1000)"]):
+        with pytest.raises(ConfigError, match=r"at most 100,000 trials.*a=range"):
+            trials_of(*overrides)
+    assert len(trials_of("a=range(100)", "b=range(1000)")) == MOST_TRIALS
 
 
 def test_trials_are_composed_as_hydra_does():

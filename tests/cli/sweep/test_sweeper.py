@@ -85,6 +85,10 @@ def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(swe
     assert status == 0
     assert "2 trials, 2 done; 0 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500" in out
+    assert out.splitlines()[-2:] == [
+        "report: nerve-report outputs/multirun",
+        f"in a notebook: import nerve; metrics = nerve.load_metrics({str(FOLDER.absolute())!r})",
+    ]
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other trials of them
     assert status == 0
@@ -322,6 +326,36 @@ def test_a_trial_gets_the_paths_of_this_process_but_not_those_of_its_python(monk
         assert str(Path(module.__file__).parent) not in paths
         assert str(Path(module.__file__).parents[1]) not in paths
     assert not any("lib-dynload" in path or path.endswith("311.zip") for path in paths)
+
+
+def test_a_record_damaged_while_its_trial_waited_stops_no_other_trial(tmp_path, monkeypatch):
+    """It was readable when the sweep began; nothing is started in its directory."""
+    monkeypatch.setattr(local, "COMMAND", ["true"])
+    monkeypatch.setattr(local, "record_end", lambda *given: None)
+    monkeypatch.setattr(Trial, "values", lambda trial: {})
+    trials = [Trial(n, [], OmegaConf.create({}), RunDirectory(tmp_path / f"{n}")) for n in (0, 1)]
+    ended = []
+
+    def damage(trial: Trial) -> None:
+        if trial.number == 0:
+            trial.directory.mkdir()
+            (trial.directory / "run.json").write_text("{")
+
+    assert local.run_here(trials, 1, None, damage, lambda trial: ended.append(trial.number)) is None
+    assert ended == [0, 1]
+    assert "run.json is not the record of a run" in trials[0].start_error
+    assert trials[1].start_error is None
+
+
+@pytest.mark.parametrize("deed", ["exit 130", "kill -INT $$"])
+def test_a_trial_that_is_stopped_before_it_begins_is_not_started(tmp_path, monkeypatch, deed):
+    """Also by the signal itself, before Python handles it: nobody has killed it."""
+    monkeypatch.setattr(local, "COMMAND", ["bash", "-c", deed])
+    monkeypatch.setattr(Trial, "values", lambda trial: {"seed": 0})
+    trial = Trial(0, [], OmegaConf.create({}), RunDirectory(tmp_path / "run"))
+    local.run_here([trial], 1, None, lambda trial: None, lambda trial: None)
+    assert trial.run.reload().state == RunState.NEW
+    assert trial.start_error is None
 
 
 @pytest.mark.parametrize("deed", ["exit 0", "exit 3", "kill -9 $$"])

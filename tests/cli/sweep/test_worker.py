@@ -1,5 +1,6 @@
 """A trial in a job of a cluster, which composes its configuration again."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from omegaconf import open_dict, read_write
 from support import composed
 
 from nerve.cli.config.compose import identity, resolved
+from nerve.cli.sweep import worker
 from nerve.cli.sweep.worker import run_trial
 from nerve.errors import DataError, DivergedError, StoreError
 from nerve.storage.record import RunRecord
@@ -136,6 +138,18 @@ def test_another_sweeper_hears_why_a_trial_has_no_number(run, monkeypatch, error
     assert status == 1
     assert err.splitlines()[-1] == f"nerve-run: {error}"
     assert "None" not in out + err
+
+
+def test_a_worker_whose_sweep_is_gone_before_it_was_told_anything_ends(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(writing)
+    monkeypatch.setattr(worker, "STDIN", reading)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
+        worker.main()
+    signal.signal(signal.SIGINT, handler)
+    os.close(reading)
+    assert exit_.value.code == 130
 
 
 @pytest.mark.parametrize("hands_on", [False, True], ids=["alone", "within a job's handler"])
