@@ -49,19 +49,19 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
         ("/nowhere/step_1", "there is no /nowhere/step_1. Check"),
     ],
 )
-def test_a_misspelled_path_is_answered_with_similar_names(place, words):
+def test_a_misspelt_path_is_answered_with_what_is_near_it(place, words):
     with pytest.raises(DataError, match=re.escape(words)):
         is_on_hub(place)
 
 
-def test_a_tokenizer_is_searched_for_like_a_model():
+def test_a_tokenizer_is_looked_for_as_a_model_is():
     with pytest.raises(
         DataError, match=r"A tokenizer is a folder or .* has no stpe_1. Similar names: "
     ):
         Folders(Asked(("gpt2",), tokenizer="ckpt/stpe_1"))
 
 
-def test_names_on_the_hub_are_distinguished_from_local_paths():
+def test_names_on_the_hub_are_told_from_what_is_here():
     assert all(map(is_on_hub, ON_HUB))
     assert not is_on_hub("ckpt/step_1")
 
@@ -77,7 +77,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(requests):
     assert timeout == TIMEOUT_S
 
 
-def test_a_response_of_the_hub_is_left_to_transformers(monkeypatch):
+def test_an_answer_of_the_hub_is_left_to_transformers(monkeypatch):
     """Also that it has no such model; further names are not asked for."""
     asked = []
 
@@ -90,7 +90,7 @@ def test_a_response_of_the_hub_is_left_to_transformers(monkeypatch):
     assert [url.partition("/org/")[2] for url in asked] == ["model/resolve/step1000/config.json"]
 
 
-def test_cached_models_need_no_hub(requests, monkeypatch):
+def test_what_is_cached_needs_no_hub(requests, monkeypatch):
     cached = {("org/model", "config.json", "step1"), ("org/tokens", "tokenizer_config.json", None)}
 
     def find(name: str, file: str, revision: str | None = None) -> str | None:
@@ -103,7 +103,7 @@ def test_cached_models_need_no_hub(requests, monkeypatch):
         check_hub(["org/model@step1", "org/model@step2"])
 
 
-def test_a_name_that_no_model_on_the_hub_can_have_is_refused_without_a_request(requests):
+def test_what_no_model_of_the_hub_is_called_is_refused_unasked(requests):
     with pytest.raises(DataError, match=r"there is none of that name on the hub \(.*\.git"):
         check_hub(["model.git"])
     assert requests == []

@@ -74,7 +74,7 @@ def test_the_kept_checkpoints_of_a_run_give_the_rows_that_it_wrote(run):
         assert f"on its own held-out data; got {asked[0]}. Leave that out." in err
 
 
-def test_a_run_without_kept_weights_is_probed_at_its_end(run):
+def test_a_run_that_kept_none_is_probed_at_its_end(run):
     assert run(*TINY_RUN, "hydra.run.dir=trained")[0] == 0
     status, _, err = nerve_probe("trained", "-o", "probed", "--layers", 1, "--skip-first", 2)
     assert status == 0, err
@@ -86,7 +86,7 @@ def test_a_run_without_kept_weights_is_probed_at_its_end(run):
     assert nerve_probe("trained", "probed")[0] == 1  # one at a time
 
 
-def test_a_series_is_measured_once_and_continued_when_it_grows(loaded, monkeypatch):
+def test_a_series_is_measured_once_and_goes_on_when_it_grows(loaded, monkeypatch):
     """What is done is not loaded again; an earlier step comes in between; the same rows as at
     once."""
     later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
@@ -113,7 +113,7 @@ def test_a_series_is_measured_once_and_continued_when_it_grows(loaded, monkeypat
     assert_same_run("pieces", "out")
 
 
-def test_new_files_are_checked_and_other_weights_are_refused(loaded):
+def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
     save_series(STEPS[:2])
     assert probed("ckpt/step_*")[0] == 0
     before = nerve.load_metrics("out")
@@ -136,7 +136,7 @@ def test_new_files_are_checked_and_other_weights_are_refused(loaded):
         (lambda: Path("ckpt/step_10/model.safetensors").write_bytes(b"gone"), "cannot be read"),
     ],
 )
-def test_a_checkpoint_that_fails_does_not_affect_those_before_it(make, words):
+def test_one_that_fails_leaves_those_before_it(make, words):
     save_series(STEPS[:3])
     make()
     status, _, err = probed("ckpt/step_*")
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_fails_does_not_affect_those_before_it(make, words):
     assert nerve.RunRecord.load("out").run_status == "done"
 
 
-def test_ctrl_c_keeps_what_has_been_measured(monkeypatch):
+def test_ctrl_c_leaves_what_is_measured(monkeypatch):
     save_series(STEPS[:3])
     measure_one, steps = probing.measure_one, []
 
@@ -167,7 +167,7 @@ def test_ctrl_c_keeps_what_has_been_measured(monkeypatch):
     assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10]
 
 
-def test_folders_can_be_given_one_by_one_with_their_steps():
+def test_folders_can_be_given_one_by_one_with_steps_of_their_own():
     save_series(STEPS[:1])
     save(llama(seed=1), Path("final"))
     assert probed("final", "ckpt/step_0", "--steps", "99,7")[0] == 0
