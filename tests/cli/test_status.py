@@ -298,7 +298,7 @@ def test_neither_torch_nor_hydra_is_loaded():
     assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())
 
 
-def test_long_paths_are_shown_relative_to_their_folder_which_is_named_once(new_run, status, capsys):
+def test_long_paths_are_whole_below_the_folder_that_is_named_once(new_run, status, capsys):
     deep = "a_folder_of_a_project_that_is_deep/in_the_tree/of_a_group"
     for name in ("gelu", "relu"):
         new_run(f"../{deep}/{name}").finish("done")
