@@ -50,8 +50,8 @@ class Trained:
         self._losses = torch.compile(losses, mode=mode)
 
     def milliseconds(self, name: str, n: int, seconds: float) -> list[float]:
-        """Of `n` steps, or as many as fit, after the first ten. At least ten are counted, because some
-        optimizers compute decompositions at every tenth step."""
+        """Of `n` steps, or as many as fit, after the first ten. At least ten are counted, because
+        some optimizers compute decompositions at every tenth step."""
         optimizer, clock = optimizer_of(self.model, name), Clock(self._device)
         scheduler = SCHEDULE.scheduler(optimizer, n)
         batches, began = Windows(self._size).train_dataloader(), time.perf_counter()
