@@ -201,7 +201,6 @@ def _draw_lines(
             center, low, high = (frame.loc[line, name] for frame in (centers, lows, highs))
             if name == "val_loss":  # a run need not be evaluated at every measured step
                 center, low, high = (each[center.notna()] for each in (center, low, high))
-            one_point = "." if len(center) == 1 else ""
             panel.plot(
                 center.index,
                 center,
