@@ -87,7 +87,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_so_is_that_of_a_gated_ffn(kind):
+def test_the_projections_of_a_gated_ffn_may_be_wrapped(kind):
     model = Gated(kind).double()
     x = torch.randn(4, 20, D, dtype=torch.float64)
     (ffn,) = find_ffns(model, x)
@@ -114,7 +114,7 @@ class Within(nn.Module):
 @pytest.mark.parametrize(
     ("is_gated", "why"), [(False, "on two projections alike"), (True, "on 3 projections")]
 )
-def test_a_sum_of_projections_is_not_taken_for_one_of_them(is_gated, why):
+def test_a_sum_of_projections_is_not_mistaken_for_one_of_them(is_gated, why):
     """It is measured as the input of the activation."""
     model = Within(is_gated).double()
     x = torch.randn(3, 30, D, dtype=torch.float64)
