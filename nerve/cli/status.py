@@ -149,7 +149,7 @@ def _last_val_loss(record: RunRecord) -> float | None:
     for path in reversed(list_parts(record.directory, METRICS)):
         try:
             part = read_part(path, METRICS, record.run_id)
-            losses = [loss for loss in part["val_loss"].to_pylist() if loss]
+            losses = [loss for loss in part["val_loss"].to_pylist() if loss is not None]
         except (StoreError, FileNotFoundError):
             continue
         if losses:

@@ -201,13 +201,12 @@ def _draw_lines(
             center, low, high = (frame.loc[line, name] for frame in (centers, lows, highs))
             if name == "val_loss":  # a run need not be evaluated at every measured step
                 center, low, high = (each[center.notna()] for each in (center, low, high))
-            one_point = "." if len(center) == 1 else ""
             panel.plot(
                 center.index,
                 center,
                 color=color,
                 linestyle=dash,
-                marker=marker or one_point,
+                marker=marker or ("." if len(center) == 1 else ""),
                 linewidth=1.3,
             )
             if len(styles) <= MAX_LINES:

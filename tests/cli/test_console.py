@@ -26,7 +26,7 @@ def test_a_number_has_three_decimals_below_10_and_one_from_there_on():
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_terminal_of_ascii_gets_all_names_and_tables_that_can_be_read(monkeypatch, errors):
-    """As in the locale C, whose stdout escapes only what came from undecodable bytes."""
+    """As in the locale C, whose stdout handles only undecodable bytes."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", errors))
     say("λ \udcff")
@@ -39,7 +39,7 @@ def test_a_terminal_of_ascii_gets_all_names_and_tables_that_can_be_read(monkeypa
 
 
 def test_a_name_of_undecodable_bytes_is_printed_as_it_is_in_utf_8(monkeypatch):
-    """Where stdout lets such bytes pass, a name can be pasted."""
+    """If stdout accepts such bytes, the name can be pasted."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", "surrogateescape"))
     say("λ \udcff")
@@ -48,7 +48,7 @@ def test_a_name_of_undecodable_bytes_is_printed_as_it_is_in_utf_8(monkeypatch):
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_closed_stream_ends_no_command(tmp_path, closed):
-    """Nor does a file get its number and what is printed."""
+    """No file gets its descriptor, and with it what is printed."""
     RunRecord.create(tmp_path / "run", {})
     code = "import sys; sys.argv[1:] = ['.']; from nerve.cli import entry; entry.status()"
     done = subprocess.run(

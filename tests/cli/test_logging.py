@@ -1,4 +1,4 @@
-"""What people look at beside the tables: the loggers of a run, and callbacks that monitor it."""
+"""What users see in addition to the tables: loggers of a run, and callbacks that monitor it."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ STEPS = [0, 2, 4, 5]
 
 
 def measured(name: str, directory: str | Path = "it") -> dict[int, float]:
-    """A name of the loggers, step by step, from the stored rows."""
+    """The logged values of a name by step, from the stored rows."""
     ffn, layer, column = name.split("/")
     rows = nerve.load_metrics(directory).query(f"ffn == {ffn!r}")
     if layer != "mean":
@@ -47,7 +47,7 @@ def test_the_csv_file_has_a_column_for_each_metric_of_each_layer(run):
 
 
 def test_tensorboard_shows_layers_losses_and_the_configuration(run):
-    """Read back from the event file; two kinds of FFN in a Mixer."""
+    """Read from the event file; a Mixer has two kinds of FFN."""
     of_text = ("data.", "model.n_heads", "model.seq_len", "monitor.n_tokens")
     rest = [value for value in TINY if not value.startswith(of_text)]
     mixer = ["model=mixer_tiny", "data.batch_size=8", *rest]
@@ -84,8 +84,8 @@ def logged_records(file: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_a_wandb_run_has_the_values_and_the_configuration_of_its_run(run, monkeypatch):
-    """Read back from the file that wandb would upload; the next run in the process has its own."""
+def test_a_wandb_run_has_the_values_and_the_configuration_of_the_run(run, monkeypatch):
+    """Read from the file that wandb would upload; the next run in the process has its own."""
     wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -153,8 +153,8 @@ def test_a_run_that_is_stopped_early_is_done(run, monitor):
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
-    """Beside the run's own checkpoints, and they are those of that step."""
+def test_the_weights_with_the_best_mean_over_layers_can_be_kept(run, mode):
+    """In addition to the run's checkpoints, and exactly those of that step."""
     keep = [
         "+callbacks.keep._target_=lightning.pytorch.callbacks.ModelCheckpoint",
         "+callbacks.keep.monitor=pr_post",
@@ -170,7 +170,7 @@ def test_the_weights_of_the_best_mean_over_layers_can_be_kept(run, mode):
 
 
 def test_files_between_validations_are_named_by_their_step_and_scalars_keep_theirs(run):
-    """Validated at 4, 8 and 10, saved at 3, 6 and 9: none has the name of another."""
+    """Validated at 4, 8 and 10, saved at 3, 6 and 9: no two have the same name."""
     keep = [
         "+callbacks.keep._target_=lightning.pytorch.callbacks.ModelCheckpoint",
         "+callbacks.keep.every_n_train_steps=3",
@@ -194,7 +194,7 @@ def test_files_between_validations_are_named_by_their_step_and_scalars_keep_thei
 
 
 def test_processes_monitor_the_same_means(tmp_path):
-    """Only one of the two has the rows, and both must stop; else the other would wait for ever."""
+    """Only one of them has the rows, but both must stop; the other would wait forever."""
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *TINY]
     two += ["trainer.precision=32-true", "objective=ffn/mean/js", "logger=tensorboard"]
     stop = ["callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
@@ -208,7 +208,7 @@ def test_processes_monitor_the_same_means(tmp_path):
     assert shown == pytest.approx(measured("ffn/mean/js", directory), rel=1e-6)
 
 
-def test_what_no_callback_can_know_is_refused_with_what_it_can(run):
+def test_an_unknown_name_to_monitor_is_refused_with_the_known_ones(run):
     stop = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
     status, _, err = run(*TINY, stop, "+callbacks.stop.monitor=pr_past")
     assert status == 1

@@ -1,4 +1,4 @@
-"""`nerve-run model=mixer_…`: two FFNs a block, accuracy, and data that do not fit."""
+"""`nerve-run model=mixer_…`: two FFNs per block, accuracy, and unsuitable data."""
 
 import json
 import pickle
@@ -30,14 +30,14 @@ SMALL = [
 
 @pytest.fixture
 def trained(monkeypatch) -> list[torch.nn.Module]:
-    """The networks that runs end with."""
+    """The trained networks, in the order of the runs."""
     kept: list[torch.nn.Module] = []
     monkeypatch.setattr(ImageClassifier, "on_fit_end", lambda module: kept.append(module.model))
     return kept
 
 
 def held_out_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every fifth image of each class, standardized by the others, from scikit-learn's arrays."""
+    """Every fifth image of each class, standardized with the others, from scikit-learn's arrays."""
     bunch = load_digits()
     test = np.zeros(len(bunch.target), dtype=bool)
     for label in range(10):
@@ -106,8 +106,8 @@ def test_a_run_leaves_two_rows_a_block_and_the_accuracy(run, trained, tmp_path):
 
 
 def test_digits_are_learned_and_claim_1_holds_in_every_ffn(run):
-    """Variance is spread by each nonlinearity: SE and PR rise, EEE falls. 80 steps of the preset;
-    its own number of steps reaches .98."""
+    """Each nonlinearity spreads the variance: SE and PR rise, EEE falls. 80 steps of the preset,
+    whose own number of steps reaches .98."""
     quiet = ["monitor.every_n_steps=80", "trainer.enable_progress_bar=false", "logger=none"]
     status, _, _ = run("model=mixer_tiny", "trainer.max_steps=80", "hydra.run.dir=mine", *quiet)
     assert status == 0
@@ -139,7 +139,7 @@ def test_images_are_resized_and_other_optimizers_train_a_mixer(run):
     assert (metrics.status == "ok").all()
 
 
-def test_cifar_is_read_from_the_path_given(run, tmp_path):
+def test_cifar_is_read_from_the_given_path(run, tmp_path):
     folder = write_cifar(tmp_path / "cifar-100-python", n_train=20, n_test=7)
     status, _, err = run(
         *SMALL,
@@ -169,7 +169,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda v: " ".join(v)[:50])
-def test_images_that_do_not_do_fail_the_run_before_training(run, tmp_path, overrides, expected):
+def test_unsuitable_images_fail_the_run_before_training(run, tmp_path, overrides, expected):
     damaged = tmp_path / "damaged.tar.gz"
     damaged.write_bytes(b"\x1f\x8b" + bytes(100))
     filled = [text.replace("{damaged}", str(damaged)) for text in overrides]

@@ -1,4 +1,4 @@
-"""Command lines that are refused: what is said of them, and that nothing is left behind."""
+"""Command lines that are refused: the messages, and that nothing is left behind."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ LONG = 300 * "n"
         ("hydra.run.dir=" + 128 * "λ", "hydra.run.dir has one of 256"),
     ],
 )
-def test_what_can_be_no_directory_is_refused(argument, expected):
+def test_a_value_that_cannot_be_a_directory_is_refused(argument, expected):
     with pytest.raises(ConfigError, match=expected):
         require_directories(overrides_of(with_literal_paths([argument])))
 
@@ -64,7 +64,7 @@ def test_what_can_be_no_directory_is_refused(argument, expected):
         "hydra.run.dir=" + 255 * "n",
     ],
 )
-def test_what_can_be_a_directory_is_let_pass(argument):
+def test_a_value_that_can_be_a_directory_is_accepted(argument):
     (override,) = overrides_of(with_literal_paths([argument]))
     assert override.key_or_group == argument.lstrip("~").partition("=")[0]
     require_directories([override])
@@ -96,7 +96,7 @@ def test_what_can_be_a_directory_is_let_pass(argument):
         ("threads.a=1", "There is no value 'threads.a'."),
     ],
 )
-def test_what_cannot_be_composed_is_told_in_words_of_ours(argument, expected):
+def test_an_override_that_cannot_be_composed_is_explained(argument, expected):
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught, hydra_at_conf():
         compose("config", [argument])
     told = explain_error(caught.value)
@@ -129,8 +129,8 @@ NOTHING_TO_RUN = [
 
 
 @pytest.mark.parametrize("arguments", NOTHING_TO_RUN, ids=lambda a: " ".join(a)[:40])
-def test_what_is_refused_leaves_no_directory(run, tmp_path, arguments):
-    """Nor those around it; one that was there before stays."""
+def test_a_refused_command_leaves_no_directory(run, tmp_path, arguments):
+    """Nor its parents; an existing one is kept."""
     (tmp_path / "own").mkdir()
     status, _, err = run(*arguments)
     assert status == 1
@@ -170,7 +170,7 @@ def test_an_error_of_an_import_is_one_message(monkeypatch, capsys):
     assert (exit_.value.code, capsys.readouterr().err) == (1, expected)
 
 
-def test_an_empty_directory_that_was_there_before_stays(run, tmp_path):
+def test_an_existing_empty_directory_is_kept(run, tmp_path):
     (tmp_path / "own" / "mine").mkdir(parents=True)
     assert run("trainer.devices=0", "hydra.run.dir=own/mine")[0] == 1
     assert (tmp_path / "own" / "mine").is_dir()

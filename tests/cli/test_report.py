@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunRecord:
     return record
 
 
-def test_a_report_beside_the_path_with_progress(report, run, tmp_path):
+def test_a_report_is_written_next_to_the_path_with_progress(report, run, tmp_path):
     status, out, err = report("outputs/a")
     assert status == 0
     assert out == f"report: {tmp_path}/outputs/report/index.html\n"

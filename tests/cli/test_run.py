@@ -1,4 +1,4 @@
-"""`nerve-run`, as a user calls it: what a run leaves, and what it says of bad input."""
+"""`nerve-run`, as a user calls it: what a run stores, and its messages for bad input."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def only_run(directory: Path) -> Path:
     return record.parent
 
 
-def test_a_run_leaves_what_the_frames_read(run, tiny, tmp_path):
+def test_a_run_stores_everything_that_the_frames_read(run, tiny, tmp_path):
     status, out, _ = run(*tiny, "monitor.n_tokens=auto")
     assert status == 0
     directory = only_run(tmp_path / "outputs")
@@ -99,7 +99,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(run, tiny, tmp
     assert runs.config_id.nunique() == 2
 
 
-def test_training_tokens_can_be_measured_instead(run, tiny, tmp_path):
+def test_training_tokens_can_be_measured_instead_of_held_out_ones(run, tiny, tmp_path):
     assert run(*tiny, "monitor.source=train", "logger=none")[0] == 0
     metrics = nerve.load_metrics(tmp_path)
     assert sorted(metrics.step.unique()) == [0, 2, 4]
@@ -107,13 +107,13 @@ def test_training_tokens_can_be_measured_instead(run, tiny, tmp_path):
     assert nerve.load_runs(tmp_path)["final.val_loss"].notna().all()
 
 
-def test_one_layer_can_be_measured_alone(run, tiny, tmp_path):
+def test_a_single_layer_can_be_measured(run, tiny, tmp_path):
     assert run(*tiny, "monitor.layers=[1]", "monitor.shortcut=false")[0] == 0
     assert nerve.load_metrics(tmp_path).layer.unique().tolist() == [1]
 
 
-def test_a_trial_of_a_multirun_leaves_what_a_single_run_leaves(run, tiny, monkeypatch):
-    """Its process of its own changes no bit; called again, the command starts none."""
+def test_a_trial_of_a_multirun_leaves_the_same_as_a_single_run(run, tiny, monkeypatch):
+    """Its separate process changes no bit; the repeated command starts none."""
     monkeypatch.setenv("PYTHONPATH", lean_path())
     design = [*tiny, "activation=relu", "logger=none"]
     assert run(*design, "hydra.run.dir=single")[0] == 0
@@ -178,15 +178,15 @@ DATA = [
 ]
 
 
-def test_the_version_is_that_of_nerve_before_hydras(monkeypatch, capsys):
+def test_the_version_of_nerve_is_printed_before_that_of_hydra(monkeypatch, capsys):
     monkeypatch.setattr(entry, "import_module", lambda name: SimpleNamespace(main=lambda: None))
     monkeypatch.setattr(sys, "argv", ["nerve-run", "--version"])
     entry.run()
     assert capsys.readouterr().out == f"nerve {metadata.version('nerve')}\n"
 
 
-def test_a_closed_pipe_ends_a_command_in_words(monkeypatch, capsys):
-    """As of `nerve-run --help | head`: it was told that its output directory is not writable."""
+def test_a_closed_pipe_ends_a_command_with_a_message(monkeypatch, capsys):
+    """As in `nerve-run --help | head`, which once reported an unwritable output directory."""
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)
 
     def no_reader():
@@ -203,7 +203,7 @@ def test_a_closed_pipe_ends_a_command_in_words(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("overrides", "expected"), COMPOSITION, ids=lambda v: " ".join(v)[:40])
-def test_what_cannot_be_composed_is_told_with_what_was_likely_meant(overrides, expected):
+def test_an_override_that_cannot_be_composed_is_answered_with_a_suggestion(overrides, expected):
     with pytest.raises(HydraException) as error:
         composed(*overrides, with_hydra=True)
     for text in expected:
@@ -231,7 +231,7 @@ def test_bad_input_gets_one_message_and_no_directory(run, tiny, tmp_path, overri
 
 
 @pytest.mark.parametrize(("overrides", "expected"), DATA, ids=lambda v: " ".join(v)[:40])
-def test_data_that_do_not_do_fail_the_run_before_training(run, tiny, tmp_path, overrides, expected):
+def test_unsuitable_data_fail_the_run_before_training(run, tiny, tmp_path, overrides, expected):
     empty = tmp_path / "empty"
     empty.mkdir()
     status, out, err = run(*tiny, *(text.replace("{empty}", str(empty)) for text in overrides))
@@ -256,15 +256,15 @@ def test_a_directory_with_a_finished_run_is_left_alone(run, tiny, tmp_path):
     assert before == {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
 
 
-def test_a_spectrum_of_a_few_samples_is_told_when_the_run_ends(run, tiny, monkeypatch):
+def test_a_spectrum_dominated_by_a_few_samples_is_reported_at_the_end(run, tiny, monkeypatch):
     monkeypatch.setattr("nerve.derived.LARGEST_MOVES", 0.0)
     status, out, _ = run(*tiny)
     assert status == 0
     assert re.search(r"layer 0 ffn, post: the farthest sample holds \d+\.\d% of the variance", out)
 
 
-def test_a_run_is_done_although_its_summary_could_not_be_printed(run, tiny, monkeypatch):
-    """A full disk under the log, or a pipe that nobody reads."""
+def test_a_run_is_done_even_if_its_summary_cannot_be_printed(run, tiny, monkeypatch):
+    """Because the disk with the log is full, or nobody reads the pipe."""
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -308,7 +308,7 @@ def test_help_and_the_composed_values_are_shown_without_loading_torch(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_help_names_every_sweep_and_the_option_of_each_group_in_the_default_run(run):
+def test_the_help_names_every_sweep_and_the_default_options(run):
     _, out, _ = run("--help")
     default = re.search(r"The default run: (.*?)\.\n", out, re.DOTALL)[1].split()
     chosen = OmegaConf.load(CONF / "config.yaml").defaults
@@ -336,12 +336,12 @@ def test_the_help_names_every_sweep_and_the_option_of_each_group_in_the_default_
         ["+trainer.limit_val_batches=0.5", "+trainer.num_nodes=2"],
     ],
 )
-def test_values_that_something_may_read_can_be_added(arguments):
+def test_values_that_may_be_read_can_be_added(arguments):
     check_added(overrides_of(arguments), arguments)
 
 
-def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
-    """Whatever the trainer is given beside the configuration, and what the monitor sets."""
+def test_values_that_the_run_sets_itself_cannot_be_added(monkeypatch):
+    """All that the trainer gets in addition to the configuration, and what the monitor sets."""
     given: dict = {}
 
     def build_nothing(node, *, key, **arguments):
@@ -361,7 +361,7 @@ def test_what_the_run_sets_itself_cannot_be_added(monkeypatch):
 
 
 def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkeypatch):
-    """One run, a sweep of which one trial is refused, and one of the shipped sweeps."""
+    """For one run, a sweep with a refused trial, and a shipped sweep."""
 
     def refuse(*args, **kwargs):
         pytest.fail("it reads data")
@@ -385,7 +385,7 @@ def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_check_knows_what_is_done(run, tiny, tmp_path):
+def test_check_recognizes_completed_runs(run, tiny, tmp_path):
     assert run(*tiny, "hydra.run.dir=mine")[0] == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     status, out, _ = run(*tiny, "hydra.run.dir=mine", "check=true")
@@ -398,13 +398,13 @@ def test_check_knows_what_is_done(run, tiny, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_a_sweep_of_ones_own_that_is_not_found_is_told_in_hydras_words(run, tmp_path):
+def test_a_missing_sweep_of_the_user_is_explained_by_hydra(run, tmp_path):
     (tmp_path / "my").mkdir()
     _, _, err = run("--config-dir=my", "--config-name=onw")
     assert err.startswith("nerve-run: Cannot find primary config 'onw'")
 
 
-def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
+def test_a_missing_gpu_is_refused_by_name(run, tiny, monkeypatch):
     monkeypatch.setattr("nerve.cli.experiment.machine.CUDAAccelerator.is_available", lambda: False)
     status, _, err = run(*tiny, "trainer=gpu")
     assert status == 1
@@ -412,8 +412,8 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(run, tiny, monkeypatch):
     assert "Use trainer=cpu" in err
 
 
-def test_the_rows_say_what_chance_would_lose(run, tiny, tmp_path):
-    """An untrained model knows less than the unigram distribution; both stand in the record."""
+def test_the_unigram_loss_is_recorded(run, tiny, tmp_path):
+    """An untrained model has a higher loss than the unigram distribution."""
     assert run(*tiny)[0] == 0
     record = nerve.load_runs(tmp_path).iloc[0]
     first = nerve.load_metrics(tmp_path).sort_values("step").val_loss.iloc[0]

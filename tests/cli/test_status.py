@@ -1,4 +1,4 @@
-"""`nerve-status`: what it says of runs in every state, from their directories alone."""
+"""`nerve-status`: runs in every state, read from their directories alone."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def new_run(tmp_path, monkeypatch) -> NewRun:
 
 @pytest.fixture
 def at_work() -> Iterator[Callable[[RunRecord], None]]:
-    """Takes the locks of runs, as their processes would."""
+    """Takes the locks of runs, like their processes."""
     locks: list[RunLock] = []
     yield lambda record: locks.append(RunLock(record.directory))
     for lock in locks:
@@ -57,7 +57,7 @@ def at_work() -> Iterator[Callable[[RunRecord], None]]:
 
 
 def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
-    """Makes the last sign of life that old."""
+    """Sets the age of the heartbeat."""
     record.update(step=step)
     path = record.directory / RECORD_NAME
     then = datetime.now(UTC) - timedelta(seconds=seconds_ago)
@@ -67,7 +67,8 @@ def heard(record: RunRecord, seconds_ago: float, step: int = 0) -> None:
 
 @pytest.fixture
 def status(monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
-    """Calls `nerve-status`; gives the rows of its table, blanks made one, and the lines below."""
+    """Calls `nerve-status`; returns the rows of its table without repeated blanks, and the lines
+    below it."""
 
     def call(*paths: str) -> tuple[list[str], str]:
         monkeypatch.setattr(sys, "argv", ["nerve-status", *paths])
@@ -79,8 +80,8 @@ def status(monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
     return call
 
 
-def test_every_state_is_told_from_the_others(new_run, at_work, status):
-    """A dead run and a slow one have both been silent for long; a process holds the lock of one."""
+def test_all_states_are_distinguished(new_run, at_work, status):
+    """A dead and a slow run have both been silent for long, but a process holds the lock of one."""
     for name in ("running", "slow"):
         at_work(new_run(name))
     heard(RunRecord.load("sweep/slow"), 300, step=7)
@@ -123,7 +124,7 @@ def test_warnings_of_one_kind_are_one_line_and_errors_are_one_each(new_run, stat
     ]
 
 
-def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, status):
+def test_a_heartbeat_from_a_clock_that_is_ahead_counts_as_now(new_run, at_work, status):
     ahead = new_run("ahead")
     at_work(ahead)
     heard(ahead, -600)
@@ -131,7 +132,7 @@ def test_a_heartbeat_by_a_clock_that_is_ahead_has_just_been(new_run, at_work, st
     assert " running 0/100 – 0 s ago " in rows[-1]
 
 
-def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
+def test_rows_show_the_differing_overrides_and_are_sorted_by_them(new_run, status):
     for name, seed in (("c", 1), ("a", 2), ("b", 0)):
         new_run(name, "model.n_layers=2", f"seed={seed}").finish("done", final={"val_loss": seed})
     rows, _ = status("sweep")
@@ -142,8 +143,8 @@ def test_rows_say_what_sets_runs_apart_and_are_sorted_by_it(new_run, status):
     ]
 
 
-def test_brackets_of_an_override_are_shown_as_they_are(new_run, status):
-    """Rich would take [stdlib] for a style and stumble over [/data]."""
+def test_brackets_in_an_override_are_shown_literally(new_run, status):
+    """Rich would take [stdlib] for a style and fail at [/data]."""
     for name, roots in (("a", "[stdlib]"), ("b", "[/data/code]")):
         new_run(name, f"data.corpus.roots={roots}").finish("done")
     rows, _ = status("sweep")
@@ -151,9 +152,7 @@ def test_brackets_of_an_override_are_shown_as_they_are(new_run, status):
     assert sorted(shown) == ["data.corpus.roots=[/data/code]", "data.corpus.roots=[stdlib]"]
 
 
-def test_the_step_is_that_of_the_last_measurement_where_it_is_ahead_of_the_heartbeat(
-    new_run, at_work
-):
+def test_the_step_is_that_of_the_last_measurement_if_it_is_ahead_of_the_heartbeat(new_run, at_work):
     record = new_run("a")
     at_work(record)
     store = RunStore(record.directory, record.run_id)
@@ -173,8 +172,8 @@ def test_several_paths_are_shown_together_and_outputs_is_the_default(new_run, st
 
 
 def test_time_left_follows_the_pace_of_this_process(new_run, at_work):
-    """20 steps in the 40 s since the part of step 10 leave 70 steps at 2 s, 5 s of them past. What
-    was written before the process began, at another pace, does not count."""
+    """20 steps in the 40 s since the part of step 10 leave 70 steps of 2 s, minus the 5 s since.
+    Parts written before the process began, at another pace, do not count."""
     record = new_run("resumed", restarts=1)
     store = RunStore(record.directory, record.run_id)
     for step, loss in ((5, 3.0), (10, 2.5)):
@@ -206,7 +205,7 @@ def test_time_left_is_unknown_before_there_is_a_pace(new_run, at_work):
 
 
 def test_a_run_without_a_lock_is_shown_with_no_time_left(new_run, status):
-    """Recorded by code of one's own, or copied from another host without its dotfiles."""
+    """Recorded by code of the user, or copied from another host without hidden files."""
     heard(new_run("own"), 5, step=30)
     heard(new_run("copied", host="elsewhere"), 5, step=30)
     assert status_of(Path("sweep/own")).left_s is None
@@ -218,7 +217,7 @@ def test_a_run_without_a_lock_is_shown_with_no_time_left(new_run, status):
     assert "2 runs: 2 running" in below
 
 
-def test_a_run_of_other_code_has_no_last_step(tmp_path, monkeypatch, status):
+def test_a_run_of_other_code_has_no_maximum_step(tmp_path, monkeypatch, status):
     monkeypatch.chdir(tmp_path)
     RunRecord.create("own", {"lr": 0.1}).finish("done", step=7)
     rows, below = status("own")
@@ -244,8 +243,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_damaged_file_is_named_and_hides_no_other_run(new_run, status, name):
-    """Whichever file it is of, and whatever it holds."""
+def test_a_damaged_file_is_named_and_other_runs_are_shown(new_run, status, name):
+    """Any file of a run, with any contents."""
     new_run("sound").finish("done", final={"val_loss": 1.25})
     path, content = new_run(name, "seed=1").directory / BAD[name][0], BAD[name][1]
     if isinstance(content, dict):
@@ -259,8 +258,8 @@ def test_a_damaged_file_is_named_and_hides_no_other_run(new_run, status, name):
         assert str(path).removeprefix(f"{Path.cwd()}/") in below
 
 
-def test_names_that_are_no_text_are_shown(new_run, status, monkeypatch):
-    """To a terminal or a file that can write no such letters, nor dashes."""
+def test_names_that_are_not_valid_text_are_shown(new_run, status, monkeypatch):
+    """On a terminal or in a file whose encoding lacks these characters and dashes."""
     new_run(os.fsdecode(b"caf\xe9")).finish("done")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
@@ -269,7 +268,7 @@ def test_names_that_are_no_text_are_shown(new_run, status, monkeypatch):
     assert b"sweep/caf\\udce9" in sys.stdout.buffer.getvalue()
 
 
-def test_where_there_is_no_run_one_message_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_run_there_is_one_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -299,7 +298,7 @@ def test_neither_torch_nor_hydra_is_loaded():
     assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())
 
 
-def test_a_column_in_which_no_run_has_anything_is_left_out(new_run, at_work, monkeypatch, capsys):
+def test_columns_without_values_are_omitted(new_run, at_work, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
 
     def heading() -> list[str]:
@@ -313,9 +312,7 @@ def test_a_column_in_which_no_run_has_anything_is_left_out(new_run, at_work, mon
     assert heading() == ["run", "state", "step", "val loss", "heartbeat", "host"]
 
 
-def test_on_a_narrow_terminal_the_folder_is_named_once_and_no_run_is_folded(
-    new_run, monkeypatch, capsys
-):
+def test_a_narrow_terminal_shows_the_folder_once_and_whole_names(new_run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
     monkeypatch.setattr("nerve.cli.console.WIDTH", 60)
     for i, name in enumerate(("of a_project/22b5b6eeb196", "of a_project/9302bd7b005b")):
@@ -327,9 +324,8 @@ def test_on_a_narrow_terminal_the_folder_is_named_once_and_no_run_is_folded(
     assert max(map(len, lines)) <= 60
 
 
-def test_what_has_stopped_can_be_resumed_with_what_is_printed(new_run, status):
-    """A run by its directory, the trials of a sweep together; one that was only watched, by its own
-    code."""
+def test_stopped_runs_get_the_command_that_resumes_them(new_run, status):
+    """A run by its directory, the trials of a sweep together. A watched run has no command."""
     for name, values in (("a b", {}), ("c", {"sweep": "s"}), ("d", {"sweep": "s"})):
         new_run(name, "seed=1", **values).finish("interrupted")
     new_run("watched").finish("interrupted")
@@ -342,7 +338,7 @@ def test_what_has_stopped_can_be_resumed_with_what_is_printed(new_run, status):
 
 @pytest.fixture
 def queue(monkeypatch, tmp_path):
-    """Sends jobs for trials of `sweep` as `nerve-run` does, and sets what squeue prints."""
+    """Submits jobs for trials of `sweep` like `nerve-run`, and sets what squeue prints."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "squeue"
@@ -361,8 +357,8 @@ def queue(monkeypatch, tmp_path):
 
 
 def test_trials_in_slurms_queue_are_listed(new_run, status, queue):
-    """Also where no run is there yet, and one that goes on in its place; of those that are at work
-    or done the directory says more."""
+    """Also without a run so far, and one that will be resumed; for active and completed runs the
+    directory says more."""
     new_run("going on").finish("interrupted", step=50)
     new_run("done").finish("done", final={"val_loss": 1.25})
     queue(
@@ -395,7 +391,7 @@ def test_a_queue_that_does_not_answer_hides_no_run(new_run, status, queue, monke
     assert len(rows) == 1
 
 
-def test_slurm_is_not_asked_where_nothing_waits(new_run, status, queue):
+def test_slurm_is_not_asked_if_nothing_waits(new_run, status, queue):
     new_run("done").finish("done")
     queue("exit 1", j1="done")
     rows, below = status("sweep")
@@ -403,7 +399,7 @@ def test_slurm_is_not_asked_where_nothing_waits(new_run, status, queue):
     assert "not shown" not in below
 
 
-def test_it_is_shown_again_as_long_as_something_goes_on(new_run, at_work, status, monkeypatch):
+def test_watch_refreshes_while_any_run_is_active(new_run, at_work, status, monkeypatch):
     record = new_run("run")
     at_work(record)
     slept = []

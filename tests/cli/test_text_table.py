@@ -1,4 +1,4 @@
-"""Tables against rich's, and how they fold."""
+"""Tables compared with those of rich, and how cells are folded."""
 
 import io
 
@@ -22,7 +22,7 @@ def printed(monkeypatch, capsys, rows, width=120):
     "rows",
     [[["a", "done", "1.25"]], [["longer", "", "–"], ["x", "two\nlines", "3"]], [["語", "ü", ""]]],
 )
-def test_what_fits_is_richs_table(monkeypatch, capsys, rows):
+def test_a_table_that_fits_equals_that_of_rich(monkeypatch, capsys, rows):
     table = Table()
     for name in NAMES:
         table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
@@ -36,7 +36,7 @@ def test_what_fits_is_richs_table(monkeypatch, capsys, rows):
     ]
 
 
-def test_the_widest_column_is_folded_and_loses_no_letter(monkeypatch, capsys):
+def test_the_widest_column_is_folded_without_loss(monkeypatch, capsys):
     path = "outputs/" + "abcdefghij" * 12
     found = printed(monkeypatch, capsys, [[path, "done", "1.25"], ["語" * 40, "", ""]], width=60)
     lines = found.splitlines()
@@ -45,7 +45,7 @@ def test_the_widest_column_is_folded_and_loses_no_letter(monkeypatch, capsys):
     assert "".join(cells) == path + "語" * 40
 
 
-def test_cells_fold_between_words_and_no_heading_is_cut_while_there_is_room(monkeypatch, capsys):
+def test_cells_are_folded_between_words(monkeypatch, capsys):
     run, state = "2026-11-27_16-28-32_5207c22cc0ba88fd", "activation=relu trainer.max_steps=60"
     lines = printed(monkeypatch, capsys, [[run, state, "1.25"]], width=50).splitlines()
     folded = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[3:-1]]

@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 class Cluster:
-    """Slurm with accounting, in a temporary directory, on ports that nobody else uses.
+    """Slurm with accounting, in a temporary directory, on free ports.
 
     Its daemons are children of this process, die with it, and are the only ones that are stopped.
     Clients and what they start need `environment`.
@@ -60,7 +60,7 @@ class Cluster:
         self.wait("nodes", lambda: set(self.call(*states).split()) == {"idle"})
 
     def stop(self) -> None:
-        """Ends the jobs, then the daemons, then whatever of this cluster is still there."""
+        """Ends the jobs, then the daemons, then all remaining processes of this cluster."""
         if "slurmctld" in self._daemons:
             self._cancel_jobs()
         for daemon in reversed(self._daemons.values()):
@@ -73,7 +73,7 @@ class Cluster:
         self._kill_leftovers()
 
     def call(self, *command: object) -> str:
-        """What a client of Slurm prints."""
+        """The output of a client of Slurm."""
         result = self._run(*command)
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout
@@ -84,7 +84,7 @@ class Cluster:
         return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
     def wait(self, what: str, reached: Callable[[], Value], seconds: float = 120) -> Value:
-        """The first true value of `reached`; fails with the logs if none comes in time."""
+        """The first true value of `reached`; fails with the logs if there is none in time."""
         until = time.monotonic() + seconds
         while not (value := reached()):
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
@@ -157,7 +157,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _kill_leftovers(self) -> None:
-        """Steps outlive their slurmd; whatever this cluster started has its SLURM_CONF."""
+        """Steps outlive their slurmd; all processes of this cluster have its SLURM_CONF."""
         mark = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -188,7 +188,7 @@ class Cluster:
 
 
 def _free_ports(n: int) -> list[int]:
-    """Below those that the system hands out by itself, so that none is taken in between."""
+    """Below those that the system assigns, so that none is taken in the meantime."""
     ports: set[int] = set()
     while len(ports) < n:
         port = random.randint(20_000, 32_000)

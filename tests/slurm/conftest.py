@@ -1,4 +1,4 @@
-"""A real Slurm for the session, and sweeps that are sent to it."""
+"""A real Slurm for the session, and sweeps that are submitted to it."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from .sweep import Sweep
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Slurm, up and idle; without its packages the test is skipped, with CI=true it fails."""
+    """Slurm, running and idle. Without its packages the test is skipped; with CI=true it fails."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
         reason = f"Slurm's packages of .ci/apt.txt are not installed: no {', '.join(missing)}"
@@ -37,7 +37,7 @@ def cluster() -> Iterator[Cluster]:
 def new_sweep(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Sweep]]:
-    """Gives a sweep in a folder of its own."""
+    """Creates a sweep in a separate folder."""
     sweeps: list[Sweep] = []
 
     def make(name: str) -> Sweep:
@@ -51,7 +51,7 @@ def new_sweep(
 
 @pytest.fixture(scope="session")
 def local(new_sweep: Callable[[str], Sweep]) -> Sweep:
-    """The same runs on this machine, one after the other in one process, without Slurm."""
+    """The same runs on this machine, one after another in one process, without Slurm."""
     sweep = new_sweep("local")
     sweep.send("hydra/sweeper=basic", "seed=0,1,2,3", where="")
     assert sweep.finish() == 0, sweep.everything
@@ -60,7 +60,7 @@ def local(new_sweep: Callable[[str], Sweep]) -> Sweep:
 
 @pytest.fixture(scope="session")
 def assert_same_rows(local: Sweep) -> Callable[[Sweep, int], None]:
-    """Checks that a seed's run left bit for bit what it leaves without Slurm."""
+    """Checks that the run of a seed left the same as without Slurm, bit for bit."""
 
     def check(sweep: Sweep, seed: int) -> None:
         for rows, expected in zip(sweep.rows(seed), local.rows(seed), strict=True):

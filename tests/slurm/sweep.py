@@ -1,4 +1,4 @@
-"""`nerve-run` as a user calls it, sending runs to a cluster or keeping them here."""
+"""`nerve-run` as a user calls it, with runs on a cluster or on this machine."""
 
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -26,7 +26,7 @@ TINY = (
 
 @dataclass(frozen=True)
 class Start:
-    """One start of training: the step that it began from, its job and its process."""
+    """One start of training: its first step, its job and its process."""
 
     step: int
     job: str
@@ -34,7 +34,7 @@ class Start:
 
 
 class Sweep:
-    """`nerve-run` in a folder of its own, sending runs that brake.py holds until `release`."""
+    """`nerve-run` in a separate folder; brake.py holds its runs until `release`."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster = cluster
@@ -46,16 +46,16 @@ class Sweep:
 
     @property
     def output(self) -> str:
-        """What the command that was sent last has printed."""
+        """The output of the last command."""
         return self._output.read_text()
 
     @property
     def everything(self) -> str:
-        """What the command and all jobs have printed."""
+        """The output of the command and of all jobs."""
         return "\n".join([self.output, *self.logs()])
 
     def brake(self, unlucky: int | None = None) -> str:
-        """The override that holds the runs; the one of the seed `unlucky` raises."""
+        """The override that holds the runs; that of the seed `unlucky` raises an error."""
         unlucky_seed = "null" if unlucky is None else unlucky
         return (
             f"+callbacks.brake={{_target_:brake.Brake,folder:{self._braking},"
@@ -75,28 +75,28 @@ class Sweep:
         )
 
     def finish(self) -> int:
-        """Waits for the command to end; its exit status."""
+        """Waits for the command to end, and returns its exit status."""
         assert self._command is not None
         return ended(self._command)
 
     def abandon(self) -> None:
-        """Ends the command, if it is still there; its jobs stay."""
+        """Ends the command if it is still running; its jobs continue."""
         if self._command is not None:
             self._command.kill()
             self._command.join()
 
     def release(self) -> None:
-        """From now on runs go at full speed."""
+        """Lets the runs continue at full speed."""
         (self._braking / "release").touch()
 
     def starts(self, seed: int) -> list[Start]:
-        """The starts of one run, in their order."""
+        """The starts of one run, in order."""
         file = self._braking / str(seed)
         lines = file.read_text().splitlines() if file.exists() else []
         return [Start(int(step), job, int(pid)) for step, job, pid in map(str.split, lines)]
 
     def wait_for_start(self, seed: int, number: int = 1) -> Start:
-        """The start of that number, as soon as its run is held."""
+        """The start with this number, as soon as the run is held."""
 
         def found() -> list[Start]:
             assert self._command is not None
@@ -111,11 +111,11 @@ class Sweep:
         return {record.seed: record for record in records if record.seed is not None}
 
     def logs(self) -> list[str]:
-        """What each job has printed."""
+        """The output of each job."""
         return [path.read_text() for path in self.folder.glob("outputs/multirun/.submitit/*/*.out")]
 
     def rows(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Metrics and spectra of one run, without what names the run."""
+        """Metrics and spectra of one run, without the run id."""
         directory = self.records()[seed].directory
         metrics, spectra = nerve.load_metrics(directory), nerve.load_spectra(directory)
         names = ["run_id", "run_status"]

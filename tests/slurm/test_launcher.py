@@ -14,7 +14,7 @@ def test_each_device_gets_a_process(devices):
     assert launcher(f"trainer.devices={devices}").tasks_per_node == devices
 
 
-def test_srun_is_given_the_cpus_that_the_job_asks_for():
+def test_srun_gets_the_cpus_that_the_job_requests():
     asked = launcher("hydra.launcher.cpus_per_task=12").additional_parameters
     assert asked.export == "ALL,SRUN_CPUS_PER_TASK=12"
 
@@ -25,6 +25,6 @@ def test_jobs_may_be_requeued_and_other_options_of_sbatch_are_added():
     assert asked["mail-type"] == "END"
 
 
-def test_the_files_of_submitit_are_hidden_in_the_sweep():
+def test_the_files_of_submitit_are_in_a_hidden_folder_of_the_sweep():
     folder = launcher("hydra.sweep.dir=outputs/mine").submitit_folder
     assert folder == "outputs/mine/.submitit/%j"

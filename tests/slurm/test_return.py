@@ -1,4 +1,4 @@
-"""Runs that Slurm takes off their nodes: preempted, requeued, out of time. They come back."""
+"""Runs that Slurm removes from their nodes (preempted, requeued, timed out) come back."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ WARNED_S = 90
 
 @pytest.fixture(scope="module")
 def out_of_time(cluster, new_sweep, local):
-    """A run that runs out of time twice, and may do so once; meanwhile the others go on."""
+    """A run that times out twice but may do so once; meanwhile the others continue."""
     sweep = new_sweep("time")
     where = "hydra.launcher.partition=apart"
     warning = f"hydra.launcher.signal_delay_s={WARNED_S}"
@@ -24,10 +24,10 @@ def out_of_time(cluster, new_sweep, local):
 
 
 def _let_run_out_of_time(cluster, sweep):
-    """Shortens the job's limit each time that it trains, however long that took to begin.
+    """Shortens the limit of the job each time that it trains, however long it took to start.
 
-    Slurm looks at time limits every half minute, and warns whoever would else be warned too late:
-    with the limit less than two minutes ahead, and WARNED_S of one and a half, at its next look.
+    Slurm checks time limits every half minute, and sends a warning early if the next check would be
+    too late: with the limit in less than two minutes, and WARNED_S of 90 s, at the next check.
     """
     job = sweep.wait_for_start(0).job
     _set_limit(cluster, job, _minutes_so_far(cluster, job) + 2)
@@ -49,7 +49,7 @@ def _minutes_so_far(cluster, job):
 
 @pytest.fixture(scope="module")
 def taken_away(cluster, new_sweep, local, out_of_time):
-    """Seed 0 on a node of its own is requeued; on the other, preemption kills seed 1 at once, and
+    """Seed 0 on its own node is requeued; on the other one, preemption kills seed 1 at once and
     warns seed 2.
     """
     sweeps = {}
@@ -73,7 +73,7 @@ def taken_away(cluster, new_sweep, local, out_of_time):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_requeued_or_preempted_run_ends_as_if_nothing_had_been(
+def test_a_requeued_or_preempted_run_ends_like_an_undisturbed_one(
     taken_away, seed, assert_same_rows
 ):
     record = taken_away[seed].records()[seed]
@@ -82,7 +82,7 @@ def test_a_requeued_or_preempted_run_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, seed):
+def test_it_resumes_where_it_was_in_the_same_directory_and_job(taken_away, seed):
     sweep = taken_away[seed]
     first, second = sweep.starts(seed)
     assert first.step == 0
@@ -97,8 +97,8 @@ def test_it_goes_on_from_where_it_was_in_the_same_directory_and_job(taken_away, 
 
 @pytest.fixture(scope="module")
 def lost_sight_of(cluster, new_sweep, local):
-    """A command is killed while one of its runs is being cancelled, one at work and one queued, and
-    is sent again with one run more.
+    """A command is killed while one of its runs is being canceled, one is running and one is
+    queued, and is repeated with one more run.
     """
     sweep = new_sweep("lost")
     where = "+hydra.launcher.additional_parameters.clusters=nerve"
@@ -113,7 +113,7 @@ def lost_sight_of(cluster, new_sweep, local):
     return sweep
 
 
-def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
+def test_a_repeated_command_waits_for_queued_and_running_trials_and_submits_none_twice(
     lost_sight_of, assert_same_rows
 ):
     sweep = lost_sight_of
@@ -129,7 +129,7 @@ def test_sent_again_what_is_queued_or_at_work_is_waited_for_and_not_sent_twice(
         assert_same_rows(sweep, seed)
 
 
-def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_time):
+def test_at_the_time_limit_a_run_is_requeued_as_often_as_allowed(cluster, out_of_time):
     sweep = out_of_time.result()
     assert sweep.finish() == 1
     assert "Job not requeued because: timed-out too many times." in sweep.logs()[0]
@@ -143,7 +143,7 @@ def test_the_time_limit_requeues_a_run_as_often_as_is_allowed(cluster, out_of_ti
     assert state == "COMPLETED", "it is not queued again"
 
 
-def test_sent_again_it_ends_as_if_it_had_had_the_time(out_of_time, assert_same_rows):
+def test_a_repeated_command_completes_it_as_if_it_had_had_the_time(out_of_time, assert_same_rows):
     sweep = out_of_time.result()
     last = sweep.starts(0)[-1]
     sweep.release()

@@ -1,6 +1,6 @@
-"""A sweep on a real Slurm gets the launcher's values and leaves what a local sweep leaves. Beside
-trials that raise, are killed or cancelled the others are kept, and the same command goes on with
-what is not done.
+"""A sweep on a real Slurm gets the launcher's values and leaves the same as a local sweep. Trials
+that fail, are killed or canceled do not affect the others, and the repeated command runs what is
+not done.
 """
 
 import os
@@ -40,8 +40,8 @@ COMMAND = [
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """One trial ends; one is killed as by a lack of memory, one is cancelled, one raises, and one
-    is cancelled while others wait with it: SLURM then keeps nothing of it.
+    """One trial completes; one is killed as if for lack of memory, one is canceled, one raises an
+    error, and one is canceled while it is pending with others, which SLURM then forgets.
     """
     sent = new_sweep("sweep")
     cluster.call("sacctmgr", "-i", "add", "account", "physics")
@@ -65,7 +65,7 @@ def status(sweep):
 
 @pytest.fixture(scope="module")
 def script(sweep, status):
-    """What was handed to sbatch: once, as the trials of a sweep are one array."""
+    """What sbatch got: one script, because the trials of a sweep are one array."""
     (text,) = [path.read_text() for path in sweep.folder.glob("outputs/multirun/.submitit/*/*.sh")]
     return text
 
@@ -85,13 +85,13 @@ def test_the_launcher_returns_and_names_every_trial_that_is_not_done(sweep, stat
     assert f"  {seed} (seed={seed}): {why}\n" in sweep.output
 
 
-def test_the_rows_of_the_others_are_those_of_a_local_run(sweep, status, assert_same_rows):
+def test_the_rows_of_the_others_equal_those_of_a_local_run(sweep, status, assert_same_rows):
     record = sweep.records()[UNDISTURBED]
     assert (record.run_status, record.restarts, record.sweep) == ("done", 0, "multirun")
     assert_same_rows(sweep, UNDISTURBED)
 
 
-def test_each_record_says_how_its_run_ended(sweep, status):
+def test_each_record_states_how_its_run_ended(sweep, status):
     records = sweep.records()
     assert records[CANCELLED].run_status == "interrupted"
     assert records[UNLUCKY].run_status == "failed"
@@ -100,7 +100,7 @@ def test_each_record_says_how_its_run_ended(sweep, status):
 
 
 def test_a_trial_is_in_the_directory_that_a_local_sweep_gives_it(sweep, status, local):
-    """Named by its id: a sweep that was begun on one machine can be finished on the other."""
+    """Named by its id: a sweep started on one machine can be completed on the other."""
     for where, brake in ((sweep, [sweep.brake(unlucky=UNLUCKY)]), (local, [])):
         records = where.records()
         assert sorted(records) == [0, 1, 2, 3]
@@ -143,8 +143,8 @@ def test_the_lines_of_setup_run_first_on_the_node(sweep, status):
     assert {re.match(r"set up on (n\d)\n", log)[1] for log in logs} <= {"n0", "n1"}
 
 
-def test_the_process_gets_the_cpus_that_the_job_was_given(cluster, sweep, status):
-    """srun does not take --cpus-per-task over from sbatch, and would leave all but one idle."""
+def test_the_process_gets_the_cpus_of_its_job(cluster, sweep, status):
+    """srun does not inherit --cpus-per-task from sbatch, and would use only one."""
     job = sweep.records()[UNDISTURBED].job
     step = f"{job['array_id']}_{job['array_task']}.0"
     given = cluster.call("sacct", "-n", "-P", "-j", step, "-o", "AllocCPUS")
@@ -153,14 +153,14 @@ def test_the_process_gets_the_cpus_that_the_job_was_given(cluster, sweep, status
 
 @pytest.fixture(scope="module")
 def sent_again(sweep, status):
-    """The same command."""
+    """The repeated command."""
     sweep.send(*COMMAND, sweep.brake(unlucky=UNLUCKY))
     sweep.finish()
     return sweep
 
 
 @pytest.mark.parametrize("seed", [KILLED, CANCELLED])
-def test_sent_again_a_killed_or_cancelled_run_ends_as_if_nothing_had_been(
+def test_a_repeated_command_completes_killed_and_canceled_runs_like_undisturbed_ones(
     sent_again, seed, assert_same_rows
 ):
     record = sent_again.records()[seed]
@@ -169,7 +169,7 @@ def test_sent_again_a_killed_or_cancelled_run_ends_as_if_nothing_had_been(
     assert_same_rows(sent_again, seed)
 
 
-def test_sent_again_only_what_is_left_to_do_is_queued(sent_again):
+def test_a_repeated_command_submits_only_the_remaining_trials(sent_again):
     scripts = sent_again.folder.glob("outputs/multirun/.submitit/*/*.sh")
     sizes = sorted(re.search(r"--array=0-(\d)", path.read_text())[1] for path in scripts)
     assert sizes == ["2", "4"]  # the last index of each array
@@ -177,6 +177,6 @@ def test_sent_again_only_what_is_left_to_do_is_queued(sent_again):
     assert sent_again.records()[WITHDRAWN].run_status == "done"
 
 
-def test_sent_again_what_failed_is_left_as_it_is(sent_again):
+def test_a_repeated_command_leaves_failed_trials_alone(sent_again):
     assert sent_again.records()[UNLUCKY].restarts == 0
     assert len(sent_again.starts(UNLUCKY)) == 1

@@ -1,4 +1,4 @@
-"""One run of several processes: Slurm starts them, one a device, and all of them come back."""
+"""One run with several processes: Slurm starts one per device, and all of them come back."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ NUMBERS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "val
 
 @pytest.fixture(scope="module")
 def sweep(cluster, new_sweep, local):
-    """Two processes on one node, which are told to save and come back."""
+    """Two processes on one node, which are asked to save and come back."""
     sent = new_sweep("tasks")
     sent.send(
         "seed=0",
@@ -29,20 +29,20 @@ def sweep(cluster, new_sweep, local):
     return sent
 
 
-def test_there_is_one_process_a_device(cluster, sweep):
+def test_there_is_one_process_per_device(cluster, sweep):
     record = sweep.records()[0]
     assert cluster.job(record.job["id"])["NumTasks"] == "2"
     assert record.config["trainer"]["devices"] == 2
 
 
-def test_the_run_goes_on_where_it_was(sweep):
+def test_the_run_resumes_where_it_was(sweep):
     record = sweep.records()[0]
     assert (record.run_status, record.restarts) == ("done", 1)
     assert sweep.starts(0)[1].step > 20
 
 
-def test_the_rows_are_those_of_one_process(sweep, local):
-    """float32 gradients are summed in another order, which all steps of training amplify."""
+def test_the_rows_equal_those_of_one_process(sweep, local):
+    """float32 gradients are summed in another order, and training amplifies the difference."""
     metrics, expected = sweep.rows(0)[0], local.rows(0)[0]
     assert metrics.step.tolist() == expected.step.tolist()
     np.testing.assert_allclose(metrics[NUMBERS], expected[NUMBERS], rtol=1e-3)

@@ -89,7 +89,8 @@ def check_experiment(config: DictConfig) -> None:
 
 def _directory(config: DictConfig) -> Path:
     """The directory of the run; "a new directory" if it would be named after the time."""
-    named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
+    overrides = config.hydra.overrides.hydra
+    named = any(each.lstrip("+").startswith("hydra.run.dir=") for each in overrides)
     if named or config.resume is not None:
         return Path(str(config.hydra.run.dir))
     return Path("a new directory")

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 @pytest.fixture
 def experiments(monkeypatch) -> list[tuple]:
-    """What the command would run, in the place of training: the configuration and where."""
+    """The configuration and directory of each run that the command starts, without training."""
     started = []
 
     def run_experiment(config, hydra_config) -> float:

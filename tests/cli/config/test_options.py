@@ -1,4 +1,4 @@
-"""A group of which one option is meant takes no list: two options would be merged into one run."""
+"""A group that takes one option refuses a list, which would be merged into one run."""
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +25,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("override", "meant"), LISTS)
-def test_a_list_for_a_group_is_refused_with_what_is_meant(override, meant):
+def test_a_list_for_a_group_is_refused_with_a_suggestion(override, meant):
     with pytest.raises(ConfigError, match="takes one option; got a list") as error:
         refuse_lists(parsed("seed=0", override))
     assert f"-m {meant}" in str(error.value)
@@ -45,7 +45,7 @@ def test_a_list_for_a_group_is_refused_with_what_is_meant(override, meant):
         "~activation",
     ],
 )
-def test_lists_elsewhere_and_groups_that_take_several_are_let_pass(override):
+def test_other_lists_and_groups_with_several_options_are_accepted(override):
     refuse_lists(parsed(override))
 
 
@@ -66,7 +66,7 @@ def test_lists_elsewhere_and_groups_that_take_several_are_let_pass(override):
         "logger=[null]",
     ],
 )
-def test_what_names_no_option_is_refused(override):
+def test_a_value_that_names_no_option_is_refused(override):
     """Hydra would raise a ValueError that names no group."""
     with pytest.raises(ConfigError, match="takes the name of an option; got") as error:
         refuse_lists(parsed("seed=0", override))
@@ -78,7 +78,7 @@ def test_an_argument_without_a_key_is_refused():
         refuse_lists(parsed("=3"))
 
 
-def test_every_group_that_is_shipped_is_known():
+def test_every_shipped_group_is_known():
     groups = {path.parent for root in (CONF, SWEEPS) for path in root.rglob("*/*.yaml")}
     assert len(groups) > 10
     for folder in groups:
@@ -110,7 +110,7 @@ hydra:
         (", override optimizer: [adamw, muon]", "{seed: '0,1'}", ["seed=0"]),
     ],
 )
-def test_a_sweep_with_a_list_where_one_option_is_meant_is_refused_before_it_starts(
+def test_a_sweep_with_a_list_of_options_is_refused_before_it_starts(
     run, tmp_path, more, params, arguments
 ):
     (tmp_path / "own").mkdir()
@@ -123,7 +123,7 @@ def test_a_sweep_with_a_list_where_one_option_is_meant_is_refused_before_it_star
 
 
 @pytest.mark.parametrize("override", ["activation=[gelu,relu]", "trainer=[cpu]"])
-def test_a_run_with_a_list_where_one_option_is_meant_leaves_no_directory(run, tmp_path, override):
+def test_a_run_with_a_list_of_options_leaves_no_directory(run, tmp_path, override):
     status, _, err = run(override)
     assert (status, list(tmp_path.iterdir())) == (1, [])
     assert err.startswith("nerve-run: ")

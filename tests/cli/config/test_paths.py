@@ -1,4 +1,4 @@
-"""Keys whose values are paths take any path, as it is, and what is printed of it can be pasted."""
+"""Keys of paths accept any path literally, and what is printed can be pasted into a shell."""
 
 import shlex
 
@@ -31,7 +31,7 @@ def value_of(argument: str) -> object:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("key", ["resume", "hydra.run.dir", "hydra.sweep.dir", "data.cache_dir"])
-def test_a_path_is_taken_as_it_is(key, name):
+def test_a_path_is_used_literally(key, name):
     assert value_of(f"{key}=out/{name}") == f"out/{name}"
     assert value_of(f"{key}={name}") == name
 
@@ -40,11 +40,11 @@ def test_a_path_is_taken_as_it_is(key, name):
 @pytest.mark.parametrize(
     "key", ["data.tokenizer", "data.corpus.paths", "data.images.path", "+data.corpus.roots"]
 )
-def test_so_is_one_of_the_data_that_hydra_could_not_read(key, name):
+def test_a_data_path_that_hydra_cannot_parse_is_used_literally(key, name):
     assert value_of(f"{key}={name}") == name
 
 
-def test_a_marker_may_be_given_as_it_is():
+def test_a_separator_is_used_literally():
     assert value_of("data.corpus.separator=<|endoftext|>") == "<|endoftext|>"
     assert value_of("data.separator_token=</s>") == "</s>"
 
@@ -57,12 +57,12 @@ def test_a_marker_may_be_given_as_it_is():
         *("data.corpus.paths=corpus/**/*.txt", "data.corpus.roots=[stdlib,site-packages]"),
     ],
 )
-def test_what_hydra_reads_as_it_is_meant_stays(argument):
+def test_values_that_hydra_reads_correctly_are_unchanged(argument):
     assert with_literal_paths([argument]) == [argument]
 
 
 @pytest.mark.parametrize("name", ["a,b.txt", "a b, c", "a,b,"])
-def test_a_file_with_a_comma_is_no_choice(tmp_path, monkeypatch, name):
+def test_a_file_name_with_a_comma_is_not_a_choice(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).touch()
     assert value_of(f"data.corpus.paths={name}") == name
@@ -71,7 +71,7 @@ def test_a_file_with_a_comma_is_no_choice(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("given", ["~/runs/a", "'~/runs/a'", "~"])
 @pytest.mark.parametrize("key", ["resume", "hydra.run.dir", "hydra.sweep.dir"])
-def test_home_is_found_in_the_directories_that_hydra_makes(monkeypatch, key, given):
+def test_the_home_directory_is_expanded_in_directories_that_hydra_creates(monkeypatch, key, given):
     monkeypatch.setenv("HOME", "/home/me")
     assert value_of(f"{key}={given}") == given.strip("'").replace("~", "/home/me")
 
@@ -79,7 +79,7 @@ def test_home_is_found_in_the_directories_that_hydra_makes(monkeypatch, key, giv
 @pytest.mark.parametrize(
     "name", ["a=b", "a,b", "a(1)", "a#b", "a~b", " a b", "Größe", "a'b", "s=[0]"]
 )
-def test_a_run_in_a_directory_of_any_name_goes_on_by_what_is_printed(
+def test_a_run_in_a_directory_of_any_name_is_resumed_with_the_printed_command(
     run, experiments, tmp_path, name
 ):
     assert run(f"hydra.run.dir=out/{name}", "seed=3")[::2] == (0, "")

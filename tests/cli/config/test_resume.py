@@ -1,4 +1,4 @@
-"""`resume=<run directory>`: the run's own configuration, and nothing that would make it another."""
+"""`resume=<run directory>` uses the configuration of the run, and refuses other values."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from nerve.errors import StoreError
 
 @pytest.fixture
 def begun(run, experiments) -> str:
-    """The directory of a run whose group options and values are not the default ones."""
+    """The directory of a run with options and values that differ from the defaults."""
     assert run("hydra.run.dir=it", "optimizer=muon", "ffn=gated", "seed=3", "threads=1")[0] == 0
     return "it"
 
@@ -24,7 +24,7 @@ def test_the_saved_configuration_is_run_in_the_same_directory(run, begun, experi
 
 
 @pytest.mark.parametrize("data", ["digits", "python_source", "text_files"])
-def test_data_of_before_a_key_get_none_that_they_do_not_take(run, experiments, data):
+def test_data_that_do_not_take_an_added_key_do_not_get_it(run, experiments, data):
     kind = ["model=mixer_tiny"] if data == "digits" else []
     given = ["data.corpus.paths=x.txt"] if data == "text_files" else []
     assert run("hydra.run.dir=it", f"data={data}", *kind, *given)[0] == 0
@@ -33,7 +33,7 @@ def test_data_of_before_a_key_get_none_that_they_do_not_take(run, experiments, d
     assert second.data == first.data
 
 
-def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
+def test_values_that_do_not_define_the_result_may_be_given(run, begun, experiments):
     free = ["threads=2", "logger=none", "retry=true", "checkpoint.every_n_steps=7"]
     status, _, err = run(f"resume={begun}", *free, "hydra.verbose=false")
     assert (status, err) == (0, "")
@@ -54,14 +54,14 @@ def test_what_does_not_define_the_result_may_be_given(run, begun, experiments):
         (["--multi"], "with --multirun"),
     ],
 )
-def test_what_would_be_another_run_is_refused(run, begun, experiments, beside, named):
+def test_values_that_would_make_it_another_run_are_refused(run, begun, experiments, beside, named):
     status, _, err = run(f"resume={begun}", *beside)
     assert status == 1
     assert named in err
     assert len(experiments) == 1
 
 
-def test_a_directory_that_is_no_run_is_refused(run, experiments):
+def test_a_directory_that_is_not_a_run_is_refused(run, experiments):
     status, _, err = run("resume=nowhere")
     assert status == 1
     assert "nowhere does not" in err
@@ -77,7 +77,7 @@ def test_resume_null_is_an_ordinary_run(run, experiments):
     "content", [b"[a: b: c", b"- 1\n- 2\n", b"5", b"\xff\xfe\x00", b"\x00" * 50, b"", b"a: ${"]
 )
 def test_a_damaged_configuration_is_named(tmp_path, content):
-    """Cut, overwritten, or of another kind; before anything is composed of it."""
+    """Truncated, overwritten, or of another kind; before anything is composed."""
     saved = tmp_path / ".hydra" / "config.yaml"
     saved.parent.mkdir()
     saved.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Stored configurations name classes where they were; conf/ names them where they are."""
+"""Stored configurations name classes by their old modules; conf/ names the current ones."""
 
 import re
 
@@ -15,7 +15,7 @@ NAMED = {
 }
 
 
-def test_the_table_has_what_the_configuration_names_and_each_is_there():
+def test_the_table_has_all_targets_of_the_configuration_and_each_exists():
     assert set(TARGETS.values()) == NAMED
     assert all(callable(get_object(path)) for path in NAMED)
 
@@ -42,7 +42,7 @@ def test_a_moved_target_is_found_by_its_last_name_at_any_depth():
     }
 
 
-def test_what_a_configuration_calls_of_others_is_found_at_any_depth():
+def test_foreign_targets_are_found_at_any_depth():
     values = {
         "_target_": "torch.optim.AdamW",
         "logger": {"csv": {"_target_": "nerve.training.loggers.CSVLogger"}},

@@ -1,4 +1,4 @@
-"""Values are held to the annotations of the arguments that take them."""
+"""Values are checked against the annotations of their parameters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def takes(
     word: Literal["a", "b"] = "a",
     free=None,
 ) -> None:
-    """What a data module of one's own may take."""
+    """The parameters of a data module of the user."""
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def takes(
         {"word": "c", "free": object(), "unknown": 3},  # left to the target
     ],
 )
-def test_what_an_annotation_allows_is_taken(values):
+def test_a_value_that_the_annotation_allows_is_accepted(values):
     require_types("data", takes, values)
 
 

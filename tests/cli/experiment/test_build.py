@@ -1,4 +1,4 @@
-"""What is built of a plan, from where."""
+"""The parts of a run that are built from a plan."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def built(monkeypatch) -> list:
         ["data.corpus.roots=[some]", "data.cache_dir=./cache"],
     ],
 )
-def test_relative_paths_begin_where_the_command_was_given_also_with_chdir(
+def test_relative_paths_start_where_the_command_was_given_even_with_chdir(
     run, tmp_path, built, paths
 ):
     (tmp_path / "some").mkdir()
@@ -58,7 +58,7 @@ def test_relative_paths_begin_where_the_command_was_given_also_with_chdir(
     assert not list((tmp_path / "it").iterdir())
 
 
-def test_counts_come_before_their_names_and_other_facts_behind_theirs():
+def test_counts_precede_their_names_and_other_values_follow_theirs():
     described = {
         "corpus": "digits",
         "n_train_images": 1433,

@@ -302,7 +302,7 @@ BAD = [([*GPT, *bad], texts) for bad, texts in BAD_GPT] + [
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported():
-    """What the first plan of a process imports is no work of a plan."""
+    """Imports by the first plan of a process do not count."""
     Plan.of(composed(*GPT, "optimizer=soap"))
 
 
@@ -322,7 +322,7 @@ def _without_data(monkeypatch):
 
 @contextmanager
 def at_once():
-    """Fails where more is done than a plan has the time for; gives the calls, in a list."""
+    """Fails if a plan enters too many functions; yields their number, in a list."""
     calls = [0]
 
     def count(frame, event, argument):
@@ -390,7 +390,7 @@ def test_a_value_of_any_kind_is_planned_or_refused():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_shipped_model_is_planned_at_once_with_each_constraint(preset):
-    """What is refused last is refused then, too."""
+    """The last checks are included."""
     path = ["data.images.path=/nowhere"] if preset.startswith("mixer_b") else []
     config = composed("logger=none", f"model={preset}", *path)
     for constraint in CONSTRAINTS:
@@ -410,8 +410,8 @@ def test_a_plan_costs_the_same_at_any_depth():
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-def test_a_plan_makes_no_constrained_weight(constraint, monkeypatch):
-    """To make one on the meta device takes milliseconds a matrix."""
+def test_a_plan_computes_no_constrained_weight(constraint, monkeypatch):
+    """Computing one on the meta device takes milliseconds per matrix."""
 
     def refuse(*args, **kwargs):
         pytest.fail("a plan needs the shapes of parameters, not the weight that they make")
@@ -424,7 +424,7 @@ def test_a_plan_makes_no_constrained_weight(constraint, monkeypatch):
     assert found == expected + n_lengths
 
 
-def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():
+def test_data_may_be_on_another_machine_when_a_run_is_planned():
     text = composed(*GPT, "data.corpus.roots=[/nowhere]", "data.tokenizer=/nowhere.json")
     images = composed(*MIXER, "data=cifar100", "data.images.path=/nowhere")
     data = [Plan.of(config).values["data"] for config in (text, images)]
@@ -432,20 +432,20 @@ def test_the_text_of_data_that_were_not_planned_may_be_elsewhere():
     assert data[1]["images"]["path"] == "/nowhere"
 
 
-def test_a_plan_holds_the_values_that_the_run_takes():
+def test_a_plan_holds_the_values_that_the_run_uses():
     plan = Plan.of(composed(*GPT, "trainer.accumulate_grad_batches=3", "trainer.max_steps=5"))
     assert plan.data.sizes == {"n_train_batches": 15, "n_heldout_tokens": 8 * 128}
     assert plan.monitor.settings.keys().isdisjoint({"n_tokens", "store"})
     assert (plan.seed, plan.threads, plan.trainer.max_steps) == (0, None, 5)
 
 
-def test_the_model_of_the_data_must_tell_what_is_not_configured():
+def test_nothing_is_estimated_if_sizes_depend_on_the_data():
     estimate = Estimate.of(Plan.of(composed(*MIXER)))
     assert (estimate.n_parameters, estimate.memory_bytes) == (None, None)
 
 
 def n_state(optimizer: torch.optim.Optimizer) -> int:
-    """Numbers that an optimizer keeps, counters apart."""
+    """How many numbers an optimizer keeps, not counting counters."""
 
     def count(value: object) -> int:
         if isinstance(value, torch.Tensor):
@@ -460,8 +460,8 @@ def n_state(optimizer: torch.optim.Optimizer) -> int:
 @pytest.mark.parametrize(
     "optimizer", ["adamw", "sgd", "adafactor", "muon", "dion", "soap", "shampoo"]
 )
-def test_the_estimate_is_what_a_step_leaves(optimizer):
-    """Against the tensors of a network that has taken two steps, and D² or d² for the monitor."""
+def test_the_estimate_equals_the_memory_after_a_step(optimizer):
+    """Compared with the tensors of a network after two steps, plus D² or d² for the monitor."""
     config = composed(*GPT, f"optimizer={optimizer}", "data.vocab_size=300")
     with at_once():
         plan = Plan.of(config)
@@ -480,7 +480,7 @@ def test_the_estimate_is_what_a_step_leaves(optimizer):
 
 
 @pytest.mark.parametrize(("shortcut", "width"), [("true", 128), ("projected", 32), ("false", 128)])
-def test_of_16_bits_the_input_is_held_where_pre_is_projected(shortcut, width):
+def test_with_16_bits_the_covariance_of_the_input_is_kept_only_if_pre_is_projected(shortcut, width):
     def memory(*overrides: str) -> float:
         plan = Plan.of(composed(*GPT, "data.vocab_size=300", *overrides))
         return Estimate.of(plan).memory_bytes
@@ -491,14 +491,14 @@ def test_of_16_bits_the_input_is_held_where_pre_is_projected(shortcut, width):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_optimizers_of_single_numbers_take_shards(optimizer):
+def test_elementwise_optimizers_accept_shards(optimizer):
     plan = Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
     assert plan.values["trainer"]["strategy"] == "fsdp"
     assert plan.values["optimizer"]["name"] == optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "shampoo", "muon", "dion", "adafactor"])
-def test_optimizers_of_matrices_take_copies(optimizer):
+def test_optimizers_of_matrices_accept_copies_but_no_shards(optimizer):
     plan = Plan.of(composed(*GPT, "trainer=ddp", f"optimizer={optimizer}"))
     assert plan.values["trainer"]["strategy"] == "ddp"
     assert plan.values["optimizer"]["name"] == optimizer
@@ -506,7 +506,7 @@ def test_optimizers_of_matrices_take_copies(optimizer):
         Plan.of(composed(*GPT, "trainer=fsdp", f"optimizer={optimizer}"))
 
 
-def test_a_callback_of_ones_own_may_log_what_another_monitors():
+def test_a_callback_may_monitor_what_a_callback_of_the_user_logs():
     own = ("+callbacks.mine._target_=support.KeepWeights",)
     stop = (
         f"+callbacks.a._target_={CALLBACKS}.EarlyStopping",
@@ -517,7 +517,7 @@ def test_a_callback_of_ones_own_may_log_what_another_monitors():
         Plan.of(composed(*GPT, *stop))
 
 
-def test_steps_are_asked_for_on_the_command_line_and_change_no_id_where_they_are_not():
+def test_steps_change_the_id_of_a_run_only_if_they_are_given():
     spaced = Plan.of(composed(*GPT, "monitor.every_n_steps=null", "monitor.steps=log:30"))
     assert spaced.monitor.settings["steps"] == "log:30"
     plain = Plan.of(composed(*GPT)).values

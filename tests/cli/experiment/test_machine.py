@@ -1,4 +1,4 @@
-"""What a run records of its devices; which process records it, by what the run asks for."""
+"""The devices that a run records, the process that records it, and the memory that it needs."""
 
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ def test_every_gpu_is_named(ran_on, name, monkeypatch):
     assert machine.device_names(ran_on) == name
 
 
-def test_the_versions_of_cuda_and_driver_are_those_of_runs_on_a_gpu(monkeypatch):
+def test_only_runs_on_a_gpu_record_the_versions_of_cuda_and_the_driver(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(machine, "nvidia_driver", lambda: "570.86.15")
     versions = {"cuda": "12.8", "nvidia-driver": "570.86.15"}
@@ -62,12 +62,12 @@ ONE = {"accelerator": "cpu", "devices": 1}
         ({"accelerator": "gpu", "devices": "0,1"}, False),
     ],
 )
-def test_a_run_is_one_process_where_it_asks_for_one_device(changes, alone, monkeypatch):
+def test_a_run_that_requests_one_device_is_one_process(changes, alone, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert (n_processes_of(ONE | changes) == 1) == alone
 
 
-def test_a_run_of_one_process_leads_whatever_task_of_a_job_it_is(monkeypatch):
+def test_a_run_of_one_process_leads_in_any_task_of_a_job(monkeypatch):
     """Lightning takes the rank from SLURM_PROCID when it is imported."""
     monkeypatch.setattr(rank_zero_only, "rank", 3)
     assert not leads(ONE | {"devices": 4})
@@ -89,7 +89,7 @@ def test_a_machine_whose_gpu_has_no_float64_is_refused(no_cuda, accelerator):
 
 
 def test_devices_that_are_listed_in_a_string_are_counted(monkeypatch):
-    """As Lightning reads them; the others of the machine do not take part."""
+    """As Lightning reads them; the other devices of the machine are not used."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     listed = {"accelerator": "gpu", "devices": "0,3"}
     assert n_processes_of(listed) == n_processes_of(listed | {"devices": [0, 3]}) == 2
@@ -117,7 +117,7 @@ TB = 10**12
     ],
     ids=" ".join,
 )
-def test_numbers_out_of_reason_are_refused_by_what_they_take_at_least(overrides):
+def test_absurd_sizes_are_refused_by_their_least_memory(overrides):
     plan = Plan.of(composed("logger=none", *overrides))
     with pytest.raises(ConfigError, match=r"need at least [\d,]+ GB, and it has 500 GB"):
         machine.require_memory(plan, TB // 2)
@@ -128,8 +128,8 @@ PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_no_preset_is_refused_where_it_fits(preset, precision):
-    """What the estimate counts, which leaves activations out, is more than the lower bound."""
+def test_no_preset_is_refused_if_it_fits(preset, precision):
+    """The estimate, which leaves out activations, is above the lower bound."""
     images = ["data.images.path=x"] if preset in ("mixer_b16", "mixer_b4") else []
     plan = Plan.of(
         composed("logger=none", f"model={preset}", f"trainer.precision={precision}", *images)
@@ -143,7 +143,7 @@ def test_no_preset_is_refused_where_it_fits(preset, precision):
     assert estimated is None or 0 < least_memory(plan, 1) <= estimated + logits
 
 
-def test_what_each_process_has_a_part_of_is_not_counted_whole():
+def test_sharded_weights_and_divided_batches_are_not_counted_whole():
     sharded = Plan.of(composed("logger=none", "trainer=fsdp", "data.vocab_size=1000000000"))
     machine.require_memory(sharded, TB * 1000)
     alone = Plan.of(composed("logger=none", "data.batch_size=64"))

@@ -1,4 +1,4 @@
-"""Devices of a trial against what the launcher gives it."""
+"""The devices that a trial requests, compared with what its launcher provides."""
 
 import pytest
 
@@ -13,7 +13,7 @@ JOB = {"_target_": SUBMITIT_SLURM, "nodes": 1, "tasks_per_node": 1, "gpus_per_no
 
 
 @pytest.mark.parametrize("devices", [1, "1", [3], "auto", -1])
-def test_one_process_is_what_a_trial_has_here(devices):
+def test_a_trial_on_this_machine_has_one_process(devices):
     check_devices(CPU | {"devices": devices}, HERE)
 
 
@@ -25,7 +25,7 @@ def test_one_process_is_what_a_trial_has_here(devices):
         (CPU | {"num_nodes": 2}, "hydra/launcher=slurm"),
     ],
 )
-def test_trials_that_start_further_processes_are_refused_here(trainer, named):
+def test_trials_that_start_more_processes_are_refused_on_this_machine(trainer, named):
     with pytest.raises(ConfigError, match="each trial is one process") as refused:
         check_devices(trainer, HERE)
     assert named in str(refused.value)
@@ -40,7 +40,7 @@ def test_trials_that_start_further_processes_are_refused_here(trainer, named):
         {"tasks_per_node": 4, "gres": "gpu:a100:4"},
     ],
 )
-def test_a_job_with_a_task_and_a_gpu_a_device_is_sent(launcher):
+def test_a_job_with_one_task_and_one_gpu_per_device_is_submitted(launcher):
     check_devices(GPU | {"devices": 4}, JOB | launcher)
     with pytest.raises(ConfigError, match=r"needs hydra\.launcher\.tasks_per_node=2, got 4"):
         check_devices(GPU | {"devices": 2}, JOB | launcher)
@@ -63,7 +63,7 @@ def test_a_job_on_cpus_needs_no_gpu():
         ({"devices": 2}, {"tasks_per_node": 2, "gpus_per_node": 1}, "gpus_per_node=2, got 1"),
     ],
 )
-def test_a_job_that_asks_for_other_than_it_uses_is_refused(trainer, launcher, named):
+def test_a_job_that_requests_other_devices_than_it_uses_is_refused(trainer, launcher, named):
     with pytest.raises(ConfigError) as refused:
         check_devices(GPU | trainer, JOB | launcher)
     assert named in str(refused.value)

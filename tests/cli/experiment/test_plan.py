@@ -1,4 +1,4 @@
-"""What a run returns to a sweeper, whether it is trained now or was before."""
+"""What a run returns to a sweeper, whether it trains now or was done before."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TINY = [*TINY_RUN, "trainer.max_steps=3", "hydra.run.dir=it"]
 
 @pytest.fixture
 def returned(monkeypatch) -> list[float]:
-    """What the task returned to Hydra, at each call."""
+    """What the task has returned to Hydra, one entry per call."""
     values: list[float] = []
     task: Callable[..., float] = experiment.run_experiment
 
@@ -33,8 +33,8 @@ def returned(monkeypatch) -> list[float]:
     return values
 
 
-def test_a_run_returns_what_is_named_and_again_when_it_is_done(run, returned, monkeypatch):
-    """The loss unless another is named, which makes it no other run."""
+def test_a_run_returns_its_objective_also_when_it_is_already_done(run, returned, monkeypatch):
+    """The loss by default; another objective does not make it another run."""
     assert run(*TINY)[0] == 0
     final = RunRecord.load("it").final
     last = nerve.load_metrics("it").query("step == 3")
@@ -51,8 +51,8 @@ def test_a_run_returns_what_is_named_and_again_when_it_is_done(run, returned, mo
         assert returned.pop() == pytest.approx(value, rel=1e-15)
 
 
-def test_a_trial_of_another_sweeper_returns_it_too(run, returned):
-    """Of a sweeper that takes what tasks return; the id of the trial is that of any objective."""
+def test_a_trial_of_another_sweeper_returns_its_objective(run, returned):
+    """To a sweeper that uses it; the id of the trial does not depend on the objective."""
     several = ["-m", "hydra/sweeper=basic", *TINY[:-1], "seed=0,1"]
     status, _, err = run(*several, "objective=se_pre")
     assert (status, err) == (0, "")
@@ -65,7 +65,7 @@ def test_a_trial_of_another_sweeper_returns_it_too(run, returned):
 
 
 @pytest.mark.parametrize("name", ["prpost", "val_accuracy", "null", "token_mixing/mean/js"])
-def test_a_name_that_the_run_will_not_have_is_refused_before_it_begins(run, returned, name):
+def test_an_objective_that_the_run_will_not_have_is_refused_before_it_starts(run, returned, name):
     status, _, err = run(*TINY, f"objective={name}")
     assert status == 1
     assert "objective must be one of val_loss, bits_per_byte, se_pre" in err
@@ -75,7 +75,7 @@ def test_a_name_that_the_run_will_not_have_is_refused_before_it_begins(run, retu
     assert not Path("it", "run.json").exists()
 
 
-def test_the_names_are_those_that_runs_of_each_kind_leave(run, returned):
+def test_every_accepted_objective_has_a_number_at_the_end(run, returned):
     """Every name that is accepted has a number in the end."""
     mixer = ["model=mixer_tiny", "model.n_layers=2", "model.d_model=16", "data.batch_size=8"]
     small = ["trainer.max_steps=1", "trainer.enable_progress_bar=false", "threads=1"]

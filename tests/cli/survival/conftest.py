@@ -1,4 +1,4 @@
-"""Runs that are interrupted, and what they must leave in the end."""
+"""Runs that are interrupted, and what they must leave at the end."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from nerve.training.module import TrainedModel
 
 @pytest.fixture(autouse=True)
 def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a job of SLURM a run would wait to be killed."""
+    """In a SLURM job, a run would wait to be killed."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
@@ -80,7 +80,7 @@ def go_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def _rows(directory: Path, load: Callable[..., pd.DataFrame]) -> pd.DataFrame:
-    """All stored rows without what names the run, sorted by what identifies a row."""
+    """All stored rows without the run id, sorted by their keys."""
     frame = load(directory).drop(columns=["run_id", "run_status"])
     keys = [name for name in ("step", "layer", "ffn", "site", "name") if name in frame]
     return frame.sort_values(keys).reset_index(drop=True)

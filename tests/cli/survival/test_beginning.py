@@ -1,4 +1,4 @@
-"""What `nerve-run` does with a directory that a run has used before."""
+"""What `nerve-run` does in a directory that already holds a run."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def files(tmp_path):
     return look
 
 
-def test_a_run_that_is_done_says_so_and_does_nothing(run, tiny, files):
+def test_a_completed_run_reports_it_and_does_nothing(run, tiny, files):
     assert run(*tiny)[0] == 0
     before = files()
     status, out, err = run(*tiny, "threads=2", "checkpoint.every_n_steps=1")
@@ -53,7 +53,7 @@ def test_a_run_that_is_done_says_so_and_does_nothing(run, tiny, files):
 
 
 def as_an_earlier_version_wrote_it(directory: str) -> str:
-    """Gives the record another id, the data another module, and takes out a key added since."""
+    """Changes the id in the record and the module of the data, and removes a key added since."""
     path = Path(directory) / "run.json"
     values = json.loads(path.read_text())
     values["config_id"], now = "0123456789ab", values["config_id"]
@@ -64,8 +64,8 @@ def as_an_earlier_version_wrote_it(directory: str) -> str:
     return now
 
 
-def test_a_directory_of_an_earlier_version_is_gone_on_with(run, tiny, stop_at, go_on):
-    """With an infinite value, too, which run.json writes in its own way."""
+def test_a_directory_of_an_earlier_version_is_resumed(run, tiny, stop_at, go_on):
+    """Also with an infinite value, for which run.json has a special form."""
     stop_at(1, signal.SIGINT)
     infinite = [*tiny, "trainer.gradient_clip_val=inf"]
     assert run(*infinite)[0] == 130
@@ -83,7 +83,7 @@ def test_a_directory_of_an_earlier_version_is_gone_on_with(run, tiny, stop_at, g
     assert "gradient_clip_val (inf, now 1.0)" in run(*tiny)[2]
 
 
-def test_other_values_are_refused_with_their_names(run, tiny, files):
+def test_other_values_are_refused_by_name(run, tiny, files):
     assert run(*tiny)[0] == 0
     before = files()
     status, _, err = run(*tiny, "optimizer.lr=0.01", "model.d_model=32")
@@ -96,7 +96,7 @@ def test_other_values_are_refused_with_their_names(run, tiny, files):
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)]
 )
-def test_an_interrupted_run_says_how_to_go_on_and_does(run, tiny, stop_at, go_on, signum, status):
+def test_an_interrupted_run_prints_how_to_resume_it(run, tiny, stop_at, go_on, signum, status):
     stop_at(1, signum)
     ended, out, err = run(*tiny)
     go_on()
@@ -117,7 +117,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(run, tiny, stop_at, go_on
     assert again.final["train_seconds"] > again.final["measuring_seconds"] > 0
 
 
-def test_a_second_ctrl_c_ends_in_the_middle_of_a_step_and_the_run_goes_on_from_its_checkpoint(
+def test_after_a_second_ctrl_c_the_run_resumes_from_its_last_checkpoint(
     run, tiny, stop_at, go_on, assert_same
 ):
     """The first comes in the first micro-batch of step 3, the second in the next one."""
@@ -132,8 +132,8 @@ def test_a_second_ctrl_c_ends_in_the_middle_of_a_step_and_the_run_goes_on_from_i
     assert_same("whole", "mine")
 
 
-def test_what_handled_the_signal_before_has_it_once_all_is_saved(run, tiny, stop_at):
-    """As in a job of submitit, whose handler gives the job back to SLURM and exits."""
+def test_the_previous_signal_handler_is_called_once_all_is_saved(run, tiny, stop_at):
+    """As in a job of submitit, whose handler requeues the job and exits."""
     seen = []
 
     def requeue(signum, frame):
@@ -151,9 +151,7 @@ def test_what_handled_the_signal_before_has_it_once_all_is_saved(run, tiny, stop
     assert (status, seen) == (-1, [("interrupted", 3, True)])
 
 
-def test_a_failed_run_is_started_again_only_when_asked(
-    run, tiny, stop_at, go_on, monkeypatch, files
-):
+def test_a_failed_run_is_restarted_only_on_request(run, tiny, stop_at, go_on, monkeypatch, files):
     stop_at(3, nerve.errors.DataError("the batch is rotten"))
     assert run(*tiny, "checkpoint.every_n_steps=1")[0] == 1
     go_on()
@@ -185,7 +183,7 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, tiny, stop_at
     assert rows.step.unique().tolist() == [0, 2, 4]
 
 
-def test_a_run_that_another_process_runs_is_left_to_it(run, tiny, files):
+def test_a_run_of_another_process_is_left_alone(run, tiny, files):
     lock = RunLock("mine")
     before = files()
     status, _, err = run(*tiny)
@@ -241,7 +239,7 @@ class Held(L.Callback):
 """
 
 
-def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
+def test_of_two_processes_one_runs_and_the_other_reports_that(tiny, tmp_path):
     """Started at the same moment with the same directory. The one that runs does not end before the
     other, however late that begins."""
     (tmp_path / "held.py").write_text(HELD)
@@ -264,7 +262,7 @@ def test_of_two_processes_one_runs_and_the_other_says_so(tiny, tmp_path):
     assert RunDirectory(tmp_path / "mine").state == RunState.DONE
 
 
-def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_at, go_on):
+def test_the_progress_bar_of_a_resumed_run_starts_at_its_step(run, tiny, stop_at, go_on):
     bar = [*tiny, "trainer.enable_progress_bar=true"]
     stop_at(1, signal.SIGTERM)
     assert run(*bar)[0] == 143
@@ -275,8 +273,8 @@ def test_the_progress_bar_of_a_resumed_run_knows_how_far_it_is(run, tiny, stop_a
 
 
 @pytest.mark.parametrize("where", ["omegaconf.OmegaConf.save", "pathlib.Path.mkdir"])
-def test_a_disk_that_is_full_as_a_run_begins_is_told_as_that(tmp_path, monkeypatch, where):
-    """Before anything of ours is written: the configuration comes first."""
+def test_a_full_disk_at_the_start_is_reported_as_such(tmp_path, monkeypatch, where):
+    """Before anything else is written: the configuration comes first."""
 
     def refuse(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -289,8 +287,8 @@ def test_a_disk_that_is_full_as_a_run_begins_is_told_as_that(tmp_path, monkeypat
         _save(RunDirectory(tmp_path), config, config.hydra)
 
 
-def test_a_resumed_run_says_what_its_directory_calls(tmp_path, caplog):
-    """Nobody has given it on the command line this time."""
+def test_a_resumed_run_names_the_foreign_targets_of_its_directory(tmp_path, caplog):
+    """They were not given on the command line this time."""
     config = composed("+callbacks.mine._target_=own.code.Thing", with_hydra=True)
     HydraConfig.instance().set_config(config)
     hydra_config = config.hydra

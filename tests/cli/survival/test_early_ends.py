@@ -1,4 +1,4 @@
-"""A run that ends before its last step without an error: done, or to be gone on with."""
+"""A run that ends early without an error is either done or to be resumed."""
 
 import os
 
@@ -21,10 +21,8 @@ TIMER = [
 
 
 @pytest.mark.parametrize("limit", [MAX_TIME, TIMER], ids=["max_time", "Timer"])
-def test_a_run_whose_time_is_over_goes_on_when_called_again(
-    experiment, assert_same, tmp_path, limit
-):
-    """No time at all is one step a start; the rows are those of a run that nothing stopped."""
+def test_a_run_that_reached_its_time_limit_is_resumed(experiment, assert_same, tmp_path, limit):
+    """With no time at all, each start does one step; the rows equal those of an undisturbed run."""
     experiment("whole")
     for restarts in range(4):
         with pytest.raises(Interrupted, match=r"the 0 s of trainer\.max_time are over"):
@@ -36,7 +34,7 @@ def test_a_run_whose_time_is_over_goes_on_when_called_again(
     assert_same("whole", "pieces")
 
 
-def test_a_rule_on_results_ends_a_run_as_done_and_is_recorded(experiment, tmp_path):
+def test_early_stopping_ends_a_run_as_done_and_is_recorded(experiment, tmp_path):
     stop = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
     rule = ["+callbacks.stop.monitor=val_loss", "+callbacks.stop.stopping_threshold=100"]
     experiment("run", stop, *rule)
@@ -46,13 +44,13 @@ def test_a_rule_on_results_ends_a_run_as_done_and_is_recorded(experiment, tmp_pa
 
 
 class StopOnce(L.Callback):
-    """Asks training to stop, for no reason that anybody could name."""
+    """Makes training stop without a recorded reason."""
 
     def on_train_batch_end(self, trainer, *args):
         trainer.should_stop = trainer.global_step == 3
 
 
-def test_a_run_that_something_ended_early_is_not_done_and_goes_on(experiment, tmp_path):
+def test_a_run_that_was_ended_early_without_a_reason_is_not_done(experiment, tmp_path):
     stop = [f"+callbacks.stop._target_={__name__}.StopOnce"]
     with pytest.raises(Interrupted, match="something else ended training at step 3 of 5"):
         experiment("run", *stop)
@@ -63,8 +61,8 @@ def test_a_run_that_something_ended_early_is_not_done_and_goes_on(experiment, tm
     assert (record.run_status, record.step, record.stopped_by) == ("done", 5, None)
 
 
-def test_a_run_that_validated_a_part_is_not_done(experiment, tmp_path, monkeypatch):
-    """Whatever limited the batches."""
+def test_a_run_that_validated_on_part_of_the_data_is_not_done(experiment, tmp_path, monkeypatch):
+    """For any limit on the batches."""
     monkeypatch.setattr("nerve.data.batches.HeldOutBatches.__len__", lambda self: 1)
     with pytest.raises(MeasurementError, match=r"1,024 targets; the last validation saw 64\."):
         experiment("run", "monitor.n_tokens=1024")
@@ -80,8 +78,8 @@ TASKS = {
 
 
 @pytest.mark.parametrize("variables", TASKS.values(), ids=TASKS)
-def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path, variables):
-    """In a process of its own, whose rank is read from the variables."""
+def test_a_run_on_one_device_is_complete_in_any_task_of_a_job(small, tmp_path, variables):
+    """In its own process, whose rank comes from environment variables."""
     job = {"SLURM_JOB_NAME": "a", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
     environment, log = {**os.environ, **job, **variables}, tmp_path / "log"
     process = nerve_run(
@@ -92,7 +90,7 @@ def test_a_run_of_one_device_is_whole_in_whatever_task_of_a_job(small, tmp_path,
     assert nerve.load_metrics(tmp_path / "run").step.max() == 5
 
 
-def test_a_run_that_learned_nothing_says_so(experiment, tmp_path, capsys):
+def test_a_run_that_learned_nothing_has_a_warning(experiment, tmp_path, capsys):
     """A finite loss, however absurd: done, with a warning in its record, its summary and the
     command that lists runs. One that learned has none, nor one of images."""
     experiment("absurd", "optimizer=sgd", "optimizer.lr=1e-9")

@@ -1,4 +1,4 @@
-"""Runs whose spectra are solved beside training, as on a GPU, and late."""
+"""Runs whose spectra are solved in the background, as on a GPU, and late."""
 
 import signal
 import time
@@ -29,10 +29,10 @@ def late(monkeypatch):
     ("source", "cause", "measured"),
     [("heldout", signal.SIGTERM, [0, 1, 2, 3, 4]), ("train", ValueError("mine"), [0, 1, 2])],
 )
-def test_what_is_solved_late_is_there_when_a_run_ends_early_and_after_it_has_gone_on(
+def test_late_spectra_are_stored_when_a_run_is_interrupted_and_after_it_resumed(
     experiment, stop_at, go_on, late, tmp_path, source, cause, measured
 ):
-    """In the fourth step, with a checkpoint of the second one; loggers get it whenever it comes."""
+    """Interrupted in step 4, with a checkpoint of step 2; loggers get late results, too."""
     how = ["monitor.every_n_steps=1", "monitor.groups=[halves]", f"monitor.source={source}"]
     how += ["checkpoint.every_n_steps=2", "retry=true"]
     experiment("whole", *how)

@@ -1,4 +1,4 @@
-"""SIGKILL to `nerve-probe`: what it has measured stays, and what it has not is measured next."""
+"""After SIGKILL, `nerve-probe` keeps what it has measured and measures the rest."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from .killer import kill_probes
 
 
 def kill_pieces(n_kills: int) -> None:
-    """Probes in pieces, each of which is killed at some change that it makes to the files."""
+    """Probes in pieces, each of which is killed at a change to the file system."""
     llama()  # likewise
     rng, kills, n_done, status = random.Random(n_kills), 0, 0, 1
     while kills < n_kills or status:
@@ -62,7 +62,7 @@ def _count_down(left: int) -> None:
 @pytest.mark.parametrize(
     ("n_checkpoints", "n_kills"), [(4, 3), pytest.param(8, 20, marks=pytest.mark.slow)]
 )
-def test_a_series_that_is_killed_ends_as_one_that_was_not(
+def test_a_killed_series_ends_like_an_undisturbed_one(
     n_checkpoints, n_kills, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)

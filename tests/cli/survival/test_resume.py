@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed leaves what it would have left undisturbed, bit for bit."""
+"""A run that is stopped and resumed equals an undisturbed one, bit for bit."""
 
 import signal
 from collections.abc import Callable
@@ -32,7 +32,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=lambda case: " ".join(case)[:60])
-def test_a_run_stopped_in_every_step_equals_an_undisturbed_one(
+def test_a_run_stopped_at_every_step_equals_an_undisturbed_one(
     experiment, stop_at, assert_same, tmp_path, overrides
 ):
     """Each process gets a signal in its first micro-batch, so it does one step, saves and ends: a
@@ -58,10 +58,10 @@ def test_a_run_stopped_in_every_step_equals_an_undisturbed_one(
     assert_same("whole", "pieces")
 
 
-def test_a_classifier_of_images_goes_on_as_exactly(
+def test_an_image_classifier_resumes_just_as_exactly(
     tmp_path, monkeypatch, run, stop_at, assert_same
 ):
-    """Through the command; accuracy is among the scores that a resumed run ends with."""
+    """Through the command; the final scores of a resumed run include the accuracy."""
     mixer = ["model=mixer_tiny", "model.n_layers=1", "model.d_model=16", "data.batch_size=8"]
     mixer += ["trainer.max_steps=3", "monitor.every_n_steps=2", "trainer.log_every_n_steps=1"]
     mixer += ["trainer.enable_progress_bar=false", "threads=1"]
@@ -73,10 +73,10 @@ def test_a_classifier_of_images_goes_on_as_exactly(
     assert_same("whole", "pieces")
 
 
-def test_a_run_that_saved_its_last_step_and_died_only_has_to_say_that_it_is_done(
+def test_a_run_killed_after_saving_its_last_step_only_has_to_be_recorded_as_done(
     experiment, assert_same, monkeypatch, tmp_path
 ):
-    """Nothing is left to train: scores and rows come from the checkpoint."""
+    """Nothing is left to train; scores and rows come from the checkpoint."""
     experiment("whole")
 
     def die(*args, **kwargs):
@@ -91,7 +91,9 @@ def test_a_run_that_saved_its_last_step_and_died_only_has_to_say_that_it_is_done
     assert_same("whole", "pieces")
 
 
-def test_a_run_that_stopped_early_and_died_does_not_train_on(experiment, assert_same, monkeypatch):
+def test_a_run_killed_after_stopping_early_does_not_train_further(
+    experiment, assert_same, monkeypatch
+):
     stop = ["+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"]
     stop += ["+callbacks.stop.monitor=val_loss", "+callbacks.stop.stopping_threshold=1e9"]
     experiment("whole", *stop)
@@ -121,10 +123,10 @@ def fail_in_step_4(stop_at, go_on) -> Callable[[Callable[[], float]], None]:
     return fail
 
 
-def test_weights_kept_past_the_last_checkpoint_are_kept_anew(
+def test_weights_kept_after_the_last_checkpoint_are_written_again(
     experiment, fail_in_step_4, assert_same, tmp_path
 ):
-    """The last checkpoint is of step 2, and step 3 is done again."""
+    """The last checkpoint is that of step 2, so step 3 is repeated."""
     experiment("whole", "checkpoint.keep=[1,3]")
     keep = ["checkpoint.keep=[1,3]", "checkpoint.every_n_steps=2"]
     fail_in_step_4(lambda: experiment("pieces", *keep))
@@ -137,8 +139,10 @@ def test_weights_kept_past_the_last_checkpoint_are_kept_anew(
 
 
 @pytest.mark.parametrize(("every", "left"), [("2", [1, 5]), ("null", [5])])
-def test_weights_kept_past_where_a_run_goes_on_are_dropped(experiment, fail_in_step_4, every, left):
-    """They are of steps whose rows are dropped; without a checkpoint that is every step."""
+def test_weights_kept_after_the_step_of_the_resume_are_dropped(
+    experiment, fail_in_step_4, every, left
+):
+    """The rows of these steps are dropped; without a checkpoint, those of all steps."""
     cadence = f"checkpoint.every_n_steps={every}"
     fail_in_step_4(lambda: experiment("run", "checkpoint.keep=[1,3]", cadence))
     assert RunDirectory("run").kept_steps() == [1, 3]
@@ -146,9 +150,7 @@ def test_weights_kept_past_where_a_run_goes_on_are_dropped(experiment, fail_in_s
     assert RunDirectory("run").kept_steps() == left
 
 
-def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
-    experiment, stop_at, go_on, caplog
-):
+def test_a_step_to_keep_that_is_already_past_is_named(experiment, stop_at, go_on, caplog):
     stop_at(2, signal.SIGTERM)
     with pytest.raises(Interrupted):
         experiment("run")
@@ -160,8 +162,8 @@ def test_a_step_to_keep_that_is_past_when_the_run_goes_on_is_named(
     assert RunDirectory("run").kept_steps() == [3, 4]
 
 
-def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment, tmp_path):
-    """They stay when the run is done, as do the last ones, of which they are no copies."""
+def test_the_weights_of_step_0_are_the_initial_ones(experiment, tmp_path):
+    """They are kept when the run is done, like the last ones, from which they differ."""
     experiment("run", "checkpoint.keep=[0,5]")
     record = RunRecord.load("run")
     assert record.run_status == "done"
@@ -174,7 +176,7 @@ def test_the_weights_of_step_0_are_those_that_the_model_is_built_with(experiment
     assert any(not torch.equal(first[name], last[name]) for name in last)
 
 
-def test_steps_to_keep_that_the_run_does_not_reach_are_refused_before_data_is_read(experiment):
+def test_steps_to_keep_beyond_the_end_are_refused_before_data_is_read(experiment):
     with pytest.raises(ConfigError, match=r"got 6 with trainer\.max_steps=5"):
         experiment("run", "checkpoint.keep=[5,6]", "data.corpus.roots=[nowhere]")
 
@@ -191,7 +193,7 @@ def test_the_cadence_of_checkpoints_changes_nothing(experiment, assert_same, tmp
 def test_on_a_gpu_a_resumed_run_has_the_rows_of_an_undisturbed_one(
     experiment, stop_at, go_on, tmp_path
 ):
-    """In bfloat16 with dropout; kernels may add in another order, hence not bit for bit."""
+    """In bfloat16 with dropout; not bit for bit, because kernels may sum in another order."""
     gpu = ["trainer=gpu", "model.dropout=0.2", "trainer.max_steps=9", "monitor.source=train"]
     experiment("whole", *gpu)
     for stop in (3, 6):
@@ -229,7 +231,7 @@ class Stop(L.Callback):
 """
 
 
-def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
+def test_two_processes_stop_at_the_same_step_even_if_one_got_the_signal(
     small, assert_same, tmp_path
 ):
     """The second process is asked to stop, in its second step; both save after the third, when they
@@ -265,7 +267,7 @@ def test_two_processes_stop_in_the_same_step_though_one_got_the_signal(
     assert output.count("which failed with an error") == 2, output
 
 
-def test_the_size_of_pre_is_set_at_the_start_and_not_again(
+def test_the_pre_activations_are_scaled_only_once(
     experiment, stop_at, go_on, assert_same, monkeypatch, tmp_path
 ):
     """A run that died before its first checkpoint begins anew, with the same factors."""

@@ -1,4 +1,4 @@
-"""What SIGKILL, a full disk and a second process do to a run: nothing that a resume cannot fix."""
+"""SIGKILL, a full disk and a second process do nothing to a run that resuming cannot repair."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ READERS = (nerve.load_metrics, nerve.load_spectra, nerve.load_scalars)
 
 
 def assert_readable(directory: Path) -> RunState:
-    """Every file that is there is whole, and rows reach as far as the checkpoint; the state."""
+    """Checks that all files are complete and rows reach the checkpoint; returns the state."""
     state = RunDirectory(directory).state
     if state == RunState.NEW:
         return state
@@ -52,7 +52,7 @@ def assert_readable(directory: Path) -> RunState:
     ("seed", "n_kills"),
     [(0, 24), pytest.param(1, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
 )
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(
+def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(
     small, assert_same, tmp_path, seed, n_kills
 ):
     """Dozens of SIGKILLs, during flush, compaction, checkpoint and measurement, each followed by a
@@ -76,7 +76,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_not(
 
 
 class Disk:
-    """Room for so many bytes in the files of a run; then every write is refused, half done."""
+    """Has room for this many bytes in the files of a run; then every write fails halfway."""
 
     def __init__(self, room: int) -> None:
         self.room = room

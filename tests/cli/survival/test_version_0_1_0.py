@@ -1,4 +1,4 @@
-"""Run directories that version 0.1.0 wrote are loaded, reported on, and gone on with.
+"""Run directories that version 0.1.0 wrote are loaded, reported on, and resumed.
 
 `of_version_0_1_0/` holds a run that was done after its 6 steps and one of the same values that got
 SIGTERM in its fourth, each as that version left it (but the lock, and the last weights of the first
@@ -41,13 +41,13 @@ def copy(tmp_path, monkeypatch) -> Path:
 
 
 def stored(run: str, name: str) -> pd.DataFrame:
-    """The one part of a dataset as it lies in the folder, read without nerve."""
+    """The only part of a dataset in the folder, read without nerve."""
     (part,) = (STORED / run / name).glob("*.parquet")
     assert pq.read_schema(part).metadata[b"nerve_schema_version"] == b"1"
     return pq.read_table(part).to_pandas()
 
 
-def test_the_rows_are_loaded_as_they_were_stored_and_new_columns_are_null(copy):
+def test_the_rows_are_loaded_unchanged_and_new_columns_are_null(copy):
     loaded = {
         "metrics": nerve.load_metrics(copy),
         "spectra": nerve.load_spectra(copy),
@@ -70,7 +70,7 @@ def test_the_rows_are_loaded_as_they_were_stored_and_new_columns_are_null(copy):
 
 
 def test_a_report_is_written(copy):
-    """Of one run, and of both."""
+    """Of one run and of both."""
     for path in ("interrupted", "."):
         write_report(path, copy / "report")
         assert "SE" in (copy / "report" / "index.html").read_text()
@@ -83,14 +83,14 @@ def test_the_model_is_loaded(copy):
     assert logits.shape == (1, 8, 264)
 
 
-def test_a_run_that_is_done_is_left_as_it_is(copy, run):
+def test_a_completed_run_is_left_unchanged(copy, run):
     before = Path("done/run.json").read_bytes()
     status, _, err = run("resume=done")
     assert status == 0, err
     assert Path("done/run.json").read_bytes() == before
 
 
-def test_the_interrupted_run_goes_on_to_what_the_other_one_left(copy, run):
+def test_the_interrupted_run_is_resumed_to_the_result_of_the_other_one(copy, run):
     """It keeps its rows exactly. Later ones are those of the run that was never interrupted, to
     the digits that versions of torch and processors share."""
     before = {name: stored("interrupted", name) for name in ("metrics", "spectra", "scalars")}

@@ -1,6 +1,6 @@
-"""A trial whose training is a stand-in; all around it is what a trial goes through.
+"""A trial whose training is a stand-in; everything around it is that of a real trial.
 
-What befalls it stands in deeds.json in the working directory, seed to deed. Each start adds a line
+deeds.json in the working directory says what happens to it, by seed. Each start adds a line
 to `starts` in the run directory.
 """
 
@@ -68,7 +68,7 @@ def befall(deed: str, directory: Path) -> None:
 
 
 def stand_in(module: str, name: str, function: Callable[..., Any]) -> None:
-    """Puts a module that has only this in the place of one that imports torch and Lightning."""
+    """Replaces a module that imports torch and Lightning by one with only this function."""
     sys.modules[module] = ModuleType(module)
     setattr(sys.modules[module], name, function)
 

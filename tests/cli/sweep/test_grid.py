@@ -1,4 +1,4 @@
-"""A trial as Hydra composes it, and where its run is, of those that its sweep's folder holds."""
+"""The grid of a sweep, its trials as Hydra composes them, and where their runs are."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +20,8 @@ from nerve.storage.record import RunRecord
 from nerve.storage.state import RunLock
 
 
-def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_path, capsys):
-    """Done, then at work, then the furthest, then the last heard of; only directly below."""
+def test_runs_are_found_by_their_configuration_and_the_best_one_is_used(tmp_path, capsys):
+    """Done, then active, then the furthest, then the latest heartbeat; only directly below."""
     config = {"seed": 1}
     for name, run_status, step in (
         ("a", "interrupted", 10),
@@ -51,15 +51,15 @@ def test_runs_are_found_by_what_they_ran_and_the_one_to_take_comes_first(tmp_pat
     )
 
 
-def test_a_folder_that_is_not_there_holds_no_run(tmp_path):
+def test_a_missing_folder_holds_no_run(tmp_path):
     stored = StoredRuns()
     own = stored.at(tmp_path / "nowhere" / "0123456789ab")
     assert stored.run_of(own, "0123456789ab") is own
 
 
 @pytest.mark.parametrize("run_status", ["done", "running"])
-def test_a_run_that_is_done_or_at_work_under_its_own_name_stays(tmp_path, capsys, run_status):
-    """What is beside it is not even read: of the broken record nothing is said."""
+def test_a_completed_or_active_run_named_by_its_id_is_used(tmp_path, capsys, run_status):
+    """Its siblings are not even read: the broken record is not reported."""
     RunRecord.create(tmp_path / "beside", {"seed": 1}).finish("done", step=9)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
@@ -99,7 +99,7 @@ TRIALS = [
 
 
 def told(compose: Callable[[], DictConfig]) -> list[Any]:
-    """All that a configuration says, also what may be set in it; or why there is none."""
+    """The contents, types and flags of a configuration, or why there is none."""
     try:
         config = compose()
     except HydraException as error:
@@ -148,7 +148,7 @@ def test_too_many_trials_are_refused_before_they_are_counted():
 
 
 def test_trials_are_composed_as_hydra_does():
-    """Whatever options they share, in any order of overrides; what it refuses, in its words."""
+    """With any shared options and any order of overrides; with the same errors."""
     with hydra_at_conf():
         loader = GlobalHydra.instance().config_loader()
         given = ["hydra.sweep.subdir=${hydra.job.num}_${seed}", "seed=1,2"]

@@ -1,4 +1,4 @@
-"""Jobs that submitit has sent, found again by its files and by what `squeue` says of them."""
+"""Jobs that submitit has submitted, known from the files next to its own and from `squeue`."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def send(folder: Path, job_id: str, *overrides: str, sweep: Path | None = None) 
 
 @pytest.fixture
 def queue(monkeypatch, tmp_path):
-    """Sets the jobs, their states and reasons that `squeue` prints, as in `7:PD:job+held`: one
-    answer each time that it is asked, the last one from then on.
+    """Sets what `squeue` prints: ids, states and reasons, as in `7:PD:job+held`. Each query gets
+    the next answer, and the last one is repeated.
     """
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(submitit.SlurmJob, "watcher", submitit.SlurmJob.watcher)
@@ -62,13 +62,13 @@ def place(number: int) -> str:
 
 @pytest.fixture
 def jobs(tmp_path, queue):
-    """Three tasks of an array and a job of its own, which have been sent."""
+    """Three tasks of an array and a single job, all submitted."""
     for number, job_id in enumerate(["7_0", "7_1", "7_2", "9"]):
         send(tmp_path, job_id, "activation=gelu", place(number))
     return SentJobs(launcher(tmp_path), tmp_path)
 
 
-def test_open_are_those_in_the_queue(jobs, queue):
+def test_jobs_in_the_queue_are_open(jobs, queue):
     queue("7_0:R 7_2:R 9:R 10_0:R")
     queued = jobs.open()
     assert {override: queued.get(override) for override in map(place, range(4))} == {
@@ -79,27 +79,25 @@ def test_open_are_those_in_the_queue(jobs, queue):
     }
 
 
-def test_what_is_sent_later_is_known_too(jobs, queue, tmp_path):
+def test_jobs_submitted_later_are_known_too(jobs, queue, tmp_path):
     queue("7_0:R 11_0:R")
     assert place(5) not in jobs.open()
     send(tmp_path, "11_0", place(5))
     assert jobs.open()[place(5)] == "11_0"
 
 
-def test_only_the_jobs_that_are_meant_are_waited_for_until_the_queue_has_none(
-    jobs, queue, monkeypatch
-):
-    """While it does not answer they may be there."""
+def test_only_the_given_jobs_are_waited_for_until_they_left_the_queue(jobs, queue, monkeypatch):
+    """Without an answer, they may still be in the queue."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     calls = queue("7_0:R 7_1:R 9:R", "no answer", "7_0:R 9:R", "9:R")
     jobs.wait({place(0), place(1)})
     assert len(calls.read_text().splitlines()) == 4
 
 
-def test_what_slurm_is_ending_is_awaited_before_anything_is_decided(
+def test_jobs_that_slurm_is_ending_are_awaited_before_anything_is_decided(
     jobs, queue, monkeypatch, capsys
 ):
-    """Other jobs of the user do not count, nor do those of the sweep that are not ending."""
+    """Other jobs of the user do not count, nor jobs of the sweep that are not ending."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     calls = queue("7_0:CG 9:R", "7_0:CG 7_2:CG 9:R", "7_2:PD 9:R 12:CG")
     jobs.settle()
@@ -109,8 +107,8 @@ def test_what_slurm_is_ending_is_awaited_before_anything_is_decided(
     ]
 
 
-def test_whether_jobs_are_ending_may_stay_unknown(jobs, queue):
-    """A sweep of which all is done needs no SLURM."""
+def test_an_unanswered_question_about_ending_jobs_is_no_error(jobs, queue):
+    """A sweep whose trials are all done does not need SLURM."""
     calls = queue("no socket")
     jobs.settle()
     assert len(calls.read_text().splitlines()) == 1
@@ -125,15 +123,15 @@ def test_a_job_that_does_not_end_is_awaited_for_two_minutes(jobs, queue, monkeyp
     assert len(calls.read_text().splitlines()) == 3
 
 
-def test_a_job_of_another_sweep_that_keeps_its_files_here_is_not_known(jobs, queue, tmp_path):
+def test_a_job_of_another_sweep_with_files_in_this_folder_is_not_known(jobs, queue, tmp_path):
     send(tmp_path, "13_0", place(7), sweep=tmp_path / "other")
     queue("7_0:R 13_0:R")
     assert place(7) not in jobs.open()
     jobs.wait({place(7)})
 
 
-def test_a_job_whose_file_is_written_again_stays_known(jobs, queue, tmp_path):
-    """As by a run that ran out of time."""
+def test_a_job_whose_file_is_rewritten_stays_known(jobs, queue, tmp_path):
+    """As after a timeout."""
     queue("7_0:R 7_1:R")
     assert place(1) in jobs.open()
     (tmp_path / ".submitit" / "7_1" / "7_1_nerve.json").unlink()
@@ -141,7 +139,7 @@ def test_a_job_whose_file_is_written_again_stays_known(jobs, queue, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["override", "environment"])
-def test_the_cluster_that_jobs_are_sent_to_is_asked(tmp_path, queue, monkeypatch, how):
+def test_the_cluster_to_which_jobs_are_submitted_is_asked(tmp_path, queue, monkeypatch, how):
     options = {"clusters": "far"} if how == "override" else {}
     if how == "environment":
         monkeypatch.setenv("SBATCH_CLUSTERS", "far")
@@ -166,7 +164,7 @@ def test_a_job_whose_overrides_cannot_be_read_is_not_known(tmp_path, queue, cont
 
 
 class Evil:
-    """Pickles as a call that leaves a folder."""
+    """Is pickled as a call that creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -175,8 +173,8 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_nothing_that_lies_in_the_folder_of_jobs_is_executed(tmp_path, queue):
-    """A pickle under submitit's name, which a colleague put there, and one under ours."""
+def test_nothing_in_the_folder_of_jobs_is_executed(tmp_path, queue):
+    """A pickle that a colleague put there under submitit's name, and one under ours."""
     queue("7_0:R 7_1:R 9:R")
     for job_id in ("7_0", "9"):
         path = send(tmp_path, job_id, place(0))
@@ -192,7 +190,9 @@ def test_nothing_that_lies_in_the_folder_of_jobs_is_executed(tmp_path, queue):
 
 
 @pytest.mark.parametrize("n_jobs", [1, 3])
-def test_what_submitit_sends_is_known_to_the_next_command(tmp_path, queue, monkeypatch, n_jobs):
+def test_jobs_that_submitit_submitted_are_known_to_the_next_command(
+    tmp_path, queue, monkeypatch, n_jobs
+):
     """An array, and a single job, which submitit sends in another way; once, however often the
     process has swept before."""
     sbatch = tmp_path / "sbatch"
@@ -209,13 +209,13 @@ def test_what_submitit_sends_is_known_to_the_next_command(tmp_path, queue, monke
     assert [opened[place(number)] for number in range(n_jobs)] == ids
 
 
-def test_without_an_answer_of_the_queue_nothing_is_sent(jobs, queue):
+def test_without_an_answer_from_the_queue_nothing_is_submitted(jobs, queue):
     queue("no socket")
     with pytest.raises(NerveError, match="it says: no socket"):
         jobs.open()
 
 
-def test_the_queue_is_not_asked_before_anything_was_sent(tmp_path, queue):
+def test_the_queue_is_not_asked_if_nothing_was_submitted(tmp_path, queue):
     queue("no socket")
     assert SentJobs(launcher(tmp_path), tmp_path).open() == {}
 
@@ -230,8 +230,8 @@ def test_the_users_filters_of_squeue_do_not_hide_jobs(tmp_path, queue, monkeypat
     assert "--all" in asked
 
 
-def test_submitit_takes_a_job_for_ended_once_the_queue_does_not_have_it(jobs, queue, tmp_path):
-    """Also if nothing was ever heard of it."""
+def test_submitit_regards_a_job_as_ended_once_it_left_the_queue(jobs, queue, tmp_path):
+    """Even if it was never seen there."""
     queue("7_0:R", "no answer", "7_0:R", "9:R")
     folder = launcher(tmp_path)["submitit_folder"]
     first, second = (submitit.SlurmJob(folder, job_id) for job_id in ("7_0", "7_1"))
@@ -264,9 +264,7 @@ def test_the_jobs_of_other_launchers_are_not_known(queue, tmp_path):
         "SE",
     ],
 )
-def test_a_job_that_waits_for_somebody_is_named_once_while_it_is_waited_for(
-    jobs, queue, monkeypatch, capsys, job
-):
+def test_a_job_that_needs_intervention_is_named_once(jobs, queue, monkeypatch, capsys, job):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     reason = job.partition(":")[2].replace("+", " ") or job
     queue(f"7_0:{job} 8:PD:JobHeldUser", f"7_0:{job}", "9:R")
@@ -278,9 +276,7 @@ def test_a_job_that_waits_for_somebody_is_named_once_while_it_is_waited_for(
 
 
 @pytest.mark.parametrize("job", ["PD:Priority", "PD:Resources", "R:None", "PD", "CG:None"])
-def test_a_job_that_waits_its_turn_is_waited_for_without_a_word(
-    jobs, queue, monkeypatch, capsys, job
-):
+def test_a_pending_job_is_waited_for_silently(jobs, queue, monkeypatch, capsys, job):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     queue(f"7_0:{job}", "9:R")
     jobs.wait({place(0)})
@@ -295,8 +291,8 @@ def test_a_job_that_submitit_waits_for_is_named_too(jobs, queue, tmp_path, capsy
     assert capsys.readouterr().out.count("job 7_0 will not start") == 1
 
 
-def test_a_queue_that_does_not_answer_is_no_answer(jobs, queue, tmp_path, monkeypatch):
-    """Its clients wait for a controller that is down for as long as one lets them."""
+def test_a_queue_that_does_not_answer_in_time_is_an_error(jobs, queue, tmp_path, monkeypatch):
+    """Clients would wait without limit for a controller that is down."""
     queue("7_0:R")
     (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr("nerve.cli.sweep.queue.ANSWERS_WITHIN_S", 0.2)
@@ -307,7 +303,7 @@ def test_a_queue_that_does_not_answer_is_no_answer(jobs, queue, tmp_path, monkey
 
 
 @pytest.mark.parametrize("state", ["TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "CANCELLED"])
-def test_how_a_job_ended_before_its_run_began_is_told(jobs, queue, tmp_path, state):
+def test_the_end_of_a_job_before_its_run_began_is_reported(jobs, queue, tmp_path, state):
     queue("9:R")
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\n[ "$3" = 7_1 ] && echo "JobId=7 JobState={state} Reason=x"\n')
@@ -320,7 +316,7 @@ def test_how_a_job_ended_before_its_run_began_is_told(jobs, queue, tmp_path, sta
     assert jobs.ended(place(5)) is None  # never sent
 
 
-def test_of_two_jobs_of_a_trial_the_last_one_is_told_of(jobs, queue, tmp_path):
+def test_of_two_jobs_of_a_trial_the_last_one_is_reported(jobs, queue, tmp_path):
     send(tmp_path, "11_0", place(1))
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\necho "JobId=$3 JobState=FAILED"\n')

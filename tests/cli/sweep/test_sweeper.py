@@ -1,7 +1,7 @@
-"""Sweeps: each trial runs once, what befalls one costs only itself, and all are accounted for.
+"""Sweeps: each trial runs once, a mishap affects only its trial, and all are accounted for.
 
-Trials are processes as they always are; their training is a stand-in (stand_in.py), so that each
-takes a second. Real training in a sweep is in test_run.py.
+Trials are processes as usual, but their training is a stand-in (stand_in.py), so that each takes a
+second. Real training in a sweep is in test_run.py.
 """
 
 import json
@@ -44,7 +44,7 @@ Sweep = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def sweep(run, monkeypatch) -> Sweep:
-    """Calls `nerve-run -m`; gives exit status, stdout and stderr, blanks made one."""
+    """Calls `nerve-run -m`; returns exit status, stdout without repeated blanks, and stderr."""
     monkeypatch.setattr(local, "COMMAND", [sys.executable, "-P", str(STAND_IN)])
     # A shell that starts the tests in its background has them ignore Ctrl-C, and so would a sweep.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,7 +59,7 @@ def sweep(run, monkeypatch) -> Sweep:
 
 
 def befalls(deeds: dict[int, str]) -> None:
-    """What happens to the trials of these seeds from now on."""
+    """Sets what happens to the trials of these seeds from now on."""
     Path("deeds.json").write_text(json.dumps(deeds))
 
 
@@ -77,7 +77,7 @@ def n_starts(seed: int) -> int:
     return len((records()[seed].directory / "starts").read_text().splitlines())
 
 
-def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(sweep):
+def test_a_repeated_command_starts_nothing_and_a_larger_grid_only_its_new_trials(sweep):
     assert sweep("seed=0,1")[0] == 0
     files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".yaml")
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -102,7 +102,7 @@ def test_a_repeated_command_starts_nothing_and_a_grown_grid_only_what_is_new(swe
     }
 
 
-def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
+def test_interrupted_and_killed_trials_are_resumed_in_place(sweep):
     assert sweep("seed=0,1,2")[0] == 0
     for seed, run_status in ((0, "interrupted"), (1, "running")):
         records()[seed].update(run_status=run_status, final={})
@@ -116,7 +116,7 @@ def test_what_was_interrupted_or_killed_is_resumed_in_place(sweep):
 
 
 def as_an_earlier_version_left(seed: int, name: str) -> Path:
-    """Gives the directory of a run, and its record, another id; the new place of the directory."""
+    """Changes the id in the name and in the record of a run's directory; returns the new path."""
     record = records()[seed]
     moved = record.directory.rename(FOLDER / name)
     path = moved / "run.json"
@@ -125,8 +125,8 @@ def as_an_earlier_version_left(seed: int, name: str) -> Path:
     return moved
 
 
-def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_with(sweep):
-    """Each in its own directory, where what is left of it stays; records are seldom read."""
+def test_runs_that_an_earlier_version_named_differently_are_found_and_resumed(sweep):
+    """Each in its own directory, whose files are kept; records are rarely read."""
     assert sweep("seed=0,1,2,3")[0] == 0
     moved = [as_an_earlier_version_left(seed, f"{seed}23456789abc") for seed in (0, 1, 2)]
     for seed, run_status in ((1, "interrupted"), (2, "failed")):
@@ -155,8 +155,8 @@ def test_runs_that_an_earlier_version_called_otherwise_are_found_and_gone_on_wit
     assert {record.config_id for record in records().values()} > ids
 
 
-def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(sweep):
-    """Done before interrupted, then the one that got further; its own name gives none a lead."""
+def test_of_two_runs_of_one_configuration_the_better_one_is_used_and_named(sweep):
+    """Done before interrupted, then the one that got further; names do not matter."""
     assert sweep("seed=0,1")[0] == 0
     for seed, status_of_copy, step_of_copy in ((0, "done", 400), (1, "interrupted", 30)):
         record = records()[seed]
@@ -177,7 +177,7 @@ def test_of_two_runs_of_one_configuration_the_better_one_counts_and_is_named(swe
     assert "is used; ignored" in sweep("seed=0,1")[1]
 
 
-def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_trial(sweep):
+def test_an_unreadable_record_is_named_and_belongs_to_no_trial(sweep):
     assert sweep("seed=0")[0] == 0
     broken = as_an_earlier_version_left(0, "023456789abc") / "run.json"
     broken.write_text(broken.read_text()[:40])
@@ -187,7 +187,7 @@ def test_a_record_that_cannot_be_read_is_named_and_taken_for_no_trial(sweep):
     assert "0 the only one run done" in out
 
 
-def test_a_trial_that_another_process_is_at_work_on_is_left_to_it(sweep):
+def test_a_trial_that_another_process_is_running_is_left_alone(sweep):
     assert sweep("seed=0")[0] == 0
     record = records()[0]
     record.update(run_status="running")
@@ -210,7 +210,7 @@ MISHAPS = {
 
 
 @pytest.mark.parametrize("deed", MISHAPS)
-def test_a_mishap_costs_one_trial_and_is_named(sweep, deed):
+def test_a_mishap_affects_only_its_trial_and_is_reported(sweep, deed):
     run_status, reason = MISHAPS[deed]
     befalls({0: deed})
     status, out, err = sweep("seed=0,1")
@@ -225,12 +225,12 @@ def test_a_mishap_costs_one_trial_and_is_named(sweep, deed):
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_process_that_ends_without_a_word_is_named_by_its_exit_status(status):
-    """Also by 0, with which a library may end it."""
+def test_a_process_that_ends_silently_is_reported_with_its_exit_status(status):
+    """Even if it is 0: a library may end the process with it."""
     assert f"exit status {status} before the run did" in str(local._error(status))
 
 
-def test_what_failed_is_kept_until_it_is_to_be_retried(sweep):
+def test_failed_trials_are_kept_until_they_are_retried(sweep):
     befalls({0: "raise"})
     assert sweep("seed=0,1")[0] == 1
     befalls({})
@@ -268,8 +268,8 @@ def test_a_time_limit_must_be_positive(sweep):
     assert "hydra.sweeper.timeout_min must be null or a positive number; got 0" in err
 
 
-def test_trials_run_side_by_side_where_asked_to(sweep, monkeypatch):
-    """Each waits for the other to start. Each has its share of the cores, a GPU, and a log."""
+def test_trials_run_side_by_side_on_request(sweep, monkeypatch):
+    """Each waits for the other to start, and gets a share of the cores, a GPU, and a log."""
     for pool in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delenv(pool, raising=False)
     monkeypatch.setattr(cores, "allowed", lambda: 6)
@@ -293,10 +293,8 @@ def test_trials_run_side_by_side_where_asked_to(sweep, monkeypatch):
         (4, "0", [[None, None]]),
     ],
 )
-def test_cores_are_shared_by_the_trials_that_really_run(
-    tmp_path, monkeypatch, n_jobs, seeds, shares
-):
-    """All that start at first end at once; the last one starts after them."""
+def test_cores_are_shared_only_by_running_trials(tmp_path, monkeypatch, n_jobs, seeds, shares):
+    """The first ones end together, and then the last one starts."""
     monkeypatch.setattr(cores, "allowed", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -316,8 +314,10 @@ def test_cores_are_shared_by_the_trials_that_really_run(
     assert started == shares
 
 
-def test_a_trial_gets_the_paths_of_this_process_but_not_those_of_its_python(monkeypatch, tmp_path):
-    """Another Python that it calls finds its own standard library."""
+def test_a_trial_gets_the_import_paths_of_this_process_except_those_of_its_python(
+    monkeypatch, tmp_path
+):
+    """Another Python that the trial calls must find its own standard library."""
     given = [str(tmp_path), "relative", "/elsewhere/archive.zip"]
     monkeypatch.setattr(sys, "path", [*given, *sys.path])
     paths = local._own_paths()["PYTHONPATH"].split(os.pathsep)
@@ -359,9 +359,9 @@ def test_a_trial_that_is_stopped_before_it_begins_is_not_started(tmp_path, monke
 
 
 @pytest.mark.parametrize("deed", ["exit 0", "exit 3", "kill -9 $$"])
-def test_a_group_is_ended_before_its_number_can_be_another_ones(tmp_path, monkeypatch, deed):
-    """The status is taken last: until then the system gives the number to nobody. What the trial
-    has left behind is ended."""
+def test_a_process_group_is_killed_before_its_id_can_be_reused(tmp_path, monkeypatch, deed):
+    """The exit status is collected last, which keeps the id reserved until then. Processes that the
+    trial left behind are killed."""
     calls = []
     popen = subprocess.Popen(
         ["bash", "-c", f"sleep 100 & echo $! > {tmp_path}/left; {deed}"],
@@ -388,7 +388,7 @@ def _is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_a_trial_whose_time_ran_out_before_it_began_says_so(sweep):
+def test_a_trial_that_timed_out_before_it_began_is_reported(sweep):
     befalls({0: "start slowly"})
     status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0.02")
     assert status == 1
@@ -405,7 +405,7 @@ def test_trials_that_define_the_same_result_are_run_once(sweep):
     assert n_starts(0) == 1
 
 
-def test_ctrl_c_stops_the_trial_at_work_and_starts_no_other(sweep):
+def test_ctrl_c_stops_the_running_trial_and_starts_no_other(sweep):
     befalls({0: "stop the sweep"})
     status, out, err = sweep("seed=0,1")
     assert status == 128 + signal.SIGINT
@@ -419,7 +419,7 @@ def test_ctrl_c_stops_the_trial_at_work_and_starts_no_other(sweep):
 
 
 def run_with(command: list[str]) -> None:
-    """A sweep of two trials whose processes are started so."""
+    """A sweep of two trials whose processes are started with this command."""
     local.COMMAND = command
     sys.argv = ["nerve-run", "-m", "seed=0,1"]
     main()
@@ -442,7 +442,7 @@ def wait_for(happened: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def test_a_trial_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep):
+def test_a_trial_whose_values_cannot_be_resolved_does_not_affect_the_others(sweep):
     status, out, err = sweep("model=gpt_tiny,mixer_tiny", "data=python_source")
     assert status == 1
     assert "2 trials, 1 new, 1 refused; 1 to run" in out
@@ -453,7 +453,7 @@ def test_a_trial_whose_values_cannot_be_resolved_does_not_hurt_the_others(sweep)
 
 
 def test_each_trial_is_planned_once_before_the_first_starts(sweep, monkeypatch):
-    """One is refused then, and leaves nothing; one that is done needs no plan."""
+    """A refused trial leaves no files; one that is done is not planned."""
     planned: list[tuple[int, int]] = []
     plan_of = Plan.of
 
@@ -492,7 +492,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(sweep, monkeyp
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
-def test_the_former_way_to_run_side_by_side_is_answered_with_the_present_one(
+def test_the_former_way_to_run_in_parallel_is_answered_with_the_current_one(
     sweep, monkeypatch, is_installed
 ):
     Plugins.instance()
@@ -512,7 +512,7 @@ def test_the_former_way_to_run_side_by_side_is_answered_with_the_present_one(
 
 
 @pytest.mark.parametrize("value", ["0", "-2", "1.5", "two"])
-def test_a_number_of_jobs_that_is_none_is_refused(sweep, value):
+def test_an_invalid_number_of_jobs_is_refused(sweep, value):
     status, _, err = sweep("seed=0,1", f"hydra.sweeper.n_jobs={value}")
     assert status == 1
     assert "hydra.sweeper.n_jobs must be" in err
@@ -524,14 +524,14 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(sweep):
     assert err.startswith("nerve-run: A run must be able to write in its directory; /proc/nerve")
 
 
-def test_trials_that_would_start_further_processes_are_refused(sweep):
+def test_trials_that_would_start_more_processes_are_refused(sweep):
     status, out, err = sweep("trainer.devices=1,2", "seed=0")
     assert status == 1
     assert "0 trainer.devices=1 run done" in out
     assert "trainer.strategy=auto with trainer.devices=2 starts more" in err
 
 
-def test_the_directories_are_those_that_hydra_is_told(sweep):
+def test_the_directories_are_those_given_to_hydra(sweep):
     chosen = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=${hydra.job.num}_${seed}"]
     assert sweep("seed=3,4", *chosen)[0] == 0
     assert sorted(path.parent.name for path in Path("mine").glob("*/run.json")) == ["0_3", "1_4"]
@@ -546,8 +546,8 @@ def test_the_directories_are_those_that_hydra_is_told(sweep):
 
 
 @pytest.mark.parametrize("is_run_before", [False, True])
-def test_trials_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
-    """Else one of them would count as the other, which is done, and never run."""
+def test_trials_with_different_results_in_one_directory_stop_the_sweep(sweep, is_run_before):
+    """Otherwise one of them would be taken for the other, which is done, and never run."""
     chosen = "hydra.sweep.subdir=${activation.name}"
     if is_run_before:
         assert sweep("seed=0", "activation=relu", chosen)[0] == 0
@@ -559,21 +559,21 @@ def test_trials_of_other_results_in_one_directory_stop_the_sweep(sweep, is_run_b
     assert statuses() == ({0: "done"} if is_run_before else {})
 
 
-def test_trials_of_one_result_in_a_chosen_directory_are_run_once(sweep):
+def test_trials_with_the_same_result_in_a_chosen_directory_are_run_once(sweep):
     status, out, _ = sweep("seed=0", "threads=1,2", "hydra.sweep.subdir=${activation.name}")
     assert status == 0
     assert "2 trials, 1 new, 1 doubled; 1 to run" in out
     assert n_starts(0) == 1
 
 
-def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_made(sweep):
+def test_jobs_of_unknown_size_are_refused_before_their_launcher_is_built(sweep):
     status, _, err = sweep("seed=0", "hydra/launcher=slurm", "trainer.devices=auto")
     assert status == 1
     assert "must state its number of devices; got trainer.devices=auto" in err
 
 
 class Returns(Launcher):
-    """Returns what the trials raised, as submitit's launcher does."""
+    """A launcher that returns the errors of trials, like that of submitit."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
@@ -583,7 +583,7 @@ class Returns(Launcher):
 
 
 class StartsNone(Launcher):
-    """Whose jobs end before the trials begin."""
+    """A launcher whose jobs end before their trials begin."""
 
     def setup(self, **given):
         pass
@@ -592,7 +592,7 @@ class StartsNone(Launcher):
         return []
 
 
-def test_a_job_that_ended_before_its_trial_began_is_told_of(sweep, monkeypatch):
+def test_a_job_that_ended_before_its_trial_began_is_reported(sweep, monkeypatch):
     monkeypatch.setattr(
         "hydra.core.plugins.Plugins.instantiate_launcher", lambda self, **given: StartsNone()
     )
@@ -604,7 +604,7 @@ def test_a_job_that_ended_before_its_trial_began_is_told_of(sweep, monkeypatch):
     assert "0 (seed=0), 1 (seed=1): its job ended, with TIMEOUT (hydra.sweep.subdir" in err
 
 
-def test_what_trials_raised_elsewhere_is_said(sweep, monkeypatch):
+def test_errors_that_trials_raised_elsewhere_are_reported(sweep, monkeypatch):
     name = "hydra_plugins.returns.Returns"
     monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Returns)
     status, _, err = sweep("seed=0", f"hydra.launcher._target_={name}")
@@ -614,7 +614,7 @@ def test_what_trials_raised_elsewhere_is_said(sweep, monkeypatch):
 
 
 class GivesUp(Launcher):
-    """Takes the trials, and raises as submitit's launcher does when a job is killed."""
+    """A launcher that raises an error, as that of submitit does when a job is killed."""
 
     received: list[list[str]]
 
@@ -625,7 +625,7 @@ class GivesUp(Launcher):
         raise RuntimeError(f"job {initial_job_idx} is gone\nand this was its whole log")
 
 
-def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sweep, monkeypatch):
+def test_another_launcher_gets_the_remaining_trials_and_its_errors_lose_nothing(sweep, monkeypatch):
     assert sweep("seed=1")[0] == 0
     GivesUp.received = []
     name = "hydra_plugins.gives_up.GivesUp"
@@ -651,7 +651,7 @@ def test_another_launcher_gets_what_is_left_to_do_and_its_errors_lose_nothing(sw
 
 
 class FindsARun(Launcher):
-    """Meanwhile the directory of the trial has got the run that is in `other`."""
+    """A launcher that puts the run in `other` into the directory of the trial."""
 
     def setup(self, *, hydra_context, task_function, config) -> None: ...
 
@@ -675,14 +675,14 @@ def finds_a_run(sweep, monkeypatch):
     return call
 
 
-def test_a_run_of_other_values_that_came_in_between_is_not_taken_for_the_trials(finds_a_run):
+def test_a_run_with_other_values_that_came_first_is_not_taken_for_the_trial(finds_a_run):
     status, _, err = finds_a_run([], ["activation=relu"], lambda: None)
     assert status == 1
     assert "mine/chosen holds run" in err
     assert "activation.name" in err
 
 
-def test_values_that_depend_on_the_machine_may_be_others_there(finds_a_run, monkeypatch):
+def test_values_that_depend_on_the_machine_may_differ_there(finds_a_run, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/there")
     place = ["data.corpus.roots=[${oc.env:SCRATCH}/code]"]
     status, out, err = finds_a_run(place, place, lambda: monkeypatch.setenv("SCRATCH", "/here"))
@@ -690,8 +690,8 @@ def test_values_that_depend_on_the_machine_may_be_others_there(finds_a_run, monk
     assert "0 the only one run done" in out
 
 
-def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(finds_a_run):
-    """It is seen once the heartbeat is old: here, in two seconds."""
+def test_a_run_whose_node_was_lost_is_dead_despite_its_recent_heartbeat(finds_a_run):
+    """This shows once the heartbeat is old: here, after two seconds."""
 
     def lose_the_node() -> None:
         beat = datetime.now(UTC) - FRESH + timedelta(seconds=2)
@@ -704,8 +704,8 @@ def test_a_run_whose_node_was_lost_is_killed_though_its_heart_has_just_beaten(fi
     assert "0 (the only one): killed" in err
 
 
-def test_a_directory_that_was_renamed_while_its_trial_worked_does_not_come_back(tmp_path):
-    """However its process ended: what there is to say of it is said in the summary."""
+def test_a_directory_renamed_while_its_trial_ran_is_not_recreated(tmp_path):
+    """However its process ended; the summary says why."""
     run = RunDirectory(tmp_path / "run")
     RunRecord.create(run.path, {"seed": 1})
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, process_group=0)

@@ -1,4 +1,4 @@
-"""A trial in a job of a cluster, which composes its configuration again."""
+"""A trial in its own process, and in a cluster job, which composes its configuration again."""
 
 import os
 import signal
@@ -22,10 +22,10 @@ from nerve.storage.record import RunRecord
 from nerve.training.signals import Interrupted
 
 
-def test_a_trial_whose_files_of_configuration_have_changed_since_it_was_sent_is_refused(
+def test_a_trial_whose_configuration_files_changed_after_submission_is_refused(
     tmp_path, monkeypatch
 ):
-    """Its directory has the id of what was sent; one with a name of its own says nothing."""
+    """Its directory has the id of what was submitted; one with a chosen name has none."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr("nerve.cli.experiment.run.run_experiment", lambda *_: 1.5)
@@ -56,7 +56,7 @@ def test_a_trial_whose_files_of_configuration_have_changed_since_it_was_sent_is_
 
 
 class InThisProcess(Launcher):
-    """Runs its jobs as the process of a cluster's job would, and tells nobody how they ended."""
+    """Runs jobs as in a cluster job, and does not return how they ended."""
 
     def __init__(self, **_):
         pass
@@ -96,7 +96,7 @@ def test_the_log_of_a_job_says_why_its_trial_failed(run, monkeypatch):
 
 
 class Float(Sweeper):
-    """Takes what its trials return for numbers, as the sweeper of Optuna does."""
+    """Requires that trials return numbers, like the sweeper of Optuna."""
 
     def __init__(self, **_):
         pass
@@ -125,8 +125,8 @@ class Float(Sweeper):
         StoreError("the directory is full"),
     ],
 )
-def test_another_sweeper_hears_why_a_trial_has_no_number(run, monkeypatch, error):
-    """Not that it returned None."""
+def test_another_sweeper_gets_the_error_of_a_trial(run, monkeypatch, error):
+    """Instead of the return value None."""
     name = "hydra_plugins.other.Float"
     monkeypatch.setitem(Plugins.instance().class_name_to_class, name, Float)
 
@@ -140,7 +140,7 @@ def test_another_sweeper_hears_why_a_trial_has_no_number(run, monkeypatch, error
     assert "None" not in out + err
 
 
-def test_a_worker_whose_sweep_is_gone_before_it_was_told_anything_ends(monkeypatch):
+def test_a_worker_ends_if_its_sweep_is_gone_before_it_sent_the_configuration(monkeypatch):
     reading, writing = os.pipe()
     os.close(writing)
     monkeypatch.setattr(worker, "STDIN", reading)
@@ -153,10 +153,8 @@ def test_a_worker_whose_sweep_is_gone_before_it_was_told_anything_ends(monkeypat
 
 
 @pytest.mark.parametrize("hands_on", [False, True], ids=["alone", "within a job's handler"])
-def test_a_trial_whose_time_ran_out_before_it_began_leaves_a_record(
-    tmp_path, monkeypatch, hands_on
-):
-    """A signal in the seconds in which it starts; the handler of a job may exit by itself."""
+def test_a_trial_that_timed_out_before_it_began_leaves_a_record(tmp_path, monkeypatch, hands_on):
+    """A signal arrives while it starts; the handler of a job may exit by itself."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     config = composed("seed=3", "logger=none", with_hydra=True)
     HydraConfig.instance().set_config(config)

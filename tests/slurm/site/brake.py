@@ -1,4 +1,4 @@
-"""A Lightning callback for runs that must be there for as long as a test needs them."""
+"""A Lightning callback that holds runs for as long as a test needs them."""
 
 import os
 import select
@@ -60,7 +60,7 @@ class Brake(L.Callback):
 
 
 def _job() -> str:
-    """As squeue and scontrol name it."""
+    """The name in squeue and scontrol."""
     of_array = os.environ.get("SLURM_ARRAY_JOB_ID")
     if of_array is None:
         return os.environ["SLURM_JOB_ID"]
