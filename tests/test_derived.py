@@ -76,7 +76,7 @@ def test_closed_forms():
 @pytest.mark.parametrize("site", ["pre", "post"])
 @pytest.mark.parametrize("factor", [3, 5, 10, 30, 100, 300, 1000])
 @pytest.mark.parametrize("position", [0, 700])
-def test_a_plant_that_moves_pr_is_flagged_at_its_site(site, factor, position):
+def test_a_planted_sample_that_moves_pr_is_flagged_at_its_site(site, factor, position):
     generator = torch.Generator().manual_seed(factor)
     spread = torch.logspace(0, -1, 48)
     clean = {each: torch.randn(1024, 48, generator=generator) * spread for each in ("pre", "post")}
@@ -102,7 +102,7 @@ def test_a_token_of_every_sequence_is_flagged(seq_len, position, factor):
     assert outliers(row).tolist() == ["pre"]
 
 
-def test_a_channel_that_lies_far_is_none():
+def test_a_distant_channel_is_not_an_outlier():
     """The channels of token mixing take the place of tokens in a sequence."""
     x = torch.randn(128, 64, 64, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= 2.5
@@ -111,7 +111,7 @@ def test_a_channel_that_lies_far_is_none():
     assert outliers(row.assign(ffn="token_mixing")).tolist() == [""]
 
 
-def test_a_flag_is_told_with_its_numbers():
+def test_a_flag_is_described_with_its_numbers():
     x = torch.randn(3072, 64, generator=torch.Generator().manual_seed(0))
     x[::256] = 300.0
     row = row_of(x, torch.randn(3072, 64))
@@ -136,7 +136,7 @@ def test_rows_without_shares_are_not_flagged():
     assert outliers(rows.iloc[:0]).empty
 
 
-def test_verdicts_go_by_the_samples_of_a_feature():
+def test_verdicts_depend_on_the_samples_per_feature():
     """N/D from 8 is well, from 2 under, and below severely under."""
     n = np.array([800, 799, 200, 199, 800])
     columns = {"n_samples": n, "d_ff": np.full(5, 100)}

@@ -158,6 +158,7 @@ def check_readme(found: SimpleNamespace) -> None:
     last = ratios[ratios.step == 50].groupby("run_id").gain.mean()
     points = found.points.set_index("run_id")
     np.testing.assert_allclose(points.pr_gain, last[points.index], rtol=1e-6)
+    assert found.rows[["layer", "d_in", "d_ff"]].to_numpy().tolist() == [[0, 64, 256]]
 
 
 def check_comparison(found: SimpleNamespace) -> None:

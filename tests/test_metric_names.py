@@ -53,7 +53,7 @@ def test_the_stored_metrics_are_columns_in_the_order_of_the_catalogue():
     assert set(MEASURED) <= set(STORED)
 
 
-def test_what_is_measured_and_derived_is_what_the_catalogue_has(measured):
+def test_measured_and_derived_columns_are_those_of_the_catalogue(measured):
     """Every metric has a function, and every function a metric."""
     others = {*METRICS.names, "outliers"} - set(STORED)
     assert [name for name in measured if name not in others] == [
@@ -65,7 +65,7 @@ def test_what_is_measured_and_derived_is_what_the_catalogue_has(measured):
     assert functions <= set(STORED)
 
 
-def test_a_measurement_keeps_to_the_bounds_of_the_catalogue(measured):
+def test_a_measurement_is_within_the_bounds_of_the_catalogue(measured):
     for metric in CATALOGUE:
         low, high = metric.bounds
         assert all(low <= measured[name][0] <= high for name in metric.columns), metric
@@ -181,7 +181,7 @@ assert "ffn/00/first_post" in logged_values(rows)
 assert "first_post" in nerve.metrics_by_depth(metrics, runs)
 assert "first_post_sd" in nerve.average_seeds(nerve.final_metrics(metrics, runs))
 assert "first_post" in set(nerve.correlate_within_runs(metrics, runs)["metric"])
-print_summary([rows[0] | at_step], {}, record.directory)
+print_summary([rows[0] | at_step], {})
 write._save = lambda figure, path: b""  # drawn, and not rendered
 nerve.write_report("runs")
 nerve.write_report("runs/a")
@@ -217,7 +217,7 @@ def test_the_catalogue_is_read_without_torch_and_pandas():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_each_layer_has_its_name_and_their_mean_another():
+def test_each_layer_has_a_name_and_their_mean_another():
     values = logged_values(row(layer, pr_post=float(layer)) for layer in (0, 3, 12))
     assert (values["ffn/00/pr_post"], values["ffn/12/pr_post"]) == (0.0, 12.0)
     assert values["ffn/mean/pr_post"] == 5.0
@@ -238,7 +238,7 @@ def test_a_mixer_has_means_of_each_kind_and_of_all():
 
 
 @pytest.mark.parametrize("missing", [None, math.nan])
-def test_what_was_not_measured_does_not_count(missing):
+def test_missing_values_do_not_count(missing):
     """As in rows: None when they are created, NaN when they are read."""
     rows = [row(0, js=missing, pr_pre=missing), row(1, js=0.5, pr_pre=missing)]
     means, values = mean_values(rows), logged_values(rows)

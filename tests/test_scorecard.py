@@ -100,7 +100,7 @@ def mean_and_range(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values)), min(values), max(values)]
 
 
-def test_the_page_is_what_its_runs_give(scorecard, evidence, judged, text):
+def test_the_page_agrees_with_its_runs(scorecard, evidence, judged, text):
     """Nothing changes when the blocks are recomputed from the committed runs."""
     assert scorecard.page.fill(text, scorecard.page.blocks(evidence, judged)) == text
 
@@ -307,7 +307,7 @@ def test_claim_13_has_the_accuracies_of_its_cells(text):
         ([1.0], [], "not run"),
     ],
 )
-def test_beyond_seed_noise_is_ranges_that_do_not_overlap(scorecard, greater, less, expected):
+def test_beyond_seed_noise_means_that_ranges_do_not_overlap(scorecard, greater, less, expected):
     assert scorecard.judgement.beyond_noise(greater, less) == expected
 
 
@@ -399,7 +399,7 @@ def test_a_run_at_the_unigram_loss_is_named_and_in_no_mean(scorecard, tmp_path, 
     assert contents["verdict 4"].startswith("**? Cannot be told here**")
 
 
-def test_only_what_is_between_its_marks_is_replaced(scorecard):
+def test_only_the_text_between_marks_is_replaced(scorecard):
     fill = scorecard.page.fill
     page = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\n<!-- end -->\nafter\n"
     filled = fill(page, {"a": "new", "b": "\\1"})

@@ -105,7 +105,7 @@ def test_a_pure_trend_is_caught_by_the_clock(rule):
     assert found.passes_null == ("clock",)
 
 
-def test_what_stands_at_step_0_is_caught_by_the_untrained_network_and_its_growth_is_not(rule):
+def test_an_effect_at_step_0_is_caught_by_the_untrained_network_and_its_growth_is_not(rule):
     start = np.array([3.0, 3.1, 2.9, 1.0, 1.1, 0.9])[:, None, None] + np.zeros((6, 4, 2))
     grown = start + np.linspace(0, 1, 4)[None, :, None] * (np.arange(6) < 3)[:, None, None]
     grown = grown + 0.01 * np.random.default_rng(0).normal(size=grown.shape)
@@ -119,7 +119,7 @@ def test_what_stands_at_step_0_is_caught_by_the_untrained_network_and_its_growth
     assert (gained.reading, gained.passes_null) == ("holds", ())
 
 
-def test_what_pre_has_too_is_caught_by_the_identity(rule):
+def test_an_effect_that_pre_shares_is_caught_by_the_identity(rule):
     high = 10.0 + np.array([5.0, 5.1, 4.9, 0.0, 0.1, -0.1])[:, None, None] + np.zeros((6, 4, 2))
     runs = made(
         rule, ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2, {"pr_pre": 1.001 * high, "pr_post": high}
@@ -189,13 +189,13 @@ def test_equal_loss_is_interpolated_and_a_run_that_never_gets_there_has_no_value
     assert math.isnan(found[2])
 
 
-def test_what_a_check_asks_for_and_does_not_get_leaves_it_undecided(rule, judged):
+def test_a_check_whose_requirements_are_not_met_is_undecided(rule, judged):
     found = next(each for each in judged if each.check.id == "8.loss")
     assert (found.reading, found.outcome, found.missing) == ("opposite", "undecided", ["scale"])
     assert found.exploratory
 
 
-def test_a_row_that_has_begun_does_not_take_the_place_of_runs_that_are_whole(rule):
+def test_an_incomplete_row_of_runs_does_not_replace_a_complete_one(rule):
     """A row has two folders: one with a single run, and an older one, complete or not."""
 
     def check_on(missing: dict[str, list[str]]):
@@ -248,7 +248,7 @@ def test_a_stored_benchmark_gives_the_share_of_a_measurement(rule, tmp_path):
     assert unseen.outcome == "within noise", "a cost that cannot be told from none is no evidence"
 
 
-def test_what_runs_spent_on_measuring_is_small_and_seen(rule):
+def test_the_time_that_runs_spent_on_measuring_must_be_small_and_visible(rule):
     """Measurements of 30 steps each: 3% at every 1000 steps; of 3 steps: .3%, and visible; with
     permuted times, neither holds."""
     check = next(check for check in rule.CHECKS if check.id == "15.runs")

@@ -66,7 +66,7 @@ def test_one_sweep_alone_gives_its_figure_and_the_same_bytes(draw, drawn, runs, 
     assert alone.read_bytes() == again.read_bytes()
 
 
-def test_a_failed_run_is_drawn_as_if_it_were_not_there(draw, drawn, runs, tmp_path):
+def test_a_failed_run_does_not_change_a_figure(draw, drawn, runs, tmp_path):
     """Marking a run as failed gives the same image as removing it, and another one than keeping
     it."""
     record = min(runs.glob("position_gpu/*/run.json"))

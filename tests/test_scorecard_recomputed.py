@@ -439,7 +439,7 @@ def test_every_core_check_is_computed_a_second_time(of_ids):
 
 
 @pytest.mark.parametrize("name", SECOND)
-def test_a_core_check_is_what_the_tables_give_by_another_way(of_ids, name):
+def test_a_core_check_agrees_with_another_computation_from_the_tables(of_ids, name):
     found = of_ids[name]
     if found.estimate is None:
         assert not (STUDY / found.check.sources[0]).exists()

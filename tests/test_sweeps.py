@@ -378,7 +378,7 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
 
 
 STATES = {
-    "paper_activation_gpu": {RunState.DONE: 1, RunState.NEW: 9},  # of row 6a of the queue
+    "paper_activation_gpu": {RunState.DONE: 7, RunState.NEW: 3},  # of row 6a of the queue
     "normfree": {RunState.DONE: 3, RunState.NEW: 15},  # they say more than those of scale=gpu
     "normfree_gpu": {RunState.DONE: 17, RunState.FAILED: 1},  # the loss of one became infinite
     "cause_pre_scale": {RunState.DONE: 23, RunState.FAILED: 1},  # norm-free with SD(u) = 1

@@ -76,17 +76,18 @@ def dose_response(
     require_free([dose, *by], [name for name, n in Counter(columns).items() if n > 1] + ["metric"])
     points = final_metrics(metrics, runs, factors=[dose, *by])
     require_columns(points, names, "final_metrics")
+    doses = points[dose].dropna()
     require(
-        is_numeric_dtype(points[dose]),
-        f"A dose must be a number; {dose} has values such as {points[dose].iloc[0]!r}. Choose "
-        "another column, or runs that all have it.",
+        is_numeric_dtype(points[dose]) and len(doses) > 0,
+        f"A dose must be a number; {dose} has {_some(doses)}. Choose another column, or runs that "
+        "all have it.",
     )
     if reference is None:
-        reference = 0.0 if (points[dose] == 0).any() else float(points[dose].min())
+        reference = 0.0 if (doses == 0).any() else float(doses.min())
     require(
-        bool((points[dose] == reference).any()),
-        "The reference must be one of the doses, "
-        f"{', '.join(map(str, sorted(set(points[dose]))))}; got {reference}.",
+        bool((doses == reference).any()),
+        f"The reference must be one of the doses, {', '.join(map(str, sorted(set(doses))))}; got "
+        f"{reference}.",
     )
     codes, groups = group_points(points, by)
     ok = ((points["flag"] == "ok") & points[[dose, "seed"]].notna().all(axis=1)).to_numpy()
@@ -121,6 +122,10 @@ def _columns(by: Sequence[str], dose: str) -> list[str]:
         *with_interval("predicted_slope"),
         "n_designs",
     ]
+
+
+def _some(values: pd.Series) -> str:
+    return f"values such as {values.iloc[0]!r}" if len(values) else "no value in these runs"
 
 
 def _require_pairs(points: pd.DataFrame, dose: str, by: Sequence[str]) -> None:

@@ -188,9 +188,10 @@ def correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = ()) 
     k is the number of controls; fewer than 4 + k points have no interval.
 
     Args:
-        x, y: shape (n,); `given`: each of shape (n,).
+        x, y: shape (n,); a point is left out if any of its values is not finite.
+        given: the controls, each of shape (n,).
     """
-    kept = np.isfinite(x) & np.isfinite(y)
+    kept = np.isfinite([x, y, *given]).all(axis=0)
     n = int(kept.sum())
     df = n - 3 - len(given)
     if df < 1:

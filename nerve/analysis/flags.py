@@ -38,24 +38,26 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     - `run_id, config_id, design_id, sweep, seed, run_status` as in `load_runs`
     - `flag`: the first of these that applies, else `ok`
 
-      - `diverged`: it stopped with a DivergedError, its last validation loss is missing or
-        infinite, or returned to or above the limit after having been below it
+      - `diverged`: it stopped with a DivergedError, or its validation loss ends NaN or infinite, or
+        at or above the limit after having been below it
       - `failed`, `interrupted`, `running`: its `run_status`
       - `no metrics`: it has no row in `metrics`
       - `no loss`: no row has a validation loss
       - `incomplete`: parts of its metrics are damaged and were left out
-      - `untrained`: its validation loss was never below the limit
+      - `untrained`: its validation loss was never below the limit, if there is one
       - `repeat`: an earlier run with flag `ok` has the same configuration, seed and data, so that
         it is not an independent sample; runs without a recorded seed count as having the same seed
 
-      The limit is `unigram_loss`, or, if none is stored, the loss at the first measured step.
+      The limit is `unigram_loss`, or, if none is stored, the first of several measured losses.
+      Stores have no NaN: a loss that is missing at the last step was NaN there, unless the run was
+      not evaluated at each measured step, or its training loss and features are finite there.
 
     - `reason`: one sentence with the numbers, empty for `ok`
     - `n_steps`: measured steps
     - `n_null`: rows whose `status` is not "ok" (dead layers); these do not affect the flag
     - `n_damaged_parts`: as in `load_metrics`
-    - `first_loss, min_loss, final_loss`: validation loss, nats; `final_step`, the last measured
-      step; `unigram_loss` as in `load_runs`
+    - `first_loss, min_loss, final_loss`: validation loss, nats; the final one is missing if it was
+      NaN; `final_step`, the last measured step; `unigram_loss` as in `load_runs`
     - `data`: identifies corpus and tokenizer; losses of runs with different values are never pooled
     - `heldout`: identifies the held-out set, which may differ within `data` (in `monitor.n_tokens`)
 
@@ -83,6 +85,7 @@ def flag_runs(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     stopped = np.array([error.startswith("DivergedError") for error in errors], dtype=bool)
     place = len(IDENTITY) + 1
     frame.insert(place, "flag", _flags(frame, stopped))
+    frame = frame.drop(columns="n_losses")
     reasons = [_reason(run, error) for run, error in zip(frame.itertuples(), errors, strict=True)]
     frame.insert(place + 1, "reason", reasons)
     frame = frame.assign(data=_data(runs), heldout=_texts(runs, "fingerprints.heldout"))
@@ -107,8 +110,8 @@ def describe_runs(
 
 
 def _steps(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row per run with metrics: its number of steps and of null rows, and its losses."""
-    needed = ["run_id", "step", "val_loss", "status", "n_damaged_parts"]
+    """One row per run with metrics: its numbers of steps, losses and null rows, and its losses."""
+    needed = ["run_id", "step", "train_loss", "val_loss", "status", "n_damaged_parts"]
     require_columns(metrics, needed, "load_metrics")
     rows = metrics[["run_id", "n_damaged_parts"]].assign(n_null=metrics["status"] != "ok")
     by_run = rows.groupby("run_id", observed=True)
@@ -121,19 +124,49 @@ def _steps(metrics: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "n_steps": by_step.size(),
+            "n_losses": by_step["val_loss"].count(),
             "n_null": by_run["n_null"].sum(),
             "n_damaged_parts": by_run["n_damaged_parts"].first(),
             "first_loss": by_step["val_loss"].first(),
             "min_loss": by_step["val_loss"].min(),
-            "final_loss": last["val_loss"],
+            "final_loss": last["val_loss"].fillna(_before_unevaluated(metrics, steps, last)),
             "final_step": last["step"],
         }
     ).reset_index()
 
 
+def _before_unevaluated(
+    metrics: pd.DataFrame, steps: pd.DataFrame, last: pd.DataFrame
+) -> pd.Series:
+    """The last validation loss, by `run_id`, of runs whose last step was measured but not
+    evaluated.
+
+    Args:
+        metrics: rows of `load_metrics`.
+        steps: `run_id, step, val_loss` in order, one row per measured step.
+        last: the last of them by `run_id`.
+    """
+    lacking = last.index[last["val_loss"].isna()]
+    own = steps[steps["run_id"].isin(lacking)]
+    known = own.dropna(subset="val_loss").drop_duplicates("run_id", keep="last")
+    known = known.set_index("run_id")
+    first_without = own[own["val_loss"].isna()].groupby("run_id", observed=True)["step"].min()
+    is_sparse = first_without.reindex(known.index) < known["step"]
+    ends = metrics.loc[
+        metrics["run_id"].isin(known.index), ["run_id", "step", "train_loss", "status"]
+    ]
+    ends = ends[ends["step"].to_numpy() == last["step"].reindex(ends["run_id"]).to_numpy()]
+    by_run = ends.assign(is_finite=~ends["status"].astype(str).str.startswith("non_finite"))
+    by_run = by_run.groupby("run_id", observed=True)
+    is_finite = by_run["is_finite"].all().reindex(known.index)
+    trains = by_run["train_loss"].first().notna().reindex(known.index)
+    return known["val_loss"].where(is_finite & (is_sparse | trains))
+
+
 def _flags(frame: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
     limit = frame["unigram_loss"].fillna(frame["first_loss"])
     has_loss = frame["min_loss"].notna()
+    has_limit = frame["unigram_loss"].notna() | (frame["n_losses"] > 1)
     was_below = frame["min_loss"] < limit
     is_below = frame["final_loss"] < limit
     not_finite = ~np.isfinite(frame["final_loss"])
@@ -143,7 +176,7 @@ def _flags(frame: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
         "no metrics": frame["n_steps"] == 0,
         "no loss": ~has_loss,
         "incomplete": (frame["n_damaged_parts"] > 0).fillna(False),
-        "untrained": ~was_below,
+        "untrained": has_limit & ~was_below,
     }
     conditions = {name: np.asarray(value, dtype=bool) for name, value in conditions.items()}
     return np.select([*conditions.values()], [*conditions], "ok").astype(object)

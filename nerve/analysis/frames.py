@@ -65,16 +65,14 @@ def require_joinable(factors: Sequence[str], runs: pd.DataFrame, dataset: Datase
             continue
         parts = [name for name in columns if factor in (name.split(".")[0], name.split(".")[-1])]
         near = dict.fromkeys([*parts, *get_close_matches(factor, columns, n=5)])
-        fix = f"Similar names: {', '.join(near) or 'none; see load_runs(path).columns'}."
+        free, fix = "", f"Similar names: {', '.join(near) or 'none; see load_runs(path).columns'}."
         if factor in runs.columns:
+            free = f" that {dataset.name} does not already have"
             fix = (
                 "Omit it; a configuration value of that name can be a factor inside a group: "
                 f'config={{"group": {{"{factor}": …}}}} gives group.{factor}.'
             )
-        raise ConfigError(
-            f"A factor must be a column of load_runs that {dataset.name} does not already have; "
-            f"got {factor!r}. {fix}"
-        )
+        raise ConfigError(f"A factor must be a column of load_runs{free}; got {factor!r}. {fix}")
 
 
 def rows_of(rows: pd.DataFrame, runs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:

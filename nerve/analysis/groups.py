@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nerve.analysis.depth import metrics_by_depth
-from nerve.analysis.frames import at_last_step, require_columns, require_free
+from nerve.analysis.frames import at_last_step, require_columns, require_free, require_names
 from nerve.metric_names import SITES
 
 ROW = ["run_id", "step", "layer", "ffn"]
@@ -54,7 +54,7 @@ def pr_of_groups(
 
 def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataFrame:
     """One row per design, FFN name, site and pair of groups: the ratio of their PR, averaged over
-    layers and seeds.
+    layers and seeds. Flagged runs are left out.
 
     Columns: `design_id, data`, the `factors`, `ffn, site, grouping, group, other, n_seeds`;
     `pr_group, pr_other`: means over layers and seeds; `ratio`: the geometric mean over layers of PR
@@ -62,13 +62,19 @@ def contrast_groups(rows: pd.DataFrame, factors: Sequence[str] = ()) -> pd.DataF
     missing with fewer than two.
 
     Args:
-        rows: rows of `pr_of_groups`, of runs that can be compared.
+        rows: rows of `pr_of_groups`.
         factors: columns of `rows`, the same for all seeds of a design.
+
+    Raises:
+        ConfigError: for a factor that is not a column of `rows`, or is one of the result's.
     """
+    require_names(factors=factors)
     added = ["site", "grouping", "group", "other", "n_seeds", "pr_group", "pr_other"]
     added += ["ratio", "ratio_sd"]
-    require_free(factors, added)
     keys = ["design_id", "data", *factors, "ffn"]
+    require_columns(rows, [*keys, "run_id", "flag"], "pr_of_groups")
+    require_free(factors, added)
+    rows = rows[rows["flag"] == "ok"]
     tables = [pd.DataFrame(columns=[*keys, *added])]
     for grouping, site, group, other in contrasts():
         ratio = pr_column(site, group, other)

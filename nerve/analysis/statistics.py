@@ -21,6 +21,10 @@ LEVEL = 0.95
 ROUNDING = 1e-12
 """A variation of at most this share of a value's size counts as none."""
 
+MANY = 200
+"""From so many degrees of freedom on, the quantile of Student's t is an expansion in their
+inverse."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -160,17 +164,33 @@ def spearman_interval(r: Array, n: Counts) -> tuple[Array, Array]:
 def student_t(free: Counts) -> Array:
     """The two-sided quantile of Student's t at `LEVEL` for integer degrees of freedom; NaN below 1.
 
-    Its distribution function is a finite series in θ = atan(t/√ν) (Abramowitz & Stegun 26.7.3 and
-    26.7.4) that increases with θ; bisection finds where it equals `LEVEL`.
+    From `MANY` degrees of freedom on, the expansion in 1/ν about the normal quantile (Abramowitz &
+    Stegun 26.7.5), whose relative error is then below 2e-12. For fewer, the distribution function,
+    a finite series in θ = atan(t/√ν) (26.7.3 and 26.7.4) that increases with θ; bisection finds
+    where it equals `LEVEL`.
     """
-    values, inverse = np.unique(free, return_inverse=True)
-    return np.array([_student_t(int(value)) for value in values])[inverse.reshape(np.shape(free))]
+    free = np.asarray(free)
+    quantiles = np.full(free.shape, np.nan)
+    few, many = (free >= 1) & (free < MANY), free >= MANY
+    values, inverse = np.unique(free[few], return_inverse=True)
+    quantiles[few] = np.array([_student_t(int(value)) for value in values])[inverse]
+    quantiles[many] = _expansion(free[many].astype(float))
+    return quantiles
 
 
-@lru_cache
+def _expansion(free: Array) -> Array:
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    terms = (
+        np.polyval([1, 0, 1, 0], z) / 4,
+        np.polyval([5, 0, 16, 0, 3, 0], z) / 96,
+        np.polyval([3, 0, 19, 0, 17, 0, -15, 0], z) / 384,
+        np.polyval([79, 0, 776, 0, 1482, 0, -1920, 0, -945, 0], z) / 92_160,
+    )
+    return np.asarray(z + sum(term / free**k for k, term in enumerate(terms, 1)))
+
+
+@lru_cache(maxsize=MANY)
 def _student_t(free: int) -> float:
-    if free < 1:
-        return math.nan
     low, high = 0.0, math.pi / 2
     while low < (middle := (low + high) / 2) < high:
         if _within(middle, free) < LEVEL:

@@ -3,7 +3,10 @@
 import argparse
 import io
 import math
+import os
+import shlex
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -24,6 +27,14 @@ def say(line: str) -> None:
     next."""
     _print_all_letters()
     print(line, flush=True)
+
+
+def say_next(directory: Path) -> None:
+    """Prints how to show and to load the results in a run directory, or in a folder of runs."""
+    say(f"report: nerve-report {shlex.quote(str(directory))}")
+    say(
+        f"in a notebook: import nerve; metrics = nerve.load_metrics({os.path.abspath(directory)!r})"
+    )
 
 
 def fail(command: str, message: str, exit_status: int = 1) -> NoReturn:

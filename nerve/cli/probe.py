@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from nerve.cli.console import fail, say, whole_numbers
 from nerve.errors import NerveError
-from nerve.progress import shown
+from nerve.progress import shown, unseen
 
 DESCRIPTION = """\
 Measures the FFNs of trained models and creates a run that nerve-report reads.
@@ -15,7 +15,8 @@ Face hub (name@revision), or the directory of a nerve run, whose weights stored 
 are measured on its own held-out data. Several of them, or a pattern such as 'ckpt/step_*', are the
 checkpoints of one model: they form one run, whose steps come from the names.
 
-Repeat the command to measure only what is missing, also after an interruption.
+Repeat the command to measure only what is missing, also after an interruption. If some checkpoints
+cannot be loaded, the others are measured, and the command fails.
 """
 
 
@@ -27,14 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given["text"] = tuple(given["text"])
     lists, output = given.pop("list"), given.pop("output")
     # torch and pandas take seconds to import
-    from nerve.cli.probing.run import opened, probe, source_of
+    from nerve.cli.probing.run import listing, probe, source_of
     from nerve.cli.probing.source import Asked
 
     try:
         asked = Asked(**given)
         if lists:
-            source = source_of(asked)
-            say(str(opened(source, source.checkpoints[0]).ffns))
+            say(listing(source_of(asked), unseen))
             return
         with shown() as progress:
             probe(source_of(asked), asked, output=output, progress=progress)

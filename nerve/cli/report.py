@@ -25,8 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `nerve-report`. Errors that the user can fix are shown as one message."""
     asked = _parser().parse_args(arguments)
     multiply_in_one_thread()
-    from nerve.report.write import write_report  # pandas and matplotlib take a second to import
+    from nerve.report.write import (
+        INDEX,
+        folder_of,
+        write_report,
+    )  # pandas and matplotlib take a second to import
 
+    replaces = (folder_of(asked.paths, asked.output) / INDEX).exists()
     try:
         with shown() as progress:
             index = write_report(
@@ -39,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except NerveError as error:
         fail("nerve-report", str(error))
-    say(f"report: {shlex.quote(str(index))}")
+    say(f"report: {shlex.quote(str(index))}" + (" (replaces an earlier one)" if replaces else ""))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         "paths", metavar="PATH", nargs="+", help="a run, a sweep, or any folder of runs"
     )
     parser.add_argument(
-        "-o", "--output", metavar="FOLDER", help="default: report, next to the first path"
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="default: report, next to the first path; an earlier report there is replaced",
     )
     parser.add_argument(
         "--window",

@@ -5,16 +5,15 @@ import os
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nerve.cli.console import duration, fail, figure, say
+from nerve.cli.console import fail, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
-from nerve.cli.text_table import say_table
+from nerve.cli.status_table import GO_ON, Status, show
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
@@ -27,50 +26,9 @@ SLOW_S = 60.0
 """A run whose process is alive is slow if its heartbeat, due every ten seconds, is older than
 this."""
 
-GO_ON = ("running", "slow", "queued", "starting")
-"""States of runs that have not ended."""
-
-ORDER = (*GO_ON, "done", "interrupted", "dead", "failed", "unreadable")
-
 WATCHED_EVERY_S = 10.0
 
-SHOWN_PATH = 40
-"""Number of characters of a path that fit into the table."""
 METRICS = DATASETS["metrics"]
-
-RIGHT = ("step", "val loss", "time left", "heartbeat")
-COLUMNS = ("run", "overrides", "state", *RIGHT, "host", "job")
-
-
-@dataclass(frozen=True)
-class Status:
-    """The status of a run.
-
-    Attributes:
-        directory: of the run.
-        overrides: of its command line.
-        state: running, slow (its process lives and has not been heard of for a minute), queued
-            (its job of SLURM waits), starting (its job has begun, the run has not), done,
-            interrupted (stopped, and saved), dead (its process is gone without a word), failed, or
-            unreadable.
-        record: None if it cannot be read, or does not exist yet.
-        val_loss: the last known one.
-        left_s: seconds of training left; None if nothing trains, or too little is known.
-        silent_s: seconds since the last sign of life; None once it has ended.
-        reason: why it ended, cannot be read, waits for somebody, or what to know of one that is
-            done.
-        job: the cluster's id of it.
-    """
-
-    directory: Path
-    overrides: tuple[str, ...]
-    state: str
-    record: RunRecord | None = None
-    val_loss: float | None = None
-    left_s: float | None = None
-    silent_s: float | None = None
-    reason: str = ""
-    job: str = ""
 
 
 def main() -> None:
@@ -80,7 +38,7 @@ def main() -> None:
         description="Shows the state, step, loss, time left, host and job of each run.",
         epilog="slow: the process is alive, but sent no heartbeat for a minute. queued: the SLURM "
         "job is pending. starting: the job has started, the run has not. dead: the process is gone "
-        "without having reported an end; start the run again to resume it.",
+        "without having reported an end; its last checkpoint is what it resumes from.",
     )
     parser.add_argument(
         "path",
@@ -175,70 +133,6 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         ),
         _job(record),
     )
-
-
-def show(statuses: Sequence[Status]) -> None:
-    """Prints one row per run, the number of runs in each state, and why runs ended early."""
-    counts = Counter(override for status in statuses for override in set(status.overrides))
-    labels = {
-        status.directory: " ".join(o for o in status.overrides if counts[o] < len(statuses))
-        for status in statuses
-    }
-    ordered = sorted(statuses, key=lambda s: (s.directory.parent, labels[s.directory], s.directory))
-    folder = _folder(statuses)
-    if folder:
-        say(f"in {folder}:")
-    say_table(
-        COLUMNS, RIGHT, [_cells(status, labels[status.directory], folder) for status in ordered]
-    )
-    states = Counter(status.state for status in statuses)
-    found = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
-    say(f"{len(statuses)} run{'s' if len(statuses) > 1 else ''}: {found}")
-    for line in _reasons(ordered):
-        say(line)
-
-
-def _reasons(statuses: Sequence[Status]) -> list[str]:
-    """A line for each run that has a reason; runs with the same kind of warning share one."""
-    lines: list[str] = []
-    warned: dict[str, list[Status]] = defaultdict(list)
-    for status in statuses:
-        if status.record is not None and status.reason == status.record.warning:
-            warned[status.reason.partition(":")[0]].append(status)
-        elif status.reason:
-            lines.append(f"{status.directory} {status.state}: {status.reason}")
-    for kind, (first, *others) in warned.items():
-        names = ", ".join(str(other.directory) for other in others)
-        also = f"; {kind} as well: {names}" if others else ""
-        lines.append(f"{first.directory} {first.state}: {first.reason}{also}")
-    return lines
-
-
-def _cells(status: Status, label: str, folder: str) -> list[str]:
-    """The table cells of a run, one for each of `COLUMNS`."""
-    record = status.record
-    return [
-        os.path.relpath(status.directory, folder) if folder else str(status.directory),
-        label,
-        status.state,
-        record.progress if record else "",
-        figure(status.val_loss),
-        "" if status.left_s is None else duration(status.left_s),
-        "" if status.silent_s is None else f"{duration(status.silent_s)} ago",
-        (record.host or "") if record else "",
-        status.job,
-    ]
-
-
-def _folder(statuses: Sequence[Status]) -> str:
-    """The common folder of all runs, printed once if their paths would not fit into the table."""
-    if max(len(str(status.directory)) for status in statuses) <= SHOWN_PATH:
-        return ""
-    parents = {str(status.directory.parent) for status in statuses}
-    if len({Path(parent).is_absolute() for parent in parents}) != 1:
-        return ""
-    folder = os.path.commonpath(parents)
-    return "" if folder in ("/", ".") else folder
 
 
 def _overrides(directory: Path) -> tuple[tuple[str, ...], str]:

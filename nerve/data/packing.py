@@ -122,7 +122,8 @@ def _tokens(corpus: Corpus, tokenizer: Any, n_tokens: int) -> tuple[np.ndarray, 
         if n_bytes >= n_all:
             raise DataError(
                 f"The text must have at least the requested {n_tokens:,} tokens; "
-                f"{corpus.name} has {len(ids):,}. Use more text, or request fewer tokens."
+                f"{corpus.name} has {len(ids):,}. Use more text, or request fewer tokens "
+                "(--n-tokens)."
             )
         n_bytes *= 2
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -64,8 +64,11 @@ class SpectralCallback(TrainerCallback):
         directory: the run directory.
         every_n_steps: updates between measurements; None if `steps` gives all of them.
         source: `train` or `heldout`.
-        config, mask, exclude, only_labeled, ffns: as in `nerve.watch`.
-        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, as in `nerve.watch`.
+        config, mask, exclude, only_labeled, ffns, token_counts: as in `nerve.watch`; groups by
+            frequency require `token_counts`.
+        settings: `steps`, `spectra`, `layers`, `shortcut`, `skip_first`, `groups`, `groups_every`,
+            `sites`, as in `nerve.watch`; a residual stream that the model does not declare is not
+            looked for.
 
     Raises:
         ConfigError: for a setting that is out of range.
@@ -84,6 +87,7 @@ class SpectralCallback(TrainerCallback):
         exclude: Collection[int] = (),
         only_labeled: bool = False,
         ffns: Sequence[FFN] | None = None,
+        token_counts: Tensor | None = None,
         **settings: Any,
     ) -> None:
         self._settings = {**settings, "every_n_steps": every_n_steps, "source": source}
@@ -97,6 +101,7 @@ class SpectralCallback(TrainerCallback):
             "exclude": exclude,
             "only_labeled": only_labeled,
             "ffns": ffns,
+            "token_counts": token_counts,
         }
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
@@ -224,7 +229,9 @@ class SpectralCallback(TrainerCallback):
 
 
 def require_once(n_sequences: int, loader: Any) -> None:
-    """Raises `MeasurementError` if several processes have evaluated some sequences twice.
+    """Raises `MeasurementError` if several processes may have evaluated some sequences twice.
+
+    An example may be several sequences, such as a chosen and a rejected answer.
 
     Args:
         n_sequences: number of sequences that this process has evaluated.
@@ -234,13 +241,24 @@ def require_once(n_sequences: int, loader: Any) -> None:
     if n_processes() == 1 or not isinstance(dataset, Sized):
         return
     total = sum(gathered(n_sequences))
-    if total > len(dataset):
+    if total > len(dataset) and _fills_up(loader, len(dataset)):
         raise MeasurementError(
             f"Each held-out sequence must be evaluated once; {n_processes()} processes have "
             f"evaluated {total} for an eval_dataset of {len(dataset)}, since the Trainer fills up "
             "the last batches. Make its size a multiple of processes times "
             "per_device_eval_batch_size, or set accelerator_config={'even_batches': False}."
         )
+
+
+def _fills_up(loader: Any, n_examples: int) -> bool:
+    """Whether a loader of accelerate fills up its last batches with examples of the first ones, so
+    that all processes get as many; True for any other loader."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None)
+    if size is None or not hasattr(sampler, "even_batches"):
+        return True
+    of_all = size if sampler.split_batches else size * sampler.num_processes
+    return bool(sampler.even_batches) and n_examples % of_all != 0
 
 
 def _loss_of(metrics: Mapping[str, float]) -> float | None:

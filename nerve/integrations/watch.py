@@ -22,7 +22,7 @@ from nerve.measuring.forward import call
 from nerve.measuring.given import check_given, require_mapping, require_model, told
 from nerve.measuring.masks import Masks
 from nerve.measuring.streams import count_tokens
-from nerve.recording.run import recorded_run
+from nerve.recording.run import recorded_run, seed_of
 from nerve.recording.settings import MonitorSettings
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def watch(
         directory: the run directory.
         every_n_steps: steps between measurements; None if `steps` gives all of them.
         config: anything that distinguishes your runs, by name; the measurement settings are added
-            as `monitor`. Its `seed`, if it is a number, is the seed of the run.
+            as `monitor`. Its `seed`, if it is an integer, is the seed of the run.
         optimizer: provides the learning rate of the rows; null without it, or if its groups differ.
         heldout: batches to measure instead of the training batches; with several processes, each
             gives its own part.
@@ -153,10 +153,9 @@ def watched(
     if resume is None and first == 0:
         chosen.require_some(last_step)
     config = dict(config or {})
-    seed = config.get("seed")
     counted: dict[str, Any] = {"exclude": sorted(exclude), "only_labeled": only_labeled}
-    skip_first, groups = chosen.skip_first, bool(chosen.groups)
-    choose = partial(Choice, mask=mask, skip_first=skip_first, groups=groups, **counted)
+    skip_first, is_grouped = chosen.skip_first, bool(chosen.groups)
+    choose = partial(Choice, mask=mask, skip_first=skip_first, is_grouped=is_grouped, **counted)
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
@@ -168,7 +167,7 @@ def watched(
         directory,
         {**config, "monitor": asdict(chosen) | counted},
         goes_on=resume is not None,
-        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+        seed=seed_of(config),
         n_parameters=sum(parameter.numel() for parameter in inner.parameters()),
         device=device_name_of(inner),
     ) as recorded:

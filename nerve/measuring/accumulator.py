@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, GroupEigenproblem
-from nerve.measuring.ffns import FFN, FFNAdapter, n_inputs, n_runs_of, named, pool_of, sites_of
+from nerve.measuring.ffns import FFN, n_inputs, n_runs_of, named, sites_of
 from nerve.measuring.groups import Division
 from nerve.measuring.parts import Parts
 from nerve.measuring.projection import (
@@ -21,13 +21,17 @@ from nerve.measuring.projection import (
 )
 from nerve.measuring.weights import affine_of, gives, is_unrounded
 from nerve.spectra import SampleShares, StreamingCovariance
-from nerve.spectra.moments import Flag, Spread
+from nerve.spectra.host_copy import Flag
+from nerve.spectra.moments import Spread
 from nerve.spectra.product import coarsest, product_of_input
 from nerve.spectra.shares import shares_of
 
 Side = Literal["input", "pre", "post"]
 """The subject of a covariance: the FFN's input, or its features before and after the
 nonlinearity."""
+
+SITES: tuple[Side, ...] = ("pre", "post")
+"""The subjects that have shares and spectra."""
 
 
 class Accumulator:
@@ -43,7 +47,8 @@ class Accumulator:
             runs.
         of_input: whether the covariance of the input is accumulated instead of that of pre.
         altered: whether some run used more than the weight.
-        took_pre: whether pre replaced its input because its rounding was too large to leave out.
+        took_pre: whether pre replaced the input, because its rounding was too large to leave out
+            or because it is not computed from the weight alone.
         covariances: those of the input or pre, and of post.
         shares: those of pre and post.
         parts: covariances of groups of samples, and of sites around the FFN.
@@ -104,9 +109,7 @@ class Accumulator:
             and not is_rounding_small(features["pre"], spreads["pre"], divisions)
         ):
             self.take_pre()
-        first: Side = "input" if self.of_input else "pre"
-        sides: tuple[Side, ...] = (first, "post")
-        for side in sides:
+        for side in self._sides:
             x = features[side]
             product = None
             if side == "input":
@@ -125,10 +128,9 @@ class Accumulator:
     ) -> dict[Side, Spread | None]:
         """Adds the samples of a run to the shares only, and returns the spread of each side. The
         arguments are those of `add`."""
-        sides: tuple[Side, ...] = ("pre", "post")
         return {
             side: self.shares_of(side, x.shape[-1], x.device).update(x, mask)
-            for side, x in ((side, features[side]) for side in sides)
+            for side, x in ((side, features[side]) for side in SITES)
         }
 
     def finish_forward(self) -> None:
@@ -175,8 +177,7 @@ class Accumulator:
         """Merges groups into the covariances of all samples; no more can be added then."""
         grouping, self._merging = self._merging, None
         if grouping is not None:
-            first: Side = "input" if self.of_input else "pre"
-            for side in (first, "post"):
+            for side in self._sides:
                 merged = self.parts.merged(side, grouping, self.covariances.get(side))
                 if merged is not None:
                     self.covariances[side] = merged
@@ -215,7 +216,7 @@ class Accumulator:
             shares: as in `FFNEigenproblem`.
         """
         post = self.covariances["post"]
-        before = self.covariances["input" if self.of_input else "pre"]
+        before = self.covariances[self._sides[0]]
         assert self.d_in is not None
         return FFNEigenproblem(
             layer=self.ffn.layer,
@@ -235,6 +236,11 @@ class Accumulator:
     def group_eigenproblems(self) -> list[GroupEigenproblem]:
         """The eigenproblems of groups and sites."""
         return list(self.parts.eigenproblems(self.ffn, self.weight if self.of_input else None))
+
+    @property
+    def _sides(self) -> tuple[Side, Side]:
+        """The subjects whose covariances are accumulated."""
+        return "input" if self.of_input else "pre", "post"
 
     def _take_weight(self, inputs: Tensor, pre: Tensor) -> None:
         """Records W and b if pre is `W x + b`."""
@@ -293,22 +299,5 @@ def eigenproblems(several: Sequence[Accumulator], n_forwards: int) -> list[FFNEi
     """The eigenproblem of each. Arguments and errors are those of `Accumulator.require_run`."""
     for each in several:
         each.require_run(n_forwards)
-    sides: tuple[Side, ...] = ("pre", "post")
-    shares = iter(shares_of([each.shares[side] for each in several for side in sides]))
-    return [each.eigenproblem(torch.stack([next(shares) for _ in sides])) for each in several]
-
-
-Pools = dict[tuple[int, str], Accumulator]
-"""For each layer and name, the samples of all FFNs pooled under it."""
-
-
-def pools_of(members: Sequence[Accumulator], pools: Pools) -> dict[int, Accumulator]:
-    """For the index of each FFN, the accumulator of its pool, which is added to `pools` if new."""
-    found = {}
-    for index, member in enumerate(members):
-        ffn, name = member.ffn, pool_of(member.ffn)
-        if name is not None:
-            pool = FFNAdapter(ffn.layer, name, ffn.pre, ffn.post, n_runs=None)
-            key = (ffn.layer, name)
-            found[index] = pools.setdefault(key, Accumulator(pool, shortcut=False))
-    return found
+    shares = iter(shares_of([each.shares[side] for each in several for side in SITES]))
+    return [each.eigenproblem(torch.stack([next(shares) for _ in SITES])) for each in several]

@@ -7,20 +7,17 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
-from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each
+from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each, without_first
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
-    Trace,
-    Traced,
-    TraceError,
     as_mapping,
     counting,
     ids_of,
     is_encoder_decoder,
     streams_of,
-    trace,
 )
+from nerve.measuring.trace import Trace, Traced, TraceError, trace
 
 _CACHES = ("past_key_values", "cache", "cache_params")
 
@@ -35,7 +32,7 @@ class Choice:
         mask, exclude, only_labeled: as in `nerve.measure`.
         skip_first: number of positions to skip at the beginning of each sequence, which requires a
             known order; those after left padding are skipped here.
-        groups: whether samples are grouped, which requires a known order, too.
+        is_grouped: whether samples are grouped, which requires a known order, too.
 
     Raises:
         MeasurementError: for `mask` together with options that it replaces.
@@ -50,7 +47,7 @@ class Choice:
         exclude: Sequence[int],
         only_labeled: bool,
         skip_first: int,
-        groups: bool = False,
+        is_grouped: bool = False,
     ) -> None:
         if mask is not None and (exclude or only_labeled):
             raise MeasurementError(
@@ -60,14 +57,14 @@ class Choice:
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._probe, self._run, self._mask = probe, run, mask
         self._exclude, self._only_labeled = exclude, only_labeled
-        self._skip_first, self._needs_order = skip_first, skip_first > 0 or groups
+        self._skip_first, self._needs_order = skip_first, skip_first > 0 or is_grouped
         self._trace: Trace | None = None
 
     def of(self, batch: Any) -> Chosen:
         """The samples of this batch that count."""
         batch = _without_cache(batch)
-        named = as_mapping(batch)
-        streams = streams_of(named, is_encoder_decoder=self._is_encoder_decoder)
+        mapping = as_mapping(batch)
+        streams = streams_of(mapping, is_encoder_decoder=self._is_encoder_decoder)
         if self._trace is not None and self._trace.lengths.keys() != streams.keys():
             if isinstance(batch, Tensor) and isinstance(self._trace.batch, Tensor):
                 return self._of_other_shape(batch)
@@ -77,7 +74,7 @@ class Choice:
             )
         if self._mask is not None:
             return self._given(batch, streams)
-        if (self._exclude or self._only_labeled) and not (streams and named is batch):
+        if (self._exclude or self._only_labeled) and not (streams and mapping is batch):
             raise MeasurementError(
                 "exclude= and only_labeled= need batches that are mappings with input_ids and "
                 f"labels; got {type(batch).__name__}. Give mask=lambda batch: … instead."
@@ -113,13 +110,21 @@ class Choice:
             )
         return Chosen(None if self._mask is None else self._mask(batch))
 
+    def _without_first(self, masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The masks of all FFNs without the first positions behind left padding; of one that
+        several of them share, once."""
+        own = {
+            id(mask): without_first(mask, self._skip_first) for mask in masks if mask is not None
+        }
+        return [None if mask is None else own[id(mask)] for mask in masks]
+
     def _given(self, batch: Any, streams: dict[str, Stream]) -> Chosen:
         """The caller's masks. Those that are `[sequence, position]` of a stream, also for the batch
         of the trace, are put into the order of the features; others are used as they are."""
         assert self._mask is not None
         ffns = self._probe.ffns
         given = self._mask(batch)
-        masks = for_each(ffns, given)
+        masks = self._without_first(for_each(ffns, given))
         of_all = isinstance(given, Tensor)
         if not streams:
             return Chosen(masks, ids=ids_of(batch))

@@ -23,6 +23,12 @@ N_ELEMENTS = 32
 
 Kind = Literal["plain", "gated", "unclear"]
 
+_SUM = (
+    "if the nonlinearity gets a sum of them (an adapter?), pre is that sum, and not the output of "
+    'either: nerve.Site(activation, "input")'
+)
+"""What to do where pre is no module's output."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -177,10 +183,12 @@ class Dependence:
             if gradient is not None and bool((gradient != 0).any())
         ]
         sources = [leaf for leaf, _ in reaching]
-        if not 1 <= len(sources) <= 2 or any(len(leaf.rows) != len(h) for leaf in sources):
+        if not sources or any(len(leaf.rows) != len(h) for leaf in sources):
             return None
         reached = [_rows(hit, leaf.module) for leaf, hit in reaching]
         width = h.shape[1]
+        if len(sources) > 2:
+            return self._several(post, h, sources, reached, chosen)
         if len(sources) == 1 and sources[0].rows.shape[1] == 2 * width:
             return self._fused(post, h, sources[0], reached[0], chosen)
         if any(leaf.rows.shape[1] != width for leaf in sources):
@@ -195,6 +203,26 @@ class Dependence:
             varies = not torch.allclose(d[0], d[0][:1].expand_as(d[0]), rtol=1e-6, atol=0)
             return Link(sites[0], post, None, "plain") if varies else None
         return self._gated(post, h, sources, sites, x, d)
+
+    def _several(
+        self,
+        post: nn.Module,
+        h: Tensor,
+        sources: list[_Leaf],
+        reached: list[Tensor],
+        chosen: Any,
+    ) -> Link | None:
+        """Features that depend on more than two projections, element by element, and not linearly
+        on all of them, as where an adapter is added to a gated FFN."""
+        if any(leaf.rows.shape[1] != h.shape[1] for leaf in sources):
+            return None
+        if not all(_only_at(hit, chosen, [0]) for hit in reached):
+            return None
+        slopes = _gradients(h.sum(), sources)
+        if all(torch.allclose(slope, slope.flatten()[0]) for slope in slopes):
+            return None  # a residual stream
+        why = f"it depends on {len(sources)} projections: {_SUM}"
+        return Link(Site(sources[0].module, "output"), post, None, "unclear", why)
 
     def _fused(
         self, post: nn.Module, h: Tensor, source: _Leaf, reached: Tensor, chosen: Any
@@ -237,7 +265,10 @@ class Dependence:
             if curves[0] != curves[1]:
                 gate = curves.index(True)
                 return Link(sites[gate], post, sites[1 - gate], "gated")
-            return Link(sites[0], post, sites[1], "unclear", "it is linear in neither side")
+            why = "it is linear in neither side"
+            if torch.equal(d[0], d[1]):
+                why = f"it depends on two projections alike: {_SUM}"
+            return Link(sites[0], post, sites[1], "unclear", why)
         if max(off) > 2 * torch.finfo(h.dtype).eps and max(off) > 4 * min(off):
             gate = off.index(max(off))
         else:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
+from nerve.measuring.adapters import adapted_widths
 
 SAMPLES = 8
 """How many samples of features are compared, at least, to see that a nonlinearity left them."""
@@ -29,8 +30,17 @@ class Widths(NamedTuple):
 
 
 def declared_widths(module: nn.Module) -> Widths | None:
-    """The declared widths of a linear layer of any kind (`in_features`), a Conv1D of transformers
-    (`nx`) or a convolution; None for any other module."""
+    """The widths that a projection declares: a linear layer of any kind (`in_features`), a Conv1D
+    of transformers (`nx`) or a convolution; for an adapter, those of the layer that it changes;
+    None for any other module."""
+    own = _own_widths(module)
+    if own is not None:
+        return own
+    adapted = adapted_widths(module, _own_sizes)
+    return None if adapted is None else Widths(*adapted, -1)
+
+
+def _own_widths(module: nn.Module) -> Widths | None:
     if isinstance(module, _CONVOLUTIONS):
         return Widths(module.in_channels, module.out_channels, -1 - len(module.kernel_size))
     for names in (("in_features", "out_features"), ("nx", "nf")):
@@ -38,6 +48,16 @@ def declared_widths(module: nn.Module) -> Widths | None:
         if isinstance(d_in, int) and isinstance(d_out, int):
             return Widths(d_in, d_out, -1)
     return None
+
+
+def _own_sizes(module: nn.Module) -> tuple[int, int] | None:
+    own = _own_widths(module)
+    return None if own is None else own[:2]
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether the module's widths are those of a linear layer inside it."""
+    return _own_widths(module) is None and declared_widths(module) is not None
 
 
 def is_pointwise(module: nn.Module) -> bool:

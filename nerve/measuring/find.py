@@ -52,7 +52,10 @@ class FoundFFNs(list[FFN]):
         return pd.DataFrame([self._row(ffn) for ffn in self]).astype({"n_runs": "Int64"})
 
     def __repr__(self) -> str:
-        lines = [self.table().to_string(index=False), *self.notes]
+        table = self.table()
+        if (table["n_runs"] == 1).all():
+            table = table.drop(columns="n_runs")
+        lines = [table.dropna(axis="columns", how="all").to_string(index=False), *self.notes]
         if self.unclear:
             lines += ["Not measured; if it is an FFN, describe it by hand:", *self.unclear]
         return "\n".join(lines)

@@ -10,12 +10,16 @@ from torch import nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.tap import Taker, looking
+from nerve.shared_context import SharedContext
 
 
 @contextmanager
 def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     """Puts the model in eval mode, without gradients, uncompiled, with plain tensors, outside of
     inference mode (which would keep autograd from recording dependence); restores it afterwards.
+
+    Two of these settings belong to the whole process: until the last thread has left this context,
+    no thread runs compiled code or the fast path of nn.TransformerEncoder.
 
     Args:
         model: the model.
@@ -27,29 +31,38 @@ def evaluating(model: nn.Module, taker: Taker | None = None) -> Iterator[None]:
     trained = [
         each for each in model.parameters() if each.requires_grad and not each.is_inference()
     ]
-    # nn.TransformerEncoder's fast path bypasses its modules, with nested tensors for padding.
-    fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.no_grad(), _uncompiled(), looking(taker):
+        eager = _eager() if "torch._dynamo" in sys.modules else nullcontext()
+        with _dense(), torch.inference_mode(False), torch.no_grad(), eager, looking(taker):
             yield
     finally:
         # First what cannot fail: within torch.func, setting flags of parameters fails.
         for module, training in modes.items():
             module.training = training
-        torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_()
 
 
-def _uncompiled() -> AbstractContextManager[object]:
-    """Turns compiled code off, because code compiled earlier ignores the probe; does nothing if the
-    compiler is not loaded."""
-    loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+@SharedContext
+@contextmanager
+def _dense() -> Iterator[None]:
+    """Turns off the fast path of nn.TransformerEncoder, which bypasses its modules, with nested
+    tensors for padding."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@SharedContext
+def _eager() -> AbstractContextManager[None]:
+    """Turns compiled code off, because code compiled earlier ignores the probe."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def call(model: nn.Module, batch: Any) -> object:

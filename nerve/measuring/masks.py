@@ -86,6 +86,22 @@ def as_bool(mask: Tensor) -> Tensor:
     return ones
 
 
+def without_first(mask: Tensor, skip_first: int) -> Tensor:
+    """The mask without the first positions after the left padding of each sequence, the samples at
+    its beginning that do not count; those of a sequence without such padding are left to the
+    caller.
+
+    Args:
+        mask: `[..., n_positions]`, of bool.
+        skip_first: number of positions.
+    """
+    if not skip_first or mask.ndim < 2 or not mask.shape[-1]:
+        return mask
+    start = mask.int().argmax(-1, keepdim=True)
+    position = torch.arange(mask.shape[-1], device=mask.device)
+    return mask & ((start == 0) | (position >= start + skip_first))
+
+
 class Chosen(NamedTuple):
     """Which samples of a forward pass count, and what is known about them; by default all count.
 

@@ -12,7 +12,6 @@ import pandas as pd
 from torch import Tensor, nn
 
 from nerve.derived import outliers
-from nerve.measuring.accumulator import Pools
 from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
@@ -23,6 +22,7 @@ from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, for_each
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.passes import passes
+from nerve.measuring.pools import Pools
 from nerve.measuring.probe import Probe
 from nerve.measuring.slices import products_of
 from nerve.progress import Progress

@@ -40,7 +40,7 @@ from nerve.measuring.tap import (
     registered,
     tap,
 )
-from nerve.spectra.moments import Flag
+from nerve.spectra.host_copy import Flag
 
 Receive = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes an FFN's index and its features, detached: what the FFN gets `[*samples, d_in]` (pre itself

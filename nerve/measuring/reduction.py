@@ -1,11 +1,11 @@
 """Combines the samples of all processes: each process gets the FFNs of its share."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from nerve.measuring.accumulator import Accumulator, Side
+from nerve.measuring.accumulator import SITES, Accumulator, Side
 from nerve.measuring.distributed import gathered, shared_from
 from nerve.measuring.exchange import OfCovariance, OfShares, exchange
 from nerve.measuring.parts import Key
@@ -99,7 +99,6 @@ def _prepare(
 ) -> None:
     """Makes this process's accumulator hold what that of any process holds, and lists it."""
     sides: tuple[Side, ...] = ("input", "post", "pre")
-    of_shares: tuple[Literal["pre", "post"], ...] = ("pre", "post")
     lengths = [seen.n_positions for seen in everyone if seen.n_positions is not None]
     for seen in everyone:
         mine.d_in = seen.d_in if mine.d_in is None else mine.d_in
@@ -111,7 +110,7 @@ def _prepare(
         covariance = mine.covariance(side, theirs[0][0], mine.device)
         tallies = [tally for _, tally in theirs]
         covariances.append(OfCovariance(covariance, to, tallies))
-        for of in of_shares if side == "post" else ():
+        for of in SITES if side == "post" else ():
             own = mine.shares_of(of, covariance.dim, covariance.device)
             shares.append(OfShares(own, to, [tally.n for tally in tallies], lengths))
     for key in sorted({key for seen in everyone for key in seen.parts}):

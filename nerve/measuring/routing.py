@@ -68,17 +68,16 @@ def counted_of(rows: Tensor, source: Tensor, counts: Tensor, where: str) -> Tens
             f"{tuple(source.shape)}. Give batches without padding, and leave skip_first out."
         )
     index, partly = found
-    numbers = partly[partly >= 0]
-    if len(numbers):
-        of_counts = counts[partly >= 0]
-        sets = numbers.unique()
-        n = torch.stack([(numbers[None] == sets[:, None]).sum(1)])
-        n_counted = ((numbers[None] == sets[:, None]) & of_counts[None]).sum(1)
-        if bool(((n_counted > 0) & (n_counted < n[0])).any()):
-            raise MeasurementError(
-                f"{where} received some of several identical tokens, of which only some count, so "
-                "it cannot be determined which ones it received. Give batches without padding."
-            )
+    is_unclear = partly >= 0
+    numbers, sets = partly[is_unclear].unique(return_inverse=True)
+    n, n_counted = (
+        each.bincount(minlength=len(numbers)) for each in (sets, sets[counts[is_unclear]])
+    )
+    if bool(((n_counted > 0) & (n_counted < n)).any()):
+        raise MeasurementError(
+            f"{where} received some of several identical tokens, of which only some count, so it "
+            "cannot be determined which ones it received. Give batches without padding."
+        )
     return counts[index].reshape(rows.shape[:-1])
 
 

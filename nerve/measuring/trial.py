@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.dependence import Dependence
-from nerve.measuring.ffns import declared_widths, is_pointwise
+from nerve.measuring.ffns import declared_widths, is_adapter, is_pointwise
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.routing import Routing
 from nerve.measuring.slices import Products, Slice, stacked
@@ -40,8 +40,24 @@ def _is_projection(module: nn.Module) -> bool:
     widths = declared_widths(module)
     if widths is None or (isinstance(module, nn.modules.conv._ConvNd) and not is_pointwise(module)):
         return False
+    if is_adapter(module):
+        return _is_affine(module, widths.d_in)
     inner = [declared_widths(each) for each in module.modules() if each is not module]
     return not any(inner) or widths in inner
+
+
+def _is_affine(module: nn.Module, d_in: int) -> bool:
+    """Whether random features show that a module is affine, as an adapter is; a small FFN beside a
+    linear layer is not. True if the module cannot run alone."""
+    weight = next(p for p in module.parameters() if p.is_floating_point())
+    x = torch.randn(8, d_in, generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        with evaluating(module):
+            whole, half, none, back = (module(x * scale) for scale in (1.0, 0.5, 0.0, -0.5))
+            off = (whole + back - half - none).abs().max()
+            return bool(off <= 32 * torch.finfo(weight.dtype).eps * d_in * whole.abs().max())
+    except Exception:
+        return True
 
 
 # One forward pass

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from nerve.measuring.ffns import Site, is_pointwise, sample_of
 from nerve.measuring.slices import Slice
 from nerve.measuring.tap import Hook
-from nerve.spectra.moments import Flag
+from nerve.spectra.host_copy import Flag
 
 
 def affine_of(site: Site, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -60,13 +60,13 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-3}
-"""How far W x + b may be off what a forward pass gave of it, as a part of the sum of magnitudes:
-TF32 rounds the factors of float32 to 11 digits. Types of 16 bits: 2**-6."""
+"""The largest error of W x + b in a forward pass, relative to the sum of the magnitudes of its
+terms: TF32 rounds the factors of float32 to 11 digits. For 16-bit types it is 2**-6."""
 _ROUNDING_OF_ALL = 2**-5
-"""How far it may be off in the root mean square, as a part of the outputs; magnitudes are about
-sqrt(d_in) times as large as sums of them, and what small changes do drowns in their rounding."""
+"""The largest root mean square error, relative to that of the outputs. The sum of magnitudes is
+about sqrt(d_in) times as large as the outputs, so `_ROUNDING` alone would miss small changes."""
 _CANCELLATION = 2**-16
-"""The same as a part of the magnitudes, where sums cancel to nearly nothing."""
+"""The same relative to the sums of magnitudes, for outputs whose terms nearly cancel."""
 
 
 def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) -> Flag:
@@ -75,7 +75,7 @@ def gives(weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor) 
     if not outputs.numel():
         return Flag(torch.tensor(True))
     kind = torch.finfo(outputs.dtype)
-    step = kind.tiny * kind.eps  # what is smaller may have become 0
+    step = kind.tiny * kind.eps  # smaller values may have become 0
     x, y = (sample_of(each).detach().to(outputs.dtype).double() for each in (inputs, outputs))
     w, b = weight.double(), x.new_zeros(len(weight)) if bias is None else bias.double()
     off = y - torch.addmm(b, x, w.T)

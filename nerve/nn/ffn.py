@@ -97,8 +97,8 @@ def _fraction(width: Width) -> Fraction:
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) (Shazeer 2020).
 
-    It has the attributes that a probe needs: `layer`, `name`, `pre` and `post`, and, if known,
-    `stream`.
+    It has the attributes that a probe needs: `layer`, `name`, `pre`, `post` and `gated`, and, if
+    known, `stream`.
 
     Args:
         d_in: width of the input and of the output.
@@ -146,6 +146,11 @@ class FeedForward(nn.Module):
     def pre(self) -> nn.Linear:
         """The matrix whose output is the pre-activation."""
         return self.up if self.gate is None else self.gate
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation's output is multiplied by a second projection."""
+        return self.gate is not None
 
     @property
     def post(self) -> nn.Linear:

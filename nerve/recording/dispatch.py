@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,30 +20,13 @@ from nerve.measuring.eigenproblem import (
     GroupEigenproblem,
     GroupSpectrum,
 )
+from nerve.recording.placement import Place, Placement
 from nerve.recording.staging import Staging
 from nerve.recording.workers import pool_of, waiting_on_host
-from nerve.spectra.moments import prepare_centered
 
 log = logging.getLogger(__name__)
 
 Eigenproblem = FFNEigenproblem | GroupEigenproblem
-Place = Literal["host", "device"]
-
-HOST_S = 6e-11
-DEVICE_S = 3e-12
-"""Initial estimates of seconds per cube of the width, until they are measured: for one core (1.5 s
-at 3072), and for a data-center GPU (.08 s, with training running)."""
-
-FIRST_S = 10.0
-"""Time that the host may spend on the first measurement, when the time to the next one is
-unknown."""
-
-_ROOM = 1.5
-"""Work pending on the host must be finishable within this many intervals between measurements: more
-than one, because the next measurement may find some pending, and fewer than would make training
-wait."""
-_NEWEST = 0.3
-"""Weight of the latest solution in the running mean of solving times."""
 
 
 class Untaken:
@@ -114,7 +97,6 @@ class Dispatch:
         self._staging = Staging(device)
         self._placement = Placement(n_workers)
         self._said: Counter[Place] = Counter()
-        self._is_prepared = False
         self._copier = pool_of(1) if self._pool and is_gpu else None
         self._room = threading.Semaphore(waiting_on_host(n_processes(), n_bytes))
         if self._copier:
@@ -151,19 +133,7 @@ class Dispatch:
             waiting.append(Waiting(name, untaken, self._begun(task, place)))
             if self._copier and place == "host":
                 self._copier.submit(self._copy, untaken, ready)
-        self._prepare(eigenproblems)
         return waiting
-
-    def _prepare(self, eigenproblems: Sequence[Eigenproblem]) -> None:
-        """Prepares, beside training, for the products that bfloat16 features may need later."""
-        names = {each.precision for each in eigenproblems if isinstance(each, FFNEigenproblem)}
-        if self._of_gpu and not self._is_prepared and "bfloat16" in names:
-            self._is_prepared = True
-            self._of_gpu.submit(self._prepare_centered)
-
-    def _prepare_centered(self) -> None:
-        with torch.cuda.stream(self._stream):
-            prepare_centered(self._device)
 
     def close(self) -> None:
         """Ends the threads and drops what none of them has started."""
@@ -239,58 +209,6 @@ class Dispatch:
                 counted["device"],
                 self._device,
             )
-
-
-class Placement:
-    """Decides for each eigenproblem whether the host or the GPU solves it.
-
-    What the host can solve at the current rate of measurements costs training nothing, and goes
-    there. The rest goes to the GPU, where it takes time from training, or, if the GPU would be
-    slower at it than all threads together, to the host as well. The times are measured in this run,
-    under its actual load; the interval between measurements is that of the last two.
-
-    Args:
-        n_threads: number of host threads.
-        clock: returns seconds.
-    """
-
-    def __init__(self, n_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._n_threads = n_threads
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._seconds: dict[Place, float] = {"host": HOST_S, "device": DEVICE_S}
-        self._pending = 0.0
-        self._last: float | None = None
-
-    def choose(self, works: Sequence[float]) -> list[Place]:
-        """Chooses a place for each eigenproblem of a new measurement; for `works` see `work_of`."""
-        now = self._clock()
-        with self._lock:
-            room = self._room(now)
-            host_takes_all = self._n_threads and (
-                self._seconds["device"] > self._seconds["host"] / self._n_threads
-            )
-            places: list[Place] = []
-            for work in works:
-                fits = bool(self._n_threads) and self._pending + work <= room
-                places.append("host" if fits or host_takes_all else "device")
-                if places[-1] == "host":
-                    self._pending += work
-            self._last = now
-        return places
-
-    def solved(self, place: Place, work: float, seconds: float | None) -> None:
-        """Records how long solving one took; None if it failed."""
-        with self._lock:
-            if place == "host":
-                self._pending -= work
-            if seconds is not None:
-                self._seconds[place] += _NEWEST * (seconds / work - self._seconds[place])
-
-    def _room(self, now: float) -> float:
-        """How much more work may be pending on the host."""
-        seconds = FIRST_S if self._last is None else _ROOM * (now - self._last)
-        return seconds * self._n_threads / self._seconds["host"]
 
 
 def work_of(eigenproblem: Eigenproblem) -> float:

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,9 @@ from nerve.metric_names import AROUND, GROUPS
 from nerve.progress import Progress, shown, unseen
 from nerve.recording.cadence import WeightedMean, loss_of
 from nerve.recording.measured_run import OWN, Digest, MeasuredRun, measured_run
+from nerve.recording.run import seed_of
 from nerve.recording.settings import require_shortcut
+from nerve.storage.record import RunRecord
 from nerve.storage.schema import METRICS
 
 _ASKED = ("exclude", "only_labeled", "skip_first", "shortcut")
@@ -77,7 +80,8 @@ def measure(
             model's own configuration or its class; `weights` (per step) and `batches`, digests; and
             `measure`, the arguments. `tokens_seen` is 0, since it is unknown.
         step: the training step of a single model that is stored with `into`.
-        labels: further properties of the run, by name; they become columns of `nerve.load_runs`.
+        labels: further properties of the run, by name; they become columns of `nerve.load_runs`. A
+            `seed`, if it is an integer, is the seed of the run.
         fingerprints: hashes of the `corpus` and the `tokenizer` of the batches, under these names;
             stored in the record, as `nerve-run` does, and in the configuration.
         spectra: whether to store the eigenvalues, too; `auto` for d_ff up to 1024.
@@ -97,7 +101,8 @@ def measure(
             are mappings with `input_ids`.
         only_labeled: excludes the tokens of a mapping whose `labels` are -100.
         skip_first: number of positions to skip at the beginning of each sequence, which account for
-            most of the variance in many trained models.
+            most of the variance in many trained models. Samples that a mask excludes before all
+            others of a sequence are its left padding, and the sequence begins after them.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper; False always uses the features themselves; `"projected"` also uses
             the input for 16-bit features, which omits the rounding of the features themselves and
@@ -164,7 +169,9 @@ def measure(
             recorded = {"measure": _as_recorded(how), **({"text": text} if text else {})}
             asked = {**labels, **recorded}
             run = stack.enter_context(
-                measured_run(into, asked, spectra, resume=resume, fingerprints=text)
+                measured_run(
+                    into, asked, spectra, resume=resume, seed=seed_of(labels), fingerprints=text
+                )
             )
         if run is not None and run.steps and isinstance(batches, Sequence):
             # Before anything is loaded, and even if no step is left.
@@ -223,11 +230,13 @@ def _check_stored(
 
 def _check_labels(labels: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for a label whose name is reserved."""
-    taken = sorted(labels.keys() & {*OWN, *METRICS.names})
+    recorded = {field.name for field in fields(RunRecord)} - {"seed"}
+    taken = sorted(labels.keys() & {*OWN, *METRICS.names, *recorded})
     require(
         not taken,
-        f"labels must not have the names {', '.join(OWN)}, or those of columns of "
-        f"nerve.load_metrics; got {', '.join(taken)}. Choose another name, or nest it: "
+        f"labels must not have the names {', '.join(OWN)}, those of columns of nerve.load_metrics, "
+        f"or those of what each run records (host, device, …), which nerve.load_runs would show in "
+        f"their place; got {', '.join(taken)}. Choose another name, or nest it: "
         f"labels={{'group': {{'{taken[0] if taken else ''}': …}}}}.",
     )
 

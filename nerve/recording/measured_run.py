@@ -20,7 +20,15 @@ from nerve.storage.directory import RunDirectory
 from nerve.storage.identity import differences
 
 OWN = ("model", "weights", "batches", "measure", "text")
-"""The keys of the configuration that such a run fills in itself."""
+"""The keys of the configuration that such a run fills in itself, or that `measure` does."""
+
+_FOUND = ("model", "weights", "batches")
+"""Those that are known only when a model is measured."""
+
+BEAT_EVERY_S = 10.0
+
+_MOST_SHOWN = 5
+"""Number of different values that an error names."""
 
 
 class Digest:
@@ -120,11 +128,6 @@ class MeasuredRun:
         )
 
 
-BEAT_EVERY_S = 10.0
-_SHOWN = 5
-_FOUND = ("model", "weights", "batches")
-
-
 def weights_of(model: nn.Module) -> Digest:
     """The digest of a model's state."""
     digest = Digest()
@@ -157,11 +160,13 @@ def measured_of(directory: str | os.PathLike[str], asked: Mapping[str, Any]) -> 
         return Measured({})
     different = differences(_asked_of(record.config, asked), asked)
     if different:
-        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        names = ", ".join(different[:_MOST_SHOWN])
+        if len(different) > _MOST_SHOWN:
+            names += f" and {len(different) - _MOST_SHOWN} more"
         raise StoreError(
             f"A directory can hold only one run; {record.directory} holds run {record.run_id} "
-            f"({record.run_status}) with different values of {', '.join(different[:_SHOWN])}{more}."
-            " Choose another directory, or delete that one."
+            f"({record.run_status}) with different values of {names}. "
+            "Choose another directory, or delete that one."
         )
     return Measured(_steps_of(record.config), record.started, record.run_status == "done")
 
@@ -217,5 +222,5 @@ def _config_of(model: nn.Module) -> Any:
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     if to_dict is None:
         return type(model).__name__
-    told = ("_name_or_path", "transformers_version")
-    return {key: value for key, value in to_dict().items() if key not in told}
+    left_out = ("_name_or_path", "transformers_version")
+    return {key: value for key, value in to_dict().items() if key not in left_out}

@@ -18,6 +18,7 @@ from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.recording.aside import Aside, Pace
 from nerve.recording.cadence import Cadence, rate_of
+from nerve.recording.preparation import Preparation
 from nerve.recording.settings import MonitorSettings
 from nerve.recording.solver import Eigenproblem, Solved, Solver
 from nerve.recording.staging import expected_bytes
@@ -61,6 +62,7 @@ class Recorder:
         self._solver: Solver | None = None
         self._aside: Aside | None = None
         self._pace: Pace | None = None
+        self._preparation: Preparation | None = None
         self._writer: SpectraWriter | None = None
 
     @property
@@ -143,6 +145,7 @@ class Recorder:
         self.n_measured = 0
         self._rank, self._n_processes = rank, n_processes
         self._aside, self._pace = Aside(device), Pace(device)
+        self._preparation = Preparation(device)
         n_bytes = max(map(expected_bytes, ffns))
         self._solver = Solver(device, spare_workers(device, n_here, n_bytes), n_bytes)
         self._writer = SpectraWriter(self._store, loggers, self.settings.spectra)
@@ -213,6 +216,7 @@ class Recorder:
         if measurement is not None and due is not None:
             assert self._solver is not None
             assert self._aside is not None
+            assert self._preparation is not None
             self.n_measured += 1
             with self._aside.work_on(measurement):
                 if of_all:
@@ -221,6 +225,7 @@ class Recorder:
                 share: list[Eigenproblem] = [*measurement.eigenproblems(*mine)]
                 share += measurement.group_eigenproblems(*mine)
                 solved = self._solver.submit(due, share)
+            self._preparation.start(measurement.products)
             self._write(solved)
 
     def drop_due(self) -> None:
@@ -275,6 +280,7 @@ class Recorder:
         probe, self._probe = self._probe, None
         solver, self._solver = self._solver, None
         aside, self._aside = self._aside, None
+        preparation, self._preparation = self._preparation, None
         try:
             if probe is not None:
                 probe.remove()
@@ -283,6 +289,8 @@ class Recorder:
                 solver.close()
             if aside is not None:
                 aside.close(wait=wait)
+            if preparation is not None:
+                preparation.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, after writing all rows up to its step."""

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from nerve.errors import StoreError, noted
@@ -21,6 +22,12 @@ class RecordedRun(NamedTuple):
 
     record: RunRecord
     store: RunStore
+
+
+def seed_of(config: Mapping[str, Any]) -> int | None:
+    """The `seed` of a caller's configuration, if it is an integer, also one of NumPy."""
+    seed = config.get("seed")
+    return int(seed) if isinstance(seed, Integral) and not isinstance(seed, bool) else None
 
 
 @contextmanager
@@ -46,8 +53,9 @@ def recorded_run(
             is not continued, or one in use by another process; in every process.
     """
     with ExitStack() as stack:
-        run = _opened(stack, RunDirectory(directory), config, goes_on, first)
+        run = None
         try:
+            run = _opened(stack, RunDirectory(directory), config, goes_on, first)
             yield run
         except BaseException as error:
             leave(error)

@@ -82,7 +82,8 @@ class Solver:
 
     With several processes, each submits its share of a measurement's eigenproblems: process r of n
     takes every n-th, starting with number r. Process 0 gets all spectra, the others get their own.
-    They wait for each other only in `drain`. All processes must call `submit` and `drain` alike.
+    They exchange errors whenever they call `submit`, but wait for each other's spectra only in
+    `drain`. All processes must call `submit` and `drain` alike.
 
     Args:
         device: where the model trains.

@@ -4,12 +4,15 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 from nerve.cores import allowed, memory, share_among_trials
 from nerve.errors import MeasurementError
+from nerve.shared_context import SharedContext
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +61,9 @@ def _by_memory(n_processes: int, n_bytes: int) -> int:
 def pool_of(n_workers: int) -> ThreadPoolExecutor:
     """A pool whose threads each use one core in torch, at lower priority than those that train.
 
-    The number of threads that torch sets in a thread applies to that thread and becomes the default
-    of later threads; that default is restored.
-
     Raises:
         MeasurementError: if the threads cannot be started.
     """
-    n_threads = torch.get_num_threads()
     started = threading.Barrier(n_workers + 1)
     refusals: list[Exception] = []
 
@@ -80,21 +79,20 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)
-    try:
-        for _ in range(n_workers):
-            pool.submit(int)
-        started.wait()
-    except (RuntimeError, threading.BrokenBarrierError) as error:
-        started.abort()
-        pool.shutdown(cancel_futures=True)
-        reason = next((each for each in refusals if isinstance(each, MeasurementError)), error)
-        raise MeasurementError(
-            f"Spectra are solved by {n_workers} background threads, which could not be started: "
-            f"{reason}. Raise the limit on threads (ulimit -u), or give this process fewer cores "
-            "(taskset)."
-        ) from error
-    finally:
-        torch.set_num_threads(n_threads)
+    with _default_restored():
+        try:
+            for _ in range(n_workers):
+                pool.submit(int)
+            started.wait()
+        except (RuntimeError, threading.BrokenBarrierError) as error:
+            started.abort()
+            pool.shutdown(cancel_futures=True)
+            reason = next((each for each in refusals if isinstance(each, MeasurementError)), error)
+            raise MeasurementError(
+                f"Spectra are solved by {n_workers} background threads, which could not be "
+                f"started: {reason}. Raise the limit on threads (ulimit -u), or give this process "
+                "fewer cores (taskset)."
+            ) from error
     if refusals:
         log.warning(
             "the threads that solve spectra cannot lower their priority and will compete with "
@@ -102,6 +100,18 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
             str(refusals[0]),
         )
     return pool
+
+
+@SharedContext
+@contextmanager
+def _default_restored() -> Iterator[None]:
+    """The number of threads that torch sets in a thread applies to that thread and becomes the
+    default of later ones. Afterwards, the default is the number of this thread again."""
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _give_way(refusals: list[Exception]) -> None:

@@ -175,7 +175,7 @@ def _contrasts(compared: Comparisons, factors: Sequence[str]) -> Iterator[Drawin
                 f"contrasts{group.suffix}_by_{factor}",
                 f"Designs that differ only in {factor}, with runs paired by seed: differences of "
                 "means with 95% intervals, where the error is pooled over all designs of one scale "
-                f"({_ends(own['df'])} degrees of freedom; {_ends(own['n_pairs'])} pairs). "
+                f"(degrees of freedom: {_ends(own['df'])}; pairs: {_ends(own['n_pairs'])}). "
                 f"{FILLED} Gray: undecided, with fewer than 3 degrees of freedom. With more than "
                 f"{figures_of_comparisons.MAX_LEVELS} levels, each is compared with the first; "
                 f"at most {figures_of_comparisons.MAX_CONTRASTS} pairs are shown. The table has "

@@ -67,9 +67,11 @@ def overview(metrics: pd.DataFrame, correlations: pd.DataFrame, title: str) -> F
 
 
 def gain_maps(metrics: pd.DataFrame, title: str) -> Figure:
-    """PR gain (post/pre, logarithmic) and ΔEEE (post - pre) as layers × steps.
+    """PR gain (post/pre, logarithmic), ΔEEE (post - pre) and the variance outside the span of pre,
+    as layers × steps.
 
-    In both, purple is flattening, orange the opposite, white no change, gray not measured.
+    In the first two, purple is flattening, orange the opposite, white no change; gray is not
+    measured.
     """
     shown = shown_in("maps")
     figure, panels = new_figure(1, len(shown), title, width=4.6, height=2.8)

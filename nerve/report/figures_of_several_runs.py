@@ -143,6 +143,7 @@ def loss_against_metrics(
         if not shown.any():
             say_empty(panel, "no run with this metric and a loss")
         name_axes(panel, "val_loss", name, f"{short_name(name)}\n{_coefficients(by_metric, name)}")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
     if factor:
         entries = level_keys(colors, marker="o", linestyle="none", markersize=4)
         outside_legend(figure, entries, plain(factor))
@@ -197,13 +198,14 @@ def _draw_lines(
     styles = rows.drop_duplicates("line")
     for line, color, dash in zip(styles["line"], styles["color"], styles["dash"], strict=True):
         center, low, high = (frame.loc[line] for frame in (centers, lows, highs))
+        one_point = "." if len(center) == 1 else ""
         for panel, name in zip(panels, names, strict=True):
             panel.plot(
                 center.index,
                 center[name],
                 color=color,
                 linestyle=dash,
-                marker=marker,
+                marker=marker or one_point,
                 linewidth=1.3,
             )
             if len(styles) <= MAX_LINES:

@@ -179,6 +179,8 @@ def _factor_drawings(
     factors: Factors,
 ) -> list[Drawing]:
     about = f"{limits(metrics)} {seeds(designs)} {_lines(means)}"
+    columns = figures_of_several_runs.LAYERS  # older runs have not stored all of them
+    columns = tuple(name for name in columns if layers[name].notna().any()) or columns
     drawings = []
     for factor in shown:
         others = [name for name in factors.varying if name != factor]
@@ -204,6 +206,7 @@ def _factor_drawings(
                     factor,
                     others,
                     f"Last step by {factor}{_named(ffn)}",
+                    columns,
                 ),
             ),
         ]
@@ -218,11 +221,16 @@ def _loss_drawings(
     across: pd.DataFrame,
     shown: Sequence[str],
 ) -> list[Drawing]:
-    """Loss against metrics, one figure per `data`, because their losses are not comparable."""
+    """Loss against metrics, one figure per `data` with two or more designs, because losses on
+    different data are not comparable."""
     drawings = []
     compared = designs[designs["n_seeds"] > 0]
     for i, (data, points) in enumerate(compared.groupby("data", dropna=False, sort=False)):
-        which = f", data {data}" if compared["data"].nunique(dropna=False) > 1 else ""
+        if len(points) < 2:
+            continue  # one point shows no relation
+        which = ""
+        if compared["data"].nunique(dropna=False) > 1:
+            which = ", data " + ("unknown" if pd.isna(data) else str(data))
         same_data, same_group = (
             frame["data"].isna() if pd.isna(data) else frame["data"] == data
             for frame in (means, across)

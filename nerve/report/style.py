@@ -38,7 +38,7 @@ MAX_TITLE = 110
 LABELS = {
     "step": "optimizer step",
     "layer": "layer",
-    "depth": "depth (0 first layer, 1 last)",
+    "depth": "depth, (layer + ½) / number of layers",
     "val_loss": "validation loss (nats)",
     "train_loss": "training loss (nats)",
     "loss": "loss (nats per target)",

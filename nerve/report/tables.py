@@ -1,11 +1,13 @@
 """The tables of a report on several runs: runs, designs, correlations and other comparisons."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from nerve.analysis.compare import average_seeds, metrics_at_loss
 from nerve.analysis.correlate import NULLS, RESULTS
 from nerve.analysis.depth import metrics_by_depth
-from nerve.analysis.factors import Factors
+from nerve.analysis.factors import Factors, level_text, levels_of, ordered_levels
 from nerve.analysis.frames import at_last_step
 from nerve.analysis.scaling import fit_width_scaling
 from nerve.metric_names import columns_of
@@ -49,12 +51,23 @@ def _table_of_runs(runs: pd.DataFrame, flags: pd.DataFrame, factors: Factors) ->
         "runs",
         "One row per run: its factors, how it ended and its loss; data identifies its corpus and "
         "tokenizer.",
-        pd.concat([own, judged], axis=1),
+        _by_level(pd.concat([own, judged], axis=1), (*factors.varying, "seed")),
         [
             *("run_id", "sweep", "flag", *factors.varying, "seed", "final_loss", "min_loss"),
             *(*results, "n_steps", "n_null", "run_status", "reason", "error", "directory"),
         ],
     )
+
+
+def _by_level(rows: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
+    """The rows in the order of the levels of their factors, as in legends."""
+    if not factors:
+        return rows
+    places = pd.DataFrame(index=rows.index)
+    for name in factors:
+        order = {level_text(level): i for i, level in enumerate(ordered_levels(rows[name]))}
+        places[name] = levels_of(rows[name]).map(order)
+    return rows.loc[places.sort_values(list(factors), kind="stable").index]
 
 
 def _tables_of_designs(
@@ -66,7 +79,7 @@ def _tables_of_designs(
             "designs",
             "The last measured step: means over layers and over the seeds of a design, without "
             "flagged runs; _sd: sample SD over seeds.",
-            designs,
+            _by_level(designs, factors.varying),
             (*shown, *SHOWN_LOSS, *known(designs, SHOWN), "n_null"),
         ),
         Table(
@@ -74,7 +87,9 @@ def _tables_of_designs(
             "The same at the point where each run's validation loss crosses the target, "
             "interpolated between measured steps. The target is the highest final loss of all "
             "comparable runs on the same data.",
-            average_seeds(metrics_at_loss(metrics, runs, factors.varying)),
+            _by_level(
+                average_seeds(metrics_at_loss(metrics, runs, factors.varying)), factors.varying
+            ),
             [
                 *(*shown, "target_loss", "reached", "step", *SHOWN_LOSS),
                 *known(designs, SHOWN),

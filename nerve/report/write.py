@@ -69,8 +69,7 @@ def write_report(
         ConfigError: for an unknown window, steps with several runs, or an invalid reference file.
     """
     roots = _listed(paths)
-    beside = roots[0].resolve().parent if roots else Path()  # without a path, gather raises
-    folder = Path(output) if output is not None else beside / "report"
+    folder = folder_of(roots, output)
     _require_own(folder)
     content = gather(roots, window=window, steps=steps, reference=reference, progress=progress)
     try:
@@ -80,6 +79,14 @@ def write_report(
             f"The folder of a report must be writable; {folder} is not: {error}. Choose another "
             "folder with -o."
         ) from error
+
+
+def folder_of(paths: Sequence[AnyPath], output: AnyPath | None = None) -> Path:
+    """The folder into which `write_report` writes, with these arguments of it."""
+    if output is not None:
+        return Path(output)
+    beside = Path(paths[0]).resolve().parent if paths else Path()  # without a path, gather raises
+    return beside / "report"
 
 
 def gather(

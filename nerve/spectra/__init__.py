@@ -8,8 +8,8 @@ from nerve.spectra.metrics import (
     jensen_shannon,
     participation_ratio,
     spectral_entropy,
-    variance_outside,
 )
+from nerve.spectra.outside import variance_outside
 from nerve.spectra.shares import SampleShares, Shares
 
 __all__ = [

@@ -121,11 +121,11 @@ class StreamingCovariance:
                 self._merge(Moments(n, *(part.to(self.device, copy=True) for part in parts)))
 
     def tally(self) -> Tally:
-        """The tally so far; does not wait for the device."""
+        """The tally so far. Samples that are held become moments, because their product counts."""
         with torch.inference_mode(False), torch.no_grad():
             self._fold()
         n = 0 if self._moments is None else self._moments.n
-        return Tally(n, frozenset(self._taken))
+        return Tally(n, self.products)
 
     def moments(self) -> Moments:
         """Number, mean and scatter (lower triangle) of the samples so far: the state itself."""
@@ -182,6 +182,11 @@ class StreamingCovariance:
         none."""
         with torch.inference_mode(False):
             return torch.cat(self._held) if self._n_held else None
+
+    @property
+    def products(self) -> frozenset[str]:
+        """The products that were used so far; none while all samples are held."""
+        return frozenset(self._taken)
 
     @property
     def n_samples(self) -> int:

@@ -1,4 +1,4 @@
-"""The eigenvalues of a covariance, in float64, and two cheaper ways to the same numbers."""
+"""The eigenvalues of a covariance, in float64, and two cheaper ways to compute them."""
 
 import torch
 from jaxtyping import Float, Float64
@@ -7,10 +7,12 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.spectra.product import add_lower
 
-# A covariance entry is trusted to 1e-5 of its two standard deviations, |E_ij| <= 1e-5 s_i s_j, so
-# that no eigenvalue moves by more than |E|_F <= 1e-5 sum(s_i^2) = 1e-5 trace. (float64's own share
-# is 1e-15 dim.) One further below zero cannot be rounding.
 NEGATIVE_TOLERANCE = 1e-5
+"""How far below zero rounding can move an eigenvalue, relative to the trace.
+
+The error of a covariance entry is at most 1e-5 of its two standard deviations, |E_ij| <= 1e-5 s_i
+s_j. So no eigenvalue moves by more than |E|_F <= 1e-5 sum(s_i^2) = 1e-5 trace. The eigenvalue
+computation in float64 adds only about 1e-15 dim."""
 
 
 def eigenvalues(
@@ -18,12 +20,13 @@ def eigenvalues(
 ) -> Float64[Tensor, "*batch dim"]:
     """Eigenvalues of symmetric, positive semi-definite matrices, the largest first.
 
-    Negative ones that are rounding, down to -1e-5 of the trace, become 0. A matrix with an entry
-    that is not finite gives NaN throughout; the others of the batch are not affected.
+    Eigenvalues that are negative because of rounding, down to -1e-5 of the trace, become 0. All
+    eigenvalues of a matrix with an entry that is not finite are NaN; other matrices of the batch
+    are not affected.
 
     Args:
-        covariance: only the lower triangle is read; any floating type, taken to float64.
-        dim: how many to return, with zeros after those of the matrix. By default those alone.
+        covariance: only the lower triangle is read; any floating type, converted to float64.
+        dim: number of eigenvalues to return; zeros follow those of the matrix. By default n.
 
     Returns:
         float64, in the units of the covariance, descending, each at least 0.
@@ -33,9 +36,9 @@ def eigenvalues(
     """
     with torch.no_grad():
         matrix = covariance.double()
-        # The largest magnitude is NaN or infinite if any is.
+        # The largest magnitude is NaN or infinite if any entry is.
         finite = matrix.tril().abs_().amax((-2, -1)).isfinite()
-        if not finite.all():  # LAPACK refuses NaN, for the whole batch.
+        if not finite.all():  # because of one NaN, LAPACK would reject the whole batch
             matrix = torch.where(finite[..., None, None], matrix, 0)
         values = torch.linalg.eigvalsh(matrix).flip(-1)
         values = _without_negatives(values, matrix.diagonal(dim1=-2, dim2=-1).sum(-1))
@@ -48,13 +51,13 @@ def gram_eigenvalues(x: Float[Tensor, "*samples dim"]) -> Float64[Tensor, " dim"
     """Eigenvalues of the covariance of `x`, from the Gram matrix of its samples.
 
     `(X - mean) (X - mean)^T / (N - 1)`, N x N, has the same nonzero eigenvalues as the dim x dim
-    covariance; the other `dim - N` are 0. Much cheaper when there are fewer samples than features.
+    covariance; the other `dim - N` are 0. Much cheaper if there are fewer samples than features.
 
     Args:
         x: features of all N samples, N <= dim; all dimensions but the last are samples.
 
     Returns:
-        float64, descending, padded with zeros to `dim`; NaN for N < 2 or features that are not
+        float64, descending, padded with zeros to `dim`; all NaN for N < 2, or if a feature is not
         finite.
 
     Raises:
@@ -65,7 +68,7 @@ def gram_eigenvalues(x: Float[Tensor, "*samples dim"]) -> Float64[Tensor, " dim"
     n = x.shape[0]
     if n > dim:
         raise MeasurementError(
-            f"The Gram matrix needs no more samples than features; got {n} samples of {dim} "
+            f"The Gram matrix is for at most as many samples as features; got {n} samples of {dim} "
             "features. Use eigenvalues(covariance)."
         )
     if n < 2:
@@ -74,14 +77,19 @@ def gram_eigenvalues(x: Float[Tensor, "*samples dim"]) -> Float64[Tensor, " dim"
 
 
 def gram(x: Float[Tensor, "n dim"]) -> Float64[Tensor, "n n"]:
-    """`(X - mean) (X - mean)^T` of at least one sample, in float64: the lower triangle alone."""
+    """`(X - mean) (X - mean)^T` of at least one sample, in float64; only the lower triangle is
+    valid."""
     with torch.no_grad():
-        x = x.double()
-        # Equal values have no variance at all: rounding must not push their mean off them.
-        x = x - x.mean(0).clamp(x.amin(0), x.amax(0))
+        x = centered(x.double())
         total = x.new_zeros(len(x), len(x))
         add_lower(total, x.T, x.T)
         return total
+
+
+def centered(x: Float64[Tensor, "n dim"]) -> Float64[Tensor, "n dim"]:
+    """`X - mean` of at least one sample; exactly 0 for a feature that is the same in all samples,
+    although its mean may be rounded."""
+    return x - x.mean(0).clamp(x.amin(0), x.amax(0))
 
 
 def projected_eigenvalues(
@@ -90,20 +98,20 @@ def projected_eigenvalues(
     """Eigenvalues of `W C W^T`: the covariance of `u = W x + b` from that of `x`.
 
     With `W = Q R`, `W C W^T = Q (R C R^T) Q^T` has the same nonzero eigenvalues as the d_in x d_in
-    matrix `R C R^T`. R exists and is stable for every W, and C may be singular, which behind a
-    LayerNorm it always is. All in float64: relative to the largest, within 2e-10 of the d_ff x d_ff
-    problem.
+    matrix `R C R^T`. R exists and is stable for every W, and C may be singular, as it always is
+    after a LayerNorm. All computations are in float64; the results differ from those of the
+    d_ff x d_ff matrix by at most 2e-10 of the largest eigenvalue.
 
     Args:
-        weight: the weight of the layer, as the forward that is measured used it.
+        weight: the weight of the layer, as the measured forward pass used it.
         input_covariance: covariance of the layer's input; only the lower triangle is read.
 
     Returns:
-        float64, in the units of the covariance, descending, padded with zeros to `d_ff`; NaN if
-        either argument is not finite.
+        float64, in the units of the covariance, descending, padded with zeros to `d_ff`; all NaN if
+        an entry of either argument is not finite.
 
     Raises:
-        MeasurementError: if `W C W^T` has a materially negative eigenvalue.
+        MeasurementError: if `W C W^T` has an eigenvalue below -1e-5 of its trace.
     """
     d_ff, d_in = weight.shape
     with torch.no_grad():
@@ -122,7 +130,8 @@ def mirrored(lower: Float64[Tensor, "dim dim"]) -> Float64[Tensor, "dim dim"]:
 def _without_negatives(
     values: Float64[Tensor, "*batch dim"], trace: Float64[Tensor, "*batch"]
 ) -> Float64[Tensor, "*batch dim"]:
-    """`values` with 0 in place of negative ones that are rounding; raises for others."""
+    """`values`, where negative ones are 0 if they can be rounding; otherwise raises
+    `MeasurementError`."""
     if (values < -NEGATIVE_TOLERANCE * trace.abs()[..., None]).any():
         relative = (values / trace.abs()[..., None]).amin().item()
         raise MeasurementError(

@@ -1,11 +1,10 @@
-"""Kernels for NVIDIA GPUs: one pass over features where torch takes several.
+"""Kernels for NVIDIA GPUs: one pass over the features where torch takes several.
 
-To import this module is to import triton, which torch brings along where it is built for CUDA on
-Linux: ask `nerve.spectra.product.has_kernels` first.
+Importing this module imports triton, which torch installs if it is built for CUDA on Linux; check
+`nerve.spectra.product.has_kernels` first.
 
-Triton compiles a kernel once for each kind of arguments, which takes a second or more. No kernel is
-compiled anew for another number of samples, which may change with every batch: numbers of rows
-(`do_not_specialize`) count as one kind.
+Triton compiles a kernel once for each kind of arguments, which takes a second or more. The number
+of samples may change with every batch, so it does not distinguish kinds (`do_not_specialize`).
 """
 
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from torch import Tensor
 
 _TILE, _DEPTH = 128, 64
 _MOST_ROWS = 16_384
-"""Rows that are summed in float32, piece by piece."""
+"""Maximum number of rows that are summed in float32, piece by piece."""
 _LEAST_PROGRAMS = 264
-"""Two for each multiprocessor of an H200."""
+"""Minimum number of programs: two for each multiprocessor of an H200."""
 _ROWS, _COLUMNS = 4, 1024
 _SIDE = 64
 
@@ -31,11 +30,11 @@ def add_lower_products(
     pairs: Sequence[tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]],
     n_terms: int,
 ) -> None:
-    """Adds the lower triangle of `a^T b` of each pair, of 16-bit features, to that of `total`; what
-    the upper ones hold means nothing.
+    """Adds the lower triangle of `a^T b`, for each pair of 16-bit matrices, to that of `total`. The
+    upper triangle of `total` is undefined.
 
-    The tensor cores sum pieces of `n_terms` products, a multiple of 64, which float32 adds up with
-    rounding to nearest, over at most 16,384 rows; float64 adds up these.
+    The tensor cores sum pieces of `n_terms` products, a multiple of 64. The pieces are added in
+    float32 with rounding to nearest, for at most 16,384 rows, and these sums in float64.
     """
     n, dim = pairs[0][0].shape
     side = -(-dim // _TILE)
@@ -45,7 +44,7 @@ def add_lower_products(
     products = total.new_empty((len(pairs), -(-n // rows), dim, dim), dtype=torch.float32)
     with torch.cuda.device(total.device):
         for (a, b), chunks in zip(pairs, products, strict=True):
-            a, b = _with_columns_together(a), _with_columns_together(b)
+            a, b = _with_contiguous_rows(a), _with_contiguous_rows(b)
             sizes = (n, dim, a.stride(0), b.stride(0), rows, _TILE, _DEPTH, n_terms)
             _lower_tiles[n_tiles, len(chunks)](a, b, chunks, *sizes, num_warps=8, num_stages=3)
         side, n_products = -(-dim // _SIDE), products.shape[0] * products.shape[1]
@@ -55,9 +54,9 @@ def add_lower_products(
 def square_distances(
     x: Float[Tensor, "n dim"], center: Float[Tensor, " dim"]
 ) -> Float64[Tensor, " n"]:
-    """The squared distance of each row from `center`, rounded to float32: differences of float32,
-    sums of float64."""
-    x = _with_columns_together(x)
+    """The squared distance of each row from `center`, which is rounded to float32: differences in
+    float32, sums in float64."""
+    x = _with_contiguous_rows(x)
     n, dim = x.shape
     squares = x.new_empty(n, dtype=torch.float64)
     sizes = (n, dim, x.stride(0), _ROWS, _COLUMNS)
@@ -66,7 +65,7 @@ def square_distances(
     return squares
 
 
-def _with_columns_together(x: Tensor) -> Tensor:
+def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -85,10 +84,10 @@ def _lower_tiles(
     DEPTH: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """One tile of the lower triangle, over one chunk of the rows."""
+    """Computes one tile of the lower triangle, over one chunk of the rows."""
     tile = tl.program_id(0)
     chunk = tl.program_id(1)
-    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)  # tiles count row by row
+    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)  # tiles are numbered row by row
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
     column = tile - row * (row + 1) // 2
@@ -116,7 +115,7 @@ def _lower_tiles(
 @triton.jit(do_not_specialize=["n_products"])
 @no_type_check
 def _add_lower(total, products, n_products, dim, size, SIDE: tl.constexpr):
-    """Adds one square of each of the products, unless it lies above the diagonal."""
+    """Adds one square block of each of the products, unless it lies above the diagonal."""
     if tl.program_id(1) <= tl.program_id(0):
         rows = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
         columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
@@ -135,7 +134,7 @@ def _add_lower(total, products, n_products, dim, size, SIDE: tl.constexpr):
 def _square_distances(
     x, center, squares, n, dim, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Those of some rows."""
+    """Computes the squared distances of `ROWS` rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), dtype=tl.float64)
     for start in range(0, dim, COLUMNS):

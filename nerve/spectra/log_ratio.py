@@ -13,31 +13,31 @@ def log_participation_ratio(
 ) -> Float[Tensor, ""]:
     """log PR = log(tr(C)² / ||C||²_F) of some samples of `features`, with its gradient.
 
-    C is the covariance. Of the matrices YᵀY and YYᵀ of the centered samples, which share what is
-    not 0 of their spectra, the smaller one is taken; it costs two products, one for the value and
-    one for the gradient. Those of 16-bit features are bfloat16 with sums in float32, whatever
-    autocast says; of others, in their own type.
+    C is the covariance. The matrices YᵀY and YYᵀ of the centered samples have the same nonzero
+    eigenvalues, so the smaller one is used. It costs two products, one for the value and one for
+    the gradient: in bfloat16 with sums in float32 for 16-bit features, otherwise in their own
+    dtype, whatever autocast says.
 
-    It lies in [0, log dim] and does not depend on the size of the features. Its gradient is that of
-    the samples taken, 0 for the others. Where the spectrum is flat or has one direction, PR is at
-    an end of its range and the gradient is 0, up to rounding; without any variance (a dead layer, a
-    single sample) value and gradient are 0.
+    The value is in [0, log dim] and does not depend on the scale of the features. Only the samples
+    that are used have a gradient; that of the others is 0. If the spectrum is flat or has one
+    direction, PR is at an extreme and the gradient is 0 up to rounding. Without variance (a dead
+    layer, a single sample), value and gradient are 0.
 
     Args:
         features: floats; the last dimension holds the features of a sample.
-        n_samples: how many to take, spread evenly over all of them and over the positions in a
-            sequence; all where there are fewer.
+        n_samples: number of samples to use, spread evenly over all of them and over the positions
+            in a sequence; all if there are fewer.
     """
     value, *_ = _log_ratio(features, n_samples)
     return value
 
 
 def evenly(n: int, n_taken: int, device: torch.device | None = None) -> Int64[Tensor, " n_taken"]:
-    """`n_taken` numbers below `n`, at most all, none twice: the multiples of a step modulo `n`.
+    """`n_taken` different numbers below `n`, or all of them: the multiples of a step modulo `n`.
 
-    Any run of them is spread evenly over all samples, and over the positions in sequences whose
-    length divides `n`. The step has no factor in common with `n`; it is the one nearest to the
-    golden ratio's share of it.
+    Any consecutive ones are spread evenly over all samples, and over the positions in sequences
+    whose length divides `n`. The step is the number nearest to `n` times the golden ratio that has
+    no factor in common with `n`.
     """
     golden = round(n * (5**0.5 - 1) / 2)
     steps = (golden + sign * offset for offset in range(n) for sign in (1, -1))
@@ -46,18 +46,18 @@ def evenly(n: int, n_taken: int, device: torch.device | None = None) -> Int64[Te
 
 
 _MEAN_ROUNDING = 32
-"""How many units of rounding a mean may be off. What varies by less is a constant feature: dividing
-by its size would make a spectrum of the rounding alone."""
+"""The largest error of a mean, in units of rounding. A feature that varies by less is constant:
+dividing by its range would create a spectrum of rounding errors."""
 
 
-# An operator, so that compiled code holds it as it is. Its passes over the samples, which cost as
-# much as its products, are kept few: no copy of them in float32 is made.
+# An operator, so that the compiler leaves it as it is. Passes over the samples cost as much as the
+# products, so there are few of them, and no copy in float32.
 @torch.library.custom_op("nerve::log_ratio", mutates_args=())
 def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log PR; its gradient by the samples that were taken, as a direction and a factor; and which
-    samples these are."""
+    """log PR; its gradient with respect to the samples that are used, as a direction and a factor;
+    and the indices of these samples."""
     rows = features.detach().flatten(0, -2)
-    # Made where they are used: what a CUDA graph holds copies nothing from the host.
+    # Computed on the device, because a CUDA graph must not copy from the host.
     taken = evenly(len(rows), n_samples, rows.device)
     narrow, wide = _types(rows)
     x = rows[taken]
@@ -65,7 +65,7 @@ def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor
     noise = _MEAN_ROUNDING * torch.finfo(wide).eps * torch.maximum(-low, high)
     size = (high - low).amax()
     varies = high - low > noise
-    # Divided by their size samples are neither too small nor too large to be squared.
+    # Divided by their range, samples are neither too small nor too large to be squared.
     scale = torch.where(varies, 1 / size, 0.0)
     y = torch.empty_like(x, dtype=narrow)
     torch.addcmul(-scale * x.mean(dim=0, dtype=wide), x, scale, out=y)
@@ -85,7 +85,7 @@ def _log_ratio(features: Tensor, n_samples: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _types(features: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """What products are taken in, and everything else."""
+    """The dtypes of products, and of everything else."""
     narrow = torch.bfloat16 if features.dtype.itemsize == 2 else features.dtype
     return narrow, torch.promote_types(features.dtype, torch.float32)
 

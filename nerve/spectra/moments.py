@@ -1,24 +1,24 @@
-"""Number, mean and sum of squares of samples, at any scale and with any mean.
+"""Number, mean and sum of squares of samples, accurate at any scale and with any mean.
 
-How far the samples spread decides which way to multiply them keeps enough digits.
+The spread of the samples decides which products keep enough digits.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nerve.spectra.product import PRODUCTS, Product, exact_products, has_kernels
+from nerve.spectra.host_copy import HostCopy
+from nerve.spectra.product import PRODUCTS, Product, has_kernels
 
 # Columns are scaled so that a centered value stays below 2**15: inside float16's range (65,504),
 # with 39 binary digits between that and float16's smallest step.
 _SCALED_EXPONENT = 15
 
-# Uncentered products are for features whose mean carries at most the power of their variance, which
-# keeps SE within 1e-5, and that are neither so small that products vanish in float32 nor so large
-# that sums of them overflow.
+# Uncentered products are for features whose squared mean is at most their variance, which keeps the
+# error of SE below 1e-5. The features must also not be so small that products vanish in float32, or
+# so large that sums of products overflow.
 _LARGEST_MEAN = 1.0
 _LEAST_SQUARE = 1e-30
 _LARGEST_TOTAL = 1e37
@@ -30,48 +30,10 @@ less than 1e-3 nats."""
 _ROWS = 8192
 
 
-class OnItsWay:
-    """Numbers on their way from a device to the host; only reading them waits.
-
-    The copy from a GPU starts at once. By the time the numbers are read, the host has queued more
-    work for the GPU, which therefore does not idle.
-    """
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers
-        self._arrived: torch.cuda.Event | None = None
-        if numbers.device.type == "cuda":
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
-
-    def numbers(self) -> Tensor:
-        """The numbers, on the host; waits for them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._numbers
-
-
-class Flag(OnItsWay):
-    """A condition on numbers of a device, which are waited for when it is evaluated.
-
-    Args:
-        numbers: one boolean, or what `holds` takes.
-        holds: evaluates the condition from the numbers, on the host.
-    """
-
-    def __init__(self, numbers: Tensor, holds: Callable[[Tensor], bool] = bool) -> None:
-        super().__init__(numbers)
-        self._holds = holds
-
-    def __bool__(self) -> bool:
-        return self._holds(self.numbers())
-
-
 class Spread:
     """The mean of at least one sample, and the total squared distance from it.
 
-    The methods wait for the device, like those of `OnItsWay`.
+    The methods wait for the device, as those of `HostCopy` do.
 
     Attributes:
         mean: float64 `[dim]`.
@@ -85,10 +47,10 @@ class Spread:
     def __init__(self, n: int, mean: Float64[Tensor, " dim"], square: Float64[Tensor, ""]) -> None:
         self.mean = mean
         self._n = n
-        self._squares = OnItsWay(torch.stack([square, mean.dot(mean)]))
+        self._squares = HostCopy(torch.stack([square, mean.dot(mean)]))
 
     def suits_raw(self) -> bool:
-        """Whether products of the samples as they are, uncentered, keep enough digits."""
+        """Whether products of the uncentered samples keep enough digits."""
         square, of_mean = self._of_all()
         all_squares = square + of_mean
         return (
@@ -157,9 +119,9 @@ def moments_of(
     x: Float[Tensor, "n dim"], product: str, spread: Spread | None = None
 ) -> tuple[Moments, str]:
     """The moments of the samples `x`, at least one, and the name of the product that was used:
-    `float16x2` if an uncentered one would lose digits. Giving their spread saves passes over
-    them."""
-    with exact_products(x.device):
+    `float16x2` instead of an uncentered product that would lose digits. If their spread is given,
+    an uncentered product needs fewer passes over them."""
+    with torch.autocast(x.device.type, enabled=False):
         if not PRODUCTS[product].centered:
             if x.dtype == PRODUCTS[product].dtype:
                 spread = Spread.of(x) if spread is None else spread
@@ -170,16 +132,17 @@ def moments_of(
 
 
 def prepare_centered(device: torch.device) -> None:
-    """Has what takes `float16x2` compiled and loaded, which bfloat16 features need only once their
-    mean is large: in the middle of training that takes seconds. Waits for the device.
+    """Compiles and loads the kernels of centered products of bfloat16 features; waits for them.
 
-    No setting of products is touched, since other threads train meanwhile: kernels know none.
+    Such features need them only once their mean is large. Compiling takes seconds, so it should
+    happen beside training, in a thread of its own: it uses a stream of its own and changes no
+    setting. `device` must have kernels (`has_kernels`).
     """
-    if has_kernels(device):
-        with torch.inference_mode(False), torch.no_grad():
-            x = torch.ones(512, 128, dtype=torch.bfloat16, device=device)
-            _centered_moments(x, PRODUCTS["float16x2"])
-            torch.cuda.current_stream(device).synchronize()
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+        x = torch.ones(512, 128, dtype=torch.bfloat16, device=device)
+        _centered_moments(x, PRODUCTS["float16x2"])
+    stream.synchronize()
 
 
 def _raw_moments(x: Float[Tensor, "n dim"], product: Product, spread: Spread) -> Moments:
@@ -231,5 +194,7 @@ def _shift_and_scale(
     # A dead column must have no variance at all: rounding may push the mean of equal values off
     # their value, but not past the extremes.
     shift = mean.clamp(low, high)
-    exponent = torch.frexp(high.double() - low.double()).exponent.clamp(-100, 128)
+    # Of a constant column nothing is left, unless a scale makes it overflow before it is shifted.
+    extent = torch.nn.functional.threshold(high.double() - low.double(), 0.0, 2.0**127)
+    exponent = torch.frexp(extent).exponent.clamp(-100, 128)
     return shift, torch.pow(2.0, _SCALED_EXPONENT - exponent).to(dtype)

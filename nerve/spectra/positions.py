@@ -1,9 +1,13 @@
-"""Sums of the samples at each sequence position, and of their squared distances from a mean."""
+"""Sums of the samples at each sequence position, and of their squared distances from a mean.
+
+Padding may come first, so the positions of a sequence count from its first sample that counts.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -80,21 +84,48 @@ def _longer(x: Float64[Tensor, "rows n"], longest: int) -> Float64[Tensor, "rows
     return x if x.shape[1] == longest else pad(x, (0, longest - x.shape[1]))
 
 
+class Padding(NamedTuple):
+    """Which samples of padded sequences count, and at which positions they are.
+
+    Attributes:
+        mask: True for the samples that count, by column.
+        counts: the same by position.
+        columns: the column of each position; None if they are equal. Positions after the end of a
+            sequence do not count.
+    """
+
+    mask: Bool[Tensor, "sequences positions"]
+    counts: Bool[Tensor, "sequences positions"]
+    columns: Int64[Tensor, "sequences positions"] | None
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "sequences positions"]) -> "Padding":
+        """The padding that a mask shows; waits for the device."""
+        start, n = mask.int().argmax(1, keepdim=True), mask.shape[1]
+        if not start.any():
+            return cls(mask, mask, None)
+        columns = start + torch.arange(n, device=mask.device)
+        inside = columns < n
+        columns = columns.clamp_(max=n - 1)
+        return cls(mask, mask.gather(1, columns) & inside, columns)
+
+
 def sums_of_positions(
-    x: Float[Tensor, "*samples dim"], mask: Bool[Tensor, "*samples"] | None
+    x: Float[Tensor, "sequences positions dim"], padding: Padding | None
 ) -> Float64[Tensor, "positions dim"]:
     """The sums over the sequences, in float64. 16-bit features are summed in float32 within chunks,
-    which is as accurate for them and faster on a GPU. Features without positions have one row."""
-    x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1])
-    mask = None if mask is None else mask.reshape(*x.shape[:2], 1)
+    which is as accurate for them and faster on a GPU."""
     is_wide = x.dtype.itemsize > 2
     dtype = torch.float64 if is_wide else torch.float32
     size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
     sums: Tensor | None = None
     for first in range(0, len(x), size):
-        sequences = x[first : first + size]
-        if mask is not None:
-            sequences = torch.where(mask[first : first + size], sequences, 0)
+        some = slice(first, first + size)
+        sequences = x[some]
+        if padding is not None:
+            if padding.columns is not None:
+                sequences = torch.take_along_dim(sequences, padding.columns[some, :, None], 1)
+            sequences = torch.where(padding.counts[some, :, None], sequences, 0)
         found = sequences.sum(0, dtype=dtype)
         sums = found.double() if sums is None else sums.add_(found)
     assert sums is not None
@@ -102,17 +133,20 @@ def sums_of_positions(
 
 
 def counts_and_squares(
-    squares: Float64[Tensor, " n"], n_positions: int, mask: Bool[Tensor, "*samples"] | None
+    squares: Float64[Tensor, " n"], n_positions: int, padding: Padding | None
 ) -> Float64[Tensor, "2 positions"]:
     """For each position, the number of samples that count and the sum of their `squares`, which
-    are given for the samples that count alone."""
-    if mask is None:
+    are given only for the samples that count."""
+    if padding is None:
         of_positions = squares.new_full((2, n_positions), len(squares) // n_positions)
+        squares = squares.reshape(-1, n_positions)
     else:
         of_positions = squares.new_empty(2, n_positions)
-        of_positions[0] = mask.reshape(-1, n_positions).sum(0)
-        squares = squares.new_zeros(mask.shape).masked_scatter(mask, squares)
-    torch.sum(squares.reshape(-1, n_positions), 0, out=of_positions[1])
+        of_positions[0] = padding.counts.sum(0)
+        squares = squares.new_zeros(padding.mask.shape).masked_scatter(padding.mask, squares)
+        if padding.columns is not None:
+            squares = squares.gather(1, padding.columns).where(padding.counts, 0)
+    torch.sum(squares, 0, out=of_positions[1])
     return of_positions
 
 

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from nerve.shared_context import SharedContext
+
 
 @dataclass(frozen=True)
 class Product:
@@ -50,8 +52,51 @@ def add_lower(
         total[start:, start:stop] += matmul(a[:, start:].T, b[:, start:stop])
 
 
-def _add_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n dim"]) -> None:
+_SIXTEEN_BIT_SUMS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+
+
+@SharedContext
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Makes torch's products of 32 and 16 bits keep every digit, whatever the caller has set.
+
+    Turns off the switches that trade digits for speed (TF32, bfloat16 instead of float32, sums in
+    16 bits), and restores them. They are switches of the whole process: meanwhile the products of
+    other threads keep every digit as well, and code that they have compiled for other settings may
+    be compiled again. So this is only for products that depend on them: not for those in float64,
+    nor for `nerve.spectra.kernels`.
+    """
+    cuda = torch.backends.cuda.matmul
+    sums = {name: getattr(cuda, name) for name in _SIXTEEN_BIT_SUMS}
+    backends = (cuda, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    precisions = [backend.fp32_precision for backend in backends]
+    try:
+        for name in sums:
+            setattr(cuda, name, False)
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for name, value in sums.items():
+            setattr(cuda, name, value)
+        for backend, precision in zip(backends, precisions, strict=True):
+            # What was inherited from torch.backends.fp32_precision stays inherited.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+
+def _add_float64_product(total: Float64[Tensor, "dim dim"], y: Float64[Tensor, "n dim"]) -> None:
     add_lower(total, y, y)
+
+
+def _add_float32_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor, "n dim"]) -> None:
+    with full_precision():
+        add_lower(total, y, y)
 
 
 def _add_bfloat16_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n dim"]) -> None:
@@ -60,8 +105,9 @@ def _add_bfloat16_product(total: Float64[Tensor, "dim dim"], y: Float[Tensor, "n
 
         kernels.add_lower_products(total, [(y, y)], _BFLOAT16_TERMS)
         return
-    for rows in y.split(16_384):
-        add_lower(total, rows, rows, _tensor_core_matmul(_BFLOAT16_TERMS))
+    with full_precision():
+        for rows in y.split(16_384):
+            add_lower(total, rows, rows, _tensor_core_matmul(_BFLOAT16_TERMS))
 
 
 _BFLOAT16_TERMS, _FLOAT16_TERMS = 512, 256
@@ -97,9 +143,10 @@ def _add_float16x2_product(total: Float64[Tensor, "dim dim"], y: Float32[Tensor,
         kernels.add_lower_products(total, pairs, _FLOAT16_TERMS)
         return
     matmul = _tensor_core_matmul(_FLOAT16_TERMS)
-    add_lower(total, high, high, matmul)
-    # high^T low + low^T high, in one product.
-    add_lower(total, torch.cat([high, low]), torch.cat([low, high]), matmul)
+    with full_precision():
+        add_lower(total, high, high, matmul)
+        # high^T low + low^T high, in one product.
+        add_lower(total, torch.cat([high, low]), torch.cat([low, high]), matmul)
 
 
 def _tensor_core_matmul(n_terms: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -135,12 +182,12 @@ def _batched_matmul(
 
 # From the coarsest to the finest.
 PRODUCTS: dict[str, Product] = {
-    "projected_bfloat16": Product(torch.float64, 4096, _add_product),
-    "projected_float16": Product(torch.float64, 4096, _add_product),
+    "projected_bfloat16": Product(torch.float64, 4096, _add_float64_product),
+    "projected_float16": Product(torch.float64, 4096, _add_float64_product),
     "bfloat16": Product(torch.bfloat16, 65_536, _add_bfloat16_product, centered=False),
     "float16x2": Product(torch.float32, 16_384, _add_float16x2_product),
-    "float32": Product(torch.float32, 2048, _add_product),
-    "float64": Product(torch.float64, 4096, _add_product),
+    "float32": Product(torch.float32, 2048, _add_float32_product),
+    "float64": Product(torch.float64, 4096, _add_float64_product),
 }
 
 
@@ -171,39 +218,3 @@ def default_product(dtype: torch.dtype, device: torch.device) -> str:
     if device.type != "cuda" or torch.version.cuda is None:
         return "float64" if dtype == torch.float64 else "float32"
     return {torch.bfloat16: "bfloat16", torch.float16: "float16x2"}.get(dtype, "float64")
-
-
-_SIXTEEN_BIT_SUMS = (
-    "allow_fp16_accumulation",
-    "allow_fp16_reduced_precision_reduction",
-    "allow_bf16_reduced_precision_reduction",
-)
-
-
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Makes matrix products keep every digit of their type, whatever the caller has set.
-
-    Turns off autocast and the global switches that trade digits for speed (TF32, bfloat16 instead
-    of float32, sums in 16 bits), and restores them. The switches are those of the whole process: to
-    be used in one thread at a time.
-    """
-    cuda = torch.backends.cuda.matmul
-    sums = {name: getattr(cuda, name) for name in _SIXTEEN_BIT_SUMS}
-    backends = (cuda, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    precisions = [backend.fp32_precision for backend in backends]
-    try:
-        for name in sums:
-            setattr(cuda, name, False)
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for name, value in sums.items():
-            setattr(cuda, name, value)
-        for backend, precision in zip(backends, precisions, strict=True):
-            # What was inherited from torch.backends.fp32_precision stays inherited.
-            backend.fp32_precision = "none"
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision

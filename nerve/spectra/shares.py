@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nerve.spectra.moments import Spread, square_distances
 from nerve.spectra.positions import (
+    Padding,
     Positions,
     counts_and_squares,
     largest_mean,
@@ -36,8 +37,8 @@ class Shares(NamedTuple):
         top: that of the farthest 0.1% of the samples, their number rounded up.
         position: the mean squared distance of the samples at one sequence position from the mean of
             all samples, divided by that of all samples, at the position where this is largest; 1 if
-            all positions are alike. NaN if features have no positions, or none that at least
-            `LEAST_SEQUENCES` sequences reach.
+            all positions are alike. Positions count after left padding. NaN if features have no
+            positions, or none that at least `LEAST_SEQUENCES` sequences reach.
     """
 
     mean: float
@@ -122,8 +123,8 @@ class SampleShares:
         """Adds samples. `x` is left as it is.
 
         Args:
-            x: features; all dimensions but the last are samples, of which the last one, where there
-                are several, is the position in a sequence.
+            x: features; all dimensions but the last are samples. If there are several, the last of
+                them is the position in a sequence, from its first sample that counts.
             mask: True for the samples that count; what the others hold is ignored.
 
         Returns:
@@ -139,13 +140,15 @@ class SampleShares:
             n, before = len(counted), self.n
             if not n:
                 return None
-            sums = sums_of_positions(x, mask)
+            sequences = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, self.dim)
+            padding = None if mask is None else Padding.of(mask.reshape(sequences.shape[:2]))
+            sums = sums_of_positions(sequences, padding)
             own_mean = sums.sum(0).div_(n)
             self.n += n
             move = None if not before else (own_mean - self.mean) * (n / self.n)
             self._mean = own_mean if move is None else self.mean + move
             squares = square_distances(counted, self.mean)
-            of_positions = counts_and_squares(squares, len(sums), mask)
+            of_positions = counts_and_squares(squares, len(sums), padding)
             square = own_square = of_positions[1].sum()
             if move is not None:
                 # own_mean - mean = move * before / n

@@ -16,11 +16,11 @@ from nerve.files import as_store_error, require_there
 from nerve.measuring.distributed import gathered, own_part
 from nerve.storage.directory import RunDirectory
 from nerve.storage.store import RunStore
+from nerve.training.agreement import Agreement
 from nerve.training.checkpoint_files import identity_of, weights_of, write_checkpoint
 from nerve.training.checkpoint_io import CheckpointCadence, CheckpointFiles
 from nerve.training.ending import follows_a_rule, take_timers
 from nerve.training.fit import callbacks_of
-from nerve.training.gathering import Agreement
 from nerve.training.randomness import random_states, set_random_states
 from nerve.training.signals import Interrupted, StopSignals
 

@@ -125,8 +125,8 @@ def choice_of(
             return call_probed(probe, call, model, batch)
 
     mask = getattr(module, "padding_mask", None) if mask is None else mask
-    skip_first, groups = settings.skip_first, bool(settings.groups)
-    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, groups)
+    skip_first, is_grouped = settings.skip_first, bool(settings.groups)
+    return Choice(model, probe, run, mask, tuple(exclude), only_labeled, skip_first, is_grouped)
 
 
 def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:

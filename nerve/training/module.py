@@ -1,6 +1,5 @@
 """Lightning modules: loss, logging, optimizer and schedule, but no measuring."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from nerve.errors import DivergedError
 from nerve.measuring.distributed import add_up, highest, n_processes
 from nerve.models import Penalty, Regularizer
 from nerve.optim import Schedule
+from nerve.training.divergence import Divergence, diverged
 from nerve.training.graphs import Batch, CompiledLosses, choose, own_gradients
 from nerve.training.randomness import part_from_other_processes
 
@@ -22,50 +21,6 @@ NO_REGULARIZER = Regularizer()
 
 CHECK_EVERY_N_LOSSES = 50
 """How often to check for a diverged loss on a GPU; on the CPU it is checked after every batch."""
-
-NEVER = sys.maxsize
-"""The first bad step if there is none."""
-
-
-class Divergence:
-    """Keeps the losses since the last check, and the first step whose loss was not finite.
-
-    To keep a loss takes no kernel, and only a check waits for the device.
-    """
-
-    def __init__(self) -> None:
-        self._first = NEVER
-        self._losses: list[tuple[int, Tensor]] = []
-
-    def note(self, step: int, loss: Tensor) -> None:
-        """Keeps a loss, a tensor with one element that nothing overwrites."""
-        self._losses.append((step, loss))
-
-    @property
-    def n_kept(self) -> int:
-        """How many losses were noted since the last check."""
-        return len(self._losses)
-
-    def first(self) -> int:
-        """The first step whose loss was not finite, `NEVER` if all were finite; waits for the
-        device."""
-        if self._losses:
-            steps, losses = zip(*self._losses, strict=True)
-            self._losses.clear()
-            are_finite = torch.stack(losses).isfinite().tolist()
-            bad = [step for step, is_so in zip(steps, are_finite, strict=True) if not is_so]
-            self._first = min([self._first, *bad])
-        return self._first
-
-    def note_first(self, step: int) -> None:
-        """Records the first bad step that another process has found, or `NEVER`."""
-        self._first = min(self._first, step)
-
-    def raise_at(self, step: int) -> None:
-        """Raises `DivergedError` if a loss up to `step` was not finite."""
-        first = self.first()
-        if first <= step:
-            raise _diverged(first)
 
 
 class TrainedModel(L.LightningModule):
@@ -200,7 +155,7 @@ class TrainedModel(L.LightningModule):
         except RuntimeError as error:  # from a matrix decomposition, for example
             if all(map(_is_finite, self.parameters())):
                 raise
-            raise _diverged(self.global_step) from error
+            raise diverged(self.global_step) from error
 
     def configure_optimizers(self) -> Any:
         optimizer = self._build_optimizer(self.model)
@@ -240,14 +195,6 @@ class TrainedModel(L.LightningModule):
 
     def _log_validation(self, logits: Tensor, targets: Tensor) -> None:
         """Logs what a task reports in addition to the loss."""
-
-
-def _diverged(step: int) -> DivergedError:
-    """The error for a step."""
-    return DivergedError(
-        f"The loss must stay finite; it became NaN or infinite at step {step}. "
-        "Lower optimizer.lr, or lengthen optimizer.schedule.warmup."
-    )
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:

@@ -62,7 +62,7 @@ def test_dead_layers_are_counted_and_not_averaged(tables):
     assert np.isnan(points["pr_post"][1])
 
 
-def test_flagged_runs_are_there_with_their_flag(tables):
+def test_flagged_runs_are_included_with_their_flag(tables):
     with pytest.warns(IncompleteWarning):
         metrics, runs = tables(
             {"rows": rows(8, 5)},
@@ -80,13 +80,13 @@ def test_flagged_runs_are_there_with_their_flag(tables):
     ("factor", "message"),
     [("activation.nam", r"Similar names: activation\.name"), ("step", "already have; got step")],
 )
-def test_a_factor_that_cannot_be_is_refused(tables, factor, message):
+def test_an_unusable_factor_is_refused(tables, factor, message):
     metrics, runs = tables({"rows": rows(8, 5), "config": {"activation.name": "gelu"}})
     with pytest.raises(ConfigError, match=message):
         final_metrics(metrics, runs, [factor])
 
 
-def test_where_a_loss_is_passed_by_hand(tables):
+def test_crossings_of_a_loss_by_hand(tables):
     """From 6.5 to 4, it crosses 5 for the last time after three fifths of the way; one run reaches
     it at its end, one never does, and one was below before it was measured."""
     points = metrics_at_loss(
@@ -227,7 +227,7 @@ def test_how_many_seeds_reached_a_loss(tables):
     assert design.step == pytest.approx((10 + 7.5) / 2)
 
 
-def test_a_flagged_run_says_nothing_of_a_design_that_has_others(tables):
+def test_a_flagged_run_does_not_describe_a_design_with_other_runs(tables):
     """The final accuracy of a failed run is not that of the design."""
     rows = [{"step": 0, "val_loss": 6.0}, {"step": 10, "val_loss": 3.0}]
     config = {"activation.name": "gelu"}

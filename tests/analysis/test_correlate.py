@@ -75,7 +75,7 @@ def test_where_the_warmup_ends(tables, config, first_step):
     assert windows.loc["after_warmup", "n"] == sum(step >= first_step for step in range(0, 50, 10))
 
 
-def test_layers_each_and_their_mean(tables):
+def test_layers_can_correlate_where_their_mean_does_not(tables):
     """Two layers that move in opposite directions: -1 and +1, and a constant mean."""
     losses = [5, 4, 3, 2]
     rows = [*series(losses, [1, 2, 3, 4]), *series(losses, [4, 3, 2, 1], layer=1)]
@@ -122,7 +122,7 @@ def test_many_runs_in_any_order_are_scipys(tables):
         assert row.spearman == pytest.approx(spearman.statistic)
 
 
-def test_runs_with_little_to_correlate_stay_in_the_table(tables):
+def test_runs_with_too_few_steps_to_correlate_stay_in_the_table(tables):
     """Two steps, dead layers, no loss: rows with n and without coefficients; the flag says
     which."""
     with pytest.warns(IncompleteWarning):
@@ -146,7 +146,7 @@ def test_no_rows_give_no_rows(tables):
     assert len(correlate_within_runs(metrics, runs[:0])) == 0
 
 
-def test_null_models_stand_beside_each_window_by_scipy(tables):
+def test_null_models_in_each_window_are_scipys(tables):
     """Loss and metric follow a clock and the learning rate, with noise: r of each, and partial
     r."""
     rng = np.random.default_rng(5)
@@ -188,7 +188,7 @@ def test_a_constant_rate_is_no_null_model(tables):
     assert windows[["r_clock", "given_clock", "given_clock_low"]].notna().all(axis=None)
 
 
-def test_what_was_varied_stands_beside_r_across_runs(tables):
+def test_varied_factors_are_null_models_across_runs(tables):
     """Both follow the width of 9 designs with two seeds (one width is a fraction), and nothing
     else."""
     rng = np.random.default_rng(7)
@@ -220,7 +220,7 @@ def test_what_was_varied_stands_beside_r_across_runs(tables):
     assert row["r_clock"] == pytest.approx(scipy.stats.pearsonr(clock, losses).statistic)
 
 
-def test_names_cannot_be_given(tables):
+def test_a_factor_of_names_cannot_be_controlled_for(tables):
     spec = {"rows": [{"step": 10, "val_loss": 3}], "config": {"activation.name": "gelu"}}
     points = final_metrics(*tables(spec), ["activation.name"])
     with pytest.raises(ConfigError, match=r"has 'gelu'.*by=\['activation.name'\]"):
@@ -363,7 +363,7 @@ def test_another_target(tables):
         correlate_across_runs(points, against="final.accuracy")
 
 
-def test_training_without_a_limit_of_steps_warms_up_for_a_part_of_what_was_measured(tables):
+def test_without_a_limit_of_steps_the_warmup_is_a_share_of_the_measured_ones(tables):
     rows = [{"step": step, "val_loss": 6 - step / 1000} for step in range(0, 1001, 100)]
     metrics, runs = tables({"rows": rows, "config": {"trainer.max_steps": -1}})
     table = correlate_within_runs(metrics, runs, names=["js"]).set_index("window")

@@ -35,7 +35,7 @@ def test_the_middle_third(tables, n, middle):
     assert list(rows["depth"]) == [(i + 0.5) / n for i in range(n)]
 
 
-def test_the_depth_is_that_of_the_model_where_a_few_layers_were_measured(tables):
+def test_depth_refers_to_all_layers_of_the_model_if_only_some_were_measured(tables):
     """monitor.layers=[0,1,2] of six layers: only layer 2 is in the middle third."""
     part = {"rows": layers(3), "config": {"model.n_layers": 6}}
     rows = metrics_by_depth(*tables(part, {"rows": layers(3)}))
@@ -45,7 +45,7 @@ def test_the_depth_is_that_of_the_model_where_a_few_layers_were_measured(tables)
     assert [list(run.loc[run["middle"], "layer"]) for _, run in by_run] == [[2], [1]]
 
 
-def test_one_row_a_layer_with_what_is_read_over_depth(tables):
+def test_one_row_per_layer_with_its_depth(tables):
     metrics, runs = tables(
         {"rows": layers(3), "config": {"ffn.width": "8/3"}}, {"rows": layers(4, step=10)}
     )

@@ -117,7 +117,7 @@ def design(name, loss, pr, seed=0):
     }
 
 
-def test_what_designs_predict_is_the_line_through_them(tables):
+def test_the_prediction_from_designs_is_the_line_through_them(tables):
     """loss = 5 - .25 · log PR, with four designs of two seeds around it; designs with a dose are
     ignored."""
     others = [
@@ -140,7 +140,7 @@ def test_what_designs_predict_is_the_line_through_them(tables):
     assert table["predicted_loss_change"].tolist() == pytest.approx(expected.tolist())
 
 
-def test_groups_are_apart_and_flagged_runs_left_out(tables):
+def test_groups_are_separate_and_flagged_runs_left_out(tables):
     """The second design responds in the opposite way; one of its runs did not finish."""
     specs = []
     for sign, name in ((1, "gelu"), (-1, "relu")):
@@ -188,6 +188,8 @@ def test_what_cannot_be_compared_is_refused_with_the_fix(tables):
         dose_response(metrics, runs, dose=DOSE)
     with pytest.raises(ConfigError, match=r"reference must be one of the doses, 0.*, 1.*; got 2"):
         dose_response(metrics, runs, dose=DOSE, reference=2)
+    with pytest.raises(ConfigError, match=f"{DOSE} has no value in these runs"):
+        dose_response(metrics, runs.assign(**{DOSE: math.nan}), dose=DOSE)
     with pytest.raises(
         ConfigError, match=r"A dose must be a number; run_status has values such as"
     ):

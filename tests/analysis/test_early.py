@@ -53,7 +53,7 @@ def test_one_step_is_scipys(tables):
     assert row.schedule == "trainer.max_steps=100 optimizer.schedule.warmup=0.1"
 
 
-def test_at_the_last_step_the_loss_says_all_and_at_step_0_nothing(tables):
+def test_the_loss_ranks_perfectly_at_the_last_step_and_not_at_all_at_step_0(tables):
     table = rank_early(*tables(*specs()), names=["pr_post"])
     last = row_of(table, 20)
     assert last.loss_kendall == 1

@@ -44,7 +44,7 @@ def test_errors_are_pooled_over_all_designs_of_the_comparison():
     assert (found.low, found.high) == pytest.approx((effect - half, effect + half))
 
 
-def test_a_difference_that_each_seed_has_stands_out_of_a_large_spread_of_seeds():
+def test_pairing_by_seed_removes_a_large_spread_between_seeds():
     seeds = np.array([0.0, 100.0, -50.0, 30.0])
     values = np.concatenate([seeds + np.array([1.0, 1.1, 0.9, 1.0]), seeds])
     design = np.repeat(["a", "b"], 4)
@@ -60,6 +60,8 @@ def test_a_correlation_has_fishers_interval():
     found = correlation(x, y)
     assert (found.low, found.high, found.df) == pytest.approx((low, high, 17))
     assert correlation(x, y, [z]).df == 16
+    gap = np.where(np.arange(len(x)) == 3, np.nan, z)
+    assert correlation(x, y, [gap]) == correlation(*np.delete([x, y], 3, 1), [np.delete(z, 3)])
     assert not correlation(x[:3], y[:3]).has_interval
 
 
@@ -75,7 +77,7 @@ def test_a_correlation_has_fishers_interval():
         (math.nan, math.nan, 0.0, None),
     ],
 )
-def test_what_an_interval_says(low, high, smallest, expected):
+def test_the_reading_of_an_interval(low, high, smallest, expected):
     estimate = Estimate((low + high) / 2, low, high, 1.0, 5, 3, 6)
     assert read(estimate, smallest) == expected
 
@@ -90,7 +92,7 @@ def test_what_an_interval_says(low, high, smallest, expected):
         (math.nan, 9, [], "undecided"),
     ],
 )
-def test_little_decides_nothing(low, df, missing, expected):
+def test_few_degrees_of_freedom_or_missing_requirements_decide_nothing(low, df, missing, expected):
     """Two degrees of freedom are too few, whatever the interval says."""
     assert decide(Estimate(0.3, low, 0.4, 0.1, df, 3, 6), 0.1, missing) == expected
 

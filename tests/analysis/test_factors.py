@@ -73,7 +73,7 @@ def test_seeds_results_places_and_targets_are_no_factors():
     assert factors.varying == ()
 
 
-def test_what_varies_under_the_name_of_a_result_is_named(tmp_path, make_run):
+def test_a_varying_key_with_the_name_of_a_result_is_reported(tmp_path, make_run):
     """In a user's runs; inside a group it is a factor. Constant keys are not named."""
     for i, lr in enumerate((0.1, 0.2)):
         make_run(tmp_path / f"bare{i}", {"lr": lr, "data": "mine"})
@@ -87,7 +87,7 @@ def test_what_varies_under_the_name_of_a_result_is_named(tmp_path, make_run):
     assert (grouped.varying, grouped.taken) == (("optimizer.lr",), ())
 
 
-def test_what_splits_the_runs_alike_goes_together():
+def test_leaves_that_split_the_runs_alike_are_confounded():
     factors = find_factors(
         runs_of(
             {"activation.name": "gelu", "activation.slope": None, "ffn.width": 4},
@@ -100,7 +100,7 @@ def test_what_splits_the_runs_alike_goes_together():
     assert sentence.endswith("cannot be separated: ffn.width, activation.slope.")
 
 
-def test_a_value_that_a_name_fixes_follows_it_but_unique_numbers_fix_nothing():
+def test_a_name_determines_other_leaves_but_unique_numbers_do_not():
     """The momentum follows from the optimizer; the decay does not follow from a unique learning
     rate."""
     designs = [
@@ -117,7 +117,7 @@ def test_a_value_that_a_name_fixes_follows_it_but_unique_numbers_fix_nothing():
     assert factors.together == {"optimizer.name": ("optimizer.momentum",)}
 
 
-def test_the_rate_of_a_part_is_the_rate_where_there_is_that_part():
+def test_the_rate_of_an_optimizers_part_is_confounded_with_the_rate_where_there_is_one():
     """Only one of two optimizers has this part, so its rate is not a separate factor."""
     designs = [
         {"optimizer.name": name, "optimizer.lr": lr, "optimizer.parts.main.lr": own}
@@ -133,7 +133,7 @@ def test_the_rate_of_a_part_is_the_rate_where_there_is_that_part():
     assert factors.together == {"optimizer.lr": ("optimizer.parts.main.lr",)}
 
 
-def test_a_function_of_a_number_follows_it_where_it_is_told_by_several_designs():
+def test_a_leaf_that_a_number_determines_is_confounded_if_several_designs_show_it():
     """The number of heads is determined by the size; each size has two widths."""
     designs = [
         {"ffn.width": width, "model.d_model": size, "model.n_heads": heads}
@@ -145,7 +145,7 @@ def test_a_function_of_a_number_follows_it_where_it_is_told_by_several_designs()
     assert factors.together == {"model.d_model": ("model.n_heads",)}
 
 
-def test_a_missing_leaf_is_a_level_and_many_ties_are_cut_short():
+def test_a_missing_leaf_is_a_level_and_long_lists_of_confounded_keys_are_shortened():
     first = {"activation.name": "gelu"}
     second = {"activation.name": "relu"} | {f"x.leaf{i}": 1 for i in range(9)}
     (sentence,) = describe_ties(find_factors(runs_of(first, second)))
@@ -171,12 +171,12 @@ def test_a_string_that_looks_like_another_value_is_in_quotes():
     ]
 
 
-def test_large_whole_numbers_that_differ_are_different_levels_beside_a_missing_one():
+def test_different_large_integers_are_different_levels_beside_a_missing_value():
     values = pd.Series([12345678901, 12345678902, None, -0.0])
     assert list(levels_of(values)) == ["12345678901", "12345678902", "not set", "0"]
 
 
-def test_a_key_is_taken_exactly_if_a_result_with_factors_has_a_column_of_its_name(tables):
+def test_taken_names_are_exactly_the_columns_of_results_with_factors(tables):
     """`dose_response` refuses such factors itself, and `compare_seeds` has no factors as columns;
     `clock` is a null model beside the factors, and `points` a column of a report."""
     metrics, runs = tables({"rows": [{"step": 0, "val_loss": 6.0}, {"step": 1}]})

@@ -12,9 +12,10 @@ from nerve.storage.find import IncompleteWarning
 from nerve.storage.parts import DamagedPartWarning
 
 
-def losses(*values):
-    """Rows at steps 0, 10, 20, … with these validation losses."""
-    return [{"step": 10 * i, "val_loss": loss} for i, loss in enumerate(values)]
+def losses(*values, **last):
+    """Rows at steps 0, 10, 20, … with these validation losses, and further columns of the last."""
+    rows = [{"step": 10 * i, "val_loss": loss} for i, loss in enumerate(values)]
+    return [*rows[:-1], rows[-1] | last]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,10 @@ def losses(*values):
             "The validation loss ends at 7.25; its lowest was 6, and its unigram loss 7 the limit.",
         ),
         ({"rows": losses(8, 6, math.inf)}, "diverged", "ends at inf; its lowest was 6"),
-        ({"rows": losses(8, 6, math.nan)}, "diverged", "ends at nan"),
+        ({"rows": losses(8, 6, math.nan, train_loss=math.nan)}, "diverged", "ends at nan"),
+        ({"rows": losses(8, 6, math.nan, status="non_finite")}, "diverged", "ends at nan"),
+        ({"rows": losses(2.4), "unigram_loss": None}, "ok", ""),
+        ({"rows": losses(7.5)}, "untrained", "7.5, is not below its unigram loss 7."),
         (
             {"rows": losses(8, 6), "run_status": "failed", "error": DivergedError("NaN at 14")},
             "diverged",
@@ -64,6 +68,32 @@ def test_the_flag_and_its_reason(tables, spec, flag, reason):
     assert flag in FLAGS
     assert reason in row.reason
     assert (row.reason == "") == (flag == "ok")
+
+
+@pytest.mark.parametrize(
+    ("rows", "flag", "final_loss"),
+    [
+        # Evaluated at every second step, and not at the last one: by its training loss, or by the
+        # first steps if that is not known, as for a loss that is computed outside of the model.
+        (losses(8, None, 6, None), "ok", 6),
+        (losses(8, None, 6, None, train_loss=None), "ok", 6),
+        (losses(None, 6, None, train_loss=None), "ok", 6),
+        (losses(None, 6, None, status="non_finite_post"), "diverged", None),
+        (losses(8, 6, None), "ok", 6),
+        (losses(8, 6, None, None, train_loss=None), "diverged", None),
+        (losses(8, 6, 7.5, None), "diverged", 7.5),
+        (losses(8, 7.5, None), "untrained", 7.5),
+    ],
+)
+def test_a_run_that_is_not_evaluated_at_its_last_step_has_not_diverged(
+    tables, rows, flag, final_loss
+):
+    """A Trainer evaluates less often than features are measured. Beside a run that is."""
+    other = {"rows": losses(8, 6, 5)}
+    found = flag_runs(*tables(other, {"rows": rows}, other))
+    assert list(found["flag"]) == ["ok", flag, "ok"]
+    assert found["final_loss"].fillna(-1).tolist() == [5, final_loss or -1, 5]
+    assert found["final_step"].tolist() == [20, 10 * (len(rows) - 1), 20]
 
 
 def test_a_run_without_metrics(tables):
@@ -128,7 +158,7 @@ def test_data_is_corpus_and_tokenizer_and_not_the_held_out_set(tables):
     assert len(data[0]) == 8
 
 
-def test_rows_of_other_runs_are_passed_over(tables):
+def test_rows_of_other_runs_are_ignored(tables):
     metrics, runs = tables({"rows": losses(8, 6)}, {"rows": losses(8, 9)})
     flags = flag_runs(metrics, runs[runs["run_id"] == "run1"])
     assert list(flags["run_id"]) == ["run1"]
@@ -150,7 +180,7 @@ def test_a_frame_without_its_columns_is_refused(tables):
 
 
 @pytest.mark.filterwarnings("ignore::nerve.storage.find.FingerprintWarning")
-def test_a_run_made_again_is_no_further_seed(tables):
+def test_a_repeated_run_is_not_a_further_seed(tables):
     """The same configuration and seed on the same data count once; a failed run does not count."""
     again = {"rows": losses(8, 6), "seed": 4, "fingerprints": {"heldout": "a"}}
     specs = [
@@ -167,7 +197,7 @@ def test_a_run_made_again_is_no_further_seed(tables):
 
 
 @pytest.mark.filterwarnings("ignore::nerve.storage.find.FingerprintWarning")
-def test_runs_that_only_their_recorded_seeds_tell_apart_are_samples(tmp_path, make_run):
+def test_runs_that_differ_only_in_their_recorded_seed_are_separate_samples(tmp_path, make_run):
     """Their configuration does not contain the seed; without a recorded seed, they are repeats."""
     for i, seed in enumerate([0, 1, 0, None, None]):
         values = {} if seed is None else {"seed": seed}

@@ -20,7 +20,7 @@ from nerve.analysis.frames import (
 from nerve.errors import ConfigError
 
 
-def test_a_missing_column_gets_near_names():
+def test_the_error_for_a_missing_column_suggests_similar_names():
     frame = pd.DataFrame({"pr_pre": [1.0], "pr_post": [2.0]})
     require_columns(frame, ["pr_pre"], "load_metrics")
     with pytest.raises(
@@ -38,7 +38,7 @@ def test_a_factor_must_not_take_the_name_of_a_result():
         require_factors(["ffn.width", "step"], runs, ["step"])
 
 
-def test_rows_get_what_is_said_of_their_runs():
+def test_rows_are_joined_with_the_description_of_their_runs():
     rows = pd.DataFrame({"run_id": ["b", "x", "a", "b"], "n": [1, 2, 3, 4]}, index=[7, 7, 8, 9])
     described = pd.DataFrame({"run_id": ["a", "b"], "flag": ["ok", "failed"]})
     expected = pd.DataFrame(

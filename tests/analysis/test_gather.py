@@ -48,7 +48,7 @@ def gathered_frame(blocks: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (1, 200, 7), (0, 0, 3), (200, 1)])
-def test_blocks_of_any_size_are_pandas_own_concatenation(sizes):
+def test_gathered_blocks_of_any_size_equal_the_concatenation_of_pandas(sizes):
     """Also if the first blocks do not indicate how many rows will follow."""
     blocks = [block(n, ["b", "a", None, f"only in {i}"]) for i, n in enumerate(sizes)]
     found, expected = gathered_frame(blocks), pd.concat(blocks, ignore_index=True)
@@ -63,7 +63,7 @@ def test_blocks_of_any_size_are_pandas_own_concatenation(sizes):
 
 
 @pytest.mark.parametrize(("n", "kind"), [(100, np.int8), (300, np.int16), (40_000, np.int32)])
-def test_codes_are_as_short_as_the_texts_allow(n, kind):
+def test_codes_have_the_smallest_sufficient_type(n, kind):
     """Also if a later block makes them too many."""
     texts = [f"{i:05d}" for i in RNG.permutation(n)]
     half = n // 2
@@ -73,7 +73,7 @@ def test_codes_are_as_short_as_the_texts_allow(n, kind):
     assert list(found) == texts
 
 
-def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
+def test_columns_of_arrow_equal_the_conversion_of_pandas():
     """Strings by their codes, also if a later chunk has new ones; null becomes no string or NaN."""
     lists = pa.array([[1.0], [], [2.0, 3.0], [4.0]], pa.list_(pa.float32()))
     first, second = (
@@ -100,14 +100,14 @@ def test_columns_of_arrow_are_those_that_pandas_makes_of_it():
     assert len(columns_of(no_chunks)["text"].codes) == 0
 
 
-def test_a_frame_is_of_the_arrays_themselves():
+def test_a_frame_shares_memory_with_its_arrays():
     columns = {"text": Coded(np.array([2, 0, -1], np.int8), ("c", "a", "b")), "n": RNG.random(3)}
     frame = frame_of(columns)
     assert list(frame["text"].astype(object).where(frame["text"].notna(), None)) == ["b", "c", None]
     assert np.shares_memory(frame["n"], columns["n"])
 
 
-def test_texts_that_no_row_has_are_left_out():
+def test_unused_strings_are_left_out():
     found = Coded.used(np.array([3, 0, -1, 3], np.int8), ("c", "a", "d", "b"))
     assert list(found.codes) == [1, 0, -1, 1]
     assert found.texts == ("c", "b")
@@ -116,7 +116,7 @@ def test_texts_that_no_row_has_are_left_out():
     assert Coded.used(np.array([1, 0]), ("a", "b")).texts == ("a", "b")
 
 
-def test_each_text_is_repeated_as_often_as_counted():
+def test_each_string_is_repeated_as_often_as_counted():
     """A string without rows is omitted."""
     found = Coded.repeated(["a", "b", "c"], [2, 0, 1])
     assert list(found.codes) == [0, 0, 1]
@@ -124,7 +124,7 @@ def test_each_text_is_repeated_as_often_as_counted():
     assert Coded.repeated(["a"], [0]).texts == ()
 
 
-def test_what_is_repeated_is_numpys_repeat():
+def test_repeat_is_numpys():
     values = pd.Series(["a", None, "b", "a"])
     counts = np.array([2, 1, 0, 3])
     found = Coded.of(values).repeat(counts).categorical()
@@ -139,7 +139,7 @@ def test_renumbering_goes_piece_by_piece(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what memory is")
-def test_rows_lie_in_memory_without_huge_pages():
+def test_rows_are_in_memory_without_huge_pages():
     """NumPy marks other columns of that size for huge pages (`hg`)."""
     column = gather._Column(np.empty(0))
     column.append(np.arange(1e6), 1.0)

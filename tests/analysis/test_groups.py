@@ -39,7 +39,7 @@ def frames(tables):
     return metrics, pd.DataFrame(groups), runs
 
 
-def test_pr_stands_in_a_column_a_group_at_the_last_step_that_has_groups(frames):
+def test_pr_has_a_column_per_group_at_the_last_step_with_groups(frames):
     rows = pr_of_groups(*frames, [WIDTH])
     assert list(rows["run_id"]) == ["run0", "run0", "run1", "run1", "run2", "run2"]
     assert set(rows["step"]) == {10}
@@ -69,6 +69,18 @@ def test_ratios_are_geometric_means_over_layers_and_means_over_seeds(frames):
     ]
 
 
+def test_a_flagged_run_is_in_no_contrast(frames):
+    """By hand: of the two seeds at width 4, run 0 alone is left, with the ratio 4."""
+    metrics, groups, runs = frames
+    runs = runs.assign(run_status=runs["run_status"].where(runs["run_id"] != "run1", "failed"))
+    rows = pr_of_groups(metrics, groups, runs, [WIDTH])
+    assert set(rows["run_id"]) == {"run0", "run1", "run2"}
+    table = contrast_groups(rows, [WIDTH]).set_index(WIDTH)
+    assert table["n_seeds"].to_dict() == {4: 1, 8: 1}
+    assert table["ratio"].to_dict() == pytest.approx({4: 4.0, 8: 1.0})
+    assert contrast_groups(rows[rows["run_id"] == "run1"], [WIDTH]).empty
+
+
 def test_runs_that_are_left_out_have_no_rows(frames):
     metrics, groups, runs = frames
     assert set(pr_of_groups(metrics, groups, runs[1:])["run_id"]) == {"run1", "run2"}
@@ -85,6 +97,10 @@ def test_other_frames_are_refused(frames):
     metrics, _, runs = frames
     with pytest.raises(ConfigError, match="rows of load_groups with the column site"):
         pr_of_groups(metrics, metrics, runs)
+    with pytest.raises(ConfigError, match="rows of pr_of_groups with the column design_id"):
+        contrast_groups(metrics)
+    with pytest.raises(ConfigError, match=r"list of names; got 'data'"):
+        contrast_groups(metrics, "data")
 
 
 def test_contrasts_have_the_same_columns_and_one_index_for_any_number_of_rows(frames):

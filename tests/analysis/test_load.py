@@ -74,7 +74,7 @@ def sweep(tmp_path, make_run):
     return records
 
 
-def test_one_row_a_run_with_a_column_for_each_leaf(sweep, tmp_path):
+def test_one_row_per_run_with_a_column_for_each_leaf(sweep, tmp_path):
     runs = load_runs(tmp_path)
     assert list(runs["run_id"]) == [record.run_id for record in sweep]
     assert list(runs["run_status"]) == ["done", "failed", "running"]
@@ -166,10 +166,10 @@ def test_derived_columns_are_missing_where_nothing_was_measured(tmp_path, make_r
         ("kind", "normalization.kind"),
         ("normalization", "normalization.kind"),
         ("step", "already"),
-        ("zzz", "see load_runs"),
+        ("zzz", r"must be a column of load_runs; got 'zzz'\. .*see load_runs"),
     ],
 )
-def test_an_unknown_factor_gets_near_names(sweep, tmp_path, factor, near):
+def test_the_error_for_an_unknown_factor_suggests_similar_names(sweep, tmp_path, factor, near):
     with pytest.raises(ConfigError, match=near):
         load_metrics(tmp_path, factors=[factor])
 
@@ -268,7 +268,7 @@ def test_runs_parse_each_record_once_whatever_is_asked_of_them(sweep, tmp_path, 
     pd.testing.assert_frame_equal(runs.flags, flag_runs(runs.metrics, runs.frame))
 
 
-def test_what_is_left_out_is_said_once_at_the_line_that_asked(tmp_path, make_run):
+def test_omissions_are_warned_about_once_at_the_callers_line(tmp_path, make_run):
     """Faults of records where the runs are loaded, those of rows on their first access, also if
     another frame needs them; each at a line of this file."""
     for name, corpus in (("a", "py311"), ("b", "py312"), ("c", "py312")):
@@ -340,7 +340,7 @@ def test_reading_needs_no_torch(tmp_path, make_run):
     assert result.stdout.strip() == "set()"
 
 
-def test_a_path_that_is_no_unicode_is_escaped(tmp_path, make_run):
+def test_a_path_that_is_not_valid_unicode_is_escaped(tmp_path, make_run):
     """Linux allows arbitrary bytes in a name, for example from an archive of another system."""
     directory = tmp_path / os.fsdecode(b"\xe9t\xe9")
     make_run(directory, {"seed": 0, "data": {"path": str(directory)}})
@@ -408,7 +408,7 @@ def test_runs_read_a_few_at_once_are_as_read_all_at_once(tmp_path, make_run, row
     assert (whole["sampling"] == np.where(by_halves, "severely under", "well")).all()
 
 
-def test_texts_are_categories_that_behave_as_texts(sweep, tmp_path):
+def test_strings_are_categories_that_behave_like_strings(sweep, tmp_path):
     """In the operations that notebooks use: groups, merges, comparisons, pivots, sorting."""
     metrics = load_metrics(tmp_path, factors=["normalization.kind"])
     texts = metrics.astype(

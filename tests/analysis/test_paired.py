@@ -150,7 +150,7 @@ def test_designs_without_a_seed_in_common_have_no_row(tables):
     assert compared(tables, designs, "activation.name").empty
 
 
-def test_a_metric_that_no_pair_has_keeps_no_other_from_its_row(tables):
+def test_a_metric_without_pairs_does_not_remove_the_rows_of_others(tables):
     designs = [
         specs([4.0, 4.3], [5.0, np.nan], activation__name="gelu"),
         specs([4.2, 4.1], [np.nan, 5.0], activation__name="relu"),
@@ -159,7 +159,7 @@ def test_a_metric_that_no_pair_has_keeps_no_other_from_its_row(tables):
     assert table["metric"].tolist() == ["val_loss"]
 
 
-def test_designs_that_also_differ_in_a_key_with_the_name_of_a_result_are_no_pair(tables):
+def test_designs_that_also_differ_in_a_key_with_the_name_of_a_result_are_not_paired(tables):
     """A flat configuration: `lr` is a column of the metrics, too. Four designs are two pairs."""
     designs = [
         specs([2 + width + lr, 3 + width + lr], o__width=width, lr=lr)
@@ -172,7 +172,7 @@ def test_designs_that_also_differ_in_a_key_with_the_name_of_a_result_are_no_pair
 
 
 @pytest.mark.parametrize("values", [(True, 1), (False, 0), (1, "1"), (True, "true")])
-def test_designs_with_values_that_are_only_written_alike_are_no_pair(tables, values):
+def test_designs_whose_values_only_look_alike_are_not_paired(tables, values):
     """Two designs that differ in both factors, and two that differ in one."""
     designs = [
         specs([2.0 + width, 3.0 + width], a__width=width, a__other=other)

@@ -62,20 +62,20 @@ def test_a_pure_clock_has_a_partial_r_of_zero_within_its_interval():
 
 @pytest.mark.parametrize("n", [8, 20, 40])
 @pytest.mark.parametrize("alike", [0.0, 0.5, 0.8])
-def test_intervals_over_steps_hold_the_truth(n, alike):
+def test_intervals_over_steps_contain_the_true_value(n, alike):
     """In 86 to 98% of 400 pairs of independent series; autocorrelated errors reduce the coverage
     below the nominal 95%, as the docstring says."""
     _, low, high = over_steps(*independent(400, n, alike))
     assert 0.86 <= np.mean((low <= 0) & (high >= 0)) <= 0.98
 
 
-def test_what_is_shared_beside_the_clock_is_found():
+def test_a_correlation_beyond_the_clock_is_found():
     x, y, clock = independent(1, 40)
     r, low, high = over_steps(x, y + 0.8 * (x - 5 * clock), clock)[:, 0]
     assert 0 < low < r < high < 1
 
 
-def test_series_in_any_order_with_gaps_are_those_by_themselves():
+def test_interleaved_series_with_gaps_equal_separate_ones():
     """Two interleaved series, one with missing values, and one of three points."""
     x, y, clock = independent(2, 20)
     x[1, 3] = y[1, 7] = np.nan
@@ -95,7 +95,7 @@ def test_series_in_any_order_with_gaps_are_those_by_themselves():
     assert np.isnan(found[:, 2]).all()
 
 
-def test_what_does_not_vary_but_for_rounding_has_no_partial_r():
+def test_rounding_alone_gives_no_partial_r():
     """A constant null model: nothing was given. A constant metric: the PR gain of the identity is
     1."""
     x, y, clock = independent(1, 20)
@@ -127,7 +127,7 @@ def test_over_runs_seeds_of_a_design_are_drawn_together():
     assert loose[2] - loose[1] < 0.5 * (seeds[2] - seeds[1])
 
 
-def test_intervals_over_runs_hold_the_truth():
+def test_intervals_over_runs_contain_the_true_value():
     """Metric and loss both follow the width of 12 designs: 90 to 99% of 200 intervals contain 0."""
     rng = np.random.default_rng(4)
     width = np.arange(1.0, 13.0)
@@ -139,7 +139,7 @@ def test_intervals_over_runs_hold_the_truth():
     assert 0.9 <= np.mean((low <= 0) & (high >= 0)) <= 0.99
 
 
-def test_several_metrics_at_once_are_each_by_itself():
+def test_several_metrics_at_once_equal_separate_ones():
     """With and without missing values in one of them."""
     x, y, clock = independent(6, 30)
     codes, z = np.repeat([0, 1], 30), np.tile(clock, 2)
@@ -152,7 +152,7 @@ def test_several_metrics_at_once_are_each_by_itself():
             np.testing.assert_allclose(found[:, place], alone, rtol=1e-9)
 
 
-def test_weights_count_what_is_drawn():
+def test_bootstrap_weights_count_draws():
     """Each draw has n values; blocks contain consecutive steps; clusters share their counts."""
     weights = block_weights(16)
     assert (weights.sum(axis=1) == 16).all()

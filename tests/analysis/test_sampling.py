@@ -55,7 +55,7 @@ def truth() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.7])
-def test_intervals_of_halves_cover_the_truth_and_are_no_wider_than_they_must_be(correlation):
+def test_intervals_from_halves_cover_the_truth_without_being_too_wide(correlation):
     """For independent and correlated samples: in 90 to 99% of 500 draws, and on each side at most 3
     times the standard error of the draws themselves."""
     groups = groups_of(sequences(24, correlation, seed=1))
@@ -68,7 +68,7 @@ def test_intervals_of_halves_cover_the_truth_and_are_no_wider_than_they_must_be(
         assert half_width.mean() <= 3 * found[name].std(), name
 
 
-def test_the_limit_is_nearer_the_truth_than_what_was_measured():
+def test_the_extrapolated_value_is_closer_to_the_truth_than_the_measured_one():
     """N/D = 16 with correlated samples: most of the error of PR is bias, which is removed."""
     found = sampling_error(groups_of(sequences(24, 0.7, seed=2)))
     for name, value in truth().items():
@@ -76,7 +76,7 @@ def test_the_limit_is_nearer_the_truth_than_what_was_measured():
         assert left < bias / 3, name
 
 
-def test_the_effective_number_of_samples_is_their_number_and_that_of_correlated_ones_smaller():
+def test_n_effective_is_n_for_independent_samples_and_smaller_for_correlated_ones():
     """For second moments of long AR(1) sequences, it is the number times (1 - r²)/(1 + r²)."""
     alone = sampling_error(groups_of(sequences(24, 0.0, seed=3)))["n_effective"]
     assert alone.median() == pytest.approx(24 * LENGTH, rel=0.15)
@@ -103,7 +103,7 @@ def row(**values: object) -> dict:
     ("half", "expected"),
     [(9.6, "well"), (8.7, "under"), (6.0, "severely under"), (4.9, "severely under")],
 )
-def test_verdicts_go_by_how_far_halves_say_that_pr_moves(half, expected):
+def test_the_sampling_verdict_follows_from_the_extrapolated_change_of_pr(half, expected):
     """1/PR of all samples is 0.1; extrapolated it is 0.2 - 1/half, and values of 0 or less are no
     limit. The worse of pre and post counts."""
     place = {"run_id": "a", "step": 0, "layer": 0, "ffn": "ffn", "se": 2.0, "eee": 0.5}

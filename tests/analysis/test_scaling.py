@@ -52,7 +52,7 @@ def test_the_interval_is_scipys(tables):
     assert row.r_squared == pytest.approx(expected.rvalue**2)
 
 
-def test_seeds_make_no_more_widths(tables):
+def test_more_seeds_do_not_add_widths(tables):
     """Runs at PR · 2 and PR / 2 have the mean logarithm of PR: the same fit and interval."""
     values = {64: 10.0, 128: 25.0, 256: 30.0}
     seeds = [

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from nerve.analysis import statistics
 from nerve.analysis.statistics import (
     Pairs,
     correlation,
@@ -63,7 +64,7 @@ def test_a_large_mean_costs_no_digits():
     assert shifted[0] == pytest.approx(plain[0], abs=1e-7)
 
 
-def test_what_varies_by_rounding_alone_has_no_r():
+def test_rounding_alone_gives_no_r():
     """The steps of a straight line in floating point."""
     x = np.diff([0.7, 0.6, 0.5, 0.4, 0.3])
     assert len(set(x)) > 1
@@ -82,7 +83,7 @@ def test_what_varies_by_rounding_alone_has_no_r():
     ],
     ids=["nothing", "two", "x constant", "y constant", "two left"],
 )
-def test_no_correlation_is_missing(x, y):
+def test_undefined_correlations_are_missing(x, y):
     """Next to a group that has one, which is unchanged."""
     codes = np.array([0] * len(x) + [1] * 3)
     pairs = Pairs.of(codes, np.array([*x, 1, 2, 3.0]), np.array([*y, 3, 2, 1.0]), 2)
@@ -124,12 +125,22 @@ def test_a_line_through_few_points():
 
 
 def test_student_t_is_scipys():
-    free = np.array([0, 1, 2, 3, 4, 5, 6, 7, 30, 101, 2000, 3, -1])
+    free = np.array([0, *range(1, 260), 500, 2000, 10**4, 10**9, 3, -1])
     known = free > 0
     expected = scipy.stats.t.ppf(0.975, free[known])
     # SciPy before 1.17 is 4e-11 off.
     np.testing.assert_allclose(student_t(free)[known], expected, rtol=1e-10)
     assert np.isnan(student_t(free)[~known]).all()
+
+
+def test_student_t_takes_a_series_only_for_few_degrees_of_freedom(monkeypatch):
+    """Halves of many runs have thousands of different ones, and each series takes 10 ms."""
+    asked = []
+    monkeypatch.setattr(statistics, "_student_t", lambda free: asked.append(free) or 2.0)
+    student_t(np.arange(-5, 10_000))
+    assert asked == [*range(1, statistics.MANY)]
+    assert student_t(np.array([[1, 300]])).shape == (1, 2)
+    assert student_t(np.empty(0, int)).shape == (0,)
 
 
 def test_the_pearson_interval_is_scipys():
@@ -148,7 +159,7 @@ def test_the_spearman_interval_by_hand():
 
 
 @pytest.mark.parametrize("interval", [pearson_interval, spearman_interval])
-def test_no_interval_is_missing(interval):
+def test_undefined_intervals_are_missing(interval):
     """For three points, at ±1 and what rounds to it, and without a correlation."""
     ends = interval(np.array([0.5, 1.0, -1 + 2e-16, np.nan]), np.array([3, 100, 100, 100]))
     assert np.isnan(ends).all()

@@ -71,7 +71,7 @@ def test_a_family_is_measured_as_in_python(name, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
 def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
-    """Those of `nerve.measure`, one without tokens among them; N/D says how few they have."""
+    """Those of `nerve.measure`, including an expert without tokens; N/D shows how few they have."""
     model = model_of(family)
     save(model, tmp_path / "model")
     status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 320)
@@ -91,8 +91,8 @@ def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
     )
 
 
-def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
-    """The names that nerve-run has; the loss is that of the same tokens; the report takes it."""
+def test_columns_describe_the_model_and_rows_have_its_loss(tmp_path):
+    """Columns named as in nerve-run, the loss of the same tokens, and a report that reads them."""
     model = llama()
     folder = save(model, tmp_path / "model")
     assert nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--seq-len", 16)[0] == 0
@@ -128,7 +128,7 @@ def test_what_a_model_is_stands_in_columns_and_its_loss_in_the_rows(tmp_path):
 
 
 def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_path):
-    """Planted: a direction that only the first position has, and that one feature reads."""
+    """A planted direction that only the first position has, and that one feature reads."""
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=32)
     )
@@ -164,7 +164,7 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
 
 @pytest.mark.parametrize("place", ["model", "model/tiny.gguf"])
 def test_a_gguf_file_is_a_model(place, tmp_path):
-    """As a file or in a folder of its own, with the tokenizer that it holds."""
+    """As a file or in its own folder, with the tokenizer that it contains."""
     model = llama(vocab_size=261)
     (tmp_path / "model").mkdir()
     save_gguf(model, tmp_path / "model" / "tiny.gguf")
@@ -214,7 +214,7 @@ def test_which_ffns_and_how_many_tokens_can_be_chosen(tmp_path):
         assert nerve.load_spectra("out").empty
 
 
-def test_the_dtype_is_that_of_the_weights_or_the_one_that_is_asked_for(tmp_path):
+def test_the_dtype_is_that_of_the_weights_or_the_requested_one(tmp_path):
     save(llama().to(torch.bfloat16), tmp_path / "model")
     for dtype in ((), ("--dtype", "float32")):
         assert nerve_probe("model", "--text", "text/*.txt", *dtype)[0] == 0
@@ -222,7 +222,7 @@ def test_the_dtype_is_that_of_the_weights_or_the_one_that_is_asked_for(tmp_path)
 
 
 def test_other_text_and_another_tokenizer_are_other_runs(tmp_path):
-    """In a directory of their own each; never in one."""
+    """Each in its own directory; never in the same one."""
     save(llama(), tmp_path / "model")
     write_text(tmp_path / "other", seed=1)
     save_tokenizer(tmp_path / "reversed", " etaoinshrdlcumwfgypbvk"[::-1])
@@ -324,7 +324,7 @@ def an_empty_folder() -> str:
         an_empty_folder,
     ],
 )
-def test_a_model_that_cannot_be_probed_is_one_message(make):
+def test_a_model_that_cannot_be_probed_gives_one_message(make):
     words = make()
     status, out, err = nerve_probe("model", "--text", "text/*.txt")
     assert (status, out) == (1, "")
@@ -360,7 +360,7 @@ def test_a_model_that_cannot_be_probed_is_one_message(make):
         (["model", "--steps", "1,2"], "got 2 for 1: model"),
     ],
 )
-def test_what_cannot_be_asked_is_one_message(asked, words, tmp_path):
+def test_invalid_arguments_give_one_message(asked, words, tmp_path):
     save(llama(), tmp_path / "model")
     status, out, err = nerve_probe(*asked)
     assert (status, out) == (1, "")
@@ -384,7 +384,7 @@ def test_what_cannot_be_asked_is_one_message(asked, words, tmp_path):
         (["150"], [150]),
     ],
 )
-def test_steps_are_what_names_say(names, steps):
+def test_steps_come_from_names(names, steps):
     assert steps_of(names, None) == steps
     assert steps_of(names, range(len(names))) == [*range(len(names))]
 
@@ -400,7 +400,7 @@ def test_steps_are_what_names_say(names, steps):
         (["step_1", "step_2"], [5, -1], "at least 0; got -1"),
     ],
 )
-def test_names_that_do_not_say_it_are_refused(names, given, words):
+def test_names_without_a_clear_step_are_refused(names, given, words):
     with pytest.raises(ConfigError, match=words):
         steps_of(names, given)
 
@@ -413,15 +413,15 @@ def test_names_that_do_not_say_it_are_refused(names, given, words):
         ({"monitor": {}}, "nerve.watch"),
     ],
 )
-def test_a_run_that_kept_no_weights_is_told_from_a_model(config, written):
+def test_a_run_without_weights_is_distinguished_from_a_model(config, written):
     nerve.RunRecord.create(Path("mine"), config)
     status, _, err = nerve_probe("mine")
     assert status == 1
     assert f"mine is a run of {written}, which has measurements but no weights" in err
 
 
-def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):
-    """What `from_pretrained` gets for it, without a network."""
+def test_a_revision_on_the_hub_is_requested_by_name(monkeypatch):
+    """The arguments that `from_pretrained` gets for it, without a network."""
     asked = []
 
     def config(name, **how):
@@ -436,7 +436,7 @@ def test_a_revision_on_the_hub_is_asked_for_by_name(monkeypatch):
     assert "is not a folder here, and on the hub cannot be read" in err
 
 
-def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
+def test_the_default_device_is_a_gpu_if_there_is_one(monkeypatch):
     assert device_of(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_of(None).type == "cuda"

@@ -24,7 +24,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
-    """What the hub is asked for, and how long an answer may take; it gives none."""
+    """The requests to the hub and their timeouts; it does not answer."""
     asked: list[tuple[str, float]] = []
 
     def ask(url: str, timeout: float) -> None:
@@ -49,7 +49,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
         ("/nowhere/step_1", "there is no /nowhere/step_1. Check"),
     ],
 )
-def test_a_misspelt_path_is_answered_with_what_is_near_it(place, words):
+def test_a_misspelled_path_gets_similar_names(place, words):
     with pytest.raises(DataError, match=re.escape(words)):
         is_on_hub(place)
 
@@ -61,13 +61,13 @@ def test_a_tokenizer_is_looked_for_as_a_model_is():
         Folders(Asked(("gpt2",), tokenizer="ckpt/stpe_1"))
 
 
-def test_names_on_the_hub_are_told_from_what_is_here():
+def test_names_on_the_hub_are_distinguished_from_local_paths():
     assert all(map(is_on_hub, ON_HUB))
     assert not is_on_hub("ckpt/step_1")
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(requests):
-    """Of transformers it would be six times, with pauses of 23 s between."""
+def test_an_unreachable_hub_is_asked_once(requests):
+    """transformers would ask six times, with pauses of 23 s in total."""
     with pytest.raises(
         DataError, match=r"cpkt is not a folder here, .* be reached \(timed out\). Sim"
     ):
@@ -78,7 +78,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(requests):
 
 
 def test_an_answer_of_the_hub_is_left_to_transformers(monkeypatch):
-    """Also that it has no such model; further names are not asked for."""
+    """Including that it has no such model; further names are not requested."""
     asked = []
 
     def ask(url: str, timeout: float) -> None:
@@ -103,7 +103,7 @@ def test_what_is_cached_needs_no_hub(requests, monkeypatch):
         check_hub(["org/model@step1", "org/model@step2"])
 
 
-def test_what_no_model_of_the_hub_is_called_is_refused_unasked(requests):
+def test_an_impossible_name_on_the_hub_is_refused_without_a_request(requests):
     with pytest.raises(DataError, match=r"there is none of that name on the hub \(.*\.git"):
         check_hub(["model.git"])
     assert requests == []

@@ -74,7 +74,7 @@ def test_the_kept_checkpoints_of_a_run_give_the_rows_that_it_wrote(run):
         assert f"on its own held-out data; got {asked[0]}. Leave that out." in err
 
 
-def test_a_run_that_kept_none_is_probed_at_its_end(run):
+def test_a_run_without_kept_checkpoints_is_probed_at_its_last_one(run):
     assert run(*TINY_RUN, "hydra.run.dir=trained")[0] == 0
     status, _, err = nerve_probe("trained", "-o", "probed", "--layers", 1, "--skip-first", 2)
     assert status == 0, err
@@ -86,8 +86,8 @@ def test_a_run_that_kept_none_is_probed_at_its_end(run):
     assert nerve_probe("trained", "probed")[0] == 1  # one at a time
 
 
-def test_a_series_is_measured_once_and_goes_on_when_it_grows(loaded, monkeypatch):
-    """What is done is not loaded again; an earlier step comes in between; the same rows as at
+def test_a_series_is_measured_once_and_continued_when_it_grows(loaded, monkeypatch):
+    """Measured steps are not loaded again; an earlier step comes in between; the same rows as at
     once."""
     later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
     monkeypatch.setattr("nerve.storage.record._now", later.isoformat)
@@ -113,7 +113,7 @@ def test_a_series_is_measured_once_and_goes_on_when_it_grows(loaded, monkeypatch
     assert_same_run("pieces", "out")
 
 
-def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
+def test_new_files_are_checked_and_different_weights_refused(loaded):
     save_series(STEPS[:2])
     assert probed("ckpt/step_*")[0] == 0
     before = nerve.load_metrics("out")
@@ -129,24 +129,52 @@ def test_files_that_are_new_are_looked_at_and_other_weights_are_refused(loaded):
     assert nerve.load_metrics("out")["pr_post"].tolist() == before["pr_post"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: save(llama(intermediate_size=48), Path("ckpt/step_10")), "of one model; the FFNs"),
-        (lambda: Path("ckpt/step_10/model.safetensors").write_bytes(b"gone"), "cannot be read"),
-    ],
-)
-def test_one_that_fails_leaves_those_before_it(make, words):
+def test_another_model_in_a_series_leaves_those_before_it():
     save_series(STEPS[:3])
-    make()
+    save(llama(intermediate_size=48), Path("ckpt/step_10"))
     status, _, err = probed("ckpt/step_*")
-    assert (status, words in err) == (1, True)
+    assert (status, "of one model; the FFNs of ckpt/step_10" in err) == (1, True)
     assert set(nerve.load_metrics("out")["step"]) == {0}
     assert nerve.RunRecord.load("out").run_status == "failed"
     save(llama(seed=10), Path("ckpt/step_10"))
     assert probed("ckpt/step_*")[0] == 0
     assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10, 20]
     assert nerve.RunRecord.load("out").run_status == "done"
+
+
+@pytest.mark.parametrize("damaged", [[0], [10, 20]])
+def test_damaged_checkpoints_are_named_and_the_others_measured(damaged):
+    """Whichever it is; the run is failed until they are restored or left out."""
+    save_series(STEPS[:4])
+    whole = [step for step in STEPS[:4] if step not in damaged]
+    for step in damaged:
+        Path(f"ckpt/step_{step}/model.safetensors").write_bytes(b"gone")
+    status, out, err = probed("ckpt/step_*")
+    assert status == 1
+    (message,) = [line for line in err.splitlines() if line.startswith("nerve-probe: ")]
+    assert f"{len(damaged)} of 4 could not be" in message
+    for step in damaged:
+        assert f"step {step}: A model must be readable by transformers; ckpt/step_{step}" in message
+    assert f"steps: {len(whole)} ({', '.join(map(str, whole))})\n" in out  # none before
+    assert sorted(set(nerve.load_metrics("out")["step"])) == whole
+    assert nerve.RunRecord.load("out").run_status == "failed"
+    status, out, _ = probed(*(f"ckpt/step_{step}" for step in whole))
+    assert (status, nerve.RunRecord.load("out").run_status) == (0, "done")
+    assert f"of which {len(whole)} were measured before" in out
+    for step in damaged:
+        save(llama(seed=step), Path(f"ckpt/step_{step}"))
+    assert probed("ckpt/step_*")[0] == 0
+    assert sorted(set(nerve.load_metrics("out")["step"])) == [*STEPS[:4]]
+
+
+def test_a_series_of_which_nothing_can_be_loaded_fails_with_its_first_error():
+    save_series(STEPS[:2])
+    for step in STEPS[:2]:
+        Path(f"ckpt/step_{step}/model.safetensors").write_bytes(b"gone")
+    status, out, err = probed("ckpt/step_*")
+    assert (status, out) == (1, "")
+    assert "ckpt/step_0 cannot be read" in err
+    assert not Path("out").exists()
 
 
 def test_ctrl_c_leaves_what_is_measured(monkeypatch):
@@ -167,7 +195,7 @@ def test_ctrl_c_leaves_what_is_measured(monkeypatch):
     assert sorted(set(nerve.load_metrics("out")["step"])) == [0, 10]
 
 
-def test_folders_can_be_given_one_by_one_with_steps_of_their_own():
+def test_folders_can_be_given_one_by_one_with_their_steps():
     save_series(STEPS[:1])
     save(llama(seed=1), Path("final"))
     assert probed("final", "ckpt/step_0", "--steps", "99,7")[0] == 0

@@ -77,6 +77,10 @@ def test_a_value_that_can_be_a_directory_is_accepted(argument):
         ("optimizer=adamww", "optimizer must be one of adafactor, "),
         ("model=gpt_tinyy", "Did you mean model=gpt_tiny?"),
         ("activation=xyz", "got 'xyz'."),
+        ("data=/my/a.txt", "got '/my/a.txt'. Your own text: data=text_files data.corpus.paths=/my"),
+        ("data=texts/a.txt", "text_files; got 'texts/a.txt'. Your own text: data=text_files data."),
+        ("data=a.txt", "got 'a.txt'. Your own text: data=text_files data.corpus.paths=a.txt."),
+        ("data=text_file", "Did you mean data=text_files?"),
         (
             "hello",
             "An argument must be key=value, or an option that starts with dashes; got 'hello'.",

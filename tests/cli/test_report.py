@@ -50,6 +50,7 @@ def test_a_report_is_written_next_to_the_path_with_progress(report, run, tmp_pat
     assert status == 0
     assert out == f"report: {tmp_path}/outputs/report/index.html\n"
     assert (tmp_path / "outputs" / "report" / "index.html").is_file()
+    assert report("outputs/a")[1].endswith("index.html (replaces an earlier one)\n")
     lines = err.splitlines()
     assert lines[0] == "0/3 reading runs"
     assert any("drawing training" in line for line in lines)

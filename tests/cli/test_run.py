@@ -17,13 +17,14 @@ import pandas as pd
 import pytest
 from hydra.errors import HydraException
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from omegaconf import OmegaConf
 from processes import lean_path
 from support import TINY_RUN, composed
 
 import nerve
 import nerve.cli.run as run_module
 from nerve.cli import entry
-from nerve.cli.config.compose import SWEEPS
+from nerve.cli.config.compose import CONF, SWEEPS
 from nerve.cli.config.explain import explain_error
 from nerve.cli.config.overrides import check_added, overrides_of
 from nerve.cli.experiment.build import build_trainer
@@ -307,8 +308,17 @@ def test_help_and_the_composed_values_are_shown_without_loading_torch(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_help_names_every_sweep(run):
+def test_the_help_names_every_sweep_and_the_option_of_each_group_in_the_default_run(run):
     _, out, _ = run("--help")
+    default = re.search(r"The default run: (.*?)\.\n", out, re.DOTALL)[1].split()
+    chosen = OmegaConf.load(CONF / "config.yaml").defaults
+    assert default == [
+        f"{group}={option}"
+        for group, option in (
+            (k, v) for each in chosen if each != "_self_" for k, v in each.items()
+        )
+        if not group.startswith("override")
+    ]
     listed = re.search(r"Sweeps \(--config-name=…\): (.*?)\.\n", out, re.DOTALL)[1]
     assert re.split(r",\s+", listed) == sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 

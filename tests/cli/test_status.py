@@ -298,14 +298,45 @@ def test_neither_torch_nor_hydra_is_loaded():
     assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())
 
 
-def test_long_paths_are_whole_below_the_folder_that_is_named_once(new_run, status, capsys):
-    deep = "a_folder_of_a_project_that_is_deep/in_the_tree/of_a_group"
-    for name in ("gelu", "relu"):
-        new_run(f"../{deep}/{name}").finish("done")
-    rows, _ = status(deep)
-    assert [row.split()[0] for row in rows] == ["gelu", "relu"]
+def test_a_column_in_which_no_run_has_anything_is_left_out(new_run, at_work, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
+
+    def heading() -> list[str]:
+        main()
+        line = next(line for line in capsys.readouterr().out.splitlines() if "┃" in line)
+        return [name.strip() for name in line.split("┃")[1:-1]]
+
+    new_run("a").finish("done")
+    assert heading() == ["run", "state", "step", "val loss", "host"]
+    at_work(new_run("b"))
+    assert heading() == ["run", "state", "step", "val loss", "heartbeat", "host"]
+
+
+def test_on_a_narrow_terminal_the_folder_is_named_once_and_no_run_is_folded(
+    new_run, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
+    monkeypatch.setattr("nerve.cli.console.WIDTH", 60)
+    for i, name in enumerate(("of a_project/22b5b6eeb196", "of a_project/9302bd7b005b")):
+        new_run(name, f"seed={i}", "activation=gelu").finish("done", final={"val_loss": 5.638})
     main()
-    assert f"in {deep}:" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "in sweep/of a_project:"
+    assert [line.split()[1] for line in lines if "│" in line] == ["22b5b6eeb196", "9302bd7b005b"]
+    assert max(map(len, lines)) <= 60
+
+
+def test_what_has_stopped_can_be_resumed_with_what_is_printed(new_run, status):
+    """A run by its directory, the trials of a sweep together; one that was only watched, by its own
+    code."""
+    for name, values in (("a b", {}), ("c", {"sweep": "s"}), ("d", {"sweep": "s"})):
+        new_run(name, "seed=1", **values).finish("interrupted")
+    new_run("watched").finish("interrupted")
+    _, below = status("sweep")
+    assert [line for line in below.splitlines() if "resume" in line] == [
+        "to resume: nerve-run resume='sweep/a b'",
+        "to resume 2 trials in sweep: repeat the sweep's command",
+    ]
 
 
 @pytest.fixture

@@ -43,3 +43,15 @@ def test_the_widest_column_is_folded_without_loss(monkeypatch, capsys):
     assert max(len(line) for line in lines) <= 60
     cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     assert "".join(cells) == path + "語" * 40
+
+
+def test_cells_fold_between_words_and_no_heading_is_cut_while_there_is_room(monkeypatch, capsys):
+    run, state = "2026-11-27_16-28-32_5207c22cc0ba88fd", "activation=relu trainer.max_steps=60"
+    lines = printed(monkeypatch, capsys, [[run, state, "1.25"]], width=50).splitlines()
+    folded = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[3:-1]]
+    assert folded == [
+        ["2026-11-27_", "activation=relu", "1.25"],
+        ["16-28-32_", "trainer.max_steps=60", ""],
+        ["5207c22cc0ba88fd", "", ""],
+    ]
+    assert max(map(len, lines)) <= 50

@@ -1,8 +1,8 @@
-"""What runs in a process that is forked from one to which transformers is hidden."""
+"""Runs in a process forked from one from which transformers is hidden."""
 
 
 def two_trainers(rank: int, folder: str) -> None:
-    """One of two processes that a Trainer trains in."""
+    """One of the two processes of a Trainer."""
     import sitecustomize
 
     sitecustomize.reveal()

@@ -119,7 +119,7 @@ def train(
     share: slice = slice(None),
     **more,
 ) -> dict:
-    """Trains to step 7, perhaps from a checkpoint; gives the one of step `save_at`.
+    """Trains to step 7, possibly from a checkpoint; returns the one of step `save_at`.
 
     Args:
         within: is called in each step between its backward pass and the optimizer, with the number
@@ -161,7 +161,7 @@ def train(
 
 
 def assert_same(rows: pd.DataFrame, other: pd.DataFrame, leaving: tuple[str, ...] = ()) -> None:
-    """All columns but those that tell of the run, to 1e-12."""
+    """All columns except those that describe the run, to 1e-12."""
     rows, other = (each.drop(columns=["run_id", "run_status", *leaving]) for each in (rows, other))
     pd.testing.assert_frame_equal(rows, other, rtol=1e-12, atol=1e-12)
 
@@ -199,7 +199,7 @@ def test_watching_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
 
 
 def test_a_loop_in_16_bits_may_project_pre(tmp_path):
-    """Beside groups and the input itself, which is a site then."""
+    """Also with groups, and with the input as a site."""
     model = network().float()
     ways = {"shortcut": "projected", "groups": ["halves"], "sites": ["input"]}
     with nerve.watch(model, tmp_path, every_n_steps=1, **ways) as run:
@@ -215,7 +215,7 @@ def test_a_loop_in_16_bits_may_project_pre(tmp_path):
     assert groups["max"].groupby("site").max().to_dict() == {"input": 4, "post": 12, "pre": 12}
 
 
-def test_the_run_is_one_that_is_read_as_any_other(tmp_path):
+def test_the_run_is_loaded_like_any_other(tmp_path):
     train(tmp_path, network(), source="heldout", config={"seed": 5, "design": "plain"})
     runs = nerve.load_runs(tmp_path)
     (run,) = runs.to_dict("records")
@@ -241,8 +241,10 @@ def raising(error: BaseException) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError("no"), "failed"), (KeyboardInterrupt(), "interrupted")]
 )
-def test_a_loop_that_raised_goes_on_as_if_it_had_not(tmp_path, source, save_at, error, status):
-    """From a step that is measured, whose features may still be to come, and between two."""
+def test_a_loop_that_raised_is_resumed_as_if_uninterrupted(
+    tmp_path, source, save_at, error, status
+):
+    """From a measured step, before its features are there, and from one between two of them."""
     train(tmp_path / "whole", network(), source=source, save_at=save_at)
     model, cut = network(), tmp_path / "cut"
     with pytest.raises(type(error)):
@@ -264,8 +266,8 @@ def test_a_loop_that_raised_goes_on_as_if_it_had_not(tmp_path, source, save_at, 
     assert_same(nerve.load_metrics(cut), nerve.load_metrics(tmp_path / "whole"))
 
 
-def test_the_error_of_a_loop_is_not_replaced_by_what_the_ending_raises(tmp_path, monkeypatch):
-    """A disk that is full refuses the rows, not the record of how the run ended."""
+def test_the_error_of_a_loop_is_not_replaced_by_one_at_its_end(tmp_path, monkeypatch):
+    """A full disk prevents writing rows, but not the record of how the run ended."""
 
     def full(store, step):
         raise StoreError("the disk is full")
@@ -284,7 +286,7 @@ def test_the_error_of_a_loop_is_not_replaced_by_what_the_ending_raises(tmp_path,
 
 @pytest.mark.parametrize("source", ["train", "heldout"])
 def test_a_loop_that_has_ended_keeps_no_model(tmp_path, source):
-    """Though what the block was given is still there, as in a notebook."""
+    """Even if the variables of the block still exist, as in a notebook."""
     model = network()
     seen, heldout = weakref.ref(model), {"heldout": [pairs(1)[0][0]]} if source == "heldout" else {}
     with nerve.watch(model, tmp_path, optimizer=optimizer_of(model), **heldout) as run:
@@ -299,7 +301,7 @@ def test_a_loop_that_has_ended_keeps_no_model(tmp_path, source):
 
 
 def killed(directory: str) -> None:
-    """Saves at step 4, and is killed within the step that follows the sixth."""
+    """Saves at step 4, and is killed during the step after the sixth."""
 
     def within(step: int) -> None:
         if step == 6:
@@ -308,8 +310,8 @@ def killed(directory: str) -> None:
     train(Path(directory), network(), source="heldout", save_at=4, within=within)
 
 
-def test_a_loop_that_was_killed_keeps_its_rows_and_goes_on(tmp_path):
-    """Without a checkpoint it begins anew, and so do its rows."""
+def test_a_killed_loop_keeps_its_rows_and_is_resumed(tmp_path):
+    """Without a checkpoint, the run and its rows start over."""
     train(tmp_path / "whole", network(), source="heldout", save_at=4)
     whole, cut = nerve.load_metrics(tmp_path / "whole"), tmp_path / "cut"
     cut.mkdir()
@@ -322,7 +324,7 @@ def test_a_loop_that_was_killed_keeps_its_rows_and_goes_on(tmp_path):
     assert_same(nerve.load_metrics(cut), whole)
 
 
-def test_without_a_checkpoint_a_run_begins_anew_and_one_that_is_done_does_not(tmp_path, caplog):
+def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, caplog):
     with pytest.raises(ValueError, match="no"):
         train(tmp_path, network(), within=raising(ValueError("no")))
     train(tmp_path, network())
@@ -335,7 +337,7 @@ def test_without_a_checkpoint_a_run_begins_anew_and_one_that_is_done_does_not(tm
 
 
 def in_processes(rank: int, directory: str) -> None:
-    """Each has half of every batch, and of the held-out batches one of two."""
+    """Each has half of every batch, and one of the two held-out batches."""
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     half = slice(16 * rank, 16 * (rank + 1))
     for source in ("train", "heldout"):
@@ -354,7 +356,7 @@ def without_dropout() -> Net:
 
 
 def test_two_processes_leave_the_rows_of_one(tmp_path):
-    """But for rounding: sums are of halves."""
+    """Up to rounding, since sums are over halves."""
     together(in_processes, 2, tmp_path)
     for source in ("train", "heldout"):
         train(tmp_path / "one", without_dropout(), source=source, config={"source": source})
@@ -400,7 +402,7 @@ def test_padding_does_not_count(tmp_path, is_heldout):
     assert rows["val_loss"].notna().all() == is_heldout
 
 
-def test_padding_does_not_count_in_any_micro_batch_nor_what_is_computed_again(tmp_path):
+def test_neither_padding_nor_recomputed_features_count_in_any_micro_batch(tmp_path):
     """The model runs once more to see which tokens an FFN has, and parts of it in the backward
     pass; the mask is found among arguments by position and by name."""
     torch.manual_seed(0)
@@ -419,9 +421,9 @@ def test_padding_does_not_count_in_any_micro_batch_nor_what_is_computed_again(tm
     assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-6)
 
 
-def test_a_compiled_model_is_the_one_to_watch(tmp_path):
-    """The loop calls it, and so it says where a pass begins; the rows are those of eager. So they
-    are where it was compiled in its place."""
+def test_a_compiled_model_must_be_watched_itself(tmp_path):
+    """The loop calls it, so it determines where a pass begins; the rows are those of the eager
+    model, also if the model was compiled in place."""
     train(tmp_path / "eager", without_dropout())
     train(tmp_path / "compiled", torch.compile(without_dropout(), backend="aot_eager"))
     in_place = without_dropout()
@@ -432,8 +434,8 @@ def test_a_compiled_model_is_the_one_to_watch(tmp_path):
         assert_same(nerve.load_metrics(tmp_path / name), eager)
 
 
-def test_features_that_never_come_are_an_error(tmp_path):
-    """The loop calls another module than the one that is watched."""
+def test_missing_features_are_an_error(tmp_path):
+    """The loop calls a module other than the watched one."""
     model, inputs = network(), pairs(1)[0][0]
 
     def loop() -> None:
@@ -447,8 +449,8 @@ def test_features_that_never_come_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("tries_again", [True, False])
-def test_a_pass_that_has_raised_is_not_counted_in_part(tmp_path, tries_again):
-    """The loop goes on, as some do that have run out of memory; each run of an FFN is pooled."""
+def test_a_pass_that_raised_is_not_partly_counted(tmp_path, tries_again):
+    """The loop continues, as some do after running out of memory; all runs of an FFN are pooled."""
     model, x = network(), pairs(1)[0][0]
     pooled = [
         nerve.FFNAdapter(i, "ffn", b[0], b[2], n_runs=None) for i, b in enumerate(model.blocks)
@@ -468,8 +470,8 @@ def test_a_pass_that_has_raised_is_not_counted_in_part(tmp_path, tries_again):
 
 
 def in_sequences(seed: int = 0) -> Tensor:
-    """`[sequence, position, width]`: of such batches it is seen on shortened ones which tokens the
-    FFNs have."""
+    """`[sequence, position, width]`: shortened copies of such batches show which tokens the FFNs
+    have."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 8, 4, generator=generator, dtype=torch.float64)
 
@@ -496,7 +498,7 @@ def test_two_watches_of_one_model_at_once_leave_equal_rows(tmp_path, n_runs):
     assert_same(rows, nerve.load_metrics(tmp_path / "two"))
 
 
-def test_measuring_within_a_pass_that_is_watched_leaves_it_alone(tmp_path):
+def test_measuring_within_a_watched_pass_does_not_disturb_it(tmp_path):
     model, x = network(), in_sequences()
     expected = nerve.measure(model.eval(), [x], ffns=ffns(model))
     model.drop.p = 0
@@ -515,7 +517,7 @@ def test_measuring_within_a_pass_that_is_watched_leaves_it_alone(tmp_path):
 
 
 @pytest.mark.parametrize("n_runs", [1, None])
-def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
+def test_a_copy_of_a_watched_model_is_not_watched(tmp_path, n_runs):
     """Both are trained, and the copy runs within the other's pass, too."""
     model, x = network(), in_sequences()
     described = [
@@ -537,7 +539,7 @@ def test_a_copy_of_a_watched_model_is_another_model(tmp_path, n_runs):
 
 
 @pytest.mark.parametrize("is_compiler_loaded", [True, False])
-def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
+def test_a_watched_model_can_be_copied_and_saved_like_any_other(
     tmp_path, monkeypatch, is_compiler_loaded
 ):
     """What is saved runs, and neither is measured; the hooks of an unloaded compiler are bare."""
@@ -556,7 +558,7 @@ def test_a_watched_model_is_copied_and_saved_as_one_that_nobody_watches(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_what_another_thread_measures_and_what_is_exported_are_no_passes(tmp_path):
+def test_neither_another_threads_measurement_nor_an_export_is_a_pass(tmp_path):
     """The other thread looks at its model while a pass runs that is watched."""
     model, other, x = network(), network(), in_sequences()
     looks, has_run, errors = threading.Event(), threading.Event(), []
@@ -610,7 +612,7 @@ class Remembering(Net):
         return super().forward(x + torch.cat(kept).mean(0))
 
 
-def test_what_is_kept_of_tokens_before_is_no_sample_and_is_left_alone(tmp_path):
+def test_a_key_value_cache_is_not_sampled_and_left_unchanged(tmp_path):
     """Two sequences: what looks at the order of tokens runs as many, and could add to it."""
     torch.manual_seed(0)
     model = Remembering()
@@ -649,7 +651,7 @@ def test_a_loop_of_functional_calls_is_measured_in_its_mode(tmp_path):
         each(values, in_sequences())
 
 
-def test_a_loop_that_yields_is_interrupted_where_nobody_asks_for_more(tmp_path):
+def test_a_generator_that_is_not_resumed_is_an_interrupted_run(tmp_path):
     model = network()
 
     def steps():
@@ -691,13 +693,13 @@ def raising_once(error: BaseException) -> Callable[..., None]:
         ({"resume": "checkpoint.pt"}, "resume must be a mapping"),
     ],
 )
-def test_what_cannot_be_is_said_before_a_run_begins(tmp_path, given, words):
+def test_invalid_arguments_are_refused_before_a_run_begins(tmp_path, given, words):
     with pytest.raises(ConfigError, match=words), nerve.watch(network(), tmp_path / "run", **given):
         pass
     assert not (tmp_path / "run").exists()
 
 
-def test_without_targets_steps_count_alike_and_targets_need_their_loss(tmp_path):
+def test_without_targets_steps_have_equal_weight_and_targets_require_a_loss(tmp_path):
     model, pair = network(), pairs(1)[0]
     with nerve.watch(model, tmp_path / "a", heldout=[pair[0]], every_n_steps=2) as run:
         run.step(0.5)
@@ -711,7 +713,7 @@ def test_without_targets_steps_count_alike_and_targets_need_their_loss(tmp_path)
         run.step(n_targets=3)
 
 
-def test_what_a_step_tells_is_checked(tmp_path):
+def test_the_arguments_of_a_step_are_checked(tmp_path):
     model = network()
     for given, words in (
         (("much",), "loss of step must be a number or Tensor; got 'much'"),
@@ -730,7 +732,7 @@ def test_what_a_step_tells_is_checked(tmp_path):
     assert nerve.load_metrics(tmp_path / "b")["tokens_seen"].max() == 3
 
 
-def test_a_plain_model_is_found_and_measured_again_and_again(tmp_path):
+def test_a_plain_model_can_be_measured_repeatedly(tmp_path):
     """Training features of modules that were found, of float32, in every cadence of 6 steps."""
     model = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
     optimizer = optimizer_of(model)
@@ -756,12 +758,12 @@ def test_a_plain_model_is_found_and_measured_again_and_again(tmp_path):
     ],
     ids=["list", "union", "log", "not at first"],
 )
-def test_steps_are_measured_wherever_they_lie(tmp_path, source, accumulate, asked, steps):
+def test_steps_at_any_places_are_measured(tmp_path, source, accumulate, asked, steps):
     train(tmp_path, network(), source=source, accumulate=accumulate, **asked)
     found = nerve.load_metrics(tmp_path)
     assert sorted(set(found["step"])) == (steps if source == "train" else [*steps, N_STEPS])
 
 
-def test_a_spacing_needs_the_last_step(tmp_path):
+def test_logarithmic_steps_require_the_last_step(tmp_path):
     with pytest.raises(ConfigError, match="log:4 needs the last step"):
         train(tmp_path, network(), every_n_steps=None, steps="log:4")

@@ -11,11 +11,12 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from integrations.revealing import two_trainers
 from processes import together
 from support import Batches
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -28,6 +29,7 @@ from transformers import (
 
 import nerve
 from nerve.errors import ConfigError, MeasurementError, StoreError
+from nerve.integrations import trainer
 from nerve.integrations.losses import StepLosses
 from nerve.integrations.trainer_states import TrainerStates
 from nerve.storage.directory import RunDirectory
@@ -37,7 +39,7 @@ BATCH = 4
 
 
 class Net(nn.Module):
-    """Two residual FFNs in float64 that give their own loss."""
+    """Two residual FFNs in float64 that compute their own loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ def arguments(folder: Path, **changed) -> TrainingArguments:
 
 
 class InOrder(Trainer):
-    """Takes the samples as they come; transformers 4 has no argument for that."""
+    """Takes the samples in order; transformers 4 has no argument for that."""
 
     def _get_train_sampler(self, *dataset: object) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -95,7 +97,7 @@ def train(
     how=None,
     **asked,
 ) -> Trainer:
-    """Trains to step 7; what is measured is in `folder`/run."""
+    """Trains to step 7; the run is in `folder`/run."""
     asked = {"every_n_steps": 3} | asked
     callback = nerve.SpectralCallback(folder / "run", **asked)
     trainer = InOrder(
@@ -198,7 +200,7 @@ def test_measuring_changes_no_weights_and_leaves_no_hooks(tmp_path, source):
 
 
 def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_path):
-    """Every second step; of training data only the losses are taken from them."""
+    """Every second step; with source="train", only their losses are used."""
     evaluated: list[int] = []
 
     class Count(TrainerCallback):
@@ -214,6 +216,8 @@ def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_pa
     assert evaluated[:3] == [2, 4, 6]
     assert {*evaluated[3:]} <= {7}  # the end, where transformers 5 evaluates, too
     assert rows.notna().tolist() == [False, False, True]
+    flags = nerve.flag_runs(nerve.load_metrics(tmp_path / "a"), nerve.load_runs(tmp_path / "a"))
+    assert flags["flag"].tolist() == ["ok"]  # with one loss, nothing can be said against it
     evaluated.clear()
     heldout = True
     train(tmp_path / "b", source="heldout", callbacks=[Count()], how=how)
@@ -247,8 +251,8 @@ class Raise(TrainerCallback):
 
 @pytest.mark.parametrize("source", ["train", "heldout"])
 @pytest.mark.parametrize("save_at", [3, 4])
-def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, save_at):
-    """From a step that is measured, whose features may still be to come, and between two."""
+def test_an_interrupted_training_is_resumed_as_if_uninterrupted(tmp_path, source, save_at):
+    """From a measured step, before its features are there, and from one between two of them."""
     how = {"save_strategy": "steps", "save_steps": save_at}
     train(tmp_path / "whole", source=source, how=how)
     cut = tmp_path / "cut"
@@ -266,8 +270,8 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, source, 
         TrainerStates(RunDirectory(cut / "run")).load(2)
 
 
-def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monkeypatch):
-    """As it does where the program ends: the Trainer tells no callback of an exception."""
+def test_a_run_that_is_never_ended_has_failed_when_its_callback_is_deleted(tmp_path, monkeypatch):
+    """As at the end of the program: the Trainer does not report exceptions to callbacks."""
     with pytest.raises(ValueError, match="no") as raised:
         train(tmp_path, callbacks=[Raise()])
     assert nerve.RunRecord.load(tmp_path / "run").run_status == "running"
@@ -281,12 +285,12 @@ def test_a_run_that_nobody_ends_has_failed_when_its_callback_goes(tmp_path, monk
     assert sorted(set(nerve.load_metrics(tmp_path / "run")["step"])) == [0, 3]
 
 
-def evaluated(folder: Path, within=lambda model: None) -> pd.DataFrame:
+def evaluated(folder: Path, within=lambda model: None, **how) -> pd.DataFrame:
     """The rows of a model whose weights are measured in an evaluation of two batches, before which,
     in whose steps and after which `within` may run the model."""
     model = language_model(torch.float64)
     data = batches_of(texts(2 * BATCH))
-    callback = nerve.SpectralCallback(folder, source="heldout")
+    callback = nerve.SpectralCallback(folder, source="heldout", **how)
     given = TrainingArguments(folder / "hf", use_cpu=True), TrainerState(max_steps=9)
     control = TrainerControl()
     callback.on_train_begin(*given, control, model=model)
@@ -312,8 +316,17 @@ def evaluated(folder: Path, within=lambda model: None) -> pd.DataFrame:
     return rows
 
 
-def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_generates(tmp_path):
-    """To see which tokens an FFN has the model is run, which is no evaluation of its own."""
+def test_groups_by_frequency_need_the_counts_of_the_tokens(tmp_path):
+    counts = torch.arange(100, dtype=torch.int64)
+    evaluated(tmp_path / "run", groups=["frequency"], token_counts=counts)
+    groups = nerve.load_groups(tmp_path / "run")
+    assert {*groups["group"]} == {"all", "head", "mid", "tail"}
+    with pytest.raises(MeasurementError, match="frequency need token_counts"):
+        evaluated(tmp_path / "other", groups=["frequency"])
+
+
+def test_an_evaluation_on_tokens_is_measured_despite_inspection_and_generation(tmp_path):
+    """The model is run to see which tokens an FFN has, which is not part of the evaluation."""
 
     def generate(model: GPT2LMHeadModel) -> None:
         for use_cache in (True, False):
@@ -333,7 +346,7 @@ def test_an_evaluation_on_tokens_is_measured_whatever_looks_at_the_model_or_gene
 
 
 class Runs(TrainerCallback):
-    """Runs the model on a batch of its own wherever it is told something."""
+    """Runs the model on its own batch in every callback."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
@@ -360,7 +373,7 @@ class Runs(TrainerCallback):
 
 @pytest.mark.parametrize("place", ["before", "callbacks"])
 @pytest.mark.parametrize("source", ["train", "heldout"])
-def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source, place):
+def test_passes_that_callbacks_run_are_neither_training_nor_evaluation(tmp_path, source, place):
     """Before the first batch, between batches and after the last one, whichever callback is told
     first; the losses are the same."""
     how = {"max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
@@ -370,8 +383,8 @@ def test_what_callbacks_run_is_neither_training_nor_evaluation(tmp_path, source,
     assert_same(*(nerve.load_metrics(tmp_path / each / "run") for each in ("alone", "beside")))
 
 
-def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
-    """Some trainers compute their own from the logits, beside which the model gives one."""
+def test_a_loss_without_a_backward_pass_is_not_a_training_loss():
+    """Some trainers compute their own loss from the logits, although the model returns one."""
     model, batch = language_model(torch.float64), batches_of(texts(BATCH))[0]
     losses, given = StepLosses(model, of_all=False), []
     recorder = SimpleNamespace(add_training=lambda *how, **more: given.append(how))
@@ -389,7 +402,7 @@ def test_a_loss_that_nothing_is_trained_by_is_no_training_loss():
     assert [(float(mean), n) for mean, n in given] == [(expected, None)]
 
 
-def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tmp_path, caplog):
+def test_a_new_run_directory_starts_at_the_step_where_the_trainer_resumes(tmp_path, caplog):
     how = {"save_strategy": "steps", "save_steps": 3}
     train(tmp_path / "whole", how=how)
     saved = tmp_path / "whole" / "trainer" / "checkpoint-3"
@@ -400,6 +413,35 @@ def test_a_directory_that_was_never_measured_begins_where_the_trainer_goes_on(tm
     expected = whole[whole["step"] > 0].reset_index(drop=True)
     expected.loc[expected["step"] == 3, "train_loss"] = float("nan")
     assert_same(late, expected)
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "even_batches", "n_sequences", "is_refused"),
+    [
+        (12, True, 6, False),
+        (12, True, 12, False),  # each of two sequences, as pairs of preferences are
+        (10, True, 6, True),  # of which 2 come twice
+        (10, True, 12, True),
+        (10, False, 10, False),
+        (10, False, 5, False),
+    ],
+)
+def test_examples_that_several_processes_evaluate_twice_are_refused(
+    monkeypatch, n_examples, even_batches, n_sequences, is_refused
+):
+    """Two processes with batches of 3; both evaluate `n_sequences`."""
+    monkeypatch.setattr(trainer, "n_processes", lambda: 2)
+    monkeypatch.setattr(trainer, "gathered", lambda n: [n, n])
+    loader = DataLoader(range(n_examples), batch_size=3)
+    sampler = BatchSamplerShard(loader.batch_sampler, 2, even_batches=even_batches)
+    sharded = DataLoader(range(n_examples), batch_sampler=sampler)
+    if is_refused:
+        with pytest.raises(MeasurementError, match="a multiple of processes times"):
+            trainer.require_once(n_sequences, sharded)
+    else:
+        trainer.require_once(n_sequences, sharded)
+    with pytest.raises(MeasurementError, match="must be evaluated once"):
+        trainer.require_once(n_examples, loader)  # of which nothing is known
 
 
 def in_processes(rank: int, folder: str) -> None:
@@ -413,7 +455,7 @@ def in_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_leave_the_rows_of_one(tmp_path):
-    """Each batch is dealt to the two, row by row or half by half: the samples are the same."""
+    """Each batch is split between them, by rows or by halves: the samples are the same."""
     together(two_trainers, 2, tmp_path)
     for source in ("train", "heldout"):
         train(tmp_path / f"{source}-one", source=source)
@@ -455,7 +497,7 @@ def texts(n: int) -> list[dict[str, Tensor]]:
     ids=["float32", "bf16", "compiled"],
 )
 def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
-    """Padding and what is excluded do not count; losses are means over both micro-batches."""
+    """Padding and excluded tokens do not count; losses are means over both micro-batches."""
     data, losses = texts(3 * 2 * BATCH), []
     counted = {"exclude": [3], "only_labeled": True}
     dtype = torch.float32 if "bf16" in how else torch.float64
@@ -500,7 +542,7 @@ def test_a_language_model_is_measured_as_it_is_trained(tmp_path, how):
     ]  # as it counts labels
 
 
-def test_what_cannot_be_is_said_before_training(tmp_path):
+def test_invalid_arguments_are_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match="source must be one of heldout, train"):
         nerve.SpectralCallback(tmp_path, source="eval")
     with pytest.raises(ConfigError, match="mask must be a function"):

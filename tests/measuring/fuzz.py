@@ -1,12 +1,12 @@
-"""Models drawn at random, described rightly or wrongly: the right numbers, or a refusal.
+"""Randomly drawn models, described correctly or not: the correct numbers, or an error.
 
     export PYTHONPATH=.:tests
-    python tests/measuring/fuzz.py 10000              # cases, and how often each kind came
+    python tests/measuring/fuzz.py 10000              # cases, and how often each kind occurred
     python tests/measuring/fuzz.py 10000 --from 5000  # the second half of them
-    python tests/measuring/fuzz.py 1000 --checks      # the same with one check taken away in turn
+    python tests/measuring/fuzz.py 1000 --checks      # with each check removed in turn
 
-`--jobs 16` takes so many processes. Every model keeps the features of each FFN as it runs, sorted
-into sequences; from these the expected values are taken. A case is drawn from its number alone.
+`--jobs 16` uses that many processes. Every model keeps the features of each FFN as it runs, sorted
+into sequences; the expected values are computed from them. A case depends only on its number.
 """
 
 import argparse
@@ -36,9 +36,10 @@ from nerve.measuring import (
     following,
     masks,
     measure,
-    measurement,
     probe,
+    samples,
     streams,
+    trace,
 )
 from nerve.measuring.ffns import FFNAdapter, Site
 
@@ -99,15 +100,15 @@ SILENT: dict[str, Callable[["Case"], bool]] = {
     "tokens flattened beside a mask": lambda c: c.order.endswith("flat") and c.padding == "mask",
     "input by keyword": lambda c: c.input == "keyword",
 }
-"""The kinds that were once measured wrongly, or could be, without a word."""
+"""The kinds that were once measured wrongly, or could be, without an error."""
 
 REFUSED = ("act", "next layer", "wrong side", "n_runs", "wrong axis", "fewer after")
-"""Descriptions that are wrong: whatever comes of them, it is not measured."""
+"""Wrong descriptions, which must never be measured."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What was drawn: a value of each of `CHOICES`, and what else is random."""
+    """A drawn case: a value for each of `CHOICES`, and whatever else is random."""
 
     seed: int
     drawn: dict[str, str]
@@ -139,7 +140,7 @@ class Case:
 
 
 class OwnType(Tensor):
-    """A weight of whose numbers a linear layer makes something else, as quantised ones do."""
+    """A weight that a linear layer does not use as it is, like quantized weights."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -151,7 +152,7 @@ class OwnType(Tensor):
 
 
 class FFN(nn.Module):
-    """Of the case's form. What it keeps: pre and post of each run."""
+    """An FFN in the form of the case. It keeps pre and post of each run."""
 
     def __init__(self, case: Case, d: int, d_ff: int) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ class Act(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Three experts, of which each token gets one; what it keeps has a number for each sample."""
+    """Three experts, one of which receives each token; what is kept has one number per sample."""
 
     def __init__(self, case: Case, d: int, d_ff: int) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ class Mixture(nn.Module):
 
     @property
     def up(self) -> Tensor:
-        """What a weight that changes is a part of."""
+        """The projection whose weight changes."""
         return self.experts[0]["up"].weight if self.case.form == EXPERTS[0] else self.w_up
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,7 +271,7 @@ class Stack(nn.Module):
         return x
 
     def sequences(self, features: Tensor, shape: tuple[int, int]) -> Tensor:
-        """`[n_sequences, n_positions, width]`, undoing what `forward` did."""
+        """`[n_sequences, n_positions, width]`, undoing the arrangement by `forward`."""
         if self.case.form == "convolution":
             features = features.movedim(1, -1)
         if self.case.order.startswith("sequences"):
@@ -279,7 +280,8 @@ class Stack(nn.Module):
 
 
 class Model(nn.Module):
-    """Embeds tokens and runs its FFNs; of two streams the second one gets the mean of the first."""
+    """Embeds tokens and runs its FFNs; with two streams, the second one receives the mean of the
+    first."""
 
     def __init__(self, case: Case, rng: random.Random) -> None:
         super().__init__()
@@ -307,7 +309,7 @@ class Model(nn.Module):
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """By the prefix of their tokens."""
+        """The stacks, by the prefix of their tokens."""
         both = {"": self.encoder} if self.decoder is None else {}
         return both or {"": self.encoder, "decoder_": self.decoder}
 
@@ -360,7 +362,8 @@ def describe(case: Case, model: Model) -> list[FFNAdapter] | None:
 
 @contextlib.contextmanager
 def altered(case: Case, model: Model) -> Iterator[None]:
-    """What changes the output of the last FFN's projection behind its weight's back."""
+    """Something that changes the output of the last FFN's projection without changing its
+    weight."""
     up = model.encoder.blocks[1].up
     if case.alter == "hook":
         up.register_forward_hook(lambda module, args, output: output.square() - 1)
@@ -382,7 +385,7 @@ def altered(case: Case, model: Model) -> Iterator[None]:
 
 
 def mask_of(case: Case) -> Callable[[Any], Any] | None:
-    """What is given as `mask=`: None, one mask for all FFNs, or one for each name."""
+    """The value of `mask=`: None, one mask for all FFNs, or one for each name."""
     if case.mask == "of the batch":
         return None
     if case.mask == "one" or case.description == "found":
@@ -431,7 +434,7 @@ def outcome(seed: int) -> tuple[Case, str]:
 
 
 class Said(logging.Handler):
-    """What is said of FFNs that are not measured."""
+    """Collects the log messages about FFNs that are not measured."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -451,8 +454,8 @@ class Said(logging.Handler):
 def check(
     case: Case, model: Model, batches: list[dict[str, Tensor]], rows: Any, named: list[str]
 ) -> bool:
-    """Every row against what the model kept: of the last passes, those that were measured. Whether
-    there is one for each FFN; the mixtures of those that lack one must have been named."""
+    """Compares every row with what the model kept of the measured passes. Every FFN must have a
+    row, unless a message named its mixture."""
     known = rows.set_index(["layer", "ffn"]).to_dict("index")
     expected = {}
     for prefix, stack in model.stacks.items():
@@ -499,7 +502,7 @@ def check(
 
 
 def _counts(case: Case, batch: dict[str, Tensor], prefix: str) -> Tensor:
-    """Which tokens of a stream count, bool `[n_sequences, n_positions]`."""
+    """The tokens of a stream that count, bool `[n_sequences, n_positions]`."""
     # One mask that is given for all FFNs is the first stream's.
     of = (
         ""
@@ -550,7 +553,7 @@ def _of_expert(
 
 
 def without() -> dict[str, list[Any]]:
-    """By name the patches that take a check away."""
+    """The patches that remove a check, by its name."""
     put = mock.patch.object
 
     def finish(self: probe.Probe) -> None:
@@ -570,7 +573,9 @@ def without() -> dict[str, list[Any]]:
         "post follows from pre": [put(following, "way_from", lambda *how: "directly")],
         "pre is no factor": [put(following, "is_factor", lambda *how: False)],
         "pre has a weight": [put(ffns, "_has_weight", lambda module: True)],
-        "masks are 0 and 1": [put(masks, "as_bool", any_bool), put(streams, "as_bool", any_bool)],
+        "masks are 0 and 1": [
+            put(module, "as_bool", any_bool) for module in (masks, streams, trace)
+        ],
         "W x + b is what the layer gave": [put(accumulator, "gives", yes)],
         "the weight is that of the first batch": [
             put(accumulator.Accumulator, "_compare_weight", lambda *how: None)
@@ -580,14 +585,14 @@ def without() -> dict[str, list[Any]]:
             put(probe, "of_site", lambda tensor, site, where: site.features(tensor))
         ],
         "post of the same samples": [put(probe, "check_same_samples", lambda *how: None)],
-        "the order of tokens": [put(streams, "_traced", lambda *how: streams.Traced("", True))],
-        "the tokens of an expert": [put(measurement, "counted_of", all_count)],
+        "the order of tokens": [put(trace, "_traced", lambda *how: trace.Traced("", True))],
+        "the tokens of an expert": [put(samples, "counted_of", all_count)],
         "pre unchanged": [put(torch, "isclose", yes)],
     }
 
 
 def fails(seed: int, name: str | None) -> bool:
-    """Whether a case ends otherwise than it may, with a check taken away."""
+    """Whether a case ends in a forbidden way when a check is removed."""
     with contextlib.ExitStack() as stack:
         for patch in without()[name] if name else ():
             stack.enter_context(patch)

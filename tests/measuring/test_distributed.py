@@ -1,4 +1,4 @@
-"""Several processes measure what one would: counts, means and scatter merge exactly."""
+"""Several processes measure what a single one would: counts, means and scatter merge exactly."""
 
 import json
 import os
@@ -87,8 +87,8 @@ SHARDS = [[0, 150, 300], [0, 299, 300], [0, 300, 300], [0, 0, 300]]
 
 @pytest.fixture
 def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
-    """Three threads in place of processes: what each gives to a sum, all get together; of one that
-    goes to a single process, the others keep nothing that is of use."""
+    """Three threads instead of processes. All receive the sum of what each contributes; in a sum
+    for a single process, the others receive garbage."""
     barrier, given, me = Barrier(3, timeout=20), list[torch.Tensor](), local()
 
     def all_reduce(tensor: torch.Tensor) -> None:
@@ -111,13 +111,13 @@ def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
 
 
 def samples(n: int, seed: int) -> torch.Tensor:
-    """float64 `[n, 24]`, each part about a mean of its own."""
+    """float64 `[n, 24]`; each part has a mean of its own."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 24, generator=generator, dtype=torch.float64) + 10 * seed
 
 
 def assert_scatter(accumulator: StreamingCovariance, parts: list[torch.Tensor]) -> None:
-    """That of NumPy, to 1e-12 of the standard deviations."""
+    """The scatter agrees with NumPy to 1e-12 of the standard deviations."""
     expected = np.cov(torch.cat(parts).numpy().T, ddof=0) * sum(map(len, parts))
     deviation = np.sqrt(expected.diagonal())
     error = np.tril(accumulator.scatter().numpy() - expected) / np.outer(deviation, deviation)
@@ -127,8 +127,10 @@ def assert_scatter(accumulator: StreamingCovariance, parts: list[torch.Tensor]) 
 @pytest.mark.parametrize("most_bytes", [1, 2**30])
 @pytest.mark.parametrize("to", [0, 2])
 @pytest.mark.parametrize("sizes", [(3, 5, 8), (0, 12, 700), (100, 300, 50)])
-def test_one_process_gets_the_samples_of_all(group_of_three, monkeypatch, sizes, to, most_bytes):
-    """At once and part by part."""
+def test_one_process_receives_the_samples_of_all(
+    group_of_three, monkeypatch, sizes, to, most_bytes
+):
+    """In one exchange, and part by part."""
     monkeypatch.setattr("nerve.measuring.exchange.MOST_BYTES", most_bytes)
     parts = [samples(n, seed) for seed, n in enumerate(sizes)]
     accumulators = [StreamingCovariance(24) for _ in parts]
@@ -201,13 +203,13 @@ OFFSETS = (0, 100)
 
 
 def rounded_part(rank: int, offset: int) -> torch.Tensor:
-    """Of one process; the mean of the second is `offset`."""
+    """The features of one process; the mean of the second one is `offset`."""
     return (data()[150 * rank : 150 * (rank + 1)] - 100 + offset * rank).bfloat16()
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_pre_is_projected_by_all_processes_or_by_none(measured_shards, offset):
-    """Where rounding counts in one of them, the others' inputs are converted."""
+    """If rounding matters in one process, the inputs of the others are converted."""
     model = make_model().bfloat16()
     parts = [rounded_part(rank, offset) for rank in range(WORLD)]
     one = nerve.measure(model, parts, ffns=ffns(model), shortcut="projected")
@@ -219,12 +221,13 @@ def test_pre_is_projected_by_all_processes_or_by_none(measured_shards, offset):
 
 
 def sequences(bounds: list[int]) -> torch.Tensor:
-    """The data as sequences of five, so that each quarter of the later positions is one."""
+    """The data as sequences of five, so that each quarter of the later positions is one
+    position."""
     return data().reshape(240, 5, 6)[bounds[0] * 4 // 5 : bounds[1] * 4 // 5]
 
 
 def around(model: nn.Sequential) -> list[FFNAdapter]:
-    """The FFNs, each with its own input and output for the stream."""
+    """The FFNs, with their own input and output as the stream."""
     streams = [(Site(model[i], "input"), Site(model[i + 2], "output")) for i in (0, 3)]
     return [replace(ffn, stream=stream) for ffn, stream in zip(ffns(model), streams, strict=True)]
 
@@ -252,7 +255,7 @@ def measure_groups_of_shards(rank: int, folder: str) -> None:
 
 
 def test_groups_and_sites_of_two_processes_are_those_of_one_over_the_union(tmp_path):
-    """Position by position, and their merge; even, uneven and empty shards."""
+    """Position by position, and merged; with even, uneven and empty shards."""
     together(measure_groups_of_shards, WORLD, tmp_path)
     model = make_model()
     one = nerve.measure(
@@ -274,7 +277,7 @@ def test_groups_and_sites_of_two_processes_are_those_of_one_over_the_union(tmp_p
 
 
 def pooled(model: nn.Sequential) -> list[FFNAdapter]:
-    """Its FFNs as if they were experts of one layer."""
+    """The FFNs of a model as if they were experts of one layer."""
     return [
         replace(ffn, layer=0, name=f"expert_{number}", pool="experts")
         for number, ffn in enumerate(ffns(model))
@@ -291,7 +294,7 @@ def measured_shards(tmp_path_factory):
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("number", range(len(SHARDS)))
 def test_two_processes_equal_one_over_the_union(measured_shards, number, shortcut):
-    """Even, uneven and empty shards, in float64, to 1e-10; each process has one of the FFNs."""
+    """Even, uneven and empty shards, in float64, to 1e-10; each process solves one of the FFNs."""
     model = make_model()
     one = nerve.measure(model, [data()], ffns=ffns(model), shortcut=shortcut)
     names = [f"{number}-{shortcut}-{rank}.json" for rank in range(WORLD)]
@@ -300,8 +303,8 @@ def test_two_processes_equal_one_over_the_union(measured_shards, number, shortcu
     assert [row["layer"] for row in rows] == [0, 1]
 
 
-def test_a_pool_is_that_of_the_samples_of_all_processes(measured_shards):
-    """Merged from inputs that were taken in place of pre, then reduced."""
+def test_a_pool_contains_the_samples_of_all_processes(measured_shards):
+    """Converted from inputs that were accumulated instead of pre, merged, then reduced."""
     model = make_model(width=16)
     one = nerve.measure(model, [data()], ffns=pooled(model))
     dealt = [json.loads((measured_shards / f"pooled-{r}.json").read_text()) for r in range(WORLD)]
@@ -336,8 +339,8 @@ def measure_sharded_weights(rank: int, folder: str) -> None:
     os._exit(0)  # FSDP keeps gloo's threads, with which an interpreter may abort at its end
 
 
-def test_weights_sharded_over_processes_are_measured_as_whole_ones(tmp_path):
-    """Both generations of FSDP, the data split as well."""
+def test_sharded_weights_are_measured_like_unsharded_ones(tmp_path):
+    """Both generations of FSDP, with the data split as well."""
     model = make_model()
     one = nerve.measure(model, [data()], ffns=ffns(model))
     together(measure_sharded_weights, WORLD, tmp_path)
@@ -347,7 +350,7 @@ def test_weights_sharded_over_processes_are_measured_as_whole_ones(tmp_path):
         np.testing.assert_allclose(rows[NUMBERS], one[NUMBERS], rtol=1e-10)
 
 
-def test_features_split_by_tensor_parallelism_are_refused(tmp_path):
+def test_features_split_by_tensor_parallelism_raise(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -362,7 +365,7 @@ def test_features_split_by_tensor_parallelism_are_refused(tmp_path):
 
 
 class Late(FFNEigenproblem):
-    """A problem that is not solved before there is a file."""
+    """An eigenproblem that is not solved before a file exists."""
 
     file: Path
 
@@ -399,8 +402,8 @@ def solve_shares(rank: int, folder: str) -> None:
 
 
 def solve_beside(rank: int, folder: str) -> None:
-    """Process 1 solves its share of step 0 when process 0 has gone on, and cannot solve that of
-    step 1."""
+    """Process 1 solves its share of step 0 after process 0 has continued, and cannot solve its
+    share of step 1."""
     solver, go = Solver(torch.device("cpu"), n_workers=1), Path(folder, "go")
     problem = make_eigenproblem(rank, broken=False)
     before = [*solver.submit({"step": 0}, [late(problem, go) if rank == 1 else problem])]
@@ -423,8 +426,8 @@ def solve_beside(rank: int, folder: str) -> None:
     solver.close()
 
 
-def test_no_process_waits_for_what_another_solves(shares_solved):
-    """What is solved late is there at the next `drain`; an error is raised in both."""
+def test_no_process_waits_for_what_another_one_solves(shares_solved):
+    """Late spectra are returned by the next `drain`; an error is raised in both processes."""
     first, second = (json.loads((shares_solved / f"beside-{r}.json").read_text()) for r in (0, 1))
     assert first["early"]
     assert first["before"] == 0
@@ -449,8 +452,9 @@ def shares_solved(tmp_path_factory):
     return folder
 
 
-def test_processes_share_the_problems_and_the_errors(shares_solved):
-    """Process 0 gets all spectra in order, process 1 solved layer 1; its error reaches both."""
+def test_processes_share_eigenproblems_and_errors(shares_solved):
+    """Process 0 receives all spectra in order; process 1 solves layer 1, and its error reaches
+    both."""
 
     def told(broken: int | None) -> list[dict]:
         names = [f"{broken}-{rank}.json" for rank in range(WORLD)]
@@ -466,7 +470,7 @@ def test_processes_share_the_problems_and_the_errors(shares_solved):
 
 
 def one_command(arguments: list[str], cwd: Path) -> tuple[list[int], str]:
-    """From nothing; Lightning starts the second process."""
+    """One command from scratch; Lightning starts the second process."""
     command = [sys.executable, "-m", "nerve.cli.run", *arguments]
     environment = os.environ | {"PYTHONPATH": lean_path()}
     ended = subprocess.run(
@@ -478,8 +482,9 @@ def one_command(arguments: list[str], cwd: Path) -> tuple[list[int], str]:
 @pytest.mark.parametrize(
     ("source", "launch"), [("heldout", one_command), ("train", partial(ranks, WORLD))]
 )
-def test_a_run_of_two_processes_leaves_the_rows_of_one(tmp_path, source, launch):
-    """float32 gradients are summed in another order, so rows agree to 1e-5, step 0 to 1e-6."""
+def test_a_run_of_two_processes_stores_the_rows_of_one(tmp_path, source, launch):
+    """Gradients in float32 are summed in another order, so rows agree to 1e-5, and step 0 to
+    1e-6."""
     common = [
         *TINY_RUN,
         "model.d_model=32",

@@ -1,5 +1,5 @@
-"""Experts: each an FFN of its own, found by the parameter that is multiplied or in a list, as
-unfused by hand in NumPy."""
+"""Experts: each is an FFN of its own, found in a stacked parameter or in a list, and compared with
+NumPy."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
-from nerve.measuring.routing import origins
+from nerve.measuring.routing import counted_of, origins
 
 
 def unfused(mixture: Any, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features of one expert, before and after."""
+    """The features of one expert, before and after the nonlinearity."""
     experts = mixture.experts
     both = experts.gate_up_proj[e].detach().numpy()
     if hasattr(experts, "gate_up_proj_bias"):  # of gpt-oss: in turns, and a product with up + 1
@@ -44,8 +44,8 @@ def unfused(mixture: Any, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str, np.ndarray]]]:
-    """Features before and after the nonlinearity of each expert of each layer, in NumPy, from what
-    the router says and what the mixture gets."""
+    """The features of each expert of each layer before and after the nonlinearity, in NumPy, from
+    the router's choices and the mixture's input."""
     seen: list[list[dict[str, list[np.ndarray]]]] = [
         [{"pre": [], "post": []} for _ in range(N)] for _ in model.layers
     ]
@@ -82,7 +82,7 @@ def by_hand(model: Any, batches: list[dict[str, Tensor]]) -> list[list[dict[str,
 
 
 def assert_row(row: dict[str, Any], features: dict[str, np.ndarray], d_in: int = D) -> None:
-    """A row has the values of these features, to 1e-9, or says why it has none."""
+    """A row has the values of these features, to 1e-9, or a status that says why it has none."""
     n = len(features["pre"])
     assert (row["n_samples"], row["d_ff"], row["d_in"]) == (n, FF, d_in)
     if n < 2:
@@ -106,7 +106,7 @@ def assert_row(row: dict[str, Any], features: dict[str, np.ndarray], d_in: int =
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_measured_as_unfused_by_hand(family, padded):
-    """Each expert, one without tokens, all of them pooled; counts are the router's."""
+    """Each expert, one without tokens, and all of them pooled; the counts are the router's."""
     model, batches = model_of(family), batches_of(padded=padded)
     rows = nerve.measure(model, batches).set_index(["layer", "ffn"])
     model.set_experts_implementation("eager")  # grouped products know no float64
@@ -124,8 +124,8 @@ def test_experts_are_measured_as_unfused_by_hand(family, padded):
     assert set(rows.index.get_level_values("ffn")) == names
 
 
-def test_a_model_that_takes_all_products_at_once_does_so_afterwards():
-    """And its router has sent as many tokens to each expert as were measured."""
+def test_a_fused_implementation_is_restored_afterwards():
+    """Its router then sends as many tokens to each expert as were measured."""
     model, batches = model_of("mixtral").float(), batches_of(padded=False)
     before = model(**batches[0]).last_hidden_state
     chosen = [[], []]
@@ -148,7 +148,7 @@ def test_a_model_that_takes_all_products_at_once_does_so_afterwards():
     assert torch.equal(model(**batches[0]).last_hidden_state, before)
 
 
-def test_what_is_found_names_the_parameter_and_the_pool():
+def test_found_experts_name_the_parameter_and_the_pool():
     found = nerve.find_ffns(model_of("mixtral"), batches_of(padded=False)[0])
     table = found.table()
     assert found.unclear == []
@@ -164,7 +164,7 @@ def test_what_is_found_names_the_parameter_and_the_pool():
     assert note in repr(found)
 
 
-def test_left_out_positions_are_left_out_of_experts():
+def test_skipped_positions_are_skipped_in_experts():
     """`skip_first` equals a mask without the first position."""
     model, batches = model_of("olmoe"), batches_of(padded=True)
     rows = nerve.measure(model, batches, skip_first=1)
@@ -193,8 +193,8 @@ def test_left_out_positions_are_left_out_of_experts():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_experts_in_a_list_are_experts_and_no_layers(padded):
-    """Also one that gets no token in the pass that looks for FFNs."""
+def test_experts_in_a_list_are_not_layers(padded):
+    """Including an expert without tokens in the pass that searches for FFNs."""
     net, batches = listed(), batches_of(padded=padded)
     kept: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     rows = nerve.measure(net, batches).set_index(["layer", "ffn"])
@@ -216,8 +216,9 @@ def test_experts_in_a_list_are_experts_and_no_layers(padded):
     assert len(rows) == 8
 
 
-def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
-    """The mixture multiplies them first: then they are not those that the mixture got."""
+def test_an_expert_whose_tokens_are_unknown_raises_with_padding():
+    """The mixture scales the tokens first, so the expert does not receive what the mixture
+    received."""
     net = listed(scaled=True)
     ffns = [
         nerve.FFNAdapter(
@@ -237,8 +238,8 @@ def test_beside_padding_an_expert_whose_tokens_cannot_be_told_is_refused():
 
 
 @pytest.mark.parametrize("make", [listed, lambda: model_of("olmoe")])
-def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, make):
-    """With padding; one without tokens has a row that says so."""
+def test_a_watched_loop_records_experts_like_measure(tmp_path, make):
+    """With padding; an expert without tokens has a row with a status."""
     model, batches = make(), batches_of(padded=True)
     expected = nerve.measure(model, batches)
     with nerve.watch(
@@ -261,7 +262,7 @@ def test_a_loop_that_is_watched_records_experts_as_they_are_measured(tmp_path, m
 
 
 def test_a_bias_that_is_added_to_the_product_belongs_to_pre():
-    """Its covariance does not know, the mean's share does."""
+    """The covariance does not show the bias, but the share of the mean does."""
     torch.manual_seed(0)
     net, batches = Net([Stacked()]).double().eval(), batches_of(padded=True)
     rows = nerve.measure(net, batches).set_index("ffn")
@@ -279,8 +280,8 @@ def test_a_bias_that_is_added_to_the_product_belongs_to_pre():
         assert_row(rows.loc[f"expert_{e}"].to_dict(), {"pre": u.numpy(), "post": u.relu().numpy()})
 
 
-def test_experts_whose_products_nothing_shows_are_named():
-    """Beside an FFN that is found: measured without them, but not silently."""
+def test_experts_whose_products_are_hidden_are_named():
+    """Next to an FFN that is found: the experts are not measured, but not silently."""
     torch.manual_seed(0)
     dense = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
     net = Net([dense, Stacked(together=True)]).double().eval()
@@ -319,10 +320,27 @@ def test_rows_are_found_among_equal_ones():
     assert origins(source[[1, 1]], source) is None
 
 
+def test_equal_rows_that_an_expert_received_in_part_must_count_alike():
+    """Also for many sets of equal rows, such as tokens without positions, whose pairs would not fit
+    into memory."""
+    source = torch.arange(4.0).repeat_interleave(3)[:, None]
+    rows = source[[0, 1, 3, 9, 10, 11]]  # two of three, one of three, none, all
+    counts = torch.tensor([1, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 1]).bool()
+    assert counted_of(rows, source, counts, "it").tolist() == [1, 1, 0, 0, 1, 1]
+    for changed in (2, 4):
+        unclear = counts.clone()
+        unclear[changed] ^= True
+        with pytest.raises(MeasurementError, match="some of several identical tokens"):
+            counted_of(rows, source, unclear, "it")
+    many = torch.arange(30_000.0).repeat_interleave(2)[:, None]
+    counted = counted_of(many[::2], many, torch.ones(60_000, dtype=torch.bool), "it")
+    assert counted.all()
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_on_a_gpu_are_those_of_a_cpu(family):
-    """In float64, with padding; and as the model runs by itself, in bfloat16 and grouped, for
+def test_experts_on_a_gpu_agree_with_a_cpu(family):
+    """In float64 with padding; and with the model's own implementation in bfloat16, grouped, for
     which a GPU needs rows of a multiple of 16 bytes."""
     model, batches = model_of(family, ff=16), batches_of(padded=True)
     expected = nerve.measure(model, batches)

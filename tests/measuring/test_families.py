@@ -1,4 +1,4 @@
-"""Models of transformers are found without help, and measured as hooks written by hand say."""
+"""Models of transformers are found without help, and measured as by hooks written by hand."""
 
 import itertools
 import math
@@ -211,7 +211,7 @@ def batch(name: str, *, padded: bool) -> dict[str, Tensor]:
 
 
 def by_hand(name: str, model: nn.Module, given: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Values of each FFN from features that hooks written by hand keep."""
+    """The values of each FFN from features that hooks written by hand keep."""
     places = FAMILIES[name].hand(model)
     kept: dict[tuple[int, str], list[Tensor]] = {}
     handles = []
@@ -265,13 +265,13 @@ def assert_same(rows: Any, expected: list[dict[str, float]], rel: float = 1e-6) 
     [case for case in itertools.product(FAMILIES, (False, True)) if case != NO_PADDING],
 )
 def test_a_family_is_found_and_measured_as_by_hand(name, padded):
-    """All values to 1e-6 of float64 NumPy; padding counts nowhere, in any stream."""
+    """All values to 1e-6 of float64 NumPy; padding does not count in any stream."""
     model, given = build(name), batch(name, padded=padded)
     assert_same(nerve.measure(model, [given]), by_hand(name, model, given))
 
 
 def renamed(model: nn.Module) -> nn.Module:
-    """The model with modules that have other names, which their parents go on to find."""
+    """The model with renamed modules, which their parents still find."""
     generator = torch.Generator().manual_seed(0)
     for module in list(model.modules()):
         children = dict(module._modules)
@@ -288,7 +288,7 @@ def renamed(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_do_not_matter(name):
-    """All modules renamed at random: the same rows, apart from names."""
+    """With all modules renamed at random, the rows are the same apart from names."""
     given = batch(name, padded=name != "vit")
     expected = nerve.measure(build(name), [given])
     got = nerve.measure(renamed(build(name)), [given])
@@ -302,14 +302,14 @@ HALF += ["modernbert", "opt", "albert", "t5 gated"]
 
 @pytest.mark.parametrize("name", HALF)
 def test_a_family_in_bfloat16_is_measured_as_it_runs(name):
-    """The features that 16 bits leave, to what float32 products round."""
+    """The features as rounded to 16 bits, to the precision of float32 products."""
     model, given = build(name, torch.bfloat16), batch(name, padded=True)
     assert_same(nerve.measure(model, [given]), by_hand(name, model, given), rel=1e-4)
 
 
 def assert_measured_compiled(name: str) -> None:
-    """Compiled code taps in float64 what hooks by hand see uncompiled; in bfloat16, where compiled
-    code rounds less often, `nerve.measure` runs the model as it is."""
+    """In float64, compiled code taps what hooks by hand see uncompiled. In bfloat16, where compiled
+    code rounds less often, `nerve.measure` runs the model uncompiled."""
     model, given = build(name), batch(name, padded=False)
     ffns = nerve.find_ffns(model, given)
     expected = by_hand(name, model, given)

@@ -1,4 +1,4 @@
-"""What a description promises is what is measured, or it is refused: axes, parts, runs, order."""
+"""Descriptions of FFNs are measured as promised, or raise: axes, parts, runs, order."""
 
 import math
 
@@ -24,7 +24,7 @@ def _seed() -> None:
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("n_axes", [1, 2, 3])
 def test_a_pointwise_convolution_is_measured_along_its_channels(n_axes, shortcut):
-    """Samples are images × positions, also where another axis is as wide as the channels."""
+    """The samples are images × positions, also if another axis is as wide as the channels."""
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n_axes - 1]
     model = Plain(conv(6, 9, 1), conv(9, 6, 1)).double()
     x = torch.randn(9, 6, *[9] * n_axes, dtype=torch.float64)
@@ -37,8 +37,8 @@ def test_a_pointwise_convolution_is_measured_along_its_channels(n_axes, shortcut
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "Conv1D of transformers"])
-def test_a_projection_takes_the_shortcut_whichever_layer_it_is(kind):
-    """The features that are accumulated are those of its input: 6 wide, not 9."""
+def test_any_kind_of_projection_takes_the_shortcut(kind):
+    """The covariance is that of its input: 6 wide, not 9."""
     up, down = {
         "linear": lambda: (nn.Linear(6, 9), nn.Linear(9, 6)),
         "convolution": lambda: (nn.Conv1d(6, 9, 1), nn.Conv1d(9, 6, 1)),
@@ -60,7 +60,7 @@ def test_a_projection_takes_the_shortcut_whichever_layer_it_is(kind):
     assert problem.before.shape == (6, 6)
 
 
-def test_a_wider_convolution_bounds_the_rank_by_all_that_it_sums():
+def test_the_rank_of_a_wide_convolution_is_bounded_by_all_its_inputs():
     model = Plain(nn.Conv2d(2, 16, 3), nn.Conv2d(16, 2, 1)).double()
     x = torch.randn(5, 2, 8, 8, dtype=torch.float64)
     ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
@@ -71,7 +71,7 @@ def test_a_wider_convolution_bounds_the_rank_by_all_that_it_sums():
     assert math.isnan(row["variance_outside"])
 
 
-def test_an_axis_of_another_width_than_declared_is_refused():
+def test_an_axis_of_another_width_than_declared_raises():
     class Turned(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).transpose(-1, -2)
@@ -83,7 +83,7 @@ def test_an_axis_of_another_width_than_declared_is_refused():
 
 
 class Fused(nn.Module):
-    """Both sides of a gated FFN from one projection, as halves or in turns."""
+    """Both factors of a gated FFN from one projection, as halves or alternating."""
 
     def __init__(self, halves: bool) -> None:
         super().__init__()
@@ -116,14 +116,14 @@ def test_a_part_of_a_fused_projection_is_measured_with_its_part_of_the_weight(ha
     assert row["variance_outside"] == pytest.approx(outside, rel=1e-9)
 
 
-def test_a_fused_projection_without_its_part_is_refused():
+def test_a_fused_projection_without_its_part_raises():
     model = Fused(True)
     ffns = [FFNAdapter(0, "ffn", model.both, model.down)]
     with pytest.raises(MeasurementError, match="same samples and width"):
         nerve.measure(model, [torch.randn(50, 6)], ffns=ffns)
 
 
-def test_pre_may_be_what_an_activation_gets():
+def test_pre_may_be_the_input_of_an_activation():
     model = Plain(nn.Linear(6, 16), nn.Linear(16, 6)).double()
     ffns = [FFNAdapter(0, "ffn", Site(model.act, "input"), model.down)]
     x = torch.randn(50, 6, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_pre_may_be_what_an_activation_gets():
     assert_measured(row, model.up(x), model.up(x).relu())
 
 
-def test_pre_that_is_the_output_of_the_activation_is_refused():
+def test_the_output_of_an_activation_as_pre_raises():
     model = Plain(nn.Linear(6, 16), nn.Linear(16, 6))
     for pre in (model.act, Site(model.act, "output")):
         with pytest.raises(MeasurementError, match="it is the output of ReLU, which has no weight"):
@@ -139,7 +139,7 @@ def test_pre_that_is_the_output_of_the_activation_is_refused():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_pre_of_one_layer_with_post_of_the_next_is_refused(residual):
+def test_pre_of_one_layer_with_post_of_the_next_raises(residual):
     class Stack(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -156,7 +156,7 @@ def test_pre_of_one_layer_with_post_of_the_next_is_refused(residual):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
 
 
-def test_post_that_does_not_follow_from_pre_is_refused():
+def test_post_that_does_not_depend_on_pre_raises():
     class Parallel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -176,7 +176,7 @@ def test_post_that_does_not_follow_from_pre_is_refused():
 
 
 class Repeated(nn.Module):
-    """Runs its FFN as often as a batch says."""
+    """Runs its FFN as often as the batch says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_all_runs_of_a_shared_layer_are_pooled():
 
 
 @pytest.mark.parametrize(("promised", "times"), [(1, 0), (1, 2), (2, 1), (2, 3)])
-def test_a_wrong_number_of_runs_is_refused_by_number(promised, times):
+def test_a_wrong_number_of_runs_raises_with_the_number(promised, times):
     model = Repeated()
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=promised)]
     batch = {"x": torch.randn(20, 6), "times": times}
@@ -210,7 +210,7 @@ def test_a_wrong_number_of_runs_is_refused_by_number(promised, times):
         nerve.measure(model, [batch], ffns=ffns)
 
 
-def test_an_ffn_that_need_not_run_and_never_did_has_too_few_samples():
+def test_an_optional_ffn_that_never_ran_has_too_few_samples():
     model = Repeated()
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=None)]
     batch = {"x": torch.randn(20, 6), "times": 0}
@@ -238,7 +238,7 @@ class EndsEarly(Plain):
         return self.up(x)
 
 
-def test_pre_without_post_is_refused():
+def test_pre_without_post_raises():
     model = EndsEarly(nn.Linear(6, 16), nn.Linear(16, 6))
     ffns = [FFNAdapter(0, "ffn", model.up, model.down, n_runs=None)]
     with pytest.raises(MeasurementError, match="for ffn in layer 0 it was never computed"):
@@ -250,14 +250,14 @@ class Reused(Plain):
         return self.down(self.act(self.up(x)) + self.up(x + 1))
 
 
-def test_pre_that_comes_twice_before_post_is_refused():
+def test_pre_twice_before_post_raises():
     model = Reused(nn.Linear(6, 16), nn.Linear(16, 6))
     ffns = [FFNAdapter(0, "ffn", model.up, model.down, n_runs=None)]
     with pytest.raises(MeasurementError, match="for ffn in layer 0 pre was computed twice"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
 
 
-def test_nested_tensors_are_refused_before_any_arithmetic():
+def test_nested_tensors_raise_before_any_arithmetic():
     model = Plain(nn.Linear(6, 16), nn.Linear(16, 6))
     ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
     nested = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)], layout=torch.jagged)
@@ -266,10 +266,10 @@ def test_nested_tensors_are_refused_before_any_arithmetic():
 
 
 class Labeled(Tensor):
-    """As libraries have that carry metadata with tensors."""
+    """A subclass that carries metadata, as in some libraries."""
 
 
-def test_a_subclass_that_only_carries_more_is_measured():
+def test_a_subclass_that_only_carries_metadata_is_measured():
     model = Plain(nn.Linear(6, 16), nn.Linear(16, 6)).double()
     ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
     x = torch.randn(50, 6, dtype=torch.float64)
@@ -277,7 +277,7 @@ def test_a_subclass_that_only_carries_more_is_measured():
     assert_measured(row, model.up(x), model.up(x).relu())
 
 
-def test_samples_that_are_flattened_on_the_way_are_the_same():
+def test_samples_flattened_between_pre_and_post_are_the_same():
     flat = nn.Sequential(nn.Flatten(0, -2), nn.Linear(16, 6))
     model = Plain(nn.Linear(6, 16), flat).double()
     ffns = [FFNAdapter(0, "ffn", model.up, flat[1])]
@@ -296,8 +296,8 @@ class Pair(nn.Module):
         return self.ffn(x)
 
 
-def test_what_follows_from_what_is_seen_once_and_leaves_autograd_as_it_was():
-    """Outside of `measure`, without gradients: on after it was off, off again."""
+def test_dependence_is_checked_once_and_autograd_is_restored():
+    """Outside of `measure`, with and without gradients."""
     model = Pair().requires_grad_(False)
     probe = Probe([FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)])
     probe.install()
@@ -318,8 +318,8 @@ class Fails(Plain):
         raise ValueError("between the sides")
 
 
-def test_an_error_between_both_sides_leaves_gradients_on():
-    """Where what had turned them off has ended before the probe is told to stop."""
+def test_an_error_between_pre_and_post_leaves_gradients_on():
+    """The context that turned them off has ended before the probe is stopped."""
     model = Fails(nn.Linear(6, 9), nn.Linear(9, 6))
     probe = Probe([FFNAdapter(0, "ffn", model.up, model.down)])
     probe.install()
@@ -333,14 +333,14 @@ def test_an_error_between_both_sides_leaves_gradients_on():
 
 
 class OverwritesHalf(Fused):
-    """As a fused kernel in plain torch: the second half becomes the product."""
+    """Like a fused kernel, in plain torch: the second half becomes the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.sides(x)
         return self.down(up.mul_(nn.functional.silu(gate)))
 
 
-def test_what_autograd_cannot_record_is_refused_and_says_why():
+def test_operations_that_autograd_cannot_record_raise_with_the_reason():
     model = OverwritesHalf(True)
     ffns = [FFNAdapter(0, "ffn", Site(model.both, "output", slice(0, 16)), model.down)]
     for described in (ffns, None):
@@ -362,7 +362,7 @@ GATES = [nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.ReLU(), nn.LeakyReLU(), nn.Hardt
 
 
 @pytest.mark.parametrize("act", GATES)
-def test_the_side_that_multiplies_is_not_pre(act):
+def test_the_factor_that_multiplies_is_not_pre(act):
     model = Gated(act)
     x = torch.randn(50, 6)
     rows = nerve.measure(model, [x], ffns=[FFNAdapter(0, "ffn", model.gate, model.down)])
@@ -376,7 +376,7 @@ def test_the_side_that_multiplies_is_not_pre(act):
     "act", [nn.SiLU(), nn.GELU(), nn.LeakyReLU(), nn.PReLU(9), nn.Identity(), nn.Tanh(), nn.ReLU()]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_nonlinearity_passes_for_a_factor_at_any_scale(act, scale, dtype):
+def test_no_nonlinearity_is_mistaken_for_a_factor_at_any_scale(act, scale, dtype):
     """However nearly linear it is."""
     for projections in (
         (nn.Linear(6, 9), nn.Linear(9, 6)),
@@ -395,8 +395,9 @@ def test_no_nonlinearity_passes_for_a_factor_at_any_scale(act, scale, dtype):
         assert nerve.measure(model, [x.to(dtype)], ffns=ffns).status.item() == "ok"
 
 
-def test_a_factor_among_few_samples_is_not_taken_for_the_gate():
-    """Looked at until there are samples enough: two of them let a ReLU's slope pass for any."""
+def test_a_factor_with_few_samples_is_not_mistaken_for_the_gate():
+    """It is checked until there are enough samples: with two, the slope of a ReLU looks like a
+    factor."""
     torch.manual_seed(0)
 
     class Gated(nn.Module):

@@ -1,4 +1,4 @@
-"""FFNs are found by what follows from what: forms, gates, places, and what cannot be told."""
+"""FFNs are found by which features depend on which: forms, gates, places, and unclear cases."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring.find import find_ffns
+from nerve.nn.ffn import FeedForward
 
 D, FF = 6, 10
 
@@ -25,7 +26,7 @@ def places(found: list) -> list[tuple[int, str]]:
 
 
 class Gated(nn.Module):
-    """down(act(one(x)) * two(x)), the names of the projections telling nothing."""
+    """down(act(one(x)) * two(x)); the names of the projections reveal nothing."""
 
     def __init__(self, act) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ ACTS = {
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("last", [False, True])
-def test_the_gate_is_what_the_nonlinearity_gets(act, last):
+def test_the_gate_is_the_input_of_the_nonlinearity(act, last):
     model = (GatedLast if last else Gated)(ACTS[act]).double()
     x = torch.randn(4, 20, D, dtype=torch.float64)
     (ffn,) = find_ffns(model, x)
@@ -64,8 +65,8 @@ def test_the_gate_is_what_the_nonlinearity_gets(act, last):
     assert_measured(row, gate(x), model.act(gate(x)) * other(x))
 
 
-def test_names_decide_where_nothing_else_does():
-    """A product of two projections has no nonlinearity of one side."""
+def test_names_decide_if_nothing_else_does():
+    """In a product of two projections, neither has a nonlinearity."""
     model = Gated(lambda x: x)
     with pytest.raises(MeasurementError, match="linear in both sides"):
         find_ffns(model, torch.randn(4, 20, D))
@@ -76,7 +77,7 @@ def test_names_decide_where_nothing_else_does():
 
 
 class Packed(nn.Module):
-    """Both sides in one projection, as halves or in turns, either first."""
+    """Both factors in one projection, as halves or alternating, in either order."""
 
     def __init__(self, layout: str) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ def test_the_gate_within_a_fused_projection_is_found(layout):
 
 
 class MixerBlock(nn.Module):
-    """As timm's: token mixing, then channel mixing."""
+    """As in timm: token mixing, then channel mixing."""
 
     def __init__(self, n_tokens: int) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class MixerBlock(nn.Module):
         return x + self.mlp_channels(self.norm2(x))
 
 
-def test_a_mixer_has_two_ffns_a_layer():
+def test_a_mixer_has_two_ffns_per_layer():
     model = nn.Sequential(*[MixerBlock(8) for _ in range(3)]).double()
     x = torch.randn(30, 8, D, dtype=torch.float64)
     for found in (find_ffns(model, x), find_ffns(model)):
@@ -132,7 +133,7 @@ def test_a_mixer_has_two_ffns_a_layer():
 
 
 class ConvNeXtBlock(nn.Module):
-    """As timm's with `conv_mlp`, or with linear layers on channels moved last."""
+    """As in timm with `conv_mlp`, or with linear layers on channels moved to the end."""
 
     def __init__(self, width: int, conv_mlp: bool) -> None:
         super().__init__()
@@ -161,7 +162,7 @@ class Stage(nn.Module):
 
 
 @pytest.mark.parametrize("conv_mlp", [True, False])
-def test_layers_of_a_convnext_are_numbered_through_its_stages(conv_mlp):
+def test_layers_of_a_convnext_are_numbered_across_its_stages(conv_mlp):
     widths, depths = (4, 5, 6), (1, 2, 1)
     stages = [Stage(*two, n, conv_mlp) for *two, n in zip((3, 4, 5), widths, depths, strict=True)]
     model = nn.Sequential(*stages).double()
@@ -180,7 +181,7 @@ def test_layers_of_a_convnext_are_numbered_through_its_stages(conv_mlp):
 
 
 class Attention(nn.Module):
-    """With more features within than without, which its widths share with an FFN."""
+    """With more features inside than outside, so that its widths look like those of an FFN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +202,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-def test_attention_is_no_ffn():
+def test_attention_is_not_an_ffn():
     model = nn.Sequential(*[Block(Plain(nn.Linear(D, FF), nn.Linear(FF, D))) for _ in range(2)])
     for batch in (torch.randn(3, 7, D), None):
         found = find_ffns(model, batch)
@@ -211,7 +212,7 @@ def test_attention_is_no_ffn():
 
 
 class GatedAttention(Attention):
-    """Whose output is multiplied by an activation of a projection, element by element."""
+    """Its output is multiplied elementwise by an activation of a projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +223,7 @@ class GatedAttention(Attention):
         return self.o(attended * self.gate(x).sigmoid())
 
 
-def test_gated_attention_is_no_ffn():
+def test_gated_attention_is_not_an_ffn():
     with pytest.raises(MeasurementError, match="No FFN was found"):
         find_ffns(GatedAttention(), torch.randn(3, 7, D))
 
@@ -236,12 +237,12 @@ class LowRank(nn.Module):
         return self.b(self.a(x) * 2)
 
 
-def test_two_projections_without_a_nonlinearity_are_no_ffn():
+def test_two_projections_without_a_nonlinearity_are_not_an_ffn():
     with pytest.raises(MeasurementError, match=r"pass of LowRank\. Describe each"):
         find_ffns(LowRank(), torch.randn(3, 7, D))
 
 
-def test_a_glob_that_matches_no_module_names_some_that_there_are():
+def test_a_glob_without_a_match_raises_with_existing_paths():
     model = nn.Sequential(*[Block(Plain(nn.Linear(D, FF), nn.Linear(FF, D))) for _ in range(2)])
     with pytest.raises(
         MeasurementError, match=r"no module of Sequential matches '\*\.ffn'.*\*\.mlp"
@@ -260,7 +261,7 @@ class NormedWithin(Plain):
         return self.down(self.norm(self.act(self.up(x))))
 
 
-def test_what_cannot_be_told_is_said_with_the_line_that_describes_it():
+def test_an_unclear_ffn_is_reported_with_the_line_that_describes_it():
     model = nn.Sequential(Plain(nn.Linear(D, FF), nn.Linear(FF, D)), NormedWithin()).double()
     x = torch.randn(3, 30, D, dtype=torch.float64)
     found = find_ffns(model, x)
@@ -275,42 +276,21 @@ def test_what_cannot_be_told_is_said_with_the_line_that_describes_it():
     assert_measured(row, pre, model[1].norm(pre.relu()))
 
 
-class Lora(nn.Module):
-    """As adapters wrap a projection."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base_layer = base
-        self.a, self.b = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.b(self.a(x))
-
-
-def test_a_wrapped_projection_is_measured_with_what_the_wrapper_adds():
-    model = Plain(Lora(nn.Linear(D, FF)), Lora(nn.Linear(FF, D))).double()
-    x = torch.randn(3, 30, D, dtype=torch.float64)
-    (row,) = nerve.measure(model, [x]).to_dict("records")
-    assert_measured(row, model.up(x), model.up(x).relu())
-    assert row["d_in"] == D
-
-
 class Declaring(Plain):
-    """A whole network that says how wide it is."""
+    """A whole network that declares its width."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(D, FF), nn.Linear(FF, D))
         self.in_features = self.out_features = D
 
 
-def test_a_network_that_declares_its_width_is_no_projection():
+def test_a_network_that_declares_its_width_is_not_a_projection():
     model = Declaring()
     (ffn,) = find_ffns(nn.Sequential(model, nn.Linear(D, D)), torch.randn(3, 30, D))
     assert ffn.pre is model.up
 
 
-def test_layers_that_lie_bare_in_a_row_follow_one_another():
+def test_bare_layers_of_a_sequential_are_numbered_in_order():
     def two() -> list[nn.Module]:
         return [nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D)]
 
@@ -318,7 +298,7 @@ def test_layers_that_lie_bare_in_a_row_follow_one_another():
     assert places(find_ffns(model, torch.randn(9, D))) == [(0, "ffn"), (1, "ffn")]
 
 
-def test_a_classifier_of_two_layers_is_measured_where_nothing_returns_to_its_width():
+def test_a_classifier_of_two_layers_is_an_ffn_only_if_there_is_no_other():
     model = nn.Sequential(nn.Linear(D, FF), nn.ReLU(), nn.Linear(FF, 3))
     assert places(find_ffns(model, torch.randn(9, D))) == [(0, "ffn")]
     block = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
@@ -327,7 +307,7 @@ def test_a_classifier_of_two_layers_is_measured_where_nothing_returns_to_its_wid
     assert [ffn.pre for ffn in find_ffns(both, torch.randn(9, D), select="1*")] == [model[0]]
 
 
-def test_select_takes_paths_and_layers_take_numbers():
+def test_select_accepts_paths_and_layers_accepts_numbers():
     model = nn.ModuleDict({"blocks": nn.Sequential(*[MixerBlock(8) for _ in range(2)])})
     model.forward = lambda x: model["blocks"](x)
     x = torch.randn(3, 8, D)
@@ -361,14 +341,14 @@ class Stack(nn.Module):
         return x
 
 
-def test_an_encoder_and_a_decoder_are_numbered_each_by_itself():
+def test_an_encoder_and_a_decoder_are_numbered_separately():
     found = find_ffns(EncoderDecoder(), torch.randn(3, 7, D))
     names = ("encoder_ffn", "decoder_ffn")
     assert places(found) == [(layer, name) for layer in range(2) for name in names]
 
 
 class Recurrent(nn.Module):
-    """Overwrites its state, of which there is no derivative then."""
+    """Overwrites its state, so that it has no derivative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,7 +362,7 @@ class Recurrent(nn.Module):
         return self.b(state)
 
 
-def test_what_has_no_derivative_is_no_ffn_and_hides_none():
+def test_modules_without_a_derivative_are_not_ffns_and_hide_none():
     ffn = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
     (found,) = find_ffns(nn.Sequential(Recurrent(), ffn), torch.randn(3, 7, D))
     assert found.pre is ffn.up
@@ -406,7 +386,7 @@ def test_a_looped_ffn_is_found_once_and_pools_its_runs():
     assert nerve.measure(model, [torch.randn(4, 20, D)]).n_samples.item() == 240
 
 
-def test_a_nonlinearity_that_overwrites_its_input_is_found_and_then_refused():
+def test_a_nonlinearity_that_overwrites_its_input_is_found_and_then_raises():
     model = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
     model.act = nn.ReLU(inplace=True)
     assert len(find_ffns(model, torch.randn(9, D))) == 1
@@ -414,7 +394,7 @@ def test_a_nonlinearity_that_overwrites_its_input_is_found_and_then_refused():
         nerve.measure(model, [torch.randn(9, D)])
 
 
-def test_looking_for_ffns_leaves_the_model_as_it_was():
+def test_find_ffns_leaves_the_model_unchanged():
     model = nn.Sequential(*[Block(Gated(functional.silu)) for _ in range(2)]).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -431,12 +411,20 @@ def test_looking_for_ffns_leaves_the_model_as_it_was():
         assert parameter.grad is None
 
 
-def test_what_is_found_is_a_table():
+def test_found_ffns_print_as_a_table():
     model = nn.Sequential(*[Block(Gated(functional.silu)) for _ in range(2)])
     table = find_ffns(model, torch.randn(3, 7, D)).table()
     columns = ["layer", "name", "pre", "post", "d_in", "d_ff", "gated", "n_runs", "pool"]
     assert table.columns.tolist() == columns
     assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1, None]
+
+
+def test_columns_that_say_nothing_are_not_printed():
+    """And nerve's own FFNs say whether they are gated."""
+    model = nn.ModuleList(FeedForward(D, FF, nn.GELU(), gated=i > 0, layer=i) for i in range(2))
+    head, first, second = str(find_ffns(model)).splitlines()
+    assert head.split() == ["layer", "name", "pre", "post", "d_in", "d_ff", "gated"]
+    assert (first.split()[-1], second.split()[-1]) == ("False", "True")
 
 
 class NeedsMore(nn.Module):
@@ -475,8 +463,8 @@ class Checkpointed(nn.Module):
 # Of torch, where the input of the first block needs no derivative.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_activation_checkpointing_hides_is_named(use_reentrant):
-    """Alone it is refused; beside FFNs that are seen it is not passed over in silence."""
+def test_ffns_hidden_by_activation_checkpointing_are_named(use_reentrant):
+    """Alone they raise; next to FFNs that are found, they are reported."""
     x, hidden = torch.randn(4, 6, 8), [Checkpointed(use_reentrant) for _ in range(2)]
     words = r"model\.0\.down and 1 more: autograd does not record how .* \(activation ch"
     with pytest.raises(MeasurementError, match=rf"Describe each with nerve\.FFNAdapter.*{words}"):
@@ -488,8 +476,8 @@ def test_what_activation_checkpointing_hides_is_named(use_reentrant):
     assert nerve.find_ffns(nn.Sequential(Checkpointed(None)), x).unclear == []
 
 
-def test_what_runs_without_autograd_is_named():
-    """As a part that is frozen."""
+def test_ffns_that_run_without_autograd_are_named():
+    """Like a frozen part of a model."""
 
     class Frozen(Checkpointed):
         @torch.no_grad()
@@ -501,8 +489,9 @@ def test_what_runs_without_autograd_is_named():
     assert [line.partition(":")[0] for line in found.unclear] == ["# model.0.down"]
 
 
-def test_under_activation_checkpointing_an_ffn_is_described_by_hand():
-    """What runs again for a derivative is not what the forward pass did: no FFN is told from it."""
+def test_with_activation_checkpointing_ffns_are_described_by_hand():
+    """What runs again for a derivative differs from the forward pass, so no FFN can be recognized
+    in it."""
     torch.manual_seed(0)
     model, x = Checkpointed(), torch.randn(40, 6, 8)
     ffns = [nerve.FFNAdapter(0, "ffn", model.up, model.down)]
@@ -518,7 +507,7 @@ def test_under_activation_checkpointing_an_ffn_is_described_by_hand():
 
 @pytest.mark.parametrize("kind", ["FullyShardedDataParallel", "FSDPModule"])
 def test_ffns_are_found_before_a_model_is_sharded(kind):
-    """A part that runs by itself would begin FSDP's state, and training would fail by it."""
+    """A part that runs separately would initialize FSDP's state, and training would fail."""
     sharded = getattr(fsdp, kind)
     block = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
     own = {"forward": nn.Sequential.forward, "__getattr__": nn.Module.__getattr__}
@@ -527,8 +516,8 @@ def test_ffns_are_found_before_a_model_is_sharded(kind):
         nerve.find_ffns(nn.Sequential(block))
 
 
-def test_nothing_is_found_where_there_are_no_numbers():
-    """The words name what is missing, not the model."""
+def test_weights_and_batches_without_values_raise():
+    """The message names what is missing, not the model."""
     model = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
     with pytest.raises(MeasurementError, match=r"must have samples; got .*\(0, 4\)"):
         nerve.measure(model, [torch.zeros(0, 4), torch.zeros(9, 4)])
@@ -537,7 +526,7 @@ def test_nothing_is_found_where_there_are_no_numbers():
 
 
 @pytest.mark.parametrize("batch", [torch.randn(1, 8), {"x": torch.randn(1, 1, 8)}])
-def test_a_single_sample_is_said_to_show_no_ffn(batch):
+def test_a_single_sample_raises_because_it_shows_no_ffn(batch):
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
 
     def forward(model: nn.Module, batch: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models drawn at random are measured right, or refused; `fuzz.py` draws more of them."""
+"""Randomly drawn models are measured correctly, or raise; `fuzz.py` draws more of them."""
 
 import importlib.util
 import sys
@@ -15,7 +15,7 @@ fuzz = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fuzz)
 
 
-def test_models_drawn_at_random_give_the_right_numbers_or_a_refusal():
+def test_random_models_are_measured_correctly_or_raise():
     """At least half are compared; a wrong number raises with the case."""
     ends = Counter(fuzz.outcome(seed)[1] for seed in range(100))
     assert ends["compared"] >= 50
@@ -44,7 +44,7 @@ def test_every_check_has_a_case():
 
 
 @pytest.mark.parametrize("check", FAILS)
-def test_without_a_check_a_case_fails(check):
-    """So that the fuzz would see a check that is gone."""
+def test_a_case_fails_without_its_check(check):
+    """So the fuzz notices if a check is removed."""
     assert not fuzz.fails(FAILS[check], None)
     assert fuzz.fails(FAILS[check], check)

@@ -1,5 +1,4 @@
-"""Groups and sites against NumPy: what each sample belongs to, and the spectra of what belongs
-together."""
+"""Groups and sites against NumPy: the group of each sample, and the spectrum of each group."""
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def divided(mask: Tensor | None = None, skip_first: int = 0, n: int = 24) -> dic
 # What belongs together
 
 
-def test_the_parts_of_a_grouping_are_all_samples_that_count_and_share_none():
+def test_the_parts_of_a_grouping_are_disjoint_and_contain_all_samples_that_count():
     mask = torch.rand(24, 17, generator=torch.Generator().manual_seed(0)) < 0.8
     for grouping, division in divided(mask).items():
         together = torch.cat(list(division.parts.values()))
@@ -63,7 +62,7 @@ def test_the_parts_of_a_grouping_are_all_samples_that_count_and_share_none():
 
 
 @pytest.mark.parametrize("skip_first", [0, 3])
-def test_positions_are_0_alone_and_four_equal_parts_of_the_others(skip_first):
+def test_positions_are_0_and_four_equal_parts_of_the_others(skip_first):
     parts = divided(skip_first=skip_first)["position"].parts
     length = 17 - skip_first
     place = {name: np.unique(rows.numpy() % length) for name, rows in parts.items()}
@@ -80,15 +79,15 @@ def test_positions_are_0_alone_and_four_equal_parts_of_the_others(skip_first):
         assert sizes[REST] == 0
 
 
-def test_position_0_is_the_first_token_behind_padding():
+def test_position_0_is_the_first_token_after_padding():
     mask = torch.ones(24, 17, dtype=torch.bool)
     mask[:, :5] = False
     first = divided(mask)["position"].parts["0"]
     assert (first % 17).unique().tolist() == [5]
 
 
-def test_quarters_behind_padding_are_those_without_where_the_first_are_skipped():
-    """Every second sequence has 4 positions of padding, and loses the 3 behind it."""
+def test_with_skipped_positions_quarters_start_after_padding():
+    """Every second sequence has 4 positions of padding, and the 3 tokens after it are skipped."""
     n_padding = 4 * (torch.arange(24) % 2)
     mask = (n_padding == 0)[:, None] | (torch.arange(17) >= n_padding[:, None] + 3)
     parts = divided(mask, skip_first=3)["position"].parts
@@ -99,7 +98,7 @@ def test_quarters_behind_padding_are_those_without_where_the_first_are_skipped()
         assert (place * 4 // 14 == quarter).all()
 
 
-def test_like_0_has_one_other_position_of_each_sequence_spread_over_all():
+def test_like_0_has_one_other_position_of_each_sequence_spread_evenly():
     like = divided(n=170)["position"].others["like_0"]
     assert torch.equal(like // 17, torch.arange(170))
     places = np.bincount((like % 17).numpy(), minlength=17)
@@ -108,8 +107,8 @@ def test_like_0_has_one_other_position_of_each_sequence_spread_over_all():
     assert places[1:].max() <= 12
 
 
-def test_thirds_of_the_occurrences_are_those_of_the_counts():
-    """40 of 99 before 33; 30 before 66; the others after."""
+def test_frequency_classes_are_thirds_of_the_occurrences():
+    """40 of 99 end after 33; 30 end after 66; the others follow."""
     assert frequency_classes(COUNTS).tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
     assert frequency_classes(torch.tensor([1, 1, 1, 0])).tolist() == [0, 1, 2, 2]
 
@@ -132,7 +131,7 @@ def test_groups_by_frequency_have_equal_numbers_of_the_right_tokens():
         )
 
 
-def test_halves_are_every_other_sequence_over_several_batches():
+def test_halves_alternate_between_sequences_across_batches():
     divider = Divider(Grouped(("halves",)))
     seen = [divider.divide((1, 4), None, None, first)["halves"].parts for first in range(3)]
     assert [len(parts["a"]) for parts in seen] == [4, 0, 4]
@@ -145,7 +144,7 @@ def test_halves_are_every_other_sequence_over_several_batches():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A GPT of two layers over three batches: its groups and sites, and the features by hand."""
+    """A GPT of two layers on three batches: its groups and sites, and its features by hand."""
     folder = tmp_path_factory.mktemp("measured") / "run"
     gpt, batches = model(), [tokens(8, seed=seed) for seed in (1, 2, 3)]
     frame = nerve.measure(
@@ -188,7 +187,7 @@ def test_sites_are_those_of_the_features_by_hand(measured):
 
 
 def test_groups_are_those_of_the_features_by_hand(measured):
-    """Position 0, the third quarter of the others, and the first half, of pre and of post."""
+    """Position 0, the third quarter of the others, and the first half, for pre and post."""
     _, groups, features, _ = measured
     chosen = {
         ("position", "0"): lambda x: x[:, 0],
@@ -224,8 +223,8 @@ def test_groups_by_frequency_are_compared_at_equal_numbers(measured):
 
 @pytest.mark.parametrize("groups", [("position",), ("frequency", "halves"), ("halves", "position")])
 def test_groups_merge_to_the_row_of_all_samples(tmp_path, groups):
-    """To rounding, of float64 features, with a mask and positions left out: the first grouping is
-    all that is taken of pre and post."""
+    """Up to rounding in float64, with a mask and skipped positions: only the covariances of the
+    first grouping are accumulated for pre and post."""
     gpt, batches = model().double(), [tokens(8, seed=seed) for seed in (1, 2)]
     mask = torch.rand(8, 17, generator=torch.Generator().manual_seed(3)) < 0.7
     given = {"mask": lambda batch: mask, "skip_first": 2}
@@ -238,7 +237,7 @@ def test_groups_merge_to_the_row_of_all_samples(tmp_path, groups):
     assert grouped["n_samples"].tolist() == alone["n_samples"].tolist()
 
 
-def test_16_bit_features_and_pre_itself_are_grouped_as_well(tmp_path):
+def test_16_bit_features_and_pre_itself_are_grouped_too(tmp_path):
     gpt, batches = model().bfloat16(), [tokens(8, seed=seed) for seed in (1, 2)]
     alone = nerve.measure(gpt, batches)
     grouped = nerve.measure(gpt, batches, into=tmp_path / "run", groups=["halves"])
@@ -248,8 +247,8 @@ def test_16_bit_features_and_pre_itself_are_grouped_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
-def test_the_stream_after_a_layer_is_that_before_the_next(tmp_path, placement):
-    """Without attention's part: its output is set to zero."""
+def test_the_stream_after_a_layer_is_the_stream_before_the_next(tmp_path, placement):
+    """Without attention, whose output is set to zero."""
     gpt = model(placement)
     for block in gpt.blocks:
         block.attention.out.weight.data.zero_()
@@ -262,7 +261,7 @@ def test_the_stream_after_a_layer_is_that_before_the_next(tmp_path, placement):
         assert rows[0, "stream_out"] == pytest.approx(rows[1, "stream_in"], rel=1e-3)
 
 
-def test_a_description_can_say_where_the_stream_is(tmp_path):
+def test_a_description_can_declare_the_stream(tmp_path):
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -287,8 +286,8 @@ def test_a_description_can_say_where_the_stream_is(tmp_path):
         )
 
 
-def test_where_the_stream_is_not_shown_a_warning_says_so(tmp_path, caplog):
-    """Half of the output is added: no sum of two tensors is that."""
+def test_a_warning_is_logged_if_the_stream_is_not_found(tmp_path, caplog):
+    """Half of the output is added, which is not the sum of two tensors."""
     torch.manual_seed(0)
     up, down = nn.Linear(6, 12), nn.Linear(12, 6)
 
@@ -308,7 +307,7 @@ def test_where_the_stream_is_not_shown_a_warning_says_so(tmp_path, caplog):
 
 
 class TokenModel(nn.Module):
-    """One that takes a mapping, as those of transformers: its FFN has the tokens in one row."""
+    """Takes a mapping, like models of transformers; its FFN receives the tokens flattened."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,8 +321,9 @@ class TokenModel(nn.Module):
 
 
 @pytest.mark.parametrize("heldout", [True, False])
-def test_a_loop_that_is_watched_groups_what_measuring_by_hand_groups(tmp_path, heldout):
-    """Of padded sequences whose FFN has them flattened; tokens are counted where no counts come."""
+def test_a_watched_loop_has_the_groups_of_measure(tmp_path, heldout):
+    """With padded sequences that the FFN receives flattened; without given counts, the tokens are
+    counted."""
     torch.manual_seed(0)
     net = TokenModel()
     mask = torch.ones(24, 17, dtype=torch.long)
@@ -354,7 +354,7 @@ def test_a_loop_that_is_watched_groups_what_measuring_by_hand_groups(tmp_path, h
 # What is refused
 
 
-def test_what_cannot_be_grouped_is_refused(tmp_path):
+def test_samples_that_cannot_be_grouped_raise(tmp_path):
     gpt, given = model(), {"into": tmp_path / "run"}
     with pytest.raises(ConfigError, match="an entry of groups must be one of position"):
         nerve.measure(gpt, [tokens()], groups=["positions"], **given)

@@ -1,4 +1,4 @@
-"""Padding counts nowhere: a mask goes to the tokens that it was made for, or is refused."""
+"""Padding never counts: a mask applies to the tokens that it belongs to, or raises."""
 
 import re
 
@@ -66,7 +66,7 @@ def by_name(rows) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("with_decoders", [False, True])
-def test_each_stream_has_its_own_padding_also_at_equal_lengths(with_decoders):
+def test_each_stream_has_its_own_padding_even_with_equal_lengths(with_decoders):
     model, mask = EncoderDecoder().double(), padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
     if with_decoders:
@@ -78,7 +78,7 @@ def test_each_stream_has_its_own_padding_also_at_equal_lengths(with_decoders):
     assert_counts(rows["decoder"], features["decoder"][decoder.bool()])
 
 
-def test_one_mask_for_all_is_refused_where_an_ffn_has_other_tokens():
+def test_one_mask_for_all_raises_if_an_ffn_receives_other_tokens():
     model, mask = EncoderDecoder(), padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
     with pytest.raises(MeasurementError, match="decoder in layer 0 receives another one"):
@@ -86,7 +86,7 @@ def test_one_mask_for_all_is_refused_where_an_ffn_has_other_tokens():
 
 
 @pytest.mark.parametrize("by", ["name", "order"])
-def test_each_ffn_may_be_given_its_mask(by):
+def test_each_ffn_can_have_its_own_mask(by):
     model, mask = EncoderDecoder().double(), padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2)}
     masks = {"encoder": None, "decoder": mask} if by == "name" else [None, mask]
@@ -105,7 +105,7 @@ def test_each_ffn_may_be_given_its_mask(by):
         ([None, torch.ones(N, T + 1)], r"decoder in layer 0 has samples \(5, 5\), the mask is"),
     ],
 )
-def test_masks_that_do_not_suit_the_ffns_are_refused(masks, match):
+def test_masks_that_do_not_match_the_ffns_raise(masks, match):
     model = EncoderDecoder()
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2)}
     with pytest.raises(MeasurementError, match=match):
@@ -113,7 +113,7 @@ def test_masks_that_do_not_suit_the_ffns_are_refused(masks, match):
 
 
 class Ordered(Model):
-    """One FFN whose tokens lie in an order of its own."""
+    """One FFN whose tokens have a given order."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ ORDERS = ["sequences", "sequences, flat", "positions", "positions, flat"]
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_mask_follows_the_order_in_which_tokens_lie(order, explicit):
+def test_a_mask_follows_the_order_of_the_tokens(order, explicit):
     model, mask = Ordered(order).double(), padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "attention_mask": mask}
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
@@ -144,7 +144,7 @@ def test_a_mask_follows_the_order_in_which_tokens_lie(order, explicit):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_first_positions_special_tokens_and_unlabeled_ones_are_left_out(order):
+def test_first_positions_special_tokens_and_unlabeled_tokens_are_excluded(order):
     model, mask = Ordered(order).double(), padding(5, 4, 5, 3, 1)
     ids = tokens(1)
     labels = ids.masked_fill(
@@ -161,18 +161,31 @@ def test_first_positions_special_tokens_and_unlabeled_ones_are_left_out(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_first_positions_are_those_after_left_padding(order):
-    """A sequence means the same wherever it is padded: it loses as many tokens either way."""
+@pytest.mark.parametrize("explicit", [False, True])
+def test_first_positions_are_those_after_left_padding(order, explicit):
+    """Equally many tokens of a sequence are skipped on whichever side it is padded."""
     model, left = Ordered(order).double(), padding(5, 4, 5, 3, 1).flip(1)
     ids = tokens(1)
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     batch = {"input_ids": ids, "attention_mask": left}
-    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=2).to_dict("records")
+    given = {"mask": lambda b: b["attention_mask"]} if explicit else {}
+    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=2, **given).to_dict("records")
+    assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
+
+
+def test_so_they_are_of_a_bare_batch_whose_mask_the_caller_gives():
+    """There, the mask is all that shows the padding."""
+    model, left = Ordered("sequences").double(), padding(5, 4, 5, 3, 1).flip(1)
+    ids = tokens(1)
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    (row,) = nerve.measure(model, [ids], ffns=ffns, skip_first=2, mask=lambda batch: left).to_dict(
+        "records"
+    )
     assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
 
 
 def test_a_model_that_views_its_labels_is_traced():
-    """As T5 does, which needs them contiguous."""
+    """Like T5, which requires contiguous labels."""
 
     class Viewing(EncoderDecoder):
         def forward(self, input_ids, labels, **masks) -> Tensor:
@@ -190,8 +203,8 @@ def test_a_model_that_views_its_labels_is_traced():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_padding_of_tokens_that_come_in_parts_is_refused(axis):
-    """Of a model that splits its batches or sequences; without padding, all samples count."""
+def test_padding_of_tokens_in_several_parts_raises(axis):
+    """For a model that splits its batches or sequences; without padding, all samples count."""
 
     class Parts(Ordered):
         def forward(self, input_ids, **others) -> Tensor:
@@ -208,8 +221,8 @@ def test_padding_of_tokens_that_come_in_parts_is_refused(axis):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_positions_are_those_of_sequences_in_any_order(padded):
-    """`position_ratio`, batch first or not, flattened or not: the same number."""
+def test_positions_are_those_of_sequences_in_any_layout(padded):
+    """`position_ratio` is the same with sequences or positions first, flattened or not."""
     ids = torch.randint(3, 30, (20, T), generator=torch.Generator().manual_seed(3))
     mask = torch.ones(20, T, dtype=torch.long)
     mask[3, 4] = 1 - padded
@@ -225,8 +238,8 @@ def test_positions_are_those_of_sequences_in_any_order(padded):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("given", ["a bare tensor", "a mask that is None", "bare features"])
-def test_first_positions_are_those_of_sequences_however_a_batch_is_given(order, given):
-    """As many sequences as positions: which axis is which shows in a forward pass alone."""
+def test_first_positions_are_those_of_sequences_in_any_batch_format(order, given):
+    """With as many sequences as positions, only a forward pass shows which axis is which."""
     model, ids = Ordered(order).double(), tokens(1)
     how = {"ffns": [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)], "skip_first": 1}
     expected, batch = model.pre(ids)[:, 1:], ids
@@ -239,7 +252,7 @@ def test_first_positions_are_those_of_sequences_however_a_batch_is_given(order, 
 
 
 def test_two_streams_of_three_tokens_keep_their_order():
-    """Cut to one position a stream would show none: sequences and positions would look alike."""
+    """If a stream were cut to one position, sequences and positions would look alike."""
 
     class Both(EncoderDecoder):
         def forward(self, input_ids, decoder_input_ids, **masks) -> Tensor:
@@ -262,7 +275,7 @@ def test_two_streams_of_three_tokens_keep_their_order():
 
 
 @pytest.mark.parametrize("value", [-torch.inf, -1e9, 2])
-def test_only_0_and_1_are_masks(value):
+def test_masks_contain_only_0_and_1(value):
     model = Ordered("sequences")
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     additive = torch.zeros(N, T).masked_fill(padding(5, 2, 1, 3, 1) == 0, value)
@@ -275,7 +288,7 @@ def test_only_0_and_1_are_masks(value):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
-def test_masks_of_0_and_1_may_have_any_type(dtype):
+def test_masks_may_have_any_dtype(dtype):
     model, mask = Ordered("sequences").double(), padding(5, 2, 1, 3, 1)
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     batch = {"input_ids": tokens(1), "attention_mask": mask.to(dtype)}
@@ -284,7 +297,7 @@ def test_masks_of_0_and_1_may_have_any_type(dtype):
 
 
 class WithImages(Model):
-    """Patches of an image beside the text, as many as it has tokens."""
+    """Patches of an image next to the text, as many as there are tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +307,7 @@ class WithImages(Model):
         return self.ffn(self.embedding(input_ids)) + self.vision(pixels).mean()
 
 
-def test_a_mask_of_tokens_is_none_of_patches():
+def test_a_mask_of_tokens_does_not_apply_to_patches():
     model, mask = WithImages().double(), padding(5, 2, 1, 3, 1)
     pixels = torch.randn(N, T, D, dtype=torch.float64)
     batch = {"input_ids": tokens(1), "pixels": pixels, "attention_mask": mask}
@@ -314,7 +327,7 @@ class Fixed(Ordered):
         return super().forward(input_ids)
 
 
-def test_a_model_that_cannot_run_on_the_trace_is_refused_and_says_what_to_do():
+def test_a_model_that_cannot_run_on_the_trace_raises_with_the_fix():
     model = Fixed("sequences")
     batch = {"input_ids": tokens(1), "attention_mask": padding(5, 2, 1, 3, 1)}
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
@@ -325,11 +338,10 @@ def test_a_model_that_cannot_run_on_the_trace_is_refused_and_says_what_to_do():
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_padding_of_a_torch_transformer_is_left_out(batch_first):
-    """Whose own way past its modules would pack the tokens into nested tensors.
-
-    Batch first its mask is found in the batch; else it is given as it lies.
-    """
+def test_padding_of_a_torch_transformer_is_excluded(batch_first):
+    """Its fast path would bypass its modules and pack the tokens into nested tensors. With the
+    batch first, its mask is found in the batch; otherwise it is given in the layout of the
+    features."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(D, 2, 16, 0.0, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).double().eval()
@@ -354,7 +366,7 @@ def test_padding_of_a_torch_transformer_is_left_out(batch_first):
         assert_counts(row, features[lying.bool()])
 
 
-def test_exclusion_needs_tokens_and_goes_with_no_other_mask():
+def test_exclude_needs_token_ids_and_excludes_mask():
     model = Ordered("sequences")
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
     with pytest.raises(MeasurementError, match="need batches that are mappings"):
@@ -368,8 +380,8 @@ def test_exclusion_needs_tokens_and_goes_with_no_other_mask():
         nerve.measure(model, [tokens(1)], ffns=ffns, exclude=[3], mask=lambda _: None)
 
 
-def test_what_is_wrong_with_a_description_is_said_whatever_the_mask():
-    """Also where the trace, which a mask needs no more, is the first to see it."""
+def test_a_wrong_description_raises_the_same_error_with_any_mask():
+    """Even if the trace, which is only needed for a mask, is the first to notice it."""
     model = EncoderDecoder()
     mask = padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
@@ -378,7 +390,7 @@ def test_what_is_wrong_with_a_description_is_said_whatever_the_mask():
         nerve.measure(model, [batch], ffns=ffns, mask=lambda b: [b["attention_mask"]])
 
 
-def test_batches_of_other_streams_are_refused():
+def test_batches_with_other_streams_raise():
     model, mask = EncoderDecoder(), padding(5, 2, 1, 3, 1)
     batch = {"input_ids": tokens(1), "decoder_input_ids": tokens(2), "attention_mask": mask}
     embedded = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
@@ -388,14 +400,14 @@ def test_batches_of_other_streams_are_refused():
 
 
 class Rare(Ordered):
-    """Runs its FFN only where there are more than two sequences."""
+    """Runs its FFN only if there are more than two sequences."""
 
     def forward(self, input_ids: Tensor, **masks: Tensor) -> Tensor:
         return super().forward(input_ids) if len(input_ids) > 2 else input_ids
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_an_ffn_whose_order_nothing_has_shown_is_refused_beside_a_mask(explicit):
+def test_an_ffn_of_unknown_order_raises_with_a_mask(explicit):
     model, ids = Rare("positions, flat"), tokens(1)
     ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down, n_runs=None)]
     batch = {"input_ids": ids, "attention_mask": padding(5, 2, 1, 3, 1)}

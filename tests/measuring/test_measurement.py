@@ -1,4 +1,5 @@
-"""`nerve.measure` equals float64 NumPy on features taken by hand, and changes no model."""
+"""`nerve.measure` agrees with float64 NumPy on features taken by hand, and does not change the
+model."""
 
 import contextlib
 import copy
@@ -38,7 +39,7 @@ def model() -> Model:
 
 
 def oracle(features: np.ndarray) -> dict[str, float]:
-    """Definitions of the design, in float64 NumPy."""
+    """The definitions, in float64 NumPy."""
     spectrum = np.sort(np.linalg.eigvalsh(np.cov(features.astype(np.float64).T)))[::-1].clip(0)
     p = spectrum / spectrum.sum()
     d = len(p)
@@ -51,7 +52,7 @@ def oracle(features: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
-def test_one_row_an_ffn_with_the_values_of_float64_numpy(model, shortcut):
+def test_each_ffn_has_one_row_with_the_values_of_float64_numpy(model, shortcut):
     batches = [torch.randn(4, 25, 6), torch.randn(7, 6)]
     rows = nerve.measure(model, batches, ffns=model.ffns(), shortcut=shortcut)
     x = torch.cat([batch.flatten(0, -2) for batch in batches])
@@ -70,7 +71,7 @@ def test_one_row_an_ffn_with_the_values_of_float64_numpy(model, shortcut):
 
 
 def test_the_precision_is_that_of_the_coarser_side(monkeypatch):
-    """As on a GPU: bfloat16 before the nonlinearity; after it the mean is too large for that."""
+    """As on a GPU: bfloat16 before the nonlinearity; after it, the mean is too large for that."""
     monkeypatch.setattr(covariance, "default_product", lambda dtype, device: "bfloat16")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Sigmoid(), nn.Linear(16, 6)).bfloat16()
@@ -84,7 +85,7 @@ def test_the_precision_is_that_of_the_coarser_side(monkeypatch):
     assert nerve.measure(model, [x], ffns=ffns, shortcut=False).precision.tolist() == ["bfloat16"]
 
 
-def test_how_tokens_fall_into_batches_does_not_matter(model):
+def test_the_division_into_batches_does_not_matter(model):
     x = torch.randn(120, 6)
     whole = nerve.measure(model, [x], ffns=model.ffns())
     parts = nerve.measure(model, x.split([1, 50, 69]), ffns=model.ffns())
@@ -92,7 +93,7 @@ def test_how_tokens_fall_into_batches_does_not_matter(model):
     np.testing.assert_allclose(parts[numbers], whole[numbers], rtol=1e-6)
 
 
-def test_a_dead_layer_has_no_metrics_after_it_and_says_so(model):
+def test_a_dead_layer_has_a_status_instead_of_metrics(model):
     with torch.no_grad():
         model.up.bias.fill_(-1e6)
     row = nerve.measure(model, [torch.randn(50, 6)], ffns=model.ffns()).iloc[0]
@@ -109,7 +110,7 @@ def test_a_dead_layer_has_no_metrics_after_it_and_says_so(model):
         (torch.ones(1, 6), "too_few_samples"),
     ],
 )
-def test_what_cannot_be_measured_is_null_with_a_reason(model, batch, status):
+def test_unmeasurable_values_are_null_with_a_status(model, batch, status):
     row = nerve.measure(model, [batch], ffns=model.ffns()).iloc[0]
     assert row.status == status
     assert pd.isna(
@@ -117,7 +118,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason(model, batch, status):
     ).all()
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_the_model_is_unchanged(model):
     model.train()
     model.down.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -129,13 +130,13 @@ def test_the_model_is_left_as_it_was(model):
     assert not model.up._forward_hooks
 
 
-def test_hooks_are_gone_after_an_error(model):
+def test_hooks_are_removed_after_an_error(model):
     with pytest.raises(RuntimeError):
         nerve.measure(model, [torch.ones(3, 5)], ffns=model.ffns())
     assert not model.up._forward_hooks
 
 
-def test_mappings_are_arguments_and_forward_runs_anything_else(model):
+def test_mappings_are_keyword_arguments_and_forward_handles_other_batches(model):
     x = torch.randn(40, 6)
     by_name = nerve.measure(model, [{"x": x}], ffns=model.ffns())
     by_hand = nerve.measure(
@@ -144,34 +145,34 @@ def test_mappings_are_arguments_and_forward_runs_anything_else(model):
     pd.testing.assert_frame_equal(by_name, by_hand)
 
 
-def test_no_batches_are_refused(model):
+def test_no_batches_raise(model):
     with pytest.raises(MeasurementError, match="at least one forward pass"):
         nerve.measure(model, [], ffns=model.ffns())
 
 
-def test_features_of_other_samples_are_refused(model):
+def test_pre_and_post_of_different_samples_raise(model):
     model.down = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 4)), nn.Linear(4, 6))
     ffns = [FFNAdapter(0, "ffn", model.up, model.down[2])]
     with pytest.raises(MeasurementError, match="same samples and width"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
 
 
-def test_modules_in_the_wrong_order_are_refused(model):
+def test_modules_in_the_wrong_order_raise(model):
     with pytest.raises(
         MeasurementError, match="Post must be computed after pre; for ffn in layer 0"
     ):
         nerve.measure(model, [torch.randn(9, 6)], ffns=[FFNAdapter(0, "ffn", model.up, model.up)])
 
 
-def test_a_nonlinearity_that_overwrites_its_input_is_refused(model):
-    """What pre was is gone when both sides are taken; better no number than a wrong one."""
+def test_a_nonlinearity_that_overwrites_its_input_raises(model):
+    """Pre is lost by the time post is known, and no number is better than a wrong one."""
     overwriting = nn.Sequential(model.up, nn.ReLU(inplace=True), model.down)
     with pytest.raises(MeasurementError, match=r"overwrites it\. Use one with inplace=False"):
         nerve.measure(overwriting, [torch.randn(9, 6)], ffns=model.ffns())
 
 
-def test_an_overwritten_input_shows_in_any_sample():
-    """The first one may have no value that the nonlinearity changes."""
+def test_an_overwritten_input_is_noticed_in_any_sample():
+    """The first sample may have no value that the nonlinearity changes."""
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(inplace=True), nn.Linear(16, 6))
     x = torch.randn(64, 6)
     with torch.no_grad():
@@ -186,8 +187,8 @@ def test_an_overwritten_input_shows_in_any_sample():
 
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("is_trained", [True, False])
-def test_pre_that_is_modified_at_one_position_is_refused(model, is_trained, shortcut):
-    """Steering, say: few samples are compared, and none of this position."""
+def test_pre_that_is_modified_at_one_position_raises(model, is_trained, shortcut):
+    """For example by steering; few samples are compared, and none at this position."""
 
     def steer(module, args):
         args[0][3] += 1.0
@@ -202,7 +203,7 @@ def test_pre_that_is_modified_at_one_position_is_refused(model, is_trained, shor
 
 
 def measured(model, x, ffns, shortcut, *, is_trained):
-    """What is measured of a pass with gradients, or without."""
+    """The eigenproblems of a pass with gradients, or without."""
     probe = Probe(ffns)
     probe.install()
     measurement = Measurement(probe, shortcut=shortcut)
@@ -215,13 +216,13 @@ def measured(model, x, ffns, shortcut, *, is_trained):
 
 
 def test_batches_without_samples_measure_nothing(model):
-    """A status says so, as for one sample."""
+    """A status says so, as for a single sample."""
     (row,) = nerve.measure(model, [torch.zeros(0, 6)], ffns=model.ffns()).to_dict("records")
     assert (row["n_samples"], row["status"]) == (0, "too_few_samples")
 
 
 def adapted(up: nn.Linear, change: torch.Tensor) -> None:
-    """As libraries of adapters do that replace a module's forward."""
+    """Replaces a module's forward, as libraries of adapters do."""
     inner = up.forward
     up.forward = lambda x: inner(x) + x @ change
 
@@ -231,8 +232,8 @@ def steered(up: nn.Linear, change: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("alter", [adapted, steered])
-def test_what_alters_the_output_of_up_is_measured(model, alter):
-    """The shortcut knows the weight alone, and must not be taken then."""
+def test_changes_of_the_output_of_up_are_measured(model, alter):
+    """The shortcut knows only the weight, so it must not be taken."""
     x = torch.randn(200, 6)
     plain = nerve.measure(model, [x], ffns=model.ffns())
     alter(model.up, 5 * torch.randn(6, model.up.out_features))
@@ -249,8 +250,8 @@ class Parametrized(Model):
 
 
 @pytest.mark.parametrize("constrain", [lambda m: m, weight_norm, spectral_norm])
-def test_the_shortcut_gives_what_the_features_give(constrain):
-    """C_pre = W C_x Wᵀ to 1e-9 in float64, whatever makes the weight."""
+def test_the_shortcut_agrees_with_the_features(constrain):
+    """C_pre = W C_x Wᵀ to 1e-9 in float64, for any parametrization of the weight."""
     model = Parametrized(constrain).double()
     x = torch.randn(200, 6, dtype=torch.float64) + 3
     short = nerve.measure(model, [x], ffns=model.ffns())
@@ -259,8 +260,8 @@ def test_the_shortcut_gives_what_the_features_give(constrain):
     np.testing.assert_allclose(short[numbers], long[numbers], rtol=1e-9)
 
 
-def test_a_weight_that_changes_when_it_is_read_is_not_read_again():
-    """In training spectral norm iterates at each reading: one iteration for one forward pass."""
+def test_a_weight_that_changes_with_each_access_is_not_read_again():
+    """In training, spectral norm iterates at each access: one iteration for one forward pass."""
     model = Parametrized(spectral_norm).train()
     x = torch.randn(50, 6)
     watched, alone = copy.deepcopy(model), model
@@ -291,8 +292,9 @@ def test_the_weight_is_that_of_the_forward_pass(model):
     assert measurement.spectra()[0].row()["pr_pre"] == expected.pr_pre[0]
 
 
-def test_rounding_to_16_bits_is_measured_not_left_out(model):
-    """Under autocast the features are those that the nonlinearity gets: no shortcut."""
+def test_rounding_to_16_bits_is_measured(model):
+    """Under autocast, the features are those that the nonlinearity receives: no shortcut is
+    taken."""
     x = torch.randn(300, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         row = nerve.measure(model, [x], ffns=model.ffns()).iloc[0]
@@ -329,7 +331,7 @@ def outside_by_hand(weight: np.ndarray, features: np.ndarray) -> float:
 def test_shares_are_those_of_the_features_that_count(
     model, shortcut, n_sequences, n_tokens, skip_first
 ):
-    """Of fewer samples than features, and of more; of positions from 8 sequences on."""
+    """With fewer samples than features, and with more; of positions with at least 8 sequences."""
     batches = list(torch.randn(n_sequences, n_tokens, 6).split(n_sequences // 2))
     batches = [batch * torch.linspace(9, 1, n_tokens)[:, None] for batch in batches]
     rows = nerve.measure(
@@ -349,7 +351,7 @@ def test_shares_are_those_of_the_features_that_count(
     assert row["variance_outside"] == pytest.approx(outside_by_hand(weight, post), rel=1e-5)
 
 
-def test_skipped_positions_and_padding_count_neither(model):
+def test_neither_skipped_positions_nor_padding_count(model):
     x, mask = torch.randn(3, 20, 6), torch.rand(3, 20) > 0.4
     ffns, both = model.ffns(), (torch.arange(20) >= 2) & mask
     got = nerve.measure(model, [x], ffns=ffns, mask=lambda _: mask, skip_first=2)
@@ -359,12 +361,12 @@ def test_skipped_positions_and_padding_count_neither(model):
 
 
 @pytest.mark.parametrize("skip_first", [-1, 1.0, True, "2"])
-def test_a_number_of_positions_that_is_none_is_refused(model, skip_first):
+def test_an_invalid_number_of_skipped_positions_raises(model, skip_first):
     with pytest.raises(MeasurementError, match="skip_first must be a number of positions"):
         nerve.measure(model, [torch.ones(1, 3, 6)], ffns=model.ffns(), skip_first=skip_first)
 
 
-def test_features_without_sequences_have_no_first_positions(model):
+def test_skipping_positions_of_features_without_sequences_raises(model):
     with pytest.raises(MeasurementError, match=r"\[\.\.\., sequence, width\]; got \(30, 6\)"):
         nerve.measure(model, [torch.ones(30, 6)], ffns=model.ffns(), skip_first=1)
 
@@ -383,8 +385,8 @@ def test_an_identity_leaves_all_variance_in_the_span_of_pre(shortcut):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_under_autocast_the_span_is_that_of_the_rounded_weight(device):
-    """bfloat16 leaves of the identity only the rounding of pre itself outside: 2**-18 at most. The
-    weight as it is stored would leave its own rounding there, too."""
+    """With the identity in bfloat16, only the rounding of pre itself lies outside: at most 2**-18.
+    With the stored weight, the rounding of the weight would, too."""
     torch.manual_seed(0)
     linear, x = Linear(16, 64).to(device), torch.randn(500, 16, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -412,7 +414,7 @@ def altered(model: Model) -> None:
 
 
 @pytest.mark.parametrize("change", [no_weight, wide_input, altered])
-def test_where_no_weight_says_what_pre_can_reach_nothing_lies_outside_of_it(model, change):
+def test_without_a_readable_weight_variance_outside_is_null(model, change):
     change(model)
     row = nerve.measure(model, [torch.randn(50, 6)], ffns=model.ffns()).iloc[0]
     assert row.status == "ok"
@@ -420,7 +422,7 @@ def test_where_no_weight_says_what_pre_can_reach_nothing_lies_outside_of_it(mode
 
 
 class Recorded(Model):
-    """Keeps pre as its nonlinearity gets it."""
+    """Keeps pre as its nonlinearity receives it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -436,7 +438,7 @@ class Recorded(Model):
 
 
 class NewWeight(Recorded):
-    """Another weight from the second batch on."""
+    """Has another weight from the second batch on."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.seen:
@@ -445,7 +447,7 @@ class NewWeight(Recorded):
 
 
 class LateHook(Recorded):
-    """A hook from the second batch on, ahead of the probe's."""
+    """Has a hook from the second batch on, which runs before the probe's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.seen) == 1:
@@ -454,7 +456,7 @@ class LateHook(Recorded):
 
 
 class Overwritten(Recorded):
-    """The weight is another once post is there."""
+    """Has another weight once post has been computed."""
 
     def between(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         self.up.weight.mul_(torch.linspace(0, 3, 6))
@@ -468,7 +470,7 @@ class OverwrittenInput(Recorded):
 
 
 class Mode(torch.overrides.TorchFunctionMode):
-    """Another linear layer than the one that the module says it is."""
+    """Computes another linear layer than its module declares."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -483,8 +485,8 @@ def global_hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torc
 @pytest.mark.parametrize(
     "case", [NewWeight, LateHook, Overwritten, OverwrittenInput, "global hook", "mode"]
 )
-def test_pre_that_is_not_what_its_weight_gives_is_measured_itself(case, dtype):
-    """The spectrum is that of the features, and nothing is said of the span of a weight."""
+def test_pre_that_its_weight_does_not_explain_is_measured_itself(case, dtype):
+    """The spectrum is that of the features, and variance_outside is null."""
     torch.manual_seed(1)
     model = (Recorded if isinstance(case, str) else case)().to(dtype)
     batches = [torch.randn(60, 6).to(dtype) for _ in range(3)]
@@ -501,7 +503,7 @@ def test_pre_that_is_not_what_its_weight_gives_is_measured_itself(case, dtype):
     assert math.isnan(row["variance_outside"])
 
 
-def test_what_was_accumulated_of_the_input_is_converted_exactly():
+def test_the_covariance_of_the_input_is_converted_exactly():
     torch.manual_seed(0)
     weight, bias = torch.randn(9, 4).double(), torch.randn(9).double()
     x = torch.randn(70, 4, dtype=torch.float64) + 5
@@ -515,7 +517,7 @@ def test_what_was_accumulated_of_the_input_is_converted_exactly():
     torch.testing.assert_close(got.covariance(), of_output.covariance(), rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_that_collapses_to_one_vector_shows_it_in_the_share_of_the_mean(model):
+def test_a_layer_that_collapses_to_one_vector_has_a_large_share_of_the_mean(model):
     with torch.no_grad():
         model.up.weight.zero_()
     row = nerve.measure(model, [torch.randn(50, 6)], ffns=model.ffns()).iloc[0]
@@ -524,7 +526,7 @@ def test_a_layer_that_collapses_to_one_vector_shows_it_in_the_share_of_the_mean(
     assert pd.isna(row[["largest_share_pre", "top_share_post", "variance_outside"]]).all()
 
 
-def test_a_planted_token_is_named_where_it_makes_the_spectrum(model):
+def test_a_token_that_dominates_the_spectrum_is_reported(model):
     x = torch.randn(8, 200, 6)
     assert nerve.measure(model, [x], ffns=model.ffns()).outliers.tolist() == [""]
     x[3, 77] *= 1000

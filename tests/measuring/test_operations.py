@@ -1,6 +1,6 @@
-"""What a measured step has the host launch does not grow: small models wait for nothing else.
+"""A measured step does not launch more operations than before, for which small models would wait.
 
-On a GPU each operation takes some 10 µs of the host, and a step of a small model 3 to 14 ms.
+On a GPU, each operation takes about 10 µs of the host, and a step of a small model 3 to 14 ms.
 """
 
 import pytest
@@ -21,11 +21,11 @@ def x() -> Tensor:
     return torch.randn(40, 16, 24, generator=generator).bfloat16()
 
 
-def test_operations_are_counted_and_views_are_not(x):
+def test_operations_are_counted_but_views_are_not(x):
     assert count(lambda: x.reshape(-1, 24)[:, 1:].sum(0).add_(1)) == 2
 
 
-def test_shares_of_the_first_samples_are_not_merged_with_nothing(x):
+def test_shares_of_the_first_samples_are_not_merged(x):
     shares = SampleShares(24)
     assert count(lambda: shares.update(x)) <= 19
     assert count(lambda: shares.update(x)) <= 48
@@ -33,22 +33,22 @@ def test_shares_of_the_first_samples_are_not_merged_with_nothing(x):
 
 
 @pytest.mark.parametrize(("product", "most"), [("float32", 40), ("float16x2", 56)])
-def test_a_covariance_takes_few_operations_beside_its_product(x, product, most):
-    """In one block of columns, and without the sum over chunks."""
+def test_a_covariance_takes_few_operations_besides_its_product(x, product, most):
+    """With one block of columns, and without the sum over chunks."""
     spread = SampleShares(24).update(x)
     covariance = StreamingCovariance(24, product=product)
     assert count(lambda: covariance.update(x, None, spread)) <= most
 
 
-def test_uncentered_products_take_hardly_any(x):
+def test_uncentered_products_take_hardly_any_operations(x):
     spread = SampleShares(24).update(x)
     covariance = StreamingCovariance(24, product="bfloat16")
     assert count(lambda: covariance.update(x, None, spread)) <= 13
     assert covariance.precision == "bfloat16"
 
 
-def test_many_ffns_are_read_out_in_as_many_operations_as_one(x):
-    """But for those that put the shares of pre and post of each into one tensor."""
+def test_reading_many_ffns_takes_as_many_operations_as_one(x):
+    """Except for those that stack the shares of pre and post of each FFN."""
 
     def seen(n: int) -> list[Accumulator]:
         up, down = nn.Linear(8, 24), nn.Linear(24, 8)
@@ -66,8 +66,8 @@ def test_many_ffns_are_read_out_in_as_many_operations_as_one(x):
     assert count(lambda: eigenproblems(many, 1)) == of_one + 11
 
 
-def test_a_run_of_an_ffn_is_taken_in_few_operations(x):
-    """All that is done with pre, post and the input, but for reading out."""
+def test_a_run_of_an_ffn_takes_few_operations(x):
+    """Everything that is done with pre, post and the input, except for reading the results."""
     accumulator = Accumulator(
         FFNAdapter(0, "ffn", nn.Linear(8, 24), nn.Linear(24, 8)), shortcut=True
     )
@@ -80,8 +80,8 @@ def test_a_run_of_an_ffn_is_taken_in_few_operations(x):
     assert count(take) <= 135
 
 
-def test_shares_that_are_read_out_together_are_those_read_out_alone(x):
-    """Of one size and of several, in whatever order they come."""
+def test_shares_read_together_equal_those_read_separately(x):
+    """Of one size and of several, in any order."""
     several = []
     for n in (40, 9, 40, 1, 9):
         several.append(SampleShares(24))
@@ -93,7 +93,7 @@ def test_shares_that_are_read_out_together_are_those_read_out_alone(x):
     assert len({float(each[0]) for each in together[:3]}) == 3
 
 
-def test_that_pre_is_affine_is_checked_in_few_operations(x):
+def test_checking_that_pre_is_affine_takes_few_operations(x):
     up, down = nn.Linear(8, 24), nn.Linear(24, 8)
     accumulator = Accumulator(FFNAdapter(0, "ffn", up, down), shortcut=True)
     assert count(lambda: accumulator.see(x[..., :8], x)) <= 30

@@ -1,4 +1,4 @@
-"""Matrices of as many FFNs at once as a stated memory allows; the same values in more passes."""
+"""As many FFNs are measured at once as memory allows; several passes give the same values."""
 
 import pandas as pd
 import pytest
@@ -17,7 +17,7 @@ MATRIX = 8 * FF**2
 
 
 class Net(nn.Module):
-    """Blocks of one FFN."""
+    """Blocks of one FFN each."""
 
     def __init__(self, n_layers: int = 6) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors at once that were made within, matrices of `FF` x `FF` alone."""
+    """The most bytes of `FF` x `FF` matrices that exist at the same time within the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ def batches():
 
 
 @pytest.mark.parametrize(("n_matrices", "n_passes"), [(16, 1), (8, 3), (6, 6)])
-def test_as_many_matrices_as_fit_are_held_and_no_more(batches, n_matrices, n_passes):
-    """The peak is measured on what is allocated; values are the same to the last bit."""
+def test_as_many_matrices_are_held_as_fit_and_no_more(batches, n_matrices, n_passes):
+    """The peak is that of what is allocated; the values are the same to the last bit."""
     torch.manual_seed(0)
     net = Net()
     with Peak() as everything:
@@ -77,8 +77,8 @@ def test_as_many_matrices_as_fit_are_held_and_no_more(batches, n_matrices, n_pas
     assert measured.peak <= n_matrices * MATRIX
 
 
-def test_experts_are_pooled_over_passes():
-    """One expert at a time: the pool goes on from pass to pass."""
+def test_experts_are_pooled_across_passes():
+    """With one expert per pass, the pool continues from pass to pass."""
     model, batches = model_of("mixtral"), batches_of(padded=True)
     expected = nerve.measure(model, batches)
     ffns = nerve.find_ffns(model, batches[0])
@@ -88,8 +88,8 @@ def test_experts_are_pooled_over_passes():
     pd.testing.assert_frame_equal(rows, expected, rtol=1e-12)
 
 
-def test_masks_of_each_ffn_are_those_of_the_pass():
-    """By name and as a list, in passes as at once."""
+def test_masks_apply_to_the_ffns_of_each_pass():
+    """By name and as a list, the same as in a single pass."""
     net, batches = listed(), batches_of(padded=True)
     ffns = nerve.find_ffns(net, batches[0])
     memory = 8 * 8 * 12**2
@@ -103,7 +103,7 @@ def test_masks_of_each_ffn_are_those_of_the_pass():
         pd.testing.assert_frame_equal(rows, expected, rtol=1e-12)
 
 
-def test_one_ffn_that_does_not_fit_is_refused_where_memory_was_given(batches):
+def test_an_ffn_that_does_not_fit_raises_if_memory_is_given(batches):
     with pytest.raises(MeasurementError, match="ffn in layer 0 needs"):
         nerve.measure(Net(), batches, memory=5 * MATRIX)
 
@@ -112,17 +112,17 @@ def test_one_ffn_that_does_not_fit_is_refused_where_memory_was_given(batches):
     ("text", "expected"),
     [("8GiB", 8 * 2**30), ("500 MB", 500_000_000), ("1.5 kib", 1536), (4096, 4096), ("7", 7)],
 )
-def test_bytes_are_numbers_or_texts(text, expected):
+def test_memory_is_a_number_or_a_string(text, expected):
     assert bytes_of(text) == expected
 
 
 @pytest.mark.parametrize("text", ["8 gigs", "-1", 0, True, None, ""])
-def test_other_texts_are_refused(text):
+def test_other_strings_raise(text):
     with pytest.raises(ConfigError, match="such as '8GiB'"):
         bytes_of(text)
 
 
-def test_progress_tells_passes_batches_and_eigenproblems(batches, capsys):
+def test_progress_reports_passes_batches_and_eigenproblems(batches, capsys):
     told = []
     nerve.measure(
         Net(2), batches, memory=6 * MATRIX, progress=lambda *how: told.append(how), shortcut=False

@@ -1,4 +1,4 @@
-"""The probe finds FFNs, and taps what a computation by hand gives: all of it, once."""
+"""The probe finds FFNs, and taps all of the features that a computation by hand gives, once."""
 
 import gc
 
@@ -25,7 +25,7 @@ VALUES = {
 
 
 class Foreign(nn.Module):
-    """An FFN that knows nothing of the protocol."""
+    """An FFN that does not implement the protocol."""
 
     def __init__(self, times: int = 1) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_ffns_are_found_in_order_of_layers():
     assert [(ffn.layer, ffn.name) for ffn in ffns] == [(0, "ffn"), (1, "ffn")]
 
 
-def test_an_adapter_describes_a_model_that_was_not_written_for_it():
+def test_an_adapter_describes_a_foreign_model():
     model = Foreign()
     x = torch.randn(3, 4)
     taken = tap(model, x, [FFNAdapter(0, "ffn", model.fc, model.proj)])
@@ -91,20 +91,20 @@ def test_an_adapter_describes_a_model_that_was_not_written_for_it():
     torch.testing.assert_close(taken[0, "post"], torch.relu(model.fc(x)))
 
 
-def test_a_model_without_ffns_is_refused():
+def test_a_model_without_ffns_raises():
     with pytest.raises(MeasurementError, match="No FFN was found in a forward pass of Linear"):
         find_ffns(nn.Linear(2, 2))
 
 
-def test_two_ffns_of_one_name_and_layer_are_refused():
+def test_two_ffns_with_the_same_name_and_layer_raise():
     model = build_model(VALUES, seed=0, vocab_size=11)
     model.blocks[1].ffn.layer = 0
     with pytest.raises(MeasurementError, match="is used more than once"):
         Probe(find_ffns(model))
 
 
-def test_no_ffns_are_refused():
-    """A list that a filter left empty would train on and measure nothing."""
+def test_an_empty_list_of_ffns_raises():
+    """Otherwise a filter that matches nothing would train and measure nothing."""
     with pytest.raises(MeasurementError, match="at least one FFN; got an empty list"):
         Probe([])
 
@@ -116,7 +116,7 @@ def test_missing_and_doubled_features_raise(times):
         tap(model, torch.randn(3, 4), [FFNAdapter(0, "ffn", model.fc, model.proj)])
 
 
-def test_features_that_are_no_tensor_of_floats_raise():
+def test_features_that_are_not_a_floating_point_tensor_raise():
     class Pair(nn.Linear):
         def forward(self, x):
             return super().forward(x), None
@@ -127,7 +127,7 @@ def test_features_that_are_no_tensor_of_floats_raise():
         tap(model, torch.randn(3, 4), [FFNAdapter(0, "ffn", pair, nn.Identity())])
 
 
-def test_a_detached_probe_leaves_no_hook():
+def test_a_removed_probe_leaves_no_hook():
     model = Foreign()
     tap(model, torch.randn(3, 4), [FFNAdapter(0, "ffn", model.fc, model.proj)])
     for module in model.modules():
@@ -135,9 +135,9 @@ def test_a_detached_probe_leaves_no_hook():
         assert not module._forward_pre_hooks
 
 
-def test_in_inference_mode_post_must_follow_from_pre_too():
-    """It is left for the forward passes that show it, and stands as it was afterwards, whatever
-    comes of them."""
+def test_in_inference_mode_post_must_depend_on_pre_too():
+    """Inference mode is left for the forward passes that need it, and restored afterwards in any
+    case."""
     torch.manual_seed(0)
     blocks = nn.ModuleList(Plain(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2))
     model = nn.Sequential(*blocks)
@@ -173,7 +173,7 @@ def test_in_inference_mode_post_must_follow_from_pre_too():
     assert not torch.is_inference_mode_enabled()
 
 
-def test_in_inference_mode_a_model_is_measured_as_out_of_it():
+def test_inference_mode_does_not_change_the_measurement():
     torch.manual_seed(0)
     model = Plain(nn.Linear(4, 8), nn.Linear(8, 4))
     x = torch.randn(100, 4)
@@ -184,8 +184,8 @@ def test_in_inference_mode_a_model_is_measured_as_out_of_it():
     pd.testing.assert_frame_equal(rows, expected)
 
 
-def test_a_model_made_in_inference_mode_is_measured_where_its_ffns_are_described():
-    """Its weights take part in no graph, so that nothing shows what follows from what."""
+def test_a_model_created_in_inference_mode_is_measured_if_its_ffns_are_described():
+    """Its weights take part in no graph, so nothing shows which features depend on which."""
     torch.manual_seed(0)
     model = Plain(nn.Linear(4, 8), nn.Linear(8, 4))
     x = torch.randn(100, 4)

@@ -1,4 +1,4 @@
-"""What one process tells the others of its run."""
+"""Communication between the processes of a run."""
 
 import json
 import os
@@ -43,18 +43,18 @@ def tell(index: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_one_process_hears_itself():
+def test_a_single_process_gathers_its_own_value():
     assert (rank(), gathered("x"), own_part(["x"]), highest(3, CPU)) == (0, ["x"], "x", 3)
 
 
 @pytest.mark.parametrize("n_processes", [0, 2])
-def test_what_another_number_of_processes_gathered_is_refused(n_processes):
+def test_values_gathered_by_another_number_of_processes_raise(n_processes):
     told = f"its checkpoint is of {n_processes} processes, now there are 1. Start it with"
     with pytest.raises(StoreError, match=told):
         own_part(["x"] * n_processes)
 
 
-def test_two_processes_hear_each_other_in_order(tmp_path):
+def test_two_processes_gather_in_order_of_rank(tmp_path):
     together(tell, 2, tmp_path)
     for index in range(2):
         heard = json.loads((tmp_path / f"{index}.json").read_text())
@@ -63,8 +63,8 @@ def test_two_processes_hear_each_other_in_order(tmp_path):
 
 @pytest.fixture
 def two(monkeypatch):
-    """Two processes, as threads that share a store; what a function of the rank gave in each, or
-    raised."""
+    """Two processes, as threads that share a store; returns what a function of the rank returned or
+    raised in each."""
     store, me = dist.HashStore(), threading.local()
     store.set_timeout(timedelta(seconds=20))
     monkeypatch.setattr(distributed, "_store", lambda: dist.PrefixStore("nerve", store))
@@ -95,8 +95,8 @@ def two(monkeypatch):
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_who_waits_for_one_that_has_left_hears_why(two, who):
-    """In an exchange of both."""
+def test_waiting_for_a_process_that_has_left_raises_with_its_reason(two, who):
+    """In a collective exchange."""
 
     def process(index: int) -> object:
         assert gathered(index) == [0, 1]
@@ -109,8 +109,8 @@ def test_who_waits_for_one_that_has_left_hears_why(two, who):
     assert f"process {who} has stopped: ValueError: no more" in str(error)
 
 
-def test_who_waits_for_mail_of_one_that_has_left_hears_why(two):
-    """Once it has what was sent before."""
+def test_waiting_for_mail_of_a_process_that_has_left_raises_with_its_reason(two):
+    """After receiving what was sent before."""
 
     def process(index: int) -> object:
         box = Mailbox()
@@ -125,8 +125,8 @@ def test_who_waits_for_mail_of_one_that_has_left_hears_why(two):
     assert "process 1 has stopped: RuntimeError: gone" in str(error)
 
 
-def test_who_has_left_and_comes_back_is_not_missed(two):
-    """An error that all have caught leaves them where they were."""
+def test_a_process_that_has_left_may_return(two):
+    """After an error that all processes have caught."""
 
     def process(index: int) -> object:
         leave(ValueError("caught"))
@@ -138,7 +138,7 @@ def test_who_has_left_and_comes_back_is_not_missed(two):
     assert two(process) == [([0, 1], [0, -1])] * 2
 
 
-def test_the_first_process_which_has_the_store_does_not_go_before_all_have_read(two, monkeypatch):
+def test_the_first_process_does_not_leave_before_all_have_read(two, monkeypatch):
     has_read, get = threading.Event(), dist.PrefixStore.get
 
     def slow(store: dist.Store, key: str) -> bytes:
@@ -155,7 +155,7 @@ def test_the_first_process_which_has_the_store_does_not_go_before_all_have_read(
     ]
 
 
-def test_who_never_comes_is_waited_for_as_long_as_the_group_says(two):
+def test_a_missing_process_is_waited_for_until_the_timeout_of_the_group(two):
     two.store.set_timeout(timedelta(seconds=0.2))
     error = two(lambda index: gathered(index) if index == 0 else None)[0]
     assert isinstance(error, NotGatheredError)
@@ -163,8 +163,8 @@ def test_who_never_comes_is_waited_for_as_long_as_the_group_says(two):
 
 
 @pytest.mark.parametrize("do", [gathered, lambda value: Mailbox().send(value)])
-def test_where_the_first_process_has_gone_the_others_say_so(two, monkeypatch, do):
-    """It has the store; torch's own words end in a trace of C++."""
+def test_the_end_of_the_first_process_is_reported_by_the_others(two, monkeypatch, do):
+    """It hosts the store; torch's own message ends in a C++ trace."""
 
     def gone(*_: object) -> None:
         raise dist.DistNetworkError("Connection reset by peer\nException raised from recvBytes")
@@ -176,8 +176,8 @@ def test_where_the_first_process_has_gone_the_others_say_so(two, monkeypatch, do
         do(1)
 
 
-def test_who_waits_hears_signals(two):
-    """torch lets none through in a wait of its own."""
+def test_a_waiting_process_receives_signals(two):
+    """During a wait of its own, torch would let none through."""
 
     def heard(signum, frame):
         raise KeyboardInterrupt

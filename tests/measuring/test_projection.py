@@ -1,5 +1,5 @@
-"""Pre of 16-bit features from the FFN's input: what it is, what it leaves out, where it is not
-taken, and what is refused."""
+"""Pre of 16-bit features from the FFN's input: its values, what it omits, where it is not used, and
+errors."""
 
 import math
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def row_of(
 
 
 def by_numpy(features: np.ndarray) -> dict[str, float]:
-    """Of pre, in float64, by the definitions."""
+    """The metrics of pre, in float64, from the definitions."""
     spectrum = np.linalg.eigvalsh(np.cov(features.T))[::-1].clip(0)
     p, d = spectrum / spectrum.sum(), len(spectrum)
     return {
@@ -71,9 +71,9 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 @pytest.mark.parametrize("shortcut", ["projected", True])
 @pytest.mark.parametrize("dtype", HALF)
-def test_where_nothing_is_rounded_it_is_the_closed_form(dtype, shortcut):
-    """W has the columns 2^-k h_k, with orthogonal signs h_k, and x the signs of a Hadamard matrix:
-    u is a sum of +-2^-k, of 8 digits, and its eigenvalues are 16 · 4^-k · N / (N - 1)."""
+def test_without_rounding_the_spectrum_is_the_closed_form(dtype, shortcut):
+    """W has the columns 2^-k h_k with orthogonal signs h_k, and x the signs of a Hadamard matrix.
+    So u is a sum of +-2^-k, with 8 digits, and its eigenvalues are 16 · 4^-k · N / (N - 1)."""
     hadamard = torch.ones(1, 1)
     for _ in range(6):
         hadamard = torch.cat(
@@ -101,9 +101,9 @@ def test_where_nothing_is_rounded_it_is_the_closed_form(dtype, shortcut):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dtype", HALF)
-def test_it_is_w_x_of_what_was_multiplied(model, dtype, device):
-    """Against float64 NumPy, on the weight and the inputs as autocast rounds them; as they are
-    stored they would give other numbers. Everything but pre's spectrum is as without it."""
+def test_the_spectrum_is_that_of_the_rounded_weight_and_input(model, dtype, device):
+    """Against float64 NumPy, with weight and input as autocast rounds them; unrounded they would
+    give other numbers. Everything except the spectrum of pre is as without the projection."""
     x, model = torch.randn(5, 80, 6, device=device), model.to(device)
     projected, full = (row_of(model, [x], model.ffns(), how, dtype) for how in ("projected", True))
     w, inputs = rounded(model.up.weight, dtype), rounded(x.flatten(0, 1), dtype)
@@ -121,7 +121,7 @@ def test_it_is_w_x_of_what_was_multiplied(model, dtype, device):
     assert projected["se_pre"] == pytest.approx(full["se_pre"], abs=1e-3)
 
 
-def test_of_a_model_in_16_bits_it_is_the_same(model):
+def test_a_16_bit_model_gives_the_same_spectrum(model):
     x = torch.randn(400, 6)
     autocast = row_of(model, [x], model.ffns())
     halved = nerve.measure(
@@ -133,7 +133,7 @@ def test_of_a_model_in_16_bits_it_is_the_same(model):
     )
 
 
-def test_in_32_bits_it_is_the_exact_shortcut(model):
+def test_with_32_bits_it_is_the_exact_shortcut(model):
     x = torch.randn(400, 6)
     rows = [
         nerve.measure(model, [x], ffns=model.ffns(), shortcut=how) for how in (True, "projected")
@@ -142,7 +142,7 @@ def test_in_32_bits_it_is_the_exact_shortcut(model):
     assert rows[0]["precision"].tolist() == ["float32"]  # that of post
 
 
-def test_where_pre_is_no_wider_than_the_input_it_is_taken_itself(model):
+def test_pre_that_is_no_wider_than_the_input_is_measured_itself(model):
     narrow, x = Model(8, 8), torch.randn(99, 8)
     rows = [row_of(narrow, [x], narrow.ffns(), how) for how in (True, "projected")]
     pd.testing.assert_series_equal(*rows)
@@ -176,16 +176,16 @@ def vanishing(model: Model, x: Tensor) -> Tensor:
         (vanishing, torch.float16, "ok"),
     ],
 )
-def test_where_rounding_counts_pre_is_taken_itself(model, plant, dtype, status):
-    """The row is that of the features, its status too."""
+def test_pre_is_measured_itself_if_rounding_matters(model, plant, dtype, status):
+    """The row, including its status, is that of the features."""
     x = plant(model, torch.randn(300, 6))
     rows = [row_of(model, [x], model.ffns(), how, dtype) for how in (True, "projected")]
     pd.testing.assert_series_equal(*rows)
     assert rows[0]["status"] == status
 
 
-def test_what_was_projected_before_rounding_counted_is_merged(model):
-    """Of the first batch W x + b, of the second, whose mean is large, pre itself."""
+def test_earlier_projected_batches_are_merged(model):
+    """W x + b of the first batch, and pre itself of the second, whose mean is large."""
     x, far = torch.randn(200, 6), torch.randn(150, 6)
     far[:, 0] += 100
     row = row_of(model, [x, far], model.ffns())
@@ -219,8 +219,9 @@ def groups_of(
     return rows.set_index(["site", "grouping", "group"]), pd.Series(spectra.row())
 
 
-def test_groups_are_projected_and_merge_into_all(model):
-    """Each as its own features give it, to 1e-3 nats; all together as without groups, exactly."""
+def test_groups_are_projected_and_merged_into_all_samples(model):
+    """Each agrees with its own features to 1e-3 nats; together they equal the result without
+    groups."""
     x = torch.randn(40, 17, 6)
     groups, row = groups_of(model, [x], "projected")
     full, _ = groups_of(model, [x], True)
@@ -235,7 +236,7 @@ def test_groups_are_projected_and_merge_into_all(model):
     np.testing.assert_allclose(row[PRE].astype(float), whole[PRE].astype(float), rtol=1e-6)
 
 
-def test_one_group_whose_rounding_counts_is_enough_to_take_pre_itself(model):
+def test_pre_is_measured_itself_if_rounding_matters_in_one_group(model):
     """First tokens that are nearly one vector, as in trained models."""
     x = torch.randn(40, 17, 6)
     x[:, 0] = 8 + 0.05 * x[:, 0]
@@ -246,7 +247,7 @@ def test_one_group_whose_rounding_counts_is_enough_to_take_pre_itself(model):
     pd.testing.assert_series_equal(row, full_row)
 
 
-def test_groups_that_were_projected_are_merged_with_those_that_were_not(model):
+def test_projected_and_unprojected_groups_are_merged(model):
     x, far = torch.randn(2, 40, 17, 6)
     far[..., 0] += 100
     groups, row = groups_of(model, [x, far], "projected")
@@ -308,16 +309,16 @@ def input_of_the_activation(model: Model) -> list[FFN]:
 
 
 @pytest.mark.parametrize("alter", [adapted, hooked, another_module, input_of_the_activation])
-def test_what_is_no_affine_map_is_refused_and_measured_without(model, alter: Callable):
+def test_pre_that_is_not_affine_raises_and_is_measured_without_projection(model, alter: Callable):
     ffns, x = alter(model), torch.randn(100, 6)
     with pytest.raises(MeasurementError, match=r"single readable weight; that of ffn in la"):
         row_of(model, [x], ffns)
     assert row_of(model, [x], ffns, True)["status"] == "ok"
 
 
-def test_a_change_that_no_module_shows_is_refused():
-    """A hook of all modules, which adds a twentieth: far less than the magnitudes of 1024 products,
-    by which single values are judged."""
+def test_a_change_of_pre_that_no_module_shows_raises():
+    """A hook on all modules adds a twentieth: far less than the magnitudes of 1024 products, to
+    which single values are compared."""
     torch.manual_seed(0)
     model = Model(1024, 2048)
 
@@ -332,7 +333,7 @@ def test_a_change_that_no_module_shows_is_refused():
         handle.remove()
 
 
-def test_a_weight_that_is_made_anew_in_training_is_refused(model):
+def test_a_parametrized_weight_in_training_raises(model):
     weight_norm(model.up)
     assert row_of(model, [torch.randn(99, 6)], model.ffns())["precision"] == "projected_bfloat16"
     probe = Probe(model.train().ffns())
@@ -349,7 +350,7 @@ def test_a_weight_that_is_made_anew_in_training_is_refused(model):
         probe.remove()
 
 
-def test_another_weight_in_a_later_batch_is_refused(model):
+def test_another_weight_in_a_later_batch_raises(model):
     class Moving(Model):
         def forward(self, x: Tensor) -> Tensor:
             given = super().forward(x)
@@ -362,13 +363,13 @@ def test_another_weight_in_a_later_batch_is_refused(model):
         row_of(moving, [torch.randn(99, 6)] * 2, moving.ffns())
 
 
-def test_a_nonlinearity_that_overwrites_pre_is_refused(model):
+def test_a_nonlinearity_that_overwrites_pre_raises(model):
     overwriting = nn.Sequential(model.up, nn.ReLU(inplace=True), model.down)
     with pytest.raises(MeasurementError, match=r"overwrites it\. Use one with inplace=False"):
         row_of(overwriting, [torch.randn(9, 6)], model.ffns())
 
 
 @pytest.mark.parametrize("value", ["exact", 1, None])
-def test_another_word_is_refused(model, value):
+def test_an_invalid_shortcut_raises(model, value):
     with pytest.raises(ConfigError, match="shortcut must be true, false or projected; got"):
         nerve.measure(model, [torch.randn(9, 6)], ffns=model.ffns(), shortcut=value)

@@ -1,5 +1,5 @@
-"""What is done beside training reads what training made, and keeps it until then; the thread that
-trains is at most a step ahead of its GPU where trials share the cores."""
+"""Work beside training reads what training computed and keeps it until then; where trials share
+cores, the training thread is at most one step ahead of its GPU."""
 
 import gc
 import time
@@ -13,10 +13,10 @@ from nerve.recording.aside import Aside, Pace
 
 
 class Held:
-    """Something that can be let go of."""
+    """An object with weak references."""
 
 
-def test_on_a_cpu_nothing_is_beside_and_nothing_is_held():
+def test_on_a_cpu_there_is_no_side_stream_and_nothing_is_held():
     aside, held = Aside(torch.device("cpu")), Held()
     seen = weakref.ref(held)
     with aside.work_on(held):
@@ -28,7 +28,7 @@ def test_on_a_cpu_nothing_is_beside_and_nothing_is_held():
 
 
 class Ended:
-    """An event of a stream that tells whether it was waited for."""
+    """An event of a stream that records whether it was waited for."""
 
     waited = False
 
@@ -37,7 +37,7 @@ class Ended:
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_what_is_under_way_at_the_end_is_waited_for_unless_others_may_have_gone(wait):
+def test_pending_work_is_waited_for_unless_other_processes_may_have_exited(wait):
     aside, first, last = Aside(torch.device("cpu")), Ended(), Ended()
     aside._held.extend([(first, Held()), (last, Held())])
     aside.close(wait=wait)
@@ -45,9 +45,9 @@ def test_what_is_under_way_at_the_end_is_waited_for_unless_others_may_have_gone(
 
 
 @pytest.mark.cuda
-def test_what_is_read_beside_is_not_given_to_training_before():
-    """Training is slow to make it, the stream beside slow to read it, and memory of that size is
-    asked for at once."""
+def test_memory_read_by_the_side_stream_is_not_reused_before():
+    """Training is slow to compute the tensor and the side stream slow to read it, and memory of
+    that size is requested at once."""
     device = torch.device("cuda")
     aside = Aside(device)
     for again in (False, True):  # kernels are loaded the first time, which waits for the device
@@ -71,7 +71,7 @@ def test_what_is_read_beside_is_not_given_to_training_before():
     assert (float(total), float(others[0][0])) == (2**24, 7)
 
 
-def test_nobody_is_held_on_a_cpu(monkeypatch):
+def test_no_step_waits_on_a_cpu(monkeypatch):
     monkeypatch.setenv(SHARE, "1")
     monkeypatch.setattr("torch.cuda.Event", None)  # on a machine with a GPU none is asked for, too
     pace = Pace(torch.device("cpu"))
@@ -81,8 +81,9 @@ def test_nobody_is_held_on_a_cpu(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("shares", [True, False])
-def test_a_step_begins_once_the_one_before_the_last_is_done(monkeypatch, shares):
-    """Steps take the GPU about 50 ms and the host nothing; the thread sleeps, and does not spin."""
+def test_a_step_begins_when_the_second_to_last_one_has_ended(monkeypatch, shares):
+    """Steps take about 50 ms of the GPU and nothing of the host; the thread sleeps and does not
+    spin."""
     monkeypatch.delenv(SHARE, raising=False)
     if shares:
         monkeypatch.setenv(SHARE, "1")

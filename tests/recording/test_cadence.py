@@ -1,4 +1,4 @@
-"""A measured step is labeled with its own losses, and what passed since the step before."""
+"""A measured step is labeled with its own losses, and with those since the previous label."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def label(cadence: Cadence, step: int) -> None:
     cadence.label(step, 0.1, n_processes=1, is_split=False)
 
 
-def test_losses_are_means_over_targets_and_training_starts_anew_with_each_label():
+def test_losses_are_means_over_targets_and_training_restarts_with_each_label():
     cadence = Cadence()
     cadence.add_training(loss(1.0), 3, 2)
     cadence.add_training(loss(5.0), 1, 2)
@@ -44,8 +44,8 @@ def test_losses_are_means_over_targets_and_training_starts_anew_with_each_label(
     assert (due["train_loss"], due["tokens_seen"]) == (6.0, 12)
 
 
-def test_losses_of_a_step_that_is_not_measured_after_all_count_for_the_next_one():
-    """Also over a checkpoint, as of a fit that stops between two measured steps and goes on."""
+def test_losses_of_a_canceled_step_count_for_the_next_one():
+    """Also through a checkpoint, as for a fit that stops between two measured steps and resumes."""
     cadence, other = Cadence(), Cadence()
     cadence.add_training(loss(1.0), 1, 1)
     label(cadence, 1)
@@ -63,14 +63,14 @@ def test_losses_of_a_step_that_is_not_measured_after_all_count_for_the_next_one(
     assert other.due["train_loss"] is None
 
 
-def test_without_a_batch_there_is_no_loss():
+def test_without_batches_there_is_no_loss():
     cadence = Cadence()
     label(cadence, 0)
     assert cadence.due is not None
     assert cadence.due["train_loss"] is cadence.due["val_loss"] is cadence.val_loss is None
 
 
-def test_a_checkpoint_goes_on_in_the_middle():
+def test_a_checkpoint_resumes_between_two_labels():
     one, other = Cadence(), Cadence()
     one.add_training(loss(1.0), 1, 1)
     other.load_state_dict(one.state_dict())
@@ -82,7 +82,7 @@ def test_a_checkpoint_goes_on_in_the_middle():
     assert one.due["train_loss"] == 3.0
 
 
-def test_hidden_lr_follows_the_schedule_of_the_hidden_part():
+def test_hidden_lr_follows_the_schedule_of_the_hidden_weights():
     parts = {"rest": Part(("vector",), ADAMW), "matrices": Part(("hidden",), MUON)}
     optimizer = build_optimizer(nn.Linear(4, 4), parts)
     scheduler = Schedule("linear").scheduler(optimizer, n_steps=4)
@@ -92,7 +92,7 @@ def test_hidden_lr_follows_the_schedule_of_the_hidden_part():
     assert hidden_lr(optimizer) == 0.02 * 0.75
 
 
-def test_hidden_lr_of_groups_without_roles_is_the_one_that_they_share():
+def test_hidden_lr_of_groups_without_roles_is_their_common_one():
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.1, 0.2)]
     assert hidden_lr(torch.optim.SGD(groups[:2])) == 0.1
     assert hidden_lr(torch.optim.SGD(groups)) is None

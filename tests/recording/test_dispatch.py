@@ -1,92 +1,10 @@
-"""The host gets what it can solve while measurements come as they do; the GPU gets the rest."""
+"""An eigenproblem that waits for a thread is copied to the host at most once, and never lost."""
 
 import pytest
 import torch
 
 from nerve.measuring.eigenproblem import GroupEigenproblem
-from nerve.recording.dispatch import DEVICE_S, FIRST_S, HOST_S, Placement, Untaken
-
-WORK = 2 * 2048.0**3
-"""Of one FFN: half a second or more of a core."""
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-def test_spare_cores_take_all(clock):
-    placement = Placement(15, clock)
-    for _ in range(3):
-        assert placement.choose([WORK] * 12) == ["host"] * 12
-        for _ in range(12):
-            placement.solved("host", WORK, HOST_S * WORK)
-        clock.now += 10
-
-
-def test_one_core_takes_what_it_solves_in_time(clock):
-    """What is left of the time between two measurements is the GPU's, not training's to wait."""
-    placement = Placement(1, clock)
-    each = HOST_S * WORK
-    placement.choose([WORK])
-    placement.solved("host", WORK, each)
-    clock.now += 4.5 * each / 1.5
-    assert placement.choose([WORK] * 12) == ["host"] * 4 + ["device"] * 8
-
-
-def test_what_is_pending_counts(clock):
-    placement = Placement(1, clock)
-    each = HOST_S * WORK
-    placement.choose([WORK] * 3)
-    placement.solved("host", WORK, each)
-    clock.now += 4.5 * each / 1.5
-    assert placement.choose([WORK] * 12).count("host") == 2
-
-
-def test_times_are_those_that_were_measured(clock):
-    """Threads that nine other trials hold up count as the slower ones that they are."""
-    placement = Placement(2, clock)
-    for _ in range(40):
-        clock.now += 100
-        assert placement.choose([WORK]) == ["host"]
-        placement.solved("host", WORK, 5 * HOST_S * WORK)
-    clock.now += 5 * HOST_S * WORK * 2.3 / 1.5
-    assert placement.choose([WORK] * 12).count("host") == 4  # two for each thread
-
-
-def test_a_gpu_that_is_slower_than_the_threads_gets_none(clock):
-    """One whose float64 is a 64th of its float32."""
-    placement = Placement(4, clock)
-    for _ in range(40):
-        placement.solved("device", WORK, 20 * DEVICE_S * WORK)
-    placement.choose([WORK])
-    clock.now += 0.01
-    assert placement.choose([WORK] * 12) == ["host"] * 12
-
-
-def test_without_threads_the_gpu_takes_all(clock):
-    assert Placement(0, clock).choose([WORK] * 3) == ["device"] * 3
-
-
-def test_the_first_measurement_does_not_keep_the_host_busy_for_long(clock):
-    chosen = Placement(1, clock).choose([WORK] * 100)
-    assert chosen.count("host") == int(FIRST_S / (HOST_S * WORK))
-    assert chosen.count("device") > 0
-
-
-def test_one_that_failed_is_no_longer_pending(clock):
-    placement = Placement(1, clock)
-    placement.choose([WORK])
-    placement.solved("host", WORK, None)
-    clock.now += 1.5 * HOST_S * WORK / 1.5
-    assert placement.choose([WORK]) == ["host"]
+from nerve.recording.dispatch import Untaken
 
 
 def problem(value: float) -> GroupEigenproblem:
@@ -94,7 +12,7 @@ def problem(value: float) -> GroupEigenproblem:
     return GroupEigenproblem(0, "ffn", "pre", "all", "all", 9, 4, matrix)
 
 
-def test_what_is_copied_ahead_takes_nothing_of_the_device_and_is_what_is_solved():
+def test_a_copy_made_ahead_is_solved_and_takes_no_device_memory():
     given, copy = problem(1.0), problem(2.0)
     untaken = Untaken(given)
     assert (untaken.n_bytes, untaken.is_copied) == (128, False)
@@ -103,14 +21,14 @@ def test_what_is_copied_ahead_takes_nothing_of_the_device_and_is_what_is_solved(
     assert untaken.take() is copy
 
 
-def test_what_a_thread_has_taken_is_not_copied():
+def test_a_taken_eigenproblem_is_not_copied():
     untaken = Untaken(problem(1.0))
     untaken.take()
     untaken.copy(lambda _: pytest.fail("copied"))
     assert (untaken.n_bytes, untaken.is_copied) == (0, False)
 
 
-def test_what_cannot_be_copied_ahead_is_still_there():
+def test_an_eigenproblem_that_cannot_be_copied_is_kept():
     def refuse(_):
         raise MemoryError
 

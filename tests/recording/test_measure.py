@@ -1,9 +1,10 @@
-"""A measurement that stays is a run: its rows, its spectra, its loss, and what it was of."""
+"""A stored measurement is a run: its rows, its spectra, its loss, and its identity."""
 
 import weakref
 from collections import UserDict
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nerve.recording.measured_run import Digest
 
 
 class Net(nn.Module):
-    """An FFN that tells its loss."""
+    """An FFN that returns its loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ def batches():
 
 
 def test_a_measurement_is_stored_as_a_run(tmp_path, model, batches):
-    """The rows that are returned, the loss of the same pass, the eigenvalues, and the labels."""
+    """With the returned rows, the loss of the same pass, the eigenvalues, and the labels."""
     rows = nerve.measure(model, iter(batches), into=tmp_path, step=7, labels={"family": "mine"})
     stored = nerve.load_metrics(tmp_path, factors=["family", "model"])
     assert stored["pr_post"].tolist() == rows["pr_post"].tolist()
@@ -53,8 +54,8 @@ def test_a_measurement_is_stored_as_a_run(tmp_path, model, batches):
     assert nerve.measure(model, batches)["pr_post"].tolist() == rows["pr_post"].tolist()
 
 
-def test_a_series_is_one_run_of_all_its_steps(tmp_path, model, batches):
-    """Models as a loop loads them: the same module with other weights."""
+def test_a_series_is_one_run_with_all_its_steps(tmp_path, model, batches):
+    """Models as a loop loads them: the same module with different weights."""
 
     def checkpoints():
         for step in (0, 10, 30):
@@ -72,8 +73,8 @@ def test_a_series_is_one_run_of_all_its_steps(tmp_path, model, batches):
         assert nerve.load_spectra(tmp_path).empty
 
 
-def test_models_of_a_series_that_are_loaded_are_in_memory_one_at_a_time(tmp_path, batches, caplog):
-    """Each is gone when the next one is loaded, whoever keeps what is logged."""
+def test_only_one_loaded_model_of_a_series_is_in_memory(tmp_path, batches, caplog):
+    """Each is freed before the next one is loaded, even if log records are kept."""
     caplog.set_level("INFO")
     alive: list[weakref.ref[nn.Module]] = []
 
@@ -88,9 +89,9 @@ def test_models_of_a_series_that_are_loaded_are_in_memory_one_at_a_time(tmp_path
     assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 5]
 
 
-def test_a_series_goes_on_where_it_was_left(tmp_path, model, batches):
-    """Cut off at any step, or done and longer now: the same rows and the same config_id, and no
-    step is loaded twice. Without resume= it begins anew."""
+def test_a_series_resumes_where_it_stopped(tmp_path, model, batches):
+    """Interrupted at any step, or done and now longer: the same rows and config_id, and no step is
+    loaded twice. Without resume= it starts over."""
     loaded: list[int] = []
 
     def series(*steps: int, broken: int | None = None):
@@ -132,8 +133,8 @@ def test_a_series_goes_on_where_it_was_left(tmp_path, model, batches):
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
-def test_a_digest_is_that_of_the_tensors_in_any_mapping(kind):
-    """`UserDict` is what a tokenizer of transformers returns."""
+def test_a_digest_covers_the_tensors_of_any_mapping(kind):
+    """A tokenizer of transformers returns a `UserDict`."""
 
     def of(value: int) -> str:
         digest = Digest()
@@ -145,8 +146,8 @@ def test_a_digest_is_that_of_the_tensors_in_any_mapping(kind):
     assert of(1) == str(plain) != of(2)
 
 
-def test_a_batch_that_the_model_does_not_take_says_how(model):
-    """As a loader of features and targets gives them, or a mapping of another's names."""
+def test_a_batch_that_the_model_does_not_accept_raises_an_error_with_the_fix(model):
+    """As from a loader of features and targets, or a mapping with other names."""
     with pytest.raises(MeasurementError, match=r"forward=lambda model, batch: model\(batch\[0\]"):
         nerve.measure(model, [(torch.zeros(9, 4), torch.zeros(9))])
     with pytest.raises(MeasurementError, match=r"unexpected keyword.*model\(batch\['x'\]"):
@@ -158,8 +159,8 @@ def config_id(directory, model, batches, **how) -> str:
     return nerve.RunRecord.load(directory).config_id
 
 
-def test_its_identity_is_weights_batches_and_what_was_asked(tmp_path, model, batches):
-    """Not where it lies, nor which object the model is."""
+def test_the_identity_is_weights_batches_and_arguments(tmp_path, model, batches):
+    """Neither the directory nor the model object matters."""
     torch.manual_seed(0)
     again = Net()
     first = config_id(tmp_path / "first", model, batches)
@@ -176,7 +177,7 @@ def test_its_identity_is_weights_batches_and_what_was_asked(tmp_path, model, bat
     assert len({first, *others}) == 6
 
 
-def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model, batches):
+def test_a_failed_run_starts_over_and_a_completed_one_stays(tmp_path, model, batches):
     def broken():
         yield 0, model
         raise ValueError("no checkpoint")
@@ -204,6 +205,7 @@ def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model,
         ([torch.zeros(3, 4)], {"labels": ["a"]}, "labels must be a mapping by name.*got list"),
         ([torch.zeros(3, 4)], {"labels": {1: "a"}}, "labels must be a mapping by name"),
         ([torch.zeros(3, 4)], {"labels": {"lr": 1}}, r"got lr\. .*labels={'group': {'lr'"),
+        ([torch.zeros(3, 4)], {"labels": {"host": "a"}}, r"what each run records.*got host\."),
         ([torch.zeros(3, 4)], {"fingerprints": "ab"}, "fingerprints must be a mapping"),
         (
             [torch.zeros(3, 4)],
@@ -218,7 +220,7 @@ def test_one_that_failed_begins_anew_and_one_that_is_done_stays(tmp_path, model,
         ([torch.zeros(3, 4)], {"ffns": "*.mlp"}, "got str"),
     ],
 )
-def test_what_cannot_be_is_said_first(tmp_path, model, batches, how, words):
+def test_invalid_arguments_raise_before_anything_runs(tmp_path, model, batches, how, words):
     with pytest.raises(ConfigError, match=words):
         nerve.measure(model, batches, into=tmp_path / "run", **how)
     assert not (tmp_path / "run").exists()
@@ -238,33 +240,42 @@ def test_what_cannot_be_is_said_first(tmp_path, model, batches, how, words):
         ([(5, lambda: "ckpt/a")], "torch module; got str 'ckpt/a'"),
     ],
 )
-def test_what_is_no_model_is_said(batches, model, words):
+def test_an_argument_that_is_no_model_raises(batches, model, words):
     with pytest.raises(ConfigError, match=words):
         nerve.measure(model, batches)
 
 
-def test_a_step_that_comes_twice_ends_an_iterator(tmp_path, model, batches):
-    """What came before it stays."""
+def test_a_duplicate_step_ends_an_iterator_of_models(tmp_path, model, batches):
+    """The earlier steps remain stored."""
     with pytest.raises(ConfigError, match="step 5 appears twice"):
         nerve.measure(iter([(5, model), (5, model)]), batches, into=tmp_path)
     assert nerve.load_metrics(tmp_path)["step"].tolist() == [5]
 
 
-def test_a_step_without_a_run_is_refused(model, batches):
+@pytest.mark.parametrize(
+    ("seed", "recorded"), [(3, 3), (np.int64(2**62), 2**62), (True, None), ("3", None), (0.5, None)]
+)
+def test_a_seed_among_the_labels_is_that_of_the_run(tmp_path, model, batches, seed, recorded):
+    """So that comparisons pair runs by it."""
+    nerve.measure(model, batches, into=tmp_path / "run", labels={"seed": seed})
+    assert nerve.RunRecord.load(tmp_path / "run").seed == recorded
+
+
+def test_a_step_without_a_run_raises(model, batches):
     with pytest.raises(ConfigError, match=r"step=10 without into=\. Leave it out"):
         nerve.measure(model, batches, step=10)
 
 
-def test_positions_must_be_left(model):
-    """Of the longest sequence: one of several that is short has none."""
+def test_skipping_all_positions_raises(model):
+    """Only the longest sequence must have positions left; shorter ones may have none."""
     short, long = torch.randn(2, 3, 4), torch.randn(2, 16, 4)
     assert nerve.measure(model, [short, long], skip_first=15)["n_samples"].tolist() == [2]
     with pytest.raises(MeasurementError, match="skip_first=16 for sequences of at most 16"):
         nerve.measure(model, [short, long], skip_first=16)
 
 
-def test_chosen_ffns_are_given_as_they_are_found(model, batches):
-    """As docs/own-model.md says it, for there is no select= here."""
+def test_ffns_are_chosen_with_find_ffns(model, batches):
+    """As described in docs/own-model.md, because there is no select= here."""
     model.other = nn.Sequential(nn.Linear(4, 12), nn.GELU(), nn.Linear(12, 4))
     found = nerve.find_ffns(model, batches[0], select="ffn")
     assert len(nerve.measure(model, batches, ffns=found)) == 1

@@ -1,4 +1,4 @@
-"""A loop that knows nothing of Lightning records the rows of its measured steps."""
+"""A loop without Lightning records the rows of its measured steps."""
 
 import gc
 import weakref
@@ -10,8 +10,10 @@ from torch import nn
 from nerve import FFNAdapter, measure
 from nerve.analysis.load import load_metrics
 from nerve.errors import StoreError
+from nerve.recording.preparation import Preparation
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
+from nerve.spectra import covariance
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 
@@ -38,7 +40,7 @@ def store(tmp_path):
 
 
 def validate(recorder: Recorder, model: nn.Module, step: int, lr: float = 0.1) -> None:
-    """The held-out batches of seeds 100 and 101, measured."""
+    """Measures the held-out batches of seeds 100 and 101."""
     recorder.start_validation()
     for seed in (100, 101):
         x, y = batch(seed)
@@ -52,8 +54,8 @@ def validate(recorder: Recorder, model: nn.Module, step: int, lr: float = 0.1) -
     recorder.end_validation()
 
 
-def test_a_plain_loop_records_what_measuring_by_hand_gives(store):
-    """Each row has the weights of its own step; losses and targets are summed up in between."""
+def test_a_plain_loop_records_what_measure_returns(store):
+    """Each row has the weights of its own step; losses and targets in between add up."""
     model, recorder = network(), Recorder(MonitorSettings(every_n_steps=2), store)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     by_hand, losses = [], []
@@ -83,8 +85,8 @@ def test_a_plain_loop_records_what_measuring_by_hand_gives(store):
     assert not model[0]._forward_hooks
 
 
-def test_a_step_that_is_labeled_waits_for_features_that_come_later(store):
-    """Of training data: label, then the forward pass of the step that follows."""
+def test_a_labeled_step_waits_for_its_features(store):
+    """With training data: first the label, then the forward pass of the step that follows."""
     model, recorder = network(), Recorder(MonitorSettings(source="train"), store)
     recorder.open(ffns(model), CPU, anew=True)
     recorder.start_validation()
@@ -103,8 +105,8 @@ def test_a_step_that_is_labeled_waits_for_features_that_come_later(store):
     recorder.close()
 
 
-def test_a_recorder_goes_on_where_another_was(store):
-    """Counts of targets, the last rows and the time, but anew where training begins anew."""
+def test_a_recorder_continues_from_the_state_of_another(store):
+    """Number of targets, last rows and time continue, unless training starts over."""
     model, first = network(), Recorder(MonitorSettings(), store)
     first.open(ffns(model), CPU, anew=True)
     first.add_training(torch.tensor(2.0), 32)
@@ -129,8 +131,8 @@ def test_a_recorder_goes_on_where_another_was(store):
     ("late", "notes"),
     [(StoreError("full"), ["Then, as the run ended: StoreError: full"]), (None, [])],
 )
-def test_an_error_that_ends_training_is_the_one_that_is_told(store, late, notes):
-    """What is refused as the rest is written is a note of it; the model is let alone."""
+def test_the_error_that_ends_training_is_the_one_that_is_raised(store, late, notes):
+    """An error while the rest is written becomes a note of it; the hooks are removed."""
     model, recorder = network(), Recorder(MonitorSettings(), store)
     recorder.open(ffns(model), CPU, anew=True)
     recorder.start()
@@ -158,8 +160,8 @@ def raising(error: BaseException):
     return call
 
 
-def test_a_recorder_that_is_closed_keeps_no_model(store):
-    """Nor the memory of what solves, which is pinned beside a GPU."""
+def test_a_closed_recorder_keeps_no_model(store):
+    """Nor the solver's memory, which is pinned with a GPU."""
     model, recorder = network(), Recorder(MonitorSettings(), store)
     recorder.open(ffns(model), CPU, anew=True)
     seen = [weakref.ref(model), weakref.ref(recorder._solver)]
@@ -170,3 +172,22 @@ def test_a_recorder_that_is_closed_keeps_no_model(store):
     gc.collect()
     assert [each() for each in seen] == [None, None]
     assert recorder.latest[0]["step"] == 0
+
+
+@pytest.mark.parametrize("groups", [[], ["halves"]])
+def test_the_preparation_receives_all_products_that_were_used(store, monkeypatch, groups):
+    """Although the precision in the row names only the coarsest of them."""
+    started: list[set[str]] = []
+    monkeypatch.setattr(covariance, "default_product", lambda dtype, device: "bfloat16")
+    monkeypatch.setattr(Preparation, "start", lambda self, products: started.append(products))
+    settings = MonitorSettings(source="train", shortcut="projected", groups=groups)
+    model, recorder = network().bfloat16(), Recorder(settings, store)
+    recorder.open(ffns(model), CPU, anew=True)
+    recorder.label(0, [])
+    recorder.start()
+    model(torch.randn(4, 64, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
+    recorder.stop()
+    recorder.finish(of_all=False)
+    assert recorder.latest[0]["precision"] == "projected_bfloat16"
+    assert started == [{"projected_bfloat16", "bfloat16"}]
+    recorder.close()

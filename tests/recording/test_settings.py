@@ -10,8 +10,8 @@ from nerve.recording.settings import MeasuredSteps, MonitorSettings, steps_of
 
 @pytest.mark.parametrize("every", [None, 1, 3, 7])
 @pytest.mark.parametrize("single", [(), (0,), (2, 5, 6, 21)])
-def test_the_next_step_is_the_first_one_that_is_measured(every, single):
-    """Against the set of all of them, counted out."""
+def test_the_next_step_is_the_first_measured_one(every, single):
+    """Compared with the set of all measured steps."""
     steps = MeasuredSteps(every, single)
     cadence = set(range(0, 100, every)) if every else set()
     expected = sorted(cadence | set(single))
@@ -22,7 +22,7 @@ def test_the_next_step_is_the_first_one_that_is_measured(every, single):
 
 
 @pytest.mark.parametrize(("n", "last"), [(2, 1), (2, 9), (4, 8), (30, 1000), (30, 20), (5, 10**6)])
-def test_a_spacing_goes_from_one_to_the_last_by_like_factors(n, last):
+def test_a_spacing_is_geometric_from_step_1_to_the_last(n, last):
     steps = steps_of(f"log:{n}", last)
     assert steps[:2] == (0, 1)
     assert steps[-1] == last
@@ -33,7 +33,7 @@ def test_a_spacing_goes_from_one_to_the_last_by_like_factors(n, last):
         assert other - one == 1 or abs(other - one * factor) <= 0.5 * (1 + factor)
 
 
-def test_a_list_is_taken_in_its_order_and_once():
+def test_a_list_is_sorted_without_duplicates():
     assert steps_of([8, 0, 2, 2], None) == (0, 2, 8)
     assert steps_of(None, 5) == ()
     with pytest.raises(ConfigError, match="log:3 needs the last step"):
@@ -44,6 +44,6 @@ def test_a_list_is_taken_in_its_order_and_once():
     ("every", "steps", "begins"),
     [(5, None, True), (None, [0, 3], True), (None, [3], False), (None, "log:4", True)],
 )
-def test_step_0_is_measured_where_it_is_asked_for(every, steps, begins):
+def test_step_0_is_measured_if_requested(every, steps, begins):
     settings = MonitorSettings(every_n_steps=every, steps=steps)
     assert settings.begins_at_zero == begins == (0 in settings.measured_steps(10))

@@ -1,4 +1,4 @@
-"""Problems are solved in order, errors name their place, and nothing pending is lost."""
+"""Eigenproblems are solved in order, errors name their place, and nothing pending is lost."""
 
 import gc
 import os
@@ -15,7 +15,8 @@ from operations import count
 
 from nerve.errors import MeasurementError
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
-from nerve.recording.dispatch import Dispatch, Placement
+from nerve.recording.dispatch import Dispatch
+from nerve.recording.placement import Placement
 from nerve.recording.solver import MOST_PENDING, Solver
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ SHARES = torch.full((2, 4), 0.1, dtype=torch.float64)
 
 
 def make_eigenproblem(layer: int, scale: float = 1.0) -> FFNEigenproblem:
-    """Its covariances have the eigenvalues 1 to 4 times `scale`."""
+    """An eigenproblem whose covariances have the eigenvalues 1 to 4 times `scale`."""
     scatter = 9 * scale * torch.diag(torch.arange(1.0, 5.0, dtype=torch.float64))
     return FFNEigenproblem(
         layer, "ffn", 10, 4, 4, "float64", before=scatter, post=scatter, shares=SHARES
@@ -31,7 +32,7 @@ def make_eigenproblem(layer: int, scale: float = 1.0) -> FFNEigenproblem:
 
 
 class Held(FFNEigenproblem):
-    """A problem that is not solved before its gate opens."""
+    """An eigenproblem that is not solved before its gate opens."""
 
     gate: threading.Event
 
@@ -53,7 +54,7 @@ def solver(request):
     solver.close()
 
 
-def test_every_measurement_comes_out_once_in_order(solver):
+def test_every_measurement_is_returned_once_in_order(solver):
     solved = []
     for step in range(6):
         problems = [make_eigenproblem(layer, scale=step + 1) for layer in range(4)]
@@ -68,8 +69,8 @@ def test_every_measurement_comes_out_once_in_order(solver):
     assert not list(solver.drain())
 
 
-def test_rows_take_nothing_of_the_thread_that_writes_them(solver):
-    """Those of groups neither, nor pre and post of all samples, which stand beside groups."""
+def test_rows_cost_the_writing_thread_no_operations(solver):
+    """Including the rows of groups, and pre and post of all samples next to them."""
     group = GroupEigenproblem(0, "ffn", "pre", "halves", "a", 10, 4, make_eigenproblem(0).post)
     solved = [*solver.submit({"step": 0}, [make_eigenproblem(0), group]), *solver.drain()]
     assert count(lambda: [(each.rows, each.group_rows) for each in solved]) == 0
@@ -84,7 +85,7 @@ def test_without_workers_a_measurement_is_solved_at_once():
     assert solved.spectra[0].row()["status"] == "ok"
 
 
-def test_a_later_measurement_waits_for_the_order_and_too_many_wait_for_the_oldest():
+def test_measurements_stay_in_order_and_too_many_wait_for_the_oldest():
     gate, solver = threading.Event(), Solver(CPU, n_workers=2)
     assert not list(solver.submit({"step": 0}, [hold(make_eigenproblem(0), gate)]))
     for step in range(1, MOST_PENDING):
@@ -102,8 +103,8 @@ def interrupted(call) -> None:
     call()
 
 
-def test_a_wait_that_ctrl_c_ends_loses_nothing():
-    """What was waited for comes out at the next time, and first."""
+def test_ctrl_c_during_a_wait_loses_nothing():
+    """The awaited measurement is returned by the next call, before the others."""
     gate, solver = threading.Event(), Solver(CPU, n_workers=1)
     solver.submit({"step": 0}, [hold(make_eigenproblem(0), gate)])
     solver.submit({"step": 1}, [make_eigenproblem(0)])
@@ -114,8 +115,8 @@ def test_a_wait_that_ctrl_c_ends_loses_nothing():
     solver.close()
 
 
-def test_an_end_that_ctrl_c_interrupts_has_dropped_what_no_thread_has_begun():
-    """Else the interpreter, as it ends, waits for all of it."""
+def test_ctrl_c_during_close_has_already_dropped_pending_work():
+    """Otherwise the interpreter would wait for all of it when it exits."""
     gate, solver = threading.Event(), Solver(CPU, n_workers=1)
     solver.submit({"step": 0}, [hold(make_eigenproblem(layer), gate) for layer in range(3)])
     futures = [each.future for each in solver._pending[0].waiting]
@@ -129,15 +130,15 @@ def test_an_end_that_ctrl_c_interrupts_has_dropped_what_no_thread_has_begun():
     solver.close()
 
 
-def test_a_problem_that_cannot_be_solved_names_its_layer_and_step(solver):
+def test_an_unsolvable_eigenproblem_raises_with_its_layer_and_step(solver):
     bad = replace(make_eigenproblem(3), post=-torch.eye(4, dtype=torch.float64))
     with pytest.raises(MeasurementError, match="ffn in layer 3 at step 7 could not be solved"):
         list(solver.submit({"step": 7}, [make_eigenproblem(2), bad])) + list(solver.drain())
 
 
 @pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError()])
-def test_whatever_a_thread_raises_is_an_error_of_its_problem(raised):
-    """And nothing of this thread; the measurements after it are solved."""
+def test_anything_that_a_thread_raises_is_an_error_of_its_eigenproblem(raised):
+    """It does not end the calling thread, and later measurements are solved."""
 
     class Ends(FFNEigenproblem):
         def solve(self) -> FFNSpectra:
@@ -153,8 +154,8 @@ def test_whatever_a_thread_raises_is_an_error_of_its_problem(raised):
     solver.close()
 
 
-def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):
-    """`submit` acts when it is called, also where nobody looks at what is solved by then."""
+def test_a_submitted_measurement_is_solved_even_if_the_result_is_ignored(solver):
+    """`submit` acts when it is called, even if nobody iterates over what it returns."""
     solver.submit({"step": 0}, [make_eigenproblem(0)])
     solver.submit({"step": 1}, [make_eigenproblem(0)])
     assert [item.labels["step"] for item in solver.drain()] == [0, 1]
@@ -162,14 +163,14 @@ def test_a_measurement_that_was_submitted_is_solved_whoever_asks_for_it(solver):
 
 @pytest.fixture
 def gpu_like():
-    """A solver with a GPU's two ways, on the CPU."""
+    """A solver on the CPU with the two places of a GPU."""
     solver = Solver(CPU, n_workers=2)
     solver._dispatch._of_gpu = ThreadPoolExecutor(1)
     yield solver
     solver.close()
 
 
-def test_both_ways_give_the_same_in_order(gpu_like, monkeypatch):
+def test_both_places_return_the_same_spectra_in_order(gpu_like, monkeypatch):
     monkeypatch.setattr(
         Placement, "choose", lambda self, works: ["host", "device"] * (len(works) // 2)
     )
@@ -180,7 +181,7 @@ def test_both_ways_give_the_same_in_order(gpu_like, monkeypatch):
         torch.testing.assert_close(spectra.post, torch.tensor([8.0, 6, 4, 2]).double())
 
 
-def test_where_spectra_are_solved_is_said_when_it_changes(gpu_like, monkeypatch, caplog):
+def test_the_places_are_logged_when_they_change(gpu_like, monkeypatch, caplog):
     places = iter([["host"] * 2, ["host"] * 2, ["host", "device"]])
     monkeypatch.setattr(Placement, "choose", lambda self, works: next(places))
     with caplog.at_level("INFO"):
@@ -192,13 +193,13 @@ def test_where_spectra_are_solved_is_said_when_it_changes(gpu_like, monkeypatch,
     ]
 
 
-def test_where_all_spectra_are_solved_at_once_nothing_is_said(caplog):
+def test_nothing_is_logged_if_spectra_are_solved_at_once(caplog):
     with caplog.at_level("INFO"):
         Dispatch(torch.device("cpu"), 0, 0).start([make_eigenproblem(0)], 0)
     assert caplog.records == []
 
 
-def test_what_waits_for_its_solution_holds_no_memory_of_the_device(gpu_like):
+def test_a_taken_eigenproblem_frees_device_memory(gpu_like):
     """Once a thread has taken it."""
     problem = make_eigenproblem(0)
     tensor = weakref.ref(problem.post)

@@ -1,4 +1,4 @@
-"""What reaches the host is what the device had, whatever the buffer held before."""
+"""The copy on the host equals what the device had, whatever the buffer contained before."""
 
 import pytest
 import torch
@@ -42,9 +42,9 @@ def moved(problem: FFNEigenproblem, device: str) -> FFNEigenproblem:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_eigenproblems_of_any_size_come_over_whole(device):
-    """One after the other through the same buffers, the lower triangle of matrices that are wider
-    than a block and of ones that are not."""
+def test_eigenproblems_of_any_size_are_copied_completely(device):
+    """One after the other through the same buffers; the lower triangle of matrices that are wider
+    than a block, and of smaller ones."""
     staging = Staging(torch.device(device))
     given = [eigenproblem(w, seed, samples=s) for seed, (w, s) in enumerate([(900, None), (5, 4)])]
     taken = [staging.to_host(moved(problem, device)) for problem in given for _ in range(3)]
@@ -64,7 +64,7 @@ def test_eigenproblems_of_any_size_come_over_whole(device):
                 assert copied == value
 
 
-def test_a_buffer_is_made_once_for_all_that_fits():
+def test_a_buffer_is_allocated_once_for_everything_that_fits():
     buffer = HostBuffer(pinned=False)
     buffer.reserve(1000)
     memory = buffer._memory.data_ptr()
@@ -75,8 +75,8 @@ def test_a_buffer_is_made_once_for_all_that_fits():
 
 
 @pytest.mark.parametrize(("d_ff", "d_in"), [(7, 3), (900, 64), (384, 384)])
-def test_what_is_expected_is_enough(d_ff, d_in):
-    """Also where pre is as wide as post, and the weight is of float32."""
+def test_the_expected_size_is_sufficient(d_ff, d_in):
+    """Also if pre is as wide as post, and the weight is in float32."""
     ffn = FFNAdapter(0, "ffn", nn.Linear(d_in, d_ff), nn.Linear(d_ff, d_in))
     problem = eigenproblem(d_ff, 0)
     tensors = vars(problem) | {"before": problem.post, "weight": torch.zeros(d_ff, d_in)}
@@ -90,7 +90,7 @@ def test_what_is_expected_is_enough(d_ff, d_in):
     assert {staging._buffers.get()._memory.data_ptr() for _ in range(N_BUFFERS)} == before
 
 
-def test_a_model_that_does_not_say_how_wide_it_is_expects_little():
+def test_a_model_that_does_not_declare_its_width_reserves_little():
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -99,7 +99,7 @@ def test_a_model_that_does_not_say_how_wide_it_is_expects_little():
     assert expected_bytes(FFNAdapter(0, "ffn", Odd(), Odd())) < 10_000
 
 
-def test_a_copy_that_fails_gives_its_buffer_back(monkeypatch):
+def test_a_failed_copy_returns_its_buffer(monkeypatch):
     staging = Staging(CPU)
 
     def refuse(*args):
@@ -113,8 +113,8 @@ def test_a_copy_that_fails_gives_its_buffer_back(monkeypatch):
     staging.to_host(eigenproblem(5, 0))
 
 
-def test_room_that_cannot_be_made_beforehand_is_asked_for_again(monkeypatch):
-    """Nobody waits for a buffer that does not come back."""
+def test_memory_that_cannot_be_reserved_is_requested_again(monkeypatch):
+    """No thread waits for a buffer that is not returned."""
     staging = Staging(CPU)
 
     def refuse(*args):
@@ -128,7 +128,7 @@ def test_room_that_cannot_be_made_beforehand_is_asked_for_again(monkeypatch):
     staging.to_host(eigenproblem(5, 0))
 
 
-def test_a_groups_eigenproblem_comes_over_as_an_ffns():
+def test_the_eigenproblem_of_a_group_is_copied_like_that_of_an_ffn():
     matrix = torch.randn(500, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = GroupEigenproblem(0, "ffn", "pre", "halves", "a", 9, 500, matrix, torch.ones(500, 3))
     taken = Staging(CPU).to_host(given)

@@ -1,4 +1,4 @@
-"""Threads beside training: as many as there is room for, out of its way, or an error in time."""
+"""Threads beside training: as many as fit, at low priority, or an error soon."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from nerve.recording.workers import NICENESS, pool_of, spare_workers
 CPU = torch.device("cpu")
 
 
-def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():
+def test_each_thread_of_the_pool_uses_one_core_and_other_threads_keep_theirs():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -27,7 +27,7 @@ def test_threads_of_the_pool_take_one_core_each_and_the_others_keep_theirs():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-def test_threads_of_the_pool_give_way_to_those_that_train():
+def test_threads_of_the_pool_have_lower_priority_than_training():
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     with pool_of(2) as pool:
         of_worker = pool.submit(
@@ -37,8 +37,9 @@ def test_threads_of_the_pool_give_way_to_those_that_train():
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
-def test_cores_that_train_have_none_to_spare(monkeypatch):
-    """Beside a GPU there is one thread in any case: it takes what training leaves of its core."""
+def test_cores_that_train_solve_nothing(monkeypatch):
+    """With a GPU there is always at least one thread, which uses the core time that training
+    leaves."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     assert spare_workers(CPU) == 0
     assert spare_workers(torch.device("cuda")) == 15
@@ -46,8 +47,8 @@ def test_cores_that_train_have_none_to_spare(monkeypatch):
     assert spare_workers(torch.device("cuda"), n_processes=16) == 1
 
 
-def test_threads_that_solve_take_a_quarter_of_the_memory_at_most(monkeypatch):
-    """Each has what comes over, and three times as much at work."""
+def test_solving_threads_take_at_most_a_quarter_of_the_memory(monkeypatch):
+    """Each holds one copied eigenproblem and three times as much while solving it."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr("nerve.recording.workers.memory", lambda: 64 * 2**30)
     for gib, n_workers in ((0.25, 15), (0.5, 8), (1, 4), (9, 1)):
@@ -56,7 +57,7 @@ def test_threads_that_solve_take_a_quarter_of_the_memory_at_most(monkeypatch):
     assert spare_workers(torch.device("cuda"), n_bytes=2**28) == 4
 
 
-def test_a_trial_beside_others_solves_on_its_share_of_the_cores(monkeypatch):
+def test_a_trial_solves_on_its_share_of_the_cores(monkeypatch):
     for share, n_workers in (("8", 9), ("2", 3), ("1", 2)):
         monkeypatch.setenv(SHARE, share)
         assert spare_workers(torch.device("cuda")) == n_workers
@@ -64,7 +65,7 @@ def test_a_trial_beside_others_solves_on_its_share_of_the_cores(monkeypatch):
 
 
 def in_time(call):
-    """What `call` gives or raises; fails where it waits for ever."""
+    """The result of `call`, or what it raises; fails if it does not return."""
     ended: list = []
 
     def work() -> None:
@@ -82,7 +83,7 @@ def in_time(call):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.ESRCH])
-def test_threads_that_may_not_lower_their_priority_work_all_the_same(monkeypatch, caplog, code):
+def test_threads_that_cannot_lower_their_priority_still_work(monkeypatch, caplog, code):
     def refuse(*args):
         raise OSError(code, os.strerror(code))
 
@@ -92,7 +93,7 @@ def test_threads_that_may_not_lower_their_priority_work_all_the_same(monkeypatch
     assert caplog.text.count("priority") == 1
 
 
-def test_a_thread_that_fails_to_begin_is_an_error_and_no_wait(monkeypatch):
+def test_a_thread_that_fails_to_start_raises_without_a_wait(monkeypatch):
     set_num_threads = torch.set_num_threads
 
     def refuse(n):
@@ -104,7 +105,7 @@ def test_a_thread_that_fails_to_begin_is_an_error_and_no_wait(monkeypatch):
     assert isinstance(in_time(lambda: pool_of(2)), MeasurementError)
 
 
-def test_threads_that_cannot_be_started_are_an_error_and_no_wait(monkeypatch):
+def test_threads_that_cannot_be_created_raise_without_a_wait(monkeypatch):
     start, started = threading.Thread.start, []
 
     def refuse(thread):

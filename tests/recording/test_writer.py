@@ -1,4 +1,4 @@
-"""What is solved becomes rows of the run, under its own step, and numbers for loggers."""
+"""Solved measurements become rows of the run under their own step, and values for loggers."""
 
 import math
 
@@ -15,7 +15,7 @@ from nerve.storage.store import RunStore
 
 
 class Numbers:
-    """A logger."""
+    """A logger that keeps what it receives."""
 
     def __init__(self):
         self.logged, self.n_saved = [], 0
@@ -65,20 +65,20 @@ def test_each_measurement_is_stored_and_logged_with_its_own_step(run):
         (False, 4, 0),
     ],
 )
-def test_eigenvalues_are_stored_as_asked(run, spectra, d_ff, n_stored):
+def test_eigenvalues_are_stored_as_configured(run, spectra, d_ff, n_stored):
     SpectraWriter(run, [], spectra).write([solved(0, d_ff)])
     stored = list((run.directory / "spectra").glob("*.parquet"))
     assert len(load_spectra(run.directory)) == n_stored if n_stored else not stored
 
 
-def test_a_spectrum_that_was_not_measured_has_a_row_that_says_so_and_no_eigenvalues(run):
+def test_an_unmeasured_spectrum_has_a_row_with_a_status_and_no_eigenvalues(run):
     SpectraWriter(run, [], True).write([solved(0, post=math.nan)])
     assert load_metrics(run.directory)["status"].tolist() == ["non_finite_post"]
     assert load_spectra(run.directory)["site"].tolist() == ["pre"]
 
 
-def test_a_process_that_does_not_write_waits_for_what_is_solved():
-    """There the processes exchange what they solved."""
+def test_a_process_without_a_store_iterates_over_the_measurements():
+    """That is where the processes exchange what they solved."""
     waiting = iter([solved(0), solved(1)])
     writer = SpectraWriter(None, [], "auto")
     writer.write(waiting)

@@ -43,7 +43,7 @@ def filled(panel, color):
     )
 
 
-def test_r_stands_beside_the_clock_and_what_is_left_of_it():
+def test_r_is_shown_with_that_of_the_clock_and_the_partial_r():
     figure = beside_nulls(correlations(), ["clock", "lr"], NAMES, "title")
     of_r, given = figure.axes  # the rate does not vary: no panel
     lines = [line.get_xdata()[0] for line in of_r.lines if line.get_color() == COLORS["post"]]
@@ -59,7 +59,7 @@ def test_r_stands_beside_the_clock_and_what_is_left_of_it():
     assert [text.get_text() for text in legend.get_texts()] == ["r of a metric", "± r of the clock"]
 
 
-def test_of_many_runs_points_are_drawn_without_bars_and_do_not_hide_each_other():
+def test_points_of_many_runs_have_no_bars_and_do_not_hide_each_other():
     n = figures_of_comparisons.MAX_INTERVALS + 1
     of_r, given = beside_nulls(correlations(n), ["clock"], NAMES, "t").axes
     assert not given.collections
@@ -67,7 +67,7 @@ def test_of_many_runs_points_are_drawn_without_bars_and_do_not_hide_each_other()
     assert len(set(places)) == 2 * n
 
 
-def test_early_ranking_has_the_loss_the_metric_and_what_it_adds_with_its_null():
+def test_early_ranking_shows_the_loss_the_metric_and_its_partial_tau_with_the_null():
     steps = [0, 10, 20]
     table = pd.DataFrame({"metric": "pr_post", "step": steps, "kendall": [-0.1, -0.5, -0.6]})
     table["loss_kendall"], table["given_loss"] = [0.0, 0.7, 1.0], [-0.1, -0.3, np.nan]
@@ -117,7 +117,7 @@ def test_contrasts_are_rows_and_what_is_undecided_is_gray():
     assert pr_post.get_xlabel().startswith("difference of logarithms")
 
 
-def test_of_many_levels_each_is_drawn_against_the_first():
+def test_many_levels_are_each_compared_with_the_first():
     pairs = [("2", "1"), ("4", "1"), ("8", "1"), ("4", "2"), ("8", "2"), ("8", "4")]
     rows = [contrast("val_loss", 1.0, "higher") | {"level": a, "other": b} for a, b in pairs]
     (panel,) = contrasts(pd.DataFrame(rows), "t").axes
@@ -125,7 +125,7 @@ def test_of_many_levels_each_is_drawn_against_the_first():
     assert labels == ["2 − 1", "4 − 1", "8 − 1"]
 
 
-def test_of_very_many_contrasts_the_first_are_drawn():
+def test_only_the_first_of_very_many_contrasts_are_drawn():
     n = figures_of_comparisons.MAX_CONTRASTS + 3
     table = pd.DataFrame([contrast("val_loss", i, "higher", f"a={i}") for i in range(n)])
     (panel,) = contrasts(table, "t").axes

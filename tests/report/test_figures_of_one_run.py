@@ -129,7 +129,7 @@ def test_a_dead_layer_is_blank_in_maps_and_left_out_of_means():
     assert np.ma.getmaskarray(gain.get_array())[1].all()
 
 
-def test_where_nothing_was_measured_the_figure_says_so():
+def test_a_figure_says_if_nothing_was_measured():
     frame = unmeasured(measured())
     overview = figures_of_one_run.overview(frame, CORRELATIONS.iloc[:0], "t")
     assert texts_of(overview) == ["nothing could be measured"] * 4
@@ -196,7 +196,7 @@ def test_steps_of_spectra():
     assert figures_of_one_run.chosen_steps([7]) == [7]
 
 
-def test_training_curves_and_what_else_was_logged():
+def test_training_curves_and_other_logged_values():
     scalars = pd.DataFrame(
         {
             "step": [4, 9, 4, 9, 0],

@@ -72,7 +72,7 @@ def test_panels_are_named_with_units():
     assert figure.axes[1].get_ylabel() == "SE (nats)"
 
 
-def test_other_factors_are_told_by_dashes():
+def test_other_factors_are_distinguished_by_dashes():
     figure = figures_of_several_runs.curves_by_factor(
         curves(4), "activation.name", ["optimizer.lr"], "t"
     )
@@ -84,13 +84,13 @@ def test_other_factors_are_told_by_dashes():
     assert texts == ["gelu", "relu", "optimizer.lr = 0.001", "optimizer.lr = 0.002"]
 
 
-def test_one_design_on_other_data_is_another_line():
+def test_a_design_on_other_data_is_another_line():
     frame = pd.concat([curves(1), curves(1, data="other")])
     figure = figures_of_several_runs.curves_by_factor(frame, "activation.name", [], "t")
     assert len(figure.axes[0].lines) == 2
 
 
-def test_of_many_designs_the_median_of_each_level_is_drawn():
+def test_many_designs_are_drawn_as_the_median_of_each_level():
     """60 designs of two levels: the even ones, 1, 3, …, 59, have the median 30."""
     figure = figures_of_several_runs.curves_by_factor(
         curves(60, (0,)), "activation.name", ["optimizer.lr"], "t"
@@ -103,7 +103,14 @@ def test_of_many_designs_the_median_of_each_level_is_drawn():
     assert band.max() == pytest.approx(1 + np.quantile(np.arange(0, 60, 2), 0.9))
 
 
-def test_a_median_is_of_the_same_designs_all_along_its_line():
+def test_a_run_with_one_step_is_a_point():
+    long, short = curves(1), curves(2)
+    frame = pd.concat([long, short[(short["activation.name"] == "relu") & (short["step"] == 0)]])
+    figure = figures_of_several_runs.curves_by_factor(frame, "activation.name", [], "t")
+    assert [line.get_marker() for line in figure.axes[0].lines] == ["", "."]
+
+
+def test_a_median_uses_the_same_designs_along_its_line():
     """40 designs end at step 10; others, ten times as high, also have steps 5 and 20. Other data
     have a separate line."""
     many = curves(80, (0,))
@@ -139,7 +146,9 @@ def test_runs_of_different_depth_are_drawn_over_relative_depth():
     deep, shallow = layers(n_designs=2, seeds=(0,)), layers(n_designs=1, seeds=(0,))
     frame = pd.concat([deep[deep["design_id"] == "design 1"], shallow[shallow["layer"] == 0]])
     figure = figures_of_several_runs.layers_by_factor(frame, "activation.name", [], "t")
-    assert {panel.get_xlabel() for panel in figure.axes} == {"depth (0 first layer, 1 last)"}
+    assert {panel.get_xlabel() for panel in figure.axes} == {
+        "depth, (layer + ½) / number of layers"
+    }
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0.25, 0.75])
 
 
@@ -162,7 +171,7 @@ CORRELATION = pd.DataFrame(
 )
 
 
-def test_loss_against_metrics_has_a_point_a_design_with_bars():
+def test_loss_against_metrics_has_a_point_with_bars_per_design():
     figure = figures_of_several_runs.loss_against_metrics(
         points(), CORRELATION, "activation.name", "t"
     )

@@ -73,7 +73,7 @@ def test_the_sites_are_drawn_in_the_order_of_the_block_with_their_widths(measure
     assert all(len(panel.lines) == 6 for panel in figure.axes)
 
 
-def test_verdicts_on_sampling_stand_at_the_head(measured):
+def test_verdicts_on_sampling_are_in_the_notes(measured):
     """If some rows have too few samples; no note if all have enough."""
     metrics = measured.metrics.assign(sampling=["well", "under", "under", "severely under"])
     (note,) = sampled_rows(metrics)
@@ -95,14 +95,18 @@ def two(tmp_path_factory) -> Runs:
     """Two GPTs with one and three layers, measured with groups and three sites."""
     folder = tmp_path_factory.mktemp("report")
     batch = torch.randint(8, (20, 9), generator=torch.Generator().manual_seed(0))
+    how = {"groups": GROUPINGS, "sites": SITES[:3], "forward": with_loss}
     for n_layers in (1, 3):
         config = GPTConfig(n_layers=n_layers, d_model=8, n_heads=2, seq_len=9, vocab_size=8)
-        into = folder / f"run{n_layers}"
-        nerve.measure(GPT(config), [batch], into=into, groups=GROUPINGS, sites=SITES[:3])
+        nerve.measure(GPT(config), [batch], into=folder / f"run{n_layers}", **how)
     return Runs(folder)
 
 
-def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(two):
+def with_loss(model: GPT, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"loss": model(batch).logsumexp(-1).mean()}
+
+
+def test_a_report_on_several_runs_has_groups_and_sites_by_factor(two):
     content = content_of_runs(two, "all", "t")
     drawn = {drawing.name: drawing for drawing in content.drawings}
     names = [f"{what}_by_run_id" for what in ("groups_position", "groups_frequency", "sites")]
@@ -116,6 +120,8 @@ def test_a_report_on_several_runs_has_groups_and_sites_by_what_tells_them_apart(
     tables = {table.name: table.frame for table in content.tables}
     assert len(tables["groups"]) == 1 + 3
     assert len(tables["group_contrasts"]) == 2 * 2 * 3  # designs, sites, pairs
+    flagged = tables["groups"].assign(flag="no loss")
+    assert [table.name for table in tables_by_factor(flagged, [])] == ["groups"]
 
 
 def test_groups_of_a_site_share_an_axis_and_a_ratio_has_a_line_at_one(two):

@@ -183,7 +183,9 @@ def page_of(tmp_path: Path, rows: list[list[Any]]) -> Path:
     return path
 
 
-def test_sorting_puts_numbers_by_size_names_as_people_count_and_missing_last(browser, tmp_path):
+def test_sorting_puts_numbers_by_size_names_in_natural_order_and_missing_values_last(
+    browser, tmp_path
+):
     rows = [["a10", 10.0], ["a2", None], [None, -1.0], ["b", 9.0], ["A3", 1e-7]]
     page = opened(browser, page_of(tmp_path, rows))
     header(page, "runs", "number").click()
@@ -220,7 +222,7 @@ def test_tables_are_read_without_scripts(tmp_path):
     assert rows == [[f"run {i}", text] for i, text in enumerate(shown)]
 
 
-def test_of_a_long_table_the_first_rows_are_shown_and_the_files_are_linked(tmp_path):
+def test_a_long_table_shows_its_first_rows_and_links_its_files(tmp_path):
     page = page_of(tmp_path, [["run", i] for i in range(MAX_ROWS + 1)]).read_text()
     found = StaticPage(page)
     assert [row[1] for row in found.tables["runs"][1:]] == [str(i) for i in range(1000)]
@@ -243,7 +245,7 @@ def test_of_a_long_table_the_first_rows_are_shown_and_the_files_are_linked(tmp_p
         "{{ title }}",
     ],
 )
-def test_no_text_is_read_as_markup_or_as_a_place_to_fill(text):
+def test_no_text_is_read_as_markup_or_as_a_placeholder(text):
     """Any text comes out as it went in; characters that UTF-8 cannot encode become question
     marks."""
     frame = pd.DataFrame([[text]], columns=pd.Index([text], dtype=object), dtype=object)

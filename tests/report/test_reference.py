@@ -41,7 +41,7 @@ def panel(x, y, columns=None):
         ("step", "pr_pre", []),
     ],
 )
-def test_a_value_stands_in_the_panels_of_its_metric_and_place(reference, x, y, points):
+def test_a_value_is_marked_in_the_panels_of_its_metric_and_position(reference, x, y, points):
     figure, axes = panel(x, y)
     mark(figure, reference)
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
@@ -49,7 +49,7 @@ def test_a_value_stands_in_the_panels_of_its_metric_and_place(reference, x, y, p
     assert len(figure.legends) == len(points)
 
 
-def test_a_value_that_stands_nowhere_is_a_line(reference):
+def test_a_value_without_a_position_is_a_line(reference):
     figure, axes = panel("step", "val_loss")
     mark(figure, reference)
     line, end = axes.lines
@@ -84,13 +84,13 @@ def test_a_panel_of_both_sites_has_the_marks_of_both(reference):
         ("", "cannot be read"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, text, message):
+def test_a_file_that_is_not_a_reference_is_refused(tmp_path, text, message):
     path = tmp_path / "paper.csv"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_reference(path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.csv cannot be read"):
         read_reference(tmp_path / "none.csv")

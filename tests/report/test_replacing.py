@@ -41,7 +41,7 @@ def files(names: str) -> set[str]:
     return {"index.html"} | figures | tables
 
 
-def test_until_the_new_report_is_whole_the_earlier_one_stays(write, tmp_path):
+def test_an_earlier_report_stays_until_the_new_one_is_complete(write, tmp_path):
     """At each step, and therefore also if the writer is killed there; then files that only the old
     report had are removed."""
     write("earlier", "abc")
@@ -64,7 +64,7 @@ def test_until_the_new_report_is_whole_the_earlier_one_stays(write, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_report_that_fails_leaves_nothing_of_itself(write, tmp_path, error, is_first):
+def test_a_failed_report_leaves_nothing_behind(write, tmp_path, error, is_first):
     if not is_first:
         write("earlier")
     earlier = seen(tmp_path / "report")
@@ -83,7 +83,7 @@ def test_a_report_that_fails_leaves_nothing_of_itself(write, tmp_path, error, is
 
 @pytest.mark.parametrize("n_moved", range(len(files("ab"))))
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_report_killed_while_it_takes_its_place_is_replaced_by_the_next(
+def test_a_report_killed_while_it_is_moved_into_place_is_replaced_by_the_next(
     write, tmp_path, monkeypatch, is_first, n_moved
 ):
     """A kill removes nothing: next to the files that were moved, the folder with the others
@@ -114,7 +114,7 @@ def test_a_report_killed_while_it_takes_its_place_is_replaced_by_the_next(
     assert list(folder.glob(".*")) == []
 
 
-def test_what_is_no_report_is_left_alone(write, tmp_path):
+def test_a_folder_that_is_not_a_report_is_left_unchanged(write, tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "index.html").write_text("<p>my own page")
     with pytest.raises(StoreError, match="may only replace an earlier report"):

@@ -57,7 +57,7 @@ def lab(color: str, matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [None, *DICHROMATS])
-def test_colors_keep_apart_for_all_kinds_of_color_vision(kind):
+def test_colors_are_distinguishable_with_all_kinds_of_color_vision(kind):
     """ΔE (CIE 1976) of pre and post, and of the first four levels; 10 is clearly visible."""
     matrix = np.eye(3) if kind is None else np.array(DICHROMATS[kind])
     for group in (list(COLORS.values()), list(LEVEL_COLORS[:4])):
@@ -79,7 +79,7 @@ def test_colors_keep_apart_for_all_kinds_of_color_vision(kind):
         ("x" * 60, "x" * 47 + "…"),
     ],
 )
-def test_text_of_runs_is_drawn_as_it_is(text, drawn):
+def test_text_of_runs_is_drawn_literally(text, drawn):
     """No mathematics, no control characters, one line: the string passed to the renderer."""
     figure, (panel,) = new_figure(1, 1, text)
     artist = panel.set_title(plain(text))
@@ -159,7 +159,7 @@ def test_labels_have_units_and_short_names():
 @pytest.mark.parametrize(
     ("values", "scale"), [([1.0, 3.9], "linear"), ([1.0, 290.0], "log"), ([np.nan, 0.0], "linear")]
 )
-def test_only_what_ranges_widely_is_logarithmic(values, scale):
+def test_only_wide_ranges_are_logarithmic(values, scale):
     _, (panel,) = new_figure(1, 1, "t")
     scale_by_ratio(panel, pd.Series(values))
     assert panel.get_yscale() == scale

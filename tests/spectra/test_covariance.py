@@ -1,4 +1,4 @@
-"""The streaming covariance against float64 NumPy, at every mean, scale, type and order."""
+"""The streaming covariance against float64 NumPy, for every mean, scale, dtype and order."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -66,20 +66,20 @@ def assert_same_spectrum(measured: Tensor, expected: Tensor, *, entropy: float, 
     ],
 )
 @pytest.mark.parametrize("mean", [0.0, 10.0])
-def test_agrees_with_float64_numpy_on_the_same_features(device, dtype, tolerance, mean):
+def test_covariance_agrees_with_float64_numpy(device, dtype, tolerance, mean):
     x = (draw() + mean).to(device, dtype)
     assert entry_error(covariance_of(x), oracle(x)) <= tolerance
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mean", [1e2, 1e4])
-def test_a_mean_of_many_deviations_costs_no_digits(device, mean):
+def test_a_large_mean_costs_no_digits(device, mean):
     x = (draw() / draw().std(0) + mean).float().to(device)
     assert_same_spectrum(covariance_of(x), oracle(x), entropy=1e-6, ratio=1e-6)
 
 
-def test_the_naive_float32_formula_fails_where_this_passes():
-    """The tolerance of the test above separates the two ways: it can fail."""
+def test_the_naive_float32_formula_fails():
+    """The tolerance of the previous test distinguishes the two formulas, so that test can fail."""
     x = (draw() / draw().std(0) + 1e2).float()
     n, mean = x.shape[0], x.mean(0)
     naive = ((x.T @ x - n * torch.outer(mean, mean)) / (n - 1)).double()
@@ -91,15 +91,15 @@ def test_the_naive_float32_formula_fails_where_this_passes():
 @pytest.mark.parametrize("product", ["float32", "float16x2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 10.0, 300.0])
-def test_sixteen_bit_features_stay_within_1e_5_of_float64(product, dtype, mean):
-    """Entropy absolute, participation ratio relative. Where a device has no float16 product that
-    sums in float32, it is taken in float32, which multiplies 11-digit numbers as exactly."""
+def test_16_bit_features_stay_within_1e_5_of_float64(product, dtype, mean):
+    """SE absolute, PR relative. A device without a float16 product that sums in float32 converts to
+    float32, in which products of 11-digit numbers are equally exact."""
     x = (draw(6000, 64) / draw(6000, 64).std(0) + mean).to(dtype)
     measured = covariance_of(x, product=product)
     assert_same_spectrum(measured, oracle(x), entropy=1e-5, ratio=1e-5)
 
 
-def test_sixteen_bits_without_the_low_half_fail_the_same_tolerance(monkeypatch):
+def test_float16x2_without_the_low_half_fails_the_same_tolerance(monkeypatch):
     def high_only(total: Tensor, y: Tensor) -> None:
         total.add_(y.half().float().T @ y.half().float())
 
@@ -117,13 +117,13 @@ def test_metrics_do_not_depend_on_the_scale_of_the_features(exponent):
 
 @pytest.mark.parametrize("product", ["float32", "float16x2"])
 @pytest.mark.parametrize("scale", [1e-28, 1e28, 3e37])
-def test_squares_and_sums_may_leave_the_range_of_float32(product, scale):
+def test_squares_and_sums_may_exceed_the_range_of_float32(product, scale):
     x = (draw() * scale).float()
     assert entry_error(covariance_of(x, product=product), oracle(x)) <= 1e-6
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_a_power_of_two_scales_the_covariance_and_changes_no_digit(product):
+def test_scaling_by_a_power_of_two_is_exact(product):
     x = draw(200).float()
     scaled = covariance_of(x * 2.0**-40, product=product)
     assert torch.equal(scaled * 2.0**80, covariance_of(x, product=product))
@@ -135,7 +135,7 @@ def test_columns_of_very_different_scales_keep_their_own_digits(product):
     assert entry_error(covariance_of(x, product=product), oracle(x)) <= 1e-6
 
 
-def test_rotating_the_features_leaves_the_spectrum():
+def test_rotating_the_features_does_not_change_the_spectrum():
     x = draw()
     rotation, _ = torch.linalg.qr(draw(DIM, DIM, seed=3))
     rotated = (x @ rotation).float()
@@ -143,8 +143,9 @@ def test_rotating_the_features_leaves_the_spectrum():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_splits_merges_and_orders_agree(device):
-    """One update, uneven updates, merged accumulators and shuffled samples: float64 to 1e-12."""
+def test_splitting_merging_and_shuffling_change_nothing(device):
+    """One update, uneven updates, merged accumulators and shuffled samples agree to 1e-12 in
+    float64."""
     x = (draw() + torch.arange(DIM) * 100).to(device)
     x[700:] += 5  # parts with means of their own
     expected = oracle(x)
@@ -169,13 +170,13 @@ def test_splits_merges_and_orders_agree(device):
 
 
 @pytest.mark.parametrize("n_rows", [1, 7, 1500, 4096])
-def test_the_size_of_a_chunk_changes_nothing_but_rounding(monkeypatch, n_rows):
+def test_the_chunk_size_changes_only_rounding(monkeypatch, n_rows):
     monkeypatch.setitem(PRODUCTS, "float64", replace(PRODUCTS["float64"], n_rows=n_rows))
     x = draw() + 5
     assert entry_error(covariance_of(x), oracle(x)) <= 1e-12
 
 
-def test_merging_into_and_from_an_empty_one():
+def test_merging_with_an_empty_covariance():
     x = draw()
     full, empty = StreamingCovariance(DIM), StreamingCovariance(DIM)
     full.update(x)
@@ -187,7 +188,7 @@ def test_merging_into_and_from_an_empty_one():
     assert empty.precision == "float64"
 
 
-def test_dimensions_before_the_last_are_samples():
+def test_all_dimensions_but_the_last_are_samples():
     x = draw(1200)
     assert torch.equal(covariance_of(x.reshape(4, 5, 60, DIM)), covariance_of(x))
     strided = x.reshape(20, 60, DIM).transpose(0, 1)
@@ -196,7 +197,7 @@ def test_dimensions_before_the_last_are_samples():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_masked_samples_do_not_count_whatever_they_hold(device, dtype):
+def test_masked_samples_do_not_count_whatever_their_values(device, dtype):
     x = (draw(1200) + 50).to(device, dtype).reshape(20, 60, DIM)
     mask = torch.rand(20, 60, generator=torch.Generator().manual_seed(2)).to(device) < 0.4
     mask[0] = False
@@ -211,7 +212,7 @@ def test_masked_samples_do_not_count_whatever_they_hold(device, dtype):
     assert streaming.n_samples == int(mask.sum())
 
 
-def test_a_mask_that_excludes_all_adds_nothing():
+def test_a_mask_that_excludes_all_samples_adds_nothing():
     streaming = StreamingCovariance(DIM)
     streaming.update(torch.full((5, DIM), torch.nan), torch.zeros(5, dtype=torch.bool))
     assert streaming.n_samples == 0
@@ -225,7 +226,7 @@ def test_a_mask_that_excludes_all_adds_nothing():
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("value", [0.0, 0.1, -7e5])
 def test_a_dead_layer_has_exactly_no_variance(device, product, value):
-    """Not even over several updates, where means that differ by rounding would make some."""
+    """Also after several updates, where differently rounded means would create variance."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         streaming = StreamingCovariance(DIM, device=device, product=product)
         for n in (7, 1000, 3001):
@@ -233,9 +234,22 @@ def test_a_dead_layer_has_exactly_no_variance(device, product, value):
         assert streaming.covariance().count_nonzero() == 0
 
 
+@pytest.mark.parametrize("product", [name for name in PRODUCTS if PRODUCTS[name].centered])
+@pytest.mark.parametrize("value", [3e38, -1e36, 1e-40])
+def test_a_constant_column_has_no_variance_and_does_not_affect_others(product, value):
+    """At any magnitude: scaling must not make the column overflow."""
+    x = draw(300).float()
+    x[:, 5] = value
+    measured, expected = covariance_of(x, product=product), oracle(x)
+    assert (measured[5] == 0).all()
+    others = torch.arange(DIM) != 5
+    error = entry_error(measured[others][:, others], expected[others][:, others])
+    assert error <= 2e-6
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_one_value_that_is_not_finite_makes_all_nan(product, value):
+def test_one_value_that_is_not_finite_makes_all_entries_nan(product, value):
     streaming = StreamingCovariance(DIM, product=product)
     x = draw(100)
     x[17, 3] = value
@@ -261,7 +275,7 @@ def test_the_covariance_is_float64_and_exactly_symmetric(dtype, product):
     assert torch.equal(covariance, covariance.T)
 
 
-def test_features_and_mask_are_left_as_they_are_and_no_graph_is_kept():
+def test_features_and_mask_are_unchanged_and_no_graph_is_kept():
     x = draw(100).requires_grad_()
     mask = torch.arange(100) % 3 > 0
     before, mask_before = x.detach().clone(), mask.clone()
@@ -272,7 +286,7 @@ def test_features_and_mask_are_left_as_they_are_and_no_graph_is_kept():
     assert not streaming.covariance().requires_grad
 
 
-def test_updates_inside_and_outside_inference_mode_mix():
+def test_updates_inside_and_outside_inference_mode_can_be_mixed():
     x = draw()
     with torch.inference_mode():
         streaming = StreamingCovariance(DIM)
@@ -283,7 +297,7 @@ def test_updates_inside_and_outside_inference_mode_mix():
     assert entry_error(streaming.covariance(), oracle(x)) <= 1e-12
 
 
-def test_precision_names_the_coarsest_product_taken():
+def test_precision_names_the_coarsest_product_used():
     streaming = StreamingCovariance(DIM)
     with pytest.raises(MeasurementError, match="first update"):
         _ = streaming.precision
@@ -309,12 +323,12 @@ def test_precision_names_the_coarsest_product_taken():
         (lambda: StreamingCovariance(4).merge(StreamingCovariance(5)), "4 and 5"),
     ],
 )
-def test_misuse_is_named(action, message):
+def test_misuse_raises_an_error_that_names_it(action, message):
     with pytest.raises(MeasurementError, match=message):
         action()
 
 
-def test_a_mask_of_another_shape_is_named(monkeypatch):
+def test_a_mask_of_the_wrong_shape_raises(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     with pytest.raises(MeasurementError, match=r"one boolean a sample, \(2, 3\).*\(3, 2\)"):
         StreamingCovariance(4).update(torch.ones(2, 3, 4), torch.ones(3, 2) > 0)
@@ -325,7 +339,7 @@ def test_a_mask_of_another_shape_is_named(monkeypatch):
 @pytest.mark.parametrize("mean", [0.0, 0.45, 0.95, 1.5, 10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_cores_stay_within_1e_5_of_float64_at_full_size(dtype, mean, rank):
-    """Also where most eigenvalues are nearly 0, as before the nonlinearity."""
+    """Also if most eigenvalues are nearly 0, as before the nonlinearity."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(65536, rank, device="cuda", generator=generator)
     spectrum = torch.arange(1, rank + 1, device="cuda") ** -0.5
@@ -371,8 +385,8 @@ def test_an_update_with_centered_products_does_not_wait_for_the_device(dtype):
         (0.0, 1e-18, "float16x2"),
     ],
 )
-def test_uncentered_products_give_way_where_they_would_lose_digits(mean, scale, taken, masked):
-    """The arithmetic of the tensor cores' path, products in float32, within 1e-5 either way."""
+def test_uncentered_products_are_replaced_if_they_would_lose_digits(mean, scale, taken, masked):
+    """The arithmetic of tensor cores with products in float32; within 1e-5 in both cases."""
     x = draw()
     x = ((x / x.std() + mean) * scale).to(torch.bfloat16)
     mask = torch.arange(len(x)) % 3 > 0 if masked else None
@@ -386,7 +400,7 @@ def test_uncentered_products_give_way_where_they_would_lose_digits(mean, scale, 
 
 
 def scatter_of(parts: list[Tensor], dim: int = DIM) -> Tensor:
-    """What the lower triangle must hold, in float64 NumPy."""
+    """The expected lower triangle, from float64 NumPy."""
     x = torch.cat([part.double().reshape(-1, dim) for part in parts])
     return (oracle(x) * (len(x) - 1)).tril() if len(x) > 1 else torch.zeros(dim, dim).double()
 
@@ -394,7 +408,9 @@ def scatter_of(parts: list[Tensor], dim: int = DIM) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("sizes", [[2], [300], [5, 900, 30, 400]])
-def test_the_lower_triangle_of_the_scatter_is_n_minus_1_covariances(device, product, sizes):
+def test_the_lower_triangle_of_the_scatter_is_n_minus_1_times_the_covariance(
+    device, product, sizes
+):
     parts = [(draw(n, seed=n) + 3 * i).to(device, torch.bfloat16) for i, n in enumerate(sizes)]
     streaming = StreamingCovariance(DIM, device=device, product=product)
     for part in parts:
@@ -409,7 +425,7 @@ def test_the_lower_triangle_of_the_scatter_is_n_minus_1_covariances(device, prod
 @pytest.mark.parametrize("product", [None, *PRODUCTS])
 @pytest.mark.parametrize("n", [10, 100])
 @pytest.mark.parametrize("feature", [0, 7, DIM - 1])
-def test_features_that_are_not_finite_show_in_the_lower_triangle(value, product, n, feature):
+def test_features_that_are_not_finite_appear_in_the_lower_triangle(value, product, n, feature):
     streaming = StreamingCovariance(DIM, product=product)
     x = draw(n)
     x[5, feature] = value
@@ -427,7 +443,7 @@ def test_features_that_are_not_finite_show_in_the_lower_triangle(value, product,
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 @pytest.mark.parametrize("n", [2, 3, 11, DIM - 1, DIM, DIM + 1, 2 * DIM, 1500])
 def test_the_eigenproblem_has_the_spectrum_of_the_covariance(device, dtype, tolerance, mean, n):
-    """N x N while there are no more samples than features, dim x dim from there on."""
+    """N x N with at most as many samples as features, otherwise dim x dim."""
     x = (draw(n) / draw().std(0) + mean).to(device, dtype)
     streaming = StreamingCovariance(DIM, device=device)
     for part in x.split([1, n - 1]):
@@ -449,8 +465,9 @@ def test_the_spectrum_of_fewer_than_two_samples_is_zero(n):
     assert streaming.scatter().tril().count_nonzero() == 0
 
 
-def test_held_samples_are_copies_in_their_own_types_and_solved_in_float64():
-    """Of different types, some masked, and overwritten after the update, as by an in-place ReLU."""
+def test_held_samples_are_copies_in_their_own_dtype_and_solved_in_float64():
+    """Of different dtypes, some masked, and overwritten after the update, as by an in-place
+    ReLU."""
     streaming, expected = StreamingCovariance(DIM), []
     for dtype, n in ((torch.float32, 5), (torch.bfloat16, 4), (torch.float64, 6)):
         x = (draw(n, seed=n) + 20).to(dtype)
@@ -467,14 +484,14 @@ def test_held_samples_are_copies_in_their_own_types_and_solved_in_float64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_dead_layer_that_is_held_has_exactly_no_variance(dtype):
+def test_held_samples_of_a_dead_layer_have_exactly_no_variance(dtype):
     streaming = StreamingCovariance(DIM)
     for n in (3, 8):
         streaming.update(torch.full((n, DIM), 0.1, dtype=dtype))
     assert eigenvalues(streaming.eigenproblem(), DIM).count_nonzero() == 0
 
 
-def test_a_named_product_is_taken_at_once():
+def test_a_named_product_is_used_from_the_first_sample():
     streaming = StreamingCovariance(DIM, product="float16x2")
     streaming.update(draw(5))
     assert streaming.eigenproblem().shape == (DIM, DIM)
@@ -482,8 +499,8 @@ def test_a_named_product_is_taken_at_once():
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 8), (3, 5, 20), (3, 5, 100), (0, 40, 2), (60, 1, 50)])
-def test_merges_in_any_order_are_one_accumulator(sizes):
-    """Some of them hold samples and some moments; each is left as it was."""
+def test_merging_in_any_order_equals_one_accumulator(sizes):
+    """Some hold samples and some moments; merging leaves its source unchanged."""
     parts = [draw(n, seed=i) + 10 * i for i, n in enumerate(sizes)]
     accumulators = []
     for part in parts:
@@ -514,7 +531,7 @@ def test_merging_with_itself_doubles_the_samples(n):
     assert entry_error(streaming.scatter().tril(), scatter_of([x, x])) <= 1e-12
 
 
-def test_a_tally_in_inference_mode_leaves_a_state_that_can_be_added_to():
+def test_samples_can_be_added_after_a_tally_in_inference_mode():
     x = draw(40, seed=3)
     accumulator = StreamingCovariance(DIM)
     accumulator.update(x[:3])
@@ -524,6 +541,6 @@ def test_a_tally_in_inference_mode_leaves_a_state_that_can_be_added_to():
     assert entry_error(accumulator.scatter().tril(), scatter_of([x])) <= 1e-12
 
 
-def test_blocks_of_the_triangle_make_the_whole_product():
+def test_the_blocks_of_the_triangle_form_the_whole_product():
     x = torch.randn(40, 1026, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(covariance_of(x), torch.cov(x.T), rtol=1e-12, atol=1e-12)

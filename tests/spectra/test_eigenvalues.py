@@ -1,4 +1,5 @@
-"""Eigenvalues against NumPy, the two shortcuts against the direct problem, and what they refuse."""
+"""Eigenvalues against NumPy, the two shortcuts against the direct computation, and invalid
+input."""
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def relative_to_largest(measured: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_known_spectrum_comes_back_sorted_in_float64(device):
+def test_a_known_spectrum_is_returned_sorted_in_float64(device):
     spectrum = torch.tensor([3.0, 0.5, 7.0, 0.0, 1e-9], dtype=torch.float64)
     measured = eigenvalues(with_spectrum(spectrum).to(device))
     assert measured.dtype == torch.float64
@@ -37,7 +38,7 @@ def test_a_known_spectrum_comes_back_sorted_in_float64(device):
     assert (measured >= 0).all()
 
 
-def test_a_batch_agrees_with_numpy_matrix_by_matrix():
+def test_each_matrix_of_a_batch_agrees_with_numpy():
     x = normal(2, 3, 40, 8)
     covariances = x.mT @ x
     measured = eigenvalues(covariances)
@@ -58,12 +59,12 @@ def test_negative_rounding_becomes_zero():
     assert measured[-1] == 0
 
 
-def test_a_materially_negative_eigenvalue_is_an_error_that_names_it():
+def test_a_materially_negative_eigenvalue_raises_an_error_that_names_it():
     with pytest.raises(MeasurementError, match=r"got -0\.01, -0\.00503 of the trace"):
         eigenvalues(torch.diag(torch.tensor([1.0, 1.0, -0.01], dtype=torch.float64)))
 
 
-def test_a_negative_matrix_in_a_batch_is_an_error():
+def test_a_negative_matrix_in_a_batch_raises():
     with pytest.raises(MeasurementError, match="got -1,"):
         eigenvalues(torch.stack([torch.eye(3), -torch.eye(3)]))
 
@@ -96,18 +97,18 @@ def test_an_entry_of_the_lower_triangle_that_is_not_finite_gives_nan(device, val
     assert eigenvalues(covariance.to(device)).isnan().all()
 
 
-def test_zeros_are_appended_to_the_width_asked_for():
+def test_zeros_are_appended_up_to_the_requested_width():
     batch = torch.stack([torch.eye(3), torch.eye(3) * torch.nan])
     measured = eigenvalues(batch, 5)
     assert measured[0].tolist() == [1, 1, 1, 0, 0]
     assert measured[1].isnan().all()
 
 
-def test_zero_variance_is_all_zeros():
+def test_zero_variance_has_only_zero_eigenvalues():
     assert eigenvalues(torch.zeros(4, 4)).count_nonzero() == 0
 
 
-def test_no_graph_is_kept_and_the_input_is_left_as_it_is():
+def test_no_graph_is_kept_and_the_input_is_unchanged():
     covariance = torch.eye(3, requires_grad=True)
     assert not eigenvalues(covariance).requires_grad
     assert torch.equal(covariance.detach(), torch.eye(3))
@@ -124,12 +125,12 @@ def test_the_gram_matrix_has_the_spectrum_of_the_covariance(device, n, mean):
     assert measured[n:].count_nonzero() == 0
 
 
-def test_the_gram_matrix_takes_samples_in_any_arrangement():
+def test_the_gram_matrix_accepts_samples_of_any_shape():
     x = normal(12, 32)
     assert torch.equal(gram_eigenvalues(x.reshape(3, 4, 32)), gram_eigenvalues(x))
 
 
-def test_the_gram_matrix_of_too_few_or_broken_samples_is_nan():
+def test_the_gram_matrix_of_too_few_or_non_finite_samples_gives_nan():
     broken = normal(4, 8)
     broken[1, 2] = torch.nan
     for x in (normal(0, 8), normal(1, 8), broken):
@@ -138,7 +139,7 @@ def test_the_gram_matrix_of_too_few_or_broken_samples_is_nan():
         assert measured.isnan().all()
 
 
-def test_the_gram_matrix_of_more_samples_than_features_is_refused():
+def test_the_gram_matrix_of_more_samples_than_features_raises():
     with pytest.raises(MeasurementError, match="got 9 samples of 8 features"):
         gram_eigenvalues(normal(9, 8))
 
@@ -154,7 +155,7 @@ def test_the_gram_matrix_of_more_samples_than_features_is_refused():
     ids=["flat", "condition 1e10", "rank 16 of 24"],
 )
 @pytest.mark.parametrize("d_ff", [12, 24, 96])
-def test_projecting_the_input_covariance_equals_the_direct_problem(device, spectrum, d_ff):
+def test_projecting_the_input_covariance_equals_the_direct_computation(device, spectrum, d_ff):
     """To 2e-10 of the largest eigenvalue, for wide, square and narrow layers."""
     weight, covariance = normal(d_ff, 24, seed=5), with_spectrum(spectrum)
     measured = projected_eigenvalues(weight.to(device), covariance.to(device))
@@ -165,7 +166,7 @@ def test_projecting_the_input_covariance_equals_the_direct_problem(device, spect
 
 
 @pytest.mark.parametrize("d_ff", [6, 24, 96])
-def test_projection_reads_the_lower_triangle_of_the_input_covariance_alone(d_ff):
+def test_projection_reads_only_the_lower_triangle_of_the_input_covariance(d_ff):
     weight, covariance = (
         normal(d_ff, 24, seed=5),
         with_spectrum(torch.logspace(0, -10, 24).double()),
@@ -177,8 +178,8 @@ def test_projection_reads_the_lower_triangle_of_the_input_covariance_alone(d_ff)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 11])
-def test_projection_by_a_weight_that_lacks_rank(rank):
-    """Collapsed and dead layers, too: W = 0 has no factor but zero."""
+def test_projection_by_a_rank_deficient_weight(rank):
+    """Including collapsed and dead layers: for W = 0, the factor is zero."""
     weight = normal(64, rank, seed=5) @ normal(rank, 24, seed=6)
     covariance = with_spectrum(torch.logspace(0, -10, 24).double())
     measured = projected_eigenvalues(weight, covariance)
@@ -186,7 +187,7 @@ def test_projection_by_a_weight_that_lacks_rank(rank):
     torch.testing.assert_close(measured, expected, rtol=0, atol=2e-10 * float(expected.amax()))
 
 
-def test_projected_eigenvalues_are_those_of_the_features_whatever_the_bias():
+def test_projected_eigenvalues_are_those_of_the_features_with_any_bias():
     x, weight, bias = normal(500, 16), normal(64, 16, seed=1), normal(64, seed=2) * 100
     features = x @ weight.T + bias
     measured = projected_eigenvalues(weight, torch.cov(x.T))
@@ -197,7 +198,7 @@ def test_projected_eigenvalues_are_those_of_the_features_whatever_the_bias():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("d_ff", [2, 8])
-def test_projection_of_what_is_not_finite_is_nan(device, value, d_ff):
+def test_projection_of_values_that_are_not_finite_gives_nan(device, value, d_ff):
     weight, covariance = normal(d_ff, 4).to(device), torch.eye(4).double().to(device)
     for row in range(d_ff):
         for column in range(4):
@@ -211,14 +212,14 @@ def test_projection_of_what_is_not_finite_is_nan(device, value, d_ff):
 
 
 def test_equal_samples_have_exactly_no_variance_in_the_gram_matrix():
-    """In float64 the mean of seven times 0.1 is not 0.1."""
+    """In float64, the mean of seven times 0.1 is not 0.1."""
     same = torch.full((7, 8), 0.1, dtype=torch.float64)
     assert (same - same.mean(0)).count_nonzero() > 0
     assert gram_eigenvalues(same).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("d_ff", [4, 8])
-def test_projection_refuses_what_is_no_covariance(d_ff):
+def test_projection_raises_for_a_matrix_that_is_no_covariance(d_ff):
     covariance = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1]))
     with pytest.raises(MeasurementError, match="cannot be negative"):
         projected_eigenvalues(torch.eye(d_ff, 4), covariance)

@@ -1,4 +1,4 @@
-"""The kernels for GPUs against float64."""
+"""The GPU kernels against float64."""
 
 import pytest
 import torch
@@ -18,20 +18,21 @@ def x(request):
 
 
 def halves(x):
-    """One half of a fused projection, the other by itself, and every second column."""
+    """The first half of the columns as a view, the second as a copy, and every second column."""
     dim = x.shape[1] // 2
     return x[:, :dim], x[:, dim:].contiguous(), x[:, ::2]
 
 
-def test_this_gpu_runs_them():
+def test_this_gpu_runs_the_kernels():
     assert has_kernels(torch.device("cuda"))
     assert not has_kernels(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("n_terms", [256, 512])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_that_are_added_are_those_of_float64(x, dtype, n_terms):
-    """Relative to the length of two columns; of a pair, and of several with two matrices each."""
+def test_added_products_agree_with_float64(x, dtype, n_terms):
+    """Relative to the lengths of the two columns; for one pair, and for several pairs of two
+    matrices."""
     from nerve.spectra.kernels import add_lower_products
 
     for a in halves(x.to(dtype)):
@@ -46,7 +47,7 @@ def test_products_that_are_added_are_those_of_float64(x, dtype, n_terms):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_square_distances_are_those_of_float64(x, dtype):
+def test_square_distances_agree_with_float64(x, dtype):
     from nerve.spectra.kernels import square_distances
 
     for part in halves(x.to(dtype)):
@@ -55,7 +56,7 @@ def test_square_distances_are_those_of_float64(x, dtype):
         torch.testing.assert_close(square_distances(part, center), expected, rtol=1e-6, atol=0)
 
 
-def test_what_is_not_finite_shows(x):
+def test_values_that_are_not_finite_appear_in_the_results(x):
     from nerve.spectra.kernels import add_lower_products, square_distances
 
     part = x[:, : x.shape[1] // 2].clone()
@@ -69,8 +70,8 @@ def test_what_is_not_finite_shows(x):
 
 
 @pytest.mark.parametrize("n", [16_384, 16_383, 1_000])
-def test_what_is_prepared_needs_no_compiler_later(monkeypatch, n):
-    """Whatever the number of samples; numbers of features are multiples of 16."""
+def test_prepared_kernels_are_not_compiled_again(monkeypatch, n):
+    """For any number of samples; the number of features is a multiple of 16."""
     from nerve.spectra import kernels
 
     device = torch.device("cuda")
@@ -87,7 +88,7 @@ def test_what_is_prepared_needs_no_compiler_later(monkeypatch, n):
     assert moments.scatter.isfinite().all()
 
 
-def test_another_number_of_samples_needs_no_compiler(monkeypatch):
+def test_another_number_of_samples_does_not_recompile_kernels(monkeypatch):
     from nerve.spectra import kernels
 
     x = torch.randn(4_096, 512, device="cuda").bfloat16()

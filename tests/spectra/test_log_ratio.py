@@ -1,4 +1,4 @@
-"""log PR as a term of a loss: against the eigenvalues, its gradient, and where it must vanish."""
+"""log PR as a term of a loss: its value, its gradient, and where the gradient must vanish."""
 
 import math
 
@@ -12,14 +12,14 @@ ALL = 10**6
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Tensor:
-    """Normal samples whose directions have variances that fall."""
+    """Normal samples whose directions have decreasing variances."""
     generator = torch.Generator().manual_seed(sum(shape))
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (drawn * torch.arange(1, shape[-1] + 1) ** -spread + 3.0).to(dtype)
 
 
 def from_eigenvalues(x: Tensor) -> Tensor:
-    """By what defines it, with autograd's own gradient."""
+    """From the definition, with autograd's own gradient."""
     rows = x.flatten(0, -2)
     centered = rows - rows.mean(0)
     values = torch.linalg.eigvalsh(centered.T @ centered / (len(rows) - 1))
@@ -27,8 +27,9 @@ def from_eigenvalues(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (5, 8, 6), (6, 40), (2, 3, 40)])
-def test_value_and_gradient_are_those_of_the_eigenvalues(shape: tuple[int, ...]) -> None:
-    """More samples than dimensions, and fewer, where the smaller matrix is the other one."""
+def test_value_and_gradient_agree_with_the_eigenvalues(shape: tuple[int, ...]) -> None:
+    """With more samples than dimensions, and with fewer, where the other matrix is the smaller
+    one."""
     x = features(*shape).requires_grad_()
     value, expected = log_participation_ratio(x, ALL), from_eigenvalues(x)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
@@ -44,8 +45,8 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e25])
-def test_the_size_of_the_features_does_not_matter(scale: float) -> None:
-    """In float32, whose squares would underflow; the gradient is that of log PR by log x."""
+def test_the_scale_of_the_features_does_not_matter(scale: float) -> None:
+    """In float32, where squares would underflow; the gradient is taken with respect to log x."""
     plain = features(30, 5, dtype=torch.float32).requires_grad_()
     scaled = (plain.detach() * scale).requires_grad_()
     values = [log_participation_ratio(x, ALL) for x in (plain, scaled)]
@@ -71,7 +72,7 @@ DEGENERATE = torch.tensor([[1.0, 1, 1], [-1, -1, 1], [1, -1, 2], [-1, 1, 2]]).do
     ],
     ids=["flat", "one direction", "constant", "dead", "one sample"],
 )
-def test_at_the_ends_of_its_range_and_without_variance_the_gradient_is_0(
+def test_the_gradient_is_0_at_both_extremes_and_without_variance(
     x: Tensor, expected: float, dtype: torch.dtype
 ) -> None:
     narrow = x.clone().to(dtype).requires_grad_()
@@ -88,14 +89,15 @@ def test_at_the_ends_of_its_range_and_without_variance_the_gradient_is_0(
 
 
 def test_a_degenerate_spectrum_has_the_gradient_of_its_sums() -> None:
-    """Eigenvalues 4, 4 and 1 thirds: eigenvectors of the pair are not defined, the sums are."""
+    """Eigenvalues 4/3, 4/3 and 1/3: the eigenvectors of the pair are undefined, but the sums are
+    not."""
     x = DEGENERATE.clone().requires_grad_()
     value = log_participation_ratio(x, ALL)
     assert value.item() == pytest.approx(math.log(9**2 / (4**2 + 4**2 + 1)))
     assert torch.autograd.gradcheck(lambda y: log_participation_ratio(y, ALL), x)
 
 
-def test_a_feature_that_never_varies_gets_no_gradient_and_no_nan() -> None:
+def test_a_constant_feature_has_gradient_0_and_no_nan() -> None:
     x = features(20, 4)
     x[:, 2] = 0.0
     x.requires_grad_()
@@ -106,8 +108,9 @@ def test_a_feature_that_never_varies_gets_no_gradient_and_no_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_constant_that_rounding_moves_off_its_mean_is_dead(dtype: torch.dtype) -> None:
-    """As the features of a layer that gives its bias alone; beside one that varies they stay so."""
+def test_a_constant_feature_is_dead_even_if_its_mean_is_rounded(dtype: torch.dtype) -> None:
+    """Like the features of a layer that outputs only its bias; also next to a feature that
+    varies."""
     x = torch.tensor([0.1, -0.3, 1e4, 7e-5]).to(dtype).expand(1001, 4).clone().requires_grad_()
     value = log_participation_ratio(x, ALL)
     (gradient,) = torch.autograd.grad(value, x)
@@ -119,7 +122,7 @@ def test_a_constant_that_rounding_moves_off_its_mean_is_dead(dtype: torch.dtype)
     assert not gradient[:, :3].any()
 
 
-def test_of_samples_alone_the_others_get_no_gradient() -> None:
+def test_only_the_chosen_samples_have_a_gradient() -> None:
     x = features(4, 16, 3).requires_grad_()
     taken = evenly(64, 10)
     value = log_participation_ratio(x, 10)
@@ -130,13 +133,14 @@ def test_of_samples_alone_the_others_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 7, 64, 100, 3 * 2**8, 2**16])
-def test_samples_are_taken_once_each(n: int) -> None:
+def test_each_sample_is_chosen_at_most_once(n: int) -> None:
     assert sorted(evenly(n, ALL).tolist()) == list(range(n))
     assert len(set(evenly(n, n // 2).tolist())) == n // 2
 
 
-def test_samples_are_spread_over_sequences_and_over_positions() -> None:
-    """A quarter of 512 sequences of 128: each position as often, 32 of each sequence or nearly."""
+def test_samples_are_spread_evenly_over_sequences_and_positions() -> None:
+    """A quarter of 512 sequences of 128: equally many from each position, and about 32 from each
+    sequence."""
     taken = evenly(2**16, 2**14)
     assert set(torch.bincount(taken % 128).tolist()) == {128}
     counts = torch.bincount(taken // 128, minlength=512)
@@ -145,7 +149,7 @@ def test_samples_are_spread_over_sequences_and_over_positions() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_features_of_16_bits_have_nearly_the_gradient_of_float64(dtype: torch.dtype) -> None:
+def test_16_bit_features_have_nearly_the_gradient_of_float64(dtype: torch.dtype) -> None:
     x = features(256, 32).to(dtype)
     narrow, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -159,7 +163,7 @@ def test_features_of_16_bits_have_nearly_the_gradient_of_float64(dtype: torch.dt
     assert torch.cosine_similarity(*(each.flatten() for each in gradients), dim=0) > 0.999
 
 
-def test_the_operator_keeps_what_compiled_code_relies_on() -> None:
+def test_the_operator_satisfies_the_requirements_of_compiled_code() -> None:
     for shape, n in (((4, 8, 5), 10), ((3, 7), 50)):
         x = features(*shape, dtype=torch.float32).requires_grad_()
         found = torch.library.opcheck(torch.ops.nerve.log_ratio.default, (x, n))

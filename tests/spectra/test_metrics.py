@@ -1,4 +1,4 @@
-"""Metrics against closed forms, independent float64 oracles, and what must be NaN."""
+"""Metrics against closed forms and independent float64 oracles, and the cases that must be NaN."""
 
 import math
 
@@ -47,8 +47,8 @@ def features(kind: str, n: int = 3000, dim: int = 40) -> Tensor:
 
 
 def numpy_metrics(x: Tensor) -> tuple[float, float, float]:
-    """SE, PR and EEE, the first from the singular values, the second from the covariance without
-    any eigenvalue, the third as the mean absolute difference of all pairs (Gini)."""
+    """SE from the singular values, PR from the covariance without any eigenvalue, and EEE as the
+    mean absolute difference of all pairs (Gini)."""
     centered = x.double().numpy() - x.double().numpy().mean(0)
     values = np.linalg.svd(centered, compute_uv=False) ** 2
     p = values[values > 0] / values.sum()
@@ -75,7 +75,8 @@ def test_one_direction(dim):
 
 @pytest.mark.parametrize(("n_high", "n_low", "ratio"), [(1, 3, 5.0), (10, 90, 100.0)])
 def test_two_levels(n_high, n_low, ratio):
-    """n_high eigenvalues `ratio` times as large as the other n_low: all by hand."""
+    """n_high eigenvalues that are `ratio` times as large as the other n_low; expected values by
+    hand."""
     spectrum = torch.cat([ratio * flat(n_high), flat(n_low)]) * 0.3
     total, dim = ratio * n_high + n_low, n_high + n_low
     share = n_high * ratio / total  # of the high level together
@@ -106,7 +107,8 @@ def test_jensen_shannon_is_zero_for_equal_shapes_and_symmetric():
 
 
 def test_jensen_shannon_of_nearly_equal_spectra_keeps_its_digits():
-    """Shares 1/2 +- e against 1/2: e^2 + O(e^4), 1e-12, where sums of p ln p keep 4 digits."""
+    """Shares 1/2 +- e against 1/2 give e^2 + O(e^4) = 1e-12, where sums of p ln p keep only 4
+    digits."""
     e = 1e-6
     near = torch.tensor([0.5 + e, 0.5 - e], dtype=torch.float64)
     assert jensen_shannon(near, flat(2)).item() == pytest.approx(e**2 / 2, rel=1e-6)
@@ -121,8 +123,9 @@ def test_jensen_shannon_agrees_with_scipy(exponents):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", ["random", "power law", "rank-deficient", "condition 1e10"])
-def test_from_features_to_metrics_agrees_with_numpy(kind, dtype):
-    """The whole way, to 1e-6, against float64 formulas that share no step with it."""
+def test_metrics_of_features_agree_with_numpy(kind, dtype):
+    """From features to metrics, to 1e-6, against float64 formulas that share no step with the
+    code."""
     x = features(kind).to(dtype)
     streaming = StreamingCovariance(x.shape[1])
     for part in x.split(700):
@@ -132,8 +135,8 @@ def test_from_features_to_metrics_agrees_with_numpy(kind, dtype):
     assert measured == pytest.approx(numpy_metrics(x), rel=1e-6)
 
 
-def test_a_step_by_step_sum_gives_the_same_enrichment():
-    """The definition as the paper writes it, k by k."""
+def test_the_cumulative_sum_gives_the_same_enrichment():
+    """The definition in the paper, k by k."""
     p = power_law(30, 1.5).numpy() / power_law(30, 1.5).numpy().sum()
     cumulative = sum(p[: k + 1].sum() - (k + 1) / 30 for k in range(30))
     enrichment = eigenvalue_early_enrichment(power_law(30, 1.5)).item()
@@ -150,7 +153,7 @@ def test_metrics_do_not_depend_on_the_units(scale):
     )
 
 
-def test_an_additive_constant_would_fail_the_same_test():
+def test_an_additive_constant_fails_the_same_test():
     spectrum = power_law(64, 1.0) * 1e-12
     p = spectrum / (spectrum.sum() + 1e-12)
     assert (1 / p.square().sum()).item() != pytest.approx(
@@ -188,7 +191,7 @@ def test_metrics_stay_in_their_ranges():
     ],
     ids=["zero variance", "empty", "nan", "inf", "negative"],
 )
-def test_what_has_no_shares_gives_nan_never_a_number(spectrum):
+def test_spectra_without_defined_shares_give_nan(spectrum):
     for metric in METRICS:
         assert metric(spectrum).isnan()
     if len(spectrum):
@@ -196,7 +199,7 @@ def test_what_has_no_shares_gives_nan_never_a_number(spectrum):
         assert jensen_shannon(torch.ones(len(spectrum)), spectrum).isnan()
 
 
-def test_batches_are_taken_item_by_item():
+def test_each_item_of_a_batch_is_computed_separately():
     batch = torch.stack([power_law(8, 1.0), flat(8), torch.zeros(8).double()]).reshape(3, 1, 8)
     for metric in METRICS:
         measured = metric(batch)
@@ -207,8 +210,8 @@ def test_batches_are_taken_item_by_item():
     assert jensen_shannon(batch, batch).isnan().flatten().tolist() == [False, False, True]
 
 
-def test_the_corrected_ratio_undoes_the_bias_of_independent_samples():
-    """1/PR grows by about 1/N in a sample: the corrected value is nearer the truth than 1%."""
+def test_the_corrected_ratio_removes_the_bias_of_independent_samples():
+    """1/PR increases by about 1/N in a sample; the corrected value is within 1% of the true one."""
     x = torch.randn(400, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     measured = participation_ratio(eigenvalues(torch.cov(x.T)))
     assert measured.item() == pytest.approx(80, rel=0.02)
@@ -227,6 +230,6 @@ def test_the_corrected_ratio_undoes_the_bias_of_independent_samples():
         (math.nan, 100, math.nan),
     ],
 )
-def test_the_corrected_ratio_is_nan_below_two_samples_a_direction(ratio, n_samples, expected):
+def test_the_corrected_ratio_is_nan_below_two_samples_per_direction(ratio, n_samples, expected):
     measured = corrected_participation_ratio(torch.tensor(ratio).double(), n_samples).item()
     assert measured == pytest.approx(expected, rel=1e-14, nan_ok=True)

@@ -1,14 +1,14 @@
-"""Products keep every digit of their type whatever the user has set, and leave it set."""
+"""Products keep every digit of their dtype whatever the user has set, and do not change the
+settings."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from nerve.spectra import StreamingCovariance
-from nerve.spectra.product import PRODUCTS, add_lower, default_product, exact_products
+from nerve.spectra import StreamingCovariance, product
+from nerve.spectra.product import PRODUCTS, add_lower, default_product, full_precision
 
 CUDA = torch.backends.cuda.matmul
 BACKENDS = (CUDA, torch.backends.mkldnn.matmul)
@@ -45,42 +45,61 @@ def _restored() -> Iterator[None]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What was in force while the product was taken."""
+    """The settings during each product."""
     states: list[tuple[object, ...]] = []
-    product = PRODUCTS["float32"]
 
-    def spy(total: Tensor, y: Tensor) -> None:
+    def spy(total: Tensor, a: Tensor, b: Tensor, *matmul: Callable[..., Tensor]) -> None:
         precisions = [backend.fp32_precision for backend in BACKENDS]
-        states.append((*precisions, CUDA.allow_fp16_accumulation, (y.T @ y).dtype))
-        product.add(total, y)
+        states.append((*precisions, CUDA.allow_fp16_accumulation, (a.T @ b).dtype))
+        add_lower(total, a, b, *matmul)
 
-    monkeypatch.setitem(PRODUCTS, "float32", replace(product, add=spy))
+    monkeypatch.setattr(product, "add_lower", spy)
     return states
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_reduced_precision_is_off_during_an_update_and_back_after_it(setting, seen):
+@pytest.mark.parametrize(
+    ("name", "multiplied"),
+    [
+        ("float32", torch.float32),
+        ("float16x2", torch.float16),
+        ("bfloat16", torch.bfloat16),
+    ],
+)
+def test_reduced_precision_is_off_during_products_and_restored_after_them(
+    setting, name, multiplied, seen
+):
     SETTINGS[setting]()
     before = settings()
+    x = torch.tensor([[1.0, -1], [-1, 1]], dtype=multiplied)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        StreamingCovariance(4).update(torch.ones(5, 4))
+        StreamingCovariance(2, product=name).update(x)
         assert torch.is_autocast_enabled("cpu")
-    assert seen == [("ieee", "ieee", False, torch.float32)]
+    assert {*seen} == {("ieee", "ieee", False, multiplied)}
     assert settings() == before
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_settings_come_back_after_an_error(setting):
+def test_products_in_float64_change_no_setting(setting, seen):
+    """Other threads train meanwhile, and the settings belong to the whole process."""
+    SETTINGS[setting]()
+    before = [backend.fp32_precision for backend in BACKENDS]
+    StreamingCovariance(4, product="float64").update(torch.ones(5, 4))
+    assert [[*state[:2]] for state in seen] == [before]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_are_restored_after_an_error(setting):
     SETTINGS[setting]()
     before = settings()
-    with pytest.raises(ZeroDivisionError), exact_products(torch.device("cpu")):
+    with pytest.raises(ZeroDivisionError), full_precision():
         _ = 1 / 0
     assert settings() == before
 
 
 def test_an_inherited_setting_stays_inherited():
     torch.backends.fp32_precision = "tf32"
-    with exact_products(torch.device("cpu")):
+    with full_precision():
         pass
     torch.backends.fp32_precision = "ieee"
     assert [backend.fp32_precision for backend in BACKENDS] == ["ieee", "ieee"]
@@ -89,7 +108,7 @@ def test_an_inherited_setting_stays_inherited():
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("dim", [1, 6, 400, 1537])
 def test_products_add_the_gram_matrix_to_the_lower_triangle(name, dim):
-    """In one block of columns, and in several of which the last is narrower."""
+    """In one block of columns, and in several, of which the last one is narrower."""
     product = PRODUCTS[name]
     y = torch.randn(50, dim, generator=torch.Generator().manual_seed(0)).to(product.dtype)
     total = torch.eye(dim, dtype=torch.float64)
@@ -98,7 +117,7 @@ def test_products_add_the_gram_matrix_to_the_lower_triangle(name, dim):
     torch.testing.assert_close(total.tril(), expected.tril(), rtol=0, atol=1e-6 * 50)
 
 
-def test_add_lower_takes_two_matrices():
+def test_add_lower_multiplies_two_different_matrices():
     a, b = (
         torch.randn(30, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 1)
@@ -108,7 +127,7 @@ def test_add_lower_takes_two_matrices():
     torch.testing.assert_close(total.tril(), (a.T @ b).tril(), rtol=1e-12, atol=1e-12)
 
 
-def test_tensor_cores_are_for_sixteen_bit_features_on_a_gpu_only():
+def test_tensor_cores_are_only_for_16_bit_features_on_a_gpu():
     cpu = torch.device("cpu")
     assert default_product(torch.bfloat16, cpu) == "float32"
     assert default_product(torch.float32, cpu) == "float32"
@@ -133,7 +152,7 @@ def test_the_default_on_a_gpu(dtype, name):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 1e-5)])
 def test_a_gpu_product_keeps_its_digits_whatever_the_settings(setting, dtype, tolerance):
-    """TF32 would be off by several 1e-5, float16 sums by 1e-3."""
+    """TF32 would be off by several 1e-5, and sums in float16 by 1e-3."""
     x = torch.randn(4096, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     x = x.to(dtype)
     SETTINGS[setting]()

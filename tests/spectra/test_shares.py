@@ -1,4 +1,4 @@
-"""Shares of the mean and of the farthest samples equal float64 NumPy on all samples, or are NaN."""
+"""Shares of the mean and of the farthest samples agree with float64 NumPy, or are NaN."""
 
 import math
 
@@ -20,7 +20,8 @@ def shares_of(x: Tensor, *, sizes: int | list[int] | None = None) -> Shares:
 
 
 def oracle(x: Tensor) -> Shares:
-    """The definitions, with the mean of all samples; of three dimensions one is the position."""
+    """The definitions, with the mean of all samples; the second of three dimensions is the
+    position."""
     flat = x.double().cpu().reshape(-1, x.shape[-1]).numpy()
     mean = flat.mean(0)
     squares = np.square(flat - mean).sum(1)
@@ -42,8 +43,9 @@ def draw(n: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(n, dim, generator=generator) * torch.logspace(0, -1, dim)
 
 
-def test_one_sample_that_differs_holds_what_the_formula_says():
-    """N - 1 samples at 0 and one at a: its distance is a (N-1)/N, the others' a/N."""
+def test_one_sample_that_differs_has_the_share_of_the_closed_form():
+    """N - 1 samples at 0 and one at a: its distance from the mean is a (N-1)/N, that of the others
+    a/N."""
     n, a = 40, 3.0
     x = torch.zeros(n, 5)
     x[17, 2] = a
@@ -60,7 +62,7 @@ def test_two_opposite_samples_have_half_each_and_no_mean():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_samples_that_are_one_vector_are_all_mean(dtype):
+def test_for_equal_samples_the_share_of_the_mean_is_1(dtype):
     found = shares_of(torch.full((20_000, 6), 0.7, dtype=dtype))
     assert found.mean == 1
     assert math.isnan(found.largest)
@@ -70,7 +72,7 @@ def test_samples_that_are_one_vector_are_all_mean(dtype):
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("device", DEVICES)
-def test_shares_are_those_of_float64_numpy(sizes, offset, dtype, device):
+def test_shares_agree_with_float64_numpy(sizes, offset, dtype, device):
     x = (draw(2500, 48) + offset).to(device, dtype)
     assert shares_of(x, sizes=sizes) == pytest.approx(oracle(x), rel=1e-6, nan_ok=True)
 
@@ -93,7 +95,7 @@ def test_rotations_and_the_order_of_samples_do_not_matter():
 
 @pytest.mark.parametrize("position", [0, 1499, 2999])
 @pytest.mark.parametrize("factor", [3, 30, 1000])
-def test_a_planted_sample_is_found_wherever_it_comes(position, factor):
+def test_a_planted_sample_is_found_at_any_place(position, factor):
     x = draw(3000, 32)
     x[position] *= factor * x.norm(dim=1).median() / x[position].norm()
     found, expected = shares_of(x, sizes=200), oracle(x)
@@ -105,9 +107,10 @@ def test_a_planted_sample_is_found_wherever_it_comes(position, factor):
         assert found.top == pytest.approx(expected.top, rel=1e-4)
 
 
-def test_what_is_not_certain_is_nan_and_never_wrong():
-    """Means that wander by more than samples stand out: fewer candidates than samples, batches of
-    other means and spreads. Every share is NaN or the oracle's; both occur, and most are known."""
+def test_an_uncertain_share_is_nan_and_never_wrong():
+    """The mean moves by more than samples stand out: there are fewer candidates than samples, and
+    the batches have different means and spreads. Every share is NaN or equals the oracle's; both
+    occur, and most are known."""
     generator = torch.Generator().manual_seed(3)
     n_nan = n_known = 0
     for case in range(300):
@@ -131,7 +134,7 @@ def test_what_is_not_certain_is_nan_and_never_wrong():
     assert n_known > 600
 
 
-def test_what_a_mask_leaves_out_does_not_count():
+def test_masked_samples_do_not_count():
     x = draw(400, 8).reshape(20, 20, 8)
     mask = torch.rand(20, 20, generator=torch.Generator().manual_seed(2)) > 0.3
     found = SampleShares(8)
@@ -157,7 +160,7 @@ def test_features_that_are_not_finite_have_no_shares(value):
     assert found.shares().isnan().all()
 
 
-def test_memory_does_not_grow_with_the_samples():
+def test_memory_does_not_grow_with_the_number_of_samples():
     found = SampleShares(64)
     for seed in range(40):
         found.update(draw(500, 64, seed))
@@ -168,27 +171,32 @@ def test_memory_does_not_grow_with_the_samples():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [40, 7])
-def test_the_position_that_is_farthest_is_that_of_float64_numpy(dtype, sizes):
+def test_the_farthest_position_agrees_with_float64_numpy(dtype, sizes):
     x = (draw(40 * 12, 24).reshape(40, 12, 24) + 30).to(dtype)
     x[:, 5] *= 1.5
     assert shares_of(x, sizes=sizes) == pytest.approx(oracle(x), rel=1e-5)
 
 
-def test_a_position_that_holds_all_the_variance_is_as_far_as_there_are_positions():
+def test_a_position_with_all_the_variance_has_a_ratio_of_the_number_of_positions():
     x = torch.zeros(20, 16, 4)
     x[::2, 3, 1], x[1::2, 3, 1] = 2.0, -2.0
     assert shares_of(x, sizes=6).position == pytest.approx(16)
 
 
-def test_positions_count_from_the_start_of_sequences_of_any_length_that_are_not_masked():
-    """Of a position those samples count that are there, and it does where 8 sequences have it."""
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_of_masked_sequences_of_different_lengths(side):
+    """Only samples that exist count; a position counts if at least 8 sequences reach it. Positions
+    count from the first sample of a sequence, whichever side is padded."""
     sequences = [draw(length, 6, seed=length) for length in range(1, 25)]
     for x in sequences:
         x[2:3] *= 3
     found = SampleShares(6)
     for first in range(0, 24, 5):
         batch = torch.nn.utils.rnn.pad_sequence(
-            sequences[first : first + 5], batch_first=True, padding_value=math.nan
+            sequences[first : first + 5],
+            batch_first=True,
+            padding_value=math.nan,
+            padding_side=side,
         )
         found.update(batch, ~batch[..., 0].isnan())
     every = torch.cat(sequences).double()
@@ -199,7 +207,7 @@ def test_positions_count_from_the_start_of_sequences_of_any_length_that_are_not_
 
 
 @pytest.mark.parametrize("shapes", [[(96, 6)], [(96, 1, 6)], [(7, 12, 6)], [(9, 4, 6), (36, 6)]])
-def test_features_without_positions_have_no_farthest_one(shapes):
+def test_features_without_positions_have_no_farthest_position(shapes):
     found = SampleShares(6)
     for seed, shape in enumerate(shapes):
         found.update(draw(math.prod(shape[:-1]), 6, seed).reshape(shape))
@@ -208,8 +216,9 @@ def test_features_without_positions_have_no_farthest_one(shapes):
     assert shares.largest > 0
 
 
-def test_a_covariance_that_merges_leaves_the_shares_as_they_are():
-    """It takes the mean of the first samples over from their spread, and moves its own."""
+def test_merging_covariances_does_not_change_the_shares():
+    """The covariance takes the mean of the first samples from their spread, and then moves its own
+    mean."""
     x = (draw(3000, 48) * torch.linspace(3, 1, 3000)[:, None]).bfloat16()
     alone, beside = SampleShares(48), SampleShares(48)
     covariance = StreamingCovariance(48, product="bfloat16")

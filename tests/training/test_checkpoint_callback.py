@@ -17,7 +17,7 @@ from nerve.optim import Schedule
 from nerve.storage.directory import RunDirectory
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
-from nerve.training import gathering
+from nerve.training import agreement
 from nerve.training.checkpoint_callback import Checkpointing
 from nerve.training.checkpoint_files import (
     read_checkpoint,
@@ -165,8 +165,8 @@ def test_steps_of_several_processes_wait_for_no_device_and_seldom_for_each_other
         exchanges.append(value)
         return [value, value]
 
-    monkeypatch.setattr(gathering, "n_processes", lambda: 2)
-    monkeypatch.setattr(gathering, "gathered", gathered)
+    monkeypatch.setattr(agreement, "n_processes", lambda: 2)
+    monkeypatch.setattr(agreement, "gathered", gathered)
     fit(tmp_path, CheckpointCadence(every_n_steps=every), (1.0,) * N_STEPS)
     assert (collectives, [wish for wish, _ in exchanges]) == ([], [0])
     assert steps_saved == ([3, 6, 8] if every else [8])

@@ -5,7 +5,7 @@ import torch
 from operations import count
 
 from nerve.errors import DivergedError
-from nerve.training.module import NEVER, Divergence
+from nerve.training.divergence import NEVER, Divergence
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import CONF, SWEEPS
+from nerve.config import pasted
 from nerve.errors import NerveError
 
 
@@ -77,8 +78,12 @@ def _without_link(text: str) -> str:
 
 
 def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    if group.startswith("data/"):  # Hydra splits a path at its slashes
+        group, option = "data", f"{group.removeprefix('data/')}/{option}"
     close = get_close_matches(option, options, n=1)
     hint = f" Did you mean {group}={close[0]}?" if close else ""
+    if group == "data" and re.search(r"[./]", option):
+        hint = f" Your own text: data=text_files {pasted('data.corpus.paths', option)}."
     return f"{group} must be one of {', '.join(options)}; got {option!r}.{hint}"
 
 

@@ -199,7 +199,11 @@ def _prepare(run: RunDirectory, record: RunRecord, store: RunStore, data: Any) -
     remove_temporaries(last.parent)
     if not last.exists():
         if record.restarts:
-            log.warning("there is no %s: the run starts from the beginning", last)
+            log.warning(
+                "there is no %s: the run starts from the beginning (checkpoint.every_n_minutes and "
+                "checkpoint.every_n_steps say how often it is saved)",
+                last,
+            )
         store.truncate_after(-1)
         return
     check_checkpoint(last, record)

@@ -4,7 +4,6 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from nerve.cli.console import console, figure, say
+from nerve.cli.console import console, figure, say, say_next
 from nerve.derived import describe_outliers, with_derived
 from nerve.errors import StoreError
 from nerve.metric_names import MEASURED, columns_of, shown_in
@@ -63,7 +62,10 @@ def finish(
         drop_all_but_weights(run.checkpoint("last"))
     except StoreError as refused:  # the run is done all the same
         log.warning("the last checkpoint could not be reduced to the weights: %s", str(refused))
-    print_summary(rows, facts_of(final, warning), run.path)
+    print_summary(rows, facts_of(final, warning))
+    if record.sweep is None:
+        say(f"run directory: {shlex.quote(str(run.path))}")
+        say_next(run.path)
 
 
 def final_scores(val_loss: float | None, scores: dict[str, float], data: Any) -> dict[str, float]:
@@ -76,15 +78,12 @@ def final_scores(val_loss: float | None, scores: dict[str, float], data: Any) ->
     return final
 
 
-def print_summary(
-    rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str], directory: Path
-) -> None:
-    """Prints the last measurement layer by layer, the results of the run, and how to load it.
+def print_summary(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> None:
+    """Prints the last measurement layer by layer, and the results of the run.
 
     Args:
         rows: the rows of the last measurement, as in the `metrics` table.
         facts: figures of the run, label to text.
-        directory: the run directory.
     """
     if rows:
         derived = with_derived(pd.DataFrame(rows)).to_dict("records")
@@ -93,8 +92,6 @@ def print_summary(
             say(text)
     for label, text in facts.items():
         say(f"{label}: {text}")
-    say(f"run directory: {shlex.quote(str(directory))}")
-    say(f"in a notebook: import nerve; metrics = nerve.load_metrics({str(directory)!r})")
 
 
 def warning_of(val_loss: float, unigram_loss: float | None) -> str | None:

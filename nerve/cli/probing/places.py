@@ -87,13 +87,21 @@ def check_place(place: str) -> None:
             return
         raise DataError(
             f"A model is a folder that transformers reads, or a .gguf file; {place} is another "
-            "file. Give the folder that contains it."
+            "file. Give the folder that save_pretrained wrote; a model of your own code is "
+            "measured with nerve.measure (docs/own-model.md)."
         )
     gguf = sorted(path.glob("*.gguf"))
     if not (path / "config.json").is_file() and not gguf:
         within = sorted({each.parent.parent for each in path.glob("*/*/config.json")})
         within += [path] if any(path.glob("*/config.json")) else []
-        hint = f"Its checkpoints: '{within[-1]}/*'." if within else "Check the path."
+        hint = (
+            f"Its checkpoints: '{within[-1]}/*'."
+            if within
+            else (
+                "Check the path; a model of your own code is measured with nerve.measure "
+                "(docs/own-model.md)."
+            )
+        )
         raise DataError(
             f"A model's folder holds config.json and weights, a run directory run.json; {place} "
             f"has neither. {hint}"

@@ -2,7 +2,7 @@
 
 import gc
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ import pandas as pd
 from torch import nn
 
 from nerve.analysis.load import load_metrics
-from nerve.cli.console import say
+from nerve.cli.console import say, say_next
 from nerve.cli.experiment.summary import print_summary
 from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
-from nerve.errors import DataError, StoreError
+from nerve.errors import DataError, NerveError, StoreError
 from nerve.measuring.find import FoundFFNs
 from nerve.measuring.measure import How
 from nerve.progress import Progress
@@ -30,6 +30,9 @@ from nerve.storage.record import RECORD_NAME
 
 OUTPUTS = Path("outputs", "probe")
 """The default parent directory of runs."""
+
+_SHOWN = 5
+"""The most checkpoints that a message names."""
 
 
 def source_of(asked: Asked) -> Source:
@@ -51,14 +54,16 @@ class Opened(NamedTuple):
     ffns: FoundFFNs
 
 
-def opened(source: Source, checkpoint: Checkpoint) -> Opened:
-    """Loads a checkpoint and finds its FFNs. Raises as the source does."""
-    model = source.load(checkpoint)
-    return Opened(checkpoint, model, source.find(model))
+def listing(source: Source, progress: Progress) -> str:
+    """The table of the FFNs of the first checkpoint that can be loaded."""
+    return str(_first(source, {}, progress).ffns)
 
 
 def probe(source: Source, asked: Asked, *, output: str | None, progress: Progress) -> None:
     """Measures what has not been measured yet, and prints the layers of the last step.
+
+    Checkpoints of a series that cannot be loaded are left out: the others are measured, and then
+    the run fails with an error that names them.
 
     Args:
         source: what is probed.
@@ -67,31 +72,76 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
         progress: receives the progress of checkpoints, batches and eigenproblems.
 
     Raises:
-        NerveError: for errors that the user can fix; earlier measurements are kept.
+        NerveError: for errors that the user can fix; other measurements are kept.
     """
-    progress(f"loading {source.checkpoints[0].place}", 0, len(source.checkpoints))
-    now: Opened | None = opened(source, source.checkpoints[0])
+    damaged: dict[Checkpoint, NerveError] = {}
+    now: Opened | None = _first(source, damaged, progress)
     assert now is not None
     for line in now.ffns.unclear:
         say(f"not measured; if it is an FFN, describe it by hand: {line}")
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
     before = measured_of(directory, data.config)
-    left = _left(source.checkpoints, before)
-    n_new = 0
-    if left or not before.is_done:
-        with measured_run(directory, data.config, asked.spectra, resume=True, **data.record) as run:
-            assert run is not None  # in a single process
-            for number, checkpoint in enumerate(left):
-                if now is None or now.checkpoint != checkpoint:
-                    now = None  # keeps only one in memory
-                    gc.collect()  # hooks and graphs may keep a model until then
-                    progress(f"loading {checkpoint.place}", number, len(left))
-                    now = opened(source, checkpoint)
-                _require_alike(now, table)
-                n_new += _measure(run, now, data, asked.memory, progress)
-                now = None
-    _show(directory, data, len(source.checkpoints) - n_new)
+    left = [each for each in _left(source.checkpoints, before) if each not in damaged]
+    n_new, incomplete = 0, None
+    try:
+        if left or damaged or not before.is_done:
+            with measured_run(
+                directory, data.config, asked.spectra, resume=True, **data.record
+            ) as run:
+                assert run is not None  # in a single process
+                for number, checkpoint in enumerate(left):
+                    if now is None or now.checkpoint != checkpoint:
+                        now = None  # keeps only one in memory
+                        gc.collect()  # hooks and graphs may keep a model until then
+                        progress(f"loading {checkpoint.place}", number, len(left))
+                        now = _loaded(source, checkpoint, damaged)
+                    if now is not None:
+                        _require_alike(now, table)
+                        n_new += _measure(run, now, data, asked.memory, progress)
+                        now = None
+                if damaged:
+                    incomplete = _incomplete(damaged, len(source.checkpoints))
+                    raise incomplete
+    except DataError as error:
+        if error is incomplete:
+            _show(directory, data, n_new)
+        raise
+    _show(directory, data, n_new)
+
+
+def _first(source: Source, damaged: dict[Checkpoint, NerveError], progress: Progress) -> Opened:
+    """The first checkpoint that can be loaded; those before it are added to `damaged`."""
+    for checkpoint in source.checkpoints:
+        progress(f"loading {checkpoint.place}", 0, len(source.checkpoints))
+        found = _loaded(source, checkpoint, damaged)
+        if found is not None:
+            return found
+    raise damaged[source.checkpoints[0]]
+
+
+def _loaded(
+    source: Source, checkpoint: Checkpoint, damaged: dict[Checkpoint, NerveError]
+) -> Opened | None:
+    """A checkpoint with its FFNs; None for one that cannot be loaded, which is added to
+    `damaged`."""
+    try:
+        model = source.load(checkpoint)
+    except (DataError, StoreError) as error:
+        damaged[checkpoint] = error
+        return None
+    return Opened(checkpoint, model, source.find(model))
+
+
+def _incomplete(damaged: Mapping[Checkpoint, NerveError], n_checkpoints: int) -> DataError:
+    """The error that names the checkpoints that could not be loaded."""
+    some = [f"step {each.step}: {error}" for each, error in damaged.items()]
+    more = f" (and {len(some) - _SHOWN} more)" if len(some) > _SHOWN else ""
+    return DataError(
+        f"Every checkpoint of a series must be loaded; {len(some)} of {n_checkpoints} could not "
+        f"be, and only the others are measured: {'; '.join(some[:_SHOWN])}{more}. Restore or omit "
+        "what cannot be loaded, and repeat the command."
+    )
 
 
 def _left(checkpoints: Sequence[Checkpoint], before: Measured) -> list[Checkpoint]:
@@ -154,10 +204,11 @@ def _measure(
     return True
 
 
-def _show(directory: Path, data: Data, n_before: int) -> None:
+def _show(directory: Path, data: Data, n_new: int) -> None:
     """Prints the layers of the last step, what is flagged, and how to continue."""
     metrics = load_metrics(directory)
     steps = sorted(set(metrics["step"]))
+    n_before = len(steps) - n_new
     last = metrics[metrics["step"] == steps[-1]]
     facts = {
         "steps": f"{len(steps)} ({', '.join(map(str, steps[:8]))}{', …' if steps[8:] else ''})"
@@ -173,8 +224,9 @@ def _show(directory: Path, data: Data, n_before: int) -> None:
         facts["flagged"] = (
             f"{n_flagged} of {len(metrics)} rows may be dominated by a few samples{hint}"
         )
-    print_summary(last.to_dict("records"), facts, directory)
-    say(f"report: nerve-report {shlex.quote(str(directory))}")
+    print_summary(last.to_dict("records"), facts)
+    say(f"run directory: {shlex.quote(str(directory))}")
+    say_next(directory)
 
 
 def _range_of(values: pd.Series) -> str:

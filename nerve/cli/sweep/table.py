@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from nerve.cli.console import console, figure, say
+from nerve.cli.console import console, figure, say, say_next
 from nerve.cli.sweep.grid import Trial
 from nerve.errors import NerveError, StoreError
 from nerve.storage.record import RunRecord
@@ -109,12 +109,14 @@ class SweepTable:
             right = name in ("", "step", "val loss")
             table.add_column(name, justify="right" if right else "left", overflow="fold")
         reasons: dict[str, list[Trial]] = {}
+        is_any_done = False
         settled = {trial.directory for trial in self._ended}
         for run in {trial.directory: trial.run for trial in self._trials}.values():
             if run.path not in settled:
                 run.reload()
         for trial in self._trials:
             state, record, reason = _ending(trial)
+            is_any_done = is_any_done or state == RunState.DONE
             known = (
                 record is not None and trial.duplicate_of is None and trial.rejected_because is None
             )
@@ -130,6 +132,8 @@ class SweepTable:
             if trial.duplicate_of is None and state != RunState.DONE:
                 reasons.setdefault(reason, []).append(trial)
         console().print(table)
+        if is_any_done:
+            say_next(self._folder)
         if reasons or signum is not None:
             self._raise(reasons, signum, errors)
 

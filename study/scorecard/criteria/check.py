@@ -117,7 +117,7 @@ def _none(judged: "Judged") -> Iterator[Estimate]:
 
 @dataclass(frozen=True)
 class Judged:
-    """A check on the available runs; all attributes are None if there are none.
+    """A check on the available runs; without any, it has no source, estimate and start.
 
     Attributes:
         source: the folder of the runs, or the file.

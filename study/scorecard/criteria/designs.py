@@ -48,12 +48,12 @@ def largest(sweep: Sweep) -> Sweep:
 
 
 def most_complete_rate(sweep: Sweep) -> Sweep:
-    """Runs with norms, and norm-free runs at the learning rate that most of them finished."""
-    ok = sweep.compared
-    free = ok["normalization.kind"] == "none"
-    rate = ok["optimizer.lr"][free].mode()
-    keep = sweep.runs["normalization.kind"] != "none"
-    return sweep.where(keep | (sweep.runs["optimizer.lr"] == (rate.max() if len(rate) else 0)))
+    """All runs with norms, and the norm-free ones at the learning rate where most of these can be
+    compared (of several such rates, the highest)."""
+    compared = sweep.compared
+    rates = compared["optimizer.lr"][compared["normalization.kind"] == "none"].mode()
+    has_norms = sweep.runs["normalization.kind"] != "none"
+    return sweep.where(has_norms | (sweep.runs["optimizer.lr"] == rates.max()))
 
 
 def all_placements_trained(sweep: Sweep) -> Sweep:

@@ -220,9 +220,9 @@ def test_on_a_gpu_a_resumed_run_has_the_rows_of_an_undisturbed_one(
 STOPPING = """
 import os, signal
 import lightning as L
-from nerve.training import gathering
+from nerve.training import agreement
 
-gathering.MOST_STEPS, gathering.DECIDES_WITHIN_S = 2, 1e9  # after steps 1, 3 and 5
+agreement.MOST_STEPS, agreement.DECIDES_WITHIN_S = 2, 1e9  # after steps 1, 3 and 5
 
 class Stop(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):

@@ -85,6 +85,10 @@ def test_a_repeated_command_starts_nothing_and_a_larger_grid_only_its_new_trials
     assert status == 0
     assert "2 trials, 2 done; 0 to run" in out
     assert "0 seed=0 skipped done 400/400 0.500" in out
+    assert out.splitlines()[-2:] == [
+        "report: nerve-report outputs/multirun",
+        f"in a notebook: import nerve; metrics = nerve.load_metrics({str(FOLDER.absolute())!r})",
+    ]
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     status, out, _ = sweep("seed=0,1,2", "threads=1")  # which does not make other trials of them
     assert status == 0

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nerve.training import gathering
-from nerve.training.gathering import DECIDES_WITHIN_S, MOST_STEPS, Agreement
+from nerve.training import agreement
+from nerve.training.agreement import DECIDES_WITHIN_S, MOST_STEPS, Agreement
 
 N = 3
 
@@ -42,9 +42,9 @@ def run(monkeypatch):
                 wish, since = wishes.get(rank, (0, 0))
                 heard[rank].append(ours.on(wish if step >= since else 0))
 
-        monkeypatch.setattr(gathering, "gathered", gathered)
-        monkeypatch.setattr(gathering, "n_processes", lambda: N)
-        monkeypatch.setattr(gathering, "time", SimpleNamespace(monotonic=lambda: me.now))
+        monkeypatch.setattr(agreement, "gathered", gathered)
+        monkeypatch.setattr(agreement, "n_processes", lambda: N)
+        monkeypatch.setattr(agreement, "time", SimpleNamespace(monotonic=lambda: me.now))
         threads = [threading.Thread(target=process, args=(rank,)) for rank in range(N)]
         for thread in threads:
             thread.start()
@@ -89,6 +89,6 @@ def test_the_highest_of_several_wishes_is_heard(run):
 
 
 def test_one_process_asks_nobody(monkeypatch):
-    monkeypatch.setattr(gathering, "gathered", None)
+    monkeypatch.setattr(agreement, "gathered", None)
     ours = Agreement()
     assert [ours.on(wish) for wish in (0, 2, 1)] == [0, 2, 1]

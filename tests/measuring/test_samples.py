@@ -1,4 +1,4 @@
-"""The samples that are taken of features, against those picked by hand: `[batch, seq, width]`."""
+"""The measured samples of features `[batch, seq, width]`, against those picked by hand."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFNAdapter
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen, Order
-from nerve.measuring.measurement import Samples
+from nerve.measuring.samples import Samples
 
 N, T, D = 3, 5, 4
 FEATURES = torch.arange(float(N * T * D)).reshape(N, T, D)
@@ -31,7 +31,7 @@ def samples_of(skip_first=0, grouped=NOT_GROUPED):
 
 
 @pytest.mark.parametrize(("features", "order", "mask"), LAYOUTS.values(), ids=LAYOUTS)
-def test_samples_that_count_are_the_same_wherever_their_tokens_lie(features, order, mask):
+def test_samples_that_count_are_the_same_in_any_layout(features, order, mask):
     samples = samples_of()
     samples.start(Chosen(mask, None if order is None else [order]))
     taken = samples.taken(0, features, {"pre": features, "post": 2 * features})
@@ -43,8 +43,8 @@ def test_samples_that_count_are_the_same_wherever_their_tokens_lie(features, ord
 
 @pytest.mark.parametrize("skip_first", [0, 1])
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_a_part_of_a_batch_stays_as_it_lies_where_all_samples_count_alike(mask, skip_first):
-    """As of a model that splits the batch; which part it is, nobody knows."""
+def test_a_part_of_a_batch_is_used_as_it_is_if_all_samples_count(mask, skip_first):
+    """As from a model that splits the batch; which part it is is unknown."""
     samples, part = samples_of(skip_first), FEATURES[:2]
     samples.start(Chosen(mask, [Order(N, T, batch_first=True)]))
     if mask is None and not skip_first:
@@ -58,7 +58,7 @@ def test_a_part_of_a_batch_stays_as_it_lies_where_all_samples_count_alike(mask, 
 
 @pytest.mark.parametrize("skip_first", [1, 3])
 @pytest.mark.parametrize("name", ["as they are", "position first"])
-def test_skipped_positions_are_left_out_of_features_and_mask(name, skip_first):
+def test_skipped_positions_are_removed_from_features_and_mask(name, skip_first):
     features, order, mask = LAYOUTS[name]
     samples = samples_of(skip_first)
     samples.start(Chosen(mask, None if order is None else [order]))
@@ -70,7 +70,7 @@ def test_skipped_positions_are_left_out_of_features_and_mask(name, skip_first):
     samples.require_positions()
 
 
-def test_skipping_all_positions_is_refused_at_the_end_alone():
+def test_skipping_all_positions_raises_only_at_the_end():
     """Another batch may have longer sequences."""
     samples = samples_of(T)
     samples.start(ALL)
@@ -84,8 +84,8 @@ def test_skipping_all_positions_is_refused_at_the_end_alone():
     samples.require_positions()
 
 
-def test_halves_go_on_from_one_forward_pass_to_the_next():
-    """Every other sequence, over all passes; two runs in one pass are of the same sequences."""
+def test_halves_continue_across_forward_passes():
+    """Every other sequence over all passes; two runs within one pass are of the same sequences."""
     samples = samples_of(grouped=Grouped(("halves",)))
 
     def half_a():

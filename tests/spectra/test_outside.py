@@ -1,4 +1,4 @@
-"""The variance outside a weight's span: closed forms, NumPy's projector, weights of every rank."""
+"""The variance outside the span of a weight: closed forms, NumPy's projector, any rank."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nerve.spectra import StreamingCovariance, variance_outside
-from nerve.spectra.metrics import column_basis
+from nerve.spectra.outside import column_basis
 
 DIM, D_IN, N = 24, 5, 400
 
@@ -23,25 +23,25 @@ def scatter_of(x: Tensor) -> Tensor:
 
 
 def oracle(weight: Tensor, x: Tensor) -> float:
-    """With the projector from NumPy's pseudo-inverse."""
+    """From the projector by NumPy's pseudo-inverse."""
     w, centered = weight.double().numpy(), (x - x.mean(0)).double().numpy()
     inside = centered @ (w @ np.linalg.pinv(w, rcond=1e-6))
     return 1 - np.square(inside).sum() / np.square(centered).sum()
 
 
-def test_what_the_weight_itself_gives_lies_inside():
+def test_the_output_of_the_weight_itself_lies_inside():
     weight = draw(DIM, D_IN)
     pre = draw(N, D_IN, seed=1) @ weight.T + draw(DIM, seed=2)
     assert float(variance_outside(weight, scatter=scatter_of(pre))) <= 1e-14
 
 
-def test_variance_that_is_alike_in_all_directions_lies_outside_by_their_number():
+def test_isotropic_variance_lies_outside_in_proportion_to_the_directions():
     weight = draw(DIM, D_IN)
     isotropic = torch.eye(DIM, dtype=torch.float64)
     assert float(variance_outside(weight, scatter=isotropic)) == pytest.approx(1 - D_IN / DIM)
 
 
-def test_directions_that_the_weight_cannot_reach_are_all_outside():
+def test_directions_that_the_weight_cannot_reach_lie_outside():
     weight, _ = torch.linalg.qr(draw(DIM, DIM))
     x = draw(N, 4) @ weight[:, :4].T
     assert float(variance_outside(weight[:, 4:9], scatter=scatter_of(x))) == pytest.approx(1)
@@ -49,7 +49,7 @@ def test_directions_that_the_weight_cannot_reach_are_all_outside():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [10, N])
-def test_the_share_is_that_of_numpys_projector(dtype, n):
+def test_the_share_agrees_with_numpys_projector(dtype, n):
     weight, x = draw(DIM, D_IN).to(dtype), draw(n, DIM, seed=1).exp()
     expected = oracle(weight, x)
     assert float(variance_outside(weight, scatter=scatter_of(x))) == pytest.approx(expected)
@@ -67,14 +67,14 @@ def test_the_share_is_that_of_numpys_projector(dtype, n):
     ],
     ids=["dead column", "doubled columns", "low rank", "low rank in float32", "dead weight"],
 )
-def test_columns_that_add_nothing_do_not_count(change):
+def test_linearly_dependent_columns_do_not_count(change):
     weight, x = change(draw(DIM, D_IN)), draw(N, DIM, seed=1)
     assert column_basis(weight).shape[1] == torch.linalg.matrix_rank(weight)
     assert float(variance_outside(weight, samples=x)) == pytest.approx(oracle(weight, x))
 
 
 def test_the_length_of_a_column_does_not_matter():
-    """Also where another one is dead, so that the columns are looked at more closely."""
+    """Also if another column is dead, so that the columns are examined more closely."""
     weight, x = draw(DIM, D_IN), draw(N, DIM, seed=1)
     expected = float(variance_outside(weight, samples=x))
     lengths = torch.tensor([1, 1e-20, 1e3, 1e-9, 1], dtype=torch.float64)
@@ -91,6 +91,9 @@ def test_scale_and_mean_do_not_matter():
 
 def test_no_variance_and_entries_that_are_not_finite_give_nan():
     weight, x = draw(DIM, D_IN), draw(N, DIM, seed=1)
-    assert variance_outside(weight, samples=torch.ones(N, DIM)).isnan()
+    for value in (1.0, 0.1, 0.7):  # the means of some are rounded
+        assert variance_outside(weight, samples=torch.full((10, DIM), value)).isnan()
+        constant = torch.full((10, DIM), value, dtype=torch.float64)
+        assert variance_outside(weight, samples=constant).isnan()
     assert variance_outside(weight * torch.inf, samples=x).isnan()
     assert variance_outside(weight, samples=x * torch.nan).isnan()
