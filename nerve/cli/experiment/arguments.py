@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from hydra.utils import get_class, get_object
+from lightning.pytorch import LightningDataModule
 
 from nerve.cli.config.compose import build
 from nerve.config import KINDS, require, require_choice, require_type
@@ -114,6 +115,10 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
             f"A run sets data.{name} itself; got {data.get(name)!r}. Leave it out, and set {key}.",
         )
     target = class_of("data", data)
+    require(
+        issubclass(target, LightningDataModule),
+        f"data._target_ must name a Lightning data module; {data['_target_']} is another class.",
+    )
     if not issubclass(target, BatchDataModule):
         return
     require_arguments("data", target, data)

@@ -275,6 +275,7 @@ BAD_GPT = [
     ),
     (["trainer.accelerator=auto", "trainer.devices=[1,1]"], ["a list of different", "got [1, 1]"]),
     (["monitor.steps=log:100000000000"], ["a spacing such as log:30", "with up to 99,999 steps"]),
+    (["data._target_=pathlib.Path"], ["a Lightning data module; pathlib.Path is another class"]),
     (["~optimizer.lr"], ["'optimizer.lr' not found, which optimizer.parts.main.build.lr refers"]),
     (["~optimizer.parts.main.roles"], ["optimizer.parts.main lacks roles; got build"]),
     (["optimizer.schedule=null"], ["optimizer.schedule must be a group of values; got None"]),
