@@ -80,8 +80,8 @@ def correlate_within_runs(
     - `after_warmup`: steps ≥ max(1, round(warmup · max_steps)), from `optimizer.schedule.warmup`
       and `trainer.max_steps` of the run; if these are missing, `DEFAULT_WARMUP` of its last
       measured step
-    - `differences`: changes between consecutive measured steps, both `after_warmup`, because a
-      change from step 0 would dominate all others
+    - `differences`: changes between consecutive measured steps with a loss, both `after_warmup`,
+      because a change from step 0 would dominate all others
 
     The points of one run are not independent, so r has no interval. The null models are the clock,
     log(step + 1), and the learning rate (of the hidden weights); for `differences`, their changes.
@@ -126,8 +126,11 @@ def correlate_within_runs(
     late = np.where(rows["step"].to_numpy() >= warmed_up[codes], codes, -1)
     values = {name: rows[name].to_numpy(float) for name in (*names, "val_loss", "lr")}
     values["clock"] = np.log1p(rows["step"].to_numpy(float))
-    changes = {name: _changes(late, own) for name, own in values.items()}
-    windows = ((codes, values), (late, values), (late, changes))
+    # A run may be evaluated less often than measured.
+    has_loss = ~np.isnan(values["val_loss"])
+    evaluated = late[has_loss]
+    changes = {name: _changes(evaluated, own[has_loss]) for name, own in values.items()}
+    windows = ((codes, values), (late, values), (evaluated, changes))
     nulls = [_r_of_nulls(codes, own, n_series) for codes, own in windows]
     partials = [_beside_nulls(names, codes, own, n_series) for codes, own in windows]
     results = [

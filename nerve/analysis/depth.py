@@ -20,6 +20,10 @@ from nerve.metric_names import columns_of
 DEPTH_NAMES = columns_of(lambda metric: "depth" in metric.shown)
 """The metrics that are shown over depth."""
 
+STACKS = ("encoder_", "decoder_")
+"""How the names of FFNs start that are numbered within a part of the model, whose number of layers
+is not recorded: that of the model is the encoder's."""
+
 Region = Literal["all", "middle"]
 REGIONS: tuple[Region, ...] = ("all", "middle")
 
@@ -39,7 +43,7 @@ def metrics_by_depth(
       `flag_runs`)
     - `ffn, step, layer`
     - `depth`: of the layer's center, (layer + ½)/L, in (0, 1); L is `model.n_layers`, or, if `runs`
-      does not have it, 1 + the last layer in `metrics`
+      does not have it and for an encoder and a decoder, 1 + the last layer in `metrics`
     - `middle`: whether the layer is in the middle third, depth in [⅓, ⅔]; with two layers, both are
     - `tokens_seen, train_loss, val_loss, status`, the metrics `names`
 
@@ -105,7 +109,10 @@ def _n_layers(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
     if "model.n_layers" not in runs:
         return measured
     known = pd.to_numeric(runs.set_index("run_id")["model.n_layers"], errors="coerce")
-    return rows["run_id"].map(known).astype(float).fillna(measured).astype(int)
+    known = rows["run_id"].map(known).astype(float)
+    of_stacks = [name for name in rows["ffn"].unique() if str(name).startswith(STACKS)]
+    known = known.where(~rows["ffn"].isin(of_stacks))
+    return known.fillna(measured).clip(lower=measured).astype(int)
 
 
 def _described(

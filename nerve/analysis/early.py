@@ -112,10 +112,14 @@ def _schedules(runs: pd.DataFrame) -> list[str]:
 
 
 def _sampled(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first designs, as many as have at most `MOST_RUNS` runs together."""
+    """The rows of the first designs, as many as have at most `MOST_RUNS` runs together; of a first
+    design with more runs, those of its first runs."""
     n_runs = rows.groupby("design_id")["run_id"].nunique()
     kept = n_runs.index[n_runs.cumsum() <= MOST_RUNS]
-    return rows if len(kept) == len(n_runs) else rows[rows["design_id"].isin(kept)]
+    if len(kept) == len(n_runs):
+        return rows
+    own = rows[rows["design_id"].isin(kept if len(kept) else n_runs.index[:1])]
+    return own[own["run_id"].isin(sorted(own["run_id"].unique())[:MOST_RUNS])]
 
 
 def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

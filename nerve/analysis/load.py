@@ -295,6 +295,9 @@ def _unicode(text: str) -> str:
 def _row(record: RunRecord) -> dict[str, Any]:
     values = {name: value for name, value in vars(record).items() if name != "config"}
     values |= {"directory": str(record.directory), "job": record.job or {}}
+    configured = record.config.get("seed")
+    if record.seed is None and type(configured) is int:  # records of earlier versions may lack it
+        values["seed"] = configured
     if record.error is not None:
         values["error"] = ": ".join(str(text) for text in record.error.values())
     _, values["design_id"] = ids_of_plain(record.config)

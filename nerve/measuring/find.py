@@ -86,12 +86,12 @@ def find_ffns(
     """Finds the FFNs of a model and returns them ordered by layer.
 
     Modules that implement `nerve.measuring.ffns.FFN` are used as they are. In any other model, an
-    FFN is a pair of projections (linear layers, Conv1D of transformers, 1 × 1 convolutions) where
-    the input of the second is an elementwise nonlinear function of the output of the first, or, if
-    gated, of the product of two projections or of the two halves of one. This is determined from
-    derivatives in one forward pass of a few sequences; names only break ties. Unless `select` is
-    given, only FFNs with as many outputs as inputs are returned; if there is none, as in a
-    two-layer classifier, this restriction does not apply.
+    FFN is a pair of projections (linear layers, with the adapters around them; Conv1D of
+    transformers; 1 × 1 convolutions) where the input of the second is an elementwise nonlinear
+    function of the output of the first, or, if gated, of the product of two projections or of the
+    two halves of one. This is determined from derivatives in one forward pass of a few sequences;
+    names only break ties. Unless `select` is given, only FFNs with as many outputs as inputs are
+    returned; if there is none, as in a two-layer classifier, this restriction does not apply.
 
     Args:
         model: the model.

@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import Site, argument, replaced
 
+_WITHOUT_FLOAT64 = ("mps",)
+
 
 def plain(features: Any, side: str, where: str) -> Tensor:
     """The tensor, detached.
@@ -34,6 +36,12 @@ def plain(features: Any, side: str, where: str) -> Tensor:
             f"Features must be one floating-point tensor; {side} of {where} is "
             f"{type(features).__name__}. Give the modules whose output (pre) and first argument "
             "(post) are the features."
+        )
+    if features.device.type in _WITHOUT_FLOAT64:
+        raise MeasurementError(
+            "Features must be on a device that supports float64, in which covariances are "
+            f"accumulated; {side} of {where} is on {features.device}. Run the model on a CPU or an "
+            "NVIDIA GPU."
         )
     if torch.compiler.is_compiling():
         return features.detach()

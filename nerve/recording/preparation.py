@@ -32,9 +32,11 @@ class Preparation:
             self._thread = threading.Thread(target=self._prepare, name="kernels", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
-        """Waits until the thread has ended, because no compiler may run while the process ends."""
-        if self._thread is not None:
+    def close(self, *, wait: bool = True) -> None:
+        """With `wait`, waits until the thread has ended, because no compiler should be running when
+        the process exits. After an error, this could hang as in `Aside.close`: loading a kernel may
+        wait for the GPU's other work."""
+        if wait and self._thread is not None:
             self._thread.join()
 
     def _prepare(self) -> None:

@@ -290,7 +290,7 @@ class Recorder:
             if aside is not None:
                 aside.close(wait=wait)
             if preparation is not None:
-                preparation.close()
+                preparation.close(wait=wait)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, after writing all rows up to its step."""

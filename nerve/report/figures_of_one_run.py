@@ -139,27 +139,30 @@ def training(
 
     Args:
         metrics: rows of `load_metrics`: validation loss and learning rate at measured steps.
-        scalars: rows of `load_scalars`; `train_loss` is drawn with the validation loss, and up to
-            four other names have their own panels.
+        scalars: rows of `load_scalars`; `train_loss` (without it, that of `metrics`) is drawn with
+            the validation loss, and up to four other names have their own panels.
         unigram_loss: the loss of a model that only knows token frequencies, drawn as a line; None
             for no line.
         title: the figure's title.
     """
     logged = {str(name): rows for name, rows in scalars.groupby("name", sort=True, observed=True)}
-    train = logged.pop("train_loss", scalars.iloc[:0])
+    measured = metrics.drop_duplicates("step").sort_values("step")
+    train, trained = logged.pop("train_loss", None), "training batch"
+    if train is None:  # of a loop other than nerve-run's
+        train = measured.rename(columns={"train_loss": "value"}).dropna(subset="value")
+        trained = "training, mean since the last measurement"
     logged.pop("val_loss", None)
     others = list(logged.items())[:4]
     n_panels = 2 + len(others)
     n_columns = min(3, n_panels)
     n_rows = math.ceil(n_panels / n_columns)
     figure, panels = new_figure(n_rows, n_columns, title, width=4.2, height=2.7)
-    measured = metrics.drop_duplicates("step").sort_values("step")
     panels[0].plot(train["step"], train["value"], color=FLAGGED_COLOR, linewidth=1)
-    panels[0].plot(measured["step"], measured["val_loss"], color=LOSS_COLOR, marker=".")
-    entries = [
-        key("training batch", color=FLAGGED_COLOR),
-        key("validation", color=LOSS_COLOR, marker="."),
-    ]
+    evaluated = measured.dropna(subset="val_loss")
+    panels[0].plot(evaluated["step"], evaluated["val_loss"], color=LOSS_COLOR, marker=".")
+    entries = [key("validation", color=LOSS_COLOR, marker=".")]
+    if len(train):
+        entries.insert(0, key(trained, color=FLAGGED_COLOR))
     if unigram_loss is not None and np.isfinite(unigram_loss):
         panels[0].axhline(unigram_loss, color=LOSS_COLOR, linestyle=":", linewidth=1)
         entries.append(key("unigram loss", color=LOSS_COLOR, linestyle=":"))
@@ -218,7 +221,7 @@ def _band(
 
 
 def _add_loss(panel: Axes, metrics: pd.DataFrame) -> None:
-    loss = metrics.groupby("step")["val_loss"].first()
+    loss = metrics.groupby("step")["val_loss"].first().dropna()  # not evaluated at every step
     right = panel.twinx()
     right.plot(loss.index, loss, color=LOSS_COLOR, linestyle="--", linewidth=1)
     right.set_ylabel(axis_label("val_loss"), fontsize=8)

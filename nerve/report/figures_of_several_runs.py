@@ -197,21 +197,20 @@ def _draw_lines(
     centers, lows, highs = _summaries(rows, x, names)
     styles = rows.drop_duplicates("line")
     for line, color, dash in zip(styles["line"], styles["color"], styles["dash"], strict=True):
-        center, low, high = (frame.loc[line] for frame in (centers, lows, highs))
-        one_point = "." if len(center) == 1 else ""
         for panel, name in zip(panels, names, strict=True):
+            center, low, high = (frame.loc[line, name] for frame in (centers, lows, highs))
+            if name == "val_loss":  # a run need not be evaluated at every measured step
+                center, low, high = (each[center.notna()] for each in (center, low, high))
             panel.plot(
                 center.index,
-                center[name],
+                center,
                 color=color,
                 linestyle=dash,
-                marker=marker or one_point,
+                marker=marker or ("." if len(center) == 1 else ""),
                 linewidth=1.3,
             )
             if len(styles) <= MAX_LINES:
-                panel.fill_between(
-                    center.index, low[name], high[name], color=color, alpha=0.15, linewidth=0
-                )
+                panel.fill_between(center.index, low, high, color=color, alpha=0.15, linewidth=0)
     for panel, name in zip(panels, names, strict=True):
         name_axes(panel, x, name, short_name(name))
         metric = metric_of(name)

@@ -29,7 +29,7 @@ from nerve.report.one_run import content_of_run
 from nerve.report.page.render import MARK, PageFigure, PageTable, render
 from nerve.report.reference import mark, read_reference
 from nerve.report.several_runs import content_of_runs
-from nerve.storage.find import AnyPath
+from nerve.storage.find import AnyPath, IncompleteWarning
 
 PNG_DPI = 150
 INDEX = "index.html"
@@ -106,6 +106,8 @@ def gather(
     roots = _listed(paths)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Only training by nerve-run logs scalars: of another run their absence says nothing.
+        warnings.filterwarnings("ignore", "Runs without scalars", IncompleteWarning)
         progress("reading runs", 0, 3)
         runs = Runs(roots)
         if steps and len(runs) != 1:

@@ -1,7 +1,7 @@
 """From features to spectral metrics: covariance, eigenvalues, metrics. Tensors in, tensors out."""
 
 from nerve.spectra.covariance import StreamingCovariance
-from nerve.spectra.eigenvalues import eigenvalues, gram_eigenvalues, projected_eigenvalues
+from nerve.spectra.eigenvalues import eigenvalues, projected_eigenvalues
 from nerve.spectra.metrics import (
     corrected_participation_ratio,
     eigenvalue_early_enrichment,
@@ -19,7 +19,6 @@ __all__ = [
     "corrected_participation_ratio",
     "eigenvalue_early_enrichment",
     "eigenvalues",
-    "gram_eigenvalues",
     "jensen_shannon",
     "participation_ratio",
     "projected_eigenvalues",

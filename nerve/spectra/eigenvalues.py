@@ -47,38 +47,12 @@ def eigenvalues(
         return torch.where(finite[..., None], values, torch.nan)
 
 
-def gram_eigenvalues(x: Float[Tensor, "*samples dim"]) -> Float64[Tensor, " dim"]:
-    """Eigenvalues of the covariance of `x`, from the Gram matrix of its samples.
-
-    `(X - mean) (X - mean)^T / (N - 1)`, N x N, has the same nonzero eigenvalues as the dim x dim
-    covariance; the other `dim - N` are 0. Much cheaper if there are fewer samples than features.
-
-    Args:
-        x: features of all N samples, N <= dim; all dimensions but the last are samples.
-
-    Returns:
-        float64, descending, padded with zeros to `dim`; all NaN for N < 2, or if a feature is not
-        finite.
-
-    Raises:
-        MeasurementError: if there are more samples than features.
-    """
-    dim = x.shape[-1]
-    x = x.reshape(-1, dim)
-    n = x.shape[0]
-    if n > dim:
-        raise MeasurementError(
-            f"The Gram matrix is for at most as many samples as features; got {n} samples of {dim} "
-            "features. Use eigenvalues(covariance)."
-        )
-    if n < 2:
-        return torch.full((dim,), torch.nan, dtype=torch.float64, device=x.device)
-    return eigenvalues(gram(x) / (n - 1), dim)
-
-
 def gram(x: Float[Tensor, "n dim"]) -> Float64[Tensor, "n n"]:
-    """`(X - mean) (X - mean)^T` of at least one sample, in float64; only the lower triangle is
-    valid."""
+    """The Gram matrix `(X - mean) (X - mean)^T` of at least one sample, in float64.
+
+    Divided by N - 1, it has the same nonzero eigenvalues as the dim x dim covariance, and is much
+    cheaper to solve if there are fewer samples than features. Only the lower triangle is valid.
+    """
     with torch.no_grad():
         x = centered(x.double())
         total = x.new_zeros(len(x), len(x))

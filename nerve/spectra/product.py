@@ -115,7 +115,12 @@ _BFLOAT16_TERMS, _FLOAT16_TERMS = 512, 256
 `_tensor_core_matmul`."""
 
 _LEAST_CAPABILITY = (8, 0)
-"""From this compute capability on GPUs multiply bfloat16."""
+"""Tensor cores multiply bfloat16 from this compute capability on."""
+
+
+@cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 @cache
@@ -125,7 +130,7 @@ def has_kernels(device: torch.device) -> bool:
         device.type == "cuda"
         and torch.version.cuda is not None
         and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+        and _multiplies_bfloat16(device)
     )
 
 
@@ -211,10 +216,13 @@ def default_product(dtype: torch.dtype, device: torch.device) -> str:
     """The name of the default product for features of `dtype` on `device`.
 
     On an NVIDIA GPU of a data center, float64 is as fast as float32 and has less rounding, and
-    16-bit features can use tensor cores; elsewhere 16-bit features are converted to float32.
-    Products of two bfloat16 numbers have 16 binary digits, which tensor cores sum without loss.
-    Those of float16 have 22, some of which are cut off, so that centering is worth its cost.
+    16-bit features can use tensor cores; elsewhere 16-bit features are converted to float32, and
+    so is bfloat16 on GPUs whose tensor cores do not multiply it. Products of two bfloat16 numbers
+    have 16 binary digits, which tensor cores sum without loss. Those of float16 have 22, some of
+    which are cut off, so that centering is worth its cost.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return "float64" if dtype == torch.float64 else "float32"
-    return {torch.bfloat16: "bfloat16", torch.float16: "float16x2"}.get(dtype, "float64")
+    if dtype == torch.bfloat16:
+        return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+    return "float16x2" if dtype == torch.float16 else "float64"

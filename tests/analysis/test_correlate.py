@@ -1,6 +1,8 @@
 """Correlations within and across runs against hand-made series and SciPy, and what they leave
 out."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -43,6 +45,23 @@ def test_the_three_windows_by_hand(tables):
     expected = scipy.stats.pearsonr(losses, values).statistic
     assert windows.loc["all", "pearson"] == pytest.approx(expected)
     assert list(windows["spearman"]) == pytest.approx([-1, -1, -1])
+
+
+def test_changes_are_between_steps_with_a_loss(tables):
+    """A run that is evaluated at every second step has those of a run that is only measured
+    there; an infinite loss has none on either side."""
+    losses, prs = [9, 5, 4, 3.5, 3.4, 3.0], [1, 2, 4, 5, 7, 8.0]
+    rows = series(losses, prs)
+    between = [{**row, "step": row["step"] + 5, "val_loss": None, "pr_post": 99.0} for row in rows]
+    infinite = series([*losses[:3], math.inf, *losses[4:]], prs)
+    metrics, runs = tables({"rows": rows}, {"rows": [*rows, *between]}, {"rows": infinite})
+    found = correlate_within_runs(metrics, runs, names=["pr_post"])
+    found = found[found["window"] == "differences"]
+    assert found["n"].tolist() == [4, 4, 2]
+    assert found["pearson"].iloc[0] == pytest.approx(
+        np.corrcoef(np.diff(losses[1:]), np.diff(prs[1:]))[0, 1]
+    )
+    assert found["pearson"].iloc[1] == found["pearson"].iloc[0]
 
 
 def test_a_shared_trend_has_no_shared_changes(tables):

@@ -45,6 +45,19 @@ def test_depth_refers_to_all_layers_of_the_model_if_only_some_were_measured(tabl
     assert [list(run.loc[run["middle"], "layer"]) for _, run in by_run] == [[2], [1]]
 
 
+def test_an_encoder_and_a_decoder_have_depths_of_their_own(tables):
+    """Of a model with 4 and 2 layers, whose `model.n_layers` is that of one of them."""
+    rows = [{**row, "ffn": "encoder_ffn"} for row in layers(4)]
+    rows += [{**row, "ffn": "decoder_ffn"} for row in layers(2)]
+    for n_layers in (4, 2):
+        spec = {"run_id": f"of{n_layers}", "rows": rows, "config": {"model.n_layers": n_layers}}
+        metrics, runs = tables(spec)
+        own = metrics_by_depth(metrics, runs[runs["run_id"] == f"of{n_layers}"])
+        depths = own.groupby("ffn", observed=True)["depth"].agg(list)
+        assert depths["encoder_ffn"] == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
+        assert depths["decoder_ffn"] == [1 / 4, 3 / 4]
+
+
 def test_one_row_per_layer_with_its_depth(tables):
     metrics, runs = tables(
         {"rows": layers(3), "config": {"ffn.width": "8/3"}}, {"rows": layers(4, step=10)}

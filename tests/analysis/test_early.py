@@ -147,3 +147,6 @@ def test_of_many_runs_whole_designs_are_ranked_whatever_their_order(tables, monk
     assert row.kendall == pytest.approx(tau(METRIC[kept], FINAL[kept]))
     shuffled = runs.sample(frac=1, random_state=0)
     assert row_of(rank_early(metrics, shuffled, names=["pr_post"]), 10).kendall == row.kendall
+    one = runs.assign(design_id="one")  # of a single design, which does not fit either
+    row = row_of(rank_early(metrics, one, names=["pr_post"]), 10)
+    assert (row.n, row.n_designs) == (6, 1)

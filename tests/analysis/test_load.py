@@ -74,6 +74,19 @@ def sweep(tmp_path, make_run):
     return records
 
 
+@pytest.mark.parametrize(
+    ("recorded", "configured", "seed"),
+    [(3, 3, 3), (3, 4, 3), (None, 4, 4), (None, True, None), (None, "4", None), (None, None, None)],
+)
+def test_the_seed_is_the_recorded_one_or_that_of_the_configuration(
+    tmp_path, make_run, recorded, configured, seed
+):
+    """A measured run has recorded none, and has it in its configuration alone."""
+    make_run(tmp_path / "run", {"seed": configured}, seed=recorded)
+    (found,) = load_runs(tmp_path)["seed"]
+    assert found == seed if seed is not None else pd.isna(found)
+
+
 def test_one_row_per_run_with_a_column_for_each_leaf(sweep, tmp_path):
     runs = load_runs(tmp_path)
     assert list(runs["run_id"]) == [record.run_id for record in sweep]

@@ -86,6 +86,24 @@ def test_the_error_is_pooled_over_the_designs_of_one_scale(tables):
     assert table.loc[small, "sd"].iloc[0] == pytest.approx(np.sqrt((rest**2).sum() / 7))
 
 
+@pytest.mark.parametrize("name", ["model__d_model", "trainer__max_steps", "data__batch_size"])
+def test_what_distinguishes_scales_can_be_the_factor_itself(tables, name):
+    """By SciPy; scales that differ in something else are still apart."""
+    small, large = [5.0, 4.0, 4.5, 4.2], [4.2, 3.9, 3.4, 4.0]
+    other = {"model__n_layers": 4}
+    designs = [
+        specs(small, **{name: 64}, model__n_layers=2),
+        specs(large, **{name: 128}, model__n_layers=2),
+        specs([1.0, 2.0, 1.5, 1.2], **{name: 64}, **other),
+        specs([1.0, 1.9, 1.4, 1.0], **{name: 128}, **other),
+    ]
+    table = compared(tables, designs, name.replace("__", "."))
+    assert list(table["where"]) == ["model.n_layers=2", "model.n_layers=4"]
+    row, expected = table.iloc[0], stats.ttest_rel(large, small)
+    assert (row["level"], row["other"], row["n_designs"], row["df"]) == ("128", "64", 2, 3)
+    assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
 def test_only_designs_that_differ_in_the_factor_alone_and_share_a_seed(tables):
     """GELU at width 1, ReLU at 2: no pair. At width 4 there is one; SiLU has another seed."""
     silu = [dict(specs([4.4], activation__name="silu", ffn__width=4)[0], seed=7)]

@@ -54,7 +54,7 @@ def test_a_misspelled_path_gets_similar_names(place, words):
         is_on_hub(place)
 
 
-def test_a_tokenizer_is_looked_for_as_a_model_is():
+def test_a_tokenizer_is_searched_for_like_a_model():
     with pytest.raises(
         DataError, match=r"A tokenizer is a folder or .* has no stpe_1. Similar names: "
     ):
@@ -90,7 +90,7 @@ def test_an_answer_of_the_hub_is_left_to_transformers(monkeypatch):
     assert [url.partition("/org/")[2] for url in asked] == ["model/resolve/step1000/config.json"]
 
 
-def test_what_is_cached_needs_no_hub(requests, monkeypatch):
+def test_cached_models_need_no_hub(requests, monkeypatch):
     cached = {("org/model", "config.json", "step1"), ("org/tokens", "tokenizer_config.json", None)}
 
     def find(name: str, file: str, revision: str | None = None) -> str | None:

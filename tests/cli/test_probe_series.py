@@ -152,7 +152,7 @@ def test_damaged_checkpoints_are_named_and_the_others_measured(damaged):
     status, out, err = probed("ckpt/step_*")
     assert status == 1
     (message,) = [line for line in err.splitlines() if line.startswith("nerve-probe: ")]
-    assert f"{len(damaged)} of 4 could not be" in message
+    assert f"{len(damaged)} of 4 cannot be loaded, so" in message
     for step in damaged:
         assert f"step {step}: A model must be readable by transformers; ckpt/step_{step}" in message
     assert f"steps: {len(whole)} ({', '.join(map(str, whole))})\n" in out  # none before

@@ -308,7 +308,7 @@ def test_help_and_the_composed_values_are_shown_without_loading_torch(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_help_names_every_sweep_and_the_option_of_each_group_in_the_default_run(run):
+def test_the_help_names_every_sweep_and_the_default_options(run):
     _, out, _ = run("--help")
     default = re.search(r"The default run: (.*?)\.\n", out, re.DOTALL)[1].split()
     chosen = OmegaConf.load(CONF / "config.yaml").defaults

@@ -298,7 +298,7 @@ def test_neither_torch_nor_hydra_is_loaded():
     assert not {"torch", "lightning", "hydra", "pandas"} & set(loaded.stdout.split())
 
 
-def test_a_column_in_which_no_run_has_anything_is_left_out(new_run, at_work, monkeypatch, capsys):
+def test_columns_without_values_are_omitted(new_run, at_work, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
 
     def heading() -> list[str]:
@@ -312,9 +312,7 @@ def test_a_column_in_which_no_run_has_anything_is_left_out(new_run, at_work, mon
     assert heading() == ["run", "state", "step", "val loss", "heartbeat", "host"]
 
 
-def test_on_a_narrow_terminal_the_folder_is_named_once_and_no_run_is_folded(
-    new_run, monkeypatch, capsys
-):
+def test_a_narrow_terminal_shows_the_folder_once_and_whole_names(new_run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nerve-status", "sweep"])
     monkeypatch.setattr("nerve.cli.console.WIDTH", 60)
     for i, name in enumerate(("of a_project/22b5b6eeb196", "of a_project/9302bd7b005b")):
@@ -326,9 +324,8 @@ def test_on_a_narrow_terminal_the_folder_is_named_once_and_no_run_is_folded(
     assert max(map(len, lines)) <= 60
 
 
-def test_what_has_stopped_can_be_resumed_with_what_is_printed(new_run, status):
-    """A run by its directory, the trials of a sweep together; one that was only watched, by its own
-    code."""
+def test_stopped_runs_get_the_command_that_resumes_them(new_run, status):
+    """A run by its directory, the trials of a sweep together. A watched run has no command."""
     for name, values in (("a b", {}), ("c", {"sweep": "s"}), ("d", {"sweep": "s"})):
         new_run(name, "seed=1", **values).finish("interrupted")
     new_run("watched").finish("interrupted")

@@ -45,7 +45,7 @@ def test_the_widest_column_is_folded_without_loss(monkeypatch, capsys):
     assert "".join(cells) == path + "語" * 40
 
 
-def test_cells_fold_between_words_and_no_heading_is_cut_while_there_is_room(monkeypatch, capsys):
+def test_cells_are_folded_between_words(monkeypatch, capsys):
     run, state = "2026-11-27_16-28-32_5207c22cc0ba88fd", "activation=relu trainer.max_steps=60"
     lines = printed(monkeypatch, capsys, [[run, state, "1.25"]], width=50).splitlines()
     folded = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[3:-1]]

@@ -265,6 +265,15 @@ def test_nested_tensors_raise_before_any_arithmetic():
         nerve.measure(model, [nested], ffns=ffns)
 
 
+def test_features_on_a_device_without_float64_raise(monkeypatch):
+    """Such as Apple's GPUs, where torch's own error would come from the middle of the sums."""
+    monkeypatch.setattr("nerve.measuring.tap._WITHOUT_FLOAT64", ("cpu",))
+    model = Plain(nn.Linear(6, 16), nn.Linear(16, 6))
+    ffns = [FFNAdapter(0, "ffn", model.up, model.down)]
+    with pytest.raises(MeasurementError, match="input of ffn in layer 0 is on cpu"):
+        nerve.measure(model, [torch.randn(9, 6)], ffns=ffns)
+
+
 class Labeled(Tensor):
     """A subclass that carries metadata, as in some libraries."""
 

@@ -419,7 +419,7 @@ def test_found_ffns_print_as_a_table():
     assert table.iloc[1].tolist() == [1, "ffn", "1.mlp.one", "1.mlp.down", D, FF, True, 1, None]
 
 
-def test_columns_that_say_nothing_are_not_printed():
+def test_uninformative_columns_are_not_printed():
     """And nerve's own FFNs say whether they are gated."""
     model = nn.ModuleList(FeedForward(D, FF, nn.GELU(), gated=i > 0, layer=i) for i in range(2))
     head, first, second = str(find_ffns(model)).splitlines()

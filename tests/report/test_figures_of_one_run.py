@@ -215,8 +215,31 @@ def test_training_curves_and_other_logged_values():
     figure.draw_without_rendering()  # a name with dollars is no formula
 
 
+def test_without_scalars_the_training_loss_comes_from_the_rows():
+    scalars = pd.DataFrame({"step": [], "name": [], "value": []})
+    frame = measured()
+    frame["train_loss"] = np.where(frame["step"] > 0, 7.0, np.nan)
+    figure = figures_of_one_run.training(frame, scalars, None, "t")
+    n_steps = frame["step"].nunique()
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [7.0] * (n_steps - 1))
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["training, mean since the last measurement", "validation"]
+
+
+def test_a_loss_that_was_not_evaluated_at_every_step_is_a_line():
+    """Without markers, points with gaps between them would be invisible."""
+    frame = measured().assign(train_loss=np.nan)
+    frame.loc[frame["step"] == STEPS[1], "val_loss"] = np.nan
+    scalars = pd.DataFrame({"step": [], "name": [], "value": []})
+    training = figures_of_one_run.training(frame, scalars, None, "t").axes[0].lines[1]
+    overview = figures_of_one_run.overview(frame, CORRELATIONS, "run x")
+    (twin, *_) = [each for each in overview.axes if each.get_ylabel() == "validation loss (nats)"]
+    for line in (training, twin.lines[0]):
+        np.testing.assert_array_equal(line.get_xdata(), [STEPS[0], STEPS[2]])
+
+
 def test_training_without_a_loss_says_so():
-    frame = measured().assign(val_loss=np.nan)
+    frame = measured().assign(val_loss=np.nan, train_loss=np.nan)
     scalars = pd.DataFrame({"step": [], "name": [], "value": []})
     figure = figures_of_one_run.training(frame, scalars, None, "t")
     assert texts_of(figure) == ["no loss was stored"]

@@ -55,6 +55,20 @@ def test_a_line_is_the_mean_over_seeds_and_its_band_their_range():
     assert [text.get_text() for text in legend.get_texts()] == ["gelu", "relu"]
 
 
+def test_a_loss_that_was_not_evaluated_at_every_step_is_a_line():
+    """Without markers, points between gaps would be invisible; metrics keep their gaps."""
+    frame = curves()
+    more = frame[frame["step"] == 0].assign(step=5, val_loss=np.nan, pr_pre=np.nan)
+    figure = figures_of_several_runs.curves_by_factor(
+        pd.concat([frame, more]), "activation.name", [], "t"
+    )
+    loss, metric = (
+        figure.axes[figures_of_several_runs.CURVES.index(n)] for n in ("val_loss", "pr_pre")
+    )
+    np.testing.assert_array_equal(loss.lines[0].get_xdata(), [0, 10])
+    assert np.isnan(metric.lines[0].get_ydata()).tolist() == [False, True, False]
+
+
 def test_panels_are_named_with_units():
     figure = figures_of_several_runs.curves_by_factor(curves(), "activation.name", [], "title")
     assert figure.get_suptitle() == "title"

@@ -144,7 +144,7 @@ def test_a_figure_of_one_corpus_describes_the_sampling_of_its_runs(make, tmp_pat
     assert found == {"50", "100"}
 
 
-def test_figures_show_only_what_runs_have(make, tmp_path):
+def test_figures_omit_metrics_and_data_that_were_not_stored(make, tmp_path):
     """Runs of other code may not record their data; older runs have not stored every metric."""
     for name, corpus in (("a", None), ("b", "b"), ("c", None), ("d", "b")):
         make(name, ("gelu", "relu")[name > "b"], corpus=corpus, variance_outside=None)

@@ -134,6 +134,17 @@ def test_tensor_cores_are_only_for_16_bit_features_on_a_gpu():
     assert default_product(torch.float64, cpu) == "float64"
 
 
+@pytest.mark.parametrize(("capability", "name"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_bfloat16_is_multiplied_only_by_tensor_cores_that_can(monkeypatch, capability, name):
+    """Those of older GPUs multiply float16 only."""
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(product, "_multiplies_bfloat16", product._multiplies_bfloat16.__wrapped__)
+    assert default_product(torch.bfloat16, gpu) == name
+    assert default_product(torch.float16, gpu) == "float16x2"
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("dtype", "name"),

@@ -135,12 +135,12 @@ def _loaded(
 
 def _incomplete(damaged: Mapping[Checkpoint, NerveError], n_checkpoints: int) -> DataError:
     """The error that names the checkpoints that could not be loaded."""
-    some = [f"step {each.step}: {error}" for each, error in damaged.items()]
+    some = [f"step {each.step}: {str(error).rstrip('.')}" for each, error in damaged.items()]
     more = f" (and {len(some) - _SHOWN} more)" if len(some) > _SHOWN else ""
     return DataError(
-        f"Every checkpoint of a series must be loaded; {len(some)} of {n_checkpoints} could not "
-        f"be, and only the others are measured: {'; '.join(some[:_SHOWN])}{more}. Restore or omit "
-        "what cannot be loaded, and repeat the command."
+        f"The checkpoints of a series must be readable; {len(some)} of {n_checkpoints} cannot be "
+        f"loaded, so only the others are measured: {'; '.join(some[:_SHOWN])}{more}. Restore or "
+        "omit them, and repeat the command."
     )
 
 

@@ -8,9 +8,7 @@ from nerve.storage.record import RunRecord
 
 
 @pytest.mark.parametrize("sweep", [None, "multirun"])
-def test_a_run_says_how_to_go_on_and_a_trial_leaves_that_to_its_sweep(
-    tmp_path, monkeypatch, capsys, sweep
-):
+def test_a_run_prints_the_next_commands_and_a_trial_does_not(tmp_path, monkeypatch, capsys, sweep):
     monkeypatch.setattr("nerve.cli.experiment.summary.drop_all_but_weights", lambda path: None)
     record = RunRecord.create(tmp_path / "a b", {}, sweep=sweep)
     final = {"val_loss": 2.5, "train_seconds": 4.0, "measuring_seconds": 1.0}
