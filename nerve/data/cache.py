@@ -194,7 +194,8 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
             path = root / f"corpus-{before.name}.json"
             write_atomically(path, lambda file: file.write(sealed.encode()), durable=False)
         except StoreError as error:
-            log.info("the corpus %s will be read at each start: %s", corpus.name, str(error))
+            reason = str(error.__cause__ or error)
+            log.info("the corpus %s will be read at each start: %s", corpus.name, reason)
     return content | {"said": []}  # the messages were logged while reading
 
 

@@ -157,6 +157,19 @@ def test_a_deleted_working_directory_is_named(run, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"name: [", "bad.yaml"), (b"\xff\xfe", "can't decode byte 0xff")],
+)
+def test_a_file_of_the_user_that_is_not_yaml_is_one_message(run, tmp_path, content, named):
+    (tmp_path / "own" / "activation").mkdir(parents=True)
+    (tmp_path / "own" / "activation" / "bad.yaml").write_bytes(content)
+    status, _, err = run("--config-dir=own", "activation=bad")
+    assert status == 1
+    assert err.startswith("nerve-run: A configuration file must be YAML in UTF-8; one of yours is")
+    assert named in err
+
+
 def test_internals_that_another_hydra_lacks_are_named(monkeypatch):
     monkeypatch.delattr(config_loader_impl, "get_overrides_dirname")
     spec = find_spec("nerve.cli.config.hydra_internals")
