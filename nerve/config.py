@@ -157,9 +157,11 @@ def require_layers(key: str, layers: Collection[object] | None, known: Collectio
     """Raises `ConfigError` unless `layers` are among `known`, those with FFNs; None means all."""
     if layers is None or (len(layers) > 0 and all(each in known for each in layers)):
         return
+    names = [str(each) for each in known]
+    listed = names if len(names) <= 12 else [*names[:3], "…", names[-1]]
     raise ConfigError(
-        f"{key} must be null (all) or layers that have FFNs, which are "
-        f"{', '.join(map(str, known))}; got {layers}."
+        f"{key} must be null (all) or layers that have FFNs, which are {', '.join(listed)}; got "
+        f"{layers}."
     )
 
 

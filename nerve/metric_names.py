@@ -1,6 +1,6 @@
 """The catalog of metrics: their names and properties, and the places that show them.
 
-Every list of metrics in nerve derives from `CATALOGUE`: the columns that a run stores, what loggers
+Every list of metrics in nerve derives from `CATALOG`: the columns that a run stores, what loggers
 and sweepers receive, what is compared over runs and depth, and what tables and figures show. A new
 metric is one function (with its line in `nerve.spectra.metrics`, or in `nerve.derived` if it is
 computed from stored columns), one entry here, one line in the tables of docs/measurement.md, and
@@ -106,7 +106,7 @@ class Metric:
         return self.column.format(site=site)
 
 
-CATALOGUE = (
+CATALOG = (
     Metric(
         "se_{site}",
         "SE",
@@ -278,10 +278,10 @@ CATALOGUE = (
         stored=False,
     ),
 )
-"""All metrics. The stored ones stand in the order of their columns, which is never changed: a new
-one stands behind those that are stored already."""
+"""All metrics. The stored ones are in the order of their columns, which never changes: a new one
+comes after those that are stored already."""
 
-_BY_COLUMN = {column: metric for metric in CATALOGUE for column in metric.columns}
+_BY_COLUMN = {column: metric for metric in CATALOG for column in metric.columns}
 
 
 def metric_of(column: str) -> Metric | None:
@@ -290,33 +290,33 @@ def metric_of(column: str) -> Metric | None:
 
 
 def columns_of(which: Callable[[Metric], bool]) -> tuple[str, ...]:
-    """The columns of some of the metrics, in the order of the catalogue."""
-    return tuple(column for metric in CATALOGUE if which(metric) for column in metric.columns)
+    """The columns of some of the metrics, in the order of the catalog."""
+    return tuple(column for metric in CATALOG if which(metric) for column in metric.columns)
 
 
 def shown_in(place: Place) -> tuple[Metric, ...]:
     """The metrics that a place shows."""
-    return tuple(metric for metric in CATALOGUE if place in metric.shown)
+    return tuple(metric for metric in CATALOG if place in metric.shown)
 
 
 STORED = columns_of(lambda metric: metric.stored)
 """The columns of the `metrics` table that are measured."""
 
 DERIVED = columns_of(lambda metric: not metric.stored)
-"""The columns that `load_metrics` makes of these."""
+"""The columns that `load_metrics` derives from these."""
 
 MEASURED = columns_of(lambda metric: metric.logged)
-"""The columns that are given by name to loggers, callbacks and sweepers."""
+"""The columns that loggers, callbacks and sweepers receive by name."""
 
 COMPARED = columns_of(lambda metric: metric.compared)
 """The columns that comparisons average over layers and seeds."""
 
 GROUPED = (
-    *(metric.column.replace("_{site}", "") for metric in CATALOGUE if metric.grouped),
+    *(metric.column.replace("_{site}", "") for metric in CATALOG if metric.grouped),
     *(f"{name}_spread" for name in SPREAD),
 )
-"""The columns of the `groups` table that are measured, each of one site: a metric, or the standard
-error that one has of N independent Gaussian samples, times √N."""
+"""The columns of the `groups` table that are measured, each for one site: a metric, or its standard
+error for N independent Gaussian samples, times √N."""
 
 CORRELATED = columns_of(lambda metric: metric.correlated)
-"""The columns that are correlated with the loss unless others are named."""
+"""The columns that are correlated with the loss by default."""

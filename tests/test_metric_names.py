@@ -19,7 +19,7 @@ import nerve
 from nerve import FFNAdapter, final_metrics, load_metrics, measure
 from nerve.derived import with_derived
 from nerve.metric_names import (
-    CATALOGUE,
+    CATALOG,
     DERIVED,
     MEASURED,
     SITES,
@@ -47,13 +47,13 @@ def measured() -> pd.DataFrame:
     return with_derived(rows.drop(columns="outliers"))
 
 
-def test_the_stored_metrics_are_columns_in_the_order_of_the_catalogue():
+def test_the_stored_metrics_are_columns_in_the_order_of_the_catalog():
     assert [name for name in METRICS.names if metric_of(name)] == list(STORED)
     assert len(set(STORED + DERIVED)) == len(STORED + DERIVED)
     assert set(MEASURED) <= set(STORED)
 
 
-def test_measured_and_derived_columns_are_those_of_the_catalogue(measured):
+def test_measured_and_derived_columns_are_those_of_the_catalog(measured):
     """Every metric has a function, and every function a metric."""
     others = {*METRICS.names, "outliers"} - set(STORED)
     assert [name for name in measured if name not in others] == [
@@ -65,14 +65,14 @@ def test_measured_and_derived_columns_are_those_of_the_catalogue(measured):
     assert functions <= set(STORED)
 
 
-def test_a_measurement_is_within_the_bounds_of_the_catalogue(measured):
-    for metric in CATALOGUE:
+def test_a_measurement_is_within_the_bounds_of_the_catalog(measured):
+    for metric in CATALOG:
         low, high = metric.bounds
         assert all(low <= measured[name][0] <= high for name in metric.columns), metric
 
 
-@pytest.mark.parametrize("metric", [m for m in CATALOGUE if m.at_most or m.at_least])
-def test_a_flat_spectrum_of_a_rank_is_at_the_limit_of_the_catalogue(metric):
+@pytest.mark.parametrize("metric", [m for m in CATALOG if m.at_most or m.at_least])
+def test_a_flat_spectrum_of_a_rank_is_at_the_limit_of_the_catalog(metric):
     """Rank 6 of 16, the extreme of SE, PR and EEE; any other spectrum of that rank is within the
     limit."""
     flat = torch.tensor([1.0] * 6 + [0.0] * 10, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_every_metric_is_described_for_users():
     root = Path(__file__).parents[1]
     pages = [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    for metric in CATALOGUE:
+    for metric in CATALOG:
         for column in metric.columns:
             if metric.stored:
                 assert f"`{column}`" in text or f"`{metric.at('*')}`" in text
@@ -193,10 +193,10 @@ def test_a_new_metric_is_one_function_and_one_entry(tmp_path):
     shutil.copytree(Path(nerve.__file__).parent, tmp_path / "nerve")
     functions = tmp_path / "nerve" / "spectra" / "metrics.py"
     functions.write_text(functions.read_text(encoding="utf-8") + NEW_FUNCTION, encoding="utf-8")
-    catalogue = tmp_path / "nerve" / "metric_names.py"
-    text = catalogue.read_text(encoding="utf-8")
+    catalog = tmp_path / "nerve" / "metric_names.py"
+    text = catalog.read_text(encoding="utf-8")
     last = text.index('    Metric(\n        "rank_limit_')
-    catalogue.write_text(text[:last] + NEW_ENTRY + text[last:], encoding="utf-8")
+    catalog.write_text(text[:last] + NEW_ENTRY + text[last:], encoding="utf-8")
     result = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", WALK],
         cwd=tmp_path,
@@ -212,7 +212,7 @@ def test_a_new_metric_is_one_function_and_one_entry(tmp_path):
         assert "first_post" in page
 
 
-def test_the_catalogue_is_read_without_torch_and_pandas():
+def test_the_catalog_is_read_without_torch_and_pandas():
     code = "import sys, nerve.metric_names; assert not {'torch', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

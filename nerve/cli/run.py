@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nerve.cli.config.compose import CONF, register
 from nerve.cli.config.explain import explain_error, no_such_sweep
@@ -122,6 +123,9 @@ class _Command:
             return str(error)
         if self._started or isinstance(error, BrokenPipeError):
             return None
+        if isinstance(error, YAMLError | UnicodeDecodeError):
+            reason = " ".join(str(error).split())
+            return f"A configuration file must be YAML in UTF-8; one of yours is not: {reason}."
         if isinstance(error, ValueError | RuntimeError) and _is_raised_by_hydra(error):
             return str(error)  # such as options that cannot be combined, or hydra.launcher=null
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -78,6 +78,7 @@ def cached_tokens(
                 )
             for left in root.glob(f"{_DAMAGED}*"):  # left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            log.info("tokenizing %s, once: later runs read the tokens from %s", corpus.name, root)
             with building_folder(root, ".building-") as building:
                 build_entry(building, corpus, spec, val_fraction)
                 _publish(building, path)
@@ -193,7 +194,8 @@ def _look(corpus: Corpus, root: Path) -> dict[str, Any]:
             path = root / f"corpus-{before.name}.json"
             write_atomically(path, lambda file: file.write(sealed.encode()), durable=False)
         except StoreError as error:
-            log.info("the corpus %s will be read at each start: %s", corpus.name, str(error))
+            reason = str(error.__cause__ or error)
+            log.info("the corpus %s will be read at each start: %s", corpus.name, reason)
     return content | {"said": []}  # the messages were logged while reading
 
 

@@ -147,9 +147,9 @@ def _check_steps(key: str, steps: Any) -> None:
     """Raises `ConfigError` unless this is None, a list of steps or a spacing."""
     if isinstance(steps, str):
         require(
-            re.fullmatch(rf"{SPACING}([2-9]|[1-9]\d+)", steps) is not None,
+            re.fullmatch(rf"{SPACING}([2-9]|[1-9]\d{{1,4}})", steps) is not None,
             f"{key} must be a list of steps, null or a spacing such as log:30 (30 steps from 1 to "
-            f"the last one, and 0); got {steps!r}.",
+            f"the last one, and 0), with up to 99,999 steps; got {steps!r}.",
         )
     elif steps is not None:
         require_steps(key, steps)

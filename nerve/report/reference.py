@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from nerve.config import require, require_choice
 from nerve.errors import ConfigError
-from nerve.metric_names import CATALOGUE, SITES, metric_of
+from nerve.metric_names import CATALOG, SITES, metric_of
 from nerve.report.style import COLORS, LOSS_COLOR, key, panel_columns, plain
 from nerve.storage.find import AnyPath
 
 PLACES = ("step", "layer", "val_loss")
-MARKED = ("val_loss", *(column for metric in CATALOGUE for column in metric.columns))
+MARKED = ("val_loss", *(column for metric in CATALOG for column in metric.columns))
 LEGEND_WIDTH = 1.6
 """Inches."""
 

@@ -88,6 +88,11 @@ def test_a_value_that_can_be_a_directory_is_accepted(argument):
         ("normfree", "Did you mean --config-name=normfree?"),
         ("nromfree", "Did you mean --config-name=normfree?"),
         ("optimizer.lr", "Did you mean optimizer.lr=…?"),
+        (
+            "activation=gelu,relu",
+            "got activation=gelu,relu. To run every combination, use nerve-run -m …; for a list, "
+            'write "activation=[gelu,relu]".',
+        ),
         ("callbacks=[a]", "callbacks is a group of values; got callbacks=[a]."),
         ("model.n_layers=[1", "Hydra must be able to parse each override: "),
         ("seed=choice()", "empty choice is not legal"),
@@ -150,6 +155,19 @@ def test_a_deleted_working_directory_is_named(run, tmp_path, monkeypatch):
         "nerve-run: A command needs a working directory; this one was deleted. Change to another "
         "one.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"name: [", "bad.yaml"), (b"\xff\xfe", "can't decode byte 0xff")],
+)
+def test_a_file_of_the_user_that_is_not_yaml_is_one_message(run, tmp_path, content, named):
+    (tmp_path / "own" / "activation").mkdir(parents=True)
+    (tmp_path / "own" / "activation" / "bad.yaml").write_bytes(content)
+    status, _, err = run("--config-dir=own", "activation=bad")
+    assert status == 1
+    assert err.startswith("nerve-run: A configuration file must be YAML in UTF-8; one of yours is")
+    assert named in err
 
 
 def test_internals_that_another_hydra_lacks_are_named(monkeypatch):

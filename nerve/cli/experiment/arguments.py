@@ -1,13 +1,16 @@
 """Checks values against the parameters of their `_target_`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from hydra.utils import get_class, get_object
+from lightning.pytorch import LightningDataModule
 
+from nerve.cli.config.compose import build
 from nerve.config import KINDS, require, require_choice, require_type
 from nerve.data.batches import BatchDataModule
 from nerve.errors import ConfigError, NerveError
@@ -73,6 +76,36 @@ def _named(key: str, target: object) -> Callable[..., Any]:
     return found
 
 
+_ON_THE_CPU: Mapping[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "strategy": "auto",
+    "num_nodes": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "max_epochs": -1,
+    "deterministic": None,
+    "benchmark": None,
+}
+"""What makes a trainer cheap to build and free of effects on the process."""
+
+
+def require_trainer(trainer: Mapping[str, Any], known: Collection[str]) -> None:
+    """Lets Lightning check values that it would otherwise refuse only once the data is loaded, by
+    building a trainer on the CPU if there are any besides the `known` ones."""
+    require_arguments("trainer", class_of("trainer", trainer), trainer)
+    if {name for name in trainer if not name.startswith("_")} - {*known, *_ON_THE_CPU}:
+        log = logging.getLogger("lightning.pytorch")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            build(trainer, key="trainer", **_ON_THE_CPU)
+        finally:
+            log.setLevel(level)
+
+
 def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -> None:
     """Lets our data modules check their values, and `sizes` as from `DataPlan`. Corpus, images and
     tokenizer are not opened: they may be on another machine."""
@@ -82,6 +115,10 @@ def require_data(data: Mapping[str, Any], sizes: Mapping[str, int], seed: int) -
             f"A run sets data.{name} itself; got {data.get(name)!r}. Leave it out, and set {key}.",
         )
     target = class_of("data", data)
+    require(
+        issubclass(target, LightningDataModule),
+        f"data._target_ must name a Lightning data module; {data['_target_']} is another class.",
+    )
     if not issubclass(target, BatchDataModule):
         return
     require_arguments("data", target, data)

@@ -2,7 +2,7 @@
 data."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import lightning as L
@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nerve.cli.config.compose import build, resolved, unresolved
 from nerve.cli.config.explain import explain_unresolved
-from nerve.cli.experiment.arguments import class_of, require_arguments, require_data
+from nerve.cli.experiment.arguments import require_data, require_trainer
 from nerve.cli.experiment.checks import (
     require_given,
     require_groups,
@@ -99,7 +99,7 @@ class Plan:
         require_whole_matrices(values)
         check_objective(values["objective"], kind)
         trainer = TrainerPlan.of(values["trainer"])
-        require_arguments("trainer", class_of("trainer", values["trainer"]), values["trainer"])
+        require_trainer(values["trainer"], known=[each.name for each in fields(TrainerPlan)])
         checkpoint = from_mapping(CheckpointCadence, values["checkpoint"], "checkpoint")
         checkpoint.require_reached(trainer.max_steps)
         require_named_optimizer(values["optimizer"])

@@ -227,7 +227,7 @@ class _Process:
 
 
 def _start(trial: Trial, room: _Room) -> "subprocess.Popen[bytes]":
-    environment = os.environ | _own_paths() | _share(room)
+    environment, line = os.environ | _own_paths() | _share(room), encoded(trial.config)
     trial.directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         log = None
@@ -243,7 +243,7 @@ def _start(trial: Trial, room: _Room) -> "subprocess.Popen[bytes]":
         )
     assert popen.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        popen.stdin.write(encoded(trial.config))
+        popen.stdin.write(line)
         popen.stdin.flush()
     return popen
 

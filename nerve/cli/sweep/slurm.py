@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class SentJobs:
         if launcher["_target_"] == SUBMITIT_SLURM:
             self._files = Path(launcher["submitit_folder"])
             self._squeue = squeue(cluster_of(launcher))
+            _require_internals()
             _make_submitit_say_what_it_sends(self._folder)
             _make_submitit_ask_the_queue(self._squeue, self._tell)
 
@@ -155,6 +157,30 @@ class SentJobs:
         pattern = f"{self._files.name.replace('%j', '*')}/*{SENT}"
         files = self._files.parent.glob(pattern)
         return {path.name.removesuffix(SENT): path for path in files}
+
+
+def _require_internals() -> None:
+    """Raises `NerveError` for a submitit without the internals that are replaced or used here."""
+    from submitit.slurm import slurm
+
+    lacking = [
+        f"{owner}.{name}"
+        for owner, names in {
+            "SlurmExecutor": ("_internal_process_submissions",),
+            "SlurmInfoWatcher": ("_make_command", "read_info"),
+            "SlurmJob": ("watcher",),
+        }.items()
+        for name in names
+        if not hasattr(getattr(slurm, owner, None), name)
+    ]
+    watcher = vars(slurm.SlurmJob.watcher) if not lacking else {}
+    lacking += [f"watcher.{name}" for name in ("_registered", "_finished") if name not in watcher]
+    if lacking:
+        raise NerveError(
+            "A sweep on SLURM uses internals of submitit that may differ in every version; "
+            f"submitit {version('submitit')} lacks {', '.join(lacking)}. Install one that has "
+            "them, such as 1.5.4."
+        )
 
 
 def _make_submitit_say_what_it_sends(folder: str) -> None:

@@ -274,6 +274,8 @@ BAD_GPT = [
         for n in ("[0]", "-1", "'0,1'", "'0,'")
     ),
     (["trainer.accelerator=auto", "trainer.devices=[1,1]"], ["a list of different", "got [1, 1]"]),
+    (["monitor.steps=log:100000000000"], ["a spacing such as log:30", "with up to 99,999 steps"]),
+    (["data._target_=pathlib.Path"], ["a Lightning data module; pathlib.Path is another class"]),
     (["~optimizer.lr"], ["'optimizer.lr' not found, which optimizer.parts.main.build.lr refers"]),
     (["~optimizer.parts.main.roles"], ["optimizer.parts.main lacks roles; got build"]),
     (["optimizer.schedule=null"], ["optimizer.schedule must be a group of values; got None"]),
@@ -343,6 +345,28 @@ def test_bad_input_is_refused_at_once_with_the_keys(overrides, expected):
         Plan.of(config)
     for text in expected:
         assert text in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("max_time=abc", "'abc'"),
+        ("profiler=foo", "`profiler`.*simple"),
+        ("gradient_clip_algorithm=foo", "foo is invalid"),
+        ("barebones=true", "barebones=True"),
+    ],
+)
+def test_further_options_of_the_trainer_are_checked_by_lightning_before_the_data(option, expected):
+    with pytest.raises(NerveError, match=f"trainer cannot be built: .*{expected}"):
+        Plan.of(composed(*GPT, f"+trainer.{option}"))
+
+
+def test_checking_further_options_has_no_effects_and_needs_no_device_of_the_run(caplog):
+    overrides = ("+trainer.min_steps=2", "+trainer.deterministic=true", "trainer=ddp")
+    plan = Plan.of(composed(*GPT, *overrides))
+    assert plan.values["trainer"]["min_steps"] == 2
+    assert caplog.messages == []
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 HOSTILE = ("delete", None, [], "abc", {})

@@ -13,7 +13,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from support import hydra_at_conf
 
-from nerve.cli.sweep.grid import MOST_TRIALS, Composer, StoredRuns, combinations
+from nerve.cli.sweep.grid import MOST_TRIALS, Composer, combinations
+from nerve.cli.sweep.stored import StoredRuns
 from nerve.errors import ConfigError
 from nerve.storage.identity import config_id
 from nerve.storage.record import RunRecord

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
@@ -66,6 +67,16 @@ def jobs(tmp_path, queue):
     for number, job_id in enumerate(["7_0", "7_1", "7_2", "9"]):
         send(tmp_path, job_id, "activation=gelu", place(number))
     return SentJobs(launcher(tmp_path), tmp_path)
+
+
+def test_internals_that_another_submitit_lacks_are_named(monkeypatch, tmp_path):
+    """It is not bounded: hydra-submitit-launcher accepts any later version."""
+    monkeypatch.setattr(submitit.SlurmJob, "watcher", SimpleNamespace(_registered=set()))
+    with pytest.raises(NerveError, match=r"submitit \S+ lacks watcher\._finished\."):
+        SentJobs(launcher(tmp_path), tmp_path)
+    monkeypatch.delattr(submitit.slurm.slurm, "SlurmExecutor")
+    with pytest.raises(NerveError, match=r"lacks SlurmExecutor\._internal_process_submissions"):
+        SentJobs(launcher(tmp_path), tmp_path)
 
 
 def test_jobs_in_the_queue_are_open(jobs, queue):
