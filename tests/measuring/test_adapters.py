@@ -61,7 +61,18 @@ class Own(nn.Module):
         return functional.linear(x, self.weight) + sum(added)
 
 
-KINDS = [Beside, Declared, Bare, Own]
+class Scaled(nn.Module):
+    """A factor for each output."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.rand(base.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scale
+
+
+KINDS = [Beside, Declared, Bare, Own, Scaled]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +136,19 @@ def test_a_sum_of_projections_is_not_mistaken_for_one_of_them(is_gated, why):
     pre = model.up(x) + model.b(model.a(x))
     post = model.act(pre) if model.gate is None else model.act(pre) * model.gate(x)
     assert_measured(row, pre, post)
+
+
+class Activated(Scaled):
+    """A projection and its nonlinearity, with a parameter for each feature, in one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.prelu(self.base(x).flatten(0, -2), self.scale).reshape(*x.shape[:-1], -1)
+
+
+def test_a_projection_within_the_module_of_its_nonlinearity_is_found():
+    first, second = Activated(nn.Linear(D, FF)), nn.Linear(FF, D)
+    (ffn,) = find_ffns(nn.Sequential(first, second), torch.randn(3, 30, D))
+    assert (ffn.pre, ffn.post) == (first.base, second)
 
 
 class SmallFFN(Beside):
