@@ -158,7 +158,20 @@ class SmallFFN(Beside):
         return self.base(x) + self.b(self.a(x).relu())
 
 
-def test_a_small_ffn_beside_a_linear_layer_is_found():
-    model = SmallFFN(nn.Linear(D, D))
-    (ffn,) = find_ffns(model, torch.randn(3, 30, D))
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_small_ffn_beside_a_linear_layer_is_found(dtype):
+    model = SmallFFN(nn.Linear(D, D)).to(dtype)
+    (ffn,) = find_ffns(model, torch.randn(3, 30, D, dtype=dtype))
     assert (ffn.pre, ffn.post) == (model.a, model.b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_many_features_are_affine_in_any_precision(kind, dtype):
+    layers = nn.Linear(512, 768), nn.Linear(768, 512)
+    model = Plain(*(kind(layer).to(dtype) for layer in layers))
+    (ffn,) = find_ffns(model, torch.randn(2, 16, 512, dtype=dtype))
+    assert (ffn.pre, ffn.post) == (model.up, model.down)
