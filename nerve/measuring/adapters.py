@@ -1,5 +1,5 @@
 """Adapters: modules that add the product of two narrow matrices to a linear layer (LoRA and its
-relatives), and need not declare the widths of the sum."""
+relatives) or scale its outputs (IA3), and need not declare its widths."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +26,8 @@ def adapted_widths(
     """The input and output features of an adapter; None for any other module.
 
     An adapter holds one matrix, and one or more pairs of narrower ones that lead from its inputs to
-    a few features and from these to its outputs; any of them is a linear layer or a parameter.
+    a few features and from these to its outputs; any of them is a linear layer or a parameter. Or
+    it holds a linear layer, and a vector with an entry for each of its outputs.
 
     Args:
         module: the module, which does not declare its widths.
@@ -35,6 +36,10 @@ def adapted_widths(
     if next(module.children(), None) is None:  # the usual case: an activation
         return None
     matrices = sorted(_matrices(module, own), key=lambda each: min(each.sizes))
+    if len(matrices) == 1 and matrices[0].is_directed:
+        d_in, d_out, _ = matrices[0]
+        vectors = (p for p in module.parameters(recurse=False) if p.ndim == 1)
+        return (d_in, d_out) if any(len(vector) == d_out for vector in vectors) else None
     if len(matrices) < 3:
         return None
     *narrow, main = matrices

@@ -1,7 +1,7 @@
-"""The figures of the study: one a question, drawn from its runs.
+"""The figures of the study: one per question, drawn from its runs.
 
-Thin lines and points are seeds, bands reach from the lowest seed to the highest. Flagged runs are
-in no mean and no line; where a question is about them they are gray crosses.
+Thin lines and points are seeds; bands range from the lowest seed to the highest. Flagged runs are
+excluded from means and lines; where a question is about them, they are gray crosses.
 """
 
 import io
@@ -59,13 +59,13 @@ DPI = 150
 
 
 def draw(evidence: Evidence, judged: Sequence[Judged], folder: Path) -> list[Path]:
-    """Draws every figure whose runs are there and gives the paths of the images.
+    """Draws every figure whose runs exist, and returns the paths of the images.
 
     The same runs give the same bytes.
 
     Args:
-        judged: the core checks; none gives no figure of effects.
-        folder: where the images go; other files there stay as they are.
+        judged: the core checks; without any, there is no figure of effects.
+        folder: where the images are written; other files there stay unchanged.
     """
     mixers = ["glyphs_activation", "glyphs_optimizer"]
     if not evidence.has(mixers):
@@ -121,7 +121,7 @@ def overview(sweep: Sweep) -> Figure:
 
 
 def activation(sweep: Sweep) -> Figure:
-    """Final loss, SE_post, PR_post, and how early PR_post settles; a row a model size."""
+    """Final loss, SE_post, PR_post, and how early PR_post settles; one row per model size."""
     sizes = _sizes(sweep)
     figure, axes = panels(len(sizes), 4, "GELU and ReLU", f"GPT, {caption(sweep)}")
     styles = {level: ACTIVATIONS[level] for level in ("gelu", "relu")}
@@ -150,8 +150,8 @@ def depth(sweep: Sweep) -> Figure:
 
 
 def width(sweep: Sweep) -> Figure:
-    """Final metrics against final loss over widths, a row a design; below, correlations over steps
-    in each run, beside that of the clock."""
+    """Final metrics against final loss over widths, one row per design; below, correlations over
+    the steps of each run, with that of the clock."""
     sweep = at_their_rates(sweep)
     title = "Metrics and loss: across widths, and (below) within runs"
     figure, axes = panels(3, 4, title, f"GPT, {caption(sweep)}; numbers: ffn.width", height=2.4)
@@ -181,7 +181,7 @@ def width(sweep: Sweep) -> Figure:
 
 
 def _settling(panel: Axes, sweep: Sweep, styles: Styles) -> None:
-    """PR_post as a share of its final value, with the 10% to both sides."""
+    """PR_post as a share of its final value, with the range of ±10%."""
     final = sweep.curves["run_id"].map(sweep.ok.set_index("run_id")["pr_post"])
     over_steps(panel, sweep.curves.assign(share=sweep.curves["pr_post"] / final), "share", styles)
     panel.axhspan(0.9, 1.1, color=LOSS_COLOR, alpha=0.1, linewidth=0)
@@ -221,7 +221,7 @@ def _of_size(sweep: Sweep, d_model: int) -> Sweep:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of 256 colors, a third of the size of one of all colors."""
+    """Writes a PNG with 256 colors, which is a third of the size of one with all colors."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
     image = Image.open(buffer).convert("RGB")

@@ -210,7 +210,7 @@ def mixer(sweep: Sweep) -> Figure:
 
 
 def _of_runs(points: pd.DataFrame) -> pd.DataFrame:
-    """A row a run: its accuracy, and the mean of PR_post over both FFNs."""
+    """One row per run: its accuracy, and the mean of PR_post over both FFNs."""
     of_run = ["run_id", "level", "seed", "optimizer.lr"]
     return points.groupby(of_run)[["final.val_accuracy", "pr_post"]].mean().reset_index()
 

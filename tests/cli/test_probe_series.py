@@ -143,18 +143,25 @@ def test_another_model_in_a_series_leaves_those_before_it():
 
 
 @pytest.mark.parametrize("damaged", [[0], [10, 20]])
-def test_damaged_checkpoints_are_named_and_the_others_measured(damaged):
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_damaged_checkpoints_are_named_and_the_others_measured(damaged, is_empty):
     """Whichever it is; the run is failed until they are restored or left out."""
     save_series(STEPS[:4])
     whole = [step for step in STEPS[:4] if step not in damaged]
     for step in damaged:
-        Path(f"ckpt/step_{step}/model.safetensors").write_bytes(b"gone")
+        folder = Path(f"ckpt/step_{step}")
+        if is_empty:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        else:
+            (folder / "model.safetensors").write_bytes(b"gone")
     status, out, err = probed("ckpt/step_*")
     assert status == 1
     (message,) = [line for line in err.splitlines() if line.startswith("nerve-probe: ")]
     assert f"{len(damaged)} of 4 cannot be loaded, so" in message
     for step in damaged:
-        assert f"step {step}: A model must be readable by transformers; ckpt/step_{step}" in message
+        assert f"step {step}: A model" in message
+        assert f"ckpt/step_{step} " in message
     assert f"steps: {len(whole)} ({', '.join(map(str, whole))})\n" in out  # none before
     assert sorted(set(nerve.load_metrics("out")["step"])) == whole
     assert nerve.RunRecord.load("out").run_status == "failed"
@@ -165,6 +172,19 @@ def test_damaged_checkpoints_are_named_and_the_others_measured(damaged):
         save(llama(seed=step), Path(f"ckpt/step_{step}"))
     assert probed("ckpt/step_*")[0] == 0
     assert sorted(set(nerve.load_metrics("out")["step"])) == [*STEPS[:4]]
+
+
+def test_a_measured_checkpoint_may_be_deleted(monkeypatch):
+    """Also the first one, which otherwise shows the FFNs and the text."""
+    later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old
+    monkeypatch.setattr("nerve.storage.record._now", later.isoformat)
+    save_series(STEPS[:2])
+    assert probed("ckpt/step_*")[0] == 0
+    Path("ckpt/step_0/model.safetensors").unlink()
+    status, out, err = probed("ckpt/step_*")
+    assert status == 0, err
+    assert "of which 2 were measured before" in out
+    assert nerve.RunRecord.load("out").run_status == "done"
 
 
 def test_a_series_of_which_nothing_can_be_loaded_fails_with_its_first_error():

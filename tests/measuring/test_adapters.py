@@ -61,7 +61,18 @@ class Own(nn.Module):
         return functional.linear(x, self.weight) + sum(added)
 
 
-KINDS = [Beside, Declared, Bare, Own]
+class Scaled(nn.Module):
+    """A factor for each output."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.rand(base.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scale
+
+
+KINDS = [Beside, Declared, Bare, Own, Scaled]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,6 +138,19 @@ def test_a_sum_of_projections_is_not_mistaken_for_one_of_them(is_gated, why):
     assert_measured(row, pre, post)
 
 
+class Activated(Scaled):
+    """A projection and its nonlinearity, with a parameter for each feature, in one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.prelu(self.base(x).flatten(0, -2), self.scale).reshape(*x.shape[:-1], -1)
+
+
+def test_a_projection_within_the_module_of_its_nonlinearity_is_found():
+    first, second = Activated(nn.Linear(D, FF)), nn.Linear(FF, D)
+    (ffn,) = find_ffns(nn.Sequential(first, second), torch.randn(3, 30, D))
+    assert (ffn.pre, ffn.post) == (first.base, second)
+
+
 class SmallFFN(Beside):
     """A small FFN beside a linear layer, whose weights have the shapes of an adapter's."""
 
@@ -134,7 +158,20 @@ class SmallFFN(Beside):
         return self.base(x) + self.b(self.a(x).relu())
 
 
-def test_a_small_ffn_beside_a_linear_layer_is_found():
-    model = SmallFFN(nn.Linear(D, D))
-    (ffn,) = find_ffns(model, torch.randn(3, 30, D))
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_small_ffn_beside_a_linear_layer_is_found(dtype):
+    model = SmallFFN(nn.Linear(D, D)).to(dtype)
+    (ffn,) = find_ffns(model, torch.randn(3, 30, D, dtype=dtype))
     assert (ffn.pre, ffn.post) == (model.a, model.b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_many_features_are_affine_in_any_precision(kind, dtype):
+    layers = nn.Linear(512, 768), nn.Linear(768, 512)
+    model = Plain(*(kind(layer).to(dtype) for layer in layers))
+    (ffn,) = find_ffns(model, torch.randn(2, 16, 512, dtype=dtype))
+    assert (ffn.pre, ffn.post) == (model.up, model.down)

@@ -1,7 +1,7 @@
 """Checkpoints that transformers can read, measured on text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,7 @@ class Folders:
         self._device = device_of(asked.device)
         self._dtype = dtype_of(asked.dtype)
         places = expanded(asked.models)
-        for place in places:
-            check_place(place)
+        self._refused = _refused(places)
         remote = [place for place in places if is_on_hub(place)]
         if asked.tokenizer is not None and is_on_hub(asked.tokenizer, "A tokenizer is a folder"):
             remote.append(asked.tokenizer)
@@ -79,6 +78,8 @@ class Folders:
             DataError: for an architecture that transformers does not know or that takes no tokens,
                 and weights that are unreadable, missing or of the wrong shape.
         """
+        if checkpoint.place in self._refused:
+            raise self._refused[checkpoint.place]
         where, extra = arguments_of(checkpoint.place)
         auto = self._transformers.AutoConfig
         config = self._read(checkpoint, lambda: auto.from_pretrained(where, **extra))
@@ -195,7 +196,8 @@ class Folders:
         return network
 
     def _tokenizer(self) -> Any:
-        where, extra = arguments_of(self._asked.tokenizer or self.checkpoints[0].place)
+        places = (each.place for each in self.checkpoints if each.place not in self._refused)
+        where, extra = arguments_of(self._asked.tokenizer or next(places))
         try:
             tokenizer = self._transformers.AutoTokenizer.from_pretrained(where, **extra)
             if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
@@ -235,6 +237,20 @@ class Folders:
             return {"loss": loss, "n_targets": ids[:, 1:].numel()}
 
         return forward
+
+
+def _refused(places: Sequence[str]) -> dict[str, DataError]:
+    """The places that cannot be models, with the reasons; raises the first if there are no others,
+    as for a single model."""
+    refused = {}
+    for place in places:
+        try:
+            check_place(place)
+        except DataError as error:
+            refused[place] = error
+    if len(refused) == len(places):
+        raise refused[places[0]]
+    return refused
 
 
 def _batch(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

@@ -82,7 +82,9 @@ def probe(source: Source, asked: Asked, *, output: str | None, progress: Progres
     data, table = source.data(now.model, now.ffns), now.ffns.table()
     directory = Path(output or OUTPUTS / f"{source.name}-{config_id(data.config)}")
     before = measured_of(directory, data.config)
-    left = [each for each in _left(source.checkpoints, before) if each not in damaged]
+    left = _left(source.checkpoints, before)
+    damaged = {each: damaged[each] for each in left if each in damaged}  # others are measured
+    left = [each for each in left if each not in damaged]
     n_new, incomplete = 0, None
     try:
         if left or damaged or not before.is_done:
