@@ -103,7 +103,7 @@ class _Command:
             if self._show_tracebacks:
                 raise
             if is_trial and hydra_config.sweeper._target_ != NAME:
-                raise  # another sweeper says of a trial that returns nothing no more than that
+                raise  # another sweeper would only report that the trial returned nothing
             directory = Path(hydra_config.runtime.output_dir)
             _remove_if_empty([directory] if is_trial else CheckInPlaceOfRun.missing)
             self.failures.append(error)
