@@ -78,6 +78,7 @@ def cached_tokens(
                 )
             for left in root.glob(f"{_DAMAGED}*"):  # left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            log.info("tokenizing %s, once: later runs read the tokens from %s", corpus.name, root)
             with building_folder(root, ".building-") as building:
                 build_entry(building, corpus, spec, val_fraction)
                 _publish(building, path)

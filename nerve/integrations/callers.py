@@ -1,7 +1,10 @@
-"""What the Trainer of transformers runs a forward pass for, according to the call stack."""
+"""What the Trainer of transformers runs a forward pass for, according to the call stack and to
+the model's adapters."""
 
 import sys
 from collections.abc import Iterator
+
+from torch import nn
 
 
 def is_of_training() -> bool:
@@ -20,6 +23,19 @@ def is_of_evaluation() -> bool:
     if next((name for name in callers if name in ("evaluate", "predict")), None) == "predict":
         return False
     return _is_of_trainer(callers)
+
+
+def adapters_of(model: nn.Module) -> list[tuple[bool, str]]:
+    """For each module with adapters of PEFT, whether they are off, and which ones are active.
+
+    Trainers for preferences compute their reference with the model itself, with its adapters off or
+    with others.
+    """
+    return [
+        (bool(module._disable_adapters), str(getattr(module, "_active_adapter", None)))
+        for module in model.modules()
+        if hasattr(module, "_disable_adapters")
+    ]
 
 
 def ends_evaluation_of_trainer() -> bool:

@@ -229,9 +229,14 @@ class WatchedLoop:
             self.measure_last()
         self.recorder.drop_due()
         self.recorder.wait()
-        if self.n_steps and not (self.recorder.n_measured or self.latest) and rank() == 0:
+        if not (self.recorder.n_measured or self.latest) and rank() == 0:
             log.warning(
-                "nothing was measured: none of the %d steps was due for a measurement", self.n_steps
+                "nothing was measured: "
+                + (
+                    f"none of the {self.n_steps} steps was due for a measurement"
+                    if self.n_steps
+                    else "step was not called, as it must be after each step of the optimizer"
+                )
             )
         if self._record is not None:
             self._record.final = {

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nerve.config import from_mapping
 from nerve.errors import MeasurementError, noted
 from nerve.integrations.callers import (
+    adapters_of,
     ends_evaluation_of_trainer,
     is_of_evaluation,
     is_of_training,
@@ -46,7 +47,8 @@ class SpectralCallback(TrainerCallback):
     of the Trainer's evaluation, in eval mode: an evaluation is requested at every measured step and
     at the last one, in addition to the Trainer's own. Schedulers and callbacks that use evaluation
     results see these like any other evaluation. Of several evaluation sets, the first is measured.
-    Evaluations that other callbacks start are not measured, and their loss is not `val_loss`.
+    Evaluations that other callbacks start are not measured, and their loss is not `val_loss`; nor
+    are passes with other adapters of PEFT than at the beginning, such as those of a reference.
     Measuring draws no random numbers and leaves weights, gradients and modes unchanged.
 
     `train_loss` is the model's own loss as reported by the Trainer, and null if the loss is
@@ -144,8 +146,14 @@ class SpectralCallback(TrainerCallback):
             ),
         )
         if loop.features is not None:
-            is_train = self._settings["source"] == "train"
-            loop.features.is_of_loop = is_of_training if is_train else is_of_evaluation
+            is_of_loop = is_of_training if self._settings["source"] == "train" else is_of_evaluation
+            trained, adapters = weakref.ref(model), adapters_of(model)
+
+            def is_of_model() -> bool:
+                own = trained()
+                return is_of_loop() and own is not None and adapters_of(own) == adapters
+
+            loop.features.is_of_loop = is_of_model
         losses = StepLosses(model, of_all=args.average_tokens_across_devices)
         self._opened.losses = losses
         self._evaluates_at_start = args.eval_on_start

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from nerve.measuring.dependence import Link
 from nerve.measuring.ffns import FFNAdapter, Site
+from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import Slice
 from nerve.measuring.trial import Seen

@@ -10,10 +10,10 @@ import pandas as pd
 from torch import nn
 
 from nerve.errors import MeasurementError
-from nerve.measuring.dependence import Link
 from nerve.measuring.experts import Experts, grouped
 from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths, n_inputs, pool_of, sites_of
 from nerve.measuring.forward import call
+from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import products_of, stacked
 from nerve.measuring.trial import Seen, look_at, tensors_of

@@ -90,24 +90,24 @@ class Padding(NamedTuple):
     Attributes:
         mask: True for the samples that count, by column.
         counts: the same by position.
-        columns: the column of each position; None if they are equal. Positions after the end of a
-            sequence do not count.
+        rows: the index of the sample at each position among all samples; None if positions are
+            columns. After the end of a sequence it is that of any sample, which does not count.
     """
 
     mask: Bool[Tensor, "sequences positions"]
     counts: Bool[Tensor, "sequences positions"]
-    columns: Int64[Tensor, "sequences positions"] | None
+    rows: Int64[Tensor, "sequences positions"] | None
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "sequences positions"]) -> "Padding":
         """The padding that a mask shows; waits for the device."""
-        start, n = mask.int().argmax(1, keepdim=True), mask.shape[1]
+        start, (n_sequences, n) = mask.int().argmax(1, keepdim=True), mask.shape
         if not start.any():
             return cls(mask, mask, None)
         columns = start + torch.arange(n, device=mask.device)
-        inside = columns < n
-        columns = columns.clamp_(max=n - 1)
-        return cls(mask, mask.gather(1, columns) & inside, columns)
+        inside, columns = columns < n, columns.clamp(max=n - 1)
+        rows = columns + n * torch.arange(n_sequences, device=mask.device)[:, None]
+        return cls(mask, mask.gather(1, columns) & inside, rows)
 
 
 def sums_of_positions(
@@ -119,12 +119,14 @@ def sums_of_positions(
     dtype = torch.float64 if is_wide else torch.float32
     size = max(1, (_ROWS if is_wide else _ROWS_OF_16_BITS) // max(1, x.shape[1]))
     sums: Tensor | None = None
+    samples = x.flatten(0, 1) if padding is not None else x
     for first in range(0, len(x), size):
         some = slice(first, first + size)
         sequences = x[some]
         if padding is not None:
-            if padding.columns is not None:
-                sequences = torch.take_along_dim(sequences, padding.columns[some, :, None], 1)
+            if padding.rows is not None:
+                moved = samples.index_select(0, padding.rows[some].flatten())
+                sequences = moved.view_as(sequences)
             sequences = torch.where(padding.counts[some, :, None], sequences, 0)
         found = sequences.sum(0, dtype=dtype)
         sums = found.double() if sums is None else sums.add_(found)
@@ -144,8 +146,8 @@ def counts_and_squares(
         of_positions = squares.new_empty(2, n_positions)
         of_positions[0] = padding.counts.sum(0)
         squares = squares.new_zeros(padding.mask.shape).masked_scatter(padding.mask, squares)
-        if padding.columns is not None:
-            squares = squares.gather(1, padding.columns).where(padding.counts, 0)
+        if padding.rows is not None:
+            squares = squares.take(padding.rows).where(padding.counts, 0)
     torch.sum(squares, 0, out=of_positions[1])
     return of_positions
 

@@ -112,9 +112,12 @@ def warn_fingerprints(records: list[RunRecord]) -> None:
                 runs.setdefault(str(record.fingerprints[name]), []).append(record.run_id)
         if len(runs) > 1:
             groups = "; ".join(f"{value[:12]}: {listed(ids)}" for value, ids in runs.items())
+            fix = (
+                " Runs that differ in width need one monitor.n_tokens." if name == "heldout" else ""
+            )
             warn_caller(
                 f"These runs differ in fingerprints.{name}, so their losses are not comparable "
-                f"({groups}). Compare only runs of the same group.",
+                f"({groups}). Compare only runs of the same group.{fix}",
                 FingerprintWarning,
             )
 

@@ -76,6 +76,7 @@ def test_the_experts_of_a_model_have_rows_of_their_own(family, tmp_path):
     save(model, tmp_path / "model")
     status, out, err = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 320)
     assert status == 0, err
+    assert "\ntext: text_files:text/*.txt\n" in out
     assert "samples per unit of d_ff (N/D): 0.0 to " in out
     keys = ["layer", "ffn"]
     rows = nerve.measure(model, batches_of(tmp_path / "model", model, 10)).sort_values(keys)

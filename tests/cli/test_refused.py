@@ -88,6 +88,11 @@ def test_a_value_that_can_be_a_directory_is_accepted(argument):
         ("normfree", "Did you mean --config-name=normfree?"),
         ("nromfree", "Did you mean --config-name=normfree?"),
         ("optimizer.lr", "Did you mean optimizer.lr=…?"),
+        (
+            "activation=gelu,relu",
+            "got activation=gelu,relu. To run every combination, use nerve-run -m …; for a list, "
+            'write "activation=[gelu,relu]".',
+        ),
         ("callbacks=[a]", "callbacks is a group of values; got callbacks=[a]."),
         ("model.n_layers=[1", "Hydra must be able to parse each override: "),
         ("seed=choice()", "empty choice is not legal"),

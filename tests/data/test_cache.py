@@ -277,6 +277,7 @@ def test_who_comes_while_another_builds_waits_and_takes_its_entry(
         second = pool.submit(get)
         entries_got = [first.result(timeout=60), second.result(timeout=60)]
     assert len(built) == 1
+    assert caplog.text.count(f"tokenizing {small_corpus.name}, once") == 1
     np.testing.assert_array_equal(entries_got[0].train.all(), entries_got[1].train.all())
 
 

@@ -767,3 +767,15 @@ def test_steps_at_any_places_are_measured(tmp_path, source, accumulate, asked, s
 def test_logarithmic_steps_require_the_last_step(tmp_path):
     with pytest.raises(ConfigError, match="log:4 needs the last step"):
         train(tmp_path, network(), every_n_steps=None, steps="log:4")
+
+
+def test_a_loop_that_measures_nothing_says_why(tmp_path, caplog):
+    """It forgot to call step, or ended before the first measurement."""
+    model, (inputs, _) = network(), pairs(1)[0]
+    with nerve.watch(model, tmp_path / "never", every_n_steps=1, ffns=ffns(model)):
+        model(inputs).sum().backward()
+    assert "nothing was measured: step was not called" in caplog.text
+    with nerve.watch(model, tmp_path / "late", steps=[5], every_n_steps=None) as run:
+        model(inputs).sum().backward()
+        run.step()
+    assert "nothing was measured: none of the 1 steps was due" in caplog.text

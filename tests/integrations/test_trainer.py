@@ -289,6 +289,8 @@ def evaluated(folder: Path, within=lambda model: None, **how) -> pd.DataFrame:
     """The rows of a model whose weights are measured in an evaluation of two batches, before which,
     in whose steps and after which `within` may run the model."""
     model = language_model(torch.float64)
+    layer = model.transformer.h[0].mlp.c_fc
+    layer._disable_adapters, layer._active_adapter = False, ["default"]  # as in PEFT
     data = batches_of(texts(2 * BATCH))
     callback = nerve.SpectralCallback(folder, source="heldout", **how)
     given = TrainingArguments(folder / "hf", use_cpu=True), TrainerState(max_steps=9)
@@ -333,12 +335,20 @@ def test_an_evaluation_on_tokens_is_measured_despite_inspection_and_generation(t
             tokens = torch.ones(2, 3, dtype=torch.long)
             model.generate(tokens, max_new_tokens=2, use_cache=use_cache, do_sample=False)
 
+    def as_reference(model: GPT2LMHeadModel) -> None:
+        layer = model.transformer.h[0].mlp.c_fc
+        for off, active in ((True, ["default"]), (False, ["ref"])):
+            layer._disable_adapters, layer._active_adapter = off, active
+            model(**some[0])
+        layer._disable_adapters, layer._active_adapter = False, ["default"]
+
     expected = nerve.measure(language_model(torch.float64), batches_of(texts(2 * BATCH)))
     some = [dict(batches_of(texts(BATCH))[0])]
     for name, within in {
         "alone": lambda model: None,
         "measured": lambda model: nerve.measure(model, some),
         "generates": generate,
+        "compares": as_reference,
     }.items():
         rows = evaluated(tmp_path / name, within)
         assert rows["n_samples"].tolist() == expected["n_samples"].tolist()

@@ -1,4 +1,4 @@
-"""Adapters around linear layers: pre is what the nonlinearity gets, with what they add to it."""
+"""Adapters around linear layers: pre is the input of the nonlinearity, including what they add."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ KINDS = [Beside, Declared, Bare, Own]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_square", [False, True])
-def test_a_wrapped_projection_is_measured_with_what_the_wrapper_adds(kind, is_square):
+def test_a_wrapped_projection_is_measured_with_its_wrapper(kind, is_square):
     width = D if is_square else FF
     model = Plain(kind(nn.Linear(D, width)), kind(nn.Linear(width, D))).double().train()
     x = torch.randn(3, 30, D, dtype=torch.float64)
@@ -87,7 +87,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_so_is_that_of_a_gated_ffn(kind):
+def test_wrapped_projections_of_a_gated_ffn_are_measured_with_their_wrappers(kind):
     model = Gated(kind).double()
     x = torch.randn(4, 20, D, dtype=torch.float64)
     (ffn,) = find_ffns(model, x)
@@ -114,8 +114,8 @@ class Within(nn.Module):
 @pytest.mark.parametrize(
     ("is_gated", "why"), [(False, "on two projections alike"), (True, "on 3 projections")]
 )
-def test_a_sum_of_projections_is_not_taken_for_one_of_them(is_gated, why):
-    """It is measured as the input of the activation."""
+def test_a_sum_of_projections_is_not_mistaken_for_one_of_them(is_gated, why):
+    """Pre is then described as the input of the activation."""
     model = Within(is_gated).double()
     x = torch.randn(3, 30, D, dtype=torch.float64)
     with pytest.raises(MeasurementError, match=f"depends {why}.*Site\\(activation, .input.\\)"):

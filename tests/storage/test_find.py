@@ -158,6 +158,9 @@ def test_differing_fingerprints_are_named(tmp_path, make_run):
     )
     assert f"py312: {ids[1]}, {ids[2]})" in str(warning.message)
     load_records([tmp_path / "1", tmp_path / "2", tmp_path / "3"])
+    make_run(tmp_path / "wide", steps=(), fingerprints={**same, "corpus": "py311", "heldout": "w"})
+    with pytest.warns(FingerprintWarning, match=r"differ in width need one monitor\.n_tokens\.$"):
+        load_records([tmp_path / "0", tmp_path / "wide"])
 
 
 def test_a_link_to_itself_is_named(tree):

@@ -26,6 +26,11 @@ def explain_error(error: Exception) -> str:
             return f"The selected options have no value {key!r}; it belongs to {known[key]}."
     if found := re.match(r"Multiple values for ([^.]+)\.", text):
         return f"{found[1]} has an option already; choose another with {found[1]}=…, without +."
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        return (
+            f"A run has one value for each key; got {found[1]}={found[2]}. To run every "
+            f'combination, use nerve-run -m …; for a list, write "{found[1]}=[{found[2]}]".'
+        )
     if found := re.search(r"Could not find '(.+)/([^/']+)'", text):
         return _no_such_option(found[1], found[2], re.findall(r"^\t(\S+)$", text, re.MULTILINE))
     if "missing EQUAL" in text:

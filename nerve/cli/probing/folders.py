@@ -122,7 +122,8 @@ class Folders:
         n_tokens = asked.n_tokens or SAMPLES_PER_FEATURE * int(table["d_ff"].max())
         tokenizer = self._tokenizer()
         n_sequences = math.ceil(n_tokens / seq_len)
-        text = pack(_corpus(asked), tokenizer, seq_len=seq_len, n_sequences=n_sequences)
+        corpus = _corpus(asked)
+        text = pack(corpus, tokenizer, seq_len=seq_len, n_sequences=n_sequences)
         if text.sequences.max() >= n_embedded(model):
             raise DataError(
                 f"A tokenizer belongs to its model; this one gives the token "
@@ -148,6 +149,7 @@ class Folders:
             skip_first=skip_first,
             grouped=Grouped(groups, counts),
             sites=sites,
+            text=corpus.name,
         )
 
     @property

@@ -210,7 +210,8 @@ def _show(directory: Path, data: Data, n_new: int) -> None:
     steps = sorted(set(metrics["step"]))
     n_before = len(steps) - n_new
     last = metrics[metrics["step"] == steps[-1]]
-    facts = {
+    facts = {"text": data.text} if data.text else {}
+    facts |= {
         "steps": f"{len(steps)} ({', '.join(map(str, steps[:8]))}{', …' if steps[8:] else ''})"
         + (f", of which {n_before} were measured before" if n_before else ""),
         "samples per unit of d_ff (N/D)": _range_of(last["n_samples"] / last["d_ff"]),

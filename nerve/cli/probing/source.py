@@ -125,6 +125,7 @@ class Data:
         tokens_seen: by a model at a step.
         grouped: groups of the samples that are measured separately.
         sites: what is measured around the nonlinearity.
+        text: the name of the corpus; empty for a run's own data.
     """
 
     batches: Sequence[Any]
@@ -136,6 +137,7 @@ class Data:
     tokens_seen: Callable[[int], int] = lambda step: 0
     grouped: Grouped = NOT_GROUPED
     sites: tuple[str, ...] = ()
+    text: str = ""
 
 
 class Source(Protocol):

@@ -1,6 +1,7 @@
 """A sweep: composes every trial of a grid, runs what is left to do, and accounts for all of
 them."""
 
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from nerve.cli.config.compose import SUBMITIT_SLURM, depends_on_place, resolved
 from nerve.cli.config.hydra_internals import ConfigLoaderImpl, error_of
 from nerve.cli.config.overrides import refuse_lists, refuse_merged
+from nerve.cli.console import say
 from nerve.cli.sweep.check import preview
 from nerve.cli.sweep.grid import Trial, combinations, compose_grid, plan_trials
-from nerve.cli.sweep.local import run_here
+from nerve.cli.sweep.local import LOG_NAME, run_here
 from nerve.cli.sweep.slurm import SentJobs
 from nerve.cli.sweep.table import SweepTable, n_starts
 from nerve.config import pasted, quoted, require, require_count, require_group, require_type
@@ -138,6 +140,11 @@ class TrialSweeper(Sweeper):
         table.begin()
         to_do = [trial for trial in trials if trial.is_to_do]
         if jobs is None:
+            if min(self._n_jobs, len(to_do)) > 1:
+                say(
+                    f"progress: nerve-status {shlex.quote(str(folder))}; each trial writes "
+                    f"{LOG_NAME} in its directory"
+                )
             signum = run_here(to_do, self._n_jobs, self._timeout_s, table.starting, table.ended)
             table.end(signum)
         else:

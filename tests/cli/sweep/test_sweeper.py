@@ -277,6 +277,7 @@ def test_trials_run_side_by_side_on_request(sweep, monkeypatch):
     befalls({0: "meet", 1: "meet"})
     status, out, _ = sweep("seed=0,1", "hydra.sweeper.n_jobs=2")
     assert status == 0, out
+    assert "progress: nerve-status outputs/multirun; each trial writes output.log" in out
     assert statuses() == {0: "done", 1: "done"}
     for record in records().values():
         assert (record.directory / "starts").read_text().split()[1:4] == ["3", "3", "3"]
