@@ -70,18 +70,17 @@ def require(condition: bool, message: str) -> None:
 
 def require_group(key: str, value: object, names: Collection[str] = ()) -> None:
     """Raises `ConfigError` unless `value` is a group of values that has all of `names`."""
-    require(
-        isinstance(value, Mapping),
-        f"{key} must be a group of values; got {value!r}. Set single values, as in {key}.…=…, or "
-        "choose another option of the group.",
-    )
-    assert isinstance(value, Mapping)
-    for name in names:
-        require(
-            name in value,
-            f"{key} lacks {name}; got {', '.join(map(str, value)) or 'no values'}. Set "
-            f"+{key}.{name}=…, or leave ~{key}.{name} out.",
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{key} must be a group of values; got {value!r}. Set single values, as in {key}.…=…, "
+            "or choose another option of the group."
         )
+    for name in names:
+        if name not in value:
+            raise ConfigError(
+                f"{key} lacks {name}; got {', '.join(map(str, value)) or 'no values'}. Set "
+                f"+{key}.{name}=…, or leave ~{key}.{name} out."
+            )
 
 
 def require_choice(key: str, value: object, options: Collection[str]) -> None:

@@ -35,7 +35,7 @@ from nerve.cli.sweep.check import CheckInPlaceOfRun, check_composed
 from nerve.cli.sweep.sweeper import NAME, TrialSweeper
 from nerve.cli.sweep.table import SweepError
 from nerve.cli.sweep.worker import run_trial
-from nerve.config import LONGEST_NAME
+from nerve.config import LONGEST_NAME, require
 from nerve.cores import spin_briefly, uncollected
 from nerve.errors import NerveError
 
@@ -95,6 +95,11 @@ class _Command:
         is_trial = hydra_config.mode == RunMode.MULTIRUN
         try:
             check_composed(hydra_config)
+            require(
+                not (is_trial and config.get("check")),  # which `TrialSweeper` has seen to
+                f"check=true needs hydra/sweeper=trials; {hydra_config.sweeper._target_} would "
+                "train. Leave one of them out.",
+            )
             with uncollected():  # torch and Lightning take seconds to import
                 from nerve.cli.experiment.run import run_experiment
 
@@ -103,7 +108,7 @@ class _Command:
             if self._show_tracebacks:
                 raise
             if is_trial and hydra_config.sweeper._target_ != NAME:
-                raise  # another sweeper says of a trial that returns nothing no more than that
+                raise  # another sweeper would only report that the trial returned nothing
             directory = Path(hydra_config.runtime.output_dir)
             _remove_if_empty([directory] if is_trial else CheckInPlaceOfRun.missing)
             self.failures.append(error)

@@ -27,17 +27,17 @@ class Status:
     Attributes:
         directory: of the run.
         overrides: of its command line.
-        state: running, slow (its process lives and has not been heard of for a minute), queued
-            (its job of SLURM waits), starting (its job has begun, the run has not), done,
-            interrupted (stopped, and saved), dead (its process is gone without a word), failed, or
-            unreadable.
-        record: None if it cannot be read, or does not exist yet.
+        state: running, slow (its process is alive, but sent no heartbeat for a minute), queued (its
+            SLURM job is pending), starting (its job has started, the run has not), done,
+            interrupted (it was stopped and saved), dead (its process is gone without having
+            reported an end), failed, or unreadable.
+        record: None if it cannot be read or does not exist yet.
         val_loss: the last known one.
-        left_s: seconds of training left; None if nothing trains, or too little is known.
-        silent_s: seconds since the last sign of life; None once it has ended.
-        reason: why it ended, cannot be read, waits for somebody, or what to know of one that is
-            done.
-        job: the cluster's id of it.
+        left_s: seconds of training left; None if it is not training, or if they are unknown.
+        silent_s: seconds since the last heartbeat; None once it has ended.
+        reason: why it ended early, cannot be read, or needs intervention; for a completed run, its
+            warning.
+        job: the cluster's id of its job.
     """
 
     directory: Path

@@ -127,6 +127,8 @@ NOTHING_TO_RUN = [
     ["-m", "seed=interval(0,1)"],
     ["-m", "seed=range(0,1e12)"],
     ["-m", "~trainer.devices"],
+    ["-m", "~trainer.devices", "hydra/launcher=slurm"],
+    ["-m", "~trainer", "hydra/launcher=slurm"],
     ["-m", "hydra.sweeper.max_batch_size=-3"],
     ["-m", "hydra.sweeper.timeout_min=soon"],
     ["-m", "hydra.sweeper.params=[a]"],
@@ -142,6 +144,14 @@ def test_a_refused_command_leaves_no_directory(run, tmp_path, arguments):
     assert err.startswith("nerve-run: ")
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_another_sweeper_does_not_train_on_check(run):
+    """Only that of nerve shows trials instead of running them."""
+    status, out, err = run("-m", "hydra/sweeper=basic", "seed=0", "check=true", "logger=none")
+    assert status == 1
+    assert "check=true needs hydra/sweeper=trials" in err
+    assert "data:" not in out
 
 
 def test_a_deleted_working_directory_is_named(run, tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Se
         arguments: of the command line.
 
     Raises:
-        ConfigError: for values besides `resume` that would make it a different run.
+        ConfigError: for values besides `resume` that would make it a different run, or start a new
+            one elsewhere.
         StoreError: if the directory holds no run.
     """
     defining = [
@@ -40,6 +41,16 @@ def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Se
         f"A resumed run keeps the settings that define its result; got {' '.join(defining)} with "
         f"{pasted('resume', directory)}. Leave it out, or start a new run; only {_free_keys()} may "
         "change.",
+    )
+    elsewhere = [
+        str(override.input_line)
+        for override in overrides
+        if override.key_or_group in ("hydra.run", "hydra.run.dir")
+    ]
+    require(
+        not elsewhere,
+        f"A run is resumed in its own directory; got {' '.join(elsewhere)} with "
+        f"{pasted('resume', directory)}, which would be a new run. Leave one of them out.",
     )
     named = any(
         argument.startswith(("--config-n", "-cn", "--m", "-m"))  # options may be shortened

@@ -102,9 +102,8 @@ def build_trainer(
 ) -> L.Trainer:
     """The trainer, with the given loggers and callbacks in addition to those of the
     configuration."""
-    if (
-        n_processes_of(plan.values["trainer"]) == 1
-    ):  # whatever a job around it says of its tasks, which Lightning has read
+    if n_processes_of(plan.values["trainer"]) == 1:
+        # Lightning has read the rank from the surrounding job, which may have several tasks.
         vars(rank_zero_only)["rank"] = 0
     loggers: list[Logger] = [
         build(node, key=f"logger.{name}") for name, node in plan.values["logger"].items()

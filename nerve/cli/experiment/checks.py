@@ -67,7 +67,7 @@ ELEMENTWISE = frozenset(
 FLAGS = ("compile", "retry", "check")
 
 
-# Before the values are resolved, which fails in OmegaConf's words where groups do not suit
+# Before the values are resolved, because that fails in OmegaConf's words if groups do not match
 
 
 def require_whole(config: Mapping[str, Any]) -> None:
@@ -86,7 +86,7 @@ def require_whole(config: Mapping[str, Any]) -> None:
 
 
 def require_groups(config: Mapping[str, Any]) -> None:
-    """Refuses what is no group where one belongs. An interpolation may become one, and passes."""
+    """Refuses a single value in place of a group; an interpolation may become a group."""
     for key in GROUPS:
         if not _is_interpolation(config[key]):
             require_group(key, config[key])
@@ -120,7 +120,7 @@ def require_suited(config: DictConfig) -> None:
         for other, network in MODELS.items()
         if all(hasattr(data, name) for name in network.DATA_DIMS)
     ]
-    # Data that says of no model that it suits it is asked again once it is set up.
+    # Data that suits no model by its class is checked again once it is set up.
     require(
         kind in suited or not suited,
         f"Data and model must suit each other; model.kind={kind} cannot be trained on "

@@ -112,9 +112,7 @@ def _lead(
             log.warning("%s; to resume: nerve-run %s", str(error), pasted("resume", run.path))
             signals.hand_on()
         raise
-    if (
-        signals.received
-    ):  # at the end of the run: nothing is left to save, but the command must stop
+    if signals.received:  # when the run had ended: nothing is left to save, but the command stops
         signals.hand_on()
         signals.stop()
 

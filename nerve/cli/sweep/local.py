@@ -81,7 +81,7 @@ def run_here(
     directory.
 
     Args:
-        trials: not yet at work, each in a directory of its own.
+        trials: not running yet, each in its own directory.
         n_at_once: how many run side by side. Of several, each writes to output.log in its directory
             and gets its share of the CPU cores, and one of the GPUs in turn.
         timeout_s: how long a trial may take; then it is asked to stop.

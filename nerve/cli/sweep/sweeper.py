@@ -92,7 +92,9 @@ class TrialSweeper(Sweeper):
         if OmegaConf.select(config, "hydra.launcher._target_") == SUBMITIT_SLURM:
             from nerve.cli.experiment.machine import check_counted
 
-            check_counted(config.trainer)  # its launcher can only be built from a number
+            trainer = OmegaConf.select(config, "trainer")
+            require_group("trainer", trainer, ("devices",))
+            check_counted(trainer)  # its launcher can only be built from a number
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )

@@ -51,6 +51,7 @@ def test_values_that_do_not_define_the_result_may_be_given(run, begun, experimen
         (["-m"], "with --multirun"),
         (["--config-name=normfree"], "--config-name"),
         (["--config-n=config"], "--config-name"),
+        (["hydra.run.dir=other"], "resumed in its own directory; got hydra.run.dir=other"),
         (["--multi"], "with --multirun"),
     ],
 )
