@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
-from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each, without_first
+from nerve.measuring.masks import (
+    Chosen,
+    Masks,
+    Order,
+    UnknownOrder,
+    as_bool,
+    for_each,
+    without_first,
+)
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
@@ -110,13 +118,28 @@ class Choice:
             )
         return Chosen(None if self._mask is None else self._mask(batch))
 
-    def _without_first(self, masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _without_first(
+        self, masks: Sequence[Tensor | None], padding: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """The masks of all FFNs without the first positions behind left padding; of one that
-        several of them share, once."""
-        own = {
-            id(mask): without_first(mask, self._skip_first) for mask in masks if mask is not None
-        }
-        return [None if mask is None else own[id(mask)] for mask in masks]
+        several of them share, once.
+
+        Args:
+            masks: the caller's.
+            padding: for each, the batch's mask of padding; None if it has none: then samples that
+                the caller's mask excludes at the beginning are padding.
+        """
+        if not self._skip_first:
+            return [*masks]
+        own: dict[tuple[int, int], Tensor] = {}
+        found = []
+        for mask, shown in zip(masks, padding, strict=True):
+            key = id(mask), id(shown)
+            if mask is not None and key not in own:
+                padded = mask if shown is None else as_bool(shown).to(mask.device)
+                own[key] = mask & without_first(padded, self._skip_first)
+            found.append(own.get(key))
+        return found
 
     def _given(self, batch: Any, streams: dict[str, Stream]) -> Chosen:
         """The caller's masks. Those that are `[sequence, position]` of a stream, also for the batch
@@ -124,23 +147,24 @@ class Choice:
         assert self._mask is not None
         ffns = self._probe.ffns
         given = self._mask(batch)
-        masks = self._without_first(for_each(ffns, given))
+        masks = for_each(ffns, given)
+        padding: list[Tensor | None] = [None] * len(ffns)
         of_all = isinstance(given, Tensor)
         if not streams:
-            return Chosen(masks, ids=ids_of(batch))
+            return Chosen(self._without_first(masks, padding), ids=ids_of(batch))
         is_bare = as_mapping(batch) is not batch
         try:
             traced = self._traced(batch, streams)
         except TraceError:
             if (of_all and not is_bare) or self._needs_order:
                 raise
-            return Chosen(masks)
+            return Chosen(self._without_first(masks, padding))
         of_trace = self._mask(traced.batch)
         if isinstance(of_trace, Tensor) != of_all and not self._needs_order:
             return Chosen(masks)
         orders: list[Order | UnknownOrder | None] = []
-        for ffn, mask, short, place in zip(
-            ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True
+        for index, (ffn, mask, short, place) in enumerate(
+            zip(ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True)
         ):
             if mask is None:
                 orders.append(_order(place, streams))
@@ -154,11 +178,13 @@ class Choice:
                     "{name of the FFNs: its mask, or None}."
                 )
             orders.append(_order(place, streams) if is_of_tokens else None)
+            if stream is not None and streams[stream].mask is not None:
+                padding[index] = streams[stream].mask
         ids, of_streams = _tokens(traced.ffns, streams)
         in_sequences = [
             order is not None and known for order, known in zip(orders, of_streams, strict=True)
         ]
-        return Chosen(masks, orders, ids, in_sequences)
+        return Chosen(self._without_first(masks, padding), orders, ids, in_sequences)
 
     def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
         if self._trace is None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,19 +49,24 @@ def _is_projection(module: nn.Module) -> bool:
 
 def _is_affine(module: nn.Module, d_in: int) -> bool:
     """Whether random features show that a module is affine, as an adapter is; a small FFN beside a
-    linear layer is not. True if the module cannot run alone."""
+    linear layer is not. False for one that takes no features, such as a network with an
+    embedding."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if weight is None:
         return True
-    x = torch.randn(8, d_in, generator=torch.Generator().manual_seed(0)).to(weight)
-    try:
-        with evaluating(module):
-            whole, half, none, back = (module(x * scale) for scale in (1.0, 0.5, 0.0, -0.5))
-            off = (whole + back - half - none).abs().max() / whole.abs().max()
-            kinds = {whole.dtype, *(p.dtype for p in module.parameters() if p.is_floating_point())}
-            return not off > max(_LEAST_CURVED, *(4 * torch.finfo(kind).eps for kind in kinds))
-    except Exception:
-        return True
+    features = torch.randn(1, 8, d_in, generator=torch.Generator().manual_seed(0)).to(weight)
+    with evaluating(module):
+        for x in (features[0], features):
+            with suppress(Exception):  # of any kind, for features of another shape
+                return _are_affine([module(x * scale) for scale in (1.0, 0.5, 0.0, -0.5)], module)
+    return False
+
+
+def _are_affine(outputs: Sequence[Tensor], module: nn.Module) -> bool:
+    whole, half, none, back = outputs
+    off = (whole + back - half - none).abs().max() / whole.abs().max()
+    kinds = {whole.dtype, *(p.dtype for p in module.parameters() if p.is_floating_point())}
+    return not off > max(_LEAST_CURVED, *(4 * torch.finfo(kind).eps for kind in kinds))
 
 
 _LEAST_CURVED = 5e-3

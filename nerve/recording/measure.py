@@ -101,8 +101,9 @@ def measure(
             are mappings with `input_ids`.
         only_labeled: excludes the tokens of a mapping whose `labels` are -100.
         skip_first: number of positions to skip at the beginning of each sequence, which account for
-            most of the variance in many trained models. Samples that a mask excludes before all
-            others of a sequence are its left padding, and the sequence begins after them.
+            most of the variance in many trained models. A sequence begins after its left padding,
+            which the batch's own mask shows; without one, samples that `mask` excludes before all
+            others of a sequence are padding.
         shortcut: whether pre may be computed from the covariance of the FFN's input where that is
             as exact and cheaper; False always uses the features themselves; `"projected"` also uses
             the input for 16-bit features, which omits the rounding of the features themselves and

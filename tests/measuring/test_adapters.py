@@ -158,6 +158,35 @@ class SmallFFN(Beside):
         return self.base(x) + self.b(self.a(x).relu())
 
 
+class Within3D(SmallFFN):
+    """It only accepts `[sequences, positions, features]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_sequences, n_positions, width = x.shape
+        return super().forward(x.view(n_sequences * n_positions, width)).view_as(x)
+
+
+class Predictor(nn.Module):
+    """A network of tokens, whose embedding and layers have the shapes of an adapter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, D)
+        self.a, self.b = nn.Linear(D, R), nn.Linear(R, 30)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.b(self.a(self.embedding(ids)).relu())
+
+
+@pytest.mark.parametrize("takes_tokens", [False, True])
+def test_a_network_that_does_not_take_samples_of_features_hides_no_ffn(takes_tokens):
+    torch.manual_seed(0)
+    model = Predictor() if takes_tokens else Within3D(nn.Linear(D, D))
+    x = torch.randint(30, (3, 20)) if takes_tokens else torch.randn(3, 30, D)
+    (ffn,) = find_ffns(model, x)
+    assert (ffn.pre, ffn.post) == (model.a, model.b)
+
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -173,6 +173,24 @@ def test_first_positions_are_those_after_left_padding(order, explicit):
     assert_counts(row, model.pre(ids)[left.cumsum(1) > 2])
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_samples_that_a_mask_excludes_are_no_padding_if_the_batch_shows_its_padding(is_padded):
+    """A mask of completions, whose prompts hold the first positions, equals `only_labeled`."""
+    model, ids = Ordered("sequences").double(), tokens(1)
+    shown = padding(5, 4, 5, 3, 2).flip(1) if is_padded else torch.ones_like(ids)
+    labels = ids.masked_fill(torch.arange(T) < 3, -100)
+    batch = {"input_ids": ids, "attention_mask": shown, "labels": labels}
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+
+    def completion(batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"] != -100) & batch["attention_mask"].bool()
+
+    for how in ({"only_labeled": True}, {"mask": completion}):
+        (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=1, **how).to_dict("records")
+        counts = (labels != -100) & (shown.cumsum(1) > 1)
+        assert_counts(row, model.pre(ids)[counts])
+
+
 def test_so_they_are_of_a_bare_batch_whose_mask_the_caller_gives():
     """There, the mask is all that shows the padding."""
     model, left = Ordered("sequences").double(), padding(5, 4, 5, 3, 1).flip(1)

@@ -1,5 +1,6 @@
 """`nerve-run resume=<run directory>`: uses the saved configuration of a run instead of `config`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def prepare_resume(directory: Path, overrides: Sequence[Override], arguments: Se
         str(override.input_line)
         for override in overrides
         if override.key_or_group in ("hydra.run", "hydra.run.dir")
+        and os.path.abspath(str(override.value())) != os.path.abspath(directory)
     ]
     require(
         not elsewhere,

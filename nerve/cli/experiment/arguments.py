@@ -81,6 +81,7 @@ _ON_THE_CPU: Mapping[str, Any] = {
     "devices": 1,
     "strategy": "auto",
     "num_nodes": 1,
+    "precision": None,
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,

@@ -124,7 +124,7 @@ def require_devices(trainer: Mapping[str, Any]) -> None:
         "trainer.accelerator=mps. Use trainer=cpu, or an NVIDIA GPU.",
     )
     is_number = re.fullmatch(r"[1-9]\d*", str(devices)) is not None
-    if isinstance(devices, str) and re.fullmatch(r"\d+(,\d+)+|\d+,", devices):
+    if isinstance(devices, str) and re.fullmatch(r"\d+,(\d+,)*\d*", devices):
         devices = [int(each) for each in devices.split(",") if each]
     require(
         is_number or devices in (-1, "-1", "auto") or _are_ids(devices),

@@ -33,6 +33,13 @@ def test_data_that_do_not_take_an_added_key_do_not_get_it(run, experiments, data
     assert second.data == first.data
 
 
+@pytest.mark.parametrize("same", ["it", "./it/", "'it'"])
+def test_its_own_directory_may_be_given(run, begun, experiments, same):
+    assert run(f"resume={begun}", f"hydra.run.dir={same}")[::2] == (0, "")
+    (_, where), (_, there) = experiments
+    assert where.resolve() == there.resolve()
+
+
 def test_values_that_do_not_define_the_result_may_be_given(run, begun, experiments):
     free = ["threads=2", "logger=none", "retry=true", "checkpoint.every_n_steps=7"]
     status, _, err = run(f"resume={begun}", *free, "hydra.verbose=false")

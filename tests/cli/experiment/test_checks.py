@@ -14,7 +14,7 @@ from support import composed
 from torch.nn.utils.parametrize import ParametrizationList
 
 from nerve.cli.config.compose import CONF
-from nerve.cli.experiment.machine import Estimate
+from nerve.cli.experiment.machine import Estimate, n_devices_of
 from nerve.cli.experiment.plan import Plan
 from nerve.errors import NerveError
 from nerve.models import build_model
@@ -362,11 +362,20 @@ def test_further_options_of_the_trainer_are_checked_by_lightning_before_the_data
 
 
 def test_checking_further_options_has_no_effects_and_needs_no_device_of_the_run(caplog):
-    overrides = ("+trainer.min_steps=2", "+trainer.deterministic=true", "trainer=ddp")
-    plan = Plan.of(composed(*GPT, *overrides))
+    """Of a precision that only a GPU has, Lightning would warn that it is replaced."""
+    overrides = ["+trainer.min_steps=2", "+trainer.deterministic=true", "trainer=ddp"]
+    plan = Plan.of(composed(*GPT, *overrides, "trainer.precision=16-mixed"))
     assert plan.values["trainer"]["min_steps"] == 2
     assert caplog.messages == []
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("devices", "n"), [("4", 4), ("'2'", 2), ("[0,2]", 2), ("'0,1'", 2), ("'0,1,'", 2), ("'3,'", 1)]
+)
+def test_devices_are_given_as_lightning_takes_them(devices, n):
+    plan = Plan.of(composed(*GPT, "trainer.accelerator=auto", f"trainer.devices={devices}"))
+    assert n_devices_of(plan.values["trainer"]) == n
 
 
 HOSTILE = ("delete", None, [], "abc", {})
