@@ -94,6 +94,7 @@ class ImageDataModule(BatchDataModule):
         train, test = self.images.read()
         for split in (train, test):
             _require_valid(split, self.images)
+            _require_square(split, self.images, self._image_size)
         if self._n_heldout is not None and self._n_heldout > len(test.labels):
             raise DataError(
                 f"data.n_heldout must not exceed the number of test images; got {self._n_heldout}, "
@@ -214,17 +215,17 @@ class ImageDataModule(BatchDataModule):
     def _normalized(self, split: LabeledImages, items: np.ndarray) -> Batch:
         mean, std = self._mean_and_std
         images = (torch.from_numpy(split.images[items]).float() - mean) / std
-        if self.image_size != images.shape[-1]:
-            size = (self.image_size, self.image_size)
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
             images = interpolate(images, size, mode="bilinear", antialias=True)
         return images, torch.from_numpy(split.labels[items])
 
 
 def _require_valid(split: LabeledImages, images: ImageSet) -> None:
     shape, labels = split.images.shape, split.labels
-    if len(shape) != 4 or shape[2] != shape[3] or labels.shape != shape[:1] or not len(labels):
+    if len(shape) != 4 or labels.shape != shape[:1] or not len(labels):
         raise DataError(
-            "Images must have the shape [n, channels, size, size], each with a label; those of "
+            "Images must have the shape [n, channels, height, width], each with a label; those of "
             f"{images.name} have the shape {list(shape)}, with {labels.size} labels."
         )
     if labels.min() < 0 or labels.max() >= images.n_classes:
@@ -232,6 +233,15 @@ def _require_valid(split: LabeledImages, images: ImageSet) -> None:
             f"Labels must lie between 0 and n_classes - 1; those of {images.name} range from "
             f"{labels.min()} to {labels.max()} with n_classes={images.n_classes}. Set "
             "data.images.n_classes, or choose another label column."
+        )
+
+
+def _require_square(split: LabeledImages, images: ImageSet, image_size: int | None) -> None:
+    *_, height, width = split.images.shape
+    if image_size is None and height != width:
+        raise DataError(
+            f"Images must be square; those of {images.name} have {height} x {width} pixels. Set "
+            "data.image_size, to which they are resized."
         )
 
 

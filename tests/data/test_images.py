@@ -180,7 +180,7 @@ def test_more_held_out_images_than_there_are_is_an_error_with_both_numbers(make)
         (lambda images, labels: (images, labels + 1), r"between 0 and n_classes - 1.*from 1 to 5"),
         (lambda images, labels: (images, labels - 1), r"range from -1 to 3 with n_classes=5"),
         (lambda images, labels: (images[0], labels), r"those of random have the shape \[3, 6, 6\]"),
-        (lambda images, labels: (images[..., :5], labels), r"the shape \[12, 3, 6, 5\]"),
+        (lambda images, labels: (images[..., :5], labels), "6 x 5 pixels. Set data.image_size"),
         (lambda images, labels: (images, labels[1:]), r"with 11 labels"),
         (lambda images, labels: (images[:0], labels[:0]), r"\[0, 3, 6, 6\], with 0 labels"),
     ],
@@ -190,6 +190,18 @@ def test_images_of_another_form_are_refused_before_training(make, change, messag
     splits = LabeledImages(*change(*random_images(12, 0))), random_images(9, 1)
     with pytest.raises(DataError, match=message):
         make(ImageSet("random", n_classes=5, flips=True, read=lambda: splits))
+
+
+def test_images_that_are_not_square_are_resized_if_a_size_is_given(make):
+    splits = tuple(
+        LabeledImages(split.images[:, :, :4].copy(), split.labels)
+        for split in (random_images(12, 0), random_images(9, 1))
+    )
+    wide = ImageSet("wide", n_classes=5, flips=True, read=lambda: splits)
+    for size in (6, 4, 3):
+        images, _ = next(iter(make(wide, image_size=size).train_dataloader()))
+        assert images.shape[1:] == (3, size, size)
+        assert images.isfinite().all()
 
 
 def test_a_constant_channel_is_refused(make):
