@@ -93,6 +93,7 @@ class Accumulator:
         features: Mapping[Side, Tensor],
         mask: Tensor | None,
         divisions: Mapping[str, Division] | None = None,
+        shown: Tensor | None = None,
     ) -> None:
         """Adds the samples of a run.
 
@@ -101,8 +102,11 @@ class Accumulator:
             mask: True for the samples that count.
             divisions: how the samples that count are grouped, by grouping; None or empty if they
                 are not.
+            shown: True for the samples that are no padding; None if all that do not count are.
         """
-        spreads = self.add_shares(features, mask)  # first, because covariances use the spread
+        spreads = self.add_shares(
+            features, mask, shown
+        )  # first, because covariances use the spread
         if (
             self.of_input
             and self._leaves_rounding
@@ -124,12 +128,12 @@ class Accumulator:
                 covariance.update(x, mask, spreads.get(side))
 
     def add_shares(
-        self, features: Mapping[Side, Tensor], mask: Tensor | None
+        self, features: Mapping[Side, Tensor], mask: Tensor | None, shown: Tensor | None = None
     ) -> dict[Side, Spread | None]:
         """Adds the samples of a run to the shares only, and returns the spread of each side. The
         arguments are those of `add`."""
         return {
-            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask)
+            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask, shown)
             for side, x in ((side, features[side]) for side in SITES)
         }
 

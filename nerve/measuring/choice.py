@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
@@ -12,7 +13,6 @@ from nerve.measuring.masks import (
     Masks,
     Order,
     UnknownOrder,
-    as_bool,
     for_each,
     without_first,
 )
@@ -23,6 +23,7 @@ from nerve.measuring.streams import (
     counting,
     ids_of,
     is_encoder_decoder,
+    padding_of,
     streams_of,
 )
 from nerve.measuring.trace import Trace, Traced, TraceError, trace
@@ -107,7 +108,15 @@ class Choice:
             return Chosen()  # all count, in any order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
-        return Chosen(masks, orders, *_tokens(ffns, streams))
+        shown: dict[str, Tensor] = {}
+        if self._exclude or self._only_labeled:  # otherwise all that do not count are padding
+            for name, stream in streams.items():
+                padding = padding_of(stream)
+                if padding is None:
+                    padding = torch.ones(stream.sizes, dtype=torch.bool)
+                shown[name] = without_first(padding, self._skip_first)
+        of_ffns = [None if each.stream is None else shown.get(each.stream) for each in ffns]
+        return Chosen(masks, orders, *_tokens(ffns, streams), of_ffns)
 
     def _of_other_shape(self, batch: Tensor) -> Chosen:
         """The choice for a bare tensor that, unlike the first one, is not a batch of sequences."""
@@ -126,18 +135,14 @@ class Choice:
 
         Args:
             masks: the caller's.
-            padding: for each, the batch's mask of padding; None if it has none: then samples that
-                the caller's mask excludes at the beginning are padding.
+            padding: for each, the batch's own mask of padding; None if it has none.
         """
-        if not self._skip_first:
-            return [*masks]
         own: dict[tuple[int, int], Tensor] = {}
         found = []
         for mask, shown in zip(masks, padding, strict=True):
             key = id(mask), id(shown)
             if mask is not None and key not in own:
-                padded = mask if shown is None else as_bool(shown).to(mask.device)
-                own[key] = mask & without_first(padded, self._skip_first)
+                own[key] = without_first(mask, self._skip_first, shown)
             found.append(own.get(key))
         return found
 
@@ -161,8 +166,9 @@ class Choice:
             return Chosen(self._without_first(masks, padding))
         of_trace = self._mask(traced.batch)
         if isinstance(of_trace, Tensor) != of_all and not self._needs_order:
-            return Chosen(masks)
+            return Chosen(self._without_first(masks, padding))
         orders: list[Order | UnknownOrder | None] = []
+        shown = {name: padding_of(stream) for name, stream in streams.items()}
         for index, (ffn, mask, short, place) in enumerate(
             zip(ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True)
         ):
@@ -178,13 +184,16 @@ class Choice:
                     "{name of the FFNs: its mask, or None}."
                 )
             orders.append(_order(place, streams) if is_of_tokens else None)
-            if stream is not None and streams[stream].mask is not None:
-                padding[index] = streams[stream].mask
+            own = None if stream is None else shown[stream]
+            if own is not None and own.shape == mask.shape:
+                padding[index] = own
         ids, of_streams = _tokens(traced.ffns, streams)
         in_sequences = [
             order is not None and known for order, known in zip(orders, of_streams, strict=True)
         ]
-        return Chosen(self._without_first(masks, padding), orders, ids, in_sequences)
+        masks = self._without_first(masks, padding)
+        skipped = self._without_first(padding, padding)
+        return Chosen(masks, orders, ids, in_sequences, skipped)
 
     def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:
         if self._trace is None:

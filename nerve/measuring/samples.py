@@ -22,11 +22,14 @@ class Taken(NamedTuple):
         features: those of each side, `[*samples, width]`, the same samples in the same order.
         mask: True for the samples that count, `[*samples]`; None if all do.
         divisions: how the samples that count are grouped, by grouping; None if they are not.
+        shown: True for the samples that are no padding, `[*samples]`; None if all that do not count
+            are.
     """
 
     features: dict[Side, Tensor]
     mask: Tensor | None
     divisions: Mapping[str, Division] | None
+    shown: Tensor | None = None
 
 
 class Samples:
@@ -46,12 +49,14 @@ class Samples:
         self._longest: int | None = None
         self._masks: Sequence[Tensor | None] = [None] * n
         self._orders: Orders = [None] * n
+        self._shown: Sequence[Tensor | None] = [None] * n
 
     def start(self, chosen: Chosen) -> None:
         """Takes the data of the next forward pass; raises as `Measurement.start` does."""
-        masks, orders, ids, in_sequences = chosen
+        masks, orders, ids, in_sequences, shown = chosen
         self._masks = for_each(self._probe.ffns, masks)
         self._orders = [None] * len(self._masks) if orders is None else orders
+        self._shown = [None] * len(self._masks) if shown is None else shown
         if self._groups is not None:
             self._groups.start(ids, in_sequences)
 
@@ -88,17 +93,20 @@ class Samples:
             if self._groups is not None:
                 self._groups.leave_out(index)
             return Taken(features, self._counted_of(index, inputs), None)
-        mask = self._mask(index, samples)
+        mask, shown = (
+            self._fitted(each[index], index, samples) for each in (self._masks, self._shown)
+        )
         divisions = None
         if self._groups is not None:
             divisions = self._groups.of(index, features["pre"], mask, self._masks[index])
         features = {side: self._without_first(each) for side, each in features.items()}
-        return Taken(features, self._mask_without_first(mask), divisions)
+        mask, shown = (self._mask_without_first(each) for each in (mask, shown))
+        return Taken(features, mask, divisions, shown)
 
     def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """The samples at a site around an FFN, which are those of the FFN, and their mask."""
         features = self._in_order(index, features)
-        mask = self._mask(index, features.shape[:-1])
+        mask = self._fitted(self._masks[index], index, features.shape[:-1])
         return self._without_first(features), self._mask_without_first(mask)
 
     def _in_order(self, index: int, features: Tensor) -> Tensor:
@@ -110,8 +118,7 @@ class Samples:
             return features
         return order.sequences(features, named(self._probe.ffns[index]))
 
-    def _mask(self, index: int, samples: torch.Size) -> Tensor | None:
-        mask = self._masks[index]
+    def _fitted(self, mask: Tensor | None, index: int, samples: torch.Size) -> Tensor | None:
         return None if mask is None else fitted(mask, samples, self._probe.ffns[index])
 
     def _without_first(self, features: Tensor) -> Tensor:

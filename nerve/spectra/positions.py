@@ -1,6 +1,6 @@
 """Sums of the samples at each sequence position, and of their squared distances from a mean.
 
-Padding may come first, so the positions of a sequence count from its first sample that counts.
+Padding may come first, so the positions of a sequence count from its first sample that is none.
 """
 
 import math
@@ -99,9 +99,19 @@ class Padding(NamedTuple):
     rows: Int64[Tensor, "sequences positions"] | None
 
     @classmethod
-    def of(cls, mask: Bool[Tensor, "sequences positions"]) -> "Padding":
-        """The padding that a mask shows; waits for the device."""
-        start, (n_sequences, n) = mask.int().argmax(1, keepdim=True), mask.shape
+    def of(
+        cls,
+        mask: Bool[Tensor, "sequences positions"],
+        shown: Bool[Tensor, "sequences positions"] | None = None,
+    ) -> "Padding":
+        """The padding of sequences whose samples count where `mask` is True; waits for the device.
+
+        Args:
+            mask: True for the samples that count.
+            shown: True for those that are no padding; None if all that do not count are.
+        """
+        known = mask if shown is None else shown
+        start, (n_sequences, n) = known.int().argmax(1, keepdim=True), mask.shape
         if not start.any():
             return cls(mask, mask, None)
         columns = start + torch.arange(n, device=mask.device)

@@ -191,6 +191,56 @@ def test_samples_that_a_mask_excludes_are_no_padding_if_the_batch_shows_its_padd
         assert_counts(row, model.pre(ids)[counts])
 
 
+@pytest.mark.parametrize("attention", ["additive", "of pairs"])
+def test_an_attention_mask_that_shows_no_padding_leaves_it_to_the_mask_of_the_caller(attention):
+    model, ids = Ordered("sequences").double(), tokens(1)
+    left = padding(3, 4, 5, 3, 1).flip(1)
+    shown = torch.where(left == 1, 0.0, -torch.inf)
+    batch = {"input_ids": ids, "kept": left}
+    batch["attention_mask"] = shown if attention == "additive" else left[:, None, None].bool()
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    (row,) = nerve.measure(
+        model, [batch], ffns=ffns, skip_first=1, mask=lambda batch: batch["kept"]
+    ).to_dict("records")
+    assert_counts(row, model.pre(ids)[left.cumsum(1) > 1])
+
+
+@pytest.mark.parametrize("skip_first", [0, 1])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_positions_are_those_of_the_sequence_whichever_tokens_count(explicit, side, skip_first):
+    """`position_ratio` of tokens that count at random places, as in a masked language model, is
+    that of the places at which they are."""
+    generator = torch.Generator().manual_seed(5)
+    model, n = Ordered("positions, flat").double(), 60
+    first = torch.zeros(n, T, dtype=torch.long)
+    first[:, skip_first] = 1  # a token that stands out, at one position
+    lengths = torch.randint(3, T + 1, (n,), generator=generator) if side != "none" else T
+    shown = (torch.arange(T) < torch.as_tensor(lengths).reshape(-1, 1)).expand(n, T).long()
+    ids = torch.where(first == 1, 1, torch.randint(3, 30, (n, T), generator=generator))
+    with torch.no_grad():
+        model.embedding.weight[1] *= 20
+    labels = ids.masked_fill(torch.rand(n, T, generator=generator) > 0.5, -100)
+    counts = shown.bool() & (labels != -100) & (torch.arange(T) >= skip_first)
+    pre = model.pre(ids)
+    squares = (pre - pre[counts].mean(0)).square().sum(-1).where(counts, 0)
+    expected = (squares.sum(0) / counts.sum(0)).nan_to_num().max() / squares[counts].mean()
+    if side == "left":
+        rolls = (T - shown.sum(1))[:, None]
+        back = (torch.arange(T)[None] - rolls) % T
+        ids, labels, shown = (each.gather(1, back) for each in (ids, labels, shown))
+    batch = {"input_ids": ids, "attention_mask": shown, "labels": labels}
+    how = {"only_labeled": True}
+    if explicit:
+        how = {"mask": lambda b: (b["labels"] != -100) & b["attention_mask"].bool()}
+    ffns = [FFNAdapter(0, "ffn", model.ffn.up, model.ffn.down)]
+    (row,) = nerve.measure(model, [batch], ffns=ffns, skip_first=skip_first, **how).to_dict(
+        "records"
+    )
+    assert row["n_samples"] == counts.sum()
+    assert row["position_ratio_pre"] == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_so_they_are_of_a_bare_batch_whose_mask_the_caller_gives():
     """There, the mask is all that shows the padding."""
     model, left = Ordered("sequences").double(), padding(5, 4, 5, 3, 1).flip(1)
