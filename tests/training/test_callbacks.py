@@ -137,8 +137,8 @@ def test_a_terminal_is_not_shown_the_loss_of_every_batch(monkeypatch):
     assert 2 <= len(asked) <= 3  # Lightning asks at the end of the epoch as well
 
 
-def test_the_bar_moves_with_each_batch_of_training_and_is_lines_in_a_file(capsys):
-    """There it is written after some of the batches, here every second one, and the last."""
+def test_the_bar_moves_with_each_batch_of_training(capsys):
+    """In a file it is a line after some of the batches, here every second one, and the last."""
     bar, module = RunProgressBar("tokens"), Counts()
     bar._refresh_rate = 2
     batches = Batches([torch.zeros(1)] * 3)
