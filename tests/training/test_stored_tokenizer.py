@@ -74,13 +74,15 @@ def test_a_cache_that_moved_is_the_one_in_the_environment(caches, monkeypatch):
 
 
 def test_a_changed_tokenizer_is_not_taken_but_another_entry_that_has_it_is(caches):
-    """Two splits of a corpus with one tokenizer file have two entries with the same tokenizer."""
+    """Another split of the corpus with the same tokenizer is another entry."""
     first = entry(caches / "default")
     file = caches / "tokenizer.json"
     first.tokenizer.save(str(file))
     run = run_of(first, caches / "run")
     path = first.path / "tokenizer.json"
-    path.write_bytes(path.read_bytes().replace(b"BPE", b"BPe"))
+    prefix = b'"add_prefix_space": '
+    assert prefix + b"false" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(prefix + b"false", prefix + b"true"))  # still loads
     with pytest.raises(DataError, match=r"no sound entry of .*default has"):
         nerve.load_tokenizer(run)
     second = cached_tokens(CORPUS, TokenizerSpec(path=file), 0.3, caches / "default")
