@@ -6,4 +6,12 @@ reading stored runs needs neither torch nor Lightning.
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_listed, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    if name != "__version__":
+        return _listed(name)
+    from importlib.metadata import version  # reads the metadata of the installed package
+
+    return version("nerve")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ ALLOWED = {
     "measuring": BASE,
     "storage": BASE - {"spectra"},
     "recording": BASE | {"measuring", "storage", "optim"},
-    "training": BASE | {"measuring", "storage", "recording", "optim", "models"},
+    "training": BASE | {"measuring", "storage", "recording", "optim", "models", "data"},
     "integrations": BASE | {"measuring", "storage", "recording"},
     "analysis": BASE - {"spectra"} | {"storage"},
     "report": BASE - {"spectra"} | {"storage", "analysis"},
@@ -207,5 +208,6 @@ def test_the_names_of_the_package_are_there():
 
     assert set(nerve.__all__) <= set(dir(nerve))
     assert all(callable(getattr(nerve, name)) for name in nerve.__all__)
+    assert nerve.__version__ == version("nerve")
     with pytest.raises(AttributeError, match="No nerve attribute nothing"):
         _ = nerve.nothing

@@ -83,3 +83,10 @@ def test_a_question_whose_runs_all_failed_has_no_figure(draw, runs, tmp_path):
     for record in runs.glob("position_gpu/*/run.json"):
         mark_failed(record)
     assert draw(runs, tmp_path / "none") == []
+
+
+def test_the_overview_names_metrics_with_their_units(scorecard, evidence):
+    figure = scorecard.figures.overview(evidence.sweep("activation_gpu"))
+    labels = [panel.get_ylabel() for panel in figure.axes]
+    assert labels[:3] == ["SE (nats)", "PR (dimensions)", labels[2]]
+    assert labels[2].startswith("EEE (")

@@ -3,8 +3,8 @@
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
+import nerve
 from nerve.errors import NerveError
 
 STOPPED, UNREAD = 130, 141
@@ -14,7 +14,7 @@ STOPPED, UNREAD = 130, 141
 def run() -> None:
     """`nerve-run`, whose `--version` is Hydra's; nerve's version is printed before it."""
     if "--version" in sys.argv[1:]:
-        print(f"nerve {version('nerve')}", flush=True)
+        print(f"nerve {nerve.__version__}", flush=True)
     _enter("nerve-run", "nerve.cli.run")
 
 

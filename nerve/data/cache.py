@@ -27,7 +27,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nerve.data.cache_entry import Damaged, TokenCache, build_entry, checksum_of, open_entry
+from tokenizers import Tokenizer
+
+from nerve.data.cache_entry import (
+    Damaged,
+    TokenCache,
+    build_entry,
+    checksum_of,
+    open_entry,
+    tokenizer_of,
+)
 from nerve.data.corpus import Corpus
 from nerve.data.tokenizer import TokenizerSpec
 from nerve.errors import DataError, StoreError
@@ -94,6 +103,16 @@ def cached_tokens(
             "disk, or set NERVE_CACHE to a folder on another one."
         )
     return entry
+
+
+def cached_tokenizer(root: Path, fingerprint: str) -> Tokenizer | None:
+    """The tokenizer with this fingerprint of an entry in `root`; None if no entry that can be read
+    has it. The corpus is not needed."""
+    for path in sorted(root.glob("tokens-*")):
+        with suppress(Damaged, DataError):  # another entry may have it, too
+            if (tokenizer := tokenizer_of(path, fingerprint)) is not None:
+                return tokenizer
+    return None
 
 
 @contextmanager

@@ -93,10 +93,7 @@ def open_entry(path: Path) -> TokenCache | None:
     if not path.is_dir():
         return None
     meta, checksums = _read_meta(path / "meta.json")
-    small = {name: _read(path / name) for name in _SMALL_FILES}
-    for name, data in small.items():
-        if zlib.crc32(data) != checksums.get(name):
-            raise Damaged(f"{name} is not what was written")
+    small = {name: _read_small(path / name, checksums) for name in _SMALL_FILES}
     try:
         return TokenCache(
             path,
@@ -108,6 +105,28 @@ def open_entry(path: Path) -> TokenCache | None:
         )
     except (OSError, DataError) as error:
         raise Damaged(str(error)) from error
+
+
+def tokenizer_of(path: Path, fingerprint: str) -> Tokenizer | None:
+    """The tokenizer of the entry at `path`; None if it has another fingerprint.
+
+    Raises:
+        Damaged: if it differs from what was written.
+        DataError: if it cannot be read.
+    """
+    meta, checksums = _read_meta(path / "meta.json")
+    if meta.tokenizer_fingerprint != fingerprint:
+        return None
+    _read_small(path / "tokenizer.json", checksums)
+    return load_tokenizer(path / "tokenizer.json", meta.separator)
+
+
+def _read_small(path: Path, checksums: Mapping[str, int]) -> bytes:
+    """The contents of one of `_SMALL_FILES`. Raises `Damaged` if they changed."""
+    data = _read(path)
+    if zlib.crc32(data) != checksums.get(path.name):
+        raise Damaged(f"{path.name} is not what was written")
+    return data
 
 
 def _read(path: Path) -> bytes:

@@ -20,9 +20,8 @@ from nerve.measuring.find import FoundFFNs, find_ffns
 from nerve.measuring.forward import evaluating
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, for_each
-from nerve.measuring.measurement import Measurement
+from nerve.measuring.measurement import Measurement, Pools
 from nerve.measuring.passes import passes
-from nerve.measuring.pools import Pools
 from nerve.measuring.probe import Probe
 from nerve.measuring.slices import products_of
 from nerve.progress import Progress

@@ -1,19 +1,23 @@
 """One measurement of a model: the spectra before and after the nonlinearity of each of its FFNs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
 from nerve.errors import MeasurementError
 from nerve.measuring.accumulator import Accumulator, Side, eigenproblems
 from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra, GroupEigenproblem
+from nerve.measuring.ffns import FFNAdapter, pool_of
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import ALL, Chosen
-from nerve.measuring.pools import Pools, pools_of
 from nerve.measuring.probe import Probe
 from nerve.measuring.reduction import reduce
 from nerve.measuring.samples import Samples
 from nerve.progress import Progress, unseen
+
+Pools = dict[tuple[int, str], Accumulator]
+"""For each layer and name, the samples of all FFNs that are pooled under it, such as all experts of
+a layer; they have a row of their own."""
 
 
 class Measurement:
@@ -62,7 +66,7 @@ class Measurement:
         self._has_parts = bool(grouped.groupings or sites)
         self._n_forwards = 0
         self._of = [Accumulator(ffn, shortcut=shortcut) for ffn in probe.ffns]
-        self._pools = pools_of(self._of, {} if pools is None else pools)
+        self._pools = _pools_of(self._of, {} if pools is None else pools)
         self._open_pools = open_pools
         self._is_pooled = False
 
@@ -175,3 +179,15 @@ class Measurement:
             rows.append(each)
             rows += [pool for pool in pools if last[pool] == index]
         return rows
+
+
+def _pools_of(members: Sequence[Accumulator], pools: Pools) -> dict[int, Accumulator]:
+    """For the index of each FFN, the accumulator of its pool, which is added to `pools` if new."""
+    found = {}
+    for index, member in enumerate(members):
+        ffn, name = member.ffn, pool_of(member.ffn)
+        if name is not None:
+            pool = FFNAdapter(ffn.layer, name, ffn.pre, ffn.post, n_runs=None)
+            key = (ffn.layer, name)
+            found[index] = pools.setdefault(key, Accumulator(pool, shortcut=False))
+    return found

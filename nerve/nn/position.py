@@ -104,7 +104,7 @@ class ALiBi(AttentionPosition):
         super().__init__()
         steps = torch.arange(seq_len)
         distances = (steps[:, None] - steps[None, :]).float()
-        scores = -torch.tensor(alibi_slopes(n_heads))[None, :, None, None] * distances
+        scores = -alibi_slopes(n_heads).float()[None, :, None, None] * distances
         scores = scores.masked_fill(distances < 0, -math.inf)
         self.register_buffer("scores", scores, persistent=False)
 
@@ -112,17 +112,17 @@ class ALiBi(AttentionPosition):
         return self.scores[..., :seq_len, :seq_len]
 
 
-def alibi_slopes(n_heads: int) -> list[float]:
-    """2^(-8h/n) for head h = 1 … n, if n is a power of two.
+def alibi_slopes(n_heads: int) -> Float[Tensor, " n_heads"]:
+    """2^(-8h/n) for head h = 1 … n, if n is a power of two; float64.
 
     For other numbers of heads, the first heads have the slopes of the next lower power of two, n,
     and the remaining heads have every other slope of 2n, starting with the first (the rule of the
     ALiBi authors).
     """
     lower = 2 ** int(math.log2(n_heads))
-    slopes = [2.0 ** (-8 * head / lower) for head in range(1, lower + 1)]
-    between = [2.0 ** (-8 * head / (2 * lower)) for head in range(1, 2 * lower + 1, 2)]
-    return slopes + between[: n_heads - lower]
+    whole = torch.arange(1, lower + 1, dtype=torch.float64)
+    between = torch.arange(n_heads - lower, dtype=torch.float64) + 0.5
+    return torch.exp2(-8 * torch.cat([whole, between]) / lower)
 
 
 def _angles(seq_len: int, d: int, theta: float) -> Float[Tensor, "seq half"]:

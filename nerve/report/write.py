@@ -165,12 +165,12 @@ def _build(content: Content, folder: Path, progress: Progress) -> None:
     figures, tables = [], []
     names = _file_names([drawing.name for drawing in content.drawings])
     for done, (name, drawing) in enumerate(zip(names, content.drawings, strict=True)):
-        progress(f"drawing {name}", done, total)
+        progress("drawing figures", done, total)
         png = _save(drawing.draw(), folder / "figures" / name)
         figures.append(PageFigure(name, drawing.caption, base64.b64encode(png).decode("ascii")))
     names = _file_names([table.name for table in content.tables])
     for done, (name, table) in enumerate(zip(names, content.tables, strict=True), len(figures)):
-        progress(f"writing {name}", done, total)
+        progress("writing tables", done, total)
         tables.append(_page_table(name, table, _save_table(table.frame, folder / "tables" / name)))
     progress("writing the page", total - 1, total)
     page = render(content.title, content.facts, content.notes, figures, tables)

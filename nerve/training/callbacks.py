@@ -94,11 +94,22 @@ class Heartbeat(L.Callback):
                 self._record.update()
 
 
+class _Nowhere:
+    """A file that forgets what is written."""
+
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
 class RunProgressBar(TQDMProgressBar):
     """One progress bar over the training batches; validation has no bar of its own.
 
-    It fits into 80 columns. The rate and the remaining time count only the batches of this process,
-    not those done before the run was resumed.
+    It fits into 80 columns. In a file it is a line every 50 batches and after the last one. The
+    rate and the remaining time count only the batches of this process, not those done before the
+    run was resumed.
 
     Args:
         unit: what the rate counts (`tokens`, `images`).
@@ -108,8 +119,9 @@ class RunProgressBar(TQDMProgressBar):
 
     def __init__(self, unit: str) -> None:
         # A terminal is redrawn often; a file (a cluster job's log) gets a line occasionally.
-        self._shown_every_s = SHOWN_EVERY_S if sys.stdout.isatty() else 0.0
-        super().__init__(refresh_rate=1 if self._shown_every_s else 50)
+        self._is_on_terminal = sys.stdout.isatty()
+        self._shown_every_s = SHOWN_EVERY_S if self._is_on_terminal else 0.0
+        super().__init__(refresh_rate=1 if self._is_on_terminal else 50)
         self._shown = -math.inf
         self._unit = unit
         self._n_targets = 0
@@ -121,6 +133,14 @@ class RunProgressBar(TQDMProgressBar):
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
+
+    def init_train_tqdm(self) -> Tqdm:
+        if self._is_on_terminal:
+            return super().init_train_tqdm()
+        # Lightning redraws it whenever anything changes; `on_train_batch_end` prints the lines.
+        return Tqdm(
+            disable=self.is_disabled, smoothing=0, bar_format=self.BAR_FORMAT, file=_Nowhere()
+        )
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
@@ -148,6 +168,9 @@ class RunProgressBar(TQDMProgressBar):
         if is_last or now - self._shown >= self._shown_every_s:
             self._shown = now
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            bar = self.train_progress_bar
+            if not self._is_on_terminal and self._should_update(batch_idx + 1, bar.total):
+                print(bar, flush=True)
 
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule

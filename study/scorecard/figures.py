@@ -107,7 +107,8 @@ def overview(sweep: Sweep) -> Figure:
         for site, color in COLORS.items():
             lines = {level: {"color": color, "linestyle": dash} for level, dash in dashes.items()}
             over_steps(panel, sweep.curves, f"{name}_{site}", {**lines, "identity": control})
-        name_axes(panel, "step", name, f"{name.upper()}, mean over layers")
+        columns = [f"{name}_{site}" for site in COLORS]
+        name_axes(panel, "step", columns[0], f"{name.upper()}, mean over layers", columns)
     scale_by_ratio(axes[1], sweep.curves[["pr_pre", "pr_post"]].stack())
     rows = sweep.all_layers
     depth_map(figure, axes[3], rows[rows["level"] == "gelu"], "js", "JS of pre and post, gelu")

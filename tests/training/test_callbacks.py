@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import sys
 import threading
 import time
@@ -136,8 +137,10 @@ def test_a_terminal_is_not_shown_the_loss_of_every_batch(monkeypatch):
     assert 2 <= len(asked) <= 3  # Lightning asks at the end of the epoch as well
 
 
-def test_the_bar_moves_with_each_batch_of_training():
+def test_the_bar_moves_with_each_batch_of_training(capsys):
+    """In a file it is a line after some of the batches, here every second one, and the last."""
     bar, module = RunProgressBar("tokens"), Counts()
+    bar._refresh_rate = 2
     batches = Batches([torch.zeros(1)] * 3)
     L.Trainer(
         accelerator="cpu",
@@ -148,6 +151,9 @@ def test_the_bar_moves_with_each_batch_of_training():
         enable_model_summary=False,
     ).fit(module, batches)
     assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (3, 3)
+    half, whole = capsys.readouterr().out.split("\n")[:-1]
+    assert re.fullmatch(r" 67%\|.*\| 2/3 \[.*tokens/s=.*\]", half)
+    assert re.fullmatch(r"100%\|.*\| 3/3 \[.*tokens/s=.*\]", whole)
     assert "tokens/s" in bar.get_metrics(module.trainer, module)
 
 

@@ -119,7 +119,8 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
         n, memory = estimate.n_parameters, estimate.memory_bytes
         table.add_row(
             str(trial.number),
-            " ".join(each for each in trial.overrides if not each.startswith("check=")),
+            " ".join(each for each in trial.overrides if not each.startswith("check="))
+            or "no overrides",
             _state(trial),
             "–" if n is None else f"{n:,}",
             "–" if memory is None else _size(memory),

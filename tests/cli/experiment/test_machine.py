@@ -114,6 +114,7 @@ TB = 10**12
         ["data.batch_size=10000000"],
         ["ffn.width=1e9"],
         ["model.seq_len=1000000000000"],
+        ["position=alibi", "model.n_heads=100000000", "model.d_model=100000000"],
     ],
     ids=" ".join,
 )

@@ -174,6 +174,7 @@ def test_the_weights_of_step_0_are_the_initial_ones(experiment, tmp_path):
     assert all(torch.equal(first[name], built[name]) for name in built)
     assert all(torch.equal(final[name], last[name]) for name in last)
     assert any(not torch.equal(first[name], last[name]) for name in last)
+    assert nerve.load_tokenizer("run").get_vocab_size() == data_dims["vocab_size"]
 
 
 def test_steps_to_keep_beyond_the_end_are_refused_before_data_is_read(experiment):
