@@ -573,9 +573,7 @@ def without() -> dict[str, list[Any]]:
         "post follows from pre": [put(following, "way_from", lambda *how: "directly")],
         "pre is no factor": [put(following, "is_factor", lambda *how: False)],
         "pre has a weight": [put(ffns, "_has_weight", lambda module: True)],
-        "masks are 0 and 1": [
-            put(module, "as_bool", any_bool) for module in (masks, streams, trace)
-        ],
+        "masks are 0 and 1": [put(module, "as_bool", any_bool) for module in (masks, streams)],
         "W x + b is what the layer gave": [put(accumulator, "gives", yes)],
         "the weight is that of the first batch": [
             put(accumulator.Accumulator, "_compare_weight", lambda *how: None)
