@@ -1,6 +1,7 @@
 """Adapters: modules that add the product of two narrow matrices to a linear layer (LoRA and its
 relatives) or scale its outputs (IA3), and need not declare its widths."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -66,8 +67,8 @@ def _matrices(
     """The matrices in a module, those of linear layers as a whole."""
     for parameter in module.parameters(recurse=False):
         if parameter.ndim > 1:
-            n_rows, n_columns = parameter.flatten(1).shape
-            yield _Matrix(n_columns, n_rows, is_directed=False)
+            n_rows, *others = parameter.shape
+            yield _Matrix(math.prod(others), n_rows, is_directed=False)
     for child in module.children():
         widths = own(child)
         if widths is None:

@@ -174,6 +174,22 @@ def test_damaged_checkpoints_are_named_and_the_others_measured(damaged, is_empty
     assert sorted(set(nerve.load_metrics("out")["step"])) == [*STEPS[:4]]
 
 
+def test_a_checkpoint_that_was_saved_in_part_does_not_stop_a_series():
+    """Its folder has a part of the weights, and no tokenizer yet."""
+    save_series(STEPS[:2])
+    for path in Path("ckpt/step_0").glob("tokenizer*"):
+        path.unlink()
+    Path("ckpt/step_0/model.safetensors").write_bytes(b"begun")
+    status, out, err = probed("ckpt/step_*")
+    assert status == 1
+    assert "1 of 2 cannot be loaded" in err
+    assert "steps: 1 (10)" in out
+    save(llama(seed=0), Path("ckpt/step_0"))
+    status, out, err = probed("ckpt/step_*")
+    assert status == 0, err
+    assert "steps: 2 (0, 10), of which 1 were measured before" in out
+
+
 def test_a_measured_checkpoint_may_be_deleted(monkeypatch):
     """Also the first one, which otherwise shows the FFNs and the text."""
     later = datetime.now(UTC) + timedelta(hours=1)  # when all files are old

@@ -196,18 +196,24 @@ class Folders:
         return network
 
     def _tokenizer(self) -> Any:
-        places = (each.place for each in self.checkpoints if each.place not in self._refused)
-        where, extra = arguments_of(self._asked.tokenizer or next(places))
-        try:
-            tokenizer = self._transformers.AutoTokenizer.from_pretrained(where, **extra)
-            if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
-                raise ValueError("its vocabulary is empty")
-            return tokenizer
-        except Exception as error:  # it may be of any kind
-            raise DataError(
-                f"Text needs the model's tokenizer; {where} has none that transformers reads "
-                f"({_first_line(error)}). Put its files there, or point --tokenizer at them."
-            ) from error
+        """The requested one, or that of the first checkpoint that has one."""
+        own = [each.place for each in self.checkpoints if each.place not in self._refused]
+        places = own if self._asked.tokenizer is None else [self._asked.tokenizer]
+        errors = []
+        for place in places:
+            where, extra = arguments_of(place)
+            try:
+                tokenizer = self._transformers.AutoTokenizer.from_pretrained(where, **extra)
+                if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+                    raise ValueError("its vocabulary is empty")
+                return tokenizer
+            except Exception as error:  # it may be of any kind
+                errors.append(error)
+        raise DataError(
+            f"Text needs the model's tokenizer; {arguments_of(places[0])[0]} has none that "
+            f"transformers reads ({_first_line(errors[0])}). Put its files there, or point "
+            "--tokenizer at them."
+        ) from errors[0]
 
     def _seq_len(self, model: nn.Module) -> int:
         """The requested length, or by default what the model accepts, up to `LONGEST`."""
