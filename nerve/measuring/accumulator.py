@@ -104,9 +104,8 @@ class Accumulator:
                 are not.
             shown: True for the samples that are no padding; None if all that do not count are.
         """
-        spreads = self.add_shares(
-            features, mask, shown
-        )  # first, because covariances use the spread
+        # First, because covariances use the spread.
+        spreads = self.add_shares(features, mask, shown)
         if (
             self.of_input
             and self._leaves_rounding

@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import named
-from nerve.measuring.masks import (
-    Chosen,
-    Masks,
-    Order,
-    UnknownOrder,
-    for_each,
-    without_first,
-)
+from nerve.measuring.masks import Chosen, Masks, Order, UnknownOrder, for_each, without_first
 from nerve.measuring.probe import Probe
 from nerve.measuring.streams import (
     Stream,
