@@ -79,7 +79,7 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="spectra", initializer=start)
-    with _default_restored():
+    with _numbers_restored():
         try:
             for _ in range(n_workers):
                 pool.submit(int)
@@ -100,6 +100,18 @@ def pool_of(n_workers: int) -> ThreadPoolExecutor:
             str(refusals[0]),
         )
     return pool
+
+
+@contextmanager
+def _numbers_restored() -> Iterator[None]:
+    """Restores torch's default number of threads, and that of this thread."""
+    own = torch.get_num_threads()
+    try:
+        with _default_restored():
+            yield
+    finally:
+        if torch.get_num_threads() != own:  # the default of a thread that came first
+            torch.set_num_threads(own)
 
 
 @SharedContext

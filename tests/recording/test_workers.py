@@ -10,6 +10,7 @@ import torch
 
 from nerve.cores import SHARE
 from nerve.errors import MeasurementError
+from nerve.recording import workers
 from nerve.recording.workers import NICENESS, pool_of, spare_workers
 
 CPU = torch.device("cpu")
@@ -22,6 +23,33 @@ def test_each_thread_of_the_pool_uses_one_core_and_other_threads_keep_theirs():
         with pool_of(2) as pool:
             assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_thread_keeps_its_number_if_another_one_started_a_pool_before_it(monkeypatch):
+    """What the last of them restores is the default that the first one found."""
+    is_inside, leave, kept = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        torch.set_num_threads(3)
+        with workers._numbers_restored():
+            is_inside.set()
+            assert leave.wait(10)
+        kept.append(torch.get_num_threads())
+
+    def leave_first(refusals) -> None:  # a thread of the second pool
+        leave.set()
+        other.join()
+
+    before, other = torch.get_num_threads(), threading.Thread(target=first)
+    monkeypatch.setattr(workers, "_give_way", leave_first)
+    try:
+        other.start()
+        assert is_inside.wait(10)
+        torch.set_num_threads(2)
+        pool_of(1).shutdown()
+        assert (torch.get_num_threads(), kept) == (2, [3])
     finally:
         torch.set_num_threads(before)
 
