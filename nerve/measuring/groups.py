@@ -143,8 +143,8 @@ class Divider:
             MeasurementError: for missing tokens, or tokens of the wrong shape.
         """
         mask = torch.ones(sizes, dtype=torch.bool) if mask is None else mask.cpu()
-        # Padding may come first: positions count from the first sample that is not padding, which
-        # precedes the first one that counts by those skipped.
+        # Padding may come first, and prompts that do not count: positions start at the first sample
+        # that counts, or before it by those skipped.
         start = torch.where(mask.any(1), mask.int().argmax(1), 0)[:, None]
         start = (start - self._skip_first).clamp(min=0)
         position = torch.arange(sizes[1])[None]
