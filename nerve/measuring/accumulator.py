@@ -93,7 +93,7 @@ class Accumulator:
         features: Mapping[Side, Tensor],
         mask: Tensor | None,
         divisions: Mapping[str, Division] | None = None,
-        shown: Tensor | None = None,
+        unpadded: Tensor | None = None,
     ) -> None:
         """Adds the samples of a run.
 
@@ -102,10 +102,10 @@ class Accumulator:
             mask: True for the samples that count.
             divisions: how the samples that count are grouped, by grouping; None or empty if they
                 are not.
-            shown: True for the samples that are no padding; None if all that do not count are.
+            unpadded: True for the samples that are no padding; None if all that do not count are.
         """
         # First, because covariances use the spread.
-        spreads = self.add_shares(features, mask, shown)
+        spreads = self.add_shares(features, mask, unpadded)
         if (
             self.of_input
             and self._leaves_rounding
@@ -127,12 +127,12 @@ class Accumulator:
                 covariance.update(x, mask, spreads.get(side))
 
     def add_shares(
-        self, features: Mapping[Side, Tensor], mask: Tensor | None, shown: Tensor | None = None
+        self, features: Mapping[Side, Tensor], mask: Tensor | None, unpadded: Tensor | None = None
     ) -> dict[Side, Spread | None]:
         """Adds the samples of a run to the shares only, and returns the spread of each side. The
         arguments are those of `add`."""
         return {
-            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask, shown)
+            side: self.shares_of(side, x.shape[-1], x.device).update(x, mask, unpadded)
             for side, x in ((side, features[side]) for side in SITES)
         }
 

@@ -16,8 +16,8 @@ from nerve.measuring.streams import (
     counting,
     ids_of,
     is_encoder_decoder,
-    padding_of,
     streams_of,
+    unpadded_of,
 )
 from nerve.measuring.trace import Trace, Traced, TraceError, trace
 
@@ -101,14 +101,14 @@ class Choice:
             return Chosen()  # all count, in any order
         masks = [None if each.stream is None else counts[each.stream] for each in ffns]
         orders = [_order(each, streams) if each.ran or is_needed else None for each in ffns]
-        shown: dict[str, Tensor] = {}
+        unpadded: dict[str, Tensor] = {}
         if self._exclude or self._only_labeled:  # otherwise all that do not count are padding
             for name, stream in streams.items():
-                padding = padding_of(stream)
-                if padding is None:
-                    padding = torch.ones(stream.sizes, dtype=torch.bool)
-                shown[name] = without_first(padding, self._skip_first)
-        of_ffns = [None if each.stream is None else shown.get(each.stream) for each in ffns]
+                own = unpadded_of(stream)
+                if own is None:
+                    own = torch.ones(stream.sizes, dtype=torch.bool)
+                unpadded[name] = without_first(own, self._skip_first)
+        of_ffns = [None if each.stream is None else unpadded.get(each.stream) for each in ffns]
         return Chosen(masks, orders, *_tokens(ffns, streams), of_ffns)
 
     def _of_other_shape(self, batch: Tensor) -> Chosen:
@@ -121,21 +121,22 @@ class Choice:
         return Chosen(None if self._mask is None else self._mask(batch))
 
     def _without_first(
-        self, masks: Sequence[Tensor | None], padding: Sequence[Tensor | None]
+        self, masks: Sequence[Tensor | None], unpadded: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """The masks of all FFNs without the first positions behind left padding; of one that
         several of them share, once.
 
         Args:
             masks: the caller's.
-            padding: for each, the batch's own mask of padding; None if it has none.
+            unpadded: for each, the batch's own mask, True for what is no padding; None if it has
+                none.
         """
         own: dict[tuple[int, int], Tensor] = {}
         found = []
-        for mask, shown in zip(masks, padding, strict=True):
-            key = id(mask), id(shown)
+        for mask, its in zip(masks, unpadded, strict=True):
+            key = id(mask), id(its)
             if mask is not None and key not in own:
-                own[key] = without_first(mask, self._skip_first, shown)
+                own[key] = without_first(mask, self._skip_first, its)
             found.append(own.get(key))
         return found
 
@@ -146,22 +147,22 @@ class Choice:
         ffns = self._probe.ffns
         given = self._mask(batch)
         masks = for_each(ffns, given)
-        padding: list[Tensor | None] = [None] * len(ffns)
+        unpadded: list[Tensor | None] = [None] * len(ffns)
         of_all = isinstance(given, Tensor)
         if not streams:
-            return Chosen(self._without_first(masks, padding), ids=ids_of(batch))
+            return Chosen(self._without_first(masks, unpadded), ids=ids_of(batch))
         is_bare = as_mapping(batch) is not batch
         try:
             traced = self._traced(batch, streams)
         except TraceError:
             if (of_all and not is_bare) or self._needs_order:
                 raise
-            return Chosen(self._without_first(masks, padding))
+            return Chosen(self._without_first(masks, unpadded))
         of_trace = self._mask(traced.batch)
         if isinstance(of_trace, Tensor) != of_all and not self._needs_order:
-            return Chosen(self._without_first(masks, padding))
+            return Chosen(self._without_first(masks, unpadded))
         orders: list[Order | UnknownOrder | None] = []
-        shown = {name: padding_of(stream) for name, stream in streams.items()}
+        by_stream = {name: unpadded_of(stream) for name, stream in streams.items()}
         for index, (ffn, mask, short, place) in enumerate(
             zip(ffns, masks, for_each(ffns, of_trace), traced.ffns, strict=True)
         ):
@@ -177,15 +178,15 @@ class Choice:
                     "{name of the FFNs: its mask, or None}."
                 )
             orders.append(_order(place, streams) if is_of_tokens else None)
-            own = None if stream is None else shown[stream]
+            own = None if stream is None else by_stream[stream]
             if own is not None and own.shape == mask.shape:
-                padding[index] = own
+                unpadded[index] = own
         ids, of_streams = _tokens(traced.ffns, streams)
         in_sequences = [
             order is not None and known for order, known in zip(orders, of_streams, strict=True)
         ]
-        masks = self._without_first(masks, padding)
-        skipped = self._without_first(padding, padding)
+        masks = self._without_first(masks, unpadded)
+        skipped = self._without_first(unpadded, unpadded)
         return Chosen(masks, orders, ids, in_sequences, skipped)
 
     def _traced(self, batch: Any, streams: dict[str, Stream]) -> Trace:

@@ -86,19 +86,19 @@ def as_bool(mask: Tensor) -> Tensor:
     return ones
 
 
-def without_first(mask: Tensor, skip_first: int, shown: Tensor | None = None) -> Tensor:
+def without_first(mask: Tensor, skip_first: int, unpadded: Tensor | None = None) -> Tensor:
     """The mask without the first positions after the left padding of each sequence; those of a
     sequence without such padding are left to the caller.
 
     Args:
         mask: `[..., n_positions]`, of bool.
         skip_first: number of positions.
-        shown: True for the samples that are no padding, in the shape of the mask; None if those at
-            the beginning of a sequence that do not count are.
+        unpadded: True for the samples that are no padding, in the shape of the mask; None if those
+            at the beginning of a sequence that do not count are.
     """
     if not skip_first or mask.ndim < 2 or not mask.shape[-1]:
         return mask
-    known = mask if shown is None else shown.to(mask.device)
+    known = mask if unpadded is None else unpadded.to(mask.device)
     start = known.int().argmax(-1, keepdim=True)
     position = torch.arange(mask.shape[-1], device=mask.device)
     return mask & ((start == 0) | (position >= start + skip_first))
@@ -117,15 +117,15 @@ class Chosen(NamedTuple):
             groups by frequency need them.
         in_sequences: for each FFN, whether its samples form sequences; otherwise they are not
             grouped. None if all do.
-        shown: for each FFN, which samples are neither padding nor skipped behind it, in the shape
-            of its mask; None if all that do not count are padding.
+        unpadded: for each FFN, which samples are neither padding nor skipped behind it, in the
+            shape of its mask; None if all that do not count are padding.
     """
 
     masks: Masks = None
     orders: Orders | None = None
     ids: Tensor | Sequence[Tensor | None] | None = None
     in_sequences: Sequence[bool] | None = None
-    shown: Sequence[Tensor | None] | None = None
+    unpadded: Sequence[Tensor | None] | None = None
 
 
 ALL = Chosen()

@@ -150,7 +150,7 @@ class Measurement:
             of.parts.add_site("input", taken.features["input"], taken.mask)
         of.add(*taken)
         if index in self._pools:
-            self._pools[index].add_shares(taken.features, taken.mask, taken.shown)
+            self._pools[index].add_shares(taken.features, taken.mask, taken.unpadded)
 
     def _takes_input(self, index: int) -> bool:
         return "input" in self._sites and self._probe.sites[index][0].of == "output"

@@ -22,14 +22,14 @@ class Taken(NamedTuple):
         features: those of each side, `[*samples, width]`, the same samples in the same order.
         mask: True for the samples that count, `[*samples]`; None if all do.
         divisions: how the samples that count are grouped, by grouping; None if they are not.
-        shown: True for the samples that are no padding, `[*samples]`; None if all that do not count
-            are.
+        unpadded: True for the samples that are no padding, `[*samples]`; None if all that do not
+            count are.
     """
 
     features: dict[Side, Tensor]
     mask: Tensor | None
     divisions: Mapping[str, Division] | None
-    shown: Tensor | None = None
+    unpadded: Tensor | None = None
 
 
 class Samples:
@@ -49,14 +49,14 @@ class Samples:
         self._longest: int | None = None
         self._masks: Sequence[Tensor | None] = [None] * n
         self._orders: Orders = [None] * n
-        self._shown: Sequence[Tensor | None] = [None] * n
+        self._unpadded: Sequence[Tensor | None] = [None] * n
 
     def start(self, chosen: Chosen) -> None:
         """Takes the data of the next forward pass; raises as `Measurement.start` does."""
-        masks, orders, ids, in_sequences, shown = chosen
+        masks, orders, ids, in_sequences, unpadded = chosen
         self._masks = for_each(self._probe.ffns, masks)
         self._orders = [None] * len(self._masks) if orders is None else orders
-        self._shown = [None] * len(self._masks) if shown is None else shown
+        self._unpadded = [None] * len(self._masks) if unpadded is None else unpadded
         if self._groups is not None:
             self._groups.start(ids, in_sequences)
 
@@ -93,15 +93,15 @@ class Samples:
             if self._groups is not None:
                 self._groups.leave_out(index)
             return Taken(features, self._counted_of(index, inputs), None)
-        mask, shown = (
-            self._fitted(each[index], index, samples) for each in (self._masks, self._shown)
+        mask, unpadded = (
+            self._fitted(each[index], index, samples) for each in (self._masks, self._unpadded)
         )
         divisions = None
         if self._groups is not None:
             divisions = self._groups.of(index, features["pre"], mask, self._masks[index])
         features = {side: self._without_first(each) for side, each in features.items()}
-        mask, shown = (self._mask_without_first(each) for each in (mask, shown))
-        return Taken(features, mask, divisions, shown)
+        mask, unpadded = (self._mask_without_first(each) for each in (mask, unpadded))
+        return Taken(features, mask, divisions, unpadded)
 
     def taken_around(self, index: int, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """The samples at a site around an FFN, which are those of the FFN, and their mask."""

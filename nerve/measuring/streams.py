@@ -132,7 +132,7 @@ def counting(
     return None if bool(counts.all()) else counts
 
 
-def padding_of(stream: Stream) -> Tensor | None:
+def unpadded_of(stream: Stream) -> Tensor | None:
     """True for the tokens of a stream that are no padding, `[sequence, position]`; None if its mask
     does not show this: there is none, or it is one of pairs of tokens, or additive."""
     if stream.mask is None or tuple(stream.mask.shape) != stream.sizes:

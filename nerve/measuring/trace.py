@@ -10,7 +10,7 @@ from torch import Tensor
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFN, named, tokens_of
 from nerve.measuring.probe import Probe
-from nerve.measuring.streams import Stream, as_mapping, padding_of
+from nerve.measuring.streams import Stream, as_mapping, unpadded_of
 
 
 class TraceError(MeasurementError):
@@ -117,8 +117,8 @@ def _reduced(batch: Mapping[str, Any], streams: dict[str, Stream]) -> tuple[Any,
         others = (m for m in (n - 1, n - 2, n) if m >= 2 and m not in lengths.values())
         lengths[prefix] = next(others, 1)
     first = next(iter(streams.values()))
-    padding = padding_of(first)
-    row = 0 if padding is None else int(padding.sum(1).argmax())
+    unpadded = unpadded_of(first)
+    row = 0 if unpadded is None else int(unpadded.sum(1).argmax())
     return {key: _cut(key, value, streams, lengths, row) for key, value in batch.items()}, lengths
 
 

@@ -102,15 +102,15 @@ class Padding(NamedTuple):
     def of(
         cls,
         mask: Bool[Tensor, "sequences positions"],
-        shown: Bool[Tensor, "sequences positions"] | None = None,
+        unpadded: Bool[Tensor, "sequences positions"] | None = None,
     ) -> "Padding":
         """The padding of sequences whose samples count where `mask` is True; waits for the device.
 
         Args:
             mask: True for the samples that count.
-            shown: True for those that are no padding; None if all that do not count are.
+            unpadded: True for those that are no padding; None if all that do not count are.
         """
-        known = mask if shown is None else shown
+        known = mask if unpadded is None else unpadded
         start, (n_sequences, n) = known.int().argmax(1, keepdim=True), mask.shape
         if not start.any():
             return cls(mask, mask, None)

@@ -121,7 +121,7 @@ class SampleShares:
         self,
         x: Float[Tensor, "*samples dim"],
         mask: Bool[Tensor, "*samples"] | None = None,
-        shown: Bool[Tensor, "*samples"] | None = None,
+        unpadded: Bool[Tensor, "*samples"] | None = None,
     ) -> Spread | None:
         """Adds samples. `x` is left as it is.
 
@@ -129,7 +129,7 @@ class SampleShares:
             x: features; all dimensions but the last are samples. If there are several, the last of
                 them is the position in a sequence, from its first sample that is no padding.
             mask: True for the samples that count; what the others hold is ignored.
-            shown: True for those that are no padding; None if all that do not count are.
+            unpadded: True for those that are no padding; None if all that do not count are.
 
         Returns:
             The spread of the samples that count, which a covariance of the same samples needs; None
@@ -147,7 +147,7 @@ class SampleShares:
             sequences = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, self.dim)
             padding = None
             if mask is not None:
-                own = mask if shown is None else shown.to(self.device)
+                own = mask if unpadded is None else unpadded.to(self.device)
                 padding = Padding.of(*(each.reshape(sequences.shape[:2]) for each in (mask, own)))
             sums = sums_of_positions(sequences, padding)
             own_mean = sums.sum(0).div_(n)
