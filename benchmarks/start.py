@@ -33,6 +33,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from host_memory import host_peak
+
 OPTIONAL = ("scipy", "transformers")
 FILE_BYTES = 2_000_000
 SEQ_LEN = 512
@@ -50,13 +52,10 @@ def child(mode: str, *arguments: str, **environment: str) -> dict[str, float]:
 
 def used() -> dict[str, float]:
     own = resource.getrusage(resource.RUSAGE_SELF)
-    # Not `ru_maxrss`, which begins with the peak of the process that started this one.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak_kib = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
     return {
         "s": time.time() - float(os.environ["START"]),
         "cpu_s": own.ru_utime + own.ru_stime,
-        "peak_bytes": int(peak_kib) * 1024,
+        "peak_bytes": host_peak(),
     }
 
 
