@@ -191,7 +191,9 @@ def _unit(name: str, units: pd.Series) -> str:
     if (units == "nats").any():
         return "difference of logarithms\n(nats; .1 is 10%)"
     metric = metric_of(name)
-    return f"difference\n({metric.unit if metric is not None else 'nats'})"
+    if metric is not None and metric.unit != "nats":  # of EEE and ΔEEE, what the values mean
+        return "difference"
+    return "difference\n(nats)"
 
 
 def _shifts(correlations: pd.DataFrame) -> pd.Series:

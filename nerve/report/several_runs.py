@@ -28,7 +28,7 @@ from nerve.report.content import (
     seeds,
 )
 from nerve.report.groups import drawings_by_factor, tables_by_factor
-from nerve.report.style import one_line
+from nerve.report.style import one_line, short_name
 from nerve.report.tables import comparison_tables
 from nerve.storage.find import listed
 
@@ -198,8 +198,8 @@ def _factor_drawings(
             ),
             Drawing(
                 f"layers{_suffix(ffn)}_by_{factor}",
-                f"PR before and after the nonlinearity and their ratio at the last measured step, "
-                f"layer by layer, by {factor}. {about}",
+                f"The last measured step, layer by layer, by {factor}: "
+                f"{', '.join(map(short_name, columns))}. {about}",
                 partial(
                     figures_of_several_runs.layers_by_factor,
                     layers,

@@ -103,9 +103,10 @@ def test_contrasts_are_rows_and_what_is_undecided_is_gray():
             contrast("val_loss", 2.0, "higher", "model.d_model=64 ffn.width=4"),
             contrast("pr_post", 0.5, "within noise", "model.d_model=64 ffn.width=4", "nats"),
             contrast("val_loss", 3.0, "undecided", "model.d_model=64 ffn.width=8"),
+            contrast("eee_post", 0.1, "higher", "model.d_model=64 ffn.width=8"),
         ]
     )
-    loss, pr_post = contrasts(table, "t").axes
+    loss, pr_post, eee_post = contrasts(table, "t").axes
     labels = [tick.get_text() for tick in loss.get_yticklabels()]
     assert labels == ["relu − gelu\nffn.width=4", "relu − gelu\nffn.width=8"]
     beyond, _ = filled(loss, COLORS["pre"])
@@ -115,6 +116,7 @@ def test_contrasts_are_rows_and_what_is_undecided_is_gray():
     beyond, within = filled(pr_post, COLORS["pre"])
     assert (beyond, within) == ([], [0.5])
     assert pr_post.get_xlabel().startswith("difference of logarithms")
+    assert eee_post.get_xlabel() == "difference"  # 0 is no flat spectrum here
 
 
 def test_many_levels_are_each_compared_with_the_first():
