@@ -378,7 +378,7 @@ def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkey
     assert err.startswith("nerve-run: model.d_model must be a multiple of model.n_heads")
     status, out, err = run("-m", *tiny, "check=true", "model.n_heads=2,3,4,2")
     assert status == 1
-    assert "4 trials: 2 new, 1 refused, 1 doubled; 2 to run. Nothing was started." in out
+    assert "4 trials: 2 new, 1 refused, 1 repeated; 2 to run. Nothing was started." in out
     assert "1 of 4 trials in outputs/multirun are refused" in err
     assert "1: model.d_model must be a multiple of model.n_heads" in err
     assert "no overrides" in run("check=true")[1]

@@ -32,6 +32,9 @@ COUNTED = (
 
 _RANK_FRACTION: float = signature(Dion).parameters["rank_fraction"].default
 
+_GPUS_OF_SBATCH = {"gres", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"}
+"""Options of sbatch that request GPUs, in whatever form a cluster wants."""
+
 State = Callable[[int, int, Mapping[str, Any]], float]
 
 STATES: dict[str, State] = {
@@ -272,7 +275,8 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
             f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
             f"{launcher[key]}.",
         )
-    if trainer["accelerator"] == "cpu" or launcher.get("gres"):
+    more = {name.replace("_", "-") for name in launcher.get("additional_parameters") or {}}
+    if trainer["accelerator"] == "cpu" or launcher.get("gres") or more & _GPUS_OF_SBATCH:
         return
     a_task = launcher.get("gpus_per_task") or 0
     n_gpus = launcher.get("gpus_per_node") or a_task * launcher["tasks_per_node"]
