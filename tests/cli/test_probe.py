@@ -150,7 +150,7 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
     save(model, tmp_path / "model")
     status, out, _ = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 640)
     assert status == 0
-    assert "post: the farthest sample holds" in out
+    assert "dominate the spectrum of post in layer 0 (ffn): the farthest sample holds" in out
     assert "--skip-first 1 excludes the first tokens" in out
     first = stored()
     assert "post" in first["outliers"][0]

@@ -260,7 +260,9 @@ def test_a_spectrum_dominated_by_a_few_samples_is_reported_at_the_end(run, tiny,
     monkeypatch.setattr("nerve.derived.LARGEST_MOVES", 0.0)
     status, out, _ = run(*tiny)
     assert status == 0
-    assert re.search(r"layer 0 ffn, post: the farthest sample holds \d+\.\d% of the variance", out)
+    assert re.search(
+        r"spectrum of post in layer 0 \(ffn\): the farthest sample holds \d+\.\d% of the", out
+    )
 
 
 def test_a_run_is_done_even_if_its_summary_cannot_be_printed(run, tiny, monkeypatch):

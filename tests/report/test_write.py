@@ -311,7 +311,7 @@ def test_spectra_dominated_by_a_few_samples_are_reported_with_the_worst(make, tm
         "In 8 of 16 rows of metrics, a few samples may dominate the spectrum of post"
     )
     assert f"run {record.run_id}, layer" in text
-    assert "the farthest sample holds 50.0% of the variance, the farthest 0.1% 75.0%" in text
+    assert "holds 50.0% of the variance, the farthest 0.1% of the samples hold 75.0%" in text
 
 
 def test_a_run_without_metrics_has_a_page(make, tmp_path):
