@@ -127,6 +127,14 @@ def test_many_levels_are_each_compared_with_the_first():
     assert labels == ["2 − 1", "4 − 1", "8 − 1"]
 
 
+def test_settings_of_other_factors_are_ordered_by_their_size():
+    settings = ["w=0.02", "w=0.004 n=a", "w=-0.02", "w=8/3", "w=10", "w=relu"]
+    rows = [contrast("val_loss", 1.0, "higher", setting) for setting in settings[::-1]]
+    (panel,) = contrasts(pd.DataFrame(rows), "t").axes
+    labels = [tick.get_text().split("\n")[1] for tick in panel.get_yticklabels()]
+    assert labels == ["w=-0.02", "w=0.004 n=a", "w=0.02", "w=8/3", "w=10", "w=relu"]
+
+
 def test_only_the_first_of_very_many_contrasts_are_drawn():
     n = figures_of_comparisons.MAX_CONTRASTS + 3
     table = pd.DataFrame([contrast("val_loss", i, "higher", f"a={i}") for i in range(n)])

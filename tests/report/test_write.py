@@ -188,6 +188,19 @@ def test_several_runs_are_compared_by_what_varies(make, tmp_path):
     assert len(table(content, "layers")) == 8
 
 
+def test_figures_of_an_ffn_are_by_the_factors_that_vary_among_its_runs(make, tmp_path):
+    """Of a Mixer beside GPTs, and the other way around."""
+    for activation in ("gelu", "relu"):
+        make(activation, activation)
+    for kind in ("none", "rmsnorm"):
+        make(kind, ffn="token_mixing", config={"normalization": {"kind": kind}})
+    assert [name for name in drawings(gather(tmp_path / "runs")) if "_by_" in name] == [
+        *("curves_by_activation.name", "layers_by_activation.name"),
+        "curves_token_mixing_by_normalization.kind",
+        "layers_token_mixing_by_normalization.kind",
+    ]
+
+
 def test_null_models_early_ranking_and_contrasts_are_shown_where_there_is_enough(make, tmp_path):
     """Four learning rates of each activation, ten steps: a figure and a table for each comparison.
 
