@@ -4,6 +4,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -133,18 +134,22 @@ def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return kwargs
     if not kwargs:
         return args[0] if len(args) == 1 else args
-    signature = _signature_of(module)
-    batch: dict[str, Any] = {}
-    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
-        is_rest = signature.parameters[name].kind == inspect.Parameter.VAR_KEYWORD
-        batch |= value if is_rest else {name: value}
-    return batch
+    return _arguments_of(module, args, kwargs)
 
 
-def _signature_of(module: nn.Module) -> inspect.Signature:
-    """That of a module's forward, or of the module in it if it only passes on what it is given, as
-    a compiled or distributed one does."""
+def _arguments_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by the names of a module's forward, or of the module in it if it only passes on
+    what it is given, as a compiled or distributed one does."""
     signature, inside = inspect.signature(module.forward), list(module.children())
     kinds = {each.kind for each in signature.parameters.values()}
-    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return _signature_of(inside[0]) if passes_on and len(inside) == 1 else signature
+    takes_any = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if takes_any and len(inside) == 1:
+        with suppress(TypeError):  # the module in it does not take them: they are not passed on
+            return _arguments_of(inside[0], args, kwargs)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        is_rest = signature.parameters[name].kind == inspect.Parameter.VAR_KEYWORD
+        named |= value if is_rest else {name: value}
+    return named

@@ -468,6 +468,16 @@ def test_further_arguments_by_name_are_entries_of_the_batch():
         assert batch["attention_mask"] is mask
 
 
+def test_arguments_that_the_module_within_does_not_take_are_those_of_the_wrapper():
+    class Scaled(PassingOn):
+        def forward(self, *inputs: Tensor, **others: Tensor) -> object:
+            return self.module(inputs[0] * inputs[1] * others["by"])
+
+    x, by = torch.ones(2, 4), torch.ones(())
+    batch = features.batch_of(Scaled(nn.Linear(4, 4)), (x, by), {"by": by})
+    assert batch == {"inputs": (x, by), "by": by}
+
+
 @pytest.mark.parametrize("source", ["train", "heldout"])
 def test_what_hooks_change_counts_whenever_they_were_registered(tmp_path, source):
     """As of an ablation that begins in the middle of training, and of one of a site around."""

@@ -64,6 +64,7 @@ def test_a_job_on_cpus_needs_no_gpu():
         ({}, {}, "hydra.launcher.gpus_per_node=1, got None"),
         ({}, {"additional_parameters": {"mail-type": "END"}}, "gpus_per_node=1, got None"),
         ({}, {"additional_parameters": None}, "gpus_per_node=1, got None"),
+        ({}, {"additional_parameters": {"gres": None, "gpus": 0}}, "gpus_per_node=1, got None"),
         ({"devices": 2}, {"tasks_per_node": 2, "gpus_per_node": 1}, "gpus_per_node=2, got 1"),
     ],
 )
