@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,8 @@ def with_peers(names: list[str], has_peers: bool) -> dict[str, Mapping[str, Part
 def milliseconds(
     trained: Trained, size: Size, device: str, parts: Mapping[str, Part], n: int, seconds: float
 ) -> list[float]:
-    """Of `n` steps, or as many as fit, after the first ten, with a fresh optimizer over the model
-    as it is. At least ten are counted, because some optimizers compute decompositions at every
-    tenth step."""
+    """Of `n` steps, or as many as fit, after the first ten, with a fresh optimizer. At least ten
+    are counted, because some optimizers compute decompositions at every tenth step."""
     optimizer, clock = build_optimizer(trained.model, parts), Clock(device)
     scheduler = SCHEDULE.scheduler(optimizer, n)
     batches, began = Windows(size).train_dataloader(), time.perf_counter()
@@ -161,9 +161,11 @@ def main() -> None:
         for constraint in ("none", *args.constraints):
             torch.compiler.reset()
             trained = Trained(make_model(size, constraint), args.device, mode)
+            initial = deepcopy(trained.model.state_dict())
             for name, parts in (rows if constraint == "none" else adamw).items():
                 what = f"{how}, {name}" if constraint == "none" else f"{how}, {name}, {constraint}"
                 try:
+                    trained.model.load_state_dict(initial)
                     steps = milliseconds(
                         trained, size, args.device, parts, args.steps, args.seconds
                     )

@@ -1,7 +1,11 @@
-"""Benchmarks use only the GPUs that they are given, and compare with what they say."""
+"""Benchmarks fit nerve as it is, use only the GPUs that they are given, and compare with what they
+say."""
 
 import argparse
+import ast
 import subprocess
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,3 +73,22 @@ def test_pre_counts_in_the_floor_unless_the_shortcut_computes_it(
 
     config = {"monitor": {"shortcut": shortcut}, "trainer": {"precision": precision}}
     assert matrices_per_layer(config) == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_everything_that_a_script_takes_from_nerve_exists(path):
+    """Some is private to a module, and scripts run seldom."""
+    missing = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "nerve"
+        for alias in node.names
+        if not exists(node.module, alias.name)
+    ]
+    assert not missing
+
+
+def exists(module: str, name: str) -> bool:
+    owner = import_module(module)
+    is_package = hasattr(owner, "__path__")
+    return hasattr(owner, name) or (is_package and find_spec(f"{module}.{name}") is not None)

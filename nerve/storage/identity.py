@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import marshal
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 EXCLUDED = (
     "check",
@@ -57,6 +58,8 @@ BESIDE: dict[str, tuple[str, str | None]] = {
 """Keys of `ADDED` that apply only to some data sets, each with a key of the same group by which
 these are recognized: by its presence, or by its value (for a `_target_`, the last name)."""
 
+_MAPPINGS = (dict, Mapping)  # a dict is recognized much faster than another mapping
+_ADDED_KEYS = [key for key in ADDED if "." not in key]
 NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
 
@@ -79,10 +82,43 @@ def ids_of_plain(config: Mapping[str, Any]) -> tuple[str, str]:
         config: contains only JSON values and numbers, as returned by `RunRecord.load` and
             `to_json`.
     """
-    entries = {key: _known_entry(key, config[key]) for key in sorted(config)}
-    counted = [entry for entry in entries.values() if entry]
-    unseeded = [entry for key, entry in entries.items() if entry and key != "seed"]
-    return _digest(counted), _digest(unseeded)
+    return Canonical.of(config).ids()
+
+
+class Canonical(NamedTuple):
+    """Canonical JSON of the top-level keys of a configuration with their values, in order.
+
+    Args:
+        texts: of all keys.
+        entries: of those that enter the hash.
+        unseeded: of these without the seed.
+    """
+
+    texts: list[str]
+    entries: list[str]
+    unseeded: list[str]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Canonical":
+        """That of a configuration of JSON values and numbers."""
+        found = cls([], [], [])
+        for key in sorted(config):
+            text, entry = _known(key, config[key])
+            found.texts.append(text)
+            if entry:
+                found.entries.append(entry)
+                if key != "seed":
+                    found.unseeded.append(entry)
+        return found
+
+    @property
+    def text(self) -> str:
+        """The canonical JSON of the whole configuration."""
+        return f"{{{','.join(self.texts)}}}"
+
+    def ids(self) -> tuple[str, str]:
+        """As `ids_of_plain`."""
+        return _digest(self.entries), _digest(self.unseeded)
 
 
 def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -91,20 +127,39 @@ def differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
     return sorted(key for key in mine | its if mine.get(key) != its.get(key))
 
 
+def is_of_nerve_run(config: Mapping[str, Any]) -> bool:
+    """Whether nerve-run wrote a configuration."""
+    return all(isinstance(config.get(group), _MAPPINGS) for group in GROUPS)
+
+
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A configuration of nerve-run, completed with the keys of `ADDED` that it is too old to have.
 
     Keys below `data` are only added for the data sets to which they apply, according to `BESIDE`. A
     configuration that nerve-run did not write is returned unchanged.
     """
-    if not all(isinstance(config.get(group), Mapping) for group in GROUPS):
+    if not is_of_nerve_run(config):
         return config
-    result = dict(config)
+    return {key: completed_key(config, key) for key in completed_keys(config)}
+
+
+def completed_keys(config: Mapping[str, Any]) -> list[str]:
+    """The top-level keys of a configuration of nerve-run once it is completed, in order."""
+    return [*config, *(key for key in _ADDED_KEYS if key not in config)]
+
+
+def completed_key(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a top-level key of a configuration of nerve-run once it is completed. Apart from
+    `key`, it depends only on the value before."""
+    result = {key: config[key]} if key in config else {}
     for dotted, value in ADDED.items():
-        *groups, key = dotted.split(".")
-        if dotted not in BESIDE or _has(_at(config, groups), *BESIDE[dotted]):
-            _put(result, groups, key, value)
-    return result
+        *groups, last = dotted.split(".")
+        if key != (groups or [last])[0]:
+            continue
+        group = _at(result, groups)
+        if last not in group and (dotted not in BESIDE or _has(group, *BESIDE[dotted])):
+            result = _with(result, groups, last, value)
+    return result[key]
 
 
 def new_run_id() -> str:
@@ -165,7 +220,9 @@ def _canonical(value: Any, path: str) -> Any:
             if dotted in EXCLUDED:
                 continue
             canonical = _canonical(item, dotted)
-            if dotted in ADDED and _text(canonical) == _text(_canonical(ADDED[dotted], dotted)):
+            if dotted in ADDED and canonical_json(canonical) == canonical_json(
+                _canonical(ADDED[dotted], dotted)
+            ):
                 continue
             is_target = key == "_target_" and isinstance(item, str)
             counted[key] = _name(item) if is_target else canonical
@@ -179,7 +236,7 @@ def _at(config: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
     """The mapping at nested keys; empty if one of them is missing."""
     for group in groups:
         found = config.get(group)
-        config = found if isinstance(found, Mapping) else {}
+        config = found if isinstance(found, _MAPPINGS) else {}
     return config
 
 
@@ -188,13 +245,11 @@ def _has(group: Mapping[str, Any], key: str, value: str | None) -> bool:
     return key in group and value in (None, _name(str(group[key])))
 
 
-def _put(config: dict[str, Any], groups: Iterable[str], key: str, value: Any) -> None:
-    """Sets a missing nested key to a copy of `value`, and copies the mappings that it changes."""
-    for group in groups:
-        config[group] = dict(config[group])
-        config = config[group]
-    if key not in config:
-        config[key] = deepcopy(value)
+def _with(config: Mapping[str, Any], groups: Sequence[str], key: str, value: Any) -> dict[str, Any]:
+    """The configuration with a copy of `value` at a nested key."""
+    if not groups:
+        return {**config, key: deepcopy(value)}
+    return {**config, groups[0]: _with(config[groups[0]], groups[1:], key, value)}
 
 
 def _digest(entries: Iterable[str]) -> str:
@@ -202,23 +257,31 @@ def _digest(entries: Iterable[str]) -> str:
     return hashlib.sha256(f"{{{','.join(entries)}}}".encode()).hexdigest()[:12]
 
 
-_KNOWN: dict[tuple[str, str], str] = {}
-"""A cache of entries by key and `repr` of the value: in ten thousand runs, most groups repeat."""
+_KNOWN: dict[tuple[str, bytes | str], tuple[str, str]] = {}
+"""A cache by key and content: in ten thousand runs, most groups repeat."""
 _MOST_KNOWN = 4096
 
 
-def _known_entry(key: str, value: Any) -> str:
-    """The canonical JSON of a top-level key of a configuration and its value; empty if the key does
-    not enter the hash."""
-    name = key, repr(value)
-    entry = _KNOWN.get(name)
-    if entry is None:
+def _known(key: str, value: Any) -> tuple[str, str]:
+    """The canonical JSON of a top-level key of a configuration and its value, and that which enters
+    the hash; the latter is empty if the key does not enter it."""
+    name = key, content_of(value)
+    known = _KNOWN.get(name)
+    if known is None:
         canonical = _canonical(to_json({key: value}), "")
-        entry = _text(canonical)[1:-1]
+        known = canonical_json({key: value})[1:-1], canonical_json(canonical)[1:-1]
         if len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.clear()
-        _KNOWN[name] = entry
-    return entry
+        _KNOWN[name] = known
+    return known
+
+
+def content_of(value: Any) -> bytes | str:
+    """A key for caches that is only equal for values of equal types and contents."""
+    try:
+        return marshal.dumps(value, 2)
+    except ValueError:  # such as a member of an enumeration
+        return repr(value)
 
 
 def _name(target: str) -> str:
@@ -228,15 +291,15 @@ def _name(target: str) -> str:
     return ".".join(parts[first:])
 
 
-def _text(canonical: Any) -> str:
-    """Canonical JSON, in which true and 1 are different, as in the hash."""
-    return json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and without spaces, in which true and 1 are different."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _leaves(value: Any, path: str) -> dict[str, str]:
     """The canonical JSON of each leaf, by dotted key."""
     if not isinstance(value, Mapping) or not value or is_non_finite(value):
-        return {path: _text(value)}
+        return {path: canonical_json(value)}
     leaves: dict[str, str] = {}
     for key, item in value.items():
         leaves |= _leaves(item, f"{path}.{key}".lstrip("."))

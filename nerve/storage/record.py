@@ -14,7 +14,14 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, require_there, write_atomically
-from nerve.storage.identity import config_id, from_json, ids_of_plain, new_run_id, to_json
+from nerve.storage.identity import (
+    Canonical,
+    canonical_json,
+    from_json,
+    ids_of_plain,
+    new_run_id,
+    to_json,
+)
 from nerve.storage.provenance import git_commit, package_versions
 from nerve.storage.record_fields import check_fields
 
@@ -35,7 +42,7 @@ _UNREADABLE = (
 _UPDATING = threading.Lock()
 """The thread that trains and the heartbeat thread both write the record."""
 
-FIXED = ("directory", "run_id", "config_id", "started")
+FIXED = ("directory", "run_id", "config_id", "design_id", "started")
 
 
 class DamagedRecordWarning(UserWarning):
@@ -60,8 +67,9 @@ class RunRecord:
     and `message`. `job` holds the cluster's names for the run, `fingerprints` the hashes of
     `corpus`, `tokenizer` and `heldout`, `final` the last losses (`val_loss`, `bits_per_byte`, …),
     `pre_scales` the factors by which `model.pre_std` multiplied initial weights (`ffn/00`, …).
-    `wandb_id` is the id of the run in wandb, `stopped_by` the reason for early stopping, and
-    `warning` a warning about the results of a completed run.
+    `design_id` is `config_id` without the seed; it is not stored. `wandb_id` is the id of the run
+    in wandb, `stopped_by` the reason for early stopping, and `warning` a warning about the results
+    of a completed run.
 
     JSON has no NaN and no infinity: in the file, such a number is stored as `{"float": "inf"}` in
     the configuration and as null elsewhere. (Version 0.1.0 wrote null in the configuration, too; it
@@ -96,6 +104,7 @@ class RunRecord:
     host: str | None = None
     device: str | None = None
     config: dict[str, Any]
+    design_id: str
 
     @classmethod
     def create(
@@ -126,10 +135,12 @@ class RunRecord:
                 "run, or choose a new directory."
             )
         now = _now()
+        own_id, design_id = ids_of_plain(to_json(config))
         record = cls(
             directory=path.parent,
             run_id=run_id or new_run_id(),
-            config_id=config_id(config),
+            config_id=own_id,
+            design_id=design_id,
             config=dict(config),
             run_status="running",
             started=now,
@@ -154,18 +165,20 @@ class RunRecord:
             DamagedRecordError: if it is truncated, not the record of a run, or missing.
             StoreError: if it was written by a newer nerve.
         """
-        path = Path(directory) / RECORD_NAME
+        directory = Path(directory)
+        path = directory / RECORD_NAME
         try:
-            data = path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                data = file.read()
             values = json.loads(data)
             version = int(values["schema_version"])
         except (FileNotFoundError, NotADirectoryError) as error:
-            left = left_by_a_run(path.parent)
+            left = left_by_a_run(directory)
             if left is not None:
                 raise lost_record(left, path) from error
             raise NoRecordError(
-                f"A run directory contains {RECORD_NAME}; {path.parent} has none. Pass the "
-                "directory of a run."
+                f"A run directory contains {RECORD_NAME}; {directory} has none. Pass the directory "
+                "of a run."
             ) from error
         except _UNREADABLE as error:
             raise _damaged(path, error) from error
@@ -175,19 +188,21 @@ class RunRecord:
                 f"{version}. Install the nerve that wrote it, or a newer one."
             )
         checksum = values.pop("checksum", None)
-        if checksum not in (None, _checksum(values)):
+        config = values.get("config")
+        canonical = Canonical.of(config if isinstance(config, dict) else {})
+        if checksum not in (None, _checksum(values, canonical)):
             raise _damaged(
                 path,
                 "its checksum does not match, so it was changed after it was written (if you "
                 "changed it yourself, delete the line with the checksum)",
             )
-        stored = {name: values[name] for name in _STORED & values.keys()}
+        stored = {name: values[name] for name in _READ & values.keys()}
         try:
-            record = cls(directory=path.parent, config_id="", **stored)
+            record = cls(directory=directory, config_id="", design_id="", **stored)
             check_fields(vars(record))
         except (TypeError, StoreError) as error:
             raise _damaged(path, error) from error
-        record.config_id, _ = ids_of_plain(record.config)
+        record.config_id, record.design_id = canonical.ids()
         if b'"float"' in data:  # few records have a non-finite number
             record.config = from_json(record.config)
         return record
@@ -220,7 +235,8 @@ class RunRecord:
                 f"{', '.join(unknown)}. Put other values into final or job."
             )
         if isinstance(changes.get("config"), Mapping):  # anything else is rejected below
-            changes["config_id"] = config_id(changes["config"])
+            ids = ids_of_plain(to_json(changes["config"]))
+            changes["config_id"], changes["design_id"] = ids
         with _UPDATING:
             before = dict(vars(self))
             vars(self).update({"heartbeat": _now(), **changes})
@@ -246,10 +262,11 @@ class RunRecord:
         self.update(run_status=run_status, error=named, ended=_now(), **changes)
 
     def _write(self) -> None:
-        values = {name: value for name, value in vars(self).items() if name != "directory"}
+        values = {name: value for name, value in vars(self).items() if name in _WRITTEN}
         plain = to_json({"schema_version": RECORD_VERSION, **values}, non_finite=lambda _: None)
         plain["config"] = to_json(self.config)
-        text = json.dumps(plain | {"checksum": _checksum(plain)}, indent=2)
+        checksum = _checksum(plain, Canonical.of(plain["config"]))
+        text = json.dumps(plain | {"checksum": checksum}, indent=2)
         require_there(self.directory)
         self._require_own()
         write_atomically(self.directory / RECORD_NAME, lambda file: file.write(text.encode()))
@@ -268,8 +285,9 @@ class RunRecord:
             )
 
 
-_STORED = frozenset(entry.name for entry in fields(RunRecord)) - {"directory", "config_id"}
-"""The fields that are read from a file; the directory and `config_id` are determined anew."""
+_WRITTEN = frozenset(entry.name for entry in fields(RunRecord)) - {"directory", "design_id"}
+_READ = _WRITTEN - {"config_id"}
+"""The fields that are read from a file; the others are determined anew."""
 
 
 def _now() -> str:
@@ -292,9 +310,19 @@ def lost_record(left: Path, path: Path) -> DamagedRecordError:
     )
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
-    """CRC-32 of the contents of a record, independent of its JSON formatting."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+def _checksum(values: Mapping[str, Any], config: Canonical) -> str:
+    """CRC-32 of the contents of a record, independent of its JSON formatting; `config` is that of
+    its configuration, most of which other runs share."""
+    if not isinstance(values.get("config"), dict):
+        return f"{zlib.crc32(canonical_json(values).encode()):08x}"
+    before = {key: value for key, value in values.items() if key < "config"}
+    after = {key: value for key, value in values.items() if key > "config"}
+    parts = (
+        canonical_json(before)[1:-1],
+        f'"config":{config.text}',
+        canonical_json(after)[1:-1],
+    )
+    text = f"{{{','.join(part for part in parts if part)}}}"
     return f"{zlib.crc32(text.encode()):08x}"
 
 

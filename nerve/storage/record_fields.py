@@ -65,12 +65,15 @@ OPTIONAL = (
 )
 
 
+_AS_IN_JSON = (str, int, dict, type(None))
+
+
 def check_fields(values: Mapping[str, Any]) -> None:
     """Raises `StoreError`, with the name of the field, for a value whose JSON form does not have
     the type of its field."""
     for kind, holds, names in KINDS:
         for name in names:
             value = values[name]
-            value = value if isinstance(value, dict | str | None) else to_json(value)
+            value = value if isinstance(value, _AS_IN_JSON) else to_json(value)
             if not holds(value) and (value is not None or name not in OPTIONAL):
                 raise StoreError(f"{name} of a run record must be {kind}; got {value!r:.200}.")
