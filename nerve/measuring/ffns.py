@@ -143,6 +143,12 @@ def last(tensor: Tensor, axis: int) -> Tensor:
     return moved.flatten(-1 - behind, -2)
 
 
+def rows_along(tensor: Tensor, axis: int) -> Tensor:
+    """`[samples, features]` of a tensor whose features are along `axis`."""
+    moved = last(tensor, axis)
+    return moved.reshape(-1, moved.shape[-1])
+
+
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The input of a module: the first positional argument, or the only tensor passed by
     keyword."""
