@@ -129,35 +129,6 @@ def test_the_part_that_multiplies_is_not_pre(halves, act):
         nerve.measure(model, [x], ffns=up)
 
 
-class SwiGLU(torch.autograd.Function):
-    """As of a kernel: it has no second derivative."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate) * up
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, given: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        open_ = gate.sigmoid()
-        return given * up * (open_ + gate * open_ * (1 - open_)), given * gate * open_
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_fused_kernel_needs_no_second_derivative():
-    class Kernel(Fused):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(SwiGLU.apply(*self.sides(x)).tanh())
-
-    model, x = Kernel(True).double(), torch.randn(50, 6, dtype=torch.float64)
-    ffns = [FFNAdapter(0, "ffn", Site(model.both, "output", slice(0, 16)), model.down)]
-    (row,) = nerve.measure(model, [x], ffns=ffns).to_dict("records")
-    gate, up = model.sides(x)
-    assert_measured(row, gate, (nn.functional.silu(gate) * up).tanh())
-
-
 @pytest.mark.parametrize("n_others", [16, 20])
 @pytest.mark.parametrize("act", [nn.LeakyReLU(), nn.PReLU(init=3.0), nn.ReLU(), nn.GELU()])
 def test_columns_for_something_else_are_no_factor(act, n_others):
