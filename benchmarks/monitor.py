@@ -1,8 +1,8 @@
-"""What measuring costs a GPT-2 125M in training: stall, overhead, memory, and the buffered way.
+"""What measuring costs a GPT-2 125M in training: stall, overhead, memory, and the other ways.
 
 Every figure comes from one process: plain loops over a compiled GPT-2 written by hand and over the
 model of nerve, Lightning without the monitor, with it installed, and with it measuring the training
-batch, and the buffered way (features copied to the host, and back for covariance and eigenvalues).
+batch, and one measurement as it is taken without nerve (other_ways.py says how).
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nerve.measuring.find import find_ffns
-from nerve.measuring.probe import Probe
+sys.path.insert(0, str(Path(__file__).parent))
+import other_ways
+
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
 from nerve.storage.store import RunStore
@@ -204,34 +206,6 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> Run:
     return Run(clock.milliseconds(), torch.cuda.max_memory_allocated(), clock.first_s)
 
 
-def buffered(args: argparse.Namespace) -> float:
-    """Seconds of one measurement that keeps all features: to the host, and back one at a time."""
-    model = make_model(args)
-    kept: list[Tensor] = []
-
-    def keep(index: int, inputs: Tensor, pre: Tensor, post: Tensor) -> None:
-        kept.extend([pre.float().cpu(), post.float().cpu()])
-
-    (inputs, _), *_ = Tokens(1, args.batch, args.seq_len, args.device)
-    probe = Probe(find_ffns(model))
-    probe.install()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    probe.start(keep)
-    with (
-        torch.no_grad(),
-        torch.autocast("cuda", dtype=torch.bfloat16),
-    ):
-        model(inputs)
-    probe.remove()
-    for features in kept:
-        x = features.flatten(0, -2).to(args.device)
-        x = x - x.mean(0)
-        torch.linalg.eigvalsh(x.T @ x / (len(x) - 1))
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def stalls(times: list[float], every: int, typical: float) -> list[tuple[float, float]]:
     """For each measurement, the ms by which the steps up to the next one exceed typical ones, and
     what of that the later half of them has, far from a measurement.
@@ -316,6 +290,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=330)
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")
     parser.add_argument("--devices", type=int, default=1, help="GPUs; of several, the stall alone")
+    parser.add_argument("--sites", type=int, default=1, help="to take in slow other ways")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the stalls as JSON")
     args = parser.parse_args()
@@ -334,9 +309,9 @@ def main() -> None:
             write(args.write, started, step_ms, stalls_ms)
     if args.devices == 1:
         compare_loops(args)
-        seconds = buffered(args)
-        times = 1000 * seconds / statistics.mean(whole for whole, _ in stalls_ms)
-        print(f"buffered way: {seconds:.1f} s, {times:.0f} times the stall")
+        (inputs, _), *_ = Tokens(1, args.batch, args.seq_len, args.device)
+        stall_s = statistics.mean(whole for whole, _ in stalls_ms) / 1000
+        other_ways.compare(make_model(args), inputs, stall_s, args.sites)
 
 
 if __name__ == "__main__":

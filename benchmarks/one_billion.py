@@ -9,7 +9,6 @@ device as torch allocates it, of the host as the system counts it, from the star
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from host_memory import host_peak
 
 
 class Clock(L.Callback):
@@ -42,7 +42,7 @@ class Clock(L.Callback):
         import torch
 
         torch.cuda.reset_peak_memory_stats()
-        self._found["host before, GiB"] = _host_gib()
+        self._found["host before, GiB"] = host_peak() / 2**30
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
         self._found["device before, GiB"] = torch.cuda.memory_allocated() / 2**30
@@ -70,7 +70,7 @@ class Clock(L.Callback):
         self._found["all solved"] = self._now()
         self._found["device peak, GiB"] = torch.cuda.max_memory_allocated() / 2**30
         self._found["device reserved, GiB"] = torch.cuda.max_memory_reserved() / 2**30
-        self._found["host peak, GiB"] = _host_gib()
+        self._found["host peak, GiB"] = host_peak() / 2**30
         torch.distributed.barrier()
         (self._folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(self._found))
         torch.distributed.barrier()  # one that ends early has the others killed
@@ -78,15 +78,6 @@ class Clock(L.Callback):
 
     def _now(self) -> float:
         return round(time.time() - self._began, 1)
-
-
-def _host_gib() -> float:
-    """The most that this process has had in memory."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ library's source, a token a byte, so that no tokenizer has to be trained.
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from host_memory import host_peak
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def asked_of(args: argparse.Namespace) -> list[str]:
 
 def plain(args: argparse.Namespace, model: str) -> None:
     """The passes alone, on what nerve-probe would measure."""
-    from nerve.cli.probing.run import opened, source_of
+    from nerve.cli.probing.run import source_of
     from nerve.cli.probing.source import Asked
 
     asked = Asked(
@@ -86,11 +86,11 @@ def plain(args: argparse.Namespace, model: str) -> None:
     )
     began = time.perf_counter()
     source = source_of(asked)
-    now = opened(source, source.checkpoints[0])
-    data = source.data(now.model, now.ffns)
+    network = source.load(source.checkpoints[0])
+    data = source.data(network, source.find(network))
     loaded = time.perf_counter()
     with torch.no_grad():
-        losses = [data.forward(now.model, batch)["loss"] for batch in data.batches]
+        losses = [data.forward(network, batch)["loss"] for batch in data.batches]
         loss = float(torch.stack(losses).mean())
     ended = time.perf_counter()
     print(
@@ -110,7 +110,7 @@ def probe(args: argparse.Namespace, model: str) -> None:
 
 
 def peak(device: str) -> str:
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    host = host_peak() / 2**30
     if not device.startswith("cuda"):
         return f"peak memory {host:.2f} GiB"
     return (

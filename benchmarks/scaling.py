@@ -7,13 +7,13 @@ the solving if as much time of training lies between two measurements.
 """
 
 import argparse
-import resource
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from host_memory import host_peak
 from torch import Tensor, nn
 
 from nerve.measuring.eigenproblem import FFNSpectra
@@ -153,7 +153,7 @@ def by_size(device: str, solver: Solver) -> None:
         before = torch.cuda.memory_allocated()
         blocked, solved = cost(stack, solver, n_batches, repeats=1)
         device_mib = (torch.cuda.max_memory_allocated() - before) / MIB
-        host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+        host_gib = host_peak() / 2**30
         print(
             f"  d_ff {d_ff:5} N {n_batches * ROWS:9,} layers {n_layers:3}: blocked {blocked:7.1f} "
             f"ms, solved after {solved:6.2f} s; device +{device_mib:5.0f} MiB (with a layer's "

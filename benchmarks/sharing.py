@@ -2,9 +2,11 @@
 
 `nerve-run -m seed=… hydra.sweeper.n_jobs=10` trains GPTs of 12 layers of 512. First each trains
 without measuring, then it measures at every 100 steps; all trials begin either part together. The
-tokens/s of all are summed for each part. Printed beside them is the floor: the time that the same
-training and solving take at best, when the cores solve all the while and the GPU does the rest,
-with the times for one `eigvalsh` given below; a trial's 12 matrices of post are counted.
+tokens/s of all are summed for each part. Printed beside them are two floors: the times that the
+same training and solving take at best, when the cores solve all the while and the GPU does the
+rest, with the times for one `eigvalsh` given below. One counts the d_ff x d_ff matrices that the
+run has to solve with its shortcut: post of each layer and, in 16 bits, pre too, unless
+`monitor.shortcut=projected` computes it from the input. The other counts post alone.
 """
 
 import argparse
@@ -15,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from nerve.cores import allowed
+from nerve.storage.record import RunRecord
 
 SETTLED, COMPARED = 20, 10
 """Steps before the first part, in which graphs are compiled; and the first one of it after that."""
@@ -176,6 +180,12 @@ def steps_of_all(times: list[dict[str, float]]) -> int:
     return min(max(each, default=0) for each in done)
 
 
+def config_of(folder: Path) -> Mapping[str, Any]:
+    """Of one of the trials; they differ in their seeds."""
+    (path, *_) = (folder / "runs").glob("*/run.json")
+    return RunRecord.load(path.parent).config
+
+
 def said_of_places(folder: Path) -> list[str]:
     """What trials logged of where they solve and how they wait, each once."""
     lines = [
@@ -187,7 +197,31 @@ def said_of_places(folder: Path) -> list[str]:
     return sorted(set(lines))
 
 
-def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int) -> None:
+def floor_s(training_s: float, device_s: float, host_s: float, n_cores: int) -> float:
+    """The least time for training and solving, if the GPU trains and then solves what the cores,
+    which solve from beginning to end, leave to it.
+
+    Args:
+        training_s: of the GPU, for training alone.
+        device_s, host_s: of the GPU, or of one core, for solving everything.
+    """
+    return max(training_s, (training_s + device_s) / (1 + device_s * n_cores / host_s))
+
+
+def matrices_per_layer(config: Mapping[str, Any]) -> int:
+    """How many d_ff x d_ff eigenproblems a layer of a trial has: post, and pre unless the shortcut
+    computes it from the FFN's input, by default in 32 bits, as an option in 16."""
+    shortcut = config["monitor"]["shortcut"]
+    is_exact = str(config["trainer"]["precision"]).startswith("32")
+    return 1 if shortcut == "projected" or (shortcut and is_exact) else 2
+
+
+def report(
+    args: argparse.Namespace,
+    times: list[dict[str, float]],
+    n_cores: int,
+    config: Mapping[str, Any],
+) -> None:
     n, d_ff = len(times), args.d_model * args.width
     n_plain, n_measured, end = COMPARED + args.plain, args.every * args.measurements, "end came"
     if any(end not in each for each in times):
@@ -226,14 +260,20 @@ def report(args: argparse.Namespace, times: list[dict[str, float]], n_cores: int
         )
         print(f"  cores kept busy {what}: {busy:.1f}, by main threads {trains:.1f}")
     if d_ff in DEVICE_S:
-        device, host = (n * args.layers * each[d_ff] for each in (DEVICE_S, HOST_S))
-        floor = max(alone, (alone + device) / (1 + device * n_cores / host))
         taken = args.tokens * n * args.every / with_it
-        print(
-            f"  {args.every} steps of each: {alone:.1f} s, {taken:.1f} s with measuring: "
-            f"{taken / floor:.2f} times the floor of {floor:.1f} s (spectra: {device:.1f} s of the "
-            f"GPU, or {host:.0f} core-seconds)"
-        )
+        print(f"  {args.every} steps of each: {alone:.1f} s, {taken:.1f} s with measuring")
+        for what, per_layer in (
+            ("all that this run has to solve", matrices_per_layer(config)),
+            ("post alone", 1),
+        ):
+            count = per_layer * args.layers
+            device, host = (n * count * each[d_ff] for each in (DEVICE_S, HOST_S))
+            floor = floor_s(alone, device, host, n_cores)
+            print(
+                f"    {taken / floor:.2f} times the floor of {floor:.1f} s that counts {what}: "
+                f"{count} of {d_ff} in each trial, {device:.1f} s of the GPU or {host:.0f} "
+                "core-seconds"
+            )
     if all("end solved" in each for each in times):
         until_solved = rate(n_measured, part(times, "measured began", "end solved"))
         print(
@@ -276,7 +316,7 @@ def main() -> None:
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(f"{name}, torch {torch.__version__}; trials took {time.monotonic() - began:.0f} s")
-        report(args, times, allowed())
+        report(args, times, allowed(), config_of(folder))
         for line in said_of_places(folder):
             print(f"  {line}")
 

@@ -12,7 +12,10 @@ where it finds them. At most 6 s on two idle cores.
 a tokenizer and tokenizes; that is timed over a part of the files (`--first` megabytes), and said as
 a rate. For the second start the tokens of that part are repeated until they are as many as all of
 the files have, so that nothing is smaller than it would be. It must take at most 5 s and 1 GB, and
-may not read the files; what it reads is counted by the kernel.
+may not read the files; what it reads is counted by the kernel. Beside it, if `datasets` is
+installed: the same tokens in its memory-mapped Arrow files, rows of one sequence each, from
+`load_from_disk` to the first shuffled batch of a DataLoader. It neither looks whether files of text
+changed nor verifies what it reads.
 """
 
 import argparse
@@ -26,8 +29,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from host_memory import host_peak
 
 OPTIONAL = ("scipy", "transformers")
 FILE_BYTES = 2_000_000
@@ -49,7 +55,7 @@ def used() -> dict[str, float]:
     return {
         "s": time.time() - float(os.environ["START"]),
         "cpu_s": own.ru_utime + own.ru_stime,
-        "peak_bytes": own.ru_maxrss * 1024,
+        "peak_bytes": host_peak(),
     }
 
 
@@ -176,10 +182,50 @@ def start(pattern: str, cache: str) -> None:
     data.setup()
     next(iter(data.train_dataloader()))
     next(iter(data.val_dataloader()))
+    print(json.dumps(since(imported, before)))
+
+
+def save_arrow(cache_entry: str, folder: str) -> None:
+    """Writes the tokens of a cache entry as `datasets` keeps them."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset, disable_progress_bars
+
+    from nerve.data.cache_entry import open_entry
+
+    disable_progress_bars()
+
+    entry = open_entry(Path(cache_entry))
+    assert entry is not None
+    tokens = entry.train.all()
+    n = len(tokens) // SEQ_LEN
+    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * SEQ_LEN)
+    rows = pa.ListArray.from_arrays(offsets, pa.array(tokens[: n * SEQ_LEN]))
+    Dataset(pa.table({"input_ids": rows})).save_to_disk(folder)
+    print("{}")
+
+
+def start_arrow(folder: str) -> None:
+    """What `start` does, over the files that `save_arrow` wrote."""
+    from datasets import load_from_disk
+    from torch.utils.data import DataLoader
+
+    imported, before = used(), _read_bytes()
+    rows = load_from_disk(folder).with_format("torch")
+    batch = next(iter(DataLoader(rows, batch_size=16, shuffle=True)))
+    assert batch["input_ids"].shape == (16, SEQ_LEN)
+    print(json.dumps(since(imported, before)))
+
+
+def since(imported: dict[str, float], read: int) -> dict[str, float]:
+    """What this process used, and what of it since it had imported everything."""
     found = used()
-    seconds = {"data_s": found["s"] - imported["s"], "import_s": imported["s"]}
-    grown = found["peak_bytes"] - imported["peak_bytes"]
-    print(json.dumps(found | seconds | {"read": _read_bytes() - before, "grown_bytes": grown}))
+    return found | {
+        "data_s": found["s"] - imported["s"],
+        "import_s": imported["s"],
+        "read": _read_bytes() - read,
+        "grown_bytes": found["peak_bytes"] - imported["peak_bytes"],
+    }
 
 
 def _read_bytes() -> int:
@@ -251,15 +297,27 @@ def corpora(n_bytes: int, n_first: int) -> None:
         print(f"reading {n_bytes / 1e9:.1f} GB once: {time.time() - began:.1f} s", flush=True)
         (small,) = root.glob("tokens-*")
         repeated_entry(small, root / f"tokens-{key}", n_bytes // n_first)
-        for _ in range(3):
-            found = child("start", f"{folder}/*.txt", str(root))
-            print(
-                f"second start over {n_bytes / 1e9:.1f} GB: {found['s']:.2f} s (imports "
-                f"{found['import_s']:.2f}, data {found['data_s']:.2f}, CPU {found['cpu_s']:.2f}), "
-                f"peak {found['peak_bytes'] / 1e9:.2f} GB, read {found['read'] / 1e6:.2f} MB "
-                "(at most 5 s, 1 GB)",
-                flush=True,
-            )
+        what = f"over {n_bytes / 1e9:.1f} GB"
+        second_starts(f"second start {what} (at most 5 s, 1 GB)", "start", f"{folder}/*.txt", root)
+        if find_spec("datasets") is None:
+            print("datasets is not installed")
+            return
+        arrow = Path(name) / "arrow"
+        child("save_arrow", str(root / f"tokens-{key}"), str(arrow))
+        second_starts(f"datasets {what}", "start_arrow", arrow)
+
+
+def second_starts(what: str, mode: str, *arguments: str | Path) -> None:
+    """Prints what three starts take."""
+    for _ in range(3):
+        found = child(mode, *map(str, arguments))
+        print(
+            f"{what}: {found['s']:.2f} s (imports {found['import_s']:.2f}, data "
+            f"{found['data_s']:.2f}, CPU {found['cpu_s']:.2f}), peak "
+            f"{found['peak_bytes'] / 1e9:.2f} GB ({found['grown_bytes'] / 1e6:.0f} MB more than "
+            f"after imports), read {found['read'] / 1e6:.2f} MB",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -277,7 +335,12 @@ def main() -> None:
         corpora(int(args.gigabytes * 1e9), int(args.first * 1e6))
 
 
-CHILDREN: dict[str, Callable[..., None]] = {"first_step": first_step, "start": start}
+CHILDREN: dict[str, Callable[..., None]] = {
+    "first_step": first_step,
+    "start": start,
+    "save_arrow": save_arrow,
+    "start_arrow": start_arrow,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:

@@ -152,21 +152,19 @@ def outlier_codes(
 
 
 def describe_outliers(row: Mapping[Any, Any], site: str) -> str:
-    """`post: the farthest sample holds 41.2% of the variance, the farthest 0.1% 99.9%, one position
-    of the sequences is at 37 times the mean squared distance`."""
-    parts = [
-        text.format(row[f"{name}_{site}"])
-        for name, text in (
-            ("largest_share", "the farthest sample holds {:.1%} of the variance"),
-            ("top_share", "the farthest 0.1% {:.1%}"),
-            (
-                "position_ratio",
-                "one position of the sequences is at {:,.1f} times the mean squared distance",
-            ),
-        )
-        if row[f"{name}_{site}"] is not None and not np.isnan(row[f"{name}_{site}"])
-    ]
-    return f"{site}: {', '.join(parts)}"
+    """`the farthest sample holds 41.2% of the variance, the farthest 0.1% of the samples hold
+    99.9%, those at one position have 37 times the mean squared distance`."""
+    texts = {
+        "largest_share": "the farthest sample holds {:.1%} of the variance",
+        "top_share": "the farthest 0.1% of the samples hold {:.1%}",
+        "position_ratio": "those at one position have {:,.1f} times the mean squared distance",
+    }
+    if row["ffn"] == OF_CHANNELS:  # whose samples are channels, not positions
+        del texts["position_ratio"]
+    values = ((text, row[f"{name}_{site}"]) for name, text in texts.items())
+    return ", ".join(
+        text.format(value) for text, value in values if value is not None and not np.isnan(value)
+    )
 
 
 def _stands_out(

@@ -19,11 +19,15 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.n = 0
+        self.n_read = 0
+        """Numbers that the host read, for which it waits if they are on a device."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.n += func.overloadpacket.__name__ not in NOT_LAUNCHED
+        name = func.overloadpacket.__name__
+        self.n += name not in NOT_LAUNCHED
+        self.n_read += name == "_local_scalar_dense"
         return func(*args, **(kwargs or {}))
 
 

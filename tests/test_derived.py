@@ -117,14 +117,19 @@ def test_a_flag_is_described_with_its_numbers():
     row = row_of(x, torch.randn(3072, 64))
     assert ratio_of(x) < 1.01
     assert describe_outliers(row.iloc[0].to_dict(), "pre") == (
-        "pre: the farthest sample holds 8.3% of the variance, the farthest 0.1% 33.1%"
+        "the farthest sample holds 8.3% of the variance, the farthest 0.1% of the samples hold "
+        "33.1%"
     )
     x = torch.ones(12, 200, 8) + torch.randn(12, 200, 8) / 100
     x[:, 0] = torch.linspace(30, 40, 8)
-    assert describe_outliers(row_of(x, x).iloc[0].to_dict(), "post") == (
-        "post: the farthest sample holds 8.3% of the variance, the farthest 0.1% 24.9%, "
-        "one position of the sequences is at 199.0 times the mean squared distance"
+    row = row_of(x, x).iloc[0].to_dict()
+    of_all = (
+        "the farthest sample holds 8.3% of the variance, the farthest 0.1% of the samples hold "
+        "24.9%"
     )
+    of_positions = ", those at one position have 199.0 times the mean squared distance"
+    assert describe_outliers(row, "post") == of_all + of_positions
+    assert describe_outliers(row | {"ffn": "token_mixing"}, "post") == of_all
 
 
 def test_rows_without_shares_are_not_flagged():

@@ -378,7 +378,6 @@ def test_the_gpu_scale_takes_the_rates_that_were_the_best_of_those_searched():
 
 
 STATES = {
-    "paper_activation_gpu": {RunState.DONE: 7, RunState.NEW: 3},  # of row 6a of the queue
     "normfree": {RunState.DONE: 3, RunState.NEW: 15},  # they say more than those of scale=gpu
     "normfree_gpu": {RunState.DONE: 17, RunState.FAILED: 1},  # the loss of one became infinite
     "cause_pre_scale": {RunState.DONE: 23, RunState.FAILED: 1},  # norm-free with SD(u) = 1
@@ -394,7 +393,7 @@ def test_the_commands_in_the_headers_find_the_runs_of_the_study_done(place, monk
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     name = place.removesuffix("_gpu")
     if name not in NAMES:
-        told = place in ("normfree_rates_gpu", "residual")
+        told = place in ("normfree_rates_gpu", "paper_optimizer_probes_gpu", "residual")
         asked = place.startswith(("glyphs_", "digits_reversed_"))
         assert told or asked, "the commands are in study/findings.md or study/queue.md"
         return

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from nerve.cli.console import fail, say, whole_numbers
+from nerve.config import require_path
 from nerve.errors import NerveError
 from nerve.progress import shown, unseen
 
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from nerve.cli.probing.source import Asked
 
     try:
+        if output is not None:
+            require_path("--output", output)
         asked = Asked(**given)
         if lists:
             say(listing(source_of(asked), unseen))

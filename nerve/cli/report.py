@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from nerve.cli.console import fail, say, whole_numbers
+from nerve.config import require_path
 from nerve.cores import multiply_in_one_thread
 from nerve.errors import NerveError
 from nerve.progress import shown
@@ -25,14 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `nerve-report`. Errors that the user can fix are shown as one message."""
     asked = _parser().parse_args(arguments)
     multiply_in_one_thread()
-    from nerve.report.write import (
-        INDEX,
-        folder_of,
-        write_report,
-    )  # pandas and matplotlib take a second to import
+    # pandas and matplotlib take a second to import
+    from nerve.report.write import INDEX, folder_of, write_report
 
-    replaces = (folder_of(asked.paths, asked.output) / INDEX).exists()
     try:
+        for path in asked.paths:
+            require_path("PATH", path)
+        if asked.output is not None:
+            require_path("--output", asked.output)
+        replaces = (folder_of(asked.paths, asked.output) / INDEX).exists()
         with shown() as progress:
             index = write_report(
                 asked.paths,

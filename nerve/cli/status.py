@@ -14,6 +14,7 @@ from nerve.cli.console import fail, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
 from nerve.cli.status_table import GO_ON, Status, show
+from nerve.config import require_path
 from nerve.errors import NerveError, StoreError
 from nerve.storage.directory import RunDirectory
 from nerve.storage.find import find_runs
@@ -42,6 +43,7 @@ def main() -> None:
     )
     parser.add_argument(
         "path",
+        metavar="PATH",
         nargs="*",
         default=["outputs"],
         help="a run, a sweep, or any folder of runs (default: outputs)",
@@ -53,6 +55,8 @@ def main() -> None:
     )
     asked = parser.parse_args()
     try:
+        for path in asked.path:
+            require_path("PATH", path)
         while True:
             statuses = statuses_of(asked.path)
             if asked.watch and sys.stdout.isatty():
@@ -61,7 +65,7 @@ def main() -> None:
             if not asked.watch or not any(status.state in GO_ON for status in statuses):
                 return
             time.sleep(WATCHED_EVERY_S)
-    except StoreError as error:
+    except NerveError as error:
         fail("nerve-status", str(error))
     except KeyboardInterrupt:
         if not asked.watch:

@@ -35,7 +35,7 @@ def say_table(names: Sequence[str], right: Sequence[str], rows: Sequence[Sequenc
 
 
 _IN_ASCII = str.maketrans("━─┏┳┓┡╇┩└┴┘┃│–", "--" + 9 * "+" + "||-")
-"""What stands for the lines of a table where stdout has only ASCII."""
+"""The characters that replace the lines of a table if stdout has only ASCII."""
 
 
 def fits(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
@@ -75,8 +75,8 @@ def _lines_of(text: str) -> list[str]:
 
 
 def _narrowed(widths: list[int], room: int, words: list[int]) -> list[int]:
-    """Widths for which there is room: the widest columns are cut to their `words`, and only if
-    that is not enough to less, none below 1."""
+    """Widths for which there is room: the widest columns are narrowed, first down to their `words`
+    and, if that is not enough, down to 1."""
     for least in (words, [1] * len(widths)):
         while sum(widths) > room and widths != least:
             _, widest = max((width, -i) for i, width in enumerate(widths) if width > least[i])

@@ -2,7 +2,7 @@
 the model's adapters."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -16,7 +16,7 @@ def is_of_training() -> bool:
 def is_of_evaluation() -> bool:
     """Whether the pass is of a batch of the Trainer's own evaluation: not started by a callback, by
     the computation of metrics, by text generation or by `predict`."""
-    callers = _callers()
+    callers = tuple(_callers())
     called = ("generate", "prediction_step", "call_event")
     if next((name for name in callers if name in called), None) != "prediction_step":
         return False
@@ -44,7 +44,7 @@ def ends_evaluation_of_trainer() -> bool:
     return "evaluate" not in callers or _is_of_trainer(callers)
 
 
-def _is_of_trainer(callers: Iterator[str]) -> bool:
+def _is_of_trainer(callers: Iterable[str]) -> bool:
     called = ("call_event", "_evaluate", "_maybe_log_save_evaluate", "_inner_training_loop")
     return next((name for name in callers if name in called), None) != "call_event"
 

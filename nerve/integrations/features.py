@@ -133,4 +133,18 @@ def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return kwargs
     if not kwargs:
         return args[0] if len(args) == 1 else args
-    return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments}
+    signature = _signature_of(module)
+    batch: dict[str, Any] = {}
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        is_rest = signature.parameters[name].kind == inspect.Parameter.VAR_KEYWORD
+        batch |= value if is_rest else {name: value}
+    return batch
+
+
+def _signature_of(module: nn.Module) -> inspect.Signature:
+    """That of a module's forward, or of the module in it if it only passes on what it is given, as
+    a compiled or distributed one does."""
+    signature, inside = inspect.signature(module.forward), list(module.children())
+    kinds = {each.kind for each in signature.parameters.values()}
+    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return _signature_of(inside[0]) if passes_on and len(inside) == 1 else signature

@@ -29,7 +29,7 @@ from nerve.measuring.ffns import FFN
 from nerve.measuring.given import check_given, require_mapping
 from nerve.measuring.masks import Masks
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.writer import monitored_values
+from nerve.recording.writer import is_measured, monitored_values
 from nerve.storage.directory import RunDirectory
 
 
@@ -53,9 +53,12 @@ class SpectralCallback(TrainerCallback):
 
     `train_loss` is the model's own loss as reported by the Trainer, and null if the loss is
     computed outside the model. `tokens_seen` is the sum of the targets that the Trainer counts; 0
-    for a model that does not accept their number. Callbacks after this one, and
-    `metric_for_best_model`, find the results among the metrics of an evaluation, as
-    `eval_ffn/03/pr_post`.
+    for a model that does not accept their number.
+
+    With `source="heldout"`, callbacks after this one, and `metric_for_best_model`, find the results
+    among the metrics of an evaluation, as `eval_ffn/03/pr_post`. They are those of the latest
+    measurement that is solved: of the same step on a CPU, up to four measurements old on a GPU. If
+    `metric_for_best_model` is one of them, training waits for those of the same step.
 
     The run is done when training ends. `resume_from_checkpoint` continues it from any checkpoint
     that the Trainer has saved. The Trainer does not report exceptions to its callbacks: everything
@@ -197,6 +200,8 @@ class SpectralCallback(TrainerCallback):
                 assert loop.features is not None
                 require_once(loop.features.n_sequences, eval_dataloader)
                 loop.end_evaluation(_loss_of(metrics))
+                if is_measured((args.metric_for_best_model or "").removeprefix("eval_")):
+                    loop.recorder.wait()  # what decides must be of this step
                 values = gathered(monitored_values(loop.latest))[0]
                 metrics |= {f"eval_{name}": value for name, value in values.items()}
             elif loop.recorder.due_step == state.global_step:

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nerve.measuring.ffns import FFN, Site, declared_widths, last, named, sites_of, tokens_of
+from nerve.measuring.ffns import (
+    FFN,
+    Site,
+    argument,
+    declared_widths,
+    last,
+    named,
+    sites_of,
+    tokens_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +93,7 @@ def find_streams(
     events: list[_Event] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else next(iter(kwargs.values()), None)
-        _note(events, module, "input", given)
+        _note(events, module, "input", argument(args, kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         _note(events, module, "output", output)

@@ -218,4 +218,7 @@ def add_up(tensor: Tensor) -> None:
 
 def shared_from(owner: int, tensor: Tensor) -> None:
     """Copies `owner`'s `tensor` into that of every process; all of them must call it."""
-    dist.broadcast(tensor, src=owner)
+    # torch sends the memory as it lies, and each process may have other strides.
+    sent = tensor.contiguous()
+    dist.broadcast(sent, src=owner)
+    tensor.copy_(sent)

@@ -1,27 +1,17 @@
-"""Whether post depends on pre with no matrix in between, as recorded by autograd."""
+"""When autograd records what happens between pre and post, so that it can be checked."""
 
-import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nerve.errors import MeasurementError
-from nerve.measuring.ffns import Site, last, sample_of
+from nerve.measuring.ffns import Site
+from nerve.measuring.recorded import check_follows, check_is_no_factor
 from nerve.measuring.tap import plain
 
 ENOUGH = 64
 """With this many samples an FFN is known; with fewer, dependence may be misjudged."""
-
-_ROWS = 512
-"""Minimum number of samples that distinguish a factor from a nonlinearity."""
-
-Way = Literal["directly", "through a matrix", "not at all"]
-
-# Nodes of autograd that mix features by weights or by attention: AddmmBackward0, BmmBackward0,
-# ConvolutionBackward0, ScaledDotProductFlashAttentionForCpuBackward0, LinearBackward0, …
-_MATRIX = re.compile(r"mm(back|$)|(?<!non)linear|convolution|matmul|attention|dotproduct|einsum")
 
 
 class Following:
@@ -85,13 +75,16 @@ class Following:
             return None
         return tensor
 
-    def end(self, index: int, pre: Tensor | None, post: Any, site: Site, where: str) -> bool:
+    def end(
+        self, index: int, pre: Tensor | None, post: Any, inputs: Tensor, site: Site, where: str
+    ) -> bool:
         """Checks that post depends on pre; returns whether autograd was recording only for that.
 
         Args:
             index: of the FFN.
             pre: the result of `recorded`.
             post: the tensor that holds post.
+            inputs: what the FFN gets, `[*samples, d_in]`.
             site: the site of pre.
             where: the FFN, for messages.
 
@@ -105,7 +98,7 @@ class Following:
         if pre is not None:
             check_follows(pre, post, where)
             if is_ours:
-                check_is_no_factor(pre, post, site, where)
+                check_is_no_factor(pre, post, inputs, site, where)
             if pre.numel() >= ENOUGH * pre.shape[site.feature_axis]:
                 self._known.add(index)
         return is_ours
@@ -132,105 +125,3 @@ class Following:
 _OPEN: list[Any] = []
 """Inference modes that were left and not yet reentered. One that an error has ended is kept:
 releasing it would reenter it."""
-
-
-def check_follows(pre: Tensor, post: Tensor, where: str) -> None:
-    """Raises `MeasurementError` unless autograd has recorded that post depends on pre without a
-    matrix in between."""
-    assert pre.grad_fn is not None
-    way = way_from(pre.grad_fn, post)
-    if way != "directly":
-        raise MeasurementError(
-            f"Post must depend on pre only through the nonlinearity; for {where} it depends on pre "
-            f"{way}. Check the modules in its description: the projection before the nonlinearity "
-            "of one FFN, and the one after it."
-        )
-
-
-def check_is_no_factor(pre: Tensor, post: Tensor, site: Site, where: str) -> None:
-    """Raises `MeasurementError` if pre is the factor of a gated FFN that multiplies.
-
-    Args:
-        pre: the input or output of the module of `site`, recorded by autograd.
-        post: what depends on it.
-        site: the site of pre.
-        where: the FFN, for messages.
-    """
-    # In a fused projection another part is a factor; rounding to 16 bits would look like one.
-    is_whole = site.part == slice(None) and pre.numel() == post.numel() > 0
-    if is_whole and pre.dtype.itemsize > 2 and is_factor(pre, post, site.feature_axis):
-        raise MeasurementError(
-            f"Pre must be the input of the nonlinearity; in {where} it is the factor that "
-            "multiplies the output of the nonlinearity. Give the gate projection."
-        )
-
-
-def way_from(node: torch.autograd.graph.Node, features: Tensor) -> Way:
-    """How `features` depend on the output of `node`: without a matrix in between, or through one.
-
-    A linear upsampling would count as a matrix; no FFN has one between pre and post.
-    """
-    if features.grad_fn is None:
-        return "not at all"
-    if _reaches(features.grad_fn, node, through_matrices=False):
-        return "directly"
-    through = _reaches(features.grad_fn, node, through_matrices=True)
-    return "through a matrix" if through else "not at all"
-
-
-def _reaches(
-    start: torch.autograd.graph.Node, node: torch.autograd.graph.Node, *, through_matrices: bool
-) -> bool:
-    seen: set[torch.autograd.graph.Node] = set()
-    waiting = [start]
-    while waiting:
-        current = waiting.pop()
-        if current is node:
-            return True
-        if current in seen or (not through_matrices and _MATRIX.search(current.name().lower())):
-            continue
-        seen.add(current)
-        waiting += _next(current)
-    return False
-
-
-def _next(node: torch.autograd.graph.Node) -> Iterable[torch.autograd.graph.Node]:
-    return [following for following, _ in node.next_functions if following is not None]
-
-
-def is_factor(side: Tensor, features: Tensor, axis: int) -> bool:
-    """Whether `features` are the product of `side` with something else, like the ungated factor of
-    a gated FFN: linear in it, elementwise, with a slope that does not depend on it.
-
-    Args:
-        side: recorded by autograd, in 32 bits or more: rounding to 16 would look like a factor.
-        features: what depends on it, in the same shape or flattened.
-        axis: the axis that holds the features of `side`.
-    """
-    assert side.grad_fn is not None
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(features.sum(), side, create_graph=True)
-    if slope.grad_fn is not None and _reaches(slope.grad_fn, side.grad_fn, through_matrices=True):
-        return False
-    x, h, slope = side.detach(), features.detach().reshape(side.shape), slope.detach()
-    x, h, slope = (sample_of(last(each, axis), _ROWS) for each in (x, h, slope))
-    if not bool(h.isfinite().all()):
-        return False
-    is_linear = torch.allclose(x * slope, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
-    # For example a ReLU written as a clamp, whose derivative is in no graph.
-    is_cut = not bool(slope[x < 0].any())
-    return is_linear and not is_cut and not decides(x, x, h)
-
-
-def decides(side: Tensor, product: Tensor, h: Tensor) -> bool:
-    """Whether `h / product` is a single number for each sign of `side`, feature by feature."""
-    usable = product.abs() > product.abs().mean() * 1e-2
-    ratio = torch.where(usable, h / product, torch.nan)
-    for sign in (side > 0, side < 0):
-        some = ratio.masked_fill(~sign, torch.nan)
-        high = some.nan_to_num(-torch.inf).amax(0)
-        low = some.nan_to_num(torch.inf).amin(0)
-        apart = (high - low).masked_fill(high < low, 0)
-        if bool((apart > 1e-2 * ratio.nan_to_num().abs().max()).any()):
-            return False
-    return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nerve.measuring.ffns import Site, declared_widths, last
-from nerve.measuring.following import decides
+from nerve.measuring.recorded import decides
 
 N_ELEMENTS = 32
 """Number of elements of the input whose derivatives show which features they depend on."""

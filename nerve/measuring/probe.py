@@ -37,6 +37,7 @@ from nerve.measuring.tap import (
     hook_at,
     of_site,
     plain,
+    put_last,
     registered,
     tap,
 )
@@ -151,6 +152,8 @@ class Probe:
     def start(self, receive: Receive, receive_site: ReceiveSite | None = None) -> None:
         """Starts calling `receive` once for each run of an FFN, and `receive_site` for each tensor
         at a site around one, in forward passes that `finish_forward` ends."""
+        for handle in self._handles:
+            put_last(handle)
         self._receive, self.thread = receive, threading.get_ident()
         if self._around is not None and receive_site is not None:
             self._around.start(receive_site)
@@ -282,7 +285,7 @@ class Probe:
             raise self._modified(index)
         plain_post = plain(tensor, "post", where)
         site, site_of_post = self.sites[index]
-        is_new = self._following.end(index, before.recorded, tensor, site, where)
+        is_new = self._following.end(index, before.recorded, tensor, before.inputs, site, where)
         post = of_site(plain_post, site_of_post, where)
         tap(before.inputs, before.pre, post, before.sample, self._order, self._number, index)
         return plain_post if is_new else None

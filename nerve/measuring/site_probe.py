@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from nerve.measuring.ffns import Site
-from nerve.measuring.tap import hook_at, of_site, plain
+from nerve.measuring.tap import hook_at, of_site, plain, put_last
 
 ReceiveSite = Callable[[int, str, Tensor], None]
 """Takes an FFN's index, the name of the site and its features, detached, `[*samples, width]`."""
@@ -52,6 +52,8 @@ class SiteProbe:
 
     def start(self, receive: ReceiveSite) -> None:
         """Starts calling `receive` for each tensor that appears at a site."""
+        for handle in self._handles:
+            put_last(handle)
         self._receive = receive
 
     def stop(self) -> None:

@@ -71,10 +71,10 @@ def count_tokens(batches: Iterable[Any]) -> Tensor:
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in batches:
         streams = streams_of(as_mapping(batch), is_encoder_decoder=False).values()
-        found = [(each.ids, each.mask) for each in streams] or [(ids_of(batch), None)]
-        for ids, mask in found:
+        found = [(each.ids, unpadded_of(each)) for each in streams] or [(ids_of(batch), None)]
+        for ids, unpadded in found:
             if ids is not None:
-                flat = ids.reshape(-1) if mask is None else ids[as_bool(mask)]
+                flat = ids.reshape(-1) if unpadded is None else ids[unpadded]
                 here = torch.bincount(flat.clamp(min=0).cpu())
                 length = max(len(counts), len(here))
                 counts, here = (

@@ -170,6 +170,17 @@ def hook_at(
     return site.module.register_forward_pre_hook(Hook(of_input), with_kwargs=True)
 
 
+def put_last(handle: RemovableHandle) -> None:
+    """Puts a hook behind those that other code has registered since, and that may change what the
+    module gets or returns."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is None or handle.id not in hooks:
+        return
+    numbers = list(hooks)
+    if any(not isinstance(hooks[n], Hook) for n in numbers[numbers.index(handle.id) + 1 :]):
+        hooks.move_to_end(handle.id)
+
+
 class Taker(Protocol):
     """A receiver of features.
 

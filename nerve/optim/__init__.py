@@ -1,5 +1,7 @@
-"""Optimizers and schedules: parameter roles, combined optimizers, Dion, Muon, learning rates."""
+"""Optimizers and schedules: parameter roles, combined optimizers, batched Adafactor, Dion and Muon,
+learning rates."""
 
+from nerve.optim.adafactor import Adafactor
 from nerve.optim.build import (
     Part,
     Role,
@@ -13,6 +15,7 @@ from nerve.optim.muon import Muon
 from nerve.optim.schedule import Schedule
 
 __all__ = [
+    "Adafactor",
     "CombinedOptimizer",
     "Dion",
     "Muon",

@@ -1,4 +1,5 @@
-"""Dion: orthonormalized low-rank updates of matrices by power iteration with error feedback."""
+"""Dion: orthonormalized low-rank updates of matrices by power iteration with error feedback, for
+all matrices of one shape at once."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nerve.config import require
+from nerve.optim.alike import alike
 from nerve.optim.closure import loss_of
 
 
@@ -21,7 +23,7 @@ class Dion(Optimizer):
     right factor V (n × r, kept from step to step, random at first), each step does
 
         B = M + G
-        P = orth(B V)               QR: m × r, orthonormal columns
+        P = orth(B V)               m × r, orthonormal columns
         R = Bᵀ P                    n × r
         M = B - (1 - μ) P Rᵀ        error feedback: only what the update used decays
         V = R with columns of unit length
@@ -95,29 +97,39 @@ class Dion(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
         loss = loss_of(closure)
-        index = 0
+        everything = chain.from_iterable(group["params"] for group in self.param_groups)
+        indices = {weight: index for index, weight in enumerate(everything)}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, index)
-                index += 1
+            for weights in alike(group["params"]):
+                self._update(weights, group, indices)
         return loss
 
-    def _update(self, weight: Tensor, group: dict[str, Any], index: int) -> None:
-        state = self.state[weight]
+    def _update(
+        self, weights: list[Tensor], group: dict[str, Any], indices: Mapping[Tensor, int]
+    ) -> None:
+        """Updates weights of one shape."""
+        states = [self._state_of(weight, group, indices[weight]) for weight in weights]
+        momenta, rights = ([state[key] for state in states] for key in ("momentum", "right"))
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        torch._foreach_add_(momenta, gradients)
+        buffers, old = torch.stack(momenta), torch.stack(rights)
+        left, unscaled, right = power_iteration(buffers, old)
+        buffers.baddbmm_(left, unscaled.mT, alpha=group["momentum"] - 1.0)
+        torch._foreach_copy_(momenta, list(buffers))
+        torch._foreach_copy_(rights, list(torch.where(right.any(-2, keepdim=True), right, old)))
+        updates = (left @ right.mT).to(weights[0].dtype)
+        n_out, n_in = weights[0].shape
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * math.sqrt(n_out / n_in))
+
+    def _state_of(self, weight: Tensor, group: dict[str, Any], index: int) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[weight]
         if not state:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             state["momentum"] = torch.zeros_like(weight, dtype=dtype)
             rank = max(1, round(group["rank_fraction"] * min(weight.shape)))
             state["right"] = _initial_right(weight.shape[1], rank, index).to(weight.device, dtype)
-        buffer = state["momentum"].add_(weight.grad)
-        left, unscaled, right = power_iteration(buffer, state["right"])
-        buffer.addmm_(left, unscaled.T, alpha=group["momentum"] - 1.0)
-        update = left @ right.T
-        state["right"] = torch.where(right.any(dim=0), right, state["right"])
-        n_out, n_in = weight.shape
-        weight.mul_(1.0 - group["lr"] * group["weight_decay"])
-        weight.sub_(update.to(weight.dtype), alpha=group["lr"] * math.sqrt(n_out / n_in))
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores the state in the stored precision; torch would cast it to the weights' dtype."""
@@ -130,19 +142,48 @@ class Dion(Optimizer):
 
 
 def power_iteration(
-    buffer: Float[Tensor, "n_out n_in"], right: Float[Tensor, "n_in rank"]
-) -> tuple[Float[Tensor, "n_out rank"], Float[Tensor, "n_in rank"], Float[Tensor, "n_in rank"]]:
+    buffer: Float[Tensor, "*batch n_out n_in"], right: Float[Tensor, "*batch n_in rank"]
+) -> tuple[
+    Float[Tensor, "*batch n_out rank"],
+    Float[Tensor, "*batch n_in rank"],
+    Float[Tensor, "*batch n_in rank"],
+]:
     """One step from the right factor V: P = orth(B V), R = Bᵀ P, and R with unit columns.
 
     P Rᵀ is B projected onto the columns of P. A column of R that is only rounding, compared with
     the longest one, is zero in the third matrix.
     """
-    left, _ = torch.linalg.qr(buffer @ right)
-    unscaled = buffer.T @ left
-    lengths = torch.linalg.vector_norm(unscaled, dim=0)
-    rounding = torch.finfo(buffer.dtype).eps * max(buffer.shape) * lengths.max()
+    left = orthonormal(buffer @ right)
+    unscaled = buffer.mT @ left
+    lengths = torch.linalg.vector_norm(unscaled, dim=-2, keepdim=True)
+    longest = lengths.amax(-1, keepdim=True)
+    rounding = torch.finfo(buffer.dtype).eps * max(buffer.shape[-2:]) * longest
     unit = torch.where(lengths > rounding, unscaled / lengths, torch.zeros_like(unscaled))
     return left, unscaled, unit
+
+
+def orthonormal(
+    columns: Float[Tensor, "*batch n_out rank"],
+) -> Float[Tensor, "*batch n_out rank"]:
+    """Orthonormal columns with the same span: the Q of a QR decomposition whose R has a positive
+    diagonal.
+
+    Cholesky's R of the Gram matrix, in float64 and repeated, is batched on a GPU, where Householder
+    reflections would take one matrix after the other. Columns that depend on others up to rounding
+    are orthogonal to them, and of any length up to 1.
+
+    Source: CholeskyQR3 of Fukaya et al. 2020, doi.org/10.1137/18M1218212, with columns of unit
+    length and a shift of rounding.
+    """
+    q = columns.double()
+    shift = 4 * q.shape[-1] * torch.finfo(q.dtype).eps
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    for _ in range(3):
+        lengths = torch.linalg.vector_norm(q, dim=-2, keepdim=True)
+        q = q / torch.where(lengths > 0, lengths, 1.0)
+        lower = torch.linalg.cholesky_ex(q.mT @ q + shift * identity).L
+        q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
+    return q.to(columns.dtype)
 
 
 def _initial_right(n_in: int, rank: int, index: int) -> Float[Tensor, "n_in rank"]:

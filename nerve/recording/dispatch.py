@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 Eigenproblem = FFNEigenproblem | GroupEigenproblem
 
+LOWEST = 0
+"""CUDA's lowest priority. Training's stream has it, too, by default; a higher one there would not
+make solving cost training less (benchmarks/priority.py)."""
+
 
 class Untaken:
     """An eigenproblem until a thread takes it; it may be copied to the host before then."""
@@ -93,7 +97,7 @@ class Dispatch:
         self._pool = pool_of(n_workers) if n_workers else None
         is_gpu = device.type == "cuda"
         self._of_gpu = ThreadPoolExecutor(1, thread_name_prefix="spectra-gpu") if is_gpu else None
-        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._stream = torch.cuda.Stream(device, priority=LOWEST) if is_gpu else None
         self._staging = Staging(device)
         self._placement = Placement(n_workers)
         self._said: Counter[Place] = Counter()

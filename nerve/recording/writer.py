@@ -134,6 +134,11 @@ def monitored_values(rows: Rows) -> dict[str, float]:
     }
 
 
+def is_measured(name: object) -> bool:
+    """Whether this is the name of one of `monitored_values`, whatever the layers of the model."""
+    return str(name).rpartition("/")[-1] in MEASURED
+
+
 def logged_values(rows: Rows) -> dict[str, float]:
     """The values that loggers receive: each metric of each layer, `ffn/03/pr_post`, and its mean,
     `ffn/mean/pr_post`.

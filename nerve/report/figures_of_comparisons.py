@@ -4,13 +4,16 @@ Each function takes rows of one comparison and returns a matplotlib `Figure`. Fi
 interval that excludes 0; the intervals of hollow ones include 0 or do not exist.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nerve.analysis.factors import as_number
 from nerve.metric_names import metric_of
 from nerve.report.style import (
     COLORS,
@@ -138,9 +141,9 @@ def early_ranking(ranked: pd.DataFrame, title: str) -> Figure:
 def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     """Differences between designs that differ in one factor only, with runs paired by seed.
 
-    One row per pair of levels and setting of the other factors (if these differ), one panel per
-    metric. With more than three levels, each is compared with the first of its setting. Gray:
-    undecided, with fewer than 3 degrees of freedom.
+    One row per pair of levels and setting of the other factors (if these differ), in the order of
+    the settings; one panel per metric. With more than three levels, each is compared with the first
+    of its setting. Gray: undecided, with fewer than 3 degrees of freedom.
 
     Args:
         compared: rows of `compare_seeds` of one factor, data and FFN.
@@ -150,6 +153,7 @@ def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     shown = compared[pairs].drop_duplicates()
     if len({*shown["level"], *shown["other"]}) > MAX_LEVELS:
         shown = shown[shown["other"] == shown.groupby("where")["other"].transform("first")]
+    shown = shown.iloc[sorted(range(len(shown)), key=lambda i: _rank(shown["where"].iloc[i]))]
     shown = shown.head(MAX_CONTRASTS).reset_index(drop=True)
     metrics = list(dict.fromkeys(compared["metric"]))
     n_columns = -(-len(metrics) // 2)
@@ -180,6 +184,19 @@ def contrasts(compared: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def _rank(setting: str) -> list[tuple[str, float, str]]:
+    """What sorts the settings of other factors: numbers by their size, not by their digits."""
+    parts = [part.partition("=") for part in setting.split()]
+    return [(name, _size(as_number(value)), value) for name, _, value in parts]
+
+
+def _size(value: Any) -> float:
+    try:
+        return float(value)
+    except ValueError:  # names come after numbers
+        return math.inf
+
+
 def _differences(settings: Sequence[str]) -> list[str]:
     """Each setting without the overrides common to all of them."""
     parts = [setting.split() for setting in settings]
@@ -191,7 +208,9 @@ def _unit(name: str, units: pd.Series) -> str:
     if (units == "nats").any():
         return "difference of logarithms\n(nats; .1 is 10%)"
     metric = metric_of(name)
-    return f"difference\n({metric.unit if metric is not None else 'nats'})"
+    if metric is not None and metric.unit != "nats":  # of EEE and ΔEEE, what the values mean
+        return "difference"
+    return "difference\n(nats)"
 
 
 def _shifts(correlations: pd.DataFrame) -> pd.Series:

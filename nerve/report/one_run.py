@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from nerve.analysis.correlate import RESULTS, correlate_within_runs
-from nerve.analysis.factors import find_factors, levels_of
+from nerve.analysis.factors import find_factors, level_text, levels_of
 from nerve.analysis.load import Runs
 from nerve.metric_names import columns_of, shown_in
 from nerve.report import figures_of_one_run
@@ -76,7 +76,7 @@ def _facts(run: pd.Series, flags: pd.Series, runs: pd.DataFrame) -> list[tuple[s
         "status": run["run_status"],
         "flag": flags["flag"],
         "steps": f"{run['step']:,}",
-        "seed": run["seed"],
+        "seed": None if pd.isna(run["seed"]) else level_text(run["seed"]),
         "parameters": run["n_parameters"],
         "final validation loss (nats)": flags["final_loss"],
         "unigram loss (nats)": flags["unigram_loss"],
@@ -132,8 +132,9 @@ def _drawings(
         Drawing(
             f"gain{suffix}",
             "PR gain = PR post / PR pre, ΔEEE = EEE post − EEE pre, and the share of "
-            "post's variance outside the span of pre, by layer and step. Purple: the "
-            f"nonlinearity flattens the spectrum; gray: nothing could be measured. {about}",
+            "post's variance outside the span of pre, by layer and step. In the first two maps, "
+            "purple means that the nonlinearity flattens the spectrum, and orange the opposite. "
+            f"Gray: nothing could be measured. {about}",
             partial(figures_of_one_run.gain_maps, metrics, title),
         ),
     ]

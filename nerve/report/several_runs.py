@@ -12,7 +12,14 @@ import pandas as pd
 
 from nerve.analysis.compare import final_metrics
 from nerve.analysis.depth import depth_means, metrics_by_depth
-from nerve.analysis.factors import Factors, describe_ties, find_factors, level_text, ordered_levels
+from nerve.analysis.factors import (
+    Factors,
+    describe_ties,
+    find_factors,
+    level_text,
+    levels_of,
+    ordered_levels,
+)
 from nerve.analysis.frames import at_last_step
 from nerve.analysis.groups import pr_of_groups
 from nerve.analysis.load import Runs
@@ -28,7 +35,7 @@ from nerve.report.content import (
     seeds,
 )
 from nerve.report.groups import drawings_by_factor, tables_by_factor
-from nerve.report.style import one_line
+from nerve.report.style import one_line, short_name
 from nerve.report.tables import comparison_tables
 from nerve.storage.find import listed
 
@@ -157,14 +164,16 @@ def _drawings(
     for ffn in means["ffn"].unique():
         own = [frame[frame["ffn"] == ffn] for frame in (means, layers, designs, rows)]
         its_means, _, its_designs, its_rows = own
+        # Of Mixers beside GPTs, some factors have one level.
+        varied = [name for name in shown if levels_of(its_means[name]).nunique() > 1] or shown[:1]
         across = compared.across_designs
         across = across[across["ffn"] == ffn]
-        drawings += _factor_drawings(str(ffn), *own, shown=shown, factors=factors)
-        drawings += _loss_drawings(str(ffn), its_means, its_designs, its_rows, across, shown)
+        drawings += _factor_drawings(str(ffn), *own, shown=varied, factors=factors)
+        drawings += _loss_drawings(str(ffn), its_means, its_designs, its_rows, across, varied)
         if grouped is not None:
             its_groups = grouped[grouped["ffn"] == ffn]
             about = f"{seeds(its_designs)} {_lines(its_means)}"
-            drawings += drawings_by_factor(str(ffn), its_groups, shown, factors.varying, about)
+            drawings += drawings_by_factor(str(ffn), its_groups, varied, factors.varying, about)
     return drawings
 
 
@@ -198,8 +207,8 @@ def _factor_drawings(
             ),
             Drawing(
                 f"layers{_suffix(ffn)}_by_{factor}",
-                f"PR before and after the nonlinearity and their ratio at the last measured step, "
-                f"layer by layer, by {factor}. {about}",
+                f"The last measured step, layer by layer, by {factor}: "
+                f"{', '.join(map(short_name, columns))}. {about}",
                 partial(
                     figures_of_several_runs.layers_by_factor,
                     layers,

@@ -6,8 +6,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,10 +70,18 @@ def write_report(
     """
     roots = _listed(paths)
     folder = folder_of(roots, output)
-    _require_own(folder)
+    with _writing(folder):
+        _require_own(folder)
     content = gather(roots, window=window, steps=steps, reference=reference, progress=progress)
-    try:
+    with _writing(folder):
         return _write(content, folder, progress)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns an `OSError` within the block into a `StoreError` that names the report's folder."""
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"The folder of a report must be writable; {folder} is not: {error}. Choose another "

@@ -18,10 +18,10 @@ from nerve.measuring.ffns import sites_of
 from nerve.measuring.forward import call, evaluating
 from nerve.measuring.masks import Masks
 from nerve.measuring.probe import Probe
-from nerve.metric_names import MEASURED
+from nerve.measuring.slices import Slice
 from nerve.recording.recorder import Recorder
 from nerve.recording.settings import MonitorSettings
-from nerve.recording.writer import monitored_values
+from nerve.recording.writer import is_measured, monitored_values
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def is_awaited(trainer: L.Trainer) -> bool:
     """Whether a callback or scheduler monitors a measured value: Lightning raises an error if the
     value does not exist."""
     deciding = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
-    names = (getattr(each, "monitor", None) for each in deciding)
-    return any(str(name).rpartition("/")[-1] in MEASURED for name in names)
+    return any(is_measured(getattr(each, "monitor", None)) for each in deciding)
 
 
 def awaited_values(trainer: L.Trainer, recorder: Recorder) -> dict[str, float]:
@@ -131,5 +130,6 @@ def choice_of(
 
 def _holder(module: L.LightningModule, probe: Probe) -> nn.Module:
     """The direct child of a module that contains all FFNs, or else the module itself."""
-    sites = {site.module for ffn in probe.ffns for site in sites_of(ffn)}
+    modules = {site.module for ffn in probe.ffns for site in sites_of(ffn)}
+    sites = {each.holder if isinstance(each, Slice) else each for each in modules}
     return next((part for part in module.children() if sites <= {*part.modules()}), module)

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from nerve.cli import probe, report, status
 from nerve.cli.console import duration, figure, say
 from nerve.cli.text_table import say_table
 from nerve.storage.record import RunRecord
 
 
 def test_a_duration_has_its_two_largest_units():
-    assert [duration(seconds) for seconds in (0.2, 42, 425, 12_000, 187_200)] == [
-        *("0 s", "42 s", "7 min 5 s", "3 h 20 min", "2 d 4 h"),
+    assert [duration(seconds) for seconds in (0.2, 42, 59.6, 425, 12_000, 187_300)] == [
+        *("0 s", "42 s", "1 min", "7 min 5 s", "3 h 20 min", "2 d 4 h"),
     ]
 
 
@@ -44,6 +45,46 @@ def test_a_name_of_undecodable_bytes_is_printed_as_it_is_in_utf_8(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", "surrogateescape"))
     say("λ \udcff")
     assert written.getvalue() == "λ ".encode() + b"\xff\n"
+
+
+LONG = 300 * "n"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "expected"),
+    [
+        *(
+            (each, [path], named)
+            for each, name in ((status, "PATH"), (report, "PATH"), (probe, "MODEL"))
+            for path, named in (
+                (LONG, f"at most 255 bytes; {name} has one of 300"),
+                ("", f"{name} must name a file or a folder; got ''"),
+            )
+        ),
+        *(
+            (each, ["a", "-o", path], named)
+            for each in (report, probe)
+            for path, named in ((LONG, "--output has one of 300"), ("", "--output must name"))
+        ),
+        *(
+            (probe, ["a", f"--{name}", LONG], f"--{name} has one of 300")
+            for name in ("text", "tokenizer")
+        ),
+    ],
+)
+def test_a_path_that_cannot_exist_is_refused(
+    tmp_path, monkeypatch, capsys, command, arguments, expected
+):
+    """An empty one, as from a variable that is not set, does not stand for the current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    RunRecord.create("run", {})
+    monkeypatch.setattr(sys, "argv", ["nerve", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        command.main()
+    assert exit_.value.code == 1
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in (*tmp_path.iterdir(), *Path().iterdir())] == ["here", "run"]
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])

@@ -150,7 +150,7 @@ def test_a_massive_activation_is_flagged_and_left_out_with_the_first_tokens(tmp_
     save(model, tmp_path / "model")
     status, out, _ = nerve_probe("model", "--text", "text/*.txt", "-o", "out", "--n-tokens", 640)
     assert status == 0
-    assert "post: the farthest sample holds" in out
+    assert "dominate the spectrum of post in layer 0 (ffn): the farthest sample holds" in out
     assert "--skip-first 1 excludes the first tokens" in out
     first = stored()
     assert "post" in first["outliers"][0]
@@ -380,6 +380,8 @@ def test_invalid_arguments_give_one_message(asked, words, tmp_path):
         (["a/step1000-tokens4B", "a/step2000-tokens8B"], [1000, 2000]),
         (["runs/0", "runs/25"], [0, 25]),
         (["w2-10", "w2-20"], [10, 20]),
+        (["step_10best", "step_20.ckpt"], [10, 20]),
+        (["llama-7b-100", "llama-7b-200"], [100, 200]),
         (["pythia-70m"], [0]),
         (["gpt2"], [0]),
         (["150"], [150]),
@@ -394,7 +396,12 @@ def test_steps_come_from_names(names, steps):
     ("names", "given", "words"),
     [
         (["first", "second_2"], None, "first contains none"),
-        (["step_10k", "step_20k"], None, "plain number; got step_10k"),
+        (["step_10k", "step_20k"], None, "plain number, as in step_100; got step_10k"),
+        (["step_1.5M", "step_2.5M"], None, "plain number, as in step_100; got step_1.5M"),
+        (["step_1e6"], None, "plain number, as in step_100; got step_1e6"),
+        (["step-1,000"], None, "plain number, as in step_100; got step-1,000"),
+        (["o/pythia-70m@step1000", "o/pythia-70m"], None, "plain number, .* got o/pythia-70m"),
+        (["model-10k", "model-20k"], None, "plain number, as in step_100; got model-10k"),
         (["a/step_1", "b/step_1"], None, "both have step 1"),
         (["step_1", "step_2"], [5], "got 1 for 2"),
         (["step_1", "step_2"], [5, 5], "both have step 5"),

@@ -260,7 +260,9 @@ def test_a_spectrum_dominated_by_a_few_samples_is_reported_at_the_end(run, tiny,
     monkeypatch.setattr("nerve.derived.LARGEST_MOVES", 0.0)
     status, out, _ = run(*tiny)
     assert status == 0
-    assert re.search(r"layer 0 ffn, post: the farthest sample holds \d+\.\d% of the variance", out)
+    assert re.search(
+        r"spectrum of post in layer 0 \(ffn\): the farthest sample holds \d+\.\d% of the", out
+    )
 
 
 def test_a_run_is_done_even_if_its_summary_cannot_be_printed(run, tiny, monkeypatch):
@@ -378,7 +380,7 @@ def test_check_shows_what_would_run_and_runs_nothing(run, tiny, tmp_path, monkey
     assert err.startswith("nerve-run: model.d_model must be a multiple of model.n_heads")
     status, out, err = run("-m", *tiny, "check=true", "model.n_heads=2,3,4,2")
     assert status == 1
-    assert "4 trials: 2 new, 1 refused, 1 doubled; 2 to run. Nothing was started." in out
+    assert "4 trials: 2 new, 1 refused, 1 repeated; 2 to run. Nothing was started." in out
     assert "1 of 4 trials in outputs/multirun are refused" in err
     assert "1: model.d_model must be a multiple of model.n_heads" in err
     assert "no overrides" in run("check=true")[1]

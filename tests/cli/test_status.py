@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from nerve.cli.console import duration
 from nerve.cli.status import main, status_of
 from nerve.config import quoted
 from nerve.storage.record import RECORD_NAME, RunRecord
@@ -274,20 +273,6 @@ def test_without_a_run_there_is_one_message(tmp_path, monkeypatch, capsys):
         main()
     assert exit_.value.code == 1
     assert capsys.readouterr().err.startswith("nerve-status: A run directory contains run.json")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.2, "0 s"),
-        (59.6, "1 min"),
-        (425, "7 min 5 s"),
-        (12_000, "3 h 20 min"),
-        (187_300, "2 d 4 h"),
-    ],
-)
-def test_durations_have_two_units(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_neither_torch_nor_hydra_is_loaded():

@@ -421,6 +421,84 @@ def test_neither_padding_nor_recomputed_features_count_in_any_micro_batch(tmp_pa
     assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-6)
 
 
+class PassingOn(nn.Module):
+    """Calls a module with whatever it gets, as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: object, **others: object) -> object:
+        return self.module(*inputs, **others)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        partial(torch.compile, backend="aot_eager"),
+        PassingOn,
+        lambda model: PassingOn(PassingOn(model)),
+    ],
+    ids=["compiled", "passed on", "passed on twice"],
+)
+def test_arguments_have_the_names_of_the_module_that_takes_them(tmp_path, wrap):
+    """Tokens by position, their mask by name: padding does not count."""
+    torch.manual_seed(0)
+    model, mask = Masked(), (torch.arange(8) < torch.tensor([[8], [3], [5]])).long()
+    ids = torch.randint(9, (3, 8))
+    expected = nerve.measure(model, [{"input_ids": ids, "attention_mask": mask}])
+    wrapped, described = wrap(model), [nerve.FFNAdapter(0, "ffn", model.ffn[0], model.ffn[2])]
+    with nerve.watch(wrapped, tmp_path, ffns=described) as run:
+        wrapped(ids, attention_mask=mask)["loss"].backward()
+        run.step()
+    rows = nerve.load_metrics(tmp_path)
+    assert rows["n_samples"].tolist() == expected["n_samples"].tolist() == [16]
+    assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-6)
+
+
+def test_further_arguments_by_name_are_entries_of_the_batch():
+    class Open(Masked):
+        def forward(self, input_ids: Tensor, **others: Tensor) -> Tensor:
+            return input_ids
+
+    ids, mask = torch.zeros(2, 3), torch.ones(2, 3)
+    for module in (Open(), PassingOn(Open())):
+        batch = features.batch_of(module, (ids,), {"attention_mask": mask})
+        assert batch.keys() == {"input_ids", "attention_mask"}
+        assert batch["attention_mask"] is mask
+
+
+@pytest.mark.parametrize("source", ["train", "heldout"])
+def test_what_hooks_change_counts_whenever_they_were_registered(tmp_path, source):
+    """As of an ablation that begins in the middle of training, and of one of a site around."""
+
+    def register(model: Net) -> None:
+        up, _, down = model.blocks[1]
+        up.register_forward_hook(lambda module, args, output: output * torch.linspace(0, 1, 12))
+        down.register_forward_pre_hook(lambda module, args: (args[0] * torch.linspace(1, 2, 12),))
+        down.register_forward_hook(lambda module, args, output: output * torch.linspace(1, 3, 4))
+
+    x, rows, around = in_sequences(), [], []
+    for first in (True, False):
+        model = network()
+        model.drop.p = 0.0
+        how = {"ffns": ffns(model), "every_n_steps": 1, "sites": ["output"]}
+        how |= {"heldout": [x]} if source == "heldout" else {}
+        if first:
+            register(model)
+        directory = tmp_path / str(first)
+        with nerve.watch(model, directory, **how) as run:
+            if not first:
+                register(model)
+            for _ in range(2):
+                model(x).sum().backward()
+                run.step()
+        rows.append(nerve.load_metrics(directory).query("step == 1"))
+        around.append(nerve.load_groups(directory).query("step == 1 and site == 'output'"))
+    assert_same(*rows)
+    assert_same(*around)
+
+
 def test_a_compiled_model_must_be_watched_itself(tmp_path):
     """The loop calls it, so it determines where a pass begins; the rows are those of the eager
     model, also if the model was compiled in place."""

@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,8 @@ from nerve.errors import ConfigError, MeasurementError, StoreError
 from nerve.integrations import trainer
 from nerve.integrations.losses import StepLosses
 from nerve.integrations.trainer_states import TrainerStates
+from nerve.measuring.eigenproblem import FFNEigenproblem, FFNSpectra
+from nerve.recording import recorder
 from nerve.storage.directory import RunDirectory
 
 N_STEPS = 7
@@ -227,6 +230,31 @@ def test_the_trainer_keeps_its_own_evaluations_and_their_losses_are_noted(tmp_pa
     assert held[6] == pytest.approx(rows[6], rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ffn/01/pr_post", "eval_ffn/mean/pr_post", "pr_post"])
+def test_the_best_model_is_chosen_by_the_values_of_its_own_step(tmp_path, monkeypatch, name):
+    """Also if spectra are solved beside training, as on a GPU, and slowly."""
+    found: dict[int, float] = {}
+    solve = FFNEigenproblem.solve
+
+    def slowly(problem: FFNEigenproblem) -> FFNSpectra:
+        time.sleep(0.05)
+        return solve(problem)
+
+    class Keep(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **others):
+            found[state.global_step] = metrics[f"eval_{name.removeprefix('eval_')}"]
+
+    monkeypatch.setattr(recorder, "spare_workers", lambda *how: 1)
+    monkeypatch.setattr(FFNEigenproblem, "solve", slowly)
+    how = {"metric_for_best_model": name, "eval_strategy": "steps", "eval_steps": 3}
+    how |= {"save_strategy": "best", "greater_is_better": True}
+    train(tmp_path, source="heldout", callbacks=[Keep()], how=how)
+    rows = nerve.load_metrics(tmp_path / "run")
+    rows = rows[rows["layer"] == 1] if "01" in name else rows
+    expected = rows.groupby("step")["pr_post"].mean().to_dict()
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("source", ["train", "heldout"])
 def test_of_several_evaluation_sets_the_first_is_measured(tmp_path, source):
     found = {}
@@ -375,6 +403,8 @@ class Runs(TrainerCallback):
                     torch.autograd.grad(loss, list(model.parameters()))
         self.trainer.predict(samples(BATCH, seed=4))
         self.trainer.evaluate(samples(BATCH, seed=5), metric_key_prefix="own")
+        own = self.trainer.get_eval_dataloader(samples(BATCH, seed=6))
+        self.trainer.evaluation_loop(own, "own", metric_key_prefix="own")
         model.train(modes)
         self._is_running = False
 

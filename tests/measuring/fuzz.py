@@ -33,10 +33,10 @@ from nerve.errors import MeasurementError
 from nerve.measuring import (
     accumulator,
     ffns,
-    following,
     masks,
     measure,
     probe,
+    recorded,
     samples,
     streams,
     trace,
@@ -570,8 +570,8 @@ def without() -> dict[str, list[Any]]:
         return torch.ones(rows.shape[:-1], dtype=torch.bool)
 
     return {
-        "post follows from pre": [put(following, "way_from", lambda *how: "directly")],
-        "pre is no factor": [put(following, "is_factor", lambda *how: False)],
+        "post follows from pre": [put(recorded, "way_from", lambda *how: "directly")],
+        "pre is no factor": [put(recorded, "slope_of_factor", lambda *how: None)],
         "pre has a weight": [put(ffns, "_has_weight", lambda module: True)],
         "masks are 0 and 1": [put(module, "as_bool", any_bool) for module in (masks, streams)],
         "W x + b is what the layer gave": [put(accumulator, "gives", yes)],

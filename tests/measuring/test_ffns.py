@@ -85,9 +85,10 @@ def test_an_axis_of_another_width_than_declared_raises():
 class Fused(nn.Module):
     """Both factors of a gated FFN from one projection, as halves or alternating."""
 
-    def __init__(self, halves: bool) -> None:
+    def __init__(self, halves: bool, act: nn.Module | None = None) -> None:
         super().__init__()
         self.both, self.down, self.halves = nn.Linear(6, 32), nn.Linear(16, 6), halves
+        self.act = nn.SiLU() if act is None else act
 
     def sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
         both = self.both(x)
@@ -95,7 +96,7 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.sides(x)
-        return self.down(nn.functional.silu(gate) * up)
+        return self.down(self.act(gate) * up)
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
@@ -114,6 +115,40 @@ def test_a_part_of_a_fused_projection_is_measured_with_its_part_of_the_weight(ha
     centred = post - post.mean(0)
     outside = 1 - np.square(centred @ basis).sum() / np.square(centred).sum()
     assert row["variance_outside"] == pytest.approx(outside, rel=1e-9)
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.ReLU(), nn.LeakyReLU(), nn.Sigmoid()])
+def test_the_part_that_multiplies_is_not_pre(halves, act):
+    model = Fused(halves, act)
+    parts = (slice(0, 16), slice(16, 32)) if halves else (slice(0, None, 2), slice(1, None, 2))
+    gate, up = ([FFNAdapter(0, "ffn", Site(model.both, "output", p), model.down)] for p in parts)
+    x = torch.randn(50, 6)
+    assert nerve.measure(model, [x], ffns=gate).status.item() == "ok"
+    with pytest.raises(MeasurementError, match="the factor that multiplies the output"):
+        nerve.measure(model, [x], ffns=up)
+
+
+@pytest.mark.parametrize("n_others", [16, 20])
+@pytest.mark.parametrize("act", [nn.LeakyReLU(), nn.PReLU(init=3.0), nn.ReLU(), nn.GELU()])
+def test_columns_for_something_else_are_no_factor(act, n_others):
+    """One projection computes pre and, for example, the queries of an attention beside the FFN."""
+
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.down = nn.Linear(6, 16 + n_others), nn.Linear(16, 6)
+            self.act, self.out = act, nn.Linear(n_others, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.both(x)
+            return self.down(self.act(both[..., :16])) + self.out(both[..., 16:])
+
+    model, x = Parallel().double(), torch.randn(50, 6, dtype=torch.float64)
+    ffns = [FFNAdapter(0, "ffn", Site(model.both, "output", slice(16)), model.down)]
+    (row,) = nerve.measure(model, [x], ffns=ffns).to_dict("records")
+    pre = model.both(x)[..., :16]
+    assert_measured(row, pre, model.act(pre))
 
 
 def test_a_fused_projection_without_its_part_raises():
@@ -378,6 +413,27 @@ def test_the_factor_that_multiplies_is_not_pre(act):
     assert rows.status.item() == "ok"
     with pytest.raises(MeasurementError, match="the factor that multiplies the output"):
         nerve.measure(model, [x], ffns=[FFNAdapter(0, "ffn", model.up, model.down)])
+
+
+@pytest.mark.parametrize("kind", ["two projections", "behind a norm", "halves"])
+def test_either_factor_of_a_bilinear_ffn_may_be_pre(kind):
+    """It has no other nonlinearity; that takes more samples than inputs to see."""
+    torch.manual_seed(0)
+    fused, model = Fused(True, nn.Identity()).double(), Gated(nn.Identity()).double()
+    norm = nn.LayerNorm(6, elementwise_affine=False) if kind == "behind a norm" else nn.Identity()
+    x = norm(torch.randn(90, 6, dtype=torch.float64))
+    if kind == "halves":
+        sides, down, whole = fused.sides(x), fused.down, fused
+        pres = [Site(fused.both, "output", part) for part in (slice(0, 16), slice(16, 32))]
+    else:
+        sides, down, whole, pres = (model.gate(x), model.up(x)), model.down, model, []
+        pres += [model.gate, model.up]
+        with pytest.raises(MeasurementError, match="only more samples than inputs show that"):
+            nerve.measure(model, [x[:6]], ffns=[FFNAdapter(0, "ffn", model.gate, model.down)])
+    for pre, side in zip(pres, sides, strict=True):
+        ffns = [FFNAdapter(0, "ffn", pre, down)]
+        (row,) = nerve.measure(whole, [x], ffns=ffns).to_dict("records")
+        assert_measured(row, side, sides[0] * sides[1])
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1, 30])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import nerve
 from nerve.errors import ConfigError, MeasurementError
 from nerve.measuring.groups import REST, Divider, Grouped, frequency_classes
+from nerve.measuring.streams import count_tokens
 from nerve.metric_names import GROUPS
 from nerve.models.gpt import GPT, GPTConfig
 from nerve.nn.normalization import Normalization
@@ -306,6 +307,35 @@ def test_a_warning_is_logged_if_the_stream_is_not_found(tmp_path, caplog):
     assert set(nerve.load_groups(tmp_path / "run")["site"]) == {"pre", "post", "output"}
 
 
+def test_of_several_arguments_by_name_none_is_taken_for_the_stream(tmp_path, caplog):
+    """The blocks receive the stream and a mask by name, and normalize in a function."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+        def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+            normed = torch.nn.functional.layer_norm(hidden, (6,))
+            return hidden + self.down(torch.relu(self.up(normed))) * mask
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(hidden=x, mask=torch.ones(()))
+            return x
+
+    given = {"into": tmp_path / "run", "sites": ["stream_in", "output"]}
+    nerve.measure(Net(), [torch.randn(8, 5, 6)], **given)
+    assert "ffn in layer 1: stream_in cannot be measured because " in caplog.text
+    rows = nerve.load_groups(tmp_path / "run").query("layer == 1")
+    assert set(rows["site"]) == {"pre", "post", "output"}
+
+
 class TokenModel(nn.Module):
     """Takes a mapping, like models of transformers; its FFN receives the tokens flattened."""
 
@@ -349,6 +379,18 @@ def test_a_watched_loop_has_the_groups_of_measure(tmp_path, heldout):
     assert by_hand.loc[("pre", "halves", "a"), "n_samples"] == 12 * 17 - 4 * 8
     numbers = ["n_samples", "se", "pr", "eee", "variance"]
     np.testing.assert_allclose(watched[numbers], by_hand[numbers], rtol=2e-5)
+
+
+def test_a_mask_of_pairs_leaves_out_no_token_of_the_count():
+    """Nor does an additive one: neither shows which tokens are padding."""
+    ids = torch.tensor([[0, 2, 2], [1, 2, 0]])
+    pairs = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    for mask in (pairs, torch.zeros(2, 3).log()):
+        counts = count_tokens([{"input_ids": ids, "attention_mask": mask}])
+        assert counts.tolist() == [2, 1, 3]
+    padding = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    counts = count_tokens([{"input_ids": ids, "attention_mask": padding}])
+    assert counts.tolist() == [1, 1, 3]
 
 
 # What is refused

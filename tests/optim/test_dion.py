@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from operations import Operations
 from torch import nn
 
 from nerve.errors import ConfigError
 from nerve.optim import Dion
-from nerve.optim.dion import power_iteration
+from nerve.optim.dion import orthonormal, power_iteration
 
 
 def matrix(n_out, n_in, seed=0, dtype=torch.float64):
@@ -76,6 +77,65 @@ def test_error_feedback_keeps_what_the_update_left_out():
     torch.testing.assert_close(projector @ kept, 0.9 * projector @ buffer, rtol=0, atol=1e-14)
     rest = torch.eye(7, dtype=torch.float64) - projector
     torch.testing.assert_close(rest @ kept, rest @ buffer, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e8, 1e15])
+def test_orthonormal_columns_are_those_of_householder_reflections(condition):
+    """In float32, in batches: Q of SciPy's float64 decomposition, signed so that R's diagonal is
+    positive."""
+    values = np.geomspace(1.0, 1.0 / condition, 8)
+    columns = torch.stack([with_singular_values(values, 20, 8), matrix(20, 8)]).float()
+    q, r = np.linalg.qr(columns.double().numpy())
+    expected = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
+    np.testing.assert_allclose(orthonormal(columns).numpy(), expected, rtol=0, atol=1e-7)
+
+
+def test_columns_that_depend_on_others_are_orthogonal_to_them():
+    """A repeated column, a sum of two, and one of zeros, which stays so."""
+    columns = matrix(9, 6, dtype=torch.float32)
+    columns[:, 2], columns[:, 3], columns[:, 4] = columns[:, 0], columns[:, 0] + columns[:, 1], 0.0
+    q = orthonormal(columns).double()
+    gram = q.T @ q
+    off_diagonal = gram - gram.diagonal().diag()
+    assert off_diagonal.abs().max() < 1e-6
+    lengths = gram.diagonal().sqrt()
+    assert lengths[[0, 1, 5]].tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+    assert lengths[4] == 0.0
+    assert lengths.max() < 1 + 1e-6
+
+
+def test_weights_of_one_shape_are_updated_together_as_each_on_its_own():
+    """Three shapes; the index of each weight is the same in both optimizers."""
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (4, 6), (6, 4)]
+
+    def trained(together):
+        weights = [nn.Parameter(matrix(*shape, seed=i)) for i, shape in enumerate(shapes)]
+        optimizer = Dion(weights, lr=0.1, rank_fraction=0.5)
+        for step in range(4):
+            gradients = [matrix(*shape, seed=10 * step + i) for i, shape in enumerate(shapes)]
+            rounds = [range(len(shapes))] if together else [[i] for i in range(len(shapes))]
+            for some in rounds:
+                for i, weight in enumerate(weights):
+                    weight.grad = gradients[i] if i in some else None
+                optimizer.step()
+        return weights
+
+    for together, alone in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-13)
+
+
+def test_more_weights_of_a_shape_need_no_more_operations():
+    def n_operations(n):
+        weights = [nn.Parameter(matrix(6, 4, seed=i)) for i in range(n)]
+        optimizer = Dion(weights)
+        for weight in weights:
+            weight.grad = torch.ones(6, 4, dtype=torch.float64)
+        optimizer.step()
+        with Operations() as operations:
+            optimizer.step()
+        return operations.n
+
+    assert n_operations(8) == n_operations(2)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])

@@ -103,9 +103,10 @@ def test_contrasts_are_rows_and_what_is_undecided_is_gray():
             contrast("val_loss", 2.0, "higher", "model.d_model=64 ffn.width=4"),
             contrast("pr_post", 0.5, "within noise", "model.d_model=64 ffn.width=4", "nats"),
             contrast("val_loss", 3.0, "undecided", "model.d_model=64 ffn.width=8"),
+            contrast("eee_post", 0.1, "higher", "model.d_model=64 ffn.width=8"),
         ]
     )
-    loss, pr_post = contrasts(table, "t").axes
+    loss, pr_post, eee_post = contrasts(table, "t").axes
     labels = [tick.get_text() for tick in loss.get_yticklabels()]
     assert labels == ["relu − gelu\nffn.width=4", "relu − gelu\nffn.width=8"]
     beyond, _ = filled(loss, COLORS["pre"])
@@ -115,6 +116,7 @@ def test_contrasts_are_rows_and_what_is_undecided_is_gray():
     beyond, within = filled(pr_post, COLORS["pre"])
     assert (beyond, within) == ([], [0.5])
     assert pr_post.get_xlabel().startswith("difference of logarithms")
+    assert eee_post.get_xlabel() == "difference"  # 0 is no flat spectrum here
 
 
 def test_many_levels_are_each_compared_with_the_first():
@@ -123,6 +125,14 @@ def test_many_levels_are_each_compared_with_the_first():
     (panel,) = contrasts(pd.DataFrame(rows), "t").axes
     labels = [tick.get_text() for tick in panel.get_yticklabels()]
     assert labels == ["2 − 1", "4 − 1", "8 − 1"]
+
+
+def test_settings_of_other_factors_are_ordered_by_their_size():
+    settings = ["w=0.02", "w=0.004 n=a", "w=-0.02", "w=8/3", "w=10", "w=relu"]
+    rows = [contrast("val_loss", 1.0, "higher", setting) for setting in settings[::-1]]
+    (panel,) = contrasts(pd.DataFrame(rows), "t").axes
+    labels = [tick.get_text().split("\n")[1] for tick in panel.get_yticklabels()]
+    assert labels == ["w=-0.02", "w=0.004 n=a", "w=0.02", "w=8/3", "w=10", "w=relu"]
 
 
 def test_only_the_first_of_very_many_contrasts_are_drawn():

@@ -122,6 +122,12 @@ def test_one_run_has_its_own_figures_and_tables_in_files_and_page(make, tmp_path
     assert missed.startswith("No spectra were stored at step 7;")
 
 
+def test_a_seed_is_no_amount(make, tmp_path):
+    """And has no thousands separator."""
+    make("a", seed=12_345)
+    assert dict(gather(tmp_path / "runs").facts)["seed"] == "12345"
+
+
 def test_captions_say_sampling_rank_limits_and_seeds(make, tmp_path):
     """The rows of the fixture have N = 100, D = 8, d_in = 4."""
     make("a")
@@ -151,8 +157,10 @@ def test_figures_omit_metrics_and_data_that_were_not_stored(make, tmp_path):
     drawn = {each.name: each for each in gather(tmp_path / "runs").drawings}
     losses = [drawn[name].caption for name in ("loss_0", "loss_1")]
     assert sum("measured step, data unknown. " in caption for caption in losses) == 1
-    panels = drawn["layers_by_activation.name"].draw().axes
-    assert [panel.get_title() for panel in panels] == ["PR pre", "PR post", "PR gain"]
+    layers = drawn["layers_by_activation.name"]
+    panels = [panel.get_title() for panel in layers.draw().axes]
+    assert panels == ["PR pre", "PR post", "PR gain"]
+    assert f"by activation.name: {', '.join(panels)}. N = " in layers.caption
 
 
 def test_several_runs_are_compared_by_what_varies(make, tmp_path):
@@ -178,6 +186,19 @@ def test_several_runs_are_compared_by_what_varies(make, tmp_path):
     assert set(table(content, "across")["points"]) == {"designs", "runs"}
     assert table(content, "within_summary")["window"][0] == "after_warmup"
     assert len(table(content, "layers")) == 8
+
+
+def test_figures_of_an_ffn_are_by_the_factors_that_vary_among_its_runs(make, tmp_path):
+    """Of a Mixer beside GPTs, and the other way around."""
+    for activation in ("gelu", "relu"):
+        make(activation, activation)
+    for kind in ("none", "rmsnorm"):
+        make(kind, ffn="token_mixing", config={"normalization": {"kind": kind}})
+    assert [name for name in drawings(gather(tmp_path / "runs")) if "_by_" in name] == [
+        *("curves_by_activation.name", "layers_by_activation.name"),
+        "curves_token_mixing_by_normalization.kind",
+        "layers_token_mixing_by_normalization.kind",
+    ]
 
 
 def test_null_models_early_ranking_and_contrasts_are_shown_where_there_is_enough(make, tmp_path):
@@ -303,7 +324,7 @@ def test_spectra_dominated_by_a_few_samples_are_reported_with_the_worst(make, tm
         "In 8 of 16 rows of metrics, a few samples may dominate the spectrum of post"
     )
     assert f"run {record.run_id}, layer" in text
-    assert "the farthest sample holds 50.0% of the variance, the farthest 0.1% 75.0%" in text
+    assert "holds 50.0% of the variance, the farthest 0.1% of the samples hold 75.0%" in text
 
 
 def test_a_run_without_metrics_has_a_page(make, tmp_path):
@@ -376,7 +397,7 @@ def test_a_varying_value_that_cannot_be_a_factor_is_named(make, tmp_path):
         make(str(i), config={"lr": lr})
     notes = " ".join(gather(tmp_path / "runs").notes)
     assert "lr varies, but cannot be a factor" in notes
-    assert "No configuration value varies" not in notes
+    assert "Only the seed varies" not in notes
 
 
 def test_hostile_names_stay_data(make, tmp_path):
@@ -443,8 +464,9 @@ def test_invalid_input_gives_one_message(make, tmp_path):
     with pytest.raises(ConfigError, match="window must be one of all, after_warmup, differences"):
         write_report(tmp_path / "runs", window="warmup")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"must be writable.*-o"):
-        write_report(tmp_path / "runs", tmp_path / "file" / "report")
+    for output in (tmp_path / "file" / "report", tmp_path / (300 * "n")):
+        with pytest.raises(StoreError, match=r"must be writable.*-o"):
+            write_report(tmp_path / "runs", output)
 
 
 def test_progress_goes_from_nothing_to_all(make, tmp_path):

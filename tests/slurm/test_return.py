@@ -118,7 +118,7 @@ def test_a_repeated_command_waits_for_queued_and_running_trials_and_submits_none
 ):
     sweep = lost_sight_of
     assert sweep.finish() == 0, sweep.everything
-    assert "4 trials, 1 interrupted, 2 sent before, 1 new; 2 to run" in sweep.output
+    assert "4 trials, 1 interrupted, 2 submitted before, 1 new; 2 to run" in sweep.output
     assert re.search(r"also waiting for \d+_1, \d+_2", sweep.output)
     deeds = re.findall("waited for|resumed|run(?= +│ done)", sweep.output)
     assert deeds == ["resumed", "waited for", "waited for", "run"]

@@ -16,6 +16,8 @@ from omegaconf import DictConfig
 
 from nerve.cli.config.compose import CONF
 from nerve.cli.experiment.arguments import class_of
+from nerve.cli.experiment.groups import seq_len_of
+from nerve.cli.experiment.trainer import TrainerPlan
 from nerve.config import (
     require,
     require_choice,
@@ -251,9 +253,9 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
         f"monitor.groups={of_text} are groups of text tokens; with model.kind={kind} only halves "
         "are possible. Leave the others out.",
     )
-    seq_len, longest = values["data"].get("seq_len"), values["model"].get("seq_len")
+    seq_len, longest = seq_len_of(values["data"]), values["model"].get("seq_len")
     require(
-        not (isinstance(seq_len, int) and isinstance(longest, int)) or seq_len <= longest,
+        seq_len is None or not isinstance(longest, int) or seq_len <= longest,
         f"model.seq_len is the longest sequence that the model takes; got {longest} with "
         f"data.seq_len={seq_len}. Raise model.seq_len or shorten the sequences.",
     )
@@ -264,16 +266,19 @@ def require_positions(monitor: MonitorSettings, values: Mapping[str, Any]) -> No
         f"monitor.skip_first excludes positions of text; with model.kind={kind} it "
         f"must be 0, got {skip_first!r}.",
     )
-    require_left("monitor.skip_first", skip_first, "data.seq_len", values["data"]["seq_len"])
+    if seq_len is not None:
+        require_left("monitor.skip_first", skip_first, "data.seq_len", seq_len)
 
 
-def require_readable_weight(monitor: MonitorSettings, constraint: str, precision: object) -> None:
+def require_readable_weight(
+    monitor: MonitorSettings, constraint: str, trainer: TrainerPlan
+) -> None:
     """Refuses to project pre if the weight before it is recomputed at each access."""
     require(
         constraint == "none"
         or monitor.source == "heldout"
         or monitor.shortcut != PROJECTED
-        or "16" not in str(precision),
+        or trainer.has_exact_features,
         f"monitor.shortcut={PROJECTED} reads the weight before pre, which ffn.constraint="
         f"{constraint} recomputes in training; got monitor.source=train. Set monitor.shortcut=true "
         "or monitor.source=heldout.",

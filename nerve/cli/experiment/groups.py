@@ -1,27 +1,16 @@
-"""Groups of a configuration in the form that a run uses, each checked by itself."""
+"""Groups of a configuration in the form that a run uses, each checked by itself; the group
+`trainer` is in `trainer.py`."""
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightning.fabric.connector import _convert_precision_to_unified_args
-from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 from nerve.cli.config.compose import build
-from nerve.config import (
-    from_mapping,
-    require,
-    require_choice,
-    require_count,
-    require_group,
-    require_path,
-    require_type,
-)
-from nerve.errors import ConfigError
+from nerve.cli.experiment.trainer import TrainerPlan
+from nerve.config import from_mapping, require, require_count, require_path, require_type
 from nerve.models import MODELS, Skeleton, model_design
 from nerve.models.gpt import GPTConfig
 from nerve.models.mixer import MixerConfig
@@ -46,107 +35,6 @@ _OPTIMIZER_NUMBERS = (
 
 _PATHS_OF_DATA = ("cache_dir", "tokenizer", "corpus.path", "images.path")
 _LISTS_OF_PATHS = ("corpus.paths", "corpus.roots")
-
-_WHOLE: Mapping[str, tuple[Any, str]] = {
-    "limit_val_batches": (
-        1.0,
-        "monitor.n_tokens (images: data.n_heldout) sets how much is held out",
-    ),
-    "limit_train_batches": (1.0, "trainer.max_steps sets how long to train"),
-    "overfit_batches": (0.0, "data.corpus.roots sets what to train on"),
-    "fast_dev_run": (False, "trainer.max_steps=2 is a short run"),
-}
-"""Options of Lightning's trainer that cut a run short, each with its neutral value and what to set
-instead."""
-
-
-@dataclass(frozen=True)
-class TrainerPlan:
-    """The values of `trainer` that the run itself reads, and checks of those that Lightning would
-    accept, or reject in its own words, only after the data has been loaded. Lightning gets all of
-    `trainer`.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-
-    max_steps: int
-    accumulate_grad_batches: int
-    log_every_n_steps: int
-    enable_progress_bar: bool
-    gradient_clip_val: float | None = None
-    limit_val_batches: int | float | None = None
-    limit_train_batches: int | float | None = None
-    overfit_batches: int | float | None = None
-    fast_dev_run: bool | int | None = None
-    precision: int | str | None = None
-    num_nodes: int = 1
-
-    def __post_init__(self) -> None:
-        require_count("trainer.max_steps", self.max_steps)
-        require_count("trainer.accumulate_grad_batches", self.accumulate_grad_batches)
-        require_count("trainer.num_nodes", self.num_nodes)
-        clip, every = self.gradient_clip_val, self.log_every_n_steps
-        require(
-            clip is None or clip >= 0,
-            f"trainer.gradient_clip_val must be null or at least 0; got {clip!r}.",
-        )
-        require(every >= 0, f"trainer.log_every_n_steps must be at least 0; got {every!r}.")
-        for name, (whole, instead) in _WHOLE.items():
-            value = getattr(self, name)
-            require(
-                # Of these numbers 1 is one batch, and 1.0 are all.
-                value is None or (value == whole and (not whole or isinstance(value, float))),
-                f"A run trains and validates on all of the requested data; got trainer.{name}="
-                f"{value!r}. Leave it out; {instead}.",
-            )
-        try:
-            _convert_precision_to_unified_args(self.precision)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ConfigError(f"trainer cannot be built: ValueError: {error}") from error
-
-    @classmethod
-    def of(cls, trainer: Mapping[str, Any]) -> "TrainerPlan":
-        """Creates it from the values of `trainer`."""
-        read = {each.name for each in fields(cls)} & trainer.keys()
-        return from_mapping(cls, {name: trainer[name] for name in read}, "trainer")
-
-
-def require_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuses devices that Lightning does not know or that cannot measure."""
-    require_group("trainer", trainer, ("accelerator", "devices", "strategy"))
-    accelerator, devices = trainer["accelerator"], trainer["devices"]
-    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
-    require_choice("trainer.accelerator", accelerator, known)
-    require(
-        accelerator != "mps",
-        "Spectra are computed in float64, which Apple GPUs do not support; got "
-        "trainer.accelerator=mps. Use trainer=cpu, or an NVIDIA GPU.",
-    )
-    is_number = re.fullmatch(r"[1-9]\d*", str(devices)) is not None
-    if isinstance(devices, str) and re.fullmatch(r"\d+,(\d+,)*\d*", devices):
-        devices = [int(each) for each in devices.split(",") if each]
-    require(
-        is_number or devices in (-1, "-1", "auto") or _are_ids(devices),
-        "trainer.devices must be auto, -1 (all), a number of at least 1, or a list of different "
-        f"devices such as [0,1]; got {trainer['devices']!r}.",
-    )
-    require(
-        accelerator != "cpu" or is_number or devices == "auto",
-        "With trainer.accelerator=cpu, trainer.devices is the number of processes; got "
-        f"{trainer['devices']!r}. Use trainer.devices=1.",
-    )
-    strategy = trainer["strategy"]
-    if isinstance(strategy, Mapping) and "_target_" in strategy:
-        return
-    require_choice("trainer.strategy", strategy, ("auto", *StrategyRegistry.available_strategies()))
-
-
-def _are_ids(devices: object) -> bool:
-    if not isinstance(devices, list) or not devices:
-        return False
-    are_numbers = all(type(each) is int and each >= 0 for each in devices)
-    return are_numbers and len({*devices}) == len(devices)
 
 
 @dataclass(frozen=True)
@@ -252,6 +140,13 @@ class DataPlan:
         tokens = self.n_heldout_tokens
         sizes = {"n_train_batches": self.n_train_batches}
         return sizes if tokens is None else sizes | {"n_heldout_tokens": tokens}
+
+
+def seq_len_of(data: Mapping[str, Any]) -> int | None:
+    """The tokens per sequence, which may be fewer than the model accepts; None if the data has no
+    tokens or its configuration does not say how many."""
+    seq_len = data.get("seq_len")
+    return seq_len if isinstance(seq_len, int) else None
 
 
 def require_paths_of_data(data: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The machine of a run: what the run needs, whether the machine has it, and its description."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nerve import cores
 from nerve.cli.config.compose import SUBMITIT_SLURM
+from nerve.cli.experiment.groups import seq_len_of
 from nerve.cli.experiment.plan import Plan
+from nerve.cli.experiment.trainer import n_devices_of
 from nerve.config import require
 from nerve.measuring.projection import PROJECTED
 from nerve.metric_names import GROUPS
@@ -29,6 +31,9 @@ COUNTED = (
 )
 
 _RANK_FRACTION: float = signature(Dion).parameters["rank_fraction"].default
+
+_GPUS_OF_SBATCH = {"gres", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"}
+"""Options of sbatch that request GPUs, in whatever form a cluster wants."""
 
 State = Callable[[int, int, Mapping[str, Any]], float]
 
@@ -118,8 +123,7 @@ class Estimate:
         n_state = _n_state(plan)
         if n_state is None:
             return cls(n_parameters, None)
-        a_number = 2 if str(plan.values["trainer"].get("precision")).endswith("16-true") else 4
-        weights = a_number * (2 * n_parameters + n_state)
+        weights = plan.trainer.bytes_per_weight * (2 * n_parameters + n_state)
         return cls(n_parameters, weights + 8 * _n_covariances(plan))
 
 
@@ -130,14 +134,13 @@ def least_memory(plan: Plan, n_processes: int) -> int:
     sharded; and for a batch the logits and one layer's features, in 16 bits.
     """
     values = plan.values
-    a_number = 2 if str(values["trainer"].get("precision")).endswith("16-true") else 4
     n_parameters = plan.model.skeleton.n_parameters
     whole = str(values["trainer"]["strategy"]).startswith(("auto", "ddp"))
-    weights = 2 * a_number * n_parameters if whole else 0
-    batch_size = values["data"].get("batch_size")
-    if plan.model.kind != "gpt" or not isinstance(batch_size, int):
+    weights = 2 * plan.trainer.bytes_per_weight * n_parameters if whole else 0
+    batch_size, seq_len = values["data"].get("batch_size"), seq_len_of(values["data"])
+    if plan.model.kind != "gpt" or not isinstance(batch_size, int) or seq_len is None:
         return weights
-    positions = batch_size // n_processes * values["model"]["seq_len"]
+    positions = batch_size // n_processes * seq_len
     vocab_size = 0 if plan.compile else plan.model.data_dims["vocab_size"]
     return weights + 2 * positions * (vocab_size + values["model"]["d_model"])
 
@@ -168,26 +171,12 @@ def _n_covariances(plan: Plan) -> int:
     n_groups = sum(len(GROUPS[name]) for name in monitor.groups) + bool(monitor.groups)
     for d_in, width in plan.model.ffn_widths:
         # Of 16-bit features pre itself is taken, not the input, unless it is to be projected.
-        exact = str(plan.values["trainer"].get("precision")).startswith("32")
-        of_input = monitor.shortcut and (exact or monitor.shortcut == PROJECTED)
+        is_exact = plan.trainer.has_exact_features or monitor.shortcut == PROJECTED
+        of_input = monitor.shortcut and is_exact
         of_ffn = width**2 + (d_in if of_input else width) ** 2
         total += of_ffn * max(1, n_groups) + len(monitor.sites) * d_in**2
     n_layers = len(plan.model.layers) if monitor.layers is None else len({*monitor.layers})
     return n_layers * total
-
-
-def n_devices_of(trainer: Mapping[str, Any]) -> int | None:
-    """Number of devices on each node; None if Lightning determines it.
-
-    Args:
-        trainer: values of the group `trainer`.
-    """
-    devices = trainer["devices"]
-    if isinstance(devices, str) and "," in devices:
-        devices = [each for each in devices.split(",") if each]
-    if isinstance(devices, int | str):
-        return int(devices) if str(devices).isdigit() else None
-    return len(devices) if isinstance(devices, Sequence) else None
 
 
 def n_processes_of(trainer: Mapping[str, Any]) -> int:
@@ -286,7 +275,8 @@ def _check_job(trainer: Mapping[str, Any], launcher: Mapping[str, Any]) -> None:
             f"SLURM starts one process per device; {of} needs hydra.launcher.{key}={expected}, got "
             f"{launcher[key]}.",
         )
-    if trainer["accelerator"] == "cpu" or launcher.get("gres"):
+    more = {name.replace("_", "-") for name in launcher.get("additional_parameters") or {}}
+    if trainer["accelerator"] == "cpu" or launcher.get("gres") or more & _GPUS_OF_SBATCH:
         return
     a_task = launcher.get("gpus_per_task") or 0
     n_gpus = launcher.get("gpus_per_node") or a_task * launcher["tasks_per_node"]

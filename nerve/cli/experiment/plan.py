@@ -32,12 +32,11 @@ from nerve.cli.experiment.groups import (
     ModelPlan,
     MonitorPlan,
     OptimizerPlan,
-    TrainerPlan,
     parts_of,
-    require_devices,
     require_paths_of_data,
     schedule_of,
 )
+from nerve.cli.experiment.trainer import TrainerPlan, require_devices
 from nerve.config import from_mapping, require, require_choice, require_layers
 from nerve.errors import ConfigError
 from nerve.metric_names import MEASURED
@@ -114,9 +113,7 @@ class Plan:
         require_paths_of_data(values["data"])
         require_data(values["data"], data.sizes, values["seed"])
         model = ModelPlan.of(values)
-        require_readable_weight(
-            monitor, model.design.ffn.constraint, values["trainer"].get("precision")
-        )
+        require_readable_weight(monitor, model.design.ffn.constraint, trainer)
         regularizer = from_mapping(Regularizer, values["regularizer"], "regularizer")
         require_layers("monitor.layers", monitor.layers, model.layers)
         if regularizer.name != "none":

@@ -122,8 +122,8 @@ def facts_of(final: Mapping[str, float], warning: str | None) -> dict[str, str]:
 def _outlying(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
     """A line for each spectrum that a few samples may dominate."""
     return [
-        f"layer {row['layer']} {row['ffn']}, {describe_outliers(row, site)}: a few samples may "
-        "dominate this spectrum"
+        f"a few samples may dominate the spectrum of {site} in layer {row['layer']} "
+        f"({row['ffn']}): {describe_outliers(row, site)}"
         for row in rows
         for site in filter(None, row["outliers"].split(", "))
     ]

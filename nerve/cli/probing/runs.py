@@ -91,15 +91,16 @@ class KeptCheckpoints:
         def placed(tensor: Any) -> Any:
             return tensor.to(self._device, dtype if tensor.is_floating_point() else None)
 
-        n_targets = plan.values["data"]["batch_size"] * plan.trainer.accumulate_grad_batches
+        batches = [tree_map(placed, tuple(batch)) for batch in data.val_dataloader()]
         if plan.model.kind == "gpt":
-            require_left("--skip-first", skip_first, "data.seq_len", plan.values["data"]["seq_len"])
-            n_targets *= plan.values["model"]["seq_len"]
+            require_left("--skip-first", skip_first, "data.seq_len", batches[0][0].shape[1])
+        _, targets = next(iter(data.train_dataloader()))
+        n_targets = targets.numel() * plan.trainer.accumulate_grad_batches
         groups = tuple(plan.monitor.groups) if asked.groups is None else asked.groups
         sites = tuple(plan.monitor.sites) if asked.sites is None else asked.sites
         probe = asked.as_recorded(dtype, skip_first, groups, sites, data.fingerprints)
         return Data(
-            batches=[tree_map(placed, tuple(batch)) for batch in data.val_dataloader()],
+            batches=batches,
             forward=_loss_of,
             config={**record.config, "probe": probe},
             record={

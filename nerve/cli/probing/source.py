@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from nerve.config import require_count, require_several
+from nerve.config import require_count, require_path, require_several
 from nerve.measuring.find import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
@@ -36,7 +36,7 @@ class Asked:
         sites: what is measured around the nonlinearity.
 
     Raises:
-        ConfigError: for numbers that are too small, or unknown groups.
+        ConfigError: for numbers that are too small, unknown groups, and invalid paths.
     """
 
     models: tuple[str, ...]
@@ -57,6 +57,11 @@ class Asked:
     sites: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        tokenizer = () if self.tokenizer is None else (self.tokenizer,)
+        paths = {"MODEL": self.models, "--text": self.text or (), "--tokenizer": tokenizer}
+        for name, given in paths.items():
+            for path in given:
+                require_path(name, path)
         least = {"n_tokens": 1, "seq_len": 2, "batch_size": 1, "skip_first": 0}
         require_several("--groups", self.groups or (), GROUPS)
         require_several("--sites", self.sites or (), AROUND)

@@ -1,7 +1,6 @@
 """`check=true`: shows what a command would run, and runs nothing."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from rich.table import Table
 from nerve.cli.config.overrides import refuse_merged
 from nerve.cli.console import console, fail, say
 from nerve.cli.sweep.grid import Trial
-from nerve.cli.sweep.table import FOUND, SweepError, n_trials
+from nerve.cli.sweep.table import SweepError, counted, found_of, n_trials
 from nerve.config import require
 from nerve.errors import NerveError
 from nerve.storage.directory import RunDirectory
@@ -121,17 +120,13 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
             str(trial.number),
             " ".join(each for each in trial.overrides if not each.startswith("check="))
             or "no overrides",
-            _state(trial),
+            found_of(trial),
             "–" if n is None else f"{n:,}",
             "–" if memory is None else _size(memory),
         )
     console().print(table)
-    kinds = Counter(
-        "doubled" if trial.duplicate_of is not None else _state(trial) for trial in trials
-    )
     n_to_do = sum(trial.is_to_do for trial in trials)
-    found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    say(f"{n_trials(len(trials))}: {found}; {n_to_do} to run. Nothing was started.")
+    say(f"{n_trials(len(trials))}: {counted(trials)}; {n_to_do} to run. Nothing was started.")
     memories = {estimate.memory_bytes for estimate in estimates}
     if memories - {None}:
         say(COUNTED)
@@ -142,14 +137,6 @@ def preview(folder: Path, trials: Sequence[Trial]) -> None:
         lines = [f"{len(refused)} of {n_trials(len(trials))} in {folder} are refused."]
         lines += [f"  {trial.number}: {trial.rejected_because}" for trial in refused]
         raise SweepError("\n".join(lines), exit_status=1)
-
-
-def _state(trial: Trial) -> str:
-    if trial.rejected_because is not None:
-        return "refused"
-    if trial.duplicate_of is not None:
-        return f"same as {trial.duplicate_of}"
-    return "sent before" if trial.job is not None else FOUND[trial.state_before]
 
 
 def _size(n_bytes: float) -> str:

@@ -121,7 +121,7 @@ class _Room:
     """The part of this machine that a trial gets.
 
     Attributes:
-        place: the lowest slot that no other running trial has, from 0.
+        place: a slot that no other running trial has, from 0.
         n_sharing: how many trials share the cores.
         has_log: whether it writes to a file of its own.
     """

@@ -62,17 +62,7 @@ class SweepTable:
 
     def begin(self) -> None:
         """Prints the number of trials, and what was found of them."""
-        kinds = Counter(
-            "refused"
-            if trial.rejected_because is not None
-            else "doubled"
-            if trial.duplicate_of is not None
-            else "sent before"
-            if trial.job is not None
-            else FOUND[trial.state_before]
-            for trial in self._trials
-        )
-        found = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        found = counted(self._trials)
         say(f"sweep {self._folder}: {n_trials(len(self._trials))}, {found}; {self._n_to_do} to run")
         jobs = [trial.job for trial in self._trials if trial.job is not None]
         if jobs:
@@ -204,6 +194,23 @@ def _labels(trials: Sequence[Trial]) -> list[str]:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def found_of(trial: Trial) -> str:
+    """What was found of a trial before the sweep."""
+    if trial.rejected_because is not None:
+        return "refused"
+    if trial.duplicate_of is not None:
+        return f"same as {trial.duplicate_of}"
+    return "submitted before" if trial.job is not None else FOUND[trial.state_before]
+
+
+def counted(trials: Sequence[Trial]) -> str:
+    """How many trials were found in which state: `2 new, 1 done`."""
+    kinds = Counter(
+        "repeated" if found.startswith("same as") else found for found in map(found_of, trials)
+    )
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 
 
 def n_trials(n: int) -> str:

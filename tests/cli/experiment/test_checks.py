@@ -10,13 +10,15 @@ from itertools import cycle
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 from support import composed
 from torch.nn.utils.parametrize import ParametrizationList
 
 from nerve.cli.config.compose import CONF
-from nerve.cli.experiment.machine import Estimate, n_devices_of
+from nerve.cli.experiment.machine import Estimate
 from nerve.cli.experiment.plan import Plan
+from nerve.cli.experiment.trainer import n_devices_of
 from nerve.errors import NerveError
 from nerve.models import build_model
 from nerve.nn.constraint import CONSTRAINTS
@@ -460,6 +462,19 @@ def test_a_plan_computes_no_constrained_weight(constraint, monkeypatch):
     n_lengths = 2 * (4 * 32 + 32) if constraint == "weight_norm" else 0  # one a row of a matrix
     found, expected = (each.model.skeleton.n_parameters for each in (plan, plain))
     assert found == expected + n_lengths
+
+
+class Unmeasured(LightningDataModule):
+    """Data of a user, whose configuration does not say how long the sequences are."""
+
+
+def test_positions_are_skipped_in_data_that_does_not_say_how_long_its_sequences_are():
+    own = ["data.vocab_size=300", "monitor.skip_first=9"]
+    config = composed(*GPT, *own)
+    config.data = {"_target_": f"{__name__}.Unmeasured"}
+    assert Plan.of(config).monitor.skip_first == 9
+    with pytest.raises(NerveError, match="required keyword-only argument: 'seq_len'"):
+        Plan.of(composed(*GPT, *own, "~data.seq_len"))
 
 
 def test_data_may_be_on_another_machine_when_a_run_is_planned():

@@ -124,6 +124,36 @@ def test_absurd_sizes_are_refused_by_their_least_memory(overrides):
         machine.require_memory(plan, TB // 2)
 
 
+def test_memory_counts_the_sequences_of_the_data_not_the_longest_that_the_model_accepts():
+    short, long = (
+        Plan.of(composed("logger=none", "position=rope", f"model.seq_len={n}", "data.seq_len=128"))
+        for n in (128, 1_000_000)
+    )
+    assert least_memory(short, 1) == least_memory(long, 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "same", "n_bytes"),
+    [
+        ("null", "32-true", 4),
+        ("32", "32-true", 4),
+        ("'64'", "64-true", 8),
+        ("bf16-true", "16-true", 2),
+    ],
+)
+def test_a_precision_counts_the_same_under_each_of_its_names(precision, same, n_bytes):
+    """Weights, gradients and the two moments of AdamW; of 32 and 64 bits, pre follows from the
+    input."""
+    given = ("logger=none", "data.vocab_size=300", "monitor.layers=[0]")
+    named, full = (Plan.of(composed(*given, f"trainer.precision={p}")) for p in (precision, same))
+    estimate = Estimate.of(named)
+    assert estimate == Estimate.of(full)
+    width = 128 if same in ("32-true", "64-true") else 512
+    covariances = 8 * (512**2 + width**2)
+    assert estimate.memory_bytes - covariances == 4 * n_bytes * estimate.n_parameters
+    assert least_memory(named, 1) == least_memory(full, 1)
+
+
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 

@@ -38,6 +38,8 @@ def test_trials_that_start_more_processes_are_refused_on_this_machine(trainer, n
         {"tasks_per_node": 4, "gpus_per_node": 8},
         {"tasks_per_node": 4, "gpus_per_task": 1},
         {"tasks_per_node": 4, "gres": "gpu:a100:4"},
+        {"tasks_per_node": 4, "additional_parameters": {"gpus_per_node": "a100:4"}},
+        {"tasks_per_node": 4, "additional_parameters": {"gres": "gpu:4"}},
     ],
 )
 def test_a_job_with_one_task_and_one_gpu_per_device_is_submitted(launcher):
@@ -60,6 +62,8 @@ def test_a_job_on_cpus_needs_no_gpu():
         ({"num_nodes": 2}, {}, "hydra.launcher.nodes=2, got 1"),
         ({}, {"nodes": 2}, "hydra.launcher.nodes=1, got 2"),
         ({}, {}, "hydra.launcher.gpus_per_node=1, got None"),
+        ({}, {"additional_parameters": {"mail-type": "END"}}, "gpus_per_node=1, got None"),
+        ({}, {"additional_parameters": None}, "gpus_per_node=1, got None"),
         ({"devices": 2}, {"tasks_per_node": 2, "gpus_per_node": 1}, "gpus_per_node=2, got 1"),
     ],
 )

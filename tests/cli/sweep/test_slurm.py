@@ -201,14 +201,12 @@ def test_nothing_in_the_folder_of_jobs_is_executed(tmp_path, queue):
 
 
 @pytest.mark.parametrize("n_jobs", [1, 3])
-def test_jobs_that_submitit_submitted_are_known_to_the_next_command(
-    tmp_path, queue, monkeypatch, n_jobs
-):
+def test_jobs_that_submitit_submitted_are_known_to_the_next_command(tmp_path, queue, n_jobs):
     """An array, and a single job, which submitit sends in another way; once, however often the
     process has swept before."""
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho Submitted batch job 21\n")
-    sbatch.chmod(0o755)
+    for name in ("sbatch", "srun"):  # submitit looks for srun
+        (tmp_path / name).write_text("#!/bin/sh\necho Submitted batch job 21\n")
+        (tmp_path / name).chmod(0o755)
     for folder in (tmp_path / "other", tmp_path):
         SentJobs(launcher(folder), folder)
     executor = SlurmExecutor(launcher(tmp_path)["submitit_folder"])

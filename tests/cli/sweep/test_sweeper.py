@@ -401,7 +401,7 @@ def test_a_trial_that_timed_out_before_it_began_is_reported(sweep):
 def test_trials_that_define_the_same_result_are_run_once(sweep):
     status, out, _ = sweep("seed=0,1,0", "activation=gelu")
     assert status == 0
-    assert "3 trials, 2 new, 1 doubled; 2 to run" in out
+    assert "3 trials, 2 new, 1 repeated; 2 to run" in out
     assert "2 seed=0 same as 0 done" in out
     assert n_starts(0) == 1
 
@@ -563,7 +563,7 @@ def test_trials_with_different_results_in_one_directory_stop_the_sweep(sweep, is
 def test_trials_with_the_same_result_in_a_chosen_directory_are_run_once(sweep):
     status, out, _ = sweep("seed=0", "threads=1,2", "hydra.sweep.subdir=${activation.name}")
     assert status == 0
-    assert "2 trials, 1 new, 1 doubled; 1 to run" in out
+    assert "2 trials, 1 new, 1 repeated; 1 to run" in out
     assert n_starts(0) == 1
 
 
