@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nerve.analysis import gather, load
+from nerve.analysis import gather, load, run_rows
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
 from nerve.errors import ConfigError, StoreError
@@ -475,7 +475,7 @@ def test_rows_are_those_of_each_configuration_whatever_others_have(
 ):
     """Groups that are equal, that only look equal, and that lack keys which were added later; more
     of them than are remembered."""
-    monkeypatch.setattr(load, "_MOST_LEAVES", most)
+    monkeypatch.setattr(run_rows, "_MOST_LEAVES", most)
     of_nerve_run = {group: {"x": 1} for group in GROUPS}
     values = [{"x": 1}, {"x": True}, {"x": 1.0}, {"x": "1"}, {"x": None}, {"x": [1]}, {}, 1, "1"]
     configs = [{"a": value, "b": {"c": {"d": i % 2}}} for i, value in enumerate(values * 2)]
