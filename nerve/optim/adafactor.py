@@ -1,9 +1,10 @@
 """Adafactor, updating all parameters of one shape at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nerve.optim.alike import alike
@@ -31,9 +32,15 @@ class Adafactor(torch.optim.Adafactor):
 
     def _next_step(self, weight: Tensor) -> float:
         """Counts a step of a parameter, and returns how many it has made."""
+        assert weight.grad is not None
+        for what, unsupported in (
+            ("complex parameters", weight.is_complex()),
+            ("sparse gradients", weight.grad.is_sparse),
+        ):
+            if unsupported:
+                raise RuntimeError(f"Adafactor does not support {what}")
         state = self.state[weight]
         if not state:
-            assert weight.grad is not None
             state["step"] = torch.tensor(0.0)
             if weight.ndim > 1:
                 state["row_var"] = torch.zeros_like(weight.grad[..., :1])
@@ -48,9 +55,7 @@ class Adafactor(torch.optim.Adafactor):
         lr, (eps1, eps2) = float(group["lr"]), group["eps"]
         eps1 = torch.finfo(weights[0].dtype).eps if eps1 is None else eps1
         root = weights[0].numel() ** 0.5
-        # Scalars of each weight, as a vector on its device.
-        alphas = torch.stack(torch._foreach_norm(weights)).div_(root).clamp_(min=eps2)
-        alphas *= min(lr, step**-0.5)
+        alphas = _at_least(eps2, _norms(weights) / root) * min(lr, step**-0.5)
         if group["weight_decay"] != 0:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         gradients = torch.stack([each.grad for each in weights if each.grad is not None])
@@ -58,8 +63,7 @@ class Adafactor(torch.optim.Adafactor):
             gradients.neg_()
         updates = self._second_moments(weights, gradients, step ** group["beta2_decay"], eps1)
         updates.clamp_(min=eps1 * eps1).rsqrt_().mul_(gradients)
-        sizes = torch.linalg.vector_norm(updates.flatten(1), dim=1)
-        alphas /= sizes.div_(root * group["d"]).clamp_(min=1)
+        alphas /= _at_least(1.0, _norms(updates.unbind()) / (root * group["d"]))
         updates.mul_(alphas.view(-1, *[1] * weights[0].ndim))
         torch._foreach_sub_(weights, list(updates.unbind()))
 
@@ -74,7 +78,7 @@ class Adafactor(torch.optim.Adafactor):
             torch._foreach_lerp_(averages, list(squares.unbind()), newest)
             return torch.stack(averages)
 
-        if weights[0].ndim == 1:
+        if weights[0].ndim < 2:
             return averaged("variance", gradients.square())
         means = [
             torch.linalg.vector_norm(gradients, dim=dim, keepdim=True)
@@ -84,3 +88,15 @@ class Adafactor(torch.optim.Adafactor):
         ]
         rows, columns = averaged("row_var", means[0]), averaged("col_var", means[1])
         return rows / rows.mean(dim=-2, keepdim=True).clamp_(min=eps1) * columns
+
+
+def _norms(tensors: Sequence[Tensor]) -> Float[Tensor, " n"]:
+    """The norm of each tensor, on their device; at least in float32, as the products of norms with
+    learning rates may have more digits than tensors of 16 bits, and be smaller."""
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    return norms.to(torch.promote_types(norms.dtype, torch.float32))
+
+
+def _at_least(least: float, numbers: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The larger of both; `least` for NaN, so that it spreads no further than in torch's."""
+    return torch.where(numbers > least, numbers, least)
