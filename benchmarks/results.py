@@ -2,6 +2,7 @@
 
     python benchmarks/results.py                          # 100 and 1,000 runs
     python benchmarks/results.py --runs 100 1000 10000
+    python benchmarks/results.py --runs 100 --only load_runs --flushes 0 --peers 20
 
 The runs are those of sweeps that have ended: run.json with a real configuration, what Hydra
 saved, one compacted part of metrics with 12 layers at 100 steps, every column filled, and four
@@ -12,7 +13,7 @@ with them), CPU seconds, and the peak of its memory. Files are in the cache.
 For 10,000 runs on two idle cores records are to be loaded in 3 s, metrics in 15 s and 4 GB, status
 shown in 10 s, the report written in 3 minutes, and all of it is to grow with the runs, not faster.
 Before that, one run that is measured often: a flush must not take longer for the parts that are
-there.
+there; and, with `--peers`, the metrics of some runs in other formats (trackers.py).
 """
 
 import argparse
@@ -32,6 +33,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
+import trackers
 
 from nerve.metric_names import SITES, STORED
 from nerve.storage.parts import add_to_manifest, part_path, write_part
@@ -182,6 +184,14 @@ def flushes(folder: Path, n_flushes: int, n_layers: int) -> None:
     print(f"{n_flushes} flushes {sum(times) / 1000:.1f} s", flush=True)
 
 
+def beside_peers(n_runs: int, n_layers: int, n_steps: int) -> None:
+    """Prints what it takes to store and load the metrics of runs, in nerve and otherwise."""
+    tables = [metrics_of(index, "", n_layers, n_steps) for index in range(n_runs)]
+    print(f"metrics of {n_runs:,} runs, stored and loaded in turn", flush=True)
+    for line in trackers.compare(tables):
+        print(line, flush=True)
+
+
 def calls(folder: Path) -> dict[str, Callable[[], Any]]:
     """What is measured, each in a process of its own."""
 
@@ -262,12 +272,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=N_LAYERS)
     parser.add_argument("--steps", type=int, default=N_STEPS)
     parser.add_argument("--flushes", type=int, default=4000)
+    parser.add_argument("--peers", type=int, default=0, help="compares so many runs with peers")
     parser.add_argument("--in", dest="folder", type=Path, help="keeps the runs in this new folder")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         name = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
         if args.flushes:
             flushes(Path(name) / "flushes", args.flushes, args.layers)
+        if args.peers:
+            beside_peers(args.peers, args.layers, args.steps)
         table(sorted(args.runs), args.only, Path(name) / "runs", (args.layers, args.steps))
 
 

@@ -1,8 +1,8 @@
 from .analysis.compare import average_seeds as average_seeds
 from .analysis.compare import final_metrics as final_metrics
 from .analysis.compare import metrics_at_loss as metrics_at_loss
-from .analysis.correlate import correlate_across_runs as correlate_across_runs
 from .analysis.correlate import correlate_within_runs as correlate_within_runs
+from .analysis.correlate_across import correlate_across_runs as correlate_across_runs
 from .analysis.depth import depth_means as depth_means
 from .analysis.depth import metrics_by_depth as metrics_by_depth
 from .analysis.dose import dose_response as dose_response

@@ -1,5 +1,5 @@
 """Benchmarks fit nerve as it is, use only the GPUs that they are given, and compare with what they
-say."""
+say, which is given the same values."""
 
 import argparse
 import ast
@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,20 @@ def test_processes_share_the_gpus_of_the_environment(benchmarks, monkeypatch, na
     for place in range(2):
         stalls.started(argparse.Namespace(devices=2), place)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in given] == expected
+
+
+@pytest.mark.parametrize("name", ["nerve", "CSV, pandas", "TensorBoard"])
+def test_peers_load_the_values_of_all_runs(benchmarks, name):
+    """Each in its own columns; TensorBoard has those of float32."""
+    import results
+    import trackers
+
+    runs = [results.metrics_of(index, "", 2, 3).to_pandas() for index in range(2)]
+    *_, loaded = trackers.store_and_load(trackers.peers()[name], runs)
+    found = loaded.drop(columns=[*trackers.KEYS, "run"], errors="ignore").to_numpy(float)
+    stored = np.concatenate([run[trackers.NUMBERS].to_numpy(float) for run in runs])
+    np.testing.assert_allclose(np.sort(found.ravel()), np.sort(stored.ravel()), rtol=1e-6)
+    assert trackers.n_loaded(loaded) == stored.size
 
 
 def test_at_the_floor_gpu_and_cores_end_together(benchmarks):

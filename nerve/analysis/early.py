@@ -19,8 +19,8 @@ from nerve.analysis.frames import (
     require_names,
     rows_of,
 )
-from nerve.analysis.partial import cluster_weights, interval_of_draws
-from nerve.analysis.statistics import Array
+from nerve.analysis.partial import cluster_counts, interval_of_draws
+from nerve.analysis.statistics import Array, Counts
 from nerve.metric_names import CORRELATED
 
 BUDGET = ("trainer.max_steps", "data.batch_size", "model.seq_len")
@@ -128,31 +128,31 @@ def _of_step(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     for name in names:
         has = rows[name].notna()
         losses = of_all if has.all() else _Losses.of(rows[has])
-        metric = Order(rows.loc[has, name].to_numpy(float))
-        estimate, null = _estimates(metric, losses, np.ones((1, losses.n)))
-        draws = None if losses.weights is None else _estimates(metric, losses, losses.weights)[0]
-        row: dict[str, object] = {"metric": name, "n": losses.n, "n_designs": losses.n_designs}
-        for i, kind in enumerate(ESTIMATES):
-            ends = [np.nan] * 2 if draws is None else interval_of_draws(draws[i])
+        estimates, null = _estimates(Order(rows.loc[has, name].to_numpy(float)), losses)
+        n, n_designs = losses.samples.members.shape
+        row: dict[str, object] = {"metric": name, "n": n, "n_designs": n_designs}
+        for kind, values in zip(ESTIMATES, estimates, strict=True):
+            draws = values[1:]
+            ends = interval_of_draws(draws) if len(draws) else [np.nan] * 2
             row |= {
-                kind: estimate[i][0] if losses.n > 3 else np.nan,
+                kind: values[0] if n > 3 else np.nan,
                 f"{kind}_low": float(ends[0]),
                 f"{kind}_high": float(ends[1]),
             }
-        found.append(row | {"null": float(null[0])})
+        found.append(row | {"null": null})
     return pd.DataFrame(found)
 
 
-def _estimates(metric: "Order", losses: "_Losses", weights: Array) -> tuple[list[Array], Array]:
-    """The three `ESTIMATES` in each weighted sample, each of shape (draw,), and the partial τ of a
-    metric and a final loss that are related only through the loss so far."""
-    of_loss = losses.drawn if weights is losses.weights else losses.kendall(weights)
+def _estimates(metric: "Order", losses: "_Losses") -> tuple[list[Array], float]:
+    """The three `ESTIMATES` in each sample, each of shape (sample,), and the partial τ of a metric
+    and a final loss that are related only through the loss so far."""
+    of_loss = losses.kendall
     with_final, with_loss = (
-        metric.kendall(other, weights) for other in (losses.final, losses.so_far)
+        metric.kendall(other, losses.samples) for other in (losses.final, losses.so_far)
     )
-    rho = np.sin(np.pi / 2 * with_loss) * np.sin(np.pi / 2 * of_loss)
-    null = _partial(2 / np.pi * np.arcsin(rho), with_loss, of_loss)
-    return [with_final, of_loss, _partial(with_final, with_loss, of_loss)], null
+    rho = np.sin(np.pi / 2 * with_loss[:1]) * np.sin(np.pi / 2 * of_loss[:1])
+    (null,) = _partial(2 / np.pi * np.arcsin(rho), with_loss[:1], of_loss[:1])
+    return [with_final, of_loss, _partial(with_final, with_loss, of_loss)], float(null)
 
 
 def _partial(with_final: Array, with_loss: Array, of_loss: Array) -> Array:
@@ -163,6 +163,48 @@ def _partial(with_final: Array, with_loss: Array, of_loss: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Samples of values, in which all values of a cluster are drawn together.
+
+    Sums over pairs of values are computed from those over pairs of clusters. They are integers, so
+    that float32 holds them exactly.
+
+    Attributes:
+        cluster: the cluster of each value, an integer from 0, shape (value,).
+        counts: how often each cluster is drawn, shape (sample, cluster).
+    """
+
+    cluster: Counts
+    counts: Array
+
+    @cached_property
+    def members(self) -> np.ndarray:
+        """Whether each value is in each cluster, 0 or 1, shape (value, cluster)."""
+        members = np.zeros((len(self.cluster), self.counts.shape[1]), np.float32)
+        members[np.arange(len(self.cluster)), self.cluster] = 1
+        return members
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return self.counts.astype(np.float32)
+
+    def sum_over_pairs(self, values: np.ndarray) -> Array:
+        """The sum of `values`, shape (value, value), over all pairs of values, shape (sample,)."""
+        of_clusters = self.members.T @ values @ self.members
+        return np.asarray(np.einsum("bi,bi->b", self._counts @ of_clusters, self.counts))
+
+    @cached_property
+    def n_pairs(self) -> Array:
+        """The number of ordered pairs of values, shape (sample,)."""
+        return np.asarray((self.counts @ self.members.sum(axis=0)) ** 2)
+
+    @cached_property
+    def n_same(self) -> Array:
+        """The number of pairs of a value with itself, which may be drawn several times."""
+        return np.asarray(self.counts**2 @ self.members.sum(axis=0))
+
+
+@dataclass(frozen=True)
 class Order:
     """The order relation of each pair of values."""
 
@@ -170,63 +212,52 @@ class Order:
 
     @cached_property
     def signs(self) -> np.ndarray:
-        """1 above, 0 equal, -1 below, shape (n, n); sums of such small numbers are exact in
-        float32."""
+        """1 above, 0 equal, -1 below, shape (n, n)."""
         row, column = self.values[:, None], self.values[None, :]  # a difference of ∞ would be NaN
         return (row > column).astype(np.float32) - (row < column)
 
-    def kendall(self, other: "Order", weights: Array) -> Array:
-        """Kendall's τ-b of weighted samples; a value that is drawn twice is tied with itself.
-
-        Args:
-            weights: how often each value occurs in a sample, shape (draw, n).
+    def kendall(self, other: "Order", samples: Samples) -> Array:
+        """Kendall's τ-b in each sample; a value that is drawn twice is tied with itself.
 
         Returns:
-            Shape (draw,), NaN if all values of one of the two are equal.
+            Shape (sample,), NaN if all values of one of the two are equal.
         """
-        both = weights.astype(np.float32) @ (self.signs * other.signs)
-        size = np.sqrt(self.untied(weights) * other.untied(weights))
-        tau = np.full(len(weights), np.nan)
-        np.divide(np.einsum("bi,bi->b", both, weights), size, out=tau, where=size > 0)
+        both = samples.sum_over_pairs(self.signs * other.signs)
+        size = np.sqrt(self.n_untied(samples) * other.n_untied(samples))
+        tau = np.full(len(both), np.nan)
+        np.divide(both, size, out=tau, where=size > 0)
         return tau
 
-    def untied(self, weights: Array) -> Array:
-        """The number of ordered pairs of a sample with different values, shape (draw,)."""
-        _, alike = np.unique(self.values, return_inverse=True)
-        order = np.argsort(alike, kind="stable")
-        starts = np.flatnonzero(np.diff(alike[order], prepend=-1))
-        differ = len(starts) == len(order)
-        tied = weights if differ else np.add.reduceat(weights[:, order], starts, axis=1)
-        return np.asarray(weights.sum(axis=1) ** 2 - np.einsum("bi,bi->b", tied, tied))
+    def n_untied(self, samples: Samples) -> Array:
+        """The number of ordered pairs of different values in each sample, shape (sample,)."""
+        if len(np.unique(self.values)) == len(self.values):
+            return samples.n_pairs - samples.n_same
+        return samples.sum_over_pairs(np.abs(self.signs))
 
 
 @dataclass(frozen=True)
 class _Losses:
-    """The losses of the runs of a group at a step, and the bootstrap weights of these runs.
+    """The losses of the runs of a group at a step.
 
     Attributes:
         so_far, final: the order of the runs by the loss at this step, and by the final loss.
-        weights: `cluster_weights` over designs.
-        n, n_designs: number of runs and of designs.
+        samples: the runs themselves, and those of a bootstrap over designs.
     """
 
     so_far: Order
     final: Order
-    weights: Array | None
-    n: int
-    n_designs: int
+    samples: Samples
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> "_Losses":
         so_far, final = (Order(rows[name].to_numpy(float)) for name in ("val_loss", "final_loss"))
         designs = number_rows(rows, ["design_id"])
-        return cls(so_far, final, cluster_weights(designs), len(rows), len(np.unique(designs)))
+        n = int(designs.max(initial=-1)) + 1
+        counts, draws = np.ones((1, n)), cluster_counts(n)
+        counts = counts if draws is None else np.concatenate([counts, draws])
+        return cls(so_far, final, Samples(designs, counts))
 
     @cached_property
-    def drawn(self) -> Array:
-        """`kendall` in each draw."""
-        assert self.weights is not None
-        return self.kendall(self.weights)
-
-    def kendall(self, weights: Array) -> Array:
-        return self.so_far.kendall(self.final, weights)
+    def kendall(self) -> Array:
+        """τ of the two losses in each sample."""
+        return self.so_far.kendall(self.final, self.samples)

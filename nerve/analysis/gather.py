@@ -81,7 +81,7 @@ Block = Mapping[str, np.ndarray | Coded]
 """Columns of equal length; all blocks have the same columns."""
 
 
-AT_ONCE = 16
+AT_ONCE = 8
 """Runs that a thread reads at once."""
 
 

@@ -5,11 +5,8 @@ All loaders take a run directory, a sweep, a tree of outputs, or several of thes
 everything they leave out. Unfinished and failed runs are included in every frame; see `run_status`.
 """
 
-import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,18 +24,12 @@ from nerve.analysis.gather import (
     gathered,
     reads,
 )
+from nerve.analysis.run_rows import RunRows
 from nerve.analysis.sampling import codes_by_halves
 from nerve.derived import OF_CHANNELS, VERDICTS, derived_columns, outlier_codes, sampling_codes
 from nerve.errors import StoreError, warn_caller
 from nerve.storage.find import AnyPath, IncompleteWarning, listed, load_records
-from nerve.storage.identity import (
-    completed_key,
-    completed_keys,
-    content_of,
-    is_of_nerve_run,
-)
 from nerve.storage.parts import DamagedPartError, warn_damaged
-from nerve.storage.record import RunRecord
 from nerve.storage.schema import DATASETS, Dataset
 
 
@@ -243,110 +234,3 @@ def _repeated(values: pd.Series, counts: np.ndarray) -> Any:
         return Coded.of(values).repeat(counts)
     own = values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array
     return own.repeat(counts)
-
-
-TIMES = ("started", "heartbeat", "ended")
-
-
-_INEXACT = 2**53
-"""From here on, not every integer is a float."""
-
-_PLAIN = frozenset({int, float, bool, type(None)})
-
-_MOST_LEAVES = 4096
-"""The most values of top-level keys whose leaves are kept."""
-
-
-class RunRows:
-    """The contents of records, column by column. Configurations are not kept: those of ten thousand
-    runs take as much memory as half a million rows."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, list[Any]] = {}
-        self._places: dict[Path, int] = {}
-        self._leaves: dict[tuple[str, bytes | str, bool], dict[str, Any]] = {}
-
-    def take_from(self, record: RunRecord) -> None:
-        """Adds the row of a record, and removes the configuration from the record."""
-        place = self._places[record.directory] = len(self._places)
-        config, completes = record.config, is_of_nerve_run(record.config)
-        row: dict[str, Any] = {}
-        for key in completed_keys(config) if completes else config:
-            row |= self._leaves_of(config, key, completes)
-        # The record's own fields (seed) take precedence over configuration keys of the same name.
-        row |= leaves(own_values(record))
-        record.config = {}
-        columns = self._columns
-        for name, value in row.items():
-            column = columns.get(name)
-            if column is None:
-                column = columns[name] = [np.nan] * place
-            column.append(value)
-        if len(row) < len(columns):
-            for name in columns.keys() - row.keys():
-                columns[name].append(np.nan)
-
-    def _leaves_of(self, config: Mapping[str, Any], key: str, completes: bool) -> dict[str, Any]:
-        """The leaves of a top-level key of a configuration; they are found once for equal values.
-
-        Args:
-            completes: whether keys are added that the configuration is too old to have.
-        """
-        content = content_of(config[key]) if key in config else ""
-        name = key, content, completes
-        found = self._leaves.get(name)
-        if found is None:
-            if len(self._leaves) >= _MOST_LEAVES:
-                self._leaves.clear()
-            value = completed_key(config, key) if completes else config[key]
-            found = self._leaves[name] = leaves({key: value})
-        return found
-
-    def frame(self, directories: Sequence[Path]) -> pd.DataFrame:
-        """The rows of the runs in these directories, in this order."""
-        places = [self._places[directory] for directory in directories]
-        frame = pd.DataFrame(self._columns)
-        if places != [*range(len(frame))]:
-            frame = frame.take(places).reset_index(drop=True)
-        for name in frame.select_dtypes("float64").columns:
-            values = self._columns[name]
-            if frame[name].abs().max() >= _INEXACT and any(
-                type(value) is int and float(value) != value for value in values
-            ):  # beside missing values, different seeds would become the same float
-                frame[name] = pd.Series([values[place] for place in places], dtype=object)
-        for name in TIMES:
-            frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce", format="ISO8601")
-        return frame
-
-
-def own_values(record: RunRecord) -> dict[str, Any]:
-    """The fields of a record for its row, without the configuration."""
-    values = {name: value for name, value in vars(record).items() if name != "config"}
-    values |= {"directory": str(record.directory), "job": record.job or {}}
-    configured = record.config.get("seed")
-    if record.seed is None and type(configured) is int:  # records of earlier versions may lack it
-        values["seed"] = configured
-    if record.error is not None:
-        values["error"] = ": ".join(str(text) for text in record.error.values())
-    return values
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by their dotted names; lists as JSON."""
-    row: dict[str, Any] = {}
-    for key, value in values.items():
-        name = sys.intern(prefix + key)
-        if type(value) is str:  # the usual cases, checked first for speed
-            row[name] = sys.intern(_unicode(value))
-        elif type(value) in _PLAIN:
-            row[name] = value
-        elif isinstance(value, Mapping):
-            row |= leaves(value, f"{name}.")
-        else:
-            row[name] = sys.intern(json.dumps(value)) if isinstance(value, list) else value
-    return row
-
-
-def _unicode(text: str) -> str:
-    """The text with characters that are not valid Unicode escaped, such as bytes of a path."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -42,8 +42,8 @@ def compare_seeds(
     Runs with the same seed have the same initialization and order of data, so that effects of the
     seed common to both designs cancel in the difference. The error is that of the model value =
     design + seed + error, by least squares over all designs of one scale (`SCALE` apart from the
-    factor, the same `data` and FFN name), not only the two compared: two or three seeds say very
-    little about a variance.
+    factor and what is confounded with it, the same `data` and FFN name), not only the two compared:
+    two or three seeds say very little about a variance.
     The designs of a sweep usually give enough degrees of freedom; with fewer than 3, the outcome is
     `undecided`.
 
@@ -85,7 +85,8 @@ def compare_seeds(
             "A factor to compare must vary among the runs that can be compared; "
             f"{factor} {reason}. Factors that vary: {', '.join(factors.varying) or 'none'}."
         )
-    scale = [name for name in SCALE if name in runs and name != factor]
+    compared = {factor, *factors.together.get(factor, ())}
+    scale = [name for name in SCALE if name in runs and name not in compared]
     # The others are kept as a number and a text: their names may be those of results.
     settings = runs.assign(_alike=number_rows(runs, others), _where=overrides(runs, others))
     settings = settings.set_index("run_id")[[*dict.fromkeys([*scale, factor, "_alike", "_where"])]]

@@ -125,15 +125,21 @@ def block_weights(n: int) -> Array:
 
 
 def cluster_weights(clusters: Counts) -> Array | None:
-    """How often a bootstrap over clusters draws each point, shape (draw, point).
+    """How often a bootstrap over clusters draws each point, shape (draw, point); None as in
+    `cluster_counts`."""
+    _, own = np.unique(clusters, return_inverse=True)
+    counts = cluster_counts(int(own.max(initial=-1)) + 1)
+    return None if counts is None else counts[:, own]
+
+
+def cluster_counts(n: int) -> Array | None:
+    """How often a bootstrap draws each of n clusters, shape (draw, cluster).
 
     None for fewer than `LEAST_POINTS` clusters. The draws are the same in every call.
     """
-    _, own = np.unique(clusters, return_inverse=True)
-    n = int(own.max(initial=-1)) + 1
     if n < LEAST_POINTS:
         return None
-    return _counts(np.random.default_rng(0).integers(0, n, (N_DRAWS, n)), n)[:, own]
+    return _counts(np.random.default_rng(0).integers(0, n, (N_DRAWS, n)), n)
 
 
 def interval_of_draws(

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,6 +69,14 @@ def figure(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def error_text(error: Mapping[str, str] | None) -> str:
+    """The error with which a run ended, as its record has it; an interruption has no type."""
+    named = dict(error or {})
+    if named.get("type") == "Interrupted":
+        del named["type"]
+    return ": ".join(named.values())
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nerve.cli.console import fail, say
+from nerve.cli.console import error_text, fail, say
 from nerve.cli.queued import queued_trials
 from nerve.cli.saved import load_overrides
 from nerve.cli.status_table import GO_ON, Status, show
@@ -132,9 +132,7 @@ def _status_of(run: RunDirectory, overrides: tuple[str, ...], damaged: str) -> S
         record.final["val_loss"] if "val_loss" in record.final else _last_val_loss(record),
         left_s,
         silent_s if state in (RunState.ALIVE, RunState.DEAD) else None,
-        "; ".join(
-            filter(None, [": ".join((record.error or {}).values()), record.warning, damaged])
-        ),
+        "; ".join(filter(None, [error_text(record.error), record.warning, damaged])),
         _job(record),
     )
 

@@ -143,10 +143,9 @@ def validation_digests(hashes: Sequence[DocumentHash], val_fraction: float) -> f
         taken += sizes[digest]
     if len(chosen) == len(sizes):
         raise DataError(
-            f"A corpus must have documents for both splits; {len(sizes)} different "
-            f"document{'s' if len(sizes) != 1 else ''} at data.val_fraction={val_fraction} leave "
-            "none for training. Add text, separate its documents (data.corpus.separator), or lower "
-            "data.val_fraction."
+            f"A corpus must have documents for both splits; got {len(sizes)}, not counting copies, "
+            f"of which data.val_fraction={val_fraction} leaves none for training. Add text, "
+            "separate its documents (data.corpus.separator), or lower data.val_fraction."
         )
     return frozenset(chosen)
 

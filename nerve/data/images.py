@@ -95,6 +95,7 @@ class ImageDataModule(BatchDataModule):
         for split in (train, test):
             _require_valid(split, self.images)
             _require_square(split, self.images, self._image_size)
+        _require_alike(train, test, self.images, self._image_size)
         if self._n_heldout is not None and self._n_heldout > len(test.labels):
             raise DataError(
                 f"data.n_heldout must not exceed the number of test images; got {self._n_heldout}, "
@@ -242,6 +243,23 @@ def _require_square(split: LabeledImages, images: ImageSet, image_size: int | No
         raise DataError(
             f"Images must be square; those of {images.name} have {height} x {width} pixels. Set "
             "data.image_size, to which they are resized."
+        )
+
+
+def _require_alike(
+    train: LabeledImages, test: LabeledImages, images: ImageSet, image_size: int | None
+) -> None:
+    (n, *size), (n_test, *size_test) = train.images.shape[1:], test.images.shape[1:]
+    if n != n_test:
+        raise DataError(
+            f"Training and test images must have the same channels; those of {images.name} have "
+            f"{n} and {n_test}. Convert them."
+        )
+    if image_size is None and size != size_test:
+        raise DataError(
+            f"Training and test images must have the same size; those of {images.name} have "
+            f"{size[0]} and {size_test[0]} pixels per side. Set data.image_size, to which they are "
+            "resized."
         )
 
 

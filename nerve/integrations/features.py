@@ -4,7 +4,6 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nerve.errors import MeasurementError
 from nerve.measuring.choice import Choice
+from nerve.measuring.streams import streams_of
 from nerve.measuring.tap import Hook, is_looking
 from nerve.recording.recorder import Recorder
 
@@ -84,7 +84,7 @@ class PassFeatures:
         is_meant = (module.training and torch.is_grad_enabled()) == self._of_training
         is_meant = is_meant and module.training == self._of_training
         if self.is_open and is_meant and self._is_own(module) and self.is_of_loop():
-            batch = batch_of(module, args, kwargs)
+            batch = batch_of(module, args, kwargs, by_name=not self._choice.has_mask)
             first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
             self.n_sequences += 0 if first is None else len(first)
             self._require_ended()
@@ -127,29 +127,41 @@ def _untraced_hook() -> type[Hook]:
     return type("UntracedHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
 
 
-def batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batch_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_name: bool = False
+) -> Any:
     """The batch that a module is called with: its only argument, the tuple of its positional
-    arguments, or the mapping of all arguments by name."""
+    arguments, or the mapping of all arguments by name.
+
+    Args:
+        module: the module.
+        args, kwargs: what it is called with.
+        by_name: whether several positional arguments are a mapping, too, if their names show the
+            tokens or their padding.
+    """
     if not args:
         return kwargs
-    if not kwargs:
-        return args[0] if len(args) == 1 else args
-    return _arguments_of(module, args, kwargs)
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    if not (kwargs or by_name):
+        return args
+    signature = _signature_of(module)
+    try:
+        bound = signature.bind_partial(*args, **kwargs)
+    except TypeError:  # a wrapper that passes on something else
+        signature = inspect.signature(module.forward)
+        bound = signature.bind_partial(*args, **kwargs)
+    batch: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        is_rest = signature.parameters[name].kind == inspect.Parameter.VAR_KEYWORD
+        batch |= value if is_rest else {name: value}
+    return batch if kwargs or streams_of(batch, is_encoder_decoder=False) else args
 
 
-def _arguments_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments by the names of a module's forward, or of the module in it if it only passes on
-    what it is given, as a compiled or distributed one does."""
+def _signature_of(module: nn.Module) -> inspect.Signature:
+    """That of a module's forward, or of the module in it if it only passes on what it is given, as
+    a compiled or distributed one does."""
     signature, inside = inspect.signature(module.forward), list(module.children())
     kinds = {each.kind for each in signature.parameters.values()}
-    takes_any = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    if takes_any and len(inside) == 1:
-        with suppress(TypeError):  # the module in it does not take them: they are not passed on
-            return _arguments_of(inside[0], args, kwargs)
-    named: dict[str, Any] = {}
-    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
-        is_rest = signature.parameters[name].kind == inspect.Parameter.VAR_KEYWORD
-        named |= value if is_rest else {name: value}
-    return named
+    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return _signature_of(inside[0]) if passes_on and len(inside) == 1 else signature

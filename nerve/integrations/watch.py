@@ -80,7 +80,8 @@ def watch(
             `n_targets` if the result has that, too.
         mask: returns a batch's mask, as in `nerve.measure`. A training batch is what the model is
             called with: its only argument, the tuple of its positional arguments, or the mapping of
-            all keyword arguments. By default the attention masks of a mapping that has them.
+            all keyword arguments. By default the attention masks among the arguments, by the names
+            that the model gives them.
         exclude, only_labeled: as in `nerve.measure`.
         ffns: descriptions of the FFNs; None for those that `nerve.find_ffns` finds.
         resume: the result of `state_dict`; rows after its step are dropped. Without it, training

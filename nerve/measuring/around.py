@@ -16,11 +16,11 @@ from nerve.measuring.ffns import (
     Site,
     argument,
     declared_widths,
-    last,
     named,
     sites_of,
     tokens_of,
 )
+from nerve.measuring.link import rows_of
 
 log = logging.getLogger(__name__)
 
@@ -122,15 +122,10 @@ class _Event(NamedTuple):
 def _note(events: list[_Event], module: nn.Module, of: str, value: Any) -> None:
     tensor = value[0] if isinstance(value, tuple | list) and value else value
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1:
-        rows = last(tensor.detach(), _axis(module)).flatten(0, -2)
+        rows = rows_of(tensor.detach(), module)
         if rows.numel():
             some = rows[:: max(1, len(rows) // _ROWS)].float().clone()
             events.append(_Event(module, of, rows.shape, some))
-
-
-def _axis(module: nn.Module) -> int:
-    widths = declared_widths(module)
-    return -1 if widths is None else widths.axis
 
 
 def _stream(model: nn.Module, ffn: FFN, events: Sequence[_Event]) -> Stream | None:

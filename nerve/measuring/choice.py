@@ -62,6 +62,11 @@ class Choice:
         self._skip_first, self._needs_order = skip_first, skip_first > 0 or is_grouped
         self._trace: Trace | None = None
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the caller has given a mask, which is called with each batch."""
+        return self._mask is not None
+
     def of(self, batch: Any) -> Chosen:
         """The samples of this batch that count."""
         batch = _without_cache(batch)

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import getattr_static
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ def _own_widths(module: nn.Module) -> Widths | None:
 def _own_sizes(module: nn.Module) -> tuple[int, int] | None:
     own = _own_widths(module)
     return None if own is None else own[:2]
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The forward of the module's class. That of a scripted module is an attribute that only its
+    instances can read."""
+    return getattr_static(type(module), "forward")
 
 
 def is_adapter(module: nn.Module) -> bool:
@@ -134,6 +141,12 @@ def last(tensor: Tensor, axis: int) -> Tensor:
         return tensor
     moved = tensor.movedim(axis, -1)
     return moved.flatten(-1 - behind, -2)
+
+
+def rows_along(tensor: Tensor, axis: int) -> Tensor:
+    """`[samples, features]` of a tensor whose features are along `axis`."""
+    moved = last(tensor, axis)
+    return moved.reshape(-1, moved.shape[-1])
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nerve.measuring.ffns import Site, declared_widths, last
+from nerve.measuring.ffns import Site, declared_widths, rows_along
 from nerve.measuring.recorded import decides
 
 N_ELEMENTS = 32
@@ -214,8 +214,7 @@ def _mixed(post: nn.Module, sources: list[Leaf], reached: list[Tensor], chosen: 
 def rows_of(tensor: Tensor, module: nn.Module) -> Tensor:
     """`[samples, features]` of the input or output of a projection."""
     widths = declared_widths(module)
-    moved = last(tensor, -1 if widths is None else widths.axis)
-    return moved.reshape(-1, moved.shape[-1])
+    return rows_along(tensor, -1 if widths is None else widths.axis)
 
 
 def _chosen(h: Tensor) -> tuple[Tensor, Tensor]:

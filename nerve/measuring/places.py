@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from nerve.measuring.ffns import forward_of
 from nerve.measuring.slices import Slice
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -54,7 +55,7 @@ class Tree:
         """The path of the smallest module at or around this path that runs as a whole, which a list
         does not."""
         parts = _parts(path)
-        while parts and type(self._modules[parts]).forward is nn.Module.forward:
+        while parts and forward_of(self._modules[parts]) is nn.Module.forward:
             parts = parts[:-1]
         return ".".join(parts)
 

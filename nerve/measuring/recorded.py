@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import Site, last, sample_of
+from nerve.measuring.ffns import Site, rows_along, sample_of
 
 _ROWS = 512
 """Minimum number of samples that distinguish a factor from a nonlinearity."""
@@ -116,14 +116,11 @@ def slope_of_factor(whole: Tensor, features: Tensor, site: Site) -> Tensor | Non
         (slope,) = torch.autograd.grad(features.sum(), whole, create_graph=True)
     if _varies_along(slope, whole, site):
         return None
-    every, slopes = (_rows(each.detach(), axis) for each in (whole, slope))
-    own, slope = every[:, part], slopes[:, part]
-    x, along, h = (
-        sample_of(each, _ROWS)
-        for each in (own, slope, _rows(features.detach().reshape(size), axis))
-    )
+    rows = [rows_along(each.detach(), axis) for each in (whole, slope, features.reshape(size))]
+    every, slopes, h = (sample_of(each, _ROWS) for each in rows)
     if not bool(h.isfinite().all()):
         return None
+    x, along = every[:, part], slopes[:, part]
     is_linear = torch.allclose(x * along, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
     # For example a ReLU written as a clamp, whose derivative is in no graph.
     is_cut = not bool(along[x < 0].any())
@@ -132,14 +129,9 @@ def slope_of_factor(whole: Tensor, features: Tensor, site: Site) -> Tensor | Non
     if bool(slopes[:, others].any()):  # of a fused projection: the other factor is among them
         if len(others) != x.shape[1]:
             return None
-        product = x * sample_of(every[:, others], _ROWS)
-    return slope if is_linear and not is_cut and not decides(x, product, h) else None
-
-
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    """`[samples, features]`."""
-    moved = last(tensor, axis)
-    return moved.reshape(-1, moved.shape[-1])
+        product = x * every[:, others]
+    is_factor = is_linear and not is_cut and not decides(x, product, h)
+    return rows[1][:, part] if is_factor else None
 
 
 def _others(n: int, part: slice, device: torch.device) -> Tensor:
@@ -158,9 +150,8 @@ def _varies_along(slope: Tensor, whole: Tensor, site: Site) -> bool:
         assert whole.grad_fn is not None
         return _reaches(slope.grad_fn, whole.grad_fn, through_matrices=True)
     with torch.enable_grad():
-        own = last(slope, site.feature_axis)[..., site.part].sum()
-        (second,) = torch.autograd.grad(own, whole, allow_unused=True)
-    return second is not None and bool(last(second, site.feature_axis)[..., site.part].any())
+        (second,) = torch.autograd.grad(site.features(slope).sum(), whole, allow_unused=True)
+    return second is not None and bool(site.features(second).any())
 
 
 def is_affine(x: Tensor, y: Tensor) -> bool:

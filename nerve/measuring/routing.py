@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nerve.errors import MeasurementError
-from nerve.measuring.ffns import argument, declared_widths, last
+from nerve.measuring.ffns import argument, declared_widths, forward_of, last
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -175,7 +175,7 @@ def _with_outer(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     found: list[tuple[nn.Module, nn.Module]] = []
 
     def walk(module: nn.Module, outer: nn.Module) -> None:
-        runs = type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
+        runs = forward_of(module) not in (nn.ModuleList.forward, nn.ModuleDict.forward)
         outer = module if runs else outer
         found.append((module, outer))
         for child in module.children():

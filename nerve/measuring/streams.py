@@ -14,6 +14,9 @@ UNLABELED = -100
 
 _NAMES = {"": "the batch's tokens", "decoder_": "the decoder's tokens"}
 
+_PADDING = {"": "src_key_padding_mask", "decoder_": "tgt_key_padding_mask"}
+"""The masks of nn.Transformer, True for padding, by the prefix of their streams."""
+
 
 class Stream(NamedTuple):
     """Tokens of a batch that belong together.
@@ -41,9 +44,8 @@ def streams_of(batch: Any, *, is_encoder_decoder: bool) -> dict[str, Stream]:
             _tensor(batch, prefix + name)
             for name in ("attention_mask", "input_ids", "inputs_embeds")
         )
-        if not prefix and mask is None:
-            padding = _tensor(batch, "src_key_padding_mask")
-            mask = None if padding is None else ~as_bool(padding)
+        if mask is None and (padding := _tensor(batch, _PADDING[prefix])) is not None:
+            mask = ~as_bool(padding)
         labels = _tensor(batch, "labels") if is_encoder_decoder == bool(prefix) else None
         for tensor in (ids, embedded, mask, labels if prefix else None):
             if tensor is not None and tensor.ndim >= 2:

@@ -127,12 +127,14 @@ def _cut(
 ) -> Any:
     if not isinstance(value, Tensor) or not value.ndim:
         return value
-    of_decoder = key.startswith("decoder_") or key == "labels"
+    of_decoder = key.startswith(("decoder_", "tgt")) or key == "labels"
     prefix = "decoder_" if of_decoder and "decoder_" in streams else ""
-    if prefix not in streams or value.shape[0] != streams[prefix].sizes[0]:
+    stream = streams.get(prefix)
+    if value.shape[0] != (stream or next(iter(streams.values()))).sizes[0]:
         return value
     twice = value[[row, row]]
-    stream = streams[prefix]
+    if stream is None:  # such as what a decoder alone receives of an encoder
+        return twice
     # Next to token ids, three-dimensional floats may be something else, such as patches.
     of_tokens = value.ndim == 2 or not value.is_floating_point() or stream.ids is None
     if value.ndim >= 2 and of_tokens and value.shape[1] == stream.sizes[1]:

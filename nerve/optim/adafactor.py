@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nerve.optim.alike import alike
 from nerve.optim.closure import loss_of
 
 
@@ -25,18 +26,12 @@ class Adafactor(torch.optim.Adafactor):
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
         loss = loss_of(closure)
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[Tensor]] = {}
-            for each in group["params"]:
-                if each.grad is not None:
-                    state = self._state_of(each)
-                    state["step"] += 1
-                    key = (each.shape, each.dtype, each.device, float(state["step"]))
-                    alike.setdefault(key, []).append(each)
-            for (_, _, _, step), weights in alike.items():
-                self._update(weights, group, step)
+            for weights in alike(group["params"], self._next_step):
+                self._update(weights, group, float(self.state[weights[0]]["step"]))
         return loss
 
-    def _state_of(self, weight: Tensor) -> dict[str, Any]:
+    def _next_step(self, weight: Tensor) -> float:
+        """Counts a step of a parameter, and returns how many it has made."""
         assert weight.grad is not None
         for what, unsupported in (
             ("complex parameters", weight.is_complex()),
@@ -52,7 +47,8 @@ class Adafactor(torch.optim.Adafactor):
                 state["col_var"] = torch.zeros_like(weight.grad[..., :1, :])
             else:
                 state["variance"] = torch.zeros_like(weight.grad)
-        return state
+        state["step"] += 1
+        return float(state["step"])
 
     def _update(self, weights: list[Tensor], group: dict[str, Any], step: float) -> None:
         """Updates weights of one shape, which have made as many steps."""

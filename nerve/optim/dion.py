@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nerve.config import require
+from nerve.optim.alike import alike
 from nerve.optim.closure import loss_of
 
 
@@ -96,22 +97,18 @@ class Dion(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
         loss = loss_of(closure)
-        index = 0
+        everything = chain.from_iterable(group["params"] for group in self.param_groups)
+        indices = {weight: index for index, weight in enumerate(everything)}
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    key = (weight.shape, weight.dtype, weight.device)
-                    alike.setdefault(key, []).append((index, weight))
-                index += 1
-            for numbered in alike.values():
-                self._update(numbered, group)
+            for weights in alike(group["params"]):
+                self._update(weights, group, indices)
         return loss
 
-    def _update(self, numbered: list[tuple[int, Tensor]], group: dict[str, Any]) -> None:
-        """Updates weights of one shape, given with their indices."""
-        weights = [weight for _, weight in numbered]
-        states = [self._state_of(weight, group, index) for index, weight in numbered]
+    def _update(
+        self, weights: list[Tensor], group: dict[str, Any], indices: Mapping[Tensor, int]
+    ) -> None:
+        """Updates weights of one shape."""
+        states = [self._state_of(weight, group, indices[weight]) for weight in weights]
         momenta, rights = ([state[key] for state in states] for key in ("momentum", "right"))
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         torch._foreach_add_(momenta, gradients)

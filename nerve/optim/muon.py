@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nerve.optim.alike import alike
 from nerve.optim.closure import loss_of
 
 
@@ -25,12 +26,7 @@ class Muon(torch.optim.Muon):
         """Runs `closure` with gradients enabled, if given, and updates; returns its loss."""
         loss = loss_of(closure)
         for group in self.param_groups:
-            by_shape: dict[tuple[Any, ...], list[Tensor]] = {}
-            for each in group["params"]:
-                if each.grad is not None:
-                    key = (each.shape, each.dtype, each.device)
-                    by_shape.setdefault(key, []).append(each)
-            for weights in by_shape.values():
+            for weights in alike(group["params"]):
                 self._update(weights, group)
         return loss
 

@@ -95,8 +95,9 @@ def measure(
         mask: returns a batch's mask, True (or 1) for samples that count, in the shape of the
             features without their last dimension, or flattened like them: one mask for all FFNs, or
             one for each, as a list or by FFN name; None counts all. By default the `attention_mask`
-            and `decoder_attention_mask` of a mapping that has them, each applied to the FFNs that
-            receive those tokens.
+            and `decoder_attention_mask` of a mapping that has them (or the padding masks of
+            nn.Transformer, `src_key_padding_mask` and `tgt_key_padding_mask`), each applied to the
+            FFNs that receive those tokens.
         exclude: token ids to exclude, such as a tokenizer's `all_special_ids`; needs batches that
             are mappings with `input_ids`.
         only_labeled: excludes the tokens of a mapping whose `labels` are -100.

@@ -8,7 +8,8 @@ from functools import cached_property, partial
 import pandas as pd
 
 from nerve.analysis.compare import average_seeds
-from nerve.analysis.correlate import NULLS, correlate_across_runs, correlate_within_runs
+from nerve.analysis.correlate import NULLS, correlate_within_runs
+from nerve.analysis.correlate_across import correlate_across_runs
 from nerve.analysis.early import rank_early
 from nerve.analysis.factors import Factors, find_factors, is_number, ordered_levels
 from nerve.analysis.load import Runs

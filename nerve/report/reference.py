@@ -52,10 +52,10 @@ def read_reference(path: AnyPath) -> pd.DataFrame:
     rows = rows.reindex(columns=["metric", "value", "label", *PLACES])
     for name in ("value", *PLACES):
         numbers = pd.to_numeric(rows[name], errors="coerce")
-        wrong = rows[name][numbers.isna() & (rows[name].notna() | (name == "value"))]
+        wrong = rows[name][~np.isfinite(numbers) & (rows[name].notna() | (name == "value"))]
         require(
             not len(wrong),
-            f"{name} must be a number in each row of {path}; got {list(wrong)[:3]}.",
+            f"{name} must be a finite number in each row of {path}; got {list(wrong)[:3]}.",
         )
         rows[name] = numbers.astype(float)
     doubled = np.flatnonzero(rows[list(PLACES)].notna().sum(axis=1) > 1) + 1

@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 
 from nerve.analysis.compare import average_seeds, final_metrics
-from nerve.analysis.correlate import correlate_across_runs, correlate_within_runs
+from nerve.analysis.correlate import correlate_within_runs
+from nerve.analysis.correlate_across import correlate_across_runs
 from nerve.errors import ConfigError
 from nerve.storage.find import IncompleteWarning
 

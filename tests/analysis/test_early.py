@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from nerve.analysis import early
-from nerve.analysis.early import Order, rank_early
+from nerve.analysis.early import Order, Samples, rank_early
 from nerve.errors import ConfigError
 
 N = 9
@@ -99,18 +99,32 @@ def test_a_value_that_is_drawn_twice_is_tied_with_itself():
     rng = np.random.default_rng(1)
     x, y = rng.integers(0, 6, size=(2, 15)).astype(float)
     weights = rng.multinomial(15, np.ones(15) / 15, size=20).astype(float)
-    found = Order(x).kendall(Order(y), weights)
+    samples = Samples(np.arange(15), weights)
+    found = Order(x).kendall(Order(y), samples)
     repeated = [(np.repeat(x, w), np.repeat(y, w)) for w in weights.astype(int)]
     assert found == pytest.approx([tau(*pair) for pair in repeated])
-    assert np.isnan(Order(np.ones(15)).kendall(Order(y), weights)).all()
+    assert np.isnan(Order(np.ones(15)).kendall(Order(y), samples)).all()
+
+
+@pytest.mark.parametrize("n_values", [6, 40])
+def test_values_of_a_cluster_are_drawn_together(n_values):
+    """Clusters of different sizes, with ties between values and without, against SciPy."""
+    rng = np.random.default_rng(3)
+    cluster = rng.permutation(np.repeat(np.arange(9), rng.integers(1, 5, size=9)))
+    x = rng.integers(0, n_values, size=len(cluster)).astype(float)
+    y = rng.normal(size=len(cluster))
+    counts = rng.multinomial(9, np.ones(9) / 9, size=30).astype(float)
+    found = Order(x).kendall(Order(y), Samples(cluster, counts))
+    drawn = [np.repeat(np.arange(len(x)), each.astype(int)[cluster]) for each in counts]
+    assert found == pytest.approx([tau(x[rows], y[rows]) for rows in drawn], rel=1e-12)
 
 
 def test_infinite_losses_are_ranked_last_and_are_ties():
     """Two runs that started with an infinite loss and recovered, against SciPy on finite ranks."""
     so_far = np.array([np.inf, 3.0, 2.5, np.inf, 2.0, 4.0])
     final = np.array([2.0, 1.0, 3.0, 2.5, 1.5, 0.5])
-    weights = np.ones((1, 6))
-    (found,) = Order(so_far).kendall(Order(final), weights)
+    samples = Samples(np.arange(6), np.ones((1, 6)))
+    (found,) = Order(so_far).kendall(Order(final), samples)
     assert found == pytest.approx(tau(np.minimum(so_far, 9.0), final))
 
 

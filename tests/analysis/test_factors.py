@@ -3,7 +3,8 @@
 import pandas as pd
 
 from nerve.analysis.compare import average_seeds, final_metrics, metrics_at_loss
-from nerve.analysis.correlate import correlate_across_runs, correlate_within_runs
+from nerve.analysis.correlate import correlate_within_runs
+from nerve.analysis.correlate_across import correlate_across_runs
 from nerve.analysis.depth import depth_means, metrics_by_depth
 from nerve.analysis.early import rank_early
 from nerve.analysis.factors import (

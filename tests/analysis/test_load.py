@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nerve.analysis import gather, load
+from nerve.analysis import gather, load, run_rows
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
 from nerve.errors import ConfigError, StoreError
 from nerve.storage.find import FingerprintWarning, IncompleteWarning
-from nerve.storage.identity import config_id
+from nerve.storage.identity import GROUPS, completed, config_id
 from nerve.storage.parts import DamagedPartWarning, read_part
 from nerve.storage.record import DamagedRecordWarning, RunRecord
 from nerve.storage.schema import DATASETS, METRICS
@@ -454,3 +454,44 @@ def test_a_factor_cannot_replace_a_column_that_is_derived(tmp_path, make_run, na
     make_run(tmp_path / "a", {name: 3})
     with pytest.raises(ConfigError, match=f"got '{name}'"):
         load_metrics(tmp_path, [name])
+
+
+def plain_row(config: dict) -> dict:
+    """The leaves of a configuration by their dotted names, one by one."""
+    row = {}
+    todo = [*config.items()][::-1]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(f"{name}.{key}", item) for key, item in value.items()][::-1]
+        else:
+            row[name] = json.dumps(value) if isinstance(value, list) else value
+    return row
+
+
+@pytest.mark.parametrize("most", [1, 3, 4096])
+def test_rows_are_those_of_each_configuration_whatever_others_have(
+    tmp_path, make_run, monkeypatch, most
+):
+    """Groups that are equal, that only look equal, and that lack keys which were added later; more
+    of them than are remembered."""
+    monkeypatch.setattr(run_rows, "_MOST_LEAVES", most)
+    of_nerve_run = {group: {"x": 1} for group in GROUPS}
+    values = [{"x": 1}, {"x": True}, {"x": 1.0}, {"x": "1"}, {"x": None}, {"x": [1]}, {}, 1, "1"]
+    configs = [{"a": value, "b": {"c": {"d": i % 2}}} for i, value in enumerate(values * 2)]
+    configs += [{**of_nerve_run, "monitor": {"x": 1, **more}} for more in ({}, {"skip_first": 5})]
+    configs += [{**of_nerve_run, "regularizer": value} for value in (None, {"name": "rank"})]
+    configs += [{"monitor": {"x": 1}}, {"regularizer": None}]  # not of nerve-run
+    for i, config in enumerate(configs):
+        make_run(tmp_path / f"{i:02d}", config, steps=())
+    runs = load_runs(tmp_path)
+    expected = [plain_row(dict(completed(config))) for config in configs]
+    names = list(dict.fromkeys(name for row in expected for name in row))
+    assert [name for name in runs.columns if name in names] == names
+    for name in names:
+        for found, row in zip(runs[name], expected, strict=True):
+            value = row.get(name)
+            assert pd.isna(found) if value is None else found == value
+    assert [type(value) for value in runs["a.x"][:6]] == [int, bool, float, str, type(None), str]
+    assert runs["monitor.skip_first"].dropna().tolist() == [0, 5, 0, 0]
+    assert runs["regularizer.name"].dropna().tolist() == ["none", "none", "rank"]

@@ -104,6 +104,19 @@ def test_what_distinguishes_scales_can_be_the_factor_itself(tables, name):
     assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
+def test_what_follows_the_factor_does_not_distinguish_scales(tables):
+    """Models of two sizes, whose width follows their depth, as in presets; by SciPy."""
+    small, large = [5.0, 4.0, 4.5, 4.2], [4.2, 3.9, 3.4, 4.0]
+    designs = [
+        specs(small, model__n_layers=2, model__d_model=64, data__batch_size=8),
+        specs(large, model__n_layers=4, model__d_model=128, data__batch_size=16),
+    ]
+    (row,) = compared(tables, designs, "model.n_layers").itertuples()
+    expected = stats.ttest_rel(large, small)
+    assert (row.level, row.other, row.where, row.n_pairs, row.df) == ("4", "2", "", 4, 3)
+    assert (row.low, row.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
 def test_only_designs_that_differ_in_the_factor_alone_and_share_a_seed(tables):
     """GELU at width 1, ReLU at 2: no pair. At width 4 there is one; SiLU has another seed."""
     silu = [dict(specs([4.4], activation__name="silu", ffn__width=4)[0], seed=7)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nerve.cli import probe, report, status
-from nerve.cli.console import duration, figure, say
+from nerve.cli.console import duration, error_text, figure, say
 from nerve.cli.text_table import say_table
 from nerve.storage.record import RunRecord
 
@@ -18,6 +18,14 @@ def test_a_duration_has_its_two_largest_units():
     assert [duration(seconds) for seconds in (0.2, 42, 59.6, 425, 12_000, 187_300)] == [
         *("0 s", "42 s", "1 min", "7 min 5 s", "3 h 20 min", "2 d 4 h"),
     ]
+
+
+def test_an_interruption_is_named_once():
+    """It follows the state of its run, interrupted."""
+    stopped = {"type": "Interrupted", "message": "stopped by SIGINT"}
+    failed = {"type": "ValueError", "message": "no such value"}
+    found = [error_text(error) for error in (stopped, failed, None)]
+    assert found == ["stopped by SIGINT", "ValueError: no such value", ""]
 
 
 def test_a_number_has_three_decimals_below_10_and_one_from_there_on():

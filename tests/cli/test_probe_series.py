@@ -1,14 +1,17 @@
 """A series of checkpoints is one run: each measured once, whatever happens in between."""
 
 import shutil
+import sys
 import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch import Callback
 from support import TINY_RUN
 from trained import assert_same_run, llama, nerve_probe, probed, save, save_series
 
@@ -84,6 +87,24 @@ def test_a_run_without_kept_checkpoints_is_probed_at_its_last_one(run):
     assert rows["val_loss"][0] == pytest.approx(trained["val_loss"].iloc[-1], rel=1e-10)
     assert rows["n_samples"][0] == trained["n_samples"].iloc[-1] / 16 * 14
     assert nerve_probe("trained", "probed")[0] == 1  # one at a time
+
+
+def test_a_run_is_probed_without_its_callbacks_and_loggers(run, monkeypatch):
+    """They may be missing on another machine."""
+    module = ModuleType("my_script")
+    module.Mine = type("Mine", (Callback,), {})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "my_script", module)
+        mine = "+callbacks.mine._target_=my_script.Mine"
+        assert run(*TINY_RUN, mine, "hydra.run.dir=trained")[0] == 0
+    record = nerve.RunRecord.load("trained")
+    wandb = {"wandb": {"_target_": "nerve.training.loggers.WandbLogger"}}
+    record.update(config={**record.config, "logger": wandb})
+    monkeypatch.setattr("nerve.cli.experiment.checks.find_spec", lambda name: None)
+    status, _, err = nerve_probe("trained", "-o", "probed")
+    assert status == 0, err
+    kept = nerve.RunRecord.load("probed").config["callbacks"]
+    assert kept == {"mine": {"_target_": "my_script.Mine"}}
 
 
 def test_a_series_is_measured_once_and_continued_when_it_grows(loaded, monkeypatch):

@@ -78,7 +78,8 @@ def test_copies_of_a_document_count_as_one():
 
 @pytest.mark.parametrize(("sizes", "val_fraction"), [((100,), 0.05), ((1, 1000), 0.5)])
 def test_a_split_that_leaves_no_training_document_is_an_error(sizes, val_fraction):
-    with pytest.raises(DataError, match="leave none for training"):
+    expected = rf"got {len(sizes)}, not counting copies, .*={val_fraction} leaves none for training"
+    with pytest.raises(DataError, match=expected):
         validation_digests(hashed(*sizes), val_fraction)
 
 

@@ -204,6 +204,29 @@ def test_images_that_are_not_square_are_resized_if_a_size_is_given(make):
         assert images.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (np.s_[:, :1], "same channels; those of random have 3 and 1"),
+        (np.s_[:, :, :4, :4], "same size; those of random have 6 and 4 .* Set data.image_size"),
+    ],
+)
+def test_test_images_of_another_shape_are_refused(make, part, message):
+    """Broadcasting would turn gray images into colored ones."""
+    test = random_images(9, 1)
+    splits = random_images(12, 0), LabeledImages(test.images[part].copy(), test.labels)
+    with pytest.raises(DataError, match=message):
+        make(ImageSet("random", n_classes=5, flips=True, read=lambda: splits))
+
+
+def test_test_images_of_another_size_are_resized_if_a_size_is_given(make):
+    test = random_images(9, 1)
+    small = LabeledImages(test.images[:, :, :4, :4].copy(), test.labels)
+    module = make(ImageSet("two", 5, False, lambda: (random_images(12, 0), small)), image_size=6)
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        assert next(iter(loader))[0].shape[1:] == (3, 6, 6)
+
+
 def test_a_constant_channel_is_refused(make):
     """Divided by its standard deviation, it would be NaN."""
     train = random_images(12, 0)

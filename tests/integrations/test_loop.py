@@ -456,6 +456,41 @@ def test_arguments_have_the_names_of_the_module_that_takes_them(tmp_path, wrap):
     assert rows["pr_post"].tolist() == pytest.approx(expected["pr_post"].tolist(), rel=1e-6)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, PassingOn])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_mask_by_position_is_known_by_its_name(tmp_path, wrap, is_given):
+    """A mask function of the caller gets the tuple of positional arguments."""
+    torch.manual_seed(0)
+    model, mask = Masked(), (torch.arange(8) < torch.tensor([[8], [3], [5]])).long()
+    wrapped, described = wrap(model), [nerve.FFNAdapter(0, "ffn", model.ffn[0], model.ffn[2])]
+    given = {"mask": lambda batch: batch[1]} if is_given else {}
+    with nerve.watch(wrapped, tmp_path, ffns=described, **given) as run:
+        wrapped(torch.randint(9, (3, 8)), mask)["loss"].backward()
+        run.step()
+    assert nerve.load_metrics(tmp_path)["n_samples"].tolist() == [16]
+
+
+def test_arguments_by_position_that_name_no_tokens_stay_a_tuple():
+    x, y = torch.zeros(2, 3), torch.ones(2, 3)
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+            return x
+
+    assert features.batch_of(Two(), (x, y, x), {}, by_name=True) == (x, y, x)
+
+
+def test_a_wrapper_may_pass_on_something_else():
+    class Counting(PassingOn):
+        def forward(self, *inputs: object, **others: object) -> object:
+            return self.module(inputs[0])
+
+    ids, mask = torch.zeros(2, 3), torch.ones(2, 3)
+    given = (ids, 5, 7), {"attention_mask": mask}
+    batch = features.batch_of(Counting(nn.Linear(3, 3)), *given)
+    assert batch == {"inputs": (ids, 5, 7), "attention_mask": mask}
+
+
 def test_further_arguments_by_name_are_entries_of_the_batch():
     class Open(Masked):
         def forward(self, input_ids: Tensor, **others: Tensor) -> Tensor:
@@ -466,16 +501,6 @@ def test_further_arguments_by_name_are_entries_of_the_batch():
         batch = features.batch_of(module, (ids,), {"attention_mask": mask})
         assert batch.keys() == {"input_ids", "attention_mask"}
         assert batch["attention_mask"] is mask
-
-
-def test_arguments_that_the_module_within_does_not_take_are_those_of_the_wrapper():
-    class Scaled(PassingOn):
-        def forward(self, *inputs: Tensor, **others: Tensor) -> object:
-            return self.module(inputs[0] * inputs[1] * others["by"])
-
-    x, by = torch.ones(2, 4), torch.ones(())
-    batch = features.batch_of(Scaled(nn.Linear(4, 4)), (x, by), {"by": by})
-    assert batch == {"inputs": (x, by), "by": by}
 
 
 @pytest.mark.parametrize("source", ["train", "heldout"])

@@ -394,6 +394,15 @@ def test_a_nonlinearity_that_overwrites_its_input_is_found_and_then_raises():
         nerve.measure(model, [torch.randn(9, D)])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("batch", [torch.randn(3, 30, D), None])
+def test_a_scripted_nonlinearity_is_one_like_any_other(batch):
+    model = Plain(nn.Linear(D, FF), nn.Linear(FF, D))
+    model.act = torch.jit.script(nn.GELU())
+    (ffn,) = find_ffns(nn.Sequential(model), batch)
+    assert (ffn.pre, ffn.post) == (model.up, model.down)
+
+
 def test_find_ffns_leaves_the_model_unchanged():
     model = nn.Sequential(*[Block(Gated(functional.silu)) for _ in range(2)]).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import nerve
 from nerve.errors import MeasurementError
 from nerve.measuring.ffns import FFNAdapter
+from nerve.measuring.forward import evaluating
 
 N, T, D = 5, 5, 6
 """As many sequences as positions: shapes tell nothing."""
@@ -432,6 +433,32 @@ def test_padding_of_a_torch_transformer_is_excluded(batch_first):
         torch.backends.mha.set_fastpath_enabled(True)
     for row, features in zip(rows.to_dict("records"), expected, strict=True):
         assert_counts(row, features[lying.bool()])
+
+
+@pytest.mark.parametrize("has_encoder", [True, False])
+def test_padding_of_a_torch_decoder_is_excluded(has_encoder):
+    """Beside an encoder with padding of its own; and alone, with what an encoder has returned."""
+    torch.manual_seed(0)
+    x, y = torch.randn(N, T + 2, D).double(), torch.randn(N, T, D).double()
+    masks = torch.arange(T + 2) < torch.tensor([7, 2, 4, 7, 1])[:, None], padding(5, 2, 1, 3, 5)
+    given = {"tgt": y, "tgt_key_padding_mask": masks[1] == 0}
+    if has_encoder:
+        model = nn.Transformer(D, 2, 1, 1, 16, batch_first=True).double()
+        ffns, counts = [model.encoder.layers[0], model.decoder.layers[0]], masks
+        given |= {"src": x, "src_key_padding_mask": masks[0] == 0}
+    else:
+        layer = nn.TransformerDecoderLayer(D, 2, 16, batch_first=True)
+        model = nn.TransformerDecoder(layer, 2).double()
+        ffns, counts = [*model.layers], (masks[1], masks[1])
+        given |= {"memory": x, "memory_key_padding_mask": masks[0] == 0}
+    kept: list[Tensor] = []
+    rows = nerve.measure(model, [given]).to_dict("records")
+    for each in ffns:
+        each.linear1.register_forward_hook(lambda module, args, output: kept.append(output))
+    with evaluating(model):
+        model(**given)
+    for row, features, mask in zip(rows, kept, counts, strict=True):
+        assert_counts(row, features[mask.bool()])
 
 
 def test_exclude_needs_token_ids_and_excludes_mask():

@@ -80,7 +80,7 @@ def test_more_parameters_of_a_shape_need_no_more_operations_and_only_steps_are_r
         return operations
 
     few, many = operations_of(2), operations_of(8)
-    assert (few.n_read, many.n_read) == (2, 8)
+    assert (few.n_read, many.n_read) == (2 + 1, 8 + 1), "each count, and that of their list"
     assert few.n - 2 == many.n - 8, "beside the counting of the steps"
 
 

@@ -74,9 +74,11 @@ def test_a_panel_of_both_sites_has_the_marks_of_both(reference):
     [
         ("metric,value\npr_post,1\n", "lacks label"),
         ("metric,value,label\npr_pots,1,a\n", "Did you mean 'pr_post'"),
-        ("metric,value,label\npr_post,many,a\n", r"value must be a number .*got \['many'\]"),
-        ("metric,value,label\npr_post,,a\n", "value must be a number"),
-        ("metric,value,label,step\npr_post,1,a,late\n", r"step must be a number .*got \['late'\]"),
+        ("metric,value,label\npr_post,many,a\n", r"value must be a finite number .*got \['many'\]"),
+        ("metric,value,label\npr_post,,a\n", "value must be a finite number"),
+        ("metric,value,label\npr_post,inf,a\n", r"a finite number .*got \['inf'\]"),
+        ("metric,value,label,step\npr_post,1,a,inf\n", "step must be a finite number"),
+        ("metric,value,label,step\npr_post,1,a,late\n", r"step must be a finite .*got \['late'\]"),
         (
             "metric,value,label,step,layer\npr_post,1,a,10,3\n",
             r"only one of step.*rows \[1\] .* have several",

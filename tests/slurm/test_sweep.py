@@ -74,7 +74,7 @@ def script(sweep, status):
     ("seed", "why"),
     [
         (KILLED, "killed"),
-        (CANCELLED, "interrupted: Interrupted: stopped by SIGTERM"),
+        (CANCELLED, "interrupted: stopped by SIGTERM"),
         (UNLUCKY, "failed: RuntimeError: this run has no luck"),
         (WITHDRAWN, "not started"),
     ],

@@ -5,13 +5,14 @@ import math
 import os
 import platform
 import shutil
+import zlib
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
 from nerve.errors import StoreError
-from nerve.storage.identity import config_id, differences
+from nerve.storage.identity import config_id, differences, ids_of_plain
 from nerve.storage.record import DamagedRecordError, RunRecord
 
 CONFIG = {"seed": 3, "ffn": {"width": "8/3"}, "note": "two\nlines <script>alert(1)</script> \ud800"}
@@ -365,3 +366,37 @@ def test_a_record_that_is_lost_while_its_run_works_is_written_anew(tmp_path, con
         (tmp_path / "run.json").write_bytes(content)
     record.update(step=9)
     assert RunRecord.load(tmp_path) == record
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"author": "me"}, {"zone": 1}, {"author": "me", "zone": [1]}], ids=str
+)
+def test_the_checksum_is_that_of_the_sorted_json_whatever_is_beside_the_configuration(
+    tmp_path, more
+):
+    """Also of keys that a later version may add; each change of a value is noticed."""
+    RunRecord.create(tmp_path, {"b": {"y": 1.0, "x": "ü"}, "a": [1, None], "seed": 3})
+    path = tmp_path / "run.json"
+    values = json.loads(path.read_text()) | more
+    del values["checksum"]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    values["checksum"] = f"{zlib.crc32(text.encode()):08x}"
+    path.write_text(json.dumps(values))
+    assert RunRecord.load(tmp_path).config["b"] == {"y": 1.0, "x": "ü"}
+    for change in ({"step": 1}, *({name: 7} for name in more)):
+        path.write_text(json.dumps(values | change))
+        with pytest.raises(DamagedRecordError, match="checksum does not match"):
+            RunRecord.load(tmp_path)
+    for config in ({"y": 1, "x": "ü"}, {"y": True, "x": "ü"}, {"x": "ü"}):
+        path.write_text(json.dumps(values | {"config": {**values["config"], "b": config}}))
+        with pytest.raises(DamagedRecordError, match="checksum does not match"):
+            RunRecord.load(tmp_path)
+
+
+def test_an_update_of_the_configuration_updates_both_ids(tmp_path):
+    """That without the seed is in no file."""
+    record = RunRecord.create(tmp_path, {"a": 1, "seed": 1})
+    record.update(config={"a": 2, "seed": 1})
+    assert (record.config_id, record.design_id) == ids_of_plain({"a": 2, "seed": 1})
+    assert RunRecord.load(tmp_path).design_id == record.design_id
+    assert "design_id" not in json.loads((tmp_path / "run.json").read_text())

@@ -1,6 +1,7 @@
 """Where Hydra finds configuration files, and the resolvers for interpolations."""
 
-import json
+import base64
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,18 @@ def _plain(config: DictConfig, resolve: bool) -> dict[str, Any]:
 
 
 def encoded(config: DictConfig) -> bytes:
-    """A composed configuration, including Hydra's own node, as one line; interpolations are
-    kept."""
-    return json.dumps(OmegaConf.to_container(config, enum_to_str=True)).encode() + b"\n"
+    """A composed configuration, including Hydra's own node, as one line for a child process;
+    interpolations are kept, and so are the types of keys, unlike in JSON."""
+    return base64.b64encode(pickle.dumps(OmegaConf.to_container(config, enum_to_str=True))) + b"\n"
 
 
 def decoded(line: bytes) -> DictConfig:
-    """The configuration that `encoded` serialized, with the types that Hydra requires."""
+    """The configuration that `encoded` serialized, with the types that Hydra requires. The line
+    must come from the parent process: reading it runs whatever it contains."""
     schema = OmegaConf.create({"hydra": HydraConf})
     OmegaConf.set_struct(schema.hydra, False)
     del schema.hydra["defaults"]
-    config = OmegaConf.merge(schema, json.loads(line))
+    config = OmegaConf.merge(schema, pickle.loads(base64.b64decode(line)))
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)
     return config

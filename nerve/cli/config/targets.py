@@ -15,6 +15,7 @@ TARGETS = {
         "nerve.data.image_sets.digits",
         "nerve.data.images.ImageDataModule",
         "nerve.data.text.TextDataModule",
+        "nerve.optim.Adafactor",
         "nerve.optim.Dion",
         "nerve.optim.Muon",
         "nerve.training.loggers.CSVLogger",

@@ -50,7 +50,9 @@ class KeptCheckpoints:
         self._run = RunDirectory(asked.models[0])
         self._record = self._run.require_record()
         check_keeps_weights(self._run.path, self._record.config)
-        self._plan = Plan.of(OmegaConf.create(self._record.config))
+        # Callbacks and loggers are not needed, and may not be installed here.
+        needed = {**self._record.config, "callbacks": {}, "logger": {}}
+        self._plan = Plan.of(OmegaConf.create(needed))
         self.name = self._run.path.resolve().name
         self.checkpoints = [
             Checkpoint(step, str(self._run.kept_checkpoint(step)))

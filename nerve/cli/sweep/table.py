@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from nerve.cli.console import console, figure, say, say_next
+from nerve.cli.console import console, error_text, figure, say, say_next
 from nerve.cli.sweep.grid import Trial
 from nerve.errors import NerveError, StoreError
 from nerve.storage.record import RunRecord
@@ -167,7 +167,7 @@ def _ending(trial: Trial) -> tuple[str, RunRecord | None, str]:
     if record is None:
         reason = "not started" if state == RunState.NEW else FOUND[state]
         return state, None, trial.start_error or reason
-    why = "; ".join(filter(None, [": ".join((record.error or {}).values()), trial.start_error]))
+    why = "; ".join(filter(None, [error_text(record.error), trial.start_error]))
     return state, record, f"{FOUND[state]}: {why}" if why else FOUND[state]
 
 

@@ -1,5 +1,6 @@
 """A trial in its own process, and in a cluster job, which composes its configuration again."""
 
+import math
 import os
 import signal
 import sys
@@ -11,10 +12,10 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import open_dict, read_write
+from omegaconf import OmegaConf, open_dict, read_write
 from support import composed
 
-from nerve.cli.config.compose import identity, resolved
+from nerve.cli.config.compose import decoded, encoded, identity, resolved
 from nerve.cli.sweep import worker
 from nerve.cli.sweep.worker import run_trial
 from nerve.errors import DataError, DivergedError, StoreError
@@ -138,6 +139,15 @@ def test_another_sweeper_gets_the_error_of_a_trial(run, monkeypatch, error):
     assert status == 1
     assert err.splitlines()[-1] == f"nerve-run: {error}"
     assert "None" not in out + err
+
+
+def test_a_trial_gets_the_configuration_that_was_composed():
+    """Values and keys of any type, and interpolations."""
+    added = ["+callbacks.a.at={100: 0.5, x: inf}", "objective=${seed}", "seed='1e3'"]
+    config = composed(*added, with_hydra=True)
+    received = decoded(encoded(config))
+    assert OmegaConf.to_container(received) == OmegaConf.to_container(config)
+    assert received.callbacks.a.at == {100: 0.5, "x": math.inf}
 
 
 def test_a_worker_ends_if_its_sweep_is_gone_before_it_sent_the_configuration(monkeypatch):
