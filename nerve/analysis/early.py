@@ -23,7 +23,15 @@ from nerve.analysis.partial import cluster_counts, interval_of_draws
 from nerve.analysis.statistics import Array, Counts
 from nerve.metric_names import CORRELATED
 
-BUDGET = ("trainer.max_steps", "data.batch_size", "model.seq_len")
+BUDGET = (
+    "trainer.max_steps",
+    "trainer.accumulate_grad_batches",
+    "data.batch_size",
+    "data.seq_len",
+    "model.seq_len",
+)
+"""How much a run trains on, and on sequences of which length."""
+
 SCHEDULE = "optimizer.schedule."
 """Prefix of the schedule's keys: runs are ranked within one budget and one schedule."""
 

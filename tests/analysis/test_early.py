@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from nerve.analysis import early
-from nerve.analysis.early import Order, Samples, rank_early
+from nerve.analysis.early import BUDGET, Order, Samples, rank_early
 from nerve.errors import ConfigError
 
 N = 9
@@ -16,9 +16,9 @@ SO_FAR = FINAL + RNG.normal(size=N) / 3 + 2.0
 METRIC = RNG.normal(size=N) + 5.0
 
 
-def specs(metric=METRIC, n_steps=100, final=FINAL, **more):
+def specs(metric=METRIC, final=FINAL, **more):
     """`n` runs measured at steps 0, 10 and 20."""
-    config = {"trainer.max_steps": n_steps, "optimizer.schedule.warmup": 0.1}
+    config = {"trainer.max_steps": 100, "optimizer.schedule.warmup": 0.1}
     return [
         {
             "rows": [
@@ -61,10 +61,15 @@ def test_the_loss_ranks_perfectly_at_the_last_step_and_not_at_all_at_step_0(tabl
     assert np.isnan(row_of(table, 0).loss_kendall)  # all have the same
 
 
-def test_runs_of_another_budget_are_another_group(tables):
+@pytest.mark.parametrize("name", BUDGET)
+def test_runs_of_another_budget_are_another_group(tables, name):
     """Longer runs end lower and have a higher metric; within each budget there is no order."""
-    longer = specs(METRIC + 100, 1000, FINAL - 1.5)
-    metrics, runs = tables(*specs(), *(each | {"seed": 99} for each in longer))
+
+    def of_budget(budget, some, **more):
+        return [each | {"config": each["config"] | {name: budget}, **more} for each in some]
+
+    longer = of_budget(1000, specs(METRIC + 100, final=FINAL - 1.5), seed=99)
+    metrics, runs = tables(*of_budget(100, specs()), *longer)
     table = rank_early(metrics, runs, names=["pr_post"])
     at_step = table[table["step"] == 10]
     assert list(at_step["n"]) == [N, N]
