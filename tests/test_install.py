@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from archives import unpack
 from build import ProjectBuilder
 from build.env import DefaultIsolatedEnv
 from packaging.requirements import Requirement
@@ -91,8 +92,7 @@ def test_what_is_built_carries_the_commit_and_whether_files_differ_from_it(build
     call("git", *user, "commit", "-q", "--all", "--allow-empty", "-m", "as here", cwd=clone)
     commit = call("git", "rev-parse", "HEAD", cwd=clone)
     source = build("sdist", clone, tmp_path)
-    with tarfile.open(source) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(source, tmp_path)
     # Of the source distribution, whose files are what was packed.
     wheel = build("wheel", tmp_path / source.name.removesuffix(".tar.gz"), tmp_path / "clean")
     assert commit_in(wheel) == commit

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import unpack
 
 from nerve.data.image_sets import cifar100, digits
 from nerve.errors import ConfigError, DataError
@@ -90,8 +91,7 @@ def test_without_scikit_learn_the_error_tells_how_to_install_it(monkeypatch):
 
 
 def test_cifar_is_read_from_the_archive_and_from_its_folder(archive, tmp_path):
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path, filter="data")
+    unpack(archive, tmp_path)
     for path in (archive, str(tmp_path / "cifar-100-python")):
         train, test = cifar100(path).read()
         for split, (n, seed) in ((train, (20, 1)), (test, (7, 2))):

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-import tarfile
 from importlib.metadata import PathDistribution, version
 from pathlib import Path
 
 import pytest
+from archives import unpack
 
 from nerve.storage import provenance
 
@@ -78,11 +78,6 @@ def test_an_archive_carries_its_commit(repository, tmp_path):
     path = tmp_path / "unpacked" / "nerve" / "storage" / "provenance.py"
     result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
     assert result.stdout == f"{commit}\n", result.stderr
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")
 
 
 @pytest.fixture
