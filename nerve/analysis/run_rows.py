@@ -20,7 +20,6 @@ from nerve.storage.record import RunRecord
 
 TIMES = ("started", "heartbeat", "ended")
 
-
 _INEXACT = 2**53
 """From here on, not every integer is a float."""
 
