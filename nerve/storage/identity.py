@@ -1,13 +1,13 @@
 """Ids of runs: `config_id` identifies the configuration, `run_id` the individual run."""
 
 import hashlib
-import json
 import marshal
-import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
+
+from nerve.storage.json_values import canonical_json, is_non_finite, to_json
 
 EXCLUDED = (
     "check",
@@ -60,7 +60,6 @@ these are recognized: by its presence, or by its value (for a `_target_`, the la
 
 _MAPPINGS = (dict, Mapping)  # a dict is recognized much faster than another mapping
 _ADDED_KEYS = [key for key in ADDED if "." not in key]
-NON_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
 
 def config_id(config: Mapping[str, Any]) -> str:
@@ -167,50 +166,6 @@ def new_run_id() -> str:
     return secrets.token_hex(8)
 
 
-def to_json(
-    value: Any, non_finite: Callable[[float], Any] = lambda number: {"float": str(number)}
-) -> Any:
-    """`value` as JSON can represent it; `from_json` is the inverse.
-
-    NumPy and tensor scalars become numbers; paths and other objects become text.
-
-    Args:
-        value: any value of a configuration or a record.
-        non_finite: replaces NaN and infinities, which JSON does not have.
-    """
-    kind = type(value)
-    if kind is str or kind is int or kind is bool or value is None:  # the most frequent cases
-        return value
-    if kind is dict:
-        return {str(key): to_json(item, non_finite) for key, item in value.items()}
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item, non_finite) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [to_json(item, non_finite) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else non_finite(value)
-    return value if isinstance(value, bool | int | str) else str(value)
-
-
-def from_json(value: Any) -> Any:
-    """The inverse of `to_json`: `{"float": "inf"}` becomes infinity again."""
-    if isinstance(value, dict):
-        if is_non_finite(value):
-            return NON_FINITE[value["float"]]
-        return {key: from_json(item) for key, item in value.items()}
-    return [from_json(item) for item in value] if isinstance(value, list) else value
-
-
-def is_non_finite(value: Any) -> bool:
-    """Whether `value` is how `to_json` represents NaN or an infinity."""
-    if not isinstance(value, Mapping):
-        return False
-    name = value.get("float")
-    return len(value) == 1 and isinstance(name, str) and name in NON_FINITE
-
-
 def _canonical(value: Any, path: str) -> Any:
     """The part of the JSON `value` at the dotted key `path` that enters the hash."""
     if isinstance(value, dict):
@@ -289,11 +244,6 @@ def _name(target: str) -> str:
     parts = target.split(".")
     first = next((i for i, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1)
     return ".".join(parts[first:])
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and without spaces, in which true and 1 are different."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _leaves(value: Any, path: str) -> dict[str, str]:

@@ -14,14 +14,8 @@ from typing import Any
 
 from nerve.errors import StoreError
 from nerve.files import as_store_error, require_there, write_atomically
-from nerve.storage.identity import (
-    Canonical,
-    canonical_json,
-    from_json,
-    ids_of_plain,
-    new_run_id,
-    to_json,
-)
+from nerve.storage.identity import Canonical, ids_of_plain, new_run_id
+from nerve.storage.json_values import canonical_json, from_json, to_json
 from nerve.storage.provenance import git_commit, package_versions
 from nerve.storage.record_fields import check_fields
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from nerve.errors import StoreError
-from nerve.storage.identity import is_non_finite, to_json
+from nerve.storage.json_values import is_non_finite, to_json
 
 RUN_STATUSES = ("running", "done", "failed", "interrupted")
 

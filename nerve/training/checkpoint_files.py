@@ -20,7 +20,8 @@ from nerve.errors import ConfigError, StoreError
 from nerve.files import as_store_error, write_atomically
 from nerve.models import build_model
 from nerve.storage.directory import RunDirectory, Which
-from nerve.storage.identity import differences, to_json
+from nerve.storage.identity import differences
+from nerve.storage.json_values import to_json
 from nerve.storage.record import RECORD_NAME, RunRecord
 
 _MODULE = "model."

@@ -19,11 +19,10 @@ from nerve.storage.identity import (
     completed,
     config_id,
     differences,
-    from_json,
     ids_of_plain,
     new_run_id,
-    to_json,
 )
+from nerve.storage.json_values import from_json, to_json
 
 CONFIG = {
     "model": {"d_model": 128, "n_layers": 4, "dropout": 0.0},
