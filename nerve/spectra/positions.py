@@ -1,6 +1,6 @@
 """Sums of the samples at each sequence position, and of their squared distances from a mean.
 
-Padding may come first, so the positions of a sequence count from its first sample that is none.
+Padding may come first, so positions count from the first sample of a sequence that is not padding.
 """
 
 import math
