@@ -17,7 +17,8 @@ HELD_FROM = 20
 
 class Brake(L.Callback):
     """From step 20 each step takes seconds longer, until the file `<folder>/release` appears or the
-    process gets a signal.
+    process gets a signal. After a signal no step is held any more: several processes obey one only
+    at the step at which they next exchange their wishes.
 
     Each start of training adds a line `<step> <job> <pid>` to `<folder>/<seed>`, with the step that
     it began from, once it is held.
@@ -33,6 +34,7 @@ class Brake(L.Callback):
         self._seed = seed
         self._unlucky = unlucky
         self._began_at: int | None = None
+        self._is_signaled = False
         self._signals, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
 
@@ -48,10 +50,8 @@ class Brake(L.Callback):
                 file.write(f"{self._began_at} {_job()} {os.getpid()}\n")
             self._began_at = None
         until = time.monotonic() + PAUSE_S
-        while not self._is_released() and time.monotonic() < until:
-            if select.select([self._signals], [], [], LOOKS_EVERY_S)[0]:
-                os.read(self._signals, 1000)
-                return
+        while not (self._is_signaled or self._is_released()) and time.monotonic() < until:
+            self._is_signaled = bool(select.select([self._signals], [], [], LOOKS_EVERY_S)[0])
         if self._is_released() and self._seed == self._unlucky:
             raise RuntimeError("this run has no luck")
 
