@@ -336,6 +336,23 @@ def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, capl
         train(tmp_path, network(), every_n_steps=2)
 
 
+def test_a_run_that_goes_on_has_no_final_values_until_it_ends(tmp_path):
+    """Those of the end that it has abandoned are not its own."""
+    kept = train(tmp_path, network(), source="heldout", save_at=4)
+    assert nerve.RunRecord.load(tmp_path).final.keys() == {"val_loss", "measuring_seconds"}
+    seen = []
+
+    def within(step: int) -> None:
+        seen.append(nerve.RunRecord.load(tmp_path))
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        train(tmp_path, network(), source="heldout", checkpoint=kept, within=within)
+    seen.append(nerve.RunRecord.load(tmp_path))
+    found = [(record.run_status, record.step, record.final) for record in seen]
+    assert found == [("running", 4, {}), ("failed", 4, {})]
+
+
 def in_processes(rank: int, directory: str) -> None:
     """Each has half of every batch, and one of the two held-out batches."""
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
