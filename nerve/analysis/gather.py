@@ -131,9 +131,8 @@ def _read(
 ) -> Read:
     found = [_read_one(record, dataset) for record in records[runs]]
     counts, unread = [len(table) for table, _ in found], [errors for _, errors in found]
-    tables = [table for table, _ in found]
-    table = pa.concat_tables([each for each in tables if len(each)] or tables[:1])
-    del found, tables
+    table = pa.concat_tables([table for table, _ in found])
+    del found
     ids = Coded.repeated([record.run_id for record in records[runs]], counts)
     block: Block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
     del table  # halves the memory that this takes

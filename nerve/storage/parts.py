@@ -20,9 +20,8 @@ import re
 import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +30,7 @@ import pyarrow.parquet as pq
 from nerve.errors import StoreError, warn_caller
 from nerve.files import as_store_error, write_atomically
 from nerve.storage.record import MANIFEST_NAME
-from nerve.storage.schema import DATASETS, Dataset, check_version, encoding_of, fitted
+from nerve.storage.schema import Dataset, check_version, encoding_of, fitted
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
@@ -110,11 +109,13 @@ def read_part(
         StoreError: if a newer nerve wrote it.
         FileNotFoundError: if it does not exist; a compaction may run while others read.
     """
+    options: dict[str, Any] = {"read_dictionary": dataset.texts if coded else None}
+    options |= {"page_checksum_verification": True, "pre_buffer": False}
     try:
         # Read all bytes at once: reading column by column would take one system call for each.
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
-            with _opened(file, dataset.texts if coded else []) as parquet:
+            with pq.ParquetFile(file, **options) as parquet:
                 check_version(path, parquet.metadata.metadata)
                 table = fitted(parquet.read(use_threads=False), _schema_of(dataset, coded))
     except FileNotFoundError as error:
@@ -123,33 +124,13 @@ def read_part(
         raise _damaged(path, dataset, error) from error  # a broken link
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _damaged(path, dataset, error) from error
-    others = _other_runs(table["run_id"], run_id)
+    others = set() if run_id is None else set(table["run_id"].unique().to_pylist()) - {run_id}
     if others:
         raise DamagedPartError(
             f"{path} contains rows of run {', '.join(sorted(others))}; the run of its directory is "
             f"{run_id}. Move it to the directory of its own run."
         )
     return table
-
-
-def _opened(file: pa.NativeFile, texts: list[str]) -> pq.ParquetFile:
-    """A part to read, with the columns `texts` dictionary-encoded if it has them all."""
-    options = {"page_checksum_verification": True, "pre_buffer": False}
-    try:
-        return pq.ParquetFile(file, read_dictionary=texts, **options)
-    except KeyError:
-        return pq.ParquetFile(file, **options)
-
-
-def _other_runs(ids: pa.ChunkedArray, run_id: str | None) -> set[str]:
-    """The runs that the column `run_id` names beside this one."""
-    if run_id is None:
-        return set()
-    if pa.types.is_dictionary(ids.type):  # looking at its few strings is much faster than at all
-        texts = {text for chunk in ids.chunks for text in chunk.dictionary.to_pylist()}
-        if texts <= {run_id}:
-            return set()
-    return set(ids.unique().to_pylist()) - {run_id}
 
 
 def _damaged(path: Path, dataset: Dataset, error: Exception) -> DamagedPartError:
@@ -196,19 +177,13 @@ def read_parts(
             attempts += 1
             continue
         # A single part, as in a run that has ended, was written without duplicate rows.
-        tables = tables or [_empty(dataset.name, coded)]
+        tables = tables or [_schema_of(dataset, coded).empty_table()]
         table = joined(tables, dataset) if len(tables) > 1 else tables[0]
         return table, damaged + missing_errors(directory, dataset)
 
 
 def _schema_of(dataset: Dataset, coded: bool) -> pa.Schema:
     return dataset.coded_schema if coded else dataset.schema
-
-
-@cache
-def _empty(name: str, coded: bool) -> pa.Table:
-    """A table without rows; not created on import, because pyarrow then searches for pandas."""
-    return _schema_of(DATASETS[name], coded).empty_table()
 
 
 def read_manifest(directory: Path) -> dict[str, set[str]]:
