@@ -19,9 +19,10 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from nerve.errors import StoreError, warn_caller
 from nerve.files import as_store_error, write_atomically
 from nerve.storage.record import MANIFEST_NAME
-from nerve.storage.schema import Dataset, check_version, encoding_of, fitted
+from nerve.storage.schema import DATASETS, Dataset, check_version, encoding_of, fitted
 
 FOOTER_MARK = b"NRVC"
 _MARK_BYTES = 8
@@ -88,16 +89,13 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
     return sorted(paths, key=lambda path: (part_step(path), path.name)) if len(paths) > 1 else paths
 
 
-def read_part(
-    path: Path, dataset: Dataset, run_id: str | None = None, *, coded: bool = False
-) -> pa.Table:
+def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
     """Reads one part as a table with exactly the dataset's schema.
 
     Args:
         path: path of the part.
         dataset: the dataset that it belongs to.
         run_id: the run to which the rows must belong; None for any run.
-        coded: leaves strings dictionary-encoded, as they are stored (`Dataset.coded_schema`).
 
     A nullable column that the part lacks, because an older nerve did not have it, is filled with
     null. A column that the schema lacks, such as one added by a user, is omitted, and a compaction
@@ -109,15 +107,13 @@ def read_part(
         StoreError: if a newer nerve wrote it.
         FileNotFoundError: if it does not exist; a compaction may run while others read.
     """
-    options: dict[str, Any] = {"read_dictionary": dataset.texts if coded else None}
-    options |= {"page_checksum_verification": True, "pre_buffer": False}
     try:
         # Read all bytes at once: reading column by column would take one system call for each.
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
-            with pq.ParquetFile(file, **options) as parquet:
+            with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
                 check_version(path, parquet.metadata.metadata)
-                table = fitted(parquet.read(use_threads=False), _schema_of(dataset, coded))
+                table = fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
         if not path.is_symlink():
             raise
@@ -148,10 +144,10 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 
 
 def read_parts(
-    directory: Path, dataset: Dataset, run_id: str | None = None, *, coded: bool = False
+    directory: Path, dataset: Dataset, run_id: str | None = None
 ) -> tuple[pa.Table, list[DamagedPartError]]:
     """All rows of a run's dataset, each once, and an error for each part that is missing or had to
-    be left out. Arguments as those of `read_part`.
+    be left out.
 
     Rows are in the order of the parts, earliest first; of duplicate rows, the one in the latest
     part is kept.
@@ -163,7 +159,7 @@ def read_parts(
         try:
             for path in list_parts(directory, dataset):
                 try:
-                    tables.append(read_part(path, dataset, run_id, coded=coded))
+                    tables.append(read_part(path, dataset, run_id))
                 except DamagedPartError as error:
                     damaged.append(error)
                 except FileNotFoundError as error:
@@ -177,13 +173,14 @@ def read_parts(
             attempts += 1
             continue
         # A single part, as in a run that has ended, was written without duplicate rows.
-        tables = tables or [_schema_of(dataset, coded).empty_table()]
-        table = joined(tables, dataset) if len(tables) > 1 else tables[0]
+        table = joined(tables, dataset) if len(tables) > 1 else [*tables, _empty(dataset.name)][0]
         return table, damaged + missing_errors(directory, dataset)
 
 
-def _schema_of(dataset: Dataset, coded: bool) -> pa.Schema:
-    return dataset.coded_schema if coded else dataset.schema
+@cache
+def _empty(name: str) -> pa.Table:
+    """A table without rows; not created on import, because pyarrow then searches for pandas."""
+    return DATASETS[name].schema.empty_table()
 
 
 def read_manifest(directory: Path) -> dict[str, set[str]]:
@@ -246,11 +243,9 @@ def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
     ]
 
 
-def joined(tables: Sequence[pa.Table], dataset: Dataset) -> pa.Table:
+def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
     """The rows of `tables` in their order; of rows with the same key, only the last."""
-    # Not the metadata of the first, which an older nerve or a compaction may have written.
-    table = pa.concat_tables(tables).replace_schema_metadata(dataset.schema.metadata)
-    table = table.unify_dictionaries()  # by those of different parts, rows cannot be grouped
+    table = pa.concat_tables([dataset.schema.empty_table(), *tables])
     rows = pa.array(np.arange(len(table)))
     keys = table.select(dataset.key).append_column("row", rows)
     groups = keys.group_by(list(dataset.key), use_threads=False)
