@@ -182,7 +182,8 @@ class WatchedLoop:
             self.n_steps = first
         self.recorder.drop_after(self.n_steps if state is not None else first - 1)
         if self._record is not None:
-            self._record.step = self.n_steps
+            # A run that goes on has values of the end that it abandons.
+            self._record.update(step=self.n_steps, final={})
         if state is None and self.n_steps in self._steps:
             self.measure()
 

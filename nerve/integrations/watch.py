@@ -160,8 +160,10 @@ def watched(
     inner = unwrapped(model)
     if ffns is None:
         example = None if batches is None else batches[0]
-        ffns = find_ffns(inner, example, layers=chosen.layers, forward=forward)
-        log.info("FFNs to measure:\n%s", str(ffns))  # a kept record would keep the model
+        found = find_ffns(inner, example, layers=chosen.layers, forward=forward)
+        log.info("FFNs to measure:\n%s", str(found))  # a kept record would keep the model
+        found.warn()
+        ffns = found
     if "frequency" in chosen.groups and token_counts is None and batches is not None:
         token_counts = count_tokens(batches)
     with recorded_run(

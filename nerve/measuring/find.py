@@ -1,6 +1,7 @@
 """Finds the FFNs of any torch model from the dependence between its tensors, not from names."""
 
 import fnmatch
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ import pandas as pd
 from torch import nn
 
 from nerve.errors import MeasurementError
+from nerve.measuring.distributed import rank
 from nerve.measuring.experts import Experts, grouped
 from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths, n_inputs, pool_of, sites_of
 from nerve.measuring.forward import call
@@ -17,6 +19,8 @@ from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import products_of, stacked
 from nerve.measuring.trial import Seen, look_at, tensors_of
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 6
 
@@ -46,6 +50,12 @@ class FoundFFNs(list[FFN]):
             f"{name}: runs with its plain implementation instead of {what} during measurement."
             for name, what in sorted(replaced)
         ]
+
+    def warn(self) -> None:
+        """Logs a warning for each candidate that is not included; of several processes, only rank 0
+        does. For callers that measure what is found, without showing the table."""
+        for line in self.unclear if rank() == 0 else ():
+            log.warning("not measured; if it is an FFN, describe it by hand: %s", line)
 
     def table(self) -> pd.DataFrame:
         """One row per FFN: layer, name, pre, post, d_in, d_ff, gated, n_runs, pool."""

@@ -117,8 +117,7 @@ def _found(model: nn.Module, batch: Any, how: How) -> FoundFFNs:
     """The FFNs that a forward pass shows; logs them and candidates that may be FFNs."""
     found = find_ffns(model, batch, forward=how.forward)
     log.info("FFNs to measure:\n%s", str(found))  # a stored log record would keep the model
-    for line in found.unclear:
-        log.warning("not measured; if it is an FFN, describe it by hand: %s", line)
+    found.warn()
     return found
 
 

@@ -61,9 +61,15 @@ def trace(
     two sequences are equal in the right order.
 
     Raises:
-        TraceError: if the model cannot run on such a batch.
+        TraceError: if the model cannot run on such a batch, or the batch is empty.
         MeasurementError: for features that do not match the descriptions of the FFNs.
     """
+    if any(0 in stream.sizes for stream in streams.values()):
+        sizes = ", ".join(str(stream.sizes) for stream in streams.values())
+        raise TraceError(
+            "The first batch shows which tokens each FFN receives, and in which order, so it must "
+            f"have tokens; got [sequence, position] of {sizes}. Put a batch with tokens first."
+        )
     cut, lengths = _reduced(as_mapping(batch), streams)
     if not isinstance(batch, Mapping):
         (cut,) = cut.values()

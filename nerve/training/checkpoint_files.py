@@ -155,6 +155,12 @@ def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, which may be earlier than that of its run, if this has not ended or
+    did not end well. Raises like `read_checkpoint`."""
+    return int(weights_of(read_checkpoint(path))["step"])
+
+
 def drop_all_but_weights(path: Path) -> None:
     """Reduces the checkpoint of a completed run to its weights, with AdamW a third of its size."""
     write_checkpoint(path, weights_of(read_checkpoint(path)))

@@ -128,8 +128,10 @@ class SpectralMonitor(L.Callback):
         begins = trainer.global_step == 0  # otherwise the trainer's last step already has its row
         if begins:
             self._updates.n = 0
-        layers = self.settings.layers
-        ffns = find_ffns(pl_module, layers=layers) if self._ffns is None else self._ffns
+        ffns = self._ffns
+        if ffns is None:
+            ffns = found = find_ffns(pl_module, layers=self.settings.layers)
+            found.warn()
         self._recorder.open(
             ffns,
             trainer.strategy.root_device,

@@ -89,6 +89,31 @@ def test_a_run_without_kept_checkpoints_is_probed_at_its_last_one(run):
     assert nerve_probe("trained", "probed")[0] == 1  # one at a time
 
 
+def test_the_step_of_a_last_checkpoint_is_its_own(run, monkeypatch):
+    """A run that failed or was killed was at a later step than its last checkpoint."""
+    module = ModuleType("my_script")
+
+    class Failing(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 5:
+                raise RuntimeError("out of luck")
+
+    module.Failing = Failing
+    monkeypatch.setitem(sys.modules, "my_script", module)
+    asked = ["trainer.max_steps=9", "checkpoint.every_n_steps=4", "hydra.run.dir=trained"]
+    asked += ["+callbacks.failing._target_=my_script.Failing"]
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(*TINY_RUN, *asked)
+    assert nerve.RunRecord.load("trained").step == 5
+    status, out, err = nerve_probe("trained", "-o", "probed")
+    assert status == 0, err
+    assert "steps: 1 (4)" in out
+    own, got = nerve.load_metrics("trained").query("step == 4"), nerve.load_metrics("probed")
+    columns = own.columns.drop(["run_id", "train_loss", "lr", "run_status"])
+    own = own[columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(got[columns], own, rtol=1e-10, atol=0)
+
+
 def test_a_run_is_probed_without_its_callbacks_and_loggers(run, monkeypatch):
     """They may be missing on another machine."""
     module = ModuleType("my_script")

@@ -83,10 +83,11 @@ class Training(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def in_lightning(directory: Path, *, accumulate: int, source: str) -> pd.DataFrame:
-    model = network()
+def in_lightning(
+    directory: Path, model: Net, *, accumulate: int = 1, source: str, **asked
+) -> pd.DataFrame:
     store = nerve.RunStore(directory, nerve.RunRecord.create(directory, {}).run_id)
-    monitor = nerve.SpectralMonitor(store, ffns=ffns(model), every_n_steps=3, source=source)
+    monitor = nerve.SpectralMonitor(store, every_n_steps=3, source=source, **asked)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=N_STEPS,
@@ -170,7 +171,9 @@ def assert_same(rows: pd.DataFrame, other: pd.DataFrame, leaving: tuple[str, ...
 @pytest.mark.parametrize("source", ["train", "heldout"])
 def test_the_rows_are_those_of_the_lightning_monitor(tmp_path, accumulate, source):
     """Also over micro-batches, whose dropout shows that measuring draws no random numbers."""
-    expected = in_lightning(tmp_path / "lightning", accumulate=accumulate, source=source)
+    model = network()
+    how = {"accumulate": accumulate, "source": source, "ffns": ffns(model)}
+    expected = in_lightning(tmp_path / "lightning", model, **how)
     train(tmp_path / "loop", network(), accumulate=accumulate, source=source)
     rows = nerve.load_metrics(tmp_path / "loop")
     steps = [0, 3, 6] if source == "train" else [0, 3, 6, 7]
@@ -334,6 +337,23 @@ def test_without_a_checkpoint_a_run_starts_over_unless_it_is_done(tmp_path, capl
         train(tmp_path, network())
     with pytest.raises(StoreError, match="every_n_steps"):
         train(tmp_path, network(), every_n_steps=2)
+
+
+def test_a_run_that_goes_on_has_no_final_values_until_it_ends(tmp_path):
+    """Those of the end that it has abandoned are not its own."""
+    kept = train(tmp_path, network(), source="heldout", save_at=4)
+    assert nerve.RunRecord.load(tmp_path).final.keys() == {"val_loss", "measuring_seconds"}
+    seen = []
+
+    def within(step: int) -> None:
+        seen.append(nerve.RunRecord.load(tmp_path))
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        train(tmp_path, network(), source="heldout", checkpoint=kept, within=within)
+    seen.append(nerve.RunRecord.load(tmp_path))
+    found = [(record.run_status, record.step, record.final) for record in seen]
+    assert found == [("running", 4, {}), ("failed", 4, {})]
 
 
 def in_processes(rank: int, directory: str) -> None:
@@ -857,6 +877,30 @@ def test_a_plain_model_can_be_measured_repeatedly(tmp_path):
             optimizer.zero_grad()
             run.step(loss, len(y))
     assert nerve.load_metrics(tmp_path)["step"].tolist() == [0, 3]
+
+
+class Normed(nn.Sequential):
+    """An FFN whose features are mixed before the second projection, and so not found."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize("loop", ["watch", "lightning"])
+def test_what_may_be_an_ffn_is_not_left_out_silently(tmp_path, caplog, loop):
+    model = network()
+    model.blocks[1] = Normed().double()
+    if loop == "watch":
+        with nerve.watch(model, tmp_path, heldout=[pairs(1)[0][0]]) as run:
+            run.step()
+    else:
+        in_lightning(tmp_path, model, source="heldout")
+    assert nerve.load_metrics(tmp_path)["layer"].unique().tolist() == [0]
+    (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert line.startswith("not measured; if it is an FFN, describe it by hand: nerve.FFNAdapter(")
+    assert line.endswith(
+        "blocks.1.3)  # features are mixed in between, for example by a normalization"
+    )
 
 
 @pytest.mark.parametrize("source", ["train", "heldout"])

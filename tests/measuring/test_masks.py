@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 import torch
 from by_hand import Plain, values
@@ -512,3 +513,14 @@ def test_an_ffn_of_unknown_order_raises_with_a_mask(explicit):
     assert nerve.measure(model, [{"input_ids": ids}], ffns=ffns).n_samples.item() == N * T
     few = {name: value[:2] for name, value in batch.items()}
     assert nerve.measure(model, [few], ffns=ffns, mask=mask).n_samples.item() == 0
+
+
+@pytest.mark.parametrize("sizes", [(0, T), (N, 0)])
+def test_an_empty_first_batch_has_no_samples_and_shows_no_order(sizes):
+    model = ffn()
+    empty, full = torch.zeros(*sizes, D), torch.randn(N, T, D)
+    how = {"ffns": [FFNAdapter(0, "ffn", model.up, model.down)]}
+    alone = nerve.measure(model, [full], **how)
+    pd.testing.assert_frame_equal(nerve.measure(model, [empty, full], **how), alone)
+    with pytest.raises(MeasurementError, match=r"it must have tokens; got .* Put a batch with"):
+        nerve.measure(model, [empty, full], skip_first=1, **how)

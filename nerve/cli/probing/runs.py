@@ -17,7 +17,7 @@ from nerve.errors import DataError
 from nerve.measuring.find import FoundFFNs, find_ffns
 from nerve.measuring.groups import Grouped
 from nerve.storage.directory import RunDirectory
-from nerve.training.checkpoint_files import load_model
+from nerve.training.checkpoint_files import load_model, step_of
 
 _OF_TEXT = ("text", "tokenizer", "n_tokens", "seq_len", "batch_size", "steps")
 
@@ -57,7 +57,13 @@ class KeptCheckpoints:
         self.checkpoints = [
             Checkpoint(step, str(self._run.kept_checkpoint(step)))
             for step in self._run.kept_steps()
-        ] or [Checkpoint(self._record.step, str(self._run.checkpoint("last")))]
+        ] or [self._last()]
+
+    def _last(self) -> Checkpoint:
+        """The last checkpoint, with its own step: that of the run is later, unless it is done."""
+        last = self._run.checkpoint("last")
+        step = step_of(last) if last.exists() else self._record.step  # `load` says what is missing
+        return Checkpoint(step, str(last))
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """The model. Raises as `load_model` does."""
