@@ -109,7 +109,7 @@ def largest_move(share: ArrayLike, participation_ratio: ArrayLike) -> np.ndarray
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         s, root = np.asarray(share, float), np.sqrt(np.asarray(participation_ratio, float))
-        raised = 1 / (1 - s) ** 2
+        raised = (1 - s) ** -2.0
         lowered = np.where(s * root < 1, ((1 - s) / (1 - s * root)) ** 2, np.inf)
         lowered = np.where(np.isnan(s * root), np.nan, lowered)
         return np.maximum(raised, lowered) - 1

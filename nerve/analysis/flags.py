@@ -148,6 +148,8 @@ def _before_unevaluated(
         last: the last of them by `run_id`.
     """
     lacking = last.index[last["val_loss"].isna()]
+    if lacking.empty:
+        return last["val_loss"]
     own = steps[steps["run_id"].isin(lacking)]
     known = own.dropna(subset="val_loss").drop_duplicates("run_id", keep="last")
     known = known.set_index("run_id")

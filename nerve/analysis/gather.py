@@ -131,9 +131,8 @@ def _read(
 ) -> Read:
     found = [_read_one(record, dataset) for record in records[runs]]
     counts, unread = [len(table) for table, _ in found], [errors for _, errors in found]
-    tables = [table for table, _ in found]
-    table = pa.concat_tables([each for each in tables if len(each)] or tables[:1])
-    del found, tables
+    table = pa.concat_tables([table for table, _ in found])
+    del found
     ids = Coded.repeated([record.run_id for record in records[runs]], counts)
     block: Block = {"run_id": ids, **columns_of(table.drop_columns("run_id"))}
     del table  # halves the memory that this takes
@@ -144,9 +143,9 @@ def _read_one(record: StoredRun, dataset: Dataset) -> tuple[pa.Table, Sequence[S
     """The rows of a run and the errors of parts that cannot be read; no rows for a run of a newer
     nerve."""
     try:
-        return read_parts(record.directory, dataset, record.run_id, coded=True)
+        return read_parts(record.directory, dataset, record.run_id)
     except StoreError as error:
-        return dataset.coded_schema.empty_table(), [error]
+        return dataset.schema.empty_table(), [error]
 
 
 def gathered(blocks: Iterable[Block], n_blocks: int) -> dict[str, np.ndarray | pd.Categorical]:
@@ -188,19 +187,20 @@ def frame_of(columns: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def columns_of(table: pa.Table) -> dict[str, np.ndarray | Coded]:
-    """The columns of a table: dictionary-encoded strings as codes, numbers with NaN for null."""
+    """The columns of a table: strings as codes, and numbers with NaN for null."""
     return {
-        field.name: _coded(column) if pa.types.is_dictionary(field.type) else column.to_numpy()
+        field.name: _coded(column) if pa.types.is_string(field.type) else column.to_numpy()
         for field, column in zip(table.schema, table.columns, strict=True)
     }
 
 
 def _coded(column: pa.ChunkedArray) -> Coded:
-    chunks = column.unify_dictionaries().chunks
+    """Arrow strings as codes."""
+    chunks = column.dictionary_encode().chunks
     if not chunks:
         return Coded(np.empty(0, np.int8), ())
     codes = np.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in chunks])
-    return Coded.used(codes, chunks[-1].dictionary.to_pylist())
+    return Coded(codes, tuple(chunks[-1].dictionary.to_pylist()))
 
 
 class _Column:

@@ -82,9 +82,10 @@ class PairedFit:
             values: shape (run,).
             one, two: indices of designs, shape (pair,).
         """
-        of_designs, _ = self._solution(values)
+        of_designs, seeds = self._solution(values)
         return self._effects(
             values,
+            self._residual(values, of_designs, seeds),
             of_designs[two] - of_designs[one],
             1 / self.n[two] + 1 / self.n[one],
             self.shares[one] - self.shares[two],
@@ -92,11 +93,15 @@ class PairedFit:
 
     def weighted(self, values: np.ndarray, weights: Mapping[str, float]) -> Effects:
         """A weighted sum of the effects of designs, with weights by name; shape (1,)."""
-        of_designs, _ = self._solution(values)
+        of_designs, seeds = self._solution(values)
         row = np.array([weights.get(name, 0.0) for name in self.designs])
         through = -(row @ self.shares)
         return self._effects(
-            values, (row @ of_designs)[None], (row**2 / self.n).sum()[None], through[None]
+            values,
+            self._residual(values, of_designs, seeds),
+            (row @ of_designs)[None],
+            (row**2 / self.n).sum()[None],
+            through[None],
         )
 
     def _solution(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,29 +113,38 @@ class PairedFit:
         seeds = inverse @ (of_seeds - sums @ self.shares)
         return sums / self.n - self.shares @ seeds, seeds
 
+    def _residual(
+        self, values: np.ndarray, of_designs: np.ndarray, seeds: np.ndarray
+    ) -> np.ndarray:
+        """What the solution does not explain, shape (run,)."""
+        of_seeds = np.append(seeds, 0.0)  # the last entry, 0, is that of seed -1
+        return values - of_designs[self.design] - of_seeds[self.seed]
+
     def _effects(
-        self, values: np.ndarray, effect: np.ndarray, own: np.ndarray, through: np.ndarray
+        self,
+        values: np.ndarray,
+        residual: np.ndarray,
+        effect: np.ndarray,
+        own: np.ndarray,
+        through: np.ndarray,
     ) -> Effects:
         """The effects with their t intervals. An effect is nan if the data do not determine it;
         without degrees of freedom it has no interval. A residual that is only rounding counts as
         zero, so constants have an interval of zero width.
 
         Args:
-            values: shape (run,).
+            values, residual: shape (run,).
             effect: shape (effect,).
             own: its variance apart from the part due to seeds, for errors of variance 1.
             through: its coefficients of the seed effects, shape (effect, seed).
         """
         left, inverse, _ = self._left
-        known = np.isclose(through @ inverse @ left, through, rtol=0, atol=1e-8).all(axis=1)
+        known = (np.abs(through @ inverse @ left - through) <= 1e-8).all(axis=1)
         effect = np.where(known, np.where(np.abs(effect) < 1e-12, 0.0, effect), np.nan)
         df = np.where(known, max(self.df, 0), 0)
         if self.df < 1:
             missing = np.full(len(effect), np.nan)
             return Effects(effect, missing, missing, missing, df)
-        of_designs, seeds = self._solution(values)
-        of_seeds = np.append(seeds, 0.0)  # the last entry, 0, is that of seed -1
-        residual = values - of_designs[self.design] - of_seeds[self.seed]
         square = sum_of_squares(residual, values)
         sd = np.where(known, np.sqrt(square / self.df), np.nan)
         error = sd * np.sqrt(own + ((through @ inverse) * through).sum(axis=1))

@@ -177,6 +177,8 @@ def _counts(taken: Counts, n: int) -> Array:
 
 
 def _residuals(values: Array, given: Sequence[Array] = ()) -> Array:
+    if not given:
+        return values - values.mean(axis=-1, keepdims=True)
     ones = np.ones(values.shape[-1])
     controls = np.stack(np.broadcast_arrays(ones, *given), axis=-1)
     fitted = controls @ (np.linalg.pinv(controls) @ values[..., None])

@@ -174,7 +174,8 @@ def student_t(free: Counts) -> Array:
     few, many = (free >= 1) & (free < MANY), free >= MANY
     values, inverse = np.unique(free[few], return_inverse=True)
     quantiles[few] = np.array([_student_t(int(value)) for value in values])[inverse]
-    quantiles[many] = _expansion(free[many].astype(float))
+    if many.any():
+        quantiles[many] = _expansion(free[many].astype(float))
     return quantiles
 
 

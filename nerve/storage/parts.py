@@ -19,7 +19,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -89,16 +89,13 @@ def list_parts(directory: Path, dataset: Dataset) -> list[Path]:
     return sorted(paths, key=lambda path: (part_step(path), path.name)) if len(paths) > 1 else paths
 
 
-def read_part(
-    path: Path, dataset: Dataset, run_id: str | None = None, *, coded: bool = False
-) -> pa.Table:
+def read_part(path: Path, dataset: Dataset, run_id: str | None = None) -> pa.Table:
     """Reads one part as a table with exactly the dataset's schema.
 
     Args:
         path: path of the part.
         dataset: the dataset that it belongs to.
         run_id: the run to which the rows must belong; None for any run.
-        coded: leaves strings dictionary-encoded, as they are stored (`Dataset.coded_schema`).
 
     A nullable column that the part lacks, because an older nerve did not have it, is filled with
     null. A column that the schema lacks, such as one added by a user, is omitted, and a compaction
@@ -114,42 +111,22 @@ def read_part(
         # Read all bytes at once: reading column by column would take one system call for each.
         with open(path, "rb", buffering=0) as stored, pa.BufferReader(stored.read()) as file:
             _verify_footer(file)
-            with _opened(file, dataset.texts if coded else []) as parquet:
+            with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as parquet:
                 check_version(path, parquet.metadata.metadata)
-                table = fitted(parquet.read(use_threads=False), _schema_of(dataset, coded))
+                table = fitted(parquet.read(use_threads=False), dataset.schema)
     except FileNotFoundError as error:
         if not path.is_symlink():
             raise
         raise _damaged(path, dataset, error) from error  # a broken link
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise _damaged(path, dataset, error) from error
-    others = _other_runs(table["run_id"], run_id)
+    others = set() if run_id is None else set(table["run_id"].unique().to_pylist()) - {run_id}
     if others:
         raise DamagedPartError(
             f"{path} contains rows of run {', '.join(sorted(others))}; the run of its directory is "
             f"{run_id}. Move it to the directory of its own run."
         )
     return table
-
-
-def _opened(file: pa.NativeFile, texts: list[str]) -> pq.ParquetFile:
-    """A part to read, with the columns `texts` dictionary-encoded if it has them all."""
-    options = {"page_checksum_verification": True, "pre_buffer": False}
-    try:
-        return pq.ParquetFile(file, read_dictionary=texts, **options)
-    except KeyError:
-        return pq.ParquetFile(file, **options)
-
-
-def _other_runs(ids: pa.ChunkedArray, run_id: str | None) -> set[str]:
-    """The runs that the column `run_id` names beside this one."""
-    if run_id is None:
-        return set()
-    if pa.types.is_dictionary(ids.type):  # looking at its few strings is much faster than at all
-        texts = {text for chunk in ids.chunks for text in chunk.dictionary.to_pylist()}
-        if texts <= {run_id}:
-            return set()
-    return set(ids.unique().to_pylist()) - {run_id}
 
 
 def _damaged(path: Path, dataset: Dataset, error: Exception) -> DamagedPartError:
@@ -167,10 +144,10 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 
 
 def read_parts(
-    directory: Path, dataset: Dataset, run_id: str | None = None, *, coded: bool = False
+    directory: Path, dataset: Dataset, run_id: str | None = None
 ) -> tuple[pa.Table, list[DamagedPartError]]:
     """All rows of a run's dataset, each once, and an error for each part that is missing or had to
-    be left out. Arguments as those of `read_part`.
+    be left out.
 
     Rows are in the order of the parts, earliest first; of duplicate rows, the one in the latest
     part is kept.
@@ -182,7 +159,7 @@ def read_parts(
         try:
             for path in list_parts(directory, dataset):
                 try:
-                    tables.append(read_part(path, dataset, run_id, coded=coded))
+                    tables.append(read_part(path, dataset, run_id))
                 except DamagedPartError as error:
                     damaged.append(error)
                 except FileNotFoundError as error:
@@ -196,19 +173,14 @@ def read_parts(
             attempts += 1
             continue
         # A single part, as in a run that has ended, was written without duplicate rows.
-        tables = tables or [_empty(dataset.name, coded)]
-        table = joined(tables, dataset) if len(tables) > 1 else tables[0]
+        table = joined(tables, dataset) if len(tables) > 1 else [*tables, _empty(dataset.name)][0]
         return table, damaged + missing_errors(directory, dataset)
 
 
-def _schema_of(dataset: Dataset, coded: bool) -> pa.Schema:
-    return dataset.coded_schema if coded else dataset.schema
-
-
 @cache
-def _empty(name: str, coded: bool) -> pa.Table:
+def _empty(name: str) -> pa.Table:
     """A table without rows; not created on import, because pyarrow then searches for pandas."""
-    return _schema_of(DATASETS[name], coded).empty_table()
+    return DATASETS[name].schema.empty_table()
 
 
 def read_manifest(directory: Path) -> dict[str, set[str]]:
@@ -271,11 +243,9 @@ def missing_errors(directory: Path, dataset: Dataset) -> list[DamagedPartError]:
     ]
 
 
-def joined(tables: Sequence[pa.Table], dataset: Dataset) -> pa.Table:
+def joined(tables: Iterable[pa.Table], dataset: Dataset) -> pa.Table:
     """The rows of `tables` in their order; of rows with the same key, only the last."""
-    # Not the metadata of the first, which an older nerve or a compaction may have written.
-    table = pa.concat_tables(tables).replace_schema_metadata(dataset.schema.metadata)
-    table = table.unify_dictionaries()  # by those of different parts, rows cannot be grouped
+    table = pa.concat_tables([dataset.schema.empty_table(), *tables])
     rows = pa.array(np.arange(len(table)))
     keys = table.select(dataset.key).append_column("row", rows)
     groups = keys.group_by(list(dataset.key), use_threads=False)

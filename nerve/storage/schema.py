@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +119,6 @@ class Dataset:
     sites: tuple[str, ...] = ()
     is_optional: bool = False
 
-    @cached_property
-    def texts(self) -> list[str]:
-        """The columns of strings."""
-        return [field.name for field in self.schema if pa.types.is_string(field.type)]
-
-    @cached_property
-    def coded_schema(self) -> pa.Schema:
-        """The schema with dictionary-encoded strings."""
-        coded = pa.dictionary(pa.int32(), pa.string())
-        fields = [f.with_type(coded) if f.name in self.texts else f for f in self.schema]
-        return pa.schema(fields, metadata=self.schema.metadata)
-
 
 DATASETS = {
     "metrics": Dataset("metrics", METRICS, ("run_id", "step", "layer", "ffn")),
@@ -245,9 +232,7 @@ def encoding_of(schema: pa.Schema) -> dict[str, Any]:
 
     Measured numbers hardly repeat: a dictionary would make them larger and slower to read, and zstd
     no smaller. Columns with repeated values use LZ4, which compresses them as well as zstd: zstd
-    creates a context for each column, which takes longer than decompressing it. Ranges of values,
-    by which readers skip parts, are only stored for these columns: parsing those of all takes a
-    twentieth of the time to read a part.
+    creates a context for each column, which takes longer than decompressing it.
     """
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
     measured = {*STORED, *GROUPED}
@@ -256,11 +241,7 @@ def encoding_of(schema: pa.Schema) -> dict[str, Any]:
         for field in schema
         if field.name not in measured
     }
-    return {
-        "compression": compressed,
-        "use_dictionary": texts,
-        "write_statistics": [name for name, codec in compressed.items() if codec == "lz4"],
-    }
+    return {"compression": compressed, "use_dictionary": texts}
 
 
 def _path_of(field: pa.Field) -> str:

@@ -38,30 +38,48 @@ class Sweep:
         runs: rows of `load_runs`; the column `level`, if there is one, names the design, and
             `folder` the sweep.
         metrics: rows of `load_metrics`; rows of other runs are ignored.
+        whole: a sweep that has all these runs, whose flags are used where they are the same.
     """
 
     runs: pd.DataFrame
     metrics: pd.DataFrame
+    whole: "Sweep | None" = None
 
     def where(self, kept: pd.Series) -> "Sweep":
         """The runs for which `kept` is true."""
-        return Sweep(self.runs[kept], self.metrics)
+        return Sweep(self.runs[kept], self.metrics, self)
 
     def by(self, *columns: str) -> "Sweep":
         """The same runs with the values of these columns as their `level`."""
         texts = [self.runs[name].map(level_text) for name in columns]
         level = texts[0].str.cat(texts[1:], sep=" ") if len(texts) > 1 else texts[0]
-        return Sweep(self.runs.assign(level=level), self.metrics)
+        return Sweep(self.runs.assign(level=level), self.metrics, self)
 
     @cached_property
     def flags(self) -> pd.DataFrame:
-        """Which runs can be compared, and why others cannot."""
-        return flag_runs(self.metrics, self.runs)
+        """Which runs can be compared, and why others cannot.
+
+        A run's flag depends on other runs only if it repeats one of them.
+        """
+        if self.whole is None or self.whole.has_repeats:
+            return flag_runs(self.metrics, self.runs)
+        flags = self.whole.flags
+        return flags[flags["run_id"].isin(self.runs["run_id"])].reset_index(drop=True)
+
+    @cached_property
+    def has_repeats(self) -> bool:
+        """Whether a run is flagged because of another one."""
+        return bool((self.flags["flag"] == "repeat").any())
 
     @cached_property
     def points(self) -> pd.DataFrame:
         """Means over layers at the last step, including flagged runs."""
-        return final_metrics(self.metrics, self.runs, self._factors)
+        if self.whole is None or self.whole.has_repeats:
+            return final_metrics(self.metrics, self.runs, self._factors)
+        points = self.whole.points
+        points = points[points["run_id"].isin(self.runs["run_id"])].reset_index(drop=True)
+        own = self.runs.set_index("run_id")[self._factors].loc[points["run_id"]]
+        return points.assign(**own.reset_index(drop=True))
 
     @cached_property
     def ok(self) -> pd.DataFrame:
@@ -119,7 +137,7 @@ class Sweep:
     @property
     def compared(self) -> pd.DataFrame:
         """The rows of `runs` that can be compared."""
-        return self.runs[self.runs["run_id"].isin(self.ok["run_id"])]
+        return self.runs[(self.flags["flag"] == "ok").to_numpy()]
 
     @property
     def _factors(self) -> list[str]:
@@ -152,7 +170,9 @@ class Evidence:
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether each of these sweeps has a run that can be compared."""
-        return all(name in self.names and len(self.sweep(name).ok) for name in names)
+        return all(
+            name in self.names and (self.sweep(name).flags["flag"] == "ok").any() for name in names
+        )
 
 
 def last_step(rows: pd.DataFrame) -> pd.DataFrame:

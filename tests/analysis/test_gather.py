@@ -78,12 +78,7 @@ def test_columns_of_arrow_equal_the_conversion_of_pandas():
     lists = pa.array([[1.0], [], [2.0, 3.0], [4.0]], pa.list_(pa.float32()))
     first, second = (
         pa.table(
-            {
-                "text": pa.array(texts).dictionary_encode(),
-                "whole": [1, 2, 3, 4],
-                "number": [0.5, None, -0.0, 1.0],
-                "l": lists,
-            }
+            {"text": texts, "whole": [1, 2, 3, 4], "number": [0.5, None, -0.0, 1.0], "l": lists}
         )
         for texts in (["x", None, "x", "y"], ["z", "y", None, "x"])
     )
@@ -101,7 +96,7 @@ def test_columns_of_arrow_equal_the_conversion_of_pandas():
         np.testing.assert_array_equal(own, each)
     empty = columns_of(table.slice(0, 0))
     assert [len(empty["text"].codes), len(empty["number"])] == [0, 0]
-    no_chunks = pa.table({"text": pa.chunked_array([], first.schema.field("text").type)})
+    no_chunks = pa.table({"text": pa.chunked_array([], pa.string())})
     assert len(columns_of(no_chunks)["text"].codes) == 0
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -332,43 +331,3 @@ def test_a_folder_of_parts_that_cannot_be_listed_is_named(filled, monkeypatch, c
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DamagedPartError, match="metrics cannot be listed"):
         list_parts(filled, DATASET)
-
-
-REWRITTEN = {
-    "as it was": lambda table: table,
-    "texts of 64 bits": lambda table: pa.table(
-        {
-            name: column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
-            for name, column in zip(table.schema.names, table.columns, strict=True)
-        }
-    ),
-    # As pandas leaves categories after rows of another run were filtered out.
-    "a text that no row has": lambda table: table.set_column(
-        0, "run_id", pa.DictionaryArray.from_arrays([1] * len(table), ["other", "cafe0001"])
-    ),
-    "without a column of texts": lambda table: table.drop_columns("precision"),
-    "without rows": lambda table: table.slice(0, 0),
-}
-
-
-@pytest.mark.parametrize("rewritten", REWRITTEN.values(), ids=REWRITTEN)
-def test_texts_left_coded_are_those_that_are_decoded(filled, store, rewritten):
-    """In one part and in several, whose codes differ, and where one replaces rows of another."""
-    path = part_path(filled, DATASET, 40)
-    pq.write_table(rewritten(read_part(path, DATASET)), path)
-    coded = read_part(path, DATASET, store.run_id, coded=True)
-    assert coded.schema.equals(DATASET.coded_schema)
-    assert coded.cast(METRICS).equals(read_part(path, DATASET, store.run_id))
-    shutil.copy(path, part_path(filled, DATASET, 50))
-    (plain, none), (coded, same) = (
-        read_parts(filled, DATASET, store.run_id, coded=coded) for coded in (False, True)
-    )
-    assert none == same == []
-    assert coded.schema.equals(DATASET.coded_schema)
-    assert coded.cast(METRICS).equals(plain)
-    assert len(plain) == 4 + len(read_part(path, DATASET))
-
-
-def test_a_coded_part_of_another_run_is_refused(filled):
-    with pytest.raises(DamagedPartError, match="contains rows of run cafe0001"):
-        read_part(part_path(filled, DATASET, 40), DATASET, "mine", coded=True)

@@ -72,18 +72,20 @@ def measure(sweep: Sweep, designs: Mapping[str, Design]) -> Measured | None:
     data = runs["run_id"].map(flags["data"])
     runs = runs[data == data.value_counts().index[0]].sort_values(["_design", "seed"])
     rows = sweep.metrics[sweep.metrics["run_id"].isin(runs["run_id"])]
-    # Token mixing comes before channel mixing, as in a block.
-    unit = (rows["ffn"] == "channel_mixing") * 1000 + rows["layer"].astype(int)
-    rows = rows.assign(unit=unit)
     common = set.intersection(
         *(set(own) for _, own in rows.groupby("run_id", observed=True)["step"])
     )
     steps = np.array(sorted(common))
     order = pd.Index(runs["run_id"])
     rows = rows[rows["step"].isin(steps)]
-    wide = rows.pivot(index="run_id", columns=["step", "unit"], values=list(NAMES)).loc[order]
-    shape = (len(runs), len(steps), -1)
-    losses = rows.pivot_table(index="run_id", columns="step", values="val_loss").loc[order]
+    # Token mixing comes before channel mixing, as in a block.
+    units = (rows["ffn"] == "channel_mixing").to_numpy() * 1000 + rows["layer"].to_numpy(int)
+    present, unit = np.unique(units, return_inverse=True)
+    run, step = order.get_indexer(rows["run_id"]), np.searchsorted(steps, rows["step"])
+    spectra = np.full((len(NAMES), len(runs), len(steps), len(present)), np.nan)
+    spectra[:, run, step, unit] = rows[list(NAMES)].to_numpy(float).T
+    losses = np.full((len(runs), len(steps)), np.nan)
+    losses[run, step] = rows["val_loss"]
     nothing = np.full(len(runs), np.nan)
     accuracy = runs.get("final.val_accuracy", pd.Series(nothing)).to_numpy(float)
     return Measured(
@@ -91,8 +93,8 @@ def measure(sweep: Sweep, designs: Mapping[str, Design]) -> Measured | None:
         seed=runs["seed"].to_numpy(int),
         width=runs["ffn.width"].map(_number).to_numpy(float),
         steps=steps,
-        spectra={name: wide[name].to_numpy(float).reshape(shape) for name in NAMES},
-        loss=losses.to_numpy(float),
+        spectra=dict(zip(NAMES, spectra, strict=True)),
+        loss=losses,
         accuracy=accuracy,
         runs=runs.reset_index(drop=True),
         tokens=rows.groupby("run_id", observed=True)["tokens_seen"]

@@ -58,9 +58,7 @@ def tracking(runs: Measured, name: str) -> np.ndarray:
     if late.sum() < 8:
         return np.full(len(runs), np.nan)
     clock = np.log1p(runs.steps[late])
-    metric = mean_of(runs, name)[:, late]
-    pairs = zip(metric, runs.loss[:, late], strict=True)
-    return np.array([-partial_correlation(own, loss, [clock]) for own, loss in pairs])
+    return -partial_correlation(mean_of(runs, name)[:, late], runs.loss[:, late], [clock])
 
 
 def at_equal_loss(series: np.ndarray, runs: Measured, names: tuple[str, ...]) -> np.ndarray:
