@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from hydra.conf import ConfigSourceInfo, HydraConf
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
@@ -161,16 +162,26 @@ def refuse_lists(overrides: Iterable[Override]) -> None:
             )
 
 
-def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequence[str]) -> None:
+def refuse_merged(loader: ConfigLoader, hydra: HydraConf, overrides: Sequence[str]) -> None:
     """Refuses a list of options in the defaults of the composed files.
 
-    An option that builds on another option of its own group is not such a list.
+    An option that builds on another option of its own group is not such a list. Shipped files have
+    none; where no others can be read, their defaults are not computed, which takes half as long as
+    a composition.
+
+    Args:
+        loader: Hydra's.
+        hydra: Hydra's own node of the composed configuration.
+        overrides: of the command line, without those of Hydra's own node.
 
     Raises:
         ConfigError: with the syntax for running each of them.
     """
+    if all(_is_shipped(source) for source in hydra.runtime.config_sources):
+        return
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    defaults = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN).defaults
+    given = [*hydra.overrides.hydra, *overrides]  # with hydra.searchpath, where options may be
+    defaults = loader.compute_defaults_list(hydra.job.config_name, given, RunMode.RUN).defaults
     for each in defaults:
         group, _, option = (each.config_path or "").rpartition("/")
         parent = each.parent or ""
@@ -179,6 +190,11 @@ def refuse_merged(loader: ConfigLoader, config_name: str | None, overrides: Sequ
     for (_, group), options in found.items():
         if len(options) > 1:
             raise _merged(group, options)
+
+
+def _is_shipped(source: ConfigSourceInfo) -> bool:
+    """Whether its files come with nerve or Hydra; what Python code stores has no file."""
+    return source.path in (str(CONF), str(SWEEPS), "hydra.conf") or source.schema == "structured"
 
 
 def _is_no_name(value: object) -> bool:

@@ -49,11 +49,8 @@ def check_composed(hydra_config: HydraConf) -> None:
     """Refuses what Hydra accepts for a single run and ignores: a launcher, and all but the last of
     several options of a group."""
     if hydra_config.mode != RunMode.MULTIRUN:
-        refuse_merged(
-            GlobalHydra.instance().config_loader(),
-            hydra_config.job.config_name,
-            hydra_config.overrides.task,
-        )
+        loader = GlobalHydra.instance().config_loader()
+        refuse_merged(loader, hydra_config, hydra_config.overrides.task)
     launcher = hydra_config.runtime.choices.get("hydra/launcher", "basic")
     require(
         hydra_config.mode == RunMode.MULTIRUN or launcher == "basic",

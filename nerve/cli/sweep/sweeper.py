@@ -162,10 +162,8 @@ class TrialSweeper(Sweeper):
         given = [f"{key}={values}" for key, values in self._params.items()]
         overrides = parser.parse_overrides([*given, *arguments])
         refuse_lists(overrides)
-        name = self.config.hydra.job.config_name
-        refuse_merged(
-            loader, name, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-        )
+        fixed = [str(each.input_line) for each in overrides if not each.is_sweep_override()]
+        refuse_merged(loader, self.config.hydra, fixed)
         return combinations(overrides)
 
     def _check_launcher(self, launcher: Mapping[str, Any]) -> None:

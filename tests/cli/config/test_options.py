@@ -2,8 +2,10 @@
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from nerve.cli.config.compose import CONF, SWEEPS
+from nerve.cli.config.hydra_internals import ConfigLoaderImpl
 from nerve.cli.config.overrides import refuse_lists
 from nerve.errors import ConfigError
 
@@ -128,3 +130,48 @@ def test_a_run_with_a_list_of_options_leaves_no_directory(run, tmp_path, overrid
     assert (status, list(tmp_path.iterdir())) == (1, [])
     assert err.startswith("nerve-run: ")
     assert "takes one option; got a list" in err
+
+
+@pytest.fixture(params=["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def own_files(request, tmp_path) -> str:
+    """The argument that adds the user's options `both`, which has a list, and `one`."""
+    folder = tmp_path / "own" / "design"
+    folder.mkdir(parents=True)
+    for name, options in (("both", "[gelu, relu]"), ("one", "relu")):
+        text = f"# @package _global_\ndefaults: [override /activation: {options}]"
+        (folder / f"{name}.yaml").write_text(text)
+    return request.param.format(folder.parent)
+
+
+@pytest.mark.parametrize("more", [(), ("seed=0,1", "-m")])
+def test_a_list_of_options_in_a_file_of_the_user_is_refused(run, tmp_path, own_files, more):
+    status, _, err = run(own_files, "+design=both", *more)
+    assert (status, [path.name for path in tmp_path.iterdir()]) == (1, ["own"])
+    assert err.startswith("nerve-run: activation takes one option; got a list, [gelu,relu]")
+
+
+def test_an_option_in_a_file_of_the_user_is_run(run, experiments, own_files):
+    assert run(own_files, "+design=one")[0] == 0
+    assert [config.activation.name for config, _ in experiments] == ["relu"]
+
+
+def test_no_shipped_file_has_a_list_of_options():
+    """This is why nothing is looked for among shipped files."""
+    n_found = 0
+    for path in [path for root in (CONF, SWEEPS) for path in root.rglob("*.yaml")]:
+        defaults = OmegaConf.to_container(OmegaConf.load(path)).get("defaults", [])
+        options = [each for each in defaults if isinstance(each, dict)]
+        groups = [group.split()[-1].lstrip("/") for each in options for group in each]
+        assert len(set(groups)) == len(groups), path
+        for group, option in ((group, each[group]) for each in options for group in each):
+            assert isinstance(option, str) or group.split()[-1] == "logger", path
+        n_found += len(groups)
+    assert n_found > 50
+
+
+def test_a_start_with_shipped_files_alone_composes_no_further_defaults(
+    run, experiments, monkeypatch
+):
+    monkeypatch.setattr(ConfigLoaderImpl, "compute_defaults_list", lambda *_: pytest.fail("done"))
+    assert run("seed=1")[0] == 0
+    assert len(experiments) == 1
