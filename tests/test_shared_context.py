@@ -25,13 +25,13 @@ def overlap(context: Callable[[], AbstractContextManager[None]], read: Callable[
     def second() -> None:
         with context():
             is_second_inside.set()
-            assert has_first_left.wait(10)
+            assert has_first_left.wait(100)
             found.append(read())
 
     thread = threading.Thread(target=second)
     with context():
         thread.start()
-        assert is_second_inside.wait(10)
+        assert is_second_inside.wait(100)
     has_first_left.set()
     thread.join()
     return found[0]

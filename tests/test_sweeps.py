@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class Sweep:
     @property
     def n_runs(self) -> int:
         return len(self.trials) * len(self.seeds)
+
+    @cached_property
+    def values(self) -> tuple[dict[str, Any], ...]:
+        """The plain values of each trial."""
+        return tuple(map(values_of, self.trials))
 
 
 def header(name: str) -> list[str]:
@@ -157,10 +162,11 @@ def grid(params: Mapping[str, str]) -> dict[str, list[str]]:
 
 def values_of(trial: DictConfig) -> dict[str, Any]:
     """Plain values, without the logger, whose paths only a running job knows."""
-    counted = OmegaConf.masked_copy(trial, [str(key) for key in trial if key != "logger"])
-    values = OmegaConf.to_container(counted, resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    nodes = {str(key): trial[key] for key in trial if key != "logger"}
+    return {
+        key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        for key, node in nodes.items()
+    }
 
 
 def data_dims_of(values: Mapping[str, Any], *, vocab_size: int, image_size: int) -> dict[str, int]:

@@ -39,7 +39,7 @@ def entries(root: Path) -> list[str]:
 
 
 def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -275,7 +275,7 @@ def test_who_comes_while_another_builds_waits_and_takes_its_entry(
         first = pool.submit(get)
         wait_until(lambda: built)
         second = pool.submit(get)
-        entries_got = [first.result(timeout=60), second.result(timeout=60)]
+        entries_got = [first.result(timeout=100), second.result(timeout=100)]
     assert len(built) == 1
     assert caplog.text.count(f"tokenizing {small_corpus.name}, once") == 1
     np.testing.assert_array_equal(entries_got[0].train.all(), entries_got[1].train.all())
@@ -296,7 +296,7 @@ def without_locks(*_):
 
 def publish_with_the_other(building, path):
     (root / me).touch()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not (root / other).exists():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -698,7 +698,7 @@ def test_neither_another_threads_measurement_nor_an_export_is_a_pass(tmp_path):
 
     def waiting(module: nn.Module, *_: object) -> None:
         looks.set()
-        has_run.wait(10)
+        has_run.wait(100)
 
     other.register_forward_hook(waiting)
 
@@ -714,7 +714,7 @@ def test_neither_another_threads_measurement_nor_an_export_is_a_pass(tmp_path):
         def begin(*_: object) -> None:
             if torch.is_grad_enabled() and thread.ident is None:
                 thread.start()
-                looks.wait(10)
+                looks.wait(100)
 
         model.blocks[0][1].register_forward_hook(begin)
         model(x).sum().backward()

@@ -89,7 +89,7 @@ SHARDS = [[0, 150, 300], [0, 299, 300], [0, 300, 300], [0, 0, 300]]
 def group_of_three(monkeypatch: pytest.MonkeyPatch) -> local:
     """Three threads instead of processes. All receive the sum of what each contributes; in a sum
     for a single process, the others receive garbage."""
-    barrier, given, me = Barrier(3, timeout=20), list[torch.Tensor](), local()
+    barrier, given, me = Barrier(3, timeout=100), list[torch.Tensor](), local()
 
     def all_reduce(tensor: torch.Tensor) -> None:
         given.append(tensor.clone())
@@ -379,7 +379,7 @@ class Late(FFNEigenproblem):
     file: Path
 
     def solve(self) -> FFNSpectra:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 100
         while not self.file.exists() and time.monotonic() < until:
             time.sleep(0.01)
         return super().solve()

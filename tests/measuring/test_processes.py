@@ -66,7 +66,7 @@ def two(monkeypatch):
     """Two processes, as threads that share a store; returns what a function of the rank returned or
     raised in each."""
     store, me = dist.HashStore(), threading.local()
-    store.set_timeout(timedelta(seconds=20))
+    store.set_timeout(timedelta(seconds=100))
     monkeypatch.setattr(distributed, "_store", lambda: dist.PrefixStore("nerve", store))
     monkeypatch.setattr(distributed, "n_processes", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: getattr(me, "rank", 0))
@@ -86,7 +86,7 @@ def two(monkeypatch):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(100)
             assert not thread.is_alive()
         return ends
 
@@ -125,14 +125,16 @@ def test_waiting_for_mail_of_a_process_that_has_left_raises_with_its_reason(two)
     assert "process 1 has stopped: RuntimeError: gone" in str(error)
 
 
-def test_a_process_that_has_left_may_return(two):
-    """After an error that all processes have caught."""
+def test_a_process_that_has_left_may_return(two, monkeypatch):
+    """After an error that all processes have caught. Then it may take longer than one that has left
+    is waited for."""
+    monkeypatch.setattr(distributed, "BELIEVED_AFTER_S", 1.0)
 
     def process(index: int) -> object:
         leave(ValueError("caught"))
         time.sleep(0.02 * index)
         first = gathered(index)
-        time.sleep(0.1 * (1 - index))
+        time.sleep(1.2 * (1 - index))
         return first, gathered(-index)
 
     assert two(process) == [([0, 1], [0, -1])] * 2

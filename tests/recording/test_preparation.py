@@ -45,7 +45,7 @@ def test_training_does_not_wait_but_close_does_unless_it_could_hang(compiled, mo
     gate = threading.Event()
 
     def compile_slowly(device: torch.device) -> None:
-        assert gate.wait(10)
+        assert gate.wait(100)
         compiled.append(device)
 
     monkeypatch.setattr(preparation, "prepare_centered", compile_slowly)

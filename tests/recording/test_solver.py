@@ -37,7 +37,7 @@ class Held(FFNEigenproblem):
     gate: threading.Event
 
     def solve(self) -> FFNSpectra:
-        assert self.gate.wait(10)
+        assert self.gate.wait(100)
         return super().solve()
 
 
@@ -120,7 +120,7 @@ def test_ctrl_c_during_close_has_already_dropped_pending_work():
     gate, solver = threading.Event(), Solver(CPU, n_workers=1)
     solver.submit({"step": 0}, [hold(make_eigenproblem(layer), gate) for layer in range(3)])
     futures = [each.future for each in solver._pending[0].waiting]
-    until = time.monotonic() + 10
+    until = time.monotonic() + 100
     while not futures[0].running() and time.monotonic() < until:
         time.sleep(0.001)
     with pytest.raises(KeyboardInterrupt):

@@ -35,7 +35,7 @@ def test_a_thread_keeps_its_number_if_another_one_started_a_pool_before_it(monke
         torch.set_num_threads(3)
         with workers._numbers_restored():
             is_inside.set()
-            assert leave.wait(10)
+            assert leave.wait(100)
         kept.append(torch.get_num_threads())
 
     def leave_first(refusals) -> None:  # a thread of the second pool
@@ -46,7 +46,7 @@ def test_a_thread_keeps_its_number_if_another_one_started_a_pool_before_it(monke
     monkeypatch.setattr(workers, "_give_way", leave_first)
     try:
         other.start()
-        assert is_inside.wait(10)
+        assert is_inside.wait(100)
         torch.set_num_threads(2)
         pool_of(1).shutdown()
         assert (torch.get_num_threads(), kept) == (2, [3])

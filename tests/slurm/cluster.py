@@ -83,7 +83,7 @@ class Cluster:
         line = self.call("scontrol", "--oneliner", "show", "job", job_id)
         return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
-    def wait(self, what: str, reached: Callable[[], Value], seconds: float = 120) -> Value:
+    def wait(self, what: str, reached: Callable[[], Value], seconds: float = 240) -> Value:
         """The first true value of `reached`; fails with the logs if there is none in time."""
         until = time.monotonic() + seconds
         while not (value := reached()):

@@ -7,7 +7,7 @@ import pytest
 
 from .sweep import STEPS
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 WARNED_S = 90
 

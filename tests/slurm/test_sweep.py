@@ -15,7 +15,7 @@ from nerve.storage.directory import RunDirectory
 
 from .sweep import TINY
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 CPUS = 2  # of the three that a node has: no two jobs share one
 KILLED, CANCELLED, UNDISTURBED, UNLUCKY, WITHDRAWN = range(5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 NUMBERS = ["se_pre", "se_post", "pr_pre", "pr_post", "eee_pre", "eee_post", "val_loss"]
 

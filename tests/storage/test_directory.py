@@ -117,7 +117,7 @@ def test_a_start_waits_until_the_heart_of_another_host_is_old(tmp_path):
     on_host(record, "elsewhere", FRESH - timedelta(seconds=1))
     began = time.monotonic()
     again = RunDirectory(tmp_path).create_or_resume({})
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < FRESH.total_seconds() / 2
     assert (again.restarts, again.host) == (1, socket.gethostname())
 
 

@@ -372,7 +372,7 @@ def killed(request, tmp_path_factory) -> tuple[str, list[Path]]:
     base = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(base), request.param]
     root = Path(__file__).parents[2]
-    subprocess.run(command, check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(root)})
+    subprocess.run(command, check=True, timeout=200, env={**os.environ, "PYTHONPATH": str(root)})
     return request.param, sorted(base.iterdir())
 
 

@@ -23,7 +23,7 @@ def run(monkeypatch):
     """
 
     def call(n_steps: int, seconds, wishes: dict[int, tuple[int, int]]):
-        me, barrier, told = threading.local(), threading.Barrier(N, timeout=20), {}
+        me, barrier, told = threading.local(), threading.Barrier(N, timeout=100), {}
         heard, asked = [[] for _ in range(N)], [0] * N
 
         def gathered(value):

@@ -127,7 +127,7 @@ def test_where_all_refuse_each_has_its_own_reason_and_none_waits():
     began = time.monotonic()
     ends = of(3, *((fails(ConfigError(str(i))), comes) for i in range(3)))
     assert [str(end) for end in ends] == ["0", "1", "2"]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < gathering.HEARD_WITHIN_S / 2
 
 
 def test_where_one_is_stopped_all_are_interrupted():
@@ -190,7 +190,7 @@ def test_a_process_that_waits_obeys_signals_at_once(monkeypatch, signum, leads):
 
     with pytest.raises(Interrupted, match=signal.Signals(signum).name):
         come()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < gathering.HEARD_WITHIN_S / 2
 
 
 def test_torch_opens_its_own_store_where_they_have_met():

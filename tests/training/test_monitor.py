@@ -778,7 +778,7 @@ def test_the_first_measurement_is_waited_for_where_a_callback_monitors_it(tmp_pa
     solve, began = FFNEigenproblem.solve, threading.Event()
 
     def late(problem):
-        assert began.wait(5)
+        assert began.wait(100)
         return solve(problem)
 
     monkeypatch.setattr(FFNEigenproblem, "solve", late)

@@ -28,7 +28,7 @@ def run_experiment(config: Any, hydra_config: Any) -> float:
     if deed == "refuse":
         raise ConfigError("seed must be lucky")
     if deed == "start slowly":
-        time.sleep(60)
+        time.sleep(200)
     loss = 0.5 + config.seed
     if is_done(run, config):
         return loss
@@ -61,7 +61,8 @@ def befall(deed: str, directory: Path) -> None:
     if deed == "stop the sweep":
         os.kill(os.getppid(), signal.SIGINT)
     if deed in ("hang", "hang deaf", "stop the sweep"):
-        time.sleep(60)
+        (directory / "hangs").touch()
+        time.sleep(200)
     if deed == "meet":
         while len(list(directory.parent.glob("*/starts"))) < 2:
             time.sleep(0.01)

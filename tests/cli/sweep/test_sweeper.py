@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import composing
 import pytest
@@ -249,11 +250,16 @@ def test_failed_trials_are_kept_until_they_are_retried(sweep):
 
 @pytest.mark.parametrize(("deed", "told"), [("hang", ""), ("hang deaf", "did not end within")])
 def test_a_trial_that_hangs_is_stopped_at_the_time_limit(sweep, monkeypatch, deed, told):
-    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    """The limit is over as soon as the trial hangs, however long it took to start."""
+
+    def now() -> float:
+        return time.monotonic() + 3600 * any(FOLDER.glob("*/hangs"))
+
+    monkeypatch.setattr(local, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+    if told:
+        monkeypatch.setattr(local, "GRACE_S", 0.5)
     befalls({0: deed})
-    began = time.monotonic()
-    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=0.1")
-    assert time.monotonic() - began < 40
+    status, _, err = sweep("seed=0,1", "hydra.sweeper.timeout_min=30")
     assert status == 1
     assert statuses() == {0: "interrupted", 1: "done"}
     assert "the limit of hydra.sweeper.timeout_min" in err
@@ -437,7 +443,7 @@ def test_a_trial_stops_when_the_sweep_is_killed(sweep, tmp_path):
 
 
 def wait_for(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.05)
