@@ -35,6 +35,10 @@ class MeasurementError(NerveError):
     """Features that were captured wrongly, not at all or twice, or an impossible spectrum."""
 
 
+class NotFiniteError(MeasurementError):
+    """Features without a finite sample, which show no dependence."""
+
+
 class DivergedError(NerveError):
     """The training loss became NaN or infinite."""
 

@@ -15,7 +15,6 @@ import pandas as pd
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.frames import require_joinable, require_names
 from nerve.analysis.gather import (
-    AT_ONCE,
     Block,
     Coded,
     Derive,
@@ -117,13 +116,13 @@ class Runs:
         counts: list[int] = []
         unread: list[Sequence[StoreError]] = []
 
-        def blocks() -> Iterator[Block]:
+        def blocks() -> Iterator[tuple[Block, float]]:
             for read in reads(self.records, dataset, derive):
                 counts.extend(read.counts)
                 unread.extend(read.unread)
-                yield read.block
+                yield read.block, len(self) / len(counts)
 
-        columns: dict[str, Any] = {**gathered(blocks(), -(-len(self) // AT_ONCE))}
+        columns: dict[str, Any] = {**gathered(blocks())}
         self._counts[dataset.name] = counts
         self._warn(dataset, unread)
         n_damaged = np.array([len(errors) for errors in unread], np.int32)

@@ -33,6 +33,7 @@ class Dependence:
         n_links: by key, the maximum number of times that each link appeared in one pass.
         hidden: projections to fewer features without derivatives, because of activation
             checkpointing or disabled autograd.
+        not_finite: projections that returned no finite sample.
     """
 
     projections: Iterable[nn.Module]
@@ -42,6 +43,7 @@ class Dependence:
     links: dict[tuple[Any, ...], Link] = field(default_factory=dict)
     n_links: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     hidden: dict[nn.Module, None] = field(default_factory=dict)
+    not_finite: dict[nn.Module, None] = field(default_factory=dict)
     _now: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _leaves: list[Leaf] = field(default_factory=list)
     _asks: bool = False
@@ -71,6 +73,7 @@ class Dependence:
         self.links.clear()
         self.n_links.clear()
         self.hidden.clear()
+        self.not_finite.clear()
 
     def _hook(self, module: nn.Module) -> None:
         if module not in self._hooked:
@@ -82,6 +85,9 @@ class Dependence:
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self._asks or not isinstance(output, Tensor) or not output.is_floating_point():
             return None
+        samples = rows_of(output.detach(), module)
+        if len(samples) and not samples.isfinite().all(1).any():
+            self.not_finite[module] = None
         leaf = output.detach().requires_grad_()
         self._leaves.append(Leaf(module, leaf))
         return leaf.clone()  # a nonlinearity may overwrite it

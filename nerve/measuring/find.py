@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from nerve.errors import MeasurementError
+from nerve.errors import MeasurementError, NotFiniteError
 from nerve.measuring.distributed import rank
 from nerve.measuring.experts import Experts, grouped
 from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths, n_inputs, pool_of, sites_of
@@ -116,6 +116,7 @@ def find_ffns(
 
     Raises:
         MeasurementError: if no FFN is found, or none in one of `layers`.
+        NotFiniteError: if features are not finite, as in a model that has diverged.
     """
     paths: Mapping[nn.Module, str] = {module: path for path, module in model.named_modules()}
     own = [module for module in model.modules() if isinstance(module, FFN)]
@@ -137,9 +138,11 @@ def _described(
     model: nn.Module, seen: Seen, select: str | None
 ) -> tuple[list[FFN], Mapping[nn.Module, str], list[str]]:
     """FFNs that were identified, the paths of modules, and a line of code for each unclear
-    candidate."""
+    candidate. Raises `NotFiniteError` as `find_ffns` does."""
     slices = [s for each in seen.products for stack in each.stacks.values() for s in stack.slices]
     tree, dependence = Tree(model, slices), seen.dependence
+    for module in dependence.not_finite:
+        raise _not_finite(tree.paths[module])
     links = grouped(tree, seen, dependence.links.values())
     sure = [
         each for each in links if _one(each).kind != "unclear" and _is_chosen(tree, each, select)
@@ -268,6 +271,15 @@ def _none_found(
         "A model to measure needs FFNs: two projections with a nonlinearity in between. No FFN"
         f"{chosen} was found in a forward pass of {type(model).__name__}. {fix} each with "
         f'nerve.FFNAdapter(layer, "ffn", block.up, block.down). {maybe}'.strip()
+    )
+
+
+def _not_finite(path: str) -> NotFiniteError:
+    return NotFiniteError(
+        "FFNs are found from derivatives, so features must be finite; those of "
+        f"model.{path} are not, in any sample: the model has diverged, or the batch is not finite. "
+        "Describe the FFNs by hand with nerve.FFNAdapter: the status of their rows is then "
+        "non_finite."
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from nerve.analysis import gather
 from nerve.analysis.gather import (
     Coded,
+    Read,
     columns_of,
     frame_of,
     gathered,
@@ -34,17 +35,15 @@ def block(n: int, texts: list[str | None]) -> pd.DataFrame:
 
 
 def gathered_frame(blocks: list[pd.DataFrame]) -> pd.DataFrame:
-    columns = gathered(
-        (
-            {
-                name: Coded.of(values) if name == "text" else values.to_numpy()
-                for name, values in each.items()
-            }
-            for each in blocks
-        ),
-        len(blocks),
-    )
-    return frame_of(columns)
+    columns = [
+        {
+            name: Coded.of(values) if name == "text" else values.to_numpy()
+            for name, values in each.items()
+        }
+        for each in blocks
+    ]
+    times = [len(blocks) / (i + 1) for i in range(len(blocks))]
+    return frame_of(gathered(zip(columns, times, strict=True)))
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (1, 200, 7), (0, 0, 3), (200, 1)])
@@ -68,7 +67,7 @@ def test_codes_have_the_smallest_sufficient_type(n, kind):
     texts = [f"{i:05d}" for i in RNG.permutation(n)]
     half = n // 2
     parts = [pd.Series(texts[:half]), pd.Series(texts[half:])]
-    found = gathered(({"text": Coded.of(part)} for part in parts), 2)["text"]
+    found = gathered(({"text": Coded.of(part)}, 1) for part in parts)["text"]
     assert found.codes.dtype == kind
     assert list(found) == texts
 
@@ -107,6 +106,25 @@ def test_a_frame_shares_memory_with_its_arrays():
     assert np.shares_memory(frame["n"], columns["n"])
 
 
+@pytest.mark.parametrize(
+    ("run_bytes", "at_once"),
+    [
+        (300_000, [1, 2, 4, 8, 16, 27, 27]),  # blocks of 8 MiB
+        (0, [1, 2, 4, 8, 16, 32, 64, 64]),  # such as groups, which few runs have
+        (100 << 20, [1, 1, 1]),
+    ],
+)
+def test_blocks_grow_until_they_have_their_size(run_bytes, at_once):
+    found = [1]
+    for n in at_once[:-1]:
+        found.append(Read({}, n * run_bytes, [0] * n, []).next_at_once())
+    assert found == at_once
+
+
+def test_blocks_shrink_at_once_if_runs_are_larger():
+    assert Read({}, 64 << 20, [0] * 64, []).next_at_once() == 8
+
+
 def test_unused_strings_are_left_out():
     found = Coded.used(np.array([3, 0, -1, 3], np.int8), ("c", "a", "d", "b"))
     assert list(found.codes) == [1, 0, -1, 1]
@@ -133,7 +151,7 @@ def test_repeat_is_numpys():
 
 def test_renumbering_goes_piece_by_piece(monkeypatch):
     monkeypatch.setattr(gather, "_AT_ONCE", 2)
-    found = gathered([{"text": Coded.of(pd.Series([*"cabca"]))}], 1)["text"]
+    found = gathered([({"text": Coded.of(pd.Series([*"cabca"]))}, 1)])["text"]
     assert list(found) == [*"cabca"]
     assert list(found.categories) == [*"abc"]
 

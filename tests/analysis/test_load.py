@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nerve.analysis import gather, load, run_rows
+from nerve.analysis import gather, run_rows
 from nerve.analysis.flags import flag_runs
 from nerve.analysis.load import Runs, load_metrics, load_runs, load_scalars, load_spectra
 from nerve.errors import ConfigError, StoreError
@@ -413,8 +413,7 @@ def test_runs_read_a_few_at_once_are_as_read_all_at_once(tmp_path, make_run, row
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IncompleteWarning)
         whole = load_metrics(tmp_path, factors=["a"])
-        monkeypatch.setattr(load, "AT_ONCE", 2)
-        monkeypatch.setattr(gather, "AT_ONCE", 2)
+        monkeypatch.setattr(gather, "MOST_AT_ONCE", 2)
         pd.testing.assert_frame_equal(load_metrics(tmp_path, factors=["a"]), whole)
     assert list(whole["a"].unique()) == ["text 0", "text 1", "text 3", "text 4"]
     by_halves = (whole["a"] == "text 3") & (whole["step"] == 20)

@@ -204,7 +204,7 @@ def test_damaged_checkpoints_are_named_and_the_others_measured(damaged, is_empty
     status, out, err = probed("ckpt/step_*")
     assert status == 1
     (message,) = [line for line in err.splitlines() if line.startswith("nerve-probe: ")]
-    assert f"{len(damaged)} of 4 cannot be loaded, so" in message
+    assert f"{len(damaged)} of 4 are not, so" in message
     for step in damaged:
         assert f"step {step}: A model" in message
         assert f"ckpt/step_{step} " in message
@@ -228,12 +228,27 @@ def test_a_checkpoint_that_was_saved_in_part_does_not_stop_a_series():
     Path("ckpt/step_0/model.safetensors").write_bytes(b"begun")
     status, out, err = probed("ckpt/step_*")
     assert status == 1
-    assert "1 of 2 cannot be loaded" in err
+    assert "1 of 2 are not" in err
     assert "steps: 1 (10)" in out
     save(llama(seed=0), Path("ckpt/step_0"))
     status, out, err = probed("ckpt/step_*")
     assert status == 0, err
     assert "steps: 2 (0, 10), of which 1 were measured before" in out
+
+
+@pytest.mark.parametrize("diverged", [0, 10])
+def test_a_checkpoint_that_has_diverged_does_not_stop_a_series(diverged):
+    """No FFN can be found in it."""
+    save_series(STEPS[:3])
+    model = llama(seed=diverged)
+    model.model.layers[0].mlp.gate_proj.weight.data[0, 0] = torch.nan
+    save(model, Path(f"ckpt/step_{diverged}"))
+    status, _, err = probed("ckpt/step_*")
+    assert status == 1
+    assert f"1 of 3 are not, so only the others are measured: step {diverged}: FFNs are" in err
+    others = [step for step in STEPS[:3] if step != diverged]
+    assert sorted(set(nerve.load_metrics("out")["step"])) == others
+    assert nerve.RunRecord.load("out").run_status == "failed"
 
 
 def test_a_measured_checkpoint_may_be_deleted(monkeypatch):

@@ -1,6 +1,7 @@
 """Experts: each is an FFN of its own, found in a stacked parameter or in a list, and compared with
 NumPy."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mixtures import (
 from torch import Tensor, nn
 
 import nerve
-from nerve.errors import MeasurementError
+from nerve.errors import MeasurementError, NotFiniteError
 from nerve.measuring.measurement import Measurement
 from nerve.measuring.probe import Probe
 from nerve.measuring.routing import counted_of, origins
@@ -289,6 +290,17 @@ def test_experts_whose_products_are_hidden_are_named():
     assert [(ffn.layer, ffn.name) for ffn in found] == [(0, "ffn")]
     assert len(found.unclear) == 1
     assert f"model.blocks.1: up (3, {D}, {FF}), down (3, {FF}, {D})" in found.unclear[0]
+
+
+def test_experts_that_have_diverged_are_named():
+    model = model_of("mixtral")
+    (name, *_), (weight, *_) = zip(
+        *(each for each in model.named_parameters() if each[0].endswith("gate_up_proj")),
+        strict=True,
+    )
+    weight.data[:, 0, 0] = torch.nan
+    with pytest.raises(NotFiniteError, match=rf"those of model\.{re.escape(name)}\[\d\] are not"):
+        nerve.find_ffns(model, batches_of(padded=False)[0])
 
 
 def test_a_training_step_is_not_replaced_by_the_plain_implementation():

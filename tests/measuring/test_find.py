@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import nerve
-from nerve.errors import MeasurementError
+from nerve.errors import MeasurementError, NotFiniteError
 from nerve.measuring.find import find_ffns
 from nerve.nn.ffn import FeedForward
 
@@ -532,6 +532,19 @@ def test_weights_and_batches_without_values_raise():
         nerve.measure(model, [torch.zeros(0, 4), torch.zeros(9, 4)])
     with pytest.raises(MeasurementError, match="meta device"):
         nerve.find_ffns(model.to("meta"))
+
+
+@pytest.mark.parametrize("with_batch", [True, False])
+def test_a_model_that_has_diverged_shows_no_ffn_and_is_named_as_such(with_batch):
+    """Instead of some of its FFNs; described by hand, all have rows that say so."""
+    model = nn.Sequential(*(Checkpointed(None) for _ in range(3)))
+    model[1].up.weight.data[3, 2] = torch.nan
+    x = torch.randn(4, 6, 8)
+    with pytest.raises(NotFiniteError, match=r"those of model\.1\.up are not, in any sample"):
+        nerve.find_ffns(model, x if with_batch else None)
+    ffns = [nerve.FFNAdapter(i, "ffn", each.up, each.down) for i, each in enumerate(model)]
+    rows = nerve.measure(model, [x], ffns=ffns)
+    assert rows["status"].tolist() == ["ok", "non_finite", "non_finite"]
 
 
 @pytest.mark.parametrize("batch", [torch.randn(1, 8), {"x": torch.randn(1, 1, 8)}])

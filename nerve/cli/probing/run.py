@@ -13,7 +13,7 @@ from nerve.analysis.load import load_metrics
 from nerve.cli.console import say, say_next
 from nerve.cli.experiment.summary import print_summary
 from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
-from nerve.errors import DataError, NerveError, StoreError
+from nerve.errors import DataError, NerveError, NotFiniteError, StoreError
 from nerve.measuring.find import FoundFFNs
 from nerve.measuring.measure import How
 from nerve.progress import Progress
@@ -62,8 +62,8 @@ def listing(source: Source, progress: Progress) -> str:
 def probe(source: Source, asked: Asked, *, output: str | None, progress: Progress) -> None:
     """Measures what has not been measured yet, and prints the layers of the last step.
 
-    Checkpoints of a series that cannot be loaded are left out: the others are measured, and then
-    the run fails with an error that names them.
+    Checkpoints of a series that cannot be loaded, or whose features are not finite, are left out:
+    the others are measured, and then the run fails with an error that names them.
 
     Args:
         source: what is probed.
@@ -125,24 +125,24 @@ def _first(source: Source, damaged: dict[Checkpoint, NerveError], progress: Prog
 def _loaded(
     source: Source, checkpoint: Checkpoint, damaged: dict[Checkpoint, NerveError]
 ) -> Opened | None:
-    """A checkpoint with its FFNs; None for one that cannot be loaded, which is added to
-    `damaged`."""
+    """A checkpoint with its FFNs; None for one that cannot be loaded or has diverged, which is
+    added to `damaged`."""
     try:
         model = source.load(checkpoint)
-    except (DataError, StoreError) as error:
+        return Opened(checkpoint, model, source.find(model))
+    except (DataError, StoreError, NotFiniteError) as error:
         damaged[checkpoint] = error
         return None
-    return Opened(checkpoint, model, source.find(model))
 
 
 def _incomplete(damaged: Mapping[Checkpoint, NerveError], n_checkpoints: int) -> DataError:
-    """The error that names the checkpoints that could not be loaded."""
+    """The error that names the checkpoints that are left out."""
     some = [f"step {each.step}: {str(error).rstrip('.')}" for each, error in damaged.items()]
     more = f" (and {len(some) - _SHOWN} more)" if len(some) > _SHOWN else ""
     return DataError(
-        f"The checkpoints of a series must be readable; {len(some)} of {n_checkpoints} cannot be "
-        f"loaded, so only the others are measured: {'; '.join(some[:_SHOWN])}{more}. Restore or "
-        "omit them, and repeat the command."
+        f"The checkpoints of a series must be readable, with finite features; {len(some)} of "
+        f"{n_checkpoints} are not, so only the others are measured: {'; '.join(some[:_SHOWN])}"
+        f"{more}. Restore or omit them, and repeat the command."
     )
 
 
