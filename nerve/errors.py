@@ -36,7 +36,7 @@ class MeasurementError(NerveError):
 
 
 class NotFiniteError(MeasurementError):
-    """Features without a finite sample, which show no dependence."""
+    """Features with NaN in every sample, which show no dependence."""
 
 
 class DivergedError(NerveError):

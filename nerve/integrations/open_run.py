@@ -2,6 +2,7 @@
 them."""
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -14,6 +15,10 @@ _open: WeakValueDictionary[Path, "OpenRun"] = WeakValueDictionary()
 """The open runs of this process, by directory."""
 
 
+def nothing() -> None:
+    """Restores nothing."""
+
+
 class OpenRun:
     """The run of a callback, kept separately from it, so that it ends when the program ends or the
     callback is garbage-collected."""
@@ -21,6 +26,9 @@ class OpenRun:
     def __init__(self) -> None:
         self.loop: WatchedLoop | None = None
         self.losses: StepLosses | None = None
+        self.restore: Callable[[], None] = nothing
+        """Restores the settings of the caller that were changed for the run; called at its end, and
+        may be called before."""
         self._context: AbstractContextManager[WatchedLoop] | None = None
 
     def open(self, path: Path, context: AbstractContextManager[WatchedLoop]) -> WatchedLoop:
@@ -33,6 +41,7 @@ class OpenRun:
     def close(self, error: BaseException | None) -> None:
         """Ends the run: as done, or with the error."""
         context, self._context, self.loop = self._context, None, None
+        self.restore()
         if self.losses is not None:
             self.losses.close()
             self.losses = None

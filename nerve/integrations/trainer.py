@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,7 +111,6 @@ class SpectralCallback(TrainerCallback):
         }
         self._opened = OpenRun()
         self._states = TrainerStates(self._run)
-        self._evaluates_at_start = False
         # The Trainer tells no callback of an exception.
         weakref.finalize(self, OpenRun.give_up, self._opened)
 
@@ -159,7 +159,7 @@ class SpectralCallback(TrainerCallback):
             loop.features.is_of_loop = is_of_model
         losses = StepLosses(model, of_all=args.average_tokens_across_devices)
         self._opened.losses = losses
-        self._evaluates_at_start = args.eval_on_start
+        self._opened.restore = partial(setattr, args, "eval_on_start", args.eval_on_start)
         args.eval_on_start = args.eval_on_start or loop.awaits_evaluation
 
     def on_step_end(
@@ -194,7 +194,7 @@ class SpectralCallback(TrainerCallback):
             control.should_evaluate |= self._opened.loop.awaits_evaluation
             return
         metrics = {} if metrics is None else metrics
-        args.eval_on_start = self._evaluates_at_start
+        self._opened.restore()
         with self._watching() as loop:
             if loop.awaits_evaluation:
                 assert loop.features is not None

@@ -33,7 +33,7 @@ class Dependence:
         n_links: by key, the maximum number of times that each link appeared in one pass.
         hidden: projections to fewer features without derivatives, because of activation
             checkpointing or disabled autograd.
-        not_finite: projections that returned no finite sample.
+        not_finite: projections that returned NaN in every sample.
     """
 
     projections: Iterable[nn.Module]
@@ -86,7 +86,7 @@ class Dependence:
         if self._asks or not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         samples = rows_of(output.detach(), module)
-        if len(samples) and not samples.isfinite().all(1).any():
+        if len(samples) and samples.isnan().any(1).all():  # infinite logits may be a mask
             self.not_finite[module] = None
         leaf = output.detach().requires_grad_()
         self._leaves.append(Leaf(module, leaf))

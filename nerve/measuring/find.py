@@ -116,7 +116,7 @@ def find_ffns(
 
     Raises:
         MeasurementError: if no FFN is found, or none in one of `layers`.
-        NotFiniteError: if features are not finite, as in a model that has diverged.
+        NotFiniteError: if features are NaN in every sample, as in a model that has diverged.
     """
     paths: Mapping[nn.Module, str] = {module: path for path, module in model.named_modules()}
     own = [module for module in model.modules() if isinstance(module, FFN)]

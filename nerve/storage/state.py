@@ -47,32 +47,31 @@ class RunLock:
         path = Path(directory) / LOCK_NAME
         with as_store_error(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held open
         try:
             self._take(path)
         except BaseException:
             self._file.close()
             raise
-        own = {"host": socket.gethostname(), "pid": os.getpid()}
-        with as_store_error(path):
-            self._file.truncate(0)
-            self._file.write(json.dumps(own))
-            self._file.flush()
-        if not self.is_held:
-            time.sleep(PATIENCE_S)
-            if holder(path.parent) != own:
-                self._file.close()
-                raise _busy(path.parent)
 
     def release(self) -> None:
         """Releases the lock; may be called repeatedly."""
         self._file.close()
 
     def _take(self, path: Path) -> None:
+        """Locks the file and writes into it who holds it."""
         had = flock_within(self._file.fileno(), PATIENCE_S)
         if had is False:
             raise _busy(path.parent)
         self.is_held = had is True
+        own = {"host": socket.gethostname(), "pid": os.getpid()}
+        with as_store_error(path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(own).encode())
+        if not self.is_held:
+            time.sleep(PATIENCE_S)
+            if holder(path.parent) != own:
+                raise _busy(path.parent)
 
 
 def is_locked(directory: str | os.PathLike[str]) -> bool | None:

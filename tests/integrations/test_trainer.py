@@ -298,6 +298,33 @@ def test_an_interrupted_training_is_resumed_as_if_uninterrupted(tmp_path, source
         TrainerStates(RunDirectory(cut / "run")).load(2)
 
 
+class RaiseOnce(TrainerCallback):
+    """Raises in the first evaluation."""
+
+    has_raised = False
+
+    def on_prediction_step(self, args, state, control, **others):
+        if not self.has_raised:
+            self.has_raised = True
+            raise ValueError("no")
+
+
+def test_a_start_that_fails_leaves_the_arguments_as_they_were(tmp_path):
+    """The evaluation of step 0 is asked for through them."""
+    trainer = InOrder(
+        Net(),
+        arguments(tmp_path),
+        train_dataset=samples(N_STEPS * BATCH),
+        eval_dataset=samples(BATCH, seed=9),
+        callbacks=[nerve.SpectralCallback(tmp_path / "run", source="heldout"), RaiseOnce()],
+    )
+    with pytest.raises(ValueError, match="no"):
+        trainer.train()
+    trainer.train()
+    assert not trainer.args.eval_on_start
+    assert nerve.RunRecord.load(tmp_path / "run").run_status == "done"
+
+
 def test_a_run_that_is_never_ended_has_failed_when_its_callback_is_deleted(tmp_path, monkeypatch):
     """As at the end of the program: the Trainer does not report exceptions to callbacks."""
     with pytest.raises(ValueError, match="no") as raised:

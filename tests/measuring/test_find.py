@@ -547,6 +547,12 @@ def test_a_model_that_has_diverged_shows_no_ffn_and_is_named_as_such(with_batch)
     assert rows["status"].tolist() == ["ok", "non_finite", "non_finite"]
 
 
+def test_logits_that_are_masked_by_an_infinite_bias_are_no_divergence():
+    model = nn.Sequential(Checkpointed(None), nn.Linear(8, 5))
+    model[1].bias.data[-1] = -torch.inf
+    assert len(nerve.find_ffns(model, torch.randn(4, 6, 8))) == 1
+
+
 @pytest.mark.parametrize("batch", [torch.randn(1, 8), {"x": torch.randn(1, 1, 8)}])
 def test_a_single_sample_raises_because_it_shows_no_ffn(batch):
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))

@@ -107,13 +107,14 @@ def test_a_planted_sample_is_found_at_any_place(position, factor):
         assert found.top == pytest.approx(expected.top, rel=1e-4)
 
 
-def test_an_uncertain_share_is_nan_and_never_wrong():
+@pytest.mark.parametrize("n_cases", [75, pytest.param(1000, marks=pytest.mark.slow)])
+def test_an_uncertain_share_is_nan_and_never_wrong(n_cases):
     """The mean moves by more than samples stand out: there are fewer candidates than samples, and
     the batches have different means and spreads. Every share is NaN or equals the oracle's; both
     occur, and most are known."""
     generator = torch.Generator().manual_seed(3)
     n_nan = n_known = 0
-    for case in range(300):
+    for case in range(n_cases):
         dim = int(torch.randint(2, 40, (), generator=generator))
         batches = []
         for _ in range(int(torch.randint(2, 30, (), generator=generator))):
@@ -130,8 +131,8 @@ def test_an_uncertain_share_is_nan_and_never_wrong():
             n_nan += math.isnan(value)
             n_known += not math.isnan(value)
             assert math.isnan(value) or value == pytest.approx(expected, rel=1e-5)
-    assert n_nan > 20
-    assert n_known > 600
+    assert n_nan > n_cases / 15
+    assert n_known > 2 * n_cases
 
 
 def test_masked_samples_do_not_count():

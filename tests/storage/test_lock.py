@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -92,6 +93,19 @@ def test_a_process_that_the_holder_started_does_not_keep_the_lock(tmp_path):
     assert not is_locked(tmp_path)
     child.kill()
     child.wait()
+
+
+def test_a_start_that_a_full_disk_refuses_leaves_no_lock(tmp_path):
+    """Also while its error is still being looked at."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(StoreError, match=r"\.lock") as refused:
+            RunLock(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.tb is not None
+    assert not is_locked(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"host": ', "\x00"])

@@ -243,7 +243,7 @@ def test_compiled_training_is_measured_and_unmeasured_steps_keep_their_graph(tmp
 
 def test_a_model_that_was_compiled_before_is_measured(tmp_path, graphs):
     """Code compiled without a probe is recompiled, for this fit and for the next."""
-    module, rows = make_module(compile=True), []
+    module, rows = make_module(compile=True, model={"n_layers": 1}), []
     module._training_losses(batches(1)[0])[0].backward()
     module.zero_grad()
     state = copy.deepcopy(module.model.state_dict())

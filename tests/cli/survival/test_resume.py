@@ -62,7 +62,7 @@ def test_an_image_classifier_resumes_just_as_exactly(
     tmp_path, monkeypatch, run, stop_at, assert_same
 ):
     """Through the command; the final scores of a resumed run include the accuracy."""
-    mixer = ["model=mixer_tiny", "model.n_layers=1", "model.d_model=16", "data.batch_size=8"]
+    mixer = ["model=mixer_tiny", "model.n_layers=1", "model.d_model=16", "data.batch_size=64"]
     mixer += ["trainer.max_steps=3", "monitor.every_n_steps=2", "trainer.log_every_n_steps=1"]
     mixer += ["trainer.enable_progress_bar=false", "threads=1"]
     assert run(*mixer, "hydra.run.dir=whole")[0] == 0
