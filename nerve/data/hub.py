@@ -92,7 +92,7 @@ def hub_images(
                 )
         images = [np.asarray(row[image_column], dtype=np.uint8) for row in rows]
         shapes = sorted({image.shape for image in images})
-        if len(shapes) > 1 or len(shapes[0]) != 3:
+        if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][-1] != 3:  # gray, RGBA, CMYK
             raise DataError(
                 f"The images of a dataset must be RGB and of one size; {path!r} has the shapes "
                 f"{', '.join(map(str, shapes[:3]))}{', …' if len(shapes) > 3 else ''} in split "

@@ -113,8 +113,10 @@ def test_images_without_the_columns_named_are_an_error_with_those_there_are(call
         hub_images("a", n_classes=2).read()
 
 
-@pytest.mark.parametrize("shapes", [[(4, 4), (4, 4)], [(4, 4, 3), (5, 4, 3)]])
-def test_images_that_are_gray_or_of_several_sizes_are_an_error_with_their_shapes(
+@pytest.mark.parametrize(
+    "shapes", [[(4, 4), (4, 4)], [(4, 4, 3), (5, 4, 3)], [(4, 4, 4), (4, 4, 4)], [(4, 4, 3, 3)]]
+)
+def test_images_that_are_not_rgb_or_of_several_sizes_are_an_error_with_their_shapes(
     calls, monkeypatch, shapes
 ):
     rows = [{"image": np.zeros(shape).tolist(), "label": 0} for shape in shapes]
