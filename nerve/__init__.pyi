@@ -24,8 +24,8 @@ from .integrations.trainer import SpectralCallback as SpectralCallback
 from .integrations.watch import watch as watch
 from .measuring.ffns import FFNAdapter as FFNAdapter
 from .measuring.ffns import Site as Site
-from .measuring.find import FoundFFNs as FoundFFNs
 from .measuring.find import find_ffns as find_ffns
+from .measuring.found import FoundFFNs as FoundFFNs
 from .recording.measure import measure as measure
 from .report.write import write_report as write_report
 from .storage.find import FingerprintWarning as FingerprintWarning

@@ -16,8 +16,9 @@ from nerve.measuring.around import find_streams, sites_around
 from nerve.measuring.choice import Choice, call_probed
 from nerve.measuring.eigenproblem import FFNSpectra, GroupSpectrum
 from nerve.measuring.ffns import FFN, sites_of
-from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.measuring.find import find_ffns
 from nerve.measuring.forward import evaluating
+from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.masks import Masks, for_each
 from nerve.measuring.measurement import Measurement, Pools

@@ -17,7 +17,8 @@ class Agreement:
     If a single process notices something, such as a signal or that the time is up, all must act on
     it at the same step, because they save and stop together. The wishes are exchanged between the
     hosts, and no process waits for its device. They are exchanged about once a second, or after
-    each step if steps take longer, so that a run stops within the step in which it is told to.
+    each step if steps take longer. If steps suddenly become longer, a wish waits for up to
+    `MOST_STEPS` of them.
     """
 
     def __init__(self) -> None:

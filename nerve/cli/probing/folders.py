@@ -27,7 +27,8 @@ from nerve.data.extras import import_extra
 from nerve.data.files import text_files
 from nerve.data.packing import pack
 from nerve.errors import DataError
-from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.measuring.find import find_ffns
+from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import Grouped
 from nerve.measuring.streams import UNLABELED, count_tokens
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from nerve.measuring.find import FoundFFNs
+from nerve.measuring.found import FoundFFNs
 
 _NO_COLUMNS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _ACTIVATION = (

@@ -14,7 +14,7 @@ from nerve.cli.console import say, say_next
 from nerve.cli.experiment.summary import print_summary
 from nerve.cli.probing.source import Asked, Checkpoint, Data, Source
 from nerve.errors import DataError, NerveError, NotFiniteError, StoreError
-from nerve.measuring.find import FoundFFNs
+from nerve.measuring.found import FoundFFNs
 from nerve.measuring.measure import How
 from nerve.progress import Progress
 from nerve.recording.measure import measure_one

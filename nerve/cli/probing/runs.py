@@ -14,7 +14,8 @@ from nerve.cli.probing.places import check_keeps_weights
 from nerve.cli.probing.source import Asked, Checkpoint, Data
 from nerve.config import require, require_left
 from nerve.errors import DataError
-from nerve.measuring.find import FoundFFNs, find_ffns
+from nerve.measuring.find import find_ffns
+from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import Grouped
 from nerve.storage.directory import RunDirectory
 from nerve.training.checkpoint_files import load_model, step_of

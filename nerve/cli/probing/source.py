@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nerve.config import require_count, require_path, require_several
-from nerve.measuring.find import FoundFFNs
+from nerve.measuring.found import FoundFFNs
 from nerve.measuring.groups import NOT_GROUPED, Grouped
 from nerve.measuring.passes import bytes_of
 from nerve.metric_names import AROUND, GROUPS
