@@ -83,7 +83,8 @@ Block = Mapping[str, np.ndarray | Coded]
 
 BLOCK_BYTES = 8 << 20
 """About how many bytes of rows a thread reads at once. Threads take turns for each operation on a
-column: with runs of 300 kB, reading one at a time takes twice as long, 8 a quarter longer."""
+column: 3,000 runs of 300 kB take 1.6 times as long in blocks of 4 runs, and 1.3 times in blocks of
+8, as in blocks of 32."""
 
 MOST_AT_ONCE = 64
 """The most runs that a thread reads at once, because those that follow may be larger."""
