@@ -27,7 +27,8 @@ _ROOM = 1.02
 """How much larger a column is allocated than the rows so far suggest. Pages that are never written
 take no memory."""
 
-_AT_ONCE = 1 << 20
+_CODES_AT_ONCE = 1 << 20
+"""Codes that are renumbered at once: indexing temporarily takes 8 bytes each."""
 
 MOST_THREADS = 4
 """The most threads that read, and that gather; each reader holds the rows of its runs in memory."""
@@ -253,8 +254,8 @@ class _Column:
             return _categorical(values, ordered)
         places = {text: place for place, text in enumerate(ordered)}
         order = np.array([*(places[text] for text in self._numbers), -1], values.dtype)
-        for start in range(0, len(values), _AT_ONCE):  # indexing temporarily takes 8 bytes each
-            some = values[start : start + _AT_ONCE]
+        for start in range(0, len(values), _CODES_AT_ONCE):
+            some = values[start : start + _CODES_AT_ONCE]
             some[:] = order[some]
         return _categorical(values, ordered)
 

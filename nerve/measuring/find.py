@@ -77,8 +77,8 @@ def _described(
     candidate. Raises `NotFiniteError` as `find_ffns` does."""
     slices = [s for each in seen.products for stack in each.stacks.values() for s in stack.slices]
     tree, dependence = Tree(model, slices), seen.dependence
-    for module in dependence.not_finite:
-        raise _not_finite(tree.paths[module])
+    if dependence.not_finite:
+        raise _not_finite(tree.paths[next(iter(dependence.not_finite))])
     links = grouped(tree, seen, dependence.links.values())
     sure = [
         each for each in links if _one(each).kind != "unclear" and _is_chosen(tree, each, select)

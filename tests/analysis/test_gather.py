@@ -150,7 +150,7 @@ def test_repeat_is_numpys():
 
 
 def test_renumbering_goes_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(gather, "_AT_ONCE", 2)
+    monkeypatch.setattr(gather, "_CODES_AT_ONCE", 2)
     found = gathered([({"text": Coded.of(pd.Series([*"cabca"]))}, 1)])["text"]
     assert list(found) == [*"cabca"]
     assert list(found.categories) == [*"abc"]
