@@ -3,8 +3,12 @@
 A third of the tests compose a configuration, some of them dozens of times. Composing takes a tenth
 of a second, because it parses thirty files, finds those that apply and merges them. Hydra still
 applies overrides of values each time. Folders that a test creates are read each time.
+
+Hydra also copies all structured configuration that is registered for each composition, which took a
+tenth of the tests of the command, and parses each override anew.
 """
 
+import copy
 import functools
 import pickle
 from collections.abc import Sequence
@@ -15,9 +19,10 @@ from typing import IO, Any
 import hydra
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
 from hydra.core.default_element import InputDefault, ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +36,8 @@ PLACES = {"", "hydra.conf", *map(str, SHIPPED)}
 load = OmegaConf.load
 compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
 choices = defaults_list._create_interpolation_map
+begin_caching = CachingConfigRepository.__init__
+parse = OverridesParser.parse_rule
 
 _defaults: dict[Any, DefaultsList] = {}
 _composed: dict[Any, bytes] = {}
@@ -42,6 +49,8 @@ def remember() -> None:
     config_loader_impl.create_defaults_list = defaults_once
     defaults_list._create_interpolation_map = choices_where_needed
     ConfigLoaderImpl._compose_config_from_defaults_list = compose_once
+    CachingConfigRepository.__init__ = begin_caching_in_place
+    OverridesParser.parse_rule = parse_once
 
 
 @functools.cache
@@ -111,3 +120,20 @@ def compose_once(
         _composed[key] = pickle.dumps(compose_defaults(self, list(defaults), repo))
     config: DictConfig = pickle.loads(_composed[key])
     return config
+
+
+def begin_caching_in_place(self: CachingConfigRepository, delegate: IConfigRepository) -> None:
+    """`CachingConfigRepository.__init__`, which copies a repository because it may get other
+    sources; the sources themselves, and what is registered, stay as they are."""
+    self.delegate = copy.copy(delegate)
+    self.cache = {}
+
+
+def parse_once(self: OverridesParser, text: str, rule_name: str) -> Any:
+    """A cached `OverridesParser.parse_rule`, which calls no function of a sweep but names it."""
+    return copy.deepcopy(_parsed_rule(text, rule_name))
+
+
+@functools.cache
+def _parsed_rule(text: str, rule_name: str) -> Any:
+    return parse(OverridesParser.create(), text, rule_name)

@@ -4,6 +4,8 @@ import composing
 import pytest
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from support import composed
@@ -31,6 +33,8 @@ def by_hydra(monkeypatch):
             patch.setattr(defaults_list, "_create_interpolation_map", composing.choices)
             name = "_compose_config_from_defaults_list"
             patch.setattr(ConfigLoaderImpl, name, composing.compose_defaults)
+            patch.setattr(CachingConfigRepository, "__init__", composing.begin_caching)
+            patch.setattr(OverridesParser, "parse_rule", composing.parse)
             return function()
 
     return call
