@@ -480,7 +480,10 @@ def test_progress_goes_from_nothing_to_all(make, tmp_path):
     assert work.count("writing tables") > 1  # of which a log has one line
 
 
-def test_a_figure_is_drawn_once_for_each_file_and_both_are_those_of_savefig(make, tmp_path):
+def test_a_figure_is_drawn_once_for_each_file_and_both_are_those_of_savefig(
+    make, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nerve.report.write.PNG_DPI", PNG_DPI)  # that of real reports
     make("a")
     drawing = gather(tmp_path / "runs").drawings[0]
     figure, expected = drawing.draw(), drawing.draw()
