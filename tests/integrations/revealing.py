@@ -1,5 +1,7 @@
 """Runs in a process forked from one from which transformers is hidden."""
 
+import gc
+
 
 def two_trainers(rank: int, folder: str) -> None:
     """One of the two processes of a Trainer."""
@@ -8,4 +10,5 @@ def two_trainers(rank: int, folder: str) -> None:
     sitecustomize.reveal()
     from integrations.test_trainer import in_processes
 
+    gc.freeze()  # the Trainer collects garbage after each training
     in_processes(rank, folder)

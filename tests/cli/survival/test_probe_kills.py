@@ -1,6 +1,7 @@
 """After SIGKILL, `nerve-probe` keeps what it has measured and measures the rest."""
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from .killer import kill_probes
 def kill_pieces(n_kills: int) -> None:
     """Probes in pieces, each of which is killed at a change to the file system."""
     llama()  # likewise
+    gc.freeze()  # for each checkpoint garbage is collected
     rng, kills, n_done, status = random.Random(n_kills), 0, 0, 1
     while kills < n_kills or status:
         moment = rng.randrange(1, 60) if kills < n_kills else None
