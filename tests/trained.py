@@ -1,6 +1,7 @@
 """Tiny trained and saved transformers models, with a tokenizer."""
 
 import contextlib
+import gc
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -113,6 +114,7 @@ def nerve_probe(*arguments: Any) -> tuple[int, str, str]:
             main([str(each) for each in arguments])
         except SystemExit as exit_:
             status = int(exit_.code or 0)
+    gc.collect()  # what is left of it, as if its process had ended
     return status, out.getvalue(), err.getvalue()
 
 
