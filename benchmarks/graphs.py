@@ -45,6 +45,7 @@ from gpt_loops import (
     plain_gpt2,
 )
 
+from nerve.cores import spin_briefly
 from nerve.storage.record import RunRecord
 from nerve.storage.store import RunStore
 from nerve.training import module as training
@@ -203,6 +204,7 @@ def main() -> None:
         one(args.one, args.device, args.peers)
         sys.stdout.flush()
         os._exit(0)  # what is still being solved is not waited for
+    spin_briefly()  # in the processes that train, as nerve-run does
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{device}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     run_each(args.sizes, args.device, args.peers)

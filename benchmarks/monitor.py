@@ -14,13 +14,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import other_ways
 
+from nerve.data.batches import Batch, BatchDataModule, BatchLoader, HeldOutBatches, ShuffledOrder
 from nerve.models import build_model
 from nerve.optim import Part, Schedule, build_optimizer
 from nerve.storage.store import RunStore
@@ -37,20 +38,30 @@ from nerve.training.monitor import SpectralMonitor
 VOCAB = 50304
 
 
-class Tokens:
-    """`n` batches of the same random tokens: what they say costs nothing."""
+def random_batch(batch: int, seq_len: int) -> Batch:
+    """Inputs and targets on the host."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB, (batch, seq_len + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def __init__(self, n: int, batch: int, seq_len: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(VOCAB, (batch, seq_len + 1), generator=generator).to(device)
-        self._batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        self._n = n
 
-    def __len__(self) -> int:
-        return self._n
+class Tokens(BatchDataModule):
+    """The same random tokens in each batch, which come from the host as in every run of nerve."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([self._batch] * self._n)
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(batch_size=args.batch * args.devices, n_train_batches=args.steps, seed=0)
+        self._batch = random_batch(args.batch, args.seq_len)
+
+    def fetch(self, indices: np.ndarray) -> Batch:
+        """As many sequences as there are indices."""
+        inputs, targets = self._batch
+        return inputs[: len(indices)], targets[: len(indices)]
+
+    def train_dataloader(self) -> BatchLoader[Batch]:
+        return self._train_loader(self.fetch, ShuffledOrder(self.batch_size, self.batch_size, 0))
+
+    def val_dataloader(self) -> HeldOutBatches[Batch]:
+        return self._heldout_batches(self.fetch, 8)
 
 
 class Clock(L.Callback):
@@ -114,7 +125,8 @@ def plain_loop(args: argparse.Namespace, model: nn.Module) -> list[float]:
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
-    for inputs, targets in Tokens(args.steps, args.batch, args.seq_len, args.device):
+    inputs, targets = (each.to(args.device) for each in random_batch(args.batch, args.seq_len))
+    for _ in range(args.steps):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = loss_of(inputs, targets)
         optimizer.zero_grad()
@@ -201,8 +213,7 @@ def lightning_run(args: argparse.Namespace, every_n_steps: int | None) -> Run:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        train = Tokens(args.steps, args.batch, args.seq_len, args.device)
-        trainer.fit(module, train, Tokens(1, 8, args.seq_len, args.device))
+        trainer.fit(module, datamodule=Tokens(args))
     return Run(clock.milliseconds(), torch.cuda.max_memory_allocated(), clock.first_s)
 
 
@@ -309,7 +320,7 @@ def main() -> None:
             write(args.write, started, step_ms, stalls_ms)
     if args.devices == 1:
         compare_loops(args)
-        (inputs, _), *_ = Tokens(1, args.batch, args.seq_len, args.device)
+        inputs = random_batch(args.batch, args.seq_len)[0].to(args.device)
         stall_s = statistics.mean(whole for whole, _ in stalls_ms) / 1000
         other_ways.compare(make_model(args), inputs, stall_s, args.sites)
 

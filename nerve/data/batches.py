@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -165,6 +166,14 @@ def rank_batch_size(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, made by this thread alone: torch's threads would take longer where
+    other threads solve spectra, the more the longer they spin while they wait."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    np.copyto(copy.numpy(), tensor.numpy())
+    return copy
+
+
 Batch = tuple[Tensor, Tensor]
 Fetch = Callable[[np.ndarray], Batch]
 
@@ -193,7 +202,7 @@ class BatchDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
             return batch
         inputs, targets = batch
-        return inputs.pin_memory(), targets.pin_memory()
+        return pinned(inputs), pinned(targets)
 
     def _train_loader(self, fetch: Fetch, order: Order) -> BatchLoader[Batch]:
         rank, world_size = self._rank_and_world_size()

@@ -262,5 +262,5 @@ def _windows(tokens: TokenFile, indices: np.ndarray, seq_len: int) -> np.ndarray
 
 
 def _inputs_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:
-    tokens = torch.from_numpy(windows)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs, targets = (np.ascontiguousarray(each) for each in (windows[:, :-1], windows[:, 1:]))
+    return torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -1,5 +1,6 @@
 """Decides whether the host or the GPU solves each eigenproblem, from the time that each takes."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,30 @@ _ROOM = 1.5
 """Work pending on the host must be finishable within this many intervals between measurements: more
 than one, because the next measurement may find some pending, and fewer than would make training
 wait."""
-_NEWEST = 0.3
-"""Weight of the latest solution in the running mean of solving times."""
+_MEASUREMENTS = 3.0
+"""Solving times are means over about this many of the latest measurements: one during which the
+machine was busy with something else moves nothing to the GPU, which would cost training more."""
+
+
+class _Rate:
+    """The time that a place takes per unit of work: a running mean, weighted by the work.
+
+    Args:
+        seconds: an estimate, which counts as much as the first solution.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._weight = 0.0
+
+    def add(self, seconds: float, work: float, most: float) -> None:
+        """Counts a solution.
+
+        Args:
+            most: the work over which the mean is taken.
+        """
+        self._weight = min((self._weight or work) + work, max(most, work))
+        self.seconds += work / self._weight * (seconds / work - self.seconds)
 
 
 class Placement:
@@ -30,7 +53,7 @@ class Placement:
     The host gets as much as it can solve between measurements, since that costs training nothing.
     The rest goes to the GPU, where it takes time from training; or to the host as well, if the GPU
     would be slower than all threads together. The times are measured in this run, under its actual
-    load; the interval between measurements is that of the last two.
+    load, over the latest measurements; the interval between measurements is that of the last two.
 
     Args:
         n_threads: number of host threads.
@@ -41,7 +64,8 @@ class Placement:
         self._n_threads = n_threads
         self._clock = clock
         self._lock = threading.Lock()
-        self._seconds: dict[Place, float] = {"host": HOST_S, "device": DEVICE_S}
+        self._rates: dict[Place, _Rate] = {"host": _Rate(HOST_S), "device": _Rate(DEVICE_S)}
+        self._newest = math.inf
         self._pending = 0.0
         self._last: float | None = None
 
@@ -55,7 +79,7 @@ class Placement:
         with self._lock:
             room = self._room(now)
             host_takes_all = self._n_threads and (
-                self._seconds["device"] > self._seconds["host"] / self._n_threads
+                self._rates["device"].seconds > self._rates["host"].seconds / self._n_threads
             )
             places: list[Place] = []
             for work in works:
@@ -63,7 +87,7 @@ class Placement:
                 places.append("host" if fits or host_takes_all else "device")
                 if places[-1] == "host":
                     self._pending += work
-            self._last = now
+            self._last, self._newest = now, sum(works)
         return places
 
     def solved(self, place: Place, work: float, seconds: float | None) -> None:
@@ -72,9 +96,9 @@ class Placement:
             if place == "host":
                 self._pending -= work
             if seconds is not None:
-                self._seconds[place] += _NEWEST * (seconds / work - self._seconds[place])
+                self._rates[place].add(seconds, work, _MEASUREMENTS * self._newest)
 
     def _room(self, now: float) -> float:
         """How much more work may be pending on the host."""
         seconds = FIRST_S if self._last is None else _ROOM * (now - self._last)
-        return seconds * self._n_threads / self._seconds["host"]
+        return seconds * self._n_threads / self._rates["host"].seconds

@@ -59,6 +59,32 @@ def test_solving_times_are_measured(clock):
     assert placement.choose([WORK] * 12).count("host") == 4  # two for each thread
 
 
+def chosen_for_the_host(clock, slownesses):
+    """How many of 12 eigenproblems 15 threads get at measurements of which each leaves them one and
+    a half times as long as they need at their usual speed."""
+    placement = Placement(15, clock)
+    each = HOST_S * WORK
+    counts = []
+    for slowness in slownesses:
+        clock.now += 1.5 * each
+        counts.append(placement.choose([WORK] * 12).count("host"))
+        for _ in range(counts[-1]):
+            placement.solved("host", WORK, slowness * each)
+    return counts
+
+
+def test_one_slow_measurement_moves_nothing_to_the_gpu(clock):
+    """Something else kept the cores busy for a while."""
+    assert chosen_for_the_host(clock, (1, 1, 1, 5, 1, 1)) == [12] * 6
+
+
+def test_cores_that_stay_slow_are_found_out(clock):
+    chosen = chosen_for_the_host(clock, [1, 1, 1] + [5] * 20)
+    assert chosen[:5] == [12] * 5
+    assert chosen[5:] == sorted(chosen[5:], reverse=True)
+    assert chosen[-1] == 6  # 1.5 · 1.5 · 15 / 5
+
+
 def test_a_gpu_that_is_slower_than_the_threads_solves_nothing(clock):
     """A GPU whose float64 is 64 times slower than its float32."""
     placement = Placement(4, clock)
