@@ -1,14 +1,17 @@
 """The cached composition in tests equals that of Hydra."""
 
+from unittest import mock
+
 import composing
 import pytest
+from hydra import compose
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from support import composed
+from support import composed, hydra_at_conf
 
 COMMANDS = [
     ("config", []),
@@ -78,3 +81,22 @@ def test_a_folder_of_a_test_is_read_each_time(tmp_path):
     for name in ("gelu", "relu"):
         option.write_text(f"name: {name}\n")
         assert composed(*ours).activation.name == name
+
+
+def test_a_search_path_is_that_of_one_composition(tmp_path):
+    """Also where several are composed by one loader, as those of a sweep are."""
+    option = tmp_path / "activation" / "ours.yaml"
+    option.parent.mkdir()
+    option.write_text("name: gelu\n")
+    with hydra_at_conf():
+        ours = compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "activation=ours"])
+        assert ours.activation.name == "gelu"
+        with pytest.raises(HydraException, match="Could not find 'activation/ours'"):
+            compose("config", ["activation=ours"])
+
+
+def test_an_override_knows_the_loader_that_it_was_parsed_for():
+    """Which lists the options of a sweep over all of a group."""
+    loaders = [mock.Mock(), mock.Mock()]
+    parsed = [OverridesParser.create(each).parse_overrides(["seed=1"])[0] for each in loaders]
+    assert [each.config_loader for each in parsed] == loaders
