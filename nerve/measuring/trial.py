@@ -156,7 +156,7 @@ def _watch_few(seen: Dependence, run: Callable[[Any], object], batch: Any) -> No
         except Exception:
             seen.forget()
             continue
-        if seen.links:
+        if seen.links and not seen.not_finite:
             return
         seen.forget()
     try:
