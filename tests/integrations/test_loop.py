@@ -832,6 +832,34 @@ def test_invalid_arguments_are_refused_before_a_run_begins(tmp_path, given, word
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_watch_is_entered_once(tmp_path, inside):
+    """A second time neither begins another run nor disturbs the first."""
+    model = network()
+    once = nerve.watch(model, tmp_path, every_n_steps=1)
+    with once as run:
+        if inside:
+            with pytest.raises(
+                ConfigError, match=r"entered a second time\. Call nerve\.watch again"
+            ):
+                once.__enter__()
+        model(pairs(1)[0][0]).sum().backward()
+        run.step(0.5)
+    if not inside:
+        with pytest.raises(ConfigError, match="entered a second time"), once:
+            pass
+    assert nerve.RunRecord.load(tmp_path).run_status == "done"
+    assert sorted(set(nerve.load_metrics(tmp_path)["step"])) == [0]
+
+
+def test_a_watch_without_a_with_block_raises(tmp_path):
+    run = nerve.watch(network(), tmp_path)
+    with pytest.raises(ConfigError, match=r"step was used without one\. Write: with nerve\.watch"):
+        run.step(0.5)
+    assert not hasattr(run, "anything_else")
+    assert not any(tmp_path.iterdir())
+
+
 def test_without_targets_steps_have_equal_weight_and_targets_require_a_loss(tmp_path):
     model, pair = network(), pairs(1)[0]
     with nerve.watch(model, tmp_path / "a", heldout=[pair[0]], every_n_steps=2) as run:
