@@ -13,6 +13,7 @@ from nerve.measuring.experts import Experts, grouped
 from nerve.measuring.ffns import FFN, FFNAdapter, declared_widths
 from nerve.measuring.forward import call
 from nerve.measuring.found import FoundFFNs
+from nerve.measuring.given import require_model
 from nerve.measuring.link import Link
 from nerve.measuring.places import Place, Tree
 from nerve.measuring.slices import stacked
@@ -53,9 +54,11 @@ def find_ffns(
             mapping.
 
     Raises:
+        ConfigError: if `model` is not a module, or its weights have no sizes yet.
         MeasurementError: if no FFN is found, or none in one of `layers`.
         NotFiniteError: if features are NaN in every sample, as in a model that has diverged.
     """
+    require_model(model)
     paths: Mapping[nn.Module, str] = {module: path for path, module in model.named_modules()}
     own = [module for module in model.modules() if isinstance(module, FFN)]
     found: list[FFN]

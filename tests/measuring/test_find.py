@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import nerve
-from nerve.errors import MeasurementError, NotFiniteError
+from nerve.errors import ConfigError, MeasurementError, NotFiniteError
 from nerve.measuring.find import find_ffns
 from nerve.nn.ffn import FeedForward
 
@@ -587,6 +587,19 @@ def test_weights_and_batches_without_values_raise():
         nerve.measure(model, [torch.zeros(0, 4), torch.zeros(9, 4)])
     with pytest.raises(MeasurementError, match="meta device"):
         nerve.find_ffns(model.to("meta"))
+
+
+def test_lazy_modules_must_have_run(tmp_path):
+    model, x = nn.Sequential(nn.LazyLinear(12), nn.GELU(), nn.Linear(12, 4)), torch.randn(9, 4)
+    for look in (nerve.find_ffns, lambda model, x: nerve.measure(model, [x])):
+        with pytest.raises(
+            ConfigError, match=r"must have sizes; 0\.weight is that of a lazy module"
+        ):
+            look(model, x)
+    with pytest.raises(ConfigError, match="lazy"), nerve.watch(model, tmp_path):
+        pass
+    model(x)
+    assert len(nerve.find_ffns(model, x)) == 1
 
 
 @pytest.mark.parametrize("with_batch", [True, False])
