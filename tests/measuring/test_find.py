@@ -589,6 +589,21 @@ def test_weights_and_batches_without_values_raise():
         nerve.find_ffns(model.to("meta"))
 
 
+def test_a_parametrized_convolution_is_no_stack_of_experts():
+    """As in wav2vec 2.0."""
+    convolution = nn.utils.parametrizations.weight_norm(nn.Conv1d(D, D, 3, padding=1))
+
+    class Positions(Plain):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(D, FF), nn.Linear(FF, D))
+            self.positions = convolution
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.positions(x.mT).mT)
+
+    assert find_ffns(Positions(), torch.randn(3, 7, D)).unclear == []
+
+
 def test_lazy_modules_must_have_run(tmp_path):
     model, x = nn.Sequential(nn.LazyLinear(12), nn.GELU(), nn.Linear(12, 4)), torch.randn(9, 4)
     for look in (nerve.find_ffns, lambda model, x: nerve.measure(model, [x])):
